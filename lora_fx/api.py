@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapters import set_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, MergeError
-from lora_fx.ir import Capture, Comparison, ModelT, Plan, require_record
+from lora_fx.ir import DEFAULT_MEMORY, Capture, Comparison, Memory, ModelT, Plan, require_record
 from lora_fx.passes import pipeline
 from lora_fx.passes.capture import Frontend, run_reference
 from lora_fx.passes.capture import capture as capture_model
@@ -177,6 +177,7 @@ def rewrite(
     *,
     adapter_name: str = "default",
     optimize: bool = True,
+    memory: Memory = DEFAULT_MEMORY,
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
@@ -191,6 +192,10 @@ def rewrite(
         optimize: Whether to run the passes that make training cheaper (:mod:`lora_fx.passes.optimize.fuse`).
             Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
             Dropout draws other numbers with than without.
+        memory: What a training step keeps for its backward: "fast" keeps the input of each product; with
+            "balanced", what norms, activations and gated products give is made again from what they read,
+            which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Outputs are the same bits.
+            Without ``optimize`` it means nothing.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
         callback: Is shown the capture after each pass, with the name of the pass: ``capture``, and then those
@@ -214,6 +219,7 @@ def rewrite(
         example_inputs,
         adapter_name=adapter_name,
         optimize=optimize,
+        memory=memory,
         strict=strict,
         frontend=frontend,
         callback=callback,

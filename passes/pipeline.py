@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 from torch import nn
 
@@ -17,11 +17,13 @@ from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import (
+    DEFAULT_MEMORY,
     AdapterRecord,
     Base,
     Capture,
     Kind,
     Matches,
+    Memory,
     Pass,
     PassResult,
     Plan,
@@ -43,7 +45,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
-from lora_fx.passes.optimize import CheapDropout, Fuse, ShareInputs
+from lora_fx.passes.optimize import CheapDropout, Fuse, Recompute, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -80,7 +82,12 @@ Callback: TypeAlias = Callable[[str, Capture], None]
 
 
 def rewrite_passes(
-    config: LoraConfig, adapter: str = "default", *, optimize: bool = True, strict: bool = False
+    config: LoraConfig,
+    adapter: str = "default",
+    *,
+    optimize: bool = True,
+    memory: Memory = DEFAULT_MEMORY,
+    strict: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes of a rewrite: this is the order in which they run.
 
@@ -88,6 +95,7 @@ def rewrite_passes(
         config: What to adapt.
         adapter: The adapter's name.
         optimize: Whether branches are fused with their operations.
+        memory: What the backward keeps; see :func:`lora_fx.rewrite`.
         strict: Whether an entry of the configuration that selects nothing is an error.
     """
     return (
@@ -96,7 +104,7 @@ def rewrite_passes(
         *_parameter_passes(adapter),
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
-        *(_optimize_passes() if optimize else ()),
+        *(_optimize_passes(memory) if optimize else ()),
         _Install(),
     )
 
@@ -109,25 +117,31 @@ def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
     return AddFactors(adapter=adapter), AddTokens(adapter=adapter), Unfreeze()
 
 
-def _optimize_passes() -> tuple[Pass, ...]:
-    return Fuse(), ShareInputs(), CheapDropout()
+def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
+    recompute = (Recompute(),) if memory == "balanced" else ()
+    return Fuse(), ShareInputs(), CheapDropout(), *recompute
 
 
 def branch_passes(
-    adapters: Mapping[str, AdapterRecord], *, optimize: bool, per_sample: bool = False
+    adapters: Mapping[str, AdapterRecord],
+    *,
+    optimize: bool,
+    memory: Memory = DEFAULT_MEMORY,
+    per_sample: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes that make graphs with the branches of these adapters of graphs without.
 
     Args:
         adapters: Whose branches, by name, in the order in which they are added.
         optimize: Whether branches are fused with their operations.
+        memory: What the backward keeps; see :func:`lora_fx.rewrite`.
         per_sample: Whether each sample of a batch has one of the adapters, or none.
     """
     inserted = [Insert(one.sites, name) for name, one in adapters.items()]
     trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
         return (*inserted, *trained, SelectRows())
-    return (*inserted, *trained, *(_optimize_passes() if optimize else ()))
+    return (*inserted, *trained, *(_optimize_passes(memory) if optimize else ()))
 
 
 def run_passes(
@@ -303,16 +317,18 @@ def rewrite_model(
     *,
     adapter_name: str = "default",
     optimize: bool = True,
+    memory: Memory = DEFAULT_MEMORY,
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callback | None = None,
 ) -> nn.Module:
     """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
+    _check_memory(memory)
     capture = _captured(model, config, example_inputs, frontend)
     if callback is not None:
         callback("capture", capture)
-    passes = rewrite_passes(config, adapter_name, optimize=optimize, strict=strict)
+    passes = rewrite_passes(config, adapter_name, optimize=optimize, memory=memory, strict=strict)
     looking, adding, branching = _stages(passes)
     capture = run_passes(capture, looking, callback)
     put_partitions_back(capture.model)
@@ -339,6 +355,7 @@ def rewrite_model(
         base,
         optimize=optimize,
         forwards=instance_forwards(model),
+        memory=memory,
     )
     record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model
@@ -351,6 +368,14 @@ def rewrite_model(
         # What would be refused or wrong when it is called: better now than later.
         check_rewritten(result, example_inputs)
     return result
+
+
+def _check_memory(memory: object) -> None:
+    if memory not in get_args(Memory):
+        raise ConfigError(
+            f"memory={memory!r} is unknown: give 'balanced' to make cheap inputs of products again in the "
+            "backward, or 'fast' to keep them"
+        )
 
 
 def _stages(

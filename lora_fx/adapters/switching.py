@@ -212,13 +212,16 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     adapters = {name: record.adapters[name] for name in names}
     places = tuple(place for one in adapters.values() for place in one.places)
     check_regions(capture, places)
-    passes = branch_passes(adapters, optimize=record.optimize, per_sample=per_sample)
+    passes = branch_passes(
+        adapters, optimize=record.optimize, memory=record.memory, per_sample=per_sample
+    )
     with computed_as_parameters(model):
         edited = run_passes(capture, passes)
     regions = tuple(regions_to_install(edited, places))
     _take_out(model, record)
-    for key in capture.regions.keys() - {region.key for region in regions}:
-        uninstall(capture.regions[key].module)
+    running = {region.module for region in regions}
+    for module in (one for one in model.modules() if is_region(one) and one not in running):
+        uninstall(module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
     record = dataclasses.replace(record, active=names, per_sample=per_sample)

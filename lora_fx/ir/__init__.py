@@ -20,9 +20,11 @@ from lora_fx.ir.graph import (
 from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
 from lora_fx.ir.plan import Comparison, Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
+    DEFAULT_MEMORY,
     ActiveAdapters,
     AdapterRecord,
     Base,
+    Memory,
     Record,
     freeze,
     record_of,
@@ -52,6 +54,7 @@ from lora_fx.ir.tables import (
 )
 
 __all__ = [
+    "DEFAULT_MEMORY",
     "META_KEY",
     "ActiveAdapters",
     "AdapterRecord",
@@ -67,6 +70,7 @@ __all__ = [
     "Layout",
     "Match",
     "Matches",
+    "Memory",
     "ModelT",
     "NoOperator",
     "OnnxBuilder",

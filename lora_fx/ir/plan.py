@@ -164,7 +164,10 @@ class Plan:
 
     @property
     def saved(self) -> int:
-        """Bytes kept for backward for one :attr:`unit`, beyond what the frozen model keeps."""
+        """Bytes kept for backward for one :attr:`unit`, beyond what the frozen model keeps.
+
+        With ``rewrite(..., memory="fast")``. Otherwise inputs that are made again count, and are not kept.
+        """
         return self.sample_cost[1] if self.sample_cost else sum(row.saved for row in self.sites)
 
     def cost(self) -> str:

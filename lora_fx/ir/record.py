@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx, nn
@@ -18,15 +18,23 @@ from lora_fx.ir.plan import PlannedSite, PlannedTokens
 from lora_fx.ir.site import Matches
 
 __all__ = [
+    "DEFAULT_MEMORY",
     "ActiveAdapters",
     "AdapterRecord",
     "Base",
+    "Memory",
     "Record",
     "freeze",
     "record_of",
     "require_record",
     "thaw",
 ]
+
+
+Memory: TypeAlias = Literal["fast", "balanced"]
+"""What the backward of fused branches keeps; see :func:`lora_fx.rewrite`."""
+
+DEFAULT_MEMORY: Memory = "balanced"
 
 
 class _Ref(str):
@@ -242,6 +250,7 @@ class Record:
         by_hand: FQNs of the base's parameters that were trained although no adapter trains them
             (:mod:`lora_fx.passes.parameters.rewritten`).
         forwards: FQNs of the modules that had a ``forward`` of their instance at the rewrite.
+        memory: What the backward keeps, if branches are fused.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -257,6 +266,7 @@ class Record:
     blocks: tuple[ActiveAdapters, ...] = ()
     by_hand: frozenset[str] = frozenset()
     forwards: frozenset[str] = frozenset()
+    memory: Memory = DEFAULT_MEMORY
 
     def with_adapter(self, name: str, adapter: AdapterRecord, **fields: Any) -> Record:
         """The record with another entry for an adapter, and with other values of some fields."""

@@ -10,6 +10,7 @@ from lora_fx.runtime import (
     masks,
     ops,
     parts,
+    recompute,
     watch,
 )
 from lora_fx.runtime.classes import (
@@ -82,6 +83,7 @@ __all__ = [
     "output_padding",
     "parts",
     "put_rows",
+    "recompute",
     "register_member",
     "select_rows",
     "subclass",

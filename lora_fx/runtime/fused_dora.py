@@ -1,7 +1,7 @@
 """A linear operation and its DoRA branch as one function: ``y = g ∘ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + bias``.
 
-The gain and the branch go into the output in place. For the backward pass it keeps x, the product with A
-([tokens, r]), the gain ([out]) and, under dropout, one bit for each element of x: what
+The gain and the branch go into the output in place. For the backward pass it keeps x (or what it is made
+of), the product with A ([tokens, r]), the gain ([out]) and, under dropout, a bit for each element of x: what
 :mod:`lora_fx.runtime.fused_lora` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``,
 which comes from elsewhere, as in :mod:`lora_fx.runtime.dora`: the product is made again, or the output,
 which the next layer often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller
@@ -27,6 +27,7 @@ from lora_fx.runtime.fused_lora import (
     without_autocast,
 )
 from lora_fx.runtime.masks import draw, masked, recovery, unpacked
+from lora_fx.runtime.recompute import Source, source_of
 
 __all__ = ["dora_linear"]
 
@@ -79,7 +80,7 @@ def dora_linear(
     if x.is_nested:
         masked = F.dropout(x, dropout) if dropout and training else x
         return _nested(x, masked, weight, bias, a, b, _Options(scale, rows, True), gains)
-    kind = x.device.type
+    kind, source = x.device.type, source_of(x)
     dtype = autocast_dtype(kind)
     if dtype is not None:
         x, weight = cast(x, dtype), cast(weight, dtype)
@@ -88,7 +89,8 @@ def dora_linear(
     if dropout and training:
         mask = draw(x, dropout)
         scale = scale * recovery(dropout)
-    given = (x, mask, _Options(scale, rows, again or rows is not None), weight, bias, a, b, gains)
+    options = _Options(scale, rows, again or rows is not None)
+    given = (x, mask, options, source, weight, bias, a, b, gains)
     with without_autocast(kind):
         if torch.compiler.is_compiling():
             return _plain(*given)[0]
@@ -117,6 +119,7 @@ def _plain(
     x: Tensor,
     mask: Tensor | None,
     options: _Options,
+    source: Source | None,
     weight: Tensor,
     bias: Tensor | None,
     a: Tensor,
@@ -167,6 +170,7 @@ class _DoraLinear(torch.autograd.Function):
         x: Tensor,
         mask: Tensor | None,
         options: _Options,
+        source: Source | None,
         weight: Tensor,
         bias: Tensor | None,
         a: Tensor,
@@ -187,15 +191,19 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, mask, options, weight, bias, a, b, gains = inputs
+        x, mask, options, source, weight, bias, a, b, gains = inputs
         out, down = output
         ctx.mark_non_differentiable(down)
         ctx.set_materialize_grads(False)
         wants = _Wants(*ctx.needs_input_grad)
         again = wants.gains and (options.again or not divisible(gains))
         divides = wants.gains and not again
+        keep = wants.a or wants.weight or again
+        # Of what is made again, its own inputs: they are kept anyway.
+        made_of = source.given if keep and source is not None else ()
+        ctx.source = source.kept() if made_of else None
         ctx.save_for_backward(
-            x if wants.a or wants.weight or again else None,
+            x if keep and not made_of else None,
             mask if wants.x or wants.a or wants.gains else None,
             down if wants.b or again else None,
             lazy_copy(out) if divides else None,
@@ -204,8 +212,9 @@ class _DoraLinear(torch.autograd.Function):
             a,
             b,
             gains,
+            *made_of,
         )
-        ctx.options, ctx.shape = options, x.shape
+        ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -213,7 +222,10 @@ class _DoraLinear(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(grad.device.type):
-            return _gradients(ctx, grad)
+            found = _gradients(ctx, grad)
+        if ctx.source is not None:
+            ctx.source.done()
+        return found
 
 
 class _Wants(NamedTuple):
@@ -222,6 +234,7 @@ class _Wants(NamedTuple):
     x: bool
     mask: bool
     options: bool
+    source: bool
     weight: bool
     bias: bool
     a: bool
@@ -231,10 +244,11 @@ class _Wants(NamedTuple):
 
 def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
     """Of every argument of forward."""
-    x, mask, down, out, weight, bias, a, b, gains = ctx.saved_tensors
+    x, mask, down, out, weight, bias, a, b, gains, *made_of = ctx.saved_tensors
     options, wants = ctx.options, _Wants(*ctx.needs_input_grad)
     # Differentiated twice, what is kept is no constant, and nothing may be written in place.
     again = torch.is_grad_enabled()
+    x = _input(ctx, x, made_of)
     grad = flat(given)
     mine = options.part(grad)
     down_weight = a.to(grad.dtype)
@@ -273,7 +287,15 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         if wants.x:
             grad_x = add_product(scaled @ weight, inner, down_weight, again, factor).view(ctx.shape)
     grad_bias = grad.sum(0) if wants.bias else None
-    return grad_x, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
+    return grad_x, None, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
+
+
+def _input(ctx: Any, x: Tensor | None, made_of: list[Tensor]) -> Tensor | None:
+    """The input, as it was kept or made again."""
+    if ctx.source is None:
+        return x
+    made: Tensor = ctx.source.value(made_of, torch.is_grad_enabled()).to(ctx.dtype)
+    return made
 
 
 def _known(x: Tensor | None) -> Tensor:

@@ -1,9 +1,10 @@
 """A linear operation and its LoRA branch as one function: ``y = x Wᵀ + bias + s · (drop(x) Aᵀ) Bᵀ``.
 
 The branch is added in place (``addmm_``): nothing of the size tokens × features is made for it, forward or
-backward, but where dropout needs a masked input. For the backward pass it keeps x, the product with A
-([tokens, r]) and, under dropout, one bit for each element of x. Autograd over the plain operations keeps the
-masked input and its mask instead, and makes four more passes over the output.
+backward, but where dropout needs a masked input. For the backward pass it keeps x, or what x is made of
+(:mod:`lora_fx.runtime.recompute`), the product with A ([tokens, r]) and, under dropout, one bit for each
+element of x. Autograd over the plain operations keeps the masked input and its mask instead, and makes four
+more passes over the output.
 
 Operations that share x have one product with all their A's, forward and backward, and one gradient of x.
 Over a quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``, and the
@@ -25,6 +26,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.formats import dense, quantized_linear
 from lora_fx.runtime.masks import draw, masked, recovery, transformed, unpacked
 from lora_fx.runtime.parts import check_not_in_parts
+from lora_fx.runtime.recompute import Source, source_of
 
 __all__ = [
     "Kernel",
@@ -156,6 +158,7 @@ def applied(
     tensors: Sequence[Tensor | None],
     dtype: torch.dtype,
     plain: bool = False,
+    source: Source | None = None,
 ) -> tuple[Tensor, ...]:
     """Runs operations over one x; where autocast is on, the caller has cast what it casts.
 
@@ -166,6 +169,7 @@ def applied(
         tensors: Weight (None with a kernel), bias, A and B of each, one after the other.
         dtype: Of the branches.
         plain: Whether to run the plain operations in any case.
+        source: How x, before a cast, is made again in the backward; None to keep it.
 
     Returns:
         The output of each, [..., out].
@@ -180,8 +184,8 @@ def applied(
         options = tuple((scale * more, rows, kernel) for scale, rows, kernel in options)
     with without_autocast(x.device.type):
         if plain:
-            return _plain(x, mask, dtype, options, *tensors)
-        return apply(_LoraLinears, _plain, (x, mask, dtype, options, *tensors))
+            return _plain(x, mask, dtype, options, None, *tensors)
+        return apply(_LoraLinears, _plain, (x, mask, dtype, options, source, *tensors))
 
 
 def _nested(
@@ -238,7 +242,12 @@ def _operations(options: Any, tensors: Sequence[Any]) -> list[_Operation]:
 
 
 def _plain(
-    x: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Any, *tensors: Tensor | None
+    x: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    options: Any,
+    source: Source | None,
+    *tensors: Tensor | None,
 ) -> tuple[Tensor, ...]:
     own = x.to(dtype)
     own = own if mask is None else masked(own, mask)
@@ -265,7 +274,12 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, mask: Tensor | None, dtype: torch.dtype, options: Any, *tensors: Tensor | None
+        x: Tensor,
+        mask: Tensor | None,
+        dtype: torch.dtype,
+        options: Any,
+        source: Source | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
         masked = x.to(dtype)
@@ -283,16 +297,19 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, mask, dtype, options, *tensors = inputs
+        x, mask, dtype, options, source, *tensors = inputs
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
-        wants = ctx.needs_input_grad[4:]
+        wants = ctx.needs_input_grad[5:]
         wants_a = any(wants[2::4])
         # A frozen A (LoRA-FA, arXiv:2308.03303) is there to save x. A compiler sees by itself what is read.
         keep = wants_a or any(wants[::4]) or torch.compiler.is_compiling()
         mask = mask if ctx.needs_input_grad[0] or wants_a else None
         down = output[-1] if any(wants[3::4]) else None
-        ctx.save_for_backward(x if keep else None, mask, down, *tensors)
+        # Of what is made again, its own inputs: they are kept anyway.
+        again = source.given if keep and source is not None else ()
+        ctx.source = source.kept() if again else None
+        ctx.save_for_backward(x if keep and not again else None, mask, down, *tensors, *again)
         ctx.dtype, ctx.options, ctx.shape = dtype, options, x.shape
 
     @staticmethod
@@ -301,19 +318,24 @@ class _LoraLinears(torch.autograd.Function):
         if known is None:
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(known.device.type):
-            return _gradients(ctx, *grads)
+            found = _gradients(ctx, *grads)
+        if ctx.source is not None:
+            ctx.source.done()
+        return found
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of every argument of forward, from those of its outputs, some of which may be None."""
-    as_it_came, mask, down, *tensors = ctx.saved_tensors
+    kept, mask, down, *tensors = ctx.saved_tensors
     operations, dtype = _operations(ctx.options, tensors), ctx.dtype
-    x: Any = None if as_it_came is None else as_it_came.to(dtype)
-    wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+    wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
     wants_a = any(wants[2::4])
     known = next(grad for grad in grads if grad is not None)
     # Differentiated twice, what is kept is no constant, and nothing may be written in place.
     again = torch.is_grad_enabled()
+    if ctx.source is not None:
+        kept = ctx.source.value(tensors[4 * len(operations) :], again)
+    x: Any = None if kept is None else kept.to(dtype)
     like = known.new_empty((), dtype=dtype).expand(ctx.shape)
     factor = None if mask is None else flat(unpacked(mask, like))
     joined = _joined(operations, dtype)
@@ -350,7 +372,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ]
     if grad_x is not None:
         grad_x = add_product(grad_x, every, joined, again, factor).view(ctx.shape)
-    return grad_x, None, None, None, *results
+    return grad_x, None, None, None, None, *results
 
 
 def _masked(x: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -464,7 +486,7 @@ def _cast(
     options: Sequence[tuple[float, Rows | None]],
     tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    dtype = autocast_dtype(x.device.type)
+    dtype, source = autocast_dtype(x.device.type), source_of(x)
     if dtype is not None:
         x = cast(x, dtype)
         # Weights and biases; factors are cast inside, so that they are saved as they are.
@@ -472,7 +494,8 @@ def _cast(
             cast(one, dtype) if one is not None and place % 4 < 2 else one
             for place, one in enumerate(tensors)
         ]
-    return applied(x, dropout, tuple((*one, None) for one in options), tensors, x.dtype)
+    all_options = tuple((*one, None) for one in options)
+    return applied(x, dropout, all_options, tensors, x.dtype, source=source)
 
 
 def quantized_lora_linear(
@@ -523,7 +546,7 @@ def quantized_lora_linear(
     dropout = dropout if training else 0.0
     plain = torch.compiler.is_compiling()
     options = ((scale, rows, kernel),)
-    return applied(x, dropout, options, (None, bias, a, b), dtype, plain)[0]
+    return applied(x, dropout, options, (None, bias, a, b), dtype, plain, source_of(x))[0]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ from lora_fx.passes.capture.check import (
 )
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
 from lora_fx.passes.capture.exported import MODULE_STACK, ONE_AT_A_TIME
+from lora_fx.passes.capture.regions import Graphs
 from lora_fx.passes.capture.state import State
+from lora_fx.passes.capture.symbolic import Untraceable
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs, normalize, synthesise
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "ONE_AT_A_TIME",
     "Count",
     "Frontend",
+    "Graphs",
     "State",
+    "Untraceable",
     "capture",
     "count_weights",
     "holds_quantized",

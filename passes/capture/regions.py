@@ -35,7 +35,7 @@ from lora_fx.passes.graph import (
     wraps_own_forward,
 )
 
-__all__ = ["find_regions"]
+__all__ = ["Graphs", "find_regions"]
 
 # Modules of torch.nn that are one linear operation: their forward is worth a graph.
 _OPERATIONS = (
@@ -67,7 +67,7 @@ def find_regions(model: nn.Module) -> Capture:
     begun: dict[str, fx.Graph] = {}
     seen: set[nn.Module] = set()
     holders = _holders(model)
-    graphs = _Graphs()
+    graphs = Graphs()
     kept = {module: found for module in model.modules() if (found := kept_graph(module))}
     for module in kept:
         uninstall(module)
@@ -104,7 +104,7 @@ def find_regions(model: nn.Module) -> Capture:
     return Capture(model, regions, "regions", opaque=opaque, begun=begun)
 
 
-class _Graphs:
+class Graphs:
     """Traces modules; those that agree in all that a trace depends on get the same graph."""
 
     def __init__(self) -> None:

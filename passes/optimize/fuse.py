@@ -32,6 +32,7 @@ __all__ = [
     "CheapDropout",
     "Fuse",
     "ShareInputs",
+    "may_write",
 ]
 
 
@@ -251,14 +252,14 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
     groups: dict[Any, list[fx.Node]] = defaultdict(list)
     writes = 0
     for node in graph.nodes:
-        writes += _may_write(node)
+        writes += may_write(node)
         if node.target is fused_lora.lora_linear and "dropout" not in node.kwargs:
             # What is written into between two operations is not the same for both.
             groups[node.args[0], _parent(node), writes].append(node)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _may_write(node: fx.Node) -> bool:
+def may_write(node: fx.Node) -> bool:
     """Whether a node may change one of its arguments."""
     if node.op in ("placeholder", "get_attr", "output"):
         return False
