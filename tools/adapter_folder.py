@@ -123,9 +123,9 @@ class AdapterReport:
         idle = [one.name for one in self.sites if one.norm == 0]
         broken = [one.name for one in self.sites if not math.isfinite(one.norm)]
         lines = []
-        if any(one.kind == "dora" for one in self.sites):
+        if others := sorted({one.kind for one in self.sites} - {"lora"}):
             lines.append(
-                "figures of s · B A: DoRA's update depends on the base as well, which is not read"
+                f"figures of s · B A: what {', '.join(others)} changes depends on the base, which is not read"
             )
         if idle:
             more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""

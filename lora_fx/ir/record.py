@@ -34,7 +34,7 @@ __all__ = [
 Memory: TypeAlias = Literal["fast", "balanced"]
 """What the backward of fused branches keeps; see :func:`lora_fx.rewrite`."""
 
-DEFAULT_MEMORY: Memory = "balanced"
+DEFAULT_MEMORY: Memory = "fast"
 
 
 class _Ref(str):

@@ -37,6 +37,7 @@ FEATURES: dict[str, str] = {
     "config/lora_bias": "",
     "config/dropout": "",
     "config/not optimized": "",
+    "config/inputs made again": "",
     "targets/default": "",
     "targets/all-linear": "",
     "targets/everything": "",

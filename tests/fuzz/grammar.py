@@ -187,6 +187,7 @@ def _adapted(c: Choices, source: Source) -> Program:
             if c.has(f"action/{how}", 120):
                 dtype = "float32"
                 actions.append(how)
+    again = optimize and c.has("config/inputs made again", 2)
     features = tuple(dict.fromkeys(c.features))
     return Program(
         str(source),
@@ -198,6 +199,7 @@ def _adapted(c: Choices, source: Source) -> Program:
         quantize,
         tuple(actions),
         features,
+        memory="balanced" if again else "fast",
     )
 
 

@@ -207,6 +207,7 @@ class _Run:
                 example,
                 frontend=program.frontend,  # type: ignore[arg-type]
                 optimize=program.optimize,
+                memory=program.memory,  # type: ignore[arg-type]
             ).eval()
             self.rejected = len(require_record(self.adapted).base.matches.rejections)
             for name, options in zip(_NAMES[1:], program.configs[1:], strict=False):

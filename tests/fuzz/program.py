@@ -24,6 +24,7 @@ class Program:
         quantize: Format in which the base is stored; empty for none.
         actions: What is done after the rewrite, in this order; see :mod:`tests.fuzz.judge`.
         features: What the grammar used, for the table of counts.
+        memory: What the backward keeps, as ``rewrite`` takes it.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Program:
     quantize: str = ""
     actions: tuple[str, ...] = ("call",)
     features: tuple[str, ...] = ()
+    memory: str = "fast"
 
     def to_json(self) -> str:
         """One line."""
