@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import kind_of, kinds
 from lora_fx.passes.graph import is_owned, is_unit, param_groups
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import module_at, weight_at
@@ -184,9 +184,10 @@ def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
 
     weight: Any = weight_at(model, row.site.weight)
     if not kind_of(row).in_parts:
+        right = " or ".join(one.name for one in kinds() if one.in_parts)
         raise ConfigError(
             f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and the kind "
-            f"{row.kind!r} does not say that its branch is right over parts (in_parts): use LoRA or DoRA "
+            f"{row.kind!r} does not say that its branch is right over parts (in_parts): use {right} "
             "here; or shard the rewritten model, which FSDP2 alone can"
         )
     mesh, between = weight.device_mesh, _between_calls(model, row.site.owner)
