@@ -213,7 +213,11 @@ def _values(model: ir.Model) -> list[ir.Value]:
 
 # The first warns of empty lists that torchlib itself writes, the last that it has no advice on a branch
 # on values.
-_LOGGERS = ("onnx_ir._convenience", "torch.fx.experimental.symbolic_shapes")
+_LOGGERS = (
+    "onnx_ir._convenience",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.onnx._internal.exporter._registration",  # that torchvision is not installed, with each export
+)
 
 
 @contextlib.contextmanager
