@@ -413,9 +413,11 @@ class OnnxSession(Generates):
         count = len(given[self.inputs[0].name])
         each = adapter if isinstance(adapter, (list, tuple)) else [adapter] * count
         self._store.chosen(adapter).check_rows(count, self.path.name)
+        with self._swapping:  # all rows have adapters of one moment
+            held: list[Any] = [self._store.chosen(one) for one in each]
         rows = [
             self.run({name: value[row : row + 1] for name, value in given.items()}, adapter=one)
-            for row, one in enumerate(each)
+            for row, one in enumerate(held)
         ]
         joined: dict[str, Any] = {}
         for port in self.outputs:

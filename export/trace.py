@@ -82,7 +82,7 @@ class _FiniteValues(TorchFunctionMode):
         return result
 
 
-_LONGEST = 24
+_LONGEST = 32
 """Operations of the longest formula for a size that an offered axis may lead to.
 
 Those of convolutions, of windows that fit and of patches have fewer than 10. Padding to whole windows and
