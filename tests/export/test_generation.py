@@ -354,9 +354,9 @@ IDS = torch.tensor([[4, 5, 6]])
         ({"input_ids": IDS[0]}, {}, r"'input_ids' is int64 of shape \[3\]"),
         ({"input_ids": IDS.float()}, {}, "'input_ids' is float32"),
         ({"input_ids": IDS[:, :0]}, {}, "at least one"),
-        ({"input_ids": [[1, 2]]}, {}, "'input_ids' is a list"),
+        ({"input_ids": [[1, 2]]}, {}, "'input_ids' is of the type list"),
         ({"input_ids": IDS - 100}, {}, "holds -.*labels"),
-        ({"input_ids": IDS}, {"max_time": 4}, "'max_time' is a int.*generation_config="),
+        ({"input_ids": IDS}, {"max_time": 4}, "'max_time' is of the type int.*generation_config="),
         ({"input_ids": IDS, "attention_mask": IDS[:, :2]}, {}, r"shape \[1, 2\].*\[1, 3\]"),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 0]])},

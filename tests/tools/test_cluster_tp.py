@@ -36,7 +36,7 @@ def test_a_plan_is_what_processes_hold_and_send(text: str, measured: list[dict[s
             if name in _ABOUT:
                 assert value == pytest.approx(found[name], rel=0.01)
             else:
-                assert value == found[name]
+                assert value == found[name], name
 
 
 def test_parts_of_layers_take_less_and_send_activations() -> None:
