@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_fx.checkpoint import StackedDown, StackedUp, read_tensors, without_prefix
 from lora_fx.config import LoraConfig, rank_for, scale_for
-from lora_fx.errors import CheckpointError
+from lora_fx.errors import CheckpointError, some
 from lora_fx.ir import folded, html_block, html_table, text_table
 from lora_fx.kinds import chosen_kind
 
@@ -128,11 +128,9 @@ class AdapterReport:
                 f"figures of s · B A: what {', '.join(others)} changes depends on the base, which is not read"
             )
         if idle:
-            more = f" and {len(idle) - 3} more" if len(idle) > 3 else ""
-            lines.append(f"no update at {len(idle)} site(s): {', '.join(idle[:3])}{more}")
+            lines.append(f"no update at {len(idle)} site(s): {some(idle, 3)}")
         if broken:
-            more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-            lines.append(f"not finite at {len(broken)} site(s): {', '.join(broken[:3])}{more}")
+            lines.append(f"not finite at {len(broken)} site(s): {some(broken, 3)}")
         return lines
 
     def to_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lora_fx.adapters.switching import (
     run_with,
 )
 from lora_fx.config import LoraConfig, changes_base
-from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_table, require_record
 from lora_fx.passes.graph import copy_without_trainers, is_partitioned, own_partition
 from lora_fx.passes.parameters import (
@@ -407,7 +407,6 @@ def reference(model: ModelT) -> ModelT:
     return cast("ModelT", result.eval())
 
 
-_SHOWN = 5
 _TRAINED = {True: "trainable", False: "frozen", None: "trainable in part"}
 
 
@@ -514,12 +513,7 @@ class ModelStatus:
         if self.per_sample:
             lines.append("each sample of a batch has one of the active adapters, or none")
         if self.by_hand:
-            shown = ", ".join(self.by_hand[:_SHOWN])
-            more = len(self.by_hand) - _SHOWN
-            lines.append(
-                f"trained by hand, beside the adapters: {shown}"
-                + (f" and {more} more" if more > 0 else "")
-            )
+            lines.append(f"trained by hand, beside the adapters: {some(self.by_hand)}")
         if self.unchecked:
             lines.append(
                 "unchecked: no eager call of the model with these adapters has been watched yet"

@@ -83,8 +83,9 @@ def plan(
         else:
             made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
     if why is not None:
-        _answer(("operation", "what becomes of it"), made.why(why).items(), as_json)
-        if not any(text.startswith(_TRAINED) for text in made.why(why).values()):
+        told = made.why(why)
+        _answer(("operation", "what becomes of it"), told.items(), as_json)
+        if not any(text.startswith(_TRAINED) for text in told.values()):
             raise typer.Exit(1)
         return
     if diff is not None:

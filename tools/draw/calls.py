@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lora_fx.errors import some
 from lora_fx.passes.capture import CACHE, normalize, synthesise
 from lora_fx.passes.graph import original_class, uninstall
 from lora_fx.tools.draw.picture import times
@@ -263,4 +264,4 @@ def _in_words(tensors: _Shapes, with_dtypes: bool) -> str:
         times(shape) + (f" {str(dtype).removeprefix('torch.')}" if with_dtypes else "")
         for shape, dtype in tensors
     ]
-    return ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+    return some(found, 4)
