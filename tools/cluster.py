@@ -8,13 +8,12 @@ gathered and sent is counted as it happens.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import re
 import sys
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -338,25 +337,32 @@ def plan_step(
         return run_step(rewritten, given)
 
 
-def run_step(model: nn.Module, inputs: dict[str, Any]) -> Need:
+def run_step(
+    model: nn.Module, inputs: dict[str, Any], settle: Callable[[], None] | None = None
+) -> Need:
     """Run two steps of a model, and count the second: the first one makes what is there from then on.
 
     Args:
         model: A rewritten model, sharded or not, on real tensors or stand-ins.
         inputs: Keyword arguments of one call.
+        settle: Called before what is kept is counted. Real processes wait here until the threads of their
+            backend have let go of what they sent.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ledger = Ledger()
     ledger.hold([*model.parameters(), *model.buffers()])
+    settle = settle or (lambda: None)
     kept = gradients = 0
     with ledger:
         for _ in range(2):
             ledger.peak = ledger.gathered = 0
             ledger.sent.clear()
             ledger.calls.clear()
+            settle()
             before = ledger.live
             loss = _loss(model(**inputs))
+            settle()
             kept = ledger.live - before - ledger.live_gathered
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
@@ -509,6 +515,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._refs: dict[int, Any] = {}
         self._gathered: set[int] = set()
         self._live = 0
+        # A storage may die in a thread of the backend: that thread only says so here.
+        self._dead: deque[int] = deque()
 
     @property
     def live(self) -> int:
@@ -539,6 +547,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "wait_tensor" and _key(result) != _key(args[0]):
             return args[0]  # the wait for a stand-in makes a second one
         written = [one for one in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(one)]
+        self._bury()
         for tensor in written:
             self._see(tensor)
         weights = name in _GATHERS and space == "c10d"
@@ -558,21 +567,27 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor = tensor.to_local()
         storage = tensor.untyped_storage()
         key = _key(tensor)
-        if key not in self._refs:
-            self._refs[key] = weakref.ref(storage, functools.partial(self._drop, key))
+        reference = self._refs.get(key)
+        if reference is None or reference() is None:
+            self._bury()
+            self._refs[key] = weakref.ref(storage, lambda _: self._dead.append(key))
         self._set(key, storage.nbytes())
 
     def _set(self, key: int, size: int) -> None:
         self._live += size - self._sizes.get(key, 0)
         self._sizes[key] = size
 
-    def _drop(self, key: int, _: Any) -> None:
-        self._live -= self._sizes.pop(key, 0)
-        self._refs.pop(key, None)
-        self._gathered.discard(key)
+    def _bury(self) -> None:
+        """Take off the count what has died."""
+        while self._dead:
+            key = self._dead.popleft()
+            self._live -= self._sizes.pop(key, 0)
+            self._refs.pop(key, None)
+            self._gathered.discard(key)
 
     def _look_again(self) -> None:
         """FSDP frees a gathered weight by resizing its storage, which is no operation."""
+        self._bury()
         for key, reference in list(self._refs.items()):
             storage = reference()
             if storage is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def run_rank(rank: int, folder: str, mesh: str) -> None:
     shard(adapted, devices_of(one))
     ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-    need = run_step(adapted, inputs)
+    need = run_step(adapted, inputs, lambda: time.sleep(0.2))
     grown = _grown(adapted, inputs, Path(folder, f"trace{rank}.json"))
     if rank == 0:
         found = {**dataclasses.asdict(need), "grown": grown}
