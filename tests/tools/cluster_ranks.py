@@ -47,7 +47,9 @@ def run_rank(rank: int, folder: str, mesh: str) -> None:
     shard(adapted, devices_of(one))
     ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.long)
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-    need = run_step(adapted, inputs, lambda: time.sleep(0.2))
+    # A thread of gloo may hold what it sent while the peak is reached: the least peak is the model's.
+    steps = [run_step(adapted, inputs, lambda: time.sleep(0.1)) for _ in range(4)]
+    need = min(steps, key=lambda step: step.peak)
     grown = _grown(adapted, inputs, Path(folder, f"trace{rank}.json"))
     if rank == 0:
         found = {**dataclasses.asdict(need), "grown": grown}
