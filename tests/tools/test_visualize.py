@@ -22,8 +22,8 @@ from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Region
 from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
 from lora_fx.tools.draw.layout import count_of
-from lora_fx.tools.draw.nodes import measured
 from lora_fx.tools.draw.picture import SCHEMA, Box
+from lora_fx.tools.draw.regions import measured
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
