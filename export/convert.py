@@ -21,9 +21,9 @@ from torch.export import ExportedProgram, _trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fx.errors import ExportError
+from lora_fx.export.adapter_bank import make_bank_overridable
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.arguments import FlatModel
-from lora_fx.export.bank_model import make_bank_overridable
 from lora_fx.export.copy import stored_formats
 from lora_fx.export.failures import SourceLocation, headline, inner_module, place_of, user_line
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from lora_fx.errors import LoraFxError
 from lora_fx.export import providers
-from lora_fx.export.health import Finding, State, examine_file
+from lora_fx.export.inspection import Finding, State, examine_file
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import some
-from lora_fx.export.structure import FileGraph, FileNode, read_graph
+from lora_fx.export.inspection import FileGraph, FileNode, read_graph
 from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, Matches, Record, Region, join, module_of
 from lora_fx.passes.capture import CACHE, normalize, synthesise
