@@ -1,4 +1,4 @@
-"""Attention as one operator: with a cache ``GroupQueryAttention``, else ``MultiHeadAttention`` or ``Attention``.
+"""Attention as one operator: ``GroupQueryAttention`` with a cache, ``MultiHeadAttention`` without one.
 
 ONNX Runtime's operator masks keys behind the query by itself. What else a model masks, padding on either
 side and windows, is its ``attention_bias``. Its own rotary embedding counts the positions of a prompt from
@@ -314,6 +314,7 @@ def _position_limit(model: ir.Model) -> int | None:
 
 
 # --- attention without a cache --------------------------------------------------------------------
+# Attention without a cache as ``MultiHeadAttention``, or with its three products as ``Attention``.
 
 
 def multi_head_attention(model: ir.Model) -> tuple[int, dict[str, int]]:

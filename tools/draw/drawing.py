@@ -465,6 +465,10 @@ def _replace(target: Path, text: str) -> None:
 
 
 # --- Model Explorer -------------------------------------------------------------------------------
+# Files that Google's Model Explorer loads: the graph, and ranks as data of its nodes.
+#
+# The formats are those of its Python package: ``graph_builder.GraphCollection`` and
+# ``node_data_builder.ModelNodeData``.
 
 
 _GRADIENT = ("#fdf0d3", "#10917f")

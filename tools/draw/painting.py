@@ -54,6 +54,11 @@ from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not
 __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
 
 # --- the calls of modules that have no graph ------------------------------------------------------
+# How data flows between the modules of a model that have no graph: one call without data says it.
+#
+# A copy of the model over tensors of the meta device is called once. Every tensor knows the calls
+# that it was computed from, so that what one module gives and another one takes is an edge,
+# whatever happens to it in between.
 
 
 INPUT = ">"
