@@ -1,29 +1,364 @@
-"""Callbacks that write adapter folders while a trainer runs: transformers' Trainer, and Lightning.
+"""What trainers write: ``save_pretrained`` of a rewritten model, and callbacks that write adapter folders.
 
-Each class is made when it is first asked for, over the callback class of the library, so that nothing of a
-library is imported before.
+The class of a callback is made when it is first asked for, over the callback class of the library, so that
+nothing of a library is imported before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
+import inspect
+import logging
 import os
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from lora_fx.checkpoint.folder import save_adapter
-from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
+from lora_fx.adapters import origin_of
+from lora_fx.checkpoint.files import write_folder
+from lora_fx.checkpoint.folder import folder_of, save_adapter
+from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.files import replacing_files
 from lora_fx.ir import Record, join, record_of
-from lora_fx.passes.parameters import is_partitioned, is_sharded
+from lora_fx.passes.graph import memory_of
+from lora_fx.passes.merge import stripped
+from lora_fx.passes.parameters import (
+    changed_buffers,
+    in_adapter,
+    is_partitioned,
+    is_sharded,
+    trained_by_hand,
+    whole_shape,
+    without_wrappers,
+)
+from lora_fx.runtime import AdapterModule, register_member, watch
 
-__all__ = ["lightning_callback", "trainer_callback"]
+__all__ = [
+    "ADAPTER_FOLDER",
+    "BASE_FOLDER",
+    "left_out_of_checkpoints",
+    "lightning_callback",
+    "trainer_callback",
+]
+
+# --- save_pretrained ------------------------------------------------------------------------------
+# ``save_pretrained`` of a rewritten model, and thereby the checkpoints of transformers' Trainer.
+#
+# What is written is the adapter folder, as PEFT's ``save_pretrained`` writes it:
+# ``from_pretrained`` of transformers finds the base by ``base_model_name_or_path``, and takes the
+# folder for an adapter only if it has no ``config.json``. The Trainer resumes from nothing but
+# ``model.safetensors``, so that this is written as well, with the tensors that are trained and no
+# others.
+
+
+_log = logging.getLogger("lora_fx")
+
+BASE_FOLDER = "base"
+"""Folder of the base in that of an adapter, where the base was loaded from nowhere."""
+
+ADAPTER_FOLDER = "adapter"
+"""Folder of the adapter in that of a model whose library does not look for adapters."""
+
+_IGNORED = "_keys_to_ignore_on_save"  # transformers': names that are left out of its files
+_CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_NAMING = (
+    *("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern"),
+    "trainable_token_indices",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A module that is saved: a rewritten model, or one in it.
+
+    Attributes:
+        root: The rewritten model.
+        record: Its record.
+        module: What is saved.
+        prefix: What the module's names begin with in the root.
+    """
+
+    root: nn.Module
+    record: Record
+    module: nn.Module
+    prefix: str
+
+    def inside(self, name: str) -> str:
+        """A name of the root as one of the module.
+
+        Raises:
+            ConfigError: If it is of something else.
+        """
+        if not name.startswith(self.prefix):
+            raise ConfigError(
+                f"{type(self.module).__name__} is saved by itself, and the adapter has {name} beside it: "
+                "save the adapter with lora_fx.save_adapter, or merge it before the model is saved"
+            )
+        return name.removeprefix(self.prefix)
+
+
+def _part(module: nn.Module) -> _Part | None:
+    """What a module that is saved is of a rewritten model; None if there are no adapters in it."""
+    record = record_of(module)
+    if record is not None:
+        return _Part(module, record, module, "")
+    if not any(isinstance(one, AdapterModule) for one in module.modules()):
+        return None
+    root = watch.root_of(module)
+    record = record_of(root)
+    names = [] if root is None else [n for n, one in root.named_modules() if one is module]
+    if root is None or record is None or not names:
+        raise ConfigError(
+            f"the rewritten model that this {type(module).__name__} is in is not known: call the model once "
+            "before it is saved, or save the adapter with lora_fx.save_adapter"
+        )
+    return _Part(root, record, module, f"{names[0]}.")
+
+
+def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
+    """Names in the state dict of a rewritten model that no checkpoint needs: what is frozen, or there twice.
+
+    Args:
+        model: A rewritten model.
+        record: Its record.
+    """
+    by_hand = trained_by_hand(model, record)
+    own = {name for adapter in record.adapters.values() for name in adapter.own}
+    kept = {name for name, _ in changed_buffers(model, record)}
+    seen: set[object] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        trained = parameter.requires_grad or name in by_hand or name in own
+        # Storages of a sharded parameter are those of its parts.
+        memory = id(parameter) if type(parameter) is not nn.Parameter else memory_of(parameter)
+        if (trained or in_adapter(model, name)) and memory not in seen:
+            seen.add(memory)
+            kept.add(name)
+    return frozenset(model.state_dict().keys() - kept)
+
+
+def _ignored(before: Any) -> property:
+    """The property that transformers asks which names it leaves out."""
+
+    def get(self: nn.Module) -> Any:
+        part = _part(self)
+        if part is None:
+            return vars(self).get(_IGNORED, before)
+        names = left_out_of_checkpoints(part.root, part.record)
+        return {part.inside(name) for name in names if name.startswith(part.prefix)}
+
+    def put(self: nn.Module, value: Any) -> None:
+        vars(self)[_IGNORED] = value
+
+    return property(get, put)
+
+
+def _save_pretrained(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``save_pretrained`` that writes the adapters of a rewritten model."""
+
+    @functools.wraps(method)
+    def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        part = _part(self)
+        if part is None:
+            return method(self, save_directory, *args, **kwargs)
+        if kwargs.get("state_dict") == {} and any(map(is_partitioned, self.parameters())):
+            # So the Trainer asks where it gathers nothing: what it resumes from is DeepSpeed's.
+            _log.warning(
+                "%s gets no adapter: ZeRO-3 has its parts, and the state_dict is empty. Set "
+                "stage3_gather_16bit_weights_on_model_save in DeepSpeed's configuration, or give the Trainer "
+                "lora_fx.trainer_callback(folder), which gathers the adapters alone",
+                save_directory,
+            )
+            return method(self, save_directory, *args, **kwargs)
+        return _save(method, part, Path(save_directory), args, kwargs)
+
+    return save_pretrained
+
+
+def _save(
+    method: Callable[..., Any],
+    part: _Part,
+    folder: Path,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    model = part.module
+    bound = inspect.signature(method).bind(model, str(folder), *args, **kwargs)
+    given = bound.arguments
+    where = list(given)[1]
+    if given.get("push_to_hub"):
+        raise ConfigError(
+            "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: "
+            "save it without, and upload the folder"
+        )
+    origin = origin_of(model)
+    if origin and Path(origin).exists() and folder.resolve() == Path(origin).resolve():
+        raise ConfigError(
+            f"{folder} is where the base was loaded from, and its weights would be replaced by those that "
+            "are trained: give another folder"
+        )
+    options = inspect.signature(method).parameters
+    # A model of sentence-transformers has the attribute as well, and lets the models in it save themselves.
+    transformers = hasattr(type(model), _IGNORED) and "state_dict" in options
+    if transformers and "save_original_format" in options:
+        # The names of the model, which a checkpoint is loaded by.
+        given["save_original_format"] = False
+    state = dict(given.get("state_dict") or {})  # transformers takes out what it has written
+    _check_gathered(model, state)
+    if not given.get("is_main_process", True):
+        return method(*bound.args, **bound.kwargs)
+    # Models in it write their own folders.
+    above = not transformers and any(hasattr(type(one), _IGNORED) for one in model.modules())
+    if above:
+        result = method(*bound.args, **bound.kwargs)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing_files(folder) as staged:
+            given[where] = str(staged)
+            result = method(*bound.args, **bound.kwargs)
+            if transformers:
+                (staged / _CONFIG).unlink(missing_ok=True)
+                origin = origin or _save_base(part, folder, staged)
+            new = {path.name for path in staged.iterdir()}
+    if transformers:
+        for path in folder.iterdir():
+            # Those of a model that was here before: a loader would take them for parts of this one.
+            if path.name == _CONFIG or (_WEIGHTS.fullmatch(path.name) and path.name not in new):
+                path.unlink()
+    with without_wrappers(part.root), _values(part, state):
+        if transformers:
+            _save_adapters(part, folder, origin)
+        elif not above:
+            _save_adapters(part, folder / ADAPTER_FOLDER, origin)
+            _log.warning(
+                "%s: from_pretrained of %s loads the base alone: lora_fx.load_adapter(model, %r) puts the "
+                "adapters in",
+                folder,
+                type(model).__name__,
+                str(folder / ADAPTER_FOLDER),
+            )
+    return result
+
+
+def _save_adapters(part: _Part, folder: Path, origin: str | None) -> None:
+    for name in part.record.adapters:
+        entry = part.record.adapters[name]
+        tensors, config, notes = folder_of(part.root, entry, name)
+        if part.prefix:
+            tensors = {part.inside(key): value for key, value in tensors.items()}
+            config = _inside(part, config)
+        if not config.base_model_name_or_path or part.prefix:
+            config = dataclasses.replace(config, base_model_name_or_path=origin)
+        target = folder if name == "default" else folder / name
+        values = {PREFIX + key: value for key, value in tensors.items()}
+        write_folder(target, values, config, notes=notes, force=True)
+
+
+def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
+    """A written configuration, which names every site in full, with the names of a module in the model."""
+
+    def names(value: Any) -> Any:
+        if isinstance(value, str):  # an expression
+            return value.replace(re.escape(part.prefix), "")
+        if isinstance(value, Mapping):
+            return {
+                key.replace(re.escape(part.prefix), "")
+                if key.startswith("^")
+                else part.inside(key): one
+                for key, one in value.items()
+            }
+        return None if value is None else tuple(map(part.inside, value))
+
+    return dataclasses.replace(config, **{one: names(getattr(config, one)) for one in _NAMING})
+
+
+def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuses to save what ZeRO-3 has partitioned without its values: empty tensors would be written.
+
+    Raises:
+        ConfigError: With the first parameter that is trained and is not in the state dict.
+    """
+    for name, parameter in model.named_parameters():
+        whole = getattr(state.get(name), "shape", None) == whole_shape(parameter)
+        if is_partitioned(parameter) and parameter.requires_grad and not whole:
+            raise ConfigError(
+                f"{name} is partitioned by ZeRO-3, and save_pretrained would write it empty: call "
+                "lora_fx.save_adapter on every rank, which gathers it, or give a state_dict with all values "
+                "(stage3_gather_16bit_weights_on_model_save in DeepSpeed's configuration)"
+            )
+
+
+def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
+    """Save the base of a model that was loaded from nowhere, and give the path.
+
+    Args:
+        part: The model.
+        folder: Where it is saved.
+        staged: What is written there takes its place.
+    """
+    if any(is_sharded(one) or is_partitioned(one) for one in part.root.parameters()):
+        _log.warning(
+            "%s: the base has no name_or_path, and is sharded: it is not saved. Save it before training, "
+            "and set model.name_or_path to where it is",
+            folder,
+        )
+        return None
+    base: Any = stripped(part.root, part.record).get_submodule(part.prefix.removesuffix("."))
+    target = folder / BASE_FOLDER
+    base.save_pretrained(staged / BASE_FOLDER)
+    _log.warning(
+        "%s: the base has no name_or_path, so that it is saved as well, in %s. Load the base with "
+        "from_pretrained, or set model.name_or_path, to have checkpoints of the adapters alone",
+        folder,
+        target,
+    )
+    return str(target.resolve())
+
+
+@contextmanager
+def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
+    """Have the values of a state dict in a model whose parameters are sharded, for a while.
+
+    A trainer gathers them on every process, and saves on one, which cannot gather again.
+    """
+    held = [
+        (module, leaf, parameter, state.get(join(fqn, leaf)))
+        for fqn, module in part.module.named_modules()
+        for leaf, parameter in module._parameters.items()
+        if (hasattr(parameter, "full_tensor") or is_partitioned(parameter))
+        and isinstance(state.get(join(fqn, leaf)), torch.Tensor)
+    ]
+    if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in held):
+        raise ConfigError(
+            "state_dict: it has to have the whole of every parameter of this sharded model, which one "
+            "process cannot gather by itself: get_model_state_dict with full_state_dict=True on every rank"
+        )
+    try:
+        for module, leaf, parameter, value in held:
+            assert value is not None
+            module._parameters[leaf] = nn.Parameter(value.detach(), parameter.requires_grad)
+        yield
+    finally:
+        for module, leaf, parameter, _ in held:
+            module._parameters[leaf] = parameter
+
+
+register_member("save_pretrained", _save_pretrained)
+register_member(_IGNORED, _ignored)
+
+
+# --- callbacks ------------------------------------------------------------------------------------
+
 
 _LAST: Final = "last"
 _BEST: Final = "best"
