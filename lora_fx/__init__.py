@@ -79,9 +79,8 @@ if _TYPE_CHECKING:
     from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
-    from lora_fx.tools.adapter_folder import inspect_adapter
+    from lora_fx.tools.adapter_folder import inspect_adapter, verify
     from lora_fx.tools.draw import visualize
-    from lora_fx.tools.verify import verify
 
 __version__ = "0.1.0"
 
@@ -152,7 +151,7 @@ _LAZY = {
     "export_onnx": "lora_fx.export.onnx",
     "inspect_adapter": "lora_fx.tools.adapter_folder",
     "save_onnx_adapter": "lora_fx.export.adapter_file",
-    "verify": "lora_fx.tools.verify",
+    "verify": "lora_fx.tools.adapter_folder",
     "visualize": "lora_fx.tools.draw.drawing",
 }
 

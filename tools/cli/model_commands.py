@@ -573,7 +573,7 @@ def verify(
         provider: cpu or cuda, for a file.
         as_json: As JSON.
     """
-    from lora_fx.tools.verify import verify as judge
+    from lora_fx.tools.adapter_folder import verify as judge
 
     given = [one for one in (onnx, model, url) if one is not None]
     if len(given) != 1:
