@@ -288,9 +288,13 @@ class Pass(abc.ABC):
             (``plan``, ``rows``); empty for nothing.
     """
 
-    name: ClassVar[str]
     kind: ClassVar[Kind] = "functional"
     needs: ClassVar[str] = ""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What the pass is called; most have it on the class."""
 
     def requires(self, capture: Capture) -> str | None:
         """Say what the capture lacks for the pass to run; None if it lacks nothing. It has to be cheap."""

@@ -27,7 +27,7 @@ import itertools
 import math
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import networkx as nx
@@ -38,7 +38,7 @@ from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join, m
 from lora_fx.passes.graph import arguments, is_lazy, target_of
 from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
-__all__ = ["MarkHead", "MarkParts", "MarkRouters", "find_head", "find_routers"]
+__all__ = ["MARKS", "Mark", "find_head", "find_parts", "find_routers"]
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
@@ -55,19 +55,6 @@ _HEAD_NAMES = frozenset(
         "proj_out",
     }
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MarkHead(Pass):
-    """The pass: marks the output head among the operations."""
-
-    name: ClassVar[str] = "mark-head"
-    needs: ClassVar[str] = "matches"
-
-    def __call__(self, capture: Capture) -> PassResult:
-        """Mark them."""
-        assert capture.matches is not None
-        return PassResult.of(capture, matches=find_head(capture, capture.matches))
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:
@@ -213,19 +200,6 @@ _KEEPING = frozenset(
         *("topk", "sort", "sum", "amax"),  # the best of each group
     )
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MarkRouters(Pass):
-    """The pass: marks the routers among the operations."""
-
-    name: ClassVar[str] = "mark-routers"
-    needs: ClassVar[str] = "matches"
-
-    def __call__(self, capture: Capture) -> PassResult:
-        """Mark them."""
-        assert capture.matches is not None
-        return PassResult.of(capture, matches=find_routers(capture, capture.matches))
 
 
 def find_routers(capture: Capture, matches: Matches) -> Matches:
@@ -411,20 +385,7 @@ _LAST = (-1, 2)
 _Rows = tuple[int, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class MarkParts(Pass):
-    """The pass: marks the operations whose output is divided."""
-
-    name: ClassVar[str] = "mark-parts"
-    needs: ClassVar[str] = "matches"
-
-    def __call__(self, capture: Capture) -> PassResult:
-        """Mark them."""
-        assert capture.matches is not None
-        return PassResult.of(capture, matches=_find_parts(capture, capture.matches))
-
-
-def _find_parts(capture: Capture, matches: Matches) -> Matches:
+def find_parts(capture: Capture, matches: Matches) -> Matches:
     """Marks the sites whose output is divided.
 
     Args:
@@ -573,3 +534,35 @@ def _taken_apart(node: fx.Node, axis: int, dims: int) -> bool:
             if _taken_apart(user, moved, dims):
                 return True
     return False
+
+
+# --- the passes -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark(Pass):
+    """A pass that marks some of the operations.
+
+    Attributes:
+        what: Which.
+        find: Gives the operations with the marks.
+    """
+
+    needs: ClassVar[str] = "matches"
+
+    what: str
+    find: Callable[[Capture, Matches], Matches]
+
+    @property
+    def name(self) -> str:
+        """Its name in errors, logs and on the command line."""
+        return f"mark-{self.what}"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Mark them."""
+        assert capture.matches is not None
+        return PassResult.of(capture, matches=self.find(capture, capture.matches))
+
+
+MARKS = (Mark("head", find_head), Mark("routers", find_routers), Mark("parts", find_parts))
+"""In the order in which they run."""
