@@ -33,7 +33,7 @@ from lora_fx.checkpoint import (
 )
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
-from lora_fx.ir import folded, html_block, html_table, text_table
+from lora_fx.ir import folded, html_block, html_table, json_text, plain, text_table
 from lora_fx.kinds import chosen_kind
 
 __all__ = ["AdapterReport", "SiteFigures", "heat_map", "inspect_adapter", "verify"]
@@ -146,27 +146,18 @@ class AdapterReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON; what is not finite is None."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, float) and not math.isfinite(value):
-                return None
-            return [plain(one) for one in value] if isinstance(value, tuple) else value
-
         return {
             "path": str(self.path),
             "config": self.config.to_dict(),
             "parameters": self.parameters,
             "bytes": self.size,
-            "sites": [
-                {field.name: plain(getattr(one, field.name)) for field in dataclasses.fields(one)}
-                for one in self.sites
-            ],
+            "sites": plain(self.sites),
             "others": {key: list(shape) for key, shape in self.others.items()},
         }
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json_text(self.to_dict())
 
     def facts(self) -> list[tuple[str, str]]:
         """What there is to say of the folder as a whole."""

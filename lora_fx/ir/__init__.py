@@ -54,6 +54,8 @@ from lora_fx.ir.tables import (
     folded_names,
     html_block,
     html_table,
+    json_text,
+    plain,
     text_table,
 )
 
@@ -102,7 +104,9 @@ __all__ = [
     "html_block",
     "html_table",
     "join",
+    "json_text",
     "module_of",
+    "plain",
     "record_of",
     "relative",
     "require_record",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, folded, module_of
+from lora_fx.ir import META_KEY, Capture, folded, json_text, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
@@ -586,10 +585,7 @@ def verify(
     with console.progress("asking"):
         verdict = judge(folder, subject, name=name, base_name=base_name, provider=provider)
     if as_json:
-        # JSON has no infinity.
-        evidence = {k: v if math.isfinite(v) else None for k, v in verdict.evidence.items()}
-        values = {**dataclasses.asdict(verdict), "evidence": evidence}
-        sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        sys.stdout.write(json_text(verdict) + "\n")
     else:
         console.output().print(str(verdict), highlight=False)
     if not verdict.applied:

@@ -1,6 +1,6 @@
 """The whole story on a real model: plan, rewrite, train, save, load, merge, export, run.
 
-The task is to say which library wrote a sentence (:mod:`lora_fx.tools.demo.story`). A frozen
+The task is to say which library wrote a sentence. A frozen
 sentence encoder with a trained head is compared with the same encoder under LoRA, which starts from
 that head.
 """
