@@ -15,12 +15,11 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.config import (
@@ -39,7 +38,7 @@ from lora_fx.config import (
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Capture, Matches, Plan, PlannedSite, PlannedTokens, Site
 from lora_fx.kinds import kind_of
-from lora_fx.passes.capture import normalize, synthesise
+from lora_fx.passes.capture import Listener, normalize, synthesise
 from lora_fx.passes.parameters import base_dtype, base_modules
 from lora_fx.passes.patterns import lookup, pattern_of
 
@@ -497,7 +496,7 @@ def _positions(
     return products.samples, found
 
 
-class _Products(TorchFunctionMode):
+class _Products(Listener):
     """Counts the positions of each product with the weight of a site.
 
     Args:
@@ -524,22 +523,14 @@ class _Products(TorchFunctionMode):
         self.elsewhere: set[str] = set()
         self.samples: int | None = None
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def hear(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Looks for weights among the arguments."""
-        out = func(*args, **(kwargs or {}))
-        tensors = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, Tensor)]
+        tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
         if isinstance(out, Tensor):
             for weight in tensors:
                 others = [one for one in tensors if one is not weight]
                 for site in self._sites.get(id(weight), ()):
                     self._count(site, others, out)
-        return out
 
     def _count(self, site: Site, others: Sequence[Tensor], out: Tensor) -> None:
         if not others:

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import some
 from lora_fx.export.inspection import FileGraph, FileNode, read_graph
 from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, Matches, Record, Region, join, module_of
-from lora_fx.passes.capture import CACHE, normalize, synthesise
+from lora_fx.passes.capture import CACHE, Listener, normalize, synthesise
 from lora_fx.passes.graph import original_class, uninstall
 from lora_fx.tools.draw.picture import (
     Box,
@@ -183,7 +182,7 @@ _ANSWERS: Mapping[Any, Any] = {
 _Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 
 
-class _Recorder(TorchFunctionMode):
+class _Recorder(Listener):
     """Follows tensors through functions, and sees every module enter and leave."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -196,19 +195,19 @@ class _Recorder(TorchFunctionMode):
             module.register_forward_pre_hook(self._entering(fqn, module), with_kwargs=True)
             module.register_forward_hook(self._leaving(fqn), with_kwargs=True)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = _ANSWERS.get(func)
-        if answer is not None and args[0].device.type == "meta":
-            return answer
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _ANSWERS and args[0].device.type == "meta":
+            return _ANSWERS[func]
         if func in (torch.nonzero, torch.Tensor.nonzero) and args[0].device.type == "meta":
             return torch.empty(1, args[0].dim(), dtype=torch.long, device="meta")
-        given = func(*args, **(kwargs or {}))
+        return NotImplemented
+
+    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         frame = self._frames[-1]
         sources = frame.of((args, kwargs))
         if sources:
-            for tensor in _tensors(given):
+            for tensor in _tensors(result):
                 frame.put(tensor, sources)
-        return given
 
     def _entering(self, fqn: str, module: nn.Module) -> Any:
         signature = inspect.signature(original_class(module).forward)
