@@ -26,7 +26,7 @@ from lora_fx.adapters.settings import by_site, with_patterns
 from lora_fx.adapters.switching import base_capture, on_base
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir import AdapterRecord, ModelT, PlannedSite, Record, Site, require_record
+from lora_fx.ir import AdapterRecord, ModelT, PlannedSite, Record, Region, Site, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import install
 from lora_fx.passes.insert import (
@@ -193,7 +193,7 @@ def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...],
     Layers that are written out, and would apply weights where nothing sees it, run their graphs.
     """
     capture = base_capture(model, record)
-    seen = {region.key: region for region in observed(capture, rows, see)}
+    seen: dict[str, Region] = {one.key: one for one in observed(capture, rows, see)}
     capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
     install(regions_to_install(capture, rows))
 

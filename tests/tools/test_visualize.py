@@ -361,6 +361,16 @@ class Three(nn.Module):
         return self.q(x) + self.k(x) + self.v(x)
 
 
+def test_a_name_with_a_parenthesis_is_drawn(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("fc(1)", nn.Linear(4, 4))
+    model.add_module("act", nn.ReLU())
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc(1)"])
+    for one in (model, lora_fx.rewrite(model, config)):
+        lora_fx.visualize(one, tmp_path / "a.json", force=True)
+        assert "fc(1)" in by_fqn(picture_of(one).root)
+
+
 def test_a_product_of_several_operations_says_the_scale_of_each() -> None:
     config = lora_fx.LoraConfig(r=2, lora_alpha=6, alpha_pattern={"k": 8})
     example = (torch.randn(2, 8),)

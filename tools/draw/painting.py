@@ -340,8 +340,7 @@ def picture_of_model(
     for key, graph in graphs.items():
         module = model.get_submodule(module_of(key))
         if by_module.setdefault(id(module), graph) is not graph:
-            form = Region.at(key, module, graph).form
-            other_forms.setdefault(id(module), []).append(form)
+            other_forms.setdefault(id(module), []).append(Region.at(key, module, graph).form)
     painter = _Painter(model, by_module, other_forms, matches)
     notes = [*notes]
     if any(painter.needs_calls(module) for module in model.modules()):
