@@ -24,7 +24,15 @@ from torch import Tensor
 
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import dense, quantized_linear
-from lora_fx.runtime.masks import draw, masked, recovery, transformed, unpacked
+from lora_fx.runtime.masks import (
+    draw,
+    in_planes,
+    masked,
+    masked_again,
+    recovery,
+    transformed,
+    unpacked,
+)
 from lora_fx.runtime.parts import check_not_in_parts
 from lora_fx.runtime.recompute import Source, source_of
 
@@ -282,9 +290,9 @@ class _LoraLinears(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
-        masked = x.to(dtype)
-        masked = masked if mask is None else masked * unpacked(mask, masked)
-        down = flat(masked) @ _joined(operations, dtype).T
+        own = x.to(dtype)
+        own = own if mask is None else masked(own, mask)
+        down = flat(own) @ _joined(operations, dtype).T
         outputs = []
         for one, its_down in _with_columns(operations, down):
             out = one.base(x)
@@ -337,12 +345,13 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.source.value(tensors[4 * len(operations) :], again)
     x: Any = None if kept is None else kept.to(dtype)
     like = known.new_empty((), dtype=dtype).expand(ctx.shape)
-    factor = None if mask is None else flat(unpacked(mask, like))
+    planes = mask if mask is not None and in_planes(mask) else None
+    factor = None if mask is None or planes is not None else flat(unpacked(mask, like))
     joined = _joined(operations, dtype)
-    masked = None
+    own = None
     if wants_a or (again and any(wants[3::4]) and wants_x):
-        masked = _masked(x, factor)
-        down = masked @ joined.T if again else down
+        own = _masked(x, factor, planes)
+        down = own @ joined.T if again else down
     results: list[Tensor | None] = [None] * len(wants)
     inner, grad_x = [], None
     for place, (one, its_down) in enumerate(_with_columns(operations, down)):
@@ -363,25 +372,29 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if wants_x:
             grad_x = one.to_input(grad_x, grad, flat(given), again)
     every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
-    if masked is not None and wants_a:
-        grad_a = torch.split(every.T @ masked, [one.a.shape[0] for one in operations])
+    if own is not None and wants_a:
+        grad_a = torch.split(every.T @ own, [one.a.shape[0] for one in operations])
         parts = zip(operations, grad_a, grads[:-1], wants[2::4], strict=True)
         results[2::4] = [
             part.to(one.a.dtype) if wanted and given is not None else None
             for one, part, given, wanted in parts
         ]
-    if grad_x is not None:
+    if grad_x is not None and planes is not None:
+        grad_x = masked_again(every @ joined, planes, grad_x).view(ctx.shape)
+    elif grad_x is not None:
         grad_x = add_product(grad_x, every, joined, again, factor).view(ctx.shape)
     return grad_x, None, None, None, None, *results
 
 
-def _masked(x: Tensor | None, factor: Tensor | None) -> Tensor:
+def _masked(x: Tensor | None, factor: Tensor | None, planes: Tensor | None) -> Tensor:
     if x is None:
         raise LoraFxError(
             "the gradient of B of a frozen A (LoRA-FA) cannot be differentiated again "
             "(create_graph=True), since its input is not kept: make A trainable, or rewrite with "
             "optimize=False"
         )
+    if planes is not None:
+        return masked_again(flat(x), planes)
     return flat(x) if factor is None else flat(x) * factor
 
 

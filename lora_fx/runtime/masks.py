@@ -3,11 +3,18 @@
 PyTorch on a CPU draws one number for each element, which takes longer than a skinny product, and selects by
 a mask of bytes ten times slower than it multiplies. Here 64 elements share each random word, as bit slices:
 the numbers that are compared with the probability are never laid out.
+
+Inductor on a CPU draws one number for each element as well, without vector instructions. It gets the same
+words from an operator, ``lora_fx::mask_bits``, in an order in which it reads them with vector instructions:
+a byte has the bits of eight elements that are an eighth of a row apart (*planes*). The operator is a function
+of a number that the compiled code draws by itself: a compiler knows what to do with random numbers of
+PyTorch's, which it must not take for one, and has to draw once more alike for a checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -18,7 +25,18 @@ from torch.autograd import forward_ad
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.parts import is_in_parts
 
-__all__ = ["FEW", "draw", "dropped", "kept", "masked", "recovery", "transformed", "unpacked"]
+__all__ = [
+    "FEW",
+    "draw",
+    "dropped",
+    "in_planes",
+    "kept",
+    "masked",
+    "masked_again",
+    "recovery",
+    "transformed",
+    "unpacked",
+]
 
 # Elements below which a mask is drawn one by one: measured, with what reads it.
 FEW = 8192
@@ -59,7 +77,7 @@ def recovery(dropout: float) -> float:
 def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
     """``torch.nn.functional.dropout`` for a CPU: the mask is drawn by :func:`draw`, and kept as bits.
 
-    Elsewhere, under a compiler and under the transforms of ``torch.func`` it is PyTorch's own.
+    Elsewhere, in ``torch.export`` and under the transforms of ``torch.func`` it is PyTorch's own.
 
     Args:
         x: Of any shape.
@@ -70,7 +88,7 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
         return x
     if is_in_parts(x):
         return _dropped_parts(x, dropout)
-    if x.layout is not torch.strided:
+    if x.layout is not torch.strided or _takes_planes(x):
         return masked(x, draw(x, dropout)) * recovery(dropout)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed():
         return F.dropout(x, dropout)
@@ -122,25 +140,40 @@ def draw(x: Tensor, dropout: float) -> Tensor:
         dropout: The probability with which an element is dropped; see :func:`kept`.
 
     Returns:
-        On a CPU the bits of what is dropped [ceil(n / 8)], uint8. Elsewhere, and under a compiler, which both
-        fuse a mask with what reads it, what is kept: bool in the shape of ``x``. The same under the
-        transforms of ``torch.func``, where each sample of a batch may have a mask of its own, and for small
-        tensors.
+        On a CPU the bits of what is dropped: [ceil(n / 8)], uint8, and under a compiler planes, int8, which
+        :func:`in_planes` tells apart. Elsewhere, and in ``torch.export``, what is kept: bool in the shape of
+        ``x``. The same under the transforms of ``torch.func``, where each sample of a batch may have a mask
+        of its own, and for small tensors.
     """
     threshold = 256 - kept(dropout)
+    if _takes_planes(x):
+        if threshold in (0, 256):
+            return torch.full(x.shape, not threshold, dtype=torch.bool, device=x.device)
+        # The generator takes no more than 32 bits.
+        seed = torch.randint(2**32, (), dtype=torch.int64, device=x.device)
+        rows, columns = math.prod(x.shape[:-1]), (x.shape[-1] + 7) // 8
+        planes: Tensor = torch.ops.lora_fx.mask_bits(seed, rows, columns, threshold)
+        return planes
     if torch.compiler.is_compiling() or x.device.type != "cpu" or transformed() or _few(x):
         return torch.rand(x.shape, device=x.device) >= threshold / 256
     if threshold in (0, 256):
         everything = 255 if threshold else 0
         return torch.full(((x.numel() + 7) // 8,), everything, dtype=torch.uint8, device=x.device)
+    return _bits((x.numel() + 7) // 8, threshold, x.device)
+
+
+def _bits(
+    count: int, threshold: int, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Bytes of bits that are 1 with the probability ``threshold / 256``, uint8 [count]."""
     # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
     # probability 0.b7 b6 ... b0 in binary.
     digits = [digit == "1" for digit in reversed(f"{threshold:08b}")]
     digits = digits[digits.index(True) :]
     # With its device, since torch.set_default_device may name another one.
-    words = torch.empty(len(digits), (x.numel() + 63) // 64, dtype=torch.int64, device=x.device)
+    words = torch.empty(len(digits), (count + 7) // 8, dtype=torch.int64, device=device)
     # All 64 bits: from the lowest number, with no upper end.
-    words.random_(-(2**63), None)
+    words.random_(-(2**63), None, generator=generator)
     dropped = words[0]
     for digit, word in zip(digits[1:], words[1:], strict=True):
         if digit:
@@ -148,7 +181,93 @@ def draw(x: Tensor, dropout: float) -> Tensor:
         else:
             dropped &= word
     # A copy, so that the other words are not kept.
-    return dropped.view(torch.uint8)[: (x.numel() + 7) // 8].clone()
+    return dropped.view(torch.uint8)[:count].clone()
+
+
+torch.library.define(
+    "lora_fx::mask_bits", "(Tensor seed, SymInt rows, SymInt columns, int threshold) -> Tensor"
+)
+
+
+@torch.library.impl("lora_fx::mask_bits", "CPU")
+def _planes(seed: Tensor, rows: int, columns: int, threshold: int) -> Tensor:
+    """Planes for rows of ``8 * columns`` elements, [rows, columns], int8.
+
+    Args:
+        seed: A number.
+        rows: Of the tensor.
+        columns: Bytes of a row: bit k of byte j belongs to element ``k * columns + j``.
+        threshold: As for :func:`_bits`.
+    """
+    generator = torch.Generator("cpu").manual_seed(int(seed))
+    found = _bits(rows * columns, threshold, seed.device, generator)
+    return found.view(torch.int8).view(rows, columns)
+
+
+@torch.library.register_fake("lora_fx::mask_bits")  # type: ignore[untyped-decorator]
+def _fake_planes(seed: Tensor, rows: int, columns: int, threshold: int) -> Tensor:
+    return seed.new_empty(rows, columns, dtype=torch.int8)
+
+
+def _takes_planes(x: Tensor) -> bool:
+    """Whether a mask is drawn for a compiler that makes code for a CPU."""
+    return (
+        torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.dim() > 0
+        and not transformed()
+    )
+
+
+def in_planes(mask: Tensor) -> bool:
+    """Whether a mask of :func:`draw` is planes, for a compiler."""
+    return mask.dtype == torch.int8
+
+
+def _kept_planes(mask: Tensor, backward: bool) -> Tensor:
+    """What planes keep, bool [rows, 8, columns].
+
+    Args:
+        mask: Planes.
+        backward: Whether it is read in a backward. A compiler that finds one expression in the forward and
+            in the backward keeps its value, which is eight times the planes, and reads it more slowly: so
+            there are two.
+    """
+    # Wider than a byte: inductor has no vector instructions for shifts of bytes.
+    bits = mask.int()[:, None]
+    places = torch.arange(8, dtype=torch.int32, device=mask.device)[:, None]
+    return (bits << (31 - places)) >= 0 if backward else (bits & (1 << places)) == 0
+
+
+def _times_planes(x: Tensor, mask: Tensor, backward: bool = False) -> Tensor:
+    if not _fits(x):
+        kept = _kept_planes(mask, backward).flatten(1)[:, : x.shape[-1]]
+        return x * kept.reshape(x.shape)
+    apart = x.reshape(mask.shape[0], 8, mask.shape[1])
+    return (apart * _kept_planes(mask, backward)).reshape(x.shape)
+
+
+class _TimesPlanes(torch.autograd.Function):
+    """What a compiler sees outside of other functions of autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return _times_planes(x, mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return _times_planes(grads[0], mask, backward=True), None
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether a row is eight planes without a rest, for all sizes that a compiler has in mind."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(x.shape[-1] % 8 == 0)
 
 
 def unpacked(mask: Tensor, x: Tensor) -> Tensor:
@@ -163,6 +282,8 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
     """
     if mask.dtype == torch.bool:
         return mask.view(x.shape)
+    if in_planes(mask):
+        return _kept_planes(mask, False).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
     # A table made under a FakeTensorMode has no values, and must not be found by those who come after.
     make = _rows if type(mask) is Tensor else _rows.__wrapped__
     rows = torch.index_select(make(x.dtype), 0, mask.int())
@@ -171,10 +292,26 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` without what a mask drops, not scaled: of a sparse tensor, numbers that it holds."""
+    if in_planes(mask):
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            # Dynamo does not trace a function that has no gradient to compute.
+            return _times_planes(x, mask)
+        out: Tensor = _TimesPlanes.apply(x, mask)  # type: ignore[no-untyped-call]
+        return out
     if x.layout not in (torch.strided, torch.sparse_coo):
         # What else is sparse has no product with a dense tensor, or not on every device.
         x = x.to_sparse(layout=torch.sparse_coo)
     return x * unpacked(mask, x)
+
+
+def masked_again(x: Tensor, mask: Tensor, total: Tensor | None = None) -> Tensor:
+    """``total + masked(x, mask)`` in a backward, where ``mask`` is in planes."""
+    if total is None or not _fits(x):
+        found = _times_planes(x, mask, backward=True)
+        return found if total is None else total + found
+    shape = (mask.shape[0], 8, mask.shape[1])
+    product = x.reshape(shape) * _kept_planes(mask, True)
+    return (total.reshape(shape) + product).reshape(x.shape)
 
 
 def _few(x: Tensor) -> bool:
