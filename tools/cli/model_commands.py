@@ -10,18 +10,20 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.syntax import Syntax
-from rich.table import Table
-from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, folded, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import fx, nn
+
+    from lora_fx.ir import Capture
 
 __all__ = [
     "check_out",
@@ -187,6 +189,8 @@ def rewrite(
 
 def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: bool) -> None:
     """Print rows with names that folded rows have in common, or as JSON."""
+    from lora_fx.ir import folded
+
     rows = list(rows)
     if as_json:
         told = {name: cells[0] if len(cells) == 1 else cells for name, *cells in rows}
@@ -253,6 +257,8 @@ def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
 
 
 def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+    from rich.syntax import Syntax
+
     screen = console.output()
     chosen = _region_of(found, region)
     code = str(chosen) if as_graph else chosen.python_code("self").src.strip()
@@ -267,6 +273,8 @@ _REGION = ("region", "class", "nodes", "branches")
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
     """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
+    from lora_fx.ir import META_KEY, module_of
+
     rows = []
     for key, graph in found.items():
         tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
@@ -277,6 +285,8 @@ def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, st
 
 
 def _region_table(rows: list[tuple[str, str, int, int]], *, every: bool) -> Table:
+    from lora_fx.ir import folded
+
     cells = [(name, kind, str(nodes), str(branches)) for name, kind, nodes, branches in rows]
     if every:
         return console.table(*_REGION, rows=cells, right=_REGION[2:])
@@ -392,6 +402,7 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
         every: One row a site, below the heat map.
         as_json: Everything, all singular values too, as JSON.
     """
+    from lora_fx.ir import folded
     from lora_fx.tools.adapter_folder import inspect_adapter
     from lora_fx.tools.cli.tables import render_heat
 
