@@ -361,7 +361,8 @@ class OnnxSession(Generates):
 
         Args:
             inputs: Arrays or tensors by name, or in the order of ``self.inputs``. What lies on the
-                session's device is not copied.
+                session's device is not copied. A decoder that is given no cache begins a text: its caches
+                are empty, and its mask, if that is not given either, covers all tokens.
             adapter: The name of a loaded adapter, a dict of names to weights, or None for the base
                 model. Weighted changes are added up exactly; the last few sums are kept. For a file with a
                 bank also a list with a name, or None, for each row of the batch.
@@ -377,12 +378,13 @@ class OnnxSession(Generates):
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
         names = [port.name for port in self.inputs]
-        given = ort.inputs_by_name(inputs, names, self.path.name)
+        generates = TASK_KEY in self.metadata
+        begun = ort.with_empty_caches(inputs, self.inputs) if generates else inputs
+        given = ort.inputs_by_name(begun, names, self.path.name)
         feeds = {
             port.name: ort.feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
         }
-        generates = TASK_KEY in self.metadata
         ort.check_axes(self.inputs, given, self._limits, self.path.name, task=generates)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         ort.settle(tensors)
