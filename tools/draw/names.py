@@ -155,6 +155,7 @@ def picture_of_plan(plan: Plan) -> Picture:
         notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
         adapters=("",),
         sites=rows_of_plan(plan),
+        counted=False,
     )
 
 
@@ -248,7 +249,8 @@ def picture_of_merge(report: MergeReport) -> Picture:
         ("weights merged", str(len(report.sites))),
         ("largest error", f"{report.max_ulp:.4f} ulp"),
     )
-    return Picture("Merge", changes, _tree(named), sites=tuple(rows), adapters=("",))
+    root = _tree(named)
+    return Picture("Merge", changes, root, sites=tuple(rows), adapters=("",), counted=False)
 
 
 _FACTORS = {
@@ -294,7 +296,13 @@ def picture_of_folder(folder: Path) -> Picture:
     )
     root = _tree(named)
     return Picture(
-        folder.name, facts, root, occurring(_LEGEND, root), adapters=("",), sites=tuple(rows)
+        title=folder.name,
+        facts=facts,
+        root=root,
+        legend=occurring(_LEGEND, root),
+        adapters=("",),
+        sites=tuple(rows),
+        counted=False,
     )
 
 

@@ -122,6 +122,9 @@ class SiteRow:
         rank, scale, dropout, parameters, flops, saved: What the adapter is and costs; zeros for none.
         each_rank: Trainable elements that one more rank costs.
         default: Whether ``target_modules=None`` selects it.
+        linear: Whether ``target_modules="all-linear"`` does.
+        weight: FQN of the weight, where that is not ``name.weight``.
+        fused: Whether it has parts that can be adapted by themselves, or is one.
         quantized: How the weight is stored; empty for as it is.
         reason: Why it is not selected, or refused.
         share: ‖s·BA‖ / ‖W‖; None where there are no values.
@@ -143,6 +146,9 @@ class SiteRow:
     saved: int = 0
     each_rank: float = 0.0
     default: bool = False
+    linear: bool = False
+    weight: str = ""
+    fused: bool = False
     quantized: str = ""
     reason: str = ""
     share: float | None = None
@@ -218,6 +224,7 @@ class Picture:
         notes: Remarks on how the picture came about.
         adapters: Names of the adapters that occur, in the order of their colors.
         sites: Every linear operation of the model.
+        counted: Whether the boxes count all parameters, and not only those that are known by name.
     """
 
     title: str
@@ -227,6 +234,7 @@ class Picture:
     notes: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     sites: tuple[SiteRow, ...] = ()
+    counted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for JSON.

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.config import judge
 from lora_fx.errors import LoraFxError
-from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site
+from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, join
 from lora_fx.passes.parameters import factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.draw.picture import SiteRow, State
@@ -100,6 +100,9 @@ def _site(site: Site, reason: str = "") -> SiteRow:
         shape=site.shape,
         each_rank=_each_rank(site),
         default=_in_default(site),
+        linear=site.family == "linear" and site.head != "declared",
+        weight="" if site.weight == join(site.name, "weight") else site.weight,
+        fused=bool(site.parts or site.part_of),
         quantized="" if site.quantized is None else str(site.quantized),
         reason=reason,
     )

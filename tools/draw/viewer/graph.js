@@ -28,7 +28,7 @@ class Graph {
       id, place: 0, inside: null, width: 0, height: 0, rows: [],
       kind: word(entry.kind), name: word(entry.name), caption: word(entry.caption), fqn: word(entry.fqn),
       state: word(entry.state), count: word(entry.count), size: entry.size, layout: entry.layout,
-      open: Boolean(entry.open), sites: entry.sites ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
+      open: Boolean(entry.open), sites: entry.sites ?? 0, elements: entry.elements ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
       repeats: (entry.repeats ?? []).map(word), marks: (entry.marks ?? []).map(([mark, width]) => [word(mark), width]),
       lines: (entry.lines ?? []).map(([words, adapter, active]) => ({ words: word(words), adapter, active: Boolean(active) })),
       get facts() {
@@ -63,6 +63,19 @@ class Graph {
       if (first !== undefined) return this.drawnAs(first + fqn.slice(end));
     }
     return fqn;
+  }
+
+  /* The names of all modules, those of folded blocks, too. */
+  get modules() {
+    const named = new Map();
+    const names = (box) => {
+      if (!named.has(box)) {
+        const above = box.parent ? names(box.parent) : [""], start = above[0].length, own = box.repeats.length ? box.repeats : [box.fqn];
+        named.set(box, above.flatMap((name) => own.map((one) => name + one.slice(start))));
+      }
+      return named.get(box);
+    };
+    return [...new Set(this.boxes.filter((box) => Find.isModule(box)).flatMap(names))].filter(Boolean);
   }
 
   /* The box of a name, or of the nearest module around it. */

@@ -278,30 +278,41 @@
 
   /* --- what if --- */
 
+  const ASKED = {
+    targets: "target_modules", exclude: "exclude_modules", saved: "modules_to_save", layers: "layers_to_transform", patterns: "layers_pattern",
+    parameters: "target_parameters", scope: "scope",
+  };
+
   function tryOut() {
-    const target = Find.targets(at("targets").value), exclude = Find.targets(at("exclude").value);
+    const ask = Find.asked(Object.fromEntries(Object.entries(ASKED).map(([id, field]) => [field, at(id).value])));
     const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Math.max(1, Number(at("alpha").value) || 1);
-    const wanted = Find.layers(at("layers").value);
-    const lines = [], bad = [target, exclude].find((one) => one.kind === "unsure" || one.kind === "wrong");
+    const { sites } = active, lines = ask.objection ? [ask.objection] : [];
     let chosen = [];
-    if (bad) {
-      lines.push(bad.kind === "wrong" ? `not an expression: ${bad.reason}` : `Python may read this in another way (${bad.reason}): ask lora-fx plan --why`);
-    } else {
-      const { selected, refused, idle } = Find.select(active.sites, target, exclude, wanted);
+    if (!sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
+    else if (!ask.objection) {
+      const { selected, refused, idle, inFull } = Find.select(sites, ask, active.modules);
       chosen = [...selected, ...refused];
       const cost = selected.reduce((sum, row) => sum + row.each_rank * rank, 0);
-      lines.push(`${selected.length} of ${new Set(active.sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      lines.push(`${selected.length} of ${new Set(sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      for (const name of inFull.slice(0, 5)) lines.push(`trained in full: ${name}${elementsOf(name)}`);
+      if (inFull.length > 5) lines.push(`and ${inFull.length - 5} more that are trained in full`);
       for (const name of idle) lines.push(`matches nothing: ${name}`);
       for (const row of refused.slice(0, 5)) lines.push(`cannot be adapted: ${row.name}: ${row.reason}`);
       if (refused.length > 5) lines.push(`and ${refused.length - 5} more that cannot be adapted`);
+      if (sites.some((row) => row.fused)) lines.push("parts of fused weights are not tried here: lora-fx plan says what becomes of them");
       for (const row of selected.slice(0, 8)) lines.push(`· ${row.name}`);
       if (selected.length > 8) lines.push(`and ${selected.length - 8} more`);
     }
-    if (!active.sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
     active.hits = new Set(chosen.map((row) => row.box));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
-    at("config").textContent = bad ? "" : Find.WRITERS[at("form").value](Find.fields(target, exclude, rank, alpha, wanted));
+    at("config").textContent = ask.objection ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha));
+  }
+
+  /* How many elements a module has without its adapters, where the picture says so. */
+  function elementsOf(name) {
+    const drawn = active.drawnAs(name), box = active.byFqn.get(drawn), added = box ? box.rows.filter((row) => row.name === drawn || row.name.startsWith(`${drawn}.`)) : [];
+    return box?.elements ? `, ${(box.elements - added.reduce((sum, row) => sum + row.parameters, 0)).toLocaleString("en")} parameters` : "";
   }
 
   /* --- minimap --- */
@@ -506,7 +517,7 @@
   at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
   at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
-  for (const id of ["targets", "exclude", "layers", "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
+  for (const id of [...Object.keys(ASKED), "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
   at("copy-config").addEventListener("click", () => copy(at("config").textContent));
   at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
   new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
