@@ -463,6 +463,62 @@ def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @needs_chromium
+def test_the_panel_names_the_layer_that_was_asked_for(opened: Page) -> None:
+    """Equal layers are drawn once: a link, the table and the search mean one of them."""
+
+    def link() -> None:
+        opened.run("location.hash = '#blocks.3.up'")
+
+    def row() -> None:
+        opened.key("t")
+        opened.press('#sites tbody tr[data-name="blocks.3.up"]')
+        assert opened.run("document.querySelector('tr.chosen').dataset.name") == "blocks.3.up"
+        opened.press("#tab-details")
+
+    def hit() -> None:
+        choose(opened, "#search", "blocks.3.up")
+
+    for ask in (link, row, hit):
+        opened.run("loraFx.select('stem')")
+        ask()
+        opened.settle()
+        told = panel(opened)
+        assert "blocks.3.up" in told
+        assert "blocks.0.up" not in told
+        assert "drawn once for blocks.0 … blocks.3" in told
+        assert selected(opened) == "blocks.0.up"
+    opened.run("location.hash = '#blocks.2'")
+    opened.settle()
+    assert panel(opened).startswith("blocks.2\n")
+    assert opened.run("location.hash") == "#blocks.2"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_light_and_dark_can_be_switched(opened: Page) -> None:
+    def colors() -> list[str]:
+        return list(
+            opened.run(
+                "[getComputedStyle(document.body).backgroundColor,"
+                "loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill]"
+            )
+        )
+
+    light = colors()
+    opened.press("#theme")
+    dark = colors()
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    opened.run("document.activeElement.blur()")
+    opened.key("d")
+    assert colors() == light
+    # What the system says later does not undo a choice.
+    opened.size(1200, 800, dark=True)
+    assert colors() == light
+    opened.size(1200, 800)
+
+
+@pytest.mark.slow
+@needs_chromium
 def test_dragging_wheel_and_depth(opened: Page) -> None:
     x, y = 300.0, 500.0
     before = opened.run("loraFx.graphs[0].view")

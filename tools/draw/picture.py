@@ -127,10 +127,11 @@ class SiteRow:
         fused: Whether it has parts that can be adapted by themselves, or is one.
         quantized: How the weight is stored; empty for as it is.
         reason: Why it is not selected, or refused.
-        share: ‖s·BA‖ / ‖W‖; None where there are no values.
+        share: ‖ΔW‖ / ‖W‖ with ΔW = s·BA; None where there are no values.
         effective: Effective rank of BA: the exponential of the entropy of its singular values.
         gradient: Norm of the gradient of A and B, if there is one.
-        error: Of a merge: units in the last place, or what quantizing again has lost.
+        error: Of a merge: units in the last place.
+        lost: ‖W - Q‖ / ‖W‖, what quantizing has lost, where W is known.
     """
 
     name: str
@@ -155,6 +156,7 @@ class SiteRow:
     effective: float | None = None
     gradient: float | None = None
     error: float | None = None
+    lost: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from lora_fx.tools.draw.picture import SiteRow, State
 __all__ = ["effective_rank", "rows_of_matches", "rows_of_model", "rows_of_plan", "why_not"]
 
 _MOST_ELEMENTS = 2**30
-"""Up to this many elements of weights are read for ‖s·BA‖ / ‖W‖: about a second."""
+"""Up to this many elements of weights are read for ‖ΔW‖ / ‖W‖: about a second."""
 
 
 def rows_of_plan(plan: Plan) -> tuple[SiteRow, ...]:
@@ -121,7 +121,7 @@ def _each_rank(site: Site) -> float:
 
 
 def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | None, float | None]:
-    """Effective rank of BA and ‖s·BA‖ / ‖W‖; None where there are no values, or no such product."""
+    """Effective rank of BA and ‖ΔW‖ / ‖W‖; None where there are no values, or no such product."""
     site = row.site
     weight = weight_at(model, site.weight)
     if row.kind != "lora" or not row.rank or site.groups > 1:

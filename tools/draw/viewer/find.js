@@ -29,6 +29,7 @@ const Find = (() => {
     pattern: (box, value) => box.rows.some((row) => normal(row.pattern) === value) || fact(box, "pattern").includes(value),
     adapter: (box, value) => box.lines.some((line) => normal(line.words).split(" · ").some((part) => part.replace(" (off)", "") === value)),
     is: (box, value) => Boolean(STATES[value]?.(box)),
+    provider: (box, value) => fact(box, "runs on").some((one) => one.startsWith(value)),
     name: (box, value) => isModule(box) && normal(box.fqn).includes(value),
   };
 

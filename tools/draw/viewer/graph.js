@@ -65,17 +65,25 @@ class Graph {
     return fqn;
   }
 
-  /* The names of all modules, those of folded blocks, too. */
+  /* The names of all modules that a box stands for: its own first, then those of folded blocks. */
+  namesOf(box) {
+    if (!box.names) {
+      const above = box.parent ? this.namesOf(box.parent) : [""], start = above[0].length, own = box.repeats.length ? box.repeats : [box.fqn];
+      box.names = above.flatMap((name) => own.map((one) => name + one.slice(start)));
+    }
+    return box.names;
+  }
+
   get modules() {
-    const named = new Map();
-    const names = (box) => {
-      if (!named.has(box)) {
-        const above = box.parent ? names(box.parent) : [""], start = above[0].length, own = box.repeats.length ? box.repeats : [box.fqn];
-        named.set(box, above.flatMap((name) => own.map((one) => name + one.slice(start))));
-      }
-      return named.get(box);
-    };
-    return [...new Set(this.boxes.filter((box) => Find.isModule(box)).flatMap(names))].filter(Boolean);
+    return [...new Set(this.boxes.filter((box) => Find.isModule(box)).flatMap((box) => this.namesOf(box)))].filter(Boolean);
+  }
+
+  /* What a box is called where one of the names that it stands for was asked for. */
+  meant(box, asked) {
+    const part = asked?.toLowerCase();
+    if (!part) return box.fqn;
+    const found = this.namesOf(box).filter((name) => name.toLowerCase().includes(part));
+    return found.find((name) => name.toLowerCase().endsWith(part)) ?? found[0] ?? box.fqn;
   }
 
   /* The box of a name, or of the nearest module around it. */
@@ -211,6 +219,7 @@ class Graph {
     // Readable first: what does not fit then is reached by dragging.
     const scale = Math.min(1.25, byWidth, readable ? Math.max(byHeight, 0.7) : byHeight);
     this.move((width - spot.width * scale) / 2 - spot.x * scale, margin - spot.y * scale, scale);
+    this.fitted = this.view;
   }
 
   /* Brings a box into the view, and no closer than it is where it can be read. */
