@@ -358,6 +358,8 @@ def visualize(
     base: bool = False,
     as_plan: bool = False,
     compare: bool = False,
+    original: Path | None = None,
+    provider: str = "cpu",
     as_format: str | None = None,
     force: bool = False,
 ) -> None:
@@ -374,6 +376,8 @@ def visualize(
         base: The model as it is, without adapters.
         as_plan: The sites by name, and what is not adapted and why.
         compare: The plan and the rewritten model in one page; with --adapter, each of them by itself.
+        original: The folder that a quantized model was made of: colors show what quantizing has lost.
+        provider: cpu, cuda or webgpu: on which the nodes of an .onnx file are to run.
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
         force: Write over what is there.
     """
@@ -381,14 +385,14 @@ def visualize(
     from lora_fx.tools.draw import visualize as draw
 
     file = o.file_to_write(path, tuple(FORMATS), force=force)
-    if Path(model).suffix == ".onnx" or (Path(model) / "adapter_config.json").is_file():
-        written = draw(model, file, force=force, file_format=_format(as_format))
+    # The name of a model has a colon.
+    if ":" not in model or Path(model).exists():
+        written = draw(_file(model, provider), file, force=force, file_format=_format(as_format))
     else:
         with console.progress("drawing"):
             drawn, given = _drawn(model, adapters, look, adapter or [], base, as_plan, compare)
-            written = draw(
-                drawn, file, force=force, example_inputs=given, file_format=_format(as_format)
-            )
+            more: dict[str, Any] = {"example_inputs": given, "original": original}
+            written = draw(drawn, file, force=force, file_format=_format(as_format), **more)
     size = written.stat().st_size / 1e3
     console.say(f"wrote {written} ({size:,.0f} kB)")
 
@@ -421,6 +425,16 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
         out.print(console.table(*report.columns, rows=report.rows(), right=report.columns[1:]))
     for row in folded((key, "x".join(map(str, shape))) for key, shape in report.others.items()):
         console.say(f"also: {row.name} {row.cells[0]} {row.times}".rstrip())
+
+
+def _file(path: str, provider: str) -> Any:
+    """An ONNX file as a session where another provider is asked for; else the path."""
+    if provider == "cpu":
+        return path
+    from lora_fx.export.session import OnnxSession
+
+    wanted: Any = provider
+    return OnnxSession(path, wanted)
 
 
 def _format(name: str | None) -> Any:

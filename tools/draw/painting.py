@@ -36,7 +36,7 @@ from lora_fx.tools.draw.picture import (
     share_of,
 )
 from lora_fx.tools.draw.regions import RegionPainter
-from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not
+from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not, with_losses
 
 __all__ = ["picture_of_model"]
 
@@ -60,6 +60,7 @@ def picture_of_model(
     *,
     matches: Matches | None = None,
     example_inputs: Any = None,
+    original: Any = None,
 ) -> Picture:
     """Draws a model.
 
@@ -71,6 +72,7 @@ def picture_of_model(
         matches: The linear operations of a model that was not rewritten, if they are known.
         example_inputs: What it is called with to see how data flows between modules without a graph;
             None for what its own configuration says.
+        original: What a quantized model was before.
     """
     by_module: dict[int, fx.Graph] = {}
     other_forms: dict[int, list[str]] = {}
@@ -93,6 +95,8 @@ def picture_of_model(
     rows = rows_of_model(model, record) if record is not None else ()
     if record is None and matches is not None:
         rows = rows_of_matches(matches)
+    if original is not None and any(row.quantized for row in rows):
+        rows = with_losses(rows, model, record or matches, original)
     return Picture(
         title=original_class(model).__name__,
         facts=(
