@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_fx.checkpoint import Receipt, Verdict, call_with, read_receipt
 from lora_fx.errors import ConfigError, some
+from lora_fx.export.fuse import Provider
 
 __all__ = ["verify"]
 
@@ -29,7 +30,7 @@ def verify(
     *,
     name: str | None = None,
     base_name: str | None = None,
-    provider: Any = "cpu",
+    provider: Provider = "cpu",
 ) -> Verdict:
     """Find out whether a runtime applies an adapter.
 
@@ -82,7 +83,7 @@ def _run(model: nn.Module, receipt: Receipt) -> Any:
             module.training = mode
 
 
-def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Any) -> Verdict:
+def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Provider) -> Verdict:
     from lora_fx.export.adapter_manifest import MANIFEST_KEY
     from lora_fx.export.session import OnnxSession
 

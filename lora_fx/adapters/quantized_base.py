@@ -15,7 +15,14 @@ from torch import nn
 from lora_fx.adapters.manage import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
-from lora_fx.formats import Storage, format_of, quantization_of, quantized_linear, storage
+from lora_fx.formats import (
+    FormatName,
+    Storage,
+    format_of,
+    quantization_of,
+    quantized_linear,
+    storage,
+)
 from lora_fx.ir import AdapterRecord, Capture, ModelT, PlannedSite, Region, Site, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
@@ -164,7 +171,7 @@ _log = logging.getLogger("lora_fx")
 
 def plan_quantization(
     model: nn.Module,
-    format: str,  # noqa: A002  the name that it has for users
+    format: FormatName | str,  # noqa: A002  the name that it has for users
     *,
     exclude: Sequence[str] | str | None = None,
     block_size: int | None = None,
@@ -182,7 +189,7 @@ def plan_quantization(
 
 def quantize(
     model: ModelT,
-    format: str,  # noqa: A002  the name that it has for users
+    format: FormatName | str,  # noqa: A002  the name that it has for users
     *,
     exclude: Sequence[str] | str | None = None,
     block_size: int | None = None,

@@ -20,7 +20,14 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite
 from lora_fx.kinds import chosen_kind, is_plain
-from lora_fx.passes.merge import Combination, Election, Term, combine
+from lora_fx.passes.merge import (
+    Combination,
+    CombinationType,
+    Election,
+    SvdDriver,
+    Term,
+    combine,
+)
 from lora_fx.passes.parameters import (
     agreed,
     factors_of,
@@ -162,12 +169,12 @@ def add_weighted_adapter(
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
-    combination_type: str = "svd",
+    combination_type: CombinationType = "svd",
     *,
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
     svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
+    svd_driver: SvdDriver | None = None,
     density: float | None = None,
     majority_sign_method: Election = "total",
 ) -> nn.Module:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ from lora_fx.ir import Record, join, record_of
 from lora_fx.passes.parameters import is_partitioned, is_sharded
 
 __all__ = ["lightning_callback", "trainer_callback"]
+
+_Mode = Literal["min", "max"]
 
 _LAST: Final = "last"
 _BEST: Final = "best"
@@ -47,7 +49,10 @@ def trainer_callback(directory: str | os.PathLike[str]) -> Any:
 
 
 def lightning_callback(
-    directory: str | os.PathLike[str], *, monitor: str | None = None, mode: str = "min"
+    directory: str | os.PathLike[str],
+    *,
+    monitor: str | None = None,
+    mode: _Mode = "min",
 ) -> Any:
     """A callback of Lightning that writes the adapters of a rewritten model, and keeps checkpoints small.
 
@@ -108,7 +113,7 @@ class _ForTrainer:
 
 
 class _ForLightning:
-    def __init__(self, directory: str | os.PathLike[str], monitor: str | None, mode: str) -> None:
+    def __init__(self, directory: str | os.PathLike[str], monitor: str | None, mode: _Mode) -> None:
         self.directory, self.monitor, self.mode = Path(directory), monitor, mode
         self.best: float | None = None
         self.alone = True

@@ -6,6 +6,7 @@ A new one is a subclass of :class:`WeightFormat` and a call of :func:`register_f
 from __future__ import annotations
 
 from lora_fx.formats.base import (
+    FormatName,
     LibraryLayers,
     Storage,
     WeightFormat,
@@ -49,6 +50,7 @@ __all__ = [
     "MATMUL_N_BITS",
     "STANDARD_OPERATORS",
     "FormatHook",
+    "FormatName",
     "LibraryLayers",
     "LoadHook",
     "SaveHook",

@@ -24,7 +24,15 @@ import torch
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Layout
 
-__all__ = ["COMBINATIONS", "Combination", "Election", "Term", "combine"]
+__all__ = [
+    "COMBINATIONS",
+    "Combination",
+    "CombinationType",
+    "Election",
+    "SvdDriver",
+    "Term",
+    "combine",
+]
 
 
 Election = Literal["total", "frequency"]
@@ -81,7 +89,7 @@ def _column(weights: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1 for _ in like.shape))
 
 
-COMBINATIONS: Final = (
+CombinationType = Literal[
     "svd",
     "linear",
     "cat",
@@ -93,10 +101,12 @@ COMBINATIONS: Final = (
     "dare_ties_svd",
     "magnitude_prune",
     "magnitude_prune_svd",
-)
+]
+COMBINATIONS: Final = get_args(CombinationType)
 """The ways to combine, by PEFT's names."""
 
-_DRIVERS: Final = (None, "gesvd", "gesvdj", "gesvda")
+SvdDriver = Literal["gesvd", "gesvdj", "gesvda"]
+_DRIVERS: Final = (None, *get_args(SvdDriver))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,11 +126,11 @@ class Combination:
         ConfigError: If a field cannot mean anything, or a density is needed and missing.
     """
 
-    kind: str = "svd"
+    kind: CombinationType = "svd"
     svd_rank: int | None = None
     svd_clamp: float | None = None
     svd_full_matrices: bool = True
-    svd_driver: str | None = None
+    svd_driver: SvdDriver | None = None
     density: float | None = None
     majority_sign_method: Election = "total"
 

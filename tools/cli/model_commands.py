@@ -608,8 +608,9 @@ def verify(
     subject: Any = onnx or url
     if model is not None:
         subject = o.load(model).model
+    asked: Any = provider
     with console.progress("asking"):
-        verdict = judge(folder, subject, name=name, base_name=base_name, provider=provider)
+        verdict = judge(folder, subject, name=name, base_name=base_name, provider=asked)
     if as_json:
         # JSON has no infinity.
         evidence = {k: v if math.isfinite(v) else None for k, v in verdict.evidence.items()}
