@@ -17,7 +17,7 @@ from lora_fx.ir import META_KEY, Capture
 from lora_fx.passes.capture import capture
 from lora_fx.passes.graph import install
 from lora_fx.passes.insert import AddFactors, Insert
-from lora_fx.passes.match import FindOperations, MarkHead, MarkParts
+from lora_fx.passes.match import MARKS, FindOperations
 from lora_fx.passes.optimize import Fuse
 from lora_fx.passes.plan import MakePlan
 
@@ -71,7 +71,7 @@ def steps() -> dict[str, str]:
     captured = capture(model)
     found["capture"] = graphs(captured)
 
-    for one in (FindOperations(), MarkHead(), MarkParts(), MakePlan(config)):
+    for one in (FindOperations(), *MARKS, MakePlan(config)):
         captured = one(captured).capture
     plan, matches = captured.plan, captured.matches
     assert plan is not None

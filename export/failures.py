@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from lora_fx.passes.capture import Listener
 
 __all__ = [
     "SourceLocation",
@@ -30,7 +33,10 @@ __all__ = [
 
 
 # Lines in here are no lines of the user's; "<" begins the names of generated code.
-_NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+_NOT_THEIRS = (
+    *(str(Path(torch.__file__).parent), str(Path(__file__).parent)),
+    *(inspect.getfile(Listener), "<"),
+)
 # Where the call of the model begins: what lies further out is the caller of the export.
 _ENTRY = str(Path(__file__).with_name("arguments.py"))
 _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in ')

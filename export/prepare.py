@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import ExportError, some
+from lora_fx.export.adapter_bank import BankModel, check_bank_sites, prove_rows, row_editor
 from lora_fx.export.adapter_file import values_of_model
 from lora_fx.export.adapter_manifest import SUFFIXES, Manifest, cast_to
 from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
-from lora_fx.export.bank_model import BankModel, check_bank_sites, prove_rows, row_editor
 from lora_fx.export.copy import (
     DTYPES,
     Casts,

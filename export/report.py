@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import TypeVar
 
-from lora_fx.ir import html_block, html_table
+from lora_fx.ir import html_block, html_table, json_text
 
 __all__ = [
     "BankSize",
@@ -228,8 +227,7 @@ class ExportReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        # A difference from or to a value that is not finite is no JSON number.
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str)
+        return json_text(self)
 
     def __repr__(self) -> str:
         checked = f"error {self.max_rel_error:.1e}" if self.verified else "NOT CHECKED"

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
 from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
+from lora_fx.passes.capture import Listener
 
 __all__ = ["Trace", "trace", "widen_batch"]
 
@@ -43,7 +43,7 @@ _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: 
 """Those of a test whose answer is that for one finite number."""
 
 
-class _FiniteValues(TorchFunctionMode):
+class _FiniteValues(Listener):
     """Answers conditions of the kind ``torch.isfinite(x).all()`` in a trace: all values are finite.
 
     Args:
@@ -61,25 +61,21 @@ class _FiniteValues(TorchFunctionMode):
         self._tests: dict[int, tuple[Tensor, bool]] = {}
         self._answers: dict[int, tuple[Tensor, bool]] = {}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Remembers tests and what they are reduced to, and answers when one is a condition."""
-        if func is Tensor.__bool__ and id(args[0]) in self._answers:
-            self.places.setdefault(str(here(self._modules)))
-            return self._answers[id(args[0])][1]
-        result = func(*args, **(kwargs or {}))
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answers where a reduced test is a condition."""
+        if func is not Tensor.__bool__ or id(args[0]) not in self._answers:
+            return NotImplemented
+        self.places.setdefault(str(here(self._modules)))
+        return self._answers[id(args[0])][1]
+
+    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Remembers tests and what they are reduced to."""
         if func in _TESTS:
             self._tests[id(result)] = result, _TESTS[func]
         elif func in _REDUCTIONS and len(args) == 1 and not kwargs and id(args[0]) in self._tests:
             found = self._tests[id(args[0])][1]
             if _REDUCTIONS[func] == found:
                 self._answers[id(result)] = result, found
-        return result
 
 
 _LONGEST = 32
@@ -91,28 +87,20 @@ torch.export asks: one with 40 operations takes seconds, one with 180 minutes (D
 """
 
 
-class _ShortFormulas(TorchFunctionMode):
+class _ShortFormulas(Listener):
     """Ends a trace in which the size of a result is too long a formula of the axes that were offered."""
 
     def __init__(self) -> None:
         super().__init__()
         self._known: set[Any] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Looks at the sizes of what comes out."""
-        result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
             sizes: Any = tensor.shape if isinstance(tensor, Tensor) else ()
             for size in sizes:
                 if isinstance(size, torch.SymInt):
                     self._check(size.node.expr)
-        return result
 
     def _check(self, formula: Any) -> None:
         if formula in self._known:

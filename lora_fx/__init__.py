@@ -79,9 +79,8 @@ if _TYPE_CHECKING:
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
     from lora_fx.passes.patterns import register_pattern
-    from lora_fx.tools.adapter_folder import inspect_adapter
+    from lora_fx.tools.adapter_folder import inspect_adapter, verify
     from lora_fx.tools.draw import visualize
-    from lora_fx.tools.verify import verify
 
 __version__ = "0.1.0"
 
@@ -190,10 +189,7 @@ _HOMES = {
         OnnxSession
     """,
     "lora_fx.tools.adapter_folder": """
-        inspect_adapter
-    """,
-    "lora_fx.tools.verify": """
-        verify
+        inspect_adapter verify
     """,
     "lora_fx.tools.draw": """
         visualize

@@ -44,7 +44,7 @@ from lora_fx.passes.graph import (
     without_zero_init,
 )
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
-from lora_fx.passes.match import FindOperations, MarkHead, MarkParts, MarkRouters
+from lora_fx.passes.match import MARKS, FindOperations
 from lora_fx.passes.optimize import CheapDropout, Fuse, Recompute, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
@@ -110,7 +110,7 @@ def rewrite_passes(
 
 
 def _find_passes() -> tuple[Pass, ...]:
-    return FindOperations(), MarkHead(), MarkRouters(), MarkParts()
+    return FindOperations(), *MARKS
 
 
 def _parameter_passes(adapter: str) -> tuple[Pass, ...]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_fx.tools.zoo.entries import wake
+from lora_fx.tools.zoo.models import wake
 from tests.views import EXPERTS, VIEWS
 
 __all__ = [

@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.passes.capture import named_inputs
+from lora_fx.passes.capture import Listener, named_inputs
 from lora_fx.passes.graph import share_copy
 
 if TYPE_CHECKING:
@@ -422,13 +421,13 @@ def _empty(value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
     )
 
 
-class _FlashAttention(TorchFunctionMode):
+class _FlashAttention(Listener):
     """Has attention keep what a flash kernel keeps: stand-ins get the one that keeps every probability."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answers for attention."""
         if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+            return NotImplemented
         return _flash(*args, **kwargs)
 
 

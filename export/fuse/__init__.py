@@ -3,7 +3,11 @@
 Each file has one family. A fusion is found by what a graph computes, whatever model it came from.
 """
 
-from lora_fx.export.fuse.gqa import ONE_ROW_CHUNKS_KEY, SHARED_CACHE_KEY, check_attention
+from lora_fx.export.fuse.fused_attention import (
+    ONE_ROW_CHUNKS_KEY,
+    SHARED_CACHE_KEY,
+    check_attention,
+)
 from lora_fx.export.fuse.pipeline import (
     FUSIONS,
     LEVELS,

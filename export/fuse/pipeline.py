@@ -10,14 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lora_fx.errors import ExportError
 from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
-from lora_fx.export.fuse.gqa import group_query_attention, share_cache
+from lora_fx.export.fuse.fused_attention import (
+    group_query_attention,
+    multi_head_attention,
+    share_cache,
+    whole_attention,
+)
 from lora_fx.export.fuse.graph import remove_dead, remove_unused
-from lora_fx.export.fuse.last_token import keep_last_token
-from lora_fx.export.fuse.mha import multi_head_attention, whole_attention
 from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_layer_norms, skip_norms
-from lora_fx.export.fuse.packing import pack_products
-from lora_fx.export.fuse.scales import fold_scales
-from lora_fx.export.fuse.shapes import drop_moves, fix_shapes, index_all, slice_positions
+from lora_fx.export.fuse.products import fold_scales, pack_products
+from lora_fx.export.fuse.shapes import (
+    drop_moves,
+    fix_shapes,
+    index_all,
+    keep_last_token,
+    slice_positions,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir

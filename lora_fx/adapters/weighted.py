@@ -1,15 +1,27 @@
 """A new adapter of a model from several that it has.
 
-Each site is combined by itself (:mod:`lora_fx.passes.merge.combining`); the new adapter is then added as
-one that is loaded would be, and given these values.
+Each site is combined by itself, ``ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ`` or what comes close at a lower rank. The new
+adapter is then added as one that is loaded would be, and given these values.
+
+The ways are those of PEFT's ``add_weighted_adapter``, and so are the results. They work on
+
+- the factors side by side (``cat``): exact, and the rank is the sum of the ranks;
+- the factors one by one (``linear`` and those that prune before it): ``A = Σ ±√|wᵢ sᵢ| Aᵢ`` and
+  ``B = Σ √|wᵢ sᵢ| Bᵢ``, which has products of one adapter's A with another's B in it;
+- the changes ``sᵢ Bᵢ Aᵢ`` (``svd`` and what ends in it): the closest ``B A`` of a rank
+  (Eckart and Young 1936).
+
+The result has a scale of 1.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,16 +30,8 @@ from lora_fx.adapters.manage import adapter_names, adapter_record, delete_adapte
 from lora_fx.adapters.settings import by_site, written_config
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.ir import AdapterRecord, PlannedSite
+from lora_fx.ir import AdapterRecord, Layout, PlannedSite
 from lora_fx.kinds import chosen_kind, is_plain
-from lora_fx.passes.merge import (
-    Combination,
-    CombinationType,
-    Election,
-    SvdDriver,
-    Term,
-    combine,
-)
 from lora_fx.passes.parameters import (
     agreed,
     factors_of,
@@ -40,10 +44,363 @@ from lora_fx.passes.parameters import (
 from lora_fx.runtime import check_adapter_name
 
 __all__ = [
+    "COMBINATIONS",
+    "Combination",
+    "CombinationType",
+    "Election",
     "Part",
     "Source",
+    "SvdDriver",
+    "Term",
     "add_weighted_adapter",
+    "combine",
 ]
+
+# --- combinations of matrices ---------------------------------------------------------------------
+
+
+Election = Literal["total", "frequency"]
+"""What elects a sign: the sum of the values, or the number of positive against negative ones."""
+
+
+def _keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """Zeros all but the ``⌊density · n⌋`` elements of the largest magnitude."""
+    count = int(density * tensor.numel())
+    kept = tensor.abs().flatten().topk(count).indices
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
+    mask[kept] = True
+    return tensor.where(mask.view(tensor.shape), 0)
+
+
+def _keep_random(
+    tensor: torch.Tensor, density: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Keeps each element with probability ``density`` and divides it by that: DARE.
+
+    Args:
+        tensor: Any shape.
+        density: In (0, 1].
+        generator: Where the draw comes from; torch's own by default.
+    """
+    # Nothing is drawn where nothing can be dropped: later draws do not move.
+    if density == 1:
+        return tensor
+    kept = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
+    return tensor * kept / density
+
+
+def _weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """``Σ wᵢ Tᵢ``."""
+    return (torch.stack(tuple(tensors)) * _column(weights, tensors[0])).sum(0)
+
+
+def _average_of_majority(
+    tensors: Sequence[torch.Tensor], weights: Sequence[float], election: Election
+) -> torch.Tensor:
+    """The mean of the weighted elements that have the elected sign; 0 where none has.
+
+    The weights do not vote, and a draw goes to the positive sign.
+    """
+    stack = torch.stack(tuple(tensors))
+    votes = (stack if election == "total" else stack.sign()).sum(0)
+    agrees = stack.sign() == torch.where(votes >= 0, 1, -1)
+    chosen = (stack * _column(weights, stack[0])).where(agrees, 0).sum(0)
+    return chosen / agrees.sum(0).clamp_min(1)
+
+
+def _column(weights: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    values = torch.tensor(weights, dtype=like.dtype, device=like.device)
+    return values.view(-1, *(1 for _ in like.shape))
+
+
+CombinationType = Literal[
+    "svd",
+    "linear",
+    "cat",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_ties",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+COMBINATIONS: Final = get_args(CombinationType)
+"""The ways to combine, by PEFT's names."""
+
+SvdDriver = Literal["gesvd", "gesvdj", "gesvda"]
+_DRIVERS: Final = (None, *get_args(SvdDriver))
+
+
+@dataclasses.dataclass(frozen=True)
+class Combination:
+    """How adapters are combined; the fields are PEFT's, validated on construction.
+
+    Attributes:
+        kind: One of :data:`COMBINATIONS`.
+        svd_rank: For kinds that end in ``svd``: the rank; by default the largest of the adapters'.
+        svd_clamp: For the same: a quantile in (0, 1] beyond which elements of A and B are clamped.
+        svd_full_matrices, svd_driver: For the same, as ``torch.linalg.svd`` takes them.
+        density: For kinds that prune: which share of the elements is kept, in (0, 1].
+        majority_sign_method: For kinds with ``ties``: whether values (``total``) or signs
+            (``frequency``) elect.
+
+    Raises:
+        ConfigError: If a field cannot mean anything, or a density is needed and missing.
+    """
+
+    kind: CombinationType = "svd"
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = True
+    svd_driver: SvdDriver | None = None
+    density: float | None = None
+    majority_sign_method: Election = "total"
+
+    def __post_init__(self) -> None:
+        if self.kind not in COMBINATIONS:
+            near = difflib.get_close_matches(str(self.kind), COMBINATIONS) or COMBINATIONS
+            raise _bad("combination_type", self.kind, f"nearest: {', '.join(map(repr, near))}")
+        rank = self.svd_rank
+        if rank is not None and not _is_rank(rank):
+            raise _bad("svd_rank", rank, "a rank is a whole number of at least 1")
+        if self.svd_clamp is not None and not _is_share(self.svd_clamp):
+            raise _bad("svd_clamp", self.svd_clamp, "it is a quantile: above 0 and at most 1")
+        if self.svd_driver not in _DRIVERS:
+            raise _bad("svd_driver", self.svd_driver, f"the drivers are {_DRIVERS}")
+        if self.majority_sign_method not in get_args(Election):
+            remedy = f"the methods are {get_args(Election)}"
+            raise _bad("majority_sign_method", self.majority_sign_method, remedy)
+        if self.prunes and not _is_share(self.density):
+            remedy = f"{self.kind!r} keeps a share of the elements: above 0 and at most 1"
+            raise _bad("density", self.density, remedy)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether elements are dropped before the tensors are added."""
+        return self.kind.startswith(("ties", "dare", "magnitude"))
+
+    @property
+    def by_product(self) -> bool:
+        """Whether it works on ``B A`` and takes it apart again."""
+        return self.kind.endswith("svd")
+
+    def among(self, adapters: int) -> Combination:
+        """What is done with so many adapters: a single one is only weighted, as in PEFT."""
+        return self if adapters > 1 else Combination("linear")
+
+    @property
+    def needs_equal_ranks(self) -> bool:
+        """Whether it adds factors of different adapters element by element."""
+        return self.kind != "cat" and not self.by_product
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_share(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= 1
+
+
+def _bad(name: str, found: object, remedy: str) -> ConfigError:
+    return ConfigError(f"{name}: found {found!r}; {remedy}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """What one adapter contributes at a site.
+
+    Attributes:
+        a: A [r, in, *k], or [E, r, in] for experts.
+        b: B [out, r, 1, ...] or [E, out, r]; [out, r/g, 1, ...] for a convolution with g groups.
+        scale: The adapter's own scale, ``alpha / r``.
+        weight: How much of it; may be negative.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    weight: float
+
+
+def combine(
+    terms: Sequence[Term],
+    how: Combination,
+    *,
+    groups: int = 1,
+    experts: bool = False,
+    layout: Layout = "out_in",
+    where: str = "",
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of the combination, whose own scale is 1.
+
+    Args:
+        terms: The adapters that have the site, at least one, on one device.
+        how: What to do with them.
+        groups: Groups of a convolution: B belongs to them block by block.
+        experts: Whether A and B have a matrix for each expert.
+        layout: How the weight is stored. It decides for which element a random number is drawn where
+            elements of ``B A`` are dropped, and nothing else.
+        where: FQN of the site, for errors.
+        generator: Where ``dare`` draws from; torch's own by default. It draws once a tensor in the order
+            of the terms, for all A and then for all B, or for all ``B A``: PEFT's order.
+
+    Returns:
+        A and B, shaped as the terms' with the rank of the result, and new.
+
+    Raises:
+        ConfigError: If there are no terms, they are of different shapes, weights or factors are not
+            finite, ranks differ where they must not, the groups do not divide the rank, or there is a
+            driver for tensors that are not on CUDA.
+    """
+    for objection in _way_objections(terms, how, groups, int(experts)):
+        raise ConfigError(f"{where}: {objection}" if where else objection)
+    if experts:
+        pairs = [(term.a, term.b) for term in terms]
+    else:
+        pairs = [(_by_group(t.a, groups), _by_group(t.b, groups)) for t in terms]
+    if how.kind == "cat":
+        a, b = _side_by_side(terms, pairs)
+    elif how.by_product:
+        rank = how.svd_rank or max(a.shape[1] for a, _ in pairs) * groups
+        a, b = _from_products(terms, pairs, how, rank // groups, layout, generator)
+    else:
+        a, b = _one_by_one(terms, pairs, how, generator)
+    if experts:
+        return a, b
+    like = terms[0]
+    return (
+        a.reshape(-1, *like.a.shape[1:]).contiguous(),
+        b.reshape(like.b.shape[0], -1, *like.b.shape[2:]).contiguous(),
+    )
+
+
+# One matrix for each expert or group, or one for all: A [G, r, n] and B [G, m, r].
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _by_group(factor: torch.Tensor, groups: int) -> torch.Tensor:
+    return factor.reshape(groups, factor.shape[0] // groups, -1)
+
+
+def _way_objections(
+    terms: Sequence[Term], how: Combination, groups: int, axis: int
+) -> Iterator[str]:
+    """Why adapters cannot be combined so."""
+    if not terms:
+        yield "there is no adapter to combine; name at least one"
+    for term in terms:
+        if not math.isfinite(term.weight * term.scale):
+            found = f"found a weight of {term.weight} at a scale of {term.scale}"
+            yield f"{found}; give finite numbers"
+        if not (torch.isfinite(term.a).all() and torch.isfinite(term.b).all()):
+            yield "an adapter has factors that are not finite; leave it out"
+        if how.svd_driver is not None and not term.a.is_cuda:
+            yield (
+                f"svd_driver={how.svd_driver!r} is one of cuSOLVER's, and the adapter is on "
+                f"{term.a.device}; leave it out"
+            )
+    shapes = {_without_rank(term, axis): None for term in terms}
+    if len(shapes) > 1:
+        found = "; ".join(f"A {list(a)}, B {list(b)}" for a, b in shapes)
+        yield f"the adapters are of different shapes beside the rank: {found}"
+    ranks = [term.a.shape[axis] for term in terms]
+    if how.needs_equal_ranks and len(set(ranks)) > 1:
+        yield (
+            f"combination_type={how.kind!r} adds factors of one rank, found {ranks}: use 'cat', 'svd' or a "
+            "type that ends in 'svd'"
+        )
+    if how.by_product and (how.svd_rank or 0) % groups:
+        yield f"a convolution with {groups} groups needs a rank that they divide, not {how.svd_rank}"
+
+
+def _without_rank(term: Term, axis: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    a, b = list(term.a.shape), list(term.b.shape)
+    del a[axis], b[axis + 1]
+    return tuple(a), tuple(b)
+
+
+def _side_by_side(terms: Sequence[Term], pairs: Sequence[_Pair]) -> _Pair:
+    """``[A₁; A₂]`` and ``[B₁ B₂]``; weight and scale go into A."""
+    a = [a * (t.weight * t.scale) for (a, _), t in zip(pairs, terms, strict=True)]
+    return torch.cat(a, 1), torch.cat([b for _, b in pairs], 2)
+
+
+def _one_by_one(
+    terms: Sequence[Term],
+    pairs: Sequence[_Pair],
+    how: Combination,
+    generator: torch.Generator | None,
+) -> _Pair:
+    scaled = [term.weight * term.scale for term in terms]
+    roots = [math.sqrt(abs(value)) for value in scaled]
+    # The sign goes to one side: on both it would be lost in the product.
+    signed = [-root if value < 0 else root for root, value in zip(roots, scaled, strict=True)]
+    a = _mixed([a for a, _ in pairs], signed, how, generator)
+    return a, _mixed([b for _, b in pairs], roots, how, generator)
+
+
+def _from_products(
+    terms: Sequence[Term],
+    pairs: Sequence[_Pair],
+    how: Combination,
+    rank: int,
+    layout: Layout,
+    generator: torch.Generator | None,
+) -> _Pair:
+    """The closest product of a rank, by the SVD of what the changes combine to."""
+    rank = min(rank, pairs[0][0].shape[2], pairs[0][1].shape[1])
+    if how.kind == "svd" and how.svd_clamp is None and rank <= sum(a.shape[1] for a, _ in pairs):
+        return _closest_to_sum(*_side_by_side(terms, pairs), rank)
+    deltas = [(b @ a) * t.scale for (a, b), t in zip(pairs, terms, strict=True)]
+    stored = [delta.mT for delta in deltas] if layout == "in_out" else deltas
+    mixed = _mixed(stored, [term.weight for term in terms], how, generator)
+    u, values, vh = torch.linalg.svd(
+        mixed.mT if layout == "in_out" else mixed,
+        full_matrices=how.svd_full_matrices,
+        driver=how.svd_driver,
+    )
+    b, a = u[..., :rank] * values[..., None, :rank], vh[..., :rank, :]
+    if how.svd_clamp is not None:
+        # A quantile of all elements of both with their signs, as in PEFT.
+        limit = torch.cat([b.flatten(), a.flatten()]).quantile(how.svd_clamp)
+        a, b = a.clamp(-limit, limit), b.clamp(-limit, limit)
+    return a, b
+
+
+def _closest_to_sum(a: torch.Tensor, b: torch.Tensor, rank: int) -> _Pair:
+    """The truncated SVD of ``B A`` from that of a matrix as small as the rank of both.
+
+    With ``B = Q R`` and ``Aᵀ = P S`` it is ``Q (R Sᵀ) Pᵀ``. Nothing of the size of the weight is built,
+    nor the square matrix as wide as a vocabulary that a full SVD of an embedding's change would be.
+    """
+    q, r = torch.linalg.qr(b)
+    p, s = torch.linalg.qr(a.mT)
+    u, values, vh = torch.linalg.svd(r @ s.mT, full_matrices=False)
+    return vh[..., :rank, :] @ p.mT, q @ (u[..., :rank] * values[..., None, :rank])
+
+
+def _mixed(
+    tensors: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    how: Combination,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """One tensor of several and their weights."""
+    if how.density is not None and how.kind.startswith("dare"):
+        tensors = [_keep_random(one, how.density, generator) for one in tensors]
+    elif how.density is not None and how.prunes:
+        tensors = [_keep_largest(one, how.density) for one in tensors]
+    if "ties" in how.kind:
+        return _average_of_majority(tensors, weights, how.majority_sign_method)
+    return _weighted_sum(tensors, weights)
+
+
+# --- the new adapter ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from lora_fx.checkpoint.callbacks import lightning_callback, trainer_callback
 from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
-from lora_fx.checkpoint.pretrained import left_out_of_checkpoints
 from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
+from lora_fx.checkpoint.trainers import (
+    left_out_of_checkpoints,
+    lightning_callback,
+    trainer_callback,
+)
 
 __all__ = [
     "Dense",

@@ -24,13 +24,6 @@ from lora_fx.adapters import (
     with_targets,
     written_config,
 )
-from lora_fx.checkpoint.base_weights import (
-    SaveEmbeddings,
-    by_hand_in,
-    given_values,
-    note_of_by_hand,
-    place_given,
-)
 from lora_fx.checkpoint.dialects import (
     READERS,
     Reader,
@@ -51,7 +44,18 @@ from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.receipt import make_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
-from lora_fx.checkpoint.state import changed, fill, fitted, stored, without_prefix
+from lora_fx.checkpoint.state import (
+    SaveEmbeddings,
+    by_hand_in,
+    changed,
+    fill,
+    fitted,
+    given_values,
+    note_of_by_hand,
+    place_given,
+    stored,
+    without_prefix,
+)
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, some
 from lora_fx.files import current

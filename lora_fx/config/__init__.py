@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.config.fields import bad
+from lora_fx.config.fields import bad, changes_base, needs_data
 from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig
 from lora_fx.config.selection import (
     Verdict,
@@ -22,7 +22,6 @@ from lora_fx.config.selection import (
     unmatched_targets,
     uses_default_targets,
 )
-from lora_fx.config.starts import changes_base, needs_data
 
 __all__ = [
     "ALL_LINEAR",

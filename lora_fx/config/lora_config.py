@@ -21,16 +21,18 @@ from lora_fx.config.fields import (
     FOREIGN,
     METADATA,
     NORMALIZERS,
+    OPTIONS,
     TASK_TYPES,
     Bias,
+    FrozenOptions,
     FrozenPattern,
     Start,
     TaskType,
     bad,
+    complete_options,
     is_off,
     only_own,
 )
-from lora_fx.config.starts import OPTIONS, FrozenOptions, complete_options
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.files import current, replacing
 

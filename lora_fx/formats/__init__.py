@@ -6,6 +6,10 @@ A new one is a subclass of :class:`WeightFormat` and a call of :func:`register_f
 from __future__ import annotations
 
 from lora_fx.formats.base import (
+    CONTRIB,
+    DEQUANTIZE_LINEAR,
+    MATMUL_N_BITS,
+    STANDARD_OPERATORS,
     FormatName,
     LibraryLayers,
     Storage,
@@ -21,15 +25,9 @@ from lora_fx.formats.base import (
     row_operators,
     storage,
     stored,
-)
-from lora_fx.formats.bitsandbytes import BitsandbytesFormat
-from lora_fx.formats.operators import (
-    CONTRIB,
-    DEQUANTIZE_LINEAR,
-    MATMUL_N_BITS,
-    STANDARD_OPERATORS,
     whole_numbers,
 )
+from lora_fx.formats.bitsandbytes import BitsandbytesFormat
 from lora_fx.formats.torchao import TorchaoFormat
 from lora_fx.formats.weights import (
     FormatHook,

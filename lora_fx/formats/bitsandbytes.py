@@ -29,14 +29,16 @@ from torch import Tensor, fx, nn
 from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import (
     BLOCKS,
+    CONTRIB,
+    DEQUANTIZE_LINEAR,
     FLOATS,
     LibraryLayers,
     Storage,
     WeightFormat,
     import_library,
+    packed_sizes,
     quantization_of,
 )
-from lora_fx.formats.operators import CONTRIB, DEQUANTIZE_LINEAR, packed_sizes
 from lora_fx.formats.weights import (
     REMEDY,
     LoadHook,

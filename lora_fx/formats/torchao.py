@@ -24,8 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import QuantizationError
-from lora_fx.formats.base import BLOCKS, LibraryLayers, Storage, WeightFormat, import_library
-from lora_fx.formats.operators import whole_numbers
+from lora_fx.formats.base import (
+    BLOCKS,
+    LibraryLayers,
+    Storage,
+    WeightFormat,
+    import_library,
+    whole_numbers,
+)
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
 __all__ = ["TorchaoFormat"]

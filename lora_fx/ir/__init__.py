@@ -17,7 +17,6 @@ from lora_fx.ir.graph import (
     module_of,
     relative,
 )
-from lora_fx.ir.onnx_weight import NoOperator, OnnxBuilder, OnnxOperator, OnnxProduct, OnnxWeight
 from lora_fx.ir.plan import Comparison, Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
     DEFAULT_MEMORY,
@@ -38,6 +37,11 @@ from lora_fx.ir.site import (
     Layout,
     Match,
     Matches,
+    NoOperator,
+    OnnxBuilder,
+    OnnxOperator,
+    OnnxProduct,
+    OnnxWeight,
     OutputBuilder,
     Pattern,
     Quantization,
@@ -50,6 +54,8 @@ from lora_fx.ir.tables import (
     folded_names,
     html_block,
     html_table,
+    json_text,
+    plain,
     text_table,
 )
 
@@ -98,7 +104,9 @@ __all__ = [
     "html_block",
     "html_table",
     "join",
+    "json_text",
     "module_of",
+    "plain",
     "record_of",
     "relative",
     "require_record",

@@ -27,6 +27,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "Region",
+    "RegionKey",
     "Role",
     "Tag",
     "join",
@@ -51,9 +52,42 @@ def relative(name: str, region: str) -> str:
     return name[len(region) + 1 :] if region else name
 
 
+class RegionKey(str):
+    """The key of a region: the FQN of its module, and the form of the calls that it is for.
+
+    As text it is the FQN, with the form in parentheses where there is one. So a key that is written by hand
+    finds the region. Two keys are equal only if both parts are: a name may have parentheses of its own.
+
+    Attributes:
+        fqn: Name of the module in the model.
+        form: As of :class:`Region`.
+    """
+
+    __slots__ = ("form", "fqn")
+
+    fqn: str
+    form: str
+
+    def __new__(cls, fqn: str, form: str = "") -> RegionKey:
+        """Makes the key of its parts."""
+        key = super().__new__(cls, f"{fqn}({form})" if form else fqn)
+        key.fqn, key.form = fqn, form
+        return key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RegionKey, (self.fqn, self.form)
+
+    def __eq__(self, other: object) -> bool:
+        same = not isinstance(other, RegionKey) or self.fqn == other.fqn
+        return same and str.__eq__(self, other)
+
+    __ne__ = object.__ne__
+    __hash__ = str.__hash__
+
+
 def module_of(key: str) -> str:
-    """The FQN of the module whose region has a key."""
-    return key.partition("(")[0]
+    """The FQN of the module whose region has a key; a name that is no key is that of a module."""
+    return key.fqn if isinstance(key, RegionKey) else key
 
 
 class Role(StrEnum):
@@ -150,13 +184,13 @@ class Region:
             graph: The graph.
             options: The other fields.
         """
-        fqn, _, form = key.partition("(")
-        return cls(fqn, module, graph, form=form.removesuffix(")"), **options)
+        form = key.form if isinstance(key, RegionKey) else ""
+        return cls(module_of(key), module, graph, form=form, **options)
 
     @property
-    def key(self) -> str:
-        """Its name among the regions of a capture: the FQN, and the form in parentheses."""
-        return f"{self.fqn}({self.form})" if self.form else self.fqn
+    def key(self) -> RegionKey:
+        """Its name among the regions of a capture."""
+        return RegionKey(self.fqn, self.form)
 
     def falls_back(self, sites: Iterable[Site]) -> bool:
         """Whether the own forward may still stand in where branches of some sites are put into the graph.
@@ -288,9 +322,13 @@ class Pass(abc.ABC):
             (``plan``, ``rows``); empty for nothing.
     """
 
-    name: ClassVar[str]
     kind: ClassVar[Kind] = "functional"
     needs: ClassVar[str] = ""
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What the pass is called; most have it on the class."""
 
     def requires(self, capture: Capture) -> str | None:
         """Say what the capture lacks for the pass to run; None if it lacks nothing. It has to be cheap."""

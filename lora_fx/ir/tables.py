@@ -1,16 +1,29 @@
-"""Tables for people: rows of equal layers folded into one, as text and as HTML.
+"""What reports show: tables, with rows of equal layers folded into one, as text and as HTML; and JSON.
 
 Plans, reports and status show themselves by what is in here, in a terminal and in a notebook.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
-__all__ = ["FoldedRow", "folded", "folded_names", "html_block", "html_table", "text_table"]
+__all__ = [
+    "FoldedRow",
+    "folded",
+    "folded_names",
+    "html_block",
+    "html_table",
+    "json_text",
+    "plain",
+    "text_table",
+]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=[.(]|$)|^\d+(?=[.(]|$)")
 
@@ -129,3 +142,19 @@ def html_block(title: str, body: str, *, opened: bool = False) -> str:
         opened: Whether it is open at first.
     """
     return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
+
+
+def plain(value: Any) -> Any:
+    """Turn dataclasses and containers into dicts and lists for JSON; a number that is not finite is None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_text(value: object) -> str:
+    """Write a report as JSON text: paths and dtypes by their names, NaN and infinity as null."""
+    return json.dumps(plain(value), indent=2, allow_nan=False, default=str)

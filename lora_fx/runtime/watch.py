@@ -7,7 +7,7 @@ autograd (:class:`_Watch`), which knows the bytes of the adapted weights and wha
 such a value meets data outside of the graph that holds the weight's branch, the call ends with an error.
 
 A way in is a method of a module, in training or not, with or without gradients, with arguments of these
-classes and sizes (:mod:`lora_fx.runtime.call_sizes`). What has been watched costs a look into a set from
+classes and sizes (:mod:`lora_fx.runtime.samples`). What has been watched costs a look into a set from
 then on. Compilers do not see the watch, and what they run stays pending, as does what runs without real
 values (:func:`_blind`).
 """
@@ -42,7 +42,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
-from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.classes import (
     BASE,
     around,
@@ -54,6 +53,7 @@ from lora_fx.runtime.classes import (
 )
 from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.processes import check_equal
+from lora_fx.runtime.samples import Sizes
 
 __all__ = [
     "BASE",

@@ -13,6 +13,7 @@ from lora_fx.passes.capture.check import (
 )
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
 from lora_fx.passes.capture.exported import MODULE_STACK, ONE_AT_A_TIME
+from lora_fx.passes.capture.noting import Listener
 from lora_fx.passes.capture.regions import Graphs
 from lora_fx.passes.capture.state import State
 from lora_fx.passes.capture.symbolic import Untraceable
@@ -25,6 +26,7 @@ __all__ = [
     "Count",
     "Frontend",
     "Graphs",
+    "Listener",
     "State",
     "Untraceable",
     "capture",

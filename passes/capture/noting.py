@@ -52,6 +52,7 @@ from lora_fx.runtime import ops
 
 __all__ = [
     "OF_GRAD_MODE",
+    "Listener",
     "Notes",
     "Questions",
     "answer_of",
@@ -506,6 +507,26 @@ def answer_of(value: Any) -> Read | None:
     """The answer that a function gives now, if it says how PyTorch is set and takes nothing."""
     name = _NAMES.get(id(value))
     return None if name is None or name in _OF_DEVICES else _answer(name, (), value())
+
+
+class Listener(TorchFunctionMode):
+    """Hears every function of PyTorch that is called while it is entered, and may answer in its stead."""
+
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Give the result of a call that is not to run; NotImplemented for one that is."""
+        return NotImplemented
+
+    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Take note of a call that has run."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Answers a call, or runs it and hears its result."""
+        kwargs = kwargs or {}
+        result = self.answer(func, args, kwargs)
+        if result is NotImplemented:
+            result = func(*args, **kwargs)
+            self.hear(func, args, kwargs, result)
+        return result
 
 
 class Questions(TorchFunctionMode):

@@ -54,9 +54,11 @@ from lora_fx.passes.graph.reads import (
 from lora_fx.passes.graph.region import (
     CONSTANT,
     copy_graph,
+    copy_without_trainers,
     generated,
     graphs_of,
     install,
+    instance_forwards,
     is_built_in,
     is_region,
     kept_graph,
@@ -84,7 +86,6 @@ from lora_fx.passes.graph.source import (
     nested,
     tree_of,
 )
-from lora_fx.passes.graph.trainers import copy_without_trainers, instance_forwards
 from lora_fx.passes.graph.units import is_unit, param_groups, shard_again, units_of
 
 __all__ = [

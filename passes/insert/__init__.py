@@ -11,8 +11,7 @@ from lora_fx.passes.insert.add_factors import (
     slot_start,
     start_factors,
 )
-from lora_fx.passes.insert.insert_branches import Insert
-from lora_fx.passes.insert.observe import See, observed
+from lora_fx.passes.insert.insert_branches import Insert, See, observed
 from lora_fx.passes.insert.select_rows import ROWS, SelectRows, check_rows
 from lora_fx.passes.insert.starts import (
     Start,

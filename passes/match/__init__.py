@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.passes.match.find_operations import FindOperations
-from lora_fx.passes.match.head import MarkHead, MarkRouters
-from lora_fx.passes.match.parts import MarkParts
+from lora_fx.passes.match.marks import MARKS
 from lora_fx.passes.match.readers import weights_asked
 
-__all__ = ["FindOperations", "MarkHead", "MarkParts", "MarkRouters", "weights_asked"]
+__all__ = ["MARKS", "FindOperations", "weights_asked"]

@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.change import delta_weight
-from lora_fx.passes.merge.combining import (
-    Combination,
-    CombinationType,
-    Election,
-    SvdDriver,
-    Term,
-    combine,
-)
 from lora_fx.passes.merge.dense import KEPT_IN_FP32, stripped
 from lora_fx.passes.merge.merging import MergeReport, merge
 from lora_fx.passes.merge.named_weights import named_elsewhere
@@ -19,14 +11,8 @@ from lora_fx.passes.merge.rounding import OutputError, rounded, ulp
 
 __all__ = [
     "KEPT_IN_FP32",
-    "Combination",
-    "CombinationType",
-    "Election",
     "MergeReport",
     "OutputError",
-    "SvdDriver",
-    "Term",
-    "combine",
     "delta_weight",
     "merge",
     "merging",

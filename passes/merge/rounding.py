@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator
 from html import escape
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_fx.ir import html_block, html_table
+from lora_fx.ir import html_block, html_table, json_text
 
 __all__ = [
     "MergeReport",
@@ -297,14 +296,7 @@ class MergeReport:
 
     def to_json(self) -> str:
         """The report as JSON text; what was not measured is null."""
-
-        def plain(value: object) -> object:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
-        def finite(pairs: list[tuple[str, object]]) -> dict[str, object]:
-            return {name: plain(value) for name, value in pairs}
-
-        return json.dumps(dataclasses.asdict(self, dict_factory=finite), indent=2, allow_nan=False)
+        return json_text(self)
 
     def __repr__(self) -> str:
         return f"<MergeReport: {self._summary()}; print it for each weight>"

@@ -30,19 +30,31 @@ from lora_fx.passes.parameters.placements import (
     factor_layout,
 )
 from lora_fx.passes.parameters.replacements import (
+    agreed,
     base_dtype,
     base_modules,
     base_parameters,
     base_weight,
+    check_not_sharded,
+    check_whole,
     computed_as_parameters,
+    detached,
+    distributed,
+    distributed_as,
+    gathered,
     in_adapter,
+    is_sharded,
     module_at,
+    own_part,
     own_value,
     parameter_of,
     place_base,
     place_own,
     put_back,
+    reshard,
     weight_at,
+    with_part,
+    write,
 )
 from lora_fx.passes.parameters.rewritten import (
     buffer_digests,
@@ -58,20 +70,6 @@ from lora_fx.passes.parameters.rewritten import (
     trained_starts,
     unprotect,
     without_wrappers,
-)
-from lora_fx.passes.parameters.sharded import (
-    agreed,
-    check_not_sharded,
-    check_whole,
-    detached,
-    distributed,
-    distributed_as,
-    gathered,
-    is_sharded,
-    own_part,
-    reshard,
-    with_part,
-    write,
 )
 
 __all__ = [

@@ -19,12 +19,13 @@ from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of, kinds
 from lora_fx.passes.graph import is_owned, is_unit, param_groups
 from lora_fx.passes.parameters.factors import factors_of
-from lora_fx.passes.parameters.replacements import module_at, weight_at
-from lora_fx.passes.parameters.sharded import (
+from lora_fx.passes.parameters.replacements import (
     answering,
     check_not_sharded,
     is_sharded,
+    module_at,
     own_part,
+    weight_at,
 )
 from lora_fx.runtime import called_by_all
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.plan.choice import priced
+from lora_fx.passes.plan.choice import priced, with_sample_cost
 from lora_fx.passes.plan.planning import MakePlan, at_rank, foreign_factors, start_objection
-from lora_fx.passes.plan.sample_cost import with_sample_cost
 
 __all__ = [
     "MakePlan",

@@ -18,7 +18,7 @@ from lora_fx import LoraConfig, OnnxSession, save_onnx_adapter
 from lora_fx.errors import CheckpointError, ConfigError, ExportError
 from lora_fx.export.adapter_file import manifest_of_file
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, SLOTS_INPUT, Manifest
-from lora_fx.export.health import State, examine_file
+from lora_fx.export.inspection import State, examine_file
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.report import ExportReport
 from tests.export.swapping import Net, ids, trained

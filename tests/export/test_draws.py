@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ExportError, ParityError
-from lora_fx.export.draws import _rows
 from lora_fx.export.onnx import export_onnx
+from lora_fx.export.verify import _rows
 
 MARKER = 9
 

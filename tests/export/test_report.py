@@ -77,6 +77,16 @@ def test_json_holds_every_field() -> None:
     assert data["shapes_tried"][1]["input_ids"] == [3, 10]
 
 
+def test_json_has_null_for_what_is_not_finite() -> None:
+    """JSON has neither infinity nor NaN: a reader would refuse the whole report."""
+    worst = OutputParity("logits", float("inf"), float("nan"), 1e-4)
+    data = json.loads(
+        dataclasses.replace(REPORT, parity=(worst,)).to_json(), parse_constant=pytest.fail
+    )
+    assert data["parity"][0]["max_abs_error"] is None
+    assert data["parity"][0]["max_rel_error"] is None
+
+
 def test_totals_and_frozen() -> None:
     assert REPORT.max_abs_error == 2.5e-6
     assert REPORT.max_rel_error == 1e-7

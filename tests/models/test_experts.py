@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx.tools.zoo import oracle
-from lora_fx.tools.zoo.entries import wake
+from lora_fx.tools.zoo import job
 from lora_fx.tools.zoo.job import in_fp64
+from lora_fx.tools.zoo.models import wake
 from tests.algebra import randomize
 from tests.mixtures import IDS, MODELS, SIZES, drawn
 from tests.numerics import assert_close, assert_same_bits
@@ -67,7 +67,7 @@ def test_every_site_is_the_dense_oracle(name, implementation):
         output = either(*inputs, labels=IDS)
         return (output.logits, output.loss), output.loss
 
-    verdict = oracle.judge(original, adapted.eval(), call, narrowest)
+    verdict = job.judge(original, adapted.eval(), call, narrowest)
     assert verdict.right, verdict
     assert not verdict.unreached
     assert exact is not None or implementation == "grouped_mm"  # whose kernel has no fp64

@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.tools.zoo import oracle
+from lora_fx.tools.zoo import job
 from lora_fx.tools.zoo.job import in_fp64
 from tests import zoo
 from tests.algebra import randomize
@@ -107,7 +107,7 @@ def test_every_site_is_the_dense_oracle(name, frontend):
         output = either(**given) if isinstance(given, dict) else either(*given)
         return output, sum(t.square().mean() for t in tensors(output))
 
-    verdict = oracle.judge(original, adapted.eval(), call, narrowest)
+    verdict = job.judge(original, adapted.eval(), call, narrowest)
     assert verdict.right, verdict
     assert not verdict.unreached
     assert len(verdict.judged) == len(lora_fx.plan(model, CONFIG))
@@ -125,7 +125,7 @@ def test_shifted_windows_of_timm_without_example_inputs():
         output = either(x)
         return output, output.square().mean()
 
-    assert oracle.judge(model, adapted, call, torch.float64).right
+    assert job.judge(model, adapted, call, torch.float64).right
 
 
 # --- every model --------------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_fx.adapters.weighted import COMBINATIONS, Combination, Term, combine
 from lora_fx.errors import ConfigError
 from lora_fx.ir.site import Layout
-from lora_fx.passes.merge.combining import COMBINATIONS, Combination, Term, combine
 from tests.numerics import assert_close, assert_same_bits
 
 PRUNING = [kind for kind in COMBINATIONS if Combination(kind, density=0.5).prunes]

@@ -6,7 +6,7 @@ from torch import nn
 
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.match.find_operations import match
-from lora_fx.passes.match.head import find_head
+from lora_fx.passes.match.marks import find_head
 from tests.golden import check_golden
 from tests.zoo import TIMM, TORCHVISION, TRANSFORMERS, Block, LlamaShapes, Mlp, Residual, Shared
 

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import META_KEY, Region
+from lora_fx.ir.graph import META_KEY, Region, RegionKey, module_of
 from lora_fx.passes.capture.symbolic import trace
 from lora_fx.passes.graph.region import (
     copy_graph,
@@ -274,6 +274,45 @@ def test_the_module_of_a_graph_is_a_region_too():
         merged = lora_fx.merge(other)
         assert type(merged).__mro__[1] is fx.GraphModule
         assert_close(merged(x), expected)
+
+
+class Parenthesized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("fc(mask)", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule("fc(mask)")(x)
+
+
+def test_a_name_with_a_parenthesis_is_a_name():
+    """It is not the module "fc" in the form "mask"."""
+    base = Parenthesized().eval()
+    model = randomize(lora_fx.rewrite(base, CONFIG)).eval()
+    assert set(lora_fx.graphs(model)) == {"", "fc(mask)", "fc(mask).0", "fc(mask).1"}
+    x = sample(2, 4)
+    expected = model(x)
+    assert not torch.equal(expected, base(x))
+    with lora_fx.disable_adapter(model):
+        assert_same_bits(model(x), base(x))
+    for other in round_trips(model):
+        assert_same_bits(other(x), expected)
+        assert_close(lora_fx.merge(other)(x), expected)
+
+
+def test_a_key_is_the_name_and_the_form():
+    key, same, name = RegionKey("attn", "mask"), RegionKey("attn", "mask"), RegionKey("attn(mask)")
+    assert key == same == "attn(mask)" == name
+    assert key != name
+    assert (module_of(key), module_of(name), module_of("attn(mask)")) == (
+        "attn",
+        "attn(mask)",
+        "attn(mask)",
+    )
+    assert {key: 1, name: 2}[key] == 1
+    assert {key: 1}["attn(mask)"] == 1
+    for other in (copy.deepcopy(key), pickle.loads(pickle.dumps(key))):
+        assert (other, other.fqn, other.form) == (key, "attn", "mask")
 
 
 @pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.bfloat16)])

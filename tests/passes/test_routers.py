@@ -165,7 +165,7 @@ def test_a_router_is_adapted_when_it_is_named(targets) -> None:
 
 def test_a_second_run_changes_nothing() -> None:
     from lora_fx.passes.match.find_operations import match
-    from lora_fx.passes.match.head import find_routers
+    from lora_fx.passes.match.marks import find_routers
 
     captured = lora_fx.capture(Model(OfItsOwn))
     once = find_routers(captured, match(captured))

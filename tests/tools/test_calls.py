@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.tools.draw.calls import INPUT, OUTPUT, Calls, calls_of
+from lora_fx.tools.draw.painting import INPUT, OUTPUT, Calls, calls_of
 from tests.tools.pictures import Untraceable
 
 X = torch.randn(2, 8)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_fx.tools.draw.nodes import Digests, target_name
 from lora_fx.tools.draw.picture import clean, elide, follows, human, label_of, runs, times
+from lora_fx.tools.draw.regions import Digests, target_name
 from tests.tools.pictures import Block
 
 

@@ -20,13 +20,13 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.export.structure import read_graph
+from lora_fx.export.inspection import read_graph
 from lora_fx.ir import Region
-from lora_fx.tools.draw import exported
 from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
 from lora_fx.tools.draw.layout import count_of
-from lora_fx.tools.draw.nodes import measured
+from lora_fx.tools.draw.painting import _FilePainter
 from lora_fx.tools.draw.picture import SCHEMA, Box
+from lora_fx.tools.draw.regions import measured
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
@@ -364,6 +364,16 @@ class Three(nn.Module):
         return self.q(x) + self.k(x) + self.v(x)
 
 
+def test_a_name_with_a_parenthesis_is_drawn(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("fc(1)", nn.Linear(4, 4))
+    model.add_module("act", nn.ReLU())
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc(1)"])
+    for one in (model, lora_fx.rewrite(model, config)):
+        lora_fx.visualize(one, tmp_path / "a.json", force=True)
+        assert "fc(1)" in by_fqn(picture_of(one).root)
+
+
 def test_a_product_of_several_operations_says_the_scale_of_each() -> None:
     config = lora_fx.LoraConfig(r=2, lora_alpha=6, alpha_pattern={"k": 8})
     example = (torch.randn(2, 8),)
@@ -668,7 +678,7 @@ def test_nodes_of_a_file_say_what_runs_them(tmp_path: Path) -> None:
         for node, old in zip(there, report.nodes, strict=True)
     )
     split = dataclasses.replace(report, nodes=nodes, provider="CUDAExecutionProvider")
-    root = exported._Painter(read_graph(session.path), split).paint()
+    root = _FilePainter(read_graph(session.path), split).paint()
     marked = {box.name for box in root.walk() if "cpu" in box.marks}
     assert marked == {"stem", "up", "down", "head"}
     assert {dict(box.facts)["runs on"] for box in root.walk() if "operator" in dict(box.facts)} == {

@@ -24,9 +24,9 @@ from lora_fx.passes.capture.synthesis import normalize
 from lora_fx.passes.graph.region import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
-from lora_fx.tools.zoo import oracle, report, runner
-from lora_fx.tools.zoo.entries import Entry, wake
+from lora_fx.tools.zoo import job, report, runner
 from lora_fx.tools.zoo.job import in_fp64, run_job, unseen
+from lora_fx.tools.zoo.models import Entry, wake
 from lora_fx.tools.zoo.report import PARTS, Row, scrubbed
 from tests.zoo import seeded
 
@@ -163,7 +163,7 @@ def test_a_job_looks_beneath_a_graph_of_the_whole_model(monkeypatch):
 
     def judge_sites(entry, model, reached, config, *, examples=True):
         asked.append(examples)
-        return oracle.Verdict(1e-8, ["a"], [], {} if examples else {"b": "no gradient"}), "fp64"
+        return job.Verdict(1e-8, ["a"], [], {} if examples else {"b": "no gradient"}), "fp64"
 
     entry = runner.find("plain/hooks")
     monkeypatch.setattr(job, "judge_sites", judge_sites)
@@ -259,7 +259,7 @@ def verdict_on(cls, change=lambda adapted: adapted, config=EVERYTHING, dtype=tor
         return output, output.square().sum()
 
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    verdict = oracle.judge(model, adapted, run, dtype)
+    verdict = job.judge(model, adapted, run, dtype)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return verdict
 
@@ -326,7 +326,7 @@ def test_fp32_within_fp64_counts_as_fp32():
     assert in_fp64(Blocks(), (x,)) is None
     assert torch.equal(Overflows()(x).isfinite(), torch.ones(3, 4, dtype=torch.bool))
     assert in_fp64(Overflows(), (x,)) is None
-    assert oracle.tolerance_of(torch.float64) == pytest.approx(1.5e-8, rel=0.01)
+    assert job.tolerance_of(torch.float64) == pytest.approx(1.5e-8, rel=0.01)
 
 
 class Overflows(Rounds):
@@ -607,10 +607,10 @@ def test_the_page_says_what_went_wrong():
 
 def test_differences_of_outputs():
     x = torch.tensor([1.0, -2.0, float("inf")])
-    assert oracle.difference({"a": x}, {"a": x.clone()}) == 0.0
-    assert oracle.difference((x * 1.5,), (x,)) == pytest.approx(0.5)
-    assert oracle.difference(x, x.double()) == float("inf")
-    assert oracle.difference(x, torch.tensor([1.0, -2.0, 0.0])) == float("inf")
+    assert job.difference({"a": x}, {"a": x.clone()}) == 0.0
+    assert job.difference((x * 1.5,), (x,)) == pytest.approx(0.5)
+    assert job.difference(x, x.double()) == float("inf")
+    assert job.difference(x, torch.tensor([1.0, -2.0, 0.0])) == float("inf")
 
 
 # --- a sample of the real ones -----------------------------------------------------------------------

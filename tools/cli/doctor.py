@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lora_fx.errors import LoraFxError
 from lora_fx.export import providers
-from lora_fx.export.health import Finding, State, examine_file
+from lora_fx.export.inspection import Finding, State, examine_file
 from lora_fx.tools.cli import console
 
 __all__ = ["EXTRAS", "examine", "show"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 import sys
 import tempfile
@@ -598,7 +597,7 @@ def verify(
         provider: cpu or cuda, for a file.
         as_json: As JSON.
     """
-    from lora_fx.tools.verify import verify as judge
+    from lora_fx.tools.adapter_folder import verify as judge
 
     given = [one for one in (onnx, model, url) if one is not None]
     if len(given) != 1:
@@ -612,10 +611,9 @@ def verify(
     with console.progress("asking"):
         verdict = judge(folder, subject, name=name, base_name=base_name, provider=asked)
     if as_json:
-        # JSON has no infinity.
-        evidence = {k: v if math.isfinite(v) else None for k, v in verdict.evidence.items()}
-        values = {**dataclasses.asdict(verdict), "evidence": evidence}
-        sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        from lora_fx.ir import json_text
+
+        sys.stdout.write(json_text(verdict) + "\n")
     else:
         console.output().print(str(verdict), highlight=False)
     if not verdict.applied:

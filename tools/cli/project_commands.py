@@ -48,7 +48,7 @@ def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False
         strict: Exit with 1 if there is a problem.
         as_json: As JSON.
     """
-    from lora_fx.export.health import State
+    from lora_fx.export.inspection import State
     from lora_fx.tools.cli.doctor import examine, show
 
     with console.progress("looking around"):

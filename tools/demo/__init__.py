@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from lora_fx.tools.demo.story import CONFIG, DemoReport, claim_folder, run_demo
-from lora_fx.tools.demo.task import (
+from lora_fx.tools.demo.story import (
+    CONFIG,
     FULL,
     LIBRARIES,
     QUICK,
     Batch,
     Corpus,
+    DemoReport,
     DemoSettings,
     SentenceClassifier,
     batches,
+    claim_folder,
     collect,
     fit_head,
     logits,
+    run_demo,
     tokens,
     train,
 )

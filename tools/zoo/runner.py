@@ -20,10 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.zoo import plain_models
-from lora_fx.tools.zoo.entries import Entry
 from lora_fx.tools.zoo.job import run_job
-from lora_fx.tools.zoo.library_models import read
+from lora_fx.tools.zoo.models import PLAIN_MODELS, Entry, library_models
 from lora_fx.tools.zoo.report import Row
 
 __all__ = ["ENTRIES", "Options", "find", "run_jobs", "select"]
@@ -32,8 +30,8 @@ LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
 """Each with a table of its models."""
 
 ENTRIES: tuple[Entry, ...] = (
-    *plain_models.ENTRIES,
-    *(entry for name in LIBRARIES for entry in read(name)),
+    *PLAIN_MODELS,
+    *(entry for name in LIBRARIES for entry in library_models(name)),
 )
 
 

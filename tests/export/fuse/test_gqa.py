@@ -20,7 +20,7 @@ from lora_fx.export.fuse import (
     check_attention,
     fuse,
 )
-from lora_fx.export.fuse.gqa import group_query_attention
+from lora_fx.export.fuse.fused_attention import group_query_attention
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from tests.export.fuse.conftest import Exported

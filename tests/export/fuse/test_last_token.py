@@ -9,7 +9,7 @@ import numpy as np
 import onnx.helper as oh
 import onnx_ir as ir
 
-from lora_fx.export.fuse.last_token import keep_last_token
+from lora_fx.export.fuse.shapes import keep_last_token
 from tests.export.fuse.small import FLOAT, fused_equally, graph, operators
 
 X = (FLOAT, ["batch", "sequence", 8])

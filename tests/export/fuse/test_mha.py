@@ -10,8 +10,8 @@ import torch
 
 import lora_fx
 from lora_fx.export.fuse.attention import drop_nan_guards
+from lora_fx.export.fuse.fused_attention import multi_head_attention
 from lora_fx.export.fuse.graph import remove_dead
-from lora_fx.export.fuse.mha import multi_head_attention
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from tests.export.fuse.small import VOCABULARY, adapted, operators

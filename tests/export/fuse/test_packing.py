@@ -11,7 +11,7 @@ import torch
 
 import lora_fx
 from lora_fx.export.fuse import Target, fuse
-from lora_fx.export.fuse.packing import pack_products
+from lora_fx.export.fuse.products import pack_products
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.report import ExportReport
 from lora_fx.export.session import OnnxSession

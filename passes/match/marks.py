@@ -1,4 +1,4 @@
-"""Finds what the default leaves out: the output head, and the routers of mixtures of experts.
+"""Marks what was matched: the output head, the routers of mixtures of experts, and parts of fused weights.
 
 The head is the linear operation that every path to the output goes through last. In a graph that is the first
 linear operation on the chain of dominators that leads from an output back to the input
@@ -12,29 +12,33 @@ expert apart (a softmax, a bias, the best of each group) into a choice along its
 feature for each expert. It is followed from graph to graph: a router is often a module of its own, and
 the choice is in the module around it. Where that module runs code without a graph,
 the operation counts as any other.
+
+A fused weight is one product whose output is cut into q, k and v, or into gate and up. The whole stays one
+site. Its parts can be named instead (``qkv.q``), each with factors and a rank of its own; a merge touches
+their rows only. How an output is divided is read off what is done with it: off the graphs of the regions,
+and off what a trace had seen before it gave up on a module.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
+import operator
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import networkx as nx
 import torch
 from torch import fx, nn
 
-from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join
+from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join, module_of
 from lora_fx.passes.graph import arguments, is_lazy, target_of
+from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
-__all__ = [
-    "MarkHead",
-    "MarkRouters",
-    "find_head",
-    "find_routers",
-]
+__all__ = ["MARKS", "Mark", "find_head", "find_parts", "find_routers"]
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
@@ -51,19 +55,6 @@ _HEAD_NAMES = frozenset(
         "proj_out",
     }
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MarkHead(Pass):
-    """The pass: marks the output head among the operations."""
-
-    name: ClassVar[str] = "mark-head"
-    needs: ClassVar[str] = "matches"
-
-    def __call__(self, capture: Capture) -> PassResult:
-        """Mark them."""
-        assert capture.matches is not None
-        return PassResult.of(capture, matches=find_head(capture, capture.matches))
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:
@@ -209,19 +200,6 @@ _KEEPING = frozenset(
         *("topk", "sort", "sum", "amax"),  # the best of each group
     )
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class MarkRouters(Pass):
-    """The pass: marks the routers among the operations."""
-
-    name: ClassVar[str] = "mark-routers"
-    needs: ClassVar[str] = "matches"
-
-    def __call__(self, capture: Capture) -> PassResult:
-        """Mark them."""
-        assert capture.matches is not None
-        return PassResult.of(capture, matches=find_routers(capture, capture.matches))
 
 
 def find_routers(capture: Capture, matches: Matches) -> Matches:
@@ -385,3 +363,206 @@ def _chooses(user: fx.Node, value: fx.Node) -> bool:
 
 def _is_index(node: fx.Node) -> bool:
     return _name(node) in ("getitem", "getattr") and node.args[1] in (1, "indices")
+
+
+# --- parts of fused outputs -----------------------------------------------------------------------
+
+
+_aten = torch.ops.aten
+_T = torch.Tensor
+_SHAPES = (
+    *(_T.view, _T.reshape, torch.reshape, _T.unflatten, torch.unflatten),
+    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default),
+)
+_NARROW = (torch.narrow, _T.narrow)
+_UNBIND = (torch.unbind, _T.unbind, _aten.unbind.int)
+_SELECT = (torch.select, _T.select, _aten.select.int)
+_PERMUTE = (torch.permute, _T.permute, _aten.permute.default)
+_TRANSPOSE = (torch.transpose, _T.transpose, _aten.transpose.int)
+# The features are last. Counted from the front they are for [batch, sequence, features].
+_LAST = (-1, 2)
+
+_Rows = tuple[int, int]
+
+
+def find_parts(capture: Capture, matches: Matches) -> Matches:
+    """Marks the sites whose output is divided.
+
+    Args:
+        capture: The model.
+        matches: Its linear operations.
+
+    Returns:
+        The same with ``Site.parts`` set.
+    """
+    callers = _callers(capture)
+
+    def marked(site: Site) -> Site:
+        if not site.divisible:
+            return site
+        seen = {_division(node, site.out_features) for node in _outputs(capture, site, callers)}
+        seen.discard(())
+        if len(seen) != 1:
+            return site
+        (ranges,) = seen
+        names = part_names(site.weight, ranges)
+        return dataclasses.replace(site, parts=tuple(zip(names, ranges, strict=True)))
+
+    return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
+
+
+def _callers(capture: Capture) -> dict[int, list[fx.Node]]:
+    """By module: the nodes that call it, in graphs and in what was begun of one."""
+    found: dict[int, list[fx.Node]] = defaultdict(list)
+    graphs = {fqn: region.graph for fqn, region in capture.regions.items()}
+    modules = dict(capture.model.named_modules(remove_duplicate=False))
+    for fqn, graph in {**capture.begun, **graphs}.items():
+        for node in graph.nodes:
+            if node.op == "call_module":
+                module = modules.get(join(module_of(fqn), str(node.target)))
+                found[id(module)].append(node)
+    return found
+
+
+def _outputs(capture: Capture, site: Site, callers: dict[int, list[fx.Node]]) -> Iterator[fx.Node]:
+    """The nodes whose value is the output of a site."""
+    for call in site.calls:
+        region = capture.regions[call.region]
+        node = next(node for node in region.graph.nodes if node.name == call.output)
+        yield node
+        # Conv1D of GPT-2 puts another shape on it.
+        final = next(iter(node.users), node)
+        for last in (node, final):
+            if any(user.op == "output" and user.args[0] is last for user in last.users):
+                yield from callers.get(id(region.module), ())
+
+
+def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
+    """How the last dimension of a value is divided among those that use it; () if it is not."""
+    cuts: set[_Rows] = set()
+    for user in node.users:
+        cuts.update(_cuts(user, size))
+    ordered = sorted(cuts)
+    edges = [0, *(stop for _, stop in ordered)]
+    whole = [start for start, _ in ordered] == edges[:-1] and edges[-1] == size
+    return tuple(ordered) if whole and len(ordered) > 1 else ()
+
+
+def _cuts(user: fx.Node, size: int) -> Iterator[_Rows]:
+    target = target_of(user)
+    if splits(user):
+        if arguments(user, SPLIT)["dim"] in _LAST:
+            yield from _between(part_lengths(user, size))
+    elif target in _SHAPES:
+        yield from _viewed(user, size)
+    elif target is operator.getitem:
+        index = user.args[1]
+        if isinstance(index, tuple) and index[:-1] == (Ellipsis,):
+            yield from _sliced(index[-1], size)
+    elif target is _aten.slice.Tensor:
+        named = arguments(user, "input|self dim=0 start=None end=None step=1")
+        if named["dim"] in _LAST:
+            yield from _sliced(slice(named["start"], named["end"], named["step"]), size)
+    elif target in _NARROW:
+        named = arguments(user, "input|self dim start length")
+        start, length = named["start"], named["length"]
+        if named["dim"] in _LAST and isinstance(start, int) and isinstance(length, int):
+            yield start, start + length
+
+
+def _between(lengths: Iterable[int]) -> Iterator[_Rows]:
+    edges = [0, *itertools.accumulate(lengths)]
+    return itertools.pairwise(edges)
+
+
+def _sliced(index: Any, size: int) -> Iterator[_Rows]:
+    if not isinstance(index, slice) or index.step not in (None, 1):
+        return
+    if not all(isinstance(bound, int | None) for bound in (index.start, index.stop)):
+        return
+    start, stop, _ = index.indices(size)
+    if (start, stop) != (0, size):
+        yield start, stop
+
+
+def _viewed(user: fx.Node, size: int) -> Iterator[_Rows]:
+    """``reshape(batch, length, 3, heads, -1)``, taken apart along the three: parts side by side.
+
+    Heads before the three are another matter: then no part is a range of rows.
+    """
+    rest: tuple[Any, ...] = user.args[1:]
+    before = 0
+    if target_of(user) in (_T.unflatten, torch.unflatten):
+        rest, before = (rest[1:], 2) if rest[0] in _LAST else ((), 0)
+    sizes = list(rest[0]) if rest and isinstance(rest[0], list | tuple) else list(rest)
+    for first, count in enumerate(sizes):
+        if not isinstance(count, int) or count < 1:
+            continue
+        known = [s for s in sizes[first:] if isinstance(s, int) and s > 0]
+        open_ones = len(sizes) - first - len(known)
+        product = math.prod(known)
+        if (product == size and not open_ones) or (size % product == 0 and open_ones == 1):
+            if count > 1 and _taken_apart(user, before + first, before + len(sizes)):
+                yield from _between([size // count] * count)
+            return
+
+
+def _taken_apart(node: fx.Node, axis: int, dims: int) -> bool:
+    """Whether a value is indexed or unbound along an axis, perhaps after dimensions were permuted."""
+    for user in node.users:
+        target = target_of(user)
+        rest: tuple[Any, ...] = user.args[1:]
+        if target in _UNBIND or splits(user):
+            names = "input dim=0" if target in _UNBIND else SPLIT
+            if arguments(user, names)["dim"] in (axis, axis - dims):
+                return True
+        elif target is operator.getitem:
+            index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+            if Ellipsis not in index and len(index) > axis and isinstance(index[axis], int):
+                return True
+        elif target in _SELECT:
+            if rest[0] in (axis, axis - dims):
+                return True
+        elif target in _PERMUTE:
+            order = rest[0] if isinstance(rest[0], list | tuple) else rest
+            wanted = [d % dims for d in order if isinstance(d, int)]
+            if axis in wanted and _taken_apart(user, wanted.index(axis), dims):
+                return True
+        elif target in _TRANSPOSE and all(isinstance(d, int) for d in rest):
+            one, other = (d % dims for d in rest)
+            moved = {one: other, other: one}.get(axis, axis)
+            if _taken_apart(user, moved, dims):
+                return True
+    return False
+
+
+# --- the passes -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark(Pass):
+    """A pass that marks some of the operations.
+
+    Attributes:
+        what: Which.
+        find: Gives the operations with the marks.
+    """
+
+    needs: ClassVar[str] = "matches"
+
+    what: str
+    find: Callable[[Capture, Matches], Matches]
+
+    @property
+    def name(self) -> str:
+        """Its name in errors, logs and on the command line."""
+        return f"mark-{self.what}"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Mark them."""
+        assert capture.matches is not None
+        return PassResult.of(capture, matches=self.find(capture, capture.matches))
+
+
+MARKS = (Mark("head", find_head), Mark("routers", find_routers), Mark("parts", find_parts))
+"""In the order in which they run."""

@@ -1,0 +1,763 @@
+"""The models of the zoo: those of plain PyTorch, those of libraries, and weights that mean something.
+
+Libraries start some layers at zero and scale others for widths in the thousands: at a width of 16
+their outputs would hardly depend on the input, and nothing could be said about training or merging.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import tomllib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+__all__ = ["PLAIN_MODELS", "Built", "Entry", "Inputs", "call", "ids", "images", "library_models"]
+
+Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
+"""Keyword or positional arguments of one call."""
+
+Built: TypeAlias = "tuple[nn.Module, Inputs]"
+
+_SEED = 1234
+_SMALL_SCALE = 0.1  # below it a scale that is the same everywhere (LayerScale) hides its branch
+_VARIATION = 0.2  # of what replaces a value that is the same everywhere
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Attributes:
+        name: Unique, and what ``--only`` looks at.
+        group: The table it stands in.
+        make: Makes the model and the arguments of one call, at a small size.
+        loss: What training makes small, of the output; by default the distance of every floating
+            tensor in it from fixed random numbers.
+        targets: What is adapted; by default every linear operation but the head.
+        note: What is different about this model and expected to be; shown in the table.
+    """
+
+    name: str
+    group: str
+    make: Callable[[], Built]
+    loss: Callable[[Any], torch.Tensor] | None = None
+    targets: tuple[str, ...] | None = None
+    note: str = ""
+
+    def build(self) -> Built:
+        """The model in eval mode, and its inputs: the same numbers every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_SEED)
+            model, inputs = self.make()
+            _scale_up(wake(model))
+            _settle_statistics(model, inputs)
+        return model.eval(), inputs
+
+
+def call(model: nn.Module, inputs: Inputs) -> Any:
+    """Calls a model with its inputs."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def ids(vocabulary: int = 40, length: int = 6, batch: int = 2) -> torch.Tensor:
+    """Token ids [batch, length] without the special ones, which are below 3."""
+    return torch.randint(3, vocabulary, (batch, length))
+
+
+def images(size: int = 32, channels: int = 3, batch: int = 2) -> torch.Tensor:
+    """Random images [batch, channels, size, size]."""
+    return torch.randn(batch, channels, size, size)
+
+
+def wake(model: nn.Module) -> nn.Module:
+    """Draws whatever is the same everywhere, in place: behind a zero no adapter has an effect.
+
+    Layer scales, the last norm of a residual branch, heads and gates start at zero or nearly so; a bias of
+    zeros, and a norm's gain of ones, could be lost without a sign of it.
+
+    Returns:
+        The model.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+                continue
+            if parameter.numel() == 1:
+                parameter.copy_(torch.where(parameter == 0.0, 0.5, parameter))
+            elif float(parameter.min()) == float(parameter.max()):
+                _vary(parameter, name.rpartition(".")[2])
+            elif parameter.dim() == 1 and "bias" not in name:
+                largest = float(parameter.abs().max())
+                parameter.mul_(0.5 / largest if largest < _SMALL_SCALE else 1.0)
+    return model
+
+
+def _scale_up(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and parameter.is_floating_point() and parameter.numel() > 1:
+                wanted, spread = _usual_spread(parameter), float(parameter.std())
+                parameter.mul_(wanted / spread if 0.0 < spread < wanted / 2 else 1.0)
+
+
+def _usual_spread(parameter: nn.Parameter) -> float:
+    return 1 / math.sqrt(max(1, parameter.numel() // parameter.shape[0]))
+
+
+def _vary(parameter: nn.Parameter, name: str) -> None:
+    """Draws a parameter that is the same everywhere: matrices, biases, and scales around a value."""
+    value = float(parameter.flatten()[0])
+    if value == 0.0 and "bias" in name:
+        parameter.normal_(0.0, _VARIATION / 2)
+    elif value == 0.0 and parameter.dim() > 1:
+        parameter.normal_(0.0, _usual_spread(parameter))
+    else:
+        parameter.fill_(value if abs(value) >= _SMALL_SCALE else 0.5)
+        parameter.mul_(1 + _VARIATION * torch.randn_like(parameter).clamp(-2, 2))
+
+
+def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
+    """Batch norm half as after training: with the statistics of what it sees.
+
+    The other half stays as at the start. Two images at one pixel each have hardly a variance, and
+    dividing by it would blow up every rounding.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.5
+    with torch.no_grad():
+        call(model.train(), inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+# --- models of plain PyTorch ----------------------------------------------------------------------
+
+
+class RawAttention(nn.Module):
+    """Attention by einsum, its weights parameters [width, heads, size] and [heads, size, width]."""
+
+    def __init__(self, width: int = 16, heads: int = 4, size: int = 4) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (
+            nn.Parameter(torch.randn(width, heads, size) / 4) for _ in range(3)
+        )
+        self.o = nn.Parameter(torch.randn(heads, size, width) / 4)
+        self.up, self.down = (
+            nn.Parameter(torch.randn(width, 2 * width) / 4),
+            nn.Parameter(torch.randn(2 * width, width) / 6),
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        q, k, v = (torch.einsum("btw,whs->bhts", x, w) for w in (self.q, self.k, self.v))
+        weights = torch.softmax(torch.einsum("bhts,bhus->bhtu", q, k) / 2, -1)
+        x = x + torch.einsum("bhts,hsw->btw", weights @ v, self.o)
+        return x + torch.einsum(
+            "btf,fw->btw", F.gelu(torch.einsum("btw,wf->btf", x, self.up)), self.down
+        )
+
+
+class UNet(nn.Module):
+    """Down by strides, up by transposed convolutions, with a connection across."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first = _convolutions(3, width)
+        self.down = nn.Conv2d(width, 2 * width, 3, 2, 1)
+        self.middle = _convolutions(2 * width, 2 * width)
+        self.up = nn.ConvTranspose2d(2 * width, width, 2, 2)
+        self.last = _convolutions(2 * width, width)
+        self.out = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        first = self.first(x)
+        x = self.up(self.middle(self.down(first)))
+        return self.out(self.last(torch.cat([first, x], 1)))
+
+
+def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1, groups=2),
+        nn.GroupNorm(2, outputs),
+        nn.SiLU(),
+    )
+
+
+class TiedDecoder(nn.Module):
+    """A causal decoder whose head is its embedding, and that makes its positions as it goes."""
+
+    def __init__(self, vocabulary: int = 40, width: int = 16) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(32, width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.tokens(tokens) + self.positions(places)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return F.linear(x, self.tokens.weight)
+
+
+class BatchedExperts(nn.Module):
+    """Every token through every expert at once, mixed by a router."""
+
+    def __init__(self, width: int = 8, experts: int = 4) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts)
+        self.up = nn.Parameter(torch.randn(experts, width, 2 * width) / 3)
+        self.down = nn.Parameter(torch.randn(experts, 2 * width, width) / 4)
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        rows = x.flatten(0, 1)
+        shares = torch.softmax(self.router(rows), -1)
+        each = rows.expand(self.up.shape[0], -1, -1)
+        results = torch.bmm(F.silu(torch.bmm(each, self.up)), self.down)
+        return torch.einsum("te,etw->tw", shares, results).view_as(x)
+
+
+class IndexedExperts(nn.Module):
+    """A loop over experts, each on the tokens that the router sends to it."""
+
+    def __init__(self, width: int = 8, experts: int = 3) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        rows = x.flatten(0, 1)
+        share, choice = torch.softmax(self.router(rows), -1).max(-1)
+        out = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):
+            chosen = torch.where(choice == index)[0]
+            out = out.index_add(0, chosen, expert(rows[chosen]) * share[chosen, None])
+        return (rows + out).view_as(x)
+
+
+class Attention(nn.Module):
+    """nn.MultiheadAttention, on itself and on a context of another width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.cross = nn.MultiheadAttention(16, 2, kdim=12, vdim=10, batch_first=True)
+
+    def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies it."""
+        x = x + self.own(x, x, x, need_weights=False)[0]
+        y, weights = self.cross(x, key, value)
+        return x + y, weights
+
+
+class Classifier(nn.Module):
+    """Tokens through torch's own encoder, with padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16, padding_idx=0)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
+        padding = tokens == 0
+        return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=padding)[:, 0])
+
+
+class Recurrent(nn.Module):
+    """An LSTM, whose weights are no sites, and a linear head, whose weight is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(40, 12), nn.LSTM(12, 16, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Applies it."""
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+
+class Bilinear(nn.Module):
+    """nn.Bilinear over two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.both = nn.Bilinear(6, 6, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        """Applies it."""
+        return self.both(torch.tanh(self.left(x)), torch.tanh(self.right(y)))
+
+
+_GROUP = "plain PyTorch"
+
+
+class Functional(nn.Module):
+    """No layer at all: parameters and functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(24, 12) / 4)
+        self.b1 = nn.Parameter(torch.zeros(24))
+        self.w2 = nn.Parameter(torch.randn(24, 6) / 5)
+        self.kernel = nn.Parameter(torch.randn(12, 12, 3) / 6)
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        x = F.conv1d(x.transpose(1, 2), self.kernel, padding=1).transpose(1, 2)
+        return F.gelu(F.linear(x, self.w1, self.b1)) @ self.w2
+
+
+class Hooked(nn.Module):
+    """A pre-hook and a hook that change what a layer takes and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.first.register_forward_pre_hook(_halve)
+        self.second.register_forward_hook(_shift)
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        return self.second(F.relu(self.first(x)))
+
+
+def _halve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] / 2,)
+
+
+def _shift(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output + 1
+
+
+class Nested(nn.Module):
+    """Containers in containers, and parameters in a list and a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = nn.ModuleDict(
+            {
+                name: nn.ModuleList(
+                    nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(2)
+                )
+                for name in ("left", "right")
+            }
+        )
+        self.mix = nn.ParameterList(nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2))
+        self.ends = nn.ParameterDict({"out": nn.Parameter(torch.randn(8, 3) / 3)})
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        towers: Any = self.towers
+        for left, right, mix in zip(towers["left"], towers["right"], self.mix, strict=True):
+            x = x + (left(x) + right(x)) @ mix
+        return x @ self.ends["out"]
+
+
+class SharedLayers(nn.Module):
+    """One block called three times, and one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+        self.alias = self.block[0]
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        for _ in range(3):
+            x = x + self.block(x)
+        return self.head(torch.tanh(self.alias(x)))
+
+
+class Scores(NamedTuple):
+    """Two outputs by name."""
+
+    classes: Tensor
+    value: Tensor
+
+
+class TwoHeads(nn.Module):
+    """A NamedTuple as the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(8, 16)
+        self.classes, self.value = nn.Linear(16, 5), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Scores:
+        """Applies it."""
+        x = F.silu(self.body(x))
+        return Scores(self.classes(x), value=self.value(x))
+
+
+class KeywordOnly(nn.Module):
+    """Arguments that can be given by name only, one of them optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.context = nn.Linear(8, 16), nn.Linear(6, 16)
+        self.out = nn.Linear(16, 4)
+
+    def forward(self, *, query: Tensor, context: Tensor | None = None) -> Any:
+        """Applies it."""
+        x = self.query(query)
+        if context is not None:
+            x = x * torch.sigmoid(self.context(context))
+        return self.out(x)
+
+
+class Branching(nn.Module):
+    """Which layer is applied depends on the values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 16)
+        self.positive, self.negative = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        """Applies it."""
+        x = torch.tanh(self.first(x))
+        return self.positive(x) if x.sum() > -1e9 else self.negative(x)
+
+
+def _parametrized() -> nn.Module:
+    return nn.Sequential(
+        weight_norm(nn.Linear(8, 16)),
+        nn.Tanh(),
+        nn.Linear(16, 16),
+        nn.Tanh(),
+        spectral_norm(nn.Linear(16, 16)),
+        nn.Tanh(),
+        orthogonal(nn.Linear(16, 16)),
+        nn.Linear(16, 4),
+    )
+
+
+def _vocoder() -> nn.Module:
+    return nn.Sequential(
+        weight_norm(nn.Conv1d(4, 12, 7, padding=3)),
+        nn.LeakyReLU(0.1),
+        weight_norm(nn.ConvTranspose1d(12, 8, 4, 2, 1)),
+        nn.LeakyReLU(0.1),
+        nn.Conv1d(8, 8, 3, padding=1),
+        nn.LeakyReLU(0.1),
+        nn.Conv1d(8, 1, 7, padding=3),
+    )
+
+
+def _transformer() -> Built:
+    model = nn.Transformer(16, 4, 1, 1, 32, batch_first=True)
+    return model, (torch.randn(2, 5, 16), torch.randn(2, 4, 16))
+
+
+def _entry(name: str, model: Any, *inputs: Any, **named: Any) -> Entry:
+    def make() -> Built:
+        return model(), (named and {k: v() for k, v in named.items()}) or tuple(i() for i in inputs)
+
+    return Entry(f"plain/{name}", _GROUP, make)
+
+
+def _rows(*shape: int) -> Any:
+    return lambda: torch.randn(*shape)
+
+
+PLAIN_MODELS: tuple[Entry, ...] = (
+    _entry("functional", Functional, _rows(2, 6, 12)),
+    _entry("parametrizations", _parametrized, _rows(4, 8)),
+    _entry("vocoder", _vocoder, _rows(2, 4, 12)),
+    _entry("hooks", Hooked, _rows(4, 8)),
+    _entry("nested containers", Nested, _rows(4, 8)),
+    _entry("shared modules", SharedLayers, _rows(4, 8)),
+    _entry("named tuple", TwoHeads, _rows(4, 8)),
+    _entry("keyword-only", KeywordOnly, query=_rows(4, 8), context=_rows(4, 6)),
+    _entry("control flow on data", Branching, _rows(4, 8)),
+    _entry("MultiheadAttention", Attention, _rows(2, 5, 16), _rows(2, 4, 12), _rows(2, 4, 10)),
+    _entry("TransformerEncoder", Classifier, ids),
+    Entry("plain/Transformer", _GROUP, _transformer),
+    _entry("einsum attention", RawAttention, _rows(2, 5, 16)),
+    _entry("U-Net", UNet, lambda: images(16)),
+    _entry("tied decoder", TiedDecoder, ids),
+    _entry("experts by bmm", BatchedExperts, _rows(2, 5, 8)),
+    _entry("experts by index", IndexedExperts, _rows(2, 5, 8)),
+    _entry("LSTM", Recurrent, ids),
+    _entry("Bilinear", Bilinear, _rows(3, 8), _rows(3, 8)),
+)
+
+
+# --- models of libraries --------------------------------------------------------------------------
+
+
+Maker = Callable[[str, str, dict[str, Any]], Built]
+"""Gets the name, the inputs and the options."""
+
+
+def library_models(library: str) -> tuple[Entry, ...]:
+    """The entries of a library, in the order of its file."""
+    text = Path(__file__).with_name(f"{library}.toml").read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    shared, found = tables.pop("options", {}), []
+    for group, rows in tables.items():
+        inputs = rows.pop("inputs")
+        for name, row in rows.items():
+            title, targets = f"{library}/{name}", row.pop("targets", None)
+            fields = {"note": row.pop("note", ""), "targets": targets and tuple(targets)}
+            if row:
+                what = (row.pop("make"), row.pop("inputs", inputs))
+                make: Callable[[], Built] = functools.partial(_make, library, *what, row, shared)
+            else:
+                make = ASSEMBLED[title]
+            found.append(Entry(title, group, make, **fields))
+    return tuple(found)
+
+
+def _make(library: str, name: str, inputs: str, row: Any, shared: Mapping[str, Any]) -> Built:
+    return _MAKERS[library](name, inputs, _options(row, shared, library))
+
+
+def _named(text: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = text.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
+    """The options with those that they name, and in the types of Python."""
+    if isinstance(row, dict):
+        found: dict[str, Any] = {}
+        for name in row.get("with", ()):
+            found |= _options(shared[name], shared, library)
+        own = {name: one for name, one in row.items() if name != "with"}
+        found |= {name: _options(one, shared, library) for name, one in own.items()}
+        return found.pop("make")(**found) if "make" in found else found
+    if isinstance(row, list):
+        # Which of the two it is matters to them.
+        kind = tuple if library in ("timm", "diffusers") else list
+        return kind(_options(one, shared, library) for one in row)
+    if isinstance(row, str) and ":" in row:
+        return _named(row)
+    return None if row == "None" else row
+
+
+def _of_transformers(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    kind = getattr(importlib.import_module("transformers"), name)
+    config = kind.config_class(**options)
+    # Drawn before the weights are.
+    given = inputs_of(inputs)
+    return kind(config), given
+
+
+def _of_diffusers(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    given: Any = inputs_of(inputs)
+    made = getattr(importlib.import_module("diffusers"), name)(**options)
+    return made, {**given, "return_dict": False}
+
+
+def _of_timm(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    timm = importlib.import_module("timm")
+    module, _, class_name = name.partition(".")
+    if class_name:
+        kind = getattr(importlib.import_module(f"timm.models.{module}"), class_name)
+        return kind(num_classes=5, **options), inputs_of(inputs)
+    return timm.create_model(name, pretrained=False, num_classes=5, **options), inputs_of(inputs)
+
+
+def _of_torchvision(name: str, inputs: str, options: dict[str, Any]) -> Built:
+    if ":" in name:
+        return _named(name)(**options), inputs_of(inputs)
+    models = importlib.import_module("torchvision.models")
+    options = {"num_classes": 5, **options}
+    if name in vars(models) and isinstance(getattr(models, name), type):
+        return getattr(models, name)(**options), inputs_of(inputs)
+    return models.get_model(name, weights=None, **options), inputs_of(inputs)
+
+
+_MAKERS: Mapping[str, Maker] = {
+    "transformers": _of_transformers,
+    "diffusers": _of_diffusers,
+    "timm": _of_timm,
+    "torchvision": _of_torchvision,
+}
+
+
+_PATCH = 5  # the token that stands for a patch
+
+
+def inputs_of(words: str) -> Inputs:
+    """The arguments of one call.
+
+    Args:
+        words: A name of ``inputs.toml``, of this module, or of one tensor; and the numbers that it takes.
+    """
+    name, _, numbers = words.partition(" ")
+    if name in _ASSEMBLED_INPUTS:
+        return _ASSEMBLED_INPUTS[name](*map(int, numbers.split()))
+    table = _inputs()
+    return _drawn(table[name], numbers) if name in table else (_drawn(words, ""),)
+
+
+@functools.cache
+def _inputs() -> Mapping[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("inputs.toml").read_text(encoding="utf-8"))
+
+
+def _drawn(value: Any, numbers: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _drawn(one, numbers) for name, one in value.items()}
+    if isinstance(value, list):
+        return torch.tensor(value)
+    if not isinstance(value, str):
+        return value
+    name, *shape = value.format(numbers).split()
+    return None if name == "None" else _TENSORS[name](*map(int, shape))
+
+
+_TENSORS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "ids": lambda length: ids(length=length),
+    "bytes": lambda length: torch.randint(0, 40, (2, length)),
+    "images": images,
+    "random": lambda *shape: torch.randn(2, *shape),
+    "places": lambda *shape: torch.randint(0, 4, shape).float(),
+    "zeros": torch.zeros,
+}
+
+
+def _text() -> dict[str, Any]:
+    """Tokens, the second row padded."""
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    mask[1, 4:] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+def _image_tokens(patches: int) -> dict[str, Any]:
+    tokens = ids(length=8) + 1
+    tokens = torch.where(tokens == _PATCH, _PATCH + 4, tokens).clamp(max=39)
+    tokens[:, 1 : 1 + patches] = _PATCH
+    mask = torch.ones_like(tokens)
+    given = {"input_ids": tokens, "attention_mask": mask, "pixel_values": images(16)}
+    return {**given, "use_cache": False}
+
+
+def _prompted_image() -> dict[str, Any]:
+    # As its processor gives them: the prompt is 0, what the model is to say 1. Without them, and
+    # without padding, its attention under SDPA is another one (docs/internals/export.md, Parity).
+    kinds = (torch.arange(8) > 5).long().expand(2, 8).contiguous()
+    return {**_image_tokens(4), "token_type_ids": kinds}
+
+
+def _listed_image() -> dict[str, Any]:
+    found = _image_tokens(1)
+    return {**found, "pixel_values": found["pixel_values"][:, None]}
+
+
+def _image_grid() -> dict[str, Any]:
+    found = _image_tokens(4)
+    del found["pixel_values"]
+    found["input_ids"][:, 0] = 6
+    found["input_ids"][:, 1:5] = _PATCH
+    found["mm_token_type_ids"] = (found["input_ids"] == _PATCH).int()
+    # Two images of 4 x 4 patches, each patch 3 colors x 2 frames x 4 x 4 pixels.
+    found["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4)
+    found["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    return found
+
+
+_ASSEMBLED_INPUTS: Mapping[str, Callable[..., Inputs]] = {
+    "text": _text,
+    "tokens": lambda: {**_text(), "use_cache": False},
+    "image_tokens": _image_tokens,
+    "prompted_image": _prompted_image,
+    "listed_image": _listed_image,
+    "image_grid": _image_grid,
+}
+
+
+def _vgg() -> Built:
+    from torchvision.models.vgg import VGG, make_layers
+
+    layers = make_layers([16, "M", 32, "M", 64, 64, "M", 512, "M"], batch_norm=True)
+    model = VGG(layers, num_classes=5, init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier[0] = nn.Linear(512, 4096)
+    return model, (images(32),)
+
+
+def _s3d() -> Built:
+    from torchvision.models.video import s3d
+
+    model = s3d(num_classes=5)
+    model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own one wants 224 pixels
+    return model, (torch.randn(2, 3, 16, 32, 32),)
+
+
+def _mvit() -> Built:
+    from torchvision.models.video.mvit import MSBlockConfig, MViT
+
+    def block(channels: int, outputs: int, heads: int, stride: int) -> MSBlockConfig:
+        q, kv = [1, stride, stride], [1, 2, 2]
+        return MSBlockConfig(heads, channels, outputs, [3, 3, 3], [3, 3, 3], q, kv)
+
+    model = MViT(
+        spatial_size=(32, 32),
+        temporal_size=4,
+        block_setting=[block(16, 16, 1, 1), block(16, 32, 2, 2)],
+        residual_pool=True,
+        residual_with_cls_embed=False,
+        rel_pos_embed=True,
+        proj_after_attn=True,
+        num_classes=5,
+    )
+    return model, (torch.randn(2, 3, 4, 32, 32),)
+
+
+def _retina_head() -> Built:
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    class OnFeatures(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = RetinaNetHead(16, 3, 4)
+
+        def forward(self, large: torch.Tensor, small: torch.Tensor) -> dict[str, torch.Tensor]:
+            found: dict[str, torch.Tensor] = self.head([large, small])
+            return OrderedDict(found)
+
+    return OnFeatures(), (images(8, 16), images(4, 16))
+
+
+ASSEMBLED: Mapping[str, Callable[[], Built]] = {
+    "torchvision/vgg": _vgg,
+    "torchvision/s3d": _s3d,
+    "torchvision/mvit": _mvit,
+    "torchvision/RetinaNet head": _retina_head,
+}
+"""By the name of the entry."""
