@@ -28,6 +28,7 @@ from lora_fx.export.adapter_manifest import (
 )
 from lora_fx.export.copy import DTYPES, unwrapped
 from lora_fx.export.factor_model import check_swappable, flip, site_inputs
+from lora_fx.export.inspection import metadata_of, read_file
 from lora_fx.export.ort import to_runtime, to_tensor
 from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
@@ -377,15 +378,7 @@ def manifest_of_file(path: Path) -> Manifest:
     Raises:
         ExportError: It is missing, damaged, or takes no adapters.
     """
-    import onnx
-
-    if not path.is_file():
-        raise ExportError(f"there is no file {path}: export a model to it first")
-    try:
-        properties = onnx.load(str(path), load_external_data=False).metadata_props
-    except Exception as error:
-        raise ExportError(f"{path} is damaged or no ONNX file: export it again") from error
-    manifest = Manifest.from_metadata({one.key: one.value for one in properties})
+    manifest = Manifest.from_metadata(metadata_of(read_file(path)))
     if manifest is None:
         raise ExportError(f"{path} takes no adapters: export it with adapters='inputs'")
     return manifest

@@ -7,7 +7,7 @@ module structure that shares the parameters, so that the argument is untouched a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,13 +99,7 @@ class StandIn(nn.Module):
         )
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = dict(zip(("x", "weight", "bias"), args, strict=False)) | dict(kwargs or {})
         x: Any = named.get("x", named.get("input"))
         weight = named.get("weight")
@@ -124,13 +118,7 @@ class _Turned:
         return self.weight.product(x)
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not kwargs and isinstance(args[-1], cls):
             if func in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__):
                 return args[-1].weight.product(args[0])

@@ -18,7 +18,16 @@ from lora_fx.export.adapter_manifest import SLOTS_INPUT, SUFFIXES, Manifest
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["FileGraph", "FileNode", "Finding", "State", "examine_file", "read_graph"]
+__all__ = [
+    "FileGraph",
+    "FileNode",
+    "Finding",
+    "State",
+    "examine_file",
+    "metadata_of",
+    "read_file",
+    "read_graph",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +66,8 @@ class FileGraph:
     metadata: Mapping[str, str]
 
 
-def read_graph(path: Path) -> FileGraph:
-    """Reads the graph of an ONNX file; weights stay where they are.
+def read_file(path: Path) -> onnx.ModelProto:
+    """Read an ONNX file; weights stay where they are.
 
     Raises:
         ExportError: It is missing or damaged, or the package onnx is.
@@ -68,11 +77,25 @@ def read_graph(path: Path) -> FileGraph:
     except ImportError as error:
         raise ExportError("an ONNX file is read with onnx: pip install 'lora-fx[onnx]'") from error
     if not path.is_file():
-        raise ExportError(f"there is no file {path}")
+        raise ExportError(f"there is no file {path}: export a model to it first")
     try:
-        model = onnx.load(str(path), load_external_data=False)
+        return onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise ExportError(f"{path} is damaged or no ONNX file: export it again") from error
+
+
+def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
+    """What a file says of itself."""
+    return {one.key: one.value for one in model.metadata_props}
+
+
+def read_graph(path: Path) -> FileGraph:
+    """Reads the graph of an ONNX file; weights stay where they are.
+
+    Raises:
+        ExportError: It is missing or damaged, or the package onnx is.
+    """
+    model = read_file(path)
     graph = model.graph
     weights = {one.name: (tuple(one.dims), _dtype(one.data_type)) for one in graph.initializer}
     return FileGraph(
@@ -80,7 +103,7 @@ def read_graph(path: Path) -> FileGraph:
         outputs={one.name: _value(one) for one in graph.output},
         weights=weights,
         nodes=tuple(map(_node, graph.node)),
-        metadata={one.key: one.value for one in model.metadata_props},
+        metadata=metadata_of(model),
     )
 
 
@@ -165,14 +188,7 @@ def examine_file(path: Path) -> list[Finding]:
     Raises:
         ExportError: It is missing, damaged, or of a newer lora_fx.
     """
-    import onnx
-
-    if not path.is_file():
-        raise ExportError(f"there is no file {path}")
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise ExportError(f"{path} is damaged or no ONNX file: export it again") from error
+    model = read_file(path)
     if not model.graph.output:
         # No bytes at all are a message without fields.
         raise ExportError(f"{path} is empty, a model without outputs: export it again")
@@ -254,7 +270,7 @@ def _bytes_of(tensor: onnx.TensorProto) -> int:
 
 def _adapter_inputs(model: onnx.ModelProto) -> Iterator[Finding]:
     topic = "adapters"
-    manifest = Manifest.from_metadata({one.key: one.value for one in model.metadata_props})
+    manifest = Manifest.from_metadata(metadata_of(model))
     inputs = {one.name for one in model.graph.input}
     read = {name for graph in _graphs(model.graph) for node in graph.node for name in node.input}
     if manifest is None:

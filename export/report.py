@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TypeVar
 
-from lora_fx.ir import html_block, html_table, json_text
+from lora_fx.ir import html_block, html_lines, html_table, json_text
 
 __all__ = [
     "BankSize",
@@ -263,7 +263,7 @@ class ExportReport:
         )
         blocks.append(html_block("all of it", f"<pre>{escape(str(self))}</pre>"))
         unchecked = "" if self.verified else f"NOT CHECKED: {self.unverified_reason}"
-        return f"<div><div>{escape(self._head())}</div><div>{escape(unchecked)}</div>{''.join(blocks)}</div>"
+        return f"<div>{html_lines((self._head(), unchecked))}{''.join(blocks)}</div>"
 
     def _head(self) -> str:
         return (

@@ -13,7 +13,7 @@ import os
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,20 @@ from lora_fx.checkpoint import (
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.export.fuse import Provider
-from lora_fx.ir import folded, html_block, html_table, json_text, plain, text_table
+from lora_fx.ir import folded, html_block, html_lines, html_table, json_text, plain, text_table
 from lora_fx.kinds import chosen_kind
 
-__all__ = ["AdapterReport", "SiteFigures", "heat_map", "inspect_adapter", "verify"]
+__all__ = [
+    "AdapterReport",
+    "SiteFigures",
+    "effective_rank",
+    "figures_of",
+    "heat_map",
+    "inspect_adapter",
+    "read_folder",
+    "singular_values",
+    "verify",
+]
 
 _FACTOR = re.compile(
     r"(?:(?P<site>.+)\.)?lora_(?:embedding_)?(?P<which>[AB])(?:\.weight)?(?P<bias>\.bias)?"
@@ -60,6 +70,8 @@ class SiteFigures:
         effective_rank: ``exp(-Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σ σ`` (Roy and Vetterli 2007, EUSIPCO), the mean
             over experts; 0 where nothing was learned.
         kind: Name of the adapter kind.
+        parameters: Elements of A and B.
+        dtype: That of A.
     """
 
     name: str
@@ -71,6 +83,8 @@ class SiteFigures:
     values: tuple[float, ...]
     effective_rank: float
     kind: str = "lora"
+    parameters: int = 0
+    dtype: str = ""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -189,10 +203,8 @@ class AdapterReport:
         return f"<AdapterReport: {self.facts()[-1][1]}; print it for each site>"
 
     def _repr_html_(self) -> str:
-        said = "".join(
-            f"<div>{escape(label)}: {escape(text)}</div>" for label, text in self.facts()
-        )
-        said += "".join(f"<div>⚠ {escape(text)}</div>" for text in self.warnings())
+        said = html_lines(f"{label}: {text}" for label, text in self.facts())
+        said += html_lines(self.warnings(), "⚠ ")
         maps = "".join(
             html_block(title, heat_map(*self.heat(what)), opened=what == "norm")
             for title, what in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank"))
@@ -216,73 +228,90 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give the local folder of an adapter")
+    config, pairs, others = read_folder(path)
+    factors = [one for pair in pairs.values() for one in pair.values()]
+    return AdapterReport(
+        path,
+        config,
+        tuple(figures_of(name, pair, config, path) for name, pair in pairs.items()),
+        others,
+        sum(one.numel() for one in factors) + sum(map(math.prod, others.values())),
+        sum(one.stat().st_size for one in path.iterdir() if one.is_file()),
+    )
+
+
+def read_folder(
+    path: Path,
+) -> tuple[LoraConfig, dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
+    """Read an adapter folder: its configuration, A and B of each site, and the shapes of the other tensors.
+
+    Raises:
+        CheckpointError: There is no adapter in the folder, or one that cannot be read.
+    """
     config = LoraConfig.from_pretrained(path)
-    tensors = without_prefix(read_tensors(path)[0])
     pairs: dict[str, dict[str, Tensor]] = {}
     others: dict[str, tuple[int, ...]] = {}
-    for key, value in tensors.items():
+    for key, value in without_prefix(read_tensors(path)[0]).items():
         found = _FACTOR.fullmatch(key)
         if found is not None and not found["bias"]:
             pairs.setdefault(found["site"] or "", {})[found["which"]] = value
             continue
         others[key] = tuple(value.shape)
-    return AdapterReport(
-        path,
-        config,
-        tuple(_figures(pairs, config, path)),
-        others,
-        sum(value.numel() for value in tensors.values()),
-        sum(one.stat().st_size for one in path.iterdir() if one.is_file()),
-    )
+    return config, pairs, others
 
 
 @torch.no_grad()
-def _figures(
-    pairs: Mapping[str, Mapping[str, Tensor]], config: LoraConfig, path: Path
-) -> Iterator[SiteFigures]:
-    kind = chosen_kind(config).name
-    for name, factors in pairs.items():
-        if len(factors) < 2:
-            (which,) = factors
-            other = "B" if which == "A" else "A"
-            raise CheckpointError(
-                f"{path}: {name or 'the root'} has lora_{which} and no lora_{other}: the file was cut, or "
-                "its keys were renamed"
-            )
-        if any(one.dim() < 2 for one in factors.values()):
-            shapes = {which: list(one.shape) for which, one in factors.items()}
-            raise CheckpointError(
-                f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
-                "they are no matrices"
-            )
-        a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
-        groups = _groups(factors["A"], b)
-        rank, scale = len(a), scale_for(name, config)
-        planned = rank_for(name, config)
-        experts = rank // planned if rank > planned and rank % planned == 0 else 1
-        if a.shape[0] != b.shape[1] * groups:
-            raise CheckpointError(
-                f"{path}: {name or 'the root'}: lora_A has {a.shape[0]} rows and lora_B {b.shape[1]} "
-                "columns: they are no pair"
-            )
-        if experts > 1:
-            downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
-        else:
-            # PEFT's A reads all inputs, and each group of B its own ranks.
-            downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]  # type: ignore[no-untyped-call]
-        each = [_singular_values(scale, down, up) for down, up in zip(downs, ups, strict=True)]
-        values = torch.cat(each).sort(descending=True).values
-        yield SiteFigures(
-            name,
-            rank // experts,
-            scale,
-            (b.shape[0], a.shape[1]),
-            experts,
-            float(values.norm()),
-            tuple(values.tolist()),
-            sum(map(_effective_rank, each)) / experts,
-            kind,
+def figures_of(
+    name: str, factors: Mapping[str, Tensor], config: LoraConfig, path: Path
+) -> SiteFigures:
+    """The figures of one site, of its factors by letter.
+
+    Raises:
+        CheckpointError: They are no pair.
+    """
+    if len(factors) < 2:
+        (which,) = factors
+        other = "B" if which == "A" else "A"
+        raise CheckpointError(
+            f"{path}: {name or 'the root'} has lora_{which} and no lora_{other}: the file was cut, or "
+            "its keys were renamed"
         )
+    if any(one.dim() < 2 for one in factors.values()):
+        shapes = {which: list(one.shape) for which, one in factors.items()}
+        raise CheckpointError(
+            f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
+            "they are no matrices"
+        )
+    a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
+    groups = _groups(factors["A"], b)
+    rank, scale = len(a), scale_for(name, config)
+    planned = rank_for(name, config)
+    experts = rank // planned if rank > planned and rank % planned == 0 else 1
+    if a.shape[0] != b.shape[1] * groups:
+        raise CheckpointError(
+            f"{path}: {name or 'the root'}: lora_A has {a.shape[0]} rows and lora_B {b.shape[1]} "
+            "columns: they are no pair"
+        )
+    if experts > 1:
+        downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
+    else:
+        # PEFT's A reads all inputs, and each group of B its own ranks.
+        downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]  # type: ignore[no-untyped-call]
+    each = [scale * singular_values(*pair) for pair in zip(downs, ups, strict=True)]
+    values = torch.cat(each).sort(descending=True).values
+    return SiteFigures(
+        name,
+        rank // experts,
+        scale,
+        (b.shape[0], a.shape[1]),
+        experts,
+        float(values.norm()),
+        tuple(values.tolist()),
+        sum(map(effective_rank, each)) / experts,
+        chosen_kind(config).name,
+        sum(one.numel() for one in factors.values()),
+        str(factors["A"].dtype),
+    )
 
 
 def _groups(a: Tensor, b: Tensor) -> int:
@@ -292,15 +321,21 @@ def _groups(a: Tensor, b: Tensor) -> int:
     return len(a) // of_one if several and len(b) % (len(a) // of_one) == 0 else 1
 
 
-def _singular_values(scale: float, a: Tensor, b: Tensor) -> Tensor:
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """Those of ``B A``, the largest first, from two thin decompositions; NaN where training has diverged.
+
+    Args:
+        a: [r, in].
+        b: [out, r].
+    """
     if not (a.isfinite().all() and b.isfinite().all()):
         return a.new_full((min(len(a), b.shape[1]),), math.nan)
-    small: Tensor = torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T
-    found: Tensor = scale * torch.linalg.svdvals(small)
+    found: Tensor = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
     return found
 
 
-def _effective_rank(values: Tensor) -> float:
+def effective_rank(values: Tensor) -> float:
+    """That of a matrix with these singular values, as :class:`SiteFigures` says it; 0 where all are zero."""
     total = values.sum()
     if not total > 0:
         return float(total) if total.isnan() else 0.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from html import escape
 from typing import cast
 
 import torch
@@ -26,7 +25,7 @@ from lora_fx.adapters.switching import (
 )
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError, some
-from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_table, require_record
+from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_lines, html_table, require_record
 from lora_fx.passes.graph import copy_without_trainers, is_partitioned, own_partition
 from lora_fx.passes.parameters import (
     adapter_parameters,
@@ -501,8 +500,7 @@ class ModelStatus:
             )
             for one in self
         ]
-        said = "".join(f"<div>{escape(line)}</div>" for line in self._remarks())
-        return f"<div>{html_table(columns, rows, left=3)}{said}</div>"
+        return f"<div>{html_table(columns, rows, left=3)}{html_lines(self._remarks())}</div>"
 
     def __str__(self) -> str:
         lines = [str(adapter) for adapter in self.adapters] or ["no adapter"]

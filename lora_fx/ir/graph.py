@@ -6,13 +6,12 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from html import escape
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import fx, nn
 
-from lora_fx.ir.tables import folded, html_block, html_table
+from lora_fx.ir.tables import html_block, html_folded, html_lines
 
 if TYPE_CHECKING:
     from lora_fx.ir.plan import Plan
@@ -258,19 +257,13 @@ class Capture:
             (key or "(root)", str(len(one.graph.nodes))) for key, one in self.regions.items()
         ]
         opaque = [(name or "(root)", reason) for name, reason in self.opaque.items()]
-        shown = [(one.name, one.times, *one.cells) for one in folded(regions)]
-        blocks = html_block(
-            f"regions ({len(regions)})",
-            html_table(("region", "", "nodes"), shown, left=2),
-            opened=True,
-        )
+        table = html_folded(("region", "nodes"), regions, left=2)
+        blocks = html_block(f"regions ({len(regions)})", table, opened=True)
         if opaque:
-            rows = [(one.name, one.times, *one.cells) for one in folded(opaque)]
-            table = html_table(("module", "", "because"), rows, left=3)
+            table = html_folded(("module", "because"), opaque)
             blocks += html_block(f"without a graph ({len(opaque)})", table)
-        said = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
-        name = escape(type(self.model).__name__)
-        return f"<div><div>{name}, captured by {escape(self.frontend)}</div>{blocks}{said}</div>"
+        head = html_lines([f"{type(self.model).__name__}, captured by {self.frontend}"])
+        return f"<div>{head}{blocks}{html_lines(self.notes)}</div>"
 
     def __str__(self) -> str:
         lines = [f"captured by {self.frontend}: {len(self.regions)} region(s)"]

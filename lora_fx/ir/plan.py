@@ -6,13 +6,12 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from html import escape
 from typing import Any, Literal
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, hint
 from lora_fx.ir.site import Rejection, Site
-from lora_fx.ir.tables import FoldedRow, folded, html_block, html_table, text_table
+from lora_fx.ir.tables import FoldedRow, folded, html_block, html_lines, html_table, text_table
 
 __all__ = ["Comparison", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
@@ -396,15 +395,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """The plan as a notebook shows it: what is wrong first, then tables that fold and sort."""
-        marks = "".join(f"<div>⚠ {escape(text)}</div>" for text in self.warnings())
-        facts = "".join(
-            f"<div>{escape(text)}</div>"
-            for text in (
-                f"{len(self.sites)} site(s), {''.join(self.totals())}",
-                self.cost(),
-                *self.remarks(),
-            )
-        )
+        marks = html_lines(self.warnings(), "⚠ ")
+        counted = f"{len(self.sites)} site(s), {''.join(self.totals())}"
+        facts = html_lines((counted, self.cost(), *self.remarks()))
         rows = folded(self.rows())
         sites = html_table(
             (*self.columns, "sites"), [(r.name, *r.cells, str(r.count)) for r in rows], left=3
@@ -415,8 +408,7 @@ class Plan:
                 cells = [(r.name + _often(r), *r.cells) for r in folded(listed)]
                 table = html_table(("name", "because"), cells, left=2)
                 blocks.append(html_block(f"{title} ({len(listed)})", table))
-        how = "".join(f"<div>{escape(note)}</div>" for note in self.notes)
-        blocks.append(html_block(f"captured by {self.frontend}", how))
+        blocks.append(html_block(f"captured by {self.frontend}", html_lines(self.notes)))
         return f"<div>{marks}{facts}{''.join(blocks)}</div>"
 
 

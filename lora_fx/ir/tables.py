@@ -19,6 +19,8 @@ __all__ = [
     "folded",
     "folded_names",
     "html_block",
+    "html_folded",
+    "html_lines",
     "html_table",
     "json_text",
     "plain",
@@ -131,6 +133,17 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     head = f"<thead><tr>{cells('th', columns, click)}</tr></thead>"
     return f"<table>{head}<tbody>{body}</tbody></table>"
+
+
+def html_lines(lines: Iterable[str], mark: str = "") -> str:
+    """Write lines of text in HTML, one below the other, each behind a mark."""
+    return "".join(f"<div>{mark}{escape(line)}</div>" for line in lines)
+
+
+def html_folded(columns: Sequence[str], rows: Iterable[tuple[str, ...]], left: int = 3) -> str:
+    """Lay out a table in HTML whose rows are folded: names, how often each, and cells of text."""
+    shown = [(one.name, one.times, *one.cells) for one in folded(rows)]
+    return html_table((columns[0], "", *columns[1:]), shown, left)
 
 
 def html_block(title: str, body: str, *, opened: bool = False) -> str:

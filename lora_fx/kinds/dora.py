@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
-from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting, along
+from lora_fx.kinds import AdapterKind, Costs, Slot, Starting, along
 from lora_fx.kinds.lora import BIAS, bias_slot, bias_start
 from lora_fx.runtime import dora, fused_dora
 

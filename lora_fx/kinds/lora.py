@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.ir import OutputBuilder, Role, Site
-from lora_fx.kinds.base import AdapterKind, Costs, Slot, Starting
+from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
 from lora_fx.runtime import fused_lora
 
 __all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start"]

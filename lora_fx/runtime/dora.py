@@ -28,45 +28,19 @@ from lora_fx.runtime.parts import (
     own_part,
     summed_over_inputs,
 )
+from lora_fx.runtime.recompute import lazy_copy
 
 __all__ = [
     "applied_weight",
     "divisible",
     "gain",
     "held",
-    "lazy_copy",
     "recomputed",
     "rescaled",
     "shifted",
     "steered",
     "weight_norm",
 ]
-
-
-_DEVICES = ("cpu", "cuda")
-
-
-def lazy_copy(tensor: Tensor) -> Tensor:
-    """The same values, which nobody who has ``tensor`` or a view of it can change.
-
-    It is PyTorch's copy-on-write: both share memory, and the first access that may write into either gives
-    that one a memory of its own, whatever it comes through. Kernels that ask for their operand as if they
-    would write (oneDNN's batched product of bf16) cause a copy that was not needed, and nothing else.
-
-    Args:
-        tensor: Any. On other devices than a CPU or CUDA, as a subclass, or in memory that is not of PyTorch's
-            own allocator, it is copied at once.
-
-    Returns:
-        Detached, in the same shape.
-    """
-    given = tensor.detach()
-    if type(given) is not Tensor or given.device.type not in _DEVICES:
-        return given.clone()
-    try:
-        return torch._lazy_clone(given)
-    except RuntimeError:  # its storage is not one that can be shared so
-        return given.clone()
 
 
 _CHUNK = 1 << 20  # elements of a half-precision weight that are widened at a time, at least

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.dora import divisible, lazy_copy
+from lora_fx.runtime.dora import divisible
 from lora_fx.runtime.fused_lora import (
     add_product,
     apply,
@@ -27,7 +27,7 @@ from lora_fx.runtime.fused_lora import (
     without_autocast,
 )
 from lora_fx.runtime.masks import draw, masked, recovery, unpacked
-from lora_fx.runtime.recompute import Source, source_of
+from lora_fx.runtime.recompute import Source, lazy_copy, source_of
 
 __all__ = ["dora_linear"]
 

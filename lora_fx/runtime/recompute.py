@@ -30,7 +30,6 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from lora_fx.errors import LoraFxError
 from lora_fx.ir import freeze, thaw
 from lora_fx.runtime.classes import BASE, inner_class
-from lora_fx.runtime.dora import lazy_copy
 from lora_fx.runtime.masks import transformed
 
 __all__ = [
@@ -41,6 +40,7 @@ __all__ = [
     "Source",
     "called",
     "chain_of",
+    "lazy_copy",
     "source_of",
 ]
 
@@ -52,6 +52,29 @@ _SMALL = 8  # how often a parameter has to go into an output to be small beside 
 _SHARING = ("cpu", "cuda")  # devices on which memory is shared until somebody writes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def lazy_copy(tensor: Tensor) -> Tensor:
+    """The same values, which nobody who has ``tensor`` or a view of it can change.
+
+    It is PyTorch's copy-on-write: both share memory, and the first access that may write into either gives
+    that one a memory of its own, whatever it comes through. Kernels that ask for their operand as if they
+    would write (oneDNN's batched product of bf16) cause a copy that was not needed, and nothing else.
+
+    Args:
+        tensor: Any. On other devices than a CPU or CUDA, as a subclass, or in memory that is not of PyTorch's
+            own allocator, it is copied at once.
+
+    Returns:
+        Detached, in the same shape.
+    """
+    given = tensor.detach()
+    if type(given) is not Tensor or given.device.type not in _SHARING:
+        return given.clone()
+    try:
+        return torch._lazy_clone(given)
+    except RuntimeError:  # its storage is not one that can be shared so
+        return given.clone()
 
 
 class Chain:

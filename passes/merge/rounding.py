@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from html import escape
 from typing import NamedTuple
 
 import torch
 
-from lora_fx.ir import html_block, html_table, json_text
+from lora_fx.ir import html_block, html_lines, html_table, json_text
 
 __all__ = [
     "MergeReport",
@@ -317,9 +316,8 @@ class MergeReport:
         ]
         lines = [self._summary(), *([] if self.outputs is None else [str(self.outputs)])]
         lines += [f"untied: {name}" for name in self.untied]
-        said = "".join(f"<div>{escape(line)}</div>" for line in lines)
         table = html_table(columns, rows, left=2)
-        return f"<div>{said}{html_block(f'weights ({len(rows)})', table)}</div>"
+        return f"<div>{html_lines(lines)}{html_block(f'weights ({len(rows)})', table)}</div>"
 
     def _summary(self) -> str:
         again = [site for site in self.sites if site.requantized]

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import lora_fx
+import lora_fx.kinds as _registry
 from lora_fx import CheckpointError, ConfigError, ExportError, LoraConfig
 from lora_fx.kinds import AdapterKind, chosen_kind, kind_of, kinds, register_adapter_kind
-from lora_fx.kinds import base as _registry
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_kind.py"
 

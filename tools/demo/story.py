@@ -553,7 +553,7 @@ def run_demo(folder: Path, settings: DemoSettings, listener: Listener) -> DemoRe
     """Runs it.
 
     Args:
-        folder: Where to write; one that :func:`lora_fx.tools.demo.report.claim_folder` gave.
+        folder: Where to write; one that :func:`lora_fx.tools.demo.claim_folder` gave.
         settings: How much text, and how it is trained on.
         listener: Is told about every stage.
 

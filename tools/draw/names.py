@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
-from lora_fx.checkpoint import read_tensors, without_prefix
-from lora_fx.config import LoraConfig, scale_for
+from lora_fx.errors import CheckpointError
 from lora_fx.ir import Plan, PlannedSite, PlannedTokens, Rejection, Skipped, join
 from lora_fx.passes.merge import MergeReport
+from lora_fx.tools.adapter_folder import SiteFigures, figures_of, read_folder
 from lora_fx.tools.draw.picture import (
     Box,
     Branch,
@@ -28,7 +26,7 @@ from lora_fx.tools.draw.picture import (
     share_of,
     times,
 )
-from lora_fx.tools.draw.sites import effective_rank, rows_of_plan
+from lora_fx.tools.draw.sites import rows_of_plan
 
 __all__ = ["picture_of_folder", "picture_of_merge", "picture_of_plan"]
 
@@ -256,44 +254,32 @@ def picture_of_merge(report: MergeReport) -> Picture:
     return Picture("Merge", changes, root, sites=tuple(rows), adapters=("",), counted=False)
 
 
-_FACTORS = {
-    ("lora_A", "weight"): "a",
-    ("lora_B", "weight"): "b",
-    ("lora_embedding_A", ""): "a",
-    ("lora_embedding_B", ""): "b",
-}
-
-
 def picture_of_folder(folder: Path) -> Picture:
     """Draws what an adapter folder holds: ranks, scales and effective ranks, without the base.
 
     Raises:
         CheckpointError: There is no adapter in the folder, or one that cannot be read.
     """
-    config = LoraConfig.from_pretrained(folder)
-    tensors = without_prefix(read_tensors(folder)[0])
-    factors: dict[str, dict[str, torch.Tensor]] = {}
+    config, pairs, others = read_folder(folder)
     named: list[tuple[str, _Leaf]] = []
-    for key, tensor in tensors.items():
-        name, _, rest = _split(key)
-        if rest:
-            factors.setdefault(name, {})[rest] = tensor
     rows = []
-    for name, pair in factors.items():
-        leaf, row = _of_factors(name, pair, config)
+    for name, pair in pairs.items():
+        try:
+            one = figures_of(name, pair, config, folder)
+        except CheckpointError as error:
+            told, size = (("damaged", str(error)),), sum(tensor.numel() for tensor in pair.values())
+            named.append((name, _Leaf(Kind.SITE, facts=told, parameters=size, adapted=True)))
+            continue
+        leaf, row = _of_figures(one, float(config.lora_dropout))
         named.append((name, leaf))
         rows.append(row)
-    others = [key for key in tensors if not _split(key)[2]]
-    for key in others:
-        shape = times(tuple(tensors[key].shape))
-        leaf = _Leaf(
-            caption=shape, marks=("in full",), state=State.FULL, parameters=tensors[key].numel()
-        )
+    for key, shape in others.items():
+        size = math.prod(shape)
+        leaf = _Leaf(caption=times(shape), marks=("in full",), state=State.FULL, parameters=size)
         named.append((key, leaf))
-    total = sum(tensor.numel() for tensor in tensors.values())
     facts = (
-        ("sites", str(len(factors))),
-        ("parameters", human(total)),
+        ("sites", str(len(pairs))),
+        ("parameters", human(sum(leaf.parameters for _, leaf in named))),
         ("r", str(config.r)),
         ("lora_alpha", f"{config.lora_alpha:g}"),
     )
@@ -309,46 +295,33 @@ def picture_of_folder(folder: Path) -> Picture:
     )
 
 
-def _split(key: str) -> tuple[str, str, str]:
-    """The module of a key, what it is of it, and ``a`` or ``b`` for a factor."""
-    for (part, leaf), letter in _FACTORS.items():
-        ending = f".{part}.{leaf}" if leaf else f".{part}"
-        if key.endswith(ending):
-            return key.removesuffix(ending), part, letter
-    return key, "", ""
-
-
-def _of_factors(
-    name: str, pair: Mapping[str, torch.Tensor], config: LoraConfig
-) -> tuple[_Leaf, SiteRow]:
-    scale = scale_for(name, config)
-    parameters = sum(tensor.numel() for tensor in pair.values())
-    shapes = {letter.upper(): times(tuple(tensor.shape)) for letter, tensor in pair.items()}
-    facts = [(letter, f"{shape}, {pair[letter.lower()].dtype}") for letter, shape in shapes.items()]
-    rank = min((min(tensor.shape[:2], default=0) for tensor in pair.values()), default=0)
-    effective = norm = None
-    matrices = len(pair) == 2 and all(one.dim() > 1 and one.numel() for one in pair.values())
-    if matrices and pair["b"].shape[1] == pair["a"].shape[0]:
-        rank = int(pair["a"].shape[0])
-        effective, norm = effective_rank(pair["a"], pair["b"], rank)
-        facts.append(("‖ΔW‖", f"{scale * norm:.3g}"))
-        facts += [("effective rank", f"{effective:.3g}")] if effective is not None else []
+def _of_figures(one: SiteFigures, dropout: float) -> tuple[_Leaf, SiteRow]:
+    out, into = one.shape
+    learned = math.isfinite(one.norm) and one.norm > 0
+    effective = one.effective_rank if learned else None
+    facts = [
+        ("A", f"{times((one.rank, into))}, {one.dtype}"),
+        ("B", f"{times((out, one.rank))}, {one.dtype}"),
+        ("‖ΔW‖", f"{one.norm:.3g}"),
+        *([("effective rank", f"{effective:.3g}")] if effective is not None else []),
+        *([("experts", str(one.experts))] if one.experts > 1 else []),
+    ]
     leaf = _Leaf(
         kind=Kind.SITE,
-        caption=f"B {shapes.get('B', '')} · A {shapes.get('A', '')}",
+        caption=f"B {times((out, one.rank))} · A {times((one.rank, into))}",
         facts=tuple(facts),
-        branches=(Branch("", rank, scale, float(config.lora_dropout)),),
+        branches=(Branch("", one.rank, one.scale, dropout),),
         state=State.ADAPTED,
-        parameters=parameters,
+        parameters=one.parameters,
         adapted=True,
     )
     row = SiteRow(
-        name,
+        one.name,
         State.ADAPTED,
-        rank=rank,
-        scale=scale,
-        dropout=float(config.lora_dropout),
-        parameters=parameters,
+        rank=one.rank,
+        scale=one.scale,
+        dropout=dropout,
+        parameters=one.parameters,
         effective=effective,
     )
     return leaf, row

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_fx.adapters import Originals
 from lora_fx.config import changes_base, judge
@@ -16,10 +16,10 @@ from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, join
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.tools.adapter_folder import effective_rank, singular_values
 from lora_fx.tools.draw.picture import SiteRow, State
 
 __all__ = [
-    "effective_rank",
     "rows_of_matches",
     "rows_of_model",
     "rows_of_plan",
@@ -175,7 +175,10 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
         a, b = (one.detach() for one in factors_of(model, row, adapter).pair)
         if any(type(one) not in (torch.Tensor, nn.Parameter) or one.is_meta for one in (a, b)):
             return None, None
-        effective, norm = effective_rank(a, b, row.rank, site.experts)
+        each = _singular_values(a, b, row)
+        norm = float(torch.cat(each).norm())
+        learned = math.isfinite(norm) and norm > 0
+        effective = sum(map(effective_rank, each)) / len(each) if learned else None
         plain = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
         # What is sharded or offloaded has another shape here.
         if not plain or tuple(weight.shape) != site.weight_shape or site.quantized is not None:
@@ -194,40 +197,14 @@ def _gradient(model: nn.Module, row: PlannedSite, adapter: str) -> float | None:
     return float(torch.stack([one.float().norm() for one in found]).norm())
 
 
-def effective_rank(
-    a: torch.Tensor, b: torch.Tensor, rank: int, experts: int | None = None
-) -> tuple[float | None, float]:
-    """Effective rank of BA and its norm; no effective rank where BA is zero.
-
-    Args:
-        a: A, with one more axis in front if there are experts.
-        b: B, likewise.
-        rank: The size that they share.
-        experts: How many experts there are, over which the effective rank is averaged.
-    """
-    singular = torch.stack([*_singular_values(a, b, rank, experts)])
-    norm = float(singular.square().sum().sqrt())
-    if not math.isfinite(norm) or not norm:
-        return None, norm
-    spread = singular / singular.sum(-1, keepdim=True).clamp_min(1e-30)
-    entropy = -(spread * spread.clamp_min(1e-30).log()).sum(-1)
-    return float(entropy.exp().mean()), norm
-
-
-def _singular_values(
-    a: torch.Tensor, b: torch.Tensor, rank: int, experts: int | None
-) -> Iterator[torch.Tensor]:
-    """Those of BA, for each expert: from the triangles of two thin decompositions."""
-    pairs: Iterable[tuple[torch.Tensor, torch.Tensor]] = (
-        zip(a.unbind(), b.unbind(), strict=True) if experts else [(a, b)]
-    )
-    for one, other in pairs:
-        if not (one.isfinite().all() and other.isfinite().all()):  # training that diverged
-            yield torch.full((rank,), math.nan)
-            continue
-        down = one.reshape(rank, -1).float() if one.shape[0] == rank else one.float().T
-        up = other.float().reshape(-1, rank) if other.shape[1] == rank else other.float().T
-        triangles = (torch.linalg.qr(each, mode="r")[1] for each in (up, down.T))
-        left, right = triangles
-        values = torch.linalg.svdvals(left @ right.T)
-        yield nn.functional.pad(values, (0, rank - len(values)))
+def _singular_values(a: Tensor, b: Tensor, row: PlannedSite) -> list[Tensor]:
+    """Those of BA, for each expert."""
+    rank = row.rank
+    pairs = zip(a.unbind(), b.unbind(), strict=True) if row.site.experts else [(a, b)]
+    return [
+        singular_values(
+            one.reshape(rank, -1).float() if one.shape[0] == rank else one.float().T,
+            other.float().reshape(-1, rank) if other.shape[1] == rank else other.float().T,
+        )
+        for one, other in pairs
+    ]
