@@ -346,6 +346,8 @@
     if (!graph.map) {
       [minimap.width, minimap.height] = [Math.max(30, root.width * scale), Math.max(30, root.height * scale)].map(Math.round);
       graph.map = document.createElement("canvas");
+      const style = getComputedStyle(document.documentElement);
+      graph.mapColors = { veil: style.getPropertyValue("--veil"), accent: style.getPropertyValue("--accent") };
       [graph.map.width, graph.map.height] = [minimap.width, minimap.height];
       const drawing = graph.map.getContext("2d");
       drawing.scale(scale, scale);
@@ -360,16 +362,16 @@
     context.globalAlpha = 1;
     context.drawImage(graph.map, 0, 0);
     // What is seen stays clear, and has a border inside the map.
-    const style = getComputedStyle(document.documentElement), by = scale / view.scale, { width, height } = minimap;
+    const by = scale / view.scale, { width, height } = minimap;
     const inside = (value, most) => Math.min(Math.max(value, 1), most - 1);
     const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one * by, width));
     const [top, bottom] = [-view.y, area.height - view.y].map((one) => inside(one * by, height));
     const seen = new Path2D();
     seen.rect(0, 0, width, height);
     seen.rect(left, top, right - left, bottom - top);
-    context.fillStyle = style.getPropertyValue("--veil");
+    context.fillStyle = graph.mapColors.veil;
     context.fill(seen, "evenodd");
-    context.strokeStyle = style.getPropertyValue("--accent");
+    context.strokeStyle = graph.mapColors.accent;
     context.lineWidth = 1.5;
     context.strokeRect(left, top, right - left, bottom - top);
   }
