@@ -119,13 +119,19 @@ def _node(node: onnx.NodeProto) -> FileNode:
     )
 
 
+# What torch.export says of a node that is in no module.
+_NOWHERE = "_empty_nn_module_stack_from_metadata_hook"
+
+
 def _scope(text: str) -> tuple[str, ...]:
     """The modules of a node: a list of names, of which the last is that of the node in its graph."""
     try:
         names = ast.literal_eval(text) if text else []
     except (SyntaxError, ValueError):
         return ()
-    return tuple(str(name) for name in names[:-1] if name) if isinstance(names, list) else ()
+    if not isinstance(names, list):
+        return ()
+    return tuple(str(name) for name in names[:-1] if name and name != _NOWHERE)
 
 
 def _dtype(kind: int) -> str:

@@ -49,6 +49,7 @@ __all__ = [
     "to_runtime",
     "to_tensor",
     "unwrap",
+    "with_empty_caches",
     "write",
 ]
 
@@ -378,6 +379,37 @@ def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, An
     return {name: inputs[name] for name in names}
 
 
+def with_empty_caches(inputs: Any, ports: Sequence[Port]) -> Any:
+    """Adds what a text begins with to the inputs of a decoder: empty caches, a mask that covers all tokens.
+
+    Args:
+        inputs: As the caller gave them. Caches are added where they are named and none is among them.
+        ports: The inputs of the file.
+    """
+    caches = [port for port in ports if _MAY_BE_EMPTY in port.shape]
+    if not isinstance(inputs, Mapping) or any(port.name in inputs for port in caches):
+        return inputs
+    given = {port.name: inputs[port.name] for port in ports if port.name in inputs}
+    sizes: dict[int | str | None, int] = {
+        axis: size
+        for port in ports
+        for axis, size in zip(port.shape, getattr(given.get(port.name), "shape", ()), strict=False)
+    }
+    sizes |= {_MAY_BE_EMPTY: 0}
+    sizes.setdefault(_TOTAL, sizes.get(_NEW, 0))
+    device = next((one.device for one in given.values() if isinstance(one, Tensor)), None)
+    added = {}
+    for port in ports:
+        shape = [one if isinstance(one, int) else sizes.get(one, -1) for one in port.shape]
+        wanted = port in caches or _TOTAL in port.shape
+        if port.name in given or not wanted or min(shape) < 0:
+            continue
+        made = torch.ones(shape, dtype=getattr(torch, port.dtype), device=device)
+        plain = device is None and made.dtype is not torch.bfloat16
+        added[port.name] = made.numpy() if plain else made
+    return {**inputs, **added}
+
+
 def check_axes(
     ports: Sequence[Port],
     given: Mapping[str, Any],
@@ -417,11 +449,11 @@ def check_axes(
                     f"{place} has {size}, and the model takes at most {limits[axis]} ('{axis}'): give less, "
                     "or cut it"
                 )
-    if task and "total_length" in seen:
+    if task and _TOTAL in seen:
         (total, where), past, new = (
-            seen["total_length"],
-            seen["past_length"][0],
-            seen["sequence"][0],
+            seen[_TOTAL],
+            seen[_MAY_BE_EMPTY][0],
+            seen[_NEW][0],
         )
         if total != past + new:
             raise ExportError(
@@ -451,6 +483,9 @@ INNER_SIZES_KEY = "lora_fx.inner_sizes"
 
 _MAY_BE_EMPTY = "past_length"
 """The one axis that is compared with PyTorch at size 0, in the files of decoders: a prefill has no past."""
+
+_NEW, _TOTAL = "sequence", "total_length"
+"""The axis of what a decoder reads now, and that of its past and this together."""
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:

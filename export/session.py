@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
-from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, check_attention
+from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Provider, check_attention
 from lora_fx.export.generation import Generates
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
@@ -235,7 +235,7 @@ class OnnxSession(Generates):
     def __init__(
         self,
         path: str | Path,
-        provider: Literal["cuda", "cpu", "webgpu"] = "cuda",
+        provider: Provider = "cuda",
         *,
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
@@ -255,7 +255,7 @@ class OnnxSession(Generates):
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
         settings = providers.session_settings(self._runtime, session_options, low_memory=low_memory)
         self._session = providers.load(self._runtime, self.path, provider, options, settings)
-        self.provider: Literal["cuda", "cpu", "webgpu"] = provider
+        self.provider: Provider = provider
         self._device, self._cache_place = _places(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         check_attention(self.metadata, provider, self.path.name)
@@ -361,7 +361,8 @@ class OnnxSession(Generates):
 
         Args:
             inputs: Arrays or tensors by name, or in the order of ``self.inputs``. What lies on the
-                session's device is not copied.
+                session's device is not copied. A decoder that is given no cache begins a text: its caches
+                are empty, and its mask, if that is not given either, covers all tokens.
             adapter: The name of a loaded adapter, a dict of names to weights, or None for the base
                 model. Weighted changes are added up exactly; the last few sums are kept. For a file with a
                 bank also a list with a name, or None, for each row of the batch.
@@ -377,12 +378,13 @@ class OnnxSession(Generates):
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
         names = [port.name for port in self.inputs]
-        given = ort.inputs_by_name(inputs, names, self.path.name)
+        generates = TASK_KEY in self.metadata
+        begun = ort.with_empty_caches(inputs, self.inputs) if generates else inputs
+        given = ort.inputs_by_name(begun, names, self.path.name)
         feeds = {
             port.name: ort.feed(self._runtime, port, given[port.name], self._device)
             for port in self.inputs
         }
-        generates = TASK_KEY in self.metadata
         ort.check_axes(self.inputs, given, self._limits, self.path.name, task=generates)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         ort.settle(tensors)

@@ -7,78 +7,78 @@ Three lines from a model to an adapted model::
     config = lora_fx.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05)
     model = lora_fx.rewrite(model, config)
 
-What needs more than PyTorch (ONNX, pictures) is loaded when it is first used.
+Every name is loaded when it is first used, PyTorch as well.
 """
 
 from __future__ import annotations
 
 import importlib as _importlib
+from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from lora_fx.adapters import (
-    active_adapters,
-    adapter_ids,
-    adapter_names,
-    add_adapter,
-    add_weighted_adapter,
-    correct_gradients,
-    delete_adapter,
-    disable_adapter,
-    initialize,
-    parameter_groups,
-    plan_quantization,
-    prepare_for_kbit_training,
-    quantize,
-    reference,
-    replace_lora_weights_loftq,
-    set_adapter,
-    status,
-)
-from lora_fx.api import (
-    capture,
-    compare,
-    graphs,
-    merge,
-    plan,
-    print_trainable_parameters,
-    rewrite,
-    trainable_parameters,
-)
-from lora_fx.checkpoint import (
-    adapter_state_dict,
-    hotswap_adapter,
-    lightning_callback,
-    load_adapter,
-    load_adapter_state_dict,
-    prepare_hotswap,
-    save_adapter,
-    trainer_callback,
-)
-from lora_fx.config import LoraConfig
-from lora_fx.errors import (
-    CaptureError,
-    CheckpointError,
-    ConfigError,
-    ExportError,
-    LoraFxError,
-    MergeError,
-    NoMatchError,
-    OutputPathError,
-    ParityError,
-    PartialMatchError,
-    ProcessError,
-    ProviderError,
-    QuantizationError,
-)
-from lora_fx.formats import register_format
-from lora_fx.kinds import register_adapter_kind
-from lora_fx.passes.oracle import CheckReport, check
-from lora_fx.passes.patterns import register_pattern
-
 if _TYPE_CHECKING:
+    from lora_fx.adapters import (
+        active_adapters,
+        adapter_ids,
+        adapter_names,
+        add_adapter,
+        add_weighted_adapter,
+        correct_gradients,
+        delete_adapter,
+        disable_adapter,
+        initialize,
+        parameter_groups,
+        plan_quantization,
+        prepare_for_kbit_training,
+        quantize,
+        reference,
+        replace_lora_weights_loftq,
+        set_adapter,
+        status,
+    )
+    from lora_fx.api import (
+        capture,
+        compare,
+        graphs,
+        merge,
+        plan,
+        print_trainable_parameters,
+        rewrite,
+        trainable_parameters,
+    )
+    from lora_fx.checkpoint import (
+        adapter_state_dict,
+        hotswap_adapter,
+        lightning_callback,
+        load_adapter,
+        load_adapter_state_dict,
+        prepare_hotswap,
+        save_adapter,
+        trainer_callback,
+    )
+    from lora_fx.config import LoraConfig
+    from lora_fx.errors import (
+        CaptureError,
+        CheckpointError,
+        ConfigError,
+        ExportError,
+        LoraFxError,
+        MergeError,
+        NoMatchError,
+        OutputPathError,
+        ParityError,
+        PartialMatchError,
+        ProcessError,
+        ProviderError,
+        QuantizationError,
+    )
     from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
+    from lora_fx.formats import register_format
+    from lora_fx.kinds import register_adapter_kind
+    from lora_fx.passes.oracle import CheckReport, check
+    from lora_fx.passes.patterns import register_pattern
     from lora_fx.tools.adapter_folder import inspect_adapter, verify
     from lora_fx.tools.draw import visualize
 
@@ -146,13 +146,54 @@ __all__ = [
     "visualize",
 ]
 
-_LAZY = {
-    "OnnxSession": "lora_fx.export.session",
-    "export_onnx": "lora_fx.export.onnx",
-    "inspect_adapter": "lora_fx.tools.adapter_folder",
-    "save_onnx_adapter": "lora_fx.export.adapter_file",
-    "verify": "lora_fx.tools.adapter_folder",
-    "visualize": "lora_fx.tools.draw.drawing",
+# The module of each name; the imports above say the same to those who read types.
+_HOMES = {
+    "lora_fx.adapters": """
+        active_adapters adapter_ids adapter_names add_adapter add_weighted_adapter correct_gradients
+        delete_adapter disable_adapter initialize parameter_groups plan_quantization
+        prepare_for_kbit_training quantize reference replace_lora_weights_loftq set_adapter status
+    """,
+    "lora_fx.api": """
+        capture compare graphs merge plan print_trainable_parameters rewrite trainable_parameters
+    """,
+    "lora_fx.checkpoint": """
+        adapter_state_dict hotswap_adapter lightning_callback load_adapter load_adapter_state_dict
+        prepare_hotswap save_adapter trainer_callback
+    """,
+    "lora_fx.config": """
+        LoraConfig
+    """,
+    "lora_fx.errors": """
+        CaptureError CheckpointError ConfigError ExportError LoraFxError MergeError NoMatchError
+        OutputPathError ParityError PartialMatchError ProcessError ProviderError QuantizationError
+    """,
+    "lora_fx.formats": """
+        register_format
+    """,
+    "lora_fx.kinds": """
+        register_adapter_kind
+    """,
+    "lora_fx.passes.oracle": """
+        CheckReport check
+    """,
+    "lora_fx.passes.patterns": """
+        register_pattern
+    """,
+    "lora_fx.export.adapter_file": """
+        save_onnx_adapter
+    """,
+    "lora_fx.export.onnx": """
+        export_onnx
+    """,
+    "lora_fx.export.session": """
+        OnnxSession
+    """,
+    "lora_fx.tools.adapter_folder": """
+        inspect_adapter verify
+    """,
+    "lora_fx.tools.draw": """
+        visualize
+    """,
 }
 
 # What users of PEFT look for, and what does it here.
@@ -170,10 +211,21 @@ _OF_PEFT = {
 }
 
 
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+_OPTIONAL = ("lora_fx.export.", "lora_fx.tools.")
+
+
 def __getattr__(name: str) -> object:
-    """Loads what has dependencies of its own when it is first asked for."""
-    if name in _LAZY:
-        return getattr(_importlib.import_module(_LAZY[name]), name)
+    """Loads a name, or a module of the package, when it is first asked for."""
+    if name in _HOME_OF:
+        found = getattr(_importlib.import_module(_HOME_OF[name]), name)
+        return globals().setdefault(name, found)
+    if not name.startswith("_") and _find_spec(f"lora_fx.{name}") is not None:
+        # `lora_fx.passes.match` works after `import lora_fx` alone: what lies in its folders is loaded, too.
+        for home in _HOMES:
+            if not home.startswith(_OPTIONAL):
+                _importlib.import_module(home)
+        return _importlib.import_module(f"lora_fx.{name}")
     ours = f": it is lora_fx.{_OF_PEFT[name]} here" if name in _OF_PEFT else ""
     raise AttributeError(f"module 'lora_fx' has no attribute {name!r}{ours}")
 

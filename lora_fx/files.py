@@ -12,13 +12,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import safetensors
-import torch
-from torch import nn
 
 from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError, some
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 __all__ = ["WeightFiles", "current", "output_file", "replacing", "replacing_files"]
 

@@ -33,6 +33,7 @@ from lora_fx.checkpoint import (
 )
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
+from lora_fx.export.fuse import Provider
 from lora_fx.ir import folded, html_block, html_lines, html_table, json_text, plain, text_table
 from lora_fx.kinds import chosen_kind
 
@@ -379,7 +380,7 @@ def verify(
     *,
     name: str | None = None,
     base_name: str | None = None,
-    provider: Any = "cpu",
+    provider: Provider = "cpu",
 ) -> Verdict:
     """Find out whether a runtime applies an adapter.
 
@@ -432,7 +433,7 @@ def _run(model: nn.Module, receipt: Receipt) -> Any:
             module.training = mode
 
 
-def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Any) -> Verdict:
+def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Provider) -> Verdict:
     from lora_fx.export.adapter_manifest import MANIFEST_KEY
     from lora_fx.export.session import OnnxSession
 

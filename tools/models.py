@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lora_fx.errors import ConfigError, hint
-from lora_fx.passes.capture import synthesise
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["FORMS", "LoadedModel", "load_inputs", "load_model", "quiet_transformers"]
 
@@ -45,6 +44,7 @@ def load_folder(folder: Path, *, weights: bool = True) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"hf:{folder}: there is no config.json in it: give the folder of a model")
     quiet_transformers()
+    import torch
     import transformers
 
     try:
@@ -187,6 +187,8 @@ def load_inputs(name: str) -> Any:
 
 
 def _from_callable(name: str, module_name: str, attribute: str) -> LoadedModel:
+    from torch import nn
+
     found = _attribute(name, module_name, attribute)
     if not isinstance(found, nn.Module):
         found = _called(name, found)
@@ -246,6 +248,8 @@ def _called(name: str, function: object) -> Any:
 
 
 def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
+    from lora_fx.passes.capture import synthesise
+
     timm = _package("timm", "bench")
     if not timm.is_model(model_name):
         raise ConfigError(
@@ -256,6 +260,8 @@ def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
 
 
 def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
+    import torch
+
     models = _package("torchvision", "bench").models
     known = models.list_models()
     if model_name not in known:
@@ -275,6 +281,8 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
 
 
 def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
+    from lora_fx.passes.capture import synthesise
+
     _package("transformers", "hf")
     model = load_folder(Path(folder).expanduser(), weights=weights)
     inputs = synthesise(model).inputs
@@ -291,6 +299,8 @@ def _package(package: str, extra: str) -> Any:
 
 
 def _made(name: str, build: Callable[[], Any]) -> Any:
+    import torch
+
     try:
         torch.manual_seed(0)  # untrained weights, but the same ones each time
         return build()

@@ -20,6 +20,7 @@ from lora_fx.adapters.manage import (
 )
 from lora_fx.adapters.optim import correct_gradients, parameter_groups
 from lora_fx.adapters.quantized_base import (
+    Originals,
     plan_quantization,
     prepare_for_kbit_training,
     quantize,
@@ -43,6 +44,7 @@ from lora_fx.adapters.weighted import add_weighted_adapter
 __all__ = [
     "WRAPPER",
     "Layout",
+    "Originals",
     "Target",
     "active_adapters",
     "adapter_ids",

@@ -15,8 +15,15 @@ from torch import nn
 from lora_fx.adapters.manage import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
-from lora_fx.formats import Storage, format_of, quantization_of, quantized_linear, storage
-from lora_fx.ir import AdapterRecord, Capture, ModelT, PlannedSite, Region, record_of
+from lora_fx.formats import (
+    FormatName,
+    Storage,
+    format_of,
+    quantization_of,
+    quantized_linear,
+    storage,
+)
+from lora_fx.ir import AdapterRecord, Capture, ModelT, PlannedSite, Region, Site, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantized
@@ -41,6 +48,7 @@ from lora_fx.passes.quantize import plan_quantization as make_plan
 
 __all__ = [
     "CompensatedSite",
+    "Originals",
     "plan_quantization",
     "prepare_for_kbit_training",
     "quantize",
@@ -163,7 +171,7 @@ _log = logging.getLogger("lora_fx")
 
 def plan_quantization(
     model: nn.Module,
-    format: str,  # noqa: A002  the name that it has for users
+    format: FormatName | str,  # noqa: A002  the name that it has for users
     *,
     exclude: Sequence[str] | str | None = None,
     block_size: int | None = None,
@@ -181,7 +189,7 @@ def plan_quantization(
 
 def quantize(
     model: ModelT,
-    format: str,  # noqa: A002  the name that it has for users
+    format: FormatName | str,  # noqa: A002  the name that it has for users
     *,
     exclude: Sequence[str] | str | None = None,
     block_size: int | None = None,
@@ -407,13 +415,13 @@ def replace_lora_weights_loftq(
         )
     if iterations is not None and iterations < 1:
         raise ConfigError(f"iterations={iterations}: it is at least 1, or None")
-    weights = _Originals(original, getattr(model, "base_model_prefix", ""))
+    weights = Originals(original, getattr(model, "base_model_prefix", ""))
     done: list[CompensatedSite] = []
     waiting: list[tuple[PlannedSite, dict[str, torch.Tensor]]] = []
     for number, row in enumerate(rows):
         if progress is not None:
             progress(number, len(rows), row.name)
-        made, site = _compensated(model, row, entry, adapter_name, weights.of(row), iterations)
+        made, site = _compensated(model, row, entry, adapter_name, weights.of(row.site), iterations)
         if callback is None:
             waiting.append((row, made))
         else:
@@ -425,8 +433,13 @@ def replace_lora_weights_loftq(
     return tuple(done)
 
 
-class _Originals:
-    """Dense weights of a model or of files."""
+class Originals:
+    """The weights of a quantized model as they were before.
+
+    Args:
+        original: The model, or the files of it, as :func:`replace_lora_weights_loftq` takes them.
+        prefix: Of the names in a model that has a head.
+    """
 
     def __init__(self, original: nn.Module | str | os.PathLike[str], prefix: Any) -> None:
         self.prefix = prefix if isinstance(prefix, str) else ""
@@ -435,9 +448,9 @@ class _Originals:
             None if isinstance(original, nn.Module) else WeightFiles(Path(os.fspath(original)))
         )
 
-    def of(self, row: PlannedSite) -> torch.Tensor:
+    def of(self, site: Site) -> torch.Tensor:
         """The weight of a site, in its layout."""
-        name, shape = row.site.weight, row.site.weight_shape
+        name, shape = site.weight, site.weight_shape
         if self.files is not None:
             # transformers writes a model without a head under names without its prefix.
             inner = name.removeprefix(f"{self.prefix}.") if self.prefix else name

@@ -46,9 +46,11 @@ from lora_fx.runtime import check_adapter_name
 __all__ = [
     "COMBINATIONS",
     "Combination",
+    "CombinationType",
     "Election",
     "Part",
     "Source",
+    "SvdDriver",
     "Term",
     "add_weighted_adapter",
     "combine",
@@ -111,7 +113,7 @@ def _column(weights: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1 for _ in like.shape))
 
 
-COMBINATIONS: Final = (
+CombinationType = Literal[
     "svd",
     "linear",
     "cat",
@@ -123,10 +125,12 @@ COMBINATIONS: Final = (
     "dare_ties_svd",
     "magnitude_prune",
     "magnitude_prune_svd",
-)
+]
+COMBINATIONS: Final = get_args(CombinationType)
 """The ways to combine, by PEFT's names."""
 
-_DRIVERS: Final = (None, "gesvd", "gesvdj", "gesvda")
+SvdDriver = Literal["gesvd", "gesvdj", "gesvda"]
+_DRIVERS: Final = (None, *get_args(SvdDriver))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +150,11 @@ class Combination:
         ConfigError: If a field cannot mean anything, or a density is needed and missing.
     """
 
-    kind: str = "svd"
+    kind: CombinationType = "svd"
     svd_rank: int | None = None
     svd_clamp: float | None = None
     svd_full_matrices: bool = True
-    svd_driver: str | None = None
+    svd_driver: SvdDriver | None = None
     density: float | None = None
     majority_sign_method: Election = "total"
 
@@ -522,12 +526,12 @@ def add_weighted_adapter(
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
-    combination_type: str = "svd",
+    combination_type: CombinationType = "svd",
     *,
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
     svd_full_matrices: bool = True,
-    svd_driver: str | None = None,
+    svd_driver: SvdDriver | None = None,
     density: float | None = None,
     majority_sign_method: Election = "total",
 ) -> nn.Module:

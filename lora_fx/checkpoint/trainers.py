@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import nn
@@ -360,6 +360,8 @@ register_member(_IGNORED, _ignored)
 # --- callbacks ------------------------------------------------------------------------------------
 
 
+_Mode = Literal["min", "max"]
+
 _LAST: Final = "last"
 _BEST: Final = "best"
 
@@ -382,7 +384,7 @@ def trainer_callback(directory: str | os.PathLike[str]) -> Any:
 
 
 def lightning_callback(
-    directory: str | os.PathLike[str], *, monitor: str | None = None, mode: str = "min"
+    directory: str | os.PathLike[str], *, monitor: str | None = None, mode: _Mode = "min"
 ) -> Any:
     """A callback of Lightning that writes the adapters of a rewritten model, and keeps checkpoints small.
 
@@ -443,7 +445,7 @@ class _ForTrainer:
 
 
 class _ForLightning:
-    def __init__(self, directory: str | os.PathLike[str], monitor: str | None, mode: str) -> None:
+    def __init__(self, directory: str | os.PathLike[str], monitor: str | None, mode: _Mode) -> None:
         self.directory, self.monitor, self.mode = Path(directory), monitor, mode
         self.best: float | None = None
         self.alone = True

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from enum import Enum
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 from lora_fx.errors import ConfigError, hint
 
@@ -25,8 +25,11 @@ __all__ = [
     "NORMALIZERS",
     "OPTIONS",
     "TASK_TYPES",
+    "Bias",
     "FrozenOptions",
     "FrozenPattern",
+    "Start",
+    "TaskType",
     "bad",
     "changes_base",
     "complete_options",
@@ -202,18 +205,21 @@ def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
 
 
 ALL_LINEAR: Final = "all-linear"
-TASK_TYPES: Final = (
-    "SEQ_CLS",
-    "SEQ_2_SEQ_LM",
-    "CAUSAL_LM",
-    "TOKEN_CLS",
-    "QUESTION_ANS",
-    "FEATURE_EXTRACTION",
-)
+TaskType: TypeAlias = Literal[
+    "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"
+]
+TASK_TYPES: Final = get_args(TaskType)
+
+Bias: TypeAlias = Literal["none", "all", "lora_only"]
+
+Start: TypeAlias = Literal[
+    "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"
+]
+"""Names of starting values; ``pissa_niter_N`` for any number is one, too."""
 
 _V = TypeVar("_V", bound=float)
 
-_INITS: Final = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
+_INITS: Final = get_args(Start)
 _NITER: Final = re.compile(r"pissa_niter_\d+")
 
 
@@ -295,7 +301,7 @@ def _init(name: str, value: object) -> bool | str:
 
 
 def _bias(name: str, value: object) -> str:
-    if not isinstance(value, str) or value not in ("none", "all", "lora_only"):
+    if not isinstance(value, str) or value not in get_args(Bias):
         raise bad(name, value, "give 'none', 'all' or 'lora_only'")
     return value
 

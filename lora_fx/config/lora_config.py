@@ -23,8 +23,11 @@ from lora_fx.config.fields import (
     NORMALIZERS,
     OPTIONS,
     TASK_TYPES,
+    Bias,
     FrozenOptions,
     FrozenPattern,
+    Start,
+    TaskType,
     bad,
     complete_options,
     is_off,
@@ -197,14 +200,14 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
-    bias: str = "none"
+    bias: Bias = "none"
     modules_to_save: Collection[str] | None = None
     target_parameters: Collection[str] | None = None
     trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] | None = None
     ensure_weight_tying: bool = False
-    task_type: str | None = None
+    task_type: TaskType | None = None
     fan_in_fan_out: bool = False
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | Start | str = True
     loftq_config: Mapping[str, Any] | None = None
     eva_config: Mapping[str, Any] | None = None
     corda_config: Mapping[str, Any] | None = None

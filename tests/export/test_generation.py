@@ -45,6 +45,34 @@ def test_greedy_tokens_are_those_of_generate(exported: Callable[[str], Pair], ki
     assert torch.equal(alone, expected[1:2, 3:])
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bart"])
+def test_a_run_without_a_cache_begins_a_text(exported: Callable[[str], Pair], kind: str) -> None:
+    _, session = exported(kind)
+    ids, _ = prompts()
+    given: dict[str, Any] = {"input_ids": ids}
+    if session.encoder is not None:
+        given |= session.encoder.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        given["encoder_attention_mask"] = torch.ones_like(ids)
+        given = {
+            name.replace("present.", "past_key_values."): value for name, value in given.items()
+        }
+    sizes = {"batch": 3, "sequence": 6, "total_length": 6, "past_length": 0}
+    empty = {
+        port.name: torch.ones([sizes.get(axis, axis) for axis in port.shape])
+        .to(getattr(torch, port.dtype))
+        for port in session.inputs
+        if port.name not in given
+    }  # fmt: skip
+    whole = session.run({**empty, **given})
+    short = session.run(given)
+    assert all(torch.equal(short[name], value) for name, value in whole.items())
+    arrays = session.run({name: value.numpy() for name, value in given.items()})
+    assert isinstance(arrays["logits"], np.ndarray)
+    one = next(name for name in empty if "past_key_values" in name)
+    with pytest.raises(ExportError, match="lacks"):
+        session.run({**given, one: empty[one]})
+
+
 @pytest.mark.parametrize("length", [6, SWITCH, SWITCH + 1])
 def test_a_text_that_outgrows_its_frequencies_is_read_anew(
     exported: Callable[[str], Pair], length: int

@@ -348,8 +348,38 @@ def test_the_rule_itself(name: str, source: str, reason: str | None) -> None:
     assert found is None if reason is None else found is not None and reason in found
 
 
+# What a user's program has loaded after its first rewrite.
+EVERYTHING = "import sys, lora_fx; lora_fx.rewrite, lora_fx.load_adapter, lora_fx.add_adapter, lora_fx.passes"
+
+
+def test_import_loads_nothing_but_what_is_asked_for(tmp_path: Path) -> None:
+    code = "import sys, lora_fx; lora_fx.LoraConfig; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_names_are_loaded_from_where_types_say_they_are() -> None:
+    said = {
+        name.name: node.module
+        for node in ast.walk(MODULES["lora_fx"].tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_fx.")
+        for name in node.names
+    }
+    assert said == lora_fx._HOME_OF
+
+
+def test_modules_are_there_after_the_import_of_the_package(tmp_path: Path) -> None:
+    code = "import lora_fx; print(lora_fx.passes.match.__name__, hasattr(lora_fx, 'nothing'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == "lora_fx.passes.match False", done.stderr
+
+
 def test_import_loads_no_optional_package(tmp_path: Path) -> None:
-    code = f"import sys, lora_fx; print(*sorted(set({LOADED_WHEN_NEEDED!r}) & set(sys.modules)))"
+    code = f"{EVERYTHING}; print(*sorted(set({LOADED_WHEN_NEEDED!r}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -359,7 +389,7 @@ def test_import_loads_no_optional_package(tmp_path: Path) -> None:
 
 ALONE = """
 import importlib, os, sys
-import lora_fx
+import networkx, numpy, safetensors, torch, torch.export
 
 for name in sys.argv[1:]:
     if name in sys.modules:
@@ -396,7 +426,7 @@ def test_every_module_can_be_imported_first(tmp_path: Path) -> None:
 
 def test_import_loads_no_compiler(tmp_path: Path) -> None:
     """Dynamo takes seconds to import, and whoever does not compile need not wait for it."""
-    code = "import sys, torch; before = set(sys.modules); import lora_fx; print(*set(sys.modules) - before)"
+    code = f"import sys, torch; before = set(sys.modules); {EVERYTHING}; print(*set(sys.modules) - before)"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -149,8 +149,28 @@ loaded: Net = lora_fx.load_adapter(Net(), "adapter")
 nodes: int = lora_fx.export_onnx(merged, "model.onnx", torch.randn(2, 3)).nodes
 rows: list[tuple[str, ...]] = lora_fx.plan(Net(), lora_fx.LoraConfig()).rows()
 pattern: type[LinearPattern] = LinearPattern
-wrong: str = lora_fx.plan(Net(), lora_fx.LoraConfig()).parameters
+for start in (True, "eva", "pissa_niter_4"):
+    lora_fx.LoraConfig(init_lora_weights=start, bias="all", task_type="CAUSAL_LM")
+lora_fx.rewrite(Net(), lora_fx.LoraConfig(), memory="balanced", frontend="regions")
+lora_fx.quantize(Net(), "nf4")
+lora_fx.add_weighted_adapter(adapted, ["a", "b"], [1.0, 1.0], combination_type="ties", density=0.5)
+lora_fx.export_onnx(merged, "m.onnx", None, optimize="runtime", provider="webgpu", dtype="bf16")
+lora_fx.save_adapter(adapted, "adapter", format="vllm")
+lora_fx.OnnxSession("m.onnx", provider="cpu")
+wrong: str = lora_fx.plan(Net(), lora_fx.LoraConfig()).parameters  # wrong
+lora_fx.LoraConfig(bias="some")  # wrong
+lora_fx.LoraConfig(task_type="SEQ")  # wrong
+lora_fx.plan(Net(), lora_fx.LoraConfig(), frontend="region")  # wrong
+lora_fx.rewrite(Net(), lora_fx.LoraConfig(), memory="fat")  # wrong
+lora_fx.add_weighted_adapter(adapted, ["a"], [1.0], combination_type="tie")  # wrong
+lora_fx.export_onnx(merged, "m.onnx", None, optimize="all")  # wrong
+lora_fx.export_onnx(merged, "m.onnx", None, provider="gpu")  # wrong
+lora_fx.save_adapter(adapted, "adapter", format="vlm")  # wrong
+lora_fx.OnnxSession("m.onnx", provider="gpu")  # wrong
+lora_fx.visualize(merged, "m.json", file_format="explorer")  # wrong
+lora_fx.verify("adapter", merged, provider="gpu")  # wrong
 """
+WRONG = [number for number, line in enumerate(SCRIPT.splitlines(), 1) if line.endswith("# wrong")]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +185,7 @@ def editable(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("install", ["site", "editable"])
 def test_mypy_sees_types(install: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """One error, which is the script's own: all else is known, and of the right type."""
+    """The errors are the script's own: all else is known, and of the right type; so are names of choices."""
     pytest.importorskip("mypy")
     where: Path = request.getfixturevalue(install)
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
@@ -179,7 +199,7 @@ def test_mypy_sees_types(install: str, request: pytest.FixtureRequest, tmp_path:
         check=False,
     )
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
-    assert len(errors) == 1, done.stdout
+    assert [int(line.split(":")[1]) for line in errors] == WRONG, done.stdout
     assert 'expression has type "int", variable has type "str"' in errors[0]
 
 
@@ -202,7 +222,7 @@ def test_pyright_sees_types(install: str, request: pytest.FixtureRequest, tmp_pa
     found = [
         one for one in json.loads(done.stdout)["generalDiagnostics"] if one["severity"] == "error"
     ]
-    assert len(found) == 1, found
+    assert [one["range"]["start"]["line"] + 1 for one in found] == WRONG, found
     assert '"int" is not assignable to "str"' in found[0]["message"]
 
 

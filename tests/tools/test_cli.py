@@ -131,6 +131,34 @@ def test_every_command_has_a_help_text() -> None:
     assert lora_fx.__version__ in worked("--version")
 
 
+WITHOUT_TORCH = """
+import contextlib, io, sys
+from lora_fx.tools.cli import main
+
+for words in eval(sys.argv[1]):
+    sys.argv = ["lora-fx", *words]
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+        main()
+    print(words, "Usage" in said.getvalue() or "plan" in said.getvalue(), "torch" in sys.modules)
+"""
+
+
+def test_help_and_completion_come_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch takes seconds to import."""
+
+    def asked(*lines: list[str]) -> list[str]:
+        code = [sys.executable, "-c", WITHOUT_TORCH, repr(lines)]
+        return subprocess.run(code, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    names = [command.__name__.replace("_", "-") for command in COMMANDS]
+    lines: list[list[str]] = [["--help"], *([name, "--help"] for name in names)]
+    assert asked(*lines) == [f"{line} True False" for line in lines]
+    monkeypatch.setenv("_LORA_FX_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "lora-fx pl")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert asked([]) == ["[] True False"]
+
+
 def test_plan_folds_equal_layers() -> None:
     text = worked("plan", MODEL, "--r", "4")
     assert "layers.{0-2}" in text

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.config import LoraConfig, judge, uses_default_targets
+from lora_fx.config import LoraConfig, judge
 from lora_fx.tools.draw.drawing import picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
 from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
@@ -92,11 +92,11 @@ NAMES = [
 ] + ["lm_head", "model.embed"]
 
 SELECT = """
-const rows = given.names.map((name) => ({ name, state: "unselected", default: false }));
-const answers = given.cases.map(([target, exclude, layers]) => {
-  const chosen = Find.targets(target), apart = Find.targets(exclude);
-  if (chosen.kind === "unsure" || chosen.kind === "wrong") return chosen.kind;
-  return Find.select(rows, chosen, apart, Find.layers(layers ?? "")).selected.map((row) => row.name);
+const rows = given.names.map((name) => ({ name, state: "unselected", default: true, linear: true }));
+const answers = given.cases.map((typed) => {
+  const ask = Find.asked(typed);
+  if (ask.objection) return ask.objection.startsWith("Python may") ? "unsure" : "wrong";
+  return [Find.select(rows, ask).selected.map((row) => row.name), Find.fields(ask, 4, 8)];
 });
 console.log(JSON.stringify(answers));
 """
@@ -127,7 +127,8 @@ def test_what_if_selects_as_python_does(
 ) -> None:
     config = LoraConfig(target_modules=targets, exclude_modules=exclude and [exclude])
     expected = [name for name in NAMES if judge(name, config).selected]
-    (found,) = ask_node(SELECT, {"names": NAMES, "cases": [[typed, exclude or ""]]})
+    typed_in = {"target_modules": typed, "exclude_modules": exclude or ""}
+    ((found, _),) = ask_node(SELECT, {"names": NAMES, "cases": [typed_in]})
     assert found == expected
 
 
@@ -145,8 +146,11 @@ def test_what_if_says_where_python_and_the_browser_may_differ() -> None:
         "(a",
         r"a\Z",
     ]
-    found = ask_node(SELECT, {"names": NAMES, "cases": [[case, ""] for case in cases]})
-    assert found == ["unsure"] * 8 + ["wrong", "unsure"]
+    typed = [{"target_modules": case} for case in cases]
+    typed += [{"modules_to_save": "(?i)x"}, {"layers_to_transform": "1", "layers_pattern": "h++"}]
+    typed += [{"layers_pattern": "h"}, {"target_modules": ".*q", "layers_to_transform": "1"}]
+    found = ask_node(SELECT, {"names": NAMES, "cases": typed})
+    assert found == ["unsure"] * 8 + ["wrong", "unsure"] + ["unsure"] * 2 + ["wrong"] * 2
 
 
 def test_first_view_shows_an_adapter_and_not_everything() -> None:
@@ -371,34 +375,146 @@ def test_what_if_is_live_and_can_be_taken_away(opened: Page) -> None:
 @pytest.mark.slow
 @needs_chromium
 def test_what_if_selects_in_the_browser_what_peft_does(opened: Page) -> None:
-    """The table by which the selection is compared with PEFT's, as far as the page has fields for it."""
+    """The table by which selection is compared with PEFT's, and the configuration that is taken away."""
+    cases = [case.values[0] for case in CASES]
+    cases = [values for values in cases if isinstance(values, dict) and "task_type" not in values]
+    cases += [{"target_modules": ["q_proj"], "scope": ["model.layers.1", "h"]}]
+    cases += [{"scope": ["model"], "modules_to_save": ["mlp"], "exclude_modules": ["k_proj"]}]
+    typed = [{key: written(value) for key, value in values.items()} for values in cases]
+    asked = [
+        (one, told) for one, told in zip(cases, typed, strict=True) if None not in told.values()
+    ]
+    given = json.dumps({"names": LINEARS, "cases": [told for _, told in asked]})
+    code = SELECT.replace("console.log(JSON.stringify(answers));", "return answers;")
+    answers = opened.run(f"(() => {{ const given = {given}; {code} }})()")
     tried = 0
-    for case in CASES:
-        values: Any = case.values[0]
-        if not {*values} <= {"target_modules", "exclude_modules", "layers_to_transform"}:
+    for (values, _), answer in zip(asked, answers, strict=True):
+        if answer == "unsure":
             continue
+        found, fields = answer
         config = LoraConfig(**values)
-        typed = [written(values.get(key)) for key in ("target_modules", "exclude_modules")]
-        if uses_default_targets(config) or None in typed:
-            continue
-        typed.append(str(values.get("layers_to_transform", "")))
-        expected = [name for name in LINEARS if judge(name, config).selected]
-        given = json.dumps({"names": LINEARS, "cases": [typed]})
-        code = SELECT.replace("console.log(JSON.stringify(answers));", "return answers;")
-        (found,) = opened.run(f"(() => {{ const given = {given}; {code} }})()")
-        if found != "unsure":
-            assert found == expected, values
-            tried += 1
-    assert tried >= 30
+        assert found == [name for name in LINEARS if judge(name, config).selected], values
+        taken = LoraConfig(**fields)
+        assert found == [name for name in LINEARS if judge(name, taken).selected], fields
+        tried += 1
+    assert tried >= 90
 
 
 def written(value: Any) -> str | None:
     """How a value of the table is typed into the page; None where it means something else there."""
-    if value is None:
-        return ""
+    if isinstance(value, int):
+        return str(value)
     if isinstance(value, str):
-        return value if re.search(r"[\\^$*+?()\[\]{}|]", value) else None
-    return json.dumps([*value])
+        return value if re.search(r"[\\^$*+?()\[\]{}|]", value) or value == "all-linear" else None
+    return json.dumps([*value]) if value else None
+
+
+PLANNED: list[dict[str, Any]] = [
+    {},
+    {"target_modules": "all-linear"},
+    {"target_parameters": ["experts.gate_up_proj"]},
+    {"target_parameters": ["gate_up_proj", "q_proj.weight"], "target_modules": ["v_proj"]},
+    {"target_parameters": ["q_proj.weight"], "exclude_modules": ["q_proj"]},
+    {"target_parameters": ["down_proj"], "scope": ["model.layers.1"]},
+    {"target_parameters": ["q_proj.weight"], "modules_to_save": ["layers.0.self_attn"]},
+    {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+    {"scope": ["model.layers.0"], "layers_to_transform": [0]},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> None:
+    """With experts, a router and a head: what names alone do not say."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 31}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+    chromium.open(visualize(model, tmp_path / "experts.html").as_uri())
+    for values in PLANNED:
+        typed = json.dumps({key: written(value) for key, value in values.items()})
+        found = chromium.run(
+            f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
+            "const { selected } = Find.select(graph.sites, ask, graph.modules);"
+            "return [ask.objection, selected.map((row) => row.name),"
+            "selected.reduce((sum, row) => sum + 4 * row.each_rank, 0)]; })()"
+        )
+        plan = lora_fx.plan(model, LoraConfig(r=4, **values))
+        cost = sum(row.parameters for row in plan.sites)
+        assert found == ["", [row.name for row in plan.sites], cost], values
+    chromium.key("w")
+    whole = ["lm_head", "model.norm", "layers.1.mlp.gate"]
+    for field, text in (("#saved", ", ".join(whole)), ("#targets", "q_proj")):
+        choose(chromium, field, text)
+    told = chromium.run("document.querySelector('#verdict').innerText")
+    saved = lora_fx.plan(model, LoraConfig(target_modules=["q_proj"], modules_to_save=whole))
+    lines = [line for line in told.splitlines() if line.startswith("trained in full: ")]
+    assert {line.removeprefix("trained in full: ").partition(",")[0] for line in lines} == {
+        *saved.saved_modules
+    }
+    counts = [int(line.rpartition(", ")[2].split()[0].replace(",", "")) for line in lines]
+    adapted = sum(row.parameters for row in saved.sites)
+    assert sum(counts) + adapted == saved.trainable_parameters
+    for form in ("JSON", "YAML", "Python"):
+        choose(chromium, "#form", form)
+        assert "lm_head" in chromium.run("document.querySelector('#config').textContent")
+    assert not chromium.complaints
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_panel_names_the_layer_that_was_asked_for(opened: Page) -> None:
+    """Equal layers are drawn once: a link, the table and the search mean one of them."""
+
+    def link() -> None:
+        opened.run("location.hash = '#blocks.3.up'")
+
+    def row() -> None:
+        opened.key("t")
+        opened.press('#sites tbody tr[data-name="blocks.3.up"]')
+        assert opened.run("document.querySelector('tr.chosen').dataset.name") == "blocks.3.up"
+        opened.press("#tab-details")
+
+    def hit() -> None:
+        choose(opened, "#search", "blocks.3.up")
+
+    for ask in (link, row, hit):
+        opened.run("loraFx.select('stem')")
+        ask()
+        opened.settle()
+        told = panel(opened)
+        assert "blocks.3.up" in told
+        assert "blocks.0.up" not in told
+        assert "drawn once for blocks.0 … blocks.3" in told
+        assert selected(opened) == "blocks.0.up"
+    opened.run("location.hash = '#blocks.2'")
+    opened.settle()
+    assert panel(opened).startswith("blocks.2\n")
+    assert opened.run("location.hash") == "#blocks.2"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_light_and_dark_can_be_switched(opened: Page) -> None:
+    def colors() -> list[str]:
+        return list(
+            opened.run(
+                "[getComputedStyle(document.body).backgroundColor,"
+                "loraFx.graphs[0].looks.of('box leaf', 'frame', 'rect').fill]"
+            )
+        )
+
+    light = colors()
+    opened.press("#theme")
+    dark = colors()
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    opened.run("document.activeElement.blur()")
+    opened.key("d")
+    assert colors() == light
+    # What the system says later does not undo a choice.
+    opened.size(1200, 800, dark=True)
+    assert colors() == light
+    opened.size(1200, 800)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -19,9 +20,11 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.export.inspection import read_graph
 from lora_fx.ir import Region
 from lora_fx.tools.draw.drawing import FORMATS, picture_of, to_svg, visualize
 from lora_fx.tools.draw.layout import count_of
+from lora_fx.tools.draw.painting import _FilePainter
 from lora_fx.tools.draw.picture import SCHEMA, Box
 from lora_fx.tools.draw.regions import measured
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
@@ -630,11 +633,86 @@ def test_a_merge_says_what_it_changed() -> None:
     assert all(0 <= (row.error or 0) <= 0.5 for row in picture.sites)
 
 
-@pytest.mark.parametrize("name", ["nowhere.onnx", "nowhere", "adapter.txt"])
-def test_paths_to_nothing_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(LoraFxError, match=r"nowhere|adapter"):
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere.onnx", "there is no .*nowhere.onnx; nearest: nowhen.onnx: give an .onnx file"),
+        (
+            "nowhere",
+            "there is no .*nowhere.*: give an .onnx file, the folder of an adapter, or a mod",
+        ),
+        ("empty", "empty holds no adapter, adapter_config.json is missing: give a folder"),
+        ("adapter.txt", "cannot draw .*adapter.txt: give an .onnx file"),
+    ],
+)
+def test_paths_to_nothing_are_refused(name: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for file in ("adapter.txt", "nowhen.onnx"):
+        (tmp_path / file).touch()
+    with pytest.raises(ConfigError, match=told):
         visualize(tmp_path / name, tmp_path / "graph.svg")
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "graph.svg").exists()
+
+
+def test_nodes_of_a_file_say_what_runs_them(tmp_path: Path) -> None:
+    model = Net(depth=1)
+    report = lora_fx.export_onnx(model, tmp_path / "net.onnx", (torch.randn(2, 3),))
+    runtime = pytest.importorskip("onnxruntime")
+    plain = runtime.SessionOptions()
+    plain.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = lora_fx.OnnxSession(tmp_path / "net.onnx", "cpu", session_options=plain)
+    for drawn_from in (report, tmp_path / "net.onnx", session):
+        picture = picture_of(drawn_from)
+        operators = [box for box in picture.root.walk() if "operator" in dict(box.facts)]
+        assert len(operators) > 5
+        assert {dict(box.facts)["runs on"] for box in operators} == {"cpu"}
+        assert int(dict(picture.facts)["on cpu"]) == len(session.placement().nodes)
+    # What the report of a session on a GPU looks like where one operator has no kernel there.
+    report = session.placement()
+    there = [
+        dataclasses.replace(node, provider=report.provider.replace("CPU", "CUDA"))
+        for node in report.nodes
+    ]
+    nodes = tuple(
+        node if node.operator != "Gemm" else old
+        for node, old in zip(there, report.nodes, strict=True)
+    )
+    split = dataclasses.replace(report, nodes=nodes, provider="CUDAExecutionProvider")
+    root = _FilePainter(read_graph(session.path), split).paint()
+    marked = {box.name for box in root.walk() if "cpu" in box.marks}
+    assert marked == {"stem", "up", "down", "head"}
+    assert {dict(box.facts)["runs on"] for box in root.walk() if "operator" in dict(box.facts)} == {
+        "cpu",
+        "cuda",
+    }
+
+
+def test_what_quantizing_has_lost_is_known_from_the_original(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    base = lora_fx.quantize(model, "nf4", compute_dtype=torch.float32, exclude=["2"])
+    adapted = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, target_modules=["0"]))
+    lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    for drawn_from in (base, adapted):
+        page = visualize(drawn_from, tmp_path / "page.html", original=model, force=True)
+        _, (document,) = read_page(page.read_text("utf-8"))
+        rows = {row.name: row for row in picture_of(drawn_from, None, model).sites}
+        assert rows["0"].quantized
+        assert rows["2"].lost is None
+        place = document["columns"].index("lost")
+        assert 0.05 < rows["0"].lost < 0.15  # type: ignore[operator]
+        assert document["sites"][0][place] == pytest.approx(rows["0"].lost, rel=1e-3)
+        assert all(row.lost is None for row in picture_of(drawn_from).sites)
+    report = lora_fx.replace_lora_weights_loftq(adapted, model)
+    assert rows["0"].lost == pytest.approx(report[0].before, rel=1e-4)
+    with pytest.raises(ConfigError, match="no weight that is drawn is quantized"):
+        visualize(model, tmp_path / "other.html", original=model)
+    with pytest.raises(ConfigError, match=r"original has no 0\.weight"):
+        visualize(base, tmp_path / "other.html", original=nn.Linear(2, 2))
+    again = lora_fx.merge(adapted, requantize=True, return_report=True)[1]
+    (row,) = picture_of(again).sites
+    assert (row.error, row.lost) == (None, again.sites[0].requantization_error)
 
 
 def test_several_are_compared_in_a_page_only(tmp_path: Path) -> None:

@@ -10,11 +10,10 @@ from typer.core import TyperGroup
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli.doctor import doctor
 from lora_fx.tools.cli.model_commands import inspect, merge, plan, rewrite, verify, visualize
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import TypedError, as_options
-from lora_fx.tools.cli.project_commands import bench, demo, zoo
+from lora_fx.tools.cli.project_commands import bench, demo, doctor, zoo
 
 __all__ = ["app"]
 

@@ -1,10 +1,8 @@
-"""``lora-fx doctor``: what is installed here, or what a file holds, and whether it can work."""
+"""What ``lora-fx doctor`` finds: what is installed here, or what a file holds, and whether it can work."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
-import json
 import platform
 import re
 import sys
@@ -13,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from rich.text import Text
 
 from lora_fx.errors import LoraFxError
 from lora_fx.export import providers
 from lora_fx.export.inspection import Finding, State, examine_file
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli import options as o
 
-__all__ = ["doctor"]
+__all__ = ["EXTRAS", "examine", "show"]
 
 _DEPENDENCY = re.compile(r"""(?P<package>[\w.-]+).*\bextra == ["'](?P<extra>\w+)""")
 _NOT_FOR_USERS = ("test", "lint")
@@ -42,8 +38,10 @@ _CUDNN = "libcudnn.so.9"
 _BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
-def examine() -> list[Finding]:
-    """Looks at everything; changes nothing and needs no network."""
+def examine(file: Path | None = None) -> list[Finding]:
+    """Looks at what is installed, or at an ONNX file; changes nothing and needs no network."""
+    if file is not None:
+        return examine_file(file)
     return [*_python(), *_torch(), *_runtime(), *_extras()]
 
 
@@ -155,29 +153,8 @@ EXTRAS: Mapping[str, Sequence[str]] = _packages_of_extras()
 """Packages of each extra of the project, those of the extras inside it left out."""
 
 
-@o.command(file={"argument": True})
-def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False) -> None:
-    """Show versions, ONNX Runtime's providers, each CUDA library, wheels in conflict, extras.
-
-    Args:
-        file: An .onnx file to look at instead: its operators and weights, and whether its adapter
-            inputs still do something.
-        strict: Exit with 1 if there is a problem.
-        as_json: As JSON.
-    """
-    with console.progress("looking around"):
-        findings = examine() if file is None else examine_file(file)
-    problems = [finding for finding in findings if finding.state is State.PROBLEM]
-    if as_json:
-        rows = [dataclasses.asdict(finding) for finding in findings]
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-    else:
-        _print(findings, len(problems))
-    if problems and strict:
-        raise typer.Exit(1)
-
-
-def _print(findings: list[Finding], problems: int) -> None:
+def show(findings: Sequence[Finding], problems: int) -> None:
+    """Prints findings as a table, and how many of them are problems."""
     styles = {State.OK: "green", State.NOTE: "yellow", State.PROBLEM: "bold red"}
     table = console.table("", "", "", "")
     table.show_header, table.columns[0].style = False, "bold"

@@ -9,18 +9,20 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.syntax import Syntax
-from rich.table import Table
-from torch import fx, nn
 
 from lora_fx.errors import ConfigError, MergeError, hint
 from lora_fx.files import output_file
-from lora_fx.ir import META_KEY, Capture, folded, json_text, module_of
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import fx, nn
+
+    from lora_fx.ir import Capture
 
 __all__ = [
     "check_out",
@@ -186,6 +188,8 @@ def rewrite(
 
 def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: bool) -> None:
     """Print rows with names that folded rows have in common, or as JSON."""
+    from lora_fx.ir import folded
+
     rows = list(rows)
     if as_json:
         told = {name: cells[0] if len(cells) == 1 else cells for name, *cells in rows}
@@ -252,6 +256,8 @@ def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
 
 
 def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+    from rich.syntax import Syntax
+
     screen = console.output()
     chosen = _region_of(found, region)
     code = str(chosen) if as_graph else chosen.python_code("self").src.strip()
@@ -266,6 +272,8 @@ _REGION = ("region", "class", "nodes", "branches")
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
     """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
+    from lora_fx.ir import META_KEY, module_of
+
     rows = []
     for key, graph in found.items():
         tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
@@ -276,6 +284,8 @@ def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, st
 
 
 def _region_table(rows: list[tuple[str, str, int, int]], *, every: bool) -> Table:
+    from lora_fx.ir import folded
+
     cells = [(name, kind, str(nodes), str(branches)) for name, kind, nodes, branches in rows]
     if every:
         return console.table(*_REGION, rows=cells, right=_REGION[2:])
@@ -347,6 +357,8 @@ def visualize(
     base: bool = False,
     as_plan: bool = False,
     compare: bool = False,
+    original: Path | None = None,
+    provider: str = "cpu",
     as_format: str | None = None,
     force: bool = False,
 ) -> None:
@@ -363,6 +375,8 @@ def visualize(
         base: The model as it is, without adapters.
         as_plan: The sites by name, and what is not adapted and why.
         compare: The plan and the rewritten model in one page; with --adapter, each of them by itself.
+        original: The folder that a quantized model was made of: colors show what quantizing has lost.
+        provider: cpu, cuda or webgpu: on which the nodes of an .onnx file are to run.
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
         force: Write over what is there.
     """
@@ -370,14 +384,14 @@ def visualize(
     from lora_fx.tools.draw import visualize as draw
 
     file = o.file_to_write(path, tuple(FORMATS), force=force)
-    if Path(model).suffix == ".onnx" or (Path(model) / "adapter_config.json").is_file():
-        written = draw(model, file, force=force, file_format=_format(as_format))
+    # The name of a model has a colon.
+    if ":" not in model or Path(model).exists():
+        written = draw(_file(model, provider), file, force=force, file_format=_format(as_format))
     else:
         with console.progress("drawing"):
             drawn, given = _drawn(model, adapters, look, adapter or [], base, as_plan, compare)
-            written = draw(
-                drawn, file, force=force, example_inputs=given, file_format=_format(as_format)
-            )
+            more: dict[str, Any] = {"example_inputs": given, "original": original}
+            written = draw(drawn, file, force=force, file_format=_format(as_format), **more)
     size = written.stat().st_size / 1e3
     console.say(f"wrote {written} ({size:,.0f} kB)")
 
@@ -391,6 +405,7 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
         every: One row a site, below the heat map.
         as_json: Everything, all singular values too, as JSON.
     """
+    from lora_fx.ir import folded
     from lora_fx.tools.adapter_folder import inspect_adapter
     from lora_fx.tools.cli.tables import render_heat
 
@@ -409,6 +424,16 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
         out.print(console.table(*report.columns, rows=report.rows(), right=report.columns[1:]))
     for row in folded((key, "x".join(map(str, shape))) for key, shape in report.others.items()):
         console.say(f"also: {row.name} {row.cells[0]} {row.times}".rstrip())
+
+
+def _file(path: str, provider: str) -> Any:
+    """An ONNX file as a session where another provider is asked for; else the path."""
+    if provider == "cpu":
+        return path
+    from lora_fx.export.session import OnnxSession
+
+    wanted: Any = provider
+    return OnnxSession(path, wanted)
 
 
 def _format(name: str | None) -> Any:
@@ -582,9 +607,12 @@ def verify(
     subject: Any = onnx or url
     if model is not None:
         subject = o.load(model).model
+    asked: Any = provider
     with console.progress("asking"):
-        verdict = judge(folder, subject, name=name, base_name=base_name, provider=provider)
+        verdict = judge(folder, subject, name=name, base_name=base_name, provider=asked)
     if as_json:
+        from lora_fx.ir import json_text
+
         sys.stdout.write(json_text(verdict) + "\n")
     else:
         console.output().print(str(verdict), highlight=False)

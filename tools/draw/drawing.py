@@ -18,9 +18,11 @@ import networkx as nx
 from torch import nn
 
 from lora_fx.api import capture
-from lora_fx.errors import CaptureError, ConfigError, LoraFxError
+from lora_fx.config import CONFIG_NAME
+from lora_fx.errors import CaptureError, ConfigError, LoraFxError, hint
 from lora_fx.export.report import ExportReport
-from lora_fx.files import output_file, replacing
+from lora_fx.export.session import OnnxSession
+from lora_fx.files import current, output_file, replacing
 from lora_fx.ir import Capture, Plan
 from lora_fx.passes.graph import graphs_of
 from lora_fx.passes.merge import MergeReport
@@ -321,7 +323,9 @@ FORMATS: Mapping[str, Callable[[Picture], str]] = {
 Format = Literal["model-explorer"]
 """Formats that no suffix names."""
 
-Drawable = nn.Module | Capture | Plan | MergeReport | ExportReport | str | os.PathLike[str]
+Drawable = (
+    nn.Module | Capture | Plan | MergeReport | ExportReport | OnnxSession | str | os.PathLike[str]
+)
 """What can be drawn; of text, a path to an ONNX file or to an adapter folder."""
 
 
@@ -331,6 +335,7 @@ def visualize(
     *,
     force: bool = False,
     example_inputs: Any = None,
+    original: nn.Module | str | os.PathLike[str] | None = None,
     file_format: Format | None = None,
 ) -> Path:
     """Draws a model, or what lora_fx says of one, into a file, in the format that the suffix names.
@@ -346,12 +351,15 @@ def visualize(
     Args:
         model_or_plan: Any module (plain, captured, rewritten or merged); a capture; a plan: then the sites
             by name, and next to them what is not adapted and why; the report of a merge or of an export; a
-            path to an ``.onnx`` file or to an adapter folder. Several in a list, or in a dict by the title of
+            session, whose nodes show the provider that runs them; a path to an ``.onnx`` file, which is asked
+            on the CPU, or to an adapter folder. Several in a list, or in a dict by the title of
             each, are shown next to each other, in ``.html`` only.
         path: The file to write.
         force: Whether to write over a file that exists.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
             modules without a graph; models of transformers and timm say themselves what they take.
+        original: What a quantized model was before: the model, or its files, as for
+            :func:`lora_fx.replace_lora_weights_loftq`. The page then shows what quantizing has lost.
         file_format: ``"model-explorer"`` writes a ``.json`` that Google's Model Explorer loads, and next to
             it ``.nodes.json``, the ranks as its node data. None for the format of the suffix.
 
@@ -359,7 +367,8 @@ def visualize(
         The path of the file.
 
     Raises:
-        ConfigError: The suffix is none of these, the folder does not exist, or the file does.
+        ConfigError: The suffix is none of these, the folder does not exist, or the file does; or there is an
+            ``original`` of something that is not quantized.
         LoraFxError: The file could not be written; one that was there is still there.
     """
     if isinstance(path, nn.Module):
@@ -384,7 +393,7 @@ def visualize(
             raise ConfigError(
                 "several are compared in a page: give one or more, and a name in .html"
             )
-        pictures = [picture_of(one, example_inputs) for one in several]
+        pictures = [picture_of(one, example_inputs, original) for one in several]
         if isinstance(model_or_plan, Mapping):
             pictures = [
                 dataclasses.replace(one, title=f"{name}: {one.title}")
@@ -392,7 +401,14 @@ def visualize(
             ]
         text = to_html(*pictures)
     else:
-        text = FORMATS[suffix](picture_of(model_or_plan, example_inputs))
+        pictures = [picture_of(model_or_plan, example_inputs, original)]
+        text = FORMATS[suffix](*pictures)
+    if original is not None and not any(
+        row.lost is not None for one in pictures for row in one.sites
+    ):
+        raise ConfigError(
+            "original is given, and no weight that is drawn is quantized: leave it out"
+        )
     _replace(target, text)
     return target
 
@@ -409,40 +425,54 @@ def _write_for_explorer(drawn: object, target: Path, example_inputs: Any, name: 
     _replace(target, explorer_graph(picture))
 
 
-def picture_of(drawn: object, example_inputs: Any = None) -> Picture:
+def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) -> Picture:
     """What :func:`visualize` draws, before it is a file."""
     if isinstance(drawn, Plan):
         return picture_of_plan(drawn)
     if isinstance(drawn, MergeReport):
         return picture_of_merge(drawn)
     if isinstance(drawn, ExportReport):
-        return picture_of_file(Path(drawn.path))
+        return picture_of_file(Path(drawn.path), provider=drawn.provider)
+    if isinstance(drawn, OnnxSession):
+        return picture_of_file(drawn.path, drawn)
     if isinstance(drawn, str | os.PathLike):
         return _of_path(Path(drawn))
     if isinstance(drawn, Capture):
         graphs = {name: region.graph for name, region in drawn.regions.items()}
         matches = find_operations(drawn)
-        return picture_of_model(drawn.model, graphs, matches=matches, example_inputs=example_inputs)
+        return picture_of_model(
+            drawn.model, graphs, matches=matches, example_inputs=example_inputs, original=original
+        )
     if isinstance(drawn, nn.Module):
         graphs = graphs_of(drawn)
         if not graphs:
-            return _plain(drawn, example_inputs)
-        return picture_of_model(drawn, graphs, example_inputs=example_inputs)
+            return _plain(drawn, example_inputs, original)
+        return picture_of_model(drawn, graphs, example_inputs=example_inputs, original=original)
     raise ConfigError(
         f"cannot draw a {type(drawn).__name__}: give an nn.Module, what lora_fx.plan() returns, the "
-        "report of a merge or an export, an .onnx file or an adapter folder"
+        "report of a merge or an export, a session, an .onnx file or an adapter folder"
     )
 
 
 def _of_path(path: Path) -> Picture:
-    if path.suffix.lower() == ".onnx":
-        return picture_of_file(path)
     if path.is_dir():
+        if not current(path / CONFIG_NAME).is_file():
+            raise ConfigError(
+                f"{path} holds no adapter, {CONFIG_NAME} is missing: give a folder that save_adapter wrote. "
+                "A model is loaded first, and `lora-fx visualize hf:FOLDER` does so"
+            )
         return picture_of_folder(path)
-    raise ConfigError(f"cannot draw {path}: give an .onnx file or the folder of an adapter")
+    if path.suffix.lower() == ".onnx" and path.is_file():
+        return picture_of_file(path)
+    if path.exists():
+        raise ConfigError(f"cannot draw {path}: give an .onnx file or the folder of an adapter")
+    near = hint(path.name, [one.name for one in path.parent.glob("*")], cutoff=0.5)
+    raise ConfigError(
+        f"there is no {path}{near}: give an .onnx file, the folder of an adapter, or a model that is loaded"
+    )
 
 
-def _plain(model: nn.Module, example_inputs: Any) -> Picture:
+def _plain(model: nn.Module, example_inputs: Any, original: Any) -> Picture:
     """Captures a model for the picture alone."""
     try:
         captured = capture(model)
@@ -453,7 +483,7 @@ def _plain(model: nn.Module, example_inputs: Any) -> Picture:
     for name, parameter in captured.model.named_parameters():
         if trains.get(name, False):
             parameter.requires_grad_(True)
-    return picture_of(captured, example_inputs)
+    return picture_of(captured, example_inputs, original)
 
 
 def _replace(target: Path, text: str) -> None:

@@ -36,6 +36,9 @@ _LEGEND: tuple[tuple[Kind, str], ...] = (
     (Kind.REJECTED, "cannot be adapted"),
 )
 
+_CHANGE = "‖ΔW‖ / ‖W‖"
+"""The size of a change, in the page's words."""
+
 _Facts = tuple[tuple[str, str], ...]
 
 
@@ -153,6 +156,7 @@ def picture_of_plan(plan: Plan) -> Picture:
         notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
         adapters=("",),
         sites=rows_of_plan(plan),
+        counted=False,
     )
 
 
@@ -226,27 +230,28 @@ def picture_of_merge(report: MergeReport) -> Picture:
     rows = []
     for site in report.sites:
         lost = site.requantization_error
-        kind = "lost by quantizing again" if site.requantized else "error"
-        words = f"{lost:.3g}" if site.requantized else f"{site.max_ulp:.4f} units in the last place"
-        facts = (
-            ("merged", ", ".join(site.adapters)),
-            ("‖ΔW‖ / ‖W‖", f"{site.relative_change:.3g}"),
-            (kind, words),
+        share = None if math.isnan(site.relative_change) else site.relative_change
+        ulp = None if site.requantized or math.isnan(site.max_ulp) else site.max_ulp
+        error = "" if ulp is None else f"{ulp:.4f}"
+        measured = (
+            (_CHANGE, "" if share is None else f"{share:.3g}"),
+            ("merge error, ulp", error),
+            ("quantization error", f"{lost:.3g}" if site.requantized else ""),
         )
-        caption = "" if math.isnan(site.relative_change) else f"Δ {site.relative_change:.2g}"
+        facts = (("merged", ", ".join(site.adapters)), *(one for one in measured if one[1]))
+        caption = "" if share is None else f"{_CHANGE} {share:.3g}"
         marks = ("quantized again",) if site.requantized else ()
         named.append((site.name, _Leaf(Kind.SITE, caption, facts, marks=marks, adapted=True)))
-        share = None if math.isnan(site.relative_change) else site.relative_change
-        adapter = ", ".join(site.adapters)
-        off = lost if site.requantized else site.max_ulp
-        error = None if math.isnan(off) else off
-        rows.append(SiteRow(site.name, State.ADAPTED, adapter=adapter, share=share, error=error))
+        row = SiteRow(site.name, State.ADAPTED, adapter=", ".join(site.adapters), share=share)
+        again = lost if site.requantized else None
+        rows.append(dataclasses.replace(row, error=ulp, lost=again))
     named += [(name.removesuffix(".weight"), _Leaf(marks=("untied",))) for name in report.untied]
     changes = (
         ("weights merged", str(len(report.sites))),
         ("largest error", f"{report.max_ulp:.4f} ulp"),
     )
-    return Picture("Merge", changes, _tree(named), sites=tuple(rows), adapters=("",))
+    root = _tree(named)
+    return Picture("Merge", changes, root, sites=tuple(rows), adapters=("",), counted=False)
 
 
 def picture_of_folder(folder: Path) -> Picture:
@@ -280,7 +285,13 @@ def picture_of_folder(folder: Path) -> Picture:
     )
     root = _tree(named)
     return Picture(
-        folder.name, facts, root, occurring(_LEGEND, root), adapters=("",), sites=tuple(rows)
+        title=folder.name,
+        facts=facts,
+        root=root,
+        legend=occurring(_LEGEND, root),
+        adapters=("",),
+        sites=tuple(rows),
+        counted=False,
     )
 
 
@@ -291,7 +302,7 @@ def _of_figures(one: SiteFigures, dropout: float) -> tuple[_Leaf, SiteRow]:
     facts = [
         ("A", f"{times((one.rank, into))}, {one.dtype}"),
         ("B", f"{times((out, one.rank))}, {one.dtype}"),
-        ("‖s·BA‖", f"{one.norm:.4g}"),
+        ("‖ΔW‖", f"{one.norm:.3g}"),
         *([("effective rank", f"{effective:.3g}")] if effective is not None else []),
         *([("experts", str(one.experts))] if one.experts > 1 else []),
     ]

@@ -83,6 +83,7 @@ def document_of(picture: Picture) -> dict[str, Any]:
         width, height = sizes_of(box)
         count = count_of(box)
         found = layers.get(box.id)
+        elements = (box.trainable + box.frozen) // max(len(box.repeats), 1)
         entry: dict[str, Any] = {
             "kind": strings(str(box.kind)),
             "name": strings(name),
@@ -98,6 +99,7 @@ def document_of(picture: Picture) -> dict[str, Any]:
             "facts": [strings(text) for fact in box.facts for text in fact],
             "repeats": [strings(fqn) for fqn in box.repeats],
             "sites": box.sites,
+            "elements": (elements or None) if picture.counted else None,
             "count": count and strings(count),
             "state": str(box.state) and strings(str(box.state)),
             "marks": [[strings(mark), mark_width(clean(mark))] for mark in box.marks],

@@ -16,8 +16,10 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from lora_fx.errors import some
+from lora_fx.errors import LoraFxError, some
 from lora_fx.export.inspection import FileGraph, FileNode, read_graph
+from lora_fx.export.providers import PROVIDERS, PlacementReport, import_onnxruntime
+from lora_fx.export.session import OnnxSession
 from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, Matches, Record, Region, join, module_of
 from lora_fx.passes.capture import CACHE, Listener, normalize, synthesise
@@ -48,7 +50,7 @@ from lora_fx.tools.draw.regions import (
     size_name,
     source_of,
 )
-from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not
+from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not, with_losses
 
 __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
 
@@ -323,6 +325,7 @@ def picture_of_model(
     *,
     matches: Matches | None = None,
     example_inputs: Any = None,
+    original: Any = None,
 ) -> Picture:
     """Draws a model.
 
@@ -334,6 +337,7 @@ def picture_of_model(
         matches: The linear operations of a model that was not rewritten, if they are known.
         example_inputs: What it is called with to see how data flows between modules without a graph;
             None for what its own configuration says.
+        original: What a quantized model was before.
     """
     by_module: dict[int, fx.Graph] = {}
     other_forms: dict[int, list[str]] = {}
@@ -355,6 +359,8 @@ def picture_of_model(
     rows = rows_of_model(model, record) if record is not None else ()
     if record is None and matches is not None:
         rows = rows_of_matches(matches)
+    if original is not None and any(row.quantized for row in rows):
+        rows = with_losses(rows, model, record or matches, original)
     return Picture(
         title=original_class(model).__name__,
         facts=(
@@ -660,18 +666,57 @@ def _facts(
 # --- ONNX files -----------------------------------------------------------------------------------
 
 
-def picture_of_file(path: Path) -> Picture:
+_MOST_BYTES = 2**31
+"""Up to this size, a file is loaded to ask which provider runs which node."""
+
+
+def picture_of_file(path: Path, session: OnnxSession | None = None, provider: str = "") -> Picture:
     """Draws an ONNX file.
+
+    Args:
+        path: The file.
+        session: One that runs it, and says where its nodes run.
+        provider: Without a session, the provider that is asked; empty for that of the CPU.
 
     Raises:
         ExportError: It is missing or damaged, or the package onnx is.
     """
     graph = read_graph(path)
-    root = _FilePainter(graph).paint()
+    placed = _placement(path, session, provider)
+    root = _FilePainter(graph, placed if isinstance(placed, PlacementReport) else None).paint()
     elements = sum(_product(shape) for shape, _ in graph.weights.values())
     facts = [("nodes", str(len(graph.nodes))), ("stored values", human(elements))]
     facts += [(key.removeprefix("lora_fx."), value) for key, value in _told(graph)]
+    if isinstance(placed, str):
+        return Picture(path.name, tuple(facts), root, notes=(placed,))
+    facts += [(f"on {_provider_name(name)}", str(count)) for name, count in placed.counts.items()]
     return Picture(path.name, tuple(facts), root)
+
+
+def _placement(path: Path, session: OnnxSession | None, provider: str) -> PlacementReport | str:
+    """Where ONNX Runtime runs the nodes, or why that is not known."""
+    try:
+        if session is None:
+            size = sum(one.stat().st_size for one in path.parent.glob(f"{path.stem}*"))
+            if size > _MOST_BYTES:
+                return (
+                    "draw lora_fx.OnnxSession(path, provider) to see which provider runs which node"
+                )
+            chosen: Any = provider or "cpu"
+            runtime = import_onnxruntime()
+            # Each node as it is in the file: optimizations join nodes under new names.
+            settings = runtime.SessionOptions()
+            settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            settings.log_severity_level = 3
+            session = OnnxSession(path, chosen, session_options=settings)
+        return session.placement()
+    except LoraFxError as error:
+        return f"which provider runs which node is not known: {error}"
+
+
+def _provider_name(provider: str) -> str:
+    """The name of a provider as users write it."""
+    return next((short for short, name in PROVIDERS.items() if name == provider), provider)
 
 
 def _told(graph: FileGraph) -> Iterator[tuple[str, str]]:
@@ -694,8 +739,11 @@ def _product(shape: tuple[int, ...]) -> int:
 class _FilePainter:
     """Paints a file, parents first."""
 
-    def __init__(self, graph: FileGraph) -> None:
+    def __init__(self, graph: FileGraph, placed: PlacementReport | None) -> None:
         self.graph = graph
+        nodes = placed.nodes if placed is not None else ()
+        self.places = {node.name: _provider_name(node.provider) for node in nodes}
+        self.elsewhere = {node.name for node in placed.elsewhere} if placed is not None else set()
         self._ids = itertools.count()
 
     def paint(self) -> Box:
@@ -749,13 +797,23 @@ class _FilePainter:
                 ("node", node.name),
                 ("operator", node.operator),
                 ("module", fqn or "(root)"),
+                *self._runs_on(node),
                 *((name, f"{times(shape)} {dtype}") for name, (shape, dtype) in read.items()),
                 ("takes", ", ".join(node.inputs)),
                 ("gives", ", ".join(node.outputs)),
             ),
-            marks=_marks(read),
+            marks=(*_marks(read), *self._elsewhere(node)),
             state=State.NONE,
         )
+
+    def _runs_on(self, node: FileNode) -> Iterator[tuple[str, str]]:
+        if self.places:
+            gone = "nothing: ONNX Runtime joins it with others, or computes it as it loads the file"
+            yield "runs on", self.places.get(node.name, gone)
+
+    def _elsewhere(self, node: FileNode) -> tuple[str, ...]:
+        """A mark on what does work on another device than was asked for."""
+        return (self.places[node.name],) if node.name in self.elsewhere else ()
 
 
 def _marks(read: dict[str, tuple[tuple[int, ...], str]]) -> tuple[str, ...]:

@@ -125,12 +125,16 @@ class SiteRow:
         rank, scale, dropout, parameters, flops, saved: What the adapter is and costs; zeros for none.
         each_rank: Trainable elements that one more rank costs.
         default: Whether ``target_modules=None`` selects it.
+        linear: Whether ``target_modules="all-linear"`` does.
+        weight: FQN of the weight, where that is not ``name.weight``.
+        fused: Whether it has parts that can be adapted by themselves, or is one.
         quantized: How the weight is stored; empty for as it is.
         reason: Why it is not selected, or refused.
-        share: ‖s·BA‖ / ‖W‖; None where there are no values.
+        share: ‖ΔW‖ / ‖W‖ with ΔW = s·BA; None where there are no values.
         effective: Effective rank of BA: the exponential of the entropy of its singular values.
         gradient: Norm of the gradient of A and B, if there is one.
-        error: Of a merge: units in the last place, or what quantizing again has lost.
+        error: Of a merge: units in the last place.
+        lost: ‖W - Q‖ / ‖W‖, what quantizing has lost, where W is known.
     """
 
     name: str
@@ -146,12 +150,16 @@ class SiteRow:
     saved: int = 0
     each_rank: float = 0.0
     default: bool = False
+    linear: bool = False
+    weight: str = ""
+    fused: bool = False
     quantized: str = ""
     reason: str = ""
     share: float | None = None
     effective: float | None = None
     gradient: float | None = None
     error: float | None = None
+    lost: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -221,6 +229,7 @@ class Picture:
         notes: Remarks on how the picture came about.
         adapters: Names of the adapters that occur, in the order of their colors.
         sites: Every linear operation of the model.
+        counted: Whether the boxes count all parameters, and not only those that are known by name.
     """
 
     title: str
@@ -230,6 +239,7 @@ class Picture:
     notes: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     sites: tuple[SiteRow, ...] = ()
+    counted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for JSON.

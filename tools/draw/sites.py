@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.config import judge
-from lora_fx.errors import LoraFxError
-from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site
-from lora_fx.passes.parameters import factors_of, part_of, weight_at
+from lora_fx.adapters import Originals
+from lora_fx.config import changes_base, judge
+from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, join
+from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.adapter_folder import effective_rank, singular_values
 from lora_fx.tools.draw.picture import SiteRow, State
 
-__all__ = ["rows_of_matches", "rows_of_model", "rows_of_plan", "why_not"]
+__all__ = [
+    "rows_of_matches",
+    "rows_of_model",
+    "rows_of_plan",
+    "why_not",
+    "with_losses",
+]
 
 _MOST_ELEMENTS = 2**30
-"""Up to this many elements of weights are read for ‖s·BA‖ / ‖W‖: about a second."""
+"""Up to this many elements of weights are read for ‖ΔW‖ / ‖W‖: about a second."""
 
 
 def rows_of_plan(plan: Plan) -> tuple[SiteRow, ...]:
@@ -57,6 +66,42 @@ def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
     others = (site for site in record.base.matches.sites if site.name not in adapted)
     kept = (_site(site, why_not(site, record)) for site in others)
     return (*rows, *kept, *map(_refused, record.base.matches.rejections))
+
+
+def with_losses(
+    rows: Iterable[SiteRow], model: nn.Module, known: Record | Matches | None, original: Any
+) -> tuple[SiteRow, ...]:
+    """Adds to rows what quantizing has lost.
+
+    Args:
+        rows: Those of the model.
+        model: The model.
+        known: Its record, or its linear operations.
+        original: What it was before it was quantized: a model, or its files. One weight is read at a time.
+
+    Raises:
+        ConfigError: The original has no such weight, or a start has changed the base since.
+        CheckpointError: A file is missing or damaged.
+    """
+    matches = known.base.matches if isinstance(known, Record) else known
+    adapters = known.adapters if isinstance(known, Record) else {}
+    for name, adapter in adapters.items():
+        if changes_base(start := adapter.config.init_lora_weights):
+            raise ConfigError(
+                f"the start {start!r} of adapter {name!r} has changed the base, so that its difference to "
+                "the original is not what quantizing has lost: leave original out"
+            )
+    weights = Originals(original, getattr(model, "base_model_prefix", ""))
+    sites = [row.site for adapter in adapters.values() for row in adapter.sites]
+    lost: dict[str, float] = {}
+    for site in (*sites, *(() if matches is None else matches.sites)):
+        held = weight_at(model, site.weight)
+        if site.quantized is None or site.name in lost or held.is_meta:
+            continue
+        exact = part_of(site, weights.of(site).to(held.device)).float()
+        difference = exact - part_of(site, base_weight(model, site)).float()
+        lost[site.name] = float(difference.norm() / exact.norm().clamp_min(1e-30))
+    return tuple(dataclasses.replace(row, lost=lost.get(row.name)) for row in rows)
 
 
 def why_not(site: Site, record: Record) -> str:
@@ -100,6 +145,9 @@ def _site(site: Site, reason: str = "") -> SiteRow:
         shape=site.shape,
         each_rank=_each_rank(site),
         default=_in_default(site),
+        linear=site.family == "linear" and site.head != "declared",
+        weight="" if site.weight == join(site.name, "weight") else site.weight,
+        fused=bool(site.parts or site.part_of),
         quantized="" if site.quantized is None else str(site.quantized),
         reason=reason,
     )
@@ -118,7 +166,7 @@ def _each_rank(site: Site) -> float:
 
 
 def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | None, float | None]:
-    """Effective rank of BA and ‖s·BA‖ / ‖W‖; None where there are no values, or no such product."""
+    """Effective rank of BA and ‖ΔW‖ / ‖W‖; None where there are no values, or no such product."""
     site = row.site
     weight = weight_at(model, site.weight)
     if row.kind != "lora" or not row.rank or site.groups > 1:

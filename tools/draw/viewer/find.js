@@ -29,6 +29,7 @@ const Find = (() => {
     pattern: (box, value) => box.rows.some((row) => normal(row.pattern) === value) || fact(box, "pattern").includes(value),
     adapter: (box, value) => box.lines.some((line) => normal(line.words).split(" · ").some((part) => part.replace(" (off)", "") === value)),
     is: (box, value) => Boolean(STATES[value]?.(box)),
+    provider: (box, value) => fact(box, "runs on").some((one) => one.startsWith(value)),
     name: (box, value) => isModule(box) && normal(box.fqn).includes(value),
   };
 
@@ -81,8 +82,7 @@ const Find = (() => {
     if (typed === "all-linear" || typed === '"all-linear"') return { kind: "default", all: true };
     const listed = typed.match(/^\[(.*)\]$/s);
     if (!SPECIAL.test(typed) || (listed && /^\s*["']/.test(listed[1]))) {
-      const names = (listed ? listed[1] : typed).split(/[\s,]+/).map((one) => one.replace(/^["']|["']$/g, ""));
-      return { kind: "list", names: names.filter(Boolean) };
+      return { kind: "list", names: list(typed) ?? [] };
     }
     const pattern = typed.replace(/^r?(["'])(.*)\1$/, "$2");
     const objection = disagreement(pattern);
@@ -96,9 +96,12 @@ const Find = (() => {
 
   function names(name, chosen) {
     if (chosen.kind === "regex") return chosen.expression.test(name);
-    if (chosen.kind === "list") return chosen.names.some((one) => name === one || name.endsWith(`.${one}`));
+    if (chosen.kind === "list") return chosen.names.some((one) => ends(name, one));
     return false;
   }
+
+  const ends = (name, entry) => name === entry || name.endsWith(`.${entry}`);
+  const liesIn = (name, module) => name === module || name.startsWith(`${module}.`);
 
   /* Numbers of layers: `0, 2-4`; null where none are given. */
   function layers(text) {
@@ -109,38 +112,86 @@ const Find = (() => {
     return found.length ? found : null;
   }
 
-  /* Whether layers_to_transform lets a name pass: it decides about defaults, and about entries of a list that
-     are not the whole name. */
-  function inLayers(name, target, wanted) {
-    if (!wanted || target.kind === "regex" || (target.kind === "list" && target.names.includes(name))) return true;
-    const index = name.match(/^.*?\.[^.]*\.(\d+)\./);
-    return Boolean(index) && wanted.includes(Number(index[1]));
+  /* Names that were typed with commas, spaces, brackets or quotes around them; null where there are none. */
+  function list(text) {
+    const found = text.trim().replace(/^\[(.*)\]$/s, "$1").split(/[\s,]+/).map((one) => one.replace(/^["']|["']$/g, "")).filter(Boolean);
+    return found.length ? found : null;
   }
 
-  /* Which rows are selected, which of them cannot be, and which entries select nothing. */
-  function select(rows, target, exclude, wanted = null) {
-    const out = { selected: [], refused: [], idle: [] };
-    const seen = new Set();
-    for (const row of rows) {
-      if (seen.has(row.name)) continue;
-      seen.add(row.name);
-      if (exclude.kind !== "default" && names(row.name, exclude)) continue;
-      const chosen = target.kind === "default" ? row.default : names(row.name, target);
-      if (chosen && inLayers(row.name, target, wanted)) (row.state === "refused" ? out.refused : out.selected).push(row);
-    }
-    if (target.kind === "list") {
-      out.idle = target.names.filter((one) => !rows.some((row) => names(row.name, { kind: "list", names: [one] })));
-    }
-    return out;
+  /* All that was typed, by the name of the field; `objection` says why it cannot be tried here. */
+  function asked({ target_modules = "", exclude_modules = "", layers_to_transform = "", layers_pattern = "", modules_to_save = "", target_parameters = "", scope = "" }) {
+    const ask = {
+      target: targets(target_modules), exclude: targets(exclude_modules), layers: layers(layers_to_transform), patterns: list(layers_pattern),
+      saved: list(modules_to_save), parameters: list(target_parameters), scope: list(scope),
+    };
+    return { ...ask, objection: objectionTo(ask) };
   }
 
-  function fields(target, exclude, rank, alpha, wanted = null) {
+  function objectionTo({ target, exclude, layers: wanted, patterns, saved }) {
+    const unsure = (reason) => `Python may read this in another way (${reason}): ask lora-fx plan --why`;
+    for (const one of [target, exclude]) {
+      if (one.kind === "unsure") return unsure(one.reason);
+      if (one.kind === "wrong") return `not an expression: ${one.reason}`;
+    }
+    for (const entry of [...(patterns ?? []), ...(saved ?? [])]) {
+      const odd = disagreement(entry);
+      if (odd) return unsure(odd);
+      try { RegExp(entry); } catch (error) { return `not an expression: ${error.message}`; }
+    }
+    if ((wanted || patterns) && (target.kind === "regex" || target.all)) return "layers_to_transform and layers_pattern need a list of names in target_modules";
+    return patterns && !wanted ? "layers_pattern needs layers_to_transform" : "";
+  }
+
+  /* The number of the layer that a name is in; null where it shows none. */
+  function layerOf(name, patterns) {
+    const expressions = patterns ? patterns.map((one) => `^(?:^|.*?\\.)${one}\\.(?<idx>\\d+)\\.`) : ["^.*?\\.[^.]*\\.(?<idx>\\d+)\\."];
+    for (const expression of expressions) {
+      const found = name.match(new RegExp(expression));
+      if (found) return Number(found.groups.idx);
+    }
+    return null;
+  }
+
+  /* Whether a module, or one around it, is trained in full: PEFT compares ends without a dot, too. */
+  const isSaved = (name, saved) => (saved ?? []).some((one) => new RegExp(`^(?:(^|.*\\.)${one}($|\\..*))`).test(name) || name.endsWith(one) || name.includes(`${one}.`));
+
+  /* Whether a row is selected; which field names it does not matter. */
+  function isChosen(row, { target, exclude, layers: wanted, patterns, saved, parameters, scope }) {
+    const { name } = row;
+    if (scope && !scope.some((one) => liesIn(name, one))) return false;
+    // A parameter that is named is adapted whatever is excluded.
+    if (parameters?.some((one) => ends(row.weight || `${name}.weight`, one))) return !isSaved(name, saved);
+    if (names(name, exclude) || isSaved(name, saved)) return false;
+    if (target.kind === "default" ? !(target.all ? row.linear : !parameters && row.default) : !names(name, target)) return false;
+    // layers_to_transform decides about defaults, and about entries of a list that are not the whole name.
+    const whole = target.kind === "regex" || (target.kind === "list" && target.names.includes(name));
+    return whole || !wanted || wanted.includes(layerOf(name, patterns));
+  }
+
+  /* Which rows are selected, which of them cannot be, and which entries select nothing. `modules`: all their names. */
+  function select(rows, ask, modules = []) {
+    const every = [...new Map(rows.map((row) => [row.name, row])).values()], chosen = every.filter((row) => isChosen(row, ask));
+    const { target, exclude, parameters, scope, saved, layers: wanted, patterns } = ask;
+    const idle = [
+      ...(target.names ?? []).filter((one) => !every.some(({ name }) => ends(name, one))), ...(exclude.names ?? []).filter((one) => !every.some(({ name }) => ends(name, one))),
+      ...(parameters ?? []).filter((one) => !every.some((row) => ends(row.weight || `${row.name}.weight`, one))),
+      ...(scope ?? []).filter((one) => !every.some(({ name }) => liesIn(name, one))),
+      ...(saved ?? []).filter((one) => !modules.some((name) => name.endsWith(one))),
+      ...(wanted ?? []).filter((one) => !chosen.some(({ name }) => layerOf(name, patterns) === one)).map((one) => `layer ${one}`),
+    ];
+    return {
+      selected: chosen.filter((row) => row.state !== "refused"), refused: chosen.filter((row) => row.state === "refused"), idle,
+      inFull: saved ? modules.filter((name) => saved.some((one) => name.endsWith(one))) : [],
+    };
+  }
+
+  function fields({ target, exclude, layers: wanted, patterns, saved, parameters, scope }, rank, alpha) {
     const value = (chosen) => (chosen.kind === "list" ? chosen.names : chosen.all ? "all-linear" : chosen.kind === "default" ? null : chosen.pattern);
-    const found = { r: rank, lora_alpha: alpha };
-    if (value(target) !== null) found.target_modules = value(target);
-    if (value(exclude) !== null) found.exclude_modules = value(exclude);
-    if (wanted && target.kind !== "regex") found.layers_to_transform = wanted;
-    return found;
+    const found = {
+      r: rank, lora_alpha: alpha, target_modules: value(target), exclude_modules: value(exclude), layers_to_transform: wanted, layers_pattern: patterns,
+      modules_to_save: saved, target_parameters: parameters, scope,
+    };
+    return Object.fromEntries(Object.entries(found).filter(([, one]) => one !== null));
   }
 
   // A JSON string is a Python string as well, and a YAML one.
@@ -150,7 +201,7 @@ const Find = (() => {
     YAML: (found) => Object.entries(found).map(([key, value]) => (Array.isArray(value) ? `${key}:\n${value.map((one) => `  - ${JSON.stringify(one)}`).join("\n")}` : `${key}: ${JSON.stringify(value)}`)).join("\n"),
   };
 
-  return { search, targets, layers, select, fields, WRITERS, isModule };
+  return { search, asked, select, fields, WRITERS, isModule };
 })();
 
 if (typeof module !== "undefined") module.exports = Find;

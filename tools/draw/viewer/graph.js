@@ -28,7 +28,7 @@ class Graph {
       id, place: 0, inside: null, width: 0, height: 0, rows: [],
       kind: word(entry.kind), name: word(entry.name), caption: word(entry.caption), fqn: word(entry.fqn),
       state: word(entry.state), count: word(entry.count), size: entry.size, layout: entry.layout,
-      open: Boolean(entry.open), sites: entry.sites ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
+      open: Boolean(entry.open), sites: entry.sites ?? 0, elements: entry.elements ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
       repeats: (entry.repeats ?? []).map(word), marks: (entry.marks ?? []).map(([mark, width]) => [word(mark), width]),
       lines: (entry.lines ?? []).map(([words, adapter, active]) => ({ words: word(words), adapter, active: Boolean(active) })),
       get facts() {
@@ -63,6 +63,27 @@ class Graph {
       if (first !== undefined) return this.drawnAs(first + fqn.slice(end));
     }
     return fqn;
+  }
+
+  /* The names of all modules that a box stands for: its own first, then those of folded blocks. */
+  namesOf(box) {
+    if (!box.names) {
+      const above = box.parent ? this.namesOf(box.parent) : [""], start = above[0].length, own = box.repeats.length ? box.repeats : [box.fqn];
+      box.names = above.flatMap((name) => own.map((one) => name + one.slice(start)));
+    }
+    return box.names;
+  }
+
+  get modules() {
+    return [...new Set(this.boxes.filter((box) => Find.isModule(box)).flatMap((box) => this.namesOf(box)))].filter(Boolean);
+  }
+
+  /* What a box is called where one of the names that it stands for was asked for. */
+  meant(box, asked) {
+    const part = asked?.toLowerCase();
+    if (!part) return box.fqn;
+    const found = this.namesOf(box).filter((name) => name.toLowerCase().includes(part));
+    return found.find((name) => name.toLowerCase().endsWith(part)) ?? found[0] ?? box.fqn;
   }
 
   /* The box of a name, or of the nearest module around it. */
@@ -198,6 +219,7 @@ class Graph {
     // Readable first: what does not fit then is reached by dragging.
     const scale = Math.min(1.25, byWidth, readable ? Math.max(byHeight, 0.7) : byHeight);
     this.move((width - spot.width * scale) / 2 - spot.x * scale, margin - spot.y * scale, scale);
+    this.fitted = this.view;
   }
 
   /* Brings a box into the view, and no closer than it is where it can be read. */

@@ -5,6 +5,9 @@
   const at = (id) => document.getElementById(id);
   const documents = JSON.parse(at("picture-data").textContent);
   const looks = new Paint.Looks();
+  const MEASURES = [
+    ["share", "‖ΔW‖ / ‖W‖"], ["effective", "effective rank"], ["gradient", "‖gradient‖"], ["error", "merge error, ulp"], ["lost", "quantization error"],
+  ];
   const tooltip = at("tooltip"), search = at("search"), found = at("found"), side = at("side");
   let found_boxes = [], current = -1;
 
@@ -21,7 +24,7 @@
     const canvas = made("canvas", { tabindex: 0, role: "application", "aria-label": `Graph of ${doc.title}` });
     const map = made("canvas", { class: "minimap", "aria-hidden": "true", width: 180, height: 130 });
     const pane = made("div", { class: "pane" }, canvas, map);
-    if (documents.length > 1) pane.prepend(made("h2", {}, `${doc.title}: ${doc.summary.map((fact) => fact.join(" ")).join(", ")}`));
+    if (documents.length > 1) pane.prepend(paneTitle(doc));
     at("panes").append(pane);
     const graph = new Graph(doc, canvas, looks);
     Object.assign(graph, { minimap: map, onDraw: drawMap });
@@ -29,6 +32,11 @@
     return graph;
   });
   let active = graphs[0];
+
+  function paneTitle({ title, summary }) {
+    const words = summary.map((fact) => fact.join(" ")).join(" · ");
+    return made("h2", { title: words }, title, made("span", {}, words));
+  }
 
   const others = (graph) => graphs.filter((one) => one !== graph);
 
@@ -69,19 +77,21 @@
     }
   }
 
-  function select(graph, box, options) {
+  /* `asked`: a name, or a part of one, that the box stands for: layers.17.mlp is drawn as layers.0.mlp. */
+  function select(graph, box, { show = true, asked = "" } = {}) {
     active = graph;
+    const name = box ? graph.meant(box, asked) : "";
     // The panel takes its room before the box is brought into what is left.
-    if (box) showDetails(box);
-    graph.select(box, options);
+    if (box) showDetails(box, name);
+    graph.select(box, { show });
     follow(graph);
     for (const other of others(graph)) {
-      const twin = box?.fqn ? other.byFqn.get(other.drawnAs(box.fqn)) : null;
+      const twin = name ? other.byFqn.get(other.drawnAs(name)) : null;
       other.select(twin ?? null, { show: false });
       if (twin) align(graph, other, twin);
     }
-    if (box) history.replaceState(null, "", `#${encodeURIComponent(box.fqn)}`);
-    markRow();
+    if (box) history.replaceState(null, "", `#${encodeURIComponent(name)}`);
+    markRow(name);
   }
 
   /* --- the panel --- */
@@ -89,6 +99,7 @@
   const TABS = ["details", "sites", "try"];
 
   function openTab(name) {
+    const fitted = graphs.filter((graph) => graph.view === graph.fitted && name !== "details");
     document.body.classList.toggle("with-side", Boolean(name));
     document.body.classList.toggle("with-table", name === "sites");
     for (const tab of TABS) {
@@ -97,6 +108,8 @@
     }
     if (name === "sites") showSites();
     for (const graph of graphs) graph.draw();
+    // What was whole in the view stays so in what is left of it.
+    for (const graph of fitted) { graph.fit(); graph.followed = graph.view; }
   }
 
   const tabOpen = () => (document.body.classList.contains("with-side") ? TABS.find((tab) => !at(tab).hidden) : "");
@@ -122,19 +135,24 @@
     field.remove();
   }
 
-  function showDetails(box) {
-    const list = made("dl", { class: "facts" });
-    for (const [label, value] of box.facts) list.append(made("dt", {}, label), made("dd", {}, value));
-    for (const row of box.rows.length <= 4 ? box.rows : []) {
-      for (const [key, label] of [["share", "‖s·BA‖ / ‖W‖"], ["effective", "effective rank"]]) {
-        if (row[key] !== null) list.append(made("dt", {}, label), made("dd", {}, `${row[key].toPrecision(3)} (${row.name}${row.adapter ? `, ${row.adapter}` : ""})`));
+  function showDetails(box, name = box.fqn) {
+    const list = made("dl", { class: "facts" }), own = box.fqn.replace(/[^\w]/g, "\\$&");
+    // What is said of the block that is drawn, with the name of the one that was asked for.
+    const said = (text) => (name === box.fqn || !own ? text : text.replace(new RegExp(`(?<![\\w.])${own}(?!\\w)`, "g"), () => name));
+    const labels = new Set(box.facts.map(([label]) => label));
+    for (const [label, value] of box.facts) list.append(made("dt", {}, label), made("dd", {}, said(value)));
+    const rows = box.rows.filter((row) => row.name === name || (name && row.name.startsWith(`${name}.`)));
+    for (const row of rows.length <= 4 ? rows : []) {
+      for (const [key, label] of MEASURES) {
+        if (row[key] !== null && !labels.has(label)) list.append(made("dt", {}, label), made("dd", {}, `${row[key].toPrecision(3)}${rows.length > 1 ? ` (${row.adapter || row.name})` : ""}`));
       }
     }
-    const title = made("div", { class: "fqn" }, made("code", {}, box.fqn || "(root)"), copyButton(box.fqn));
+    const title = made("div", { class: "fqn" }, made("code", {}, name || "(root)"), copyButton(name));
     const marks = made("p", { class: "marks" }, ...[box.state && { adapted: "adapted", unselected: "base", refused: "cannot be adapted", full: "trained in full", rows: "rows trained" }[box.state], ...box.marks.map(([mark]) => mark)].filter(Boolean).map((mark) => made("span", {}, mark)));
     const lines = made("ul", { class: "lines" }, ...box.lines.map((line) => made("li", { class: `ink${line.adapter % 6}` }, `+ B·A  ${line.words}`)));
     const once = made("p", { class: "once" }, layerOf(box, "").replace(" · in ", "drawn once for "));
-    at("details").replaceChildren(made("h2", {}, box.name), title, once, marks, lines, list);
+    const heading = box.repeats.length && name !== box.fqn ? name.split(".").slice(-2).join(".") : box.name;
+    at("details").replaceChildren(made("h2", {}, heading), title, once, marks, lines, list);
     if (tabOpen() !== "sites" || narrow()) openTab("details");
   }
 
@@ -159,7 +177,7 @@
     if (box) {
       active.select(box);
       follow(active);
-      if (tabOpen() === "details") showDetails(box);
+      if (tabOpen() === "details") showDetails(box, active.meant(box, found.dataset.meant));
     } else active.draw();
   }
 
@@ -175,7 +193,7 @@
 
   const METRICS = [
     ["", "adapter"], ["rank", "rank"], ["scale", "scale"], ["parameters", "trained parameters"], ["flops", "FLOPs a token"],
-    ["saved", "bytes saved a token"], ["gradient", "norm of the gradient"], ["error", "error of the merge"], ["share", "‖s·BA‖ / ‖W‖"], ["effective", "effective rank"], ["quantized", "quantized"],
+    ["saved", "bytes saved a token"], ...MEASURES, ["quantized", "quantized"],
   ];
   const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
@@ -185,8 +203,10 @@
     return `rgba(${mixed.join(",")},0.55)`;
   }
 
+  // Of all operations, and not of the adapted ones alone.
+  const OF_ALL = ["quantized", "lost"];
   const valueOf = (row, key) => (key === "quantized" ? (row.quantized ? 1 : 0) : row[key]);
-  const counts = (row, key) => (key === "quantized" ? row.state !== "refused" : row.state === "adapted" && row[key] !== null);
+  const counts = (row, key) => row[key] !== null && (OF_ALL.includes(key) ? row.state !== "refused" : row.state === "adapted");
 
   function average(rows, key) {
     const values = rows.filter((row) => counts(row, key)).map((row) => valueOf(row, key));
@@ -234,7 +254,7 @@
 
   /* --- the table of sites --- */
 
-  const SHOWN = [["name", "site"], ["state", "state"], ["adapter", "adapter"], ["shape", "weight"], ["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"], ["share", "‖sBA‖/‖W‖"], ["effective", "eff. r"], ["gradient", "‖grad‖"], ["error", "error"], ["quantized", "stored"], ["reason", "why not"]];
+  const SHOWN = [["name", "site"], ["state", "state"], ["adapter", "adapter"], ["shape", "weight"], ["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"], ...MEASURES, ["quantized", "stored"], ["reason", "why not"]];
   const MOST = 1500;
   let order = null, down = false, rowsShown = new Map();
 
@@ -256,52 +276,63 @@
     rowsShown = new Map();
     for (const row of rows.slice(0, MOST)) {
       const line = made("tr", { tabindex: 0, "data-name": row.name }, ...columns.map(([key]) => made("td", {}, written(row[key], row))));
-      line.addEventListener("click", () => select(active, row.box));
-      line.addEventListener("keydown", (event) => { if (event.key === "Enter") select(active, row.box); });
+      line.addEventListener("click", () => select(active, row.box, { asked: row.name }));
+      line.addEventListener("keydown", (event) => { if (event.key === "Enter") select(active, row.box, { asked: row.name }); });
       if (!rowsShown.has(row.box)) rowsShown.set(row.box, []);
       rowsShown.get(row.box).push(line);
       body.append(line);
     }
     const more = rows.length > MOST ? `, of which ${MOST} are shown: search to narrow them` : "";
     at("sites").replaceChildren(made("p", {}, `${rows.length} of ${active.sites.length} linear operations${more}`), made("table", {}, made("thead", {}, head), body));
-    markRow();
+    markRow("");
   }
 
   const written = (value, row) => (value === null || (value === 0 && row.state !== "adapted") ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : value === "unselected" ? "base" : value);
 
-  function markRow() {
+  function markRow(name) {
     for (const line of at("sites").querySelectorAll("tr.chosen")) line.classList.remove("chosen");
-    const lines = rowsShown.get(active.selected) ?? [];
+    const all = rowsShown.get(active.selected) ?? [], meant = all.filter((line) => line.dataset.name === name), lines = meant.length ? meant : all;
     for (const line of lines) line.classList.add("chosen");
     lines[0]?.scrollIntoView({ block: "nearest" });
   }
 
   /* --- what if --- */
 
+  const ASKED = {
+    targets: "target_modules", exclude: "exclude_modules", saved: "modules_to_save", layers: "layers_to_transform", patterns: "layers_pattern",
+    parameters: "target_parameters", scope: "scope",
+  };
+
   function tryOut() {
-    const target = Find.targets(at("targets").value), exclude = Find.targets(at("exclude").value);
+    const ask = Find.asked(Object.fromEntries(Object.entries(ASKED).map(([id, field]) => [field, at(id).value])));
     const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Math.max(1, Number(at("alpha").value) || 1);
-    const wanted = Find.layers(at("layers").value);
-    const lines = [], bad = [target, exclude].find((one) => one.kind === "unsure" || one.kind === "wrong");
+    const { sites } = active, lines = ask.objection ? [ask.objection] : [];
     let chosen = [];
-    if (bad) {
-      lines.push(bad.kind === "wrong" ? `not an expression: ${bad.reason}` : `Python may read this in another way (${bad.reason}): ask lora-fx plan --why`);
-    } else {
-      const { selected, refused, idle } = Find.select(active.sites, target, exclude, wanted);
+    if (!sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
+    else if (!ask.objection) {
+      const { selected, refused, idle, inFull } = Find.select(sites, ask, active.modules);
       chosen = [...selected, ...refused];
       const cost = selected.reduce((sum, row) => sum + row.each_rank * rank, 0);
-      lines.push(`${selected.length} of ${new Set(active.sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      lines.push(`${selected.length} of ${new Set(sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      for (const name of inFull.slice(0, 5)) lines.push(`trained in full: ${name}${elementsOf(name)}`);
+      if (inFull.length > 5) lines.push(`and ${inFull.length - 5} more that are trained in full`);
       for (const name of idle) lines.push(`matches nothing: ${name}`);
       for (const row of refused.slice(0, 5)) lines.push(`cannot be adapted: ${row.name}: ${row.reason}`);
       if (refused.length > 5) lines.push(`and ${refused.length - 5} more that cannot be adapted`);
+      if (sites.some((row) => row.fused)) lines.push("parts of fused weights are not tried here: lora-fx plan says what becomes of them");
       for (const row of selected.slice(0, 8)) lines.push(`· ${row.name}`);
       if (selected.length > 8) lines.push(`and ${selected.length - 8} more`);
     }
-    if (!active.sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
     active.hits = new Set(chosen.map((row) => row.box));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
-    at("config").textContent = bad ? "" : Find.WRITERS[at("form").value](Find.fields(target, exclude, rank, alpha, wanted));
+    at("config").textContent = ask.objection ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha));
+  }
+
+  /* How many elements a module has without its adapters, where the picture says so. */
+  function elementsOf(name) {
+    const drawn = active.drawnAs(name), box = active.byFqn.get(drawn), added = box ? box.rows.filter((row) => row.name === drawn || row.name.startsWith(`${drawn}.`)) : [];
+    return box?.elements ? `, ${(box.elements - added.reduce((sum, row) => sum + row.parameters, 0)).toLocaleString("en")} parameters` : "";
   }
 
   /* --- minimap --- */
@@ -309,12 +340,14 @@
   function drawMap(graph) {
     const { minimap, root, view, area } = graph, context = minimap.getContext("2d");
     const scale = Math.min(200 / root.width, 260 / root.height);
-    const small = area.width < 500 || (view.x >= 0 && view.y >= 0 && root.width * view.scale + view.x <= area.width && root.height * view.scale + view.y <= area.height);
+    const small = area.width < 620 || (view.x >= 0 && view.y >= 0 && root.width * view.scale + view.x <= area.width && root.height * view.scale + view.y <= area.height);
     minimap.hidden = small;
     if (small) return;
     if (!graph.map) {
       [minimap.width, minimap.height] = [Math.max(30, root.width * scale), Math.max(30, root.height * scale)].map(Math.round);
       graph.map = document.createElement("canvas");
+      const style = getComputedStyle(document.documentElement);
+      graph.mapColors = { veil: style.getPropertyValue("--veil"), accent: style.getPropertyValue("--accent") };
       [graph.map.width, graph.map.height] = [minimap.width, minimap.height];
       const drawing = graph.map.getContext("2d");
       drawing.scale(scale, scale);
@@ -328,10 +361,19 @@
     context.clearRect(0, 0, minimap.width, minimap.height);
     context.globalAlpha = 1;
     context.drawImage(graph.map, 0, 0);
-    const look = looks.of("box hit", "frame", "rect"), by = scale / view.scale;
-    context.strokeStyle = look.stroke;
+    // What is seen stays clear, and has a border inside the map.
+    const by = scale / view.scale, { width, height } = minimap;
+    const inside = (value, most) => Math.min(Math.max(value, 1), most - 1);
+    const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one * by, width));
+    const [top, bottom] = [-view.y, area.height - view.y].map((one) => inside(one * by, height));
+    const seen = new Path2D();
+    seen.rect(0, 0, width, height);
+    seen.rect(left, top, right - left, bottom - top);
+    context.fillStyle = graph.mapColors.veil;
+    context.fill(seen, "evenodd");
+    context.strokeStyle = graph.mapColors.accent;
     context.lineWidth = 1.5;
-    context.strokeRect(-view.x * by, -view.y * by, area.width * by, area.height * by);
+    context.strokeRect(left, top, right - left, bottom - top);
   }
 
   function jump(graph, event) {
@@ -410,7 +452,7 @@
   const HELP = [
     ["Tab, Shift+Tab", "next and previous box"], ["arrows", "to the box in that direction"], ["Enter", "open, or go inside"], ["Space", "open or close"],
     ["Backspace", "to the box around"], ["/", "find; Enter for the next hit"], ["+ −", "zoom"], ["f", "show everything"], ["Shift+F", "show the selected box"],
-    ["t", "table of sites"], ["w", "what if"], ["?", "this list"], ["Esc", "close, then forget the selection"],
+    ["t", "table of sites"], ["w", "what if"], ["d", "light or dark"], ["?", "this list"], ["Esc", "close, then forget the selection"],
   ];
   at("keys").append(made("h2", {}, "Keys"), made("dl", {}, ...HELP.flatMap(([key, text]) => [made("dt", {}, key), made("dd", {}, text)])));
 
@@ -444,7 +486,7 @@
     "/": () => search.focus(), "+": () => { active.zoom(1.25); follow(active); }, "=": () => { active.zoom(1.25); follow(active); },
     "-": () => { active.zoom(0.8); follow(active); }, f: fitAll,
     F: () => { active.fit(active.selected ?? active.root, false); follow(active); }, "?": () => at("keys").showModal(),
-    t: () => openTab(tabOpen() === "sites" ? "" : "sites"), w: () => { openTab("try"); at("targets").focus(); tryOut(); }, Escape: leave,
+    d: otherTheme, t: () => openTab(tabOpen() === "sites" ? "" : "sites"), w: () => { openTab("try"); at("targets").focus(); tryOut(); }, Escape: leave,
   };
 
   document.addEventListener("keydown", (event) => {
@@ -487,11 +529,32 @@
   addEventListener("beforeprint", () => at("paper").replaceChildren(...graphs.map((graph) => graph.toSvg())));
   addEventListener("afterprint", () => at("paper").replaceChildren());
 
+  /* --- light and dark --- */
+
+  const themed = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]).filter((rule) => rule.media?.mediaText.includes("prefers-color-scheme"));
+  const preferred = matchMedia("(prefers-color-scheme: dark)");
+  let chosenDark = null;
+
+  function otherTheme() {
+    chosenDark = !(chosenDark ?? preferred.matches);
+    // Paper stays light.
+    for (const rule of themed) rule.media.mediaText = chosenDark ? "screen" : "not all";
+    document.documentElement.style.colorScheme = chosenDark ? "dark" : "light";
+    repaint();
+  }
+
+  function repaint() {
+    looks.forget();
+    for (const graph of graphs) { graph.map = null; graph.draw(); }
+    showKey();
+  }
+
   /* --- controls --- */
 
   search.addEventListener("input", () => { find(); if (tabOpen() === "sites") showSites(); });
   search.addEventListener("keydown", (event) => { if (event.key === "Enter") step(event.shiftKey ? -1 : 1); });
   at("fit").addEventListener("click", fitAll);
+  at("theme").addEventListener("click", otherTheme);
   at("help").addEventListener("click", () => at("keys").showModal());
   at("hide").addEventListener("click", () => openTab(""));
   for (const tab of TABS) at(`tab-${tab}`).addEventListener("click", () => { openTab(tab); if (tab === "try") tryOut(); });
@@ -506,19 +569,16 @@
   at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
   at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
-  for (const id of ["targets", "exclude", "layers", "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
+  for (const id of [...Object.keys(ASKED), "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
   at("copy-config").addEventListener("click", () => copy(at("config").textContent));
-  at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
+  if (documents.length === 1) at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
   new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    looks.forget();
-    for (const graph of graphs) { graph.map = null; graph.draw(); }
-  });
+  preferred.addEventListener("change", repaint);
 
   // A link to a part: graph.html#model.layers.3
   function jumpToHash() {
     const fqn = decodeURIComponent(location.hash.slice(1));
-    if (fqn) select(active, active.boxOf(fqn));
+    if (fqn) select(active, active.boxOf(fqn), { asked: fqn });
   }
   addEventListener("hashchange", jumpToHash);
 
@@ -526,5 +586,5 @@
   fitAll();
   jumpToHash();
   // For programs that drive the page, such as its tests.
-  window.loraFx = { graphs, select: (fqn) => select(active, active.boxOf(fqn)) };
+  window.loraFx = { graphs, select: (fqn) => select(active, active.boxOf(fqn), { asked: fqn }) };
 })();
