@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
@@ -196,11 +195,8 @@ def _wanted_of(record: Record) -> ActiveAdapters:
 
 def _assign(model: nn.Module, wanted: ActiveAdapters) -> None:
     """Says which sample of a batch has which adapter, or that nobody has said."""
-    ids, rows = wanted.ids, {}
-    for name in dict.fromkeys(one for one in ids if one is not None):
-        rows[name] = torch.tensor([place for place, one in enumerate(ids) if one == name])
     for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
-        holder.assign(len(ids), rows, wanted.repeats)
+        holder.assign(wanted.ids, wanted.repeats)
 
 
 def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:

@@ -32,7 +32,10 @@ __all__ = [
     "CheapDropout",
     "Fuse",
     "ShareInputs",
+    "base_of",
     "may_write",
+    "move",
+    "offered",
 ]
 
 
@@ -56,6 +59,11 @@ class Base:
     turned: bool
     outputs: int
     kernel: Mapping[str, Any] | None = None
+
+
+def base_of(node: fx.Node, region: Region) -> Base | None:
+    """The operation of a node, if a fused function can compute it."""
+    return _quantized(node, region) or _multiplied(node, region)
 
 
 def _quantized(node: fx.Node, region: Region) -> Base | None:
@@ -112,13 +120,13 @@ class Fuse(Pass):
 
 def _fused(region: Region) -> fx.Graph | None:
     """The graph with every branch fused that can be; None if there is none."""
-    if not any(_offer(node) for node in region.graph.nodes):
+    if not any(offered(node) for node in region.graph.nodes):
         return None
     graph = copy_graph(region.graph)
     copied = dataclasses.replace(region, graph=graph)
     nodes = {node.name: node for node in graph.nodes}
     # One after the other, as values flow: what one operation gives may be what the next one reads.
-    fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
+    fused = [_fuse(node, copied, nodes) for node in nodes.values() if offered(node)]
     graph.lint()
     return graph if any(fused) else None
 
@@ -127,8 +135,8 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
     """Puts one node in the place of an operation and its branch; False where that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
-    branch, found = tag.fused, _quantized(base, region) or _multiplied(base, region)
-    if branch is None or found is None or not _only_inside(base, tag):
+    branch, found = tag.fused, base_of(base, region)
+    if branch is None or found is None or not branch.first or not _only_inside(base, tag):
         return False
     function = branch.function if found.kernel is None else branch.quantized
     if function is None:
@@ -169,7 +177,7 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
         last = before
 
 
-def _offer(node: fx.Node) -> FusedBranch | None:
+def offered(node: fx.Node) -> FusedBranch | None:
     """What computes a node together with the operation to which it adds a branch."""
     tag = node.meta.get(META_KEY)
     return tag.fused if isinstance(tag, Tag) else None
@@ -291,7 +299,7 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
     for node in group[1:]:
         for argument in node.args[1:]:
             if isinstance(argument, fx.Node):
-                _move(argument, first)
+                move(argument, first)
     columns = list(zip(*(node.args[1:] for node in group), strict=True))
     rows = tuple(node.kwargs.get("rows") for node in group)
     with graph.inserting_before(first):
@@ -305,10 +313,10 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _move(node: fx.Node, before: fx.Node) -> None:
+def move(node: fx.Node, before: fx.Node) -> None:
     """Reads a parameter, and what is made of it, earlier."""
     if node < before:
         return
     for source in node.all_input_nodes:
-        _move(source, before)
+        move(source, before)
     before.prepend(node)
