@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from lora_fx.adapters import (
     active_adapters,
     adapter_ids,
+    adapter_losses,
     adapter_names,
     add_adapter,
     add_weighted_adapter,
@@ -33,6 +34,7 @@ from lora_fx.adapters import (
     replace_lora_weights_loftq,
     set_adapter,
     status,
+    train_together,
 )
 from lora_fx.api import (
     capture,
@@ -104,6 +106,7 @@ __all__ = [
     "__version__",
     "active_adapters",
     "adapter_ids",
+    "adapter_losses",
     "adapter_names",
     "adapter_state_dict",
     "add_adapter",
@@ -140,6 +143,7 @@ __all__ = [
     "save_onnx_adapter",
     "set_adapter",
     "status",
+    "train_together",
     "trainable_parameters",
     "trainer_callback",
     "verify",
