@@ -17,7 +17,7 @@ from lora_fx.runtime import IDS
 
 __all__ = ["adapter_losses", "train_together"]
 
-TrainerT = TypeVar("TrainerT")
+_TrainerT = TypeVar("_TrainerT")
 
 _IGNORED = -100
 
@@ -102,7 +102,7 @@ def _by_name(ids: Sequence[str | None]) -> dict[str, list[int]]:
     return rows
 
 
-def train_together(trainer: type[TrainerT], column: str = "adapter") -> type[TrainerT]:
+def train_together(trainer: type[_TrainerT], column: str = "adapter") -> type[_TrainerT]:
     """A subclass of transformers' ``Trainer`` that trains all adapters of a batch in one step.
 
     Rows of the dataset say in a column which adapter they train; None trains nothing. Each adapter gets the
@@ -126,7 +126,7 @@ def train_together(trainer: type[TrainerT], column: str = "adapter") -> type[Tra
             column or names no adapter, or the model's loss is not known.
     """
     found: Any = _class_over
-    made: type[TrainerT] = found(trainer, column)
+    made: type[_TrainerT] = found(trainer, column)
     return made
 
 

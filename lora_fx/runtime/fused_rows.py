@@ -44,7 +44,7 @@ from lora_fx.runtime.samples import (
 
 __all__ = ["lora_rows", "quantized_lora_rows"]
 
-Dropout = tuple[float, bool] | None
+_Dropout = tuple[float, bool] | None
 """The probability of an adapter's dropout, and whether there is any now; None for none."""
 
 
@@ -98,7 +98,7 @@ def lora_rows(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
-    dropouts: Sequence[Dropout],
+    dropouts: Sequence[_Dropout],
     parts: Sequence[Rows | None],
     name: str = "",
 ) -> Tensor:
@@ -146,7 +146,7 @@ def quantized_lora_rows(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     scales: Sequence[float],
-    dropouts: Sequence[Dropout],
+    dropouts: Sequence[_Dropout],
     parts: Sequence[Rows | None],
     name: str = "",
     compute_dtype: torch.dtype | None = None,
@@ -162,7 +162,7 @@ def quantized_lora_rows(
     return _applied(x, None, bias, table, adapters, a, b, options, source_of(x), name)
 
 
-def _probabilities(dropouts: Sequence[Dropout]) -> tuple[float, ...]:
+def _probabilities(dropouts: Sequence[_Dropout]) -> tuple[float, ...]:
     return tuple(one[0] if one is not None and one[1] else 0.0 for one in dropouts)
 
 
@@ -194,7 +194,7 @@ def _applied(
         return followed(out, table, name)
 
 
-Drop = Callable[[Tensor, int, float], Tensor]
+_Drop = Callable[[Tensor, int, float], Tensor]
 """What a branch reads, of its rows, the place of its adapter and the probability of its dropout."""
 
 
@@ -210,7 +210,7 @@ def _composed(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
     options: _Adapters,
-    drop: Drop,
+    drop: _Drop,
 ) -> Tensor:
     """The same of plain operations, none of which writes into anything.
 

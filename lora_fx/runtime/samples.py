@@ -58,7 +58,7 @@ IDS = "adapter_ids"
 """The argument of a call by which each sample of it is given an adapter."""
 
 
-class Assigned(NamedTuple):
+class _Assigned(NamedTuple):
     """Which samples of a batch each adapter has.
 
     Attributes:
@@ -135,7 +135,7 @@ class SampleRows(AdapterModule):
         self.proofs = Sizes()
         self.folded: set[object] = set()
         self.call: Any = None
-        self.assigned = Assigned()
+        self.assigned = _Assigned()
         self.layouts: dict[Any, Layout] = {}
         for name in adapters:
             empty = torch.empty(0, dtype=torch.long, device=device)
@@ -155,9 +155,9 @@ class SampleRows(AdapterModule):
         for place, name in enumerate(ids):
             if name is not None:
                 places.setdefault(name, []).append(place)
-        self.reassign(Assigned(len(ids), repeats, places))
+        self.reassign(_Assigned(len(ids), repeats, places))
 
-    def reassign(self, assigned: Assigned) -> None:
+    def reassign(self, assigned: _Assigned) -> None:
         """Lets sites read what was assigned now or before."""
         if assigned == self.assigned:
             return
@@ -442,7 +442,7 @@ class _Entry:
         self.name, self.model, self.table = name, model, table
         # A model that has such an argument itself gets it.
         self.takes_ids = not name and IDS not in inspect.signature(model.forward).parameters
-        self.before: Assigned | None = None
+        self.before: _Assigned | None = None
         self.depth = 0
         self.follower: Follower | None = None
         self.form: object = None
@@ -656,14 +656,14 @@ def _remember(table: SampleRows, results: Any) -> None:
             one.register_hook(hook)
 
 
-def _replay(table: SampleRows, assigned: Assigned, _: Tensor) -> None:
+def _replay(table: SampleRows, assigned: _Assigned, _: Tensor) -> None:
     if table.assigned != assigned and in_backward():
         before = table.assigned
         table.reassign(assigned)
         _put_after_backward(table, before)
 
 
-def _put_after_backward(table: SampleRows, before: Assigned) -> None:
+def _put_after_backward(table: SampleRows, before: _Assigned) -> None:
     """Ends what a part of a backward has said of adapters when the whole is done."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(functools.partial(table.reassign, before))
