@@ -34,7 +34,7 @@ from lora_fx.passes.parameters import (
     reshard,
 )
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
-from lora_fx.runtime import SampleRows, unwatch_calls, watch, watch_calls
+from lora_fx.runtime import SampleRows, ignore_ids, unwatch_calls, watch, watch_calls
 
 __all__ = [
     "base_capture",
@@ -220,6 +220,8 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
         uninstall(module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
+    if not per_sample and record.blocks and record.choice.per_sample:
+        ignore_ids(model)
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
     _put_in(model, record)
     model.__dict__["_lora_fx"] = record

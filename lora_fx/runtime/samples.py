@@ -37,6 +37,7 @@ __all__ = [
     "check_rows_followed",
     "follow",
     "followed",
+    "ignore_ids",
     "in_backward",
     "put_rows",
     "rows_of",
@@ -406,10 +407,30 @@ def watch_calls(model: nn.Module, table: SampleRows) -> None:
         module.register_forward_hook(_Exit(entry), with_kwargs=True, always_call=True)
 
 
+def ignore_ids(model: nn.Module) -> None:
+    """Lets calls of a model name adapters although it runs without any, until :func:`unwatch_calls`."""
+    if _takes_ids(model):
+        model.register_forward_pre_hook(_Ignored(), prepend=True, with_kwargs=True)
+
+
+def _takes_ids(model: nn.Module) -> bool:
+    """Whether calls of a model may say which adapters its samples have."""
+    return IDS not in inspect.signature(model.forward).parameters
+
+
+class _Ignored:
+    """What takes the adapters out of a call of the base."""
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leaves the other arguments."""
+        return args, {name: value for name, value in kwargs.items() if name != IDS}
+
+
 def unwatch_calls(model: nn.Module) -> None:
-    """Ends what :func:`watch_calls` began."""
+    """Ends what :func:`watch_calls` or :func:`ignore_ids` began."""
     for module in model.modules():
-        for hooks, kind in ((module._forward_pre_hooks, _Entry), (module._forward_hooks, _Exit)):
+        before = (module._forward_pre_hooks, (_Entry, _Ignored))
+        for hooks, kind in (before, (module._forward_hooks, _Exit)):
             for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
                 del hooks[key]
                 for more in (
@@ -441,7 +462,7 @@ class _Entry:
     def __init__(self, name: str, model: nn.Module, table: SampleRows) -> None:
         self.name, self.model, self.table = name, model, table
         # A model that has such an argument itself gets it.
-        self.takes_ids = not name and IDS not in inspect.signature(model.forward).parameters
+        self.takes_ids = not name and _takes_ids(model)
         self.before: _Assigned | None = None
         self.depth = 0
         self.follower: Follower | None = None

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, LoraFxError
 from lora_fx.runtime.fused_rows import lora_rows
+from lora_fx.runtime.samples import CLOSED, FOLDED, SampleRows
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 
@@ -139,6 +140,39 @@ def test_adapters_of_other_targets() -> None:
     for ids in (["e", "b", "e", "c"], ["b", "e", "e", "c"], ["e", "e", "b", "b"]):
         model.zero_grad()
         check(model, torch.randn(4, 2, 6, dtype=torch.float64), ids)
+
+
+@pytest.mark.parametrize("ids", [["b", "a", "b", None], ["b", "b", "a", None]])
+def test_parts_of_the_outputs(ids: Ids) -> None:
+    torch.manual_seed(0)
+    table = SampleRows(("a", "b"), torch.device("cpu"))
+    table.assign(ids)
+    table.state = FOLDED
+    x, weight, bias = (torch.randn(*shape).double() for shape in ((4, 3, 5), (7, 5), (7,)))
+    a = [torch.randn(r, 5).double().requires_grad_() for r in (2, 3)]
+    b = [torch.randn(n, r).double().requires_grad_() for n, r in ((3, 2), (7, 3))]
+    x.requires_grad_()
+    options = (table, ("a", "b"), a, b, (0.5, 2.0), (None, None), ((2, 5), None))
+    out = lora_rows(x, weight, bias, *options)
+    wanted = []
+    for row, name in enumerate(ids):
+        own = F.linear(x[row], weight, bias)
+        if name is not None:
+            place = "ab".index(name)
+            delta = F.linear(F.linear(x[row], a[place]), b[place]) * (0.5, 2.0)[place]
+            own = own + (F.pad(delta, (2, 2)) if name == "a" else delta)
+        wanted.append(own)
+    assert_close(out, torch.stack(wanted))
+    given = [x, *a, *b]
+    for mine, theirs in zip(
+        torch.autograd.grad(out.square().sum(), given),
+        torch.autograd.grad(torch.stack(wanted).square().sum(), given),
+        strict=True,
+    ):
+        assert_close(mine, theirs)
+    table.state = CLOSED
+    with pytest.raises(ConfigError, match="called by itself"):
+        lora_rows(x, weight, bias, *options)
 
 
 def test_the_absent_are_left_alone() -> None:
@@ -420,6 +454,16 @@ def test_numbers_name_active_adapters() -> None:
     with lora_fx.adapter_ids(model, ["a", "a", "a"]):
         assert_same_bits(model(x, adapter_ids=(1, -1, 3)), wanted)
         assert not torch.equal(model(x), wanted)
+
+
+def test_the_base_takes_the_argument_and_has_no_use_for_it() -> None:
+    model, x = prepared(), torch.randn(3, 6, dtype=torch.float64)
+    with lora_fx.disable_adapter(model):
+        assert_same_bits(model(x, adapter_ids=["a", "b", "c"]), model(x))
+    check(model, x, ["a", "b", "c"])
+    lora_fx.set_adapter(model, "a")
+    with pytest.raises(TypeError, match="adapter_ids"):
+        model(x, adapter_ids=["a", "b", "c"])
 
 
 @pytest.mark.parametrize(
