@@ -1,4 +1,4 @@
-"""One model, several adapters: each learns a task of its own, and a batch mixes them row by row.
+"""One model, several adapters: one batch trains them all, each with its own rows, and one call runs them all.
 
 The tasks are made up: after token t comes t + 1 ("up"), t - 1 ("down"), or t ("same"). With a model of your
 own::
@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import lora_fx
 
 TASKS = {"up": 1, "down": -1, "same": 0}
+RANKS = {"up": 4, "down": 8, "same": 2}
 TOKENS = 32
 
 
@@ -36,25 +37,31 @@ def texts(task: str, count: int) -> Tensor:
     return (starts + TASKS[task] * torch.arange(12)) % TOKENS
 
 
-def train(model: nn.Module, task: str, steps: int) -> tuple[float, float]:
-    """Trains the active adapter; returns the first loss and the last."""
+def train(model: nn.Module, steps: int) -> list[dict[str, float]]:
+    """Trains all adapters by each batch; returns the losses of each in every step."""
     optimizer = torch.optim.AdamW(lora_fx.trainable_parameters(model), lr=1e-2)
-    losses = []
+    names = [task for task in TASKS for _ in range(16)]
+    history = []
     model.train()
     for _ in range(steps):
-        ids = texts(task, 32)
-        loss = model(input_ids=ids, labels=ids).loss
+        ids = torch.cat([texts(task, 16) for task in TASKS])
+        logits = model(input_ids=ids, adapter_ids=names).logits
+        # Each adapter has the mean loss of its own rows; their sum trains each as if it were alone.
+        losses = lora_fx.adapter_losses(logits, ids, names)
         optimizer.zero_grad()
-        loss.backward()
+        sum(losses.values()).backward()
         optimizer.step()
-        losses.append(loss.item())
+        history.append({task: loss.item() for task, loss in losses.items()})
     model.eval()
-    return losses[0], losses[-1]
+    return history
 
 
-def row_losses(model: Callable[..., object], ids: Tensor) -> Tensor:
+def row_losses(
+    model: Callable[..., object], ids: Tensor, names: list[str | None] | None = None
+) -> Tensor:
     """The mean loss of each row, without its first two tokens: the third follows from them."""
-    logits = model(input_ids=ids).logits[:, 1:-1]
+    more = {} if names is None else {"adapter_ids": names}
+    logits = model(input_ids=ids, **more).logits[:, 1:-1]
     losses = nn.functional.cross_entropy(logits.mT, ids[:, 2:], reduction="none")
     return losses.mean(-1)
 
@@ -66,22 +73,22 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    config = lora_fx.LoraConfig(r=8, lora_alpha=16)
+    # Adapters of one model may differ in their ranks.
+    configs = {task: lora_fx.LoraConfig(r=rank, lora_alpha=16) for task, rank in RANKS.items()}
     first, *others = TASKS
-    model = lora_fx.rewrite(build(options.model), config, adapter_name=first)
+    model = lora_fx.rewrite(build(options.model), configs[first], adapter_name=first)
     for task in others:
-        lora_fx.add_adapter(model, config, task)
+        lora_fx.add_adapter(model, configs[task], task)
+    lora_fx.set_adapter(model, [*TASKS], per_sample=True)
+    history = train(model, options.steps)
     for task in TASKS:
-        lora_fx.set_adapter(model, task)
-        before, after = train(model, task, options.steps)
-        print(f"{task:5} loss {before:.3f} -> {after:.3f}")
+        print(f"{task:5} loss {history[0][task]:.3f} -> {history[-1][task]:.3f}")
 
     # Each request names its adapter; None is the base. One call answers all of them.
     requests = ["down", "up", None, "same", "up"]
     ids = torch.cat([texts(task or "up", 1) for task in requests])
     with torch.no_grad():
-        with lora_fx.adapter_ids(model, requests):
-            mixed = row_losses(model, ids)
+        mixed = row_losses(model, ids, requests)
         for row, task in enumerate(requests):
             lora_fx.set_adapter(model, task or [])
             alone = row_losses(model, ids[row : row + 1])

@@ -20,6 +20,7 @@ if _TYPE_CHECKING:
     from lora_fx.adapters import (
         active_adapters,
         adapter_ids,
+        adapter_losses,
         adapter_names,
         add_adapter,
         add_weighted_adapter,
@@ -35,6 +36,7 @@ if _TYPE_CHECKING:
         replace_lora_weights_loftq,
         set_adapter,
         status,
+        train_together,
     )
     from lora_fx.api import (
         capture,
@@ -104,6 +106,7 @@ __all__ = [
     "__version__",
     "active_adapters",
     "adapter_ids",
+    "adapter_losses",
     "adapter_names",
     "adapter_state_dict",
     "add_adapter",
@@ -140,6 +143,7 @@ __all__ = [
     "save_onnx_adapter",
     "set_adapter",
     "status",
+    "train_together",
     "trainable_parameters",
     "trainer_callback",
     "verify",
@@ -149,9 +153,10 @@ __all__ = [
 # The module of each name; the imports above say the same to those who read types.
 _HOMES = {
     "lora_fx.adapters": """
-        active_adapters adapter_ids adapter_names add_adapter add_weighted_adapter correct_gradients
+        active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter correct_gradients
         delete_adapter disable_adapter initialize parameter_groups plan_quantization
         prepare_for_kbit_training quantize reference replace_lora_weights_loftq set_adapter status
+        train_together
     """,
     "lora_fx.api": """
         capture compare graphs merge plan print_trainable_parameters rewrite trainable_parameters

@@ -45,7 +45,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import MARKS, FindOperations
-from lora_fx.passes.optimize import CheapDropout, Fuse, Recompute, ShareInputs
+from lora_fx.passes.optimize import CheapDropout, Fuse, FuseRows, Recompute, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -140,7 +140,13 @@ def branch_passes(
     inserted = [Insert(one.sites, name) for name, one in adapters.items()]
     trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
-        return (*inserted, *trained, SelectRows())
+        if not optimize:
+            return (*inserted, *trained, SelectRows())
+        # What is cheap for one adapter is so for each row, but for products that become one otherwise.
+        cheaper = (
+            one for one in _optimize_passes(memory) if not isinstance(one, Fuse | ShareInputs)
+        )
+        return (*inserted, *trained, FuseRows(), SelectRows(), *cheaper)
     return (*inserted, *trained, *(_optimize_passes(memory) if optimize else ()))
 
 

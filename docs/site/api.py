@@ -20,7 +20,7 @@ _SECTIONS = {
     """,
     "Adapters": """
         add_adapter set_adapter delete_adapter disable_adapter active_adapters
-        adapter_names adapter_ids add_weighted_adapter status
+        adapter_names adapter_ids adapter_losses train_together add_weighted_adapter status
     """,
     "Files": """
         save_adapter load_adapter adapter_state_dict load_adapter_state_dict

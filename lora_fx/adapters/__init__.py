@@ -39,6 +39,7 @@ from lora_fx.adapters.settings import (
     written_config,
 )
 from lora_fx.adapters.switching import base_capture, on_base, run_with
+from lora_fx.adapters.together import adapter_losses, train_together
 from lora_fx.adapters.weighted import add_weighted_adapter
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Target",
     "active_adapters",
     "adapter_ids",
+    "adapter_losses",
     "adapter_names",
     "adapter_record",
     "add_adapter",
@@ -75,6 +77,7 @@ __all__ = [
     "status",
     "targets_of",
     "the_adapter",
+    "train_together",
     "with_patterns",
     "with_targets",
     "written_config",

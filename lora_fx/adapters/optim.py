@@ -19,7 +19,14 @@ from torch.utils.hooks import RemovableHandle
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite, Record, require_record
 from lora_fx.kinds import kind_of
-from lora_fx.passes.parameters import claim_unfrozen, factors_of, inside, without_wrappers
+from lora_fx.passes.parameters import (
+    adapter_parameters,
+    claim_unfrozen,
+    factors_of,
+    inside,
+    own_value,
+    without_wrappers,
+)
 
 __all__ = ["correct_gradients", "parameter_groups"]
 
@@ -38,6 +45,7 @@ def parameter_groups(
     weight_decay: float = 0.0,
     embedding_lr: float | None = None,
     lora_fa: bool = False,
+    adapter_name: str | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in groups, each parameter once: what ``torch.optim`` takes.
 
@@ -65,14 +73,16 @@ def parameter_groups(
             PEFT's 1e-6.
         lora_fa: LoRA-FA: A is frozen here and in no group, except that of an embedding. The optimizer is
             to be given to :func:`correct_gradients`, too.
+        adapter_name: Only the parameters of this adapter, for an optimizer or a learning rate of its own; by
+            default all that are trained.
 
     Returns:
         Groups for any optimizer of torch: ``AdamW(parameter_groups(model, 1e-4))``; ``name`` is one more
         key of each, by which a group can be given options of its own.
 
     Raises:
-        ConfigError: If the model has no adapters or nothing in it is trained, or a number is none that
-            an optimizer can use. Nothing is frozen then.
+        ConfigError: If the model has no adapters, not the one that is named, or nothing in it is trained, or
+            a number is none that an optimizer can use. Nothing is frozen then.
     """
     record = require_record(model)
     for name, value in (
@@ -89,11 +99,14 @@ def parameter_groups(
     if embedding_lr is None:
         embedding_lr = lr if lora_plus_ratio is None else _EMBEDDING_LR
     fast = lr * (lora_plus_ratio or 1.0)
-    frozen = _first_factors(model, record) if lora_fa else []
+    frozen = _first_factors(model, record, adapter_name) if lora_fa else []
+    mine = None if adapter_name is None else _of_adapter(model, record, adapter_name)
     left_out = {id(a) for a in frozen}
     kinds = _kinds(model, record)
     members: dict[str, list[nn.Parameter]] = {}
     for parameter in model.parameters():
+        if mine is not None and id(parameter) not in mine:
+            continue
         if parameter.requires_grad and id(parameter) not in left_out:
             kind = kinds.get(id(parameter), "modules" if parameter.dim() > 1 else "vectors")
             members.setdefault(kind, []).append(parameter)
@@ -211,8 +224,20 @@ def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
     return kinds
 
 
-def _first_factors(model: nn.Module, record: Record) -> list[nn.Parameter]:
-    return [factors_of(model, row, adapter).a for row, adapter in _rows(record)]
+def _first_factors(
+    model: nn.Module, record: Record, adapter_name: str | None
+) -> list[nn.Parameter]:
+    rows = [one for one in _rows(record) if adapter_name in (None, one[1])]
+    return [factors_of(model, row, adapter).a for row, adapter in rows]
+
+
+def _of_adapter(model: nn.Module, record: Record, adapter_name: str) -> set[int]:
+    """What an adapter trains, and has in the place of the base's parameters."""
+    if adapter_name not in record.adapters:
+        has = ", ".join(map(repr, record.adapters))
+        raise ConfigError(f"there is no adapter {adapter_name!r}: the model has {has}")
+    own = [own_value(model, adapter_name, name) for name in record.adapters[adapter_name].own]
+    return {id(one) for one in (*adapter_parameters(model, adapter_name), *own)}
 
 
 def _check_number(name: str, value: Any) -> None:

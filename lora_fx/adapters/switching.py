@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import torch
 from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
@@ -35,7 +34,7 @@ from lora_fx.passes.parameters import (
     reshard,
 )
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
-from lora_fx.runtime import SampleRows, unwatch_calls, watch, watch_calls
+from lora_fx.runtime import SampleRows, ignore_ids, unwatch_calls, watch, watch_calls
 
 __all__ = [
     "base_capture",
@@ -196,11 +195,8 @@ def _wanted_of(record: Record) -> ActiveAdapters:
 
 def _assign(model: nn.Module, wanted: ActiveAdapters) -> None:
     """Says which sample of a batch has which adapter, or that nobody has said."""
-    ids, rows = wanted.ids, {}
-    for name in dict.fromkeys(one for one in ids if one is not None):
-        rows[name] = torch.tensor([place for place, one in enumerate(ids) if one == name])
     for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
-        holder.assign(len(ids), rows, wanted.repeats)
+        holder.assign(wanted.ids, wanted.repeats)
 
 
 def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
@@ -224,6 +220,8 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
         uninstall(module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
+    if not per_sample and record.blocks and record.choice.per_sample:
+        ignore_ids(model)
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
     _put_in(model, record)
     model.__dict__["_lora_fx"] = record

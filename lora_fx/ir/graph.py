@@ -119,6 +119,9 @@ class FusedBranch:
         more: Names of nodes, and values.
         dropout: The nodes of its probability, and of whether there is any now; None for none.
         padding: How many output features come before and after those of the branch; None if it has all.
+        rows: The functions, plain and over a quantized weight, that compute the operation with the branches
+            of several adapters, each of which has rows of its own; None if nothing computes that.
+        first: Whether nothing comes between the operation and the branch.
     """
 
     function: Callable[..., Any]
@@ -129,6 +132,8 @@ class FusedBranch:
     more: tuple[Any, ...] = ()
     dropout: tuple[str, str] | None = None
     padding: tuple[int, int] | None = None
+    rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    first: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

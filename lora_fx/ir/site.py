@@ -402,6 +402,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         function: Callable[..., Any],
         *more: Any,
         quantized: Callable[..., Any] | None = None,
+        rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
         """Say which function computes an operation with its branch, where that is :meth:`low_rank`.
 
@@ -409,6 +410,9 @@ class OutputBuilder(BranchBuilder, Protocol):
             function: It takes input, weight, bias, A, B and the scale.
             more: What it takes after those: nodes and values.
             quantized: The same over a quantized weight; None if nothing computes that.
+            rows: What computes the operation with the branches of several adapters, each of which has rows of
+                its own, and the same over a quantized weight. They take what
+                :func:`lora_fx.runtime.fused_rows.lora_rows` takes. None if nothing computes that.
         """
 
 

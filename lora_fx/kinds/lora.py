@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
-from lora_fx.runtime import fused_lora
+from lora_fx.runtime import fused_lora, fused_rows
 
 __all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start"]
 
@@ -76,7 +76,10 @@ class Lora(AdapterKind):
         """``total + pad(up · s)``."""
         assert up is not None
         if not self.bias:
-            build.fuse_by(fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear)
+            rows = (fused_rows.lora_rows, fused_rows.quantized_lora_rows)
+            build.fuse_by(
+                fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear, rows=rows
+            )
         elif not build.bias_taken:
             bias = build.bias
             assert bias is not None

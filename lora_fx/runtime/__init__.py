@@ -7,6 +7,7 @@ from lora_fx.runtime import (
     banked,
     experts,
     fused_lora,
+    fused_rows,
     masks,
     ops,
     parts,
@@ -37,9 +38,11 @@ from lora_fx.runtime.ops import (
 from lora_fx.runtime.processes import called_by_all, check_equal
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
+    IDS,
     SampleRows,
     add_rows,
     follow,
+    ignore_ids,
     put_rows,
     select_rows,
     unfollow,
@@ -52,6 +55,7 @@ __all__ = [
     "BASE",
     "CODES",
     "GRAPH",
+    "IDS",
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
@@ -72,7 +76,9 @@ __all__ = [
     "experts",
     "follow",
     "fused_lora",
+    "fused_rows",
     "give_class",
+    "ignore_ids",
     "in_place",
     "inner_class",
     "inner_of",

@@ -48,6 +48,7 @@ __all__ = [
     "flat",
     "lora_linear",
     "lora_linears",
+    "quantized_kernel",
     "quantized_lora_linear",
     "without_autocast",
 ]
@@ -553,13 +554,27 @@ def quantized_lora_linear(
     Raises:
         LoraFxError: In a second backward pass, where A is frozen and both x and B want a gradient.
     """
-    under = autocast_dtype(x.device.type)
-    dtype = x.dtype if under is None or x.dtype == torch.float64 else under
-    kernel = _Product(weight, compute_dtype, threshold, base_training, under)
+    kernel, dtype = quantized_kernel(x, weight, compute_dtype, threshold, base_training)
     dropout = dropout if training else 0.0
     plain = torch.compiler.is_compiling()
     options = ((scale, rows, kernel),)
     return applied(x, dropout, options, (None, bias, a, b), dtype, plain, source_of(x))[0]
+
+
+def quantized_kernel(
+    x: Tensor,
+    weight: Tensor,
+    compute_dtype: torch.dtype | None,
+    threshold: float,
+    base_training: bool,
+) -> tuple[Kernel, torch.dtype]:
+    """What computes the product with a quantized weight, and the dtype of branches next to it.
+
+    The arguments are those of :func:`quantized_lora_linear`.
+    """
+    under = autocast_dtype(x.device.type)
+    dtype = x.dtype if under is None or x.dtype == torch.float64 else under
+    return _Product(weight, compute_dtype, threshold, base_training, under), dtype
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

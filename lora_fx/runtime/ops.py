@@ -63,8 +63,11 @@ __all__ = [
 ]
 
 
-# Attributes of instances: of modules, and of lora_fx.runtime.samples.SampleRows.
-_TAKEN = ("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call")
+# Of modules, and of lora_fx.runtime.samples.SampleRows.
+_TAKEN = (
+    *("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call"),
+    *("assign", "assigned", "reassign", "lay_out", "layouts"),
+)
 
 
 _HOOK = "_hf_hook"  # where accelerate keeps its hook

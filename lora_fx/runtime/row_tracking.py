@@ -57,6 +57,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             same shapes may be laid out otherwise.
         folded: Whether a site has seen several rows for each sample.
         mixed_by: The first operator whose result belongs to several samples.
+        paused: Whether operators run unseen: those of a site, which says itself whose rows it writes.
     """
 
     def __init__(self, model: nn.Module, samples: int, repeats: int) -> None:
@@ -68,6 +69,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         self.empty = torch.iinfo(self.dtype).max
         self.by_values = self.folded = False
         self.mixed_by = ""
+        self.paused = False
         self.error: BaseException | None = None
         self._presumed_at: list[str] = []
         # By storage, for as long as something else holds it.
@@ -183,6 +185,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operator, and works out whose its results are."""
         kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
         given = list(tensors_in((*args, *kwargs.values())))
         result = func(*args, **kwargs)
         try:

@@ -7,16 +7,20 @@ then.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import sys
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_fx.errors import ConfigError
+from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.row_tracking import Follower
 
@@ -24,16 +28,22 @@ __all__ = [
     "CLOSED",
     "FOLDED",
     "FOLLOWED",
+    "IDS",
     "TRUSTED",
+    "Layout",
     "SampleRows",
     "Sizes",
     "add_rows",
     "check_rows_followed",
     "follow",
+    "followed",
+    "ignore_ids",
     "in_backward",
     "put_rows",
+    "rows_of",
     "select_rows",
     "unfollow",
+    "unfollowed",
     "unwatch_calls",
     "watch_calls",
 ]
@@ -44,6 +54,61 @@ one with several rows for each sample, too; one that is followed to find out."""
 
 _followers: list[Follower] = []
 """Those of the calls that are followed at this moment."""
+
+IDS = "adapter_ids"
+"""The argument of a call by which each sample of it is given an adapter."""
+
+
+class _Assigned(NamedTuple):
+    """Which samples of a batch each adapter has.
+
+    Attributes:
+        samples: Number of samples in the batch; 0 while that is not known.
+        repeats: How many times in a row the batch may have each sample.
+        places: For each adapter that has some, the numbers of its samples.
+    """
+
+    samples: int = 0
+    repeats: int = 1
+    places: Mapping[str, Sequence[int]] = {}
+
+
+class Layout(NamedTuple):
+    """Where the rows of each adapter are in a matrix, [rows, features].
+
+    Attributes:
+        places: The adapters that have some, by their places among those of the site, in the order of the
+            rows.
+        sizes: Into how many rows each what :meth:`taken` gives is cut.
+        pieces: Which of these cuts are those of the adapters; the others have none.
+        order: Which rows :meth:`taken` takes; None if it takes all, in their order.
+    """
+
+    places: Sequence[int]
+    sizes: Sequence[int]
+    pieces: Sequence[int]
+    order: Tensor | None
+
+    def taken(self, matrix: Tensor) -> Tensor:
+        """The rows of a matrix so that those of each adapter lie together."""
+        return matrix if self.order is None else matrix.index_select(0, self.order)
+
+    def cut(self, taken: Tensor) -> list[Tensor]:
+        """The rows of each adapter, as views of what was taken."""
+        cuts = taken.split_with_sizes(self.sizes)
+        return [cuts[piece] for piece in self.pieces]
+
+    def indices(self, count: int, rows: Tensor) -> list[Tensor | None]:
+        """The rows of each of ``count`` adapters; None for one that has none.
+
+        Args:
+            count: How many adapters the site has.
+            rows: The numbers of all rows of the matrix.
+        """
+        found: list[Tensor | None] = [None] * count
+        for place, own in zip(self.places, self.cut(self.taken(rows)), strict=True):
+            found[place] = own
+        return found
 
 
 class SampleRows(AdapterModule):
@@ -57,6 +122,8 @@ class SampleRows(AdapterModule):
         proofs: The forms of call that were followed and have the samples as their rows.
         folded: Those with several rows for each sample, and the sizes of each.
         call: What is to be told if the call that is running ends otherwise than by a return or an error.
+        assigned: Which samples each adapter has.
+        layouts: Where that puts the rows of matrices that sites have read.
     """
 
     samples: int
@@ -69,30 +136,79 @@ class SampleRows(AdapterModule):
         self.proofs = Sizes()
         self.folded: set[object] = set()
         self.call: Any = None
+        self.assigned = _Assigned()
+        self.layouts: dict[Any, Layout] = {}
         for name in adapters:
             empty = torch.empty(0, dtype=torch.long, device=device)
             self.register_buffer(name, empty, persistent=False)
 
-    def assign(self, samples: int, rows: Mapping[str, Tensor], repeats: int = 1) -> None:
+    def assign(self, ids: Sequence[str | None], repeats: int = 1) -> None:
         """Says which sample has which adapter.
 
         Args:
-            samples: Number of samples.
-            rows: For each adapter the indices of its samples, [n]; none for one that is left out.
+            ids: The name of each sample's adapter, or None; nothing at all if that is not known.
             repeats: How many times in a row the batch may have each sample.
         """
         if self.call is not None:
             self.call.abandon()
             self.call = None
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(ids):
+            if name is not None:
+                places.setdefault(name, []).append(place)
+        self.reassign(_Assigned(len(ids), repeats, places))
+
+    def reassign(self, assigned: _Assigned) -> None:
+        """Lets sites read what was assigned now or before."""
+        if assigned == self.assigned:
+            return
+        samples, repeats, places = assigned
+        self.assigned, self.layouts = assigned, {}
         self.samples, self.repeats = samples, repeats
-        self.alike = not rows or any(len(one) == samples for one in rows.values())
+        self.alike = not places or any(len(one) == samples for one in places.values())
         for name, old in self._buffers.items():
             assert old is not None
-            self._buffers[name] = rows.get(name, old[:0]).to(old.device)
+            rows = torch.tensor(places.get(name, ()), dtype=torch.long)
+            self._buffers[name] = rows.to(old.device)
+
+    def lay_out(self, x: Tensor, adapters: tuple[str, ...]) -> Layout:
+        """Where the rows of some adapters are in what a site reads.
+
+        Args:
+            x: [samples, ..., in], each sample repeated, or with the rows of a sample one after the other.
+            adapters: The adapters of the site.
+
+        Raises:
+            ConfigError: If the first dimension is not that of the samples.
+        """
+        _check(x, self.samples, self.repeats, self.state)
+        each = (x.numel() // x.shape[-1] if x.shape[-1] else 0) // self.samples
+        key = adapters, each, x.device
+        if key not in self.layouts:
+            self.layouts[key] = self._laid_out(adapters, each, x.device)
+        return self.layouts[key]
+
+    def _laid_out(self, adapters: tuple[str, ...], each: int, device: torch.device) -> Layout:
+        """The same for samples that have ``each`` rows."""
+        known = [(self.assigned.places.get(name, ()), place) for place, name in enumerate(adapters)]
+        known = sorted(one for one in known if one[0])
+        places = [place for _, place in known]
+        if any(own[-1] - own[0] + 1 != len(own) for own, _ in known):
+            samples = torch.tensor([one for own, _ in known for one in own])
+            sizes = [len(own) * each for own, _ in known]
+            order = _of_samples(samples, each).to(device)
+            return Layout(places, sizes, range(len(sizes)), order)
+        sizes, pieces, end = [], [], 0
+        for own, _ in known:
+            # Before it, samples without one of these adapters.
+            sizes += [(own[0] - end) * each, len(own) * each]
+            pieces.append(len(sizes) - 1)
+            end = own[-1] + 1
+        return Layout(places, [*sizes, (self.samples - end) * each], pieces, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no call, and may become another model: nothing is known of its calls."""
-        unknown = {"proofs": Sizes(), "folded": set()}
+        unknown = {"proofs": Sizes(), "folded": set(), "layouts": {}}
         return {**self.__dict__, "state": CLOSED, **unknown, "call": None}
 
 
@@ -192,7 +308,55 @@ def put_rows(
     return result
 
 
+def rows_of(x: Tensor, table: SampleRows, adapter: str) -> Tensor:
+    """Which rows an adapter has in the matrix of an activation, [rows, features].
+
+    Args:
+        x: As for :func:`select_rows`.
+        table: Says which samples it has.
+        adapter: The adapter.
+
+    Raises:
+        ConfigError: As :func:`select_rows`.
+    """
+    _check(x, table.samples, table.repeats, table.state)
+    samples: Tensor = getattr(table, adapter)
+    return _of_samples(samples, (x.numel() // x.shape[-1]) // table.samples)
+
+
+@contextlib.contextmanager
+def unfollowed() -> Iterator[None]:
+    """Lets operators run that the follower of the running call, if there is one, does not see."""
+    follower = _followers[-1] if _followers else None
+    if follower is not None:
+        follower.paused = True
+    try:
+        yield
+    finally:
+        if follower is not None:
+            follower.paused = False
+
+
+def followed(result: Tensor, table: SampleRows, weight: str) -> Tensor:
+    """What a site gives, whose rows are those of the samples: the follower of the call is told."""
+    if table.state == FOLLOWED:
+        _followers[-1].presume(result, weight)
+    return result
+
+
 def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -> Tensor:
+    _check(x, samples, repeats, state)
+    return rows if x.shape[0] == samples else _of_samples(rows, x.shape[0] // samples)
+
+
+def _of_samples(samples: Tensor, each: int) -> Tensor:
+    """The rows of some samples, each of which has so many, one after the other."""
+    inner = torch.arange(each, device=samples.device)
+    return (samples[:, None] * each + inner).flatten()
+
+
+def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
+    """Refuses an activation of which it is not known which rows are whose."""
     if not samples:
         raise ConfigError(
             "the adapters are chosen for each sample, and nobody has said which: call the model inside "
@@ -204,7 +368,7 @@ def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -
             "whose: inside adapter_ids call the model, or one of the modules that it consists of"
         )
     if x.dim() and x.shape[0] == samples:
-        return rows
+        return
     known = x.dim() and (state != TRUSTED or x.shape[0] == samples * repeats)
     if not known or x.shape[0] % samples:
         raise ConfigError(
@@ -213,9 +377,6 @@ def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -
             "repeats each sample (num_beams, num_return_sequences). A model whose batch is not its first "
             "dimension takes one adapter at a time"
         )
-    tokens = x.shape[0] // samples
-    inner = torch.arange(tokens, device=x.device)
-    return (rows[:, None] * tokens + inner).flatten()
 
 
 def in_backward() -> bool:
@@ -246,10 +407,30 @@ def watch_calls(model: nn.Module, table: SampleRows) -> None:
         module.register_forward_hook(_Exit(entry), with_kwargs=True, always_call=True)
 
 
+def ignore_ids(model: nn.Module) -> None:
+    """Lets calls of a model name adapters although it runs without any, until :func:`unwatch_calls`."""
+    if _takes_ids(model):
+        model.register_forward_pre_hook(_Ignored(), prepend=True, with_kwargs=True)
+
+
+def _takes_ids(model: nn.Module) -> bool:
+    """Whether calls of a model may say which adapters its samples have."""
+    return IDS not in inspect.signature(model.forward).parameters
+
+
+class _Ignored:
+    """What takes the adapters out of a call of the base."""
+
+    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Leaves the other arguments."""
+        return args, {name: value for name, value in kwargs.items() if name != IDS}
+
+
 def unwatch_calls(model: nn.Module) -> None:
-    """Ends what :func:`watch_calls` began."""
+    """Ends what :func:`watch_calls` or :func:`ignore_ids` began."""
     for module in model.modules():
-        for hooks, kind in ((module._forward_pre_hooks, _Entry), (module._forward_hooks, _Exit)):
+        before = (module._forward_pre_hooks, (_Entry, _Ignored))
+        for hooks, kind in (before, (module._forward_hooks, _Exit)):
             for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
                 del hooks[key]
                 for more in (
@@ -280,14 +461,41 @@ class _Entry:
 
     def __init__(self, name: str, model: nn.Module, table: SampleRows) -> None:
         self.name, self.model, self.table = name, model, table
+        # A model that has such an argument itself gets it.
+        self.takes_ids = not name and _takes_ids(model)
+        self.before: _Assigned | None = None
         self.depth = 0
         self.follower: Follower | None = None
         self.form: object = None
         self.sizes: tuple[int, ...] = ()
         self.failing: BaseException | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Opens a call, if none is open."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Opens a call, if none is open, and takes out of it what it says of adapters."""
+        if IDS not in kwargs or not self.takes_ids:
+            self._open(module, args, kwargs)
+            return None
+        ids = _named(kwargs[IDS], self.table)
+        if self.depth or self.table.state != CLOSED:
+            raise ConfigError(
+                f"{IDS}: a call inside a call of the model has the adapters of that: leave it out"
+            )
+        kwargs = {name: value for name, value in kwargs.items() if name != IDS}
+        before = self.table.assigned
+        self.table.assign(ids)
+        try:
+            self._open(module, args, kwargs)
+        except BaseException:
+            self.table.reassign(before)
+            raise
+        if in_backward():
+            # Of a checkpoint around the whole model, which opens no call.
+            _put_after_backward(self.table, before)
+        else:
+            self.before = before
+        return args, kwargs
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         table = self.table
         if self.depth:
             self.depth += 1
@@ -346,10 +554,17 @@ class _Entry:
         """Ends a call that was never closed: what ended it was no error."""
         follower, self.follower = self.follower, None
         self.depth, self.table.state = 0, CLOSED
+        self._put_back()
         if follower is not None:
             unfollow()
             if _get_current_dispatch_mode() is follower:
                 follower.__exit__(None, None, None)
+
+    def _put_back(self) -> None:
+        """Ends what the arguments of the call have said of adapters."""
+        before, self.before = self.before, None
+        if before is not None:
+            self.table.reassign(before)
 
     def close(self, results: Any) -> None:
         """Closes the call, and notes what was seen of it.
@@ -362,6 +577,11 @@ class _Entry:
         self.depth -= 1
         if self.depth:
             return
+        _remember(self.table, results)
+        self._put_back()
+        self._close(results)
+
+    def _close(self, results: Any) -> None:
         follower, self.follower = self.follower, None
         self.table.state = CLOSED
         if not torch.compiler.is_compiling():
@@ -409,6 +629,65 @@ class _Exit:
     def __call__(self, _: nn.Module, __: Any, ___: Any, results: Any) -> None:
         """Closes it."""
         self.entry.close(results)
+
+
+def _named(ids: Any, table: SampleRows) -> list[str | None]:
+    """The adapters that a call names: by their names, or by their numbers among those that are active.
+
+    Raises:
+        ConfigError: If they are none of these, or a compiler would have to know them.
+    """
+    if torch.compiler.is_compiling():
+        raise ConfigError(
+            f"{IDS}: a compiler would compile each order of adapters: call the compiled model inside `with "
+            "lora_fx.adapter_ids(model, [...]):`"
+        )
+    names = [*table._buffers]
+    if isinstance(ids, Tensor):
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise ConfigError(
+                f"{IDS}: found a tensor of shape {tuple(ids.shape)} in {ids.dtype}; whole numbers "
+                "[samples] are needed"
+            )
+        ids = ids.tolist()
+    if isinstance(ids, str) or not isinstance(ids, list | tuple) or not ids:
+        raise ConfigError(f"{IDS} needs one name or number for each sample, found {ids!r}")
+    found: list[str | None] = []
+    for one in ids:
+        if isinstance(one, int) and not isinstance(one, bool) and -1 <= one < len(names):
+            found.append(names[one] if one >= 0 else None)
+        elif one is None or one in names:
+            found.append(one)
+        else:
+            raise ConfigError(
+                f"{IDS}: there is no adapter {one!r} in this model's batches: it has "
+                f"{', '.join(map(repr, names))}, numbered from 0, and -1 or None for the base"
+            )
+    return found
+
+
+def _remember(table: SampleRows, results: Any) -> None:
+    """Lets the backward of a call have its samples again: a checkpoint computes parts of it there."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return
+    hook = functools.partial(_replay, table, table.assigned)
+    one: Any
+    for one in _tensors(results):
+        if one.requires_grad and not one.is_leaf:
+            one.register_hook(hook)
+
+
+def _replay(table: SampleRows, assigned: _Assigned, _: Tensor) -> None:
+    if table.assigned != assigned and in_backward():
+        before = table.assigned
+        table.reassign(assigned)
+        _put_after_backward(table, before)
+
+
+def _put_after_backward(table: SampleRows, before: _Assigned) -> None:
+    """Ends what a part of a backward has said of adapters when the whole is done."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(functools.partial(table.reassign, before))
 
 
 def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:

@@ -226,9 +226,10 @@ class Branch(Writer):
         function: Callable[..., Any],
         *more: Any,
         quantized: Callable[..., Any] | None = None,
+        rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
-        """Note which function computes the operation with its branch, if no other adapter is in between."""
-        if not self._low_rank or self.total is not self.base:
+        """Note which function computes the operation with its branch."""
+        if not self._low_rank:
             return
         self._fused = FusedBranch(
             function,
@@ -239,6 +240,8 @@ class Branch(Writer):
             tuple(one.name if isinstance(one, fx.Node) else one for one in more),
             self._dropout,
             self.padding,
+            rows,
+            self.total is self.base,
         )
 
     def finish(self, up: fx.Node | None) -> fx.Node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.optimize.fuse import CheapDropout, Fuse, ShareInputs
+from lora_fx.passes.optimize.fuse import CheapDropout, Fuse, FuseRows, ShareInputs
 from lora_fx.passes.optimize.recompute import Recompute
 
-__all__ = ["CheapDropout", "Fuse", "Recompute", "ShareInputs"]
+__all__ = ["CheapDropout", "Fuse", "FuseRows", "Recompute", "ShareInputs"]

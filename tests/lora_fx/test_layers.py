@@ -118,6 +118,8 @@ PUBLIC = {
     "prepare_hotswap",
     "active_adapters",
     "adapter_ids",
+    "adapter_losses",
+    "train_together",
     "adapter_names",
     "adapter_state_dict",
     "add_adapter",

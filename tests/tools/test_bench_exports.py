@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 
 import lora_fx
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.tools.bench import export_peers, goals
+from lora_fx.tools.bench import export_peers, goals, together
 from lora_fx.tools.bench.bank_latency import AGAIN as SEPARATE_AGAIN
 from lora_fx.tools.bench.bank_latency import BANK, SEPARATE
 from lora_fx.tools.bench.export_peers import (
@@ -231,6 +231,22 @@ def test_a_bank_is_judged_by_its_decoding_step() -> None:
     found = verdicts("onnx_bank", {("m", "decode, past 128"): step(0.6)})
     assert found[goal][1] == "no, by 0.1"
     assert verdicts("onnx_bank", {("m", "prefill"): step(1)})[goal][0] == "not measured"
+
+
+def test_a_step_of_several_adapters_is_judged_at_the_worst_length() -> None:
+    def samples(joint: float) -> dict[str, Sample]:
+        times = {together.ONE: 1.0, together.AGAIN: 1.0, together.SEPARATE: 2.0}
+        return {
+            name: Sample((one,) * 5) for name, one in {**times, together.TOGETHER: joint}.items()
+        }
+
+    beside, separate = (
+        "step of 8 adapters of ranks 4 to 64, 8 rows / step of one adapter",
+        "the same",
+    )
+    found = verdicts("together_step", {"8 tokens": samples(1.2), "64 tokens": samples(0.9)})
+    assert found[beside] == ("1.20 (8 tokens), 0.90 (64 tokens)", "yes")
+    assert found[f"{separate} / 8 steps of one row"][1] == "no, by 0.1"
 
 
 def test_reasons_fit_into_a_cell() -> None:

@@ -17,6 +17,7 @@ from lora_fx.tools.bench import (
     quantized_quality,
     verbs,
 )
+from lora_fx.tools.bench import together as together_steps
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     EXPORTED,
@@ -306,6 +307,34 @@ def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict |
         excesses[whole.median - 0.5 - spread] = f"{whole.median:.2f} ({step}); A/A {again}"
     worst = max(excesses)
     return Verdict(excesses[worst], worst)
+
+
+def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float) -> Verdict:
+    """What a step of several adapters takes relative to other steps, at the worst length of rows.
+
+    Args:
+        found: Times by length, then by contender.
+        beside: The other contender.
+        most: What is allowed.
+    """
+    excesses = []
+    figures = []
+    for length, samples in found.items():
+        whole = ratio(samples[together_steps.TOGETHER], samples[beside])
+        noise = ratio(samples[together_steps.AGAIN], samples[together_steps.ONE])
+        excesses.append(whole.median - most - (noise.high - noise.low) / 2)
+        figures.append(f"{whole.median:.2f} ({length})")
+    return Verdict(", ".join(figures), max(excesses))
+
+
+def together_beside_one(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
+    """The step of eight adapters beside that of one, with as many rows."""
+    return together(found, together_steps.ONE, 1.3)
+
+
+def together_beside_separate(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
+    """The step of eight adapters beside eight steps of one row."""
+    return together(found, together_steps.SEPARATE, 0.5)
 
 
 def merged_run(found: _LATENCIES) -> Verdict:

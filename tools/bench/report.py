@@ -22,6 +22,7 @@ from lora_fx.tools.bench import (
     onnx_latency,
     quantized_quality,
     step_sections,
+    together,
     verbs,
 )
 from lora_fx.tools.bench.measure import Progress, Size, machine, markdown
@@ -36,6 +37,7 @@ _LISTED = {
         *verbs.SECTIONS,
         one_linear.SECTION,
         guards.SECTION,
+        together.SECTION,
         quantized_quality.SECTION,
         export_peers.SECTION,
         onnx_latency.SECTION,
