@@ -28,6 +28,7 @@ from lora_fx.export.adapter_manifest import (
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.arguments import Arguments, Extra, named_outputs
 from lora_fx.export.factor_model import FactorModel, Swappable
+from lora_fx.export.ort import Bound
 from lora_fx.export.report import BankSize
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
@@ -534,7 +535,7 @@ class AdapterBank(AdapterStore):
         self._size = bank
         self._names = {name: slot for slot, name in enumerate(bank.adapters, start=1)}
         self._banks: Mapping[str, Tensor] | None = None
-        self._bound: Mapping[str, Any] = {}
+        self._bound = Bound()
         self._ranks: dict[str, Mapping[str, int]] = {}
 
     @property
@@ -604,7 +605,7 @@ class AdapterBank(AdapterStore):
             ids = torch.tensor([self._slot(one) - 1 for one in rows])
             bound = self._bound
         fed = self._placed({SLOTS_INPUT: ids})
-        return HeldAdapter({}, {**bound, **fed}, {}, len(rows) if several else None)
+        return HeldAdapter({}, bound, {}, len(rows) if several else None, fed)
 
     def _slot(self, name: object) -> int:
         if name is None:
@@ -630,7 +631,7 @@ class AdapterBank(AdapterStore):
             if slot < count:
                 put(new[slot], one, values.get(one.name))
             banks[one.name] = new
-        self._bound = self._placed(banks)
+        self._bound = Bound(self._placed(banks))
         self._banks, self._names = banks, names
 
     def _file_banks(self) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_fx.errors import ConfigError
 from lora_fx.export.adapter_manifest import AdapterInput, Manifest, check_values, ranks_of
-from lora_fx.export.ort import placed
+from lora_fx.export.ort import Bound, placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 
@@ -35,12 +35,14 @@ class HeldAdapter:
             rank 0 those of its other inputs.
         ranks: Site to rank.
         rows: How many rows the batch has to have, None for any number.
+        fed: Inputs that say which of what is bound runs.
     """
 
     values: Mapping[str, Tensor]
-    bound: Mapping[str, Any]
+    bound: Bound
     ranks: Mapping[str, int]
     rows: int | None = None
+    fed: Mapping[str, Any] = field(default_factory=dict)
 
     def check_rows(self, batch: int, file: str) -> None:
         """Refuse a batch of another size than that for which adapters were chosen.
@@ -78,7 +80,7 @@ class AdapterStore:
         # The defaults of the file run where there is no adapter, unless they have rank 0.
         alone = self.takes is None or self.takes.runs_alone
         own = {} if alone else self.manifest.no_adapter()
-        self._none = HeldAdapter({}, self._placed(own), {})
+        self._none = HeldAdapter({}, Bound(self._placed(own)), {})
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
 
@@ -173,7 +175,7 @@ class AdapterStore:
 
     def _hold(self, values: Mapping[str, Tensor]) -> HeldAdapter:
         own = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        bound = {**self._none.bound, **self._placed(own)}
+        bound = Bound({**self._none.bound.values, **self._placed(own)})
         return HeldAdapter(own, bound, ranks_of(self.manifest, own))
 
     def _placed(self, values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import ast
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "BF16",
     "CPU",
     "INNER_SIZES_KEY",
+    "Bound",
     "EmptyAxisError",
     "Place",
     "Port",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 
-# Running a session with values that stay where they are: one binding for each run.
+# Running a session with values that stay where they are: a binding for each adapter and run at a time.
 #
 # ONNX Runtime ignores an adapter that is active in its run options here, without a word. Adapters are
 # bound by the names of their inputs instead, like every other value.
@@ -239,39 +240,82 @@ class _Bytes:
         return self._bytes.__dlpack__()
 
 
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """Inputs that many runs of one session have, and bindings that have them.
+
+    Attributes:
+        values: By name.
+        spare: Bindings that no run uses. Runs at the same time have one each.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    spare: list[Any] = field(default_factory=list)
+
+    def binding(self, session: Any) -> Any:
+        """A binding with these inputs, and whatever else a run before this one has bound."""
+        try:
+            return self.spare.pop()
+        except IndexError:
+            return self.fresh(session)
+
+    def fresh(self, session: Any) -> Any:
+        """A binding with these inputs and nothing else."""
+        binding = session.io_binding()
+        for name, value in self.values.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+
 def bound_run(
     session: Any,
     feeds: Mapping[str, Any],
-    adapter: Mapping[str, Any],
+    bound: Bound,
     outputs: Sequence[Port],
     device: torch.device = CPU,
+    *,
+    take: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
-    """Run once. Nothing is shared with other runs but the values, which are only read.
+    """Run once. Nothing is shared with other runs at the same time but the values, which are only read.
 
     Args:
         session: Of ONNX Runtime.
         feeds: Values for the inputs of the model, by name.
-        adapter: Values for adapter inputs; those that are not there are the file's defaults.
+        bound: Values for other inputs, of an adapter; those that are not there are the file's defaults.
         outputs: The outputs of the file.
         device: Where the results are to lie.
+        take: Makes of a value what does not need it any more. The binding then serves further runs.
 
     Returns:
-        Values in the order of the outputs.
+        In the order of the outputs what ``take`` made; without it the values.
 
     Raises:
         ExportError: ONNX Runtime fails, with the shapes that it failed on.
     """
     with run_errors(feeds):
-        binding = session.io_binding()
-        for name, value in (*feeds.items(), *adapter.items()):
+        binding = bound.fresh(session) if take is None else bound.binding(session)
+        for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
+        # Each time: what is bound is written to, and the results of the run before are somebody's.
         for port in outputs:
             binding.bind_output(port.name, device.type, device.index)
         session.run_with_iobinding(binding)
-        results: list[Any] = binding.get_outputs()
-        # The results keep the binding alive, and it the inputs: a cache would be held twice.
-        binding.clear_binding_inputs()
-    return results
+        if take is None:
+            results: list[Any] = binding.get_outputs()
+            # The results keep the binding alive, and it the inputs: a cache would be held twice.
+            binding.clear_binding_inputs()
+            return results
+        # The values are the binding's own. It must keep neither their memory nor that of the inputs.
+        taken = [take(value) for value in binding.get_outputs()]
+        binding.clear_binding_outputs()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value.ortvalue_from_numpy(_NOTHING))
+        bound.spare.append(binding)
+        return taken
+
+
+_NOTHING = np.zeros(1, np.float32)
+"""What a binding has for an input between two runs."""
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -202,7 +203,8 @@ def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_ran
 class OnnxSession(Generates):
     """An exported model, loaded and ready to run.
 
-    Threads may share it: each run has bindings of its own.
+    Threads may share it: runs at the same time have a binding each. An adapter is bound once, not at each
+    run.
 
     Args:
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
@@ -392,9 +394,9 @@ class OnnxSession(Generates):
         if self._takes_one_row(given):
             return self._run_rows(given, adapter)
         stays = device is not None and device.type == self._device.type
-        results = self._execute(feeds, adapter, self._device if stays else ort.CPU)
-        pairs = zip(self.outputs, results, strict=True)
-        return {port.name: ort.unwrap(result, device) for port, result in pairs}
+        place = self._device if stays else ort.CPU
+        results = self._execute(feeds, adapter, place, take=partial(ort.unwrap, device=device))
+        return {port.name: result for port, result in zip(self.outputs, results, strict=True)}
 
     def _takes_one_row(self, given: Mapping[str, Any]) -> bool:
         """Whether a call is one that ONNX Runtime's attention takes a row at a time.
@@ -436,8 +438,8 @@ class OnnxSession(Generates):
 
     def _binding(self, held: Any, rows: int) -> Any:
         held[self].check_rows(rows, self.path.name)
-        binding = self._session.io_binding()
-        for name, value in held[self].bound.items():
+        binding = held[self].bound.fresh(self._session)
+        for name, value in held[self].fed.items():
             binding.bind_ortvalue_input(name, value)
         return binding
 
@@ -456,8 +458,12 @@ class OnnxSession(Generates):
         feeds: Mapping[str, Any],
         adapter: AdapterChoice | HeldAdapter = None,
         device: torch.device = ort.CPU,
+        take: Callable[[Any], Any] | None = None,
     ) -> list[Any]:
-        """From values of ONNX Runtime, by name, to values on ``device``, in the order of the outputs."""
+        """From values of ONNX Runtime, by name, to values on ``device``, in the order of the outputs.
+
+        ``take`` is applied to each of them.
+        """
         held = self._store.chosen(adapter)
         shapes = {name: value.shape() for name, value in feeds.items()}
         if held.rows is not None:
@@ -471,14 +477,17 @@ class OnnxSession(Generates):
             task=TASK_KEY in self.metadata,
         )
         if nothing is not None:
-            return [
+            values = [
                 ort.empty_value(self._runtime, port, shape, device)
                 for port, shape in zip(self.outputs, nothing, strict=True)
             ]
+            return values if take is None else list(map(take, values))
         ort.settle((), self._device)
         if self._static is not None:
-            return self._static.run(feeds, held, device)
-        return ort.bound_run(self._session, feeds, held.bound, self.outputs, device)
+            values = self._static.run(feeds, held, device)
+            return values if take is None else list(map(take, values))
+        feeds = {**feeds, **held.fed}
+        return ort.bound_run(self._session, feeds, held.bound, self.outputs, device, take=take)
 
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
         if manifest is not None and manifest.bank is not None:

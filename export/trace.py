@@ -7,26 +7,38 @@ stays fixed carries its reason.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import (
+    CeilToInt,
+    CleanDiv,
+    FloorDiv,
+    FloorToInt,
+    IntTrueDiv,
+    Max,
+    Min,
+    Mod,
+    PythonMod,
+)
 
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
 from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
 from lora_fx.passes.capture import Listener
 
-__all__ = ["Trace", "trace", "widen_batch"]
+__all__ = ["Trace", "normal_size", "trace", "widen_batch"]
 
 
 _TESTS: Mapping[Any, bool] = {
@@ -79,19 +91,24 @@ class _FiniteValues(Listener):
 
 
 _LONGEST = 32
-"""Operations of the longest formula for a size that an offered axis may lead to.
+"""Operations of the longest formula for a size that an offered axis may lead to, in normal form.
 
-Those of convolutions, of windows that fit and of patches have fewer than 10. Padding to whole windows and
-back, stage after stage, doubles the formula each time, and with it the time of every question that
-torch.export asks: one with 40 operations takes seconds, one with 180 minutes (DaViT, Twins, MaxViT).
+Those of convolutions, of windows that fit and of patches have fewer than 10. Padding stage after stage can
+double the formula each time, and with it the time of every question that torch.export asks: one with 40
+operations takes seconds, one with 180 minutes.
 """
 
 
 class _ShortFormulas(Listener):
-    """Ends a trace in which the size of a result is too long a formula of the axes that were offered."""
+    """Has sizes in normal form in a trace, and ends one in which a size is too long even so.
 
-    def __init__(self) -> None:
+    Args:
+        longest: Operations that a formula has at most; None for any number.
+    """
+
+    def __init__(self, longest: int | None = _LONGEST) -> None:
         super().__init__()
+        self._longest = longest
         self._known: set[Any] = set()
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -100,17 +117,101 @@ class _ShortFormulas(Listener):
             sizes: Any = tensor.shape if isinstance(tensor, Tensor) else ()
             for size in sizes:
                 if isinstance(size, torch.SymInt):
-                    self._check(size.node.expr)
+                    self._check(size.node)
 
-    def _check(self, formula: Any) -> None:
-        if formula in self._known:
+    def _check(self, node: Any) -> None:
+        if type(node.shape_env) is ShapeEnv:
+            node.shape_env.__class__ = _NormalSizes
+        formula = node.expr
+        if self._longest is None or formula in self._known:
             return
         self._known.add(formula)
-        if (length := int(formula.count_ops())) > _LONGEST:
+        if (length := int(formula.count_ops())) > self._longest:
             raise ExportError(
                 f"a size becomes a formula of {length} operations, which takes torch.export minutes to "
                 "reason about (name the axis in dynamic_shapes to wait for it)"
             )
+
+
+class _NormalSizes(ShapeEnv):
+    """What torch.export knows of the sizes in a program, with every formula in normal form."""
+
+    def replace(self, expr: Any) -> Any:  # type: ignore[override]  # torch caches its own
+        """What torch reads of each size, and asks questions about."""
+        return normal_size(super().replace(expr))
+
+
+@lru_cache(maxsize=4096)
+def normal_size(formula: Any) -> Any:
+    """A formula of sizes as a sum of products of axes and of quotients that are rounded down.
+
+    ``ceil(x / 2)`` becomes ``(x + 1) // 2``, a remainder what it is short of the quotient, a quotient of a
+    quotient one; of ``max`` and ``min`` what is always the larger or the smaller. So that of padding to whole
+    windows or strides, and back, there stays what it comes to.
+
+    Args:
+        formula: Of sympy; its symbols are not negative.
+    """
+    if formula.is_Atom:
+        return formula
+    args = [normal_size(one) for one in formula.args]
+    first = args[0]
+    kind = formula.func
+    if kind in (CeilToInt, FloorToInt) and isinstance(first, IntTrueDiv):
+        # Exact: the sizes of tensors are far below 2**53.
+        above, below = first.args
+        if below.is_Integer and below > 0:
+            return _quotient(above + below - 1 if kind is CeilToInt else above, below)
+    if kind in (FloorDiv, CleanDiv, Mod, PythonMod) and args[1].is_Integer and args[1] > 0:
+        quotient = _quotient(first, args[1])
+        return quotient if kind in (FloorDiv, CleanDiv) else (first - args[1] * quotient).expand()
+    if kind in (Max, Min):
+        sign = 1 if kind is Max else -1
+        kept: list[Any] = []
+        for one in args:
+            if any(_never_negative(sign * (other - one)) for other in kept):
+                continue
+            kept = [other for other in kept if not _never_negative(sign * (one - other))]
+            kept.append(one)
+        return kept[0] if len(kept) == 1 else kind(*kept)
+    found = formula if tuple(args) == formula.args else kind(*args)
+    return found.expand() if found.is_integer and (found.is_Add or found.is_Mul) else found
+
+
+def _quotient(above: Any, below: Any) -> Any:
+    """``above // below``, for a positive number below."""
+    terms = above.expand().as_coefficients_dict()
+    # What is divisible needs no rounding.
+    whole = sum(term * (factor // below) for term, factor in terms.items() if not factor % below)
+    rest = {term: factor for term, factor in terms.items() if factor % below}
+    constant = rest.pop(sympy.S.One, 0)
+    if rest and all(factor < 0 for factor in rest.values()):  # rounded up, the other way round
+        total = sum(term * -factor for term, factor in rest.items())
+        return (whole - _quotient(total - constant + below - 1, below)).expand()
+    whole, constant = whole + constant // below, constant % below
+    if len(rest) == 1:
+        [(term, factor)] = rest.items()
+        if isinstance(term, FloorDiv) and factor == 1 and term.args[1].is_Integer:
+            inner, times = term.args
+            return (whole + _quotient(inner + constant * times, below * times)).expand()
+    total = sum(term * factor for term, factor in rest.items()) + constant
+    return (whole + FloorDiv(total, below)).expand()
+
+
+def _never_negative(formula: Any) -> bool:
+    """Whether a formula in normal form is at least 0 whatever the sizes are; False if that is not seen."""
+    terms = formula.expand().as_coefficients_dict()
+    for term, factor in terms.items():
+        if isinstance(term, FloorDiv) and term.args[1].is_Integer:
+            above, below = term.args
+            # It is above / below, less something under 1.
+            least = above / below if factor < 0 else (above - below + 1) / below
+            return _never_negative(formula - factor * term + factor * least)
+    return all(
+        factor >= 0 and all(one.is_Integer or one.is_Symbol for one in term.args or (term,))
+        for term, factor in terms.items()
+        if term != sympy.S.One or factor < 0
+    )
 
 
 _log = logging.getLogger("lora_fx")
@@ -216,7 +317,7 @@ def trace(
                 watched(model.model) as witness,
                 _FiniteValues(model.model) as values,
                 # Who names an axis wants it, whatever it takes.
-                _ShortFormulas() if dynamic_shapes is None else contextlib.nullcontext(),
+                _ShortFormulas(_LONGEST if dynamic_shapes is None else None),
             ):
                 program = torch.export.export(
                     model,

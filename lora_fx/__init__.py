@@ -153,8 +153,8 @@ __all__ = [
 # The module of each name; the imports above say the same to those who read types.
 _HOMES = {
     "lora_fx.adapters": """
-        active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter correct_gradients
-        delete_adapter disable_adapter initialize parameter_groups plan_quantization
+        active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter
+        correct_gradients delete_adapter disable_adapter initialize parameter_groups plan_quantization
         prepare_for_kbit_training quantize reference replace_lora_weights_loftq set_adapter status
         train_together
     """,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fx.errors import ExportError
 from lora_fx.export.decoder_cache import GENERATION_KEY
+from lora_fx.export.fuse import SHARED_CACHE_KEY
 from lora_fx.export.targets.base import Written, add_tokenizer, write_json
 from lora_fx.ir import record_of
 
@@ -155,8 +156,8 @@ def _config(written: Written) -> dict[str, Any]:
             "no_repeat_ngram_size": int(defaults.get("no_repeat_ngram_size") or 0),
             "num_beams": 1,
             "num_return_sequences": 1,
-            # The cache of the file grows by concatenation.
-            "past_present_share_buffer": False,
+            # Else the cache of the file grows by concatenation.
+            "past_present_share_buffer": SHARED_CACHE_KEY in report.metadata,
             "repetition_penalty": float(defaults.get("repetition_penalty") or 1.0),
             "temperature": float(defaults.get("temperature") or 1.0),
             "top_k": int(defaults.get("top_k") or 50),

@@ -608,7 +608,7 @@ def test_an_adapter_that_is_unloaded_is_gone_also_from_sums(
     session: OnnxSession,
 ) -> None:
     held = session._store.chosen("plain")
-    kept = [weakref.ref(value) for value in held.bound.values()]
+    kept = [weakref.ref(value) for value in held.bound.values.values()]
     total = weakref.ref(session._store.chosen({"plain": 1.0, "dora": 2.0}))
     assert session._store.chosen({"plain": 1.0, "dora": 2.0}) is total()
     del held
@@ -698,3 +698,90 @@ def test_a_site_has_what_adapters_of_several_kinds_train_there(tmp_path: Path) -
         session.load_adapter(name, model, adapter_name=name)
         got = session.run(x, adapter=name)["output"]
         torch.testing.assert_close(got, expected(model, [name], x), **EXACT)
+
+
+# --- bindings ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bindings(session: OnnxSession, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A weak reference to each binding that was made."""
+    made: list[object] = []
+    make = session._session.io_binding
+
+    def counted() -> Any:
+        binding = make()
+        made.append(weakref.ref(binding))
+        return binding
+
+    monkeypatch.setattr(session._session, "io_binding", counted)
+    return made
+
+
+def test_an_adapter_is_bound_once(
+    session: OnnxSession, bindings: list[Any], model: nn.Module
+) -> None:
+    for turn in range(3):
+        for count, name in enumerate((None, *NAMES), start=1):
+            x = ids(1 + turn, 5 + turn)
+            want = expected(model, [name] if name else [], x)
+            torch.testing.assert_close(session.run(x, adapter=name)["output"], want, **EXACT)
+            torch.testing.assert_close(session.run(x, adapter=name)["output"], want, **EXACT)
+            assert len(bindings) == (count if turn == 0 else 1 + len(NAMES))
+    session.load_adapter("plain", model, adapter_name="dora")
+    gc.collect()
+    assert sum(one() is None for one in bindings) == 1
+    session.run(ids(), adapter="plain")
+    assert len(bindings) == 2 + len(NAMES)
+
+
+def test_results_stay_as_they_were(session: OnnxSession, model: nn.Module) -> None:
+    calls = [ids(3, 6, seed=turn) for turn in range(6)]
+    arrays = [session.run([x.numpy()], adapter="plain")["output"] for x in calls]
+    tensors = [session.run(x, adapter="plain")["output"] for x in calls]
+    for x, array, tensor in zip(calls, arrays, tensors, strict=True):
+        want = expected(model, ["plain"], x)
+        torch.testing.assert_close(tensor, want, **EXACT)
+        torch.testing.assert_close(torch.from_numpy(array), want, **EXACT)
+
+
+def test_a_run_that_fails_takes_its_binding_along(
+    session: OnnxSession, bindings: list[Any], model: nn.Module
+) -> None:
+    with pytest.raises(ExportError, match="failed on ids"):
+        session.run(ids(1, 5) + 10**6, adapter="plain")
+    gc.collect()
+    assert [one() for one in bindings] == [None]
+    x = ids()
+    want = expected(model, ["plain"], x)
+    torch.testing.assert_close(session.run(x, adapter="plain")["output"], want, **EXACT)
+
+
+def test_threads_have_a_binding_each(
+    session: OnnxSession, bindings: list[Any], model: nn.Module
+) -> None:
+    want = {size: expected(model, ["dora"], ids(size, 6)) for size in (1, 2, 3, 4)}
+    wrong: list[int] = []
+
+    def work(size: int) -> None:
+        for _ in range(40):
+            found = session.run(ids(size, 6), adapter="dora")["output"]
+            if not torch.allclose(found, want[size], **EXACT):
+                wrong.append(size)
+
+    threads = [threading.Thread(target=work, args=(size,)) for size in want]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert not wrong
+    assert 1 <= len(bindings) <= len(want)
+
+
+def test_what_was_given_and_what_came_out_are_not_kept(session: OnnxSession) -> None:
+    x = np.zeros((2, 6), np.int64)
+    found = session.run([x], adapter="plain")["output"]
+    kept = weakref.ref(x), weakref.ref(found)
+    del x, found
+    gc.collect()
+    assert [one() is None for one in kept] == [True, True]

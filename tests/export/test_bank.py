@@ -336,6 +336,21 @@ def test_what_has_begun_ends_with_what_it_had(session: OnnxSession, model: nn.Mo
     torch.testing.assert_close(session.run(x, adapter=held)["output"], want, **EXACT)  # type: ignore[arg-type]
 
 
+def test_the_stacks_are_bound_once_for_all_choices(
+    session: OnnxSession, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.load_adapter("other", model, adapter_name="dora")
+    made: list[object] = []
+    make = session._session.io_binding
+    monkeypatch.setattr(session._session, "io_binding", lambda: made.append(1) or make())
+    x = ids(2, 4)
+    for choice in (["plain", None], ["dora", "plain"], "biased", None):
+        named = choice if isinstance(choice, list) else [choice] * 2
+        found = session.run(x, adapter=choice)["output"]
+        torch.testing.assert_close(found, row_by_row(model, x, named), **EXACT)
+    assert len(made) == 1
+
+
 def test_a_plain_model_has_an_empty_bank(tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = Folds().eval()

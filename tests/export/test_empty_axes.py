@@ -73,7 +73,7 @@ def test_no_call_with_an_empty_axis_reaches_onnx_runtime(
     session = OnnxSession(tmp_path / "m.onnx", "cpu")
     ran: list[object] = []
     run = ort.bound_run
-    monkeypatch.setattr(ort, "bound_run", lambda *a: ran.append(a) or run(*a))
+    monkeypatch.setattr(ort, "bound_run", lambda *a, **k: ran.append(a) or run(*a, **k))
     right = 0
     for shape in (
         (0, 5, 6),

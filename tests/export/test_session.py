@@ -124,10 +124,11 @@ def test_options_that_the_cpu_provider_would_ignore_are_refused(path: Path) -> N
 def test_failure_inside_the_runtime_names_the_shapes(
     session: OnnxSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails() -> None:
+    def fails(*_: object) -> None:
         raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : out of memory")
 
-    monkeypatch.setattr(session, "_session", SimpleNamespace(io_binding=fails), raising=True)
+    broken = SimpleNamespace(io_binding=session._session.io_binding, run_with_iobinding=fails)
+    monkeypatch.setattr(session, "_session", broken, raising=True)
     with pytest.raises(ExportError, match=r"features \[2, 4\], index \[2\]: out of memory"):
         session.run((FEATURES, INDEX))
 

@@ -381,7 +381,7 @@ def test_cuda_tensors_stay_on_the_device(path: Path, model: nn.Module) -> None:
         want = free.run(x, adapter=choice)
         torch.testing.assert_close({k: v.cpu() for k, v in got.items()}, want, **EXACT)
         torch.testing.assert_close(session.run(x, adapter=choice), want, **EXACT)
-    held = session._store.chosen("first").bound.values()
+    held = session._store.chosen("first").bound.values.values()
     assert {value.device_name() for value in held} == {"cuda"}
     assert session.placement().elsewhere == ()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.export.adapter_manifest import SLOTS_INPUT
 from lora_fx.export.report import ExportReport
 from tests import quantized
 from tests.algebra import randomize
@@ -87,7 +88,7 @@ def _decoded(model: nn.Module) -> dict[str, Tensor]:
 
 
 def case(kind: str, adapters: str, folder: Path, **options: Any) -> Case:
-    """A file and its calls: the file alone, and a swappable one with an adapter and alone again.
+    """A file and its calls: the file alone, a swappable one with an adapter and alone again, a bank by rows.
 
     Args:
         kind: "encoder", "encoder-tanh" (its gelu is that with tanh), "decoder", "places" (an adapter at every
@@ -119,6 +120,21 @@ def case(kind: str, adapters: str, folder: Path, **options: Any) -> Case:
     with_adapter = Call(feeds, answers(model), following=following)
     if adapters == "merge":
         return Case(file, report, [with_adapter])
+    if adapters == "bank":
+        with lora_fx.disable_adapter(model):
+            base = answers(model)
+        rows = len(next(iter(feeds.values())))
+        slots = torch.tensor([0] + [-1] * (rows - 1))
+        mixed = {
+            name: torch.cat([value[:1], base[name][1:]])
+            for name, value in with_adapter.want.items()
+        }
+        calls = [
+            Call(feeds, base, following=following),
+            Call({**feeds, SLOTS_INPUT: slots}, mixed, following=following),
+            Call({**feeds, SLOTS_INPUT: slots[:1]}, with_adapter.want, following=following),
+        ]
+        return Case(file, report, calls)
     path = lora_fx.save_onnx_adapter(
         model,
         folder / "one.onnx_adapter",

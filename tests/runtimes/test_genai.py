@@ -91,6 +91,8 @@ def test_a_merged_model_generates_what_pytorch_does(
         "genai_config.json",
         "model.onnx",
     ]
+    config = json.loads((tmp_path / "m/genai_config.json").read_text(encoding="utf-8"))
+    assert config["search"]["past_present_share_buffer"] == (optimize == "runtime")
     prompts = [[5, 9, 3, 7]]
     found = consume("genai", "run_genai.py", tmp_path / "m", 16, json.dumps(prompts))
     expected = generated(model, prompts, 16)

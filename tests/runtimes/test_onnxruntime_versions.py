@@ -23,7 +23,7 @@ VERSIONS = sorted(path.stem for path in (ROOT / "tests/runtimes/requirements").g
 FORMS = [
     (kind, adapters, dtype, optimize)
     for kind in ("encoder", "encoder-tanh", "decoder")
-    for adapters in ("merge", "inputs")
+    for adapters in ("merge", "inputs", "bank")
     for dtype in ("fp32", "fp16")
     for optimize in ("standard", "runtime")
     # Adapters and precision have been tried with the other encoder.

@@ -49,7 +49,7 @@ def on_device(
 
 
 # A new form of files joins here.
-@pytest.mark.parametrize("adapters", ["merge", "inputs"])
+@pytest.mark.parametrize("adapters", ["merge", "inputs", "bank"])
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("optimize", ["standard", "runtime"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

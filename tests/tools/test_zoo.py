@@ -99,6 +99,21 @@ def test_a_job_goes_the_whole_way(name):
     assert not list(report.exceptions([row]))
 
 
+def test_a_job_exports_with_the_fusions_that_are_asked_for():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    entry = runner.find("plain/TransformerEncoder")
+    row = run_job(entry, optimize="runtime")
+    assert row.exported
+    assert not row.fewer_fusions
+    assert row.fused
+    assert any("exported with fusions: " in line for line in report.summary([row]))
+    assert not report.exceptions([row])
+    row.fewer_fusions = "it differs by 1e-2"
+    (line,) = report.exceptions([row])
+    assert line.endswith("exported with fewer fusions: it differs by 1e-2")
+
+
 def test_a_job_exports():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -524,6 +539,9 @@ def test_the_command_writes_a_page_only_if_asked(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, [*arguments, "--resume"])
     assert result.exit_code == 2
     assert "name it with --rows" in result.output
+    result = CliRunner().invoke(app, [*arguments, "--optimize", "fast"])
+    assert result.exit_code == 2
+    assert "give standard, runtime, none" in result.output
 
 
 def test_the_zoo_is_run_in_parts(tmp_path, monkeypatch):

@@ -197,7 +197,7 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
             for port in ports
             if port.name in values
         }
-        [result] = ort.bound_run(session, feeds, factors, outputs)
+        [result] = ort.bound_run(session, feeds, ort.Bound(factors), outputs)
         return ort.to_tensor(result).clone()
 
     return run

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import typer
 from rich.console import Console, RenderableType
@@ -192,6 +192,7 @@ def zoo(
     jobs: int = 1,
     timeout: float = 300,
     onnx: bool = True,
+    optimize: str = "standard",
     out: Path | None = None,
     rows: Path | None = None,
     resume: bool = False,
@@ -205,19 +206,26 @@ def zoo(
         jobs: Models at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
-        out: The page to write; docs/zoo.md if the whole zoo runs, else none.
+        optimize: What is fused in exports: none, standard or runtime.
+        out: The page to write; docs/zoo.md if the whole zoo runs with standard fusions, else none.
         rows: Keep all rows in this file, JSON: rows of models that do not run stay, and without exports
             what it knows of them. zoo.json next to the page by default.
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
+    from lora_fx.export.fuse import Level
     from lora_fx.tools.zoo.report import PARTS, exceptions, page, summary, table
     from lora_fx.tools.zoo.runner import ENTRIES, Options, run_jobs, select
 
+    levels: tuple[Level, ...] = get_args(Level)
+    level = next((one for one in levels if one == optimize), None)
+    if level is None:
+        raise ConfigError(f"--optimize is {optimize!r}: give {', '.join(levels)}")
     entries = select(only, group)
     needed = {entry.name.partition("/")[0] for entry in entries} & set(_MODELS)
     _check_installed("the zoo", needed, "zoo")
-    target = out or (_ZOO if only is None and group is None else None)
+    whole = only is None and group is None and optimize == "standard"
+    target = out or (_ZOO if whole else None)
     store = rows or (target.with_suffix(".json") if target is not None else None)
     if resume and store is None:
         raise ConfigError("--resume goes on from a file of rows: name it with --rows")
@@ -239,7 +247,7 @@ def zoo(
 
     left = [one for one in entries if one.name not in known or not is_done(known[one.name])]
     with console.progress("zoo", log) as advance:
-        run_jobs(left, Options(jobs, timeout, onnx), advance, tell)
+        run_jobs(left, Options(jobs, timeout, onnx, level), advance, tell)
     chosen = [known[entry.name] for entry in entries]
     lines = [*table(chosen), "", *exceptions(chosen), "", *summary(chosen)]
     console.say("\n".join(lines))

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_fx.api import merge, plan, rewrite, trainable_parameters
 from lora_fx.config import LoraConfig
 from lora_fx.errors import some
+from lora_fx.export.fuse import Level
 from lora_fx.ir import Plan, PlannedSite, Site, require_record
 from lora_fx.passes.capture import Count, count_weights, normalize, relative_difference
 from lora_fx.passes.parameters import factors_of
@@ -78,12 +79,19 @@ _LINE = 300
 T = TypeVar("T")
 
 
-def run_job(entry: Entry, *, onnx: bool = True, begin: Callable[[Row], None] | None = None) -> Row:
+def run_job(
+    entry: Entry,
+    *,
+    onnx: bool = True,
+    optimize: Level = "standard",
+    begin: Callable[[Row], None] | None = None,
+) -> Row:
     """Runs every stage on one model.
 
     Args:
         entry: The model.
         onnx: Whether to export it; that takes most of the time.
+        optimize: What is fused in the export.
         begin: Called with the row so far as each stage begins.
 
     Returns:
@@ -93,13 +101,15 @@ def run_job(entry: Entry, *, onnx: bool = True, begin: Callable[[Row], None] | N
     row = Row(entry.name, entry.group, entry.note)
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        _Job(entry, row, begin or (lambda _: None)).run(onnx=onnx)
+        _Job(entry, row, begin or (lambda _: None), optimize).run(onnx=onnx)
     return row
 
 
 class _Job:
-    def __init__(self, entry: Entry, row: Row, begin: Callable[[Row], None]) -> None:
-        self.entry, self.row, self.begin = entry, row, begin
+    def __init__(
+        self, entry: Entry, row: Row, begin: Callable[[Row], None], optimize: Level
+    ) -> None:
+        self.entry, self.row, self.begin, self.optimize = entry, row, begin, optimize
         self.config = LoraConfig(r=_RANK, target_modules=entry.targets)
 
     def stage(self, name: str, work: Callable[[], T]) -> T | None:
@@ -208,8 +218,12 @@ class _Job:
         from lora_fx.export.onnx import export_onnx
 
         with tempfile.TemporaryDirectory() as folder:
-            report = export_onnx(merged, Path(folder) / "model.onnx", inputs)
+            file = Path(folder) / "model.onnx"
+            report = export_onnx(merged, file, inputs, optimize=self.optimize)
         self.row.parity = report.max_rel_error
+        self.row.fused = dict(report.fused)
+        if report.optimize != self.optimize:
+            self.row.fewer_fusions = report.not_fused[f"optimize={self.optimize!r}"]
         return report.verified
 
 

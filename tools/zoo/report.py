@@ -24,7 +24,7 @@ EXPORT = ("torch.onnx", "export_onnx")
 PARTS = ("adaption", "export")
 """What a row has a date of: all stages but those, and those."""
 
-_EXPORT = ("torch_onnx", "exported", "parity")
+_EXPORT = ("torch_onnx", "exported", "parity", "fused", "fewer_fusions")
 
 V = TypeVar("V")
 
@@ -67,6 +67,8 @@ class Row:
         torch_onnx: Whether ``torch.onnx.export`` exports the original.
         exported: Whether ``export_onnx`` exports the merged model, with parity.
         parity: The largest relative difference between the file and PyTorch.
+        fused: Name of a fusion to how often it was applied in the file.
+        fewer_fusions: Why the file has fewer fusions than were asked for.
         errors: Stage to what it raised, in one line.
         dates: ``adaption`` and ``export`` to the day on which that part was run.
         seconds: Stage to its time.
@@ -107,6 +109,8 @@ class Row:
     torch_onnx: bool | None = None
     exported: bool | None = None
     parity: float | None = None
+    fused: dict[str, int] = field(default_factory=dict)
+    fewer_fusions: str = ""
     errors: dict[str, str] = field(default_factory=dict)
     dates: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -225,6 +229,9 @@ def summary(rows: Sequence[Row]) -> list[str]:
     bits = sum(row.output_error == 0.0 for row in rows)
     sums = {field: total(field) for field in _SUMMED}
     lines = _SUMS.format(models=len(rows), bits=bits, passed=passed, **sums).splitlines()
+    if fused := [row for row in rows if row.fused]:
+        names = sorted({name for row in fused for name in row.fused})
+        lines.append(f"{len(fused)} exported with fusions: {', '.join(names)}")
     tried = [row for row in rows if row.torch_onnx is not None]
     if tried:
         able = [row for row in tried if row.torch_onnx]
@@ -263,6 +270,7 @@ def _exceptions(row: Row) -> Iterator[str]:
     if row.output_error is not None and row.output_error > 1e-6:
         yield f"outputs differ by {row.output_error:.1e}"
     for what, found in (
+        ("exported with fewer fusions", [*filter(None, [_escaped(row.fewer_fusions)])]),
         ("a gradient where there should be none", row.stray),
         ("unseen by the plan", row.unseen),
         ("passed by", _explained(row.passed_by)),

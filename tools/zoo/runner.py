@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.errors import ConfigError
+from lora_fx.export.fuse import Level
 from lora_fx.tools.zoo.job import run_job
 from lora_fx.tools.zoo.models import PLAIN_MODELS, Entry, library_models
 from lora_fx.tools.zoo.report import Row
@@ -109,6 +110,7 @@ class Options:
         jobs: Processes at a time.
         timeout: Seconds that one model may take, from when its process begins with it.
         onnx: Whether to export.
+        optimize: What is fused in exports.
         find: Gives the entry of a name; it is called in the process of the job.
         preload: What the server of processes imports.
     """
@@ -116,6 +118,7 @@ class Options:
     jobs: int = 1
     timeout: float = 300.0
     onnx: bool = True
+    optimize: Level = "standard"
     find: Callable[[str], Entry] = find
     preload: Sequence[str] = _PRELOAD
 
@@ -173,7 +176,7 @@ class _Running:
     @classmethod
     def start(cls, context: Any, entry: Entry, options: Options) -> _Running:
         results, theirs = context.Pipe(duplex=False)
-        arguments = (entry.name, options.onnx, options.find, theirs)
+        arguments = (entry.name, options, theirs)
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -218,10 +221,11 @@ class _Running:
         self.results.close()
 
 
-def _work(name: str, onnx: bool, find: Callable[[str], Entry], results: Connection) -> None:
+def _work(name: str, options: Options, results: Connection) -> None:
     # ONNX Runtime writes its own log past Python; what it refuses is in the error, too.
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
-    row = run_job(find(name), onnx=onnx, begin=results.send)
+    entry = options.find(name)
+    row = run_job(entry, onnx=options.onnx, optimize=options.optimize, begin=results.send)
     results.send(row)
     results.close()

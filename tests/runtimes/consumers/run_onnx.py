@@ -57,6 +57,8 @@ def decode(
     # Bindings pass adapters over: their values are inputs like others. The file object owns them.
     held = ort.AdapterFormat.read_adapter(adapter) if adapter else None
     kept = held.get_parameters() if held else {}
+    others = set(feeds) - {"input_ids", "attention_mask"}
+    kept |= {name: ort.OrtValue.ortvalue_from_numpy(feeds[name]) for name in others}
     names = [one.name for one in session.get_outputs()]
     past = {}
     for one in session.get_inputs():
