@@ -1,4 +1,4 @@
-"""What runs in a rewritten model: products with branches, masks, norms, rows of a batch, the watch."""
+"""What runs in a rewritten model: products with branches, masks, norms, logits, rows, the watch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from lora_fx.runtime import (
     banked,
     experts,
     fused_lora,
+    logits,
     masks,
     ops,
     parts,
@@ -77,6 +78,7 @@ __all__ = [
     "inner_class",
     "inner_of",
     "is_checked",
+    "logits",
     "masks",
     "members_of",
     "ops",

@@ -129,6 +129,7 @@ PUBLIC = {
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "LogitsError",
     "LoraConfig",
     "LoraFxError",
     "MergeError",
