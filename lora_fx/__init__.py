@@ -64,6 +64,7 @@ if _TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         ExportError,
+        LogitsError,
         LoraFxError,
         MergeError,
         NoMatchError,
@@ -92,6 +93,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "LogitsError",
     "LoraConfig",
     "LoraFxError",
     "MergeError",
@@ -169,7 +171,7 @@ _HOMES = {
         LoraConfig
     """,
     "lora_fx.errors": """
-        CaptureError CheckpointError ConfigError ExportError LoraFxError MergeError NoMatchError
+        CaptureError CheckpointError ConfigError ExportError LogitsError LoraFxError MergeError NoMatchError
         OutputPathError ParityError PartialMatchError ProcessError ProviderError QuantizationError
     """,
     "lora_fx.formats": """

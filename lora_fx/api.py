@@ -13,7 +13,17 @@ from torch.utils import _pytree as pytree
 from lora_fx.adapters import set_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, MergeError
-from lora_fx.ir import DEFAULT_MEMORY, Capture, Comparison, Memory, ModelT, Plan, require_record
+from lora_fx.ir import (
+    DEFAULT_LOSS,
+    DEFAULT_MEMORY,
+    Capture,
+    Comparison,
+    Loss,
+    Memory,
+    ModelT,
+    Plan,
+    require_record,
+)
 from lora_fx.passes import pipeline
 from lora_fx.passes.capture import Frontend, run_reference
 from lora_fx.passes.capture import capture as capture_model
@@ -119,6 +129,7 @@ def plan(
     config: LoraConfig,
     example_inputs: Any = None,
     *,
+    loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> Plan:
@@ -128,6 +139,8 @@ def plan(
         model: Any module that is not rewritten yet.
         config: What to adapt.
         example_inputs: As for :func:`capture`; they let more models be captured whole.
+        loss: As for :func:`rewrite`: with "chunked" the plan says which heads may have it, and why others
+            may not.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
 
@@ -139,7 +152,9 @@ def plan(
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
-    return pipeline.plan_model(model, config, example_inputs, strict=strict, frontend=frontend)[1]
+    return pipeline.plan_model(
+        model, config, example_inputs, loss=loss, strict=strict, frontend=frontend
+    )[1]
 
 
 def compare(
@@ -178,6 +193,7 @@ def rewrite(
     adapter_name: str = "default",
     optimize: bool = True,
     memory: Memory = DEFAULT_MEMORY,
+    loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
@@ -196,6 +212,11 @@ def rewrite(
             "balanced", what norms, activations and gated products give is made again from what they read,
             which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Outputs are the same bits.
             Without ``optimize`` it means nothing.
+        loss: "chunked" computes a cross entropy of the output head, in a training call of the model, a few
+            rows at a time (:mod:`lora_fx.runtime.logits`): logits of all tokens, their softmax and their
+            gradient are never there at once. Then the output has no logits: what it holds in their place
+            raises a :class:`LogitsError` when it is read. Calls in eval mode, without gradients and without
+            a loss are as with "whole", the default, which computes what the model computes.
         strict: Whether an entry of the configuration that selects nothing is an error.
         frontend: As for :func:`capture`.
         callback: Is shown the capture after each pass, with the name of the pass: ``capture``, and then those
@@ -220,6 +241,7 @@ def rewrite(
         adapter_name=adapter_name,
         optimize=optimize,
         memory=memory,
+        loss=loss,
         strict=strict,
         frontend=frontend,
         callback=callback,

@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "LogitsError",
     "LoraFxError",
     "MergeError",
     "NoMatchError",
@@ -68,6 +69,10 @@ class ConfigError(LoraFxError, ValueError):
 
 class CaptureError(LoraFxError, RuntimeError):
     """A model could not be captured as graphs, or the captured graphs compute something else."""
+
+
+class LogitsError(LoraFxError, AttributeError):
+    """Logits are read that a training call did not keep, since it computed their loss in chunks."""
 
 
 class ProcessError(LoraFxError, RuntimeError):

@@ -17,11 +17,13 @@ from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import (
+    DEFAULT_LOSS,
     DEFAULT_MEMORY,
     AdapterRecord,
     Base,
     Capture,
     Kind,
+    Loss,
     Matches,
     Memory,
     Pass,
@@ -44,8 +46,8 @@ from lora_fx.passes.graph import (
     without_zero_init,
 )
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
-from lora_fx.passes.match import MARKS, FindOperations
-from lora_fx.passes.optimize import CheapDropout, Fuse, FuseRows, Recompute, ShareInputs
+from lora_fx.passes.match import LOSSES, MARKS, FindOperations
+from lora_fx.passes.optimize import CheapDropout, ChunkLoss, Fuse, FuseRows, Recompute, ShareInputs
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -87,6 +89,7 @@ def rewrite_passes(
     *,
     optimize: bool = True,
     memory: Memory = DEFAULT_MEMORY,
+    loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes of a rewrite: this is the order in which they run.
@@ -96,21 +99,23 @@ def rewrite_passes(
         adapter: The adapter's name.
         optimize: Whether branches are fused with their operations.
         memory: What the backward keeps; see :func:`lora_fx.rewrite`.
+        loss: Of which logits a loss is computed; see there, too.
         strict: Whether an entry of the configuration that selects nothing is an error.
     """
     return (
-        *_find_passes(),
-        MakePlan(config, strict),
+        *_find_passes(loss),
+        MakePlan(config, strict, loss),
         *_parameter_passes(adapter),
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
         *(_optimize_passes(memory) if optimize else ()),
+        *_loss_passes(loss),
         _Install(),
     )
 
 
-def _find_passes() -> tuple[Pass, ...]:
-    return FindOperations(), *MARKS
+def _find_passes(loss: Loss = DEFAULT_LOSS) -> tuple[Pass, ...]:
+    return FindOperations(), *MARKS, *((LOSSES,) if loss == "chunked" else ())
 
 
 def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
@@ -122,11 +127,16 @@ def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
     return Fuse(), ShareInputs(), CheapDropout(), *recompute
 
 
+def _loss_passes(loss: Loss) -> tuple[Pass, ...]:
+    return (ChunkLoss(),) if loss == "chunked" else ()
+
+
 def branch_passes(
     adapters: Mapping[str, AdapterRecord],
     *,
     optimize: bool,
     memory: Memory = DEFAULT_MEMORY,
+    loss: Loss = DEFAULT_LOSS,
     per_sample: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes that make graphs with the branches of these adapters of graphs without.
@@ -135,6 +145,7 @@ def branch_passes(
         adapters: Whose branches, by name, in the order in which they are added.
         optimize: Whether branches are fused with their operations.
         memory: What the backward keeps; see :func:`lora_fx.rewrite`.
+        loss: Of which logits a loss is computed; see there, too.
         per_sample: Whether each sample of a batch has one of the adapters, or none.
     """
     inserted = [Insert(one.sites, name) for name, one in adapters.items()]
@@ -147,7 +158,8 @@ def branch_passes(
             one for one in _optimize_passes(memory) if not isinstance(one, Fuse | ShareInputs)
         )
         return (*inserted, *trained, FuseRows(), SelectRows(), *cheaper)
-    return (*inserted, *trained, *(_optimize_passes(memory) if optimize else ()))
+    optimized = _optimize_passes(memory) if optimize else ()
+    return (*inserted, *trained, *optimized, *_loss_passes(loss))
 
 
 def run_passes(
@@ -232,6 +244,7 @@ def plan_model(
     config: Any,
     example_inputs: Any = None,
     *,
+    loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> tuple[Capture, Plan]:
@@ -240,8 +253,9 @@ def plan_model(
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
+    _check_loss(loss)
     captured = _captured(model, config, example_inputs, frontend)
-    plan = plan_capture(captured, config, strict=strict)
+    plan = plan_capture(captured, config, loss=loss, strict=strict)
     return captured, with_sample_cost(plan, captured, example_inputs)
 
 
@@ -282,9 +296,11 @@ def _captured(model: nn.Module, config: object, example_inputs: Any, frontend: F
     return capture_model(model, example_inputs, frontend=frontend)
 
 
-def plan_capture(capture: Capture, config: LoraConfig, *, strict: bool = False) -> Plan:
+def plan_capture(
+    capture: Capture, config: LoraConfig, *, loss: Loss = DEFAULT_LOSS, strict: bool = False
+) -> Plan:
     """Run the passes up to the plan: everything that looks and nothing that edits."""
-    plan = run_passes(capture, (*_find_passes(), MakePlan(config, strict))).plan
+    plan = run_passes(capture, (*_find_passes(loss), MakePlan(config, strict, loss))).plan
     assert plan is not None
     return plan
 
@@ -324,6 +340,7 @@ def rewrite_model(
     adapter_name: str = "default",
     optimize: bool = True,
     memory: Memory = DEFAULT_MEMORY,
+    loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callback | None = None,
@@ -331,10 +348,13 @@ def rewrite_model(
     """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
     check_adapter_name(adapter_name)
     _check_memory(memory)
+    _check_loss(loss)
     capture = _captured(model, config, example_inputs, frontend)
     if callback is not None:
         callback("capture", capture)
-    passes = rewrite_passes(config, adapter_name, optimize=optimize, memory=memory, strict=strict)
+    passes = rewrite_passes(
+        config, adapter_name, optimize=optimize, memory=memory, loss=loss, strict=strict
+    )
     looking, adding, branching = _stages(passes)
     capture = run_passes(capture, looking, callback)
     put_partitions_back(capture.model)
@@ -362,6 +382,7 @@ def rewrite_model(
         optimize=optimize,
         forwards=instance_forwards(model),
         memory=memory,
+        loss=loss,
     )
     record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model
@@ -370,6 +391,8 @@ def rewrite_model(
     result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
     protect(result)
     watch.arm(result)
+    if loss == "chunked":
+        _check_scoped(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # What would be refused or wrong when it is called: better now than later.
         check_rewritten(result, example_inputs)
@@ -381,6 +404,23 @@ def _check_memory(memory: object) -> None:
         raise ConfigError(
             f"memory={memory!r} is unknown: give 'balanced' to make cheap inputs of products again in the "
             "backward, or 'fast' to keep them"
+        )
+
+
+def _check_loss(loss: object) -> None:
+    if loss not in get_args(Loss):
+        raise ConfigError(
+            f"loss={loss!r} is unknown: give 'chunked' to compute the loss of a training call without all "
+            "logits at once, or 'whole' to compute it as the model does"
+        )
+
+
+def _check_scoped(model: nn.Module) -> None:
+    """Refuses a model whose class cannot be exchanged, so that nothing sees where a call of it ends."""
+    if not watch.is_scoped(model):
+        raise CaptureError(
+            f"loss='chunked' needs another class for the whole model, and {type(model).__qualname__} makes "
+            "copies of itself in its own way, or is a GraphModule: leave loss out"
         )
 
 
@@ -413,6 +453,8 @@ def warn_of_idle_entries(plan: Plan) -> None:
             "part of the configuration selects nothing (strict=True makes that an error): %s",
             "; ".join(plan.unmatched),
         )
+    for remark in plan.losses_left:
+        _log.warning("loss='chunked' changes nothing: %s", remark)
     for name in plan.fresh:
         _log.warning("%s starts at random and nothing trains it: put it into modules_to_save", name)
 

@@ -41,7 +41,7 @@ _SECTIONS = {
     "Errors": """
         LoraFxError ConfigError NoMatchError PartialMatchError CaptureError
         CheckpointError MergeError QuantizationError ExportError OutputPathError
-        ParityError ProviderError ProcessError
+        ParityError ProviderError ProcessError LogitsError
     """,
 }
 

@@ -60,7 +60,8 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
         if module is None or not (is_region(module) or (fqn and written_out(module))):
             continue
         regions[key] = record.base.region(key, module, record.frontend)
-    return Capture(model, regions, record.frontend, record.base.notes)
+    base = record.base
+    return Capture(model, regions, record.frontend, base.notes, matches=base.matches)
 
 
 def check_known(record: Record, names: Collection[str]) -> None:
@@ -209,7 +210,11 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     places = tuple(place for one in adapters.values() for place in one.places)
     check_regions(capture, places)
     passes = branch_passes(
-        adapters, optimize=record.optimize, memory=record.memory, per_sample=per_sample
+        adapters,
+        optimize=record.optimize,
+        memory=record.memory,
+        loss=record.loss,
+        per_sample=per_sample,
     )
     with computed_as_parameters(model):
         edited = run_passes(capture, passes)

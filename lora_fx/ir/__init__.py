@@ -19,10 +19,12 @@ from lora_fx.ir.graph import (
 )
 from lora_fx.ir.plan import Comparison, Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
+    DEFAULT_LOSS,
     DEFAULT_MEMORY,
     ActiveAdapters,
     AdapterRecord,
     Base,
+    Loss,
     Memory,
     Record,
     freeze,
@@ -62,6 +64,7 @@ from lora_fx.ir.tables import (
 )
 
 __all__ = [
+    "DEFAULT_LOSS",
     "DEFAULT_MEMORY",
     "META_KEY",
     "ActiveAdapters",
@@ -76,6 +79,7 @@ __all__ = [
     "FusedBranch",
     "Kind",
     "Layout",
+    "Loss",
     "Match",
     "Matches",
     "Memory",

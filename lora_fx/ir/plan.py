@@ -122,6 +122,8 @@ class Plan:
             where that is not known, or nothing differs.
         fresh: FQNs of modules of the base that start at random, since no checkpoint has them, and that
             nothing trains: a new classification head.
+        loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or why its logits are
+            computed all at once. None where nobody has asked.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -139,6 +141,7 @@ class Plan:
     kinds: tuple[tuple[str, str], ...] = ()
     sample_cost: tuple[int, int] | None = None
     fresh: tuple[str, ...] = ()
+    loss: tuple[tuple[str, str], ...] | None = None
 
     @property
     def parameters(self) -> int:
@@ -218,7 +221,29 @@ class Plan:
             lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
         if self.biases:
             lines.append(f"biases trained: {len(self.biases)}")
-        return lines
+        return [*lines, *self._of_loss()]
+
+    @property
+    def losses_left(self) -> tuple[str, ...]:
+        """Why no loss is computed in chunks, where that was asked; empty if one may be."""
+        chunked = any(found == "chunked" for _, found in self.loss or ())
+        return () if self.loss is None or chunked else tuple(self._of_loss())
+
+    def _of_loss(self) -> Iterator[str]:
+        """What becomes of the logits of a training call, where that was asked."""
+        for name, found in self.loss or ():
+            chunked = found == "chunked"
+            yield (
+                f"loss in chunks: {name}, where a call computes a cross entropy of its output, and then "
+                "holds no logits"
+                if chunked
+                else f"loss of all logits: {name}: {found}"
+            )
+        if self.loss == ():
+            yield (
+                "loss of all logits: of the operations that can be adapted, none is known as the head whose "
+                "output goes to a cross entropy"
+            )
 
     def sections(self) -> dict[str, list[tuple[str, str]]]:
         """What is listed below the table, by title: names, each with what there is to say of it."""
@@ -331,6 +356,7 @@ class Plan:
             "modules_to_save": list(self.saved_modules),
             "biases": list(self.biases),
             "tokens": {row.name: list(row.indices) for row in self.tokens},
+            "loss": None if self.loss is None else dict(self.loss),
             "config": self.config.to_dict(),
         }
 

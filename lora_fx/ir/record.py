@@ -18,10 +18,12 @@ from lora_fx.ir.plan import PlannedSite, PlannedTokens
 from lora_fx.ir.site import Matches
 
 __all__ = [
+    "DEFAULT_LOSS",
     "DEFAULT_MEMORY",
     "ActiveAdapters",
     "AdapterRecord",
     "Base",
+    "Loss",
     "Memory",
     "Record",
     "freeze",
@@ -35,6 +37,11 @@ Memory: TypeAlias = Literal["fast", "balanced"]
 """What the backward of fused branches keeps; see :func:`lora_fx.rewrite`."""
 
 DEFAULT_MEMORY: Memory = "fast"
+
+Loss: TypeAlias = Literal["whole", "chunked"]
+"""Of which logits a training step computes its loss: of all at once, or chunk by chunk."""
+
+DEFAULT_LOSS: Loss = "whole"
 
 
 class _Ref(str):
@@ -251,6 +258,7 @@ class Record:
             (:mod:`lora_fx.passes.parameters.rewritten`).
         forwards: FQNs of the modules that had a ``forward`` of their instance at the rewrite.
         memory: What the backward keeps, if branches are fused.
+        loss: Whether logits of a training call are computed all at once.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -267,6 +275,7 @@ class Record:
     by_hand: frozenset[str] = frozenset()
     forwards: frozenset[str] = frozenset()
     memory: Memory = DEFAULT_MEMORY
+    loss: Loss = DEFAULT_LOSS
 
     def with_adapter(self, name: str, adapter: AdapterRecord, **fields: Any) -> Record:
         """The record with another entry for an adapter, and with other values of some fields."""

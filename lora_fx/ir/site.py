@@ -121,6 +121,8 @@ class Site:
         router: Whether its output decides which experts of a mixture see a token.
         quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
             those of its values.
+        loss: Of a head: "chunked" if a loss of its output may be computed in chunks, else why it is not.
+            Empty where nobody has asked.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Site:
     head: Literal["", "declared", "found"] = ""
     router: bool = False
     quantized: Quantization | None = None
+    loss: str = ""
 
     @property
     def owner(self) -> str:

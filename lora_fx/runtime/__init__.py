@@ -1,4 +1,4 @@
-"""What runs in a rewritten model: products with branches, masks, norms, rows of a batch, the watch."""
+"""What runs in a rewritten model: products with branches, masks, norms, logits, rows, the watch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lora_fx.runtime import (
     experts,
     fused_lora,
     fused_rows,
+    logits,
     masks,
     ops,
     parts,
@@ -83,6 +84,7 @@ __all__ = [
     "inner_class",
     "inner_of",
     "is_checked",
+    "logits",
     "masks",
     "members_of",
     "ops",

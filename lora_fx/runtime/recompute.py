@@ -38,6 +38,8 @@ __all__ = [
     "PARAMETER",
     "Chain",
     "Source",
+    "Subgraph",
+    "autocast_of",
     "called",
     "chain_of",
     "lazy_copy",
@@ -77,12 +79,46 @@ def lazy_copy(tensor: Tensor) -> Tensor:
         return given.clone()
 
 
-class Chain:
-    """A function of cheap operations, made of a graph; :func:`chain_of` makes it.
+class Subgraph:
+    """A function of a few operations, made of a graph, that a graph calls. Copies are itself.
 
     Attributes:
-        graph: Its operations. A module is called by :func:`called`.
-        kinds: What each placeholder is.
+        graph: Its operations.
+        run: Computes them: a function of None and the placeholders.
+    """
+
+    def __init__(self, name: str, graph: fx.Graph, filename: str) -> None:
+        self.graph = graph
+        # fx writes a call by the name and the module of what is called.
+        self.__name__ = self.__qualname__ = name
+        code = graph.python_code("self")
+        namespace = dict(code.globals)
+        exec(compile(code.src, filename, "exec"), namespace)
+        self.run: Callable[..., Tensor] = namespace["forward"]
+
+    @staticmethod
+    def key(graph: fx.Graph) -> Any:
+        """What equal graphs have in common."""
+        code = graph.python_code("self")
+        return code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+
+    @property
+    def frozen(self) -> Any:
+        """The graph in a form that can be pickled."""
+        return freeze(self.graph)
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class Chain(Subgraph):
+    """A function of cheap operations; :func:`chain_of` makes it.
+
+    Attributes:
+        kinds: What each placeholder is. A module is called by :func:`called`.
         classes: The own class of each module among them.
         saves: Whether autograd would keep more than the inputs. Otherwise the operations run as they are, and
             only the products that read the output make it again.
@@ -96,23 +132,11 @@ class Chain:
         classes: tuple[type[nn.Module], ...],
         saves: bool,
     ) -> None:
-        self.graph, self.kinds, self.classes, self.saves = graph, kinds, classes, saves
-        # fx writes a call by the name and the module of what is called.
-        self.__name__ = self.__qualname__ = name
-        code = graph.python_code("self")
-        namespace = dict(code.globals)
-        exec(compile(code.src, f"<lora_fx {name}>", "exec"), namespace)
-        self._run: Callable[..., Tensor] = namespace["forward"]
+        super().__init__(name, graph, f"<lora_fx {name}>")
+        self.kinds, self.classes, self.saves = kinds, classes, saves
 
     def __reduce__(self) -> tuple[Any, ...]:
-        frozen = freeze(self.graph)
-        return _thawed, (self.__name__, frozen, self.kinds, self.classes, self.saves)
-
-    def __copy__(self) -> Chain:
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
-        return self
+        return _thawed, (self.__name__, self.frozen, self.kinds, self.classes, self.saves)
 
     def __call__(self, *leaves: Any) -> Tensor:
         """The output.
@@ -123,13 +147,13 @@ class Chain:
                 give.
         """
         if torch.compiler.is_compiling() or not self._applies(leaves):
-            return self._run(None, *leaves)
+            return self.run(None, *leaves)
         recipe = _Recipe(self, leaves)
         given = recipe.given(leaves)
         if self.saves:
             out: Tensor = _Made.apply(recipe, leaves, *given)  # type: ignore[no-untyped-call]
         else:
-            out = self._run(None, *leaves)
+            out = self.run(None, *leaves)
         if type(out) is Tensor and out.device.type in _SHARING:
             entry = _Entry(recipe, _held(given), out)
             # What cannot be shared lazily was copied, and is of no use.
@@ -183,9 +207,7 @@ def chain_of(
         classes: The own class of each module among them.
         saves: Whether autograd would keep more than the inputs.
     """
-    code = graph.python_code("self")
-    values = tuple(sorted((key, id(value)) for key, value in code.globals.items()))
-    key = (name, code.src, values, kinds, classes, saves)
+    key = (name, Subgraph.key(graph), kinds, classes, saves)
     found = _chains.get(key)
     if found is None:
         found = _chains.setdefault(key, Chain(name, graph, kinds, classes, saves))
@@ -268,7 +290,7 @@ class _Recipe:
             for leaf, one in zip(leaves, kept, strict=True)
         ]
         self._settings = [_settings(leaf) for leaf in leaves] if chain.classes else None
-        self._autocast = _autocast_of(leaves[self._places[0]].device.type)
+        self._autocast = autocast_of(leaves[self._places[0]].device.type)
         self._readers = self._waiting = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
 
@@ -287,7 +309,7 @@ class _Recipe:
                 "which makes its output again: set it before the forward, or rewrite with memory='fast'"
             )
         with self._autocast():
-            return self.chain._run(None, *leaves)
+            return self.chain.run(None, *leaves)
 
     def made(self, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output once more, and the inputs that it has a graph to; once for all who ask."""
@@ -321,7 +343,7 @@ class _Made(torch.autograd.Function):
     def forward(ctx: Any, recipe: _Recipe, leaves: Sequence[Any], *given: Tensor) -> Tensor:
         ctx.save_for_backward(*given)
         ctx.recipe = recipe
-        return recipe.chain._run(None, *leaves)
+        return recipe.chain.run(None, *leaves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -334,7 +356,7 @@ class _Made(torch.autograd.Function):
         return None, None, *found
 
 
-def _autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Puts autocast of a kind of device to what it is now."""
     if not torch.amp.is_autocast_available(kind):
         return contextlib.nullcontext

@@ -42,6 +42,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
+from lora_fx.runtime import chunked, logits
 from lora_fx.runtime.classes import (
     BASE,
     around,
@@ -66,6 +67,7 @@ __all__ = [
     "disarm",
     "entry",
     "is_checked",
+    "is_scoped",
     "mark_checked",
     "reading",
     "refuse_flat",
@@ -85,6 +87,7 @@ STATE = "_lora_fx_watch"
 """Attribute of a module: what was watched of it."""
 
 _MADE = "_lora_fx_made_of"
+_SCOPED = "_lora_fx_scoped"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -221,7 +224,13 @@ def arm(model: nn.Module) -> None:
         entries = module.__dict__.get(STATE)
         if entries is None or entries.model is not state:
             module.__dict__[STATE] = _Entries(state)
-        _watch(module, whole=not (fqn and region) or _has_hooks(module))
+        scoped = not fqn and record.loss == "chunked"
+        _watch(module, whole=not (fqn and region) or _has_hooks(module), scoped=scoped)
+
+
+def is_scoped(model: nn.Module) -> bool:
+    """Whether the calls of a model are known to a loss that is computed in chunks."""
+    return bool(inner_class(model).__dict__.get(_SCOPED))
 
 
 def disarm(module: nn.Module) -> None:
@@ -479,14 +488,15 @@ def _plain(value: Any) -> bool:
 # --- classes ------------------------------------------------------------------------------------------
 
 
-def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
+def watched_class(cls: type[nn.Module], whole: bool, scoped: bool = False) -> type[nn.Module]:
     """A subclass of a module's class whose public methods are entries.
 
     Args:
         cls: The class, a region's or the module's own.
         whole: Whether calls of the module and its forward are entries, too.
+        scoped: Whether heads in it may leave their output to a loss (:func:`lora_fx.runtime.logits.scoped`).
     """
-    key = (cls, whole)
+    key = (cls, whole, scoped)
     known = _classes.get(key)
     if known is not None:
         return known
@@ -496,7 +506,8 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
         methods["forward"] = inner_of(cls.forward)
     entries = {name: entry(name, method) for name, method in methods.items()}
     if whole:
-        entries["forward"] = around(cls.forward, entries["forward"])
+        inner = logits.scoped(entries["forward"]) if scoped else entries["forward"]
+        entries["forward"] = around(cls.forward, inner)
     made = subclass(
         (_Watched, Hooked),
         cls,
@@ -510,16 +521,17 @@ def watched_class(cls: type[nn.Module], whole: bool) -> type[nn.Module]:
             **(members_of(cls) if whole else {}),
             _MADE: cls,
             "_lora_fx_whole": whole,
+            _SCOPED: scoped,
         },
     )
     _classes[key] = made
     return made
 
 
-def _watch(module: nn.Module, *, whole: bool) -> None:
+def _watch(module: nn.Module, *, whole: bool, scoped: bool) -> None:
     cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
-        if cls._lora_fx_whole >= whole:
+        if cls._lora_fx_whole >= whole and cls.__dict__[_SCOPED] == scoped:
             return
         cls = cls.__dict__[_MADE]
     if not whole and not _methods(cls):
@@ -529,7 +541,7 @@ def _watch(module: nn.Module, *, whole: bool) -> None:
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
-    give_class(module, watched_class(cls, whole))
+    give_class(module, watched_class(cls, whole, scoped))
 
 
 def _pickles_plainly(cls: type) -> bool:
@@ -575,12 +587,13 @@ class _Watched(Hooked):
         make, made_of, *state = made
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
             make, made_of = object.__new__, (cls.__dict__[_MADE],)
-        return (_remade, (cls.__dict__["_lora_fx_whole"], make, *made_of), *state)
+        how = (cls.__dict__["_lora_fx_whole"], cls.__dict__[_SCOPED])
+        return (_remade, (how, make, *made_of), *state)
 
 
-def _remade(whole: bool, make: Callable[..., Any], *made_of: Any) -> Any:
+def _remade(how: tuple[bool, bool], make: Callable[..., Any], *made_of: Any) -> Any:
     module = make(*made_of)
-    object.__setattr__(module, "__class__", watched_class(type(module), whole))
+    object.__setattr__(module, "__class__", watched_class(type(module), *how))
     return module
 
 
@@ -815,9 +828,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """
         if torch._C._current_graph_task_id() != -1:
             return  # a gradient that the forward computes
+        # Also the graph of a head has its branches, whoever has it run.
+        of_head = chunked.is_running()
         reader = _reader(sys._getframe(2))
         for name in sorted(found):
-            if any(reader.holds(weight) for weight in self._named[name]):
+            if of_head or any(reader.holds(weight) for weight in self._named[name]):
                 if self.model.read is not None:
                     self.model.read.add(name)
                 continue

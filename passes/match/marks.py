@@ -17,18 +17,21 @@ A fused weight is one product whose output is cut into q, k and v, or into gate 
 site. Its parts can be named instead (``qkv.q``), each with factors and a rank of its own; a merge touches
 their rows only. How an output is divided is read off what is done with it: off the graphs of the regions,
 and off what a trace had seen before it gave up on a module.
+
+In the same way a head is followed to a cross entropy, where a loss may be computed in chunks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import networkx as nx
 import torch
@@ -38,7 +41,7 @@ from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join, m
 from lora_fx.passes.graph import arguments, is_lazy, target_of
 from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
-__all__ = ["MARKS", "Mark", "find_head", "find_parts", "find_routers"]
+__all__ = ["LOSSES", "MARKS", "Mark", "find_head", "find_losses", "find_parts", "find_routers"]
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
@@ -82,7 +85,8 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
 
         if not found and ("" not in capture.regions or capture.frontend == "export"):
             # An exported graph ends in what the model does with the output of its head.
-            found = frozenset(_named(capture.model, matches.sites))
+            names = [name for name, _ in capture.model.named_children()]
+            found = frozenset(_named(names, matches.sites))
 
     def marked(site: Site) -> Site:
         if site.weight in declared:
@@ -92,9 +96,9 @@ def find_head(capture: Capture, matches: Matches) -> Matches:
     return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
 
 
-def _named(model: nn.Module, sites: tuple[Site, ...]) -> Iterator[str]:
+def _named(layers: list[str], sites: tuple[Site, ...]) -> Iterator[str]:
     """The last layer of a root without a graph, if it is called what such a layer is called."""
-    last = [name for name, _ in model.named_children()][-1:]
+    last = layers[-1:]
     for site in sites:
         if site.family == "linear" and [site.owner] == last and last[0] in _HEAD_NAMES:
             yield site.weight
@@ -223,7 +227,10 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
         above = _above(site.owner)
         if not any(site.out_features in experts.get(name, ()) for name in above):
             return site
-        chooses = any(flow().decides(call.region, call.output) for call in site.calls)
+        chooses = any(
+            flow().follow(call.region, call.output, _chooses, _KEEPING).arrives
+            for call in site.calls
+        )
         return dataclasses.replace(site, router=True) if chooses else site
 
     return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
@@ -252,6 +259,94 @@ def _above(owner: str) -> Iterator[str]:
         owner = owner.rpartition(".")[0]
 
 
+def find_losses(capture: Capture, matches: Matches) -> Matches:
+    """Say of each head whether a loss of its output may be computed in chunks.
+
+    Whether a call computes such a loss is seen when it runs. Here it is asked what no call can change.
+
+    Args:
+        capture: The model.
+        matches: Its linear operations, the head marked.
+
+    Returns:
+        The same with ``Site.loss`` set.
+    """
+    flow = _Flow(capture)
+    losses = any(
+        flow.ends_in_loss(region, node)
+        for region in capture.regions.values()
+        for node in region.graph.nodes
+    )
+    known = {site.weight for site in matches.sites if site.head}
+    if "" not in capture.regions and not known:
+        # The last layer of all that have weights: after it come a loss, metrics, a dropout.
+        children = capture.model.named_children()
+        known.update(_named([name for name, one in children if _has_weights(one)], matches.sites))
+
+    def marked(site: Site) -> Site:
+        is_head = site.weight in known
+        if site.family != "linear" or site.experts is not None or not (is_head or losses):
+            return site
+        found = _why_whole(capture, site)
+        paths = [
+            flow.follow(call.region, call.output, flow.takes_loss, _TO_LOSS) for call in site.calls
+        ]
+        arrives = any(path.arrives for path in paths)
+        if not (is_head or arrives):
+            return site
+        others = sorted({name for path in paths for name in path.others})
+        if found is None and arrives and others:
+            found = f"they are read by {others[0]}, too"
+        if found is None and not arrives and _has_one_form(capture):
+            found = "no cross entropy of them is computed in the model's forward"
+        return dataclasses.replace(site, loss=found or "chunked")
+
+    return dataclasses.replace(matches, sites=tuple(map(marked, matches.sites)))
+
+
+def _why_whole(capture: Capture, site: Site) -> str | None:
+    """Why logits of a head are computed all at once; None if nothing is known against chunks."""
+    if site.quantized is not None:
+        return "the head's weight is quantized"
+    if site.out_features <= site.in_features:
+        return (
+            f"they are no larger than what the head reads ({site.out_features} and "
+            f"{site.in_features} numbers)"
+        )
+    if any(call.left or call.axes != (-1,) for call in site.calls) or site.rows is not None:
+        return "the head's outputs are not the last axis"
+    regions = [capture.regions[call.region] for call in site.calls]
+    if any("forward" in vars(one.module) for one in regions):
+        return "the forward of the head was set on the instance"
+    return None
+
+
+def _has_one_form(capture: Capture) -> bool:
+    """Whether every call of a model does what its graph does: it has no argument that may be left out."""
+    if "" not in capture.regions:
+        return False
+    parameters = inspect.signature(capture.model.forward).parameters.values()
+    return all(one.default is one.empty and one.kind is not one.VAR_KEYWORD for one in parameters)
+
+
+_LOSSES = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
+_TO_LOSS = _KEEPING | {
+    *("transpose", "permute", "movedim", "slice", "select", "narrow", "index", "index_select"),
+}
+
+
+class _Path(NamedTuple):
+    """Where a value goes.
+
+    Attributes:
+        arrives: Whether to what was looked for.
+        others: What reads it on the way and is not known to keep its last axis.
+    """
+
+    arrives: bool
+    others: frozenset[str]
+
+
 class _Flow:
     """Follows an output along operations that keep its last axis, from graph to graph."""
 
@@ -267,34 +362,66 @@ class _Flow:
                     self._callers[join(region.fqn, str(node.target))].append((region, node))
         self._modules = dict(capture.model.named_modules())
 
-    def decides(self, key: str, name: str) -> bool:
-        """Whether something is chosen by the value that a node gives, along its last axis."""
+    def follow(
+        self,
+        key: str,
+        name: str,
+        arrives: Callable[[Region, fx.Node, fx.Node], bool],
+        through: frozenset[str],
+    ) -> _Path:
+        """Where the value goes that a node gives.
+
+        Args:
+            key: Of the region.
+            name: Of the node.
+            arrives: Whether a node (the last argument but one: who reads, what is read) is looked for.
+            through: What keeps the last axis.
+        """
         region = self._regions.get(key)
         if region is None:
-            return False
+            return _Path(False, frozenset())
         start = next((node for node in region.graph.nodes if node.name == name), None)
         pending = [] if start is None else [(region, start)]
         seen: set[tuple[str, fx.Node]] = set()
+        found, others = False, set()
         while pending:
             region, node = pending.pop()
             for user in node.users:
-                if _chooses(user, node):
-                    return True
-                for reached in self._reached(region, node, user):
+                if arrives(region, user, node):
+                    found = True
+                    continue
+                if _asks_for_shape(user):
+                    continue
+                record = isinstance(user.target, type)  # of outputs
+                known = record or user.op in ("output", "call_module") or _name(user) in through
+                others |= set() if known else {_name(user)}
+                for reached in self._reached(region, node, user, through):
                     place = (reached[0].key, reached[1])
                     if place not in seen:
                         seen.add(place)
                         pending.append(reached)
-        return False
+        return _Path(found, frozenset(others))
+
+    def ends_in_loss(self, region: Region, node: fx.Node) -> bool:
+        """Whether a node computes a cross entropy."""
+        if node.op == "call_module":
+            module = region.submodule(node)
+            return isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss)
+        return _name(node) in _LOSSES
+
+    def takes_loss(self, region: Region, user: fx.Node, node: fx.Node) -> bool:
+        """Whether a node computes a cross entropy of a value."""
+        given = (*user.args[:1], user.kwargs.get("input"))
+        return any(one is node for one in given) and self.ends_in_loss(region, user)
 
     def _reached(
-        self, region: Region, node: fx.Node, user: fx.Node
+        self, region: Region, node: fx.Node, user: fx.Node, through: frozenset[str]
     ) -> Iterator[tuple[Region, fx.Node]]:
         if user.op == "output":
             yield from self._returned(region, node, user)
         elif user.op == "call_module":
             yield from self._entered(region, node, user)
-        elif _name(user) in _KEEPING:
+        elif _name(user) in through:
             yield region, user
 
     def _returned(
@@ -326,6 +453,13 @@ class _Flow:
             yield region, call
 
 
+def _asks_for_shape(node: fx.Node) -> bool:
+    """Whether a node says of a tensor what does not depend on its values."""
+    if _name(node) == "getattr":
+        return node.args[1] in ("shape", "dtype", "device", "ndim")
+    return _name(node) in ("size", "sym_size", "dim", "numel", "len")
+
+
 def _passed(inputs: Iterable[fx.Node], call: fx.Node, node: fx.Node) -> Iterator[fx.Node]:
     inputs = list(inputs)
     for one, value in zip(inputs, call.args, strict=False):
@@ -347,7 +481,7 @@ def _name(node: fx.Node) -> str:
     return str(getattr(target, "__name__", ""))
 
 
-def _chooses(user: fx.Node, value: fx.Node) -> bool:
+def _chooses(_: Region, user: fx.Node, value: fx.Node) -> bool:
     declared = _CHOICES.get(_name(user))
     if declared is None or user.args[:1] != (value,):
         return False
@@ -566,3 +700,6 @@ class Mark(Pass):
 
 MARKS = (Mark("head", find_head), Mark("routers", find_routers), Mark("parts", find_parts))
 """In the order in which they run."""
+
+LOSSES = Mark("losses", find_losses)
+"""Runs after those, where losses are to be computed in chunks."""

@@ -1,8 +1,9 @@
-"""Makes branches cheap: fused operations, shared inputs, dropout of one bit, inputs that are made again."""
+"""Makes steps cheap: fused operations, shared inputs, cheap dropout, inputs made again, loss in chunks."""
 
 from __future__ import annotations
 
+from lora_fx.passes.optimize.chunk_loss import ChunkLoss
 from lora_fx.passes.optimize.fuse import CheapDropout, Fuse, FuseRows, ShareInputs
 from lora_fx.passes.optimize.recompute import Recompute
 
-__all__ = ["CheapDropout", "Fuse", "FuseRows", "Recompute", "ShareInputs"]
+__all__ = ["CheapDropout", "ChunkLoss", "Fuse", "FuseRows", "Recompute", "ShareInputs"]

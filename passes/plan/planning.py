@@ -33,7 +33,9 @@ from lora_fx.config import (
 from lora_fx.errors import CaptureError, ConfigError, NoMatchError, PartialMatchError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import (
+    DEFAULT_LOSS,
     Capture,
+    Loss,
     Matches,
     Pass,
     PassResult,
@@ -188,17 +190,22 @@ class MakePlan(Pass):
     Attributes:
         config: What to adapt.
         strict: Whether an entry of the configuration that selects nothing is an error.
+        loss: Whether the plan says of which logits a loss is computed.
     """
 
     name: ClassVar[str] = "plan"
     needs: ClassVar[str] = "matches"
     config: LoraConfig
     strict: bool = False
+    loss: Loss = DEFAULT_LOSS
 
     def __call__(self, capture: Capture) -> PassResult:
         """Set the plan of the capture."""
         assert capture.matches is not None
         plan = make_plan(capture, capture.matches, self.config, strict=self.strict)
+        if self.loss == "chunked":
+            heads = tuple((one.name, one.loss) for one in capture.matches.sites if one.loss)
+            plan = dataclasses.replace(plan, loss=heads)
         return PassResult.of(capture, plan=plan)
 
 

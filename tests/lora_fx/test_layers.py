@@ -131,6 +131,7 @@ PUBLIC = {
     "CheckpointError",
     "ConfigError",
     "ExportError",
+    "LogitsError",
     "LoraConfig",
     "LoraFxError",
     "MergeError",

@@ -25,9 +25,11 @@ __all__ = [
     "AGAIN",
     "BUILDERS",
     "CANONICAL",
+    "CHUNKED",
     "EXPORTED",
     "FROZEN",
     "KINDS",
+    "LEAST",
     "NO_DROPOUT",
     "OTHER_KIND",
     "OURS",
@@ -279,6 +281,8 @@ THIRD = "frozen a third time"
 OURS = "lora-fx"
 CANONICAL = "lora-fx, optimize=False"
 EXPORTED = "lora-fx, with example inputs"
+CHUNKED = "lora-fx, loss in chunks"
+LEAST = "lora-fx, loss in chunks, balanced"
 PEFT = "PEFT"
 
 
@@ -383,6 +387,8 @@ BUILDERS: Mapping[str, Builder] = {
     OURS: _ours,
     CANONICAL: functools.partial(_ours, optimize=False),
     EXPORTED: _exported,
+    CHUNKED: functools.partial(_ours, loss="chunked"),
+    LEAST: functools.partial(_ours, loss="chunked", memory="balanced"),
     PEFT: _peft,
     **{
         layer.TITLE: _peer(layer)

@@ -20,9 +20,11 @@ from lora_fx.tools.bench import (
 from lora_fx.tools.bench import together as together_steps
 from lora_fx.tools.bench.contenders import (
     AGAIN,
+    CHUNKED,
     EXPORTED,
     FROZEN,
     KINDS,
+    LEAST,
     OTHER_KIND,
     OURS,
     PEFT,
@@ -169,6 +171,21 @@ def decomposed_saved(found: Measured) -> Verdict | None:
         return None
     plain, dropped, peft = sizes
     return Verdict(f"{plain:.1f} MiB; p = 0.05 {dropped:.1f}; PEFT {peft:.1f}", plain - 25, " MiB")
+
+
+def vocabulary_peak(found: Measured) -> Verdict | None:
+    """Whether a step without all logits holds at most a third of what one with them holds."""
+    names = (LEAST, CHUNKED, OURS, PEFT)
+    held = [found.steps[name_of(name, 0)].memory for name in names]
+    known = [one for one in held if one is not None]
+    if len(known) < len(held):
+        return None
+    ours, chunked, whole, peft = (one.peak / _MIB for one in known)
+    text = (
+        f"{ours:.1f} MiB, largest tensor {known[0].largest / _MIB:.1f}; with memory='fast' {chunked:.1f}; "
+        f"with all logits {whole:.1f}; PEFT {peft:.1f}"
+    )
+    return Verdict(text, ours - whole / 3, " MiB")
 
 
 def decomposed_time(found: Measured) -> Verdict:

@@ -18,8 +18,10 @@ from lora_fx.formats import quantization_of
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     CANONICAL,
+    CHUNKED,
     EXPORTED,
     FROZEN,
+    LEAST,
     OTHER_KIND,
     OURS,
     PEERS,
@@ -38,7 +40,13 @@ from lora_fx.tools.bench.counted import saved_by
 from lora_fx.tools.bench.measure import Place, Run, Size, compiles, places, ratio, synchronizer
 from lora_fx.tools.bench.section import Chart, Group, Section
 from lora_fx.tools.bench.steps import COLUMNS, Measured, Row, Steps, loss_of, mebibytes, section_of
-from lora_fx.tools.bench.workloads import MODELS, mixtral, nf4_llama, small_llama
+from lora_fx.tools.bench.workloads import (
+    MODELS,
+    mixtral,
+    nf4_llama,
+    small_llama,
+    vocabulary_llama,
+)
 
 __all__ = ["SECTIONS", "available", "quantized_base"]
 
@@ -165,6 +173,11 @@ _KIND_COLUMNS = {
     "time of LoRA's": lambda row: _of_lora(row)[0],
     "saved of LoRA's": lambda row: _of_lora(row)[1],
 }
+
+
+def _largest(row: Row) -> str:
+    return mebibytes(row.step.memory.largest if row.step.memory else None)
+
 
 _EXPERTS = Settings(target_modules=("experts.gate_up_proj", "experts.down_proj"), parameters=True)
 
@@ -429,10 +442,17 @@ SECTIONS = (
         ),
         {
             **COLUMNS,
-            "largest tensor MiB": lambda row: mebibytes(
-                row.step.memory.largest if row.step.memory else None
-            ),
+            "largest tensor MiB": _largest,
         },
+    ),
+    section_of(
+        "vocabulary_step",
+        Steps(
+            lambda size: [vocabulary_llama(size)],
+            lambda *_: variants((AGAIN, OURS, CHUNKED, LEAST, PEFT), (0.0,)),
+            floor=False,
+        ),
+        {**COLUMNS, "largest tensor MiB": _largest},
     ),
     section_of(
         "quantized_step",

@@ -25,6 +25,7 @@ __all__ = [
     "resnet",
     "served",
     "small_llama",
+    "vocabulary_llama",
 ]
 
 
@@ -98,6 +99,13 @@ def nf4_llama(size: Size) -> Workload:
     if size is Size.TINY:
         return llama("Llama 1 × 64", llama_shape(64, 128, 1, 2, 32), 8)
     return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 384)
+
+
+def vocabulary_llama(size: Size) -> Workload:
+    """The same with the vocabulary of a published Llama."""
+    if size is Size.TINY:
+        return llama("Llama 1 × 16", llama_shape(16, 32, 1, 2, 4096), 32)
+    return llama("Llama 4 × 512, 32,000 tokens", llama_shape(512, 1376, 4, 8, 32_000), 512)
 
 
 def wide_llama(size: Size) -> Workload:
