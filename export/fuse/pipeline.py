@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_fx.errors import ExportError
-from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
 from lora_fx.export.fuse.fused_attention import (
     group_query_attention,
@@ -17,7 +16,15 @@ from lora_fx.export.fuse.fused_attention import (
     whole_attention,
 )
 from lora_fx.export.fuse.graph import remove_dead, remove_unused
-from lora_fx.export.fuse.norms import divide_by_root, simplify_norms, skip_layer_norms, skip_norms
+from lora_fx.export.fuse.pointwise import (
+    bias_gelu,
+    divide_by_root,
+    fast_gelu,
+    quick_gelu,
+    simplify_norms,
+    skip_layer_norms,
+    skip_norms,
+)
 from lora_fx.export.fuse.products import fold_scales, pack_products
 from lora_fx.export.fuse.shapes import (
     drop_moves,

@@ -18,7 +18,6 @@ from lora_fx.adapters.manage import (
     status,
     the_adapter,
 )
-from lora_fx.adapters.optim import correct_gradients, parameter_groups
 from lora_fx.adapters.quantized_base import (
     Originals,
     plan_quantization,
@@ -39,7 +38,12 @@ from lora_fx.adapters.settings import (
     written_config,
 )
 from lora_fx.adapters.switching import base_capture, on_base, run_with
-from lora_fx.adapters.together import adapter_losses, train_together
+from lora_fx.adapters.training import (
+    adapter_losses,
+    correct_gradients,
+    parameter_groups,
+    train_together,
+)
 from lora_fx.adapters.weighted import add_weighted_adapter
 
 __all__ = [

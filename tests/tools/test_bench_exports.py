@@ -16,9 +16,7 @@ pytest.importorskip("onnxruntime")
 
 import lora_fx
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.tools.bench import export_peers, goals, together
-from lora_fx.tools.bench.bank_latency import AGAIN as SEPARATE_AGAIN
-from lora_fx.tools.bench.bank_latency import BANK, SEPARATE
+from lora_fx.tools.bench import export_peers, goals, step_sections
 from lora_fx.tools.bench.export_peers import (
     HERE,
     File,
@@ -35,7 +33,17 @@ from lora_fx.tools.bench.generation import ADAPTED, PEER, Generated
 from lora_fx.tools.bench.generation import AGAIN as PEER_AGAIN
 from lora_fx.tools.bench.generation import MERGED as GENERATED
 from lora_fx.tools.bench.measure import Sample, Size
-from lora_fx.tools.bench.onnx_latency import AGAIN, BASE, MERGED, ONE, Latency, switch_time
+from lora_fx.tools.bench.onnx_latency import (
+    AGAIN,
+    BANK,
+    BASE,
+    MERGED,
+    ONE,
+    SEPARATE,
+    SEPARATE_AGAIN,
+    Latency,
+    switch_time,
+)
 from lora_fx.tools.bench.workloads import RANK, randomize, served
 
 TURNS, SAME = "two adapters in turn", "one adapter all the time"
@@ -235,9 +243,10 @@ def test_a_bank_is_judged_by_its_decoding_step() -> None:
 
 def test_a_step_of_several_adapters_is_judged_at_the_worst_length() -> None:
     def samples(joint: float) -> dict[str, Sample]:
-        times = {together.ONE: 1.0, together.AGAIN: 1.0, together.SEPARATE: 2.0}
+        times = {step_sections.ONE: 1.0, step_sections.ONE_AGAIN: 1.0, step_sections.SEPARATE: 2.0}
         return {
-            name: Sample((one,) * 5) for name, one in {**times, together.TOGETHER: joint}.items()
+            name: Sample((one,) * 5)
+            for name, one in {**times, step_sections.TOGETHER: joint}.items()
         }
 
     beside, separate = (

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_fx.tools.bench import (
-    bank_latency,
     export_peers,
     generation,
     guards,
     onnx_latency,
     quantized_quality,
+    step_sections,
     verbs,
 )
-from lora_fx.tools.bench import together as together_steps
 from lora_fx.tools.bench.contenders import (
     AGAIN,
     CHUNKED,
@@ -317,8 +316,8 @@ def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict |
     excesses = {}
     for step, samples in steps.items():
         whole, again = (
-            ratio(samples[name], samples[bank_latency.SEPARATE])
-            for name in (bank_latency.BANK, bank_latency.AGAIN)
+            ratio(samples[name], samples[onnx_latency.SEPARATE])
+            for name in (onnx_latency.BANK, onnx_latency.SEPARATE_AGAIN)
         )
         spread = (again.high - again.low) / 2
         excesses[whole.median - 0.5 - spread] = f"{whole.median:.2f} ({step}); A/A {again}"
@@ -337,8 +336,8 @@ def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float
     excesses = []
     figures = []
     for length, samples in found.items():
-        whole = ratio(samples[together_steps.TOGETHER], samples[beside])
-        noise = ratio(samples[together_steps.AGAIN], samples[together_steps.ONE])
+        whole = ratio(samples[step_sections.TOGETHER], samples[beside])
+        noise = ratio(samples[step_sections.ONE_AGAIN], samples[step_sections.ONE])
         excesses.append(whole.median - most - (noise.high - noise.low) / 2)
         figures.append(f"{whole.median:.2f} ({length})")
     return Verdict(", ".join(figures), max(excesses))
@@ -346,12 +345,12 @@ def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float
 
 def together_beside_one(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
     """The step of eight adapters beside that of one, with as many rows."""
-    return together(found, together_steps.ONE, 1.3)
+    return together(found, step_sections.ONE, 1.3)
 
 
 def together_beside_separate(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
     """The step of eight adapters beside eight steps of one row."""
-    return together(found, together_steps.SEPARATE, 0.5)
+    return together(found, step_sections.SEPARATE, 0.5)
 
 
 def merged_run(found: _LATENCIES) -> Verdict:

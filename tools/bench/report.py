@@ -13,7 +13,6 @@ from typing import Any
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.bench import (
-    bank_latency,
     export_peers,
     generation,
     goals,
@@ -22,7 +21,6 @@ from lora_fx.tools.bench import (
     onnx_latency,
     quantized_quality,
     step_sections,
-    together,
     verbs,
 )
 from lora_fx.tools.bench.measure import Progress, Size, machine, markdown
@@ -37,12 +35,11 @@ _LISTED = {
         *verbs.SECTIONS,
         one_linear.SECTION,
         guards.SECTION,
-        together.SECTION,
         quantized_quality.SECTION,
         export_peers.SECTION,
         onnx_latency.SECTION,
         generation.SECTION,
-        bank_latency.SECTION,
+        onnx_latency.BANK_SECTION,
     )
 }
 SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name in _LISTED}

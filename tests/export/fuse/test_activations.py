@@ -10,8 +10,8 @@ import onnx.helper as oh
 import onnx_ir as ir
 import pytest
 
-from lora_fx.export.fuse.activations import bias_gelu, fast_gelu, quick_gelu
 from lora_fx.export.fuse.graph import remove_dead
+from lora_fx.export.fuse.pointwise import bias_gelu, fast_gelu, quick_gelu
 from tests.export.fuse.small import FLOAT, fused_equally, graph, operators
 
 X = (FLOAT, ["batch", "sequence", 8])

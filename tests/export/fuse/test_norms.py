@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from lora_fx.export.fuse.graph import remove_dead
-from lora_fx.export.fuse.norms import (
+from lora_fx.export.fuse.pointwise import (
     divide_by_root,
     find_norms,
     simplify_norms,
