@@ -52,7 +52,7 @@ class FindOperations(Pass):
 
 
 def match(capture: Capture) -> Matches:
-    """Matches the patterns of :func:`lora_fx.passes.patterns.registry.patterns` against all regions.
+    """Matches the patterns of :func:`lora_fx.passes.patterns.patterns` against all regions.
 
     Returns:
         Sites in the order of the model's parameters, with ties marked.

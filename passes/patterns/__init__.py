@@ -1,10 +1,23 @@
-"""The linear operations that lora_fx knows, and the registry of them."""
+"""The linear operations that lora_fx knows, and the registry of them, most specific first."""
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from lora_fx.errors import ConfigError
+from lora_fx.ir import Pattern
+from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
+from lora_fx.passes.patterns.einsum import EinsumPattern
 from lora_fx.passes.patterns.embedding import EmbeddingPattern, lookup
-from lora_fx.passes.patterns.linear import ARGUMENTS, LinearPattern, Product, product_of
-from lora_fx.passes.patterns.registry import pattern_of, patterns, register_pattern
+from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
+from lora_fx.passes.patterns.linear import (
+    ARGUMENTS,
+    LinearPattern,
+    MatmulPattern,
+    Product,
+    QuantizedPattern,
+    product_of,
+)
 from lora_fx.passes.patterns.sites import itemised, make_site, part_names, site_name
 from lora_fx.passes.patterns.weights import SPLIT, constant_of, part_lengths, splits, weight_of
 
@@ -28,3 +41,65 @@ __all__ = [
     "splits",
     "weight_of",
 ]
+
+_registry: tuple[Pattern, ...] = (
+    GroupedPattern(),
+    ExpertsPattern(),
+    QuantizedPattern(),
+    LinearPattern(),
+    MatmulPattern(),
+    EinsumPattern(),
+    *(ConvPattern(dims) for dims in (1, 2, 3)),
+    *(ConvTransposePattern(dims) for dims in (1, 2, 3)),
+    EmbeddingPattern(),
+)
+
+
+def patterns() -> tuple[Pattern, ...]:
+    """The patterns in the order in which they are asked."""
+    return _registry
+
+
+class _Named(Protocol):
+    @property
+    def pattern(self) -> str: ...
+
+
+def pattern_of(seen: _Named) -> Pattern:
+    """The pattern that knows the algebra of a site, or of one of its calls.
+
+    Raises:
+        ConfigError: If it was registered in another process and is not here.
+    """
+    for pattern in _registry:
+        if seen.pattern == pattern.name:
+            return pattern
+    raise ConfigError(
+        f"the pattern {seen.pattern!r} is not registered here: call lora_fx.register_pattern with "
+        "it first"
+    )
+
+
+def register_pattern(pattern: Pattern) -> None:
+    """Adds a linear-like operation of your own, asked before those that are known.
+
+    Args:
+        pattern: An object with ``name``, ``match``, ``factors``, ``branch``, ``delta`` and
+            ``flops``: see :class:`lora_fx.ir.site.Pattern`. Subclass :class:`LinearPattern` to write
+            ``match`` only.
+
+    Raises:
+        ConfigError: If it lacks one of those, or its name is taken.
+    """
+    global _registry  # noqa: PLW0603  to register is to change what every later match asks
+    parts = ("name", "match", "factors", "branch", "delta", "flops")
+    lacking = [name for name in parts if not hasattr(pattern, name)]
+    if lacking:
+        raise ConfigError(
+            f"{type(pattern).__name__} is not a pattern: it lacks {', '.join(lacking)}"
+        )
+    if any(known.name == pattern.name for known in _registry):
+        raise ConfigError(
+            f"a pattern named {pattern.name!r} is registered already: choose another name"
+        )
+    _registry = (pattern, *_registry)

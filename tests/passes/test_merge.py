@@ -18,7 +18,7 @@ from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.merge.change import delta_weight
 from lora_fx.passes.merge.rounding import rounded
 from lora_fx.passes.merge.rounding import ulp as own_ulp
-from lora_fx.passes.patterns.registry import pattern_of
+from lora_fx.passes.patterns import pattern_of
 from tests import numerics
 from tests.algebra import randomize
 from tests.golden import check_golden

@@ -12,11 +12,11 @@ from torch import fx, nn
 import lora_fx
 from lora_fx.ir.graph import Role
 from lora_fx.ir.site import Pattern
+from lora_fx.passes import patterns as registry
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.match.find_operations import match
-from lora_fx.passes.patterns import registry
+from lora_fx.passes.patterns import pattern_of, patterns
 from lora_fx.passes.patterns.linear import LinearPattern
-from lora_fx.passes.patterns.registry import pattern_of, patterns
 from lora_fx.passes.patterns.sites import make_site
 from tests import algebra
 from tests.numerics import assert_close, assert_same_bits
