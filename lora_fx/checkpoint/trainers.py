@@ -41,13 +41,15 @@ from lora_fx.passes.parameters import (
     whole_shape,
     without_wrappers,
 )
-from lora_fx.runtime import AdapterModule, register_member, watch
+from lora_fx.runtime import AdapterModule, watch
 
 __all__ = [
     "ADAPTER_FOLDER",
     "BASE_FOLDER",
+    "ignores_base",
     "left_out_of_checkpoints",
     "lightning_callback",
+    "saves_adapter",
     "trainer_callback",
 ]
 
@@ -147,7 +149,7 @@ def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
     return frozenset(model.state_dict().keys() - kept)
 
 
-def _ignored(before: Any) -> property:
+def ignores_base(before: Any) -> property:
     """The property that transformers asks which names it leaves out."""
 
     def get(self: nn.Module) -> Any:
@@ -163,7 +165,7 @@ def _ignored(before: Any) -> property:
     return property(get, put)
 
 
-def _save_pretrained(method: Callable[..., Any]) -> Callable[..., Any]:
+def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
     """A ``save_pretrained`` that writes the adapters of a rewritten model."""
 
     @functools.wraps(method)
@@ -351,10 +353,6 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for module, leaf, parameter, _ in held:
             module._parameters[leaf] = parameter
-
-
-register_member("save_pretrained", _save_pretrained)
-register_member(_IGNORED, _ignored)
 
 
 # --- callbacks ------------------------------------------------------------------------------------

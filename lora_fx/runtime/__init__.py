@@ -22,7 +22,6 @@ from lora_fx.runtime.classes import (
     inner_class,
     inner_of,
     members_of,
-    register_member,
     subclass,
 )
 from lora_fx.runtime.fused_lora import without_autocast
@@ -92,7 +91,6 @@ __all__ = [
     "parts",
     "put_rows",
     "recompute",
-    "register_member",
     "select_rows",
     "subclass",
     "unfollow",

@@ -3,8 +3,8 @@
 A library may make a subclass of such a class in turn, as FSDP2 does for every module that it shards. What it
 adds stays when the class below it is exchanged.
 
-A trainer saves a rewritten model by the methods of its own class, which know nothing of adapters: the members
-that are registered here (:func:`register_member`) take their place. Layers of transformers checkpoint their
+A trainer saves a rewritten model by the methods of its own class, which know nothing of adapters: members of
+ours (:data:`_MEMBERS`) take their place. Layers of transformers checkpoint their
 activations in a decorator of ``forward`` that compares itself with ``type(self).forward``: a new class gets a
 copy of it that knows itself as that class's (:func:`around`).
 """
@@ -12,8 +12,9 @@ copy of it that knows itself as that class's (:func:`around`).
 from __future__ import annotations
 
 import functools
+import pkgutil
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import CellType, FunctionType
 from typing import Any
 
@@ -27,7 +28,6 @@ __all__ = [
     "inner_class",
     "inner_of",
     "members_of",
-    "register_member",
     "subclass",
 ]
 
@@ -125,22 +125,24 @@ def _copied(value: Any, cell: CellType) -> Any:
     return made
 
 
-_members: dict[str, Callable[[Any], Any]] = {}
+_MEMBERS = {
+    "save_pretrained": "lora_fx.checkpoint.trainers:saves_adapter",
+    "_keys_to_ignore_on_save": "lora_fx.checkpoint.trainers:ignores_base",
+}
+"""What makes the member that takes the place of one of this name: it is given what the class has.
 
-
-def register_member(name: str, make: Callable[[Any], Any]) -> None:
-    """Has modules that have a member of this name get another one when they are watched.
-
-    Args:
-        name: Its name.
-        make: Is given what the class has, and returns what takes its place.
-    """
-    _members[name] = make
+It is imported when a class with such a member is watched: then it is there, too, where a process has loaded a
+pickled model and nothing else of lora-fx.
+"""
 
 
 def members_of(cls: type) -> dict[str, Any]:
     """The members that take the place of those of a class."""
-    return {name: make(getattr(cls, name)) for name, make in _members.items() if hasattr(cls, name)}
+    return {
+        name: pkgutil.resolve_name(maker)(getattr(cls, name))
+        for name, maker in _MEMBERS.items()
+        if hasattr(cls, name)
+    }
 
 
 def inner_of(function: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +201,29 @@ def test_a_library_that_looks_for_no_adapters(tmp_path: Path, caplog: Any) -> No
     again = lora_fx.load_adapter(plain, tmp_path / "out" / "adapter")
     x, step = torch.randn(1, 3, 8, 8), torch.tensor([3])
     assert_close(again(x, step).sample, model(x, step).sample)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_process_that_has_loaded_nothing_else(base: Path, tmp_path: Path, pickled: bool) -> None:
+    """Names of the package are loaded when they are first used: what saves adapters is there without."""
+    rewrite = f"""
+from transformers import LlamaForCausalLM
+import lora_fx
+config = lora_fx.LoraConfig(r=2, target_modules=["q_proj"])
+model = lora_fx.rewrite(LlamaForCausalLM.from_pretrained({str(base)!r}), config)
+"""
+    unpickle = (
+        f"import torch\nmodel = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+    )
+    if pickled:
+        torch.save(
+            lora_fx.rewrite(load(base), LoraConfig(r=2, target_modules=["q_proj"])),
+            tmp_path / "model.pt",
+        )
+    code = (
+        unpickle if pickled else rewrite
+    ) + f"model.save_pretrained({str(tmp_path / 'saved')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "saved" / "adapter_config.json").is_file()
+    assert all("lora_" in name for name in weights(tmp_path / "saved"))
