@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import lora_fx
-from lora_fx.passes.patterns import registry
+from lora_fx.passes import patterns
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 
 WRITTEN_BY_TOOLS = ("docs/api.md", "docs/benchmarks.md", "docs/zoo.md")
@@ -36,7 +36,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.Mo
     """A module in an empty folder, whose code has a source file: without one it has no graph."""
     monkeypatch.chdir(tmp_path)
     # A page may register a pattern of its own.
-    monkeypatch.setattr(registry, "_registry", registry._registry)
+    monkeypatch.setattr(patterns, "_registry", patterns._registry)
     module = types.ModuleType("page")
     module.__file__ = str(tmp_path / "page.py")
     monkeypatch.setitem(sys.modules, "page", module)
