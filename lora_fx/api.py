@@ -176,11 +176,11 @@ def compare(
         The plans: print it for one table of sites, parameters, FLOPs, bytes and ranks.
 
     Raises:
-        ConfigError: If there is no configuration.
+        ConfigError: If there is no configuration, or they are no dict.
         NoMatchError: If one selects nothing; it is named.
         CaptureError: If the model cannot be captured.
     """
-    if not configs:
+    if not configs or not isinstance(configs, Mapping):
         raise ConfigError("compare takes a dict of at least one LoraConfig by a name of your own")
     return Comparison(pipeline.plan_all(model, configs, example_inputs, frontend=frontend))
 

@@ -310,6 +310,8 @@ def _judge_default(name: str, config: LoraConfig, in_default: bool) -> Verdict:
     if not in_default:
         return Verdict(False, f"not what target_modules={config.target_modules!r} stands for")
     objection = _layer_objection(name, config)
+    if config.target_modules is None:
+        return objection or Verdict(True, "part of the default, since target_modules is not set")
     return objection or Verdict(True, f"part of target_modules={config.target_modules!r}")
 
 

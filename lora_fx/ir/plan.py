@@ -281,7 +281,7 @@ class Plan:
             name: An FQN, the end of one (``q_proj``), or a module with operations inside.
 
         Raises:
-            ConfigError: If it means none; with the nearest names.
+            ConfigError: If it means none; with the nearest names, if any is near.
         """
         told = {row.name: f"adapted: {row.reason}; {self._given(row)}" for row in self.sites}
         told |= {one.site.name: f"not selected: {one.reason}" for one in self.skipped}
@@ -299,6 +299,7 @@ class Plan:
         if not meant:
             ends = {one.rpartition(".")[2] for one in told}
             near = hint(name, [*told, *ends], "; did you mean {}?", cutoff=0.6)
+            near = near or "; print the plan for the names of all"
             raise ConfigError(f"no linear operation is called {name!r}{near}")
         return meant
 

@@ -599,6 +599,8 @@ def test_why() -> None:
         lora_fx.ConfigError, match="no linear operation is called 'upp'; did you mean"
     ):
         plan.why("upp")
+    with pytest.raises(lora_fx.ConfigError, match="'zzz'; print the plan for the names of all"):
+        plan.why("zzz")
 
 
 def test_changes() -> None:
@@ -625,6 +627,8 @@ def test_compare() -> None:
     assert repr(both) == "<Comparison of small, large; print it for the table>"
     with pytest.raises(lora_fx.ConfigError, match="at least one"):
         lora_fx.compare({}, Residual())
+    with pytest.raises(lora_fx.ConfigError, match="by a name of your own"):
+        lora_fx.compare([LoraConfig()], Residual())  # type: ignore[arg-type]
     with pytest.raises(lora_fx.NoMatchError) as error:
         lora_fx.compare({"none": LoraConfig(target_modules=["zzz"])}, Residual())
     assert "in the configuration 'none'" in error.value.__notes__

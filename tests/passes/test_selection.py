@@ -254,7 +254,7 @@ def test_a_key_that_is_no_expression_for_itself_still_names_its_module() -> None
         (Q0, {"target_modules": ".*q_proj"}, True, "matches the regular expression '.*q_proj'"),
         (Q0, {"target_modules": ["v"]}, False, "matches no target in target_modules"),
         (Q0, {"target_modules": []}, False, "matches no target in target_modules"),
-        (Q0, {}, True, "part of target_modules=None"),
+        (Q0, {}, True, "part of the default, since target_modules is not set"),
         (Q0, {"target_modules": "all-linear"}, True, "part of target_modules='all-linear'"),
         (
             "lm_head",
@@ -270,7 +270,12 @@ def test_a_key_that_is_no_expression_for_itself_still_names_its_module() -> None
             "trained in full: modules_to_save 'norm'",
         ),
         (Q1, {"layers_to_transform": 0}, False, "layer 1 is not in layers_to_transform"),
-        (Q1, {"layers_to_transform": 1}, True, "part of target_modules=None"),
+        (
+            Q1,
+            {"layers_to_transform": 1},
+            True,
+            "part of the default, since target_modules is not set",
+        ),
         (
             Q1,
             {"target_modules": ["q_proj"], "layers_to_transform": [0]},
