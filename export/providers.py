@@ -162,9 +162,10 @@ def check_provider(runtime: Any, provider: str) -> None:
         ProviderError: With what is missing and what to do about it.
     """
     if provider not in PROVIDERS:
-        near = hint(str(provider).lower(), PROVIDERS, " Did you mean '{}'?", count=1)
+        near = hint(str(provider).lower(), PROVIDERS, " Did you mean '{}'?", count=1, cutoff=0.7)
         raise ProviderError(
-            f"unknown provider {provider!r}: the providers are 'cuda', 'cpu' and 'webgpu'.{near}"
+            f"unknown provider {provider!r}: the providers are 'cuda' (GPUs of NVIDIA), 'cpu' and "
+            f"'webgpu'.{near}"
         )
     available = runtime.get_available_providers()
     if PROVIDERS[provider] not in available:

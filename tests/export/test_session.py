@@ -154,8 +154,13 @@ def test_missing_file_and_missing_external_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cud", "gpu", "CUDAExecutionProvider", ""])
 def test_unknown_provider(path: Path, name: Any) -> None:
-    with pytest.raises(ProviderError, match="the providers are 'cuda', 'cpu' and 'webgpu'"):
+    with pytest.raises(
+        ProviderError, match=r"the providers are 'cuda' \(GPUs of NVIDIA\)"
+    ) as caught:
         OnnxSession(path, name)
+    assert ("Did you mean" in str(caught.value)) is (
+        name == "cud"
+    )  # "gpu" is no misspelled "webgpu"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
