@@ -323,6 +323,11 @@ def check_config(config: object) -> None:
             f"config must be a lora_fx.LoraConfig, found {config!r}: the configuration comes before the name "
             "of an adapter, and lora_fx.LoraConfig.from_pretrained(folder) reads one"
         )
+    if isinstance(config, Mapping):
+        raise ConfigError(
+            "config must be a lora_fx.LoraConfig, found a dict; lora_fx.LoraConfig.from_dict(config) makes "
+            "one of it"
+        )
     if not isinstance(config, LoraConfig):
         found = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(

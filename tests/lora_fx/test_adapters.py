@@ -460,6 +460,7 @@ def test_a_switched_model_compiles_whole() -> None:
         (lambda m: lora_fx.add_adapter(m, ALL, "one"), ConfigError, "is an adapter 'one' already"),
         (lambda m: lora_fx.add_adapter(m, ALL, "a.b"), ConfigError, "letters, digits"),
         (lambda m: lora_fx.add_adapter(m, peft.LoraConfig(), "x"), ConfigError, "from_dict"),
+        (lambda m: lora_fx.add_adapter(m, {"r": 4}, "x"), ConfigError, r"from_dict\(config\)"),
         (
             lambda m: lora_fx.add_adapter(m, LoraConfig(target_modules=["nowhere"]), "x"),
             NoMatchError,
