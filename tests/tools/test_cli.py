@@ -580,6 +580,7 @@ def test_a_plan_on_a_mesh_says_what_each_gpu_needs() -> None:
     text = worked("plan", MODEL, "--mesh", "replicate=2,fsdp=4", "--batch", "3")
     assert "a step of AdamW on replicate 2 x fsdp 4: 3 samples on each GPU, bf16" in text
     assert "kept activations" in text
+    assert re.search(r"on each GPU +MB", text), "a small model is not shown in 1e-06 GB"
     made = json.loads(worked("plan", MODEL, "--mesh", "fsdp=2", "--dtype", "fp32", "--json"))
     assert made["training"]["traffic"]["gather"] > 0
     assert "training" not in json.loads(worked("plan", MODEL, "--json"))

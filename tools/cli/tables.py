@@ -130,14 +130,15 @@ def render_need(need: Need, training: Training, *, text: bool) -> RenderableType
         ("gradients scattered", sent.scatter),
         ("gradients reduced", sent.reduce),
     ]
-    rows = [(name, _gigabytes(size)) for name, size in parts]
-    rows += [(f"sent: {name}", _gigabytes(size)) for name, size in moved if size]
-    return Group(Text(title, "bold"), console.table("on each GPU", "GB", rows=rows, right=["GB"]))
+    unit, of = ("GB", 1e9) if need.peak >= 1e9 else ("MB", 1e6)
+    rows = [(name, _amount(size / of)) for name, size in parts]
+    rows += [(f"sent: {name}", _amount(size / of)) for name, size in moved if size]
+    return Group(Text(title, "bold"), console.table("on each GPU", unit, rows=rows, right=[unit]))
 
 
-def _gigabytes(size: int) -> str:
-    """Bytes as 10^9 of them, with three digits that count."""
-    return f"{size / 1e9:.3g}" if size < 1e12 else f"{size / 1e9:,.0f}"
+def _amount(size: float) -> str:
+    """A size with three digits that count."""
+    return f"{size:,.0f}" if size >= 1e3 else f"{size:.3g}"
 
 
 def render_heat(
