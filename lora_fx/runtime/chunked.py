@@ -19,10 +19,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
-from lora_fx.errors import LoraFxError
+from lora_fx.errors import LogitsError, LoraFxError
 
-__all__ = ["CHUNK", "REMEDY", "ROWS", "Given", "Job", "Step", "is_running", "loss_of", "running"]
+__all__ = [
+    "CHUNK",
+    "REMEDY",
+    "ROWS",
+    "Given",
+    "Job",
+    "Read",
+    "Step",
+    "checkpoint_here",
+    "is_running",
+    "kept_here",
+    "loss_of",
+    "running",
+]
 
 CHUNK = 2**21
 """Elements of a chunk of logits, where the head's input has no more: 8 MiB in fp32."""
@@ -73,6 +88,30 @@ class Step(NamedTuple):
             return self.function(*own, **self.kwargs)
 
 
+class Read(NamedTuple):
+    """Tensors that are read later, with their versions: nothing may write into them until then."""
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, values: Any) -> Read:
+        """All plain tensors in some values."""
+        found = tuple(
+            one
+            for one in pytree.tree_leaves(values)
+            if type(one) in (Tensor, torch.nn.Parameter) and not one.is_inference()
+        )
+        return cls(found, tuple(one._version for one in found))
+
+    @property
+    def changed(self) -> bool:
+        """Whether one was written into."""
+        return any(
+            one._version != old for one, old in zip(self.tensors, self.versions, strict=True)
+        )
+
+
 class Given(NamedTuple):
     """The place of a tensor among those that a loss is given."""
 
@@ -99,6 +138,7 @@ class Job:
         length: Rows of a chunk.
         again: Whether rows are computed again in the backward. Else their gradient is computed with the loss.
         draws: Whether the head drops something at random.
+        read: What all of it reads.
     """
 
     steps: tuple[Step, ...]
@@ -112,10 +152,12 @@ class Job:
     length: int
     again: bool
     draws: bool
+    read: tuple[Read, ...]
 
     def chunks(self) -> Iterator[slice]:
         """Which rows are computed together."""
-        for start in range(0, len(self.places), self.length):
+        # No row is a chunk, too: the mean of no loss is not a number.
+        for start in range(0, max(1, len(self.places)), self.length):
             yield slice(start, start + self.length)
 
     def of_rows(self, rows: Tensor, chunk: slice, given: Sequence[Tensor]) -> Tensor:
@@ -176,7 +218,7 @@ class Job:
         for chunk in self.chunks():
             places = self.places[chunk]
             rows = flat[places].requires_grad_(wanted[0])
-            with torch.enable_grad(), _kept_here():
+            with torch.enable_grad(), kept_here():
                 loss = self.of_rows(rows, chunk, tensors)
                 inputs = [one for one in (rows, *tensors) if one.requires_grad]
                 start = self._start(loss, chunk, grad, count)
@@ -219,13 +261,23 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def _kept_here() -> Iterator[None]:
+def kept_here() -> Iterator[None]:
     """Keeps what a chunk keeps from hooks that are there for the model (checkpoints, offloading)."""
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept):
         yield
+
+
+def checkpoint_here() -> Any:
+    """What tells a checkpoint that computes again what runs now; None where there is none.
+
+    A reentrant one has no gradients then.
+    """
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    found = None if hooks is None else hooks[0]
+    return found if getattr(found, "__module__", None) == checkpoint.__name__ else None
 
 
 class _Loss(torch.autograd.Function):
@@ -250,6 +302,11 @@ class _Loss(torch.autograd.Function):
                 f"{REMEDY}"
             )
         if ctx.job.again:
+            if any(one.changed for one in ctx.job.read):
+                raise LogitsError(
+                    "what a loss in chunks was computed of was written into before its backward pass, which "
+                    f"reads it once more: {REMEDY}"
+                )
             x, *given = ctx.saved_tensors
             with _drawing(ctx.drawn, x.device):
                 found = ctx.job.gradients(x, given, ctx.needs_input_grad[1:], grads[0])[1]
@@ -290,6 +347,7 @@ def loss_of(job: Job, x: Tensor, given: Sequence[Tensor]) -> Tensor:
 
     Raises:
         LoraFxError: In a second backward pass.
+        LogitsError: In a backward pass that computes rows again, if what it reads was written into.
     """
     loss: Tensor = _Loss.apply(job, x, *given)  # type: ignore[no-untyped-call]
     return loss

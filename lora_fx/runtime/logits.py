@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from lora_fx.errors import LogitsError, LoraFxError
 from lora_fx.ir import thaw
 from lora_fx.runtime import chunked
-from lora_fx.runtime.chunked import REMEDY, ROWS, Given, Job, Step, loss_of, running
+from lora_fx.runtime.chunked import REMEDY, ROWS, Given, Job, Read, Step, loss_of, running
 from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.recompute import Subgraph, autocast_of
 
@@ -93,10 +94,21 @@ def _inside(scope: _Scope | None) -> Iterator[None]:
 
 
 class _Scope:
-    """A call of the model: the logits that its heads have given."""
+    """A call of the model: the logits that its heads have given.
+
+    Attributes:
+        groups: Those of each call of a head.
+        checkpoint: What computes the whole call again in the backward; None for nothing.
+    """
 
     def __init__(self) -> None:
         self.groups: list[_Group] = []
+        self.checkpoint = chunked.checkpoint_here()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no part of the call is computed again by itself, without the call around it, just now."""
+        return chunked.checkpoint_here() is self.checkpoint
 
     def close(self, out: Any) -> Any:
         """Ends the call.
@@ -109,29 +121,36 @@ class _Scope:
         """
         for group in self.groups:
             group.close()
-        return _settled(out) if self.groups else out
+        return _settled(out, set()) if self.groups else out
 
 
-def _settled(value: Any) -> Any:
+def _settled(value: Any, seen: set[int]) -> Any:
     """A value with tensors, or what says that there are none, in the place of logits.
 
     Mappings and records are changed as they are: an output of transformers is one.
+
+    Args:
+        value: Any.
+        seen: The identities of what is looked at: a record may hold itself.
     """
     if isinstance(value, Logits):
         return value._settled()
+    if id(value) in seen:
+        return value
+    seen = {*seen, id(value)}
     if isinstance(value, list | tuple):
-        found = [_settled(one) for one in value]
+        found = [_settled(one, seen) for one in value]
         if all(new is old for new, old in zip(found, value, strict=True)):
             return value
         return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
     if isinstance(value, MutableMapping):
         for key, old in list(value.items()):
-            if (new := _settled(old)) is not old:
+            if (new := _settled(old, seen)) is not old:
                 value[key] = new
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             old = getattr(value, field.name, None)
-            if (new := _settled(old)) is not old:
+            if (new := _settled(old, seen)) is not old:
                 object.__setattr__(value, field.name, new)
     return value
 
@@ -167,10 +186,11 @@ class Head(Subgraph):
         if torch.compiler.is_compiling():
             return self.run(None, x, *leaves)
         scope = getattr(_local, "scope", None)
-        if scope is None or not torch.is_grad_enabled() or not _fits(x, leaves):
+        later = torch.is_grad_enabled() and _fits(x, leaves)
+        if scope is None or not scope.is_whole or not later:
             with running():
                 return self.run(None, x, *leaves)
-        group = _Group(self, x, leaves)
+        group = _Group(self, x, leaves, scope)
         scope.groups.append(group)
         places = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
         return group.logits(_Form(places, places.dim(), (), group.dtype), None)
@@ -229,31 +249,30 @@ class _Form(NamedTuple):
         axis: Where the classes are.
         steps: What is computed of each row, after the head.
         dtype: Of the numbers.
+        read: What the steps read besides.
     """
 
     places: Tensor
     axis: int
     steps: tuple[Step, ...]
     dtype: torch.dtype
+    read: tuple[Read, ...] = ()
 
 
 class _Group:
     """The logits of one call of a head, and what was made of them."""
 
-    def __init__(self, head: Head, x: Tensor, leaves: tuple[Any, ...]) -> None:
-        self.head, self.x, self.leaves = head, x, leaves
+    def __init__(self, head: Head, x: Tensor, leaves: tuple[Any, ...], scope: _Scope) -> None:
+        self.head, self.x, self.leaves, self.scope = head, x, leaves, scope
         self.device, self.features = x.device, x.shape[-1]
         self.autocast = autocast_of(x.device.type)
-        self.versions = self._versions()
+        self.read = Read.of((x, *leaves))
         self.wholes: list[weakref.ref[Logits]] = []
-        self.closed = self.gone = self.taken = False
+        self.closed = self.gone = self.taken = self.chunked = False
         with torch.no_grad(), running():
             like = head.run(None, x.reshape(-1, self.features)[:0], *leaves)
         assert like.shape == (0, head.outputs)
         self.dtype = like.dtype
-
-    def _versions(self) -> list[int]:
-        return [one._version for one in (self.x, *self.leaves) if isinstance(one, Tensor)]
 
     def logits(self, form: _Form, made_by: _MadeBy | None) -> Logits:
         """A tensor that stands for them."""
@@ -267,17 +286,21 @@ class _Group:
         self.wholes.append(weakref.ref(found))
         return found
 
-    def take(self) -> None:
+    def take(self, *others: Read) -> None:
         """Says that they are about to be computed.
+
+        Args:
+            others: What else is read then.
 
         Raises:
             LogitsError: If they cannot be, or would be others than those of which a loss was computed.
         """
         if self.gone:
             raise LogitsError(_words(self.head.__name__))
-        if self.versions != self._versions():
+        if any(one.changed for one in (self.read, *others)):
             raise LogitsError(
-                f"what {self.head.__name__} reads was written into before its loss was computed: {REMEDY}"
+                f"what {self.head.__name__} or an operation on its logits reads was written into before its "
+                f"loss was computed: {REMEDY}"
             )
         if self.taken and self.head.draws:
             raise LogitsError(
@@ -286,12 +309,21 @@ class _Group:
             )
         self.taken = True
 
+    @property
+    def is_open(self) -> bool:
+        """Whether what is done with them can be written down."""
+        return not self.closed and self.scope.is_whole
+
     def make(self) -> None:
         """Computes all of them that somebody has, in the order in which they were made."""
-        self.take()
-        for one in list(self.wholes):
-            if (logits := one()) is not None and logits._whole is None:
-                logits._make()
+        left = [found for one in self.wholes if (found := one()) is not None]
+        left = [one for one in left if one._whole is None]
+        self.take(*(one._made_by.read for one in left if one._made_by is not None))
+        # A checkpoint that begins after the head would look for what the head has kept.
+        kept = contextlib.nullcontext() if self.scope.is_whole else chunked.kept_here()
+        with kept:
+            for one in left:
+                one._make()
 
     def close(self) -> None:
         """Ends the call of the model."""
@@ -314,6 +346,8 @@ class _MadeBy(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    read: Read
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class _Unmade(torch.autograd.Function):
@@ -326,8 +360,9 @@ class _Unmade(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> NoReturn:
         raise LogitsError(
-            "logits that are computed in chunks went into a function of autograd that is not PyTorch's own, "
-            f"and their gradient would be lost: {REMEDY}"
+            "logits that are computed in chunks went into a function of autograd that is not PyTorch's own "
+            "(full backward hooks of a module are one, too), and their gradient would be lost: "
+            f"{REMEDY}"
         )
 
 
@@ -377,12 +412,14 @@ class Logits(Tensor):
 
     def _make(self) -> None:
         group, how = self._group, self._made_by
-        with torch.enable_grad():
+        # As it was where they were made, whatever mode what reads them is in.
+        with torch.inference_mode(False), torch.enable_grad():
             if how is None:
                 with group.autocast(), running():
                     self._whole = group.head.run(None, group.x, *group.leaves)
             else:
-                self._whole = how.function(*_whole(how.args), **_whole(how.kwargs))
+                with how.autocast():
+                    self._whole = how.function(*_whole(how.args), **_whole(how.kwargs))
 
     @classmethod
     def __torch_function__(
@@ -390,13 +427,17 @@ class Logits(Tensor):
     ) -> Any:
         """Writes the operation down if it is one on the way to a loss; else computes it as it is."""
         kwargs = kwargs or {}
-        if _asks(func):
+        if _asks(func) and not any(
+            isinstance(one, Logits) and one._whole is not None for one in args
+        ):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if torch.is_grad_enabled():
             found = _noted(func, args, kwargs)
             if found is not None:
                 return found
+        if _named(func) in _OF_GRADIENTS:
+            _check_not_taken(args, kwargs)
         return func(*_whole(args), **_whole(kwargs))
 
     @classmethod
@@ -416,6 +457,20 @@ class Logits(Tensor):
 def _whole(values: Any) -> Any:
     """The same with all logits computed."""
     return pytree.tree_map_only(Logits, lambda one: one._value(), values)
+
+
+def _check_not_taken(*values: Any) -> None:
+    """Refuses to give, or to change, the gradient of logits that a loss has read in chunks.
+
+    Raises:
+        LogitsError: If a loss has.
+    """
+    for one in pytree.tree_leaves(values):
+        if isinstance(one, Logits) and one._group.chunked:
+            raise LogitsError(
+                f"the loss of {one._group.head.__name__} was computed in chunks: its logits have no gradient "
+                f"to look at or to change. Ask for it before the loss is computed, or {REMEDY}"
+            )
 
 
 class Gone:
@@ -474,10 +529,10 @@ _FACTS = {
     *("itemsize", "nbytes", "output_nr", "retains_grad", "grad", "is_sparse_csr", "is_mkldnn"),
 }
 _ASKING = {
-    *("size", "dim", "numel", "nelement", "ndimension", "stride", "is_contiguous", "element_size"),
-    *("is_floating_point", "is_complex", "get_device", "storage_offset", "len", "is_inference"),
-    "sym_size",
+    *("size", "dim", "numel", "nelement", "ndimension", "element_size", "is_floating_point"),
+    *("is_complex", "get_device", "len", "is_inference", "sym_size"),
 }
+_OF_GRADIENTS = {"register_hook", "retain_grad", "grad", "backward"}
 
 
 def _asks(func: Any) -> bool:
@@ -542,7 +597,8 @@ class _Operation(NamedTuple):
             return None  # PyTorch says why when it is given all of them
         if found.shape != like.shape or not found.is_floating_point():
             return None
-        return form._replace(steps=(*form.steps, step), dtype=found.dtype)
+        read = (*form.read, Read.of(args))
+        return form._replace(steps=(*form.steps, step), dtype=found.dtype, read=read)
 
 
 def _noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -557,18 +613,16 @@ def _noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if note is None or len(where) != 1 or len(every) != 1 or (where[0] and note is not _computed):
         return None
     logits: Logits = args[where[0]]
-    if logits._whole is not None or logits._group.closed:
+    if logits._whole is not None or not logits._group.is_open:
         return None
     with torch._C.DisableTorchFunctionSubclass():
         rest = args if note is _computed else args[1:]
         found = note(_Operation(logits, func, name, rest, kwargs))
     if not isinstance(found, _Form):
         return found
-    return (
-        logits
-        if found is logits._form
-        else logits._group.logits(found, _MadeBy(func, args, kwargs))
-    )
+    autocast = autocast_of(logits.device.type)
+    made_by = _MadeBy(func, args, kwargs, Read.of((args, kwargs)), autocast)
+    return logits if found is logits._form else logits._group.logits(found, made_by)
 
 
 def _computed(one: _Operation) -> _Form | None:
@@ -627,7 +681,9 @@ def _normalized(one: _Operation) -> _Form | None:
 def _reshaped(one: _Operation) -> _Form | None:
     """Other axes for the rows; their order stays, so that classes do where the last axis has as many."""
     form, shape = one.form, one.shape(one.logits.shape)
-    if form.axis != one.logits.dim() - 1 or any(isinstance(a, torch.dtype) for a in one.args):
+    if form.axis != one.logits.dim() - 1 or any(
+        isinstance(given, torch.dtype) for given in (*one.args, *one.kwargs.values())
+    ):
         return None
     if not shape or shape[-1] != one.classes:
         return None
@@ -722,7 +778,9 @@ def _loss(one: _Operation) -> Tensor | None:
     named: dict[str, Any] = {**dict(zip(words, one.args, strict=False)), **one.kwargs}
     target: Any = named.get("target")
     weight = named.get("weight")
-    reduction = named.get("reduction", "mean")
+    # The functions of torch._C give the loss of each row where they are not told.
+    usual = "none" if isinstance(one.function, types.BuiltinFunctionType) else "mean"
+    reduction = named.get("reduction", usual)
     reduction = _NUMBERED.get(reduction, reduction)
     old = named.get("size_average") is not None or named.get("reduce") is not None
     known = reduction in _NUMBERED.values() and not old and form.axis == min(1, logits.dim() - 1)
@@ -771,7 +829,8 @@ def _in_chunks(
     options: Mapping[str, Any],
 ) -> Tensor:
     group, form = logits._group, logits._form
-    group.take()
+    group.take(*form.read)
+    group.chunked = True
     given: list[Tensor] = []
 
     def placed(value: Any) -> Any:
@@ -795,5 +854,6 @@ def _in_chunks(
         # Gradients of half precision need the scale that they come with.
         again=reduction == "none" or torch.float16 in (group.x.dtype, group.dtype, form.dtype),
         draws=group.head.draws,
+        read=(group.read, *form.read, Read.of((target, options))),
     )
     return loss_of(job, group.x, given)

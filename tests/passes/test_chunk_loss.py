@@ -457,15 +457,7 @@ def _written_into(model: nn.Module, z: Tensor, y: Tensor) -> Any:
 def test_what_else_reads_logits_gets_them(loss: Callable[..., Any]) -> None:
     """Without a graph of the root nobody sees it before; the call is right, and saves nothing."""
 
-    class Hidden(Plain):
-        def forward(self, input_ids: Tensor, labels: Tensor | None = None, **kwargs: Any) -> Any:
-            hash(tuple(kwargs))
-            return super().forward(input_ids, labels)  # type: ignore[arg-type]
-
-        def get_output_embeddings(self) -> nn.Module:
-            return self.head
-
-    plain, ours = both(Hidden(loss).double(), config("fc", "head"))
+    plain, ours = hidden(lambda m, h, y: loss(m, m.head(h), y))
     output = check(plain, ours, tokens())
     assert type(output["logits"]) is Tensor
     assert torch.equal(plain(**tokens())["logits"], output["logits"])
@@ -485,6 +477,173 @@ def test_a_hook_that_scales_logits_scales_the_loss() -> None:
     for model in (plain, ours):
         model.lm_head.register_forward_hook(lambda m, i, o: o * 2)
     assert isinstance(check(plain, ours, tokens()).logits, logits.Gone)
+
+
+class Hidden(nn.Module):
+    """A model of plain PyTorch without a graph of its root: how it uses its head is seen as it runs."""
+
+    def __init__(self, use: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.fc = nn.Embedding(VOCABULARY, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, VOCABULARY)
+        self.use = use
+
+    def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        hash(tuple(kwargs))
+        return self.use(self, self.fc(self.embed(input_ids)).tanh(), labels)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def hidden(use: Callable[..., Any]) -> tuple[Any, Any]:
+    return both(Hidden(use).double(), config("fc", "head"))
+
+
+def _entropy(z: Tensor, y: Tensor, **more: Any) -> Tensor:
+    return F.cross_entropy(z.flatten(0, -2), y.flatten(), **more)
+
+
+def _measured_in_inference_mode(m: Any, h: Tensor, y: Tensor) -> Tensor:
+    z = m.head(h)
+    with torch.inference_mode():
+        m.accuracy = (z.argmax(-1) == y).sum()
+    return _entropy(z, y) + m.fc(h).sum()
+
+
+def _logits_without_rows(m: Any, h: Tensor, y: Tensor) -> Tensor:
+    z, none = m.head(h), torch.zeros_like(y, dtype=torch.bool)
+    return sum(  # type: ignore[return-value]
+        _entropy(z[none], y[none], reduction=one).sum() for one in ("sum", "none")
+    ) + _entropy(z, y)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        _measured_in_inference_mode,
+        _logits_without_rows,
+        lambda m, h, y: checkpoint(lambda h: _entropy(m.head(h), y), h, use_reentrant=False),
+        lambda m, h, y: checkpoint(lambda h: _entropy(m.head(h), y), h, use_reentrant=True),
+        lambda m, h, y: checkpoint(lambda z: _entropy(z, y), m.head(h), use_reentrant=False),
+        lambda m, h, y: _entropy(checkpoint(m.head, h, use_reentrant=False), y),
+        lambda m, h, y: _entropy(checkpoint(m.head, h, use_reentrant=True), y),
+        lambda m, h, y: torch._C._nn.cross_entropy_loss(  # type: ignore[attr-defined]
+            m.head(h).flatten(0, 1), y.flatten()
+        ).sum(),
+    ],
+)
+def test_uses_of_a_head_within_the_forward(use: Callable[..., Any]) -> None:
+    """Modes that are put on for a part of it, checkpoints around it, and no row at all."""
+    check(*hidden(use), tokens())
+
+
+def test_the_mean_of_no_row_is_no_number() -> None:
+    for model in hidden(lambda m, h, y: _entropy(m.head(h)[:, :0], y[:, :0])):
+        assert model(**tokens()).isnan()
+
+
+def test_an_output_may_hold_itself() -> None:
+    def use(m: Any, h: Tensor, y: Tensor) -> Any:
+        z = m.head(h)
+        found: dict[str, Any] = {"loss": _entropy(z, y), "logits": [z]}
+        found["me"] = found
+        return found
+
+    output = hidden(use)[1](**tokens())
+    assert isinstance(output["logits"][0], logits.Gone)
+    assert isinstance(output["me"]["me"]["logits"][0], logits.Gone)
+
+
+def test_a_gradient_that_is_asked_for_before_the_loss_is_there() -> None:
+    def use(m: Any, h: Tensor, y: Tensor) -> Tensor:
+        z = m.head(h)
+        z.register_hook(lambda grad: grad * 3)
+        z.retain_grad()
+        m.kept = [z]
+        return _entropy(z, y)
+
+    plain, ours = hidden(use)
+    check(plain, ours, tokens())
+    torch.testing.assert_close(ours.kept[0].grad, plain.kept[0].grad)
+    assert ours.kept[0].grad_fn.name() != "_UnmadeBackward"
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda z, loss: z.register_hook(lambda grad: grad * 3),
+        lambda z, loss: z.retain_grad(),
+        lambda z, loss: torch.autograd.grad(loss, [z], retain_graph=True, allow_unused=True),
+        lambda z, loss: (z.logsumexp(-1), z.register_hook(lambda grad: grad * 3)),
+    ],
+)
+def test_a_gradient_of_logits_after_their_loss_is_refused(ask: Callable[..., Any]) -> None:
+    def use(m: Any, h: Tensor, y: Tensor) -> Tensor:
+        z = m.head(h)
+        loss = _entropy(z, y)
+        ask(z, loss)
+        return loss
+
+    _, ours = hidden(use)
+    with pytest.raises(lora_fx.LogitsError, match=r"head was computed in chunks.*no gradient"):
+        ours(**tokens())
+
+
+def _operand(m: Any, h: Tensor, y: Tensor) -> Tensor:
+    shift = torch.rand(VOCABULARY).double()
+    z = m.head(h) + shift
+    shift.zero_()
+    return _entropy(z, y)
+
+
+def _index(m: Any, h: Tensor, y: Tensor) -> Tensor:
+    mask = y > 50
+    z = m.head(h)[mask]
+    mask.fill_(True)
+    return z.logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize("use", [_operand, _index])
+def test_what_is_done_with_logits_reads_nothing_that_changes(use: Callable[..., Any]) -> None:
+    with pytest.raises(lora_fx.LogitsError, match="operation on its logits reads was written into"):
+        hidden(use)[1](**tokens())
+
+
+@pytest.mark.parametrize("which", ["target", "weight", "operand", "base"])
+def test_a_backward_that_reads_again_reads_the_same(which: str) -> None:
+    """Autograd refuses it in the plain form."""
+
+    def use(m: Any, h: Tensor, y: Tensor) -> Tensor:
+        values = {
+            "target": y.clone(),
+            "weight": torch.rand(VOCABULARY).double(),
+            "operand": torch.rand(VOCABULARY).double(),
+            "base": m.head.weight,
+        }
+        z = m.head(h) * values["operand"]
+        more: Any = {"weight": values["weight"], "reduction": "none"}
+        loss = _entropy(z, values["target"], **more).sum()
+        with torch.no_grad():
+            values[which].mul_(0)
+        return loss
+
+    plain, ours = hidden(use)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        plain(**tokens()).backward()
+    with pytest.raises(lora_fx.LogitsError, match="written into before its backward"):
+        ours(**tokens()).backward()
+
+
+def test_strides_are_those_of_the_logits() -> None:
+    def use(m: Any, h: Tensor, y: Tensor) -> Tensor:
+        z = m.head(h).transpose(1, 2)
+        assert not z.is_contiguous()
+        assert z.stride() == (8 * VOCABULARY, 1, VOCABULARY)
+        return F.cross_entropy(z, y)
+
+    check(*hidden(use), tokens())
 
 
 class Exponential(torch.autograd.Function):
@@ -508,6 +667,13 @@ def test_a_function_of_autograd_never_loses_a_gradient() -> None:
     ours(**tokens())
     with pytest.raises(lora_fx.LogitsError, match="rewrite without loss='chunked'"):
         given[0].sum().backward()
+
+
+def test_a_backward_hook_of_the_head_never_loses_a_gradient() -> None:
+    _, ours = both(llama(), HEAD)
+    ours.lm_head.register_full_backward_hook(lambda m, i, o: None)
+    with pytest.raises(lora_fx.LogitsError, match="full backward hooks"):
+        ours(**tokens()).loss.backward()
 
 
 # --- outputs without logits -------------------------------------------------------------------------------
