@@ -40,6 +40,7 @@ __all__ = [
     "ignore_ids",
     "in_backward",
     "put_rows",
+    "refuse_ids",
     "rows_of",
     "select_rows",
     "unfollow",
@@ -416,6 +417,20 @@ def ignore_ids(model: nn.Module) -> None:
 def _takes_ids(model: nn.Module) -> bool:
     """Whether calls of a model may say which adapters its samples have."""
     return IDS not in inspect.signature(model.forward).parameters
+
+
+def refuse_ids(model: nn.Module) -> None:
+    """Refuses adapters that a call has named, and that nothing has taken out of it: ``**kwargs`` hide them.
+
+    Raises:
+        ConfigError: If the model has no such argument of its own.
+    """
+    if _takes_ids(model):
+        raise ConfigError(
+            f"{IDS}: no call of this model can name the adapters of its samples: prepare it with "
+            "lora_fx.set_adapter(model, names, per_sample=True) before, and call the model itself, not its "
+            "forward; or call it inside `with lora_fx.adapter_ids(model, [...]):`"
+        )
 
 
 class _Ignored:

@@ -54,7 +54,7 @@ from lora_fx.runtime.classes import (
 )
 from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.processes import check_equal
-from lora_fx.runtime.samples import Sizes
+from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
 
 __all__ = [
     "BASE",
@@ -342,6 +342,10 @@ def _first(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    if IDS in kwargs and key[0][0] == "forward":
+        root = entries.model.root()
+        if root is not None and module is root:
+            refuse_ids(root)
     running: _Watch | None = getattr(_local, "watch", None)
     if running is not None and running.model is entries.model:
         # It is a part of what is watched, or was watched before: then it need not be again.

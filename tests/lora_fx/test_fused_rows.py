@@ -461,9 +461,32 @@ def test_the_base_takes_the_argument_and_has_no_use_for_it() -> None:
     with lora_fx.disable_adapter(model):
         assert_same_bits(model(x, adapter_ids=["a", "b", "c"]), model(x))
     check(model, x, ["a", "b", "c"])
-    lora_fx.set_adapter(model, "a")
-    with pytest.raises(TypeError, match="adapter_ids"):
-        model(x, adapter_ids=["a", "b", "c"])
+
+
+class Open(Net):
+    """Takes any argument, as models of transformers do."""
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("base", [Net, Open])
+def test_a_model_that_is_not_prepared_refuses_the_argument(base: type[nn.Module]) -> None:
+    """Without a word all samples would have the active adapter."""
+    model, x = model_of(base().double()), torch.randn(3, 6, dtype=torch.float64)
+    for names in (None, "a", ["a", "b"]):
+        if names is not None:
+            lora_fx.set_adapter(model, names)
+        model(x)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="per_sample=True"):
+                model(x, adapter_ids=["a", "b", "c"])
+    lora_fx.set_adapter(model, NAMES, per_sample=True)
+    with pytest.raises(ConfigError, match="call the model itself"):
+        model.forward(x, adapter_ids=["a", "b", "c"])
+    check(model, x, ["a", "b", "c"])
+    with lora_fx.disable_adapter(model):
+        assert_same_bits(model(x, adapter_ids=["a", "b", "c"]), model(x))
 
 
 @pytest.mark.parametrize(
