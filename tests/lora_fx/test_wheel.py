@@ -153,7 +153,7 @@ for start in (True, "eva", "pissa_niter_4"):
     lora_fx.LoraConfig(init_lora_weights=start, bias="all", task_type="CAUSAL_LM")
 lora_fx.rewrite(Net(), lora_fx.LoraConfig(), memory="balanced", frontend="regions")
 lora_fx.quantize(Net(), "nf4")
-lora_fx.add_weighted_adapter(adapted, ["a", "b"], [1.0, 1.0], combination_type="ties", density=0.5)
+lora_fx.add_weighted_adapter(adapted, ["a", "b"], [1.0, 1.0], "mix", combination_type="ties", density=0.5)
 lora_fx.export_onnx(merged, "m.onnx", None, optimize="runtime", provider="webgpu", dtype="bf16")
 lora_fx.save_adapter(adapted, "adapter", format="vllm")
 lora_fx.OnnxSession("m.onnx", provider="cpu")
@@ -162,7 +162,7 @@ lora_fx.LoraConfig(bias="some")  # wrong
 lora_fx.LoraConfig(task_type="SEQ")  # wrong
 lora_fx.plan(Net(), lora_fx.LoraConfig(), frontend="region")  # wrong
 lora_fx.rewrite(Net(), lora_fx.LoraConfig(), memory="fat")  # wrong
-lora_fx.add_weighted_adapter(adapted, ["a"], [1.0], combination_type="tie")  # wrong
+lora_fx.add_weighted_adapter(adapted, ["a"], [1.0], "mix", combination_type="tie")  # wrong
 lora_fx.export_onnx(merged, "m.onnx", None, optimize="all")  # wrong
 lora_fx.export_onnx(merged, "m.onnx", None, provider="gpu")  # wrong
 lora_fx.save_adapter(adapted, "adapter", format="vlm")  # wrong
