@@ -15,7 +15,7 @@ from tests.algebra import randomize
 from tests.stacks.models import llama
 from tests.stacks.tensor_parallel import gathered, said
 
-__all__ = ["CASES", "RANKS", "STACKS", "alone", "data_parallel", "outputs"]
+__all__ = ["CASES", "RANKS", "REWRITES", "STACKS", "alone", "data_parallel", "outputs"]
 
 RANKS = 2
 STACKS = ("DDP", "FSDP2")
@@ -28,7 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("llama with biases", {"bias": "all"}),
     "experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     "NF4": ("nf4", {}),
+    "loss in chunks": ("llama", {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
 }
+# Options of the rewrite.
+REWRITES: dict[str, dict[str, Any]] = {"loss in chunks": {"loss": "chunked"}}
 # Whose NF4: FSDP2 shards that of torchao; DDP would quantize it a second time as it sends it to all.
 NF4 = {"DDP": "nf4", "FSDP2": "nf4 torchao"}
 
@@ -45,7 +48,9 @@ def base(stack: str, name: str) -> Any:
 def build(stack: str, case: str) -> Any:
     name, options = CASES[case]
     config = {"r": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], **options}
-    return randomize(lora_fx.rewrite(base(stack, name), LoraConfig(**config)))
+    return randomize(
+        lora_fx.rewrite(base(stack, name), LoraConfig(**config), **REWRITES.get(case, {}))
+    )
 
 
 def wrapped(stack: str, model: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import multiprocessing
 
 from tests.numerics import assert_close
-from tests.stacks.data_parallel import CASES, RANKS, STACKS, alone, data_parallel
+from tests.stacks.data_parallel import CASES, RANKS, REWRITES, STACKS, alone, data_parallel
 from tests.stacks.tensor_parallel import run_rank
 
 # Several processes for each setup: minutes in all.
@@ -32,8 +32,9 @@ def on_both(*features: str) -> pytest.MarkDecorator:
     for stack in STACKS:
         for case in CASES:
             named = features if case == "plain" else (case,)
-            mark = pytest.mark.feature(stack, *named)
-            cases.append(pytest.param(stack, case, id=f"{stack}, {case}", marks=mark))
+            # A form of the rewrite is no feature of a stack.
+            marks = () if case in REWRITES else pytest.mark.feature(stack, *named)
+            cases.append(pytest.param(stack, case, id=f"{stack}, {case}", marks=marks))
     return pytest.mark.parametrize(("stack", "case"), cases)
 
 
