@@ -5,12 +5,13 @@ A new one is a subclass of :class:`WeightFormat` and a call of :func:`register_f
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from lora_fx.formats.base import (
     CONTRIB,
     DEQUANTIZE_LINEAR,
     MATMUL_N_BITS,
     STANDARD_OPERATORS,
-    FormatName,
     LibraryLayers,
     Storage,
     WeightFormat,
@@ -27,8 +28,8 @@ from lora_fx.formats.base import (
     stored,
     whole_numbers,
 )
-from lora_fx.formats.bitsandbytes import BitsandbytesFormat
-from lora_fx.formats.torchao import TorchaoFormat
+from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
+from lora_fx.formats.torchao import TorchaoFormat, TorchaoName
 from lora_fx.formats.weights import (
     FormatHook,
     LoadHook,
@@ -74,6 +75,9 @@ __all__ = [
     "stored",
     "whole_numbers",
 ]
+
+FormatName: TypeAlias = BitsandbytesName | TorchaoName
+"""What the formats that come with lora_fx are called; a registered one has names of its own."""
 
 register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())

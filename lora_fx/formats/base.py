@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,6 @@ __all__ = [
     "FLOATS",
     "MATMUL_N_BITS",
     "STANDARD_OPERATORS",
-    "FormatName",
     "LibraryLayers",
     "Storage",
     "WeightFormat",
@@ -524,10 +523,6 @@ def _check_operators(weight_format: WeightFormat) -> None:
             raise ConfigError(
                 f"an operator named {one.name!r} is known already: choose another name"
             )
-
-
-FormatName: TypeAlias = Literal["nf4", "fp4", "int8", "int4"]
-"""What the formats that come with lora_fx are called; a registered one has names of its own."""
 
 
 def format_named(name: str) -> WeightFormat:

@@ -21,7 +21,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,7 +58,10 @@ from lora_fx.ir import (
     Site,
 )
 
-__all__ = ["BitsandbytesFormat"]
+__all__ = ["BitsandbytesFormat", "BitsandbytesName"]
+
+BitsandbytesName: TypeAlias = Literal["nf4", "fp4", "int8"]
+"""What its formats are called."""
 
 fx.wrap("quantized_linear")
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,10 @@ from lora_fx.formats.base import (
 )
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
-__all__ = ["TorchaoFormat"]
+__all__ = ["TorchaoFormat", "TorchaoName"]
+
+TorchaoName: TypeAlias = Literal["nf4", "int8", "int4"]
+"""What its formats are called."""
 
 
 # --- what a weight is, and its values ----------------------------------------------------------------
