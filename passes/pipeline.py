@@ -123,8 +123,12 @@ def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
 
 
 def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
-    recompute = (Recompute(),) if memory == "balanced" else ()
-    return Fuse(), ShareInputs(), CheapDropout(), *recompute
+    return Fuse(), ShareInputs(), *_cheaper_passes(memory)
+
+
+def _cheaper_passes(memory: Memory) -> tuple[Pass, ...]:
+    """What is cheaper for one adapter, and for one in each row alike."""
+    return CheapDropout(), *((Recompute(),) if memory == "balanced" else ())
 
 
 def _loss_passes(loss: Loss) -> tuple[Pass, ...]:
@@ -153,11 +157,7 @@ def branch_passes(
     if per_sample:
         if not optimize:
             return (*inserted, *trained, SelectRows())
-        # What is cheap for one adapter is so for each row, but for products that become one otherwise.
-        cheaper = (
-            one for one in _optimize_passes(memory) if not isinstance(one, Fuse | ShareInputs)
-        )
-        return (*inserted, *trained, FuseRows(), SelectRows(), *cheaper)
+        return (*inserted, *trained, FuseRows(), SelectRows(), *_cheaper_passes(memory))
     optimized = _optimize_passes(memory) if optimize else ()
     return (*inserted, *trained, *optimized, *_loss_passes(loss))
 
