@@ -8,15 +8,20 @@ import functools
 import keyword
 import marshal
 import operator
+import pickle
 import re
 import sys
+import weakref
+from array import array
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import (
     BuiltinFunctionType,
     CellType,
     CodeType,
     FunctionType,
+    MappingProxyType,
     MethodType,
     ModuleType,
     SimpleNamespace,
@@ -34,29 +39,35 @@ from lora_fx.runtime.parts import factor_beside, is_in_parts
 from lora_fx.runtime.processes import note_whole
 
 __all__ = [
+    "ANYTHING",
     "OMITTED",
     "AdapterDropout",
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
+    "Again",
     "Callee",
     "HeldTensor",
     "Holder",
     "KeptIndices",
     "KeptTensors",
     "OffloadedFactors",
+    "Pickled",
     "Seen",
     "cast_like",
     "check_adapter_name",
     "class_of",
     "count_batch",
     "differs",
+    "entries_of",
+    "function_of",
     "given",
     "in_place",
     "inside_of",
     "needs_modules",
     "output_padding",
     "pad_features",
+    "part_differs",
     "spread",
     "tree_differs",
     "wants_cache",
@@ -354,20 +365,34 @@ class Seen:
 
     Attributes:
         cls: Its class.
-        attributes: Names and values of what was read.
+        attributes: Names and values of what was read. An object is what was seen of it in turn, or
+            :class:`Again`.
         missing: Names of attributes that it did not have.
-        below: The modules and objects in it, by name.
         parameters: The names of a module's own parameters and buffers, with their shapes; None for one that
             is None.
         inside: The names of the modules in a container, in their order; None for what is no container.
+        items: What :func:`entries_of` gave; None if nobody looked.
+        number: Which one it was, counted from 0 in the order in which they are compared.
     """
 
     cls: type
-    attributes: tuple[tuple[str, Any], ...]
-    missing: tuple[str, ...]
-    below: tuple[tuple[str, Seen], ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+    missing: tuple[str, ...] = ()
     parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
     inside: tuple[str, ...] | None = None
+    items: tuple[tuple[Any, Any], ...] | None = None
+    number: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Again:
+    """An object that a trace has met before, in another place.
+
+    Attributes:
+        number: That of the :class:`Seen`.
+    """
+
+    number: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -404,7 +429,12 @@ class Callee:
             return cls._over(value.__code__, (*around, *(value.__defaults__ or ()), *words), depth)
         if isinstance(value, BuiltinFunctionType):
             return cls((value.__module__, value.__qualname__))
-        return cls(value if isinstance(value, type) else class_of(value))
+        if isinstance(value, ModuleType):
+            return cls(("module", value.__name__))
+        if isinstance(value, type):
+            return cls(value)
+        kind, name = class_of(value), getattr(value, "__name__", None)
+        return cls(kind if name is None else (kind, name))
 
     @classmethod
     def _over(cls, code: Any, around: tuple[Any, ...], depth: int) -> Callee:
@@ -465,17 +495,30 @@ def _text(value: Any, depth: int = 3) -> str:
     return f"{cls.__name__}({', '.join(parts)})"
 
 
-def tree_differs(value: Any, seen: Seen) -> bool:
+class _Anything(enum.Enum):
+    """What is not compared."""
+
+    ANYTHING = "anything"
+
+
+ANYTHING = _Anything.ANYTHING
+"""Stands for a value that something else compares: a parameter, which the graph reads itself."""
+
+
+def tree_differs(value: Any, seen: Seen, met: dict[int, Any] | None = None) -> bool:
     """Whether an object is not as a trace saw it.
 
     Args:
         value: The object.
         seen: What the trace saw.
+        met: The objects that were compared already, by their numbers.
     """
     if class_of(value) is not seen.cls:
         return True
+    met = {} if met is None else met
+    met[seen.number] = value
     for name, expected in seen.attributes:
-        if differs(getattr(value, name, seen), expected):
+        if part_differs(getattr(value, name, _NEVER), expected, met):
             return True
     for name in seen.missing:
         if hasattr(value, name):
@@ -485,7 +528,58 @@ def tree_differs(value: Any, seen: Seen) -> bool:
             return True
     if inside_of(value) != seen.inside:
         return True
-    return any(tree_differs(getattr(value, name, None), inner) for name, inner in seen.below)
+    if seen.items is None:
+        return False
+    entries = entries_of(value)
+    return (
+        entries is None
+        or len(entries) != len(seen.items)
+        or any(
+            differs(key, known) or part_differs(one, expected, met)
+            for (key, one), (known, expected) in zip(entries, seen.items, strict=True)
+        )
+    )
+
+
+def part_differs(found: Any, expected: Any, met: dict[int, Any]) -> bool:
+    """Whether something in an object is not as a trace saw it.
+
+    Args:
+        found: What is there now.
+        expected: What was there, or what was seen of it.
+        met: The objects that were compared already, by their numbers.
+    """
+    if type(expected) is Seen:
+        return tree_differs(found, expected, met)
+    if expected is ANYTHING:
+        return False
+    if type(expected) is Again:
+        return met.get(expected.number, _NEVER) is not found
+    return differs(found, expected)
+
+
+_NEVER = object()
+_CONTENTS: tuple[tuple[Any, Callable[[Any], list[tuple[Any, Any]]]], ...] = (
+    (dict, lambda value: list(dict.items(value))),
+    (MappingProxyType, lambda value: list(value.items())),
+    ((list, tuple, deque), lambda value: list(enumerate(value))),
+    ((set, frozenset), lambda value: [("all", frozenset(value))]),
+    ((bytearray, memoryview, array), lambda value: [("all", bytes(value))]),
+    (weakref.ref, lambda value: [("call", value())]),
+    (ContextVar, lambda value: [("get", value.get(_NEVER))]),
+)
+
+
+def entries_of(value: object) -> list[tuple[Any, Any]] | None:
+    """What an object of C holds that is no attribute, each with a key; None for what holds nothing.
+
+    Args:
+        value: A container, bytes that can be changed, a weak reference or a context variable.
+    """
+    for kind, entries in _CONTENTS:
+        if isinstance(value, kind):
+            return entries(value)
+    return None
 
 
 def inside_of(value: Any) -> tuple[str, ...] | None:
@@ -512,6 +606,37 @@ def class_of(value: object) -> type:
     cls: Any = type(value)
     found: type = getattr(cls, BASE, None) or getattr(cls, OVER, cls)
     return found
+
+
+def function_of(value: object) -> Any:
+    """The function of a property, or of a method that is bound to a class; anything else as it is.
+
+    Args:
+        value: What a class gives for a name.
+    """
+    if isinstance(value, property):
+        return value.fget
+    return getattr(value, "__func__", value)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pickled:
+    """An object of C that holds values, as it is pickled.
+
+    Attributes:
+        text: What ``pickle`` made of it.
+    """
+
+    text: bytes
+
+    @classmethod
+    def of(cls, value: object) -> Pickled:
+        """An object as it is now.
+
+        Raises:
+            Exception: If it cannot be pickled.
+        """
+        return cls(pickle.dumps(value))
 
 
 class HeldTensor:
@@ -563,6 +688,8 @@ def differs(found: object, expected: object) -> bool:
         return expected.differs(found)
     if type(expected) is Callee:
         return Callee.of(found) != expected
+    if type(expected) is Pickled:
+        return Pickled.of(found) != expected
     if type(found) is not type(expected):
         return True
     if isinstance(expected, float):

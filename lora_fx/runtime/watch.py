@@ -298,16 +298,22 @@ def _at_or_above(owners: set[str]) -> set[str]:
 # --- the ways in --------------------------------------------------------------------------------------
 
 
-def entry(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
     """A method whose first call of each form is watched.
 
     Args:
         name: What tells it from other methods of the module.
-        function: The method as a function.
+        cls: The class that has the method. What it has at a call is run.
+        method: The method's name; by default ``name``.
     """
+    method = method or name
+    known = getattr(cls, method)
+    own = inner_of(known) if method == "forward" else known
 
-    @functools.wraps(function)
+    @functools.wraps(own)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        now = getattr(cls, method)
+        function = own if now is known else now
         # The first of these is a constant to a compiler, which then sees nothing of the rest.
         if torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
@@ -504,11 +510,8 @@ def watched_class(cls: type[nn.Module], whole: bool, scoped: bool = False) -> ty
     known = _classes.get(key)
     if known is not None:
         return known
-    methods = {name: getattr(cls, name) for name in _methods(cls)}
-    if whole:
-        methods["__call__"] = cls.__call__
-        methods["forward"] = inner_of(cls.forward)
-    entries = {name: entry(name, method) for name, method in methods.items()}
+    methods = [*_methods(cls), *(("__call__", "forward") if whole else ())]
+    entries: dict[str, Any] = {name: entry(name, cls) for name in methods}
     if whole:
         inner = logits.scoped(entries["forward"]) if scoped else entries["forward"]
         entries["forward"] = around(cls.forward, inner)

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.noting import OF_GRAD_MODE, Notes, Questions, noted_globals
+from lora_fx.passes.capture.noting import OF_GRAD_MODE, Named, Notes, Questions
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
@@ -37,7 +37,6 @@ from lora_fx.passes.graph import (
     GuardedCodeGen,
     Parameter,
     Path,
-    Read,
     TensorGiven,
     arguments,
     install,
@@ -191,18 +190,20 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     # Attention is exported as the regions have it, so that both show the same operations.
     written = [r for r in capture.regions.values() if r.written_out]
     install(written)
-    globals_read = tuple(noted_globals(model))
+    names = Named(model)
     try:
-        program, noted, asked = _exported(model, _prepared(inputs), dynamic_shapes)
+        program, noted, asked = _exported(model, _prepared(inputs), dynamic_shapes, names)
         notes, questions = [noted], [asked]
         if asked.grad_mode:
-            noted, asked = _exported_otherwise(program, model, _prepared(inputs), dynamic_shapes)
+            noted, asked = _exported_otherwise(
+                program, model, _prepared(inputs), dynamic_shapes, names
+            )
             notes.append(noted)
             questions.append(asked)
     finally:
         for region in written:
             uninstall(region.module)
-    _check_globals(model, globals_read)
+    _check_globals(model, names)
     module = program.module(check_guards=False)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -253,7 +254,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
                 dict.fromkeys(fqn for fqn, _ in stack.values() if fqn in known)
             )
     answers = dict.fromkeys(read for one in questions for read in one.reads)
-    reads = (*noted_globals(model), *answers, *(one.read for one in notes))
+    later = Named(model, {cls for one in notes for cls in one.classes})
+    reads = (*later.reads.values(), *answers, *(read for one in notes for read in one.reads))
     parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
@@ -263,13 +265,13 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     return dataclasses.replace(capture, regions=regions, frontend="export")
 
 
-def _check_globals(model: nn.Module, before: tuple[Read, ...]) -> None:
+def _check_globals(model: nn.Module, before: Named) -> None:
     """Refuses a forward that has written to a global, or to an attribute of a class.
 
     Raises:
         CaptureError: If it has.
     """
-    for read in before:
+    for read in before.reads.values():
         try:
             changed = ops.differs(read.found(model), read.expected)
         except (AttributeError, LookupError):
@@ -291,7 +293,7 @@ def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exported(
-    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any
+    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any, names: Named
 ) -> tuple[ExportedProgram, Notes, Questions]:
     if dynamic_shapes is None:
         dynamic_shapes = {
@@ -301,7 +303,7 @@ def _exported(
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with ONE_AT_A_TIME, _watched(model, inputs) as (notes, questions):
+        with ONE_AT_A_TIME, _watched(model, inputs, names) as (notes, questions):
             program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
         return program, notes, questions
     except Exception as error:
@@ -320,7 +322,11 @@ def _exported(
 
 
 def _exported_otherwise(
-    program: ExportedProgram, model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any
+    program: ExportedProgram,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    dynamic_shapes: Any,
+    names: Named,
 ) -> tuple[Notes, Questions]:
     """Exports a model that asks for the grad mode in the other one, and wants the same graph.
 
@@ -331,7 +337,7 @@ def _exported_otherwise(
     if torch.is_inference_mode_enabled():
         raise refusal
     with torch.set_grad_enabled(not torch.is_grad_enabled()):
-        other, notes, questions = _exported(model, inputs, dynamic_shapes)
+        other, notes, questions = _exported(model, inputs, dynamic_shapes, names)
     if _told(program) != _told(other):
         raise refusal
     return notes, questions
@@ -348,7 +354,9 @@ def _told(program: ExportedProgram) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[Notes, Questions]]:
+def _watched(
+    model: nn.Module, inputs: dict[str, Any], names: Named
+) -> Iterator[tuple[Notes, Questions]]:
     """Exports a forward that leaves nothing behind and has a name for every argument.
 
     What it writes into Python objects is part of no capture and is put back.
@@ -360,7 +368,7 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[Notes, 
     """
     before, own = State(model), model.forward
     changed: list[str] = []
-    notes, questions = Notes(model), Questions()
+    notes, questions = Notes(model, names.objects), Questions()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         state = state_of(model)
@@ -382,8 +390,9 @@ def _watched(model: nn.Module, inputs: dict[str, Any]) -> Iterator[tuple[Notes, 
         yield notes, questions
     finally:
         before.restore()
-    if questions.refused:
-        raise CaptureError(f"its forward {questions.refused[0]}: frontend='regions' keeps it")
+    refused = [*questions.refused, *notes.refused]
+    if refused:
+        raise CaptureError(f"its forward {refused[0]}: frontend='regions' keeps it")
     if changed:
         raise CaptureError(
             f"its forward changes {changed[0]}, which a graph would not: frontend='regions' keeps it"

@@ -41,6 +41,7 @@ from lora_fx.passes.graph import (
     frozen,
     is_constant,
 )
+from lora_fx.runtime import ops
 
 if TYPE_CHECKING:
     from lora_fx.passes.capture.symbolic import Recorder
@@ -237,10 +238,8 @@ class Frame:
             trusted = self.library or root in _LIBRARIES or root in sys.stdlib_module_names
             return self.noted(getattr(value, name), path, trusted=trusted, lookup=lookup)
         if isinstance(value, type):
-            path = recorder.path_of(value) or Path(ObjectRoot(value))
-            library = value.__module__.partition(".")[0] in _LIBRARIES
-            path = path.attribute(name)
-            return self.noted(getattr(value, name), path, trusted=library, lookup=lookup)
+            path = _path_of_class(recorder, value).attribute(name)
+            return self._of_class(value, name, path, lookup)
         return self._of_object(value, name, lookup)
 
     def _of_module(self, module: nn.Module, name: str, lookup: bool) -> Any:
@@ -291,6 +290,7 @@ class Frame:
         if isinstance(static, property):
             if static.fget is None:
                 return getattr(value, name)
+            self._note_method_of(cls, name, static)
             return self._invoke(static.fget, None, (value,), {})
         own = getattr(value, "__dict__", {})
         if isinstance(static, functools.cached_property) and name not in own:
@@ -303,16 +303,48 @@ class Frame:
             return self._noted_at(own[name], path, name, lookup)
         if isinstance(static, FunctionType):
             self.recorder.remember(static, path_in(cls, name))
+            self._note_method_of(cls, name, static)
             return MethodType(static, value)
         if static is not _MISSING:
             found = getattr(value, name)
             if isinstance(static, staticmethod | classmethod):
+                self._note_method_of(cls, name, found)
                 return found
             return self._noted_at(found, path, name, lookup)
         hook = _in_mro(cls, "__getattr__", base)
         if isinstance(hook, FunctionType):
+            self._note_absent(value, cls, name, path)
             return self._invoke(hook, path_in(cls, "__getattr__"), (value, name), {})
         raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+
+    def _of_class(self, cls: Any, name: str, path: Path, lookup: bool) -> Any:
+        found = getattr(cls, name)
+        static = _in_mro(cls, name, None)
+        if isinstance(static, property | classmethod | staticmethod | FunctionType):
+            self._note_method_of(cls, name, found)
+            self.recorder.remember(found, path)
+            return found
+        meta = _in_mro(type(cls), name, None)
+        if static is _MISSING and isinstance(meta, property) and meta.fget is not None:
+            self._note_method_of(type(cls), name, meta)
+            return self._invoke(meta.fget, None, (cls,), {})
+        library = cls.__module__.partition(".")[0] in _LIBRARIES
+        return self.noted(found, path, trusted=library, lookup=lookup)
+
+    def _note_method_of(self, cls: type, name: str, value: Any) -> None:
+        """Notes which function a class has under a name; those of libraries stay what they are."""
+        function = ops.function_of(value)
+        if isinstance(function, FunctionType) and not _of_library(function):
+            kind = "identity" if function is value else "function"
+            self.recorder.read(Read(path_in(cls, name), kind, function))
+
+    def _note_absent(self, value: Any, cls: type, name: str, path: Path | None) -> None:
+        """Notes that a name is found by a hook alone."""
+        places = [Path(ObjectRoot(one)) for one in cls.__mro__ if not _of_library(one)]
+        if path is not None and hasattr(value, "__dict__"):
+            places.append(path)
+        for place in places:
+            self.recorder.read(Read(place.attribute("__dict__"), "holds", (name, False)))
 
     def _noted_at(self, value: Any, path: Path | None, name: str, lookup: bool = False) -> Any:
         return value if path is None else self.noted(value, path.attribute(name), lookup=lookup)
@@ -911,6 +943,8 @@ class Frame:
                 args = (self.spread(args[0]), *args[1:])
             elif cls in (str, bytes):
                 self.text(args)
+            else:
+                args = tuple(map(self._operand, args))
             return cls(*args, **kwargs)
         if issubclass(cls, BaseException) or _is_context(cls) or cls is functools.partial:
             return cls(*args, **kwargs)
@@ -1019,6 +1053,16 @@ def _has_literal(key: Any) -> bool:
     if type(key) is float:
         return math.isfinite(key)
     return type(key) in (str, bytes, int, bool, type(None), torch.dtype)
+
+
+def _path_of_class(recorder: Recorder, cls: type) -> Path:
+    return recorder.path_of(cls) or Path(ObjectRoot(cls))
+
+
+def _of_library(value: Any) -> bool:
+    """Whether a function or class is of a library that stays what it is."""
+    root = (value.__module__ or "").partition(".")[0]
+    return root in _LIBRARIES or root in sys.stdlib_module_names
 
 
 def path_in(cls: type, name: str) -> Path:
@@ -1135,7 +1179,7 @@ def _hasattr(frame: Frame, value: Any, name: str) -> bool:
 
 def _note_there(frame: Frame, value: Any, name: str) -> None:
     """Notes that an object has an attribute of its own: the code has a way to go where it is deleted."""
-    path = frame.recorder.path_of(value)
+    path = _path_asked(frame, value)
     own = [getattr(value, "__dict__", {})]
     if isinstance(value, nn.Module):
         own += [value._modules, value._parameters, value._buffers]
@@ -1143,8 +1187,14 @@ def _note_there(frame: Frame, value: Any, name: str) -> None:
         frame.recorder.read(Read(path.attribute(name), "there", None))
 
 
+def _path_asked(frame: Frame, value: Any) -> Path | None:
+    if isinstance(value, type):
+        return _path_of_class(frame.recorder, value)
+    return frame.recorder.path_of(value)
+
+
 def _note_missing(frame: Frame, value: Any, name: str) -> None:
-    path = frame.recorder.path_of(value)
+    path = _path_asked(frame, value)
     if path is not None:
         frame.recorder.read(Read(path.attribute(name), "missing", None))
 

@@ -2,8 +2,9 @@
 
 An export runs the code as it is, so that no rule sees its reads. Instead, the classes of its modules, and of
 the plain objects that they hold, have for that time an attribute access that takes notes of those objects and
-of no others. What functions read of globals and of variables around them is read off their code. It all
-becomes one :class:`~lora_fx.passes.graph.reads.Read` of the kind ``tree``, which guards the graph.
+of no others. Which objects functions get to by globals, by classes and by variables around them is read off
+their code, and those objects are watched as well. Each becomes a
+:class:`~lora_fx.passes.graph.reads.Read` of the kind ``tree``, which guards the graph.
 
 A question to PyTorch is answered once, and the graph has that answer for good. Where a call can be asked the
 same before it runs, the answer becomes a guard: how PyTorch is set, and whether an argument has a gradient.
@@ -17,13 +18,16 @@ compute the same.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
+import os
+import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -35,8 +39,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph import (
+    APART,
     CONTAINERS,
     MOST,
+    SIMPLE,
     Condition,
     ModuleRoot,
     ObjectRoot,
@@ -53,10 +59,10 @@ from lora_fx.runtime import ops
 __all__ = [
     "OF_GRAD_MODE",
     "Listener",
+    "Named",
     "Notes",
     "Questions",
     "answer_of",
-    "noted_globals",
 ]
 
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
@@ -66,23 +72,32 @@ _NEVER = (nn.Module, torch.Tensor, type, ModuleType, torch.Generator)
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
 _LIBRARIES = ("torch", "lora_fx", "numpy")
 _TENSORS = (torch.Tensor,)  # and no parameters, which the graph has
-_MISSING = object()
+_MISSING, _UNKNOWN = object(), object()
 
 
 class Notes:
-    """What was read, by object."""
+    """What was read, by object.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        classes: Classes that were found in an object: code may read what they have.
+        refused: What cannot be guarded, in words.
+    """
+
+    def __init__(self, model: nn.Module, named: dict[Path, Any]) -> None:
         """Prepares.
 
         Args:
             model: A copy that nobody else uses.
+            named: Objects that the code has by name, by where they are.
         """
+        self.classes: set[type] = set()
+        self.refused: list[str] = []
         self._model = model
+        self._named = named
         self._reads: dict[int, dict[str, Any]] = {}
-        self._objects: dict[int, dict[str, Any]] = {}
+        self._items: dict[int, tuple[tuple[Any, Any], ...]] = {}
         self._watched: dict[int, Any] = {}
-        self._classes: dict[type, dict[str, Any]] = {}
+        self._patched: dict[type, dict[str, Any]] = {}
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -93,21 +108,28 @@ class Notes:
             own = [cls for cls in {*map(type, self._watched.values())} if _own_access(cls)]
             for cls in dict.fromkeys((nn.Module, *own)):
                 self._watch_class(cls)
+            for path, value in self._named.items():
+                if id(value) not in self._watched:
+                    self._watch(value, str(path))
             yield
         finally:
-            for cls, members in self._classes.items():
+            for cls, members in self._patched.items():
                 for name, member in members.items():
                     if member is _MISSING:
                         delattr(cls, name)
                     else:
                         setattr(cls, name, member)
-            self._classes.clear()
+            self._patched.clear()
             self._drop_written()
 
     @property
-    def read(self) -> Read:
-        """What was read, as one guard."""
-        return Read(Path(), "tree", self._seen(self._model, set()))
+    def reads(self) -> Iterator[Read]:
+        """What was read: one guard of the model, and one of each object that the code has by name."""
+        yield Read(Path(), "tree", self._seen(self._model, {}))
+        for path, value in self._named.items():
+            seen = self._seen(value, {})
+            if seen.attributes or seen.missing or seen.items is not None:
+                yield Read(path, "tree", seen)
 
     def forget(self, owner: Any, name: str) -> Any:
         """Takes a note back: what was read of an object under a name, or None.
@@ -124,7 +146,7 @@ class Notes:
         Raises:
             TypeError: For a class of C.
         """
-        if cls in self._classes:
+        if cls in self._patched:
             return
         access: Any = cls.__getattribute__
         hook = getattr(cls, "__getattr__", None)
@@ -140,7 +162,7 @@ class Notes:
             try:
                 value = hook(this, name)
             except AttributeError:
-                if _identity(this) in self._watched:
+                if _identity(this) in self._watched and not _asked_by_torch(sys._getframe(1)):
                     self._note(this, name, _MISSING)
                 raise
             if _identity(this) in self._watched:
@@ -153,7 +175,7 @@ class Notes:
         kept = {name: cls.__dict__.get(name, _MISSING) for name in members}
         for name, member in members.items():
             setattr(cls, name, member)
-        self._classes[cls] = kept
+        self._patched[cls] = kept
 
     def _found(self, owner: Any, name: str, value: Any) -> Any:
         """Notes what an object has under a name, and says what the code is given."""
@@ -166,9 +188,21 @@ class Notes:
             self._note(owner, name, value)
         return value
 
-    def _watch(self, value: Any) -> None:
-        """Watches a plain object; one whose class is of C is noted as a whole."""
+    def _watch(self, value: Any, words: str) -> None:
+        """Watches an object; one whose class is of C is noted as a whole.
+
+        Args:
+            value: The object.
+            words: Where it is.
+        """
         self._watched[id(value)] = value
+        entries = ops.entries_of(value)
+        if entries is not None:
+            self._items[id(value)] = tuple(
+                (key, self._note_of(one, f"{words}[{key!r}]")) for key, one in entries
+            )
+        if not _has_attributes(value):
+            return
         try:
             self._watch_class(type(value))
         except TypeError:
@@ -193,59 +227,122 @@ class Notes:
         self._note(owner, name, value)
 
     def _note(self, owner: Any, name: str, value: Any) -> None:
-        if name in _OWN or name.startswith(("__", "_lora_fx")):
+        if name in _OWN or name.startswith(("__", "_lora_fx")) or _is_buffer(owner, name):
             return
         known = self._reads.setdefault(_identity(owner), {})
-        if value is _MISSING:
-            # PyTorch looks for many a private name that is hardly ever there.
-            if not name.startswith("_"):
-                known.setdefault(name, value)
-        elif isinstance(value, np.ndarray):
-            known.setdefault(name, _array(owner, name, value))
-        elif isinstance(value, np.generic) or is_constant(value, simple=_TENSORS):
-            if name not in known and not _is_buffer(owner, name):
-                with _disable_current_modes():  # no part of what is exported
-                    known[name] = frozen(value)
-        elif isinstance(value, _FUNCTIONS):
-            known.setdefault(name, ops.Callee.of(value))
-        elif _is_plain(value):
-            held = self._objects.setdefault(_identity(owner), {})
-            if name not in held:
-                held[name] = value
-                if id(value) not in self._watched:
-                    self._watch(value)
+        if name in known:
+            return
+        note = value
+        if value is not _MISSING:
+            note = self._note_of(value, f"{name} of a {type(owner).__name__}")
+        if note is not _UNKNOWN:
+            known[name] = note
+
+    def _note_of(self, value: Any, words: str) -> Any:
+        """What is compared of a value; an object that is watched from now on stands for itself.
+
+        Args:
+            value: The value.
+            words: Where it is.
+        """
+        if isinstance(value, np.ndarray):
+            return _array(words, value)
+        if isinstance(value, np.generic) or is_constant(value, simple=_TENSORS):
+            with _disable_current_modes():  # no part of what is exported
+                return frozen(value)
+        if isinstance(value, SIMPLE):  # of a class of its own
+            return value
+        if isinstance(value, type):
+            self.classes.add(value)
+            return value
+        if isinstance(value, _FUNCTIONS):
+            return value if _importable(value) else ops.Callee.of(value)
+        if isinstance(value, ModuleType):
+            return ops.Callee.of(value)
+        if isinstance(value, (torch.Tensor, torch.Generator)):
+            return _UNKNOWN  # the graph has it, or the state of the model
+        held = isinstance(value, nn.Module) or ops.entries_of(value) is not None
+        apart = _stands_apart(type(value)) and not _of_library(type(value))
+        if not held and (apart or not _is_plain(value)):
+            return self._state_of(value, words, refused=not apart or not _has_attributes(value))
+        if _identity(value) not in self._watched:
+            self._watch(value, words)
+        return _Held(value)
+
+    def _state_of(self, value: Any, words: str, refused: bool) -> Any:
+        """What an object of C, or of Python's own library, is: its name if it is called, else its pickle.
+
+        Args:
+            value: The object.
+            words: Where it is.
+            refused: Whether one that cannot be pickled ends the capture.
+        """
+        if callable(value):
+            return ops.Callee.of(value)
+        try:
+            return ops.Pickled.of(value)
+        except (TypeError, ValueError, AttributeError, pickle.PicklingError):
+            if refused:
+                self.refused.append(f"reads {words}, a {type(value).__name__} that may change")
+            return _UNKNOWN
 
     def _drop_written(self) -> None:
         """Forgets what the code itself has set since: the next call finds what this one has left."""
         for key, value in self._watched.items():
             reads = self._reads.get(key, {})
-            for name in [
-                n for n, old in reads.items() if ops.differs(getattr(value, n, _MISSING), old)
-            ]:
-                del reads[name]
+            for name, old in list(reads.items()):
+                now = getattr(value, name, _MISSING)
+                if now is not old.value if type(old) is _Held else ops.differs(now, old):
+                    del reads[name]
+            if key in self._items and not self._same_items(value, self._items[key]):
+                del self._items[key]
 
-    def _seen(self, value: Any, done: set[int]) -> ops.Seen:
-        done.add(id(value))
+    def _same_items(self, value: Any, items: tuple[tuple[Any, Any], ...]) -> bool:
+        entries = ops.entries_of(value) or []
+        return len(entries) == len(items) and all(
+            now is old.value if type(old) is _Held else old is _UNKNOWN or not ops.differs(now, old)
+            for (_, now), (_, old) in zip(entries, items, strict=True)
+        )
+
+    def _seen(self, value: Any, done: dict[int, int]) -> ops.Seen:
+        number = done[_identity(value)] = len(done)
         found = self._reads.get(_identity(value), {})
         missing = tuple(name for name, one in found.items() if one is _MISSING)
-        attributes = [(name, one) for name, one in found.items() if one is not _MISSING]
-        held = self._objects.get(_identity(value), {})
-        children: dict[str, Any] = {}
+        noted = [(name, one) for name, one in found.items() if one is not _MISSING]
         parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
         if isinstance(value, nn.Module):
-            children = value._modules
+            named = {name for name, _ in noted}
+            noted += [
+                (name, None if child is None else _Held(child))
+                for name, child in value._modules.items()
+                if name not in named
+            ]
             own = {**value._parameters, **value._buffers}
             parameters = tuple(
                 (name, None if one is None else tuple(one.shape)) for name, one in own.items()
             )
-        below = []
-        for name, child in (*held.items(), *children.items()):
-            if child is None:
-                attributes.append((name, None))
-            elif id(child) not in done:
-                below.append((name, self._seen(child, done)))
+        attributes = tuple((name, self._below(one, done)) for name, one in noted)
+        items = self._items.get(id(value))
+        if items is not None:
+            items = tuple((key, self._below(one, done)) for key, one in items)
         inside, cls = ops.inside_of(value), ops.class_of(value)
-        return ops.Seen(cls, tuple(attributes), missing, tuple(below), parameters, inside)
+        return ops.Seen(cls, attributes, missing, parameters, inside, items, number)
+
+    def _below(self, note: Any, done: dict[int, int]) -> Any:
+        """A note as it is compared: objects become what was seen of them."""
+        if note is _UNKNOWN:
+            return ops.ANYTHING
+        if type(note) is not _Held:
+            return note
+        known = done.get(_identity(note.value))
+        return self._seen(note.value, done) if known is None else ops.Again(known)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Held:
+    """An object that is watched, in a note."""
+
+    value: Any
 
 
 class _Entries(dict[Any, Any]):
@@ -317,14 +414,22 @@ for _name in ("clear", "pop", "popitem", "setdefault", "update", "__ior__"):
     setattr(_Entries, _name, _writing(_name))
 
 
-def _array(owner: Any, name: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _array(words: str, value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A copy of an array, which its owner may change."""
     if value.size > MOST:
         raise CaptureError(
-            f"its forward reads {name} of a {type(owner).__name__}, a NumPy array of {value.size} "
-            "values that may change: make it a buffer"
+            f"its forward reads {words}, a NumPy array of {value.size} values that may change: make it a "
+            "buffer"
         )
     return value.copy()
+
+
+def _importable(function: Any) -> bool:
+    """Whether a function is what its module has under its name, so that it is known by identity."""
+    found: Any = sys.modules.get(getattr(function, "__module__", None) or "")
+    for atom in getattr(function, "__qualname__", "<").split("."):
+        found = getattr(found, atom, None)
+    return found is function
 
 
 def _is_buffer(owner: Any, name: str) -> bool:
@@ -367,62 +472,144 @@ def _is_plain(value: Any) -> bool:
     """Whether a value is an object with attributes; what libraries call is none."""
     if isinstance(value, _NEVER) or (callable(value) and _of_library(type(value))):
         return False
+    return _has_attributes(value)
+
+
+def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 
-def noted_globals(model: nn.Module) -> Iterator[Read]:
-    """Constants that the code of a model may read of globals and of variables around functions.
+def _stands_apart(cls: type) -> bool:
+    """Whether a class is that of a library, whose objects hold no values of the model's code."""
+    return cls.__module__.partition(".")[0] in APART
+
+
+class Named:
+    """What the code of a model has by name: of globals, of classes, and of variables around functions.
 
     What its functions name, and those that they name, is looked at, not what they execute: a guard too many
-    costs a comparison. Functions in containers count as named by code beside the classes of the modules: a
+    costs a comparison. Functions in containers count as named by code next to the classes of the modules: a
     library has long lists of them.
+
+    Attributes:
+        reads: Constants and functions, by where they are.
+        objects: Other objects, by where they are: what code reads of them is known when it runs.
     """
-    classes: set[Any] = {ops.class_of(module) for module in model.modules()}
-    pending = [(cls.forward, None) for cls in classes] + list(_held_functions(model))
-    homes = {cls.__module__ for cls in classes}
-    methods = {above for cls in classes for above in cls.__mro__}
-    done: set[tuple[CodeType, Path | None]] = set()
-    reads: dict[Path, Read] = {}
-    while pending:
-        found, place = pending.pop()
+
+    def __init__(self, model: nn.Module, classes: Iterable[type] = ()) -> None:
+        """Looks.
+
+        Args:
+            model: The model.
+            classes: Further classes that its code gets to.
+        """
+        self.reads: dict[Path, Read] = {}
+        self.objects: dict[Path, Any] = {}
+        own: set[Any] = {ops.class_of(module) for module in model.modules()}
+        self._homes = {cls.__module__ for cls in own}
+        self._pending: list[tuple[Any, Path | None]] = []
+        self._names: dict[str, None] = {}
+        self._asked: dict[str, None] = {}
+        self._classes: dict[Any, None] = dict.fromkeys((*own, *classes))
+        self._done: set[Any] = set()
+        for cls in own:
+            self._pending.append((cls.forward, None))
+        for name, module in model.named_modules():
+            for key, value in module.__dict__.items():
+                if key not in _OWN:
+                    self._look_at(value, Path.to(name).attribute(key))
+        while self._pending or self._add_members():
+            if self._pending:
+                self._follow(*self._pending.pop())
+
+    def _look_at(self, value: Any, path: Path) -> None:
+        """Takes note of the functions and classes in an object that a module holds."""
+        found = list(_functions_in(value, path))
+        self._pending += [(one, at or (path if one is value else None)) for one, at in found]
+        if isinstance(value, type):
+            self._classes[value] = None
+        elif not found and _is_plain(value) and id(value) not in self._done:
+            self._done.add(id(value))
+            self._classes[type(value)] = None
+            for key, one in getattr(value, "__dict__", {}).items():
+                self._look_at(one, path.attribute(key))
+
+    def _follow(self, found: Any, place: Path | None) -> None:
+        """Looks at what a function names."""
         found = found.fget if isinstance(found, property) else found
         named: Any = getattr(found, "__func__", found)
         function = inspect.unwrap(named)
         if not isinstance(function, FunctionType) or _of_library(function):
-            continue
+            return
         place = place if function is found else None  # what is wrapped is not what lies there
-        if (function.__code__, place) in done:
-            continue
-        done.add((function.__code__, place))
+        if (function.__code__, place) in self._done:
+            return
+        self._done.add((function.__code__, place))
         for path, value in _named(function, place):
-            answer = answer_of(value)
-            if answer is not None:
-                reads.setdefault(answer.path, answer)
-            elif isinstance(value, type) and not _of_library(value):
-                methods.update(value.__mro__)
-            elif is_constant(value, simple=_TENSORS) and path is not None:
-                reads.setdefault(path, Read(path, "contents", frozen(value)))
-            elif isinstance(value, FunctionType | MethodType) or function.__module__ in homes:
-                pending.extend(_functions_in(value, path))
-        names = {name for code in nested(function.__code__) for name in code.co_names}
-        for cls, name in itertools.product(tuple(methods), names):
-            value = cls.__dict__.get(name)
-            if is_constant(value, simple=_TENSORS) and value is not None and not _of_library(cls):
-                path = Path(ObjectRoot(cls)).attribute(name)
-                reads.setdefault(path, Read(path, "contents", frozen(value)))
-            elif value is not None:
-                pending.append((value, None))
-    yield from reads.values()
+            self._take(path, value, function.__module__ in self._homes)
+        for code in nested(function.__code__):
+            self._names.update(dict.fromkeys(code.co_names))
+            spelled = [one for one in code.co_consts if isinstance(one, str) and one.isidentifier()]
+            self._names.update(dict.fromkeys(spelled))
+            if not {"getattr", "hasattr"}.isdisjoint(code.co_names):
+                self._asked.update(dict.fromkeys(spelled))
 
+    def _take(self, path: Path, value: Any, at_home: bool) -> None:
+        """Notes what a name stands for."""
+        answer = answer_of(value)
+        if answer is not None:
+            self.reads.setdefault(answer.path, answer)
+        elif isinstance(value, type):
+            if not _of_library(value):
+                self._classes[value] = None
+        elif is_constant(value, simple=_TENSORS):
+            self.reads.setdefault(path, Read(path, "contents", frozen(value)))
+        elif isinstance(value, FunctionType | MethodType):
+            self._note_function(path, value)
+            self._pending.append((value, path if isinstance(value, FunctionType) else None))
+        elif isinstance(value, property):
+            self._note_function(path, value)
+            self._pending.append((value, None))
+        elif ops.entries_of(value) is not None or (
+            _is_plain(value) and not _stands_apart(type(value))
+        ):
+            self.objects.setdefault(path, value)
+            self._classes[type(value)] = None
+            if at_home:
+                self._pending += _functions_in(value, path)
 
-def _held_functions(model: nn.Module) -> Iterator[tuple[Any, Path | None]]:
-    """The functions that modules hold, each with where it is."""
-    for name, module in model.named_modules():
-        owner = Path.to(name)
-        for key, value in module.__dict__.items():
-            if key not in _OWN:
-                for one, place in _functions_in(value, owner.attribute(key)):
-                    yield one, place or (owner.attribute(key) if one is value else None)
+    def _note_function(self, path: Path, value: Any) -> None:
+        function = ops.function_of(value)
+        if isinstance(function, FunctionType) and not _of_library(function):
+            kind = "identity" if function is value else "function"
+            self.reads.setdefault(path, Read(path, kind, function))
+
+    def _add_members(self) -> bool:
+        """Notes what classes have under the names that the code has; whether there was something new."""
+        new = [
+            (cls, name)
+            for cls, name in itertools.product(tuple(self._classes), tuple(self._names))
+            if (cls, name) not in self._done
+        ]
+        for cls, name in new:
+            self._done.add((cls, name))
+            if not _stands_apart(type(cls)):
+                self._classes[type(cls)] = None
+            owner = next((one for one in cls.__mro__ if name in one.__dict__), None)
+            path = Path(ObjectRoot(cls)).attribute(name)
+            if owner is None:
+                if name in self._asked and not name.startswith("__"):
+                    self.reads.setdefault(path, Read(path, "missing", None))
+            elif not _of_library(owner) and name not in _OWN:
+                value = owner.__dict__[name]
+                if isinstance(value, classmethod | staticmethod):
+                    value = getattr(cls, name)
+                if hasattr(type(value), "__get__") and not isinstance(
+                    value, (*_FUNCTIONS, property)
+                ):
+                    path = Path(ObjectRoot(owner)).attribute("__dict__").item(name)
+                self._take(path, value, True)
+        return bool(new)
 
 
 def _functions_in(value: Any, path: Path | None) -> Iterator[tuple[Any, Path | None]]:
@@ -441,15 +628,20 @@ def _of_library(function: Any) -> bool:
     return (function.__module__ or "").partition(".")[0] in _LIBRARIES
 
 
-def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path | None, Any]]:
+def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path, Any]]:
     module = function.__globals__.get("__name__", "")
     known = sys.modules.get(module)
     importable = known is not None and vars(known) is function.__globals__
-    for _, home, name, value in named_by(function):
-        yield (
-            Path(ModuleRoot(home)).attribute(name) if importable or home != module else None,
-            value,
-        )
+    names = {one for code in nested(function.__code__) for one in code.co_consts}
+    spelled = {one for one in names if isinstance(one, str) and one in function.__globals__}
+    found = [(home, name, value) for _, home, name, value in named_by(function)]
+    if "globals" in function.__code__.co_names:
+        found += [(module, name, function.__globals__[name]) for name in sorted(spelled)]
+    for home, name, value in found:
+        if importable or home != module:
+            yield Path(ModuleRoot(home)).attribute(name), value
+        else:
+            yield Path(ObjectRoot(function.__globals__)).item(name), value
     root = place or Path(ObjectRoot(function))
     for name in ("__defaults__", "__kwdefaults__"):
         yield root.attribute(name), getattr(function, name) or None
@@ -582,6 +774,7 @@ class Questions(TorchFunctionMode):
         try:
             for name, function in _QUESTIONS.items():
                 setattr(torch, name, self._listening(name, function))
+            os._Environ.__getitem__ = self._looking_up()  # type: ignore[method-assign]
             # PyTorch asks a class for this whenever it is applied, by whatever name it is called.
             FunctionMeta.__getattribute__ = self._applied()  # type: ignore[method-assign]
             with self:
@@ -589,6 +782,7 @@ class Questions(TorchFunctionMode):
         finally:
             for name, function in _QUESTIONS.items():
                 setattr(torch, name, function)
+            os._Environ.__getitem__ = _ENVIRONMENT  # type: ignore[method-assign]
             del FunctionMeta.__getattribute__
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -640,6 +834,20 @@ class Questions(TorchFunctionMode):
 
         return asked
 
+    def _looking_up(self) -> Any:
+        def read(this: Any, name: Any) -> Any:
+            asker: Any = sys._getframe(1)
+            while asker.f_globals.get("__name__") in ("os", "_collections_abc"):
+                asker = asker.f_back
+            if threading.get_ident() == self._thread and not _question_of_library(asker):
+                path = Path(ModuleRoot("os")).attribute("environ").attribute("get")
+                self._reads.setdefault(
+                    ("environ", (name,)), Read(path, "answer", ((name,), _found(this, name)))
+                )
+            return _ENVIRONMENT(this, name)
+
+        return read
+
     def _applied(self) -> Any:
         def read(cls: type, name: str) -> Any:
             if (
@@ -651,6 +859,16 @@ class Questions(TorchFunctionMode):
             return type.__getattribute__(cls, name)
 
         return read
+
+
+_ENVIRONMENT = os._Environ.__getitem__
+
+
+def _found(environment: Any, name: Any) -> Any:
+    try:
+        return _ENVIRONMENT(environment, name)
+    except KeyError:
+        return None
 
 
 def _answer(name: str, args: tuple[Any, ...], answer: Any) -> Read:

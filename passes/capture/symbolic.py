@@ -32,6 +32,7 @@ from lora_fx.passes.graph import (
     Parameter,
     Path,
     Read,
+    is_constant,
     is_lazy,
     parameters_of,
     wrapped_forward,
@@ -220,7 +221,13 @@ class Recorder(fx.Tracer):
             else:
                 keywords[p.name] = value
         self._passed = (tuple(positional), keywords)
-        self.remember(self._forward, _path_of_forward(type(self.root)))
+        here = _path_of_forward(type(self.root))
+        self.remember(self._forward, here)
+        own = inner_of(type(self.root).forward)
+        if (own.__module__ or "").partition(".")[0] not in ("torch", "lora_fx"):
+            self.read(Read(here, "identity", own))
+            if own.__defaults__ and is_constant(own.__defaults__):
+                self.read(Read(here.attribute("__defaults__"), "contents", own.__defaults__))
         outermost: Any = _outermost
         frame = Frame(self, outermost, None)
         # Whatever the caller's modes are, those of the trace have to be known.

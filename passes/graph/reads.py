@@ -201,17 +201,25 @@ class Read:
 
     Attributes:
         path: Where.
-        kind: How it is compared: ``value``, ``contents``, ``identity``, ``class`` (of the object that lies
-            there), ``length``, ``keys`` and ``holds`` (of a dict, the second with a key), ``shape`` (of a
-            tensor), ``present`` (it is not None), ``missing`` (there was no such attribute), ``there`` (there
-            was one, and the code has a way to go without it), ``answer`` (of a function, with what it was
-            given) or ``tree`` (an object and all below it, :class:`lora_fx.runtime.ops.Seen`).
+        kind: How it is compared: ``value``, ``contents``, ``identity``, ``function`` (of a property or a
+            method of a class), ``class`` (of the object that lies there), ``length``, ``keys`` and ``holds``
+            (of a dict, the second with a key), ``shape`` (of a tensor), ``present`` (it is not None),
+            ``missing`` (there was no such attribute), ``there`` (there was one, and the code has a way to go
+            without it), ``answer`` (of a function, with what it was given) or ``tree`` (an object and all
+            below it, :class:`lora_fx.runtime.ops.Seen`).
         expected: What the trace saw.
     """
 
     path: Path
     kind: str
     expected: Any = dataclasses.field(compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With a function by its place, where it has no name of its own."""
+        expected = self.expected
+        if self.kind in ("identity", "function") and isinstance(expected, FunctionType):
+            return _read_again, (self.path, self.kind, ObjectRoot(expected))
+        return Read, (self.path, self.kind, expected)
 
     def condition(self, root: str, constant: str) -> str:
         """Python code that is true where the read would give something else.
@@ -238,8 +246,8 @@ class Read:
             return f"{here}.shape != {tuple(self.expected)!r}"
         if self.kind == "answer":
             return f"{_DIFFERS}({here}({_given(self.expected)}), {constant}[1])"
-        if self.kind == "class":
-            return f"{_CLASS}({here}) is not {constant}"
+        if self.kind in _ASKED:
+            return f"{_ASKED[self.kind]}({here}) is not {constant}"
         if self.kind == "tree":
             return f"{_TREE}({here}, {constant})"
         if self.kind == "identity" or self.expected is None or isinstance(self.expected, bool):
@@ -260,6 +268,8 @@ class Read:
             value = value[key] if kind == "item" else getattr(value, key)
         if self.kind == "class":
             return ops.class_of(value)
+        if self.kind == "function":
+            return ops.function_of(value)
         if self.kind == "length":
             return len(value)
         if self.kind == "keys":
@@ -273,9 +283,10 @@ class Read:
     @property
     def needs_constant(self) -> bool:
         """Whether what is expected has no literal form, or none that tells it from others."""
-        if self.kind in ("answer", "class", "identity", "tree"):
+        if self.kind in ("answer", "class", "function", "identity", "tree"):
             return True
-        return self.kind in ("value", "contents") and not _literal(self.expected)
+        shared = type(self.expected) is tuple  # the same object is told at once
+        return self.kind in ("value", "contents") and (shared or not _literal(self.expected))
 
     def changes(self, module: Any) -> Iterator[Read]:
         """This read, or those of a tree that would give something else now.
@@ -286,7 +297,8 @@ class Read:
         if self.kind != "tree":
             yield self
             return
-        yield from _changes(module, self.path, self.expected)
+        root: Any = module if self.path.root is _SELF else self.found(module)
+        yield from _changes(root, self.path, self.expected, {})
 
     def words(self, found: str) -> str:
         """What to tell the caller of a graph that was made for something else.
@@ -309,28 +321,36 @@ class Read:
         expected = self.expected
         if self.kind == "class":
             return f"{self.path} was a {expected.__qualname__} when its forward was captured, found {found}"
-        if self.kind == "identity":
+        if self.kind in ("identity", "function"):
             expected = getattr(expected, "__qualname__", None) or repr(expected)
         what = {"length": "the length of ", "shape": "the shape of ", "keys": "the keys of "}.get(
             self.kind, ""
         )
         value = repr(tuple(expected)) if self.kind == "shape" else expected
-        value = value if isinstance(value, str) and self.kind == "identity" else repr(value)
+        named = isinstance(value, str) and self.kind in ("identity", "function")
+        value = value if named else repr(value)
         return f"{what}{self.path} was {value} when its forward was captured, found {found}"
+
+
+def _read_again(path: Path, kind: str, held: ObjectRoot) -> Read:
+    return Read(path, kind, held.value)
 
 
 _DIFFERS = "_lora_fx_differs"
 _CLASS = "_lora_fx_class_of"
+_FUNCTION = "_lora_fx_function_of"
 _TREE = "_lora_fx_tree_differs"
+_ASKED = {"class": _CLASS, "function": _FUNCTION}
 
 
-def _changes(value: Any, path: Path, seen: ops.Seen) -> Iterator[Read]:
+def _changes(value: Any, path: Path, seen: ops.Seen, met: dict[int, Any]) -> Iterator[Read]:
     if ops.class_of(value) is not seen.cls:
         yield Read(path, "class", seen.cls)
         return
+    met[seen.number] = value
     for name, expected in seen.attributes:
-        if ops.differs(getattr(value, name, seen), expected):
-            yield Read(path.attribute(name), "value", expected)
+        here = path.attribute(name)
+        yield from _changes_of(getattr(value, name, seen), here, expected, met)
     for name in seen.missing:
         if hasattr(value, name):
             yield Read(path.attribute(name), "missing", None)
@@ -346,8 +366,27 @@ def _changes(value: Any, path: Path, seen: ops.Seen) -> Iterator[Read]:
             yield Read(here, "shape", shape)
     if seen.inside is not None and ops.inside_of(value) != seen.inside:
         yield Read(path.attribute("_modules"), "keys", list(seen.inside))
-    for name, inner in seen.below:
-        yield from _changes(getattr(value, name, None), path.attribute(name), inner)
+    if seen.items is not None:
+        yield from _changes_inside(value, path, seen.items, met)
+
+
+def _changes_inside(
+    value: Any, path: Path, items: tuple[tuple[Any, Any], ...], met: dict[int, Any]
+) -> Iterator[Read]:
+    entries = ops.entries_of(value) or []
+    if [key for key, _ in entries] != [key for key, _ in items]:
+        yield Read(path, "keys", [key for key, _ in items])
+        return
+    for (key, one), (_, expected) in zip(entries, items, strict=True):
+        yield from _changes_of(one, path.item(key), expected, met)
+
+
+def _changes_of(found: Any, path: Path, expected: Any, met: dict[int, Any]) -> Iterator[Read]:
+    if type(expected) is ops.Seen:
+        yield from _changes(found, path, expected, met)
+    elif ops.part_differs(found, expected, met):
+        known = met.get(expected.number) if type(expected) is ops.Again else expected
+        yield Read(path, "value", known)
 
 
 def _given(expected: tuple[tuple[Any, ...], Any]) -> str:
@@ -377,7 +416,12 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
         if read.needs_constant:
             found[f"_lora_fx_value_{place}"] = read.expected
     text = " ".join(condition for _, condition in conditions_of(reads))
-    helpers = {_DIFFERS: ops.differs, _CLASS: ops.class_of, _TREE: ops.tree_differs}
+    helpers = {
+        _DIFFERS: ops.differs,
+        _CLASS: ops.class_of,
+        _FUNCTION: ops.function_of,
+        _TREE: ops.tree_differs,
+    }
     return found | {name: helper for name, helper in helpers.items() if name in text}
 
 
@@ -394,7 +438,12 @@ def frozen(value: Any) -> Any:
         return ops.HeldTensor(value)
     if type(value) is dict:
         return {key: frozen(item) for key, item in value.items()}
-    return type(value)(map(frozen, value)) if type(value) in CONTAINERS else value
+    if type(value) not in CONTAINERS:
+        return value
+    copied = type(value)(map(frozen, value))
+    # A tuple that is the same object needs no further look.
+    same = type(value) is tuple and all(a is b for a, b in zip(copied, value, strict=True))
+    return value if same else copied
 
 
 def is_constant(value: Any, most: int = MOST, simple: tuple[type, ...] = ()) -> bool:

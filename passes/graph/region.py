@@ -45,7 +45,6 @@ from lora_fx.runtime import (
     entry,
     give_class,
     inner_class,
-    inner_of,
     ops,
     subclass,
 )
@@ -167,7 +166,7 @@ def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) 
         for one in read.changes(module) if changed else ():
             try:
                 found = shown(one.found(module))
-            except (AttributeError, LookupError):
+            except (AttributeError, LookupError, TypeError):
                 found = "nothing"
             yield one.words(found)
 
@@ -316,7 +315,7 @@ def _region_class(
     known = _classes.get(key)
     if known is not None:
         return known
-    forward: Any = entry("fallback", inner_of(base.forward))
+    forward: Any = entry("fallback", base, "forward")
     if not fallback:
         forward = _refusal(base, forms, quantized=kept)
     original = base.forward

@@ -6,7 +6,7 @@ import dataclasses
 
 from tests.fuzz.source import Scope
 
-__all__ = ["PLACES", "STATES", "USES", "add_read", "add_state"]
+__all__ = ["PLACES", "STATES", "USES", "Place", "add_read", "add_state", "write_read"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,6 +176,198 @@ PLACES = {
         change="{m}.{n}.fill_({o})",
         number=True,
     ),
+    "list of objects": Place(
+        "self.{n}[1].k",
+        "self.{n} = [Config(), Config()]\nself.{n}[1].k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}[1].k = {o}",
+    ),
+    "list of objects, one replaced": Place(
+        "self.{n}[1].k",
+        "self.{n} = [Settings(0), Settings({v})]",
+        "@dataclasses.dataclass\nclass Settings:\n    k: object = None",
+        change="{m}.{n}[1] = Settings({o})",
+    ),
+    "dict of functions": Place(
+        'self.{n}["a"]()',
+        'self.{n} = {{"a": lambda: {v}, "b": abs}}',
+        change='{m}.{n}["a"] = lambda: {o}',
+    ),
+    "OrderedDict": Place(
+        'self.{n}["a"]', "self.{n} = collections.OrderedDict(a={v})", change='{m}.{n}["a"] = {o}'
+    ),
+    "defaultdict": Place(
+        'self.{n}["a"]',
+        "self.{n} = collections.defaultdict(int, a={v})",
+        change='{m}.{n}["a"] = {o}',
+    ),
+    "deque": Place(
+        "self.{n}[0]", "self.{n} = collections.deque([{v}, 0])", change="{m}.{n}[0] = {o}"
+    ),
+    "named tuple": Place(
+        "self.{n}.k",
+        "self.{n} = Named({v})",
+        'Named = collections.namedtuple("Named", "k")',
+        change="{m}.{n} = Named({o})",
+    ),
+    "dict of a class of its own": Place(
+        'self.{n}["a"]',
+        "self.{n} = Table(a={v})",
+        "class Table(dict):\n    pass",
+        change='{m}.{n}["a"] = {o}',
+    ),
+    "UserDict": Place(
+        'self.{n}["a"]', "self.{n} = collections.UserDict(a={v})", change='{m}.{n}["a"] = {o}'
+    ),
+    "view of a dict": Place(
+        'self.{n}["a"]',
+        "self.of_{n} = {{'a': {v}}}\nself.{n} = types.MappingProxyType(self.of_{n})",
+        change='{m}.of_{n}["a"] = {o}',
+    ),
+    "namespace": Place(
+        "self.{n}.k", "self.{n} = types.SimpleNamespace(k={v})", change="{m}.{n}.k = {o}"
+    ),
+    "bytes that change": Place(
+        "self.{n}[0]", "self.{n} = bytearray([3])", change="{m}.{n}[0] = 5", number=True
+    ),
+    "fraction": Place(
+        "float(self.{n})",
+        'self.{n} = fractions.Fraction("{v}")',
+        change='{m}.{n} = fractions.Fraction("{o}")',
+        number=True,
+    ),
+    "number of a class of its own": Place(
+        "self.{n}",
+        "self.{n} = Number({v})",
+        "class Number(float):\n    pass",
+        change="{m}.{n} = Number({o})",
+        number=True,
+    ),
+    "weak reference": Place(
+        "self.{n}().k",
+        "self.of_{n} = Config()\nself.of_{n}.k = {v}\nself.{n} = weakref.ref(self.of_{n})",
+        "class Config:\n    pass",
+        change="{m}.{n}().k = {o}",
+    ),
+    "global object": Place(
+        "{n}.k",
+        before="class Config:\n    pass\n\n{n} = Config()\n{n}.k = {v}",
+        change="{n}.k = {o}",
+    ),
+    "global object, replaced": Place(
+        "{n}.k",
+        before="@dataclasses.dataclass\nclass Settings:\n    k: object = None\n\n{n} = Settings({v})",
+        change='globals()["{n}"] = Settings({o})',
+    ),
+    "object in globals()": Place(
+        'globals()["{n}"].k',
+        before="class Config:\n    pass\n\n{n} = Config()\n{n}.k = {v}",
+        change="{n}.k = {o}",
+    ),
+    "method of a global object": Place(
+        "{n}.get()",
+        before="class Holder:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def get(self):\n        return self.k\n\n{n} = Holder({v})",
+        change="{n}.k = {o}",
+    ),
+    "global list of objects": Place(
+        "{n}[0].k",
+        before="class Config:\n    pass\n\n{n} = [Config()]\n{n}[0].k = {v}",
+        change="{n}[0].k = {o}",
+    ),
+    "global dict of functions": Place(
+        '{n}["a"]()', before='{n} = {{"a": lambda: {v}}}', change='{n}["a"] = lambda: {o}'
+    ),
+    "global dict of classes": Place(
+        '{n}["a"].k',
+        before="class Of_{n}:\n    k = {v}\n\n{n} = {{'a': Of_{n}}}",
+        change="Of_{n}.k = {o}",
+    ),
+    "closure over an object": Place(
+        "read_{n}()",
+        before="class Config:\n    pass\n\ndef keep_object(value):\n    held = Config()\n"
+        "    held.k = value\n    def kept():\n        return held.k\n    kept.held = held\n"
+        "    return kept\n\nread_{n} = keep_object({v})",
+        change="read_{n}.held.k = {o}",
+    ),
+    "context variable": Place(
+        "{n}.get()",
+        before='{n} = contextvars.ContextVar("{n}")\n{n}.set({v})',
+        change="{n}.set({o})",
+    ),
+    "environment": Place(
+        'float(os.environ.get("FUZZ_{n}", 1))',
+        before='os.environ["FUZZ_{n}"] = "{v}"',
+        change='os.environ["FUZZ_{n}"] = "{o}"',
+        number=True,
+    ),
+    "getattr of a class": Place('getattr(type(self), "{n}", {v})', change="{C}.{n} = {o}"),
+    "__dict__ of a class": Place('{C}.__dict__["{n}"]', member="{n} = {v}", change="{C}.{n} = {o}"),
+    "object of a class": Place(
+        "type(self).{n}.k",
+        before="class Config:\n    pass",
+        member="{n} = Config()\n{n}.k = {v}",
+        change="{C}.{n}.k = {o}",
+    ),
+    "dict of a class": Place(
+        '{C}.{n}["a"]', member='{n} = {{"a": {v}, "b": abs}}', change='{C}.{n}["a"] = {o}'
+    ),
+    "class as a config": Place(
+        "self.{n}.k",
+        "self.{n} = Of_{n}",
+        "class Of_{n}:\n    k = {v}",
+        change="Of_{n}.k = {o}",
+    ),
+    "static method of a class": Place(
+        "Of_{n}.get()",
+        before="class Of_{n}:\n    k = {v}\n    @staticmethod\n    def get():\n        return Of_{n}.k",
+        change="Of_{n}.k = {o}",
+    ),
+    "property of a class": Place(
+        "Of_{n}.k",
+        before="class Meta_{n}(type):\n    @property\n    def k(cls):\n        return cls.kept\n\n"
+        "class Of_{n}(metaclass=Meta_{n}):\n    kept = {v}",
+        change="Of_{n}.kept = {o}",
+    ),
+    "descriptor": Place(
+        "self.{n}",
+        before="class Gives:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __get__(self, owner, cls):\n        return self.k",
+        member="{n} = Gives({v})",
+        change='{C}.__dict__["{n}"].k = {o}',
+    ),
+    "method, replaced": Place(
+        "self.{n}()",
+        member="def {n}(self):\n    return {v}",
+        change="{C}.{n} = lambda self: {o}",
+    ),
+    "class method, replaced": Place(
+        "self.{n}()",
+        member="@classmethod\ndef {n}(cls):\n    return {v}",
+        change="{C}.{n} = classmethod(lambda cls: {o})",
+    ),
+    "property, replaced": Place(
+        "self.{n}",
+        member="@property\ndef {n}(self):\n    return {v}",
+        change="{C}.{n} = property(lambda self: {o})",
+    ),
+    "method of a config, replaced": Place(
+        "self.{n}.get()",
+        "self.{n} = Of_{n}()",
+        "class Of_{n}:\n    def get(self):\n        return {v}",
+        change="Of_{n}.get = lambda self: {o}",
+    ),
+    "function, replaced": Place(
+        "take_{n}()",
+        before="def take_{n}():\n    return {v}",
+        change='globals()["take_{n}"] = lambda: {o}',
+    ),
+    "hook for attributes": Place(
+        "self.{n}",
+        member="def __getattr__(self, name):\n    if name == '{n}':\n        return {v}\n"
+        "    return super().__getattr__(name)",
+        change="{C}.{n} = {o}",
+    ),
     "buffer's item": Place(
         "self.{n}.item()",
         'self.register_buffer("{n}", torch.tensor(float({v})))',
@@ -243,16 +435,31 @@ def add_read(s: Scope) -> None:
         use = "times"  # the hash of a tensor is that of the object: another one in each copy
     free = use in _COMPARISONS and not place.number
     value, other = c.pick(_ANY if free else _NUMBERS)
+    write_read(
+        s, place, use, value, other, change=bool(place.change) and c.has("change/what was read", 3)
+    )
+
+
+def write_read(s: Scope, place: Place, use: str, value: str, other: str, *, change: bool) -> None:
+    """Adds a value, and what it decides.
+
+    Args:
+        s: The class.
+        place: Where it is kept.
+        use: What it decides; a key of :data:`USES`.
+        value: The value, as text.
+        other: What it is changed to.
+        change: Whether it is.
+    """
     values = {"n": s.fresh("k"), "v": value, "o": other, "C": s.name}
     if place.init:
         s.init += place.init.format(**values).splitlines()
     if place.before:
-        text = place.before.format(**values)
-        s.source.before(text)
+        s.source.before(place.before.format(**values))
     if place.member:
         s.member(place.member.format(**values))
     _add_use(s, use, place.read.format(**values), value)
-    if place.change and c.has("change/what was read", 3):
+    if change:
         owner = f'm.get_submodule("{s.path[:-1]}")' if s.path else "m"
         s.source.changes += place.change.format(**values, m=owner).splitlines()
 

@@ -10,13 +10,23 @@ __all__ = ["BATCH", "LENGTH", "Scope", "Source"]
 
 BATCH, LENGTH = 2, 3
 
-_HEAD = """\
-import dataclasses
-import enum
-import functools
-import itertools
-import operator
-import random
+_MODULES = (
+    "collections",
+    "contextvars",
+    "dataclasses",
+    "enum",
+    "fractions",
+    "functools",
+    "itertools",
+    "operator",
+    "os",
+    "random",
+    "types",
+    "weakref",
+)
+_IMPORTS = "\n".join(f"import {name}" for name in _MODULES)
+_HEAD = f"""\
+{_IMPORTS}
 
 import numpy as np
 import torch
@@ -176,15 +186,9 @@ def _indented(lines: list[str], width: int) -> list[str]:
 def _trimmed(text: str) -> str:
     """Without the imports that nothing uses."""
     lines = text.splitlines()
-    names = {
-        "import dataclasses": "dataclasses.",
-        "import enum": "enum.",
-        "import functools": "functools.",
-        "import itertools": "itertools.",
-        "import operator": "operator.",
-        "import random": "random.",
+    used = {f"import {name}": f"{name}." for name in _MODULES} | {
         "import numpy as np": "np.",
         "import torch.nn.functional as F": "F.",
         "from torch.utils.checkpoint import checkpoint": "checkpoint(",
     }
-    return "\n".join(line for line in lines if line not in names or names[line] in text) + "\n"
+    return "\n".join(line for line in lines if line not in used or used[line] in text) + "\n"
