@@ -27,7 +27,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -195,7 +195,7 @@ class Notes:
             value: The object.
             words: Where it is.
         """
-        self._watched[id(value)] = value
+        self._watched[_identity(value)] = value
         entries = ops.entries_of(value)
         if entries is not None:
             self._items[id(value)] = tuple(
@@ -267,7 +267,7 @@ class Notes:
             return self._state_of(value, words, refused=not apart or not _has_attributes(value))
         if _identity(value) not in self._watched:
             self._watch(value, words)
-        return _Held(value)
+        return _Held(self._watched[_identity(value)])  # no stand-in for a module
 
     def _state_of(self, value: Any, words: str, refused: bool) -> Any:
         """What an object of C, or of Python's own library, is: its name if it is called, else its pickle.
@@ -506,6 +506,7 @@ class Named:
         self.reads: dict[Path, Read] = {}
         self.objects: dict[Path, Any] = {}
         own: set[Any] = {ops.class_of(module) for module in model.modules()}
+        self._own = {cls for cls in (*own, *classes) if not _of_library(cls)}
         self._homes = {cls.__module__ for cls in own}
         self._pending: list[tuple[Any, Path | None]] = []
         self._names: dict[str, None] = {}
@@ -528,9 +529,11 @@ class Named:
         self._pending += [(one, at or (path if one is value else None)) for one, at in found]
         if isinstance(value, type):
             self._classes[value] = None
+            self._own.add(value)
         elif not found and _is_plain(value) and id(value) not in self._done:
             self._done.add(id(value))
             self._classes[type(value)] = None
+            self._own.add(type(value))
             for key, one in getattr(value, "__dict__", {}).items():
                 self._look_at(one, path.attribute(key))
 
@@ -551,7 +554,7 @@ class Named:
             self._names.update(dict.fromkeys(code.co_names))
             spelled = [one for one in code.co_consts if isinstance(one, str) and one.isidentifier()]
             self._names.update(dict.fromkeys(spelled))
-            if not {"getattr", "hasattr"}.isdisjoint(code.co_names):
+            if _asks_classes(code):
                 self._asked.update(dict.fromkeys(spelled))
 
     def _take(self, path: Path, value: Any, at_home: bool) -> None:
@@ -562,6 +565,7 @@ class Named:
         elif isinstance(value, type):
             if not _of_library(value):
                 self._classes[value] = None
+                self._own.update((value,) if at_home else ())
         elif is_constant(value, simple=_TENSORS):
             self.reads.setdefault(path, Read(path, "contents", frozen(value)))
         elif isinstance(value, FunctionType | MethodType):
@@ -598,7 +602,7 @@ class Named:
             owner = next((one for one in cls.__mro__ if name in one.__dict__), None)
             path = Path(ObjectRoot(cls)).attribute(name)
             if owner is None:
-                if name in self._asked and not name.startswith("__"):
+                if name in self._asked and cls in self._own and not name.startswith("__"):
                     self.reads.setdefault(path, Read(path, "missing", None))
             elif not _of_library(owner) and name not in _OWN:
                 value = owner.__dict__[name]
@@ -610,6 +614,15 @@ class Named:
                     path = Path(ObjectRoot(owner)).attribute("__dict__").item(name)
                 self._take(path, value, True)
         return bool(new)
+
+
+def _asks_classes(code: CodeType) -> bool:
+    """Whether code may ask a class for an attribute that it may lack."""
+    first = code.co_varnames[:1] if code.co_argcount else ()
+    named = {"type", "__class__"}.isdisjoint(code.co_names)
+    return not {"getattr", "hasattr"}.isdisjoint(code.co_names) and not (
+        first == ("self",) and named
+    )
 
 
 def _functions_in(value: Any, path: Path | None) -> Iterator[tuple[Any, Path | None]]:

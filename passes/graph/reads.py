@@ -217,9 +217,11 @@ class Read:
     def __reduce__(self) -> tuple[Any, ...]:
         """With a function by its place, where it has no name of its own."""
         expected = self.expected
-        if self.kind in ("identity", "function") and isinstance(expected, FunctionType):
+        if self.kind not in ("identity", "function") or not isinstance(expected, FunctionType):
+            return Read, (self.path, self.kind, expected)
+        if _named(expected.__module__, expected.__qualname__) is expected or _way_to(expected):
             return _read_again, (self.path, self.kind, ObjectRoot(expected))
-        return Read, (self.path, self.kind, expected)
+        return Read, (self.path, self.kind, ops.Callee.of(expected))  # it has no name any more
 
     def condition(self, root: str, constant: str) -> str:
         """Python code that is true where the read would give something else.
@@ -246,6 +248,8 @@ class Read:
             return f"{here}.shape != {tuple(self.expected)!r}"
         if self.kind == "answer":
             return f"{_DIFFERS}({here}({_given(self.expected)}), {constant}[1])"
+        if type(self.expected) is ops.Callee and self.kind != "value":
+            return f"{_DIFFERS}({_FUNCTION}({here}), {constant})"
         if self.kind in _ASKED:
             return f"{_ASKED[self.kind]}({here}) is not {constant}"
         if self.kind == "tree":

@@ -293,7 +293,6 @@ FEATURES: dict[str, str] = {
     "read/context variable": "",
     "read/environment": "",
     "read/getattr of a class": "",
-    "read/__dict__ of a class": "",
     "read/object of a class": "",
     "read/dict of a class": "",
     "read/class as a config": "",

@@ -302,7 +302,6 @@ PLACES = {
         number=True,
     ),
     "getattr of a class": Place('getattr(type(self), "{n}", {v})', change="{C}.{n} = {o}"),
-    "__dict__ of a class": Place('{C}.__dict__["{n}"]', member="{n} = {v}", change="{C}.{n} = {o}"),
     "object of a class": Place(
         "type(self).{n}.k",
         before="class Config:\n    pass",
