@@ -492,7 +492,7 @@ class Frame:
         recorder.remember(value, path)
         if is_constant(value):
             recorder.read(Read(path, "contents", frozen(value)))
-            recorder.settled.add(id(value))
+            self._settle(value, path)
         elif type(value) in (set, frozenset):
             self.refuse_softly(f"reads {path}, a set of objects")
         else:
@@ -519,6 +519,14 @@ class Frame:
             self.recorder.read(Read(path, "length", len(holder)))
         else:
             self.note_children(holder)
+
+    def _settle(self, value: Any, path: Path) -> None:
+        """Says that all that is in a container is noted, and in those inside."""
+        self.recorder.settled.add(id(value))
+        for key, one in value.items() if type(value) is dict else enumerate(value):
+            if type(one) in CONTAINERS:
+                self.recorder.remember(one, path.item(key))
+                self._settle(one, path.item(key))
 
     def note_children(self, module: nn.Module) -> None:
         """Notes which children a module has, and their order."""

@@ -334,7 +334,7 @@ class Recorder(fx.Tracer):
         found = None if owner is None else owner._parameters.get(key)
         if found is None or is_lazy(found):
             return None
-        self.read(Read(path, "shape", found.shape))
+        self.read(Read(path, "shape", tuple(found.shape)))
         return found.shape
 
     def is_none(self, value: TracedValue) -> bool:

@@ -235,25 +235,17 @@ class Read:
             asked = f"hasattr({Path(self.path.root, tuple(above)).expression(root)}, {name!r})"
             return asked if self.kind == "missing" else f"not {asked}"
         here = self.path.expression(root)
-        if self.kind == "present":
-            return f"{here} is None"
-        if self.kind == "length":
-            return f"len({here}) != {self.expected}"
-        if self.kind == "keys":
-            return f"list({here}) != {self.expected!r}"
         if self.kind == "holds":
             key, held = self.expected
             return f"({key!r} in {here}) is not {held}"
-        if self.kind == "shape":
-            return f"{here}.shape != {tuple(self.expected)!r}"
         if self.kind == "answer":
             return f"{_DIFFERS}({here}({_given(self.expected)}), {constant}[1])"
-        if type(self.expected) is ops.Callee and self.kind != "value":
+        if type(self.expected) is ops.Callee and self.kind in ("identity", "function"):
             return f"{_DIFFERS}({_FUNCTION}({here}), {constant})"
-        if self.kind in _ASKED:
-            return f"{_ASKED[self.kind]}({here}) is not {constant}"
-        if self.kind == "tree":
-            return f"{_TREE}({here}, {constant})"
+        if self.kind in _CONDITIONS:
+            return _CONDITIONS[self.kind].format(
+                here=here, constant=constant, expected=self.expected
+            )
         if self.kind == "identity" or self.expected is None or isinstance(self.expected, bool):
             return f"{here} is not {constant if self.kind == 'identity' else self.expected}"
         if self.needs_constant or self.kind == "contents":
@@ -344,7 +336,15 @@ _DIFFERS = "_lora_fx_differs"
 _CLASS = "_lora_fx_class_of"
 _FUNCTION = "_lora_fx_function_of"
 _TREE = "_lora_fx_tree_differs"
-_ASKED = {"class": _CLASS, "function": _FUNCTION}
+_CONDITIONS = {
+    "present": "{here} is None",
+    "length": "len({here}) != {expected}",
+    "keys": "list({here}) != {expected!r}",
+    "shape": "{here}.shape != {expected!r}",
+    "class": f"{_CLASS}({{here}}) is not {{constant}}",
+    "function": f"{_FUNCTION}({{here}}) is not {{constant}}",
+    "tree": f"{_TREE}({{here}}, {{constant}})",
+}
 
 
 def _changes(value: Any, path: Path, seen: ops.Seen, met: dict[int, Any]) -> Iterator[Read]:

@@ -42,7 +42,7 @@ from tests.fuzz.oracle import Adapter, Dense, adapters_of, randomize
 from tests.fuzz.program import Outcome, Program
 from tests.fuzz.rounding import FACTOR, SAMPLES, Noise
 
-__all__ = ["judge"]
+__all__ = ["imported", "judge"]
 
 _numbers = itertools.count()
 
@@ -72,7 +72,7 @@ def judge(program: Program) -> Outcome:
         logging.getLogger("lora_fx").setLevel(logging.CRITICAL)
         run = None
         try:
-            with _imported(program.source, Path(folder)) as module:
+            with imported(program.source, Path(folder)) as module:
                 run = _Run(program, module, Path(folder))
                 run.all()
         except _Ended as end:
@@ -84,7 +84,7 @@ def judge(program: Program) -> Outcome:
 
 
 @contextlib.contextmanager
-def _imported(source: str, folder: Path) -> Iterator[ModuleType]:
+def imported(source: str, folder: Path) -> Iterator[ModuleType]:
     """The program as a module of its own, with a file: captures read the source of what they trace."""
     name = f"fuzzed_{next(_numbers)}"
     path = folder / f"{name}.py"

@@ -6,7 +6,17 @@ import dataclasses
 
 from tests.fuzz.source import Scope
 
-__all__ = ["PLACES", "STATES", "USES", "Place", "add_read", "add_state", "write_read"]
+__all__ = [
+    "AROUND",
+    "PLACES",
+    "STATES",
+    "USES",
+    "Place",
+    "add_read",
+    "add_state",
+    "write_read",
+    "write_state",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -496,7 +506,7 @@ def _block(lines: list[str], width: int) -> str:
     return "\n".join(" " * width + line for line in lines)
 
 
-STATES = {
+STATES: dict[str, tuple[str, ...]] = {
     "counter": ("self.{n} = 0", "self.{n} += 1\nx = x * self.{n}"),
     "counter that decides": ("self.{n} = 0", "self.{n} += 1\nif self.{n} > 1:\n    x = x * 3"),
     "counter behind": ("self.{n} = 0", "x = x + self.{n}\nself.{n} = self.{n} + 1"),
@@ -538,13 +548,95 @@ STATES = {
 }
 
 
+_COUNTING = """
+def counting():
+    k = 0
+    def add():
+        nonlocal k
+        k += 1
+        return k
+    return add
+
+"""
+AROUND: dict[str, tuple[str, ...]] = {
+    "counter of a global object": (
+        "",
+        "{n}.k += 1\nx = x * {n}.k",
+        "class Counts:\n    k = 0\n\n{n} = Counts()",
+    ),
+    "counter of a class": ("", "Of_{n}.k += 1\nx = x * Of_{n}.k", "class Of_{n}:\n    k = 0"),
+    "counter of its own class": (
+        "",
+        "type(self).{n} = getattr(type(self), '{n}', 0) + 1\nx = x * type(self).{n}",
+    ),
+    "counter in a global dict": ("", '{n}["a"] += 1\nx = x * {n}["a"]', '{n} = {{"a": 0}}'),
+    "global list": ("", "{n}.append(1)\nx = x * len({n})", "{n} = []"),
+    "global list of objects": ("", "{n}.append(abs)\nx = x * len({n})", "{n} = [abs]"),
+    "counter by global": (
+        "",
+        "x = x * add_{n}()",
+        "{n} = 0\n\ndef add_{n}():\n    global {n}\n    {n} += 1\n    return {n}",
+    ),
+    "counter by nonlocal": (
+        "",
+        "x = x * next_{n}()",
+        _COUNTING + "next_{n} = counting()",
+    ),
+    "counter of a function": (
+        "",
+        "count_{n}.k += 1\nx = x * count_{n}.k",
+        "def count_{n}():\n    pass\n\ncount_{n}.k = 0",
+    ),
+    "list as a default": (
+        "",
+        "x = x * longer_{n}()",
+        "def longer_{n}(seen=[]):\n    seen.append(1)\n    return len(seen)",
+    ),
+    "global iterator": ("", "x = x * next({n})", "{n} = itertools.count(1)"),
+    "global random": ("", "x = x * {n}.random()", "{n} = random.Random(0)"),
+    "random of Python": ("", "x = x * (random.random() + 1)"),
+    "random of NumPy": ("", "x = x * float(np.random.rand())"),
+    "context variable": (
+        "",
+        "{n}.set({n}.get() + 1)\nx = x * {n}.get()",
+        '{n} = contextvars.ContextVar("{n}", default=0)',
+    ),
+    "counter in the environment": (
+        "",
+        'k = int(os.environ.get("STATE_{n}", 0)) + 1\nos.environ["STATE_{n}"] = str(k)\nx = x * k',
+    ),
+    "cached function": (
+        "",
+        "x = x * kept_{n}(x.shape[0])",
+        "@functools.lru_cache\ndef kept_{n}(size):\n    return size + 0.5",
+    ),
+    "counter of a config": (
+        "self.{n} = types.SimpleNamespace(k=0)",
+        "self.{n}.k += 1\nx = x * self.{n}.k",
+    ),
+}
+"""What a call leaves behind outside of the model: in ``__init__``, in ``forward``, and before the class."""
+
+
 def add_state(s: Scope) -> None:
     """Something that a call leaves behind for the next."""
-    init, text = STATES[s.choices.feature("state", list(STATES))]
+    write_state(s, s.choices.feature("state", list(STATES)))
+
+
+def write_state(s: Scope, state: str) -> None:
+    """Adds something that a call leaves behind.
+
+    Args:
+        s: The class.
+        state: A key of :data:`STATES` or :data:`AROUND`.
+    """
+    init, text, *before = {**STATES, **AROUND}[state]
     values = {"n": s.fresh("n")}
     s.source.before("class Config:\n    pass")
     if "count(" in text:
         s.source.before("def count(value):\n    return value + 1")
+    for one in before:
+        s.source.before(one.format(**values))
     s.init += init.format(**values).splitlines()
     s.source.stateful = True
     s.add(*text.format(**values).splitlines())

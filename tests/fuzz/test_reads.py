@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+import random
+from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+import pytest
+import torch
+
+import lora_fx
 from tests.fuzz.choices import Seeded
-from tests.fuzz.judge import judge
+from tests.fuzz.judge import imported, judge
 from tests.fuzz.program import Program
-from tests.fuzz.reads import PLACES, write_read
+from tests.fuzz.reads import AROUND, PLACES, write_read, write_state
 from tests.fuzz.source import Scope, Source
 
 _USES = {"times": ("0.5", "2.0"), "lookup": ("None", "0.5"), "if": ("2", "3")}
@@ -43,3 +51,43 @@ def test_a_change_is_seen(place: str, frontend: str, product: bool) -> None:
             assert outcome.kind == "equal" or "cannot be copied" in outcome.detail, (
                 f"{outcome}\n{program}"
             )
+
+
+def _outputs(module: ModuleType, frontend: str) -> list[torch.Tensor]:
+    """What three calls give, of a model that was just built; adapted if there is a front-end."""
+    random.seed(0)
+    np.random.seed(0)
+    for name in [name for name in os.environ if name.startswith("STATE_")]:
+        del os.environ[name]
+    torch.manual_seed(0)
+    model = module.build().eval()
+    x = torch.ones(2, 4)
+    if frontend:
+        example = x if frontend == "export" else None
+        config = lora_fx.LoraConfig(r=2, target_modules=".*")
+        model = lora_fx.rewrite(model, config, example, frontend=frontend)
+    with torch.no_grad():
+        return [model(x) for _ in range(3)]
+
+
+@pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
+@pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
+@pytest.mark.parametrize("state", sorted(AROUND))
+def test_what_a_call_leaves_behind_is_left_behind(
+    state: str, frontend: str, product: bool, tmp_path: Path
+) -> None:
+    source = Source(Seeded("0"))
+    scope = Scope(source, "Net", "", 4)
+    write_state(scope, state)
+    scope.add(f"x = x @ {scope.parameter(4, 4)}" if product else f"x = {scope.linear()}(x)")
+    source.classes.append(str(scope))
+    with imported(str(source), tmp_path) as module:
+        expected = _outputs(module, "")
+    with imported(str(source), tmp_path) as module:
+        try:
+            found = _outputs(module, frontend)
+        except lora_fx.LoraFxError:
+            assert frontend != "regions" or product
+            return
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
