@@ -11,6 +11,7 @@ import operator
 import pickle
 import re
 import sys
+import threading
 import weakref
 from array import array
 from collections import OrderedDict, deque
@@ -567,6 +568,7 @@ _CONTENTS: tuple[tuple[Any, Callable[[Any], list[tuple[Any, Any]]]], ...] = (
     ((bytearray, memoryview, array), lambda value: [("all", bytes(value))]),
     (weakref.ref, lambda value: [("call", value())]),
     (ContextVar, lambda value: [("get", value.get(_NEVER))]),
+    (threading.local, lambda value: list(vars(value).items())),
 )
 
 
@@ -574,7 +576,7 @@ def entries_of(value: object) -> list[tuple[Any, Any]] | None:
     """What an object of C holds that is no attribute, each with a key; None for what holds nothing.
 
     Args:
-        value: A container, bytes that can be changed, a weak reference or a context variable.
+        value: A container, bytes that can be changed, a weak reference, or a variable of a context or thread.
     """
     for kind, entries in _CONTENTS:
         if isinstance(value, kind):

@@ -13,15 +13,20 @@ import dataclasses
 import inspect
 import math
 import operator
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as shape_settings
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
@@ -30,6 +35,7 @@ from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
     CONSTANT,
+    MATH,
     NEEDS_MODULES,
     WANTS_CACHE,
     Condition,
@@ -149,13 +155,16 @@ def _shape_conditions(
         for n in graph.nodes
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
     ]
+    environment: ShapeEnv | None = None
     for name, value in zip(names, tensors, strict=True):
         yield TensorGiven(name)
         yield Condition(f"{name}.dtype", "==", str(value.dtype))
         yield Condition(f"{name}.dim()", "==", str(value.dim()))
         for axis, size in enumerate(value.shape):
             here = f"{name}.shape[{axis}]"
-            expression = size.node.expr if isinstance(size, torch.SymInt) else size
+            expression = size
+            if isinstance(size, torch.SymInt):
+                expression, environment = size.node.expr, size.node.shape_env
             if isinstance(expression, int) or expression.is_Integer:
                 yield Condition(here, "==", str(int(expression)))
             elif not expression.is_Symbol:
@@ -166,11 +175,42 @@ def _shape_conditions(
             else:
                 seen[expression] = here
                 allowed = program.range_constraints.get(expression)
-                # Every dynamic size starts at 2 in a trace; that says nothing about 1.
-                if allowed and allowed.lower.is_Integer and allowed.lower > 2:
+                if allowed and allowed.lower.is_Integer and allowed.lower > 0:
                     yield Condition(here, ">=", str(int(allowed.lower)))
                 if allowed and allowed.upper.is_Integer:
                     yield Condition(here, "<=", str(int(allowed.upper)))
+    if environment is not None:
+        yield from _size_conditions(environment, seen)
+
+
+def _size_conditions(environment: ShapeEnv, named: dict[Any, str]) -> Iterator[Condition]:
+    """What code, or an operation, asked of sizes on its way: the graph goes the way of that answer.
+
+    Args:
+        environment: Of the trace.
+        named: The sizes of the arguments, by symbol.
+
+    Raises:
+        CaptureError: If it has asked for a size that no argument has.
+    """
+    printer = PythonPrinter()
+    asked = (environment.simplify(guard.expr) for guard in environment.guards)
+    for expression in dict.fromkeys(asked):
+        if expression == sympy.true:
+            continue
+        unknown = expression.free_symbols - named.keys()
+        if unknown:
+            raise CaptureError(
+                f"its forward asks whether {expression} holds, of sizes that depend on the values of a tensor"
+            )
+        symbols = {one: sympy.Symbol(f"_size_{place}") for place, one in enumerate(named)}
+        text = printer.doprint(expression.xreplace(symbols))
+        for one, short in symbols.items():
+            text = re.sub(rf"\b{short.name}\b", named[one], text)
+        text = text.replace("math.", f"{MATH}.")
+        yield Flag(
+            f"not ({text})", note=f"its sizes are others than those of the example: {text} is false"
+        )
 
 
 def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
@@ -303,7 +343,9 @@ def _exported(
     modes = {module: module.training for module in model.modules()}
     try:
         model.train()
-        with ONE_AT_A_TIME, _watched(model, inputs, names) as (notes, questions):
+        # Otherwise a trace takes every size to be 2 or more, and never says where that matters.
+        oblivious = shape_settings.patch(backed_size_oblivious=True)
+        with ONE_AT_A_TIME, oblivious, _watched(model, inputs, names) as (notes, questions):
             program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
         return program, notes, questions
     except Exception as error:

@@ -91,9 +91,6 @@ _ANSWERING = (
     inspect.Parameter,
 )
 _APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
-_FUNCTIONS: Any = vars(torch)[
-    "zeros"
-].__self__  # what holds the functions of PyTorch that make tensors
 _IN_WORDS: dict[Any, str] = {
     torch.no_grad: "switches gradients on or off, which a graph would lose",
     torch.enable_grad: "switches gradients on or off, which a graph would lose",
@@ -228,12 +225,17 @@ class Frame:
             return getattr(value, name)
         if isinstance(value, nn.Module):
             return self._of_module(value, name, lookup)
+        if isinstance(value, FunctionType) and name in vars(value) and name != "__wrapped__":
+            path = recorder.path_of(value) or Path(ObjectRoot(value))
+            return self.noted(vars(value)[name], path.attribute(name), lookup=lookup)
         if isinstance(value, torch.Tensor) or _answers(value):
             return getattr(value, name)
         if isinstance(value, (_FirstOf, *_VIEWS)):
             return self.refuse_here("goes through its parameters")
         if isinstance(value, types.ModuleType):
-            path = Path(ModuleRoot(value.__name__)).attribute(name)
+            known = sys.modules.get(value.__name__) is value
+            here = Path(ModuleRoot(value.__name__)) if known else recorder.path_of(value)
+            path = (here or Path(ObjectRoot(value))).attribute(name)
             root = value.__name__.partition(".")[0]
             trusted = self.library or root in _LIBRARIES or root in sys.stdlib_module_names
             return self.noted(getattr(value, name), path, trusted=trusted, lookup=lookup)
@@ -435,6 +437,8 @@ class Frame:
                 is noted then, and not what else it holds.
         """
         recorder = self.recorder
+        if isinstance(value, types.ModuleType):
+            recorder.remember(value, path)
         if isinstance(value, TracedValue | nn.Module | types.ModuleType):
             return value
         if isinstance(value, torch.Tensor):
@@ -476,6 +480,9 @@ class Frame:
             self.refuse_softly(what)
         elif not (trusted and callable(value)):
             recorder.remember(value, path)
+            known = recorder.path_of(value)
+            if known is not None and known != path:
+                recorder.read(Read(path, "same", known))  # what is read of it is noted there
             recorder.read(Read(path, "class", type(value)))
 
     def _note_method(self, value: Any, path: Path) -> None:
@@ -873,7 +880,7 @@ class Frame:
 
     def _call_other(self, function: Any, args: Any, kwargs: Any) -> Any:
         # Those that make tensors of nothing are not overridable, and refused by the mode.
-        if _of_torch(function) or getattr(function, "__self__", None) is _FUNCTIONS:
+        if _of_torch(function) or _makes_tensors(function):
             # Parameters that code got hold of in some other way than by their names are reads, too.
             args = tuple(map(self.recorder.seen, args))
             if _is_function(function) and (holds_traced(args) or holds_traced(kwargs)):
@@ -1137,6 +1144,13 @@ def _of_torch(function: Any) -> bool:
     if isinstance(function, type) or not _hashable(function):
         return False
     return function in _overridable() or getattr(function, "__module__", "") in _OF_OPERATORS
+
+
+def _makes_tensors(function: Any) -> bool:
+    """Whether a function of C is one of PyTorch's by name, as ``torch.zeros``."""
+    name = getattr(function, "__name__", "")
+    known = getattr(torch._C._VariableFunctions, name, None) or vars(torch).get(name)
+    return isinstance(function, BuiltinFunctionType) and function is known
 
 
 def _is_function(function: Any) -> bool:

@@ -27,7 +27,15 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FrameType,
+    FunctionType,
+    GenericAlias,
+    MethodType,
+    ModuleType,
+)
 from typing import Any
 
 import numpy as np
@@ -252,8 +260,9 @@ class Notes:
                 return frozen(value)
         if isinstance(value, SIMPLE):  # of a class of its own
             return value
+        within = getattr(value, "__args__", ()) if isinstance(value, GenericAlias) else (value,)
+        self.classes.update(one for one in within if isinstance(one, type))
         if isinstance(value, type):
-            self.classes.add(value)
             return value
         if isinstance(value, _FUNCTIONS):
             return value if _importable(value) else ops.Callee.of(value)
@@ -571,6 +580,9 @@ class Named:
         elif isinstance(value, FunctionType | MethodType):
             self._note_function(path, value)
             self._pending.append((value, path if isinstance(value, FunctionType) else None))
+            for name, held in vars(value).items() if not _of_library(value) else ():
+                if not name.startswith("_"):
+                    self._take(path.attribute(name), held, at_home)
         elif isinstance(value, property):
             self._note_function(path, value)
             self._pending.append((value, None))
@@ -647,14 +659,19 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path, A
     importable = known is not None and vars(known) is function.__globals__
     names = {one for code in nested(function.__code__) for one in code.co_consts}
     spelled = {one for one in names if isinstance(one, str) and one in function.__globals__}
-    found = [(home, name, value) for _, home, name, value in named_by(function)]
+    found = list(named_by(function))
     if "globals" in function.__code__.co_names:
-        found += [(module, name, function.__globals__[name]) for name in sorted(spelled)]
-    for home, name, value in found:
-        if importable or home != module:
+        found += [(name, module, name, function.__globals__[name]) for name in sorted(spelled)]
+    own = Path(ModuleRoot(module)) if importable else Path(ObjectRoot(function.__globals__))
+    for words, home, name, value in found:
+        if home != module and getattr(sys.modules.get(home), name, _MISSING) is value:
             yield Path(ModuleRoot(home)).attribute(name), value
-        else:
-            yield Path(ObjectRoot(function.__globals__)).item(name), value
+            continue
+        first, *rest = words.split(".")
+        path = own.attribute(first) if importable else own.item(first)
+        for one in rest:
+            path = path.attribute(one)
+        yield path, value
     root = place or Path(ObjectRoot(function))
     for name in ("__defaults__", "__kwdefaults__"):
         yield root.attribute(name), getattr(function, name) or None

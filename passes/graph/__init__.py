@@ -67,6 +67,7 @@ from lora_fx.passes.graph.region import (
     wraps_own_forward,
 )
 from lora_fx.passes.graph.signature import (
+    MATH,
     NEEDS_MODULES,
     WANTS_CACHE,
     Condition,
@@ -94,6 +95,7 @@ __all__ = [
     "CONSTANT",
     "CONTAINERS",
     "LIBRARIES",
+    "MATH",
     "MOST",
     "NEEDS_MODULES",
     "SCOPES",

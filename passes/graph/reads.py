@@ -205,8 +205,8 @@ class Read:
             method of a class), ``class`` (of the object that lies there), ``length``, ``keys`` and ``holds``
             (of a dict, the second with a key), ``shape`` (of a tensor), ``present`` (it is not None),
             ``missing`` (there was no such attribute), ``there`` (there was one, and the code has a way to go
-            without it), ``answer`` (of a function, with what it was given) or ``tree`` (an object and all
-            below it, :class:`lora_fx.runtime.ops.Seen`).
+            without it), ``same`` (the object that lies at another path, too), ``answer`` (of a function, with
+            what it was given) or ``tree`` (an object and all below it, :class:`lora_fx.runtime.ops.Seen`).
         expected: What the trace saw.
     """
 
@@ -314,6 +314,8 @@ class Read:
             return f"{asked} was {self.expected[1]!r} when its forward was captured, found {found}"
         if self.kind == "present":
             return f"{self.path} was there when its forward was captured, found None"
+        if self.kind == "same":
+            return f"{self.path} was {self.expected} when its forward was captured, found {found}"
         expected = self.expected
         if self.kind == "class":
             return f"{self.path} was a {expected.__qualname__} when its forward was captured, found {found}"
@@ -343,6 +345,7 @@ _CONDITIONS = {
     "shape": "{here}.shape != {expected!r}",
     "class": f"{_CLASS}({{here}}) is not {{constant}}",
     "function": f"{_FUNCTION}({{here}}) is not {{constant}}",
+    "same": "{here} is not {constant}",
     "tree": f"{_TREE}({{here}}, {{constant}})",
 }
 
@@ -407,7 +410,10 @@ def conditions_of(reads: Iterable[Read]) -> Iterator[tuple[Read, str]]:
     reads = tuple(reads)
     roots = _named_roots(reads)
     for place, read in enumerate(reads):
-        yield read, read.condition(roots[read.path.root], f"_lora_fx_value_{place}")
+        constant = f"_lora_fx_value_{place}"
+        if read.kind == "same":
+            constant = read.expected.expression(roots[read.expected.root])
+        yield read, read.condition(roots[read.path.root], constant)
 
 
 def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
@@ -432,7 +438,8 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
 def _named_roots(reads: Iterable[Read]) -> dict[_Root, str]:
     found: dict[_Root, str] = {_SELF: "self"}
     for read in reads:
-        found.setdefault(read.path.root, f"_lora_fx_root_{len(found)}")
+        for path in (read.path, *((read.expected,) if read.kind == "same" else ())):
+            found.setdefault(path.root, f"_lora_fx_root_{len(found)}")
     return found
 
 

@@ -29,6 +29,7 @@ from lora_fx.runtime import ops
 
 __all__ = [
     "FALLBACK",
+    "MATH",
     "NEEDS_MODULES",
     "WANTS_CACHE",
     "Condition",
@@ -51,7 +52,14 @@ NEEDS_MODULES = "_lora_fx_needs_modules"
 WANTS_CACHE = "_lora_fx_wants_cache"
 """Global name of :func:`lora_fx.runtime.ops.wants_cache` in generated code."""
 
-_HELPERS = {NEEDS_MODULES: ops.needs_modules, WANTS_CACHE: ops.wants_cache}
+MATH = "_lora_fx_math"
+"""The name under which conditions find the functions of ``math``."""
+
+_HELPERS: dict[str, Any] = {
+    NEEDS_MODULES: ops.needs_modules,
+    WANTS_CACHE: ops.wants_cache,
+    MATH: math,
+}
 _SIMPLE = (type(None), bool, int, float, str)
 _STARS: dict[int, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",

@@ -377,6 +377,395 @@ PLACES = {
         "    return super().__getattr__(name)",
         change="{C}.{n} = {o}",
     ),
+    "attrgetter": Place(
+        'operator.attrgetter("{n}")(self)', "self.{n} = {v}", change="{m}.{n} = {o}"
+    ),
+    "attrgetter of a path": Place(
+        'operator.attrgetter("{n}.k")(self)',
+        "self.{n} = Config()\nself.{n}.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.k = {o}",
+    ),
+    "itemgetter": Place(
+        'operator.itemgetter("a")(self.{n})', 'self.{n} = {{"a": {v}}}', change='{m}.{n}["a"] = {o}'
+    ),
+    "methodcaller": Place(
+        'operator.methodcaller("{n}")(self)',
+        "self._{n} = {v}",
+        member="def {n}(self):\n    return self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "shallow copy": Place(
+        "copy.copy(self.{n}).k",
+        "self.{n} = Config()\nself.{n}.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.k = {o}",
+    ),
+    "asdict": Place(
+        'dataclasses.asdict(self.{n})["k"]',
+        "self.{n} = Settings({v})",
+        "@dataclasses.dataclass\nclass Settings:\n    k: object = None",
+        change="{m}.{n}.k = {o}",
+    ),
+    "astuple": Place(
+        "dataclasses.astuple(self.{n})[0]",
+        "self.{n} = Settings({v})",
+        "@dataclasses.dataclass\nclass Settings:\n    k: object = None",
+        change="{m}.{n}.k = {o}",
+    ),
+    "vars of a config": Place(
+        'vars(self.{n})["k"]',
+        "self.{n} = Config()\nself.{n}.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.k = {o}",
+    ),
+    "__dict__ of a config": Place(
+        'self.{n}.__dict__["k"]',
+        "self.{n} = Config()\nself.{n}.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.k = {o}",
+    ),
+    "values of a config": Place(
+        "list(vars(self.{n}).values())[0]",
+        "self.{n} = Config()\nself.{n}.k = {v}",
+        "class Config:\n    pass",
+        change="{m}.{n}.k = {o}",
+    ),
+    "keyword arguments kept": Place(
+        "take_value(**self.{n})",
+        'self.{n} = {{"value": {v}}}',
+        "def take_value(value):\n    return value",
+        change='{m}.{n}["value"] = {o}',
+    ),
+    "arguments kept": Place(
+        "take_value(*self.{n})",
+        "self.{n} = [{v}]",
+        "def take_value(value):\n    return value",
+        change="{m}.{n}[0] = {o}",
+    ),
+    "items of a dict": Place(
+        "[b for a, b in self.{n}.items()][0]",
+        'self.{n} = {{"a": {v}}}',
+        change='{m}.{n}["a"] = {o}',
+    ),
+    "longer dict": Place(
+        "list(self.{n}.values())[-1]", 'self.{n} = {{"a": {v}}}', change='{m}.{n}["b"] = {o}'
+    ),
+    "pop of a copy": Place(
+        'dict(self.{n}).pop("a")', 'self.{n} = {{"a": {v}}}', change='{m}.{n}["a"] = {o}'
+    ),
+    "chain of dicts": Place(
+        'collections.ChainMap(self.{n}, {{"b": 1}})["a"]',
+        'self.{n} = {{"a": {v}}}',
+        change='{m}.{n}["a"] = {o}',
+    ),
+    "merged dicts": Place(
+        '({{"b": 1}} | self.{n})["a"]', 'self.{n} = {{"a": {v}}}', change='{m}.{n}["a"] = {o}'
+    ),
+    "unpacked": Place(
+        "(lambda pair: pair[1])((0, *self.{n}))", "self.{n} = [{v}]", change="{m}.{n}[0] = {o}"
+    ),
+    "sorted by": Place(
+        "sorted(self.{n}, key=lambda one: one.rank)[0].k",
+        "self.{n} = [Ranked(1, 3.0), Ranked(0, {v})]",
+        "@dataclasses.dataclass\nclass Ranked:\n    rank: int\n    k: object",
+        change="{m}.{n}[1].k = {o}",
+    ),
+    "order of objects": Place(
+        "sorted(self.{n}, key=lambda one: one.rank)[0].k",
+        "self.{n} = [Ranked(1, {o}), Ranked(0, {v})]",
+        "@dataclasses.dataclass\nclass Ranked:\n    rank: int\n    k: object",
+        change="{m}.{n}[1].rank = 5",
+    ),
+    "length of an object": Place(
+        "len(self.{n})",
+        "self.{n} = Sized(2)",
+        "class Sized:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __len__(self):\n        return self.k",
+        change="{m}.{n}.k = 3",
+        number=True,
+    ),
+    "object that is iterated": Place(
+        "list(self.{n})[0]",
+        "self.{n} = Iterated({v})",
+        "class Iterated:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __iter__(self):\n        yield self.k",
+        change="{m}.{n}.k = {o}",
+    ),
+    "object with items": Place(
+        "self.{n}[0]",
+        "self.{n} = Indexed({v})",
+        "class Indexed:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __getitem__(self, place):\n        return self.k",
+        change="{m}.{n}.k = {o}",
+    ),
+    "object that is called": Place(
+        "self.{n}()",
+        "self.{n} = Called({v})",
+        "class Called:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __call__(self):\n        return self.k",
+        change="{m}.{n}.k = {o}",
+    ),
+    "object as a number": Place(
+        "float(self.{n})",
+        "self.{n} = Weighs({v})",
+        "class Weighs:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __float__(self):\n        return float(self.k)",
+        change="{m}.{n}.k = {o}",
+        number=True,
+    ),
+    "object that is multiplied": Place(
+        "(1 * self.{n})",
+        "self.{n} = Factor({v})",
+        "class Factor:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __rmul__(self, other):\n        return other * self.k",
+        change="{m}.{n}.k = {o}",
+        number=True,
+    ),
+    "object that is compared": Place(
+        "(2.0 if self.{n} == 1 else 3.0)",
+        "self.{n} = Alike(True)",
+        "class Alike:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __eq__(self, other):\n        return self.k",
+        change="{m}.{n}.k = False",
+        number=True,
+    ),
+    "object that contains": Place(
+        "(2.0 if 1 in self.{n} else 3.0)",
+        "self.{n} = Contains(True)",
+        "class Contains:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __contains__(self, other):\n        return self.k",
+        change="{m}.{n}.k = False",
+        number=True,
+    ),
+    "truth of an object": Place(
+        "(2.0 if self.{n} else 3.0)",
+        "self.{n} = Says(True)",
+        "class Says:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __bool__(self):\n        return self.k",
+        change="{m}.{n}.k = False",
+        number=True,
+    ),
+    "text of an object": Place(
+        "len(str(self.{n}))",
+        'self.{n} = Spelled("ab")',
+        "class Spelled:\n    def __init__(self, k):\n        self.k = k\n"
+        "    def __str__(self):\n        return self.k",
+        change='{m}.{n}.k = "abc"',
+        number=True,
+    ),
+    "text as JSON": Place(
+        "json.loads(self.{n})[0]", 'self.{n} = "[0.5]"', change='{m}.{n} = "[0.25]"', number=True
+    ),
+    "text that is matched": Place(
+        '(2.0 if re.match(self.{n}, "abc") else 3.0)',
+        'self.{n} = "a"',
+        change='{m}.{n} = "b"',
+        number=True,
+    ),
+    "eval": Place('eval("self.{n}")', "self.{n} = {v}", change="{m}.{n} = {o}"),
+    "format": Place(
+        'float("{{}}".format(self.{n}))', "self.{n} = {v}", change="{m}.{n} = {o}", number=True
+    ),
+    "percent": Place(
+        'float("%s" % self.{n})', "self.{n} = {v}", change="{m}.{n} = {o}", number=True
+    ),
+    "square root": Place(
+        "math.sqrt(abs(self.{n}))", "self.{n} = {v}", change="{m}.{n} = {o}", number=True
+    ),
+    "square root of NumPy": Place(
+        "float(np.sqrt(abs(self.{n})))", "self.{n} = {v}", change="{m}.{n} = {o}", number=True
+    ),
+    "accumulate": Place(
+        "list(itertools.accumulate(self.{n}))[-1]",
+        "self.{n} = [1, {v}]",
+        change="{m}.{n}[1] = {o}",
+        number=True,
+    ),
+    "starmap": Place(
+        "list(itertools.starmap(take_second, [self.{n}]))[0]",
+        "self.{n} = (0, {v})",
+        "def take_second(a, b):\n    return b",
+        change="{m}.{n} = (0, {o})",
+    ),
+    "generator": Place(
+        "next(self.{n}())",
+        "self._{n} = {v}",
+        member="def {n}(self):\n    yield self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "recursion": Place(
+        "self.{n}(3)",
+        "self._{n} = {v}",
+        member="def {n}(self, depth):\n    return self._{n} if not depth else self.{n}(depth - 1)",
+        change="{m}._{n} = {o}",
+    ),
+    "partial method": Place(
+        "self.{n}()",
+        "self._{n} = {v}",
+        member="def of_{n}(self, add):\n    return self._{n}\n\n"
+        "{n} = functools.partialmethod(of_{n}, 1)",
+        change="{m}._{n} = {o}",
+    ),
+    "single dispatch": Place(
+        "read_{n}(self)",
+        "self.{n} = {v}",
+        "@functools.singledispatch\ndef read_{n}(module):\n    return module.{n}",
+        change="{m}.{n} = {o}",
+    ),
+    "method by name": Place(
+        'getattr(self, "get_" + "{n}")()',
+        "self._{n} = {v}",
+        member="def get_{n}(self):\n    return self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "fget": Place(
+        "type(self).{n}.fget(self)",
+        "self._{n} = {v}",
+        member="@property\ndef {n}(self):\n    return self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "function of the class": Place(
+        "type(self).{n}(self)",
+        "self._{n} = {v}",
+        member="def {n}(self):\n    return self._{n}",
+        change="{m}._{n} = {o}",
+    ),
+    "__getattribute__": Place(
+        "self.{n}.k",
+        "self.{n} = Asks()\nself.{n}.kept = {v}",
+        "class Asks:\n    def __getattribute__(self, name):\n"
+        "        return object.__getattribute__(self, 'kept' if name == 'k' else name)",
+        change="{m}.{n}.kept = {o}",
+    ),
+    "in a context": Place(
+        "inside_{n}(self)",
+        "self.{n} = {v}",
+        "@contextlib.contextmanager\ndef given_{n}(module):\n    yield module.{n}\n\n"
+        "def inside_{n}(module):\n    with given_{n}(module) as value:\n        return value",
+        change="{m}.{n} = {o}",
+    ),
+    "try and finally": Place(
+        "self.{n}()",
+        "self._{n} = {v}",
+        member="def {n}(self):\n    try:\n        return self._{n}\n    finally:\n        pass",
+        change="{m}._{n} = {o}",
+    ),
+    "attribute or else": Place(
+        "self.{n}()",
+        "",
+        member="def {n}(self):\n    try:\n        return self._{n}\n    except AttributeError:\n"
+        "        return {v}",
+        change="{m}._{n} = {o}",
+    ),
+    "key or else": Place(
+        "self.{n}()",
+        "self._{n} = {{'b': 1}}",
+        member="def {n}(self):\n    try:\n        return self._{n}['a']\n    except KeyError:\n"
+        "        return {v}",
+        change="{m}._{n}['a'] = {o}",
+    ),
+    "shared config, replaced in one place": Place(
+        "(self.{n}a.c.k, self.{n}b.c.k)[1]",
+        "self.{n}a, self.{n}b = nn.Identity(), nn.Identity()\nself.{n}a.c = Settings({v})\n"
+        "self.{n}b.c = self.{n}a.c",
+        "@dataclasses.dataclass\nclass Settings:\n    k: object = None",
+        change="{m}.{n}b.c = Settings({o})",
+    ),
+    "number of children": Place(
+        "len(list(self.{n}.children()))",
+        "self.{n} = nn.Sequential(nn.Identity())",
+        change="{m}.{n}.append(nn.Identity())",
+        number=True,
+    ),
+    "class of a child": Place(
+        "(2.0 if isinstance(self.{n}, nn.Identity) else 3.0)",
+        "self.{n} = nn.Identity()",
+        change="{m}.{n} = nn.Tanh()",
+        number=True,
+    ),
+    "name of a class": Place(
+        "(2.0 if type(self.{n}).__name__ == 'Identity' else 3.0)",
+        "self.{n} = nn.Identity()",
+        change="{m}.{n} = nn.Tanh()",
+        number=True,
+    ),
+    "setting of a layer": Place(
+        "self.{n}.eps",
+        "self.{n} = nn.LayerNorm(2, eps={v})",
+        change="{m}.{n}.eps = {o}",
+        number=True,
+    ),
+    "extra representation": Place(
+        "len(self.{n}.extra_repr())",
+        "self.{n} = nn.Dropout(0.5)",
+        change="{m}.{n}.p = 0.25",
+        number=True,
+    ),
+    "size of a buffer": Place(
+        "self.{n}.shape[0]",
+        'self.register_buffer("{n}", torch.ones(2))',
+        change="{m}.{n} = torch.ones(3)",
+        number=True,
+    ),
+    "length of a buffer": Place(
+        "len(self.{n})",
+        'self.register_buffer("{n}", torch.ones(2))',
+        change="{m}.{n} = torch.ones(3)",
+        number=True,
+    ),
+    "dtype of a buffer": Place(
+        "(2.0 if self.{n}.dtype == torch.float32 else 3.0)",
+        'self.register_buffer("{n}", torch.ones(2))',
+        change="{m}.{n} = torch.ones(2, dtype=torch.int64)",
+        number=True,
+    ),
+    "whether a parameter is trained": Place(
+        "(2.0 if self.{n}.requires_grad else 3.0)",
+        "self.{n} = nn.Parameter(torch.ones(2), requires_grad=False)",
+        number=True,
+    ),
+    "module": Place(
+        "helpers_{n}.k",
+        before='helpers_{n} = types.ModuleType("helpers_{n}")\nhelpers_{n}.k = {v}',
+        change="helpers_{n}.k = {o}",
+    ),
+    "array": Place(
+        "self.{n}[0]", 'self.{n} = array.array("d", [2.0])', change="{m}.{n}[0] = 3.0", number=True
+    ),
+    "decimal": Place(
+        "float(self.{n})",
+        'self.{n} = decimal.Decimal("{v}")',
+        change='{m}.{n} = decimal.Decimal("{o}")',
+        number=True,
+    ),
+    "date": Place(
+        "self.{n}.day",
+        "self.{n} = datetime.date(2020, 1, 2)",
+        change="{m}.{n} = datetime.date(2020, 1, 3)",
+        number=True,
+    ),
+    "thread local": Place(
+        "{n}.k", before="{n} = threading.local()\n{n}.k = {v}", change="{n}.k = {o}"
+    ),
+    "flag": Place(
+        "(2.0 if Mode_{n}.ON in self.{n} else 3.0)",
+        "self.{n} = Mode_{n}.ON",
+        "class Mode_{n}(enum.Flag):\n    ON = 1\n    OFF = 2",
+        change="{m}.{n} = Mode_{n}.OFF",
+        number=True,
+    ),
+    "function's attribute": Place(
+        "read_{n}.k",
+        before="def read_{n}():\n    pass\n\nread_{n}.k = {v}",
+        change="read_{n}.k = {o}",
+    ),
+    "type variable": Place(
+        "self.{n}.__args__[0].k",
+        "self.{n} = list[Of_{n}]",
+        "class Of_{n}:\n    k = {v}",
+        change="Of_{n}.k = {o}",
+    ),
     "buffer's item": Place(
         "self.{n}.item()",
         'self.register_buffer("{n}", torch.tensor(float({v})))',

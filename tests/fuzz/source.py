@@ -11,16 +11,25 @@ __all__ = ["BATCH", "LENGTH", "Scope", "Source"]
 BATCH, LENGTH = 2, 3
 
 _MODULES = (
+    "array",
     "collections",
+    "contextlib",
     "contextvars",
+    "copy",
     "dataclasses",
+    "datetime",
+    "decimal",
     "enum",
     "fractions",
     "functools",
     "itertools",
+    "json",
+    "math",
     "operator",
     "os",
     "random",
+    "re",
+    "threading",
     "types",
     "weakref",
 )
