@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -330,6 +331,11 @@ def trace(
             failures.append(f"{description}: {reason}")
             last = error
             continue
+        if questions := _unanswered(program):
+            reason = f"the forward asks of its sizes whether {questions[0]}, which a file cannot"
+            failures.append(f"{description}: {reason}")
+            last = ExportError(reason)
+            continue
         if len(failures) > len(failed):  # who has those before has told of them
             _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
         reason_of = partial(_reason, failures, witness, task)
@@ -340,6 +346,54 @@ def trace(
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({together(failures)})"
     ) from last
+
+
+def _unanswered(program: ExportedProgram) -> list[str]:
+    """What a trace asked of its dynamic sizes, and no file asks again: it has the branch of the example.
+
+    Limits of one size are left out, which the file's metadata has, and so is whether a size is 0 or 1, which
+    the parity gate tries.
+    """
+    sizes = itertools.chain.from_iterable(
+        node.meta["val"].shape
+        for node in program.graph.nodes
+        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+    )
+    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    if environment is None:
+        return []
+    asked = dict.fromkeys(environment.simplify(guard.expr) for guard in environment.guards)
+    return [str(one) for one in asked if not _is_limit(one) and not _always_holds(one)]
+
+
+def _is_limit(question: Any) -> bool:
+    """Whether a question is for a limit of one size."""
+    if not isinstance(question, sympy.core.relational.Relational):
+        return bool(question == sympy.true)
+    left, right = question.args
+    between = (left.is_Symbol and right.is_Integer) or (right.is_Symbol and left.is_Integer)
+    return between and not isinstance(question, sympy.Eq | sympy.Ne)
+
+
+def _always_holds(question: Any) -> bool:
+    """Whether a question has the same answer for all sizes from 2 on, as far as a grid of them shows.
+
+    The grid has small sizes and those next to every number in the question. Whether something is 0 or 1 is
+    asked by operations as well: then sizes that are large count alone.
+    """
+    near = [int(one) for one in question.atoms(sympy.Integer)]
+    sizes = sorted({*range(2, 18), *(n + d for n in near for d in (-1, 0, 1) if n + d > 1)})
+    if isinstance(question, sympy.Ne) and not {0, 1}.isdisjoint(question.args):
+        sizes = list(range(2048, 2048 + max(64, *near) + 1))
+    symbols = sorted(question.free_symbols, key=str)
+    picks = random.Random(0)
+    grid = [[size] * len(symbols) for size in sizes]
+    grid += [
+        [size if one is symbol else picks.choice(sizes) for one in symbols]
+        for symbol in symbols
+        for size in sizes
+    ]
+    return all(question.subs(list(zip(symbols, one, strict=True))) == sympy.true for one in grid)
 
 
 def _attempts(

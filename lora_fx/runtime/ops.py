@@ -65,10 +65,12 @@ __all__ = [
     "given",
     "in_place",
     "inside_of",
+    "is_plain",
     "needs_modules",
     "output_padding",
     "pad_features",
     "part_differs",
+    "shape_of",
     "spread",
     "tree_differs",
     "wants_cache",
@@ -330,6 +332,22 @@ def wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
     return any(getattr(one, "use_cache", False) for one in (config, *parts))
 
 
+def is_plain(x: torch.Tensor) -> bool:
+    """Whether a tensor lies in memory as a new one of its shape would: no gaps, its last axis first, from 0.
+
+    Args:
+        x: The tensor; any shape.
+    """
+    if x.layout is not torch.strided or x.storage_offset() != 0:
+        return False
+    step = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= max(size, 1)
+    return True
+
+
 def in_place(operation: str, left: Any, right: Any) -> Any:
     """``left += right`` and the like: changes a tensor in place, and gives a new number.
 
@@ -369,8 +387,7 @@ class Seen:
         attributes: Names and values of what was read. An object is what was seen of it in turn, or
             :class:`Again`.
         missing: Names of attributes that it did not have.
-        parameters: The names of a module's own parameters and buffers, with their shapes; None for one that
-            is None.
+        parameters: The names of a module's own parameters and buffers, each with :func:`shape_of` it.
         inside: The names of the modules in a container, in their order; None for what is no container.
         items: What :func:`entries_of` gave; None if nobody looked.
         number: Which one it was, counted from 0 in the order in which they are compared.
@@ -379,7 +396,7 @@ class Seen:
     cls: type
     attributes: tuple[tuple[str, Any], ...] = ()
     missing: tuple[str, ...] = ()
-    parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
+    parameters: tuple[tuple[str, tuple[tuple[int, ...], torch.dtype] | None], ...] = ()
     inside: tuple[str, ...] | None = None
     items: tuple[tuple[Any, Any], ...] | None = None
     number: int = 0
@@ -525,7 +542,7 @@ def tree_differs(value: Any, seen: Seen, met: dict[int, Any] | None = None) -> b
         if hasattr(value, name):
             return True
     for name, shape in seen.parameters:
-        if _shape_of(value, name) != shape:
+        if shape_of(_tensor_of(value, name)) != shape:
             return True
     if inside_of(value) != seen.inside:
         return True
@@ -592,11 +609,14 @@ def inside_of(value: Any) -> tuple[str, ...] | None:
     return tuple([name for name, one in inside if not isinstance(one, AdapterModule)])
 
 
-def _shape_of(module: Any, name: str) -> Any:
+def shape_of(tensor: torch.Tensor | None) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """What a trace takes for granted of a parameter or buffer: shape and dtype; None for one that is None."""
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+
+
+def _tensor_of(module: Any, name: str) -> Any:
     tensor = module._parameters.get(name)
-    if tensor is None:
-        tensor = module._buffers.get(name)
-    return None if tensor is None else tensor.shape
+    return module._buffers.get(name) if tensor is None else tensor
 
 
 def class_of(value: object) -> type:

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -35,6 +35,7 @@ from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
     CONSTANT,
+    IS_PLAIN,
     MATH,
     NEEDS_MODULES,
     WANTS_CACHE,
@@ -183,6 +184,26 @@ def _shape_conditions(
         yield from _size_conditions(environment, seen)
 
 
+def _layout_conditions(inputs: dict[str, Any]) -> Iterator[Condition]:
+    """Tensors lie in memory one behind the other, as those of the example do.
+
+    Raises:
+        CaptureError: If one of the example does not.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            if not ops.is_plain(value):
+                raise CaptureError(
+                    f"its forward asks how a tensor lies in memory, and {name} of the example is not "
+                    "contiguous: frontend='regions' keeps it"
+                )
+            yield Flag(
+                f"not {IS_PLAIN}({name})",
+                note=f"its forward asks how a tensor lies in memory: pass {name}.clone(memory_format="
+                "torch.contiguous_format)",
+            )
+
+
 def _size_conditions(environment: ShapeEnv, named: dict[Any, str]) -> Iterator[Condition]:
     """What code, or an operation, asked of sizes on its way: the graph goes the way of that answer.
 
@@ -282,6 +303,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions += [autocast, hooks]
     conditions.extend(_output_conditions(model))
     conditions.extend(dict.fromkeys(c for one in questions for c in one.conditions))
+    if any(one.layout for one in questions):
+        conditions.extend(_layout_conditions(inputs))
     cached = [one.forget(getattr(model, "config", None), CACHE) for one in notes]
     conditions.extend(_cache_condition(cached[0]))
     known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
@@ -344,7 +367,7 @@ def _exported(
     try:
         model.train()
         # Otherwise a trace takes every size to be 2 or more, and never says where that matters.
-        oblivious = shape_settings.patch(backed_size_oblivious=True)
+        oblivious = shape_settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # set by its install
         with ONE_AT_A_TIME, oblivious, _watched(model, inputs, names) as (notes, questions):
             program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
         return program, notes, questions

@@ -318,7 +318,7 @@ class Notes:
         found = self._reads.get(_identity(value), {})
         missing = tuple(name for name, one in found.items() if one is _MISSING)
         noted = [(name, one) for name, one in found.items() if one is not _MISSING]
-        parameters: tuple[tuple[str, tuple[int, ...] | None], ...] = ()
+        parameters: tuple[tuple[str, Any], ...] = ()
         if isinstance(value, nn.Module):
             named = {name for name, _ in noted}
             noted += [
@@ -327,9 +327,7 @@ class Notes:
                 if name not in named
             ]
             own = {**value._parameters, **value._buffers}
-            parameters = tuple(
-                (name, None if one is None else tuple(one.shape)) for name, one in own.items()
-            )
+            parameters = tuple((name, ops.shape_of(one)) for name, one in own.items())
         attributes = tuple((name, self._below(one, done)) for name, one in noted)
         items = self._items.get(id(value))
         if items is not None:
@@ -719,6 +717,23 @@ _CHANGING: dict[Any, str] = {
         )
     },
 }
+_OF_LAYOUT = frozenset(
+    (
+        torch.as_strided,
+        *(
+            getattr(torch.Tensor, name)
+            for name in (
+                "as_strided",
+                "data_ptr",
+                "dim_order",
+                "is_contiguous",
+                "is_set_to",
+                "stride",
+            )
+        ),
+        *(getattr(torch.Tensor, name) for name in ("storage_offset", "untyped_storage", "storage")),
+    )
+)
 # What has the default dtype and becomes a constant.
 _MAKING = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
 _QUESTIONS = {name: getattr(torch, name) for name in (*_STATE, *_GRAD_MODE)}
@@ -759,6 +774,7 @@ class Questions(TorchFunctionMode):
         refused: What cannot be guarded, in words.
         grad_mode: Whether the grad mode was asked for. Training and evaluation have another one, so that no
             guard may: the graph has to be the same in both.
+        layout: Whether code asked how a tensor lies in memory, which follows from how the arguments do.
     """
 
     def __init__(self) -> None:
@@ -766,6 +782,7 @@ class Questions(TorchFunctionMode):
         self.conditions: list[Condition] = []
         self.refused: list[str] = []
         self.grad_mode = False
+        self.layout = False
         self._reads: dict[tuple[str, tuple[Any, ...]], Read] = {}
         self._arguments: dict[int, tuple[str, torch.Tensor, dict[str, Any]]] = {}
         self._before: dict[str, Any] = {}
@@ -821,8 +838,11 @@ class Questions(TorchFunctionMode):
         result = func(*args, **kwargs)
         asked, changed = _ASKING.get(func), _CHANGING.get(func)
         made = func in _MAKING and "dtype" not in kwargs
-        if (asked or changed or made) and not _question_of_library(sys._getframe(1)):
-            if asked:
+        laid = func in _OF_LAYOUT
+        if (asked or changed or made or laid) and not _question_of_library(sys._getframe(1)):
+            if laid:
+                self.layout = True
+            elif asked:
                 self._note(asked, args[0], result)
             elif changed:
                 self.refused.append(

@@ -67,6 +67,7 @@ from lora_fx.passes.graph.region import (
     wraps_own_forward,
 )
 from lora_fx.passes.graph.signature import (
+    IS_PLAIN,
     MATH,
     NEEDS_MODULES,
     WANTS_CACHE,
@@ -94,6 +95,7 @@ __all__ = [
     "ATOMS",
     "CONSTANT",
     "CONTAINERS",
+    "IS_PLAIN",
     "LIBRARIES",
     "MATH",
     "MOST",

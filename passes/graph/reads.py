@@ -369,8 +369,10 @@ def _changes(value: Any, path: Path, seen: ops.Seen, met: dict[int, Any]) -> Ite
             )
         elif getattr(value, name, None) is None:
             yield Read(here, "present", None)
-        elif getattr(value, name).shape != shape:
-            yield Read(here, "shape", shape)
+        elif getattr(value, name).shape != shape[0]:
+            yield Read(here, "shape", shape[0])
+        elif getattr(value, name).dtype is not shape[1]:
+            yield Read(here.attribute("dtype"), "identity", shape[1])
     if seen.inside is not None and ops.inside_of(value) != seen.inside:
         yield Read(path.attribute("_modules"), "keys", list(seen.inside))
     if seen.items is not None:

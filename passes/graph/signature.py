@@ -29,6 +29,7 @@ from lora_fx.runtime import ops
 
 __all__ = [
     "FALLBACK",
+    "IS_PLAIN",
     "MATH",
     "NEEDS_MODULES",
     "WANTS_CACHE",
@@ -52,6 +53,9 @@ NEEDS_MODULES = "_lora_fx_needs_modules"
 WANTS_CACHE = "_lora_fx_wants_cache"
 """Global name of :func:`lora_fx.runtime.ops.wants_cache` in generated code."""
 
+IS_PLAIN = "_lora_fx_is_plain"
+"""The name under which conditions find :func:`lora_fx.runtime.ops.is_plain`."""
+
 MATH = "_lora_fx_math"
 """The name under which conditions find the functions of ``math``."""
 
@@ -59,6 +63,7 @@ _HELPERS: dict[str, Any] = {
     NEEDS_MODULES: ops.needs_modules,
     WANTS_CACHE: ops.wants_cache,
     MATH: math,
+    IS_PLAIN: ops.is_plain,
 }
 _SIMPLE = (type(None), bool, int, float, str)
 _STARS: dict[int, str] = {
