@@ -224,7 +224,8 @@ class Recorder(fx.Tracer):
         here = _path_of_forward(type(self.root))
         self.remember(self._forward, here)
         own = inner_of(type(self.root).forward)
-        if (own.__module__ or "").partition(".")[0] not in ("torch", "lora_fx"):
+        of_library = (own.__module__ or "").partition(".")[0] in ("torch", "lora_fx")
+        if not of_library and not isinstance(self.root, fx.GraphModule):
             self.read(Read(here, "identity", own))
             if own.__defaults__ and is_constant(own.__defaults__):
                 self.read(Read(here.attribute("__defaults__"), "contents", own.__defaults__))
