@@ -25,6 +25,7 @@ from lora_fx.export.fuse.graph import (
     at_each,
     at_nodes,
     axis_size,
+    joined,
     made_by,
     names_of,
     nodes_of,
@@ -154,14 +155,10 @@ def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
 
 def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """A cache that is an input, and what is appended to it."""
-    joined = made_by(value, "Concat")
-    if (
-        joined is None
-        or len(joined.inputs) != 2
-        or joined.attributes.get_int("axis", 0) not in (-2, 2)
-    ):
+    whole = joined(value, 2)
+    if whole is None:
         return None
-    past, new = joined.inputs
+    past, new = whole.inputs
     if past is None or new is None or not past.is_graph_input() or past.is_initializer():
         return None
     return past, new

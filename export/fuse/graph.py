@@ -23,6 +23,7 @@ __all__ = [
     "axis_size",
     "consumers",
     "factors_of",
+    "joined",
     "made_by",
     "names_of",
     "nodes_of",
@@ -93,6 +94,14 @@ def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
     if node is None or node.domain != "" or node.op_type not in operators:
         return None
     return node
+
+
+def joined(value: ir.Value | None, axis: int) -> ir.Node | None:
+    """The ``Concat`` of two values along an axis of four that computes a value."""
+    node = made_by(value, "Concat")
+    if node is None or len(node.inputs) != 2:
+        return None
+    return node if node.attributes.get_int("axis", 0) in (axis, axis - 4) else None
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:
