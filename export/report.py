@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """Weights that a file has in few bits.
+    """Quantized weights in a file.
 
     Attributes:
         scheme: Name of the format, as ``nf4`` or ``int8``.
@@ -148,7 +148,7 @@ class ExportReport:
         opset_reason: Why the file has its opset.
         finite: Places where the model asks whether values are finite and does something else if they
             are not: a file has no such branch, and does what is done with finite values.
-        quantized: Weights that are stored in few bits, one entry a form; none if no weight is.
+        quantized: Quantized weights, one entry for each form; empty if there are none.
         adapters: Where the adapters are: "merge", "inline", "inputs" or "bank", as ``export_onnx`` takes it.
         bank: Of a file with a bank, how many adapters it has and takes, and of which rank; else None.
         target: The runtime whose folder it lies in; None for a file by itself.

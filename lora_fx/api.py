@@ -211,7 +211,7 @@ def rewrite(
         memory: What a training step keeps for its backward: "fast" keeps the input of each product; with
             "balanced", what norms, activations and gated products give is made again from what they read,
             which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Outputs are the same bits.
-            Without ``optimize`` it means nothing.
+            Without ``optimize`` it has no effect.
         loss: "chunked" computes a cross entropy of the output head, in a training call of the model, a few
             rows at a time (:mod:`lora_fx.runtime.logits`): logits of all tokens, their softmax and their
             gradient are never there at once. Then the output has no logits: what it holds in their place
@@ -224,12 +224,12 @@ def rewrite(
 
     Returns:
         A module of the model's own class, ready to train: the base frozen and shared with the
-        argument, the adapters trainable, the outputs those of the argument. A parameter of the base that
-        somebody unfreezes by hand gets storage of its own with its first gradient, so that the argument is
+        argument, the adapters trainable, the outputs those of the argument. A parameter of the base that you
+        unfreeze by hand gets storage of its own with its first gradient, so that the argument is
         not trained, and is merged and saved beside the adapters; ``modules_to_save`` makes it part of one.
 
     Raises:
-        ConfigError: If an argument cannot mean anything, or the model is rewritten already.
+        ConfigError: If an argument is not valid, or the model is rewritten already.
         NoMatchError: If nothing is selected, or would be trained.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
@@ -300,8 +300,8 @@ def merge(
     """Folds trained adapters into the weights.
 
     What is not folded is shared with the model that was rewritten, and copied only if that is asked for. So
-    that nobody trains both at once, parameters that are shared are frozen; those of the result's own want a
-    gradient where they did in the original. To train the result on, pass ``own=True``.
+    that both are not trained at once, shared parameters are frozen; the result's own require a gradient where
+    they did in the original. To train the result further, pass ``own=True``.
 
     Args:
         model: A rewritten model; it is not changed.
@@ -317,7 +317,7 @@ def merge(
             in it, and the merged one runs where ``model`` did.
         requantize: Whether merged weights that were quantized are quantized again, in the same format and
             layers. By default the result is dense as a whole, also where no adapter was.
-        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and wants
+        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and requires
             gradients where the original did.
         example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantizing
             again does to the outputs.

@@ -377,7 +377,7 @@ def whole_attention(model: ir.Model, node: ir.Node) -> bool | str:
     if not same or any(product_form(one) != product_form(found[0]) for one in found):
         return "query, key and value are no plain products of one input"
     if found[0].node.op_type != "MatMul" or found[0].bias is None:
-        return "its products have no bias, or weights in few bits"
+        return "its products have no bias, or quantized weights"
     builder = Builder(model, node)
     x = found[0].node.inputs[0]
     weights = join_constants(builder, [one.node.inputs[1] for one in found], 1)

@@ -334,7 +334,7 @@ def restart(
         model: A rewritten model; changed in place, its graphs are not.
         adapter_name: An adapter of it, active or not.
         entry: What its record becomes, but for the weights that the starts change.
-        rows: The sites that start anew.
+        rows: The sites that start again.
         make: The start of a site, from its weight; by default what the entry's configuration says.
     """
     record = require_record(model)
@@ -408,7 +408,7 @@ def initialize(
     _check(model, entry, adapter_name, loss_fn)
     with ExitStack() as stack:
         report = stack.enter_context(_reporting(progress, dataloader))
-        # What training mode draws is the same each time, and nobody else's numbers are used up.
+        # What training mode draws is the same each time, and no random numbers of others are used up.
         device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(entry.config.seed)
@@ -555,7 +555,7 @@ def _reporting(
 ) -> Iterator[Report]:
     """Whom to tell how far it is."""
     try:
-        total = len(dataloader)  # type: ignore[arg-type]  # whoever has no length raises TypeError
+        total = len(dataloader)  # type: ignore[arg-type]  # one without a length raises TypeError
     except TypeError:
         total = 0
     if not isinstance(progress, bool):

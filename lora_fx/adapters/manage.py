@@ -213,7 +213,7 @@ def set_adapter(
     once, and the model runs with them afterwards.
 
     Args:
-        model: A rewritten model. Its graphs are edited; a compiled one is compiled anew.
+        model: A rewritten model. Its graphs are edited; a compiled one is compiled again.
         adapter_name: One name, or several. None of them (an empty list) leaves the base.
         inference_mode: Whether the active ones are frozen, too.
         per_sample: Whether each sample of a batch has one of them (or none) instead of all. Which
@@ -373,7 +373,7 @@ def reference(model: ModelT) -> ModelT:
     """Copies a rewritten model as it is now, frozen and in eval mode, for what compares with it.
 
     The copy runs with the adapters that are active, whose values it has of its own: what ``model`` is trained
-    to later does not reach it. Weights that nobody trains are shared, so that the copy takes no more memory
+    to later does not reach it. Weights that are not trained are shared, so that the copy takes no more memory
     than the adapters do. The model that was passed to :func:`lora_fx.rewrite` is the reference without
     adapters, and takes none.
 

@@ -285,7 +285,7 @@ def load_adapter(
             pickle that could run code, or does not fit the model: every tensor that is missing,
             unexpected or of another shape is named. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
-            rewritten and is to be captured anew.
+            rewritten and has to be captured again.
         CaptureError: If the model cannot be captured so.
     """
     check_adapter_name(adapter_name)

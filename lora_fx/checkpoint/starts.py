@@ -4,7 +4,7 @@ Written, such an adapter is made one of the base as it was: with A₀ and B₀ f
 ``W₀ + s·B A = W + s·(B A - B₀ A₀) = W + s·[B, -B₀] [A; A₀]``. The rank is twice as large, and so is alpha
 (with ``use_rslora`` √2 times), so that the scale stays. What remains of a difference is the rounding of
 ``W₀ = W - s·B₀ A₀`` to the weight's dtype. LoftQ's base differs by no product of that rank: there the
-folder says ``loftq``, and whoever loads it quantizes the base again, as PEFT does.
+folder says ``loftq``, and the base is quantized again when it is loaded, as PEFT does.
 
 Read, a folder of PEFT that was not converted says ``pissa`` or ``olora``: the same is taken out of the base
 again.

@@ -1,4 +1,4 @@
-"""The tensors of an adapter by PEFT's keys, for whoever keeps checkpoints in a way of their own."""
+"""The tensors of an adapter by PEFT's keys, for checkpoints of your own."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ __all__ = [
 #
 # Who adds tokens resizes both ends of a transformers model, and the rows that are new are in no
 # checkpoint of the base. PEFT therefore writes these weights where they were resized, or adapted
-# (``save_embedding_layers``), and so does this. What somebody has trained although no adapter
+# (``save_embedding_layers``), and so does this. What was trained although no adapter
 # trains it is written under the same names, and the metadata of the file says which that is:
 # anything else that differs from the model's belongs to another base. Read, what differs is the
 # adapter's own, in the place of the base's and frozen: the model that was given stays as it is.
@@ -411,7 +411,7 @@ def stored(
 
     Raises:
         CheckpointError: If the model is on the meta device, or what was trained by hand has no place.
-        ConfigError: If ``embeddings`` cannot mean anything.
+        ConfigError: If ``embeddings`` is not valid.
     """
     layout = layout_of(model, record)
     origin = record.config.base_model_name_or_path or origin_of(model)

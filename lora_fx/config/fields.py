@@ -166,7 +166,7 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
     """Reads the options of an initialization: a mapping, or an instance of PEFT's class.
 
     Raises:
-        ConfigError: If there is no such option, or it has a value that means nothing.
+        ConfigError: If there is no such option, or its value is not valid.
     """
     if value is None or value == {}:
         return None
@@ -189,7 +189,7 @@ def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
     """The options of an initialization with defaults for those that are not given.
 
     Raises:
-        ConfigError: If one has a value that means nothing.
+        ConfigError: If a value is not valid.
     """
     known = OPTIONS[name]
     complete = {key: value.get(key, one.default) for key, one in known.items()}

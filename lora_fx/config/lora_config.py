@@ -53,13 +53,13 @@ _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
 
 
 def check_together(config: Any) -> None:
-    """Refuses what contradicts itself; options of an initialization that is not chosen are only noted.
+    """Refuses fields that contradict each other; warns of options of an initialization that is not chosen.
 
     Args:
         config: A `LoraConfig` whose fields are normalized.
 
     Raises:
-        ConfigError: Two fields cannot both have the value that they have.
+        ConfigError: Two fields contradict each other.
     """
     _check_selection(config)
     _check_variant(config)
@@ -184,7 +184,7 @@ class LoraConfig:
             LoRA. lora_fx only: a file has it if it is set, and then PEFT does not take it for LoRA.
 
     Raises:
-        ConfigError: A value cannot mean anything, a name is not a field, or a PEFT field asks for a
+        ConfigError: A value is not valid, a name is not a field, or a PEFT field asks for a
             feature that lora_fx does not have.
     """
 

@@ -123,7 +123,7 @@ class Plan:
         fresh: FQNs of modules of the base that start at random, since no checkpoint has them, and that
             nothing trains: a new classification head.
         loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or why its logits are
-            computed all at once. None where nobody has asked.
+            computed all at once. None where that was not asked for.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -275,7 +275,7 @@ class Plan:
         }
 
     def why(self, name: str) -> dict[str, str]:
-        """Say of each operation that a name means what becomes of it, and why.
+        """Say for each operation that a name selects what happens to it, and why.
 
         Args:
             name: An FQN, the end of one (``q_proj``), or a module with operations inside.

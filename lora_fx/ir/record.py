@@ -167,7 +167,7 @@ class AdapterRecord:
 class Base:
     """The graphs of a model before any branch was put into them, and what was found in them.
 
-    It is what adapters are added to and switched on: branches are inserted anew into these graphs. It never
+    It is what adapters are added to and switched on: branches are inserted again into these graphs. It never
     changes, so that copies of a model share it.
 
     Attributes:
@@ -224,7 +224,7 @@ class ActiveAdapters:
     Attributes:
         names: Their names, in the order in which they are added.
         per_sample: Whether each sample of a batch has one of them, or none.
-        ids: The adapter of each sample, or None for the base; empty if nobody has said.
+        ids: The adapter of each sample, or None for the base; empty if none was given.
         repeats: How many times in a row a batch may have each sample.
     """
 
@@ -306,7 +306,7 @@ def record_of(model: object) -> Record | None:
 
 
 def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> Record:
-    """What ``rewrite`` left on a model, for whoever cannot do without.
+    """What ``rewrite`` left on a model, for code that needs it.
 
     Args:
         model: A rewritten model.

@@ -119,10 +119,10 @@ class Site:
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
         router: Whether its output decides which experts of a mixture see a token.
-        quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
+        quantized: How the weight is stored, if it is quantized; ``weight_shape`` and ``layout`` are
             those of its values.
         loss: Of a head: "chunked" if a loss of its output may be computed in chunks, else why it is not.
-            Empty where nobody has asked.
+            Empty where that was not looked for.
     """
 
     name: str

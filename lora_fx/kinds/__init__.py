@@ -117,7 +117,7 @@ class AdapterKind:
         field: The field of PEFT's configuration that chooses it; empty for one that
             ``LoraConfig(kind=name)`` chooses.
         does: What it does to each output feature, in words that go on so: "a bias on B adds to".
-        depends: Why nobody can make values for a file that takes adapters as inputs without the base
+        depends: Why no values can be made for a file that takes adapters as inputs without the base
             weights, in words; empty if one can.
         constants: Functions of parameters alone, in its graphs, whose values a file is to have in their
             place.

@@ -49,7 +49,7 @@ _local = threading.local()
 
 
 def is_running() -> bool:
-    """Whether the graph of a head runs: it holds the branches of its weight, whoever has it run."""
+    """Whether the graph of a head runs: it holds the branches of its weight, whatever runs it."""
     return getattr(_local, "running", 0) > 0
 
 

@@ -315,7 +315,7 @@ class _Group:
         return not self.closed and self.scope.is_whole
 
     def make(self) -> None:
-        """Computes all of them that somebody has, in the order in which they were made."""
+        """Computes all of them that are still held, in the order in which they were made."""
         left = [found for one in self.wholes if (found := one()) is not None]
         left = [one for one in left if one._whole is None]
         self.take(*(one._made_by.read for one in left if one._made_by is not None))
@@ -691,7 +691,7 @@ def _reshaped(one: _Operation) -> _Form | None:
 
 
 def _kept(one: _Operation) -> _Form:
-    # Not the same logits: somebody may write into the copy.
+    # Not the same logits: the copy may be written into.
     return one.form._replace()
 
 

@@ -199,7 +199,7 @@ def _why_regions(
     if stored is not None:
         return f"its weights are quantized ({stored})"
     unseen = [fqn for fqn in traced.opaque if _own_matrix(traced.model.get_submodule(fqn))]
-    # An export takes long: only where what nobody sees is more than a table or a token.
+    # An export takes long: only where what no region sees is more than a table or a token.
     if not unseen or not _multiplied(model, example_inputs, unseen):
         return "the regions see every weight"
     return None

@@ -133,7 +133,7 @@ def _with_signature(
 def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
-        # An expert that nobody chose works on no rows.
+        # An expert that no token chose works on no rows.
         found = experts.tokens_of(expert, chosen)
         choice, token = found[0], found[1]
         x = _projected(self, hidden[token], "up", expert)

@@ -95,7 +95,7 @@ class Notes:
         """Prepares.
 
         Args:
-            model: A copy that nobody else uses.
+            model: A copy that is used nowhere else.
             named: Objects that the code has by name, by where they are.
         """
         self.classes: set[type] = set()
@@ -109,7 +109,7 @@ class Notes:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Takes notes in between, of this model and of nobody else's."""
+        """Takes notes in between, of this model alone."""
         self._watched = {_identity(module): module for module in self._model.modules()}
         try:
             # Asked before one is watched: all seem to have a way of their own from then on.

@@ -159,7 +159,7 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
     for one, other in itertools.pairwise(ordered):
         if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:
             reason = (
-                "its weight is applied as a whole (by the layer that holds it, if by nobody else) and "
+                "its weight is applied as a whole (by the layer that holds it, if by nothing else) and "
                 "in parts, or in parts that overlap"
             )
             return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)

@@ -372,7 +372,7 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
 
 
 def no_product(weight: str, reads: list[Read]) -> Rejection | None:
-    """What to say of a weight that no operation was matched with; None where nobody expects one."""
+    """What to say of a weight that no operation was matched with; None where none is expected."""
     # A bias for each expert is a table, too.
     if all(read.what in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
         return None

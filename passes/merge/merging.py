@@ -94,7 +94,7 @@ def unshared(model: nn.Module) -> frozenset[str]:
     """FQNs of the parameters that can be written over, since nothing else sees their memory.
 
     Not one that is in several places, nor one whose storage other tensors have, too: those of the adapted
-    model that was made of this one, a ``state_dict`` that somebody keeps. Nor what is no plain tensor.
+    model that was made of this one, a ``state_dict`` that is kept. Nor one that is no plain tensor.
     """
     places = _places(model)
     alone = _users(torch.empty(1))

@@ -276,7 +276,7 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     name = getattr(target, "__name__", "")
-    # torch says so by the name, or by a flag; of what else is called nobody knows.
+    # torch says so by the name, or by a flag; of other functions that is not known.
     known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
     writes = name.rstrip("_") != name or "out" in node.kwargs or target is in_place
