@@ -73,7 +73,7 @@ def prepare_for_kbit_training(
       so that what lies between the products is computed in it. With a tensor of torchao in half precision
       they stay as they are, since it multiplies nothing else;
     - blocks keep their inputs only, and run again in the backward pass (gradient checkpointing);
-    - outputs of the input embeddings want a gradient, so that every block is differentiated.
+    - outputs of the input embeddings require a gradient, so that every block is differentiated.
 
     Unlike PEFT's, this does not change its argument; the kind of model is read off its weights, not off
     attributes that transformers sets on what it has loaded; checkpoints are not reentrant unless that is

@@ -118,7 +118,7 @@ def parameter_groups(
             members.setdefault(kind, []).append(parameter)
     if not members:
         raise ConfigError(
-            "nothing in the model is trained: no parameter wants a gradient; activate an adapter first"
+            "nothing in the model is trained: no parameter requires a gradient; activate an adapter first"
         )
     for a in frozen:
         a.requires_grad_(False)

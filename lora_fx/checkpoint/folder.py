@@ -415,7 +415,7 @@ def _extend(
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:
-    """Why the sites of a folder that are operations of the model are not adapted."""
+    """Say why sites in a folder are not adapted although the model has the operations."""
     if record_of(model) is not None:
         return []
     try:

@@ -163,7 +163,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 
 
 def options(name: str, value: object) -> FrozenOptions[Any] | None:
-    """Reads the options of an initialization: a mapping, or an instance of PEFT's class.
+    """Read the options of an initialization: a mapping, or an instance of PEFT's class.
 
     Raises:
         ConfigError: If there is no such option, or its value is not valid.
@@ -498,7 +498,7 @@ FOREIGN: Final[Mapping[str, _Foreign]] = {
 
 
 def is_off(value: object) -> bool:
-    """Whether a value can only mean that a feature is not used."""
+    """Whether a value switches a feature off."""
     if isinstance(value, Collection) and not isinstance(value, str):
         return not value
     return value is None or value is False
@@ -518,7 +518,7 @@ _SHORT: Final = {
 
 
 def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
-    """Drops fields of other methods that are switched off.
+    """Drop fields of other methods that are switched off.
 
     Args:
         values: Fields by name.

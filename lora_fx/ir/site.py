@@ -1,4 +1,4 @@
-"""Sites: linear operations that were found, how their weights are stored, and what a pattern says of one."""
+"""Sites: linear operations that were found, how their weights are stored, and the protocol of patterns."""
 
 from __future__ import annotations
 
@@ -170,12 +170,12 @@ class Site:
 
     @property
     def place(self) -> str:
-        """The weight, and which rows of it."""
+        """The weight, with the rows of it that the site covers."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight, or of the rows of it that this is."""
+        """Shape of the weight, or of the rows of it that the site covers."""
         if self.rows is None:
             return self.weight_shape
         rows = self.rows[1] - self.rows[0]
@@ -216,7 +216,7 @@ class Site:
         return permuted.reshape(self.applied_shape)
 
     def stored(self, applied: torch.Tensor) -> torch.Tensor:
-        """What :meth:`applied` gives, back in the weight's shape."""
+        """Undo :meth:`applied`: return a tensor in the weight's shape."""
         if self.order is None:
             return applied.reshape(self.weight_shape)
         order = self.order
@@ -235,7 +235,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rejection:
-    """An operation or a weight that cannot have an adapter, and why, in words that help.
+    """An operation or a weight that cannot have an adapter, with the reason and the remedy.
 
     Attributes:
         name: FQN of the weight or module, or the node's name where there is none.
@@ -251,7 +251,7 @@ class Rejection:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What a configuration may call it: by itself, or by the weight of it."""
+        """Names by which a configuration may select it: its own, and that of its weight."""
         return self.name, f"{self.name}.weight"
 
 
@@ -260,7 +260,7 @@ Match = Site | Rejection | None
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Every linear operation of a model, and what comes close with the reason why it is none."""
+    """Every linear operation of a model, and the operations that were refused, with reasons."""
 
     sites: tuple[Site, ...]
     rejections: tuple[Rejection, ...]
@@ -290,7 +290,7 @@ class Factors:
 
     @property
     def fan_in(self) -> tuple[int, int]:
-        """How many inputs an output of A, and one of B, is a sum of."""
+        """How many terms an output of A sums, and one of B."""
         first = 2 if self.stacked else 1
         return _product(self.a[first:]), _product(self.b[first:])
 
@@ -301,7 +301,7 @@ class Factors:
 
 
 class BranchBuilder(Protocol):
-    """What a pattern gets to write a branch with: every node it makes is tagged."""
+    """What a pattern writes a branch with; every node that it makes is tagged."""
 
     @property
     def a(self) -> fx.Node:
@@ -313,7 +313,7 @@ class BranchBuilder(Protocol):
 
     @property
     def bias(self) -> fx.Node | None:
-        """What the operation that applies B takes for its bias, [out], or None.
+        """The bias of the operation that applies B, [out], or None.
 
         A pattern that does not ask for it has it added to its branch.
         """
@@ -332,7 +332,7 @@ class BranchBuilder(Protocol):
 
 
 class OutputBuilder(BranchBuilder, Protocol):
-    """What an adapter kind gets to write what an operation gives with its adapter.
+    """What an adapter kind writes the output of an adapted operation with.
 
     Factors and slots are read where they are first used, once each.
 
@@ -355,7 +355,7 @@ class OutputBuilder(BranchBuilder, Protocol):
 
     @property
     def operand_bias(self) -> fx.Node:
-        """What the operation adds, where it adds something (:attr:`Call.bias`)."""
+        """The bias that the operation adds (:attr:`Call.bias`)."""
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
@@ -378,7 +378,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         """A slot, in the dtype in which the branch computes."""
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
-        """A slot as it meets the output, in the dtype of that.
+        """A slot, shaped to broadcast against the output and in its dtype.
 
         Args:
             name: The slot.
@@ -392,13 +392,13 @@ class OutputBuilder(BranchBuilder, Protocol):
         """A node in the dtype in which the branch computes."""
 
     def spread(self, vector: fx.Node) -> fx.Node:
-        """A vector of the output features as it meets the output."""
+        """A vector of the output features, shaped to broadcast against the output."""
 
     def padded(self, up: fx.Node) -> fx.Node:
-        """The output of a branch, with zeros for the output features that are not the site's."""
+        """The output of a branch, with zeros for output features outside the site."""
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """What ``make`` writes, the first time that it is asked for."""
+        """What ``make`` writes; it is called once for each key."""
 
     def fuse_by(
         self,
@@ -431,7 +431,7 @@ class Pattern(Protocol):
         """Unique name, kebab-case; shown in the dry run."""
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """A site, a refusal with its reason, or None: not mine."""
+        """Return a site, a refusal with its reason, or None if the node is not of this kind."""
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Shapes and names of A and B."""
@@ -463,7 +463,7 @@ def _product(shape: Iterable[int]) -> int:
 
 
 class OnnxBuilder(Protocol):
-    """Makes the nodes that stand for one product; its values are what an export has for values."""
+    """Makes the nodes of one product in an ONNX graph."""
 
     def op(
         self,
@@ -491,7 +491,7 @@ class OnnxBuilder(Protocol):
         domain: str = "",
         like: Any = None,
     ) -> Any:
-        """Make the node that has the name of the operation: the one with the product."""
+        """Make the node of the product, which gets the name of the operation."""
 
     def ints(self, numbers: Sequence[int]) -> Any:
         """Make a constant of whole numbers."""
@@ -526,7 +526,7 @@ class OnnxProduct:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OnnxOperator:
-    """An operator that reads a weight of few bits.
+    """An operator that reads a quantized weight.
 
     Attributes:
         name: What reports call it.

@@ -229,7 +229,7 @@ class _DoraLinear(torch.autograd.Function):
 
 
 class _Wants(NamedTuple):
-    """Which arguments of the function want a gradient."""
+    """Which arguments of the function require a gradient."""
 
     x: bool
     mask: bool

@@ -197,7 +197,7 @@ class Head(Subgraph):
 
 
 def _fits(x: Tensor, leaves: Sequence[Any]) -> bool:
-    """Whether rows can be computed apart: of plain tensors, of which some want a gradient."""
+    """Whether rows can be computed apart: of plain tensors, of which some require a gradient."""
     tensors = [one for one in leaves if isinstance(one, Tensor)]
     return (
         all(_is_plain(one) for one in (x, *tensors))

@@ -543,7 +543,7 @@ def stir(adapted: nn.Module, share: float = _SHARE) -> None:
 
 
 def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
-    """A copy of the original with ``W' = W + s·BA``, which only these weights want a gradient of."""
+    """A copy of the original with ``W' = W + s·BA``, which only these weights require a gradient of."""
     oracle = copy.deepcopy(original)
     for parameter in oracle.parameters():
         parameter.requires_grad_(False)
