@@ -287,7 +287,7 @@ def gradients(
 
 
 def _replace(model: nn.Module, name: str, hook: Callable[[torch.Tensor], None]) -> None:
-    """A leaf over the same values in the place of a weight: what is tied to that has no part in it."""
+    """A leaf over the same values in place of a weight: what is tied to that has no part in it."""
     owner, _, leaf = name.rpartition(".")
     weight: Any = nn.Parameter(model.get_parameter(name).detach(), requires_grad=True)
     weight.register_post_accumulate_grad_hook(hook)

@@ -317,7 +317,7 @@ def adapter_ids(
             taken, too.
 
     Raises:
-        ConfigError: If there is no such adapter, one has something in the place of a parameter of the
+        ConfigError: If there is no such adapter, one has something in place of a parameter of the
             base, or a site whose rows are not samples; and when the model is called, if the batch has
             another number of samples, a site reads rows that are not seen to be those of sample after
             sample (positions, sequence first, a batch that is doubled inside), samples are mixed, or a call
@@ -381,8 +381,8 @@ def reference(model: ModelT) -> ModelT:
         model: A rewritten model; it is not changed.
 
     Returns:
-        A rewritten model of the same class, no parameter of which requires a gradient. What trainers have set on
-        ``model`` is left out.
+        A rewritten model of the same class, in which no parameter requires a gradient. What trainers have set
+        on ``model`` is left out.
 
     Raises:
         ConfigError: If the model is not rewritten.

@@ -129,7 +129,7 @@ def _wants_half(weight: nn.Parameter) -> bool:
 
 
 def _widen(model: nn.Module) -> None:
-    """Puts fp32 parameters in the place of those in half precision; what is tied stays tied."""
+    """Puts fp32 parameters in place of those in half precision; what is tied stays tied."""
     wide: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -238,7 +238,7 @@ def _first_factors(
 
 
 def _of_adapter(model: nn.Module, record: Record, adapter_name: str) -> set[int]:
-    """What an adapter trains, and has in the place of the base's parameters."""
+    """What an adapter trains, and has in place of the base's parameters."""
     if adapter_name not in record.adapters:
         has = ", ".join(map(repr, record.adapters))
         raise ConfigError(f"there is no adapter {adapter_name!r}: the model has {has}")

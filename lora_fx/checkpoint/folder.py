@@ -91,7 +91,7 @@ def save_adapter(
     full. An adapter whose initialization changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
     base as it was, of twice the rank; one of LoftQ says so, and the base is quantized again on loading.
 
-    Parameters of the base that were unfrozen by hand, and those of a module that was put in the place of one
+    Parameters of the base that were unfrozen by hand, and those of a module that was put in place of one
     of the base, are written under their own names, with a warning: PEFT and :func:`load_adapter` read them.
     ``modules_to_save`` is the way to have them trained as part of an adapter.
 

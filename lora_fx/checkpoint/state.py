@@ -79,7 +79,7 @@ __all__ = [
 # (``save_embedding_layers``), and so does this. What was trained although no adapter
 # trains it is written under the same names, and the metadata of the file says which that is:
 # anything else that differs from the model's belongs to another base. Read, what differs is the
-# adapter's own, in the place of the base's and frozen: the model that was given stays as it is.
+# adapter's own, in place of the base's and frozen: the model that was given stays as it is.
 
 
 NOTE = "lora_fx.by_hand"
@@ -137,7 +137,7 @@ def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict
         adapter: Its name.
 
     Raises:
-        CheckpointError: If a weight is trained that the adapter's initialization has put in the place of the
+        CheckpointError: If a weight is trained that the adapter's initialization has put in place of the
             base's: a folder is written for the base as it was.
     """
     known = require_record(model)
@@ -610,7 +610,7 @@ def _to_peft(
     slots: Mapping[str, Slot],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Puts magnitudes as PEFT takes them in the place of those of the model.
+    """Puts magnitudes as PEFT takes them in place of those of the model.
 
     Args:
         model: A rewritten model.

@@ -180,7 +180,7 @@ class LibraryLayers:
         return False
 
     def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
-        """What to trace in the place of a layer's ``forward``, with ``quantized_linear``; None for its own.
+        """What to trace in place of a layer's ``forward``, with ``quantized_linear``; None for its own.
 
         Args:
             cls: Of the layer. A subclass may compute something else: it has its own forward.

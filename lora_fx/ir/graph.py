@@ -167,7 +167,7 @@ class Region:
             calls that give none. A module whose code reads weights itself has a graph for each form.
         overlay: Whether the graph was not traced from the module's own forward, which calls the modules
             below and their regions.
-        written_out: Whether it was traced from what is written out in the place of that forward.
+        written_out: Whether it was traced from what is written out in place of that forward.
     """
 
     fqn: str

@@ -125,7 +125,7 @@ class _Scope:
 
 
 def _settled(value: Any, seen: set[int]) -> Any:
-    """A value with tensors, or what says that there are none, in the place of logits.
+    """A value with tensors, or what says that there are none, in place of logits.
 
     Mappings and records are changed as they are: an output of transformers is one.
 
@@ -474,7 +474,7 @@ def _check_not_taken(*values: Any) -> None:
 
 
 class Gone:
-    """What an output holds in the place of logits that were not kept. It raises when it is read.
+    """What an output holds in place of logits that were not kept. It raises when it is read.
 
     ``hasattr`` is false of everything that a tensor has, so that code which looks for tensors in an output
     passes it by.

@@ -505,7 +505,7 @@ def _thawed(frozen: Mapping[str, Any]) -> dict[str, fx.Graph]:
 # own.
 #
 # accelerate runs it under autocast and casts the outputs, or moves weights before and after it;
-# torch.compile may be given the method in the place of the module; TRL fuses the head with the
+# torch.compile may be given the method in place of the module; TRL fuses the head with the
 # loss. It belongs to training, so that a merged or an exported model has to be without it. What
 # other code has set is a part of the model.
 

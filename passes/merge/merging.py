@@ -165,7 +165,7 @@ def place_biases(
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
-    """The value in a parameter that is written over, or a new one in the place of one that others share."""
+    """The value in a parameter that is written over, or a new one in place of one that others share."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module._parameters[key]

@@ -67,7 +67,7 @@ class _Body(NamedTuple):
 
 
 def _edit(region: Region, site: Site, call: Call) -> bool:
-    """Puts a call in the place of a head; False if there is one already."""
+    """Puts a call in place of a head; False if there is one already."""
     graph = region.graph
     name = relative(site.weight, region.fqn)
     body = _body_of(graph, site, call, name)

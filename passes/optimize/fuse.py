@@ -133,7 +133,7 @@ def _fused(region: Region) -> fx.Graph | None:
 
 
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
-    """Puts one node in the place of an operation and its branch; False where that is not possible."""
+    """Puts one node in place of an operation and its branch; False where that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
     branch, found = tag.fused, _base_of(base, region)

@@ -236,7 +236,7 @@ def indices_name(row: PlannedTokens, adapter: str) -> str:
 
 
 def tokens_of(model: nn.Module, row: PlannedTokens, adapter: str) -> nn.Parameter:
-    """The trained rows, [n, width]: what stands in the place of those of the weight."""
+    """The trained rows, [n, width]: what stands in place of those of the weight."""
     return model.get_parameter(rows_name(row, adapter))
 
 

@@ -111,7 +111,7 @@ def in_adapter(model: nn.Module, name: str) -> bool:
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
-    """What an adapter has in the place of a parameter, wherever it is now."""
+    """What an adapter has in place of a parameter, wherever it is now."""
     owner, leaf = _owner(model, name)
     beside = owner._modules.get(KEPT + leaf)
     if beside is not None and adapter in beside._parameters:
