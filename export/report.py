@@ -1,4 +1,4 @@
-"""What an export did and how it was checked, as plain data that needs neither onnx nor torch."""
+"""Reports of exports: what was written and how it was checked, as plain data without onnx and torch."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class OutputParity:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport:
-    """What ``export_onnx`` wrote: print it for all of it; a notebook shows tables.
+    """The result of ``export_onnx``. Print it to see all of it; a notebook shows tables.
 
     Attributes:
         path: The file that was written.

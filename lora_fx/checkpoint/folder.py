@@ -166,7 +166,7 @@ def save_adapter(
 def _of_component(
     model: nn.Module, adapter_name: str, component: str | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What a file of diffusers has of one model: tensors by key, and metadata."""
+    """Return what a file of diffusers holds for one model: tensors by key, and metadata."""
     record = _initialized(model, adapter_name)
     part = component_of(model, component)
     found = stored(model, record, adapter_name, False)
@@ -204,7 +204,7 @@ def folder_of(
     reader: Reader = "peft",
     folder: Path | str = "save_pretrained",
 ) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
-    """What is in an adapter's folder: tensors without PEFT's prefix, configuration, further metadata.
+    """Return the contents of an adapter folder: tensors without PEFT's prefix, configuration, metadata.
 
     Args:
         model: A rewritten model.

@@ -1,4 +1,4 @@
-"""What an adapter changes a weight and a bias by: what a merge adds."""
+"""The changes of weights and biases that a merge adds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the code of a model leads to outside of it: globals, variables around functions, class attributes.
+"""Find what the code of a model reaches outside of it: globals, variables around functions, class attributes.
 
 A copy of a model has copies of whatever its modules hold (``passes/graph/copies.py``). Its classes are
 those of the original, and so is what their code names: a list that every layer is entered in goes on
@@ -124,7 +124,7 @@ class _Search:
 
 
 def _leads(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a value leads to, each with how."""
+    """Yield what can be reached from a value, each with the way to it."""
     if isinstance(value, type):
         yield from _of_class(value)
     elif type(value) in _WRAPPED:

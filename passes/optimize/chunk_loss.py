@@ -147,7 +147,7 @@ def _after(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
 
 
 def _between(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """What runs from the first node to the last."""
+    """Return the nodes from the first to the last."""
     found = [nodes[0]]
     while found[-1] is not nodes[-1]:
         found.append(found[-1].next)

@@ -179,7 +179,7 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
 
 
 def _offer(node: fx.Node) -> FusedBranch | None:
-    """What computes a node together with the operation to which it adds a branch."""
+    """Return the function that computes a node together with the operation to which it adds a branch."""
     tag = node.meta.get(META_KEY)
     return tag.fused if isinstance(tag, Tag) else None
 

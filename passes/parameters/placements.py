@@ -107,7 +107,7 @@ def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
 
 
 def _from_all(mine: dict[str, str], group: Any) -> list[dict[str, str]]:
-    """What each process of a group has; all of it only where a digest of it differs."""
+    """Gather a dict from each process of a group; digests alone are sent where they agree."""
     import torch.distributed as dist
 
     several: list[Any] = [None] * dist.get_world_size(group)

@@ -262,7 +262,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
 
 
 def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
-    """What the values of a site's weight are."""
+    """Return the dtype of the values of a site's weight."""
     if site.quantized is not None:
         return site.quantized.dtype
     return weight_at(model, site.weight).dtype
@@ -282,7 +282,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; the tensor itself where it is whole."""
+    """Return this process's part of a tensor; the tensor itself where it is whole."""
     found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     return found
 

@@ -1,4 +1,4 @@
-"""What has become of a rewritten model: what is trained by hand in it, what changed, and what it has lost.
+"""The state of a rewritten model: what is trained by hand in it, what changed, and what it has lost.
 
 A frozen parameter shares its memory with the model that was rewritten: it gets memory of its own before an
 optimizer could write into it. Buffers that training changed (batch-norm statistics) are part of what was

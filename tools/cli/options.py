@@ -129,7 +129,7 @@ def _option(
 
 
 def _helps(of: Any) -> dict[str, str]:
-    """What a docstring says of each parameter or attribute."""
+    """Return the description of each parameter or attribute in a docstring."""
     text = inspect.getdoc(of) or ""
     entries: dict[str, list[str]] = {}
     current: list[str] = []
@@ -270,7 +270,7 @@ class Training(Options):
     checkpointing: bool = False
 
     def planned(self, loaded: LoadedModel, config: LoraConfig, inputs: Any) -> Any:
-        """What a GPU of the mesh needs, or None without a mesh.
+        """Return what a GPU of the mesh needs, or None without a mesh.
 
         Raises:
             ConfigError: An option has no meaning, or the model cannot be planned so.
