@@ -237,7 +237,7 @@ def moments(
         for number, batch in data.counted():
             data.report(number, "collecting second moments")
             data.output(model.eval(), batch, number)
-    _check_run(counts)
+    _check_reached([name for name, count in counts.items() if count == 0])
     return {name: value / counts[name] for name, value in sums.items()}
 
 
@@ -282,7 +282,7 @@ def gradients(
             parameter.requires_grad_(wanted[id(parameter)])
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    _check_run(counts)
+    _check_reached([name for name, count in counts.items() if count == 0])
     return {name: value / seen for name, value in sums.items()}
 
 
@@ -309,8 +309,7 @@ def _adding(
     return add
 
 
-def _check_run(counts: Mapping[str, int]) -> None:
-    idle = [name for name, count in counts.items() if count == 0]
+def _check_reached(idle: list[str]) -> None:
     if idle:
         raise ConfigError(
             f"the data does not reach {', '.join(idle[:5])}: give batches that do, or leave it out with "
@@ -749,12 +748,7 @@ class _Search:
     def compare(self) -> None:
         """Sites that read the same share their components."""
         assert self._inputs is not None
-        idle = [name for name in self._ranks if name not in self._inputs]
-        if idle:
-            raise ConfigError(
-                f"the data does not reach {', '.join(idle[:5])}: give batches that do, or leave it out "
-                "with exclude_modules"
-            )
+        _check_reached([name for name in self._ranks if name not in self._inputs])
         first: dict[str, str] = {}
         for name in self._ranks:
             self._same[name] = first.setdefault(self._inputs[name], name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -292,12 +293,12 @@ class Factors:
     def fan_in(self) -> tuple[int, int]:
         """How many terms an output of A sums, and one of B."""
         first = 2 if self.stacked else 1
-        return _product(self.a[first:]), _product(self.b[first:])
+        return math.prod(self.a[first:]), math.prod(self.b[first:])
 
     @property
     def numel(self) -> int:
         """Number of trainable elements."""
-        return _product(self.a) + _product(self.b)
+        return math.prod(self.a) + math.prod(self.b)
 
 
 class BranchBuilder(Protocol):
@@ -448,13 +449,6 @@ class Pattern(Protocol):
 
     def flops(self, site: Site, rank: int) -> int:
         """Extra multiply-adds times two for one token, pixel or index."""
-
-
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 # --- what a weight format tells an export ---------------------------------------------------------
