@@ -556,11 +556,7 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
         parameters=sum(p.numel() for p in trained.values()),
         saved_modules=adapter.saved_modules,
         biases=adapter.biases,
-        dtypes=tuple(sorted({_short(p.dtype) for p in trained.values()})),
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()})),
         devices=tuple(sorted({str(p.device) for p in trained.values()})),
         waits=not adapter.initialized,
     )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

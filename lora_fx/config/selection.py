@@ -122,7 +122,7 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
             stands for. The caller knows, from the graph; no meaning with other targets.
     """
     if not _in_scope(name, config):
-        return Verdict(False, f"outside of scope {_listed(config.scope)}")
+        return Verdict(False, f"outside of scope {', '.join(map(repr, _entries(config.scope)))}")
     excluded = _entry_for(name, config.exclude_modules) if config.exclude_modules else None
     if excluded is not None:
         return Verdict(False, f"excluded by exclude_modules {excluded!r}")
@@ -149,10 +149,6 @@ def _in_scope(name: str, config: LoraConfig) -> bool:
 
 def _lies_in(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
-
-
-def _listed(entries: str | Collection[str] | None) -> str:
-    return ", ".join(map(repr, _entries(entries)))
 
 
 def excluded(name: str, config: LoraConfig) -> bool:

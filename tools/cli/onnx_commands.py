@@ -399,7 +399,11 @@ def generate(
     # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
     rows = made[:, start:].tolist()
-    texts = None if reader is None else [_decoded(reader, row) for row in rows]
+    texts = (
+        None
+        if reader is None
+        else [str(reader.decode(row, skip_special_tokens=True)) for row in rows]
+    )
     new = made.shape[1] - start
     if as_json:
         told = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
@@ -457,7 +461,3 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ConfigError(f"{folder} holds no tokenizer that can be read: {error}") from error
-
-
-def _decoded(reader: Any, tokens: list[int]) -> str:
-    return str(reader.decode(tokens, skip_special_tokens=True))

@@ -372,7 +372,7 @@ def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, floa
         losses = []
         for step in range(STEPS + 1):
             optimizer.zero_grad()
-            loss = _loss(entry, adapted, built)
+            loss = _output_and_loss(entry, adapted, built)[1]
             losses.append(float(loss))
             if step < STEPS:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -380,10 +380,6 @@ def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, floa
         if losses[-1] < losses[0]:
             break
     return losses[0], losses[-1]
-
-
-def _loss(entry: Entry, model: nn.Module, built: Reached) -> torch.Tensor:
-    return _output_and_loss(entry, model, built)[1]
 
 
 def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[Any, torch.Tensor]:
