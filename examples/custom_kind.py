@@ -84,7 +84,7 @@ class Net(nn.Module):
 
 
 def train(model: nn.Module, x: Tensor, target: Tensor, steps: int = 20) -> tuple[float, float]:
-    """Trains what wants a gradient; returns the first loss and the last."""
+    """Trains what requires a gradient; returns the first loss and the last."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.05, weight_decay=0.0)
     losses = []

@@ -264,7 +264,7 @@ def save_onnx_adapter(
     Raises:
         CheckpointError: The folder is damaged or cannot be converted by itself, or the adapter is none
             for ``base``, or holds values that are not finite.
-        ConfigError: An argument cannot mean anything, or the model has no such adapter.
+        ConfigError: An argument is not valid, or the model has no such adapter.
         ExportError: The file exists or cannot be written (with the bytes that it takes, if the disk is
             full), or ``base`` takes no adapters.
         OutputPathError: ``path`` is a folder, or has another suffix.

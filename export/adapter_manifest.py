@@ -166,7 +166,7 @@ class Manifest:
         base: What the file was made from: the class of the model, and its name if it has one.
         sites: In the order of the model.
         runs_alone: Whether the defaults in the file are zeros of :attr:`SiteInputs.least_rank`. Earlier
-            versions of lora_fx wrote defaults of rank 0, which nobody should run.
+            versions of lora_fx wrote defaults of rank 0, which should not be run.
         bank: For a file in which each row of the batch has its own adapter; None for one that takes one
             adapter at a time.
     """

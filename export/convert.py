@@ -81,7 +81,7 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
         torch.ops.aten._is_any_true.default: _is_any_true,
     }
     attention = torch.ops.aten.scaled_dot_product_attention.default
-    if any(_axes(node) != 4 for node in program.graph.nodes if node.target is attention):
+    if any(node.meta["val"].ndim != 4 for node in program.graph.nodes if node.target is attention):
         table[attention] = _attention
     # What transformers calls in place of aten._grouped_mm where a compiler cannot have that.
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
@@ -178,11 +178,6 @@ def _quantized_product(
         columns=columns,
         block=block,
     )
-
-
-def _axes(node: fx.Node) -> int:
-    """How many a result has."""
-    return int(node.meta["val"].ndim)
 
 
 def _is_all_true(self: Any) -> Any:

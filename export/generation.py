@@ -556,7 +556,7 @@ _NEVER = -1e9
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What running beams may go on to, the best first.
+    """The candidates of running beams, the best first.
 
     Attributes:
         scores: Sums of log-probabilities, [batch, candidates].

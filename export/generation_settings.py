@@ -219,7 +219,7 @@ class GenerationSettings:
             model: The model's own ``GenerationConfig``, as its file remembers it.
 
         Raises:
-            ExportError: A value means nothing, or ``defaults`` asks for what is not supported or has an
+            ExportError: A value is not valid, or ``defaults`` asks for what is not supported or has an
                 unknown key.
         """
         values = {**defaults, **{k: v for k, v in changes.items() if v is not None}}

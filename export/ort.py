@@ -296,7 +296,7 @@ def bound_run(
         binding = bound.fresh(session) if take is None else bound.binding(session)
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
-        # Each time: what is bound is written to, and the results of the run before are somebody's.
+        # Each time: what is bound is written to, and the results of the run before may be in use.
         for port in outputs:
             binding.bind_output(port.name, device.type, device.index)
         session.run_with_iobinding(binding)

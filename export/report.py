@@ -1,4 +1,4 @@
-"""What an export did and how it was checked, as plain data that needs neither onnx nor torch."""
+"""Reports of exports: what was written and how it was checked, as plain data without onnx and torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """Weights that a file has in few bits.
+    """Quantized weights in a file.
 
     Attributes:
         scheme: Name of the format, as ``nf4`` or ``int8``.
@@ -113,7 +113,7 @@ class OutputParity:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport:
-    """What ``export_onnx`` wrote: print it for all of it; a notebook shows tables.
+    """The result of ``export_onnx``. Print it to see all of it; a notebook shows tables.
 
     Attributes:
         path: The file that was written.
@@ -148,7 +148,7 @@ class ExportReport:
         opset_reason: Why the file has its opset.
         finite: Places where the model asks whether values are finite and does something else if they
             are not: a file has no such branch, and does what is done with finite values.
-        quantized: Weights that are stored in few bits, one entry a form; none if no weight is.
+        quantized: Quantized weights, one entry for each form; empty if there are none.
         adapters: Where the adapters are: "merge", "inline", "inputs" or "bank", as ``export_onnx`` takes it.
         bank: Of a file with a bank, how many adapters it has and takes, and of which rank; else None.
         target: The runtime whose folder it lies in; None for a file by itself.

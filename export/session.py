@@ -334,7 +334,7 @@ class OnnxSession(Generates):
         Raises:
             CheckpointError: It is missing or damaged, is for another model, has another dtype, lacks one
                 of two factors, or holds values that are not finite. The session is as it was.
-            ConfigError: The file takes no adapters, or an argument cannot mean anything.
+            ConfigError: The file takes no adapters, or an argument is not valid.
         """
         manifest = self._store.manifest
         values = values_of(source, adapter_name, manifest)

@@ -100,7 +100,7 @@ class Staging:
         data: The external data file to write, if there is to be one; several have
             ``-00001-of-00003`` before the suffix.
         companions: What is moved along, before the model file.
-        extras: Other files of the folder to the place of each; made by whoever fills it in.
+        extras: Other files of the folder to the place of each; made by the code that fills it in.
     """
 
     def __init__(self, target: Path, folder: Path, data: str | None = None) -> None:

@@ -652,11 +652,7 @@ class _RowsReference(Reference):
         return self._rows[0].model
 
     def named(self, tensors: Sequence[Tensor]) -> Outputs:
-        made = self._each(tensors, lambda one: one.named(tensors))
-        return [
-            (name, _mixed([values[place][1] for values in made]))
-            for place, (name, _) in enumerate(made[0])
-        ]
+        return _mixed_outputs(self._each(tensors, lambda one: one.named(tensors)))
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
@@ -664,12 +660,7 @@ class _RowsReference(Reference):
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
         made = self._each(tensors, lambda one: one.narrow(tensors))
-        if made[0] is None:
-            return None
-        return [
-            (name, _mixed([values[place][1] for values in made]))
-            for place, (name, _) in enumerate(made[0])
-        ]
+        return None if made[0] is None else _mixed_outputs(made)
 
     def _each(self, given: Sequence[Any], make: Callable[[Reference], Any]) -> list[Any]:
         """What is made for each row of a batch, once for each reference."""
@@ -680,6 +671,13 @@ class _RowsReference(Reference):
             if id(one) not in known:
                 known[id(one)] = make(one)
         return [known[id(one)] for one in rows]
+
+
+def _mixed_outputs(made: Sequence[Outputs]) -> Outputs:
+    return [
+        (name, _mixed([values[place][1] for values in made]))
+        for place, (name, _) in enumerate(made[0])
+    ]
 
 
 def _mixed(values: Sequence[Any]) -> Any:

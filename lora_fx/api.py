@@ -1,4 +1,4 @@
-"""The verbs that users call: thin, each one a pipeline of passes."""
+"""The functions that users call; each runs a pipeline of passes."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def output_error(
     example_inputs: Any,
     adapter_names: Sequence[str] | str | None = None,
 ) -> OutputError:
-    """Runs the adapted model, the merged one and the base in eval mode, over shared weights.
+    """Compare the outputs of a merged model with those of the adapted model, in eval mode.
 
     Args:
         model: The rewritten model; it is not changed.
-        merged: What was merged of it.
+        merged: The merge of it.
         example_inputs: As for :func:`lora_fx.rewrite`.
         adapter_names: Which adapters were merged; those that are active by default.
 
@@ -85,7 +85,7 @@ def output_error(
 
 
 def _floats(output: Any) -> Tensor:
-    """All floating numbers of an output, in fp64."""
+    """Return all floating-point values of an output as one vector in fp64."""
     leaves = [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor)]
     parts = [one.detach().double().flatten() for one in leaves if one.is_floating_point()]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
@@ -99,7 +99,7 @@ def capture(
     frontend: Frontend = "auto",
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Captures a model as graphs, without any change of meaning.
+    """Capture a model as graphs that compute the same.
 
     Args:
         model: Any module. It is not touched; the result shares its weights' storage.
@@ -115,7 +115,7 @@ def capture(
         The capture; ``capture.model`` runs it.
 
     Raises:
-        CaptureError: If the model cannot be captured so, or computes something else afterwards.
+        CaptureError: If the model cannot be captured in this way, or the capture computes something else.
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
     put_partitions_back(result.model)
@@ -133,7 +133,7 @@ def plan(
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> Plan:
-    """The dry run: what :func:`rewrite` would do, why, and what it costs. Nothing is changed.
+    """Show what :func:`rewrite` would do, why, and what it costs: a dry run, which changes nothing.
 
     Args:
         model: Any module that is not rewritten yet.
@@ -164,10 +164,10 @@ def compare(
     *,
     frontend: Frontend = "auto",
 ) -> Comparison:
-    """Plans several configurations for one model, to choose by what they cost. Nothing is changed.
+    """Plan several configurations for one model, to compare what they cost. Nothing is changed.
 
     Args:
-        configs: Configurations by a name of your own.
+        configs: Configurations by name; the names are yours.
         model: Any module that is not rewritten yet.
         example_inputs: As for :func:`capture`.
         frontend: As for :func:`capture`.
@@ -176,7 +176,7 @@ def compare(
         The plans: print it for one table of sites, parameters, FLOPs, bytes and ranks.
 
     Raises:
-        ConfigError: If there is no configuration, or they are no dict.
+        ConfigError: If there is no configuration, or they are not a dict.
         NoMatchError: If one selects nothing; it is named.
         CaptureError: If the model cannot be captured.
     """
@@ -198,7 +198,7 @@ def rewrite(
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
 ) -> ModelT:
-    """Puts LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
+    """Put LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
 
     Args:
         model: Any module. It is not touched: not its modules, modes, gradients or statistics.
@@ -209,9 +209,9 @@ def rewrite(
             Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
             Dropout draws other numbers with than without.
         memory: What a training step keeps for its backward: "fast" keeps the input of each product; with
-            "balanced", what norms, activations and gated products give is made again from what they read,
+            "balanced", the outputs of norms, activations and gated products are recomputed from their inputs,
             which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Outputs are the same bits.
-            Without ``optimize`` it means nothing.
+            Without ``optimize`` it has no effect.
         loss: "chunked" computes a cross entropy of the output head, in a training call of the model, a few
             rows at a time (:mod:`lora_fx.runtime.logits`): logits of all tokens, their softmax and their
             gradient are never there at once. Then the output has no logits: what it holds in their place
@@ -224,12 +224,12 @@ def rewrite(
 
     Returns:
         A module of the model's own class, ready to train: the base frozen and shared with the
-        argument, the adapters trainable, the outputs those of the argument. A parameter of the base that
-        somebody unfreezes by hand gets storage of its own with its first gradient, so that the argument is
+        argument, the adapters trainable, the outputs those of the argument. A parameter of the base that you
+        unfreeze by hand gets storage of its own with its first gradient, so that the argument is
         not trained, and is merged and saved beside the adapters; ``modules_to_save`` makes it part of one.
 
     Raises:
-        ConfigError: If an argument cannot mean anything, or the model is rewritten already.
+        ConfigError: If an argument is not valid, or the model is rewritten already.
         NoMatchError: If nothing is selected, or would be trained.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
@@ -297,11 +297,11 @@ def merge(
     return_report: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ModelT | tuple[ModelT, MergeReport]:
-    """Folds trained adapters into the weights.
+    """Fold trained adapters into the weights.
 
     What is not folded is shared with the model that was rewritten, and copied only if that is asked for. So
-    that nobody trains both at once, parameters that are shared are frozen; those of the result's own want a
-    gradient where they did in the original. To train the result on, pass ``own=True``.
+    that both are not trained at once, shared parameters are frozen; the result's own require a gradient where
+    they did in the original. To train the result further, pass ``own=True``.
 
     Args:
         model: A rewritten model; it is not changed.
@@ -317,7 +317,7 @@ def merge(
             in it, and the merged one runs where ``model`` did.
         requantize: Whether merged weights that were quantized are quantized again, in the same format and
             layers. By default the result is dense as a whole, also where no adapter was.
-        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and wants
+        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and requires
             gradients where the original did.
         example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantizing
             again does to the outputs.
@@ -358,7 +358,7 @@ def merge(
 
 @inside
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters to give to an optimizer.
+    """Return the parameters to give to an optimizer.
 
     Those of the base that were unfrozen by hand get storage of their own here, so that the model that was
     rewritten is not trained with them; elsewhere they get it with their first gradient.
@@ -372,7 +372,7 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 @inside
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Prints how much is trained, in the words of PEFT."""
+    """Print how much is trained, in PEFT's format."""
     trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
     total = sum(elements(p) for p in model.parameters())
     share = 100 * trainable / total if total else 0.0

@@ -38,15 +38,15 @@ def hint(
     cutoff: float = 0.6,
     between: str = ", ",
 ) -> str:
-    """Says for an error which names there are that look like a wrong one; "" if there is none.
+    """Name for an error what looks like a wrong name; "" if nothing does.
 
     Args:
         name: The wrong one.
-        known: Those that there are.
-        form: What is said, with a place for the names.
+        known: The names that exist.
+        form: The text, with a placeholder for the names.
         count: How many are named at most.
-        cutoff: How alike they have to be, 1 for equal.
-        between: Stands between two of them.
+        cutoff: The least similarity, 1 for equal names.
+        between: The separator.
     """
     near = difflib.get_close_matches(str(name), list(known), count, cutoff)
     return form.format(between.join(near)) if near else ""
@@ -64,7 +64,7 @@ class LoraFxError(Exception):
 
 
 class ConfigError(LoraFxError, ValueError):
-    """A configuration or an argument cannot mean anything."""
+    """A configuration or an argument is not valid."""
 
 
 class CaptureError(LoraFxError, RuntimeError):
@@ -112,4 +112,4 @@ class ProviderError(ExportError):
 
 
 class QuantizationError(LoraFxError, ValueError):
-    """A weight cannot be stored in few bits, or not in the format that was asked for."""
+    """A weight cannot be quantized, or not in the format that was asked for."""

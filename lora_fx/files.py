@@ -100,7 +100,7 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 def current(path: Path) -> Path:
     """Where the file of a name is: its path, unless a process was killed while it moved a new one there."""
     found = path
-    with contextlib.suppress(OSError):  # somebody moves it right now
+    with contextlib.suppress(OSError):  # another process is moving it
         for placing in path.parent.glob(f"{_PLACING}*"):
             waiting = placing / path.name
             if waiting.is_file() and not (found.exists() and _written(found) > _written(waiting)):

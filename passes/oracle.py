@@ -1,4 +1,4 @@
-"""Compares an adapted model with the dense one: ``W' = W + s · BA`` in the place of W, on given inputs.
+"""Compares an adapted model with the dense one: ``W' = W + s · BA`` in place of W, on given inputs.
 
 Both are copies, with random factors and random values where the base has nothing but zeros, which would hide
 what is behind them. One forward of each and one backward judge all sites: which did not run, which have no

@@ -1,4 +1,4 @@
-"""Stores the weights of linear operations in few bits, and has the operations read them so.
+"""Quantizes the weights of linear operations, and lets the operations read them as they are stored.
 
 The weights of matrix products are chosen, apart from that of the output head. Each operation that is left as
 it is has a reason. The choice looks, and edits nothing.
@@ -48,7 +48,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedWeight:
-    """A weight that is to be stored in few bits.
+    """A weight that is to be quantized.
 
     Attributes:
         site: The operation.
@@ -208,7 +208,7 @@ def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
     try:
         return LoraConfig(exclude_modules=exclude)
     except ConfigError as error:
-        # It names the field that has the same rules, which nobody has set.
+        # It names the field that has the same rules, which is not set.
         told = str(error).partition(": ")[2]
         raise QuantizationError(f"exclude: {told}") from error
 
@@ -388,7 +388,7 @@ def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:
-    """Whether an operation is all that an ``nn.Linear`` does, and nobody else applies its weight."""
+    """Whether an operation is all that an ``nn.Linear`` does, and nothing else applies its weight."""
     exact = original_class(model.get_submodule(site.owner)) is nn.Linear
     own = all(call.region == site.owner for call in site.calls)
     return exact and own and relative(site.weight, site.owner) == "weight"

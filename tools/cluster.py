@@ -261,7 +261,7 @@ def step_inputs(
         return given
     if example_inputs is None:
         raise ConfigError(
-            f"{type(model).__name__} takes no input_ids, and nobody says what it takes: --inputs "
+            f"{type(model).__name__} takes no input_ids, and does not say what it takes: --inputs "
             "MODULE:CALLABLE gives example inputs"
         )
     return {

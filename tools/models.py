@@ -160,7 +160,7 @@ def load_model(name: str, *, weights: bool = True) -> LoadedModel:
             the meta device, whatever its size.
 
     Raises:
-        ConfigError: The name means nothing, with the nearest that would; a package is missing, with
+        ConfigError: The name is unknown, with the nearest that exist; a package is missing, with
             the extra to install; or the model cannot be made.
     """
     scheme, colon, rest = name.partition(":")
@@ -178,7 +178,7 @@ def load_inputs(name: str) -> Any:
     """Example inputs from ``package.module:callable``.
 
     Raises:
-        ConfigError: The name means nothing, or the callable fails.
+        ConfigError: The name is unknown, or the callable fails.
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:

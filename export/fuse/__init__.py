@@ -10,7 +10,6 @@ from lora_fx.export.fuse.fused_attention import (
 )
 from lora_fx.export.fuse.pipeline import (
     FUSIONS,
-    LEVELS,
     Fused,
     Fusion,
     Level,
@@ -23,7 +22,6 @@ from lora_fx.export.fuse.pipeline import (
 
 __all__ = [
     "FUSIONS",
-    "LEVELS",
     "ONE_ROW_CHUNKS_KEY",
     "SHARED_CACHE_KEY",
     "Fused",

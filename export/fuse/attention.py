@@ -11,6 +11,7 @@ from lora_fx.export.fuse.graph import (
     Builder,
     Size,
     array_of,
+    at_each,
     axis_size,
     factors_of,
     made_by,
@@ -316,29 +317,19 @@ def _once(value: ir.Value) -> ir.Value:
 _HALVED = {"FLOAT16"}
 
 
-def drop_nan_guards(model: ir.Model) -> tuple[int, dict[str, int]]:
+@at_each(find_attention)
+def drop_nan_guards(model: ir.Model, one: Attention) -> bool | str:
     """Leave out the guard against NaN where no row of scores can be masked whole.
 
     A row of probabilities is NaN where all its scores are -inf. Without a mask, and with one whose values
     are finite, there is none.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many were left out, and why others were not.
     """
-    done, why = 0, dict[str, int]()
-    for one in find_attention(model):
-        if one.guard is None:
-            continue
-        if one.mask is not None and not _is_finite(model, one.mask):
-            reason = "its mask may hold -inf in a whole row"
-            why[reason] = why.get(reason, 0) + 1
-            continue
-        substitute(one.guard.outputs[0], one.softmax.outputs[0])
-        done += 1
-    return done, why
+    if one.guard is None:
+        return False
+    if one.mask is not None and not _is_finite(model, one.mask):
+        return "its mask may hold -inf in a whole row"
+    substitute(one.guard.outputs[0], one.softmax.outputs[0])
+    return True
 
 
 def mask_rows_once(model: ir.Model) -> tuple[int, dict[str, int]]:
@@ -416,65 +407,57 @@ def _is_half(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.name in _HALVED
 
 
-def group_heads(model: ir.Model) -> tuple[int, dict[str, int]]:
+@at_each(find_attention)
+def group_heads(model: ir.Model, one: Attention) -> bool:
     """Compute attention over keys and values as they are cached: not repeated, not scaled.
 
     The heads of a group are rows of one product, ``[b, g, n·s, d] · [b, g, d, t]``, so that nothing is
     copied for each of them. The query alone is scaled.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many were rewritten, and why others were not.
     """
-    done = 0
-    for one in find_attention(model):
-        builder = Builder(model, one.softmax)
-        dtype = one.query
-        query = one.query
-        if one.scale != 1.0:
-            query = builder.op(
-                "Mul", [query, builder.number(one.scale, query)], like=dtype, shape=query.shape
-            )
-        batch, _, length, width = names_of(one.key)
-        sequence, out = axis_size(query, 2), axis_size(one.value, 3)
-        apart = [batch, one.groups, None, width]
-        together = (batch, one.heads, sequence, length)
-        grouped = one.heads != one.groups
-        fold, unfold = builder.ints([0, one.groups, -1, 0]), builder.ints([0, one.heads, -1, 0])
-        if grouped:
-            query = builder.op("Reshape", [query, fold], like=dtype, shape=apart)
-        turned = builder.op(
-            "Transpose",
-            [one.key],
-            {"perm": [0, 1, 3, 2]},
-            like=dtype,
-            shape=(batch, one.groups, width, length),
+    builder = Builder(model, one.softmax)
+    dtype = one.query
+    query = one.query
+    if one.scale != 1.0:
+        query = builder.op(
+            "Mul", [query, builder.number(one.scale, query)], like=dtype, shape=query.shape
         )
-        scores = builder.op("MatMul", [query, turned], like=dtype)
-        if grouped:
-            scores.shape = _shape((batch, one.groups, None, length))
-            scores = builder.op("Reshape", [scores, unfold], like=dtype)
-        scores.shape = _shape(together)
-        if one.mask is not None:
-            scores = builder.op("Add", [scores, one.mask], like=dtype, shape=together)
-        one.softmax.replace_input_with(0, scores)
-        one.softmax.outputs[0].shape = _shape(together)
-        last = Builder(model, one.product)
-        weights = one.product.inputs[0]
-        assert weights is not None
-        if grouped:
-            weights = last.op("Reshape", [weights, fold], like=dtype)
-            weights.shape = _shape((batch, one.groups, None, length))
-        made = last.op("MatMul", [weights, one.value], like=dtype)
-        if grouped:
-            made.shape = _shape((batch, one.groups, None, out))
-            made = last.op("Reshape", [made, unfold], like=dtype)
-        made.shape = one.output.shape
-        substitute(one.output, made)
-        done += 1
-    return done, {}
+    batch, _, length, width = names_of(one.key)
+    sequence, out = axis_size(query, 2), axis_size(one.value, 3)
+    apart = [batch, one.groups, None, width]
+    together = (batch, one.heads, sequence, length)
+    grouped = one.heads != one.groups
+    fold, unfold = builder.ints([0, one.groups, -1, 0]), builder.ints([0, one.heads, -1, 0])
+    if grouped:
+        query = builder.op("Reshape", [query, fold], like=dtype, shape=apart)
+    turned = builder.op(
+        "Transpose",
+        [one.key],
+        {"perm": [0, 1, 3, 2]},
+        like=dtype,
+        shape=(batch, one.groups, width, length),
+    )
+    scores = builder.op("MatMul", [query, turned], like=dtype)
+    if grouped:
+        scores.shape = _shape((batch, one.groups, None, length))
+        scores = builder.op("Reshape", [scores, unfold], like=dtype)
+    scores.shape = _shape(together)
+    if one.mask is not None:
+        scores = builder.op("Add", [scores, one.mask], like=dtype, shape=together)
+    one.softmax.replace_input_with(0, scores)
+    one.softmax.outputs[0].shape = _shape(together)
+    last = Builder(model, one.product)
+    weights = one.product.inputs[0]
+    assert weights is not None
+    if grouped:
+        weights = last.op("Reshape", [weights, fold], like=dtype)
+        weights.shape = _shape((batch, one.groups, None, length))
+    made = last.op("MatMul", [weights, one.value], like=dtype)
+    if grouped:
+        made.shape = _shape((batch, one.groups, None, out))
+        made = last.op("Reshape", [made, unfold], like=dtype)
+    made.shape = one.output.shape
+    substitute(one.output, made)
+    return True
 
 
 def _shape(axes: tuple[int | str | None, ...]) -> ir.Shape:

@@ -22,9 +22,13 @@ from lora_fx.export.fuse.graph import (
     CONTRIB,
     Builder,
     Size,
+    at_each,
+    at_nodes,
     axis_size,
+    joined,
     made_by,
     names_of,
+    nodes_of,
     size_vector,
     sizes,
     substitute,
@@ -151,14 +155,10 @@ def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
 
 def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     """A cache that is an input, and what is appended to it."""
-    joined = made_by(value, "Concat")
-    if (
-        joined is None
-        or len(joined.inputs) != 2
-        or joined.attributes.get_int("axis", 0) not in (-2, 2)
-    ):
+    whole = joined(value, 2)
+    if whole is None:
         return None
-    past, new = joined.inputs
+    past, new = whole.inputs
     if past is None or new is None or not past.is_graph_input() or past.is_initializer():
         return None
     return past, new
@@ -180,7 +180,7 @@ def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
         for value in model.graph.inputs
         if (value.name or "").startswith("past_key_values.") and ".encoder." not in str(value.name)
     ]
-    attention = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    attention = nodes_of(model, "GroupQueryAttention", domain=CONTRIB)
     if not caches or not attention:
         return 0, {}
     past = axis_size(caches[0], 2)
@@ -317,44 +317,33 @@ def _position_limit(model: ir.Model) -> int | None:
 # Attention without a cache as ``MultiHeadAttention``, or with its three products as ``Attention``.
 
 
-def multi_head_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Make one ``MultiHeadAttention`` of each attention over the tokens of the call.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many there were, and why others were left.
-    """
-    done, why = 0, dict[str, int]()
-    for one in find_attention(model):
-        reason = _objection(one)
-        if reason:
-            why[reason] = why.get(reason, 0) + 1
-            continue
-        builder = Builder(model, one.product)
-        query, key, value = (flat_heads(builder, part) for part in (one.query, one.key, one.value))
-        made = builder.op(
-            "MultiHeadAttention",
-            [query, key, value, None, None, one.mask],
-            {"num_heads": one.heads, "scale": float(one.scale)},
-            like=query,
-            shape=(*names_of(query)[:2], axis_size(value, 2)),
-            domain=CONTRIB,
-        )
-        batch, sequence = names_of(query)[:2]
-        width = axis_size(one.value, 3)
-        assert isinstance(width, int)
-        apart = builder.op(
-            "Reshape",
-            [made, builder.ints([0, 0, one.heads, width])],
-            like=query,
-            shape=(batch, sequence, one.heads, width),
-        )
-        turned = builder.op("Transpose", [apart], {"perm": [0, 2, 1, 3]}, like=query)
-        substitute(one.output, turned)
-        done += 1
-    return done, why
+@at_each(find_attention)
+def multi_head_attention(model: ir.Model, one: Attention) -> bool | str:
+    """Make one ``MultiHeadAttention`` of each attention over the tokens of the call."""
+    if reason := _objection(one):
+        return reason
+    builder = Builder(model, one.product)
+    query, key, value = (flat_heads(builder, part) for part in (one.query, one.key, one.value))
+    made = builder.op(
+        "MultiHeadAttention",
+        [query, key, value, None, None, one.mask],
+        {"num_heads": one.heads, "scale": float(one.scale)},
+        like=query,
+        shape=(*names_of(query)[:2], axis_size(value, 2)),
+        domain=CONTRIB,
+    )
+    batch, sequence = names_of(query)[:2]
+    width = axis_size(one.value, 3)
+    assert isinstance(width, int)
+    apart = builder.op(
+        "Reshape",
+        [made, builder.ints([0, 0, one.heads, width])],
+        like=query,
+        shape=(batch, sequence, one.heads, width),
+    )
+    turned = builder.op("Transpose", [apart], {"perm": [0, 2, 1, 3]}, like=query)
+    substitute(one.output, turned)
+    return True
 
 
 def _objection(one: Attention) -> str:
@@ -376,48 +365,38 @@ def _objection(one: Attention) -> str:
     return ""
 
 
-def whole_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
+@at_nodes("MultiHeadAttention", domain=CONTRIB)
+def whole_attention(model: ir.Model, node: ir.Node) -> bool | str:
     """Let an attention compute query, key and value itself: ``Attention``.
 
-    Args:
-        model: Changed in place. :func:`multi_head_attention` has been over it.
-
-    Returns:
-        How many there were, and why others were left.
+    It comes after :func:`multi_head_attention`.
     """
-    done, why = 0, dict[str, int]()
-    for node in [one for one in model.graph if one.op_type == "MultiHeadAttention"]:
-        products = [_product_of(value) for value in node.inputs[:3]]
-        found = [one for one in products if one is not None]
-        same = len(found) == 3 and len({id(one.node.inputs[0]) for one in found}) == 1
-        if not same or any(product_form(one) != product_form(found[0]) for one in found):
-            reason = "query, key and value are no plain products of one input"
-            why[reason] = why.get(reason, 0) + 1
-            continue
-        if found[0].node.op_type != "MatMul" or found[0].bias is None:
-            reason = "its products have no bias, or weights in few bits"
-            why[reason] = why.get(reason, 0) + 1
-            continue
-        builder = Builder(model, node)
-        x = found[0].node.inputs[0]
-        weights = join_constants(builder, [one.node.inputs[1] for one in found], 1)
-        bias = join_constants(builder, [one.bias for one in found], 0)
-        mask = node.inputs[5] if len(node.inputs) > 5 else None
-        made = builder.op(
-            "Attention",
-            [x, weights, bias, None, None, mask],
-            {
-                "num_heads": node.attributes.get_int("num_heads", 1),
-                "scale": node.attributes.get_float("scale", 0.0),
-                "qkv_hidden_sizes": [one.width for one in found],
-            },
-            like=x,
-            shape=node.outputs[0].shape,
-            domain=CONTRIB,
-        )
-        substitute(node.outputs[0], made)
-        done += 1
-    return done, why
+    products = [_product_of(value) for value in node.inputs[:3]]
+    found = [one for one in products if one is not None]
+    same = len(found) == 3 and len({id(one.node.inputs[0]) for one in found}) == 1
+    if not same or any(product_form(one) != product_form(found[0]) for one in found):
+        return "query, key and value are no plain products of one input"
+    if found[0].node.op_type != "MatMul" or found[0].bias is None:
+        return "its products have no bias, or quantized weights"
+    builder = Builder(model, node)
+    x = found[0].node.inputs[0]
+    weights = join_constants(builder, [one.node.inputs[1] for one in found], 1)
+    bias = join_constants(builder, [one.bias for one in found], 0)
+    mask = node.inputs[5] if len(node.inputs) > 5 else None
+    made = builder.op(
+        "Attention",
+        [x, weights, bias, None, None, mask],
+        {
+            "num_heads": node.attributes.get_int("num_heads", 1),
+            "scale": node.attributes.get_float("scale", 0.0),
+            "qkv_hidden_sizes": [one.width for one in found],
+        },
+        like=x,
+        shape=node.outputs[0].shape,
+        domain=CONTRIB,
+    )
+    substitute(node.outputs[0], made)
+    return True
 
 
 def _product_of(value: ir.Value | None) -> Product | None:

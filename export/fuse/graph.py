@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -13,11 +15,15 @@ if TYPE_CHECKING:
 __all__ = [
     "CONTRIB",
     "Builder",
+    "Rewriting",
     "Size",
     "array_of",
+    "at_each",
+    "at_nodes",
     "axis_size",
     "consumers",
     "factors_of",
+    "joined",
     "made_by",
     "names_of",
     "nodes_of",
@@ -40,9 +46,46 @@ Size: TypeAlias = "int | str"
 """A size: a number, or the name of an axis, a sum of names in alphabetical order."""
 
 
-def nodes_of(model: ir.Model, *operators: str) -> list[ir.Node]:
+Rewriting: TypeAlias = "Callable[[ir.Model], tuple[int, Mapping[str, int]]]"
+"""Changes a graph. Returns how often, and the reasons where it could not, with their number."""
+
+_T = TypeVar("_T")
+
+
+def nodes_of(model: ir.Model, *operators: str, domain: str = "") -> list[ir.Node]:
     """The nodes of the main graph that have one of these operators, in order."""
-    return [node for node in model.graph if node.domain == "" and node.op_type in operators]
+    return [node for node in model.graph if node.domain == domain and node.op_type in operators]
+
+
+def at_each(
+    find: Callable[[ir.Model], Iterable[_T]],
+) -> Callable[[Callable[[ir.Model, _T], bool | str]], Rewriting]:
+    """Make a fusion of a rule for one place.
+
+    Args:
+        find: Gives the places. All are found before one is changed.
+
+    Returns:
+        A decorator. The rule changes a model at a place and returns True. Where it changes nothing, it
+        returns False, or the reason if that is to be reported.
+    """
+
+    def decorate(rule: Callable[[ir.Model, _T], bool | str]) -> Rewriting:
+        @functools.wraps(rule)
+        def rewrite(model: ir.Model) -> tuple[int, Mapping[str, int]]:
+            found = Counter(rule(model, place) for place in list(find(model)))
+            return found[True], {why: n for why, n in found.items() if isinstance(why, str)}
+
+        return rewrite
+
+    return decorate
+
+
+def at_nodes(
+    *operators: str, domain: str = ""
+) -> Callable[[Callable[[ir.Model, ir.Node], bool | str]], Rewriting]:
+    """Make a fusion of a rule for one node, as :func:`at_each` does."""
+    return at_each(lambda model: nodes_of(model, *operators, domain=domain))
 
 
 def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
@@ -51,6 +94,14 @@ def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
     if node is None or node.domain != "" or node.op_type not in operators:
         return None
     return node
+
+
+def joined(value: ir.Value | None, axis: int) -> ir.Node | None:
+    """The ``Concat`` of two values along an axis of four that computes a value."""
+    node = made_by(value, "Concat")
+    if node is None or len(node.inputs) != 2:
+        return None
+    return node if node.attributes.get_int("axis", 0) in (axis, axis - 4) else None
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:

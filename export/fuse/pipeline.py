@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from lora_fx.export.fuse.fused_attention import (
     share_cache,
     whole_attention,
 )
-from lora_fx.export.fuse.graph import remove_dead, remove_unused
+from lora_fx.export.fuse.graph import Rewriting, remove_dead, remove_unused
 from lora_fx.export.fuse.pointwise import (
     bias_gelu,
     divide_by_root,
@@ -58,7 +58,6 @@ LEVELS = ("standard", "runtime", "none")
 Provider: TypeAlias = Literal["cpu", "cuda", "webgpu"]
 
 _ALL = ("fp32", "fp16", "bf16")
-_Apply: TypeAlias = "Callable[[ir.Model], tuple[int, Mapping[str, int]]]"
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Fusion:
 
     name: str
     what: str
-    apply: _Apply
+    apply: Rewriting
     holds: Mapping[str, tuple[str, ...]] | None = None
     since: str = "1.22"
 

@@ -10,6 +10,8 @@ from lora_fx.export.fuse.graph import (
     CONTRIB,
     Builder,
     array_of,
+    at_each,
+    at_nodes,
     axis_size,
     factors_of,
     made_by,
@@ -70,25 +72,15 @@ class _Quotient:
     node: ir.Node
 
 
-def divide_by_root(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Write ``x · (1 / root)`` as ``x / root``, which is the form that ONNX Runtime fuses.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many were rewritten, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "Mul"):
-        found = _quotient(node)
-        if found is None:
-            continue
-        builder = Builder(model, node)
-        made = builder.op("Div", [found.x, found.root], like=node.outputs[0])
-        substitute(node.outputs[0], made)
-        done += 1
-    return done, {}
+@at_nodes("Mul")
+def divide_by_root(model: ir.Model, node: ir.Node) -> bool:
+    """Write ``x · (1 / root)`` as ``x / root``, which is the form that ONNX Runtime fuses."""
+    found = _quotient(node)
+    if found is None:
+        return False
+    made = Builder(model, node).op("Div", [found.x, found.root], like=node.outputs[0])
+    substitute(node.outputs[0], made)
+    return True
 
 
 def find_norms(model: ir.Model) -> list[RmsNorm]:
@@ -169,86 +161,57 @@ def _with_gain(quotient: _Quotient) -> RmsNorm | None:
     return RmsNorm(x, gain, quotient.epsilon, output, last)
 
 
-def simplify_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Make one ``SimplifiedLayerNormalization`` of each normalization by the root mean square.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many there were, and nothing else to say.
-    """
-    norms = find_norms(model)
-    for norm in norms:
-        builder = Builder(model, norm.last)
-        gain = norm.gain
-        if gain.dtype != norm.x.dtype:
-            assert norm.x.dtype is not None
-            gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
-        made = builder.op(
-            SIMPLIFIED,
-            [norm.x, gain],
-            {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
-            like=norm.x,
-        )
-        substitute(norm.output, made)
-    return len(norms), {}
-
-
-def skip_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Let a norm of the root mean square compute its sum, which the residual stream reads as well.
-
-    Args:
-        model: Changed in place. :func:`simplify_norms` has been over it.
-
-    Returns:
-        How many sums were taken in, and nothing else to say.
-    """
-    return _skip(model, SIMPLIFIED), {}
-
-
-def skip_layer_norms(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Let a layer norm compute its sum, which the residual stream reads as well.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many sums were taken in, and nothing else to say.
-    """
-    return _skip(model, "LayerNormalization"), {}
-
-
-def _skip(model: ir.Model, operator: str) -> int:
-    done = 0
-    for node in nodes_of(model, operator):
-        added = made_by(node.inputs[0], "Add")
-        if added is None or not _is_residual(added) or added.outputs[0].is_graph_output():
-            continue
-        if node.op_type == "LayerNormalization" and not _is_plain(node):
-            continue
-        builder = Builder(model, node)
-        total = added.outputs[0]
-        made = builder.op(
-            f"Skip{node.op_type}",
-            [*added.inputs, *node.inputs[1:]],
-            {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
-            like=total,
-            domain=CONTRIB,
-            outputs=4,
-        )
-        producer = made.producer()
-        assert producer is not None
-        for unread in producer.outputs[1:3]:  # mean and deviation, which are no matter of ours
-            unread.type = None
-        substitute(node.outputs[0], made)
-        _read_after(total, producer.outputs[3], producer)
-        done += 1
-    return done
-
-
 SIMPLIFIED = "SimplifiedLayerNormalization"
 """ONNX Runtime has it in the domain of ONNX."""
+
+
+@at_each(find_norms)
+def simplify_norms(model: ir.Model, norm: RmsNorm) -> bool:
+    """Make one ``SimplifiedLayerNormalization`` of each normalization by the root mean square."""
+    builder = Builder(model, norm.last)
+    gain = norm.gain
+    if gain.dtype != norm.x.dtype:
+        assert norm.x.dtype is not None
+        gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
+    made = builder.op(
+        SIMPLIFIED,
+        [norm.x, gain],
+        {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
+        like=norm.x,
+    )
+    substitute(norm.output, made)
+    return True
+
+
+def _skip(model: ir.Model, node: ir.Node) -> bool:
+    """Let a norm compute the sum that it reads, which the residual stream reads as well."""
+    added = made_by(node.inputs[0], "Add")
+    if added is None or not _is_residual(added) or added.outputs[0].is_graph_output():
+        return False
+    if node.op_type == "LayerNormalization" and not _is_plain(node):
+        return False
+    total = added.outputs[0]
+    made = Builder(model, node).op(
+        f"Skip{node.op_type}",
+        [*added.inputs, *node.inputs[1:]],
+        {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
+        like=total,
+        domain=CONTRIB,
+        outputs=4,
+    )
+    producer = made.producer()
+    assert producer is not None
+    for unread in producer.outputs[1:3]:  # mean and deviation, which nothing reads
+        unread.type = None
+    substitute(node.outputs[0], made)
+    _read_after(total, producer.outputs[3], producer)
+    return True
+
+
+skip_norms = at_nodes(SIMPLIFIED)(_skip)
+"""For norms by the root mean square, after :func:`simplify_norms`."""
+
+skip_layer_norms = at_nodes("LayerNormalization")(_skip)
 
 
 def _is_residual(added: ir.Node) -> bool:
@@ -278,68 +241,43 @@ def _read_after(old: ir.Value, new: ir.Value, node: ir.Node) -> None:
 # Activations: ``x · sigmoid(a·x)`` and the two forms of gelu.
 
 
-def quick_gelu(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Make one ``QuickGelu`` of ``x · sigmoid(a·x)``, which with a = 1 is SiLU.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many there were, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "Mul"):
-        for x, gate in (node.inputs, tuple(reversed(node.inputs))):
-            sigmoid = made_by(gate, "Sigmoid")
-            if x is None or sigmoid is None:
-                continue
-            inner, alpha = factors_of(sigmoid.inputs[0])
-            if sigmoid.inputs[0] is x:
-                alpha = 1.0
-            elif inner is not x:
-                continue
-            builder = Builder(model, node)
-            made = builder.op("QuickGelu", [x], {"alpha": alpha}, like=x, domain=CONTRIB)
-            substitute(node.outputs[0], made)
-            done += 1
-            break
-    return done, {}
+@at_nodes("Mul")
+def quick_gelu(model: ir.Model, node: ir.Node) -> bool:
+    """Make one ``QuickGelu`` of ``x · sigmoid(a·x)``, which with a = 1 is SiLU."""
+    for x, gate in (node.inputs, tuple(reversed(node.inputs))):
+        sigmoid = made_by(gate, "Sigmoid")
+        if x is None or sigmoid is None:
+            continue
+        inner, alpha = factors_of(sigmoid.inputs[0])
+        if sigmoid.inputs[0] is x:
+            alpha = 1.0
+        elif inner is not x:
+            continue
+        builder = Builder(model, node)
+        made = builder.op("QuickGelu", [x], {"alpha": alpha}, like=x, domain=CONTRIB)
+        substitute(node.outputs[0], made)
+        return True
+    return False
 
 
 _CUBIC = 0.044715
 
 
-def fast_gelu(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Make one ``FastGelu`` of gelu with tanh: ``x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))``.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many there were, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "Gelu"):
-        approximate = node.attributes.get_string("approximate", "none")
-        x = node.inputs[0]
-        if approximate == "tanh" and x is not None:
-            _as_fast(model, node, x)
-            done += 1
-    for node in nodes_of(model, "Mul"):
-        x = _tanh_gelu(node)
-        if x is not None:
-            _as_fast(model, node, x)
-            done += 1
-    return done, {}
-
-
-def _as_fast(model: ir.Model, node: ir.Node, x: ir.Value) -> None:
+@at_nodes("Gelu", "Mul")
+def fast_gelu(model: ir.Model, node: ir.Node) -> bool:
+    """Make one ``FastGelu`` of gelu with tanh: ``x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))``."""
+    x = _tanh_gelu(node)
+    if x is None:
+        return False
     made = Builder(model, node).op("FastGelu", [x], like=x, domain=CONTRIB)
     substitute(node.outputs[0], made)
+    return True
 
 
 def _tanh_gelu(node: ir.Node) -> ir.Value | None:
-    """The argument of a gelu with tanh, as the product at its end."""
+    """The argument of a gelu with tanh: one operator, or the product at its end."""
+    if node.op_type == "Gelu":
+        return node.inputs[0] if _approximate(node) == "tanh" else None
     for half, rest in (node.inputs, tuple(reversed(node.inputs))):
         x, factor = factors_of(half)
         plus = made_by(rest, "Add")
@@ -366,34 +304,29 @@ def _is_argument(value: ir.Value | None, x: ir.Value) -> bool:
     return False
 
 
-def bias_gelu(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Let a gelu add the bias in front of it: ``BiasGelu``, or ``FastGelu`` with its second input.
+def _approximate(gelu: ir.Node) -> str:
+    return str(gelu.attributes.get_string("approximate", "none"))
 
-    Args:
-        model: Changed in place. :func:`fast_gelu` has been over it.
 
-    Returns:
-        How many there were, and nothing else to say.
-    """
-    done = 0
-    fast = [node for node in model.graph if node.op_type == "FastGelu" and len(node.inputs) == 1]
-    exact = [
-        node
-        for node in nodes_of(model, "Gelu")
-        if node.attributes.get_string("approximate", "none") == "none"
-    ]
-    for node in (*exact, *fast):
-        added = made_by(node.inputs[0], "Add")
-        if added is None or added.outputs[0].is_graph_output() or len(added.outputs[0].uses()) > 1:
+def _find_gelus(model: ir.Model) -> list[ir.Node]:
+    exact = [node for node in nodes_of(model, "Gelu") if _approximate(node) == "none"]
+    fast = nodes_of(model, "FastGelu", domain=CONTRIB)
+    return [*exact, *(node for node in fast if len(node.inputs) == 1)]
+
+
+@at_each(_find_gelus)
+def bias_gelu(model: ir.Model, node: ir.Node) -> bool:
+    """Let a gelu add the bias in front of it: ``BiasGelu``, or ``FastGelu`` with its second input."""
+    added = made_by(node.inputs[0], "Add")
+    if added is None or added.outputs[0].is_graph_output() or len(added.outputs[0].uses()) > 1:
+        return False
+    for x, bias in (added.inputs, tuple(reversed(added.inputs))):
+        if x is None or rank(bias) != 1 or rank(x) in (None, 1):
             continue
-        for x, bias in (added.inputs, tuple(reversed(added.inputs))):
-            if x is None or rank(bias) != 1 or rank(x) in (None, 1):
-                continue
-            if not isinstance(axis_size(bias, 0), int) or axis_size(bias, 0) != axis_size(x, -1):
-                continue
-            operator = "BiasGelu" if node.op_type == "Gelu" else "FastGelu"
-            made = Builder(model, node).op(operator, [x, bias], like=x, domain=CONTRIB)
-            substitute(node.outputs[0], made)
-            done += 1
-            break
-    return done, {}
+        if not isinstance(axis_size(bias, 0), int) or axis_size(bias, 0) != axis_size(x, -1):
+            continue
+        operator = "BiasGelu" if node.op_type == "Gelu" else "FastGelu"
+        made = Builder(model, node).op(operator, [x, bias], like=x, domain=CONTRIB)
+        substitute(node.outputs[0], made)
+        return True
+    return False

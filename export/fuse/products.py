@@ -12,10 +12,10 @@ from lora_fx.export.fuse.graph import (
     CONTRIB,
     Builder,
     array_of,
+    at_nodes,
     axis_size,
     made_by,
     names_of,
-    nodes_of,
     only_user,
     rank,
     scalar,
@@ -55,34 +55,21 @@ class Product:
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4")
 
 
-def pack_products(model: ir.Model) -> tuple[int, dict[str, int]]:
+@at_nodes("GroupQueryAttention", domain=CONTRIB)
+def pack_products(model: ir.Model, attention: ir.Node) -> bool | str:
     """Make one product of those that feed one attention, with the factors of adapters at them.
 
     ``x·Wq, x·Wk, x·Wv, x·Aq, …`` become ``x · [Wq Wk Wv Aq …]`` and a ``Split``. Factors that are inputs
     of the file stay products of their own, since an adapter may be at some of the places only.
-
-    Args:
-        model: Changed in place. Attention is one operator.
-
-    Returns:
-        How many products became one of several, and why others did not.
     """
-    done, why = 0, dict[str, int]()
-    for attention in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
-        products = [_source(value) for value in attention.inputs[:3]]
-        found = list({one.node: one for one in products if one is not None}.values())
-        if None in products or len(found) < 2 or len({id(one.node.inputs[0]) for one in found}) > 1:
-            reason = "query, key and value are no products of one input"
-            why[reason] = why.get(reason, 0) + 1
-            continue
-        if any(product_form(one) != product_form(found[0]) for one in found):
-            reason = "the weights of query, key and value are stored in different forms"
-            why[reason] = why.get(reason, 0) + 1
-            continue
-        group = [*found, *_factors(found)]
-        _pack(model, group)
-        done += 1
-    return done, why
+    products = [_source(value) for value in attention.inputs[:3]]
+    found = list({one.node: one for one in products if one is not None}.values())
+    if None in products or len(found) < 2 or len({id(one.node.inputs[0]) for one in found}) > 1:
+        return "query, key and value are no products of one input"
+    if any(product_form(one) != product_form(found[0]) for one in found):
+        return "the weights of query, key and value are stored in different forms"
+    _pack(model, [*found, *_factors(found)])
+    return True
 
 
 def _source(value: ir.Value | None) -> Product | None:
@@ -227,34 +214,25 @@ def join_constants(builder: Builder, values: Sequence[ir.Value | None], axis: in
 # --- scales ---------------------------------------------------------------------------------------
 
 
-def fold_scales(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Write ``s · ((x·A)·B)`` as ``(x·A)·(s·B)``, B being constant.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many scales were folded, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "MatMul"):
-        inner, factor = node.inputs
-        scaled = only_user(node.outputs[0], "Mul")
-        if scaled is None or factor is None or not _is_low_rank(inner, factor):
-            continue
-        number = next((scalar(one) for one in scaled.inputs if one is not node.outputs[0]), None)
-        if number is None:
-            continue
-        builder = Builder(model, node)
-        made = builder.op(
-            "MatMul",
-            [inner, _times(builder, factor, number)],
-            like=node.outputs[0],
-            shape=scaled.outputs[0].shape,
-        )
-        substitute(scaled.outputs[0], made)
-        done += 1
-    return done, {}
+@at_nodes("MatMul")
+def fold_scales(model: ir.Model, node: ir.Node) -> bool:
+    """Write ``s · ((x·A)·B)`` as ``(x·A)·(s·B)``, B being constant."""
+    inner, factor = node.inputs
+    scaled = only_user(node.outputs[0], "Mul")
+    if scaled is None or factor is None or not _is_low_rank(inner, factor):
+        return False
+    number = next((scalar(one) for one in scaled.inputs if one is not node.outputs[0]), None)
+    if number is None:
+        return False
+    builder = Builder(model, node)
+    made = builder.op(
+        "MatMul",
+        [inner, _times(builder, factor, number)],
+        like=node.outputs[0],
+        shape=scaled.outputs[0].shape,
+    )
+    substitute(scaled.outputs[0], made)
+    return True
 
 
 def _is_low_rank(inner: ir.Value | None, factor: ir.Value) -> bool:

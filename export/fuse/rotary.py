@@ -14,6 +14,7 @@ from lora_fx.export.fuse.graph import (
     Size,
     array_of,
     axis_size,
+    joined,
     made_by,
     names_of,
     rank,
@@ -57,14 +58,10 @@ def find_rotary(value: ir.Value) -> Rotary | None:
     whole = _whole(value)
     if whole is not None:
         return whole
-    joined = made_by(value, "Concat")
-    if (
-        joined is None
-        or len(joined.inputs) != 2
-        or joined.attributes.get_int("axis", 0) not in (-1, 3)
-    ):
+    halves = joined(value, 3)
+    if halves is None:
         return None
-    first, rest = joined.inputs
+    first, rest = halves.inputs
     found = None if first is None else _whole(first)
     if found is None:
         return None
@@ -100,17 +97,13 @@ def _whole(value: ir.Value) -> Rotary | None:
 
 def _is_turned(value: ir.Value | None, x: ir.Value, width: int) -> bool:
     """Whether a value is ``concat(-x[..., d/2:], x[..., :d/2])``."""
-    joined = made_by(value, "Concat")
-    if (
-        joined is None
-        or len(joined.inputs) != 2
-        or joined.attributes.get_int("axis", 0) not in (-1, 3)
-    ):
+    halves = joined(value, 3)
+    if halves is None:
         return False
-    negated = made_by(joined.inputs[0], "Neg")
+    negated = made_by(halves.inputs[0], "Neg")
     if negated is None:
         return False
-    upper, lower = _part(negated.inputs[0]), _part(joined.inputs[1])
+    upper, lower = _part(negated.inputs[0]), _part(halves.inputs[1])
     half = width // 2
     return upper == (x, (half, width)) and lower == (x, (0, half))
 

@@ -9,11 +9,11 @@ from lora_fx.export.fuse.graph import (
     Builder,
     Size,
     array_of,
+    at_nodes,
     axis_size,
     consumers,
     made_by,
     names_of,
-    nodes_of,
     rank,
     remove_dead,
     scalar,
@@ -28,27 +28,18 @@ if TYPE_CHECKING:
 __all__ = ["drop_moves", "fix_shapes", "index_all", "keep_last_token", "slice_positions"]
 
 
-def fix_shapes(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Give ``Reshape`` a constant: 0 for an axis that stays, -1 for one that follows from the others.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many shapes were computed before, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "Reshape"):
-        source, wanted = node.inputs
-        if array_of(wanted) is not None:
-            continue
-        shape = _constant_shape(names_of(source), sizes(wanted))
-        if shape is None:
-            continue
-        node.replace_input_with(1, Builder(model, node).ints(shape))
-        node.attributes.pop("allowzero", None)
-        done += 1
-    return done, {}
+@at_nodes("Reshape")
+def fix_shapes(model: ir.Model, node: ir.Node) -> bool:
+    """Give ``Reshape`` a constant: 0 for an axis that stays, -1 for one that follows from the others."""
+    source, wanted = node.inputs
+    if array_of(wanted) is not None:
+        return False
+    shape = _constant_shape(names_of(source), sizes(wanted))
+    if shape is None:
+        return False
+    node.replace_input_with(1, Builder(model, node).ints(shape))
+    node.attributes.pop("allowzero", None)
+    return True
 
 
 def _constant_shape(
@@ -68,43 +59,35 @@ def _constant_shape(
     return shape if shape.count(-1) <= 1 else None
 
 
-def index_all(model: ir.Model) -> tuple[int, dict[str, int]]:
+@at_nodes("GatherND")
+def index_all(model: ir.Model, node: ir.Node) -> bool:
     """Replace ``mask[rows, columns]`` over all rows and columns by the mask itself.
 
     transformers looks each element of a padding mask up by its row and column, which is one ``GatherND``
     with an index for every element.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many were replaced, and nothing else to say.
     """
-    done = 0
-    for node in nodes_of(model, "GatherND"):
-        data, indices = node.inputs
-        joined = made_by(indices, "Concat")
-        if data is None or joined is None or len(joined.inputs) != 2:
-            continue
-        if node.attributes.get_int("batch_dims", 0) or len(names_of(data)) != 2:
-            continue
-        rows, columns = (_counted(one) for one in joined.inputs)
-        target = names_of(node.outputs[0])
-        if len(target) != 4 or names_of(data)[0] != target[0] or target[1:3] != (1, 1):
-            continue
-        batch, _, _, total = target
-        if rows != (batch, (batch, 1, 1, 1)) or columns != (total, (1, 1, 1, total)):
-            continue
-        # Not Unsqueeze: a mask of another length has to fail, as it does now.
-        builder = Builder(model, node)
-        length = size_vector(model, builder, total)
-        if length is None:
-            continue
-        shape = builder.op("Concat", [builder.ints([0, 1, 1]), length], {"axis": 0})
-        made = builder.op("Reshape", [data, shape], like=data, shape=target)
-        substitute(node.outputs[0], made)
-        done += 1
-    return done, {}
+    data, indices = node.inputs
+    joined = made_by(indices, "Concat")
+    if data is None or joined is None or len(joined.inputs) != 2:
+        return False
+    if node.attributes.get_int("batch_dims", 0) or len(names_of(data)) != 2:
+        return False
+    rows, columns = (_counted(one) for one in joined.inputs)
+    target = names_of(node.outputs[0])
+    if len(target) != 4 or names_of(data)[0] != target[0] or target[1:3] != (1, 1):
+        return False
+    batch, _, _, total = target
+    if rows != (batch, (batch, 1, 1, 1)) or columns != (total, (1, 1, 1, total)):
+        return False
+    # Not Unsqueeze: a mask of another length has to fail, as it does now.
+    builder = Builder(model, node)
+    length = size_vector(model, builder, total)
+    if length is None:
+        return False
+    shape = builder.op("Concat", [builder.ints([0, 1, 1]), length], {"axis": 0})
+    made = builder.op("Reshape", [data, shape], like=data, shape=target)
+    substitute(node.outputs[0], made)
+    return True
 
 
 def _counted(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
@@ -127,51 +110,33 @@ def _range(value: ir.Value | None) -> ir.Node | None:
     return None
 
 
-def slice_positions(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Replace ``positions[:, [past, …, total - 1]]`` by a slice.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many were replaced, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "Gather"):
-        data, indices = node.inputs
-        found = counted(indices)
-        if data is None or found is None or node.attributes.get_int("axis", 0) != 1:
-            continue
-        builder = Builder(model, node)
-        first, last = (size_vector(model, builder, size) for size in found)
-        if rank(data) != 2 or first is None or last is None:
-            continue
-        made = builder.op(
-            "Slice", [data, first, last, builder.ints([1])], like=data, shape=node.outputs[0].shape
-        )
-        substitute(node.outputs[0], made)
-        done += 1
-    return done, {}
+@at_nodes("Gather")
+def slice_positions(model: ir.Model, node: ir.Node) -> bool:
+    """Replace ``positions[:, [past, …, total - 1]]`` by a slice."""
+    data, indices = node.inputs
+    found = counted(indices)
+    if data is None or found is None or node.attributes.get_int("axis", 0) != 1:
+        return False
+    builder = Builder(model, node)
+    first, last = (size_vector(model, builder, size) for size in found)
+    if rank(data) != 2 or first is None or last is None:
+        return False
+    made = builder.op(
+        "Slice", [data, first, last, builder.ints([1])], like=data, shape=node.outputs[0].shape
+    )
+    substitute(node.outputs[0], made)
+    return True
 
 
-def drop_moves(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Leave out reshapes and transposes that give back what was there.
-
-    Args:
-        model: Changed in place.
-
-    Returns:
-        How many were left out, and nothing else to say.
-    """
-    done = 0
-    for node in nodes_of(model, "Reshape", "Transpose"):
-        output = node.outputs[0]
-        source = _turned_back(node) if node.op_type == "Transpose" else _reshaped_back(node)
-        if source is None or output.is_graph_output():
-            continue
-        substitute(output, source)
-        done += 1
-    return done, {}
+@at_nodes("Reshape", "Transpose")
+def drop_moves(model: ir.Model, node: ir.Node) -> bool:
+    """Leave out reshapes and transposes that give back what was there."""
+    output = node.outputs[0]
+    source = _turned_back(node) if node.op_type == "Transpose" else _reshaped_back(node)
+    if source is None or output.is_graph_output():
+        return False
+    substitute(output, source)
+    return True
 
 
 def _turned_back(node: ir.Node) -> ir.Value | None:

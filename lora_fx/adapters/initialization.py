@@ -237,7 +237,7 @@ def moments(
         for number, batch in data.counted():
             data.report(number, "collecting second moments")
             data.output(model.eval(), batch, number)
-    _check_run(counts)
+    _check_reached([name for name, count in counts.items() if count == 0])
     return {name: value / counts[name] for name, value in sums.items()}
 
 
@@ -282,12 +282,12 @@ def gradients(
             parameter.requires_grad_(wanted[id(parameter)])
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    _check_run(counts)
+    _check_reached([name for name, count in counts.items() if count == 0])
     return {name: value / seen for name, value in sums.items()}
 
 
 def _replace(model: nn.Module, name: str, hook: Callable[[torch.Tensor], None]) -> None:
-    """A leaf over the same values in the place of a weight: what is tied to that has no part in it."""
+    """A leaf over the same values in place of a weight: what is tied to that has no part in it."""
     owner, _, leaf = name.rpartition(".")
     weight: Any = nn.Parameter(model.get_parameter(name).detach(), requires_grad=True)
     weight.register_post_accumulate_grad_hook(hook)
@@ -309,8 +309,7 @@ def _adding(
     return add
 
 
-def _check_run(counts: Mapping[str, int]) -> None:
-    idle = [name for name, count in counts.items() if count == 0]
+def _check_reached(idle: list[str]) -> None:
     if idle:
         raise ConfigError(
             f"the data does not reach {', '.join(idle[:5])}: give batches that do, or leave it out with "
@@ -334,7 +333,7 @@ def restart(
         model: A rewritten model; changed in place, its graphs are not.
         adapter_name: An adapter of it, active or not.
         entry: What its record becomes, but for the weights that the starts change.
-        rows: The sites that start anew.
+        rows: The sites that start again.
         make: The start of a site, from its weight; by default what the entry's configuration says.
     """
     record = require_record(model)
@@ -408,7 +407,7 @@ def initialize(
     _check(model, entry, adapter_name, loss_fn)
     with ExitStack() as stack:
         report = stack.enter_context(_reporting(progress, dataloader))
-        # What training mode draws is the same each time, and nobody else's numbers are used up.
+        # What training mode draws is the same each time, and no random numbers of others are used up.
         device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(entry.config.seed)
@@ -555,7 +554,7 @@ def _reporting(
 ) -> Iterator[Report]:
     """Whom to tell how far it is."""
     try:
-        total = len(dataloader)  # type: ignore[arg-type]  # whoever has no length raises TypeError
+        total = len(dataloader)  # type: ignore[arg-type]  # one without a length raises TypeError
     except TypeError:
         total = 0
     if not isinstance(progress, bool):
@@ -749,12 +748,7 @@ class _Search:
     def compare(self) -> None:
         """Sites that read the same share their components."""
         assert self._inputs is not None
-        idle = [name for name in self._ranks if name not in self._inputs]
-        if idle:
-            raise ConfigError(
-                f"the data does not reach {', '.join(idle[:5])}: give batches that do, or leave it out "
-                "with exclude_modules"
-            )
+        _check_reached([name for name in self._ranks if name not in self._inputs])
         first: dict[str, str] = {}
         for name in self._ranks:
             self._same[name] = first.setdefault(self._inputs[name], name)

@@ -1,4 +1,4 @@
-"""Several adapters on one model: added, switched, taken away; and the model copied as it is now.
+"""Add, switch and delete adapters of a model, and copy the model as it is now.
 
 Switching edits graphs: the branches of the active adapters are inserted into the graphs that the model had
 before any adapter, so that one that is not active costs nothing when the model runs.
@@ -82,7 +82,7 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
 
 @inside
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """The names of those that the model runs with.
+    """Return the names of the adapters that the model runs with.
 
     Raises:
         ConfigError: If the model is not rewritten.
@@ -91,7 +91,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
-    """What is known of one adapter.
+    """Return the record of one adapter.
 
     Raises:
         ConfigError: If the model is not rewritten, or has no such adapter.
@@ -102,7 +102,7 @@ def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
 
 
 def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
-    """The adapter that is meant: one that is named, or else the only one, or the only active one.
+    """Return the adapter that a call is for: the one named, else the only one, or the only active one.
 
     Raises:
         ConfigError: If the model is not rewritten, has no such adapter, or several could be meant.
@@ -125,7 +125,7 @@ def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
 def add_adapter(
     model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
 ) -> nn.Module:
-    """Puts one more adapter on a rewritten model. It is not active until :func:`set_adapter` makes it so.
+    """Add an adapter to a rewritten model. It is inactive until :func:`set_adapter` activates it.
 
     Args:
         model: A rewritten model. It is changed.
@@ -149,7 +149,7 @@ def add_adapter(
 def put_adapter(
     model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
 ) -> AdapterRecord:
-    """:func:`add_adapter`, for those who want to know what became of it."""
+    """Do what :func:`add_adapter` does, and return the adapter's record."""
     check_adapter_name(adapter_name)
     record = require_record(model)
     if adapter_name in record.adapters:
@@ -206,23 +206,23 @@ def set_adapter(
     inference_mode: bool = False,
     per_sample: bool = False,
 ) -> None:
-    """Makes adapters active, and all others inactive.
+    """Make adapters active, and all others inactive.
 
-    The branches of several active adapters are added up. The parameters of active adapters want a
-    gradient, those of others do not. Inside :func:`disable_adapter` or :func:`adapter_ids` that is so at
-    once, and the model runs with them afterwards.
+    The branches of several active adapters are added up. The parameters of active adapters require a
+    gradient, those of others do not. Inside :func:`disable_adapter` or :func:`adapter_ids` the parameters
+    change at once, and the model runs with the new adapters when the block ends.
 
     Args:
-        model: A rewritten model. Its graphs are edited; a compiled one is compiled anew.
-        adapter_name: One name, or several. None of them (an empty list) leaves the base.
+        model: A rewritten model. Its graphs are edited; a compiled one is compiled again.
+        adapter_name: One name, or several. An empty list leaves the base.
         inference_mode: Whether the active ones are frozen, too.
         per_sample: Whether each sample of a batch has one of them (or none) instead of all. Which
-            sample has which is said by :func:`adapter_ids`, inside which the model then has to be called.
+            sample has which is said by :func:`adapter_ids`; then call the model inside it.
 
     Raises:
-        ConfigError: If there is no such adapter, a name is there twice, two of them have something in
-            the place of the same parameter of the base, or (``per_sample``) one has something in the
-            place of any, or a site whose rows are not samples. The model is as it was then.
+        ConfigError: If there is no such adapter, a name is given twice, two of them replace the same
+            parameter of the base, or (``per_sample``) one replaces any, or has a site whose rows are not
+            samples. Then the model is unchanged.
     """
     record = require_record(model)
     if adapter_name is None:
@@ -244,7 +244,7 @@ def set_adapter(
 
 @inside
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
-    """Takes an adapter off a model.
+    """Delete an adapter from a model.
 
     Args:
         model: A rewritten model.
@@ -275,7 +275,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
 
 
 def note_start(model: nn.Module, adapter_name: str) -> None:
-    """Notes that an adapter has its values, and waits for no data any more."""
+    """Record that an adapter has its starting values from data."""
     record = require_record(model)
     entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
     model.__dict__["_lora_fx"] = record.with_adapter(adapter_name, entry)
@@ -283,11 +283,11 @@ def note_start(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model, for as long as the context lasts: no branch, and the base's own parameters.
+    """Run the base model while the context lasts: no branches, and the base's own parameters.
 
-    Adapters keep their values, and want a gradient afterwards if they did before. Contexts nest:
-    inside this one the model is the base also where :func:`adapter_ids` names adapters, and what
-    :func:`set_adapter` chooses counts afterwards.
+    Adapters keep their values, and require a gradient afterwards if they did before. Contexts nest: inside
+    this one the model is the base even where :func:`adapter_ids` names adapters, and what
+    :func:`set_adapter` chooses takes effect afterwards.
 
     Raises:
         ConfigError: If the model is not rewritten.
@@ -317,7 +317,7 @@ def adapter_ids(
             taken, too.
 
     Raises:
-        ConfigError: If there is no such adapter, one has something in the place of a parameter of the
+        ConfigError: If there is no such adapter, one has something in place of a parameter of the
             base, or a site whose rows are not samples; and when the model is called, if the batch has
             another number of samples, a site reads rows that are not seen to be those of sample after
             sample (positions, sequence first, a batch that is doubled inside), samples are mixed, or a call
@@ -338,7 +338,7 @@ def adapter_ids(
 
 @contextmanager
 def _inside_block(model: nn.Module, block: ActiveAdapters) -> Iterator[None]:
-    """Lets a block count until it is left, in whatever order blocks are left."""
+    """Apply a block until it is left, in whatever order blocks are left."""
     with without_wrappers(model) as inner:
         record = require_record(inner)
         run_with(
@@ -370,10 +370,10 @@ def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 
 @inside
 def reference(model: ModelT) -> ModelT:
-    """Copies a rewritten model as it is now, frozen and in eval mode, for what compares with it.
+    """Copy a rewritten model as it is now, frozen and in eval mode, as a reference to compare with.
 
     The copy runs with the adapters that are active, whose values it has of its own: what ``model`` is trained
-    to later does not reach it. Weights that nobody trains are shared, so that the copy takes no more memory
+    to later does not reach it. Weights that are not trained are shared, so that the copy takes no more memory
     than the adapters do. The model that was passed to :func:`lora_fx.rewrite` is the reference without
     adapters, and takes none.
 
@@ -381,8 +381,8 @@ def reference(model: ModelT) -> ModelT:
         model: A rewritten model; it is not changed.
 
     Returns:
-        A rewritten model of the same class, no parameter of which wants a gradient. What trainers have set on
-        ``model`` is left out.
+        A rewritten model of the same class, in which no parameter requires a gradient. What trainers have set
+        on ``model`` is left out.
 
     Raises:
         ConfigError: If the model is not rewritten.
@@ -416,7 +416,7 @@ class AdapterStatus:
     Attributes:
         name: Its name.
         active: Whether the model runs with it.
-        trainable: Whether its parameters want a gradient; None if some do and some do not.
+        trainable: Whether its parameters require a gradient; None if some do and some do not.
         sites: Number of operations that it adapts.
         ranks: The lowest and the highest rank; None without sites.
         parameters: Elements of its factors and of all else that it trains.
@@ -521,7 +521,7 @@ class ModelStatus:
 
 @inside
 def status(model: nn.Module) -> ModelStatus:
-    """How the adapters of a rewritten model stand; ``str()`` has a line for each.
+    """Return the state of each adapter of a rewritten model; ``str()`` has a line for each.
 
     Raises:
         ConfigError: If the model is not rewritten.
@@ -556,11 +556,7 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
         parameters=sum(p.numel() for p in trained.values()),
         saved_modules=adapter.saved_modules,
         biases=adapter.biases,
-        dtypes=tuple(sorted({_short(p.dtype) for p in trained.values()})),
+        dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()})),
         devices=tuple(sorted({str(p.device) for p in trained.values()})),
         waits=not adapter.initialized,
     )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Quantized base models: linear weights in few bits (QLoRA, arXiv:2305.14314), and LoftQ's factors."""
+"""Quantized base models (QLoRA, arXiv:2305.14314), and LoftQ's factors."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def prepare_for_kbit_training(
       so that what lies between the products is computed in it. With a tensor of torchao in half precision
       they stay as they are, since it multiplies nothing else;
     - blocks keep their inputs only, and run again in the backward pass (gradient checkpointing);
-    - outputs of the input embeddings want a gradient, so that every block is differentiated.
+    - outputs of the input embeddings require a gradient, so that every block is differentiated.
 
     Unlike PEFT's, this does not change its argument; the kind of model is read off its weights, not off
     attributes that transformers sets on what it has loaded; checkpoints are not reentrant unless that is
@@ -129,7 +129,7 @@ def _wants_half(weight: nn.Parameter) -> bool:
 
 
 def _widen(model: nn.Module) -> None:
-    """Puts fp32 parameters in the place of those in half precision; what is tied stays tied."""
+    """Puts fp32 parameters in place of those in half precision; what is tied stays tied."""
     wide: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -199,7 +199,7 @@ def quantize(
     weights: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> ModelT:
-    """Stores the weight of every linear operation but the output head in few bits.
+    """Quantizes the weight of every linear operation but the output head.
 
     Operations are found by what they compute, as :func:`lora_fx.rewrite` finds them: functional ones, too,
     and weights that are stored [in, out]. Lookups, convolutions, experts, tied weights and those of which
@@ -238,7 +238,7 @@ def quantize(
         ``save_pretrained`` fails: it cannot write torchao's tensors.
 
     Raises:
-        QuantizationError: If an argument means nothing, the model is quantized or rewritten already, there is
+        QuantizationError: If an argument is not valid, the model is quantized or rewritten already, there is
             nothing to quantize, a weight does not fit the format, has no values or infinite ones, the code of
             the model also gets to it by a global, or the format does not run on the device or its library is
             missing. Each names what does work.
@@ -528,7 +528,7 @@ def _tried(
     made: dict[str, torch.Tensor],
     callback: Callable[[nn.Module, str], bool],
 ) -> bool:
-    """Writes factors, and takes them back if nobody wants them."""
+    """Writes factors, and takes them back if they are rejected."""
     factors = factors_of(model, row, adapter).values
     before = {name: factors[name].detach().clone() for name in made}
     _write(model, row, adapter, made)

@@ -1,4 +1,4 @@
-"""Which adapters a model runs with: graphs are made anew of those without branches, parameters change places.
+"""Which adapters a model runs with: graphs are made from those without branches, parameters change places.
 
 What counts is what :func:`lora_fx.set_adapter` has chosen, and what the ``with`` blocks around it say.
 """
@@ -108,7 +108,7 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
 
 
 def _check_tokens(record: Record, names: Sequence[str]) -> None:
-    """Rows that are replaced are nobody else's."""
+    """Rows that are replaced are shared with nothing."""
     for name in names:
         for tokens in record.adapters[name].tokens:
             for other in names:
@@ -144,7 +144,7 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
     Args:
         model: A rewritten model.
         record: What it is to become. Its choice and its blocks count, not what it says to be active.
-        anew: Whether to make graphs anew also where they serve as they are.
+        anew: Whether to make graphs again where the present ones would do.
 
     Raises:
         ConfigError, CaptureError: If that cannot be. The model is as it was then.
@@ -195,7 +195,7 @@ def _wanted_of(record: Record) -> ActiveAdapters:
 
 
 def _assign(model: nn.Module, wanted: ActiveAdapters) -> None:
-    """Says which sample of a batch has which adapter, or that nobody has said."""
+    """Says which sample of a batch has which adapter, or that none was given."""
     for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
         holder.assign(wanted.ids, wanted.repeats)
 

@@ -118,7 +118,7 @@ def parameter_groups(
             members.setdefault(kind, []).append(parameter)
     if not members:
         raise ConfigError(
-            "nothing in the model is trained: no parameter wants a gradient; activate an adapter first"
+            "nothing in the model is trained: no parameter requires a gradient; activate an adapter first"
         )
     for a in frozen:
         a.requires_grad_(False)
@@ -238,7 +238,7 @@ def _first_factors(
 
 
 def _of_adapter(model: nn.Module, record: Record, adapter_name: str) -> set[int]:
-    """What an adapter trains, and has in the place of the base's parameters."""
+    """What an adapter trains, and has in place of the base's parameters."""
     if adapter_name not in record.adapters:
         has = ", ".join(map(repr, record.adapters))
         raise ConfigError(f"there is no adapter {adapter_name!r}: the model has {has}")

@@ -147,7 +147,7 @@ class Combination:
             (``frequency``) elect.
 
     Raises:
-        ConfigError: If a field cannot mean anything, or a density is needed and missing.
+        ConfigError: If a field is not valid, or a density is needed and missing.
     """
 
     kind: CombinationType = "svd"
@@ -561,7 +561,7 @@ def add_weighted_adapter(
         The model itself.
 
     Raises:
-        ConfigError: If a name is unknown or taken, an argument cannot mean anything, several of the adapters
+        ConfigError: If a name is unknown or taken, an argument is not valid, several of the adapters
             train the same module in full, one cannot be combined (more than A and B, trained tokens, an
             initialization that changed the base), or sites do not go together. The model is as it was then.
     """

@@ -10,7 +10,6 @@ from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
 from lora_fx.checkpoint.trainers import (
-    left_out_of_checkpoints,
     lightning_callback,
     trainer_callback,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "call_with",
     "converted",
     "hotswap_adapter",
-    "left_out_of_checkpoints",
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",

@@ -69,7 +69,7 @@ _REFUSALS = {
 def for_one_rank(
     found: Stored, record: AdapterRecord, config: LoraConfig, reader: Reader
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """What to write for a reader that knows one rank and one alpha: vLLM, llama.cpp.
+    """Return what to write for a reader that knows one rank and one alpha: vLLM, llama.cpp.
 
     Args:
         found: The adapter as PEFT stores it.
@@ -127,7 +127,7 @@ def _filled(
 def for_diffusers(
     found: Stored, record: AdapterRecord, config: LoraConfig, component: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What to write for diffusers.
+    """Return what to write for diffusers.
 
     Args:
         found: The adapter as PEFT stores it.

@@ -91,7 +91,7 @@ def save_adapter(
     full. An adapter whose initialization changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
     base as it was, of twice the rank; one of LoftQ says so, and the base is quantized again on loading.
 
-    Parameters of the base that were unfrozen by hand, and those of a module that was put in the place of one
+    Parameters of the base that were unfrozen by hand, and those of a module that was put in place of one
     of the base, are written under their own names, with a warning: PEFT and :func:`load_adapter` read them.
     ``modules_to_save`` is the way to have them trained as part of an adapter.
 
@@ -166,7 +166,7 @@ def save_adapter(
 def _of_component(
     model: nn.Module, adapter_name: str, component: str | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What a file of diffusers has of one model: tensors by key, and metadata."""
+    """Return what a file of diffusers holds for one model: tensors by key, and metadata."""
     record = _initialized(model, adapter_name)
     part = component_of(model, component)
     found = stored(model, record, adapter_name, False)
@@ -204,7 +204,7 @@ def folder_of(
     reader: Reader = "peft",
     folder: Path | str = "save_pretrained",
 ) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
-    """What is in an adapter's folder: tensors without PEFT's prefix, configuration, further metadata.
+    """Return the contents of an adapter folder: tensors without PEFT's prefix, configuration, metadata.
 
     Args:
         model: A rewritten model.
@@ -285,7 +285,7 @@ def load_adapter(
             pickle that could run code, or does not fit the model: every tensor that is missing,
             unexpected or of another shape is named. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
-            rewritten and is to be captured anew.
+            rewritten and has to be captured again.
         CaptureError: If the model cannot be captured so.
     """
     check_adapter_name(adapter_name)
@@ -415,7 +415,7 @@ def _extend(
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:
-    """Why the sites of a folder that are operations of the model are not adapted."""
+    """Say why sites in a folder are not adapted although the model has the operations."""
     if record_of(model) is not None:
         return []
     try:

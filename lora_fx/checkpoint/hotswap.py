@@ -80,7 +80,7 @@ def hotswap_adapter(
     nothing. :func:`prepare_hotswap` makes room for higher ranks.
 
     Args:
-        model: A rewritten model. A compiled one is not compiled anew.
+        model: A rewritten model. A compiled one is not compiled again.
         directory: As for :func:`lora_fx.load_adapter`.
         adapter_name: The adapter whose values are replaced, active or not; by default the only one, or the
             only active one.

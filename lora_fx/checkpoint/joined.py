@@ -125,7 +125,7 @@ class Joined:
         return self.scale * (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def packed(self, tensors: Tensors) -> int:
-        """Puts PEFT's two factors (of each pair) in the place of the members' own, and returns the rank.
+        """Puts PEFT's two factors (of each pair) in place of the members' own, and returns the rank.
 
         Args:
             tensors: By key; changed.
@@ -138,7 +138,7 @@ class Joined:
         return rank
 
     def split(self, tensors: Tensors, scale: float) -> tuple[set[str], list[str]]:
-        """Puts the members' own factors in the place of PEFT's, as far as those are there.
+        """Puts the members' own factors in place of PEFT's, as far as those are there.
 
         Args:
             tensors: By key; changed.

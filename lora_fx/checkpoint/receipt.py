@@ -68,7 +68,7 @@ _LEAST_EFFECT: Final = 1e-2
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a runtime does with an adapter.
+    """Whether and how a runtime applies an adapter.
 
     Attributes:
         verdict: "applied", "not applied", "applied with another scale", "another base", or "applied
@@ -102,7 +102,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """What an adapter does to some inputs.
+    """The effect of an adapter on some inputs.
 
     Attributes:
         inputs: The canary inputs by name; ``""`` for the only one of a model that is called with a tensor.
@@ -120,7 +120,7 @@ class Receipt:
 
     @property
     def effect(self) -> float:
-        """What the adapter changes, root mean square."""
+        """The change by the adapter, root mean square."""
         return _distance(self.answers[1.0], self.answers[0.0])
 
     def read(self, outputs: Any) -> Tensor:
@@ -144,7 +144,7 @@ class Receipt:
             ) from error
 
     def judge(self, answer: Tensor, base: Tensor | None = None) -> Verdict:
-        """What an answer says of the runtime that gave it.
+        """Judge a runtime by its answer.
 
         Args:
             answer: Of :meth:`read`, with the adapter; NaN where it is not known.

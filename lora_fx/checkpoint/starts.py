@@ -4,7 +4,7 @@ Written, such an adapter is made one of the base as it was: with A₀ and B₀ f
 ``W₀ + s·B A = W + s·(B A - B₀ A₀) = W + s·[B, -B₀] [A; A₀]``. The rank is twice as large, and so is alpha
 (with ``use_rslora`` √2 times), so that the scale stays. What remains of a difference is the rounding of
 ``W₀ = W - s·B₀ A₀`` to the weight's dtype. LoftQ's base differs by no product of that rank: there the
-folder says ``loftq``, and whoever loads it quantizes the base again, as PEFT does.
+folder says ``loftq``, and the base is quantized again when it is loaded, as PEFT does.
 
 Read, a folder of PEFT that was not converted says ``pissa`` or ``olora``: the same is taken out of the base
 again.
@@ -54,7 +54,7 @@ class Converted:
     def parted(
         self, slots: Mapping[str, Slot], values: Iterable[tuple[Slot, torch.Tensor]]
     ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-        """What to write into the model's own slots, and what is wrong with it.
+        """Return what to write into the model's own slots, and what is wrong with it.
 
         Args:
             slots: The model's own, by key.
@@ -123,7 +123,7 @@ def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) 
 
 
 def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What :func:`_side_by_side` was given."""
+    """Undo :func:`_side_by_side`."""
     if is_b or site.experts:
         first, last = whole.chunk(2, (2 if site.experts else 1) if is_b else 1)
         return first, last
@@ -177,7 +177,7 @@ def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> Non
 
 
 def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
-    """What is wrong with loading a folder onto a model that has the adapter already: its base."""
+    """Say why a folder cannot be loaded onto a model that has the adapter already: it has another base."""
     ours, theirs = record.config, config
     own = set(record.own) - set(record.given)
     changed = bool({row.site.weight for row in record.sites} & own)

@@ -1,4 +1,4 @@
-"""The tensors of an adapter by PEFT's keys, for whoever keeps checkpoints in a way of their own."""
+"""The tensors of an adapter by PEFT's keys, for checkpoints of your own."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ __all__ = [
 #
 # Who adds tokens resizes both ends of a transformers model, and the rows that are new are in no
 # checkpoint of the base. PEFT therefore writes these weights where they were resized, or adapted
-# (``save_embedding_layers``), and so does this. What somebody has trained although no adapter
+# (``save_embedding_layers``), and so does this. What was trained although no adapter
 # trains it is written under the same names, and the metadata of the file says which that is:
 # anything else that differs from the model's belongs to another base. Read, what differs is the
-# adapter's own, in the place of the base's and frozen: the model that was given stays as it is.
+# adapter's own, in place of the base's and frozen: the model that was given stays as it is.
 
 
 NOTE = "lora_fx.by_hand"
@@ -98,7 +98,7 @@ def saved_embeddings(
     origin: str | None,
     how: SaveEmbeddings,
 ) -> dict[str, torch.Tensor]:
-    """What to save beside an adapter, by FQN.
+    """Return what to save with an adapter, by FQN.
 
     Args:
         model: A rewritten model.
@@ -129,7 +129,7 @@ def saved_embeddings(
 
 
 def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict[str, torch.Tensor]:
-    """What was trained by hand and is to be saved beside an adapter, by FQN.
+    """Return what was trained by hand and is to be saved with an adapter, by FQN.
 
     Args:
         model: A rewritten model.
@@ -137,7 +137,7 @@ def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict
         adapter: Its name.
 
     Raises:
-        CheckpointError: If a weight is trained that the adapter's initialization has put in the place of the
+        CheckpointError: If a weight is trained that the adapter's initialization has put in place of the
             base's: a folder is written for the base as it was.
     """
     known = require_record(model)
@@ -285,7 +285,7 @@ def _resized(model: nn.Module, origin: str | None) -> bool:
 def _values_for(
     slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """What to write where, and what is wrong with it; nothing is written yet."""
+    """Return what to write where, and what is wrong with it; nothing is written yet."""
     values: dict[str, tuple[Slot, torch.Tensor]] = {}
     problems: list[str] = []
     seen: set[str] = set()
@@ -340,7 +340,7 @@ def _other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str,
 def _leftover(
     key: str, value: torch.Tensor, model: nn.Module, record: AdapterRecord
 ) -> Iterator[str]:
-    """What is wrong with a tensor that is no part of the adapter; nothing if the model has it.
+    """Say what is wrong with a tensor that is not part of the adapter; nothing if the model has it.
 
     PEFT writes the base weight of an embedding or head that it adapts, and with ``bias="all"`` the
     biases of the originals of ``modules_to_save``, which nothing reads.
@@ -411,7 +411,7 @@ def stored(
 
     Raises:
         CheckpointError: If the model is on the meta device, or what was trained by hand has no place.
-        ConfigError: If ``embeddings`` cannot mean anything.
+        ConfigError: If ``embeddings`` is not valid.
     """
     layout = layout_of(model, record)
     origin = record.config.base_model_name_or_path or origin_of(model)
@@ -446,7 +446,7 @@ def fitted(
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig | None,
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """What to write where, and what is wrong with it; nothing is written yet.
+    """Return what to write where, and what is wrong with it; nothing is written yet.
 
     Args:
         model: A rewritten model.
@@ -528,7 +528,7 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same by the names that modules of the base model have in it."""
+    """Return the same with the names that modules of the base model have."""
     if all(key.startswith(PREFIX) for key in tensors):
         return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     return tensors
@@ -610,7 +610,7 @@ def _to_peft(
     slots: Mapping[str, Slot],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Puts magnitudes as PEFT takes them in the place of those of the model.
+    """Puts magnitudes as PEFT takes them in place of those of the model.
 
     Args:
         model: A rewritten model.
@@ -664,7 +664,7 @@ def _is_grouped(row: PlannedSite) -> bool:
 
 
 def _normed(row: PlannedSite) -> tuple[str, ...]:
-    """What is compared with the norm of the weight: a magnitude."""
+    """Return the names of the slots that are compared with the norm of the weight: magnitudes."""
     return tuple(slot.name for slot in kind_of(row).slots(row.site) if slot.normed)
 
 

@@ -471,7 +471,7 @@ class _ForLightning:
             self.hook = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint has of it: the best value, and the generators of a single process."""
+        """Return its state for a checkpoint: the best value, and the generators of a single process."""
         if not self.alone:
             return {"best": self.best}
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

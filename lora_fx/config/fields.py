@@ -163,10 +163,10 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 
 
 def options(name: str, value: object) -> FrozenOptions[Any] | None:
-    """Reads the options of an initialization: a mapping, or an instance of PEFT's class.
+    """Read the options of an initialization: a mapping, or an instance of PEFT's class.
 
     Raises:
-        ConfigError: If there is no such option, or it has a value that means nothing.
+        ConfigError: If there is no such option, or its value is not valid.
     """
     if value is None or value == {}:
         return None
@@ -189,7 +189,7 @@ def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
     """The options of an initialization with defaults for those that are not given.
 
     Raises:
-        ConfigError: If one has a value that means nothing.
+        ConfigError: If a value is not valid.
     """
     known = OPTIONS[name]
     complete = {key: value.get(key, one.default) for key, one in known.items()}
@@ -498,7 +498,7 @@ FOREIGN: Final[Mapping[str, _Foreign]] = {
 
 
 def is_off(value: object) -> bool:
-    """Whether a value can only mean that a feature is not used."""
+    """Whether a value switches a feature off."""
     if isinstance(value, Collection) and not isinstance(value, str):
         return not value
     return value is None or value is False
@@ -518,7 +518,7 @@ _SHORT: Final = {
 
 
 def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
-    """Drops fields of other methods that are switched off.
+    """Drop fields of other methods that are switched off.
 
     Args:
         values: Fields by name.

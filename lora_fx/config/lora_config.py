@@ -1,8 +1,8 @@
-"""What the user asks for: PEFT's `LoraConfig`, immutable and checked when it is made.
+"""PEFT's `LoraConfig`, immutable and checked when it is created.
 
 Field names, defaults and meaning are those of `peft.LoraConfig` (PEFT 0.21.2), so that a
 configuration moves between the two libraries unchanged. A PEFT field of another method is accepted
-with PEFT's default value and refused with any other: nothing is dropped in silence.
+with PEFT's default value and refused with any other: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
 
 
 def check_together(config: Any) -> None:
-    """Refuses what contradicts itself; options of an initialization that is not chosen are only noted.
+    """Refuses fields that contradict each other; warns of options of an initialization that is not chosen.
 
     Args:
         config: A `LoraConfig` whose fields are normalized.
 
     Raises:
-        ConfigError: Two fields cannot both have the value that they have.
+        ConfigError: Two fields contradict each other.
     """
     _check_selection(config)
     _check_variant(config)
@@ -109,7 +109,7 @@ _T = TypeVar("_T")
 
 
 def _accept_peft_fields(cls: type[_T]) -> type[_T]:
-    """Lets the generated `__init__` see only lora_fx's own fields; the signature stays its own."""
+    """Pass only lora_fx's own fields to the generated `__init__`; its signature is unchanged."""
     generated = cls.__init__
 
     @functools.wraps(generated)
@@ -126,8 +126,8 @@ class LoraConfig:
     """Which operations get an adapter, and which one.
 
     Values are normalized: lists become tuples, sets and lists that PEFT treats as sets become
-    sorted tuples, dicts become read-only mappings. So a config can be hashed, compared and pickled,
-    and cannot be changed in place. `dataclasses.replace` makes a changed copy.
+    sorted tuples, dicts become read-only mappings. A config can be hashed, compared and pickled, but not
+    changed in place. `dataclasses.replace` makes a changed copy.
 
     Attributes:
         r: Rank of the adapters.
@@ -154,9 +154,9 @@ class LoraConfig:
         target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
             with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
             apply. With it, `target_modules=None` selects nothing.
-        bias: Which biases of the base model train: "none", "all" or "lora_only".
+        bias: Which biases of the base model are trained: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
-        ensure_weight_tying: Whether what is tied stays so: a head that shares the weight of an adapted
+        ensure_weight_tying: Whether tied weights stay tied: a head that shares the weight of an adapted
             embedding gets the transposed factors of that, and a module that shares the weight of one
             in `modules_to_save` is trained with it.
         trainable_token_indices: Rows of the input embedding that are trained, each as a whole, or a dict
@@ -180,11 +180,11 @@ class LoraConfig:
         revision: Which version of it.
         auto_mapping: Its class, `base_model_class` and `parent_library`, by which PEFT's
             `AutoPeftModel` finds it where there is no `task_type`. A saved folder has it then.
-        kind: Name of an adapter kind of your own (:func:`lora_fx.register_adapter_kind`), in the place of
+        kind: Name of an adapter kind of your own (:func:`lora_fx.register_adapter_kind`), instead of
             LoRA. lora_fx only: a file has it if it is set, and then PEFT does not take it for LoRA.
 
     Raises:
-        ConfigError: A value cannot mean anything, a name is not a field, or a PEFT field asks for a
+        ConfigError: A value is not valid, a name is not a field, or a PEFT field asks for a
             feature that lora_fx does not have.
     """
 
@@ -302,7 +302,7 @@ class LoraConfig:
 
 
 def _peft_type(kind: object) -> str:
-    """What a file says that it is: PEFT refuses what is not its own, and never takes it for LoRA."""
+    """Return the `peft_type` of a file: PEFT refuses types that it does not know."""
     return "LORA" if kind is None else f"LORA_FX_{kind}".upper()
 
 

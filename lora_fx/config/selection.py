@@ -78,7 +78,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """What a config asks for and a model does not have; empty tuples where all is well.
+    """Entries of a config that select nothing in a model; empty tuples where there are none.
 
     Attributes:
         targets: Entries of `target_modules` that match no name at all.
@@ -113,7 +113,7 @@ def uses_default_targets(config: LoraConfig) -> bool:
 
 
 def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
-    """Decides about one name and says why.
+    """Decide whether a name is selected, and say why.
 
     Args:
         name: FQN of a site, without PEFT's "base_model.model." prefix.
@@ -122,7 +122,7 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
             stands for. The caller knows, from the graph; no meaning with other targets.
     """
     if not _in_scope(name, config):
-        return Verdict(False, f"outside of scope {_listed(config.scope)}")
+        return Verdict(False, f"outside of scope {', '.join(map(repr, _entries(config.scope)))}")
     excluded = _entry_for(name, config.exclude_modules) if config.exclude_modules else None
     if excluded is not None:
         return Verdict(False, f"excluded by exclude_modules {excluded!r}")
@@ -149,10 +149,6 @@ def _in_scope(name: str, config: LoraConfig) -> bool:
 
 def _lies_in(name: str, module: str) -> bool:
     return name == module or name.startswith(f"{module}.")
-
-
-def _listed(entries: str | Collection[str] | None) -> str:
-    return ", ".join(map(repr, _entries(entries)))
 
 
 def excluded(name: str, config: LoraConfig) -> bool:
@@ -242,7 +238,7 @@ def parameter_entry(weight: str, config: LoraConfig) -> str | None:
 def unmatched(
     names: Iterable[str], config: LoraConfig, *, selected: Collection[str] | None = None
 ) -> Unmatched:
-    """Everything in the config that the names give no meaning to.
+    """Return the entries of the config that select nothing among the names.
 
     Args:
         names: All names that could be a target.
@@ -353,7 +349,7 @@ def _entry_for(name: str, value: str | Collection[str] | None) -> str | None:
 
 
 def _used(names: Iterable[str], entries: Sequence[str], as_regex: bool) -> set[str]:
-    """Those of the entries that match at least one of the names."""
+    """Return the entries that match at least one of the names."""
     if as_regex:
         return {one for one in entries if any(_compiled(one).fullmatch(name) for name in names)}
     return set(entries).intersection(suffix for name in names for suffix in _suffixes(name))

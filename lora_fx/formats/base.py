@@ -1,6 +1,6 @@
 """The protocol of a weight format, the registry, and how a weight is to be stored.
 
-A format is how a library stores a matrix in few bits: a parameter of a class of its own, which it alone can
+A format is how a library stores a quantized matrix: a parameter of a class of its own, which it alone can
 read. All others ask the format, which is found by the name of that class. Where a library has layers of its
 own, :class:`LibraryLayers` says what copying, tracing, merging and exporting a model ask of them.
 """
@@ -180,7 +180,7 @@ class LibraryLayers:
         return False
 
     def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
-        """What to trace in the place of a layer's ``forward``, with ``quantized_linear``; None for its own.
+        """What to trace in place of a layer's ``forward``, with ``quantized_linear``; None for its own.
 
         Args:
             cls: Of the layer. A subclass may compute something else: it has its own forward.
@@ -202,7 +202,7 @@ class LibraryLayers:
         """
 
     def unfinished(self, layer: nn.Module, named: str) -> str | None:
-        """Say what a layer of the library lacks whose weight is not in few bits; None if it lacks nothing.
+        """Say what a layer of the library lacks whose weight is not quantized; None if it lacks nothing.
 
         Args:
             layer: The layer.
@@ -237,7 +237,7 @@ class LibraryLayers:
         """Set what others ask before they take a model for a quantized one.
 
         Args:
-            model: A quantized model that nobody else has, its configuration neither.
+            model: A quantized model that is used nowhere else; neither is its configuration.
             how: The format.
             sites: The operations whose weights are stored so.
             dtype: Of the first one's values.
@@ -265,7 +265,7 @@ class WeightFormat(abc.ABC):
         kernel_packages: Packages whose code is a part of the operation that calls it, and never a model's.
         row_operators: Operators of the library that keep rows apart, with the argument whose rows they are.
         layers: What its own layers need.
-        operators: Operators of ONNX that nobody else knows.
+        operators: Operators of ONNX that no other format has.
     """
 
     library: ClassVar[str]
@@ -327,7 +327,7 @@ class WeightFormat(abc.ABC):
         """Check what was asked for, and fill in defaults. Here nothing can be asked for.
 
         Raises:
-            QuantizationError: If an argument means nothing.
+            QuantizationError: If an argument does not apply to the format.
         """
         given = {"block_size": block_size, "double": double, "compute_dtype": compute_dtype}
         for key, value in given.items():
@@ -483,7 +483,7 @@ def formats() -> tuple[WeightFormat, ...]:
 
 
 def register_format(weight_format: WeightFormat) -> None:
-    """Adds a way in which weights are stored in few bits; it lasts for the process.
+    """Add a format of quantized weights, for this process.
 
     Args:
         weight_format: An instance of a subclass of :class:`lora_fx.formats.WeightFormat`, which says what
@@ -529,7 +529,7 @@ def format_named(name: str) -> WeightFormat:
     """The format that makes weights of a name.
 
     Raises:
-        QuantizationError: If there is none, with those that there are.
+        QuantizationError: If there is none; it names the formats that exist.
     """
     for one in _formats:
         if name in one.names:
@@ -585,7 +585,7 @@ def storage(
     """Checks what was asked for, and fills in the defaults of the format.
 
     Raises:
-        QuantizationError: If the format is none, an argument means nothing for it, or its library is
+        QuantizationError: If the format does not exist, an argument does not apply to it, or its library is
             missing.
     """
     found = format_named(format)

@@ -245,7 +245,7 @@ class _Layers(LibraryLayers):
         return cls.__module__.startswith("bitsandbytes.nn.")
 
     def _is_known(self, cls: type[nn.Module]) -> bool:
-        # A subclass of somebody else's may compute something else.
+        # A subclass from elsewhere may compute something else.
         modules = sys.modules.get("bitsandbytes.nn.modules")
         return getattr(modules, cls.__qualname__, None) is cls
 
@@ -278,7 +278,7 @@ class _Layers(LibraryLayers):
         self.settle(layer)
 
     def unfinished(self, layer: nn.Module, named: str) -> str | None:
-        """Its weight may not be in few bits, though it has the class."""
+        """Its weight may not be quantized, though it has the class."""
         weight: Any = layer._parameters.get("weight")
         if not isinstance(layer, nn.Linear) or weight is None or not weight.is_floating_point():
             return None

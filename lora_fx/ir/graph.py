@@ -47,7 +47,7 @@ def join(*parts: str) -> str:
 
 
 def relative(name: str, region: str) -> str:
-    """A fully qualified name as it is inside a region: what :func:`join` puts before it is taken off."""
+    """Return a fully qualified name relative to a region, the inverse of :func:`join`."""
     return name[len(region) + 1 :] if region else name
 
 
@@ -68,7 +68,7 @@ class RegionKey(str):
     form: str
 
     def __new__(cls, fqn: str, form: str = "") -> RegionKey:
-        """Makes the key of its parts."""
+        """Make a key from its parts."""
         key = super().__new__(cls, f"{fqn}({form})" if form else fqn)
         key.fqn, key.form = fqn, form
         return key
@@ -85,7 +85,7 @@ class RegionKey(str):
 
 
 def module_of(key: str) -> str:
-    """The FQN of the module whose region has a key; a name that is no key is that of a module."""
+    """Return the FQN of the module of a region's key; a plain FQN is returned as it is."""
     return key.fqn if isinstance(key, RegionKey) else key
 
 
@@ -167,7 +167,7 @@ class Region:
             calls that give none. A module whose code reads weights itself has a graph for each form.
         overlay: Whether the graph was not traced from the module's own forward, which calls the modules
             below and their regions.
-        written_out: Whether it was traced from what is written out in the place of that forward.
+        written_out: Whether it was traced from what is written out in place of that forward.
     """
 
     fqn: str
@@ -197,7 +197,7 @@ class Region:
         return RegionKey(self.fqn, self.form)
 
     def falls_back(self, sites: Iterable[Site]) -> bool:
-        """Whether the own forward may still stand in where branches of some sites are put into the graph.
+        """Whether the own forward is still a correct fallback once the graph has branches of some sites.
 
         It was traced, so that it applies the weight itself, without the branch. Over regions it calls the
         modules, whose regions have the branch, too.
@@ -300,7 +300,7 @@ class PassResult:
 
     @classmethod
     def of(cls, capture: Capture, **fields: Any) -> PassResult:
-        """The capture with other values of some fields; the capture itself where it has them already."""
+        """Return the capture with other values of some fields; the same object if it has them already."""
         if all(getattr(capture, name) == value for name, value in fields.items()):
             return cls(capture, False)
         return cls(dataclasses.replace(capture, **fields), True)
@@ -326,17 +326,17 @@ class Pass(abc.ABC):
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """What the pass is called; most have it on the class."""
+        """The name of the pass; most define it on the class."""
 
     def requires(self, capture: Capture) -> str | None:
-        """Say what the capture lacks for the pass to run; None if it lacks nothing. It has to be cheap."""
+        """Say what the capture lacks for the pass to run; None if nothing. This has to be cheap."""
         given = any(getattr(self, option, None) is not None for option in ("plan", "rows"))
         if not self.needs or given or getattr(capture, self.needs) is not None:
             return None
         return "nothing is planned" if self.needs == "plan" else "no operations were looked for"
 
     def ensures(self, before: Capture, after: Capture) -> str | None:
-        """Say what is wrong with the result; None if nothing is. It has to be cheap."""
+        """Say what is wrong with the result; None if nothing. This has to be cheap."""
         return None
 
     @abc.abstractmethod

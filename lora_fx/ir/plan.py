@@ -123,7 +123,7 @@ class Plan:
         fresh: FQNs of modules of the base that start at random, since no checkpoint has them, and that
             nothing trains: a new classification head.
         loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or why its logits are
-            computed all at once. None where nobody has asked.
+            computed all at once. None where that was not asked for.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -145,12 +145,12 @@ class Plan:
 
     @property
     def parameters(self) -> int:
-        """What an optimizer would get, in elements: another name of ``trainable_parameters``."""
+        """Elements that an optimizer gets: another name for ``trainable_parameters``."""
         return self.trainable_parameters
 
     @property
     def unit(self) -> Literal["token", "sample", "position"]:
-        """What :attr:`flops` and :attr:`saved` are of.
+        """The unit of :attr:`flops` and :attr:`saved`.
 
         Convolutions compute an output at each position, and layers differ in how many they have. Where those
         of a sample are known, it is the sample.
@@ -186,29 +186,29 @@ class Plan:
 
     @property
     def trainable_parameters(self) -> int:
-        """What an optimizer would get, in elements."""
+        """Elements that an optimizer gets."""
         return self.added_parameters + self.extra_parameters
 
     @property
     def added_parameters(self) -> int:
-        """What the model has more than before, in elements: factors, and trained rows."""
+        """Elements that the adapters add to the model: factors and trained rows."""
         return sum(row.parameters for row in self.sites) + sum(
             row.parameters for row in self.tokens
         )
 
     @property
     def total_parameters(self) -> int:
-        """What the model has with its adapters, in elements."""
+        """Elements of the model with its adapters."""
         return self.base_parameters + self.added_parameters
 
     def totals(self) -> tuple[str, str]:
-        """What is trained, in words, and of how much."""
+        """Say how much is trained, and of how many parameters."""
         total, trained = self.total_parameters, self.trainable_parameters
         share = 100 * trained / total if total else 0.0
         return f"{trained:,} trainable", f" of {total:,} parameters ({share:.4f} %)"
 
     def remarks(self) -> list[str]:
-        """What the table of the sites does not say: formats, kinds, and what else is trained."""
+        """Say what the table of sites does not show: formats, kinds, and what else is trained."""
         stored = Counter(str(row.site.quantized) for row in self.sites if row.site.quantized)
         lines = [f"the base's weight in {text}: {count} site(s)" for text, count in stored.items()]
         for kind, trains in self.kinds:
@@ -225,12 +225,12 @@ class Plan:
 
     @property
     def losses_left(self) -> tuple[str, ...]:
-        """Why no loss is computed in chunks, where that was asked; empty if one may be."""
+        """Reasons why no loss is computed in chunks, if that was asked for; empty if one may be."""
         chunked = any(found == "chunked" for _, found in self.loss or ())
         return () if self.loss is None or chunked else tuple(self._of_loss())
 
     def _of_loss(self) -> Iterator[str]:
-        """What becomes of the logits of a training call, where that was asked."""
+        """Say what happens to the logits of a training call, if that was asked for."""
         for name, found in self.loss or ():
             chunked = found == "chunked"
             yield (
@@ -246,7 +246,7 @@ class Plan:
             )
 
     def sections(self) -> dict[str, list[tuple[str, str]]]:
-        """What is listed below the table, by title: names, each with what there is to say of it."""
+        """Return what is listed below the table, by title: names, each with its remark."""
         kept = {row.site.weight for row in self.sites if row.tied}
         return {
             "tied weights, untied by a merge": [
@@ -275,7 +275,7 @@ class Plan:
         }
 
     def why(self, name: str) -> dict[str, str]:
-        """Say of each operation that a name means what becomes of it, and why.
+        """Say for each operation that a name selects what happens to it, and why.
 
         Args:
             name: An FQN, the end of one (``q_proj``), or a module with operations inside.
@@ -305,7 +305,7 @@ class Plan:
 
     @staticmethod
     def _given(row: PlannedSite) -> str:
-        """What a site gets, in a line."""
+        """Describe in a line what a site gets."""
         size = f"{row.site.pattern} of {_stored(row.site)}"
         if not row.rank:
             return f"{size}, {row.kind}"
@@ -314,7 +314,7 @@ class Plan:
         return f"{size}, r {row.rank}, scale {row.scale:g}{drop}{kind}"
 
     def changes(self, other: Plan) -> dict[str, tuple[str, str]]:
-        """Say what differs in another plan of the same model: names, each with what it has here and there.
+        """Return what differs in another plan of the same model: by name, what it gets here and there.
 
         Args:
             other: The other plan.
@@ -389,7 +389,7 @@ class Plan:
         return ("site", "pattern", *sizes)
 
     def warnings(self) -> list[str]:
-        """What comes first, before the table: what is likely to be a mistake."""
+        """Return what is shown before the table: likely mistakes."""
         lines = [
             f"starts at random, and nothing trains it: {name}; it is in no checkpoint, so put it into "
             "modules_to_save (or set task_type, which does that for heads)"
@@ -505,7 +505,7 @@ def _span_of(ranks: list[int]) -> str:
 
 
 def _stored(site: Site) -> str:
-    """The shape of the weight, and the format where it has one."""
+    """Return the shape of the weight, and its format if it is quantized."""
     shape = "x".join(str(size) for size in site.shape)
     return shape if site.quantized is None else f"{shape} {site.quantized.scheme}"
 

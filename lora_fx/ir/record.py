@@ -1,4 +1,4 @@
-"""What a rewritten model knows about itself: its adapters, and what it was before them."""
+"""The record of a rewritten model: its adapters, and the model without them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
-    """The graph that :func:`freeze` was given: same names, same tags."""
+    """Return the graph that :func:`freeze` was given: same names, same tags."""
     nodes, codegen = frozen
     graph = fx.Graph()
     graph.set_codegen(codegen)
@@ -83,7 +83,7 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
 
 
 def _written(tag: Any) -> Any:
-    """A tag without what only the passes after it need."""
+    """Return a tag without the part that only later passes need."""
     return dataclasses.replace(tag, fused=None) if isinstance(tag, Tag) else tag
 
 
@@ -113,7 +113,7 @@ def _thaw_target(target: Any) -> Any:
 
 
 def _map(value: Any, cls: type, fn: Callable[[Any], Any]) -> Any:
-    """Puts something else in the place of each object of a class in the arguments of a node."""
+    """Replace each object of a class in the arguments of a node."""
     # Not fx.map_arg: its containers are immutable subclasses that need torch to unpickle.
     if isinstance(value, cls):
         return fn(value)
@@ -159,7 +159,7 @@ class AdapterRecord:
 
     @property
     def places(self) -> tuple[PlannedSite | PlannedTokens, ...]:
-        """Everything that it has in a graph."""
+        """The sites, and the trained rows of embeddings."""
         return (*self.sites, *self.tokens)
 
 
@@ -167,7 +167,7 @@ class AdapterRecord:
 class Base:
     """The graphs of a model before any branch was put into them, and what was found in them.
 
-    It is what adapters are added to and switched on: branches are inserted anew into these graphs. It never
+    It is what adapters are added to and switched on: branches are inserted again into these graphs. It never
     changes, so that copies of a model share it.
 
     Attributes:
@@ -219,12 +219,12 @@ class Base:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ActiveAdapters:
-    """Which adapters a model is to run with. Two are the same only if they are one object.
+    """The adapters that a model runs with. Two are equal only if they are the same object.
 
     Attributes:
         names: Their names, in the order in which they are added.
         per_sample: Whether each sample of a batch has one of them, or none.
-        ids: The adapter of each sample, or None for the base; empty if nobody has said.
+        ids: The adapter of each sample, or None for the base; empty if none was given.
         repeats: How many times in a row a batch may have each sample.
     """
 
@@ -236,7 +236,7 @@ class ActiveAdapters:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """The root module's ``_lora_fx`` attribute: immutable all through, so that copies of a model share it.
+    """The root module's ``_lora_fx`` attribute: fully immutable, so that copies of a model share it.
 
     Attributes:
         adapters: By adapter name.
@@ -278,12 +278,12 @@ class Record:
     loss: Loss = DEFAULT_LOSS
 
     def with_adapter(self, name: str, adapter: AdapterRecord, **fields: Any) -> Record:
-        """The record with another entry for an adapter, and with other values of some fields."""
+        """Return the record with a new entry for an adapter, and new values of some fields."""
         return dataclasses.replace(self, adapters={**self.adapters, name: adapter}, **fields)
 
     @property
     def choice(self) -> ActiveAdapters:
-        """What counts outside of all ``with`` blocks."""
+        """The choice outside of all ``with`` blocks."""
         return self.chosen or ActiveAdapters(self.active, self.per_sample)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Record:
@@ -299,14 +299,14 @@ class Record:
 
 
 def record_of(model: object) -> Record | None:
-    """What ``rewrite`` left on a model, or None for anything else."""
+    """Return the record of a rewritten model, or None for any other model."""
     # Its own alone: torch.compile's wrapper passes on what is asked of it, and keeps what is set.
     record = getattr(model, "__dict__", {}).get("_lora_fx")
     return record if isinstance(record, Record) else None
 
 
 def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> Record:
-    """What ``rewrite`` left on a model, for whoever cannot do without.
+    """Return the record of a rewritten model.
 
     Args:
         model: A rewritten model.

@@ -1,9 +1,10 @@
-"""Sites: linear operations that were found, how their weights are stored, and what a pattern says of one."""
+"""Sites: linear operations that were found, how their weights are stored, and the protocol of patterns."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -119,10 +120,10 @@ class Site:
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
         router: Whether its output decides which experts of a mixture see a token.
-        quantized: How the weight is stored, where that is in few bits; ``weight_shape`` and ``layout`` are
+        quantized: How the weight is stored, if it is quantized; ``weight_shape`` and ``layout`` are
             those of its values.
         loss: Of a head: "chunked" if a loss of its output may be computed in chunks, else why it is not.
-            Empty where nobody has asked.
+            Empty where that was not looked for.
     """
 
     name: str
@@ -170,12 +171,12 @@ class Site:
 
     @property
     def place(self) -> str:
-        """The weight, and which rows of it."""
+        """The weight, with the rows of it that the site covers."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight, or of the rows of it that this is."""
+        """Shape of the weight, or of the rows of it that the site covers."""
         if self.rows is None:
             return self.weight_shape
         rows = self.rows[1] - self.rows[0]
@@ -216,7 +217,7 @@ class Site:
         return permuted.reshape(self.applied_shape)
 
     def stored(self, applied: torch.Tensor) -> torch.Tensor:
-        """What :meth:`applied` gives, back in the weight's shape."""
+        """Undo :meth:`applied`: return a tensor in the weight's shape."""
         if self.order is None:
             return applied.reshape(self.weight_shape)
         order = self.order
@@ -235,7 +236,7 @@ class Site:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rejection:
-    """An operation or a weight that cannot have an adapter, and why, in words that help.
+    """An operation or a weight that cannot have an adapter, with the reason and the remedy.
 
     Attributes:
         name: FQN of the weight or module, or the node's name where there is none.
@@ -251,7 +252,7 @@ class Rejection:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What a configuration may call it: by itself, or by the weight of it."""
+        """Names by which a configuration may select it: its own, and that of its weight."""
         return self.name, f"{self.name}.weight"
 
 
@@ -260,7 +261,7 @@ Match = Site | Rejection | None
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Every linear operation of a model, and what comes close with the reason why it is none."""
+    """Every linear operation of a model, and the operations that were refused, with reasons."""
 
     sites: tuple[Site, ...]
     rejections: tuple[Rejection, ...]
@@ -290,18 +291,18 @@ class Factors:
 
     @property
     def fan_in(self) -> tuple[int, int]:
-        """How many inputs an output of A, and one of B, is a sum of."""
+        """How many terms an output of A sums, and one of B."""
         first = 2 if self.stacked else 1
-        return _product(self.a[first:]), _product(self.b[first:])
+        return math.prod(self.a[first:]), math.prod(self.b[first:])
 
     @property
     def numel(self) -> int:
         """Number of trainable elements."""
-        return _product(self.a) + _product(self.b)
+        return math.prod(self.a) + math.prod(self.b)
 
 
 class BranchBuilder(Protocol):
-    """What a pattern gets to write a branch with: every node it makes is tagged."""
+    """What a pattern writes a branch with; every node that it makes is tagged."""
 
     @property
     def a(self) -> fx.Node:
@@ -313,7 +314,7 @@ class BranchBuilder(Protocol):
 
     @property
     def bias(self) -> fx.Node | None:
-        """What the operation that applies B takes for its bias, [out], or None.
+        """The bias of the operation that applies B, [out], or None.
 
         A pattern that does not ask for it has it added to its branch.
         """
@@ -332,7 +333,7 @@ class BranchBuilder(Protocol):
 
 
 class OutputBuilder(BranchBuilder, Protocol):
-    """What an adapter kind gets to write what an operation gives with its adapter.
+    """What an adapter kind writes the output of an adapted operation with.
 
     Factors and slots are read where they are first used, once each.
 
@@ -355,7 +356,7 @@ class OutputBuilder(BranchBuilder, Protocol):
 
     @property
     def operand_bias(self) -> fx.Node:
-        """What the operation adds, where it adds something (:attr:`Call.bias`)."""
+        """The bias that the operation adds (:attr:`Call.bias`)."""
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
@@ -378,7 +379,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         """A slot, in the dtype in which the branch computes."""
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
-        """A slot as it meets the output, in the dtype of that.
+        """A slot, shaped to broadcast against the output and in its dtype.
 
         Args:
             name: The slot.
@@ -392,13 +393,13 @@ class OutputBuilder(BranchBuilder, Protocol):
         """A node in the dtype in which the branch computes."""
 
     def spread(self, vector: fx.Node) -> fx.Node:
-        """A vector of the output features as it meets the output."""
+        """A vector of the output features, shaped to broadcast against the output."""
 
     def padded(self, up: fx.Node) -> fx.Node:
-        """The output of a branch, with zeros for the output features that are not the site's."""
+        """The output of a branch, with zeros for output features outside the site."""
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """What ``make`` writes, the first time that it is asked for."""
+        """What ``make`` writes; it is called once for each key."""
 
     def fuse_by(
         self,
@@ -431,7 +432,7 @@ class Pattern(Protocol):
         """Unique name, kebab-case; shown in the dry run."""
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """A site, a refusal with its reason, or None: not mine."""
+        """Return a site, a refusal with its reason, or None if the node is not of this kind."""
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Shapes and names of A and B."""
@@ -450,20 +451,13 @@ class Pattern(Protocol):
         """Extra multiply-adds times two for one token, pixel or index."""
 
 
-def _product(shape: Iterable[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
-
-
 # --- what a weight format tells an export ---------------------------------------------------------
 # What a weight format tells an export, in words that need no ONNX: arrays, an operator, and its
 # nodes.
 
 
 class OnnxBuilder(Protocol):
-    """Makes the nodes that stand for one product; its values are what an export has for values."""
+    """Makes the nodes of one product in an ONNX graph."""
 
     def op(
         self,
@@ -491,7 +485,7 @@ class OnnxBuilder(Protocol):
         domain: str = "",
         like: Any = None,
     ) -> Any:
-        """Make the node that has the name of the operation: the one with the product."""
+        """Make the node of the product, which gets the name of the operation."""
 
     def ints(self, numbers: Sequence[int]) -> Any:
         """Make a constant of whole numbers."""
@@ -526,7 +520,7 @@ class OnnxProduct:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OnnxOperator:
-    """An operator that reads a weight of few bits.
+    """An operator that reads a quantized weight.
 
     Attributes:
         name: What reports call it.

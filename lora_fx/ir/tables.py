@@ -1,4 +1,4 @@
-"""What reports show: tables, with rows of equal layers folded into one, as text and as HTML; and JSON.
+"""Tables for reports, as text and as HTML, with rows of equal layers folded into one; and JSON.
 
 Plans, reports and status show themselves by what is in here, in a terminal and in a notebook.
 """
@@ -32,7 +32,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=[.(]|$)|^\d+(?=[.(]|$)")
 
 @dataclass(frozen=True, slots=True)
 class FoldedRow:
-    """Rows that differ in the numbers of their names alone.
+    """Rows whose names differ only in numbers.
 
     Attributes:
         name: Their common name, ``layers.{0-31}.self_attn.q_proj``.
@@ -51,7 +51,7 @@ class FoldedRow:
 
 
 def folded(rows: Iterable[tuple[str, ...]]) -> list[FoldedRow]:
-    """Fold all rows that differ in the numbers of their names alone into one, in order of appearance.
+    """Fold rows whose names differ only in numbers into one, in order of appearance.
 
     Args:
         rows: Names, each with its cells.
@@ -115,7 +115,7 @@ _SORT = (
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Lay a table out in HTML: names are text, whatever is in them, and a click on a heading sorts.
+    """Lay a table out in HTML. Text is escaped, and a click on a heading sorts.
 
     Args:
         columns: The headings.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, hint
 from lora_fx.ir import OutputBuilder, PlannedSite, Site
 
 __all__ = [
@@ -118,7 +117,7 @@ class AdapterKind:
         field: The field of PEFT's configuration that chooses it; empty for one that
             ``LoraConfig(kind=name)`` chooses.
         does: What it does to each output feature, in words that go on so: "a bias on B adds to".
-        depends: Why nobody can make values for a file that takes adapters as inputs without the base
+        depends: Why no values can be made for a file that takes adapters as inputs without the base
             weights, in words; empty if one can.
         constants: Functions of parameters alone, in its graphs, whose values a file is to have in their
             place.
@@ -400,10 +399,9 @@ def _named(name: str) -> AdapterKind:
         if kind.name == name:
             return kind
     names = [kind.name for kind in _registry if kind not in _BUILT_IN]
-    near = difflib.get_close_matches(name, names)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = hint(name, names, "did you mean '{}'? ", count=1)
     raise ConfigError(
-        f"the adapter kind {name!r} is not registered here: {hint}call lora_fx.register_adapter_kind with it "
+        f"the adapter kind {name!r} is not registered here: {near}call lora_fx.register_adapter_kind with it "
         "first"
     )
 

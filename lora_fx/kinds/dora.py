@@ -154,7 +154,7 @@ class Dora(AdapterKind):
     def inputs(
         self, row: PlannedSite, weight: Tensor, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The gain in the place of the magnitude; it is in B already."""
+        """The gain in place of the magnitude; it is in B already."""
         found = super().inputs(row, weight, a, b, values)
         site = row.site
         shape = (site.layout, site.groups, site.view, site.rows, site.order)

@@ -21,7 +21,6 @@ from lora_fx.runtime.classes import (
     give_class,
     inner_class,
     inner_of,
-    members_of,
     subclass,
 )
 from lora_fx.runtime.fused_lora import without_autocast
@@ -85,7 +84,6 @@ __all__ = [
     "is_checked",
     "logits",
     "masks",
-    "members_of",
     "ops",
     "output_padding",
     "parts",

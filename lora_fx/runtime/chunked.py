@@ -49,7 +49,7 @@ _local = threading.local()
 
 
 def is_running() -> bool:
-    """Whether the graph of a head runs: it holds the branches of its weight, whoever has it run."""
+    """Whether the graph of a head runs: it holds the branches of its weight, whatever runs it."""
     return getattr(_local, "running", 0) > 0
 
 
@@ -202,7 +202,7 @@ class Job:
 
         Args:
             x: The head's input, [..., in].
-            given: The other tensors that want a gradient.
+            given: The other tensors that require a gradient.
             wanted: Whether x and they do now.
             grad: The gradient of the loss; None for 1.
         """
@@ -343,7 +343,7 @@ def loss_of(job: Job, x: Tensor, given: Sequence[Tensor]) -> Tensor:
     Args:
         job: What is computed.
         x: The head's input, [..., in].
-        given: The other tensors that want a gradient.
+        given: The other tensors that require a gradient.
 
     Raises:
         LoraFxError: In a second backward pass.

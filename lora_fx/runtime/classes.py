@@ -54,7 +54,7 @@ def inner_class(module: nn.Module) -> type[nn.Module]:
 
 
 def give_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give a module another class in the place of :func:`inner_class`."""
+    """Give a module another class in place of :func:`inner_class`."""
     made = _made_over(type(module), inner_class(module), cls)
     # Not by the module's own __setattr__, which may keep watch over this attribute, too.
     object.__setattr__(module, "__class__", made)
@@ -157,7 +157,7 @@ def inner_of(function: Any) -> Any:
 
 
 def around(function: Any, inner: Any) -> Any:
-    """What a class has to have in the place of a function, so that ``inner`` runs where that did.
+    """What a class has to have in place of a function, so that ``inner`` runs where that did.
 
     Args:
         function: The function that a class has.

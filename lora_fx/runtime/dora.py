@@ -262,8 +262,8 @@ def held(gains: Tensor) -> Tensor:
 def divisible(gains: Tensor) -> bool:
     """Whether an output can be divided by every gain: whether none is near 0.
 
-    Looking at the values waits for a GPU. Where nobody may look (compilation, a CUDA graph, a transform of
-    ``torch.func``) the answer is no.
+    Looking at the values waits for a GPU. Where they cannot be read (compilation, a CUDA graph, a transform
+    of ``torch.func``) the answer is no.
     """
     return _visible(gains) and not bool((gains.detach().abs() < _SMALLEST).any())
 
@@ -303,7 +303,7 @@ def rescaled(
 
     The gradient of g is a sum over ``base``. That is kept for it, or, if ``constant`` is :func:`held`, worked
     out from the result: a lazy copy of it, which costs nothing where the next layer keeps its input, as most
-    activations do, and nobody writes into it.
+    activations do, and nothing writes into it.
 
     Args:
         total: The base output with the adapters before this one.

@@ -64,7 +64,7 @@ def dora_linear(
         gains: g of :func:`lora_fx.runtime.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
         again: Whether ``x Wᵀ`` is made again for the gradient of g, which costs a product and no memory.
             Otherwise it is worked out from the output, which is kept; but not where a gain is near 0, where
-            nobody may look at its values, or for some ``rows``, since the output has the others, too.
+            its values cannot be read, or for some ``rows``, since the output has the others, too.
         dropout: Probability with which an element of the branch's input is zero; rounded as
             :func:`lora_fx.runtime.masks.kept` says.
         training: Whether there is dropout now.
@@ -186,7 +186,7 @@ class _DoraLinear(torch.autograd.Function):
         if bias is not None:
             mine.add_(((1 - gains) * options.own(bias)).to(x.dtype))
         mine.addmm_(down, options.steered(b, gains, x.dtype).T)
-        # As in lora_fx.runtime.fused_lora: nobody may write into a view that a function returns.
+        # As in lora_fx.runtime.fused_lora: a view that a function returns cannot be written into.
         return torch.ops.aten._unsafe_view.default(out, out.shape), down
 
     @staticmethod
@@ -229,7 +229,7 @@ class _DoraLinear(torch.autograd.Function):
 
 
 class _Wants(NamedTuple):
-    """Which arguments of the function want a gradient."""
+    """Which arguments of the function require a gradient."""
 
     x: bool
     mask: bool

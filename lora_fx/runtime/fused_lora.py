@@ -455,7 +455,7 @@ def lora_linear(
         [..., out].
 
     Raises:
-        LoraFxError: In a second backward pass, where A is frozen and both x and B want a gradient.
+        LoraFxError: In a second backward pass, where A is frozen and both x and B require a gradient.
     """
     dropout = dropout if training else 0.0
     return _cast(x, dropout, [(scale, rows)], (weight, bias, a, b))[0]
@@ -552,7 +552,7 @@ def quantized_lora_linear(
         [..., out].
 
     Raises:
-        LoraFxError: In a second backward pass, where A is frozen and both x and B want a gradient.
+        LoraFxError: In a second backward pass, where A is frozen and both x and B require a gradient.
     """
     kernel, dtype = quantized_kernel(x, weight, compute_dtype, threshold, base_training)
     dropout = dropout if training else 0.0

@@ -125,7 +125,7 @@ class _Scope:
 
 
 def _settled(value: Any, seen: set[int]) -> Any:
-    """A value with tensors, or what says that there are none, in the place of logits.
+    """A value with tensors, or what says that there are none, in place of logits.
 
     Mappings and records are changed as they are: an output of transformers is one.
 
@@ -197,7 +197,7 @@ class Head(Subgraph):
 
 
 def _fits(x: Tensor, leaves: Sequence[Any]) -> bool:
-    """Whether rows can be computed apart: of plain tensors, of which some want a gradient."""
+    """Whether rows can be computed apart: of plain tensors, of which some require a gradient."""
     tensors = [one for one in leaves if isinstance(one, Tensor)]
     return (
         all(_is_plain(one) for one in (x, *tensors))
@@ -315,7 +315,7 @@ class _Group:
         return not self.closed and self.scope.is_whole
 
     def make(self) -> None:
-        """Computes all of them that somebody has, in the order in which they were made."""
+        """Computes all of them that are still held, in the order in which they were made."""
         left = [found for one in self.wholes if (found := one()) is not None]
         left = [one for one in left if one._whole is None]
         self.take(*(one._made_by.read for one in left if one._made_by is not None))
@@ -474,7 +474,7 @@ def _check_not_taken(*values: Any) -> None:
 
 
 class Gone:
-    """What an output holds in the place of logits that were not kept. It raises when it is read.
+    """What an output holds in place of logits that were not kept. It raises when it is read.
 
     ``hasattr`` is false of everything that a tensor has, so that code which looks for tensors in an output
     passes it by.
@@ -691,7 +691,7 @@ def _reshaped(one: _Operation) -> _Form | None:
 
 
 def _kept(one: _Operation) -> _Form:
-    # Not the same logits: somebody may write into the copy.
+    # Not the same logits: the copy may be written into.
     return one.form._replace()
 
 

@@ -302,7 +302,7 @@ def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
 def needs_modules(model: nn.Module) -> bool:
     """Whether a call has to go through the modules, since a graph of the whole model has none.
 
-    That is so where somebody waits for a module to be called: a hook, or a block that checkpoints its
+    That is so where something waits for a module to be called: a hook, or a block that checkpoints its
     activations (the switch is the attribute that transformers sets on its layers).
     """
     for module in model.modules():
@@ -317,7 +317,7 @@ def wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
     """Whether a call of a transformers model wants a cache back, which a graph does not return.
 
     The argument says so. Where it says nothing, the model's configuration does, in evaluation only: a
-    cache of a training step is read by nobody, and keeps its activations alive.
+    cache of a training step is never read, and keeps its activations alive.
 
     Args:
         model: A model with a ``config``.
@@ -389,7 +389,7 @@ class Seen:
         missing: Names of attributes that it did not have.
         parameters: The names of a module's own parameters and buffers, each with :func:`shape_of` it.
         inside: The names of the modules in a container, in their order; None for what is no container.
-        items: What :func:`entries_of` gave; None if nobody looked.
+        items: What :func:`entries_of` gave; None if it was not called.
         number: Which one it was, counted from 0 in the order in which they are compared.
     """
 
@@ -691,7 +691,7 @@ class HeldTensor:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; -1 if nobody counts."""
+    """How often a tensor was written to; -1 if that is not counted."""
     return -1 if tensor.is_inference() else tensor._version
 
 

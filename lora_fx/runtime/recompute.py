@@ -51,13 +51,13 @@ ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 
 _SMALL = 8  # how often a parameter has to go into an output to be small beside it
 
-_SHARING = ("cpu", "cuda")  # devices on which memory is shared until somebody writes
+_SHARING = ("cpu", "cuda")  # devices on which memory is shared until it is written to
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
-    """The same values, which nobody who has ``tensor`` or a view of it can change.
+    """The same values, which cannot be changed through ``tensor`` or a view of it.
 
     It is PyTorch's copy-on-write: both share memory, and the first access that may write into either gives
     that one a memory of its own, whatever it comes through. Kernels that ask for their operand as if they
@@ -389,7 +389,7 @@ def _held(given: Sequence[Tensor]) -> _Held:
 class _Entry:
     """What is known of an output while it is there.
 
-    The lazy copy shares its memory until somebody writes there, also past the version counter (``.data``, a
+    The lazy copy shares its memory until that is written to, also past the version counter (``.data``, a
     NumPy array): then the output is at another address.
     """
 
@@ -416,7 +416,7 @@ class _Entry:
 
 
 def _address(tensor: Tensor) -> int:
-    # data_ptr would copy what is shared until somebody writes.
+    # data_ptr would copy memory that is shared until it is written to.
     return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
 
 

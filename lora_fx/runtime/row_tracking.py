@@ -360,7 +360,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             if self.by_values:
                 self._refuse(
                     f"{self._fqn(weight)}: its input has no samples on the first axis, or they were read as "
-                    "numbers before, which nobody can follow"
+                    "numbers before, which cannot be followed"
                 )
             self._presumed_at.append(self._fqn(weight))
             rows = rows.expand(2, *total.shape)
@@ -374,7 +374,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         return sets.reshape(len(sets), self.samples, -1).amin(2)
 
     def check_results(self, results: Any) -> None:
-        """Refuses results that mix samples, or that nobody has shown to be those of samples.
+        """Refuses results that mix samples, or that are not known to be those of samples.
 
         A number (a loss), and a matrix of each sample with each (similarities), may.
 

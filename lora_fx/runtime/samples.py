@@ -1,6 +1,6 @@
 """Decides, for each call with an adapter for each sample, whether it is known which rows are whose.
 
-A call of a form that nobody has seen is followed (:mod:`lora_fx.runtime.row_tracking`) while it runs, and
+A call of a form that has not been seen is followed (:mod:`lora_fx.runtime.row_tracking`) while it runs, and
 refused where a site reads rows that are not those of the samples. Calls of the same form run as they are
 then.
 """
@@ -360,12 +360,12 @@ def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
     """Refuses an activation of which it is not known which rows are whose."""
     if not samples:
         raise ConfigError(
-            "the adapters are chosen for each sample, and nobody has said which: call the model inside "
+            "the adapters are chosen for each sample, and none were named: call the model inside "
             "`with lora_fx.adapter_ids(model, [...]):`"
         )
     if state == CLOSED and not in_backward():
         raise ConfigError(
-            "a part of the model was called by itself, so that nobody has seen which rows of its input are "
+            "a part of the model was called by itself, so that it is unknown which rows of its input are "
             "whose: inside adapter_ids call the model, or one of the modules that it consists of"
         )
     if x.dim() and x.shape[0] == samples:
@@ -548,7 +548,7 @@ class _Entry:
         if why:
             self.depth = 0
             raise ConfigError(
-                f"adapter_ids: nobody has seen yet which axis of such a batch is that of the samples, "
+                f"adapter_ids: it is not known yet which axis of such a batch is that of the samples, "
                 f"and {why}: call the model itself once before, with a batch of this form, inside adapter_ids"
             )
         table = self.table

@@ -145,11 +145,11 @@ class _Model:
     """What the modules of one model share.
 
     Attributes:
-        setting: A number for the adapters that run. Others are watched anew.
+        setting: A number for the adapters that run. Others are watched again.
         checked: The settings under which a call of the whole model was watched to its end.
         derived: The names of the adapted weights that values are computed from, by storage, for as long as
             something else holds that.
-        read: Takes the names of weights that are read beside their branch, if somebody wants them.
+        read: Takes the names of weights that are read past their branch; None if they are not asked for.
         copied: The weights of which those of this model are copies: code that holds on to a layer by a global
             or a closure computes with them, whatever is copied.
     """
@@ -184,7 +184,7 @@ class _Model:
 
 
 class _Entries:
-    """What has been watched of one module. A copy begins anew."""
+    """What has been watched of one module. A copy starts from nothing."""
 
     __slots__ = ("done", "model")
 
@@ -605,7 +605,7 @@ def _remade(how: tuple[bool, bool], make: Callable[..., Any], *made_of: Any) -> 
 
 
 def _methods(cls: type) -> frozenset[str]:
-    """Public methods of a class that nn.Module does not have, or that somebody else has written over."""
+    """Public methods of a class that nn.Module does not have, or that are overridden on it."""
     known = _public.get(cls)
     if known is not None:
         return known
@@ -835,7 +835,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         """
         if torch._C._current_graph_task_id() != -1:
             return  # a gradient that the forward computes
-        # Also the graph of a head has its branches, whoever has it run.
+        # Also the graph of a head has its branches, whatever runs it.
         of_head = chunked.is_running()
         reader = _reader(sys._getframe(2))
         for name in sorted(found):
@@ -990,7 +990,7 @@ class _Reader(NamedTuple):
             tags = [(node, node.meta[META_KEY]) for node in graph.nodes if META_KEY in node.meta]
             adapted = {_whole(tag) for _, tag in tags if tag.adapter}
             if self.called is not None:
-                # A function of somebody is one operation of the graph where a pattern says so.
+                # A function of the user's is one operation of the graph where a pattern says so.
                 applied = {_whole(tag) for node, tag in tags if _runs(node, self.called)}
                 return any(_is_at(module, name, weight) for name in adapted & applied)
             if any(_is_at(module, name, weight) for name in adapted):
@@ -1036,7 +1036,7 @@ def _runs(node: torch.fx.Node, code: CodeType) -> bool:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """Where a tensor lies; ``data_ptr`` would copy what is shared until somebody writes."""
+    """Where a tensor lies; ``data_ptr`` would copy memory that is shared until it is written to."""
     library: Any = torch._C
     return int(library._data_address(tensor))
 

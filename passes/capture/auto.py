@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -149,7 +149,7 @@ def _from_made_up_inputs(model: nn.Module, dynamic_shapes: Any) -> Capture:
 def _captured(
     model: nn.Module, example_inputs: Any, frontend: Frontend, dynamic_shapes: Any
 ) -> Capture:
-    if frontend not in ("auto", "symbolic", "export", "regions"):
+    if frontend not in get_args(Frontend):
         raise ConfigError(f"frontend must be auto, symbolic, export or regions, found {frontend!r}")
     check_model(model)
     if any(is_region(module) and kept_graph(module) is None for module in model.modules()):
@@ -199,7 +199,7 @@ def _why_regions(
     if stored is not None:
         return f"its weights are quantized ({stored})"
     unseen = [fqn for fqn in traced.opaque if _own_matrix(traced.model.get_submodule(fqn))]
-    # An export takes long: only where what nobody sees is more than a table or a token.
+    # An export takes long: only where what no region sees is more than a table or a token.
     if not unseen or not _multiplied(model, example_inputs, unseen):
         return "the regions see every weight"
     return None

@@ -42,7 +42,7 @@ __all__ = [
 
 
 def _written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """What to trace in the place of a class's ``forward``; None if it is none of torchvision's."""
+    """What to trace in place of a class's ``forward``; None if it is none of torchvision's."""
     found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
     # A class of the same name may be another one.
     return _WINDOWED.get((cls.__module__, cls.__qualname__)) if found is cls else None
@@ -109,7 +109,7 @@ def experts_implementation(module: nn.Module) -> str | None:
 
 
 def _written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
-    """What to trace in the place of a module's ``forward``; None if that is its own."""
+    """What to trace in place of a module's ``forward``; None if that is its own."""
     found = _EXPERTS.get(experts_implementation(module) or "")
     if found is None or getattr(module, "_is_expert_parallel", False):
         return None
@@ -133,7 +133,7 @@ def _with_signature(
 def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
-        # An expert that nobody chose works on no rows.
+        # An expert that no token chose works on no rows.
         found = experts.tokens_of(expert, chosen)
         choice, token = found[0], found[1]
         x = _projected(self, hidden[token], "up", expert)
@@ -372,7 +372,7 @@ WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
 
 
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
-    """What to trace in the place of a module's own ``forward``, or None."""
+    """What to trace in place of a module's own ``forward``, or None."""
     cls = original_class(module)
     return (
         WRITTEN_OUT.get(cls)
@@ -392,7 +392,7 @@ def written_conditions(module: nn.Module) -> tuple[Condition, ...]:
 
 
 def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """What to trace in the place of a quantized layer's ``forward``; None if it is no library's own.
+    """What to trace in place of a quantized layer's ``forward``; None if it is no library's own.
 
     Args:
         module: The layer.
@@ -420,7 +420,7 @@ def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
-    """Puts :func:`quantized_linear` in the place of products with a tensor that holds few bits.
+    """Puts :func:`quantized_linear` in place of products with a tensor that holds few bits.
 
     What multiplies such a weight in another way (rows of it, its transpose) stays, and is refused by name.
 

@@ -568,7 +568,7 @@ def _container(graph: fx.Graph, value: Any) -> Any:
 
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held by whoever runs ``torch.export`` or the ONNX exporter.
+"""Held while ``torch.export`` or the ONNX exporter runs.
 
 Both keep what they are at in global state, and a capture by ``torch.export`` takes notes by way of classes
 that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in

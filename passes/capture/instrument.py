@@ -110,7 +110,7 @@ def _rewritten(code: CodeType, qualname: str) -> CodeType | str:
 
 
 class _Rewriter(ast.NodeTransformer):
-    """Puts a call of the recorder in the place of every operation."""
+    """Puts a call of the recorder in place of every operation."""
 
     def __init__(self, code: CodeType, owner: str) -> None:
         self._free = frozenset(code.co_freevars)

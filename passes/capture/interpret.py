@@ -104,7 +104,7 @@ _IN_WORDS: dict[Any, str] = {
     nn.Module.train: "calls train() or eval()",
     nn.Module.eval: "calls train() or eval()",
 }
-# Functions that a library puts in the place of one of torch's, in the whole process and for good: what they
+# Functions that a library puts in place of one of torch's, in the whole process and for good: what they
 # compute is the same.
 _STANDING_IN: dict[str, Any] = {
     "deepspeed.runtime.zero.linear.zero3_linear_wrap": torch._C._nn.linear,

@@ -47,7 +47,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph import (
-    APART,
     CONTAINERS,
     MOST,
     SIMPLE,
@@ -61,6 +60,7 @@ from lora_fx.passes.graph import (
     is_constant,
     named_by,
     nested,
+    stands_apart,
 )
 from lora_fx.runtime import ops
 
@@ -95,7 +95,7 @@ class Notes:
         """Prepares.
 
         Args:
-            model: A copy that nobody else uses.
+            model: A copy that is used nowhere else.
             named: Objects that the code has by name, by where they are.
         """
         self.classes: set[type] = set()
@@ -109,7 +109,7 @@ class Notes:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Takes notes in between, of this model and of nobody else's."""
+        """Takes notes in between, of this model alone."""
         self._watched = {_identity(module): module for module in self._model.modules()}
         try:
             # Asked before one is watched: all seem to have a way of their own from then on.
@@ -271,7 +271,7 @@ class Notes:
         if isinstance(value, (torch.Tensor, torch.Generator)):
             return _UNKNOWN  # the graph has it, or the state of the model
         held = isinstance(value, nn.Module) or ops.entries_of(value) is not None
-        apart = _stands_apart(type(value)) and not _of_library(type(value))
+        apart = stands_apart(type(value).__module__) and not _of_library(type(value))
         if not held and (apart or not _is_plain(value)):
             return self._state_of(value, words, refused=not apart or not _has_attributes(value))
         if _identity(value) not in self._watched:
@@ -486,11 +486,6 @@ def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 
-def _stands_apart(cls: type) -> bool:
-    """Whether a class is that of a library, whose objects hold no values of the model's code."""
-    return cls.__module__.partition(".")[0] in APART
-
-
 class Named:
     """What the code of a model has by name: of globals, of classes, and of variables around functions.
 
@@ -585,7 +580,7 @@ class Named:
             self._note_function(path, value)
             self._pending.append((value, None))
         elif ops.entries_of(value) is not None or (
-            _is_plain(value) and not _stands_apart(type(value))
+            _is_plain(value) and not stands_apart(type(value).__module__)
         ):
             self.objects.setdefault(path, value)
             self._classes[type(value)] = None
@@ -607,7 +602,7 @@ class Named:
         ]
         for cls, name in new:
             self._done.add((cls, name))
-            if not _stands_apart(type(cls)):
+            if not stands_apart(type(cls).__module__):
                 self._classes[type(cls)] = None
             owner = next((one for one in cls.__mro__ if name in one.__dict__), None)
             path = Path(ObjectRoot(cls)).attribute(name)
@@ -697,7 +692,6 @@ _STATE = (
     "is_deterministic_algorithms_warn_only_enabled",
 )
 _OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
-_ASKING_LIBRARIES = ("torch", "lora_fx", "numpy")
 _OF_ARGUMENTS = ("requires_grad", "is_leaf", "grad_fn")
 _OF_TENSORS = (*_OF_ARGUMENTS, "grad", "output_nr", "retains_grad", "_base", "_version")
 _ASKING: dict[Any, str] = {
@@ -903,7 +897,7 @@ class Questions(TorchFunctionMode):
             if (
                 name == "_backward_cls"
                 and threading.get_ident() == self._thread
-                and (cls.__module__ or "").partition(".")[0] not in _ASKING_LIBRARIES
+                and (cls.__module__ or "").partition(".")[0] not in _LIBRARIES
             ):
                 self.refused.append(f"calls an autograd function ({cls.__qualname__})")
             return type.__getattribute__(cls, name)
@@ -926,4 +920,4 @@ def _answer(name: str, args: tuple[Any, ...], answer: Any) -> Read:
 
 
 def _question_of_library(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in _ASKING_LIBRARIES
+    return str(frame.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES

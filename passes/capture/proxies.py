@@ -79,7 +79,7 @@ class _Attribute(TracedValue):
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
-        """The read; it is made when somebody asks."""
+        """The read; it is made when it is asked for."""
         own = self.__dict__
         if own["_read"] is None:
             args = (own["_root"], own["_name"])
@@ -97,14 +97,14 @@ class _Attribute(TracedValue):
 
 
 class ModeProxy(TracedValue):
-    """``module.training``, read when the graph runs. The node is made when somebody asks."""
+    """``module.training``, read when the graph runs. The node is made when it is asked for."""
 
     def __init__(self, tracer: Recorder, target: str) -> None:
         self.__dict__.update(tracer=tracer, _target=target, _read=None)
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
-        """The read; it is made when somebody asks."""
+        """The read; it is made when it is asked for."""
         own = self.__dict__
         if own["_read"] is None:
             own["_read"] = self.tracer.create_node("get_attr", own["_target"], (), {})

@@ -276,7 +276,7 @@ class Recorder(fx.Tracer):
             self._paths.setdefault(id(value), (value, path))
 
     def path_of(self, value: Any) -> Path | None:
-        """Where an object was read; None if nobody knows."""
+        """Where an object was read; None if that is not known."""
         if isinstance(value, nn.Module):
             name = self.submodule_paths.get(value)
             return None if name is None else Path.to(name)
@@ -415,7 +415,7 @@ class Recorder(fx.Tracer):
 
 
 def _outermost() -> None:
-    """Stands for whoever calls the forward."""
+    """Stands for the caller of the forward."""
 
 
 def _path_of_forward(cls: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lora_fx.passes.graph.copies import (
-    APART,
     ATOMS,
     check_model,
     children,
@@ -12,6 +11,7 @@ from lora_fx.passes.graph.copies import (
     holder_of,
     memory_of,
     share_copy,
+    stands_apart,
     storage_of,
 )
 from lora_fx.passes.graph.nodes import (
@@ -91,7 +91,6 @@ from lora_fx.passes.graph.source import (
 from lora_fx.passes.graph.units import is_unit, param_groups, shard_again, units_of
 
 __all__ = [
-    "APART",
     "ATOMS",
     "CONSTANT",
     "CONTAINERS",
@@ -157,6 +156,7 @@ __all__ = [
     "shard_again",
     "share_copy",
     "show_shapes",
+    "stands_apart",
     "storage_of",
     "target_of",
     "tree_of",

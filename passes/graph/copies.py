@@ -26,7 +26,6 @@ from lora_fx.passes.graph.source import LIBRARIES
 from lora_fx.passes.graph.units import copy_units, is_unit
 
 __all__ = [
-    "APART",
     "ATOMS",
     "check_model",
     "children",
@@ -36,6 +35,7 @@ __all__ = [
     "holder_of",
     "memory_of",
     "share_copy",
+    "stands_apart",
     "storage_of",
 ]
 
@@ -49,7 +49,7 @@ ATOMS = (
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
 _CACHED = type(functools.lru_cache(lambda: None))
-APART = (LIBRARIES | {"deepspeed"}) - {"types", "collections", "argparse"}
+_APART = (LIBRARIES | {"deepspeed"}) - {"types", "collections", "argparse"}
 """Packages, most of them Python's own, whose objects are no part of a model, and lead everywhere."""
 
 
@@ -366,7 +366,12 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 def _is_apart(value: Any) -> bool:
     if type(value).__name__ == "_WrappedHook":  # torch's, around a hook
         return False
-    return type(value).__module__.partition(".")[0] in APART
+    return stands_apart(type(value).__module__)
+
+
+def stands_apart(module: str | None) -> bool:
+    """Whether a module is of a library whose objects are no part of a model."""
+    return (module or "").partition(".")[0] in _APART
 
 
 def held_in(cell: types.CellType) -> tuple[Any, ...]:

@@ -100,7 +100,7 @@ def _declared(names: str) -> tuple[list[str], list[str]]:
 
 
 def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
-    """Takes out how an operand was made, node by node upwards, where nobody else reads it.
+    """Takes out how an operand was made, node by node upwards, where nothing else reads it.
 
     Args:
         graph: It is edited.
@@ -115,7 +115,7 @@ def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
 
 
 def erase_dead(graph: fx.Graph) -> None:
-    """Takes out what nobody reads of a graph that may call modules.
+    """Removes the nodes that nothing reads from a graph that may call modules.
 
     Args:
         graph: It is edited. Calls of modules stay.

@@ -23,6 +23,7 @@ __all__ = [
     "copy_partitioned",
     "is_owned",
     "is_partitioned",
+    "module_of_hook",
     "own_partition",
     "partition_of",
     "partitioned_twin",
@@ -211,11 +212,15 @@ def _is_owned(module: nn.Module) -> bool:
     return type(module._parameters).__name__ == "ZeROOrderedDict"
 
 
-def _is_hook(hook: Any) -> bool:
+def module_of_hook(hook: Any) -> str:
+    """Return the name of the module that a hook of a module comes from."""
     hook = getattr(hook, "hook", hook)  # torch's wrapper around some
     owner = getattr(hook, "__self__", None)
-    where = getattr(hook, "__module__", None) if owner is None else type(owner).__module__
-    return str(where).partition(".")[0] == "deepspeed"
+    return str(getattr(hook, "__module__", None) if owner is None else type(owner).__module__)
+
+
+def _is_hook(hook: Any) -> bool:
+    return module_of_hook(hook).partition(".")[0] == "deepspeed"
 
 
 @contextmanager

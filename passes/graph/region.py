@@ -505,9 +505,9 @@ def _thawed(frozen: Mapping[str, Any]) -> dict[str, fx.Graph]:
 # own.
 #
 # accelerate runs it under autocast and casts the outputs, or moves weights before and after it;
-# torch.compile may be given the method in the place of the module; TRL fuses the head with the
+# torch.compile may be given the method in place of the module; TRL fuses the head with the
 # loss. It belongs to training, so that a merged or an exported model has to be without it. What
-# somebody else has set is a part of the model.
+# other code has set is a part of the model.
 
 
 _log = logging.getLogger("lora_fx")
@@ -536,7 +536,7 @@ def copy_without_trainers(
     Args:
         model: The model; it is not touched.
         before: :func:`instance_forwards` at the rewrite: what was there is a part of the model.
-        error: What is raised where that cannot be told from what somebody else has set.
+        error: What is raised where that cannot be told from what other code has set.
 
     Raises:
         LoraFxError: If a trainer's function runs one that is not a trainer's, or the other way round.
@@ -553,7 +553,7 @@ def copy_without_trainers(
         if not trainers:
             continue
         dropped[name or "the model"] = trainers
-        # accelerate's hooks hold on to a forward that somebody else has set before.
+        # accelerate's hooks hold on to a forward that other code has set before.
         old = next((key for key in _OLD if key in held), None)
         somebody = old is not None and _packages(module, held[old])
         if old is not None and somebody and not _trainers(name, module, held[old], error):
@@ -577,7 +577,7 @@ def copy_without_trainers(
 def _trainers(
     name: str, module: nn.Module, forward: Any, error: type[LoraFxError]
 ) -> tuple[str, ...]:
-    """The trainers that have set a forward; none if somebody else has."""
+    """The trainers that have set a forward; none if other code has."""
     packages = _packages(module, forward)
     trainers, others = sorted(packages & _TRAINERS), sorted(packages - _TRAINERS)
     if trainers and others:

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import join
+from lora_fx.passes.graph.partitions import module_of_hook
 
 __all__ = ["ShardedUnit", "copy_units", "is_unit", "param_groups", "shard_again", "units_of"]
 
@@ -241,7 +242,4 @@ def _without_fsdp(cls: type) -> type[nn.Module]:
 
 
 def _is_hook_of_fsdp(hook: Any) -> bool:
-    hook = getattr(hook, "hook", hook)  # torch's wrapper around some
-    owner = getattr(hook, "__self__", None)
-    where = getattr(hook, "__module__", None) if owner is None else type(owner).__module__
-    return callable(hook) and str(where).startswith("torch.distributed.fsdp")
+    return callable(hook) and module_of_hook(hook).startswith("torch.distributed.fsdp")

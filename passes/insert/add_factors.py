@@ -165,7 +165,7 @@ _START_B: Final = "lora_B_start"
 
 
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
-    """Puts a start in, in the place of the adapter's former one if there is one."""
+    """Puts a start in, in place of the adapter's former one if there is one."""
     names = factor_names(row)
     start = _where_the_weight_is(model, row, start)
     for name, value in ((names.a, start.a), (names.b, start.b)):

@@ -447,7 +447,7 @@ def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
 def _by_region(
     rows: Iterable[PlannedSite], regions: Mapping[str, Region]
 ) -> dict[str, list[tuple[PlannedSite, int]]]:
-    """What to insert where. A graph that lay over other regions may have been taken off since."""
+    """Return what to insert where. A graph that lay over other regions may have been removed since."""
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
     for row in rows:
         for index, call in enumerate(row.site.calls):

@@ -1,4 +1,4 @@
-"""What the factors of a site hold before training, and what that does to the base weight."""
+"""Starting values of the factors of a site, and what they change in the base weight."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def loftq(
 
 
 def quantized(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """What is left of a weight, as it is stored, after it was quantized; same shape and dtype."""
+    """Return a weight after quantizing, with its shape and dtype."""
     quantize: Callable[[torch.Tensor], torch.Tensor] = (
         _whole_numbers if bits == 8 else lambda one: _normal_floats(one, bits)
     )

@@ -271,7 +271,7 @@ def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
 
 
 def _trained_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter that wants a gradient, with the same values in memory of its own."""
+    """A parameter that requires a gradient, with the same values in memory of its own."""
     if is_partitioned(parameter):
         made = partitioned_twin(parameter, own=True)
         made.requires_grad_(True)

@@ -79,7 +79,7 @@ def match(capture: Capture) -> Matches:
 
 
 def _asked(capture: Capture) -> tuple[dict[str, list[Site]], dict[str, Rejection]]:
-    """What the patterns say of all nodes: sites by weight, refusals by name."""
+    """Ask the patterns about all nodes: return sites by weight, refusals by name."""
     found: dict[str, list[Site]] = defaultdict(list)
     rejections: dict[str, Rejection] = {}
     for region in capture.regions.values():
@@ -159,7 +159,7 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
     for one, other in itertools.pairwise(ordered):
         if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:
             reason = (
-                "its weight is applied as a whole (by the layer that holds it, if by nobody else) and "
+                "its weight is applied as a whole (by the layer that holds it, if by nothing else) and "
                 "in parts, or in parts that overlap"
             )
             return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)
@@ -217,7 +217,7 @@ _REMEDY = "adapt the model before it is quantized, merge, and quantize the resul
 
 
 def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
-    """What cannot be adapted, by the FQN of the weight (of the module, where its weight has no name)."""
+    """Yield refusals by the FQN of the weight (of the module, where its weight has no name)."""
     for fqn, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue

@@ -197,7 +197,7 @@ def _reads(code: CodeType, qualname: str) -> _Reads:
 
 
 def _reads_by_name(code: CodeType) -> _Reads:
-    """What code may read, by the names in it alone."""
+    """Return what code may read, judged by its names alone."""
     names = sorted(_spelled(code))
     paths = tuple(path for name in names for path in ((name,), (_ANYWHERE, name)))
     walks = not _WALKS.isdisjoint(names) and "next" not in names
@@ -372,7 +372,7 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
 
 
 def no_product(weight: str, reads: list[Read]) -> Rejection | None:
-    """What to say of a weight that no operation was matched with; None where nobody expects one."""
+    """Return the reason for a weight without a matching operation; None where none is expected."""
     # A bias for each expert is a table, too.
     if all(read.what in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
         return None

@@ -1,4 +1,4 @@
-"""What an adapter changes a weight and a bias by: what a merge adds."""
+"""The changes of weights and biases that a merge adds."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _pair(
 
 
 def sums_over_rank(row: PlannedSite) -> bool:
-    """Whether each element of ΔW is a sum over the rank: somebody's own pattern may say anything."""
+    """Whether each element of ΔW is a sum over the rank: a registered pattern may say anything."""
     return type(pattern_of(row.site)).delta.__module__.startswith(_OURS)
 
 
@@ -97,7 +97,7 @@ def sliced_factors(
         device: Where they are wanted.
 
     Returns:
-        None if numbers are too large for that, or ΔW is what somebody's own pattern says.
+        None if numbers are too large for that, or ΔW is what a registered pattern says.
     """
     if not sums_over_rank(row):
         return None

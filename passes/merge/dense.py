@@ -94,7 +94,7 @@ def cast_model(
     Rotary frequencies stay in fp32, as transformers loads them.
 
     Args:
-        model: A model that nobody else has, over weights that others may see.
+        model: A model that is used nowhere else, over weights that may be shared.
         dtype: What to cast to.
         keep: Given each new weight, returns one of the same values to use in its place.
         buffers: Whether buffers are cast, too.
@@ -177,7 +177,7 @@ def dtype_of_all(model: nn.Module) -> torch.dtype | None:
 
 
 def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
-    """Every weight that is stored in few bits, by each of its names."""
+    """Every quantized weight, by each of its names."""
     stored = (
         (name, _stored(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -230,7 +230,7 @@ def make_dense(
     """Replaces what is quantized yet, weight by weight; the model is changed.
 
     Args:
-        model: A model that nobody else has; the weights of adapted sites are dense in it already.
+        model: A model that is used nowhere else; the weights of adapted sites are dense in it already.
         dtype: Of the new weights.
         layouts: :func:`layouts_of`.
         keep: Given each new weight, returns one of the same values to use in its place.
@@ -309,7 +309,7 @@ def make_savable(model: nn.Module) -> None:
     values that they have made are in the model, and need nothing.
 
     Args:
-        model: A model that nobody else has.
+        model: A model that is used nowhere else.
     """
     for module in model.modules():
         conversions = module.__dict__.get("_weight_conversions")
@@ -342,7 +342,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     since is left out.
 
     Raises:
-        MergeError: If that cannot be told from what somebody else has set.
+        MergeError: If that cannot be told from what other code has set.
     """
     by_hand = trained_by_hand(model, record)
     result = copy_without_trainers(model, record.forwards, MergeError)
@@ -361,7 +361,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
-        # What somebody has put into the model since was not there before.
+        # What was put into the model since was not there before.
         new = name in by_hand and by_hand[name].requires_grad
         parameter.requires_grad = name in record.trainable or new
     mark_adapted(result, adapted=False)

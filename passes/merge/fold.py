@@ -99,7 +99,7 @@ class _Part(NamedTuple):
 
 
 class _Folded:
-    """What is folded into one weight."""
+    """The changes that are folded into one weight."""
 
     rows: Any
 

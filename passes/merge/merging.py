@@ -94,7 +94,7 @@ def unshared(model: nn.Module) -> frozenset[str]:
     """FQNs of the parameters that can be written over, since nothing else sees their memory.
 
     Not one that is in several places, nor one whose storage other tensors have, too: those of the adapted
-    model that was made of this one, a ``state_dict`` that somebody keeps. Nor what is no plain tensor.
+    model that was made of this one, a ``state_dict`` that is kept. Nor one that is no plain tensor.
     """
     places = _places(model)
     alone = _users(torch.empty(1))
@@ -165,7 +165,7 @@ def place_biases(
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
-    """The value in a parameter that is written over, or a new one in the place of one that others share."""
+    """The value in a parameter that is written over, or a new one in place of one that others share."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module._parameters[key]
@@ -186,7 +186,7 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
 def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """What was trained beside the factors, under each of its names: by adapters, and by hand."""
+    """Yield what was trained besides the factors, under each of its names: by adapters, and by hand."""
     for name in names:
         adapter = record.adapters[name]
         weights = {row.site.weight for row in adapter.sites}
@@ -605,7 +605,7 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
 def _sites_by_weight(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> tuple[dict[str, tuple[tuple[PlannedSite, str], ...]], dict[str, str]]:
-    """What is folded into each weight, and the weights that have the factors of another one."""
+    """Return the changes of each weight, and the weights that use the factors of another one."""
     rows: dict[str, tuple[tuple[PlannedSite, str], ...]] = {}
     tied: dict[str, str] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What the code of a model leads to outside of it: globals, variables around functions, class attributes.
+"""Find what the code of a model reaches outside of it: globals, variables around functions, class attributes.
 
 A copy of a model has copies of whatever its modules hold (``passes/graph/copies.py``). Its classes are
 those of the original, and so is what their code names: a list that every layer is entered in goes on
@@ -21,11 +21,11 @@ import torch
 from torch import nn
 
 from lora_fx.passes.graph import (
-    APART,
     ATOMS,
     children,
     named_by,
     original_class,
+    stands_apart,
     storage_of,
     tree_of,
 )
@@ -108,7 +108,9 @@ class _Search:
 
     def _is_followed(self, module: str | None) -> bool:
         """Whether the code of a Python module is looked at."""
-        return not _is_library(module) and (module in self.homes or not _is_installed(module or ""))
+        return not stands_apart(module) and (
+            module in self.homes or not _is_installed(module or "")
+        )
 
     def first(self, storages: Mapping[int, str]) -> tuple[str, str] | None:
         """The nearest tensor that is one of those, as :func:`named_elsewhere` gives it."""
@@ -122,7 +124,7 @@ class _Search:
 
 
 def _leads(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a value leads to, each with how."""
+    """Yield what can be reached from a value, each with the way to it."""
     if isinstance(value, type):
         yield from _of_class(value)
     elif type(value) in _WRAPPED:
@@ -131,7 +133,7 @@ def _leads(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, _WEAK):
         for item in (*value, *value.values()) if hasattr(value, "values") else value:
             yield "[...]", item
-    elif not isinstance(value, FunctionType) or not _is_library(value.__module__):
+    elif not isinstance(value, FunctionType) or not stands_apart(value.__module__):
         if isinstance(value, FunctionType):
             yield from _of_code(value)
         yield from children(value)
@@ -140,7 +142,7 @@ def _leads(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _of_class(value: type) -> Iterator[tuple[str, Any]]:
     for cls in value.__mro__:
-        if _is_library(cls.__module__):
+        if stands_apart(cls.__module__):
             continue
         left_out = ("__annotations__", *(_DONE if issubclass(cls, nn.Module) else ()))
         for name, item in vars(cls).items():
@@ -160,10 +162,6 @@ def _storage(tensor: torch.Tensor) -> int:
         return storage_of(tensor)
     except (RuntimeError, NotImplementedError):  # a stand-in has none
         return 0
-
-
-def _is_library(name: str | None) -> bool:
-    return (name or "").partition(".")[0] in APART
 
 
 @functools.lru_cache(maxsize=8192)

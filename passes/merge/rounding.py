@@ -247,7 +247,7 @@ class MergedSite:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputError:
-    """What quantizing again does to the outputs, on example inputs; in evaluation, over all floating outputs.
+    """The effect of requantizing on the outputs for example inputs; in evaluation, over all floating outputs.
 
     Attributes:
         relative_error: ``‖y_q - y‖ / ‖y‖``, with y of the adapted model and y_q of the merged one.
@@ -268,7 +268,7 @@ class OutputError:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class MergeReport:
-    """What a merge did: print it for a line a weight; a notebook shows a table that sorts.
+    """The result of a merge. Print it for a line for each weight; a notebook shows a table that sorts.
 
     Attributes:
         sites: One row a weight.

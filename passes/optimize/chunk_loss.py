@@ -67,7 +67,7 @@ class _Body(NamedTuple):
 
 
 def _edit(region: Region, site: Site, call: Call) -> bool:
-    """Puts a call in the place of a head; False if there is one already."""
+    """Puts a call in place of a head; False if there is one already."""
     graph = region.graph
     name = relative(site.weight, region.fqn)
     body = _body_of(graph, site, call, name)
@@ -147,7 +147,7 @@ def _after(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
 
 
 def _between(nodes: tuple[fx.Node, ...]) -> list[fx.Node]:
-    """What runs from the first node to the last."""
+    """Return the nodes from the first to the last."""
     found = [nodes[0]]
     while found[-1] is not nodes[-1]:
         found.append(found[-1].next)

@@ -133,7 +133,7 @@ def _fused(region: Region) -> fx.Graph | None:
 
 
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
-    """Puts one node in the place of an operation and its branch; False where that is not possible."""
+    """Puts one node in place of an operation and its branch; False where that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
     branch, found = tag.fused, _base_of(base, region)
@@ -179,7 +179,7 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
 
 
 def _offer(node: fx.Node) -> FusedBranch | None:
-    """What computes a node together with the operation to which it adds a branch."""
+    """Return the function that computes a node together with the operation to which it adds a branch."""
     tag = node.meta.get(META_KEY)
     return tag.fused if isinstance(tag, Tag) else None
 
@@ -276,7 +276,7 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return bool(target._schema.is_mutable)
     name = getattr(target, "__name__", "")
-    # torch says so by the name, or by a flag; of what else is called nobody knows.
+    # torch says so by the name, or by a flag; of other functions that is not known.
     known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
     writes = name.rstrip("_") != name or "out" in node.kwargs or target is in_place

@@ -282,7 +282,7 @@ def _is_computed(node: fx.Node, leaves: Mapping[fx.Node, str]) -> bool:
 
 
 def _result(graph: fx.Graph) -> fx.Node | None:
-    """What a graph returns, if it is one value."""
+    """Return the output of a graph, if it is one value."""
     value = next(node for node in reversed(graph.nodes) if node.op == "output").args[0]
     return value if isinstance(value, fx.Node) else None
 
@@ -386,7 +386,7 @@ def _replace(graph: fx.Graph, found: _Found, finder: _Finder, region: Region) ->
 
 
 def _word(node: fx.Node) -> str:
-    """What a node is called in the name of a chain; casts and constants are left out."""
+    """Return the part of a chain's name that stands for a node; casts and constants have none."""
     if node.op == "call_module":
         return str(node.target).rpartition(".")[2]
     name = _name_of(node) or ""

@@ -68,7 +68,7 @@ class FactorNames:
 
     @property
     def present(self) -> tuple[str, ...]:
-        """Those that there are."""
+        """The names that are not None."""
         return tuple(name for name in (self.a, self.b, *self.slots) if name)
 
 
@@ -106,7 +106,7 @@ class SiteFactors:
 
     @property
     def present(self) -> tuple[nn.Parameter, ...]:
-        """Those that there are, in the order of :attr:`FactorNames.present`."""
+        """The tensors that are not None, in the order of :attr:`FactorNames.present`."""
         return tuple(self.values.values())
 
 
@@ -236,7 +236,7 @@ def indices_name(row: PlannedTokens, adapter: str) -> str:
 
 
 def tokens_of(model: nn.Module, row: PlannedTokens, adapter: str) -> nn.Parameter:
-    """The trained rows, [n, width]: what stands in the place of those of the weight."""
+    """The trained rows, [n, width]: what stands in place of those of the weight."""
     return model.get_parameter(rows_name(row, adapter))
 
 

@@ -17,11 +17,10 @@ from torch import nn
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of, kinds
-from lora_fx.passes.graph import is_owned, is_unit, param_groups
+from lora_fx.passes.graph import is_owned, is_partitioned, is_unit, param_groups
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import (
     answering,
-    check_not_sharded,
     is_sharded,
     module_at,
     own_part,
@@ -108,7 +107,7 @@ def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
 
 
 def _from_all(mine: dict[str, str], group: Any) -> list[dict[str, str]]:
-    """What each process of a group has; all of it only where a digest of it differs."""
+    """Gather a dict from each process of a group; digests alone are sent where they agree."""
     import torch.distributed as dist
 
     several: list[Any] = [None] * dist.get_world_size(group)
@@ -147,11 +146,13 @@ def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> No
     if is_owned(model) or (
         not beside_weights and any(is_unit(module) for module in model.modules())
     ):
-        check_not_sharded(
-            model,
-            f"the adapter {adapter!r}",
-            "add it before the model is sharded (fully_shard, deepspeed.initialize, accelerate's prepare)",
-        )
+        for name, parameter in model.named_parameters():
+            if is_sharded(parameter) or is_partitioned(parameter):
+                raise ConfigError(
+                    f"{name} is sharded, and the adapter {adapter!r} would be whole in every process, where "
+                    "nothing keeps it equal: add it before the model is sharded (fully_shard, "
+                    "deepspeed.initialize, accelerate's prepare)"
+                )
 
 
 def check_sharded_alike(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:

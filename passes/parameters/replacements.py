@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx.errors import ConfigError, LoraFxError, ProcessError
+from lora_fx.errors import LoraFxError, ProcessError
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
 from lora_fx.passes.graph import (
@@ -31,7 +31,6 @@ __all__ = [
     "base_modules",
     "base_parameters",
     "base_weight",
-    "check_not_sharded",
     "check_whole",
     "computed_as_parameters",
     "detached",
@@ -112,7 +111,7 @@ def in_adapter(model: nn.Module, name: str) -> bool:
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
-    """What an adapter has in the place of a parameter, wherever it is now."""
+    """What an adapter has in place of a parameter, wherever it is now."""
     owner, leaf = _owner(model, name)
     beside = owner._modules.get(KEPT + leaf)
     if beside is not None and adapter in beside._parameters:
@@ -263,7 +262,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
 
 
 def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
-    """What the values of a site's weight are."""
+    """Return the dtype of the values of a site's weight."""
     if site.quantized is not None:
         return site.quantized.dtype
     return weight_at(model, site.weight).dtype
@@ -283,7 +282,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor; the tensor itself where it is whole."""
+    """Return this process's part of a tensor; the tensor itself where it is whole."""
     found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     return found
 
@@ -440,18 +439,4 @@ def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxErr
                 f"{name} is partitioned by ZeRO-3, which takes its values away between calls: save the "
                 "adapter on every rank (lora_fx.save_adapter, which gathers it), load it onto a model that "
                 "is not partitioned, and use that"
-            )
-
-
-def check_not_sharded(model: nn.Module, what: str, remedy: str) -> None:
-    """Refuses a model whose parameters are sharded, for what would make parameters that are not.
-
-    Raises:
-        ConfigError: With the first such parameter.
-    """
-    for name, parameter in model.named_parameters():
-        if is_sharded(parameter) or is_partitioned(parameter):
-            raise ConfigError(
-                f"{name} is sharded, and {what} would be whole in every process, where nothing keeps it "
-                f"equal: {remedy}"
             )

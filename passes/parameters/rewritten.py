@@ -1,4 +1,4 @@
-"""What has become of a rewritten model: what is trained by hand in it, what changed, and what it has lost.
+"""The state of a rewritten model: what is trained by hand in it, what changed, and what it has lost.
 
 A frozen parameter shares its memory with the model that was rewritten: it gets memory of its own before an
 optimizer could write into it. Buffers that training changed (batch-norm statistics) are part of what was
@@ -68,7 +68,7 @@ def protect(model: nn.Module) -> None:
     for parameter in _distinct(model):
         if parameter.requires_grad or is_guarded(parameter) or not _can_train(parameter):
             continue
-        # Autograd takes hooks of what wants a gradient only, and keeps them afterwards.
+        # Autograd takes hooks of what requires a gradient only, and keeps them afterwards.
         parameter.requires_grad_(True)
         parameter.register_hook(_Guard(parameter, root))  # type: ignore[no-untyped-call]
         parameter.requires_grad_(False)
@@ -136,7 +136,7 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
 
 
 def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    """Weights that want a gradient where an initialization has put them, and the adapter of each."""
+    """Weights that require a gradient where an initialization has put them, and the adapter of each."""
     for adapter in record.active:
         entry = record.adapters[adapter]
         weights = {row.site.weight for row in entry.sites} - set(entry.given)

@@ -67,7 +67,7 @@ class ExpertsPattern:
         )
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Two products in the place of the base one's, with the factors read as the weight is."""
+        """Two products in place of the base one's, with the factors read as the weight is."""
         seen = self._see(node, region)
         assert isinstance(seen, Product)
         x = build.dropped(seen.x)

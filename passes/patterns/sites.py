@@ -190,7 +190,7 @@ def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
 
 
 def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
-    """A refusal of an operation that is called with an argument that nobody here knows.
+    """A refusal of an operation that is called with an argument that is not known here.
 
     Args:
         region: Where it was seen.

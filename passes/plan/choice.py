@@ -1,4 +1,4 @@
-"""What a configuration chooses: by module, by parameter, by the attention layer that holds several weights.
+"""Apply a configuration to sites: by module, by parameter, by the attention layer that holds several weights.
 
 PEFT adapts modules and parameters. Here the sites are operations, so that a name of either kind can mean
 several: ``nn.MultiheadAttention`` is four, and a weight that is applied in parts is one for each part. The
@@ -48,7 +48,7 @@ _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
 
 def _choose_parts(site: Site, config: LoraConfig, whole: Verdict) -> list[tuple[Site, Verdict]]:
-    """The parts of a site that are adapted in its place; empty if the site itself is meant.
+    """Return the parts of a site that are adapted instead of it; empty if the site itself is selected.
 
     Args:
         site: Any site.
@@ -106,7 +106,7 @@ def _check(site: Site, parts: list[Site]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A site and what the configuration says of it.
+    """A site and what the configuration says about it.
 
     Attributes:
         site: The site.
@@ -134,7 +134,7 @@ class Choice:
 
 
 def choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[Choice]:
-    """All sites, in their order; in the place of a fused one its parts, if those are meant.
+    """Return all sites in order; instead of a fused one its parts, if those are selected.
 
     ``target_parameters`` comes first: a weight that it names is adapted whole, whatever
     ``exclude_modules`` and the layer filters say of the module. With ``ensure_weight_tying`` a head means
@@ -204,7 +204,7 @@ def _as_parameter(site: Site, entry: str, config: LoraConfig) -> Choice:
 
 
 def _in_attention(site: Site, alone: Verdict, layer: str, config: LoraConfig) -> Choice:
-    """A projection that is not named itself: the layer's name may be."""
+    """Decide about a projection by the name of its attention layer, if its own name is not selected."""
     named = not uses_default_targets(config) and judge(layer, config).selected
     if not named:
         return Choice(site, alone, (site.name,))
@@ -304,7 +304,7 @@ def _has_rows(site: Site) -> bool:
 
 
 def _input_embedding(model: nn.Module, matches: Matches) -> str:
-    """The embedding that a list is about."""
+    """Return the embedding that a list of token indices is for."""
     names = {id(module): name for name, module in base_modules(model)}
     getter = getattr(model, "get_input_embeddings", None)
     # Some models have the method and raise in it, or answer with something else.
@@ -357,7 +357,7 @@ def _declares_tying(model: nn.Module) -> bool:
 def _with_tied(
     planned: Mapping[str, PlannedTokens], sites: Mapping[str, Site], config: LoraConfig
 ) -> dict[str, PlannedTokens]:
-    """Gives what shares the weight of an embedding the rows of that, unless it has others of its own."""
+    """Let what shares the weight of an embedding share its trained rows, unless it has its own."""
     result = dict(planned)
     for row in planned.values():
         for weight in row.site.tied_to if row.lookup else ():

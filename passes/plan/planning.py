@@ -74,7 +74,7 @@ __all__ = [
 
 
 def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
-    """Why a site cannot start so; None if it can.
+    """Say why a site cannot have its starting values; None if it can.
 
     PEFT gives such sites a plain start, most of the time without a word, or fails.
     """
@@ -102,7 +102,7 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
 
 
 def _reads_vectors(site: Site) -> bool:
-    """Whether the inputs are the last dimension of what it reads, or the one before for a left factor."""
+    """Whether the input features are the last dimension, or the one before for a left factor."""
     return not site.experts and {call.pattern for call in site.calls} <= {
         "linear",
         "matmul",
@@ -127,7 +127,7 @@ def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) ->
 
 
 def _start_note(config: LoraConfig) -> tuple[str, ...]:
-    """What a plan has to say about the start."""
+    """Return what a plan notes about the starting values."""
     if not needs_data(config.init_lora_weights):
         return ()
     note = (
@@ -175,7 +175,7 @@ def _refuse_quantized(
 def at_rank(
     model: nn.Module, row: PlannedSite, rank: int, alpha: float, config: LoraConfig
 ) -> PlannedSite:
-    """What a site gets, and what it costs, with another rank and alpha."""
+    """Return a planned site with another rank and alpha, its costs included."""
     scale = scale_of(rank, alpha, config)
     return priced(model, dataclasses.replace(row, rank=rank, alpha=alpha, scale=scale))
 
@@ -480,7 +480,7 @@ def _check(
 
 
 def _check_holders(model: nn.Module, plan: Plan) -> None:
-    """Raises where two sites, or a site and a module of the user, would have one name for their factors."""
+    """Raise if two sites, or a site and a module of the user, would have the same name for their factors."""
     taken: dict[str, str] = {}
     for row in plan.sites:
         holder = row.site.holder
@@ -499,7 +499,7 @@ def _check_holders(model: nn.Module, plan: Plan) -> None:
 
 
 def _check_names(holder: nn.Module, row: PlannedSite) -> None:
-    """Raises where a layer has something of its own by the name of a factor."""
+    """Raise if a layer has an attribute of its own with the name of a factor."""
     for name in (*factor_names(row).present, *([DROPOUT] if row.dropout else [])):
         there = getattr(holder, name, None)
         if not (there is None or isinstance(there, AdapterFactors | AdapterDropouts)):
@@ -528,7 +528,7 @@ def _first_lines(lines: Sequence[str], most: int = 8) -> list[str]:
 
 
 def _named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -> list[Rejection]:
-    """The refusals that an entry of ``target_modules`` runs into; those left out otherwise do not count.
+    """Return the refusals that an entry of ``target_modules`` selects, but for those that are excluded.
 
     Args:
         target: The entry: a full name, or the end of one, of a module or of its weight.
@@ -562,7 +562,7 @@ def refusals(
 
 
 def target_names(model: nn.Module, matches: Matches, chosen: Iterable[Choice]) -> list[str]:
-    """All that an entry of ``target_modules`` can mean: sites, parts of them, attention layers."""
+    """Return names that an entry of ``target_modules`` can select: sites, their parts, attention layers."""
     names = [site.name for site in matches.sites]
     names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
     names += [choice.site.name for choice in chosen if choice.site.part_of]

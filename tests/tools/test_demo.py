@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.demo import story
-from lora_fx.tools.demo.story import (
+from lora_fx.tools import demo
+from lora_fx.tools.demo import (
     LIBRARIES,
     MASK,
     Batch,
@@ -84,17 +84,17 @@ def test_keys_do_not_see_numbers_case_and_punctuation() -> None:
 
 
 def test_only_the_first_sentence_is_taken() -> None:
-    first = story._first_sentence("Return ``x`` as :class:`~a.B`.\nIt is fast.\n\nMore.")
+    first = demo._first_sentence("Return ``x`` as :class:`~a.B`.\nIt is fast.\n\nMore.")
     assert first == "Return x as a.B."
 
 
 def test_a_sentence_of_two_libraries_is_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def walk(library: str, wanted: int, seed: int) -> list[story.Sentence]:
+    def walk(library: str, wanted: int, seed: int) -> list[demo.Sentence]:
         own = (f"What only {library} says, {letter}" for letter in "abcdefgh")
         texts = ("What everybody says.", *own)
-        return [story.Sentence(text, library, "x.py") for text in texts]
+        return [demo.Sentence(text, library, "x.py") for text in texts]
 
-    monkeypatch.setattr(story, "_walk", walk)
+    monkeypatch.setattr(demo, "_walk", walk)
     made = collect(4, 2, libraries=("one", "two"))
     assert len(made.train) == 8
     assert all("everybody" not in sentence.text for sentence in made.train + made.held_out)

@@ -1,4 +1,4 @@
-"""One linear operation, forward and backward, as the middle of a model has it: x wants a gradient."""
+"""One linear operation, forward and backward, as the middle of a model has it: x requires a gradient."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _counted(
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """A forward that gives the loss; an input that wants a gradient gets a new one each time."""
+    """A forward that gives the loss; an input that requires a gradient gets a new one each time."""
 
     def loss() -> Tensor:
         given = {

@@ -116,7 +116,7 @@ def wide_llama(size: Size) -> Workload:
 
 
 def llama_block(size: Size) -> Workload:
-    """One block of a Llama of 1.3B parameters, as in the middle of it: its input wants a gradient."""
+    """One block of a Llama of 1.3B parameters, as in the middle of it: its input requires a gradient."""
     tiny = size is Size.TINY
     tokens, hidden = (8, 16) if tiny else (256, 2048)
     shape = llama_shape(hidden, 32, 1, 2, 32) if tiny else llama_shape(hidden, 5504, 1, 16)
@@ -129,7 +129,7 @@ def llama_block(size: Size) -> Workload:
 
 
 def mixtral(size: Size) -> Workload:
-    """A mixture of eight experts, two for a token; the embedded tokens want a gradient."""
+    """A mixture of eight experts, two for a token; the embedded tokens require a gradient."""
     tiny = size is Size.TINY
     batch, tokens = (1, 32) if tiny else (2, 256)
     shape = llama_shape(32, 64, 2, 2, 32) if tiny else llama_shape(512, 1024, 2, 8)

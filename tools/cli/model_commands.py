@@ -56,18 +56,18 @@ def plan(
 ) -> None:
     """Show what would be adapted, what not and why, and what it costs. Changes nothing.
 
-    With --why or --diff the exit code is 1 where the answer is no: not adapted, or not the same.
+    With --why or --diff the exit code is 1 if the operation is not adapted, or the plans differ.
 
     Args:
         model: The model.
         adapters: What to adapt.
-        store: In few bits.
+        store: How to quantize it.
         look: How to capture.
         training: On which GPUs.
-        why: What becomes of one operation, or of those in a module, and why: its name, or the end of it.
-        diff: Another configuration, as for --config: what it would do otherwise.
-        every: One row a site; equal layers are one row without it.
-        as_json: Everything, as JSON.
+        why: Say what happens to an operation, or to those in a module, and why. Takes a name or its end.
+        diff: Another configuration, as for --config: show what it would change.
+        every: One row for each site; by default equal layers share a row.
+        as_json: Print everything as JSON.
     """
     from lora_fx.api import compare
     from lora_fx.api import plan as make_plan
@@ -138,16 +138,16 @@ def rewrite(
     Args:
         model: The model.
         adapters: What to adapt.
-        store: In few bits.
+        store: How to quantize it.
         look: How to capture.
         region: Print the code of this module's forward; '' is the root.
-        graph: With --region: the nodes of the graph, not the code.
-        every: One row a region; equal ones of equal layers are one row without it.
-        print_after: Print the graph after this pass, of --region or of all; 'all' is after every pass, and
-            prints what each has changed.
+        graph: With --region: print the nodes of the graph instead of the code.
+        every: One row for each region; by default equal layers share a row.
+        print_after: Print the graph after this pass, of --region or of all regions; 'all' prints what each
+            pass has changed.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
         force: Write over what is there.
-        as_json: The regions as JSON.
+        as_json: Print the regions as JSON.
     """
     from lora_fx.api import graphs
     from lora_fx.api import rewrite as rewrite_model
@@ -310,7 +310,7 @@ def merge(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Fold an adapter into a model's weights, and say how exact the result is.
+    """Fold an adapter into a model's weights, and report how exact the result is.
 
     A quantized model becomes a dense one.
 
@@ -318,11 +318,11 @@ def merge(
         model: The model.
         adapter: An adapter folder.
         out: For hf: models a folder, for others a .safetensors file of the state dict.
-        dtype: fp32, fp16 or bf16; as it is without it.
+        dtype: fp32, fp16 or bf16; by default the model's.
         requantize: Quantize merged weights of a quantized model again.
-        every: The error of every weight.
+        every: Show the error of every weight.
         force: Write over what is there.
-        as_json: The report as JSON.
+        as_json: Print the report as JSON.
     """
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
@@ -371,12 +371,12 @@ def visualize(
         path: The file: .html to explore, .svg, .dot, .graphml, .json.
         adapters: What to adapt.
         look: How to capture.
-        adapter: An adapter folder, in place of what the options say to adapt. Repeat it.
-        base: The model as it is, without adapters.
-        as_plan: The sites by name, and what is not adapted and why.
-        compare: The plan and the rewritten model in one page; with --adapter, each of them by itself.
-        original: The folder that a quantized model was made of: colors show what quantizing has lost.
-        provider: cpu, cuda or webgpu: on which the nodes of an .onnx file are to run.
+        adapter: An adapter folder, instead of the options that say what to adapt. Repeat it.
+        base: Draw the model as it is, without adapters.
+        as_plan: Draw the plan: sites by name, and what is not adapted and why.
+        compare: Draw the plan and the rewritten model in one page; with --adapter, each adapter by itself.
+        original: The folder that a quantized model was made from: colors show what quantizing has lost.
+        provider: cpu, cuda or webgpu: where the nodes of an .onnx file are to run.
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
         force: Write over what is there.
     """
@@ -402,8 +402,8 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
 
     Args:
         folder: An adapter folder.
-        every: One row a site, below the heat map.
-        as_json: Everything, all singular values too, as JSON.
+        every: Show a row for each site below the heat map.
+        as_json: Print everything as JSON, with all singular values.
     """
     from lora_fx.ir import folded
     from lora_fx.tools.adapter_folder import inspect_adapter
@@ -592,10 +592,10 @@ def verify(
         onnx: An .onnx file; one that takes adapters is given this one.
         model: A model that has the adapter in its weights.
         url: The address of a server that speaks OpenAI's protocol, as http://127.0.0.1:8000/v1.
-        name: What the server calls the adapter.
-        base_name: What it calls the base, if it does not say so itself.
+        name: The server's name for the adapter.
+        base_name: Its name for the base, if it does not list it.
         provider: cpu or cuda, for a file.
-        as_json: As JSON.
+        as_json: Print the result as JSON.
     """
     from lora_fx.tools.adapter_folder import verify as judge
 

@@ -45,30 +45,29 @@ def export(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Write an ONNX file, which takes its place only after it was compared with PyTorch.
+    """Write an ONNX file. It is put in place only after it was compared with PyTorch.
 
     Args:
         model: The model.
         out: The .onnx file; with --target the folder.
-        adapter: An adapter folder: to merge, or to have the places of. For inputs and a bank repeat it: each
-            is called like its folder.
+        adapter: An adapter folder: to merge, or for inputs and a bank to take the places from. For those
+            repeat it: each gets the name of its folder.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
             encoder-decoder): a file for `lora-fx generate`.
         target: genai (onnxruntime-genai) or transformers.js: the folder that it loads.
-        tokenizer: The folder of the tokenizer that goes into that; the model's without it.
-        adapters: merge; inline: beside the operations, as it is over quantized weights without this
-            option; inputs: the base model, which takes adapters as it is run; or bank: it takes one for
-            each row of a batch.
+        tokenizer: The folder of the tokenizer that goes into it; by default the model's.
+        adapters: merge; inline, next to the operations (the default over quantized weights); inputs, the base
+            model, which takes an adapter when it runs; or bank, which takes one for each row of a batch.
         max_adapters: With a bank, how many adapters there may be.
         max_rank: With a bank, their highest rank.
-        dtype: fp32, fp16 or bf16; as it is without it.
+        dtype: fp32, fp16 or bf16; by default the model's.
         opset: ONNX opset; by default 20, or 22 for bf16.
         optimize: standard: operators of ONNX, fast on every provider; runtime: those of ONNX Runtime as
-            well; none: as PyTorch gives the graph.
-        provider: cpu, cuda or webgpu: what --optimize runtime is for; cpu without it.
+            well; none: the graph as PyTorch exports it.
+        provider: cpu, cuda or webgpu: what --optimize runtime is for; cpu by default.
         verify: Compare ONNX Runtime with PyTorch.
         force: Write over what is there.
-        as_json: The report as JSON.
+        as_json: Print the report as JSON.
     """
     from lora_fx.checkpoint import load_adapter
     from lora_fx.export.onnx import export_onnx
@@ -152,19 +151,19 @@ def run(
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Run an ONNX file on the device that is asked for, and show what comes out.
+    """Run an ONNX file on the requested device, and show the outputs.
 
     Args:
         file: An .onnx file.
-        provider: cpu, cuda or webgpu: that one, or an error.
-        inputs: name=FILE.npy; random values without it. Repeat it.
+        provider: cpu, cuda or webgpu; there is no fallback.
+        inputs: name=FILE.npy; by default random values. Repeat it.
         sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
         adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
             file's bank.
         output: Write the outputs to this .npz file.
         repeat: Runs that are timed.
         force: Write over what is there.
-        as_json: Shapes, figures and times as JSON.
+        as_json: Print shapes, figures and times as JSON.
     """
     from lora_fx.export.session import OnnxSession
 
@@ -359,16 +358,16 @@ def generate(
         text: A prompt, with --tokenizer. Repeat it for a batch.
         tokenizer: A local folder with a tokenizer of transformers.
         inputs: name=FILE.npy: what else an encoder takes. Repeat it.
-        provider: cpu, cuda or webgpu: that one, or an error.
+        provider: cpu, cuda or webgpu; there is no fallback.
         adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
             file's bank.
-        max_new_tokens: 20 if the file says nothing.
-        sample: Draw tokens or take the likeliest.
+        max_new_tokens: The default is the file's, or 20.
+        sample: Draw tokens, or take the likeliest.
         temperature: Of the draws.
-        top_k: Draw from so many tokens; 0 for all.
-        top_p: Draw from tokens of this probability together.
+        top_k: Draw from this many tokens; 0 for all.
+        top_p: Draw from the likeliest tokens up to this total probability.
         seed: Of the draws.
-        as_json: Tokens, text and times as JSON.
+        as_json: Print tokens, text and times as JSON.
     """
     import torch
 
@@ -399,7 +398,11 @@ def generate(
     # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
     rows = made[:, start:].tolist()
-    texts = None if reader is None else [_decoded(reader, row) for row in rows]
+    texts = (
+        None
+        if reader is None
+        else [str(reader.decode(row, skip_special_tokens=True)) for row in rows]
+    )
     new = made.shape[1] - start
     if as_json:
         told = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
@@ -457,7 +460,3 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ConfigError(f"{folder} holds no tokenizer that can be read: {error}") from error
-
-
-def _decoded(reader: Any, tokens: list[int]) -> str:
-    return str(reader.decode(tokens, skip_special_tokens=True))

@@ -129,7 +129,7 @@ def _option(
 
 
 def _helps(of: Any) -> dict[str, str]:
-    """What a docstring says of each parameter or attribute."""
+    """Return the description of each parameter or attribute in a docstring."""
     text = inspect.getdoc(of) or ""
     entries: dict[str, list[str]] = {}
     current: list[str] = []
@@ -180,7 +180,7 @@ class Adapters(Options):
         """The configuration: that of ``--config``, with what was given on the command line changed.
 
         Raises:
-            ConfigError: A value means nothing, or two contradict each other.
+            ConfigError: A value is not valid, or two contradict each other.
             CheckpointError: ``--config`` is a folder without a readable configuration.
         """
         if self.target and self.target_regex is not None:
@@ -270,7 +270,7 @@ class Training(Options):
     checkpointing: bool = False
 
     def planned(self, loaded: LoadedModel, config: LoraConfig, inputs: Any) -> Any:
-        """What a GPU of the mesh needs, or None without a mesh.
+        """Return what a GPU of the mesh needs, or None without a mesh.
 
         Raises:
             ConfigError: An option has no meaning, or the model cannot be planned so.
@@ -292,10 +292,10 @@ class Training(Options):
 
 @dataclasses.dataclass
 class Storing(Options):
-    """The option that stores weights in few bits before a model is rewritten.
+    """The option that quantizes weights before a model is rewritten.
 
     Attributes:
-        quantize: Store the weights of linear operations in few bits first: nf4, fp4, int8 or int4.
+        quantize: Quantize the weights of linear operations first: nf4, fp4, int8 or int4.
     """
 
     PANEL = "What the base is stored in"
@@ -303,7 +303,7 @@ class Storing(Options):
     quantize: str | None = dataclasses.field(default=None, metadata={"metavar": "FORMAT"})
 
     def planned(self, loaded: LoadedModel) -> Any:
-        """What would be stored in few bits: a quantization plan, or None.
+        """What would be quantized: a quantization plan, or None.
 
         Raises:
             QuantizationError: If the model is quantized already. One of a folder is made without its
@@ -323,7 +323,7 @@ class Storing(Options):
             return plan_quantization(loaded.model, self.quantize)
 
     def load(self, name: str, look: Capturing) -> LoadedModel:
-        """Loads a model and stores it in few bits where that is asked for, under progress bars.
+        """Loads a model and quantizes it where that is asked for, under progress bars.
 
         The weights of a folder of transformers are read one by one, where the folder names them as the
         model does; other models are loaded whole.

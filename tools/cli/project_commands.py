@@ -43,10 +43,10 @@ def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False
     """Show versions, ONNX Runtime's providers, each CUDA library, wheels in conflict, extras.
 
     Args:
-        file: An .onnx file to look at instead: its operators and weights, and whether its adapter
-            inputs still do something.
+        file: An .onnx file to examine instead: its operators and weights, and whether its adapter
+            inputs still have an effect.
         strict: Exit with 1 if there is a problem.
-        as_json: As JSON.
+        as_json: Print the result as JSON.
     """
     from lora_fx.export.inspection import State
     from lora_fx.tools.cli.doctor import examine, show
@@ -159,7 +159,7 @@ def bench(
     Args:
         only: A section to run, as the error for a wrong name lists them; repeatable.
         repeats: Counted runs of each contender; 10, and 3 with --quick.
-        quick: Smaller shapes and few repeats: two minutes or so.
+        quick: Smaller shapes and few repeats: about two minutes.
         peer_env: An environment of olive, optimum or genai; .peers/NAME by default;
             repeatable.
         out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
@@ -203,7 +203,7 @@ def zoo(
     Args:
         only: A part of the names to run, or a pattern with * and ?.
         group: A group, or the beginning of its name.
-        jobs: Models at a time.
+        jobs: How many models run at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
         optimize: What is fused in exports: none, standard or runtime.

@@ -28,7 +28,7 @@ _LISTED = 12
 
 
 def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
-    """What ``lora-fx plan`` prints.
+    """Render what ``lora-fx plan`` prints.
 
     Args:
         plan: The plan.
@@ -192,7 +192,7 @@ _OPERATORS = 8  # how many of them are named
 
 
 def render_export(report: ExportReport) -> RenderableType:
-    """What ``lora-fx export`` prints.
+    """Render what ``lora-fx export`` prints.
 
     Args:
         report: What ``export_onnx`` returned.

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -684,7 +685,7 @@ def picture_of_file(path: Path, session: OnnxSession | None = None, provider: st
     graph = read_graph(path)
     placed = _placement(path, session, provider)
     root = _FilePainter(graph, placed if isinstance(placed, PlacementReport) else None).paint()
-    elements = sum(_product(shape) for shape, _ in graph.weights.values())
+    elements = sum(math.prod(shape) for shape, _ in graph.weights.values())
     facts = [("nodes", str(len(graph.nodes))), ("stored values", human(elements))]
     facts += [(key.removeprefix("lora_fx."), value) for key, value in _told(graph)]
     if isinstance(placed, str):
@@ -727,13 +728,6 @@ def _told(graph: FileGraph) -> Iterator[tuple[str, str]]:
     merged = graph.metadata.get("lora_fx.merged")
     if merged is not None:
         yield "merged", ", ".join(json.loads(merged)) or "none"
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
 
 
 class _FilePainter:

@@ -184,7 +184,7 @@ class Box:
         branches: The adapters on the operation that this box stands for.
         marks: Short words on it that are no color: how the weight is stored, what is shared, what else
             is trained.
-        state: What becomes of it.
+        state: What happens to it.
     """
 
     id: str

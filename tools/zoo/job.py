@@ -372,7 +372,7 @@ def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, floa
         losses = []
         for step in range(STEPS + 1):
             optimizer.zero_grad()
-            loss = _loss(entry, adapted, built)
+            loss = _output_and_loss(entry, adapted, built)[1]
             losses.append(float(loss))
             if step < STEPS:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -380,10 +380,6 @@ def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, floa
         if losses[-1] < losses[0]:
             break
     return losses[0], losses[-1]
-
-
-def _loss(entry: Entry, model: nn.Module, built: Reached) -> torch.Tensor:
-    return _output_and_loss(entry, model, built)[1]
 
 
 def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[Any, torch.Tensor]:
@@ -543,7 +539,7 @@ def stir(adapted: nn.Module, share: float = _SHARE) -> None:
 
 
 def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
-    """A copy of the original with ``W' = W + s·BA``, which only these weights want a gradient of."""
+    """A copy of the original with ``W' = W + s·BA``, which only these weights require a gradient of."""
     oracle = copy.deepcopy(original)
     for parameter in oracle.parameters():
         parameter.requires_grad_(False)

@@ -435,7 +435,7 @@ def train(
     advance: Callable[[int, int, str], None] | None = None,
     epoch_done: Callable[[str], None] | None = None,
 ) -> None:
-    """Trains what wants a gradient with AdamW, and leaves the model in evaluation mode.
+    """Trains what requires a gradient with AdamW, and leaves the model in evaluation mode.
 
     Args:
         model: Takes ``input_ids`` and ``attention_mask`` and gives logits.
