@@ -51,7 +51,7 @@ __all__ = [
 FEW = 8192
 
 # Kinds of devices that kernels run on; in Triton's interpreter that may be a CPU.
-KERNEL_DEVICES = ("cuda",)
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a tile of all ranks leaves of a GPU's registers.
 KERNEL_RANKS = 256
