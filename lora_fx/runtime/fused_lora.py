@@ -165,7 +165,7 @@ def add_product(
         right: [k, m].
         again: Whether this is differentiated again: then the total may not be written into.
         factor: [n, m], only where there is a total.
-        seed: A mask that kernels read, in the place of the factor, and only where this is not again.
+        seed: A mask that kernels read, instead of a factor, and only where this is not again.
     """
     if total is None:
         return left @ right

@@ -157,6 +157,18 @@ def test_where_they_do_not_run_the_log_says_why(
 
 
 @on_each
+def test_kernels_that_are_wrong_on_a_device_are_found(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_fx.runtime import kernels
+
+    check = kernels.check.__wrapped__
+    assert check(device) == ""
+    monkeypatch.setattr(kernels, "dropped_product", lambda x, a, mask: x @ a.T)
+    assert check(device) == "drop(x) Aᵀ is not what PyTorch computes"
+
+
+@on_each
 def test_a_mask_is_one_number_where_they_are_chosen(device: torch.device) -> None:
     for dtype in DTYPES:
         seed = draw(torch.empty(3, 5, dtype=dtype, device=device), 0.05)
@@ -279,11 +291,10 @@ def test_every_kernel_has_the_same_mask(
 
 
 @on_each
-@pytest.mark.parametrize("dropout", [0.05, 0.5])
-def test_its_mean_is_that_of_bernoulli(device: torch.device, dropout: float) -> None:
-    x = torch.empty(512, 512, device=device)
-    q = kept(dropout) / 256
-    found = unpacked(draw(x, dropout), x).double().mean().item()
+def test_its_mean_is_that_of_bernoulli(device: torch.device) -> None:
+    x = torch.empty(256, 512, device=device)
+    q = kept(0.05) / 256
+    found = unpacked(draw(x, 0.05), x).double().mean().item()
     assert abs(found - q) <= 6 * (q * (1 - q) / x.numel()) ** 0.5
 
 
@@ -405,8 +416,8 @@ def test_a_second_derivative_has_the_same_mask(device: torch.device) -> None:
 
 @on_each
 def test_a_seed_repeats_a_step_bit_for_bit(device: torch.device) -> None:
-    case = on(device, operands((300,), (100, 40), 5, torch.bfloat16, dropout=0.2))
-    cotangent = torch.ones(300, 40, device=device)
+    case = on(device, operands((100,), (100, 40), 5, torch.bfloat16, dropout=0.2))
+    cotangent = torch.ones(100, 40, device=device)
     first, second = (gradients(fused, case, cotangent) for _ in range(2))
     for name, found in first.items():
         assert_same_bits(found, second[name])
