@@ -195,7 +195,7 @@ def errors(
     """
     shape = (*given.x.shape[:-1], given.weight.shape[0])
     values = torch.Generator().manual_seed(2)
-    cotangent = torch.randn(shape, generator=values, dtype=torch.float64).to(given.x.dtype)
+    cotangent = torch.randn(shape, generator=values, dtype=torch.float64).to(given.x)
     found = gradients(function, given, cotangent)
     double = given.mapped(lambda tensor: tensor.double())
     exact = gradients(formula, double, cotangent.double())

@@ -34,7 +34,7 @@ from lora_fx.runtime.ops import (
     in_place,
     output_padding,
 )
-from lora_fx.runtime.processes import called_by_all, check_equal
+from lora_fx.runtime.parts import called_by_all, check_equal
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
     IDS,

@@ -23,10 +23,12 @@ from lora_fx.runtime.fused_lora import (
     apply,
     autocast_dtype,
     cast,
+    dropped_outer,
+    dropped_product,
     flat,
     without_autocast,
 )
-from lora_fx.runtime.masks import draw, masked, recovery, unpacked
+from lora_fx.runtime.masks import draw, masked, recovery, seed_of, unpacked
 from lora_fx.runtime.recompute import Source, lazy_copy, source_of
 
 __all__ = ["dora_linear"]
@@ -177,8 +179,7 @@ class _DoraLinear(torch.autograd.Function):
         b: Tensor,
         gains: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        masked = x if mask is None else x * unpacked(mask, x)
-        down = flat(masked) @ a.to(x.dtype).T
+        down = dropped_product(x, mask, a.to(x.dtype))
         out = F.linear(x, weight, bias)
         mine = options.part(flat(out))
         # The bias is in the product, since only so no bit changes where all gains are 1.
@@ -252,14 +253,16 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
     grad = flat(given)
     mine = options.part(grad)
     down_weight = a.to(grad.dtype)
+    seed = None if again else seed_of(mask, down_weight)
     factor = None
-    if mask is not None:
+    if mask is not None and seed is None:
         like = grad.new_empty(()).expand(ctx.shape) if x is None else x
         factor = flat(unpacked(mask, like))
     divides = out is not None and not again
     wants_down = wants.b or (wants.gains and not divides)
     masked = crossed = None
-    if wants.a or (wants_down and (down is None or (again and wants.x))):
+    lacks = wants_down and (down is None or (again and wants.x))
+    if seed is None and (wants.a or lacks):
         masked = flat(_known(x)) if factor is None else flat(_known(x)) * factor
         down = masked @ down_weight.T if again else down
     grad_x = grad_weight = grad_a = grad_b = grad_gains = None
@@ -277,15 +280,16 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         grad_gains = product.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
     if wants.a or wants.x:
         inner = mine @ options.steered(b, gains, grad.dtype)
-        if masked is not None and wants.a:
-            grad_a = (inner.T @ masked).to(a.dtype)
+        if wants.a:
+            grad_a = dropped_outer(inner, x, masked, seed).to(a.dtype)
     if wants.x or wants.weight:
         # Its memory is taken again: to get new costs a CPU more than to compute.
         scaled = _scaled(grad, gains, options, None if again else product)
         if wants.weight:
             grad_weight = scaled.T @ flat(_known(x))
         if wants.x:
-            grad_x = add_product(scaled @ weight, inner, down_weight, again, factor).view(ctx.shape)
+            grad_x = scaled @ weight
+            grad_x = add_product(grad_x, inner, down_weight, again, factor, seed).view(ctx.shape)
     grad_bias = grad.sum(0) if wants.bias else None
     return grad_x, None, None, None, grad_weight, grad_bias, grad_a, grad_b, grad_gains
 

@@ -30,6 +30,7 @@ from lora_fx.runtime.masks import (
     masked,
     masked_again,
     recovery,
+    seed_of,
     transformed,
     unpacked,
 )
@@ -45,6 +46,8 @@ __all__ = [
     "apply",
     "autocast_dtype",
     "cast",
+    "dropped_outer",
+    "dropped_product",
     "flat",
     "lora_linear",
     "lora_linears",
@@ -119,12 +122,40 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def dropped_product(x: Tensor, mask: Tensor | None, a: Tensor) -> Tensor:
+    """``drop(x) Aᵀ``, [tokens, r], not scaled, where no gradient is recorded.
+
+    Args:
+        x: [..., in].
+        mask: Of what is dropped, or None.
+        a: A, [r, in], in the dtype of x.
+    """
+    if (seed := seed_of(mask, a)) is not None:
+        found: Tensor = torch.ops.lora_fx.dropped_product(x, a, seed)
+        return found
+    return flat(x if mask is None else masked(x, mask)) @ a.T
+
+
+def dropped_outer(grad: Tensor, x: Any, own: Any, seed: Tensor | None) -> Tensor:
+    """``gradᵀ drop(x)``, [r, in], not scaled: the gradient of A.
+
+    Args:
+        grad: That of the product with A, [tokens, r].
+        x: [..., in].
+        own: ``drop(x)``, [tokens, in], without a seed.
+        seed: A mask that kernels read, or None.
+    """
+    found: Tensor = grad.T @ own if seed is None else torch.ops.lora_fx.dropped_outer(grad, x, seed)
+    return found
+
+
 def add_product(
     total: Tensor | None,
     left: Tensor,
     right: Tensor,
     again: bool,
     factor: Tensor | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """``total + factor ∘ (left @ right)``.
 
@@ -134,9 +165,13 @@ def add_product(
         right: [k, m].
         again: Whether this is differentiated again: then the total may not be written into.
         factor: [n, m], only where there is a total.
+        seed: A mask that kernels read, instead of a factor, and only where this is not again.
     """
     if total is None:
         return left @ right
+    if seed is not None:
+        torch.ops.lora_fx.add_dropped_(total, left, right, seed)
+        return total
     if factor is not None:
         product = left @ right
         return torch.addcmul(total, product, factor) if again else total.addcmul_(product, factor)
@@ -291,9 +326,7 @@ class _LoraLinears(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
-        own = x.to(dtype)
-        own = own if mask is None else masked(own, mask)
-        down = flat(own) @ _joined(operations, dtype).T
+        down = dropped_product(x.to(dtype), mask, _joined(operations, dtype))
         outputs = []
         for one, its_down in _with_columns(operations, down):
             out = one.base(x)
@@ -346,11 +379,13 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = ctx.source.value(tensors[4 * len(operations) :], again)
     x: Any = None if kept is None else kept.to(dtype)
     like = known.new_empty((), dtype=dtype).expand(ctx.shape)
-    planes = mask if mask is not None and in_planes(mask) else None
-    factor = None if mask is None or planes is not None else flat(unpacked(mask, like))
     joined = _joined(operations, dtype)
+    planes = mask if mask is not None and in_planes(mask) else None
+    seed = None if again else seed_of(mask, joined)
+    laid_out = mask is not None and planes is None and seed is None
+    factor = flat(unpacked(mask, like)) if laid_out else None
     own = None
-    if wants_a or (again and any(wants[3::4]) and wants_x):
+    if seed is None and (wants_a or (again and any(wants[3::4]) and wants_x)):
         own = _masked(x, factor, planes)
         down = own @ joined.T if again else down
     results: list[Tensor | None] = [None] * len(wants)
@@ -373,8 +408,9 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if wants_x:
             grad_x = one.to_input(grad_x, grad, flat(given), again)
     every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
-    if own is not None and wants_a:
-        grad_a = torch.split(every.T @ own, [one.a.shape[0] for one in operations])
+    if wants_a:
+        ranks = [one.a.shape[0] for one in operations]
+        grad_a = torch.split(dropped_outer(every, x, own, seed), ranks)
         parts = zip(operations, grad_a, grads[:-1], wants[2::4], strict=True)
         results[2::4] = [
             part.to(one.a.dtype) if wanted and given is not None else None
@@ -383,7 +419,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_x is not None and planes is not None:
         grad_x = masked_again(every @ joined, planes, grad_x).view(ctx.shape)
     elif grad_x is not None:
-        grad_x = add_product(grad_x, every, joined, again, factor).view(ctx.shape)
+        grad_x = add_product(grad_x, every, joined, again, factor, seed).view(ctx.shape)
     return grad_x, None, None, None, None, *results
 
 

@@ -9,11 +9,15 @@ words from an operator, ``lora_fx::mask_bits``, in an order in which it reads th
 a byte has the bits of eight elements that are an eighth of a row apart (*planes*). The operator is a function
 of a number that the compiled code draws by itself: a compiler knows what to do with random numbers of
 PyTorch's, which it must not take for one, and has to draw once more alike for a checkpoint.
+
+On a GPU with Triton a mask is a *seed*: the kernels of :mod:`lora_fx.runtime.kernels` draw what they read.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+import logging
 import math
 from typing import Any
 
@@ -21,25 +25,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.parts import is_in_parts
 
 __all__ = [
     "FEW",
+    "KERNEL_DEVICES",
+    "KERNEL_RANKS",
     "draw",
     "dropped",
+    "has_kernels",
     "in_planes",
     "kept",
     "masked",
     "masked_again",
     "recovery",
+    "seed_of",
     "transformed",
     "unpacked",
 ]
 
 # Elements below which a mask is drawn one by one: measured, with what reads it.
 FEW = 8192
+
+# Kinds of devices that kernels run on; in Triton's interpreter that may be a CPU.
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What a tile of all ranks leaves of a GPU's registers.
+KERNEL_RANKS = 256
+
+_log = logging.getLogger("lora_fx")
 
 
 def kept(dropout: Any) -> int:
@@ -141,11 +158,14 @@ def draw(x: Tensor, dropout: float) -> Tensor:
 
     Returns:
         On a CPU the bits of what is dropped: [ceil(n / 8)], uint8, and under a compiler planes, int8, which
-        :func:`in_planes` tells apart. Elsewhere, and in ``torch.export``, what is kept: bool in the shape of
-        ``x``. The same under the transforms of ``torch.func``, where each sample of a batch may have a mask
-        of its own, and for small tensors.
+        :func:`in_planes` tells apart. On a GPU with Triton a seed, a number of int64. Elsewhere, and in
+        ``torch.export``, what is kept: bool in the shape of ``x``. The same under the transforms of
+        ``torch.func``, where each sample of a batch may have a mask of its own, and for small tensors.
     """
     threshold = 256 - kept(dropout)
+    if 0 < threshold < 256 and _takes_seed(x):
+        # One number says all of a mask, and the device need not be waited for: seed · 256 + threshold.
+        return torch.randint(2**55, (), device=x.device).mul_(256).add_(threshold)
     if _takes_planes(x):
         if threshold in (0, 256):
             return torch.full(x.shape, not threshold, dtype=torch.bool, device=x.device)
@@ -221,6 +241,64 @@ def _takes_planes(x: Tensor) -> bool:
     )
 
 
+def _takes_seed(x: Tensor) -> bool:
+    """Whether kernels draw and read the mask of a tensor."""
+    return (
+        not torch.compiler.is_compiling()
+        and not transformed()
+        and x.device.type in KERNEL_DEVICES
+        and x.dtype in _KERNEL_DTYPES
+        and x.layout is torch.strided
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.numel() > 0
+        and has_kernels(x.device)
+    )
+
+
+@functools.cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels of :mod:`lora_fx.runtime.kernels` run on a device, and are right there.
+
+    They need Triton and a GPU of compute capability 8.0 (Ampere). Where there are both and they do not run,
+    the log says why, and masks and products are PyTorch's.
+
+    Args:
+        device: Its kind is one of ``KERNEL_DEVICES``.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        problem = _problem(device)
+    if problem:
+        _log.warning("dropout on %s does without lora-fx's kernels: %s", device, problem)
+    return not problem
+
+
+def _problem(device: torch.device) -> str:
+    try:
+        from lora_fx.runtime import kernels
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return kernels.check(device)
+
+
+def seed_of(mask: Tensor | None, a: Tensor) -> Tensor | None:
+    """A mask, if kernels read it in their products with a factor; otherwise None.
+
+    Args:
+        mask: Of :func:`draw`, or None.
+        a: A, [r, in].
+    """
+    read = mask is not None and _is_seed(mask) and a.shape[0] <= KERNEL_RANKS
+    return mask if read else None
+
+
+def _is_seed(mask: Tensor) -> bool:
+    return mask.dtype == torch.int64
+
+
 def in_planes(mask: Tensor) -> bool:
     """Whether a mask of :func:`draw` is planes, for a compiler."""
     return mask.dtype == torch.int8
@@ -282,6 +360,10 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
     """
     if mask.dtype == torch.bool:
         return mask.view(x.shape)
+    if _is_seed(mask):
+        columns = x.shape[-1] if x.dim() else 1
+        matrix: Tensor = torch.ops.lora_fx.dropout_mask(mask, x.numel() // columns, columns)
+        return matrix.view(x.shape)
     if in_planes(mask):
         return _kept_planes(mask, False).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
     # A table made under a FakeTensorMode has no values, and must not be found by those who come after.

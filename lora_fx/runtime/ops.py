@@ -36,8 +36,7 @@ from torch import nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.classes import BASE, OVER
-from lora_fx.runtime.parts import factor_beside, is_in_parts
-from lora_fx.runtime.processes import note_whole
+from lora_fx.runtime.parts import factor_beside, is_in_parts, note_whole
 
 __all__ = [
     "ANYTHING",

@@ -53,7 +53,7 @@ from lora_fx.runtime.classes import (
     subclass,
 )
 from lora_fx.runtime.ops import AdapterModule
-from lora_fx.runtime.processes import check_equal
+from lora_fx.runtime.parts import check_equal
 from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
 
 __all__ = [

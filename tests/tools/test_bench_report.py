@@ -21,7 +21,8 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
-from lora_fx.tools.bench import goals, quantized_quality, report, step_sections
+from lora_fx.runtime import masks
+from lora_fx.tools.bench import goals, one_linear, quantized_quality, report, step_sections
 from lora_fx.tools.bench import measure as hardware
 from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, OURS, PEFT, Settings
 from lora_fx.tools.bench.counted import Memory
@@ -70,6 +71,22 @@ def test_every_section_runs_on_tiny_shapes(name: str) -> None:
     assert all(done <= total for done, total in told)
     for text in section.charts(results).values():
         ET.fromstring(text)
+
+
+def test_a_row_of_the_kernels_has_each_contender() -> None:
+    """On a CPU, where both contenders of lora-fx are the same."""
+    place = Place(torch.device("cpu"), torch.float32)
+    found = one_linear._with_and_without(place, 256, 256, 4, Run(2, Size.TINY))
+    shape = one_linear.Shape(str(place), 256, 256)
+    ((*cells, ours, without, peft),) = one_linear._kernel_rows({(shape, 4): found})
+    assert cells[:4] == ["cpu, float32", "256", "256", "4"]
+    assert ours.partition(", ")[2] == without.partition(", ")[2] != peft.partition(", ")[2]
+    assert masks.KERNEL_DEVICES == ("cuda",)
+
+
+def test_without_a_gpu_the_page_says_that_kernels_were_not_measured() -> None:
+    columns, rows = report.without_empty(*one_linear.KERNEL_SECTION.rows({}))
+    assert (columns, rows) == (["where"], [["not measured: no CUDA with Triton"]])
 
 
 def test_sections_are_of_one_form() -> None:

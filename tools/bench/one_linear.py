@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,11 +10,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_fx.runtime import masks
 from lora_fx.tools.bench import contenders
-from lora_fx.tools.bench.measure import Place, Run, Sample, Size, kernel_launches, places, ratio
+from lora_fx.tools.bench.counted import saved_bytes
+from lora_fx.tools.bench.measure import (
+    Place,
+    Run,
+    Sample,
+    Size,
+    kernel_launches,
+    places,
+    ratio,
+)
 from lora_fx.tools.bench.section import Chart, Group, Section
 
-__all__ = ["SECTION", "Cell"]
+__all__ = ["KERNEL_SECTION", "SECTION", "Cell"]
 
 _CORE = (contenders.OURS, contenders.PEFT)
 _ALL = (contenders.OURS, contenders.CANONICAL, contenders.PEFT, *contenders.PEERS)
@@ -125,13 +136,8 @@ def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
 
 
 def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[Sample, int | None]]:
-    cells = _cells(run.size, d, tokens, place)
-    device, dtype = place.device, place.dtype
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        base = nn.Sequential(nn.Linear(d, d, bias=False)).to(device, dtype)
-        x = torch.randn(tokens, d).to(device, dtype).requires_grad_()
-        grad = torch.randn(tokens, d).to(device, dtype)
+    cells, device = _cells(run.size, d, tokens, place), place.device
+    base, x, grad = _operation(place, d, tokens)
     steps = {}
     for cell in cells:
         settings = contenders.Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
@@ -140,13 +146,27 @@ def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[S
     timed = run.times(
         {title: (lambda: None, steps[cell]) for title, cell in titles.items()},
         device,
-        calls=max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2,
+        calls=_calls(d, tokens),
         seconds=_SECONDS,
     )
     return {
         cell: (timed[title], kernel_launches(lambda cell=cell: steps[cell](None), device))  # type: ignore[misc]
         for title, cell in titles.items()
     }
+
+
+def _operation(place: Place, d: int, tokens: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """The layer, its input and the gradient of its output."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(d, d, bias=False)).to(place.device, place.dtype)
+        x = torch.randn(tokens, d).to(place.device, place.dtype).requires_grad_()
+        return base, x, torch.randn(tokens, d).to(place.device, place.dtype)
+
+
+def _calls(d: int, tokens: int) -> int:
+    """Steps of one timed run."""
+    return max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2
 
 
 def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[Any], None]:
@@ -172,4 +192,95 @@ def _text(
 
 SECTION = Section(
     "one_linear", ("where", "d", "T", "r", "p", "frozen", "A/A", "F", *_ALL), _run, _rows, _charts
+)
+
+
+# --- dropout by kernels -------------------------------------------------------------------------------
+# What Triton's kernels change, on CUDA alone.
+
+_WITHOUT = f"{contenders.OURS}, without kernels"
+_KERNEL_RANKS = (8, 16, 64, 256)
+_DROPOUT = _DROPOUTS[1]
+
+Kernels = dict[tuple[Shape, int], dict[str, tuple[Sample, int]]]
+
+
+@contextlib.contextmanager
+def _without_kernels() -> Iterator[None]:
+    """Masks and products of PyTorch's operations, as where there is no Triton."""
+    before, masks.KERNEL_DEVICES = masks.KERNEL_DEVICES, ()
+    try:
+        yield
+    finally:
+        masks.KERNEL_DEVICES = before
+
+
+def _run_kernels(run: Run) -> Kernels:
+    """Times and bytes kept on CUDA, by shape and rank, then by contender; nothing without it."""
+    cases = [
+        (place, *sizes)
+        for place in places(half=True)
+        if place.on_cuda and masks.has_kernels(place.device)
+        for sizes in itertools.product(*_grid(run.size), _KERNEL_RANKS)
+    ]
+    if not cases:
+        run.tell(1, 1, "no CUDA")
+    return {
+        (Shape(str(place), d, tokens), rank): _with_and_without(place, d, tokens, rank, part)
+        for (place, d, tokens, rank), part in run.each(cases, lambda one: f"d={one[1]}, r={one[3]}")
+    }
+
+
+def _with_and_without(
+    place: Place, d: int, tokens: int, rank: int, run: Run
+) -> dict[str, tuple[Sample, int]]:
+    base, x, grad = _operation(place, d, tokens)
+    settings = contenders.Settings(rank, rank, _DROPOUT, ("0",))
+    names = (contenders.FROZEN, contenders.AGAIN, contenders.OURS, contenders.PEFT)
+    models = {name: contenders.BUILDERS[name](base, settings).train() for name in names}
+    models[_WITHOUT] = models[contenders.OURS]
+    work: dict[str, Callable[[Any], Any]] = {
+        name: _step(model, x, grad) for name, model in models.items()
+    }
+    around = dict.fromkeys(names, contextlib.nullcontext) | {_WITHOUT: _without_kernels}
+
+    def step(name: str) -> Callable[[Any], None]:
+        def run_it(given: Any) -> None:
+            with around[name]():
+                work[name](given)
+
+        return run_it
+
+    found: dict[str, tuple[Sample, int]] = {}
+    timed = run.times(
+        {name: (lambda: None, step(name)) for name in work},
+        place.device,
+        calls=_calls(d, tokens),
+        seconds=_SECONDS,
+    )
+    for name, model in models.items():
+        with around[name]():
+            found[name] = timed[name], saved_bytes(model, lambda model=model: model(x))  # type: ignore[misc]
+    return found
+
+
+def _kernel_rows(results: Kernels) -> Iterator[list[str]]:
+    """O, and MiB kept, of every contender."""
+    if not results:
+        yield ["not measured: no CUDA with Triton", *[""] * (len(KERNEL_SECTION.columns) - 1)]
+    for (shape, rank), found in results.items():
+        frozen = found[contenders.FROZEN][0]
+        row = [shape.where, str(shape.d), str(shape.tokens), str(rank)]
+        row += [f"{1e3 * frozen.median:.3g} ms", str(ratio(found[contenders.AGAIN][0], frozen))]
+        for name in (contenders.OURS, _WITHOUT, contenders.PEFT):
+            sample, kept = found[name]
+            row.append(f"{ratio(sample, frozen)}, {kept / 2**20:.2f}")
+        yield row
+
+
+KERNEL_SECTION = Section(
+    "dropout_kernels",
+    ("where", "d", "T", "r", "frozen", "A/A", contenders.OURS, _WITHOUT, contenders.PEFT),
+    _run_kernels,
+    _kernel_rows,
 )

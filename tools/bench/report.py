@@ -34,6 +34,7 @@ _LISTED = {
         *step_sections.SECTIONS,
         *verbs.SECTIONS,
         one_linear.SECTION,
+        one_linear.KERNEL_SECTION,
         guards.SECTION,
         quantized_quality.SECTION,
         export_peers.SECTION,
