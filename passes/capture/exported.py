@@ -252,20 +252,23 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     written = [r for r in capture.regions.values() if r.written_out]
     install(written)
     names = Named(model)
+    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
     try:
-        program, noted, asked = _exported(model, _prepared(inputs), dynamic_shapes, names)
-        notes, questions = [noted], [asked]
-        if asked.grad_mode:
-            noted, asked = _exported_otherwise(
-                program, model, _prepared(inputs), dynamic_shapes, names
-            )
-            notes.append(noted)
-            questions.append(asked)
+        for prepared in _prepared(inputs):
+            program, noted, asked = _exported(model, prepared, dynamic_shapes, names)
+            notes, questions = [noted], [asked]
+            if asked.grad_mode:
+                noted, asked = _exported_otherwise(program, model, prepared, dynamic_shapes, names)
+                notes.append(noted)
+                questions.append(asked)
+            module = program.module(check_guards=False)
+            conditions = list(_shape_conditions(program, module.graph, tensors))
+            if _are_met(conditions, inputs):
+                break
     finally:
         for region in written:
             uninstall(region.module)
     _check_globals(model, names)
-    module = program.module(check_guards=False)
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(module.graph, copied)
@@ -273,8 +276,6 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_constants(graph, module, model)
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
-    conditions = list(_shape_conditions(program, module.graph, tensors))
     _name_placeholders(graph, inputs)
     unbake_modes(graph, model)
     convert_masks(graph)
@@ -345,14 +346,22 @@ def _check_globals(model: nn.Module, before: Named) -> None:
             )
 
 
-def _prepared(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Tensors of their own (export takes one object passed twice for one input), with batch >= 2."""
+def _prepared(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Tensors of their own: export takes one object passed twice for one input.
+
+    A batch of one is made two first, since an axis of 1 cannot vary. A model that does something else for
+    one is exported for that.
+    """
     tensors = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor)}
-    single = bool(tensors) and all(v.dim() > 0 and v.shape[0] == 1 for v in tensors.values())
-    return {
-        k: (torch.cat([v, v]) if single else v.detach().clone()) if k in tensors else v
-        for k, v in inputs.items()
-    }
+    if tensors and all(v.dim() > 0 and v.shape[0] == 1 for v in tensors.values()):
+        yield {k: torch.cat([v, v]) if k in tensors else v for k, v in inputs.items()}
+    yield {k: v.detach().clone() if k in tensors else v for k, v in inputs.items()}
+
+
+def _are_met(conditions: list[Condition], inputs: dict[str, Any]) -> bool:
+    """Whether a graph applies to the example itself."""
+    known = {**inputs, "torch": torch, MATH: math}
+    return not any(eval(one.test, known) for one in conditions)
 
 
 def _exported(
