@@ -21,7 +21,6 @@ from lora_fx.export.fuse.pointwise import (
     divide_by_root,
     fast_gelu,
     quick_gelu,
-    simplify_norms,
     skip_layer_norms,
     skip_norms,
 )
@@ -183,14 +182,8 @@ FUSIONS: tuple[Fusion, ...] = (
         mask_rows_once,
     ),
     Fusion(
-        "simplified-norm",
-        "RMSNorm becomes `SimplifiedLayerNormalization`",
-        simplify_norms,
-        _KERNELS,
-    ),
-    Fusion(
         "skip-norm",
-        "an RMSNorm adds the residual itself: `SkipSimplifiedLayerNormalization`",
+        "an RMSNorm is one operator, which adds the residual itself: `SkipSimplifiedLayerNormalization`",
         skip_norms,
         _KERNELS,
     ),
