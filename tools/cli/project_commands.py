@@ -206,8 +206,8 @@ def zoo(
         jobs: How many models run at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
-        optimize: What is fused in exports: none or standard; runtime runs nothing but exports with the
-            operators of ONNX Runtime, those of decoders with a cache, too.
+        optimize: What is fused in exports: none or standard; runtime runs nothing but an export with the
+            operators of ONNX Runtime, with a cache if the model generates text.
         out: The page to write; docs/zoo.md if the whole zoo runs with standard fusions, else none.
         rows: Keep all rows in this file, JSON: rows of models that do not run stay, and what it knows of
             parts that do not run. zoo.json next to the page by default.

@@ -92,8 +92,8 @@ def run_job(
     Args:
         entry: The model.
         onnx: Whether to export it; that takes most of the time.
-        optimize: What is fused in the export; "runtime" for the exports alone that have operators of ONNX
-            Runtime: as the model is called, and with its cache if it generates text.
+        optimize: What is fused in the export; "runtime" for a file with the operators of ONNX Runtime alone:
+            with its cache for a model that generates text, else as it is called.
         begin: Called with the row so far as each stage begins.
 
     Returns:
@@ -233,7 +233,7 @@ class _Job:
         return report.verified
 
     def run_runtime(self) -> None:
-        """The files with the operators of ONNX Runtime; what is merged into the model is drawn."""
+        """A file with the operators of ONNX Runtime: with its cache for a model that generates text."""
         built = self.stage("runtime build", lambda: self.entry.build(wide=True))
         if built is None:
             return
@@ -242,13 +242,13 @@ class _Job:
         merged = self.stage("runtime rewrite", lambda: self.drawn(model))
         if merged is None:
             return
-        self.stage("runtime", lambda: self.export_for_runtime(merged, inputs, None))
         task = _task_of(merged, inputs)
-        if task is not None:
-            given = _prompt(inputs)
-            self.stage(f"runtime {task}", lambda: self.export_for_runtime(merged, given, task))
+        given = inputs if task is None else _prompt(inputs)
+        stage = "runtime" if task is None else f"runtime {task}"
+        self.stage(stage, lambda: self.export_for_runtime(merged, given, task))
 
     def drawn(self, model: nn.Module) -> nn.Module:
+        """The model with adapters merged that are random."""
         adapted = rewrite(model, self.config).eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)

@@ -137,12 +137,64 @@ def test_several_tokens_after_a_past_run_row_by_row(exported: Callable[..., Expo
     assert got["present.0.key"].shape == (3, 2, 10, 16)
 
 
-def test_cuda_is_refused_where_it_has_no_kernel(exported: Callable[..., Exported]) -> None:
-    metadata = exported("llama").session.metadata
-    check_attention(metadata, "cpu", "model.onnx")
-    check_attention({}, "cuda", "model.onnx")
-    with pytest.raises(ProviderError, match="provider='cuda'"):
-        check_attention(metadata, "cuda", "model.onnx")
+def test_cuda_is_refused_where_it_has_no_kernel() -> None:
+    metadata = {ONE_ROW_CHUNKS_KEY: "1"}
+    check_attention(metadata, "cpu", "1.22.0", "float32", "model.onnx")
+    check_attention({}, "cuda", "1.22.0", "float32", "model.onnx")
+    check_attention(metadata, "cuda", "1.29.0", "float16", "model.onnx")
+    check_attention(metadata, "cuda", "1.33.0.dev20261101", "bfloat16", "model.onnx")
+    with pytest.raises(ProviderError, match=r"in fp32.*provider='cuda'"):
+        check_attention(metadata, "cuda", "1.31.1", "float32", "model.onnx")
+    with pytest.raises(
+        ProviderError, match=r"this is 1\.28\.0: pip install 'onnxruntime-gpu>=1\.29'"
+    ):
+        check_attention(metadata, "cuda", "1.28.0", "float16", "model.onnx")
+
+
+def test_cuda_has_it_in_half_precision(tmp_path: Any) -> None:
+    made = converted(tmp_path)
+    for dtype in ("fp16", "bf16"):
+        fused = fuse(made.clone(), Target("runtime", "cuda", dtype))
+        assert fused.done["group-query-attention"] == 2
+        assert "packed-products" in fused.done
+        assert "shared-cache" not in fused.done
+    fused = fuse(made, Target("runtime", "cuda", "fp32"))
+    assert (
+        fused.refused["group-query-attention"] == "the cuda provider has no kernel for it in fp32"
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_padding_on_the_left_on_cuda(tmp_path: Any, kind: str) -> None:
+    model = decoder(kind)
+    ids, mask = prompts()
+    file = tmp_path / "model.onnx"
+    report = export_onnx(
+        model,
+        file,
+        ids,
+        task="text-generation",
+        dtype="fp16",
+        optimize="runtime",
+        provider="cuda",
+    )
+    assert report.fused["group-query-attention"] == 2
+    session = OnnxSession(file, "cuda")
+    assert "GroupQueryAttention" not in str(session.placement().elsewhere)
+    past, fresh = empty(session, len(ids)), ids
+    for _ in range(6):
+        got = session.run({"input_ids": fresh, "attention_mask": mask, **past})
+        want = expected(model, ids, mask)
+        torch.testing.assert_close(
+            got["logits"].float(), want, rtol=0, atol=1e-2 * float(want.abs().max())
+        )
+        past, fresh = following(got), want[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
+    # A cache of several tokens after a past, row by row, and the loop's buffers.
+    ids, mask = prompts()
+    alone = OnnxSession(file, "cpu").generate(ids, mask, max_new_tokens=8, eos_token_id=[])
+    assert torch.equal(session.generate(ids, mask, max_new_tokens=8, eos_token_id=[]), alone)
 
 
 def test_positions_beyond_the_table_are_refused(exported: Callable[..., Exported]) -> None:
