@@ -29,6 +29,7 @@ from lora_fx.export.fuse.graph import (
     made_by,
     names_of,
     nodes_of,
+    rank,
     size_vector,
     sizes,
     substitute,
@@ -133,7 +134,11 @@ def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
     why: dict[str, int] = {}
     calls = _Calls(model)
     done = 0
-    for attention in find_attention(model):
+    every = find_attention(model)
+    unread = sum(rank(node.outputs[0]) == 4 for node in nodes_of(model, "Softmax")) - len(every)
+    if unread > 0:
+        why["its scores are not those of query and key alone, as under a soft cap"] = unread
+    for attention in every:
         found = _cached(model, attention)
         if isinstance(found, str):
             why[found] = why.get(found, 0) + 1

@@ -542,7 +542,7 @@ def library_models(library: str) -> tuple[Entry, ...]:
                 what = (row.pop("make"), row.pop("inputs", inputs))
                 make: Callable[[], Built] = functools.partial(_make, library, *what, row, shared)
                 if library == "transformers":
-                    fields["wide"] = functools.partial(make, times=2)
+                    fields["wide"] = functools.partial(_make, library, *what, row, shared, 2)
             else:
                 make = ASSEMBLED[title]
             found.append(Entry(title, group, make, **fields))

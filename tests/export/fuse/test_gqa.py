@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx.helper as oh
 import onnx_ir as ir
 import pytest
 import torch
@@ -24,7 +25,7 @@ from lora_fx.export.fuse.fused_attention import group_query_attention
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from tests.export.fuse.conftest import Exported
-from tests.export.fuse.small import VOCABULARY, decoder, operators, prompts
+from tests.export.fuse.small import FLOAT, VOCABULARY, decoder, graph, operators, prompts
 
 KINDS = ["llama", "qwen3", "mistral", "phi", "gpt2"]
 
@@ -259,6 +260,14 @@ def test_a_mask_that_shows_later_tokens_is_left(tmp_path: Any) -> None:
     count, why = group_query_attention(made)
     assert count == 0
     assert why == {"its mask is not seen to be causal": 2}
+
+
+def test_attention_under_a_soft_cap_is_said_to_be_left() -> None:
+    scores = {"x": (FLOAT, ["batch", 4, "sequence", "total"])}
+    nodes = [oh.make_node("Tanh", ["x"], ["capped"]), oh.make_node("Softmax", ["capped"], ["y"])]
+    made = graph(nodes, scores, {"y": scores["x"]})
+    why = {"its scores are not those of query and key alone, as under a soft cap": 1}
+    assert group_query_attention(made) == (0, why)
 
 
 def test_attention_without_a_cache_is_left(tmp_path: Any) -> None:
