@@ -353,7 +353,8 @@ class Decoder:
         entries, runtime = self._entries, self._session._runtime
         if isinstance(place, Place):
             return _ReturnedCache(runtime, entries, batch, place)
-        shared = SHARED_CACHE_KEY in self._session.metadata
+        # On CUDA nobody has seen it append in place.
+        shared = SHARED_CACHE_KEY in self._session.metadata and place.type != "cuda"
         return _BufferCache(runtime, entries, batch, length, place, shared)
 
     def _bind(self, name: str, value: Tensor) -> None:

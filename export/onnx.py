@@ -65,7 +65,7 @@ from lora_fx.runtime import without_autocast
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["export_onnx", "node_count"]
+__all__ = ["check_operators", "export_onnx", "node_count"]
 
 
 _log = logging.getLogger("lora_fx")
@@ -147,6 +147,20 @@ def node_count(path: Path) -> int:
     import onnx_ir as ir
 
     return sum(1 for _ in ir.load(path).graph.all_nodes())
+
+
+def check_operators(path: Path) -> None:
+    """Ask ONNX's checker, and its strict inference of shapes, about a file.
+
+    Raises:
+        Exception: What onnx raises where one of them refuses the file.
+    """
+    import onnx
+
+    onnx.checker.check_model(str(path), full_check=True)
+    onnx.shape_inference.infer_shapes(
+        onnx.load(str(path)), check_type=True, strict_mode=True, data_prop=True
+    )
 
 
 def _axes_of(value: ir.Value) -> tuple[int | str, ...]:

@@ -260,7 +260,6 @@ class OnnxSession(Generates):
         self.provider: Provider = provider
         self._device, self._cache_place = _places(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        check_attention(self.metadata, provider, self.path.name)
         manifest = Manifest.from_metadata(self.metadata)
         self._limits: dict[str, int] = json.loads(self.metadata.get(ort.AXIS_LIMITS_KEY, "{}"))
         self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))
@@ -271,6 +270,10 @@ class OnnxSession(Generates):
         axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
         self.inputs = tuple(ort.port_of(one, axes) for one in self._session.get_inputs())
         self.outputs = tuple(ort.port_of(one, axes) for one in self._session.get_outputs())
+        cache = next(
+            (one.dtype for one in self.inputs if one.name.startswith("past_key_values.")), ""
+        )
+        check_attention(self.metadata, provider, self._runtime.__version__, cache, self.path.name)
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
             beside = self.path.with_name(self.metadata[ENCODER_KEY])

@@ -4,6 +4,7 @@ Each file has one family. A fusion is found by what a graph computes, whatever m
 """
 
 from lora_fx.export.fuse.fused_attention import (
+    CUDA_SINCE,
     ONE_ROW_CHUNKS_KEY,
     SHARED_CACHE_KEY,
     check_attention,
@@ -21,6 +22,7 @@ from lora_fx.export.fuse.pipeline import (
 )
 
 __all__ = [
+    "CUDA_SINCE",
     "FUSIONS",
     "ONE_ROW_CHUNKS_KEY",
     "SHARED_CACHE_KEY",

@@ -29,6 +29,7 @@ from lora_fx.export.fuse.graph import (
     made_by,
     names_of,
     nodes_of,
+    rank,
     size_vector,
     sizes,
     substitute,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
+    "CUDA_SINCE",
     "ONE_ROW_CHUNKS_KEY",
     "SHARED_CACHE_KEY",
     "check_attention",
@@ -57,22 +59,42 @@ SHARED_CACHE_KEY = "lora_fx.shared_cache"
 """In the metadata: a cache may have room for more positions than are filled, and be appended to in place."""
 
 
-def check_attention(metadata: Mapping[str, str], provider: str, file: str) -> None:
+CUDA_SINCE = "1.29"
+"""The first ONNX Runtime whose CUDA provider takes the ``attention_bias`` of ``GroupQueryAttention``."""
+
+
+def check_attention(
+    metadata: Mapping[str, str], provider: str, version: str, dtype: str, file: str
+) -> None:
     """Refuse a file whose attention a provider does not run.
 
     Args:
         metadata: Of the file.
         provider: "cpu", "cuda" or "webgpu".
+        version: Of ONNX Runtime.
+        dtype: Of its caches, as torch names it.
         file: Its name, for the message.
 
     Raises:
-        ProviderError: With what to export.
+        ProviderError: With what to export, or to install.
     """
-    if provider == "cuda" and ONE_ROW_CHUNKS_KEY in metadata:
+    if provider != "cuda" or ONE_ROW_CHUNKS_KEY not in metadata:
+        return
+    if dtype == "float32":
         raise ProviderError(
-            f"{file} has GroupQueryAttention with a mask, which the cuda provider does not run: export the "
+            f"{file} has GroupQueryAttention in fp32, for which the cuda provider has no kernel: export the "
             "model with optimize='runtime' and provider='cuda', or with optimize='standard'"
         )
+    if _numbers(version) < _numbers(CUDA_SINCE):
+        raise ProviderError(
+            f"{file} has GroupQueryAttention with a mask, which the cuda provider runs from ONNX Runtime "
+            f"{CUDA_SINCE} on, and this is {version}: pip install 'onnxruntime-gpu>={CUDA_SINCE}', or export "
+            "the model with optimize='standard'"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @dataclass(frozen=True)
@@ -112,7 +134,11 @@ def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
     why: dict[str, int] = {}
     calls = _Calls(model)
     done = 0
-    for attention in find_attention(model):
+    every = find_attention(model)
+    unread = sum(rank(node.outputs[0]) == 4 for node in nodes_of(model, "Softmax")) - len(every)
+    if unread > 0:
+        why["its scores are not those of query and key alone, as under a soft cap"] = unread
+    for attention in every:
         found = _cached(model, attention)
         if isinstance(found, str):
             why[found] = why.get(found, 0) + 1

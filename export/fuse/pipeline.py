@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lora_fx.errors import ExportError
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
 from lora_fx.export.fuse.fused_attention import (
+    CUDA_SINCE,
     group_query_attention,
     multi_head_attention,
     share_cache,
@@ -21,7 +22,6 @@ from lora_fx.export.fuse.pointwise import (
     divide_by_root,
     fast_gelu,
     quick_gelu,
-    simplify_norms,
     skip_layer_norms,
     skip_norms,
 )
@@ -94,6 +94,7 @@ class Fusion:
         holds: Execution provider to the dtypes in which its operators have kernels there; None for
             operators of ONNX, which hold everywhere.
         since: The first ONNX Runtime whose operators were compared with PyTorch.
+        later: Execution provider to a later version, from which it has what is needed.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Fusion:
     apply: Rewriting
     holds: Mapping[str, tuple[str, ...]] | None = None
     since: str = "1.22"
+    later: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def level(self) -> Level:
@@ -137,8 +139,11 @@ _KERNELS: Mapping[str, tuple[str, ...]] = {
     "cuda": _ALL,
     "webgpu": ("fp32", "fp16"),
 }
-# On CUDA GroupQueryAttention takes no attention_bias, and so no padding on the left.
-_ATTENTION: Mapping[str, tuple[str, ...]] = {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")}
+_ATTENTION: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("fp32", "fp16"),
+    "cuda": ("fp16", "bf16"),
+    "webgpu": ("fp32", "fp16"),
+}
 
 _ENCODER: Mapping[str, tuple[str, ...]] = {
     "cpu": ("fp32",),
@@ -183,14 +188,8 @@ FUSIONS: tuple[Fusion, ...] = (
         mask_rows_once,
     ),
     Fusion(
-        "simplified-norm",
-        "RMSNorm becomes `SimplifiedLayerNormalization`",
-        simplify_norms,
-        _KERNELS,
-    ),
-    Fusion(
         "skip-norm",
-        "an RMSNorm adds the residual itself: `SkipSimplifiedLayerNormalization`",
+        "an RMSNorm is one operator, which adds the residual itself: `SkipSimplifiedLayerNormalization`",
         skip_norms,
         _KERNELS,
     ),
@@ -226,6 +225,7 @@ FUSIONS: tuple[Fusion, ...] = (
         "key is repeated, the cache is appended to in the operator, padding is its `attention_bias`",
         group_query_attention,
         _ATTENTION,
+        later={"cuda": CUDA_SINCE},
     ),
     Fusion(
         "multi-head-attention",
@@ -264,7 +264,7 @@ FUSIONS: tuple[Fusion, ...] = (
         "shared-cache",
         "past positions are counted by the mask: `OnnxSession.generate` appends to a cache where it is",
         share_cache,
-        _ATTENTION,
+        {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")},
     ),
 )
 """In the order in which they are applied."""
@@ -308,7 +308,11 @@ def fusion_table() -> str:
     for fusion in FUSIONS:
         where = "everywhere"
         if fusion.holds is not None:
-            parts = [f"{name} {', '.join(dtypes)}" for name, dtypes in fusion.holds.items()]
+            parts = [
+                f"{name} {', '.join(dtypes)}"
+                + (f" (≥ {fusion.later[name]})" if name in fusion.later else "")
+                for name, dtypes in fusion.holds.items()
+            ]
             where = "; ".join((*parts, f"ONNX Runtime ≥ {fusion.since}"))
         lines.append(f"| {fusion.name} | {fusion.level} | {fusion.what} | {where} |")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 __all__ = [
-    "SIMPLIFIED",
     "RmsNorm",
     "bias_gelu",
     "divide_by_root",
     "fast_gelu",
     "find_norms",
     "quick_gelu",
-    "simplify_norms",
     "skip_layer_norms",
     "skip_norms",
 ]
@@ -161,40 +160,62 @@ def _with_gain(quotient: _Quotient) -> RmsNorm | None:
     return RmsNorm(x, gain, quotient.epsilon, output, last)
 
 
-SIMPLIFIED = "SimplifiedLayerNormalization"
-"""ONNX Runtime has it in the domain of ONNX."""
-
-
 @at_each(find_norms)
-def simplify_norms(model: ir.Model, norm: RmsNorm) -> bool:
-    """Make one ``SimplifiedLayerNormalization`` of each normalization by the root mean square."""
-    builder = Builder(model, norm.last)
-    gain = norm.gain
-    if gain.dtype != norm.x.dtype:
-        assert norm.x.dtype is not None
-        gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
-    made = builder.op(
-        SIMPLIFIED,
-        [norm.x, gain],
-        {"axis": -1, "epsilon": norm.epsilon, "stash_type": 1},
-        like=norm.x,
+def skip_norms(model: ir.Model, norm: RmsNorm) -> bool:
+    """Let a norm of the root mean square compute its sum, which the residual stream reads as well.
+
+    A norm of something else takes ``x + x``, with four times epsilon: twice x has the same norm, to the last
+    bit, where twice x is finite; so it is not done in fp16. Those that are left, of each head, keep their
+    standard form, which ONNX Runtime fuses when it loads a file: its operator for a norm without a sum is in
+    the domain of ONNX, where the checker does not know it.
+    """
+    assert norm.x.dtype is not None
+    added = _residual(norm.x)
+    if rank(norm.x) != 3 or (added is None and norm.x.dtype.name == "FLOAT16"):
+        return False
+    builder, gain, operator = (
+        Builder(model, norm.last),
+        norm.gain,
+        "SkipSimplifiedLayerNormalization",
     )
-    substitute(norm.output, made)
+    if gain.dtype != norm.x.dtype:
+        gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
+    if added is None:
+        inputs, epsilon = [norm.x, norm.x, gain], {"epsilon": 4 * norm.epsilon}
+        made = builder.op(operator, inputs, epsilon, like=norm.x, domain=CONTRIB)
+        substitute(norm.output, made)
+    else:
+        _add_within(model, norm.last, added, operator, [gain], norm.epsilon, norm.output)
     return True
 
 
-def _skip(model: ir.Model, node: ir.Node) -> bool:
-    """Let a norm compute the sum that it reads, which the residual stream reads as well."""
-    added = made_by(node.inputs[0], "Add")
-    if added is None or not _is_residual(added) or added.outputs[0].is_graph_output():
+@at_nodes("LayerNormalization")
+def skip_layer_norms(model: ir.Model, node: ir.Node) -> bool:
+    """Let a layer norm compute its sum, which the residual stream reads as well."""
+    added = _residual(node.inputs[0])
+    if added is None or not _is_plain(node):
         return False
-    if node.op_type == "LayerNormalization" and not _is_plain(node):
-        return False
+    epsilon = node.attributes.get_float("epsilon", 1e-5)
+    gains, operator = node.inputs[1:], "SkipLayerNormalization"
+    _add_within(model, node, added, operator, gains, epsilon, node.outputs[0])
+    return True
+
+
+def _add_within(
+    model: ir.Model,
+    last: ir.Node,
+    added: ir.Node,
+    operator: str,
+    gains: Sequence[ir.Value | None],
+    epsilon: float,
+    output: ir.Value,
+) -> None:
+    """Replace a sum and the norm of it, which ends with the node ``last``."""
     total = added.outputs[0]
-    made = Builder(model, node).op(
-        f"Skip{node.op_type}",
-        [*added.inputs, *node.inputs[1:]],
-        {"epsilon": node.attributes.get_float("epsilon", 1e-5)},
+    made = Builder(model, last).op(
+        operator,
+        [*added.inputs, *gains],
+        {"epsilon": epsilon},
         like=total,
         domain=CONTRIB,
         outputs=4,
@@ -203,21 +224,17 @@ def _skip(model: ir.Model, node: ir.Node) -> bool:
     assert producer is not None
     for unread in producer.outputs[1:3]:  # mean and deviation, which nothing reads
         unread.type = None
-    substitute(node.outputs[0], made)
+    substitute(output, made)
     _read_after(total, producer.outputs[3], producer)
-    return True
 
 
-skip_norms = at_nodes(SIMPLIFIED)(_skip)
-"""For norms by the root mean square, after :func:`simplify_norms`."""
-
-skip_layer_norms = at_nodes("LayerNormalization")(_skip)
-
-
-def _is_residual(added: ir.Node) -> bool:
-    """Whether two values of one shape are added, [batch, sequence, width]."""
-    one, other = (names_of(value) for value in added.inputs)
-    return len(one) == 3 and one == other and None not in one
+def _residual(value: ir.Value | None) -> ir.Node | None:
+    """The sum of two values of one shape, [batch, sequence, width], that a value is."""
+    added = made_by(value, "Add")
+    if added is None or added.outputs[0].is_graph_output():
+        return None
+    one, other = (names_of(term) for term in added.inputs)
+    return added if len(one) == 3 and one == other and None not in one else None
 
 
 def _is_plain(node: ir.Node) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -12,15 +12,18 @@ from lora_fx.export.fuse.graph import (
     CONTRIB,
     Builder,
     array_of,
+    at_each,
     at_nodes,
     axis_size,
     made_by,
     names_of,
+    nodes_of,
     only_user,
     rank,
     scalar,
     substitute,
 )
+from lora_fx.export.fuse.pointwise import find_norms
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,14 +58,24 @@ class Product:
 _QUANTIZED = ("MatMulNBits", "MatMulBnb4")
 
 
-@at_nodes("GroupQueryAttention", domain=CONTRIB)
-def pack_products(model: ir.Model, attention: ir.Node) -> bool | str:
+_Normed: TypeAlias = "Mapping[ir.Value, ir.Value]"
+"""The outputs of norms, and what is normalized."""
+
+
+def _attentions(model: ir.Model) -> list[tuple[ir.Node, _Normed]]:
+    normed = {norm.output: norm.x for norm in find_norms(model)}
+    return [(one, normed) for one in nodes_of(model, "GroupQueryAttention", domain=CONTRIB)]
+
+
+@at_each(_attentions)
+def pack_products(model: ir.Model, place: tuple[ir.Node, _Normed]) -> bool | str:
     """Make one product of those that feed one attention, with the factors of adapters at them.
 
     ``x·Wq, x·Wk, x·Wv, x·Aq, …`` become ``x · [Wq Wk Wv Aq …]`` and a ``Split``. Factors that are inputs
     of the file stay products of their own, since an adapter may be at some of the places only.
     """
-    products = [_source(value) for value in attention.inputs[:3]]
+    attention, normed = place
+    products = [_source(value, normed) for value in attention.inputs[:3]]
     found = list({one.node: one for one in products if one is not None}.values())
     if None in products or len(found) < 2 or len({id(one.node.inputs[0]) for one in found}) > 1:
         return "query, key and value are no products of one input"
@@ -72,12 +85,14 @@ def pack_products(model: ir.Model, attention: ir.Node) -> bool | str:
     return True
 
 
-def _source(value: ir.Value | None) -> Product | None:
+def _source(value: ir.Value | None, normed: _Normed) -> Product | None:
     """The product that a value comes from, behind positions, norms of heads and branches of adapters."""
     while value is not None and (node := value.producer()) is not None:
-        if node.op_type in ("MatMul", *_QUANTIZED):
+        if value in normed:
+            value = normed[value]
+        elif node.op_type in ("MatMul", *_QUANTIZED):
             return read_product(node)
-        if node.op_type in ("RotaryEmbedding", "Reshape", "SimplifiedLayerNormalization"):
+        elif node.op_type in ("RotaryEmbedding", "Reshape"):
             value = node.inputs[0]
         elif node.op_type in ("Mul", "Add") and any(_is_vector(one) for one in node.inputs):
             # A bias, or a gain.
@@ -86,7 +101,7 @@ def _source(value: ir.Value | None) -> Product | None:
             )
         elif node.op_type == "Add":
             # The wider product is the base's, the other one that of an adapter.
-            sides = [_source(one) for one in node.inputs]
+            sides = [_source(one, normed) for one in node.inputs]
             bases = {one.node: one for one in sides if one is not None and not _is_branch(one)}
             return next(iter(bases.values())) if len(bases) == 1 else None
         else:

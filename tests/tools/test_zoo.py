@@ -99,19 +99,52 @@ def test_a_job_goes_the_whole_way(name):
     assert not list(report.exceptions([row]))
 
 
-def test_a_job_exports_with_the_fusions_that_are_asked_for():
+def test_a_job_exports_with_the_operators_of_onnx_runtime():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    entry = runner.find("plain/TransformerEncoder")
-    row = run_job(entry, optimize="runtime")
-    assert row.exported
-    assert not row.fewer_fusions
-    assert row.fused
-    assert any("exported with fusions: " in line for line in report.summary([row]))
+    pytest.importorskip("transformers")
+    row = run_job(runner.find("transformers/Qwen2"), optimize="runtime")
+    assert not row.errors
+    assert row.dates.keys() == {"runtime"}
+    assert row.runtime.keys() == {"text-generation"}
+    file = row.runtime["text-generation"]
+    assert file.parity < 1e-4
+    # Heads are as wide as the operator takes them.
+    assert file.fused["group-query-attention"] == 2
+    assert not file.fewer
+    lines = report.runtime_table([row])
+    assert any(line.startswith("| Qwen2 | text-generation | ") for line in lines)
+    (said,) = [line for line in report.summary([row]) if "operators of ONNX Runtime" in line]
+    assert said.startswith("1 of 1 files")
     assert not report.exceptions([row])
-    row.fewer_fusions = "it differs by 1e-2"
-    (line,) = report.exceptions([row])
-    assert line.endswith("exported with fewer fusions: it differs by 1e-2")
+    file.fewer = "it differs by 1e-2"
+    row.errors["runtime text-generation"] = "ParityError: far off"
+    found = report.exceptions([row])
+    assert "transformers/Qwen2: runtime text-generation: ParityError: far off" in found
+    assert any(
+        line.endswith("with fewer fusions: text-generation: it differs by 1e-2") for line in found
+    )
+
+
+def test_rows_keep_the_parts_that_are_not_run_again():
+    file = report.RuntimeFile(1e-6, 5, {"silu": 1}, {})
+    earlier = Row(
+        "a/x", "a", losses=(1.0, 0.5), torch_onnx=True, dates={"adaption": "1", "export": "1"}
+    )
+    earlier.errors = {"merge": "m", "export_onnx": "e"}
+    runtime = Row("a/x", "a", runtime={"": file}, dates={"runtime": "2"}, errors={"runtime x": "r"})
+    both = runtime.with_others_of(earlier)
+    assert both.losses == (1.0, 0.5)
+    assert both.torch_onnx
+    assert both.runtime == {"": file}
+    assert both.errors == {"merge": "m", "export_onnx": "e", "runtime x": "r"}
+    assert both.dates == {"adaption": "1", "export": "1", "runtime": "2"}
+    assert Row.read(dataclasses.asdict(both)) == both
+    again = Row("a/x", "a", dates={"adaption": "3"}).with_others_of(both)
+    assert again.losses is None
+    assert again.torch_onnx
+    assert again.runtime == {"": file}
+    assert again.errors == {"export_onnx": "e", "runtime x": "r"}
 
 
 def test_a_job_exports():

@@ -206,15 +206,16 @@ def zoo(
         jobs: How many models run at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
-        optimize: What is fused in exports: none, standard or runtime.
+        optimize: What is fused in exports: none or standard; runtime runs nothing but an export with the
+            operators of ONNX Runtime, with a cache if the model generates text.
         out: The page to write; docs/zoo.md if the whole zoo runs with standard fusions, else none.
-        rows: Keep all rows in this file, JSON: rows of models that do not run stay, and without exports
-            what it knows of them. zoo.json next to the page by default.
+        rows: Keep all rows in this file, JSON: rows of models that do not run stay, and what it knows of
+            parts that do not run. zoo.json next to the page by default.
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
     from lora_fx.export.fuse import Level
-    from lora_fx.tools.zoo.report import PARTS, exceptions, page, summary, table
+    from lora_fx.tools.zoo.report import PARTS, exceptions, page, runtime_table, summary, table
     from lora_fx.tools.zoo.runner import ENTRIES, Options, run_jobs, select
 
     levels: tuple[Level, ...] = get_args(Level)
@@ -231,7 +232,7 @@ def zoo(
         raise ConfigError("--resume goes on from a file of rows: name it with --rows")
     log = console.error_console()
     known = {} if store is None else _read(store)
-    asked = PARTS if onnx else PARTS[:1]
+    asked = PARTS[2:] if level == "runtime" else PARTS[:2] if onnx else PARTS[:1]
 
     def is_done(row: Row) -> bool:
         return resume and all(row.dates.get(part, "") >= (since or "0") for part in asked)
@@ -239,8 +240,8 @@ def zoo(
     def tell(row: Row) -> None:
         problems = "; ".join(exceptions([row])) or f"{row.name}: as it should be"
         console.say(f"{problems} ({row.total_seconds:.1f} s)", to=log)
-        if not onnx and row.name in known:
-            row = row.with_export_of(known[row.name])
+        if row.name in known:
+            row = row.with_others_of(known[row.name])
         known[row.name] = row
         if store is not None:
             _write(store, [known[entry.name] for entry in ENTRIES if entry.name in known])
@@ -249,7 +250,8 @@ def zoo(
     with console.progress("zoo", log) as advance:
         run_jobs(left, Options(jobs, timeout, onnx, level), advance, tell)
     chosen = [known[entry.name] for entry in entries]
-    lines = [*table(chosen), "", *exceptions(chosen), "", *summary(chosen)]
+    shown = runtime_table(chosen) if level == "runtime" else table(chosen)
+    lines = [*shown, "", *exceptions(chosen), "", *summary(chosen)]
     console.say("\n".join(lines))
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +272,7 @@ def _read(store: Path) -> dict[str, Row]:
     from lora_fx.tools.zoo.report import Row
 
     try:
-        found = [Row(**values) for values in json.loads(store.read_text(encoding="utf-8"))]
+        found = [Row.read(values) for values in json.loads(store.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return {}
     except (OSError, TypeError, ValueError) as error:

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.bench.counted import tensors
 from lora_fx.tools.zoo.models import Entry, Inputs, call
-from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, scrubbed
+from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, RuntimeFile, scrubbed
 
 __all__ = [
     "Narrowest",
@@ -74,6 +74,7 @@ def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
 
 
 _RANK = 4
+_DRAWN = 0.1  # spread of adapters that are drawn
 _LINE = 300
 
 T = TypeVar("T")
@@ -91,7 +92,8 @@ def run_job(
     Args:
         entry: The model.
         onnx: Whether to export it; that takes most of the time.
-        optimize: What is fused in the export.
+        optimize: What is fused in the export; "runtime" for a file with the operators of ONNX Runtime alone:
+            with its cache for a model that generates text, else as it is called.
         begin: Called with the row so far as each stage begins.
 
     Returns:
@@ -128,7 +130,12 @@ class _Job:
     def run(self, *, onnx: bool) -> None:
         """Every stage; the row then says that none is going on."""
         today = dt.datetime.now(tz=dt.UTC).date().isoformat()
-        self.row.dates = dict.fromkeys(PARTS if onnx else PARTS[:1], today)
+        parts = PARTS[2:] if self.optimize == "runtime" else PARTS[:2] if onnx else PARTS[:1]
+        self.row.dates = dict.fromkeys(parts, today)
+        if self.optimize == "runtime":
+            self.run_runtime()
+            self.row.stage = ""
+            return
         built = self.stage("build", self.build)
         if built is not None:
             model, reached = built
@@ -221,10 +228,74 @@ class _Job:
             file = Path(folder) / "model.onnx"
             report = export_onnx(merged, file, inputs, optimize=self.optimize)
         self.row.parity = report.max_rel_error
-        self.row.fused = dict(report.fused)
         if report.optimize != self.optimize:
             self.row.fewer_fusions = report.not_fused[f"optimize={self.optimize!r}"]
         return report.verified
+
+    def run_runtime(self) -> None:
+        """A file with the operators of ONNX Runtime: with its cache for a model that generates text."""
+        built = self.stage("runtime build", lambda: self.entry.build(wide=True))
+        if built is None:
+            return
+        model, inputs = built
+        self.row.model = type(model).__name__
+        merged = self.stage("runtime rewrite", lambda: self.drawn(model))
+        if merged is None:
+            return
+        task = _task_of(merged, inputs)
+        given = inputs if task is None else _prompt(inputs)
+        stage = "runtime" if task is None else f"runtime {task}"
+        self.stage(stage, lambda: self.export_for_runtime(merged, given, task))
+
+    def drawn(self, model: nn.Module) -> nn.Module:
+        """The model with adapters merged that are random."""
+        adapted = rewrite(model, self.config).eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            for parameter in trainable_parameters(adapted):
+                parameter.normal_(std=_DRAWN)
+        return merge(adapted).eval()
+
+    def export_for_runtime(
+        self, merged: nn.Module, inputs: Inputs, task: GenerationTask | None
+    ) -> None:
+        from lora_fx.export.onnx import check_operators, export_onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "model.onnx"
+            report = export_onnx(merged, file, inputs, task=task, optimize="runtime")
+            for written in Path(folder).glob("*.onnx"):
+                check_operators(written)
+        left = dict(report.not_fused)
+        fewer = left.pop("optimize='runtime'", "")
+        fused = dict(report.fused)
+        self.row.runtime[task or ""] = RuntimeFile(
+            report.max_rel_error, report.nodes, fused, left, fewer
+        )
+
+
+GenerationTask: TypeAlias = Literal["text-generation", "text2text-generation"]
+
+
+def _task_of(model: Any, inputs: Inputs) -> GenerationTask | None:
+    """What a model with a cache of keys and values is exported for, None for one without."""
+    if not isinstance(inputs, Mapping) or "use_cache" not in inputs:
+        return None
+    if model.config.is_encoder_decoder:
+        return "text2text-generation"
+    known = {"input_ids", "attention_mask", "use_cache"}
+    return "text-generation" if inputs.keys() <= known else None
+
+
+def _prompt(inputs: Inputs) -> Inputs:
+    """What an export with a cache takes of a call: the rest it makes by itself."""
+    assert isinstance(inputs, Mapping)
+    kept = "decoder_input_ids" in inputs
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name != "use_cache" and (kept or name == "input_ids")
+    }
 
 
 def _output(model: nn.Module, inputs: Inputs) -> Any:

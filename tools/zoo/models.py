@@ -46,6 +46,8 @@ class Entry:
             tensor in it from fixed random numbers.
         targets: What is adapted; by default every linear operation but the head.
         note: What is different about this model and expected to be; shown in the table.
+        wide: Makes it twice as wide, with heads as wide as operators of runtimes take them; None for as it
+            is.
     """
 
     name: str
@@ -54,12 +56,18 @@ class Entry:
     loss: Callable[[Any], torch.Tensor] | None = None
     targets: tuple[str, ...] | None = None
     note: str = ""
+    wide: Callable[[], Built] | None = None
 
-    def build(self) -> Built:
-        """The model in eval mode, and its inputs: the same numbers every time."""
+    def build(self, *, wide: bool = False) -> Built:
+        """The model in eval mode, and its inputs: the same numbers every time.
+
+        Args:
+            wide: Twice as wide, where the entry says how.
+        """
+        make = self.wide if wide and self.wide is not None else self.make
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(_SEED)
-            model, inputs = self.make()
+            model, inputs = make()
             _scale_up(wake(model))
             _settle_statistics(model, inputs)
         return model.eval(), inputs
@@ -533,14 +541,42 @@ def library_models(library: str) -> tuple[Entry, ...]:
             if row:
                 what = (row.pop("make"), row.pop("inputs", inputs))
                 make: Callable[[], Built] = functools.partial(_make, library, *what, row, shared)
+                if library == "transformers":
+                    fields["wide"] = functools.partial(_make, library, *what, row, shared, 2)
             else:
                 make = ASSEMBLED[title]
             found.append(Entry(title, group, make, **fields))
     return tuple(found)
 
 
-def _make(library: str, name: str, inputs: str, row: Any, shared: Mapping[str, Any]) -> Built:
-    return _MAKERS[library](name, inputs, _options(row, shared, library))
+def _make(
+    library: str, name: str, inputs: str, row: Any, shared: Mapping[str, Any], times: int = 1
+) -> Built:
+    return _MAKERS[library](name, inputs, _widened(_options(row, shared, library), times))
+
+
+_WIDTHS = {
+    *("hidden_size", "d_model", "dim", "head_dim", "d_head", "d_kv", "embed_dim", "embedding_dim"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank", "q_lora_rank"),
+    *("d_latents", "qk_channels", "v_channels", "lru_width", "attention_hidden_size"),
+    *(
+        "encoder_hidden_size",
+        "cross_attention_hidden_size",
+        "word_embed_proj_dim",
+        "out_hidden_size",
+    ),
+    *("mamba_d_head", "linear_key_head_dim", "linear_value_head_dim", "mrope_section"),
+    *("projection_dim", "rotary_dim"),
+}
+"""Options that grow with the width of a model while the number of its heads stays."""
+
+
+def _widened(options: Any, times: int, name: str = "") -> Any:
+    if isinstance(options, dict):
+        return {key: _widened(one, times, key) for key, one in options.items()}
+    if isinstance(options, list):
+        return [_widened(one, times, name) for one in options]
+    return options * times if type(options) is int and name in _WIDTHS else options
 
 
 def _named(text: str) -> Any:

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lora_fx.errors import some
+from lora_fx.export.fuse import FUSIONS
 from lora_fx.tools.bench.measure import machine, markdown, version_of
 
-__all__ = ["MERGE_TOLERANCE", "PARTS", "Row", "exceptions", "page", "scrubbed", "summary", "table"]
+__all__ = [
+    "MERGE_TOLERANCE",
+    "PARTS",
+    "Row",
+    "RuntimeFile",
+    "exceptions",
+    "page",
+    "runtime_table",
+    "scrubbed",
+    "summary",
+    "table",
+]
 
 
 MERGE_TOLERANCE = 1e-5
@@ -21,12 +33,35 @@ MERGE_TOLERANCE = 1e-5
 EXPORT = ("torch.onnx", "export_onnx")
 """The stages that ``--no-onnx`` leaves out: they take most of the time."""
 
-PARTS = ("adaption", "export")
-"""What a row has a date of: all stages but those, and those."""
+PARTS = ("adaption", "export", "runtime")
+"""What a row has a date of: all other stages; those; exports with the operators of ONNX Runtime."""
 
-_EXPORT = ("torch_onnx", "exported", "parity", "fused", "fewer_fusions")
+_FIELDS = {
+    "export": ("torch_onnx", "exported", "parity", "fewer_fusions"),
+    "runtime": ("runtime",),
+}
+"""What of a row each part but the first has made."""
 
 V = TypeVar("V")
+
+
+@dataclass
+class RuntimeFile:
+    """A file with the operators of ONNX Runtime.
+
+    Attributes:
+        parity: The largest relative difference between the file and PyTorch.
+        nodes: How many it has.
+        fused: Name of a fusion to how often it was applied.
+        left: Name of a fusion, or of a level of them, to why it was not.
+        fewer: Why the file has fewer fusions than were asked for.
+    """
+
+    parity: float
+    nodes: int
+    fused: dict[str, int]
+    left: dict[str, str]
+    fewer: str = ""
 
 
 @dataclass
@@ -67,8 +102,8 @@ class Row:
         torch_onnx: Whether ``torch.onnx.export`` exports the original.
         exported: Whether ``export_onnx`` exports the merged model, with parity.
         parity: The largest relative difference between the file and PyTorch.
-        fused: Name of a fusion to how often it was applied in the file.
         fewer_fusions: Why the file has fewer fusions than were asked for.
+        runtime: Task to the file that ``optimize="runtime"`` gives; "" is a call as the model is called.
         errors: Stage to what it raised, in one line.
         dates: ``adaption`` and ``export`` to the day on which that part was run.
         seconds: Stage to its time.
@@ -109,8 +144,8 @@ class Row:
     torch_onnx: bool | None = None
     exported: bool | None = None
     parity: float | None = None
-    fused: dict[str, int] = field(default_factory=dict)
     fewer_fusions: str = ""
+    runtime: dict[str, RuntimeFile] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     dates: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -147,22 +182,44 @@ class Row:
         exact = self.merge_error_fp64 is not None and self.merge_error_fp64 <= 1e-9
         return self.merge_error <= MERGE_TOLERANCE or exact
 
-    def with_export_of(self, earlier: Row) -> Row:
-        """This row with what an earlier one knows of exports: no part of it was run again."""
-        kept = dataclasses.replace(self, **{name: getattr(earlier, name) for name in _EXPORT})
-        kept.errors = {**self.errors, **_exports(earlier.errors)}
-        kept.seconds = {**self.seconds, **_exports(earlier.seconds)}
-        kept.dates = {**self.dates, **{k: v for k, v in earlier.dates.items() if k == "export"}}
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Row:
+        """A row from what ``dataclasses.asdict`` gives of it."""
+        row = cls(**values)
+        row.runtime = {task: RuntimeFile(**one) for task, one in values.get("runtime", {}).items()}
+        return row
+
+    def with_others_of(self, earlier: Row) -> Row:
+        """This row with what an earlier one knows of the parts that were not run again."""
+        kept = dataclasses.replace(self if PARTS[0] in self.dates else earlier, stage="")
+        for part, names in _FIELDS.items():
+            for name in names:
+                setattr(kept, name, getattr(self if part in self.dates else earlier, name))
+        kept.errors = {**_others(earlier.errors, self.dates), **self.errors}
+        kept.seconds = {**_others(earlier.seconds, self.dates), **self.seconds}
+        kept.dates = {**earlier.dates, **self.dates}
         return kept
 
     @property
     def total_seconds(self) -> float:
-        """Wall-clock seconds of the whole job."""
+        """Wall-clock seconds of all that was run."""
         return sum(self.seconds.values())
 
+    @property
+    def job_seconds(self) -> float:
+        """Those without the exports with operators of ONNX Runtime."""
+        return sum(_others(self.seconds, PARTS[2:]).values())
 
-def _exports(stages: Mapping[str, V]) -> dict[str, V]:
-    return {stage: value for stage, value in stages.items() if stage in EXPORT}
+
+def part_of(stage: str) -> str:
+    """The part that a stage belongs to."""
+    if stage in EXPORT:
+        return "export"
+    return "runtime" if stage.startswith("runtime") else "adaption"
+
+
+def _others(stages: Mapping[str, V], parts: Collection[str]) -> dict[str, V]:
+    return {stage: value for stage, value in stages.items() if part_of(stage) not in parts}
 
 
 def scrubbed(text: str) -> str:
@@ -185,7 +242,7 @@ def page(rows: Sequence[Row]) -> str:
     facts["page written"] = facts.pop("date")
     lines = [head]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    minutes = sum(row.total_seconds for row in rows) / 60
+    minutes = sum(row.job_seconds for row in rows) / 60
     lines += [f"- {line}" for line in _dates(rows)]
     lines += [f"- {len(rows)} models, {minutes:.0f} minutes one after the other"]
     lines += ["", "## Sums", ""]
@@ -199,6 +256,8 @@ def page(rows: Sequence[Row]) -> str:
     for group in dict.fromkeys(row.group for row in rows):
         chosen = [row for row in rows if row.group == group]
         lines += ["", f"## {group} ({len(chosen)})", "", *table(chosen)]
+    if fused := runtime_table(rows):
+        lines += ["", "## With the operators of ONNX Runtime", "", *fused]
     lines += ["", legend, "## What is refused, and why", ""]
     lines += _reasons(rows)
     return "\n".join(lines).rstrip() + "\n"
@@ -229,9 +288,6 @@ def summary(rows: Sequence[Row]) -> list[str]:
     bits = sum(row.output_error == 0.0 for row in rows)
     sums = {field: total(field) for field in _SUMMED}
     lines = _SUMS.format(models=len(rows), bits=bits, passed=passed, **sums).splitlines()
-    if fused := [row for row in rows if row.fused]:
-        names = sorted({name for row in fused for name in row.fused})
-        lines.append(f"{len(fused)} exported with fusions: {', '.join(names)}")
     tried = [row for row in rows if row.torch_onnx is not None]
     if tried:
         able = [row for row in tried if row.torch_onnx]
@@ -240,6 +296,14 @@ def summary(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"{both} of {len(able)} that torch.onnx exports without adapters also export merged, "
             f"with parity; {only} of the {len(tried) - len(able)} that it does not export, too"
+        )
+    files = [file for row in rows for file in row.runtime.values()]
+    if files:
+        failed = sum(stage.startswith("runtime") for row in rows for stage in row.errors)
+        fewer = sum(bool(file.fewer) for file in files)
+        lines.append(
+            f"{len(files)} of {len(files) + failed} files written with the operators of ONNX Runtime, with "
+            f"parity; {fewer} of them with fewer fusions than were asked for"
         )
     return lines
 
@@ -258,6 +322,45 @@ def table(rows: Sequence[Row]) -> list[str]:
     return markdown([*_COLUMNS], [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
+def runtime_table(rows: Sequence[Row]) -> list[str]:
+    """The files with the operators of ONNX Runtime, a line each, and what was not fused."""
+    lines = [
+        [
+            row.name.partition("/")[2],
+            task or "as it is called",
+            f"{file.parity:.0e}",
+            str(file.nodes),
+            _operators_of(file),
+            _escaped(file.fewer) or "no",
+        ]
+        for row in rows
+        for task, file in row.runtime.items()
+    ]
+    if not lines:
+        return []
+    columns = ["model", "file", "parity", "nodes", "operators of ONNX Runtime", "falls back"]
+    made = markdown(columns, lines)
+    left: dict[str, list[str]] = {}
+    for row in rows:
+        for name, why in {
+            n: w for file in row.runtime.values() for n, w in file.left.items()
+        }.items():
+            for reason in why.split("; "):
+                key = f"{name}: {re.sub(r' [(][0-9]+×[)]$', '', reason)}"
+                left.setdefault(key, []).append(row.name.partition("/")[2])
+    made += ["", "What was not fused, and why:", ""]
+    ordered = sorted(left.items(), key=lambda pair: (-len(pair[1]), pair[0]))
+    return made + [f"- {_escaped(key)} ({some(names, 3)})" for key, names in ordered]
+
+
+def _operators_of(file: RuntimeFile) -> str:
+    found = {one.name: file.fused[one.name] for one in FUSIONS if one.name in file.fused}
+    runtime = {one.name for one in FUSIONS if one.level == "runtime"}
+    return (
+        ", ".join(f"{name} {count}×" for name, count in found.items() if name in runtime) or "none"
+    )
+
+
 def _exceptions(row: Row) -> Iterator[str]:
     for stage, error in row.errors.items():
         if stage == "rewrite" and row.errors.get("plan") == error:
@@ -271,6 +374,7 @@ def _exceptions(row: Row) -> Iterator[str]:
         yield f"outputs differ by {row.output_error:.1e}"
     for what, found in (
         ("exported with fewer fusions", [*filter(None, [_escaped(row.fewer_fusions)])]),
+        ("exported for ONNX Runtime with fewer fusions", [*_fewer(row)]),
         ("a gradient where there should be none", row.stray),
         ("unseen by the plan", row.unseen),
         ("passed by", _explained(row.passed_by)),
@@ -289,6 +393,12 @@ def _exceptions(row: Row) -> Iterator[str]:
         yield f"merged differs by {row.merge_error:.1e}{own}"
 
 
+def _fewer(row: Row) -> Iterator[str]:
+    for task, file in row.runtime.items():
+        if file.fewer:
+            yield f"{task or 'as it is called'}: {_escaped(file.fewer)}"
+
+
 def _explained(found: Mapping[str, str]) -> list[str]:
     return [f"{name} ({how})" for name, how in found.items()]
 
@@ -302,7 +412,8 @@ def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
 
 def _dates(rows: Sequence[Row]) -> Iterator[str]:
     """When each part of the rows was run: they may be of different days."""
-    for part, what in zip(PARTS, ("all columns but those of exports", "exports"), strict=True):
+    titles = "all columns but those of exports", "exports", "with the operators of ONNX Runtime"
+    for part, what in zip(PARTS, titles, strict=True):
         days = sorted({row.dates[part] for row in rows if part in row.dates})
         lacking = sum(part not in row.dates for row in rows)
         when = " to ".join(dict.fromkeys((*days[:1], *days[-1:]))) or "not run"
@@ -371,5 +482,5 @@ _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "torch.onnx": lambda row: _yes_no(row.torch_onnx),
     "export": _of_export,
     "unseen": lambda row: "" if row.counted is None else f"{len(row.unseen)} of {row.counted}",
-    "seconds": lambda row: f"{row.total_seconds:.0f}",
+    "seconds": lambda row: f"{row.job_seconds:.0f}",
 }

@@ -110,7 +110,7 @@ class Options:
         jobs: Processes at a time.
         timeout: Seconds that one model may take, from when its process begins with it.
         onnx: Whether to export.
-        optimize: What is fused in exports.
+        optimize: What is fused in exports; "runtime" for those alone.
         find: Gives the entry of a name; it is called in the process of the job.
         preload: What the server of processes imports.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import onnx.helper as oh
 import onnx_ir as ir
 import pytest
 import torch
@@ -24,7 +25,7 @@ from lora_fx.export.fuse.fused_attention import group_query_attention
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from tests.export.fuse.conftest import Exported
-from tests.export.fuse.small import VOCABULARY, decoder, operators, prompts
+from tests.export.fuse.small import FLOAT, VOCABULARY, decoder, graph, operators, prompts
 
 KINDS = ["llama", "qwen3", "mistral", "phi", "gpt2"]
 
@@ -137,12 +138,64 @@ def test_several_tokens_after_a_past_run_row_by_row(exported: Callable[..., Expo
     assert got["present.0.key"].shape == (3, 2, 10, 16)
 
 
-def test_cuda_is_refused_where_it_has_no_kernel(exported: Callable[..., Exported]) -> None:
-    metadata = exported("llama").session.metadata
-    check_attention(metadata, "cpu", "model.onnx")
-    check_attention({}, "cuda", "model.onnx")
-    with pytest.raises(ProviderError, match="provider='cuda'"):
-        check_attention(metadata, "cuda", "model.onnx")
+def test_cuda_is_refused_where_it_has_no_kernel() -> None:
+    metadata = {ONE_ROW_CHUNKS_KEY: "1"}
+    check_attention(metadata, "cpu", "1.22.0", "float32", "model.onnx")
+    check_attention({}, "cuda", "1.22.0", "float32", "model.onnx")
+    check_attention(metadata, "cuda", "1.29.0", "float16", "model.onnx")
+    check_attention(metadata, "cuda", "1.33.0.dev20261101", "bfloat16", "model.onnx")
+    with pytest.raises(ProviderError, match=r"in fp32.*provider='cuda'"):
+        check_attention(metadata, "cuda", "1.31.1", "float32", "model.onnx")
+    with pytest.raises(
+        ProviderError, match=r"this is 1\.28\.0: pip install 'onnxruntime-gpu>=1\.29'"
+    ):
+        check_attention(metadata, "cuda", "1.28.0", "float16", "model.onnx")
+
+
+def test_cuda_has_it_in_half_precision(tmp_path: Any) -> None:
+    made = converted(tmp_path)
+    for dtype in ("fp16", "bf16"):
+        fused = fuse(made.clone(), Target("runtime", "cuda", dtype))
+        assert fused.done["group-query-attention"] == 2
+        assert "packed-products" in fused.done
+        assert "shared-cache" not in fused.done
+    fused = fuse(made, Target("runtime", "cuda", "fp32"))
+    assert (
+        fused.refused["group-query-attention"] == "the cuda provider has no kernel for it in fp32"
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_padding_on_the_left_on_cuda(tmp_path: Any, kind: str) -> None:
+    model = decoder(kind)
+    ids, mask = prompts()
+    file = tmp_path / "model.onnx"
+    report = export_onnx(
+        model,
+        file,
+        ids,
+        task="text-generation",
+        dtype="fp16",
+        optimize="runtime",
+        provider="cuda",
+    )
+    assert report.fused["group-query-attention"] == 2
+    session = OnnxSession(file, "cuda")
+    assert "GroupQueryAttention" not in str(session.placement().elsewhere)
+    past, fresh = empty(session, len(ids)), ids
+    for _ in range(6):
+        got = session.run({"input_ids": fresh, "attention_mask": mask, **past})
+        want = expected(model, ids, mask)
+        torch.testing.assert_close(
+            got["logits"].float(), want, rtol=0, atol=1e-2 * float(want.abs().max())
+        )
+        past, fresh = following(got), want[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, fresh], 1), torch.cat([mask, torch.ones_like(fresh)], 1)
+    # A cache of several tokens after a past, row by row, and the loop's buffers.
+    ids, mask = prompts()
+    alone = OnnxSession(file, "cpu").generate(ids, mask, max_new_tokens=8, eos_token_id=[])
+    assert torch.equal(session.generate(ids, mask, max_new_tokens=8, eos_token_id=[]), alone)
 
 
 def test_positions_beyond_the_table_are_refused(exported: Callable[..., Exported]) -> None:
@@ -207,6 +260,14 @@ def test_a_mask_that_shows_later_tokens_is_left(tmp_path: Any) -> None:
     count, why = group_query_attention(made)
     assert count == 0
     assert why == {"its mask is not seen to be causal": 2}
+
+
+def test_attention_under_a_soft_cap_is_said_to_be_left() -> None:
+    scores = {"x": (FLOAT, ["batch", 4, "sequence", "total"])}
+    nodes = [oh.make_node("Tanh", ["x"], ["capped"]), oh.make_node("Softmax", ["capped"], ["y"])]
+    made = graph(nodes, scores, {"y": scores["x"]})
+    why = {"its scores are not those of query and key alone, as under a soft cap": 1}
+    assert group_query_attention(made) == (0, why)
 
 
 def test_attention_without_a_cache_is_left(tmp_path: Any) -> None:
