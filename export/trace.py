@@ -331,7 +331,8 @@ def trace(
             failures.append(f"{description}: {reason}")
             last = error
             continue
-        if questions := _unanswered(program):
+        # Sizes of a task depend on each other: a mask is as long as what was and what is given.
+        if not task and (questions := _unanswered(program)):
             reason = f"the forward asks of its sizes whether {questions[0]}, which a file cannot"
             failures.append(f"{description}: {reason}")
             last = ExportError(reason)
