@@ -640,7 +640,7 @@ def test_a_large_model_opens_and_answers_at_once(chromium: Page, tmp_path: Path)
     chromium.key("Tab")
     took = chromium.run(
         "(() => { const start = performance.now();"
-        "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Tab', bubbles: true }));"
+        "document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'Tab', bubbles: true }));"
         "loraFx.graphs[0].paint(); return performance.now() - start; })()"
     )
     assert took < 50
@@ -649,10 +649,22 @@ def test_a_large_model_opens_and_answers_at_once(chromium: Page, tmp_path: Path)
 
 PAN = """
 new Promise((done) => {
-  const graph = loraFx.graphs[0], start = performance.now();
-  let frames = 0;
+  const graph = loraFx.graphs[0], paint = graph.paint, told = { drawn: 0, still: 0, script: [] };
+  let frames = 0, start = 0;
+  graph.paint = () => {
+    const before = performance.now(), area = paint.call(graph);
+    told.script.push(performance.now() - before);
+    told.drawn += graph.drawn;
+    told.still += graph.drawn === 0;
+    return area;
+  };
   const step = () => {
-    if (++frames > 30) { done(30000 / (performance.now() - start)); return; }
+    if (!frames) start = performance.now();
+    if (++frames > 60) {
+      delete graph.paint;
+      done({ ...told, frames: 60000 / (performance.now() - start), script: told.script.sort((a, b) => a - b)[30] });
+      return;
+    }
     graph.move(graph.view.x + 3, graph.view.y + 1, graph.view.scale);
     requestAnimationFrame(step);
   };
@@ -663,25 +675,24 @@ new Promise((done) => {
 
 SHIFT = """
 (() => {
-  const graph = loraFx.graphs[0], pixels = () => {
-    const { width, height } = graph.canvas;
-    return graph.canvas.getContext("2d").getImageData(0, 0, width, height).data;
-  };
+  const graph = loraFx.graphs[0], pixels = () => graph.canvas.getContext("2d").getImageData(...graph.window).data;
   graph.view = { ...graph.view, x: 40, y: -100 };
   graph.painted = null;
   graph.paint();
-  for (const [x, y] of [[7, 5], [-30, 12], [18, -40]]) {
+  let few = 0, still = 0;
+  for (const [x, y] of [[7, 5], [-30, 12], [18, -40], [-150, 260], [170, -90], [3, 3]]) {
     graph.view = { ...graph.view, x: graph.view.x + x, y: graph.view.y + y };
     graph.paint();
+    few = Math.max(few, graph.drawn);
+    still += graph.drawn === 0;
   }
   const shifted = pixels();
-  const few = graph.drawn;
   graph.painted = null;
   graph.paint();
   const whole = pixels();
   let other = 0;
   for (let i = 0; i < whole.length; i++) if (Math.abs(whole[i] - shifted[i]) > 8) other++;
-  return [other / whole.length, few, graph.drawn];
+  return [other / whole.length, few, graph.drawn, still];
 })()
 """
 
@@ -712,12 +723,22 @@ def test_pans_over_twenty_thousand_boxes(chromium: Page, tmp_path: Path) -> None
     chromium.open(path.as_uri())
     chromium.run("loraFx.graphs[0].toDepth(9)")
     for more in (1, 9):
-        chromium.run(
-            f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
-        )
-        assert chromium.run(PAN) > 30
+        start = f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
+        for _ in range(3):  # others use the machine, too
+            chromium.run(start)
+            chromium.settle()
+            whole = chromium.run("loraFx.graphs[0].drawn")
+            told = chromium.run(PAN)
+            # A frame moves what is there; what comes into view is drawn ahead, once in a while.
+            assert told["still"] >= 55
+            assert told["drawn"] < whole
+            assert told["script"] < 2
+            if told["frames"] > 30:
+                break
+        assert told["frames"] > 30
     chromium.run("loraFx.graphs[0].fit(loraFx.graphs[0].root, false)")
     chromium.settle()
-    other, few, every = chromium.run(SHIFT)
+    other, few, every, still = chromium.run(SHIFT)
     assert other < 0.002
-    assert few < every / 5
+    assert few < every / 2
+    assert still >= 1

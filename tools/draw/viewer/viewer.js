@@ -21,9 +21,9 @@
   /* --- panes: one graph, or several that scroll together --- */
 
   const graphs = documents.map((doc) => {
-    const canvas = made("canvas", { tabindex: 0, role: "application", "aria-label": `Graph of ${doc.title}` });
-    const map = made("canvas", { class: "minimap", "aria-hidden": "true", width: 180, height: 130 });
-    const pane = made("div", { class: "pane" }, canvas, map);
+    const canvas = made("canvas"), stage = made("div", { class: "stage", tabindex: 0, role: "application", "aria-label": `Graph of ${doc.title}` }, canvas);
+    const map = made("div", { class: "minimap", "aria-hidden": "true" }, made("canvas"), made("i"));
+    const pane = made("div", { class: "pane" }, stage, map);
     if (documents.length > 1) pane.prepend(paneTitle(doc));
     at("panes").append(pane);
     const graph = new Graph(doc, canvas, looks);
@@ -337,19 +337,16 @@
 
   /* --- minimap --- */
 
-  function drawMap(graph) {
-    const { minimap, root, view, area } = graph, context = minimap.getContext("2d");
+  function drawMap(graph, area) {
+    const { minimap, root, view } = graph, [picture, frame] = minimap.children;
     const scale = Math.min(200 / root.width, 260 / root.height);
     const small = area.width < 620 || (view.x >= 0 && view.y >= 0 && root.width * view.scale + view.x <= area.width && root.height * view.scale + view.y <= area.height);
     minimap.hidden = small;
     if (small) return;
     if (!graph.map) {
-      [minimap.width, minimap.height] = [Math.max(30, root.width * scale), Math.max(30, root.height * scale)].map(Math.round);
-      graph.map = document.createElement("canvas");
-      const style = getComputedStyle(document.documentElement);
-      graph.mapColors = { veil: style.getPropertyValue("--veil"), accent: style.getPropertyValue("--accent") };
-      [graph.map.width, graph.map.height] = [minimap.width, minimap.height];
-      const drawing = graph.map.getContext("2d");
+      graph.map = [root.width, root.height].map((one) => Math.round(Math.max(30, one * scale)));
+      [picture.width, picture.height] = graph.map;
+      const drawing = picture.getContext("2d");
       drawing.scale(scale, scale);
       // Without what is selected and found now: that changes more often than the picture.
       const { selected, hits } = graph;
@@ -357,23 +354,14 @@
       graph.drawBox(new Paint.CanvasPen(drawing, looks, scale), root, 0, 0, 0, [0, 0, root.width, root.height]);
       Object.assign(graph, { selected, hits });
     }
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.clearRect(0, 0, minimap.width, minimap.height);
-    context.globalAlpha = 1;
-    context.drawImage(graph.map, 0, 0);
-    // What is seen stays clear, and has a border inside the map.
-    const by = scale / view.scale, { width, height } = minimap;
-    const inside = (value, most) => Math.min(Math.max(value, 1), most - 1);
-    const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one * by, width));
-    const [top, bottom] = [-view.y, area.height - view.y].map((one) => inside(one * by, height));
-    const seen = new Path2D();
-    seen.rect(0, 0, width, height);
-    seen.rect(left, top, right - left, bottom - top);
-    context.fillStyle = graph.mapColors.veil;
-    context.fill(seen, "evenodd");
-    context.strokeStyle = graph.mapColors.accent;
-    context.lineWidth = 1.5;
-    context.strokeRect(left, top, right - left, bottom - top);
+    // What is seen stays clear, and has a border inside the map. It moves as the canvas does: nothing is drawn.
+    const by = scale / view.scale, [width, height] = graph.map;
+    const inside = (value, most) => Math.min(Math.max(value * by, 0), most);
+    const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one, width));
+    const [top, bottom] = [-view.y, area.height - view.y].map((one) => inside(one, height));
+    const size = [right - left, bottom - top].map(Math.round).join(" ");
+    if (frame.dataset.size !== size) [frame.style.width, frame.style.height] = (frame.dataset.size = size).split(" ").map((one) => `${one}px`);
+    frame.style.transform = `translate(${left}px, ${top}px)`;
   }
 
   function jump(graph, event) {
@@ -387,16 +375,16 @@
   /* --- mouse and fingers --- */
 
   function listen(graph) {
-    const { canvas } = graph, fingers = new Map();
+    const { stage } = graph, fingers = new Map();
     let moved = false;
     const place = (event) => { const { left, top } = graph.area; return [event.clientX - left, event.clientY - top]; };
-    canvas.addEventListener("pointerdown", (event) => {
-      canvas.setPointerCapture(event.pointerId);
+    stage.addEventListener("pointerdown", (event) => {
+      stage.setPointerCapture(event.pointerId);
       if (!fingers.size) moved = false;
       fingers.set(event.pointerId, place(event));
       active = graph;
     });
-    canvas.addEventListener("pointermove", (event) => {
+    stage.addEventListener("pointermove", (event) => {
       const before = fingers.get(event.pointerId), now = place(event);
       if (!before) return hover(graph, event, now);
       if (!moved && Math.hypot(now[0] - before[0], now[1] - before[1]) < 4) return undefined;
@@ -420,15 +408,15 @@
       select(graph, box, { show: false });
       if (onHandle) toggle(graph, box);
     };
-    canvas.addEventListener("pointerup", lift);
-    canvas.addEventListener("pointercancel", lift);
-    canvas.addEventListener("dblclick", (event) => {
+    stage.addEventListener("pointerup", lift);
+    stage.addEventListener("pointercancel", lift);
+    stage.addEventListener("dblclick", (event) => {
       const box = graph.boxAt(...place(event));
       if (box?.children.length) toggle(graph, box);
     });
-    canvas.addEventListener("pointerleave", () => { tooltip.hidden = true; });
-    canvas.addEventListener("focus", () => { active = graph; });
-    canvas.addEventListener("wheel", (event) => {
+    stage.addEventListener("pointerleave", () => { tooltip.hidden = true; });
+    stage.addEventListener("focus", () => { active = graph; });
+    stage.addEventListener("wheel", (event) => {
       event.preventDefault();
       graph.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), ...place(event));
       follow(graph);
@@ -493,11 +481,11 @@
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && event.target.type !== "range";
     if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
     if (typing) {
-      if (event.key === "Escape") { if (event.target === search) { search.value = ""; find(); } active.canvas.focus(); }
+      if (event.key === "Escape") { if (event.target === search) { search.value = ""; find(); } active.stage.focus(); }
       return;
     }
-    const onGraph = event.target === document.body || event.target.tagName === "CANVAS";
-    if (onGraph && walk(event)) { active.canvas.focus(); event.preventDefault(); return; }
+    const onGraph = event.target === document.body || graphs.some(({ stage }) => stage === event.target);
+    if (onGraph && walk(event)) { active.stage.focus(); event.preventDefault(); return; }
     const command = COMMANDS[event.key];
     if (!command) return;
     event.preventDefault();
