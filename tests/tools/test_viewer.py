@@ -92,7 +92,9 @@ NAMES = [
 ] + ["lm_head", "model.embed"]
 
 SELECT = """
-const rows = given.names.map((name) => ({ name, state: "unselected", default: true, linear: true }));
+const rows = given.names.map((name) => ({
+  name, default: true, linear: true, weight: "", attention: "", reason: "", width: 0, parts: [],
+}));
 const answers = given.cases.map((typed) => {
   const ask = Find.asked(typed);
   if (ask.objection) return ask.objection.startsWith("Python may") ? "unsure" : "wrong";
@@ -367,8 +369,10 @@ def test_what_if_is_live_and_can_be_taken_away(opened: Page) -> None:
     config = opened.run("document.querySelector('#config').textContent")
     given = eval(config, {"lora_fx": lora_fx})
     assert set(given.target_modules) == {"up", "stem", "nowhere"}
+    # What is not typed is that of the configuration that made the picture.
+    assert (given.r, given.lora_alpha, given.lora_dropout) == (2, 4, 0.1)
     cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
-    plan = lora_fx.plan(Nested(), LoraConfig(r=8, target_modules=["up", "stem"]))
+    plan = lora_fx.plan(Nested(), LoraConfig(r=2, target_modules=["up", "stem"]))
     assert cost == plan.trainable_parameters
 
 
@@ -435,7 +439,7 @@ def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> Non
         typed = json.dumps({key: written(value) for key, value in values.items()})
         found = chromium.run(
             f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
-            "const { selected } = Find.select(graph.sites, ask, graph.modules);"
+            "const { selected } = Find.select(graph.targets, ask, graph.modules);"
             "return [ask.objection, selected.map((row) => row.name),"
             "selected.reduce((sum, row) => sum + 4 * row.each_rank, 0)]; })()"
         )

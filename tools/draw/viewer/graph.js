@@ -22,6 +22,7 @@ class Graph {
       for (const name of box.repeats.slice(1)) this.folds.set(name, box.fqn);
     }
     this.sites = doc.sites.map((values) => this.site(values));
+    this.targets = doc.targets.map((entry) => this.target(entry));
     this.stack();
   }
 
@@ -55,6 +56,13 @@ class Graph {
     row.box = this.boxOf(row.name);
     for (let box = row.box; box; box = box.parent) box.rows.push(row);
     return row;
+  }
+
+  /* What a configuration could name, tied to its box. */
+  target({ name, weight, attention, reason, parts = [], ...more }) {
+    const word = (place) => this.doc.strings[place] ?? "";
+    const row = { default: false, linear: false, each_rank: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
+    return { ...row, parts: parts.map(([one, start, stop]) => [word(one), start, stop]), box: this.boxOf(row.name) };
   }
 
   /* --- names --- */

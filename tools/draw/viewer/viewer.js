@@ -298,35 +298,52 @@
 
   /* --- what if --- */
 
+  let edited = false;
   const ASKED = {
     targets: "target_modules", exclude: "exclude_modules", saved: "modules_to_save", layers: "layers_to_transform", patterns: "layers_pattern",
     parameters: "target_parameters", scope: "scope",
   };
 
+  /* Until something is typed, the fields say what made the picture that is looked at. */
+  function startFrom({ doc: { config } }) {
+    if (edited) return;
+    for (const [id, field] of Object.entries(ASKED)) at(id).value = config.typed[field];
+    at("rank").value = config.r;
+    at("alpha").value = config.lora_alpha;
+  }
+
   function tryOut() {
+    startFrom(active);
     const ask = Find.asked(Object.fromEntries(Object.entries(ASKED).map(([id, field]) => [field, at(id).value])));
-    const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Math.max(1, Number(at("alpha").value) || 1);
-    const { sites } = active, lines = ask.objection ? [ask.objection] : [];
+    const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Number(at("alpha").value) || 1;
+    const { targets, doc: { config: { rest, heads, uncounted } } } = active, lines = ask.objection ? [ask.objection] : [];
     let chosen = [];
-    if (!sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
+    if (!targets.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
     else if (!ask.objection) {
-      const { selected, refused, idle, inFull } = Find.select(sites, ask, active.modules);
+      const { selected, refused, idle, left, clash, inFull } = Find.select(targets, ask, active.modules, heads);
       chosen = [...selected, ...refused];
-      const cost = selected.reduce((sum, row) => sum + row.each_rank * rank, 0);
-      lines.push(`${selected.length} of ${new Set(sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      const odd = Object.keys(rest.rank_pattern ?? {}).find(Find.disagreement);
+      const cost = selected.reduce((sum, row) => sum + row.each_rank * Find.rankOf(row, rank, odd ? {} : rest.rank_pattern), 0);
+      if (clash) lines.push(`cannot be: ${clash}`);
+      // A fused weight that is adapted in parts counts as its parts.
+      const inParts = new Map([...new Set(selected.map((row) => row.of).filter(Boolean))].map((row) => [row, selected.filter(({ of }) => of === row).length]));
+      const every = targets.reduce((sum, row) => sum + (inParts.has(row) ? Math.max(row.parts.length, inParts.get(row)) : 1), 0);
+      lines.push(`${selected.length} of ${every} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}${rest.rank_pattern && !odd ? ", and at the ranks of rank_pattern" : ""}`);
+      const others = odd ? [...uncounted, "rank_pattern"] : uncounted;
+      if (others.length) lines.push(`not counted here: ${others.join(", ")}; lora-fx plan counts them`);
+      for (const name of left) lines.push(`selects nothing: ${name}: all that it names is left out, or part of what is selected`);
       for (const name of inFull.slice(0, 5)) lines.push(`trained in full: ${name}${elementsOf(name)}`);
       if (inFull.length > 5) lines.push(`and ${inFull.length - 5} more that are trained in full`);
       for (const name of idle) lines.push(`matches nothing: ${name}`);
       for (const row of refused.slice(0, 5)) lines.push(`cannot be adapted: ${row.name}: ${row.reason}`);
       if (refused.length > 5) lines.push(`and ${refused.length - 5} more that cannot be adapted`);
-      if (sites.some((row) => row.fused)) lines.push("parts of fused weights are not tried here: lora-fx plan says what becomes of them");
       for (const row of selected.slice(0, 8)) lines.push(`· ${row.name}`);
       if (selected.length > 8) lines.push(`and ${selected.length - 8} more`);
     }
     active.hits = new Set(chosen.map((row) => row.box));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
-    at("config").textContent = ask.objection ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha));
+    at("config").textContent = ask.objection ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha, rest));
   }
 
   /* How many elements a module has without its adapters, where the picture says so. */
@@ -557,7 +574,7 @@
   at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
   at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
-  for (const id of [...Object.keys(ASKED), "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
+  for (const id of [...Object.keys(ASKED), "rank", "alpha", "form"]) at(id).addEventListener("input", () => { edited ||= id !== "form"; tryOut(); });
   at("copy-config").addEventListener("click", () => copy(at("config").textContent));
   if (documents.length === 1) at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
   new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
