@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.config import LoraConfig, judge
+from lora_fx.errors import ConfigError
 from lora_fx.tools.draw.drawing import picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
 from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
@@ -465,6 +467,145 @@ def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> Non
     assert not chromium.complaints
 
 
+class Fused(nn.Module):
+    """A fused qkv, a fused gate and up, and an attention layer of PyTorch, in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FusedLayer() for _ in range(2))
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+
+class FusedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.gate_up = nn.Linear(8, 32, bias=False)
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+IN_PARTS: list[dict[str, Any]] = [
+    {},
+    {"target_modules": "all-linear"},
+    {"target_modules": ["qkv.q", "qkv.v"]},
+    {"target_modules": ["q", "gate_up.up"]},
+    {"target_modules": r".*\.(q|up)"},
+    {"target_modules": r".*qkv(\.q)?"},
+    {"target_modules": ["qkv"], "exclude_modules": ["qkv.k"]},
+    {"exclude_modules": ["k", "gate"]},
+    {"target_modules": ["qkv.0_8", "qkv.20_24", "down"]},
+    {"target_modules": ["qkv.0_3", "layers.1.qkv.v"]},
+    {"target_modules": ["qkv", "q"]},
+    {"target_modules": ["q", "down"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+    {"target_modules": ["v", "head"], "modules_to_save": ["layers.0"]},
+    {"target_modules": ["up"], "scope": ["layers.1"]},
+    {"target_parameters": ["layers.0.qkv.weight"], "target_modules": ["gate"]},
+    {"target_modules": ["attn"]},
+    {"target_modules": ["attn"], "exclude_modules": ["out_proj"]},
+    {"target_modules": ["attn.q", "out_proj"]},
+    {"target_modules": ["qkv.q", "attn", "nowhere"]},
+    {"target_modules": ["q", "down"], "rank_pattern": {"layers.1.qkv.q": 7, "down": 2}},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("drawn", ["model", "plan", "rewritten"])
+def test_what_if_adapts_parts_as_a_plan_does(chromium: Page, tmp_path: Path, drawn: str) -> None:
+    """Of fused weights and of attention layers, whatever the picture that is looked at has adapted."""
+    model, r = Fused(), 4
+    config = LoraConfig(r=r, target_modules=["qkv.q", "qkv.8_16", "gate_up", "attn"])
+    made = {
+        "model": lambda: model,
+        "plan": lambda: lora_fx.plan(model, config),
+        "rewritten": lambda: lora_fx.rewrite(model, config),
+    }
+    chromium.open(visualize(made[drawn](), tmp_path / "parts.html").as_uri())
+    for values in IN_PARTS:
+        plan = lora_fx.plan(model, LoraConfig(r=r, **values))
+        fields = {key: value for key, value in values.items() if key != "rank_pattern"}
+        typed = json.dumps({key: written(value) for key, value in fields.items()})
+        ranks = json.dumps(values.get("rank_pattern", {}))
+        objection, names, cost, idle, clash = chromium.run(
+            f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
+            "const { selected, idle, left, clash } = Find.select(graph.targets, ask, graph.modules);"
+            f"const each = (row) => row.each_rank * Find.rankOf(row, {r}, {ranks});"
+            "const cost = selected.reduce((sum, row) => sum + each(row), 0);"
+            "return [ask.objection, selected.map((row) => row.name), cost, [...idle, ...left], clash]; })()"
+        )
+        assert (objection, clash) == ("", ""), values
+        assert sorted(names) == sorted(row.name for row in plan.sites), values
+        assert cost == sum(row.parameters for row in plan.sites), values
+        told = {line.split("'")[1] for line in plan.unmatched}
+        assert set(idle) == told, values
+    assert not chromium.complaints
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_says_which_parts_cannot_be(chromium: Page, tmp_path: Path) -> None:
+    """Where a plan is refused, the page says the same."""
+    model = Fused()
+    chromium.open(visualize(model, tmp_path / "parts.html").as_uri())
+    chromium.key("w")
+    for targets in (["qkv.0_9", "qkv.8_16"], ["qkv.16_40"], ["qkv.9_3"]):
+        choose(chromium, "#targets", ", ".join(targets))
+        told = chromium.run("document.querySelector('#verdict').innerText")
+        with pytest.raises(ConfigError) as refused:
+            lora_fx.plan(model, LoraConfig(target_modules=targets))
+        said = str(refused.value).partition("rows")[2]
+        assert said in told
+    assert chromium.run("document.querySelector('#config').textContent") == ""
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"target_modules": ["qkv.q", "qkv.v"], "r": 3, "lora_alpha": 0.5, "lora_dropout": 0.25},
+    {"target_modules": r".*\.(q|up)", "use_rslora": True, "init_lora_weights": False},
+    {"target_modules": "head", "modules_to_save": ["attn"], "bias": "lora_only"},
+    {"target_modules": "all-linear", "exclude_modules": ["layers.0.qkv", "down"]},
+    {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+    {"target_modules": [], "target_parameters": ["qkv.weight"], "scope": "layers.1"},
+    {"rank_pattern": {"layers.0.down": 2}, "alpha_pattern": {"qkv": 3.5}, "task_type": "SEQ_CLS"},
+]
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("values", CONFIGS, ids=range(len(CONFIGS)))
+def test_what_if_starts_with_the_configuration_of_the_picture(
+    chromium: Page, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    model, config = Fused(), LoraConfig(**values)
+    plan = lora_fx.plan(model, config)
+    if config.target_modules == "head":  # an expression, which looks like a name
+        config = dataclasses.replace(config, target_modules="(?:head)")
+    for drawn in (plan, lora_fx.rewrite(model, config)):
+        chromium.open(visualize(drawn, tmp_path / "start.html", force=True).as_uri())
+        chromium.key("w")
+        taken = chromium.run("document.querySelector('#config').textContent")
+        given = eval(taken, {"lora_fx": lora_fx})
+        assert given == config
+        told = chromium.run("document.querySelector('#verdict').innerText")
+        cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
+        assert cost == sum(row.parameters for row in plan.sites)
+        choose(chromium, "#form", "JSON")
+        taken = json.loads(chromium.run("document.querySelector('#config').textContent"))
+        assert LoraConfig.from_dict(taken) == config
+    assert not chromium.complaints
+
+
 @pytest.mark.slow
 @needs_chromium
 def test_the_panel_names_the_layer_that_was_asked_for(opened: Page) -> None:
@@ -666,7 +807,8 @@ new Promise((done) => {
     if (!frames) start = performance.now();
     if (++frames > 60) {
       delete graph.paint;
-      done({ ...told, frames: 60000 / (performance.now() - start), script: told.script.sort((a, b) => a - b)[30] });
+      told.script = told.script.sort((a, b) => a - b)[30];
+      done({ ...told, frames: 60000 / (performance.now() - start) });
       return;
     }
     graph.move(graph.view.x + 3, graph.view.y + 1, graph.view.scale);
@@ -679,7 +821,8 @@ new Promise((done) => {
 
 SHIFT = """
 (() => {
-  const graph = loraFx.graphs[0], pixels = () => graph.canvas.getContext("2d").getImageData(...graph.window).data;
+  const graph = loraFx.graphs[0], context = graph.canvas.getContext("2d");
+  const pixels = () => context.getImageData(...graph.window).data;
   graph.view = { ...graph.view, x: 40, y: -100 };
   graph.painted = null;
   graph.paint();

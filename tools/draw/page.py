@@ -197,14 +197,18 @@ def _typed(config: LoraConfig | None) -> dict[str, Any]:
     default = LoraConfig().to_dict()
     values = {key: v for key, v in config.to_dict().items() if v != default.get(key)}
     rest = {
-        key: v for key, v in values.items() if key not in (*FIELDS, "r", "lora_alpha", "inference_mode")
+        key: v
+        for key, v in values.items()
+        if key not in (*FIELDS, "r", "lora_alpha", "inference_mode")
     }
     return {
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "typed": {key: _text_of(getattr(config, key)) for key in FIELDS},
         "rest": rest,
-        "heads": [one for one in saved_entries(config) if one not in (config.modules_to_save or ())],
+        "heads": [
+            one for one in saved_entries(config) if one not in (config.modules_to_save or ())
+        ],
         "uncounted": [key for key in _UNCOUNTED if key in rest],
     }
 

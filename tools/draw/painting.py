@@ -51,7 +51,13 @@ from lora_fx.tools.draw.regions import (
     size_name,
     source_of,
 )
-from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, targets_of, why_not, with_losses
+from lora_fx.tools.draw.sites import (
+    rows_of_matches,
+    rows_of_model,
+    targets_of,
+    why_not,
+    with_losses,
+)
 
 __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
 

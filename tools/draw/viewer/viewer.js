@@ -317,14 +317,14 @@
     const ask = Find.asked(Object.fromEntries(Object.entries(ASKED).map(([id, field]) => [field, at(id).value])));
     const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Number(at("alpha").value) || 1;
     const { targets, doc: { config: { rest, heads, uncounted } } } = active, lines = ask.objection ? [ask.objection] : [];
-    let chosen = [];
+    let chosen = [], impossible = ask.objection;
     if (!targets.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
     else if (!ask.objection) {
       const { selected, refused, idle, left, clash, inFull } = Find.select(targets, ask, active.modules, heads);
       chosen = [...selected, ...refused];
       const odd = Object.keys(rest.rank_pattern ?? {}).find(Find.disagreement);
       const cost = selected.reduce((sum, row) => sum + row.each_rank * Find.rankOf(row, rank, odd ? {} : rest.rank_pattern), 0);
-      if (clash) lines.push(`cannot be: ${clash}`);
+      if (clash) lines.push(impossible = clash);
       // A fused weight that is adapted in parts counts as its parts.
       const inParts = new Map([...new Set(selected.map((row) => row.of).filter(Boolean))].map((row) => [row, selected.filter(({ of }) => of === row).length]));
       const every = targets.reduce((sum, row) => sum + (inParts.has(row) ? Math.max(row.parts.length, inParts.get(row)) : 1), 0);
@@ -343,7 +343,7 @@
     active.hits = new Set(chosen.map((row) => row.box));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
-    at("config").textContent = ask.objection ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha, rest));
+    at("config").textContent = impossible ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha, rest));
   }
 
   /* How many elements a module has without its adapters, where the picture says so. */
