@@ -194,7 +194,7 @@ def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejectio
 
 
 def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
-    """Sites in parameter order, with what shares the storage of each and the attention layer that it is in."""
+    """Sites in parameter order, each with what shares its storage and with its attention layer."""
     tied: dict[int, list[str]] = defaultdict(list)
     layers = {
         name
