@@ -417,8 +417,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             if not self.begin_with & {self.samples, self.samples * self.repeats}:
                 found = " and ".join(map(str, sorted(self.begin_with - {0}))) or "nothing"
                 return (
-                    f"does not begin with the {self.samples} samples that adapter_ids names: the arguments of "
-                    f"the call begin with {found}"
+                    f"does not begin with the {self.samples} samples that adapter_ids names: the arguments "
+                    f"of the call begin with {found}"
                 )
             return (
                 "does not begin with the samples of adapter_ids: it is the same for all of them, or its "
