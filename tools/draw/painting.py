@@ -104,7 +104,7 @@ def calls_of(model: nn.Module, example_inputs: Any = None) -> Calls | str:
     if example_inputs is None:
         made = synthesise(model)
         if made.inputs is None:
-            return f"no example inputs: {made.words}"
+            return f"no example inputs: {made.words}; give example_inputs to see how data flows"
         example_inputs = made.inputs
     failure = ""
     # Some operators have no form without data but for bfloat16.

@@ -340,7 +340,7 @@
       for (const row of selected.slice(0, 8)) lines.push(`· ${row.name}`);
       if (selected.length > 8) lines.push(`and ${selected.length - 8} more`);
     }
-    active.hits = new Set(chosen.map((row) => row.box));
+    active.hits = new Set(chosen.map((row) => (row.rows ? active.boxOf(row.name) : row.box)));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
     at("config").textContent = impossible ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha, rest));
