@@ -234,7 +234,7 @@
 
   function showKey() {
     const { doc, scale } = active, parts = [];
-    for (const [kind, text] of doc.legend) parts.push(sample(kind, doc.chips[kind], text));
+    for (const [kind, text] of new Map(documents.flatMap(({ legend }) => legend))) parts.push(sample(kind, doc.chips[kind], text));
     if (doc.adapters.length > 1) doc.adapters.forEach((name, i) => parts.push(made("span", { class: `ink${i % 6}` }, made("b", {}, "B·A "), name)));
     if (scale) {
       const bar = made("i", { class: "ramp" });
