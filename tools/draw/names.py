@@ -156,7 +156,10 @@ def picture_of_plan(plan: Plan) -> Picture:
         notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
         adapters=("",),
         sites=rows_of_plan(plan),
-        targets=targets_of((row.site for row in (*plan.sites, *plan.skipped)), plan.rejections),
+        targets=targets_of(
+            [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)],
+            plan.rejections,
+        ),
         config=plan.config,
         counted=False,
     )
