@@ -375,12 +375,13 @@ class Graph {
   drawFrame(pen, box, classes, x, y) {
     const { width, height, name, caption } = box, isOpen = box.open && box.children.length;
     const radius = box.kind === "input" || box.kind === "output" ? 13 : 7;
-    pen.begin(classes, x, y);
+    const fill = this.color && !isOpen ? this.color(box) : null, colored = fill ? " colored" : "";
+    pen.begin(classes + colored, x, y);
     if (box.repeats.length) {
       pen.rect("shade", 7, -7, width, height, radius);
       pen.rect("shade", 3.5, -3.5, width, height, radius);
     }
-    pen.rect("frame", 0, 0, width, height, radius, this.color && !isOpen ? this.color(box) : null);
+    pen.rect("frame", 0, 0, width, height, radius, fill);
     if (box.state === "refused" && !isOpen) pen.path("hatch", hatch(width, height));
     if (box.state === "full" || box.state === "rows") pen.rect("inner", 3, 3, width - 6, height - 6, 5);
     const lines = isOpen ? [] : box.lines, head = isOpen ? height : height - this.metrics.branch * lines.length;
@@ -404,7 +405,7 @@ class Graph {
       pen.text("mark-text", at + wide / 2, 29.5, mark);
       at += wide + 5;
     }
-    lines.forEach((line, i) => this.drawLine(pen, line, head + this.metrics.branch * i));
+    lines.forEach((line, i) => this.drawLine(pen, line, head + this.metrics.branch * i, colored));
     if (box.count) {
       const wide = 10 + 7 * box.count.length;
       pen.rect("badge", width - wide - 7, 6, wide, 14, 7);
@@ -414,8 +415,8 @@ class Graph {
   }
 
   /* An adapter next to W: tall B times wide A. */
-  drawLine(pen, { words, adapter, active }, y) {
-    pen.begin(`a${adapter % 6}${active ? "" : " off"}`, 9, y);
+  drawLine(pen, { words, adapter, active }, y, colored) {
+    pen.begin(`a${adapter % 6}${active ? "" : " off"}${colored}`, 9, y);
     pen.text("plus", 1, 11, "+");
     pen.rect("factor", 11, 1, 5, 13);
     pen.rect("factor", 19, 5, 13, 5);
