@@ -52,7 +52,7 @@ __all__ = [
 _FACTOR = re.compile(
     r"(?:(?P<site>.+)\.)?lora_(?:embedding_)?(?P<which>[AB])(?:\.weight)?(?P<bias>\.bias)?"
 )
-_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<layer>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<layer>\d+)(?:\.(?P<rest>.+))?$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,7 +137,10 @@ class AdapterReport:
         for one in self.sites:
             found = _LAYER.match(one.name)
             place = (
-                (f"{found['before']}.{found['layer']}", found["rest"]) if found else ("", one.name)
+                # A layer that is itself adapted has the name of its list in the place of a module's.
+                (f"{found['before']}.{found['layer']}", found["rest"] or found["before"])
+                if found
+                else ("", one.name)
             )
             cells[place] = float(getattr(one, what))
         layers = list(dict.fromkeys(layer for layer, _ in cells))

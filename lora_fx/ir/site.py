@@ -115,7 +115,8 @@ class Site:
         view: The shape in which it is applied, where that is not the weight's own.
         order: How the dimensions of the weight are permuted before it is viewed so; None for not at all.
         parts: What its output is cut into, by name, with the rows (start, stop) that make it.
-        part_of: Name of the site of which this is such a part: the operation applies the whole weight.
+        whole: The site of which this is such a part: the operation applies the whole weight.
+        attention: FQN of the ``nn.MultiheadAttention`` of which this is a projection; empty for any other.
         tied_to: FQNs of other parameters over the same storage.
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
@@ -142,7 +143,8 @@ class Site:
     view: tuple[int, ...] | None = None
     order: tuple[int, ...] | None = None
     parts: tuple[tuple[str, tuple[int, int]], ...] = ()
-    part_of: str = ""
+    whole: Site | None = None
+    attention: str = ""
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
     router: bool = False
@@ -168,6 +170,11 @@ class Site:
         part_of_parameter = self.name.rpartition(".")[0] == self.weight != self.owner
         leaf = self.name.split(".")[-2 if part_of_parameter else -1 :]
         return join(self.owner, f"{'_'.join(leaf)}_lora")
+
+    @property
+    def part_of(self) -> str:
+        """The name of :attr:`whole`; empty where there is none."""
+        return "" if self.whole is None else self.whole.name
 
     @property
     def place(self) -> str:
@@ -203,7 +210,7 @@ class Site:
             out_features=rows[1] - rows[0],
             rows=rows,
             parts=(),
-            part_of=self.name,
+            whole=self,
         )
 
     @property

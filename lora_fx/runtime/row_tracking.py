@@ -56,6 +56,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         by_values: Whether values of the batch have decided which rows are whose, so that another batch of the
             same shapes may be laid out otherwise.
         folded: Whether a site has seen several rows for each sample.
+        begin_with: Sizes of the first axes of the call's arguments.
         mixed_by: The first operator whose result belongs to several samples.
         paused: Whether operators run unseen: those of a site, which says itself whose rows it writes.
     """
@@ -68,6 +69,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             raise ConfigError(f"adapter_ids: at most 30000 samples, found {samples}")
         self.empty = torch.iinfo(self.dtype).max
         self.by_values = self.folded = False
+        self.begin_with: set[int] = set()
         self.mixed_by = ""
         self.paused = False
         self.error: BaseException | None = None
@@ -111,6 +113,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def enter(self, tensor: Tensor) -> None:
         """Takes an argument of the call for one of the batch if its first axis has the batch's size."""
         rows = tensor.shape[0] if tensor.dim() else 0
+        self.begin_with.add(rows)
         if rows not in (self.samples, self.samples * self.repeats) or not tensor.stride(0):
             return
         numbers = torch.arange(self.samples, device=tensor.device, dtype=self.dtype)
@@ -411,6 +414,12 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _not_rows(self, sets: Tensor | None) -> str:
         if sets is None:
+            if not self.begin_with & {self.samples, self.samples * self.repeats}:
+                found = " and ".join(map(str, sorted(self.begin_with - {0}))) or "nothing"
+                return (
+                    f"does not begin with the {self.samples} samples that adapter_ids names: the arguments "
+                    f"of the call begin with {found}"
+                )
             return (
                 "does not begin with the samples of adapter_ids: it is the same for all of them, or its "
                 "samples come from something that was not followed"

@@ -360,8 +360,10 @@ def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
     """Refuses an activation of which it is not known which rows are whose."""
     if not samples:
         raise ConfigError(
-            "the adapters are chosen for each sample, and none were named: call the model inside "
-            "`with lora_fx.adapter_ids(model, [...]):`"
+            "the model is prepared for an adapter of its own for each sample (per_sample=True), and this "
+            "call does not say which sample has which: call the model inside `with "
+            "lora_fx.adapter_ids(model, ids):`, where ids has one name for each sample of the batch, or None "
+            "for the base; lora_fx.set_adapter(model, name) chooses one adapter for all samples"
         )
     if state == CLOSED and not in_backward():
         raise ConfigError(

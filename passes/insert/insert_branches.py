@@ -424,7 +424,8 @@ def _local(site: Site, region: str) -> Site:
         calls=(),
         tied_to=(),
         parts=(),
-        part_of="",
+        whole=None,
+        attention="",
         head="",
     )
 

@@ -194,8 +194,13 @@ def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejectio
 
 
 def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
-    """Sites in parameter order, each with the FQNs of the other parameters over its storage."""
+    """Sites in parameter order, each with what shares its storage and with its attention layer."""
     tied: dict[int, list[str]] = defaultdict(list)
+    layers = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.MultiheadAttention)
+    }
     named = list(model.named_parameters(remove_duplicate=False))
 
     def owner(name: str) -> nn.Module:
@@ -208,7 +213,10 @@ def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
         # A module under two names is one module.
         others = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
         for site in sites.get(name, ()):
-            yield dataclasses.replace(site, tied_to=others)
+            # in_proj_weight and the three weights of unequal widths are the layer's own, out_proj is a child.
+            owners = (site.owner, site.owner.rpartition(".")[0])
+            attention = next((one for one in owners if one in layers), "")
+            yield dataclasses.replace(site, tied_to=others, attention=attention)
 
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

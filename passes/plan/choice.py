@@ -42,7 +42,7 @@ from lora_fx.passes.capture import Listener, normalize, synthesise
 from lora_fx.passes.parameters import base_dtype, base_modules
 from lora_fx.passes.patterns import lookup, pattern_of
 
-__all__ = ["Choice", "attention_of", "choices", "planned_tokens", "priced", "with_sample_cost"]
+__all__ = ["Choice", "choices", "planned_tokens", "priced", "with_sample_cost"]
 
 _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
@@ -157,7 +157,6 @@ def choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[
 
 
 def _choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[Choice]:
-    attention = attention_of(capture.model, matches)
     for site in matches.sites:
         entry = parameter_entry(site.weight, config)
         if entry is not None:
@@ -168,30 +167,10 @@ def _choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator
         if parts:
             yield from (Choice(part, verdict, (part.name,)) for part, verdict in parts)
             continue
-        layer = attention.get(site.name)
-        if layer is not None and not whole.selected and not excluded(site.name, config):
-            yield _in_attention(site, whole, layer, config)
+        if site.attention and not whole.selected and not excluded(site.name, config):
+            yield _in_attention(site, whole, config)
             continue
         yield Choice(site, whole, (site.name,))
-
-
-def attention_of(model: nn.Module, matches: Matches) -> Mapping[str, str]:
-    """The ``nn.MultiheadAttention`` of each site that is one of its projections, by the site's name.
-
-    The rows of ``in_proj_weight`` or the three weights of unequal widths, and ``out_proj``.
-    """
-    layers = {
-        name
-        for name, module in base_modules(model, every_name=True)
-        if isinstance(module, nn.MultiheadAttention)
-    }
-    found = {}
-    for site in matches.sites if layers else ():
-        for name in (site.owner, site.owner.rpartition(".")[0]):
-            if name in layers:
-                found[site.name] = name
-                break
-    return found
 
 
 def _as_parameter(site: Site, entry: str, config: LoraConfig) -> Choice:
@@ -203,8 +182,9 @@ def _as_parameter(site: Site, entry: str, config: LoraConfig) -> Choice:
     return Choice(site, verdict, (site.weight,), parameter=True)
 
 
-def _in_attention(site: Site, alone: Verdict, layer: str, config: LoraConfig) -> Choice:
+def _in_attention(site: Site, alone: Verdict, config: LoraConfig) -> Choice:
     """Decide about a projection by the name of its attention layer, if its own name is not selected."""
+    layer = site.attention
     named = not uses_default_targets(config) and judge(layer, config).selected
     if not named:
         return Choice(site, alone, (site.name,))

@@ -57,7 +57,7 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     module_at,
 )
-from lora_fx.passes.plan.choice import Choice, attention_of, choices, planned_tokens, priced
+from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder
 
 __all__ = [
@@ -462,7 +462,7 @@ def _check(
     config = plan.config
     if not plan.sites and (config.target_modules != () or config.target_parameters):
         raise NoMatchError(_nothing(plan, matches))
-    idle = unmatched_targets(target_names(capture.model, matches, chosen), config)
+    idle = unmatched_targets(target_names(matches, chosen), config)
     _check_holders(capture.model, plan)
     refused = list(refusals(idle, matches.rejections, config))
     for target, hopeless, why in idle_parameters(capture.model, config, matches, chosen):
@@ -561,12 +561,12 @@ def refusals(
             yield f"{target!r}: {some(names, 3)} cannot be adapted: {reason}"
 
 
-def target_names(model: nn.Module, matches: Matches, chosen: Iterable[Choice]) -> list[str]:
+def target_names(matches: Matches, chosen: Iterable[Choice]) -> list[str]:
     """Return names that an entry of ``target_modules`` can select: sites, their parts, attention layers."""
     names = [site.name for site in matches.sites]
     names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
     names += [choice.site.name for choice in chosen if choice.site.part_of]
-    return names + list(dict.fromkeys(attention_of(model, matches).values()))
+    return names + list(dict.fromkeys(site.attention for site in matches.sites if site.attention))
 
 
 def idle_entries(
@@ -586,7 +586,7 @@ def idle_entries(
         chosen: What is adapted.
         tied: Whether ``ensure_weight_tying`` found something to tie.
     """
-    names = target_names(capture.model, matches, chosen)
+    names = target_names(matches, chosen)
     selected = [name for one in chosen for name in (one.site.name, *one.names)]
     idle = unmatched(names, config, selected=selected)
     as_expression = isinstance(config.target_modules, str)

@@ -372,7 +372,7 @@ def test_checkpoints_have_the_samples_of_their_call(how: str, reentrant: bool) -
         assert_close(own.grad, of_x)
         for key, one in found.items():
             assert_close(gradients(model)[key], one)
-    with pytest.raises(ConfigError, match="none were named"):
+    with pytest.raises(ConfigError, match="does not say which sample has which"):
         model(x)
 
 

@@ -115,8 +115,12 @@ def test_a_prepared_model_is_not_edited_for_each_batch() -> None:
         single = copy.deepcopy(model)
         lora_fx.set_adapter(single, "a")
         assert_close(found, alone(single, IDS, ids))
-    with pytest.raises(ConfigError, match="none were named"):
+    with pytest.raises(ConfigError, match="does not say which sample has which"):
         model(IDS)
+    for ids in (["a", "b"], list("abcabc")):
+        said = f"{len(ids)} samples that adapter_ids names: the arguments of the call begin with 5"
+        with pytest.raises(ConfigError, match=said), lora_fx.adapter_ids(model, ids):
+            model(IDS)
     lora_fx.set_adapter(model, "a")
     assert model(IDS).shape == (5, 4)
 

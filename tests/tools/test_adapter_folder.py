@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.tools.adapter_folder import AdapterReport, SiteFigures
 from tests.mixtures import mixtral
 
 
@@ -71,6 +73,41 @@ def test_figures_are_those_of_the_whole_update(tmp_path: Path) -> None:
     assert modules
     assert len(values) == len(layers)
     assert all(len(row) == len(modules) for row in values)
+
+
+def test_columns_of_the_heat_map_are_told_apart(tmp_path: Path) -> None:
+    """By as much of a name as that takes: BERT has three modules called dense in a layer."""
+    from rich.console import Console
+
+    from lora_fx.tools.cli.tables import render_heat
+
+    names = [
+        f"encoder.layer.{i}.{name}.dense"
+        for i in range(2)
+        for name in ("attention.output", "intermediate", "output")
+    ]
+    names += [f"blocks.{i}" for i in range(2)] + ["pooler.dense"]
+    figures = [
+        SiteFigures(name, 2, 1.0, (4, 4), 1, 1.0 + i, (1.0,), 1.0) for i, name in enumerate(names)
+    ]
+    report = AdapterReport(tmp_path, LoraConfig(), tuple(figures), {}, 0, 0)
+    layers, modules, values = report.heat()
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render_heat("norm", layers, modules, values, width=120))
+    lines = console.export_text().splitlines()
+    heading = lines[1].split()
+    assert heading == [
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+        "blocks",
+        "pooler.dense",
+    ]
+    assert [line.split()[0] for line in lines[2:]] == [*layers[:4], "(root)"]
+    console.print(render_heat("norm", layers, modules, values, width=60))
+    narrow = console.export_text()
+    assert "(root)" not in narrow
+    assert "not shown at this width: " in narrow
 
 
 def test_experts_are_measured_one_by_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -18,6 +19,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.config import LoraConfig, judge
+from lora_fx.errors import ConfigError
 from lora_fx.tools.draw.drawing import picture_of, visualize
 from lora_fx.tools.draw.layout import place, plan_layers
 from lora_fx.tools.draw.page import asset, document_of, initially_open, to_html
@@ -92,7 +94,9 @@ NAMES = [
 ] + ["lm_head", "model.embed"]
 
 SELECT = """
-const rows = given.names.map((name) => ({ name, state: "unselected", default: true, linear: true }));
+const rows = given.names.map((name) => ({
+  name, default: true, linear: true, weight: "", attention: "", reason: "", width: 0, parts: [],
+}));
 const answers = given.cases.map((typed) => {
   const ask = Find.asked(typed);
   if (ask.objection) return ask.objection.startsWith("Python may") ? "unsure" : "wrong";
@@ -367,8 +371,10 @@ def test_what_if_is_live_and_can_be_taken_away(opened: Page) -> None:
     config = opened.run("document.querySelector('#config').textContent")
     given = eval(config, {"lora_fx": lora_fx})
     assert set(given.target_modules) == {"up", "stem", "nowhere"}
+    # What is not typed is that of the configuration that made the picture.
+    assert (given.r, given.lora_alpha, given.lora_dropout) == (2, 4, 0.1)
     cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
-    plan = lora_fx.plan(Nested(), LoraConfig(r=8, target_modules=["up", "stem"]))
+    plan = lora_fx.plan(Nested(), LoraConfig(r=2, target_modules=["up", "stem"]))
     assert cost == plan.trainable_parameters
 
 
@@ -435,7 +441,7 @@ def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> Non
         typed = json.dumps({key: written(value) for key, value in values.items()})
         found = chromium.run(
             f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
-            "const { selected } = Find.select(graph.sites, ask, graph.modules);"
+            "const { selected } = Find.select(graph.targets, ask, graph.modules);"
             "return [ask.objection, selected.map((row) => row.name),"
             "selected.reduce((sum, row) => sum + 4 * row.each_rank, 0)]; })()"
         )
@@ -458,6 +464,145 @@ def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> Non
     for form in ("JSON", "YAML", "Python"):
         choose(chromium, "#form", form)
         assert "lm_head" in chromium.run("document.querySelector('#config').textContent")
+    assert not chromium.complaints
+
+
+class Fused(nn.Module):
+    """A fused qkv, a fused gate and up, and an attention layer of PyTorch, in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(FusedLayer() for _ in range(2))
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.attn(x, x, x, need_weights=False)[0])
+
+
+class FusedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.gate_up = nn.Linear(8, 32, bias=False)
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v)
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return x + self.down(nn.functional.silu(gate) * up)
+
+
+IN_PARTS: list[dict[str, Any]] = [
+    {},
+    {"target_modules": "all-linear"},
+    {"target_modules": ["qkv.q", "qkv.v"]},
+    {"target_modules": ["q", "gate_up.up"]},
+    {"target_modules": r".*\.(q|up)"},
+    {"target_modules": r".*qkv(\.q)?"},
+    {"target_modules": ["qkv"], "exclude_modules": ["qkv.k"]},
+    {"exclude_modules": ["k", "gate"]},
+    {"target_modules": ["qkv.0_8", "qkv.20_24", "down"]},
+    {"target_modules": ["qkv.0_3", "layers.1.qkv.v"]},
+    {"target_modules": ["qkv", "q"]},
+    {"target_modules": ["q", "down"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+    {"target_modules": ["v", "head"], "modules_to_save": ["layers.0"]},
+    {"target_modules": ["up"], "scope": ["layers.1"]},
+    {"target_parameters": ["layers.0.qkv.weight"], "target_modules": ["gate"]},
+    {"target_modules": ["attn"]},
+    {"target_modules": ["attn"], "exclude_modules": ["out_proj"]},
+    {"target_modules": ["attn.q", "out_proj"]},
+    {"target_modules": ["qkv.q", "attn", "nowhere"]},
+    {"target_modules": ["q", "down"], "rank_pattern": {"layers.1.qkv.q": 7, "down": 2}},
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("drawn", ["model", "plan", "rewritten"])
+def test_what_if_adapts_parts_as_a_plan_does(chromium: Page, tmp_path: Path, drawn: str) -> None:
+    """Of fused weights and of attention layers, whatever the picture that is looked at has adapted."""
+    model, r = Fused(), 4
+    config = LoraConfig(r=r, target_modules=["qkv.q", "qkv.8_16", "gate_up", "attn"])
+    made = {
+        "model": lambda: model,
+        "plan": lambda: lora_fx.plan(model, config),
+        "rewritten": lambda: lora_fx.rewrite(model, config),
+    }
+    chromium.open(visualize(made[drawn](), tmp_path / "parts.html").as_uri())
+    for values in IN_PARTS:
+        plan = lora_fx.plan(model, LoraConfig(r=r, **values))
+        fields = {key: value for key, value in values.items() if key != "rank_pattern"}
+        typed = json.dumps({key: written(value) for key, value in fields.items()})
+        ranks = json.dumps(values.get("rank_pattern", {}))
+        objection, names, cost, idle, clash = chromium.run(
+            f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
+            "const { selected, idle, left, clash } = Find.select(graph.targets, ask, graph.modules);"
+            f"const each = (row) => row.each_rank * Find.rankOf(row, {r}, {ranks});"
+            "const cost = selected.reduce((sum, row) => sum + each(row), 0);"
+            "return [ask.objection, selected.map((row) => row.name), cost, [...idle, ...left], clash]; })()"
+        )
+        assert (objection, clash) == ("", ""), values
+        assert sorted(names) == sorted(row.name for row in plan.sites), values
+        assert cost == sum(row.parameters for row in plan.sites), values
+        told = {line.split("'")[1] for line in plan.unmatched}
+        assert set(idle) == told, values
+    assert not chromium.complaints
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_what_if_says_which_parts_cannot_be(chromium: Page, tmp_path: Path) -> None:
+    """Where a plan is refused, the page says the same."""
+    model = Fused()
+    chromium.open(visualize(model, tmp_path / "parts.html").as_uri())
+    chromium.key("w")
+    for targets in (["qkv.0_9", "qkv.8_16"], ["qkv.16_40"], ["qkv.9_3"]):
+        choose(chromium, "#targets", ", ".join(targets))
+        told = chromium.run("document.querySelector('#verdict').innerText")
+        with pytest.raises(ConfigError) as refused:
+            lora_fx.plan(model, LoraConfig(target_modules=targets))
+        said = str(refused.value).partition("rows")[2]
+        assert said in told
+    assert chromium.run("document.querySelector('#config').textContent") == ""
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {"target_modules": ["qkv.q", "qkv.v"], "r": 3, "lora_alpha": 0.5, "lora_dropout": 0.25},
+    {"target_modules": r".*\.(q|up)", "use_rslora": True, "init_lora_weights": False},
+    {"target_modules": "head", "modules_to_save": ["attn"], "bias": "lora_only"},
+    {"target_modules": "all-linear", "exclude_modules": ["layers.0.qkv", "down"]},
+    {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+    {"target_modules": [], "target_parameters": ["qkv.weight"], "scope": "layers.1"},
+    {"rank_pattern": {"layers.0.down": 2}, "alpha_pattern": {"qkv": 3.5}, "task_type": "SEQ_CLS"},
+]
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("values", CONFIGS, ids=range(len(CONFIGS)))
+def test_what_if_starts_with_the_configuration_of_the_picture(
+    chromium: Page, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    model, config = Fused(), LoraConfig(**values)
+    plan = lora_fx.plan(model, config)
+    if config.target_modules == "head":  # an expression, which looks like a name
+        config = dataclasses.replace(config, target_modules="(?:head)")
+    for drawn in (plan, lora_fx.rewrite(model, config)):
+        chromium.open(visualize(drawn, tmp_path / "start.html", force=True).as_uri())
+        chromium.key("w")
+        taken = chromium.run("document.querySelector('#config').textContent")
+        given = eval(taken, {"lora_fx": lora_fx})
+        assert given == config
+        told = chromium.run("document.querySelector('#verdict').innerText")
+        cost = int(re.search(r"([\d,]+) trained", told)[1].replace(",", ""))  # type: ignore[index]
+        assert cost == sum(row.parameters for row in plan.sites)
+        choose(chromium, "#form", "JSON")
+        taken = json.loads(chromium.run("document.querySelector('#config').textContent"))
+        assert LoraConfig.from_dict(taken) == config
     assert not chromium.complaints
 
 
@@ -640,7 +785,7 @@ def test_a_large_model_opens_and_answers_at_once(chromium: Page, tmp_path: Path)
     chromium.key("Tab")
     took = chromium.run(
         "(() => { const start = performance.now();"
-        "document.dispatchEvent(new KeyboardEvent('keydown', { key: 'Tab', bubbles: true }));"
+        "document.body.dispatchEvent(new KeyboardEvent('keydown', { key: 'Tab', bubbles: true }));"
         "loraFx.graphs[0].paint(); return performance.now() - start; })()"
     )
     assert took < 50
@@ -649,10 +794,23 @@ def test_a_large_model_opens_and_answers_at_once(chromium: Page, tmp_path: Path)
 
 PAN = """
 new Promise((done) => {
-  const graph = loraFx.graphs[0], start = performance.now();
-  let frames = 0;
+  const graph = loraFx.graphs[0], paint = graph.paint, told = { drawn: 0, still: 0, script: [] };
+  let frames = 0, start = 0;
+  graph.paint = () => {
+    const before = performance.now(), area = paint.call(graph);
+    told.script.push(performance.now() - before);
+    told.drawn += graph.drawn;
+    told.still += graph.drawn === 0;
+    return area;
+  };
   const step = () => {
-    if (++frames > 30) { done(30000 / (performance.now() - start)); return; }
+    if (!frames) start = performance.now();
+    if (++frames > 60) {
+      delete graph.paint;
+      told.script = told.script.sort((a, b) => a - b)[30];
+      done({ ...told, frames: 60000 / (performance.now() - start) });
+      return;
+    }
     graph.move(graph.view.x + 3, graph.view.y + 1, graph.view.scale);
     requestAnimationFrame(step);
   };
@@ -663,25 +821,25 @@ new Promise((done) => {
 
 SHIFT = """
 (() => {
-  const graph = loraFx.graphs[0], pixels = () => {
-    const { width, height } = graph.canvas;
-    return graph.canvas.getContext("2d").getImageData(0, 0, width, height).data;
-  };
+  const graph = loraFx.graphs[0], context = graph.canvas.getContext("2d");
+  const pixels = () => context.getImageData(...graph.window).data;
   graph.view = { ...graph.view, x: 40, y: -100 };
   graph.painted = null;
   graph.paint();
-  for (const [x, y] of [[7, 5], [-30, 12], [18, -40]]) {
+  let few = 0, still = 0;
+  for (const [x, y] of [[7, 5], [-30, 12], [18, -40], [-150, 260], [170, -90], [3, 3]]) {
     graph.view = { ...graph.view, x: graph.view.x + x, y: graph.view.y + y };
     graph.paint();
+    few = Math.max(few, graph.drawn);
+    still += graph.drawn === 0;
   }
   const shifted = pixels();
-  const few = graph.drawn;
   graph.painted = null;
   graph.paint();
   const whole = pixels();
   let other = 0;
   for (let i = 0; i < whole.length; i++) if (Math.abs(whole[i] - shifted[i]) > 8) other++;
-  return [other / whole.length, few, graph.drawn];
+  return [other / whole.length, few, graph.drawn, still];
 })()
 """
 
@@ -712,12 +870,22 @@ def test_pans_over_twenty_thousand_boxes(chromium: Page, tmp_path: Path) -> None
     chromium.open(path.as_uri())
     chromium.run("loraFx.graphs[0].toDepth(9)")
     for more in (1, 9):
-        chromium.run(
-            f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
-        )
-        assert chromium.run(PAN) > 30
+        start = f"loraFx.graphs[0].fit(loraFx.graphs[0].root, false); loraFx.graphs[0].zoom({more})"
+        for _ in range(3):  # others use the machine, too
+            chromium.run(start)
+            chromium.settle()
+            whole = chromium.run("loraFx.graphs[0].drawn")
+            told = chromium.run(PAN)
+            # A frame moves what is there; what comes into view is drawn ahead, once in a while.
+            assert told["still"] >= 55
+            assert told["drawn"] < whole
+            assert told["script"] < 2
+            if told["frames"] > 30:
+                break
+        assert told["frames"] > 30
     chromium.run("loraFx.graphs[0].fit(loraFx.graphs[0].root, false)")
     chromium.settle()
-    other, few, every = chromium.run(SHIFT)
+    other, few, every, still = chromium.run(SHIFT)
     assert other < 0.002
-    assert few < every / 5
+    assert few < every / 2
+    assert still >= 1

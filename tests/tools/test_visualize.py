@@ -748,3 +748,19 @@ def test_model_explorer_gets_a_graph_and_ranks(tmp_path: Path) -> None:
     assert ranks == {"stem": 2, "up": 2, "down": 2}
     with pytest.raises(ConfigError, match=r"net\.json"):
         visualize(model, tmp_path / "net.html", file_format="model-explorer")
+
+
+def test_an_operation_in_place_has_the_name_that_torch_gives_it() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.fc(x)
+            y += x
+            return y
+
+    names = {box.name for box in picture_of(adapted(Adds())).root.walk()}
+    assert "add_" in names
+    assert "in_place" not in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -154,13 +155,13 @@ def render_heat(
     Args:
         title: What the values are.
         layers: Names of the rows.
-        modules: Names of the columns; their last parts are shown.
+        modules: Names of the columns; of each as many last parts are shown as tell it from the others.
         values: A row for each layer; None where there is nothing.
         width: Columns of the terminal; modules that do not fit are named below.
     """
     known = [one for row in values for one in row if one is not None and one == one]
     most = max(known, default=0.0)
-    names = [module.rpartition(".")[2] for module in modules]
+    names = _ends(modules)
     room = width - max((len(layer) for layer in layers), default=0) - 2
     shown = 0
     for name in names:
@@ -171,12 +172,27 @@ def render_heat(
     for name in names[:shown]:
         table.add_column(name, justify="right", no_wrap=True)
     for layer, row in zip(layers, values, strict=True):
+        if all(one is None for one in row[:shown]):
+            continue
         cells = [Text("" if one is None else f"{one:.3g}", _heat(one, most)) for one in row[:shown]]
         table.add_row(Text(layer or "(root)", "cyan"), *cells)
     if shown == len(names):
         return table
     left_out = ", ".join(modules[shown:])
     return Group(table, Text(f"not shown at this width: {left_out} (--json has them)", "dim"))
+
+
+def _ends(names: Sequence[str]) -> list[str]:
+    """Of each name the shortest end that no other name has and that is not a number alone."""
+    ends = [
+        [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        for parts in (name.split(".") for name in names)
+    ]
+    counts = Counter(end for several in ends for end in several)
+    return [
+        next((one for one in several if counts[one] == 1 and not one.isdigit()), several[-1])
+        for several in ends
+    ]
 
 
 def _heat(value: float | None, most: float) -> str:

@@ -26,7 +26,7 @@ from lora_fx.tools.draw.picture import (
     share_of,
     times,
 )
-from lora_fx.tools.draw.sites import rows_of_plan
+from lora_fx.tools.draw.sites import rows_of_plan, targets_of
 
 __all__ = ["picture_of_folder", "picture_of_merge", "picture_of_plan"]
 
@@ -156,6 +156,11 @@ def picture_of_plan(plan: Plan) -> Picture:
         notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
         adapters=("",),
         sites=rows_of_plan(plan),
+        targets=targets_of(
+            [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)],
+            plan.rejections,
+        ),
+        config=plan.config,
         counted=False,
     )
 

@@ -11,6 +11,7 @@ from importlib import resources
 from typing import Any
 from xml.sax.saxutils import escape
 
+from lora_fx.config import ALL_LINEAR, LoraConfig, saved_entries
 from lora_fx.tools.draw.layout import (
     CHIPS,
     METRICS,
@@ -22,7 +23,7 @@ from lora_fx.tools.draw.layout import (
     sizes_of,
     words_of,
 )
-from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, clean
+from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, Target, clean
 
 __all__ = ["asset", "classes_of", "document_of", "initially_open", "to_html"]
 
@@ -30,6 +31,9 @@ SCRIPTS = ("place.js", "paint.js", "find.js", "graph.js", "viewer.js")
 
 _VISIBLE = 130
 """About as many boxes as a screen shows with names that can be read."""
+
+_SPECIAL = re.compile(r"[\\^$*+?()\[\]{}|]")
+"""What makes a text an expression, as ``find.js`` has it."""
 
 _MODULES = frozenset({Kind.LEAF, Kind.CALL, Kind.SITE, Kind.SKIPPED, Kind.REJECTED})
 
@@ -124,6 +128,8 @@ def document_of(picture: Picture) -> dict[str, Any]:
         "texts": [
             place for place, field in enumerate(dataclasses.fields(SiteRow)) if _is_text(field)
         ],
+        "targets": [_target(one, strings) for one in picture.targets],
+        "config": _typed(picture.config),
         "strings": list(strings.places),
         "metrics": METRICS,
         "chips": {str(kind): letter for kind, letter in CHIPS.items()},
@@ -150,6 +156,75 @@ def _row(row: SiteRow, strings: _Strings) -> list[Any]:
             value = float(f"{value:.4g}") if math.isfinite(value) else None
         values.append(value)
     return values
+
+
+def _target(target: Target, strings: _Strings) -> dict[str, Any]:
+    """A target without what is empty, texts by their places."""
+    entry: dict[str, Any] = {}
+    for field in dataclasses.fields(target):
+        value = getattr(target, field.name)
+        if value:
+            entry[field.name] = strings(value) if isinstance(value, str) else value
+    entry["parts"] = [[strings(name), *rows] for name, rows in target.parts]
+    return {"name": strings(target.name)} | {key: v for key, v in entry.items() if _told(v)}
+
+
+FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+    "scope",
+)
+"""Fields of a configuration that can be typed into the page, besides ``r`` and ``lora_alpha``."""
+
+_UNCOUNTED = (
+    "use_dora",
+    "lora_bias",
+    "kind",
+    "bias",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
+"""Fields that decide what else is selected or trained, which the page does not count."""
+
+
+def _typed(config: LoraConfig | None) -> dict[str, Any]:
+    """A configuration as it is typed into the page: texts by field, and what no field is for."""
+    config = config or LoraConfig()
+    default = LoraConfig().to_dict()
+    values = {key: v for key, v in config.to_dict().items() if v != default.get(key)}
+    rest = {
+        key: v
+        for key, v in values.items()
+        if key not in (*FIELDS, "r", "lora_alpha", "inference_mode")
+    }
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "typed": {key: _text_of(getattr(config, key)) for key in FIELDS},
+        "rest": rest,
+        "heads": [
+            one for one in saved_entries(config) if one not in (config.modules_to_save or ())
+        ],
+        "uncounted": [key for key in _UNCOUNTED if key in rest],
+    }
+
+
+def _text_of(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        # An expression that looks like a name would be read as one.
+        plain = value != ALL_LINEAR and not _SPECIAL.search(value)
+        return f"(?:{value})" if plain else value
+    entries = [value] if isinstance(value, int) else list(value)
+    listed = [str(one) for one in entries]
+    if not listed or any(_SPECIAL.search(one) or re.search(r"[\s,]", one) for one in listed):
+        return json.dumps(listed)
+    return ", ".join(listed)
 
 
 def _layout(box: Box, layers: Layers) -> str:

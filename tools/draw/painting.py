@@ -51,7 +51,13 @@ from lora_fx.tools.draw.regions import (
     size_name,
     source_of,
 )
-from lora_fx.tools.draw.sites import rows_of_matches, rows_of_model, why_not, with_losses
+from lora_fx.tools.draw.sites import (
+    rows_of_matches,
+    rows_of_model,
+    targets_of,
+    why_not,
+    with_losses,
+)
 
 __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
 
@@ -98,7 +104,7 @@ def calls_of(model: nn.Module, example_inputs: Any = None) -> Calls | str:
     if example_inputs is None:
         made = synthesise(model)
         if made.inputs is None:
-            return f"no example inputs: {made.words}"
+            return f"no example inputs: {made.words}; give example_inputs to see how data flows"
         example_inputs = made.inputs
     failure = ""
     # Some operators have no form without data but for bfloat16.
@@ -360,6 +366,8 @@ def picture_of_model(
     rows = rows_of_model(model, record) if record is not None else ()
     if record is None and matches is not None:
         rows = rows_of_matches(matches)
+    seen = matches if record is None else record.base.matches
+    configs = [one.config for one in record.adapters.values()] if record is not None else []
     if original is not None and any(row.quantized for row in rows):
         rows = with_losses(rows, model, record or matches, original)
     return Picture(
@@ -374,6 +382,8 @@ def picture_of_model(
         notes=tuple(notes),
         adapters=painter.adapters,
         sites=rows,
+        targets=() if seen is None else targets_of(seen.sites, seen.rejections),
+        config=configs[0] if configs else None,
     )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Any
 
+from lora_fx.config import LoraConfig
+
 __all__ = [
     "Box",
     "Branch",
@@ -21,6 +23,7 @@ __all__ = [
     "Picture",
     "SiteRow",
     "State",
+    "Target",
     "clean",
     "elide",
     "end_of",
@@ -35,7 +38,7 @@ __all__ = [
     "times",
 ]
 
-SCHEMA = "lora_fx.picture/2"
+SCHEMA = "lora_fx.picture/3"
 
 # What XML 1.0 cannot carry, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -114,7 +117,7 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SiteRow:
-    """A linear operation of the model, for the table, the colors and the try of a pattern.
+    """A linear operation of the model, for the table and the colors.
 
     Attributes:
         name: FQN of the operation.
@@ -123,11 +126,6 @@ class SiteRow:
         shape: Shape of the weight.
         adapter: Name of the adapter; empty for none.
         rank, scale, dropout, parameters, flops, saved: What the adapter is and costs; zeros for none.
-        each_rank: Trainable elements that one more rank costs.
-        default: Whether ``target_modules=None`` selects it.
-        linear: Whether ``target_modules="all-linear"`` does.
-        weight: FQN of the weight, where that is not ``name.weight``.
-        fused: Whether it has parts that can be adapted by themselves, or is one.
         quantized: How the weight is stored; empty for as it is.
         reason: Why it is not selected, or refused.
         share: ‖ΔW‖ / ‖W‖ with ΔW = s·BA; None where there are no values.
@@ -148,11 +146,6 @@ class SiteRow:
     parameters: int = 0
     flops: int = 0
     saved: int = 0
-    each_rank: float = 0.0
-    default: bool = False
-    linear: bool = False
-    weight: str = ""
-    fused: bool = False
     quantized: str = ""
     reason: str = ""
     share: float | None = None
@@ -160,6 +153,33 @@ class SiteRow:
     gradient: float | None = None
     error: float | None = None
     lost: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """What an entry of a configuration can name: a linear operation as it is without adapters, or a refusal.
+
+    Attributes:
+        name: FQN of the operation.
+        weight: FQN of the weight, where that is not ``name.weight``.
+        default: Whether ``target_modules=None`` selects it.
+        linear: Whether ``target_modules="all-linear"`` does.
+        each_rank: Trainable elements that one more rank costs.
+        attention: FQN of the ``nn.MultiheadAttention`` of which it is a projection.
+        width: Output features, where some of them can have an adapter of their own; 0 where they cannot.
+        parts: Names of such parts, each with its output features (start, stop).
+        reason: Why it cannot be adapted; empty where it can.
+    """
+
+    name: str
+    weight: str = ""
+    default: bool = False
+    linear: bool = False
+    each_rank: float = 0.0
+    attention: str = ""
+    width: int = 0
+    parts: tuple[tuple[str, tuple[int, int]], ...] = ()
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -229,6 +249,8 @@ class Picture:
         notes: Remarks on how the picture came about.
         adapters: Names of the adapters that occur, in the order of their colors.
         sites: Every linear operation of the model.
+        targets: What another configuration could name; empty where that is not known.
+        config: The configuration that made the picture's adapters, where there is one.
         counted: Whether the boxes count all parameters, and not only those that are known by name.
     """
 
@@ -239,6 +261,8 @@ class Picture:
     notes: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     sites: tuple[SiteRow, ...] = ()
+    targets: tuple[Target, ...] = ()
+    config: LoraConfig | None = None
     counted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
@@ -275,6 +299,8 @@ class Picture:
             "notes": list(self.notes),
             "adapters": list(self.adapters),
             "sites": [dataclasses.asdict(row) | {"state": str(row.state)} for row in self.sites],
+            "targets": [dataclasses.asdict(one) for one in self.targets],
+            "config": None if self.config is None else self.config.to_dict(),
             "root": self.root.id,
             "boxes": boxes,
             "nodes": nodes,

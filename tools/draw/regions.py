@@ -15,7 +15,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.capture import MODULE_STACK
 from lora_fx.passes.graph import elements, original_class
-from lora_fx.runtime import AdapterModule
+from lora_fx.runtime import AdapterModule, in_place
 from lora_fx.tools.draw.picture import (
     Box,
     Branch,
@@ -212,6 +212,8 @@ def node_name(node: fx.Node) -> str:
     """The first line: what it does, in a word or two."""
     if node.op in ("placeholder", "output"):
         return str(node.target)
+    if node.target is in_place:  # x += y, in torch's words
+        return f"{str(node.args[0])[1:]}_"
     name = target_name(node.target)
     if node.op == "get_attr":
         return name

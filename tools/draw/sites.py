@@ -17,12 +17,13 @@ from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, join
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.adapter_folder import effective_rank, singular_values
-from lora_fx.tools.draw.picture import SiteRow, State
+from lora_fx.tools.draw.picture import SiteRow, State, Target
 
 __all__ = [
     "rows_of_matches",
     "rows_of_model",
     "rows_of_plan",
+    "targets_of",
     "why_not",
     "with_losses",
 ]
@@ -143,13 +144,33 @@ def _site(site: Site, reason: str = "") -> SiteRow:
         state=State.BASE,
         pattern=site.pattern,
         shape=site.shape,
-        each_rank=_each_rank(site),
-        default=_in_default(site),
-        linear=site.family == "linear" and site.head != "declared",
-        weight="" if site.weight == join(site.name, "weight") else site.weight,
-        fused=bool(site.parts or site.part_of),
         quantized="" if site.quantized is None else str(site.quantized),
         reason=reason,
+    )
+
+
+def targets_of(sites: Iterable[Site], rejections: Iterable[Rejection]) -> tuple[Target, ...]:
+    """What a configuration could name.
+
+    Args:
+        sites: Linear operations, or parts of them, which stand for the whole.
+        rejections: What cannot be adapted.
+    """
+    wholes = dict.fromkeys(site.whole or site for site in sites)
+    refused = (Target(one.name, reason=one.reason) for one in rejections)
+    return (*map(_target, wholes), *refused)
+
+
+def _target(site: Site) -> Target:
+    return Target(
+        name=site.name,
+        weight="" if site.weight == join(site.name, "weight") else site.weight,
+        default=_in_default(site),
+        linear=site.family == "linear" and site.head != "declared",
+        each_rank=_each_rank(site),
+        attention=site.attention,
+        width=site.out_features if site.divisible else 0,
+        parts=site.parts,
     )
 
 

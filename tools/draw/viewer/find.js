@@ -81,7 +81,7 @@ const Find = (() => {
     if (!typed) return { kind: "default" };
     if (typed === "all-linear" || typed === '"all-linear"') return { kind: "default", all: true };
     const listed = typed.match(/^\[(.*)\]$/s);
-    if (!SPECIAL.test(typed) || (listed && /^\s*["']/.test(listed[1]))) {
+    if (!SPECIAL.test(typed) || (listed && /^\s*(["']|$)/.test(listed[1]))) {
       return { kind: "list", names: list(typed) ?? [] };
     }
     const pattern = typed.replace(/^r?(["'])(.*)\1$/, "$2");
@@ -155,12 +155,9 @@ const Find = (() => {
   /* Whether a module, or one around it, is trained in full: PEFT compares ends without a dot, too. */
   const isSaved = (name, saved) => (saved ?? []).some((one) => new RegExp(`^(?:(^|.*\\.)${one}($|\\..*))`).test(name) || name.endsWith(one) || name.includes(`${one}.`));
 
-  /* Whether a row is selected; which field names it does not matter. */
-  function isChosen(row, { target, exclude, layers: wanted, patterns, saved, parameters, scope }) {
-    const { name } = row;
+  /* Whether a name is selected. `row`: what the default knows of the operation. */
+  function isChosen(name, row, { target, exclude, layers: wanted, patterns, saved, parameters, scope }) {
     if (scope && !scope.some((one) => liesIn(name, one))) return false;
-    // A parameter that is named is adapted whatever is excluded.
-    if (parameters?.some((one) => ends(row.weight || `${name}.weight`, one))) return !isSaved(name, saved);
     if (names(name, exclude) || isSaved(name, saved)) return false;
     if (target.kind === "default" ? !(target.all ? row.linear : !parameters && row.default) : !names(name, target)) return false;
     // layers_to_transform decides about defaults, and about entries of a list that are not the whole name.
@@ -168,40 +165,109 @@ const Find = (() => {
     return whole || !wanted || wanted.includes(layerOf(name, patterns));
   }
 
+  /* Some output features of a fused weight, as an operation of its own. */
+  function part(row, name, start, stop) {
+    const lost = row.width - (stop - start);
+    return { ...row, name: `${row.name}.${name}`, of: row, rows: [start, stop], each_rank: row.each_rank - lost, asked: [`${row.name}.${name}`] };
+  }
+
+  /* Parts that a list calls by their features: qkv.0_64. */
+  function numbered(row, { target }) {
+    return (target.names ?? []).flatMap((entry) => {
+      const [, name, start, stop] = entry.match(/^(.+)\.(\d+)_(\d+)$/) ?? [];
+      if (!name || !ends(row.name, name)) return [];
+      return [part(row, `${start}_${stop}`, Number(start), Number(stop))];
+    });
+  }
+
+  /* The operations that a row is under a configuration: itself, or its parts in its place. `asked`: the names by
+     which ranks are looked up. As lora_fx/passes/plan/choice.py has it. */
+  function chosen(row, ask) {
+    const { target, exclude, parameters, saved, scope } = ask, weight = row.weight || `${row.name}.weight`;
+    const yes = (one, asked = [one.name]) => [{ ...one, asked }];
+    // A parameter that is named is adapted whatever is excluded.
+    const named = parameters?.some((one) => ends(weight, one)) && (!scope || scope.some((one) => liesIn(weight, one)));
+    if (named) return isSaved(row.name, saved) ? [] : yes(row, [weight]);
+    const whole = isChosen(row.name, row, ask), excluded = (name) => names(name, exclude);
+    if (row.width) {
+      const parts = row.parts.map((one) => part(row, ...one));
+      if (whole && parts.some(({ name }) => excluded(name))) return parts.filter(({ name }) => !excluded(name));
+      if (!whole && target.kind !== "default" && !excluded(row.name)) {
+        const own = numbered(row, ask), same = (one) => own.some(({ rows }) => String(rows) === String(one.rows));
+        const found = [...parts.filter((one) => !same(one)), ...own].filter(({ name }) => isChosen(name, row, ask));
+        if (found.length) return found;
+      }
+    }
+    if (whole) return yes(row);
+    const layer = row.attention && target.kind !== "default" && !excluded(row.name) && isChosen(row.attention, row, ask);
+    return layer ? yes(row, [row.name, row.attention]) : [];
+  }
+
+  /* Why parts of a fused weight cannot be adapted so; empty where they can. */
+  function clash(found) {
+    for (const one of found.filter(({ rows }) => rows)) {
+      const [start, stop] = one.rows, { of } = one;
+      if (start >= stop || stop > of.width) return `${of.name} has the rows 0 to ${of.width}, written start_stop as in a slice`;
+      const other = found.find((two) => two !== one && two.of === of && two.rows[0] < stop && start < two.rows[1]);
+      if (other) return `rows of ${of.name} that overlap: ${one.rows.join("_")} and ${other.rows.join("_")}; a row has one adapter`;
+    }
+    return "";
+  }
+
   /* Which rows are selected, which of them cannot be, and which entries select nothing. `modules`: all their names. */
-  function select(rows, ask, modules = []) {
-    const every = [...new Map(rows.map((row) => [row.name, row])).values()], chosen = every.filter((row) => isChosen(row, ask));
+  function select(rows, given, modules = [], heads = []) {
+    const ask = heads.length ? { ...given, saved: [...(given.saved ?? []), ...heads] } : given, found = rows.flatMap((row) => chosen(row, ask));
     const { target, exclude, parameters, scope, saved, layers: wanted, patterns } = ask;
+    const every = [...new Set([...rows, ...found].flatMap((row) => [row.name, ...(row.rows ? [] : row.parts.map(([name]) => `${row.name}.${name}`)), row.attention]))].filter((one) => one !== "");
+    const kept = new Set(found.flatMap((row) => [row.name, ...row.asked])), has = (one) => every.some((name) => ends(name, one));
     const idle = [
-      ...(target.names ?? []).filter((one) => !every.some(({ name }) => ends(name, one))), ...(exclude.names ?? []).filter((one) => !every.some(({ name }) => ends(name, one))),
-      ...(parameters ?? []).filter((one) => !every.some((row) => ends(row.weight || `${row.name}.weight`, one))),
-      ...(scope ?? []).filter((one) => !every.some(({ name }) => liesIn(name, one))),
-      ...(saved ?? []).filter((one) => !modules.some((name) => name.endsWith(one))),
-      ...(wanted ?? []).filter((one) => !chosen.some(({ name }) => layerOf(name, patterns) === one)).map((one) => `layer ${one}`),
+      ...(target.names ?? []).filter((one) => !has(one)), ...(exclude.names ?? []).filter((one) => !has(one)),
+      ...(parameters ?? []).filter((one) => !rows.some((row) => ends(row.weight || `${row.name}.weight`, one))),
+      ...(scope ?? []).filter((one) => !every.some((name) => liesIn(name, one))),
+      ...(given.saved ?? []).filter((one) => !modules.some((name) => name.endsWith(one))),
+      ...(wanted ?? []).filter((one) => !found.some(({ name }) => layerOf(name, patterns) === one)).map((one) => `layer ${one}`),
     ];
+    const left = (target.names ?? []).filter((one) => has(one) && ![...kept].some((name) => ends(name, one)));
     return {
-      selected: chosen.filter((row) => row.state !== "refused"), refused: chosen.filter((row) => row.state === "refused"), idle,
+      selected: found.filter((row) => !row.reason), refused: found.filter((row) => row.reason), idle, left, clash: clash(found),
       inFull: saved ? modules.filter((name) => saved.some((one) => name.endsWith(one))) : [],
     };
   }
 
-  function fields({ target, exclude, layers: wanted, patterns, saved, parameters, scope }, rank, alpha) {
+  /* The rank of a selected row: of its names, the first that a pattern knows decides. */
+  function rankOf(row, rank, patterns = {}) {
+    for (const name of row.asked) {
+      const key = Object.keys(patterns).find((one) => new RegExp(`^(?:(.*\\.)?(${one})$)`).test(name)) ?? name;
+      if (Object.hasOwn(patterns, key)) return patterns[key];
+    }
+    return rank;
+  }
+
+  /* `rest`: fields that cannot be typed into the page. */
+  function fields({ target, exclude, layers: wanted, patterns, saved, parameters, scope }, rank, alpha, rest = {}) {
     const value = (chosen) => (chosen.kind === "list" ? chosen.names : chosen.all ? "all-linear" : chosen.kind === "default" ? null : chosen.pattern);
     const found = {
       r: rank, lora_alpha: alpha, target_modules: value(target), exclude_modules: value(exclude), layers_to_transform: wanted, layers_pattern: patterns,
       modules_to_save: saved, target_parameters: parameters, scope,
     };
-    return Object.fromEntries(Object.entries(found).filter(([, one]) => one !== null));
+    return { ...Object.fromEntries(Object.entries(found).filter(([, one]) => one !== null)), ...rest };
+  }
+
+  /* A value of JSON as Python writes it. */
+  function python(value) {
+    if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
+    if (value && typeof value === "object") return `{${Object.entries(value).map(([key, one]) => `${JSON.stringify(key)}: ${python(one)}`).join(", ")}}`;
+    return value === true ? "True" : value === false ? "False" : value === null ? "None" : JSON.stringify(value);
   }
 
   // A JSON string is a Python string as well, and a YAML one.
   const WRITERS = {
-    Python: (found) => `lora_fx.LoraConfig(${Object.entries(found).map(([key, value]) => `${key}=${JSON.stringify(value)}`).join(", ")})`,
+    Python: (found) => `lora_fx.LoraConfig(${Object.entries(found).map(([key, value]) => `${key}=${python(value)}`).join(", ")})`,
     JSON: (found) => JSON.stringify({ peft_type: "LORA", ...found }, null, 2),
     YAML: (found) => Object.entries(found).map(([key, value]) => (Array.isArray(value) ? `${key}:\n${value.map((one) => `  - ${JSON.stringify(one)}`).join("\n")}` : `${key}: ${JSON.stringify(value)}`)).join("\n"),
   };
 
-  return { search, asked, select, fields, WRITERS, isModule };
+  return { search, asked, select, rankOf, disagreement, fields, WRITERS, isModule };
 })();
 
 if (typeof module !== "undefined") module.exports = Find;

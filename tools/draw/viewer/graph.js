@@ -1,6 +1,9 @@
 "use strict";
 /* One picture on one canvas: what is open, selected and found, where the view is, and how it is drawn. */
 
+/* Pixels by which the canvas is larger than the view, on each side. */
+const MARGIN = 192;
+
 class Graph {
   constructor(doc, canvas, looks) {
     Object.assign(this, { doc, canvas, looks, metrics: doc.metrics, layouts: doc.layouts });
@@ -19,6 +22,7 @@ class Graph {
       for (const name of box.repeats.slice(1)) this.folds.set(name, box.fqn);
     }
     this.sites = doc.sites.map((values) => this.site(values));
+    this.targets = doc.targets.map((entry) => this.target(entry));
     this.stack();
   }
 
@@ -52,6 +56,13 @@ class Graph {
     row.box = this.boxOf(row.name);
     for (let box = row.box; box; box = box.parent) box.rows.push(row);
     return row;
+  }
+
+  /* What a configuration could name, tied to its box. */
+  target({ name, weight, attention, reason, parts = [], ...more }) {
+    const word = (place) => this.doc.strings[place] ?? "";
+    const row = { default: false, linear: false, each_rank: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
+    return { ...row, parts: parts.map(([one, start, stop]) => [word(one), start, stop]), box: this.boxOf(row.name) };
   }
 
   /* --- names --- */
@@ -200,7 +211,9 @@ class Graph {
 
   /* --- the view --- */
 
-  get area() { return this.canvas.getBoundingClientRect(); }
+  get stage() { return this.canvas.parentNode; }
+
+  get area() { return this.stage.getBoundingClientRect(); }
 
   move(x, y, scale) {
     const before = this.view.scale;
@@ -259,49 +272,69 @@ class Graph {
     if (this.waiting) return;
     this.waiting = requestAnimationFrame(() => {
       this.waiting = 0;
-      this.paint();
-      this.onDraw(this);
+      this.onDraw(this, this.paint());
     });
   }
 
+  /* The canvas is larger than the view by a margin on each side. While what it shows only moves, the canvas
+     moves, and nothing is drawn until the view leaves the part that has been painted. Gives the size of the view. */
   paint() {
-    const { canvas, view, painted } = this, { width, height } = this.area, ratio = window.devicePixelRatio || 1;
-    const wide = Math.round(width * ratio), high = Math.round(height * ratio);
-    const resized = canvas.width !== wide || canvas.height !== high;
-    if (resized) { canvas.width = wide; canvas.height = high; }
-    const context = canvas.getContext("2d");
+    const { canvas, view, area } = this, { width, height } = area, ratio = window.devicePixelRatio || 1;
+    const wide = Math.round(width * ratio), high = Math.round(height * ratio), margin = Math.round(MARGIN * ratio);
+    const size = [wide + 2 * margin, high + 2 * margin], context = canvas.getContext("2d");
+    if (canvas.width !== size[0] || canvas.height !== size[1]) {
+      [canvas.width, canvas.height] = size;
+      Object.assign(canvas.style, { width: `${size[0] / ratio}px`, height: `${size[1] / ratio}px` });
+      this.painted = null;
+    }
     this.drawn = 0;
-    const right = painted ? Math.round((view.x - painted.x) * ratio) : 0, down = painted ? Math.round((view.y - painted.y) * ratio) : 0;
-    if (painted?.boxes > 1000 && !resized && Math.abs(right) < wide && Math.abs(down) < high) {
-      // What is there already is shifted by whole pixels; only the edges that come into view are drawn.
-      this.painted = { ...painted, x: painted.x + right / ratio, y: painted.y + down / ratio };
-      context.setTransform(1, 0, 0, 1, 0, 0);
-      context.globalAlpha = 1;
-      context.globalCompositeOperation = "copy";
-      context.drawImage(canvas, right, down);
-      context.globalCompositeOperation = "source-over";
-      if (right) this.paintPart(context, ratio, right > 0 ? 0 : wide + right, 0, Math.abs(right), high);
-      if (down) this.paintPart(context, ratio, 0, down > 0 ? 0 : high + down, wide, Math.abs(down));
-    } else {
-      this.painted = { x: view.x, y: view.y };
-      this.paintPart(context, ratio, 0, 0, wide, high);
-      this.painted.boxes = this.drawn;
+    // By whole pixels of the screen, so that letters stay sharp.
+    const shift = () => [view.x - this.painted.x, view.y - this.painted.y].map((one) => Math.round(one * ratio));
+    if (this.painted && shift().some((one, axis) => Math.abs(one) >= [wide, high][axis])) this.painted = null;
+    if (!this.painted) {
+      this.painted = { x: view.x, y: view.y, part: [margin, margin, margin + wide, margin + high] };
+      this.paintPart(context, ratio, ...this.painted.part);
+    }
+    let [right, down] = shift();
+    const { part: [left, top, far, low] } = this.painted;
+    if (margin - right < left || margin - down < top || margin - right + wide > far || margin - down + high > low) {
+      this.recenter(context, ratio, right, down);
+      [right, down] = [0, 0];
+    }
+    this.window = [margin - right, margin - down, wide, high];
+    canvas.style.transform = `translate(${(right - margin) / ratio}px, ${(down - margin) / ratio}px)`;
+    return area;
+  }
+
+  /* Brings the view to the middle of the canvas again, and paints the sides that it moves to up to the edge. */
+  recenter(context, ratio, right, down) {
+    const { canvas: { width, height }, painted } = this, margin = Math.round(MARGIN * ratio);
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.globalAlpha = 1;
+    context.globalCompositeOperation = "copy";
+    context.drawImage(context.canvas, right, down);
+    context.globalCompositeOperation = "source-over";
+    const within = (one, most) => Math.min(Math.max(one, 0), most), [x0, y0, x1, y1] = painted.part;
+    const left = within(x0 + right, width), top = within(y0 + down, height), far = within(x1 + right, width), low = within(y1 + down, height);
+    const part = [left > margin ? 0 : left, top > margin ? 0 : top, far < width - margin ? width : far, low < height - margin ? height : low];
+    this.painted = { x: painted.x + right / ratio, y: painted.y + down / ratio, part };
+    for (const one of [[part[0], top, left, low], [far, top, part[2], low], [part[0], part[1], part[2], top], [part[0], low, part[2], part[3]]]) {
+      if (one[0] < one[2] && one[1] < one[3]) this.paintPart(context, ratio, ...one);
     }
   }
 
-  /* Draws a part of the canvas, in pixels of the screen. */
-  paintPart(context, ratio, left, top, wide, high) {
-    const { scale } = this.view, { x, y } = this.painted;
+  /* Draws a part of the canvas, in its pixels. */
+  paintPart(context, ratio, left, top, right, bottom) {
+    const { scale } = this.view, margin = Math.round(MARGIN * ratio) / ratio, x = this.painted.x + margin, y = this.painted.y + margin;
     context.save();
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.beginPath();
-    context.rect(left, top, wide, high);
+    context.rect(left, top, right - left, bottom - top);
     context.clip();
-    context.clearRect(left, top, wide, high);
+    context.clearRect(left, top, right - left, bottom - top);
     context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * x, ratio * y);
     const world = (pixel, origin) => (pixel / ratio - origin) / scale;
-    const seen = [world(left, x), world(top, y), world(left + wide, x), world(top + high, y)];
-    this.drawBox(new Paint.CanvasPen(context, this.looks, scale), this.root, 0, 0, 0, seen);
+    this.drawBox(new Paint.CanvasPen(context, this.looks, scale), this.root, 0, 0, 0, [world(left, x), world(top, y), world(right, x), world(bottom, y)]);
     context.restore();
   }
 
@@ -342,12 +375,13 @@ class Graph {
   drawFrame(pen, box, classes, x, y) {
     const { width, height, name, caption } = box, isOpen = box.open && box.children.length;
     const radius = box.kind === "input" || box.kind === "output" ? 13 : 7;
-    pen.begin(classes, x, y);
+    const fill = this.color && !isOpen ? this.color(box) : null, colored = fill ? " colored" : "";
+    pen.begin(classes + colored, x, y);
     if (box.repeats.length) {
       pen.rect("shade", 7, -7, width, height, radius);
       pen.rect("shade", 3.5, -3.5, width, height, radius);
     }
-    pen.rect("frame", 0, 0, width, height, radius, this.color && !isOpen ? this.color(box) : null);
+    pen.rect("frame", 0, 0, width, height, radius, fill);
     if (box.state === "refused" && !isOpen) pen.path("hatch", hatch(width, height));
     if (box.state === "full" || box.state === "rows") pen.rect("inner", 3, 3, width - 6, height - 6, 5);
     const lines = isOpen ? [] : box.lines, head = isOpen ? height : height - this.metrics.branch * lines.length;
@@ -371,7 +405,7 @@ class Graph {
       pen.text("mark-text", at + wide / 2, 29.5, mark);
       at += wide + 5;
     }
-    lines.forEach((line, i) => this.drawLine(pen, line, head + this.metrics.branch * i));
+    lines.forEach((line, i) => this.drawLine(pen, line, head + this.metrics.branch * i, colored));
     if (box.count) {
       const wide = 10 + 7 * box.count.length;
       pen.rect("badge", width - wide - 7, 6, wide, 14, 7);
@@ -381,8 +415,8 @@ class Graph {
   }
 
   /* An adapter next to W: tall B times wide A. */
-  drawLine(pen, { words, adapter, active }, y) {
-    pen.begin(`a${adapter % 6}${active ? "" : " off"}`, 9, y);
+  drawLine(pen, { words, adapter, active }, y, colored) {
+    pen.begin(`a${adapter % 6}${active ? "" : " off"}${colored}`, 9, y);
     pen.text("plus", 1, 11, "+");
     pen.rect("factor", 11, 1, 5, 13);
     pen.rect("factor", 19, 5, 13, 5);

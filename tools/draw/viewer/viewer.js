@@ -21,9 +21,9 @@
   /* --- panes: one graph, or several that scroll together --- */
 
   const graphs = documents.map((doc) => {
-    const canvas = made("canvas", { tabindex: 0, role: "application", "aria-label": `Graph of ${doc.title}` });
-    const map = made("canvas", { class: "minimap", "aria-hidden": "true", width: 180, height: 130 });
-    const pane = made("div", { class: "pane" }, canvas, map);
+    const canvas = made("canvas"), stage = made("div", { class: "stage", tabindex: 0, role: "application", "aria-label": `Graph of ${doc.title}` }, canvas);
+    const map = made("div", { class: "minimap", "aria-hidden": "true" }, made("canvas"), made("i"));
+    const pane = made("div", { class: "pane" }, stage, map);
     if (documents.length > 1) pane.prepend(paneTitle(doc));
     at("panes").append(pane);
     const graph = new Graph(doc, canvas, looks);
@@ -234,7 +234,7 @@
 
   function showKey() {
     const { doc, scale } = active, parts = [];
-    for (const [kind, text] of doc.legend) parts.push(sample(kind, doc.chips[kind], text));
+    for (const [kind, text] of new Map(documents.flatMap(({ legend }) => legend))) parts.push(sample(kind, doc.chips[kind], text));
     if (doc.adapters.length > 1) doc.adapters.forEach((name, i) => parts.push(made("span", { class: `ink${i % 6}` }, made("b", {}, "B·A "), name)));
     if (scale) {
       const bar = made("i", { class: "ramp" });
@@ -298,35 +298,52 @@
 
   /* --- what if --- */
 
+  let edited = false;
   const ASKED = {
     targets: "target_modules", exclude: "exclude_modules", saved: "modules_to_save", layers: "layers_to_transform", patterns: "layers_pattern",
     parameters: "target_parameters", scope: "scope",
   };
 
+  /* Until something is typed, the fields say what made the picture that is looked at. */
+  function startFrom({ doc: { config } }) {
+    if (edited) return;
+    for (const [id, field] of Object.entries(ASKED)) at(id).value = config.typed[field];
+    at("rank").value = config.r;
+    at("alpha").value = config.lora_alpha;
+  }
+
   function tryOut() {
+    startFrom(active);
     const ask = Find.asked(Object.fromEntries(Object.entries(ASKED).map(([id, field]) => [field, at(id).value])));
-    const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Math.max(1, Number(at("alpha").value) || 1);
-    const { sites } = active, lines = ask.objection ? [ask.objection] : [];
-    let chosen = [];
-    if (!sites.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
+    const rank = Math.max(1, Number(at("rank").value) || 1), alpha = Number(at("alpha").value) || 1;
+    const { targets, doc: { config: { rest, heads, uncounted } } } = active, lines = ask.objection ? [ask.objection] : [];
+    let chosen = [], impossible = ask.objection;
+    if (!targets.length) lines.splice(0, lines.length, "the linear operations of this picture are not known");
     else if (!ask.objection) {
-      const { selected, refused, idle, inFull } = Find.select(sites, ask, active.modules);
+      const { selected, refused, idle, left, clash, inFull } = Find.select(targets, ask, active.modules, heads);
       chosen = [...selected, ...refused];
-      const cost = selected.reduce((sum, row) => sum + row.each_rank * rank, 0);
-      lines.push(`${selected.length} of ${new Set(sites.map((row) => row.name)).size} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}`);
+      const odd = Object.keys(rest.rank_pattern ?? {}).find(Find.disagreement);
+      const cost = selected.reduce((sum, row) => sum + row.each_rank * Find.rankOf(row, rank, odd ? {} : rest.rank_pattern), 0);
+      if (clash) lines.push(impossible = clash);
+      // A fused weight that is adapted in parts counts as its parts.
+      const inParts = new Map([...new Set(selected.map((row) => row.of).filter(Boolean))].map((row) => [row, selected.filter(({ of }) => of === row).length]));
+      const every = targets.reduce((sum, row) => sum + (inParts.has(row) ? Math.max(row.parts.length, inParts.get(row)) : 1), 0);
+      lines.push(`${selected.length} of ${every} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}${rest.rank_pattern && !odd ? ", and at the ranks of rank_pattern" : ""}`);
+      const others = odd ? [...uncounted, "rank_pattern"] : uncounted;
+      if (others.length) lines.push(`not counted here: ${others.join(", ")}; lora-fx plan counts them`);
+      for (const name of left) lines.push(`selects nothing: ${name}: all that it names is left out, or part of what is selected`);
       for (const name of inFull.slice(0, 5)) lines.push(`trained in full: ${name}${elementsOf(name)}`);
       if (inFull.length > 5) lines.push(`and ${inFull.length - 5} more that are trained in full`);
       for (const name of idle) lines.push(`matches nothing: ${name}`);
       for (const row of refused.slice(0, 5)) lines.push(`cannot be adapted: ${row.name}: ${row.reason}`);
       if (refused.length > 5) lines.push(`and ${refused.length - 5} more that cannot be adapted`);
-      if (sites.some((row) => row.fused)) lines.push("parts of fused weights are not tried here: lora-fx plan says what becomes of them");
       for (const row of selected.slice(0, 8)) lines.push(`· ${row.name}`);
       if (selected.length > 8) lines.push(`and ${selected.length - 8} more`);
     }
-    active.hits = new Set(chosen.map((row) => row.box));
+    active.hits = new Set(chosen.map((row) => (row.rows ? active.boxOf(row.name) : row.box)));
     active.draw();
     at("verdict").replaceChildren(...lines.map((line) => made("p", {}, line)));
-    at("config").textContent = ask.objection ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha));
+    at("config").textContent = impossible ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha, rest));
   }
 
   /* How many elements a module has without its adapters, where the picture says so. */
@@ -337,19 +354,16 @@
 
   /* --- minimap --- */
 
-  function drawMap(graph) {
-    const { minimap, root, view, area } = graph, context = minimap.getContext("2d");
+  function drawMap(graph, area) {
+    const { minimap, root, view } = graph, [picture, frame] = minimap.children;
     const scale = Math.min(200 / root.width, 260 / root.height);
     const small = area.width < 620 || (view.x >= 0 && view.y >= 0 && root.width * view.scale + view.x <= area.width && root.height * view.scale + view.y <= area.height);
     minimap.hidden = small;
     if (small) return;
     if (!graph.map) {
-      [minimap.width, minimap.height] = [Math.max(30, root.width * scale), Math.max(30, root.height * scale)].map(Math.round);
-      graph.map = document.createElement("canvas");
-      const style = getComputedStyle(document.documentElement);
-      graph.mapColors = { veil: style.getPropertyValue("--veil"), accent: style.getPropertyValue("--accent") };
-      [graph.map.width, graph.map.height] = [minimap.width, minimap.height];
-      const drawing = graph.map.getContext("2d");
+      graph.map = [root.width, root.height].map((one) => Math.round(Math.max(30, one * scale)));
+      [picture.width, picture.height] = graph.map;
+      const drawing = picture.getContext("2d");
       drawing.scale(scale, scale);
       // Without what is selected and found now: that changes more often than the picture.
       const { selected, hits } = graph;
@@ -357,23 +371,14 @@
       graph.drawBox(new Paint.CanvasPen(drawing, looks, scale), root, 0, 0, 0, [0, 0, root.width, root.height]);
       Object.assign(graph, { selected, hits });
     }
-    context.setTransform(1, 0, 0, 1, 0, 0);
-    context.clearRect(0, 0, minimap.width, minimap.height);
-    context.globalAlpha = 1;
-    context.drawImage(graph.map, 0, 0);
-    // What is seen stays clear, and has a border inside the map.
-    const by = scale / view.scale, { width, height } = minimap;
-    const inside = (value, most) => Math.min(Math.max(value, 1), most - 1);
-    const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one * by, width));
-    const [top, bottom] = [-view.y, area.height - view.y].map((one) => inside(one * by, height));
-    const seen = new Path2D();
-    seen.rect(0, 0, width, height);
-    seen.rect(left, top, right - left, bottom - top);
-    context.fillStyle = graph.mapColors.veil;
-    context.fill(seen, "evenodd");
-    context.strokeStyle = graph.mapColors.accent;
-    context.lineWidth = 1.5;
-    context.strokeRect(left, top, right - left, bottom - top);
+    // What is seen stays clear, and has a border inside the map. It moves as the canvas does: nothing is drawn.
+    const by = scale / view.scale, [width, height] = graph.map;
+    const inside = (value, most) => Math.min(Math.max(value * by, 0), most);
+    const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one, width));
+    const [top, bottom] = [-view.y, area.height - view.y].map((one) => inside(one, height));
+    const size = [right - left, bottom - top].map(Math.round).join(" ");
+    if (frame.dataset.size !== size) [frame.style.width, frame.style.height] = (frame.dataset.size = size).split(" ").map((one) => `${one}px`);
+    frame.style.transform = `translate(${left}px, ${top}px)`;
   }
 
   function jump(graph, event) {
@@ -387,16 +392,16 @@
   /* --- mouse and fingers --- */
 
   function listen(graph) {
-    const { canvas } = graph, fingers = new Map();
+    const { stage } = graph, fingers = new Map();
     let moved = false;
     const place = (event) => { const { left, top } = graph.area; return [event.clientX - left, event.clientY - top]; };
-    canvas.addEventListener("pointerdown", (event) => {
-      canvas.setPointerCapture(event.pointerId);
+    stage.addEventListener("pointerdown", (event) => {
+      stage.setPointerCapture(event.pointerId);
       if (!fingers.size) moved = false;
       fingers.set(event.pointerId, place(event));
       active = graph;
     });
-    canvas.addEventListener("pointermove", (event) => {
+    stage.addEventListener("pointermove", (event) => {
       const before = fingers.get(event.pointerId), now = place(event);
       if (!before) return hover(graph, event, now);
       if (!moved && Math.hypot(now[0] - before[0], now[1] - before[1]) < 4) return undefined;
@@ -420,15 +425,15 @@
       select(graph, box, { show: false });
       if (onHandle) toggle(graph, box);
     };
-    canvas.addEventListener("pointerup", lift);
-    canvas.addEventListener("pointercancel", lift);
-    canvas.addEventListener("dblclick", (event) => {
+    stage.addEventListener("pointerup", lift);
+    stage.addEventListener("pointercancel", lift);
+    stage.addEventListener("dblclick", (event) => {
       const box = graph.boxAt(...place(event));
       if (box?.children.length) toggle(graph, box);
     });
-    canvas.addEventListener("pointerleave", () => { tooltip.hidden = true; });
-    canvas.addEventListener("focus", () => { active = graph; });
-    canvas.addEventListener("wheel", (event) => {
+    stage.addEventListener("pointerleave", () => { tooltip.hidden = true; });
+    stage.addEventListener("focus", () => { active = graph; });
+    stage.addEventListener("wheel", (event) => {
       event.preventDefault();
       graph.zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), ...place(event));
       follow(graph);
@@ -493,11 +498,11 @@
     const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName) && event.target.type !== "range";
     if (event.ctrlKey || event.metaKey || event.altKey || at("keys").open) return;
     if (typing) {
-      if (event.key === "Escape") { if (event.target === search) { search.value = ""; find(); } active.canvas.focus(); }
+      if (event.key === "Escape") { if (event.target === search) { search.value = ""; find(); } active.stage.focus(); }
       return;
     }
-    const onGraph = event.target === document.body || event.target.tagName === "CANVAS";
-    if (onGraph && walk(event)) { active.canvas.focus(); event.preventDefault(); return; }
+    const onGraph = event.target === document.body || graphs.some(({ stage }) => stage === event.target);
+    if (onGraph && walk(event)) { active.stage.focus(); event.preventDefault(); return; }
     const command = COMMANDS[event.key];
     if (!command) return;
     event.preventDefault();
@@ -569,7 +574,7 @@
   at("color").append(...METRICS.filter(known).map(([key, label]) => made("option", { value: key }, label)));
   at("color").addEventListener("change", () => colorBy(at("color").value));
   at("form").append(...Object.keys(Find.WRITERS).map((name) => made("option", {}, name)));
-  for (const id of [...Object.keys(ASKED), "rank", "alpha", "form"]) at(id).addEventListener("input", tryOut);
+  for (const id of [...Object.keys(ASKED), "rank", "alpha", "form"]) at(id).addEventListener("input", () => { edited ||= id !== "form"; tryOut(); });
   at("copy-config").addEventListener("click", () => copy(at("config").textContent));
   if (documents.length === 1) at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
   new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
