@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime import masks
-from lora_fx.tools.bench import goals, one_linear, quantized_quality, report, step_sections
+from lora_fx.tools.bench import goals, learning, one_linear, report, step_sections
 from lora_fx.tools.bench import measure as hardware
 from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, OURS, PEFT, Settings
 from lora_fx.tools.bench.counted import Memory
@@ -168,11 +168,11 @@ def test_goals_over_a_quantized_base_are_judged_within_turns_and_by_all_that_is_
         dense = {**dict.fromkeys(saved, 0), **changed.get("dense", {})}
         step = dataclasses.replace(inner["cpu, float32"], look=Look(dense, MIB, 7 * MIB))
         right = {
-            quantized_quality.DENSE: (0.80, 0.82),
-            quantized_quality.NF4: changed.get("right", (0.80, 0.81)),
-            quantized_quality.THEIRS: (0.79, 0.80),
+            learning.DENSE: (0.80, 0.82),
+            learning.NF4: changed.get("right", (0.80, 0.81)),
+            learning.THEIRS: (0.79, 0.80),
         }
-        learned = quantized_quality.Learned(right, 5, 200)
+        learned = learning.Learned(right, 5, 200)
         found = {
             "quantized_step": {"cpu, float32": step},
             "quantized_quality": {"cpu, float32": learned},
