@@ -349,8 +349,12 @@ def rewrite_model(
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callback | None = None,
+    quiet: bool = False,
 ) -> nn.Module:
-    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
+    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`.
+
+    With ``quiet`` nothing is logged of entries that select nothing.
+    """
     check_adapter_name(adapter_name)
     _check_memory(memory)
     _check_loss(loss)
@@ -367,7 +371,8 @@ def rewrite_model(
     assert plan is not None
     assert matches is not None
     check_trains(plan)
-    warn_of_idle_entries(plan)
+    if not quiet:
+        warn_of_idle_entries(plan)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},

@@ -56,6 +56,7 @@ ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 _SMALL = 8  # how often a parameter has to go into an output to be small beside it
 
 _SHARING = ("cpu", "cuda")  # devices on which memory is shared until it is written to
+_RECIPES = (*_SHARING, "meta")  # there nobody can write
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -75,6 +76,8 @@ def lazy_copy(tensor: Tensor) -> Tensor:
         Detached, in the same shape.
     """
     given = tensor.detach()
+    if type(given) is Tensor and given.is_meta:
+        return given  # it has no values
     if type(given) is not Tensor or given.device.type not in _SHARING:
         return given.clone()
     try:
@@ -191,7 +194,7 @@ class Chain(Subgraph):
             out: Tensor = _Made.apply(recipe, leaves, *given)  # type: ignore[no-untyped-call]
         else:
             out = self.run(None, *leaves)
-        if type(out) is Tensor and out.device.type in _SHARING:
+        if type(out) is Tensor and out.device.type in _RECIPES:
             entry = _Entry(recipe, _held(given), out)
             # What cannot be shared lazily was copied, and is of no use.
             if entry.address == _address(entry.copy):
@@ -268,7 +271,6 @@ def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
         and not value.is_nested
         and value.is_floating_point()
         and not value.is_inference()
-        and not value.is_meta
     )
 
 
