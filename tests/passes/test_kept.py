@@ -36,9 +36,7 @@ def test_a_step_keeps_what_the_plan_says(name: str, more: dict[str, Any]) -> Non
     for memory, size in found.adapted.items():
         adapted: Any = lora_fx.rewrite(model, config, memory=memory).train()
         adapted(**inputs)  # the first call is watched
-        real = saved_bytes(adapted, lambda adapted=adapted: adapted(**inputs).loss)
-        # Without values DoRA keeps no vectors beside its outputs, which is much of so small a layer.
-        assert size == pytest.approx(real, rel=0.1 if "use_dora" in more else 0)
+        assert size == saved_bytes(adapted, lambda adapted=adapted: adapted(**inputs).loss)
     assert found.adapted["balanced"] < found.adapted["fast"]
 
 
