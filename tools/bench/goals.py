@@ -19,6 +19,7 @@ from lora_fx.tools.bench import (
 )
 from lora_fx.tools.bench.contenders import (
     AGAIN,
+    BALANCED,
     CANONICAL,
     CHUNKED,
     EXPORTED,
@@ -27,6 +28,7 @@ from lora_fx.tools.bench.contenders import (
     LEAST,
     OTHER_KIND,
     OURS,
+    OURS_AGAIN,
     PEFT,
     name_of,
 )
@@ -171,6 +173,35 @@ def decomposed_saved(found: Measured) -> Verdict | None:
         return None
     plain, dropped, peft = sizes
     return Verdict(f"{plain:.1f} MiB; p = 0.05 {dropped:.1f}; PEFT {peft:.1f}", plain - 25, " MiB")
+
+
+def kept_in_all(found: Mapping[str, Measured]) -> Verdict | None:
+    """Whether a step that makes cheap inputs again keeps less than the frozen one, in every model."""
+    figures, excesses = [], []
+    for one in found.values():
+        own, frozen = one.steps[name_of(BALANCED, 0)].saved, one.steps[FROZEN].saved
+        if own is None or frozen is None:
+            return None
+        figures.append(f"{_short(one)} {own / _MIB:.1f} of {frozen / _MIB:.1f}")
+        excesses.append((own - frozen) / _MIB)
+    return Verdict(", ".join(figures) + " MiB", max(excesses), " MiB")
+
+
+def time_of_balanced(found: Mapping[str, Measured]) -> Verdict:
+    """What it takes relative to a step that keeps each input; the same step twice shows the noise."""
+    figures, excesses = [], []
+    for one in found.values():
+        fast = one.steps[name_of(OURS, 0)].sample
+        again, own = (
+            ratio(one.steps[name_of(name, 0)].sample, fast) for name in (OURS_AGAIN, BALANCED)
+        )
+        figures.append(f"{_short(one)} {own.median:.3f}; A/A {again.median:.3f}")
+        excesses.append(own.median - 1.02 - (again.high - again.low) / 2)
+    return Verdict(", ".join(figures), max(excesses))
+
+
+def _short(found: Measured) -> str:
+    return found.model.partition(",")[0]
 
 
 def vocabulary_peak(found: Measured) -> Verdict | None:
