@@ -56,7 +56,7 @@ ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 _SMALL = 8  # how often a parameter has to go into an output to be small beside it
 
 _SHARING = ("cpu", "cuda")  # devices on which memory is shared until it is written to
-_RECIPES = (*_SHARING, "meta")  # there nobody can write
+_RECIPES = (*_SHARING, "meta")  # which has nothing to write into
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -89,7 +89,7 @@ class _PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def alive_bytes(forward: Callable[[], Any]) -> int:
     """Runs a forward and counts the memory of what its operations have made and left.
 
-    It is a second count of what :func:`saved_bytes` counts, and asks nobody what is kept or how.
+    It is a second count of what :func:`saved_bytes` counts, by another way: not by what autograd says.
 
     Args:
         forward: Gives the tensor that the backward starts from, which counts.

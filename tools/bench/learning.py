@@ -1,4 +1,4 @@
-"""What adapters learn: over an NF4 base beside fp32, and by every way in which a step can be computed."""
+"""What adapters learn: over NF4 and over fp32, and by every way in which a step can be computed."""
 
 from __future__ import annotations
 
