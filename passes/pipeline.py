@@ -155,9 +155,11 @@ def branch_passes(
     inserted = [Insert(one.sites, name) for name, one in adapters.items()]
     trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
+        places = (row.site for one in adapters.values() for row in one.sites)
+        select = SelectRows(frozenset(site.weight for site in places if site.experts))
         if not optimize:
-            return (*inserted, *trained, SelectRows())
-        return (*inserted, *trained, FuseRows(), SelectRows(), *_cheaper_passes(memory))
+            return (*inserted, *trained, select)
+        return (*inserted, *trained, FuseRows(), select, *_cheaper_passes(memory))
     optimized = _optimize_passes(memory) if optimize else ()
     return (*inserted, *trained, *optimized, *_loss_passes(loss))
 

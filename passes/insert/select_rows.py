@@ -15,7 +15,6 @@ import operator
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import fx
 
 from lora_fx.errors import ConfigError
@@ -63,9 +62,14 @@ def check_rows(rows: Iterable[PlannedSite]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SelectRows(Pass):
-    """The pass."""
+    """The pass.
+
+    Attributes:
+        experts: FQNs of the weights that have a matrix for each expert.
+    """
 
     name: ClassVar[str] = "select-rows"
+    experts: frozenset[str] = frozenset()
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph that has branches.
@@ -73,7 +77,7 @@ class SelectRows(Pass):
         Raises:
             ConfigError: For experts whose rows are not known to be tokens.
         """
-        return edit_graphs(capture, _edited)
+        return edit_graphs(capture, lambda region: _edited(region, self.experts))
 
 
 def _adapter_of(node: fx.Node) -> str:
@@ -81,11 +85,11 @@ def _adapter_of(node: fx.Node) -> str:
     return tag.adapter if isinstance(tag, Tag) else ""
 
 
-def _edited(region: Region) -> fx.Graph | None:
+def _edited(region: Region, weights: frozenset[str]) -> fx.Graph | None:
     if not any(_adapter_of(node) for node in region.graph.nodes):
         return None
     graph = copy_graph(region.graph)
-    work = _Work(dataclasses.replace(region, graph=graph))
+    work = _Work(dataclasses.replace(region, graph=graph), weights)
     tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
     # First, since dropout comes before the factors are read.
     for node, tag in tagged:
@@ -158,22 +162,14 @@ def _gather_of(node: fx.Node) -> _Gather | None:
     return next((one for user in users if (one := _gather_of(user)) is not None), found)
 
 
-def _is_stacked(tag: Tag, region: Region) -> bool:
-    """Whether a weight has a matrix for each expert."""
-    value: Any = region.module
-    for name in tag.weight.split("."):
-        value = getattr(value, name, None)
-    return isinstance(value, torch.Tensor) and value.dim() == 3
-
-
 class _Work:
     """One graph that is being edited."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, weights: frozenset[str]) -> None:
         self._region = region
         self._holders: dict[tuple[str, str], str] = {}
         self._made: dict[Any, fx.Node] = {}
-        self._stacked: dict[str, bool] = {}
+        self._experts = weights
 
     def note(self, node: fx.Node, tag: Tag) -> None:
         """Remembers where the factors of a branch are: the rows lie beside them."""
@@ -221,9 +217,7 @@ class _Work:
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _of_experts(self, tag: Tag) -> bool:
-        if tag.weight not in self._stacked:
-            self._stacked[tag.weight] = _is_stacked(tag, self._region)
-        return self._stacked[tag.weight]
+        return join(self._region.fqn, tag.weight) in self._experts
 
     def _select_of_experts(self, node: fx.Node, tag: Tag) -> None:
         ends = node.args[2] if node.target is experts.grouped_linear else None
