@@ -161,7 +161,7 @@ WAYS = (CANONICAL, *FUSED, PEFT)
 """Contenders; the first one is the plain form, with which the others are compared."""
 
 _STEPS = {Size.FULL: 100, Size.QUICK: 40, Size.TINY: 4}
-_BATCH, _RATE = 8, 1e-2
+_BATCH, _RATE = 8, 5e-3
 _COUNT = 5
 _SUCCESSORS = 4
 
