@@ -35,6 +35,7 @@ from lora_fx.passes.graph import (
     share_copy,
     without_zero_init,
 )
+from lora_fx.passes.kept import with_kept
 from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
 
@@ -138,7 +139,9 @@ def plan(
     Args:
         model: Any module that is not rewritten yet.
         config: What to adapt.
-        example_inputs: As for :func:`capture`; they let more models be captured whole.
+        example_inputs: As for :func:`capture`; they let more models be captured whole. With them the plan
+            says what a training step with inputs of their shapes keeps for its backward, with each
+            ``memory=`` of :func:`rewrite`, counted without computing anything.
         loss: As for :func:`rewrite`: with "chunked" the plan says which heads may have it, and why others
             may not.
         strict: Whether an entry of the configuration that selects nothing is an error.
@@ -152,9 +155,10 @@ def plan(
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
-    return pipeline.plan_model(
+    _, found = pipeline.plan_model(
         model, config, example_inputs, loss=loss, strict=strict, frontend=frontend
-    )[1]
+    )
+    return with_kept(found, model, config, example_inputs, loss=loss, frontend=frontend)
 
 
 def compare(

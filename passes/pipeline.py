@@ -155,9 +155,11 @@ def branch_passes(
     inserted = [Insert(one.sites, name) for name, one in adapters.items()]
     trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
     if per_sample:
+        places = (row.site for one in adapters.values() for row in one.sites)
+        select = SelectRows(frozenset(site.weight for site in places if site.experts))
         if not optimize:
-            return (*inserted, *trained, SelectRows())
-        return (*inserted, *trained, FuseRows(), SelectRows(), *_cheaper_passes(memory))
+            return (*inserted, *trained, select)
+        return (*inserted, *trained, FuseRows(), select, *_cheaper_passes(memory))
     optimized = _optimize_passes(memory) if optimize else ()
     return (*inserted, *trained, *optimized, *_loss_passes(loss))
 
@@ -349,8 +351,12 @@ def rewrite_model(
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callback | None = None,
+    quiet: bool = False,
 ) -> nn.Module:
-    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
+    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`.
+
+    With ``quiet`` nothing is logged of entries that select nothing.
+    """
     check_adapter_name(adapter_name)
     _check_memory(memory)
     _check_loss(loss)
@@ -367,7 +373,8 @@ def rewrite_model(
     assert plan is not None
     assert matches is not None
     check_trains(plan)
-    warn_of_idle_entries(plan)
+    if not quiet:
+        warn_of_idle_entries(plan)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},

@@ -17,7 +17,7 @@ from lora_fx.ir.graph import (
     module_of,
     relative,
 )
-from lora_fx.ir.plan import Comparison, Plan, PlannedSite, PlannedTokens, Skipped
+from lora_fx.ir.plan import Comparison, Kept, Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
     DEFAULT_LOSS,
     DEFAULT_MEMORY,
@@ -75,6 +75,7 @@ __all__ = [
     "Factors",
     "FoldedRow",
     "FusedBranch",
+    "Kept",
     "Kind",
     "Layout",
     "Loss",

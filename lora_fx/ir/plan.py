@@ -6,14 +6,14 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, hint
 from lora_fx.ir.site import Rejection, Site
 from lora_fx.ir.tables import FoldedRow, folded, html_block, html_lines, html_table, text_table
 
-__all__ = ["Comparison", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
+__all__ = ["Comparison", "Kept", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
 def _often(row: FoldedRow) -> str:
@@ -97,6 +97,27 @@ class Skipped:
     reason: str
 
 
+class Kept(NamedTuple):
+    """What a training step with the example inputs keeps for its backward pass, in bytes.
+
+    Attributes:
+        frozen: The model without adapters, its gradient taken down to the embeddings.
+        adapted: With them, by ``memory=`` of :func:`lora_fx.rewrite`, without inputs given there.
+    """
+
+    frozen: int
+    adapted: Mapping[str, int]
+
+    def __str__(self) -> str:
+        each = ", ".join(
+            f"{size / 2**20:,.1f} with memory={name!r}" for name, size in self.adapted.items()
+        )
+        return (
+            f"a step with the example inputs keeps {each} (MiB; without adapters "
+            f"{self.frozen / 2**20:,.1f})"
+        )
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
     """The dry run: what ``rewrite`` would do, and why.
@@ -124,6 +145,8 @@ class Plan:
             nothing trains: a new classification head.
         loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or why its logits are
             computed all at once. None where that was not asked for.
+        kept: What a training step with the example inputs keeps. None without them, and where that cannot
+            be counted without values.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -142,6 +165,7 @@ class Plan:
     sample_cost: tuple[int, int] | None = None
     fresh: tuple[str, ...] = ()
     loss: tuple[tuple[str, str], ...] | None = None
+    kept: Kept | None = None
 
     @property
     def parameters(self) -> int:
@@ -166,9 +190,11 @@ class Plan:
 
     @property
     def saved(self) -> int:
-        """Bytes kept for backward for one :attr:`unit`, beyond what the frozen model keeps.
+        """Bytes kept for backward for one :attr:`unit`, beyond what the frozen model keeps, at most.
 
-        With ``rewrite(..., memory="fast")``. Otherwise inputs that are made again count, and are not kept.
+        It is the sum over the operations, each by itself: its input and ``x Aᵀ``, and with dropout what the
+        plain form keeps. What layers share, what is kept anyway and what ``memory="balanced"`` makes again is
+        not known of an operation by itself; :attr:`kept` counts a whole step.
         """
         return self.sample_cost[1] if self.sample_cost else sum(row.saved for row in self.sites)
 
@@ -221,6 +247,8 @@ class Plan:
             lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
         if self.biases:
             lines.append(f"biases trained: {len(self.biases)}")
+        if self.kept is not None:
+            lines.append(str(self.kept))
         return [*lines, *self._of_loss()]
 
     @property
@@ -346,6 +374,9 @@ class Plan:
             "trainable_parameters": self.trainable_parameters,
             "base_parameters": self.base_parameters,
             "cost": {"unit": self.unit, "flops": self.flops, "saved": self.saved},
+            "kept": None
+            if self.kept is None
+            else {"frozen": self.kept.frozen, **self.kept.adapted},
             "fresh": list(self.fresh),
             "sites": [_site_dict(row) for row in self.sites],
             "skipped": [

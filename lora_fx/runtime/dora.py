@@ -265,7 +265,10 @@ def divisible(gains: Tensor) -> bool:
     Looking at the values waits for a GPU. Where they cannot be read (compilation, a CUDA graph, a transform
     of ``torch.func``) the answer is no.
     """
-    return _visible(gains) and not bool((gains.detach().abs() < _SMALLEST).any())
+    if not _visible(gains):
+        return False
+    # Without values nothing is computed, and what is kept is what ordinary gains keep.
+    return gains.is_meta or not bool((gains.detach().abs() < _SMALLEST).any())
 
 
 def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
@@ -369,7 +372,7 @@ def _rescaled_in_parts(total: Tensor, base: Tensor | None, up: Tensor, gains: Te
 
 def _visible(tensor: Tensor) -> bool:
     """Whether Python may look at values, and save what it likes."""
-    if torch.compiler.is_compiling() or transformed() or tensor.is_meta:
+    if torch.compiler.is_compiling() or transformed():
         return False
     # A fake tensor has no values; what other subclasses do with them is their own.
     if type(tensor) is not Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx.runtime.samples import like_rows, unseen
+
 __all__ = [
     "as_before",
     "as_matrix",
@@ -22,6 +24,8 @@ __all__ = [
     "sorted_by_expert",
     "summed",
     "tokens_of",
+    "tokens_repeated",
+    "tokens_sorted",
     "unsorted",
 ]
 
@@ -64,6 +68,12 @@ def sorted_by_expert(
         The tokens [T k, d], their weights [T k], their experts [T k], where each expert's tokens end [E]
         (int32), and the permutation that sorts [T k].
     """
+    return unseen(_sorted, hidden, chosen, weights, experts)
+
+
+def _sorted(
+    hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids, order = torch.sort(chosen.reshape(-1))
     # As transformers counts, for the same bits and without a synchronization: histc takes no integers on
     # a CPU.
@@ -75,6 +85,10 @@ def sorted_by_expert(
 
 def unsorted(out: Tensor, order: Tensor) -> Tensor:
     """Puts rows back where :func:`sorted_by_expert` took them from."""
+    return unseen(_unsorted, out, order)
+
+
+def _unsorted(out: Tensor, order: Tensor) -> Tensor:
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.shape[0], device=order.device)
     return out[inverse]
@@ -82,7 +96,11 @@ def unsorted(out: Tensor, order: Tensor) -> Tensor:
 
 def repeated(hidden: Tensor, chosen: Tensor) -> Tensor:
     """Each token once for each of its experts: [T, d] and [T, k] give [T k, d]."""
-    return hidden.repeat_interleave(chosen.shape[-1], dim=0)
+    return unseen(_repeated, hidden, chosen.shape[-1])
+
+
+def _repeated(hidden: Tensor, count: int) -> Tensor:
+    return hidden.repeat_interleave(count, dim=0)
 
 
 def summed(out: Tensor, hidden: Tensor) -> Tensor:
@@ -92,6 +110,10 @@ def summed(out: Tensor, hidden: Tensor) -> Tensor:
         out: [T k, d], a token's experts together.
         hidden: The layer's input, [T, d]: for its size and dtype.
     """
+    return like_rows(unseen(_summed, out, hidden), hidden)
+
+
+def _summed(out: Tensor, hidden: Tensor) -> Tensor:
     tokens = hidden.shape[0]
     choices = out.shape[0] // max(tokens, 1)
     return out.view(tokens, choices, out.shape[-1]).sum(dim=1).to(hidden.dtype)
@@ -99,8 +121,23 @@ def summed(out: Tensor, hidden: Tensor) -> Tensor:
 
 def tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Which tokens [T, k] chose an expert, and as which of their choices: (choice, token), both [n]."""
+    return unseen(_tokens_of, expert, chosen)
+
+
+def _tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
     choice, token = torch.where((chosen == expert).t())
     return choice, token
+
+
+def tokens_sorted(order: Tensor, chosen: Tensor) -> Tensor:
+    """The token of each row that :func:`sorted_by_expert` gives, [T k]."""
+    return unseen(torch.floor_divide, order, chosen.shape[-1])
+
+
+def tokens_repeated(chosen: Tensor) -> Tensor:
+    """The token of each row that :func:`repeated` gives, [T k]."""
+    rows = torch.arange(chosen.numel(), device=chosen.device)
+    return rows // chosen.shape[-1]
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ same to the last bit, and for the backward it keeps its inputs alone.
 
 A product that wants its input for the gradient of A asks :func:`source_of` whether that is the output of a
 chain. If so, it keeps the inputs of the chain, which the chain keeps anyway, and makes its own input again.
-All products over one output, and the chain itself, make it once in a backward.
+All products over one output, and the chain itself, make it once in a backward. A function that is written out
+as many operations, and that PyTorch has a kernel for, is made again by the kernel.
 
 The way from a chain to the products that read its output is a table of weak references, since they are in
 graphs of different modules. An entry says which version the output has, and where it is: what was written
@@ -37,12 +38,15 @@ __all__ = [
     "MODULE",
     "PARAMETER",
     "Chain",
+    "Shorter",
     "Source",
     "Subgraph",
     "autocast_of",
     "called",
     "chain_of",
+    "has_only_settings",
     "lazy_copy",
+    "settings_of",
     "source_of",
 ]
 
@@ -52,6 +56,7 @@ ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
 _SMALL = 8  # how often a parameter has to go into an output to be small beside it
 
 _SHARING = ("cpu", "cuda")  # devices on which memory is shared until it is written to
+_RECIPES = (*_SHARING, "meta")  # which has nothing to write into
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -71,6 +76,8 @@ def lazy_copy(tensor: Tensor) -> Tensor:
         Detached, in the same shape.
     """
     given = tensor.detach()
+    if type(given) is Tensor and given.is_meta:
+        return given  # it has no values
     if type(given) is not Tensor or given.device.type not in _SHARING:
         return given.clone()
     try:
@@ -114,6 +121,19 @@ class Subgraph:
         return self
 
 
+class Shorter(NamedTuple):
+    """A chain of fewer operations.
+
+    Attributes:
+        graph: With the same placeholders.
+        settings: Of the modules among these when it was found, as :func:`settings_of` gives them, or None
+            without modules: with other ones it does not hold.
+    """
+
+    graph: fx.Graph
+    settings: list[Any] | None = None
+
+
 class Chain(Subgraph):
     """A function of cheap operations; :func:`chain_of` makes it.
 
@@ -122,6 +142,7 @@ class Chain(Subgraph):
         classes: The own class of each module among them.
         saves: Whether autograd would keep more than the inputs. Otherwise the operations run as they are, and
             only the products that read the output make it again.
+        shorter: The same of fewer operations, equal but for rounding, for the backward; or None.
     """
 
     def __init__(
@@ -131,12 +152,31 @@ class Chain(Subgraph):
         kinds: tuple[str, ...],
         classes: tuple[type[nn.Module], ...],
         saves: bool,
+        shorter: Shorter | None = None,
     ) -> None:
         super().__init__(name, graph, f"<lora_fx {name}>")
         self.kinds, self.classes, self.saves = kinds, classes, saves
+        self.shorter = shorter
+        self._short = None
+        if shorter is not None:
+            self._short = Subgraph(name, shorter.graph, f"<lora_fx {name}, again>").run
+            self._forwards = [one.forward for one in classes]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _thawed, (self.__name__, self.frozen, self.kinds, self.classes, self.saves)
+        # What a class computes is known where it was looked at, and nowhere else.
+        shorter = None if self.classes or self.shorter is None else freeze(self.shorter.graph)
+        return _thawed, (self.__name__, self.frozen, self.kinds, self.classes, self.saves, shorter)
+
+    def again(self, settings: list[Any] | None) -> Callable[..., Tensor]:
+        """Computes the output in the backward, as :attr:`run` does.
+
+        Args:
+            settings: Of the modules among the inputs, as they are now.
+        """
+        if self._short is None or self.shorter is None or settings != self.shorter.settings:
+            return self.run
+        same = all(a is b.forward for a, b in zip(self._forwards, self.classes, strict=True))
+        return self._short if same else self.run
 
     def __call__(self, *leaves: Any) -> Tensor:
         """The output.
@@ -154,7 +194,7 @@ class Chain(Subgraph):
             out: Tensor = _Made.apply(recipe, leaves, *given)  # type: ignore[no-untyped-call]
         else:
             out = self.run(None, *leaves)
-        if type(out) is Tensor and out.device.type in _SHARING:
+        if type(out) is Tensor and out.device.type in _RECIPES:
             entry = _Entry(recipe, _held(given), out)
             # What cannot be shared lazily was copied, and is of no use.
             if entry.address == _address(entry.copy):
@@ -197,6 +237,7 @@ def chain_of(
     kinds: tuple[str, ...],
     classes: tuple[type[nn.Module], ...],
     saves: bool,
+    shorter: Shorter | None = None,
 ) -> Chain:
     """The chain of a graph: one object for equal ones, so that equal layers share their code.
 
@@ -206,16 +247,21 @@ def chain_of(
         kinds: :data:`ACTIVATION`, :data:`PARAMETER` or :data:`MODULE` for each placeholder.
         classes: The own class of each module among them.
         saves: Whether autograd would keep more than the inputs.
+        shorter: The same of fewer operations, or None.
     """
-    key = (name, Subgraph.key(graph), kinds, classes, saves)
+    short = None if shorter is None else (Subgraph.key(shorter.graph), repr(shorter.settings))
+    key = (name, Subgraph.key(graph), kinds, classes, saves, short)
     found = _chains.get(key)
     if found is None:
-        found = _chains.setdefault(key, Chain(name, graph, kinds, classes, saves))
+        found = _chains.setdefault(key, Chain(name, graph, kinds, classes, saves, shorter))
     return found
 
 
-def _thawed(name: str, frozen: Any, kinds: Any, classes: Any, saves: bool) -> Chain:
-    return chain_of(name, thaw(frozen), kinds, classes, saves)
+def _thawed(
+    name: str, frozen: Any, kinds: Any, classes: Any, saves: bool, shorter: Any = None
+) -> Chain:
+    short = None if shorter is None else Shorter(thaw(shorter))
+    return chain_of(name, thaw(frozen), kinds, classes, saves, short)
 
 
 def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
@@ -225,7 +271,6 @@ def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
         and not value.is_nested
         and value.is_floating_point()
         and not value.is_inference()
-        and not value.is_meta
     )
 
 
@@ -254,13 +299,22 @@ def _is_bare(module: Any, cls: type[nn.Module]) -> bool:
     )
 
 
-def _settings(leaf: Any) -> dict[str, Any] | None:
-    """What a module's forward may depend on."""
+_SIMPLE = (bool, int, float, str)
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def settings_of(leaf: Any) -> dict[str, Any] | None:
+    """What a module's forward may depend on; None for a tensor."""
     if not isinstance(leaf, nn.Module):
         return None
-    simple = (bool, int, float, str)
     named = vars(leaf).items()
-    return {name: one for name, one in named if name != "training" and type(one) in simple}
+    return {name: one for name, one in named if name != "training" and type(one) in _SIMPLE}
+
+
+def has_only_settings(module: nn.Module) -> bool:
+    """Whether :func:`settings_of` says all that is in a module."""
+    others = (one for name, one in vars(module).items() if name not in _OF_MODULES)
+    return all(type(one) in _SIMPLE for one in others)
 
 
 class _Recipe:
@@ -289,7 +343,7 @@ class _Recipe:
             None if one else leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
             for leaf, one in zip(leaves, kept, strict=True)
         ]
-        self._settings = [_settings(leaf) for leaf in leaves] if chain.classes else None
+        self._settings = [settings_of(leaf) for leaf in leaves] if chain.classes else None
         self._autocast = autocast_of(leaves[self._places[0]].device.type)
         self._readers = self._waiting = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
@@ -303,13 +357,13 @@ class _Recipe:
         leaves = list(self._leaves)
         for place, one in zip(self._places, given, strict=True):
             leaves[place] = one
-        if self._settings is not None and self._settings != [_settings(one) for one in leaves]:
+        if self._settings is not None and self._settings != [settings_of(one) for one in leaves]:
             raise LoraFxError(
                 f"an attribute of a module in {self.chain.__name__} was set between forward and backward, "
                 "which makes its output again: set it before the forward, or rewrite with memory='fast'"
             )
         with self._autocast():
-            return self.chain.run(None, *leaves)
+            return self.chain.again(self._settings)(None, *leaves)
 
     def made(self, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output once more, and the inputs that it has a graph to; once for all who ask."""
@@ -444,7 +498,7 @@ class Source(NamedTuple):
         return self._replace(given=())
 
     def value(self, given: Sequence[Tensor], again: bool) -> Tensor:
-        """The input, bit for bit.
+        """The input: bit for bit, or but for rounding where the chain has a shorter form.
 
         Args:
             given: The tensors, as autograd has kept them.

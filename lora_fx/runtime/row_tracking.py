@@ -327,6 +327,14 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 )
         self.folded = self.folded or not self._exact(x)
 
+    def copy_rows(self, result: Tensor, x: Tensor) -> None:
+        """Takes the rows of a result for those of x, each by itself: [T, ...] both."""
+        with _disable_current_modes(), torch.no_grad():
+            sets = self.read(x)
+            if sets is not None:
+                by_row = sets.flatten(2).amin(2)
+                self.write(result, by_row.reshape(*by_row.shape, *[1] * (result.dim() - 1)))
+
     def has_rows(self, result: Tensor) -> bool:
         """Whether the rows of a result are those of sample after sample, each of that sample alone."""
         with _disable_current_modes():

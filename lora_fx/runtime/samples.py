@@ -11,9 +11,9 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,27 @@ __all__ = [
     "Sizes",
     "add_rows",
     "check_rows_followed",
+    "ends_selected",
     "follow",
     "followed",
     "ignore_ids",
     "in_backward",
+    "like_rows",
     "put_rows",
     "refuse_ids",
+    "rows_added",
     "rows_of",
+    "rows_of_tokens",
+    "rows_selected",
     "select_rows",
     "unfollow",
     "unfollowed",
+    "unseen",
     "unwatch_calls",
     "watch_calls",
 ]
+
+_T = TypeVar("_T")
 
 CLOSED, TRUSTED, FOLDED, FOLLOWED = range(4)
 """What is known of the call that is running: there is none; one whose sites have the samples as their rows;
@@ -323,6 +331,81 @@ def rows_of(x: Tensor, table: SampleRows, adapter: str) -> Tensor:
     _check(x, table.samples, table.repeats, table.state)
     samples: Tensor = getattr(table, adapter)
     return _of_samples(samples, (x.numel() // x.shape[-1]) // table.samples)
+
+
+def rows_of_tokens(
+    tokens: Tensor,
+    hidden: Tensor,
+    rows: Tensor,
+    samples: int,
+    repeats: int = 1,
+    state: int = FOLDED,
+    weight: str = "",
+) -> Tensor:
+    """Which rows of what experts read belong to some samples: a row is of the sample of its token.
+
+    Args:
+        tokens: The token of each row, [n].
+        hidden: The tokens, [T, d], those of a sample one after the other.
+        rows: Indices of samples.
+        samples: As for :func:`select_rows`, as the next three.
+        repeats: See there.
+        state: See there.
+        weight: See there.
+
+    Returns:
+        Indices of rows, in their order.
+
+    Raises:
+        ConfigError: If the tokens are not those of the samples.
+    """
+    if state == FOLLOWED:
+        _followers[-1].check_site(hidden, weight)
+    _check(hidden, samples, repeats, state)
+    return unseen(_rows_of_tokens, tokens, hidden.shape[0] // samples, rows)
+
+
+def _rows_of_tokens(tokens: Tensor, each: int, rows: Tensor) -> Tensor:
+    return torch.isin(tokens // each, rows).nonzero().flatten()
+
+
+def rows_selected(x: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of what experts read."""
+    return x.index_select(0, rows)
+
+
+def ends_selected(ends: Tensor, rows: Tensor) -> Tensor:
+    """Where each expert's rows end among some rows, [E].
+
+    Args:
+        ends: Where they end among all, [E].
+        rows: Indices of rows, in their order.
+    """
+    return torch.searchsorted(rows, ends, out_int32=True)
+
+
+def rows_added(total: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
+    """Adds to some rows of what experts give, in place."""
+    return total.index_add_(0, rows, delta)
+
+
+def unseen(function: Callable[..., _T], *given: Any) -> _T:
+    """Runs a function that the follower of the running call, if there is one, does not see.
+
+    Experts are given the rows of tokens in an order that their values decide, and put what they make of them
+    back. What they read has no samples for the follower, and says itself whose it is.
+    """
+    if not _followers:
+        return function(*given)
+    with unfollowed():
+        return function(*given)
+
+
+def like_rows(result: Tensor, x: Tensor) -> Tensor:
+    """Tells the follower of the running call that the rows of a result are those of x."""
+    if _followers:
+        _followers[-1].copy_rows(result, x)
+    return result
 
 
 @contextlib.contextmanager

@@ -2,6 +2,10 @@
 
 It comes after the branches: each activation that a branch reads is cut down to those rows, and its result is
 added to them. What a branch computes, and how, stays as the pattern wrote it.
+
+The rows of experts are tokens, in an order that a router decides. A row carries its token as it carries its
+expert: it is of the sample that the token is of. The gather that gave an expert its rows is in the same
+graph, and what it took them by says which token each row is.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
 
@@ -17,7 +21,17 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import META_KEY, Capture, Pass, PassResult, PlannedSite, Region, Role, Tag, join
 from lora_fx.passes.graph import copy_graph, edit_graphs
 from lora_fx.passes.patterns import constant_of
-from lora_fx.runtime import add_rows, output_padding, put_rows, select_rows
+from lora_fx.runtime import (
+    add_rows,
+    ends_selected,
+    experts,
+    output_padding,
+    put_rows,
+    rows_added,
+    rows_of_tokens,
+    rows_selected,
+    select_rows,
+)
 
 __all__ = ["ROWS", "SelectRows", "check_rows"]
 
@@ -29,15 +43,11 @@ def check_rows(rows: Iterable[PlannedSite]) -> None:
     """Refuses sites whose activations do not have the samples as their rows.
 
     Raises:
-        ConfigError: For experts, whose rows are tokens sorted by expert, for products with the weight
-            on the left, whose rows are features, and for einsums.
+        ConfigError: For products with the weight on the left, whose rows are features, and for einsums.
     """
     for row in rows:
         if row.site.experts:
-            raise ConfigError(
-                f"{row.name}: the rows of experts are tokens sorted by expert, not samples: choose one "
-                "adapter for the whole batch"
-            )
+            continue  # the pass sees whether it knows their rows
         if any(call.pattern == "einsum" for call in row.site.calls):
             raise ConfigError(
                 f"{row.name}: it is written as an einsum, whose samples may be any of its letters: "
@@ -52,13 +62,22 @@ def check_rows(rows: Iterable[PlannedSite]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class SelectRows(Pass):
-    """The pass."""
+    """The pass.
+
+    Attributes:
+        experts: FQNs of the weights that have a matrix for each expert.
+    """
 
     name: ClassVar[str] = "select-rows"
+    experts: frozenset[str] = frozenset()
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has branches."""
-        return edit_graphs(capture, _edited)
+        """Edits every graph that has branches.
+
+        Raises:
+            ConfigError: For experts whose rows are not known to be tokens.
+        """
+        return edit_graphs(capture, lambda region: _edited(region, self.experts))
 
 
 def _adapter_of(node: fx.Node) -> str:
@@ -66,11 +85,11 @@ def _adapter_of(node: fx.Node) -> str:
     return tag.adapter if isinstance(tag, Tag) else ""
 
 
-def _edited(region: Region) -> fx.Graph | None:
+def _edited(region: Region, weights: frozenset[str]) -> fx.Graph | None:
     if not any(_adapter_of(node) for node in region.graph.nodes):
         return None
     graph = copy_graph(region.graph)
-    work = _Work(dataclasses.replace(region, graph=graph))
+    work = _Work(dataclasses.replace(region, graph=graph), weights)
     tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
     # First, since dropout comes before the factors are read.
     for node, tag in tagged:
@@ -84,13 +103,73 @@ def _edited(region: Region) -> fx.Graph | None:
     return graph
 
 
+class _Gather(NamedTuple):
+    """What gives experts their rows.
+
+    Attributes:
+        hidden: The tokens.
+        function, given: What gives the token of each row, and its arguments; the function may be None, and
+            the tokens are the one argument.
+    """
+
+    hidden: fx.Node
+    function: Any
+    given: tuple[Any, ...]
+
+
+def _gather(node: fx.Node) -> _Gather | None:
+    """What a node is as a gather of tokens for experts."""
+    if node.target is experts.sorted_by_expert:
+        hidden, chosen = node.args[:2]
+        for user in node.users:
+            if user.target is operator.getitem and user.args[1] == _ORDER:
+                return _Gather(hidden, experts.tokens_sorted, (user, chosen))  # type: ignore[arg-type]
+    if node.target is experts.repeated:
+        hidden, chosen = node.args
+        return _Gather(hidden, experts.tokens_repeated, (chosen,))  # type: ignore[arg-type]
+    if node.target is operator.getitem:
+        hidden, token = node.args
+        if isinstance(token, fx.Node) and token.target is operator.getitem:
+            source, place = token.args
+            if isinstance(source, fx.Node) and source.target is experts.tokens_of and place == 1:
+                return _Gather(hidden, None, (token,))  # type: ignore[arg-type]
+    return None
+
+
+_ORDER = 4  # of what sorted_by_expert gives
+
+
+def _gather_behind(node: fx.Node) -> _Gather | None:
+    """The one gather that a value comes from; None if there is none, or several."""
+    found: set[_Gather] = set()
+    waiting, seen = [node], {node}
+    while waiting:
+        one = waiting.pop()
+        gather = _gather(one)
+        if gather is not None:
+            found.add(gather)
+            continue
+        new = [above for above in one.all_input_nodes if above not in seen]
+        seen.update(new)
+        waiting += new
+    return found.pop() if len(found) == 1 else None
+
+
+def _gather_of(node: fx.Node) -> _Gather | None:
+    """The gather of a node of a branch: of a factor, which reads which expert alone, that of its product."""
+    found = _gather_behind(node)
+    users = () if found is not None else node.users
+    return next((one for user in users if (one := _gather_of(user)) is not None), found)
+
+
 class _Work:
     """One graph that is being edited."""
 
-    def __init__(self, region: Region) -> None:
+    def __init__(self, region: Region, weights: frozenset[str]) -> None:
         self._region = region
         self._holders: dict[tuple[str, str], str] = {}
         self._made: dict[Any, fx.Node] = {}
+        self._experts = weights
 
     def note(self, node: fx.Node, tag: Tag) -> None:
         """Remembers where the factors of a branch are: the rows lie beside them."""
@@ -100,6 +179,9 @@ class _Work:
 
     def select(self, node: fx.Node, tag: Tag) -> None:
         """Lets a node of a branch read the adapter's rows of whatever activation comes from outside."""
+        if self._of_experts(tag):
+            self._select_of_experts(node, tag)
+            return
 
         def cut(read: fx.Node) -> fx.Node:
             inside = read.meta.get(META_KEY)
@@ -117,15 +199,67 @@ class _Work:
     def add(self, node: fx.Node, tag: Tag) -> None:
         """Adds a branch to the adapter's rows of the sum, or puts there what a variant makes of them."""
         total = node.args[0]
-        if node.target is operator.add:
+        if self._of_experts(tag):
+            rows = self._rows_of_experts(node.args[1], tag)  # type: ignore[arg-type]
+            with node.graph.inserting_before(node):
+                new = node.graph.call_function(rows_added, (total, rows, node.args[1]))
+            new.meta[META_KEY] = tag
+            node.replace_all_uses_with(new)
+            node.graph.erase_node(node)
+        elif node.target is operator.add:
             new = self._call(("add", node), node, tag, add_rows, total, node.args[1])
             node.replace_all_uses_with(new)
             node.graph.erase_node(node)
-            return
-        self.select(node, tag)
-        node.meta[META_KEY] = dataclasses.replace(tag, role=Role.SCALE)
-        new = self._call(("put", node), node.next, tag, put_rows, total, node)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        else:
+            self.select(node, tag)
+            node.meta[META_KEY] = dataclasses.replace(tag, role=Role.SCALE)
+            new = self._call(("put", node), node.next, tag, put_rows, total, node)
+            node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+    def _of_experts(self, tag: Tag) -> bool:
+        return join(self._region.fqn, tag.weight) in self._experts
+
+    def _select_of_experts(self, node: fx.Node, tag: Tag) -> None:
+        ends = node.args[2] if node.target is experts.grouped_linear else None
+
+        def cut(read: fx.Node) -> fx.Node:
+            inside = read.meta.get(META_KEY)
+            if isinstance(inside, Tag) and inside.adapter and inside.role is not Role.ADD:
+                return read
+            if read.op == "get_attr" or constant_of(read, self._region) is not None:
+                return read
+            rows = self._rows_of_experts(node, tag)
+            function = ends_selected if read is ends else rows_selected
+            key = (function, read, rows)
+            if key not in self._made:
+                with node.graph.inserting_before(node):
+                    call = node.graph.call_function(function, (read, rows))
+                call.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
+                self._made[key] = call
+            return self._made[key]
+
+        node.args = fx.map_arg(node.args, cut)
+        node.kwargs = fx.map_arg(node.kwargs, cut)
+
+    def _rows_of_experts(self, node: fx.Node, tag: Tag) -> fx.Node:
+        """The rows of an adapter among those that the experts of a node read: one node for each gather."""
+        gather = _gather_of(node)
+        if gather is None:
+            raise ConfigError(
+                f"{join(self._region.fqn, tag.weight)}: nothing shows of which token each row is that these "
+                "experts read, so that samples cannot choose: choose one adapter for the whole batch"
+            )
+        key = ("rows", gather, tag.adapter)
+        if key not in self._made:
+            tokens = gather.given[0]
+            if gather.function is not None:
+                with node.graph.inserting_before(node):
+                    tokens = node.graph.call_function(gather.function, gather.given)
+                tokens.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
+            self._made[key] = self._call(
+                ("of tokens", *key), node, tag, rows_of_tokens, tokens, gather.hidden
+            )
+        return self._made[key]
 
     def _call(self, key: Any, before: fx.Node, tag: Tag, function: Any, *args: Any) -> fx.Node:
         if isinstance(key[-1], Tag):
@@ -140,8 +274,11 @@ class _Work:
                 repeats = graph.get_attr(join(holder, "repeats"))
                 state = graph.get_attr(join(holder, "state"))
                 known = (samples, repeats, state, tag.weight)
-                call = graph.call_function(function, (args[0], rows, *args[1:], *known))
-            role = Role.ROWS if function is select_rows else Role.ADD
+                given = (
+                    (args[0], rows, *args[1:]) if function is not rows_of_tokens else (*args, rows)
+                )
+                call = graph.call_function(function, (*given, *known))
+            role = Role.ROWS if function in (select_rows, rows_of_tokens) else Role.ADD
             for one in (rows, samples, repeats, state, call):
                 one.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             call.meta[META_KEY] = Tag(tag.weight, role, tag.adapter)

@@ -12,7 +12,9 @@ Norms and activations are modules over no matrix, which have no graph: those tha
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import operator
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -49,6 +51,15 @@ def _functions() -> Mapping[Any, str]:
 
 
 _NAMES = _functions()
+
+# Functions that models write out as several operations, and that PyTorch computes by one.
+_KERNELS: tuple[tuple[Any, Mapping[str, str]], ...] = (
+    (F.gelu, {"approximate": "tanh"}),
+    (F.gelu, {}),
+    (F.silu, {}),
+)
+_REDUCING = {"mean", "layer_norm", "rms_norm"}
+_NEAR, _ROUNDED = 1e-14, 1e-13  # of fp64: a constant with nine digits is another function
 
 
 def _name_of(node: fx.Node) -> str | None:
@@ -378,11 +389,65 @@ def _replace(graph: fx.Graph, found: _Found, finder: _Finder, region: Region) ->
         own.output(inputs[found.root])
         words = [_word(node) for node in found.nodes]
         name = "_".join(word for word in words if word)
-        chain = recompute.chain_of(name, own, tuple(kinds), tuple(classes), found.saves)
+        shorter = _shorter(own, found, finder, region)
+        chain = recompute.chain_of(name, own, tuple(kinds), tuple(classes), found.saves, shorter)
         call = graph.call_function(chain, tuple(given))
     found.root.replace_all_uses_with(call)
     for node in reversed(found.nodes):
         graph.erase_node(node)
+
+
+def _shorter(
+    own: fx.Graph, found: _Found, finder: _Finder, region: Region
+) -> recompute.Shorter | None:
+    """A chain with kernels of PyTorch where these compute the same; None if none does."""
+    modules = [region.submodule(node) for node in found.nodes if node.op == "call_module"]
+    placeholders = [node for node in own.nodes if node.op == "placeholder"]
+    if not modules:
+        whole = _kernel_of(own, None) if len(placeholders) == 1 < len(found.nodes) else None
+        if whole is None:
+            return None
+        graph = fx.Graph()
+        given = graph.placeholder(placeholders[0].name)
+        graph.output(graph.call_function(whole[0], (given,), dict(whole[1])))
+        return recompute.Shorter(graph)
+    graph = copy_graph(own)
+    changed = False
+    calls = [node for node in graph.nodes if node.target is recompute.called]
+    for node, module in zip(calls, modules, strict=True):
+        inner = None if module is None or not _says_all(module) else finder.graph_of(module)
+        kernel = None if inner is None else _kernel_of(inner, module)
+        if kernel is not None:
+            node.target, node.args, node.kwargs = kernel[0], node.args[1:], dict(kernel[1])
+            changed = True
+    settings = [None] * len(found.leaves)
+    seen = {id(one): one for one in modules}.values()
+    known = [*settings, *(recompute.settings_of(one) for one in seen)]
+    return recompute.Shorter(graph, known) if changed else None
+
+
+def _says_all(module: nn.Module) -> bool:
+    """Whether what a module computes follows from its forward, from Python modules and from settings."""
+    forward = inspect.unwrap(original_class(module).forward)
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_freevars or not recompute.has_only_settings(module):
+        return False
+    known = (forward.__globals__.get(name) for name in code.co_names)
+    return all(one is None or isinstance(one, types.ModuleType) for one in known)
+
+
+def _kernel_of(graph: fx.Graph, module: nn.Module | None) -> tuple[Any, Mapping[str, str]] | None:
+    """The operation that computes what a graph of one input does, element by element."""
+    computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    if len(computed) < 2 or any(_name_of(node) in _REDUCING for node in computed):
+        return None
+    x = torch.linspace(-9, 9, 361, dtype=torch.float64)
+    with torch.no_grad():
+        found = fx.Interpreter(module or nn.Module(), graph=graph).run(x)
+        for function, options in _KERNELS:
+            if torch.allclose(found, function(x, **options), rtol=_ROUNDED, atol=_NEAR):
+                return function, options
+    return None
 
 
 def _word(node: fx.Node) -> str:

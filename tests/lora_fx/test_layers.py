@@ -46,6 +46,7 @@ LAYERS = (
     "lora_fx.passes.quantize",
     "lora_fx.passes.oracle",
     "lora_fx.passes.pipeline",
+    "lora_fx.passes.kept",
     "lora_fx.adapters",
     "lora_fx.checkpoint",
     "lora_fx.export.report",

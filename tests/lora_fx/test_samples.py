@@ -18,6 +18,7 @@ from lora_fx import ConfigError, LoraConfig
 from lora_fx.ir.record import record_of
 from lora_fx.runtime.samples import CLOSED, FOLDED, TRUSTED, add_rows, select_rows
 from tests.golden import check_golden, printed
+from tests.mixtures import MODELS
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import FORMS, Form, Residual, tiny_llama
 
@@ -33,13 +34,16 @@ def three(base: nn.Module, **config: object) -> nn.Module:
     return model
 
 
-def alone(model: nn.Module, x: torch.Tensor, ids: list[str | None]) -> torch.Tensor:
+def alone(
+    model: nn.Module, x: torch.Tensor, ids: list[str | None], logits: bool = False
+) -> torch.Tensor:
     """Sample by sample, each with its own adapter active."""
     before = lora_fx.active_adapters(model)
     rows = []
     for place, name in enumerate(ids):
         lora_fx.set_adapter(model, [] if name is None else name)
-        rows.append(model(x[place : place + 1]))
+        out = model(x[place : place + 1])
+        rows.append(out.logits.detach() if logits else out)
     lora_fx.set_adapter(model, before)
     return torch.cat(rows)
 
@@ -240,11 +244,50 @@ def test_bad_ids() -> None:
     assert_same_bits(model(IDS), out)
 
 
-def test_experts_take_one_adapter() -> None:
+def test_experts_whose_rows_are_no_known_tokens_take_one_adapter() -> None:
     (form,) = (f for f in FORMS if f.pattern == "grouped-mm")
     model = three(form.model(), target_modules=[form.site])
-    with pytest.raises(ConfigError, match="sorted by expert"):
+    with pytest.raises(ConfigError, match="of which token each row is"):
         lora_fx.set_adapter(model, list("ab"), per_sample=True)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_row_of_an_expert_has_the_adapter_of_its_token(name: str, implementation: str) -> None:
+    base = MODELS[name]()
+    base.set_experts_implementation(implementation)
+    targets = ["q_proj", "gate_up_proj", "down_proj"]
+    model = three(base, target_modules=targets)
+    names: list[str | None] = ["b", None, "a", "c", "b"]
+    x = torch.randint(1, 60, (5, 4), generator=torch.Generator().manual_seed(0))
+    expected = [alone(model, ids, names, logits=True) for ids in (x, x.flip(0))]
+    gradients = separate(model, x, names)
+    lora_fx.set_adapter(model, list("abc"), per_sample=True)
+    with lora_fx.adapter_ids(model, names):
+        for ids, wanted in zip((x, x.flip(0)), expected, strict=True):
+            assert_close(model(ids).logits, wanted, 1e-5)
+        # The second batch had other experts for its tokens, and was not followed once more.
+        table = next(one for key, one in model.named_modules() if key.endswith("lora_rows"))
+        assert len(table.folded) == 1
+        model(x).logits.square().sum().backward()
+    found = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == gradients.keys()
+    for key, grad in found.items():
+        assert_close(grad, gradients[key], 1e-5)
+    with pytest.raises(ConfigError, match="does not begin with"), lora_fx.adapter_ids(model, names):
+        model(x[:3])
+
+
+def separate(model: nn.Module, x: torch.Tensor, names: list[str | None]) -> dict[str, torch.Tensor]:
+    """The gradients of one sample after the other."""
+    model.zero_grad()
+    for place, name in enumerate(names):
+        if name is not None:
+            lora_fx.set_adapter(model, name)
+            model(x[place : place + 1]).logits.square().sum().backward()
+    found = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
 def test_golden() -> None:

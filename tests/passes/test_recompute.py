@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -256,6 +258,75 @@ def test_chains_are_found() -> None:
     assert chains(rewritten(block("layer", "relu"), "balanced")) == ["layer_norm"]
     assert chains(rewritten(block("layer", "inplace"), "balanced")) == ["layer_norm"]
     assert chains(rewritten(block(), "fast")) == []
+
+
+class WrittenGELU(nn.Module):
+    """As older models write it, to the last digit."""
+
+    def forward(self, x):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
+
+
+class ScaledGELU(nn.Module):
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+    def forward(self, x):
+        return x * (0.5 * (1 + torch.erf(self.slope * x / math.sqrt(2))))
+
+
+def kernels(model: nn.Module) -> list[str]:
+    """The operations by which chains of several are made again."""
+    graphs = lora_fx.graphs(model).values()
+    found = [node.target for graph in graphs for node in graph.nodes]
+    short = [one.shorter.graph for one in found if isinstance(one, Chain) and one.shorter]
+    nodes = (node for graph in short for node in graph.nodes if node.op == "call_function")
+    return sorted(getattr(node.target, "__name__", "") for node in nodes)
+
+
+WRITTEN: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
+    "gelu": (lambda: Plain(WrittenGELU()), ["gelu"]),
+    "gated": (lambda: Gated(WrittenGELU()), ["gelu", "mul"]),
+    "setting": (lambda: Plain(ScaledGELU(1.0)), ["gelu"]),
+    "another function": (lambda: Plain(ScaledGELU(1.7)), []),
+    "nine digits": (lambda: Plain(NewGELU()), []),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_is_written_out_is_made_again_by_a_kernel(name: str, dtype: torch.dtype) -> None:
+    mlp, expected = WRITTEN[name]
+    torch.manual_seed(0)
+    balanced, fast = pair(Block(nn.LayerNorm(WIDTH), mlp()).to(dtype))
+    assert kernels(balanced) == expected
+    check(balanced, fast, data(dtype))
+    check(pickle.loads(pickle.dumps(balanced)), fast, data(dtype))
+    assert saved(balanced.float()) < saved(fast.float())
+
+
+def test_functions_that_are_written_out_in_a_forward() -> None:
+    class Inline(Plain):
+        def forward(self, x):
+            g = self.up(x)
+            return self.down(g * torch.sigmoid(g))
+
+    torch.manual_seed(0)
+    balanced, fast = pair(Block(nn.LayerNorm(WIDTH), Inline(nn.Identity())).double())
+    assert kernels(balanced) == ["silu"]
+    check(balanced, fast, data())
+
+
+def test_a_kernel_is_that_of_the_settings_and_of_the_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    models = pair(Block(nn.LayerNorm(WIDTH), Plain(ScaledGELU(1.0))).double())
+    for model in models:
+        model.mlp.act.slope = 1.7
+    check(*models, data())
+    models = pair(Block(nn.LayerNorm(WIDTH), Plain(WrittenGELU())).double())
+    monkeypatch.setattr(WrittenGELU, "forward", lambda self, x: x * torch.sigmoid(x))
+    check(*models, data())
 
 
 def test_golden() -> None:

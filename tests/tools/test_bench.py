@@ -133,11 +133,32 @@ def test_adapters_over_nf4_keep_no_values_of_weights_and_less_than_peft() -> Non
 @pytest.mark.slow
 def test_adapters_over_nf4_learn_what_those_over_fp32_do() -> None:
     pytest.importorskip("peft")
-    from lora_fx.tools.bench import quantized_quality as quality
+    from lora_fx.tools.bench import learning
 
-    found = quality.SECTION.run(repeats=2)["cpu, float32"]
-    assert found.lost(quality.NF4) <= 1
-    assert found.mean(quality.NF4) > found.mean("frozen, NF4")
+    found = learning.SECTIONS[0].run(repeats=2)["cpu, float32"]
+    assert found.lost(learning.NF4) <= 1
+    assert found.mean(learning.NF4) > found.mean("frozen, NF4")
+
+
+def test_curves_of_every_way_are_those_of_the_plain_form() -> None:
+    pytest.importorskip("peft")
+    from lora_fx.tools.bench import learning
+    from lora_fx.tools.bench.contenders import CANONICAL, OURS, PEFT
+
+    section = learning.SECTIONS[1]
+    found = section.run(repeats=3, size=Size.TINY)
+    plain, dropped = found["0"], found["0.05"]
+    assert {losses.shape for losses in plain.losses.values()} == {(3, 4)}
+    for name in learning.WAYS:
+        # Seeds differ, and a step changes something, in every way by as much but for rounding.
+        assert plain.apart(name) < 1e-4 < 1e-2 < plain.between_seeds(name)
+        assert (plain.losses[name][:, 0] != plain.losses[name][:, 1]).all()
+    # All fused forms have the same masks; the dropout of the plain form and of PEFT draws others.
+    assert_close = torch.testing.assert_close
+    for name in learning.FUSED:
+        assert_close(dropped.losses[name], dropped.losses[OURS], rtol=1e-5, atol=1e-5)
+    assert_close(dropped.losses[PEFT], dropped.losses[CANONICAL], rtol=1e-5, atol=1e-5)
+    assert dropped.apart(OURS) > 10 * dropped.apart(PEFT)
 
 
 @pytest.mark.slow

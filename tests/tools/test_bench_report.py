@@ -22,9 +22,17 @@ from typer.testing import CliRunner
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime import masks
-from lora_fx.tools.bench import goals, one_linear, quantized_quality, report, step_sections
+from lora_fx.tools.bench import goals, learning, one_linear, report, step_sections
 from lora_fx.tools.bench import measure as hardware
-from lora_fx.tools.bench.contenders import AGAIN, EXPORTED, OURS, PEFT, Settings
+from lora_fx.tools.bench.contenders import (
+    AGAIN,
+    BALANCED,
+    EXPORTED,
+    OURS,
+    OURS_AGAIN,
+    PEFT,
+    Settings,
+)
 from lora_fx.tools.bench.counted import Memory
 from lora_fx.tools.bench.measure import (
     Place,
@@ -153,6 +161,27 @@ def test_goals_are_judged_by_what_was_measured() -> None:
     assert {goal.bound for goal in goals.GOALS} <= set(report.SECTIONS)
 
 
+def test_what_balanced_keeps_and_costs_is_judged_in_every_model() -> None:
+    names = (OURS, OURS_AGAIN, BALANCED)
+    times = {"frozen": 1.0, **{f"{name}, p = 0": 1.1 for name in names}}
+    saved = {"frozen": 10 * MIB, f"{BALANCED}, p = 0": 9 * MIB}
+    good = dataclasses.replace(measured(times, saved, 1.0)["cpu, float32"], model="A, 8 tokens")
+    slow = {**times, f"{BALANCED}, p = 0": 1.1 * 1.03}
+    bad = dataclasses.replace(
+        good, model="B", steps=measured(slow, saved, 1.0)["cpu, float32"].steps
+    )
+
+    def verdicts(found: dict[str, Any]) -> list[tuple[str, ...]]:
+        rows = {row[0]: row for row in goals.rows({"memory_step": found})}
+        return [row[-3:-1] for name, row in rows.items() if "balanced" in name]
+
+    assert verdicts({"a": good}) == [
+        ("A 9.0 of 10.0 MiB", "yes"),
+        ("A 1.000; A/A 1.000", "yes"),
+    ]
+    assert verdicts({"a": good, "b": bad})[1][1] == "no, by 0.01"
+
+
 def test_every_goal_has_a_function_that_judges_it() -> None:
     assert all(inspect.isfunction(getattr(goals, goal.judge)) for goal in goals.GOALS)
 
@@ -168,11 +197,11 @@ def test_goals_over_a_quantized_base_are_judged_within_turns_and_by_all_that_is_
         dense = {**dict.fromkeys(saved, 0), **changed.get("dense", {})}
         step = dataclasses.replace(inner["cpu, float32"], look=Look(dense, MIB, 7 * MIB))
         right = {
-            quantized_quality.DENSE: (0.80, 0.82),
-            quantized_quality.NF4: changed.get("right", (0.80, 0.81)),
-            quantized_quality.THEIRS: (0.79, 0.80),
+            learning.DENSE: (0.80, 0.82),
+            learning.NF4: changed.get("right", (0.80, 0.81)),
+            learning.THEIRS: (0.79, 0.80),
         }
-        learned = quantized_quality.Learned(right, 5, 200)
+        learned = learning.Learned(right, 5, 200)
         found = {
             "quantized_step": {"cpu, float32": step},
             "quantized_quality": {"cpu, float32": learned},

@@ -23,6 +23,7 @@ from lora_fx.config import LoraConfig
 
 __all__ = [
     "AGAIN",
+    "BALANCED",
     "BUILDERS",
     "CANONICAL",
     "CHUNKED",
@@ -33,6 +34,7 @@ __all__ = [
     "NO_DROPOUT",
     "OTHER_KIND",
     "OURS",
+    "OURS_AGAIN",
     "PEERS",
     "PEFT",
     "PLAIN_KIND",
@@ -279,8 +281,10 @@ FROZEN = "frozen"
 AGAIN = "frozen again (A/A)"
 THIRD = "frozen a third time"
 OURS = "lora-fx"
+OURS_AGAIN = "lora-fx again (A/A)"
 CANONICAL = "lora-fx, optimize=False"
 EXPORTED = "lora-fx, with example inputs"
+BALANCED = "lora-fx, balanced"
 CHUNKED = "lora-fx, loss in chunks"
 LEAST = "lora-fx, loss in chunks, balanced"
 PEFT = "PEFT"
@@ -385,8 +389,10 @@ BUILDERS: Mapping[str, Builder] = {
     AGAIN: _frozen,
     THIRD: _frozen,
     OURS: _ours,
+    OURS_AGAIN: _ours,
     CANONICAL: functools.partial(_ours, optimize=False),
     EXPORTED: _exported,
+    BALANCED: functools.partial(_ours, memory="balanced"),
     CHUNKED: functools.partial(_ours, loss="chunked"),
     LEAST: functools.partial(_ours, loss="chunked", memory="balanced"),
     PEFT: _peft,

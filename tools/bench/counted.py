@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Memory", "count_operations", "measure_memory", "saved_by", "saved_bytes", "tensors"]
+__all__ = [
+    "Memory",
+    "alive_bytes",
+    "count_operations",
+    "measure_memory",
+    "saved_by",
+    "saved_bytes",
+    "tensors",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +84,49 @@ class _PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._now -= size
+
+
+def alive_bytes(forward: Callable[[], Any]) -> int:
+    """Runs a forward and counts the memory of what its operations have made and left.
+
+    It is a second count of what :func:`saved_bytes` counts, by another way: not by what autograd says.
+
+    Args:
+        forward: Gives the tensor that the backward starts from, which counts.
+    """
+    with _Maker() as maker:
+        kept = forward()
+    gc.collect()
+    # Storages that copy on write are several, and share one memory until one of them is written to.
+    memory = {_address(storage): storage.nbytes() for storage in maker.alive()}
+    del kept
+    return sum(memory.values())
+
+
+class _Maker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Knows the storages that operations make, and keeps none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._made: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def alive(self) -> Iterator[torch.UntypedStorage]:
+        """Those that are there."""
+        for made in self._made:
+            if (storage := made()) is not None:
+                yield storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [
+            one.untyped_storage()._cdata
+            for one in pytree.tree_leaves((args, kwargs))
+            if isinstance(one, Tensor)
+        ]
+        out = func(*args, **(kwargs or {}))
+        for made in pytree.tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in given:
+                self._made.append(weakref.ref(made.untyped_storage()))
+        return out
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:

@@ -12,13 +12,15 @@ from lora_fx.tools.bench import (
     export_peers,
     generation,
     guards,
+    learning,
     onnx_latency,
-    quantized_quality,
     step_sections,
     verbs,
 )
 from lora_fx.tools.bench.contenders import (
     AGAIN,
+    BALANCED,
+    CANONICAL,
     CHUNKED,
     EXPORTED,
     FROZEN,
@@ -26,6 +28,7 @@ from lora_fx.tools.bench.contenders import (
     LEAST,
     OTHER_KIND,
     OURS,
+    OURS_AGAIN,
     PEFT,
     name_of,
 )
@@ -172,6 +175,35 @@ def decomposed_saved(found: Measured) -> Verdict | None:
     return Verdict(f"{plain:.1f} MiB; p = 0.05 {dropped:.1f}; PEFT {peft:.1f}", plain - 25, " MiB")
 
 
+def kept_in_all(found: Mapping[str, Measured]) -> Verdict | None:
+    """Whether a step that makes cheap inputs again keeps less than the frozen one, in every model."""
+    figures, excesses = [], []
+    for one in found.values():
+        own, frozen = one.steps[name_of(BALANCED, 0)].saved, one.steps[FROZEN].saved
+        if own is None or frozen is None:
+            return None
+        figures.append(f"{_short(one)} {own / _MIB:.1f} of {frozen / _MIB:.1f}")
+        excesses.append((own - frozen) / _MIB)
+    return Verdict(", ".join(figures) + " MiB", max(excesses), " MiB")
+
+
+def time_of_balanced(found: Mapping[str, Measured]) -> Verdict:
+    """What it takes relative to a step that keeps each input; the same step twice shows the noise."""
+    figures, excesses = [], []
+    for one in found.values():
+        fast = one.steps[name_of(OURS, 0)].sample
+        again, own = (
+            ratio(one.steps[name_of(name, 0)].sample, fast) for name in (OURS_AGAIN, BALANCED)
+        )
+        figures.append(f"{_short(one)} {own.median:.3f}; A/A {again.median:.3f}")
+        excesses.append(own.median - 1.02 - (again.high - again.low) / 2)
+    return Verdict(", ".join(figures), max(excesses))
+
+
+def _short(found: Measured) -> str:
+    return found.model.partition(",")[0]
+
+
 def vocabulary_peak(found: Measured) -> Verdict | None:
     """Whether a step without all logits holds at most a third of what one with them holds."""
     names = (LEAST, CHUNKED, OURS, PEFT)
@@ -228,18 +260,38 @@ def nf4_saved(found: Measured) -> Verdict | None:
     return Verdict(text, max(dense, plain - peft, dropped - their_dropped), " MiB")
 
 
-def nf4_quality(learned: quantized_quality.Learned) -> Verdict:
+def nf4_quality(learned: learning.Learned) -> Verdict:
     """Whether adapters over NF4 learn what those over fp32 do."""
-    names = (quantized_quality.DENSE, quantized_quality.NF4, quantized_quality.THEIRS)
+    names = (learning.DENSE, learning.NF4, learning.THEIRS)
     dense, ours, peft = (100 * learned.mean(name) for name in names)
     text = f"{ours:.1f} %; over fp32 {dense:.1f}; PEFT over NF4 {peft:.1f}"
-    return Verdict(text, learned.lost(quantized_quality.NF4) - 1, " points")
+    return Verdict(text, learned.lost(learning.NF4) - 1, " points")
 
 
 def rewrite(found: verbs.Scale) -> Verdict:
     """The time of a rewrite."""
     ours, peft = (found.samples[name].median for name in (OURS, PEFT))
     return Verdict(f"{ours:.3f} s; PEFT {peft:.3f} s", ours - 0.15, " s")
+
+
+def curves(found: learning.Curves) -> Verdict:
+    """Whether every loss of ours is that of the plain form, measured by what other seeds change."""
+    parts = {name: found.apart(name) / found.between_seeds(name) for name in learning.FUSED}
+    worst = max(parts, key=parts.__getitem__)
+    text = (
+        f"{100 * parts[worst]:.2g} % ({worst}); PEFT "
+        f"{100 * found.apart(PEFT) / found.between_seeds(PEFT):.2g} %"
+    )
+    return Verdict(text, 100 * parts[worst] - 1, " %")
+
+
+def dropped_curves(found: learning.Curves) -> Verdict:
+    """Whether trainings with other masks end where those of the plain form do."""
+    parts = {name: abs(found.last_apart(name)) for name in learning.FUSED}
+    worst = max(parts, key=parts.__getitem__)
+    spread = found.spread(CANONICAL)
+    text = f"{parts[worst]:.4f} apart ({worst}), spread {spread:.4f}; PEFT {abs(found.last_apart(PEFT)):.4f}"
+    return Verdict(text, parts[worst] - spread)
 
 
 def linear_growth(found: Mapping[str, verbs.Scale]) -> Verdict | None:

@@ -19,6 +19,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.formats import quantization_of
 from lora_fx.tools.bench.contenders import (
     AGAIN,
+    BALANCED,
     CANONICAL,
     CHUNKED,
     EXPORTED,
@@ -26,6 +27,7 @@ from lora_fx.tools.bench.contenders import (
     LEAST,
     OTHER_KIND,
     OURS,
+    OURS_AGAIN,
     PEERS,
     PEFT,
     PLAIN_KIND,
@@ -34,6 +36,7 @@ from lora_fx.tools.bench.contenders import (
     Settings,
     built,
     by_dropout,
+    name_of,
     of_kinds,
     variants,
 )
@@ -50,10 +53,20 @@ from lora_fx.tools.bench.measure import (
     synchronizer,
 )
 from lora_fx.tools.bench.section import Chart, Group, Section
-from lora_fx.tools.bench.steps import COLUMNS, Measured, Row, Steps, loss_of, mebibytes, section_of
+from lora_fx.tools.bench.steps import (
+    COLUMNS,
+    Measured,
+    Row,
+    Steps,
+    loss_of,
+    mebibytes,
+    on_one_thread,
+    section_of,
+)
 from lora_fx.tools.bench.workloads import (
     MODELS,
     RANK,
+    STANDARD,
     mixtral,
     nf4_llama,
     small_llama,
@@ -199,6 +212,40 @@ _KIND_COLUMNS = {
 
 def _largest(row: Row) -> str:
     return mebibytes(row.step.memory.largest if row.step.memory else None)
+
+
+def _of_fast(row: Row) -> str:
+    """The time of a step of ours, whatever it keeps, relative to one that keeps each input."""
+    name, _, dropout = row.name.partition(", p = ")
+    if name not in (OURS_AGAIN, BALANCED):
+        return ""
+    fast = row.measured.steps[name_of(OURS, float(dropout))]
+    return str(ratio(row.step.sample, fast.sample))
+
+
+_MEMORY = Steps(
+    lambda size: [
+        make(size) for make in (small_llama, *STANDARD)[: 1 if size is Size.TINY else None]
+    ],
+    lambda size, _: variants(
+        (OURS, OURS_AGAIN, BALANCED, PEFT), (0.0,) if size is Size.QUICK else (0.0, 0.05)
+    ),
+    lambda _: places(half=False),
+    seconds=60.0,
+    floor=False,
+    one_thread=True,
+)
+
+_MEMORY_COLUMNS = {
+    "model": lambda row: row.measured.model,
+    "contender": COLUMNS["contender"],
+    "median (quartiles)": COLUMNS["median (quartiles)"],
+    "O (quartiles)": COLUMNS["O (quartiles)"],
+    "of lora-fx": _of_fast,
+    "saved MiB": lambda row: mebibytes(row.step.saved),
+    "alive MiB": lambda row: mebibytes(row.step.alive),
+    "saved beyond frozen, MiB": COLUMNS["saved beyond frozen, MiB"],
+}
 
 
 _EXPERTS = Settings(target_modules=("experts.gate_up_proj", "experts.down_proj"), parameters=True)
@@ -452,17 +499,14 @@ def _measured(run: Run) -> dict[str, dict[str, Sample]]:
     cases["64 tokens, p = 0.05"] = (64, 0.05)
     if run.size is not Size.FULL:
         cases = {"8 tokens": (8, 0.0)}
-    threads, found = torch.get_num_threads(), {}
-    torch.set_num_threads(1)
-    try:
+    found = {}
+    with on_one_thread():
         for (title, (tokens, dropout)), part in run.each(cases.items(), lambda one: one[0]):
             found[title] = part.times(
                 _joint_contenders(run.size, tokens, dropout),
                 seconds=_SECONDS,
                 clock=time.thread_time,
             )
-    finally:
-        torch.set_num_threads(threads)
     return found
 
 
@@ -588,6 +632,7 @@ SECTIONS = (
         },
     ),
     Section("profile_step", ("where", "contender", *GROUPS, "sum"), _profiles, _profile_cells),
+    section_of("memory_step", _MEMORY, _MEMORY_COLUMNS),
     Section(
         "saved_step",
         ("contender", *(f"{kind}, MiB" for kind in KINDS), "sum, MiB"),

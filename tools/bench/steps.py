@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,13 @@ from lora_fx.tools.bench.contenders import (
     model_floor,
     targets_of,
 )
-from lora_fx.tools.bench.counted import Memory, count_operations, measure_memory, saved_bytes
+from lora_fx.tools.bench.counted import (
+    Memory,
+    alive_bytes,
+    count_operations,
+    measure_memory,
+    saved_bytes,
+)
 from lora_fx.tools.bench.measure import (
     Place,
     Ratio,
@@ -32,7 +40,16 @@ from lora_fx.tools.bench.measure import (
 from lora_fx.tools.bench.section import Chart, Section, no_charts
 from lora_fx.tools.bench.workloads import Workload
 
-__all__ = ["COLUMNS", "Measured", "Row", "Steps", "loss_of", "mebibytes", "section_of"]
+__all__ = [
+    "COLUMNS",
+    "Measured",
+    "Row",
+    "Steps",
+    "loss_of",
+    "mebibytes",
+    "on_one_thread",
+    "section_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +63,7 @@ class Step:
         operations: ATen operations, likewise.
         launches: Kernels, on CUDA.
         allocated: Peak of the allocator, on CUDA.
+        alive: Bytes that a forward leaves, counted without asking autograd; None as for ``saved``.
     """
 
     sample: Sample
@@ -54,6 +72,7 @@ class Step:
     operations: int | None = None
     launches: int | None = None
     allocated: int | None = None
+    alive: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +139,7 @@ class Steps:
         wrap: What is done to the contenders but the frozen one (``torch.compile``); then only time is
             measured of them, since hooks and modes change what is compiled.
         look: What else is looked at, once the times are taken.
+        one_thread: Whether to take the time that one thread computes, which other processes do not change.
     """
 
     workloads: Callable[[Size], Sequence[Workload]]
@@ -130,6 +150,7 @@ class Steps:
     base: Callable[[nn.Module], nn.Module] = lambda model: model
     wrap: Callable[[nn.Module], nn.Module] | None = None
     look: Look | None = None
+    one_thread: bool = False
 
     def measure(self, run: Run) -> dict[str, Measured]:
         """Results by place, and by model before it where there are several."""
@@ -159,7 +180,9 @@ class Steps:
             running = {n: one if n == FROZEN else self.wrap(one) for n, one in models.items()}
         losses = {name: loss_of(one, inputs) for name, one in running.items()}
         turns = {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()}
-        timed = run.times(turns, place.device, seconds=self.seconds)
+        with on_one_thread() if self.one_thread else contextlib.nullcontext():
+            clock = time.thread_time if self.one_thread else time.perf_counter
+            timed = run.times(turns, place.device, seconds=self.seconds, clock=clock)
         steps = {
             name: _counted(timed[name], one, losses[name], place.device)
             if running[name] is one
@@ -188,7 +211,19 @@ def _counted(
         operations,
         kernel_launches(step, device),
         allocator_peak(step, device, model.zero_grad),
+        alive_bytes(loss),
     )
+
+
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Lets operators compute on the thread that calls them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:

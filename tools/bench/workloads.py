@@ -16,8 +16,10 @@ from lora_fx.tools.bench.measure import Place, Size
 __all__ = [
     "MODELS",
     "RANK",
+    "STANDARD",
     "Served",
     "Workload",
+    "curve_llama",
     "llama_shape",
     "mixtral",
     "nf4_llama",
@@ -108,6 +110,13 @@ def vocabulary_llama(size: Size) -> Workload:
     return llama("Llama 4 × 512, 32,000 tokens", llama_shape(512, 1376, 4, 8, 32_000), 512)
 
 
+def curve_llama(size: Size) -> Workload:
+    """One that is small enough to be trained many times."""
+    if size is Size.TINY:
+        return llama(*_TINY_LLAMA)
+    return llama("Llama 2 × 128", llama_shape(128, 344, 2, 4, 256), 32)
+
+
 def wide_llama(size: Size) -> Workload:
     """A larger one."""
     if size is Size.TINY:
@@ -177,7 +186,10 @@ def resnet(size: Size) -> Workload:
     return Workload(title, _maker("ResNetForImageClassification", shape), inputs)
 
 
-MODELS = (llama_block, vit, bert, gpt2, wide_llama)
+STANDARD = (vit, bert, gpt2)
+"""Models of their published sizes that a CPU can train for a few steps."""
+
+MODELS = (llama_block, *STANDARD, wide_llama)
 """Of the section that compares models."""
 
 

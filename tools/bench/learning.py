@@ -1,0 +1,304 @@
+"""What adapters learn: over NF4 and over fp32, and by every way in which a step can be computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.api import rewrite
+from lora_fx.tools import demo
+from lora_fx.tools.bench.contenders import (
+    BALANCED,
+    CANONICAL,
+    FROZEN,
+    LEAST,
+    OURS,
+    PEFT,
+    Settings,
+    built,
+    shared_copy,
+)
+from lora_fx.tools.bench.measure import Run, Size
+from lora_fx.tools.bench.section import Section
+from lora_fx.tools.bench.step_sections import available, quantized_base
+from lora_fx.tools.bench.workloads import curve_llama
+
+__all__ = ["DENSE", "FUSED", "NF4", "SECTIONS", "THEIRS", "WAYS", "Curves", "Learned"]
+
+# --- over a quantized base ------------------------------------------------------------------------
+# The demo's task, equal steps, compared with adapters over fp32.
+
+
+DENSE = f"{OURS} over fp32"
+NF4 = f"{OURS} over NF4"
+THEIRS = f"{PEFT} over NF4"
+
+_SIZES = {
+    Size.FULL: demo.DemoSettings(train=200, held_out=150, epochs=1, learning_rate=2e-3),
+    Size.QUICK: demo.DemoSettings(train=60, held_out=60, epochs=1, learning_rate=2e-3),
+    Size.TINY: demo.DemoSettings(train=8, held_out=8, epochs=1, batch=8),
+}
+_SEEDS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """The results.
+
+    Attributes:
+        accuracy: Share of held-out text that each contender gets right, one for each seed.
+        steps: Of each training.
+        judged: Sentences of the held-out text.
+    """
+
+    accuracy: Mapping[str, tuple[float, ...]]
+    steps: int
+    judged: int
+
+    def mean(self, name: str) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.accuracy[name])
+
+    def lost(self, name: str) -> float:
+        """Percentage points less than over fp32."""
+        return 100 * (self.mean(DENSE) - self.mean(name))
+
+
+def _run(run: Run) -> dict[str, Learned]:
+    """The result on the CPU; none without bitsandbytes.
+
+    Repeats are seeds: of the factors, the order and the dropout; two at most.
+    """
+    if not available():
+        return {}
+    settings = _SIZES[run.size]
+    libraries = demo.LIBRARIES[:3] if run.size is Size.TINY else demo.LIBRARIES
+    corpus = demo.collect(settings.train, settings.held_out, libraries=libraries)
+    held_out = _batches(corpus.held_out, corpus, settings)
+    base = demo.SentenceClassifier.pretrained(len(libraries))
+    demo.fit_head(base, _batches(corpus.train, corpus, settings), iter(()))
+    quantized = quantized_base(base).eval()
+    found: dict[str, list[float]] = {
+        FROZEN: [_judged(base, held_out)],
+        f"{FROZEN}, NF4": [_judged(quantized, held_out)],
+    }
+    makers: dict[str, tuple[nn.Module, Callable[[nn.Module, int], nn.Module]]] = {
+        DENSE: (base, _ours),
+        NF4: (quantized, _ours),
+        THEIRS: (quantized, _theirs),
+    }
+    seeds = min(run.repeats, _SEEDS)
+    for seed in range(seeds):
+        for place, (name, (below, adapt)) in enumerate(makers.items()):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = adapt(below, seed)
+                demo.train(model, corpus, dataclasses.replace(settings, seed=seed))
+            found.setdefault(name, []).append(_judged(model, held_out))
+            run.tell(seed * len(makers) + place + 1, seeds * len(makers), name)
+    steps = settings.epochs * -(-len(corpus.train) // settings.batch)
+    accuracy = {name: tuple(one) for name, one in found.items()}
+    return {"cpu, float32": Learned(accuracy, steps, len(corpus.held_out))}
+
+
+def _rows(results: Mapping[str, Learned]) -> Iterator[list[str]]:
+    for where, found in results.items():
+        for name, each in found.accuracy.items():
+            frozen = name.startswith(FROZEN)
+            seeds = ", ".join(f"{100 * one:.1f}" for one in each) if len(each) > 1 else ""
+            lost = "" if frozen or name == DENSE else f"{found.lost(name):+.1f}"
+            row = [where, name, "" if frozen else str(found.steps)]
+            yield [*row, f"{100 * found.mean(name):.1f}", seeds, lost]
+
+
+def _batches(
+    sentences: Sequence[Any], corpus: demo.Corpus, settings: demo.DemoSettings
+) -> list[demo.Batch]:
+    ids = demo.tokens(sentences, settings.max_length)
+    return demo.batches(ids, corpus.labels(sentences), 2 * settings.batch)
+
+
+def _judged(model: nn.Module, held_out: Sequence[demo.Batch]) -> float:
+    guesses = demo.logits(lambda inputs: model(**inputs), held_out).argmax(-1)
+    return float((guesses == torch.cat([part.labels for part in held_out])).double().mean())
+
+
+def _ours(base: nn.Module, seed: int) -> nn.Module:
+    return rewrite(base, dataclasses.replace(demo.CONFIG, seed=seed))
+
+
+def _theirs(base: nn.Module, seed: int) -> nn.Module:
+    import peft
+
+    names = {name.rpartition(".")[2] for name, one in base.named_modules() if _is_layer(one)}
+    config = peft.LoraConfig(
+        r=demo.CONFIG.r,
+        lora_alpha=demo.CONFIG.lora_alpha,
+        lora_dropout=demo.CONFIG.lora_dropout,
+        target_modules=sorted(names),
+        exclude_modules=["head"],
+        modules_to_save=["head"],
+    )
+    result: nn.Module = peft.get_peft_model(shared_copy(base), config).get_base_model()
+    return result
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
+
+
+# --- by every way ---------------------------------------------------------------------------------
+# The losses of the same training by each way in which a step can be computed.
+
+FUSED = (OURS, BALANCED, LEAST)
+WAYS = (CANONICAL, *FUSED, PEFT)
+"""Contenders; the first one is the plain form, with which the others are compared."""
+
+_STEPS = {Size.FULL: 100, Size.QUICK: 40, Size.TINY: 4}
+_BATCH, _RATE = 8, 5e-3
+_COUNT = 5
+_SUCCESSORS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """The losses of trainings that differ in how a step is computed, and in their seeds.
+
+    Attributes:
+        losses: Of each step, by contender, [seeds, steps].
+    """
+
+    losses: Mapping[str, Tensor]
+
+    def last(self, name: str) -> Tensor:
+        """The loss that each training ends with, of its last tenth, [seeds]."""
+        losses = self.losses[name]
+        return losses[:, -math.ceil(losses.shape[1] / 10) :].mean(1)
+
+    def spread(self, name: str) -> float:
+        """The standard deviation of that between seeds."""
+        return float(self.last(name).std())
+
+    def between_seeds(self, name: str) -> float:
+        """The largest difference of a step's loss between two seeds."""
+        losses = self.losses[name]
+        return float((losses.amax(0) - losses.amin(0)).max())
+
+    def apart(self, name: str) -> float:
+        """The largest difference of a step's loss from the plain form with the same seed."""
+        return float((self.losses[name] - self.losses[CANONICAL]).abs().max())
+
+    def last_apart(self, name: str) -> float:
+        """The mean over seeds of what trainings end with, less that of the plain form."""
+        return float((self.last(name) - self.last(CANONICAL)).mean())
+
+
+def _trained(run: Run) -> dict[str, Curves]:
+    """The curves by probability of dropout. Repeats are seeds, five at most."""
+    found = {}
+    for dropout, part in run.each((0.0, 0.05), lambda one: f"p = {one:g}"):
+        found[f"{dropout:g}"] = _curves(dropout, part)
+    return found
+
+
+def _curves(dropout: float, run: Run) -> Curves:
+    workload = curve_llama(run.size)
+    settings, base = Settings(lora_dropout=dropout), workload.make()
+    models = built({name: (name, settings) for name in WAYS}, base)
+    seeds, steps = min(run.repeats, _COUNT), _STEPS[run.size]
+    length = workload.inputs["input_ids"].shape[-1]
+    words = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    losses = {name: torch.zeros(seeds, steps, dtype=torch.float64) for name in WAYS}
+    for seed in range(seeds):
+        batches = _sentences(words, length, steps, seed)
+        for place, (name, model) in enumerate(models.items()):
+            _restart(model, seed)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                losses[name][seed] = torch.tensor([*_steps_of(model, batches)])
+            run.tell(seed * len(WAYS) + place + 1, seeds * len(WAYS), name)
+    return Curves(losses)
+
+
+def _sentences(words: int, length: int, steps: int, seed: int) -> Tensor:
+    """Batches of a chain in which each word has a few that can follow it, [steps, batch, length]."""
+    rule, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    following = torch.randint(words, (words, _SUCCESSORS), generator=rule)
+    found = torch.randint(words, (steps, _BATCH, length), generator=drawn)
+    # More often the first than the last.
+    choices = torch.rand(found.shape, generator=drawn).square().mul(_SUCCESSORS).long()
+    for place in range(1, length):
+        found[..., place] = following[found[..., place - 1], choices[..., place]]
+    return found
+
+
+def _restart(model: nn.Module, seed: int) -> None:
+    """Gives factors their start: A as PEFT draws it, B of zeros. Both libraries name them alike."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, factor in model.named_parameters():
+            if "lora_A" in name:
+                bound = 1 / math.sqrt(factor.shape[-1])
+                factor.uniform_(-bound, bound, generator=draw)
+            elif "lora_B" in name:
+                factor.zero_()
+
+
+def _steps_of(model: nn.Module, batches: Tensor) -> Iterator[float]:
+    wanted = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(wanted, lr=_RATE)
+    for ids in batches:
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+def _curve_rows(results: Mapping[str, Curves]) -> Iterator[list[str]]:
+    for dropout, found in results.items():
+        for name, losses in found.losses.items():
+            plain = name == CANONICAL
+            yield [
+                dropout,
+                name,
+                str(losses.shape[1]),
+                f"{float(losses[:, 0].mean()):.4f}",
+                f"{float(found.last(name).mean()):.4f}",
+                f"{found.spread(name):.4f}",
+                f"{found.between_seeds(name):.3f}",
+                "" if plain else f"{found.last_apart(name):+.1e}",
+                "" if plain else f"{found.apart(name):.1e}",
+            ]
+
+
+SECTIONS = (
+    Section(
+        "quantized_quality",
+        ("where", "contender", "steps", "held-out text right, %", "by seed", "points lost"),
+        _run,
+        _rows,
+    ),
+    Section(
+        "training_curves",
+        (
+            "p",
+            "contender",
+            "steps",
+            "first loss",
+            "last loss",
+            "its spread between seeds",
+            "largest difference between seeds",
+            "last loss less the plain form's",
+            "largest difference from the plain form, same seed",
+        ),
+        _trained,
+        _curve_rows,
+    ),
+)
