@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]  # it has no types
@@ -352,8 +353,8 @@ def trace(
 def _unanswered(program: ExportedProgram) -> list[str]:
     """What a trace asked of its dynamic sizes, and no file asks again: it has the branch of the example.
 
-    Limits of one size are left out, which the file's metadata has, and so is whether a size is 0 or 1, which
-    the parity gate tries.
+    Limits of one size are left out, which the file's metadata has. So is what operations ask, which compute
+    the same either way.
     """
     sizes = itertools.chain.from_iterable(
         node.meta["val"].shape
@@ -363,8 +364,19 @@ def _unanswered(program: ExportedProgram) -> list[str]:
     environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
     if environment is None:
         return []
-    asked = dict.fromkeys(environment.simplify(guard.expr) for guard in environment.guards)
+    guards = filter(_is_of_code, environment.guards)
+    asked = dict.fromkeys(environment.simplify(guard.expr) for guard in guards)
     return [str(one) for one in asked if not _is_limit(one) and not _always_holds(one)]
+
+
+def _is_of_code(guard: Any) -> bool:
+    """Whether the code of a module has asked, of the model or of ``torch.nn``, and no operation."""
+    where = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+    path = Path(getattr(where, "filename", None) or "unknown")
+    return not path.is_relative_to(_TORCH) or path.is_relative_to(_TORCH / "nn")
+
+
+_TORCH = Path(torch.__file__).parent
 
 
 def _is_limit(question: Any) -> bool:
@@ -379,13 +391,10 @@ def _is_limit(question: Any) -> bool:
 def _always_holds(question: Any) -> bool:
     """Whether a question has the same answer for all sizes from 2 on, as far as a grid of them shows.
 
-    The grid has small sizes and those next to every number in the question. Whether something is 0 or 1 is
-    asked by operations as well: then sizes that are large count alone.
+    The grid has small sizes and those next to every number in the question.
     """
     near = [int(one) for one in question.atoms(sympy.Integer)]
     sizes = sorted({*range(2, 18), *(n + d for n in near for d in (-1, 0, 1) if n + d > 1)})
-    if isinstance(question, sympy.Ne) and not {0, 1}.isdisjoint(question.args):
-        sizes = list(range(2048, 2048 + max(64, *near) + 1))
     symbols = sorted(question.free_symbols, key=str)
     picks = random.Random(0)
     grid = [[size] * len(symbols) for size in sizes]
