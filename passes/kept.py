@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.config import LoraConfig
 from lora_fx.ir import DEFAULT_LOSS, Kept, Loss, Memory, Plan
-from lora_fx.passes.capture import Frontend, normalize
+from lora_fx.passes.capture import Frontend, State, normalize
 from lora_fx.passes.pipeline import rewrite_model
 
 __all__ = ["with_kept"]
@@ -53,11 +53,14 @@ def with_kept(
     """
     if example_inputs is None:
         return plan
+    before = State(model)
     try:
         found = _counted(model, config, example_inputs, loss, frontend)
     except Exception as error:  # noqa: BLE001  whatever the user's code raises without values
         _log.debug("what a step keeps is not counted: %s: %s", type(error).__name__, error)
         return plan
+    finally:
+        before.restore()  # random numbers that were drawn on the way
     return dataclasses.replace(plan, kept=found)
 
 

@@ -547,9 +547,10 @@ class Named:
         if not isinstance(function, FunctionType) or _of_library(function):
             return
         place = place if function is found else None  # what is wrapped is not what lies there
-        if (function.__code__, place) in self._done:
+        # A function that leads to itself has a new path each time.
+        if (function, place is None) in self._done:
             return
-        self._done.add((function.__code__, place))
+        self._done.add((function, place is None))
         for path, value in _named(function, place):
             self._take(path, value, function.__module__ in self._homes)
         for code in nested(function.__code__):
