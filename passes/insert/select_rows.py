@@ -184,10 +184,7 @@ class _Work:
             return
 
         def cut(read: fx.Node) -> fx.Node:
-            inside = read.meta.get(META_KEY)
-            if isinstance(inside, Tag) and inside.adapter and inside.role is not Role.ADD:
-                return read
-            if read.op == "get_attr" or constant_of(read, self._region) is not None:
+            if self._stays(read):
                 return read
             if read.target is output_padding:
                 return read  # numbers that all samples share
@@ -216,6 +213,13 @@ class _Work:
             new = self._call(("put", node), node.next, tag, put_rows, total, node)
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
+    def _stays(self, read: fx.Node) -> bool:
+        """Whether what a branch reads is its own, or the same for all samples."""
+        inside = read.meta.get(META_KEY)
+        if isinstance(inside, Tag) and inside.adapter and inside.role is not Role.ADD:
+            return True
+        return read.op == "get_attr" or constant_of(read, self._region) is not None
+
     def _of_experts(self, tag: Tag) -> bool:
         return join(self._region.fqn, tag.weight) in self._experts
 
@@ -223,10 +227,7 @@ class _Work:
         ends = node.args[2] if node.target is experts.grouped_linear else None
 
         def cut(read: fx.Node) -> fx.Node:
-            inside = read.meta.get(META_KEY)
-            if isinstance(inside, Tag) and inside.adapter and inside.role is not Role.ADD:
-                return read
-            if read.op == "get_attr" or constant_of(read, self._region) is not None:
+            if self._stays(read):
                 return read
             rows = self._rows_of_experts(node, tag)
             function = ends_selected if read is ends else rows_selected
