@@ -715,7 +715,8 @@ PLACES = {
         number=True,
     ),
     "dtype of a buffer": Place(
-        "(2.0 if self.{n}.dtype == torch.float32 else 3.0)",
+        # Not whether it is fp32: the oracle runs the model in fp64.
+        "(3.0 if self.{n}.dtype == torch.int64 else 2.0)",
         'self.register_buffer("{n}", torch.ones(2))',
         change="{m}.{n} = torch.ones(2, dtype=torch.int64)",
         number=True,
