@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -75,3 +77,27 @@ def test_an_export_that_names_a_class_method_is_pickled() -> None:
     config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
     adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
     torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(x), model(x))
+
+
+class _NotPickled(Decimal):
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not to be pickled")
+
+
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 4), Decimal("0.5")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * float(self.scale)
+
+
+@pytest.mark.parametrize("frontend", ["regions", "export"])
+def test_an_object_that_cannot_be_pickled_differs_from_the_one_before(frontend: Any) -> None:
+    model, x = _Scaled(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    adapted = lora_fx.rewrite(model, config, (x,), frontend=frontend)
+    torch.testing.assert_close(adapted(x), model(x))
+    model.scale = adapted.scale = _NotPickled("3.0")
+    torch.testing.assert_close(adapted(x), model(x))
