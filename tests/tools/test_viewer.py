@@ -443,7 +443,7 @@ def test_what_if_selects_what_a_plan_does(chromium: Page, tmp_path: Path) -> Non
             f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
             "const { selected } = Find.select(graph.targets, ask, graph.modules);"
             "return [ask.objection, selected.map((row) => row.name),"
-            "selected.reduce((sum, row) => sum + 4 * row.each_rank, 0)]; })()"
+            "selected.reduce((sum, row) => sum + Find.costOf(row, 4), 0)]; })()"
         )
         plan = lora_fx.plan(model, LoraConfig(r=4, **values))
         cost = sum(row.parameters for row in plan.sites)
@@ -522,11 +522,22 @@ IN_PARTS: list[dict[str, Any]] = [
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize("drawn", ["model", "plan", "rewritten"])
-def test_what_if_adapts_parts_as_a_plan_does(chromium: Page, tmp_path: Path, drawn: str) -> None:
+@pytest.mark.parametrize(
+    ("drawn", "kind"),
+    [
+        ("model", {}),
+        ("plan", {}),
+        ("rewritten", {}),
+        ("plan", {"use_dora": True}),
+        ("rewritten", {"lora_bias": True}),
+    ],
+)
+def test_what_if_adapts_parts_as_a_plan_does(
+    chromium: Page, tmp_path: Path, drawn: str, kind: dict[str, Any]
+) -> None:
     """Of fused weights and of attention layers, whatever the picture that is looked at has adapted."""
     model, r = Fused(), 4
-    config = LoraConfig(r=r, target_modules=["qkv.q", "qkv.8_16", "gate_up", "attn"])
+    config = LoraConfig(r=r, target_modules=["qkv.q", "qkv.8_16", "gate_up", "attn"], **kind)
     made = {
         "model": lambda: model,
         "plan": lambda: lora_fx.plan(model, config),
@@ -534,15 +545,14 @@ def test_what_if_adapts_parts_as_a_plan_does(chromium: Page, tmp_path: Path, dra
     }
     chromium.open(visualize(made[drawn](), tmp_path / "parts.html").as_uri())
     for values in IN_PARTS:
-        plan = lora_fx.plan(model, LoraConfig(r=r, **values))
+        plan = lora_fx.plan(model, LoraConfig(r=r, **values, **kind))
         fields = {key: value for key, value in values.items() if key != "rank_pattern"}
         typed = json.dumps({key: written(value) for key, value in fields.items()})
         ranks = json.dumps(values.get("rank_pattern", {}))
         objection, names, cost, idle, clash = chromium.run(
             f"(() => {{ const ask = Find.asked({typed}), graph = loraFx.graphs[0];"
             "const { selected, idle, left, clash } = Find.select(graph.targets, ask, graph.modules);"
-            f"const each = (row) => row.each_rank * Find.rankOf(row, {r}, {ranks});"
-            "const cost = selected.reduce((sum, row) => sum + each(row), 0);"
+            f"const cost = selected.reduce((sum, row) => sum + Find.costOf(row, {r}, {ranks}), 0);"
             "return [ask.objection, selected.map((row) => row.name), cost, [...idle, ...left], clash]; })()"
         )
         assert (objection, clash) == ("", ""), values

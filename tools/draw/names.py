@@ -159,6 +159,7 @@ def picture_of_plan(plan: Plan) -> Picture:
         targets=targets_of(
             [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)],
             plan.rejections,
+            plan.config,
         ),
         config=plan.config,
         counted=False,

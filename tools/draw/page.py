@@ -180,14 +180,7 @@ FIELDS = (
 )
 """Fields of a configuration that can be typed into the page, besides ``r`` and ``lora_alpha``."""
 
-_UNCOUNTED = (
-    "use_dora",
-    "lora_bias",
-    "kind",
-    "bias",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-)
+_UNCOUNTED = ("bias", "trainable_token_indices", "ensure_weight_tying")
 """Fields that decide what else is selected or trained, which the page does not count."""
 
 

@@ -368,6 +368,7 @@ def picture_of_model(
         rows = rows_of_matches(matches)
     seen = matches if record is None else record.base.matches
     configs = [one.config for one in record.adapters.values()] if record is not None else []
+    config = configs[0] if configs else None
     if original is not None and any(row.quantized for row in rows):
         rows = with_losses(rows, model, record or matches, original)
     return Picture(
@@ -382,8 +383,8 @@ def picture_of_model(
         notes=tuple(notes),
         adapters=painter.adapters,
         sites=rows,
-        targets=() if seen is None else targets_of(seen.sites, seen.rejections),
-        config=configs[0] if configs else None,
+        targets=() if seen is None else targets_of(seen.sites, seen.rejections, config),
+        config=config,
     )
 
 

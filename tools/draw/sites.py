@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import Originals
-from lora_fx.config import changes_base, judge
+from lora_fx.config import LoraConfig, changes_base, judge
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, join
+from lora_fx.kinds import AdapterKind, chosen_kind
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.adapter_folder import effective_rank, singular_values
@@ -149,28 +150,34 @@ def _site(site: Site, reason: str = "") -> SiteRow:
     )
 
 
-def targets_of(sites: Iterable[Site], rejections: Iterable[Rejection]) -> tuple[Target, ...]:
+def targets_of(
+    sites: Iterable[Site], rejections: Iterable[Rejection], config: LoraConfig | None
+) -> tuple[Target, ...]:
     """What a configuration could name.
 
     Args:
         sites: Linear operations, or parts of them, which stand for the whole.
         rejections: What cannot be adapted.
+        config: The configuration that says which kind an adapter is; None is LoRA.
     """
+    kind = chosen_kind(config or LoraConfig())
     wholes = dict.fromkeys(site.whole or site for site in sites)
     refused = (Target(one.name, reason=one.reason) for one in rejections)
-    return (*map(_target, wholes), *refused)
+    return (*(_target(site, kind) for site in wholes), *refused)
 
 
-def _target(site: Site) -> Target:
+def _target(site: Site, kind: AdapterKind) -> Target:
     return Target(
         name=site.name,
         weight="" if site.weight == join(site.name, "weight") else site.weight,
         default=_in_default(site),
         linear=site.family == "linear" and site.head != "declared",
-        each_rank=_each_rank(site),
+        each_rank=_each_rank(site) if kind.low_rank else 0.0,
+        fixed=kind.costs(site).parameters,
         attention=site.attention,
         width=site.out_features if site.divisible else 0,
         parts=site.parts,
+        reason=kind.objection(site) or "",
     )
 
 

@@ -168,7 +168,8 @@ const Find = (() => {
   /* Some output features of a fused weight, as an operation of its own. */
   function part(row, name, start, stop) {
     const lost = row.width - (stop - start);
-    return { ...row, name: `${row.name}.${name}`, of: row, rows: [start, stop], each_rank: row.each_rank - lost, asked: [`${row.name}.${name}`] };
+    const each_rank = row.each_rank && row.each_rank - lost, fixed = (row.fixed * (stop - start)) / row.width;
+    return { ...row, name: `${row.name}.${name}`, of: row, rows: [start, stop], each_rank, fixed, asked: [`${row.name}.${name}`] };
   }
 
   /* Parts that a list calls by their features: qkv.0_64. */
@@ -243,6 +244,9 @@ const Find = (() => {
     return rank;
   }
 
+  /* How many elements a selected row trains. */
+  const costOf = (row, rank, patterns) => row.fixed + row.each_rank * rankOf(row, rank, patterns);
+
   /* `rest`: fields that cannot be typed into the page. */
   function fields({ target, exclude, layers: wanted, patterns, saved, parameters, scope }, rank, alpha, rest = {}) {
     const value = (chosen) => (chosen.kind === "list" ? chosen.names : chosen.all ? "all-linear" : chosen.kind === "default" ? null : chosen.pattern);
@@ -267,7 +271,7 @@ const Find = (() => {
     YAML: (found) => Object.entries(found).map(([key, value]) => (Array.isArray(value) ? `${key}:\n${value.map((one) => `  - ${JSON.stringify(one)}`).join("\n")}` : `${key}: ${JSON.stringify(value)}`)).join("\n"),
   };
 
-  return { search, asked, select, rankOf, disagreement, fields, WRITERS, isModule };
+  return { search, asked, select, costOf, disagreement, fields, WRITERS, isModule };
 })();
 
 if (typeof module !== "undefined") module.exports = Find;

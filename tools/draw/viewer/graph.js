@@ -61,7 +61,7 @@ class Graph {
   /* What a configuration could name, tied to its box. */
   target({ name, weight, attention, reason, parts = [], ...more }) {
     const word = (place) => this.doc.strings[place] ?? "";
-    const row = { default: false, linear: false, each_rank: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
+    const row = { default: false, linear: false, each_rank: 0, fixed: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
     return { ...row, parts: parts.map(([one, start, stop]) => [word(one), start, stop]), box: this.boxOf(row.name) };
   }
 

@@ -323,7 +323,7 @@
       const { selected, refused, idle, left, clash, inFull } = Find.select(targets, ask, active.modules, heads);
       chosen = [...selected, ...refused];
       const odd = Object.keys(rest.rank_pattern ?? {}).find(Find.disagreement);
-      const cost = selected.reduce((sum, row) => sum + row.each_rank * Find.rankOf(row, rank, odd ? {} : rest.rank_pattern), 0);
+      const cost = selected.reduce((sum, row) => sum + Find.costOf(row, rank, odd ? {} : rest.rank_pattern), 0);
       if (clash) lines.push(impossible = clash);
       // A fused weight that is adapted in parts counts as its parts.
       const inParts = new Map([...new Set(selected.map((row) => row.of).filter(Boolean))].map((row) => [row, selected.filter(({ of }) => of === row).length]));
