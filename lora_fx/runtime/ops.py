@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.classes import BASE, OVER
@@ -298,18 +299,32 @@ def count_batch(counter: torch.Tensor, training: bool) -> torch.Tensor:
     return counter.add_(1) if training else counter
 
 
-def needs_modules(model: nn.Module) -> bool:
+_CHECKPOINTS = "gradient_checkpointing"
+
+
+def needs_modules(model: nn.Module, replaced: int = 0) -> bool:
     """Whether a call has to go through the modules, since a graph of the whole model has none.
 
-    That is so where something waits for a module to be called: a hook, or a block that checkpoints its
-    activations (the switch is the attribute that transformers sets on its layers).
+    That is so where something waits for a module to be called: a hook, a ``forward`` that was set on it, or
+    a block that checkpoints its activations (the switch is the attribute that transformers sets on its
+    layers).
+
+    Args:
+        model: The model.
+        replaced: How many modules had a ``forward`` of their own when the graph was made.
     """
+    if _has_any_global_hook():
+        return True
     for module in model.modules():
-        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+        own = module.__dict__  # Module.__getattr__ is slow for what is not there
+        if "forward" in own:
+            replaced -= 1
+        hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+        if (hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]) and module is not model:
             return True
-        if model.training and getattr(module, "gradient_checkpointing", False):
+        if model.training and own.get(_CHECKPOINTS, getattr(type(module), _CHECKPOINTS, False)):
             return True
-    return False
+    return replaced != 0
 
 
 def wants_cache(model: nn.Module, use_cache: bool | None) -> bool:

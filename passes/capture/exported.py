@@ -30,7 +30,13 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.noting import OF_GRAD_MODE, Named, Notes, Questions
+from lora_fx.passes.capture.noting import (
+    OF_GRAD_MODE,
+    Named,
+    Notes,
+    Questions,
+    replaced_forwards,
+)
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
@@ -297,9 +303,9 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     for one in questions:
         one.forget("is_autocast_enabled", device.type)
     hooks = Flag(
-        f"{NEEDS_MODULES}(self)",
-        note="a module inside has a hook or checkpoints its activations, and the graph calls no modules: "
-        "remove the hook, or switch checkpointing off",
+        f"{NEEDS_MODULES}(self, {len(replaced_forwards(model))})",
+        note="a module inside has a hook or another forward, or checkpoints its activations, and the graph "
+        "calls no modules: remove the hook, or switch checkpointing off",
     )
     conditions += [autocast, hooks]
     conditions.extend(_output_conditions(model))

@@ -71,6 +71,7 @@ __all__ = [
     "Notes",
     "Questions",
     "answer_of",
+    "replaced_forwards",
 ]
 
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
@@ -517,6 +518,14 @@ class Named:
         self._done: set[Any] = set()
         for cls in own:
             self._pending.append((cls.forward, None))
+            for name in ("__call__", "forward"):
+                path = Path(ObjectRoot(cls)).attribute(name)
+                self.reads[path] = Read(path, "identity", getattr(cls, name))
+        for name in replaced_forwards(model):
+            path = Path.to(name).attribute("forward")
+            function = ops.function_of(model.get_submodule(name).forward)
+            self.reads[path] = Read(path, "function", function)
+            self._pending.append((function, path))
         for name, module in model.named_modules():
             for key, value in module.__dict__.items():
                 if key not in _OWN:
@@ -629,6 +638,16 @@ def _asks_classes(code: CodeType) -> bool:
     return not {"getattr", "hasattr"}.isdisjoint(code.co_names) and not (
         first == ("self",) and named
     )
+
+
+def replaced_forwards(model: nn.Module) -> list[str]:
+    """The modules of a model on which a function was set as their ``forward``, by FQN."""
+    kinds = FunctionType | MethodType
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module.__dict__.get("forward"), kinds)
+    ]
 
 
 def _functions_in(value: Any, path: Path | None) -> Iterator[tuple[Any, Path | None]]:

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,68 @@ def test_a_hook_that_waits_for_a_module_gets_its_call(models) -> None:
     for one in (model, adapted):
         one.bn.register_forward_hook(lambda module, args, out: out * 3)
     same(model.eval(), adapted.eval(), x)
+
+
+_GLOBAL = nn.modules.module
+_TAKEN: dict[str, Callable[[nn.Module], Any]] = {
+    "forward hook": lambda bn: bn.register_forward_hook(lambda module, args, out: out * 3),
+    "forward pre-hook": lambda bn: bn.register_forward_pre_hook(lambda module, args: args[0] * 3),
+    "backward hook": lambda bn: bn.register_full_backward_hook(lambda m, grad, out: (grad[0] * 3,)),
+    "backward pre-hook": lambda bn: bn.register_full_backward_pre_hook(
+        lambda m, out: (out[0] * 3,)
+    ),
+    "forward": lambda bn: setattr(bn, "forward", lambda x: x * 3),
+    "forward hook for all": lambda bn: _GLOBAL.register_module_forward_hook(
+        lambda module, args, out: out * 3 if isinstance(module, nn.BatchNorm1d) else None
+    ),
+    "forward pre-hook for all": lambda bn: _GLOBAL.register_module_forward_pre_hook(
+        lambda module, args: args[0] * 3 if isinstance(module, nn.BatchNorm1d) else None
+    ),
+    "backward hook for all": lambda bn: _GLOBAL.register_module_full_backward_hook(
+        lambda module, grad, out: (grad[0] * 3,) if isinstance(module, nn.BatchNorm1d) else None
+    ),
+}
+
+
+@pytest.mark.parametrize("what", _TAKEN)
+def test_what_takes_the_call_of_a_module_gets_it(models, what: str) -> None:
+    model, adapted, x = models
+    handles = [_TAKEN[what](one.eval().bn) for one in (model, adapted)]
+    try:
+        gradients = []
+        for one in (model, adapted):
+            leaf = x.clone().requires_grad_()
+            one(leaf).square().sum().backward()
+            gradients.append(leaf.grad)
+        same(model, adapted, x)
+        torch.testing.assert_close(*gradients)
+    finally:
+        for handle in filter(None, handles):
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", ["__call__", "forward"])
+@pytest.mark.parametrize("cls", [Frozen, nn.BatchNorm1d])
+def test_a_call_that_is_replaced_in_a_class_is_not_that_of_the_graph(
+    models, monkeypatch: pytest.MonkeyPatch, cls: type, name: str
+) -> None:
+    model, adapted, x = models
+    before = getattr(cls, name)
+    model.eval(), adapted.eval()
+    monkeypatch.setattr(cls, name, lambda self, *a, **named: before(self, *a, **named) * 3)
+    expected = model(x)
+    torch.testing.assert_close(adapted(x), expected)
+
+
+def test_a_forward_that_was_set_before_is_part_of_the_graph() -> None:
+    model, x = Frozen().eval(), torch.randn(6, 8)
+    model.bn.forward = functools.partial(F.relu, inplace=False)
+    model.shared.forward = MethodType(lambda self, x: self.weight.sum() * x, model.shared)
+    adapted = lora_fx.rewrite(model, CONFIG, x, frontend="export")
+    same(model, adapted, x)
+    model.shared.forward = MethodType(lambda self, x: self.bias.sum() * x, model.shared)
+    adapted.shared.forward = MethodType(lambda self, x: self.bias.sum() * x, adapted.shared)
+    same(model, adapted, x)
 
 
 def test_a_call_of_another_form_goes_through_the_modules(models) -> None:
