@@ -313,7 +313,7 @@ def needs_modules(model: nn.Module, replaced: int = 0) -> bool:
         model: The model.
         replaced: How many modules had a ``forward`` of their own when the graph was made.
     """
-    if _has_any_global_hook():
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     for module in model.modules():
         own = module.__dict__  # Module.__getattr__ is slow for what is not there
