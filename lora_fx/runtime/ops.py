@@ -57,6 +57,7 @@ __all__ = [
     "Seen",
     "cast_like",
     "check_adapter_name",
+    "children_of",
     "class_of",
     "count_batch",
     "differs",
@@ -619,8 +620,12 @@ def inside_of(value: Any) -> tuple[str, ...] | None:
     """The names of the user's modules in a container of PyTorch's; None for any other object."""
     if not isinstance(value, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return None
-    inside = value._modules.items()
-    return tuple([name for name, one in inside if not isinstance(one, AdapterModule)])
+    return tuple(children_of(value))
+
+
+def children_of(module: nn.Module) -> list[str]:
+    """The names of the modules in a module, in order, without those that hold its adapters."""
+    return [name for name, one in module._modules.items() if not isinstance(one, AdapterModule)]
 
 
 def shape_of(tensor: torch.Tensor | None) -> tuple[tuple[int, ...], torch.dtype] | None:

@@ -519,11 +519,13 @@ class Frame:
         path = self.recorder.path_of(holder)
         if path is None:
             return
-        if isinstance(holder, nn.ModuleDict | nn.ParameterDict):
+        if isinstance(holder, nn.ParameterDict):
             self.recorder.read(Read(path, "keys", list(holder)))
-        elif isinstance(holder, nn.ModuleList | nn.ParameterList):
+        elif isinstance(holder, nn.ParameterList):
             # Their names are numbers, in order.
             self.recorder.read(Read(path, "length", len(holder)))
+        elif isinstance(holder, nn.ModuleList):
+            self.recorder.read(Read(path, "modules", len(ops.children_of(holder))))
         else:
             self.note_children(holder)
 
@@ -539,8 +541,7 @@ class Frame:
         """Notes which children a module has, and their order."""
         path = self.recorder.path_of(module)
         if path is not None:
-            names = list(module._modules)
-            self.recorder.read(Read(path.attribute("_modules"), "keys", names))
+            self.recorder.read(Read(path, "children", ops.children_of(module)))
             for name, child in module._modules.items():
                 if child is None:
                     self._noted_at(None, path, name)

@@ -203,7 +203,9 @@ class Read:
         path: Where.
         kind: How it is compared: ``value``, ``contents``, ``identity``, ``function`` (of a property or a
             method of a class), ``class`` (of the object that lies there), ``length``, ``keys`` and ``holds``
-            (of a dict, the second with a key), ``shape`` (of a tensor), ``present`` (it is not None),
+            (of a dict, the second with a key), ``children`` and ``modules`` (the names of the modules in
+            a module, and their number, without those of adapters), ``shape`` (of a tensor), ``present`` (it
+            is not None),
             ``missing`` (there was no such attribute), ``there`` (there was one, and the code has a way to go
             without it), ``same`` (the object that lies at another path, too), ``answer`` (of a function, with
             what it was given) or ``tree`` (an object and all below it, :class:`lora_fx.runtime.ops.Seen`).
@@ -270,6 +272,10 @@ class Read:
             return len(value)
         if self.kind == "keys":
             return list(value)
+        if self.kind == "children":
+            return ops.children_of(value)
+        if self.kind == "modules":
+            return len(ops.children_of(value))
         if self.kind == "holds":
             return self.expected[0] in value
         if self.kind == "answer":
@@ -322,9 +328,13 @@ class Read:
             return f"{self.path} was a {expected.__qualname__} when its forward was captured, found {found}"
         if self.kind in ("identity", "function"):
             expected = getattr(expected, "__qualname__", None) or repr(expected)
-        what = {"length": "the length of ", "shape": "the shape of ", "keys": "the keys of "}.get(
-            self.kind, ""
-        )
+        what = {
+            "length": "the length of ",
+            "shape": "the shape of ",
+            "keys": "the keys of ",
+            "children": "the list of modules in ",
+            "modules": "the number of modules in ",
+        }.get(self.kind, "")
         value = repr(tuple(expected)) if self.kind == "shape" else expected
         named = isinstance(value, str) and self.kind in ("identity", "function")
         value = value if named else repr(value)
@@ -336,6 +346,7 @@ def _read_again(path: Path, kind: str, held: ObjectRoot) -> Read:
 
 
 _DIFFERS = "_lora_fx_differs"
+_CHILDREN = "_lora_fx_children_of"
 _CLASS = "_lora_fx_class_of"
 _FUNCTION = "_lora_fx_function_of"
 _TREE = "_lora_fx_tree_differs"
@@ -343,6 +354,8 @@ _CONDITIONS = {
     "present": "{here} is None",
     "length": "len({here}) != {expected}",
     "keys": "list({here}) != {expected!r}",
+    "children": f"{_CHILDREN}({{here}}) != {{expected!r}}",
+    "modules": f"len({_CHILDREN}({{here}})) != {{expected}}",
     "shape": "{here}.shape != {expected!r}",
     "class": f"{_CLASS}({{here}}) is not {{constant}}",
     "function": f"{_FUNCTION}({{here}}) is not {{constant}}",
@@ -375,7 +388,7 @@ def _changes(value: Any, path: Path, seen: ops.Seen, met: dict[int, Any]) -> Ite
         elif getattr(value, name).dtype is not shape[1]:
             yield Read(here.attribute("dtype"), "identity", shape[1])
     if seen.inside is not None and ops.inside_of(value) != seen.inside:
-        yield Read(path.attribute("_modules"), "keys", list(seen.inside))
+        yield Read(path, "children", list(seen.inside))
     if seen.items is not None:
         yield from _changes_inside(value, path, seen.items, met)
 
@@ -431,6 +444,7 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
     text = " ".join(condition for _, condition in conditions_of(reads))
     helpers = {
         _DIFFERS: ops.differs,
+        _CHILDREN: ops.children_of,
         _CLASS: ops.class_of,
         _FUNCTION: ops.function_of,
         _TREE: ops.tree_differs,
