@@ -7,8 +7,11 @@ alone.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,16 +27,22 @@ from lora_fx.passes.capture.decompositions import (
 )
 from lora_fx.passes.capture.symbolic import Untraceable, trace
 from lora_fx.passes.graph import (
+    LIBRARIES,
     UNINITIALIZED,
     Parameter,
+    classes_told,
+    held_in,
     is_built_in,
     is_lazy,
     is_matrix,
     kept_graph,
+    named_by,
+    nested,
     parameters_of,
     uninstall,
     wraps_own_forward,
 )
+from lora_fx.runtime import ops
 
 __all__ = ["Graphs", "find_regions"]
 
@@ -101,7 +110,75 @@ def find_regions(model: nn.Module) -> Capture:
             visit(child, join(fqn, name))
 
     visit(model, "")
+    _take_off_told(regions, opaque, model)
     return Capture(model, regions, "regions", opaque=opaque, begun=begun)
+
+
+def _take_off_told(regions: dict[str, Region], opaque: dict[str, str], model: nn.Module) -> None:
+    """Takes off the graphs of modules that must keep their class, and says why."""
+    # A module without a graph runs its own code, which may tell further ones.
+    while told := _told_by_class(model, regions, opaque):
+        for key, reason in told.items():
+            opaque[regions.pop(key).fqn] = reason
+
+
+def _told_by_class(
+    model: nn.Module, regions: Mapping[str, Region], opaque: Mapping[str, str]
+) -> dict[str, str]:
+    """Regions that cannot be: code that runs as it is tells their modules apart by their class.
+
+    A module with a graph is of a class of its own, below that of the user.
+
+    Returns:
+        By key of the region, the reason.
+    """
+    asked: dict[type | None, str] = {}
+    for fqn in opaque:
+        cls: Any = type(model.get_submodule(fqn))
+        asked.update(_classes_told(cls))
+    if not asked:
+        return {}
+    told: dict[str, str] = {}
+    for key, region in regions.items():
+        # What is above an adapter is of another class, too.
+        path = itertools.accumulate(region.fqn.split("."), join, initial="")
+        classes = [None, *(type(model.get_submodule(one)) for one in path)]
+        asker = next((asked[one] for one in classes if one in asked), None)
+        if asker is not None:
+            told[key] = (
+                f"{asker} tells it from others by its class, or a module that it is in, and with an adapter "
+                "they have another: use isinstance() there"
+            )
+    return told
+
+
+@functools.lru_cache(maxsize=1024)
+def _classes_told(cls: Any) -> tuple[tuple[type | None, str], ...]:
+    """The classes that the forward of a class, and what that calls, compares with; each with who does."""
+    pending: list[tuple[Any, bool]] = [(getattr(cls, "forward", None), True)]
+    done: set[FunctionType] = set()
+    found: dict[type | None, str] = {}
+    while pending:
+        one, is_method = pending.pop()
+        function = inspect.unwrap(one) if isinstance(one, FunctionType) else None
+        if not isinstance(function, FunctionType) or function in done:
+            continue
+        done.add(function)
+        if (function.__module__ or "").partition(".")[0] in LIBRARIES:
+            continue
+        for told in classes_told(function):
+            # Functions that are no methods take tensors and settings more often than modules.
+            if told is not None or is_method:
+                found.setdefault(told, function.__qualname__)
+        names = {name for code in nested(function.__code__) for name in code.co_names}
+        named = [
+            *(function.__defaults__ or ()),
+            *(value for cell in function.__closure__ or () for value in held_in(cell)),
+            *(value for _, _, _, value in named_by(function)),
+        ]
+        pending += [(ops.function_of(value), False) for value in named]
+        pending += [(ops.function_of(getattr(cls, name, None)), True) for name in names]
+    return tuple(found.items())
 
 
 class Graphs:

@@ -17,7 +17,16 @@ from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-__all__ = ["LIBRARIES", "SCOPES", "bound_by", "compiled", "named_by", "nested", "tree_of"]
+__all__ = [
+    "LIBRARIES",
+    "SCOPES",
+    "bound_by",
+    "classes_told",
+    "compiled",
+    "named_by",
+    "nested",
+    "tree_of",
+]
 
 LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "lora_fx"}
 """Packages of Python whose code is no part of a model."""
@@ -81,6 +90,98 @@ def tree_of(code: CodeType, qualname: str) -> tuple[Any, str] | str:
             if made is not None and _same(made, code):
                 return tree, scope
     return f"is not what its source says ({code.co_name}, {code.co_filename})"
+
+
+_TELLS = frozenset({"type", "__class__"})
+
+
+def classes_told(function: FunctionType) -> Iterator[type | None]:
+    """The classes that a function compares the class of an object with: ``type(x) is Block``.
+
+    ``isinstance`` compares none in this sense, and a class that is only called, passed on or asked for its
+    name is not told apart.
+
+    Args:
+        function: A function of Python.
+
+    Yields:
+        A class, or None where it may be any.
+    """
+    code = function.__code__
+    if not any(_TELLS & {*one.co_names} for one in nested(code)):
+        return
+    found = tree_of(code, function.__qualname__)
+    if isinstance(found, str):
+        yield None
+        return
+    tree = found[0]
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    asked = [(node, subject) for node in ast.walk(tree) if (subject := _asked_class_of(node))]
+    for node, subject in tuple(asked):
+        # A variable that holds the class stands for it.
+        if isinstance(at := parents.get(node), ast.Assign):
+            names = {one.id for one in at.targets if isinstance(one, ast.Name)}
+            loads = (one for one in ast.walk(tree) if isinstance(one, ast.Name) and one.id in names)
+            asked += [(one, subject) for one in loads if isinstance(one.ctx, ast.Load)]
+    given = {name for one in nested(code) for name in one.co_varnames[: one.co_argcount]}
+    given -= {*code.co_varnames[:1]}
+    # What is passed to a forward is a tensor or a number; what it takes from the model may be a module.
+    passed = {node for node, one in asked if isinstance(one, ast.Name) and one.id in given}
+    for node, _ in asked:
+        others = _compared_with(node, parents)
+        if others is None:
+            continue
+        values = [value for one in others for value in _classes_in(one, function)]
+        yield from values
+        if not values and passed.isdisjoint((node, *others)):
+            yield None
+
+
+def _asked_class_of(node: ast.AST) -> ast.AST | None:
+    """The object whose class an expression asks for; None for any other expression."""
+    if isinstance(node, ast.Attribute) and node.attr == "__class__":
+        return node.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type":
+        return node.args[0] if len(node.args) == 1 else None
+    return None
+
+
+def _compared_with(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> list[ast.AST] | None:
+    """What a class is compared with, or looked up in; None where it is not."""
+    below, at = node, parents.get(node)
+    while isinstance(at, ast.Tuple | ast.List | ast.Set):
+        below, at = at, parents.get(at)
+    if isinstance(at, ast.Compare):
+        return [one for one in (at.left, *at.comparators) if one is not below]
+    if isinstance(at, ast.Subscript) and at.slice is below:
+        return [at.value]
+    if isinstance(at, ast.Call) and below in at.args:
+        name = getattr(at.func, "id", getattr(at.func, "attr", ""))
+        if name == "get" and isinstance(at.func, ast.Attribute):
+            return [at.func.value]
+        return [] if name == "isinstance" and below is not at.args[0] else None
+    return [] if isinstance(at, ast.Match) else None
+
+
+def _classes_in(node: ast.AST, function: FunctionType) -> Iterator[type]:
+    """The classes that an expression of names stands for; none where that is not known."""
+    if isinstance(node, ast.Tuple | ast.List | ast.Set):
+        for one in node.elts:
+            yield from _classes_in(one, function)
+        return
+    steps: list[str] = []
+    while isinstance(node, ast.Attribute):
+        steps.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name):
+        return
+    names = inspect.getclosurevars(function)
+    known = {**names.builtins, **function.__globals__, **names.nonlocals}
+    value = known.get(node.id)
+    for step in reversed(steps):
+        value = getattr(value, step, None)
+    held = value if isinstance(value, tuple | list | set | frozenset | dict) else (value,)
+    yield from (one for one in held if isinstance(one, type))
 
 
 def _candidates(lines: list[str], code: CodeType) -> Iterator[Any]:

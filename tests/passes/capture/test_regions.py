@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import lora_fx
+from lora_fx import CaptureError, NoMatchError
 from lora_fx.passes.capture import regions as module_under_test
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.graph.region import graphs_of, is_region
@@ -298,3 +302,116 @@ def test_modules_that_agree_in_a_number_that_is_none_share_their_graph() -> None
 
     regions, _ = found(nn.Sequential(Nan(float("nan")), Nan(float("nan"))))
     assert regions["0"].graph is regions["1"].graph
+
+
+class _Listed(nn.ModuleList):
+    """A container with a weight of its own, whose forward goes through what is in it."""
+
+    def __init__(self) -> None:
+        super().__init__([nn.Linear(4, 4), nn.Linear(4, 4)])
+        self.kernel = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x @ self.kernel * len(self)
+
+
+class _Named(nn.ModuleDict):
+    def __init__(self) -> None:
+        super().__init__({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        self.kernel = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x)
+        return x @ self.kernel * len(self)
+
+
+class _Children(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.kernel = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        for name, layer in self.named_children():
+            x = layer(x) if name else x
+        return x @ self.kernel * len(list(self.children()))
+
+
+@pytest.mark.parametrize("model", [_Listed, _Named, _Children])
+def test_the_holder_of_an_adapter_is_none_of_the_modules_that_code_goes_through(model):
+    adapted = lora_fx.rewrite(model(), lora_fx.LoraConfig(r=2, target_modules=".*"))
+    assert len(lora_fx.plan(model(), lora_fx.LoraConfig(r=2, target_modules=".*")).sites) == 3
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.normal_() if "lora_" in name else None
+    torch.testing.assert_close(adapted(x), lora_fx.merge(adapted)(x), rtol=1e-4, atol=1e-4)
+    if model is _Listed:
+        adapted.append(nn.Linear(4, 4))
+    else:
+        adapted.c = nn.Linear(4, 4)
+    with pytest.raises(CaptureError, match="modules"):
+        adapted(x)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def _is_block(module: nn.Module) -> bool:
+    return type(module) is _Block
+
+
+_TABLE = {nn.Linear: 2.0}
+
+
+def _told(forward):
+    """A model whose forward has no graph."""
+
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.out = _Block(), nn.Linear(4, 4)
+
+    def untraced(self, x):
+        with Path(os.devnull).open():
+            return self.out(self.block(x)) * self.factor(x)
+
+    Told.forward, Told.factor = untraced, forward
+    return Told()
+
+
+@pytest.mark.parametrize(
+    ("forward", "adapted"),
+    [
+        (lambda self, x: 2 if type(self.out) is nn.Linear else 3, set()),
+        (lambda self, x: 2 if self.out.__class__ == nn.Linear else 3, set()),
+        (lambda self, x: 2 if type(self.block) in (_Block, nn.Conv1d) else 3, {"out"}),
+        (lambda self, x: 2 if _is_block(self.block) else 3, {"out"}),
+        (lambda self, x: _TABLE.get(type(self.out), 3), set()),
+        (lambda self, x: 2 if type(self.block.fc) is type(self.out) else 3, set()),
+        (lambda self, x: 2 if isinstance(self.out, type(self.block.fc)) else 3, set()),
+        (lambda self, x: 2 if isinstance(self.out, nn.Linear) else 3, {"out", "block.fc"}),
+        (lambda self, x: 2 if type(x) is torch.Tensor else 3, {"out", "block.fc"}),
+        (lambda self, x: 2 if type(self).__name__ == "Told" else 3, {"out", "block.fc"}),
+        (lambda self, x: 2 if type(x) is type(torch.ones(1)) else 3, {"out", "block.fc"}),
+    ],
+)
+def test_a_module_that_code_tells_by_its_class_keeps_it(forward, adapted):
+    """What has a graph is of another class: ``type(layer) is nn.Linear`` would not hold any more."""
+    model, x = _told(forward), torch.randn(2, 4)
+    config = lora_fx.LoraConfig(r=2, target_modules=".*")
+    if not adapted:
+        with pytest.raises(NoMatchError, match="by its class"):
+            lora_fx.rewrite(model, config)
+        return
+    assert {row.name for row in lora_fx.plan(model, config).sites} == adapted
+    torch.testing.assert_close(lora_fx.rewrite(model, config)(x), model(x))
