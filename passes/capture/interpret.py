@@ -249,6 +249,9 @@ class Frame:
         path = recorder.path_of(module)
         if name == "training":
             return recorder.mode_of(module)
+        if name == "__class__":
+            self._note_class(module)
+            return type(module)
         own = vars(module)
         if name in ("__dict__", "_parameters", "_buffers", "_modules"):
             self.refuse_softly(f"looks at what {name} of a module holds")

@@ -7,6 +7,7 @@ alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -120,6 +121,18 @@ def _take_off_told(regions: dict[str, Region], opaque: dict[str, str], model: nn
     while told := _told_by_class(model, regions, opaque):
         for key, reason in told.items():
             opaque[regions.pop(key).fqn] = reason
+    # One with a graph runs its own code for calls that the graph was not made for.
+    others = {None, *(cls for region in regions.values() for cls in _classes_above(model, region))}
+    for key, region in regions.items():
+        own: Any = type(region.module)
+        if any(cls in others for cls, _ in _classes_told(own)):
+            regions[key] = dataclasses.replace(region, fallback=False)
+
+
+def _classes_above(model: nn.Module, region: Region) -> list[type]:
+    """The classes of the module of a region and of those that it is in: an adapter changes them all."""
+    path = itertools.accumulate(region.fqn.split("."), join, initial="")
+    return [type(model.get_submodule(one)) for one in path]
 
 
 def _told_by_class(
@@ -140,9 +153,7 @@ def _told_by_class(
         return {}
     told: dict[str, str] = {}
     for key, region in regions.items():
-        # What is above an adapter is of another class, too.
-        path = itertools.accumulate(region.fqn.split("."), join, initial="")
-        classes = [None, *(type(model.get_submodule(one)) for one in path)]
+        classes = (None, *_classes_above(model, region))
         asker = next((asked[one] for one in classes if one in asked), None)
         if asker is not None:
             told[key] = (

@@ -415,3 +415,25 @@ def test_a_module_that_code_tells_by_its_class_keeps_it(forward, adapted):
         return
     assert {row.name for row in lora_fx.plan(model, config).sites} == adapted
     torch.testing.assert_close(lora_fx.rewrite(model, config)(x), model(x))
+
+
+class _Scaled(nn.Module):
+    """It traces, and asks for a class; a call with a scale is another one than the trace was made for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x, **settings):
+        x = self.fc(x) * (2 if type(self.fc) is nn.Linear else 3)
+        x = x * (2 if self.fc.__class__ in (nn.Linear, nn.Conv1d) else 3)
+        settings.setdefault("scale", 3.0)
+        return x * settings["scale"]
+
+
+def test_code_that_tells_classes_does_not_stand_in_for_its_graph():
+    model, x = _Scaled(), torch.randn(2, 4)
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=".*"))
+    torch.testing.assert_close(adapted(x), model(x))
+    with pytest.raises(CaptureError, match="scale"):
+        adapted(x, scale=2.0)
