@@ -190,7 +190,7 @@ def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterato
         lengths = (prompt, *more)
         if sum(lengths) > limit:
             continue
-        ids = _drawn(embedding, (batch, sum(lengths)), generator, layout.device)
+        ids = _drawn(decoder, embedding, (batch, sum(lengths)), generator, layout.device)
         mask = torch.ones_like(ids)
         for row in range(1, batch):
             mask[row, : min(row + 1, prompt - 1)] = 0
@@ -225,9 +225,14 @@ def _without_cache(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _drawn(
-    embedding: Any, shape: tuple[int, int], generator: torch.Generator, device: torch.device
+    model: Any, embedding: Any, shape: tuple[int, int], generator: torch.Generator, device: Any
 ) -> Tensor:
-    return torch.randint(0, len(embedding.weight), shape, generator=generator).to(device)
+    """Tokens of a text, without the one that pads: some models do not count it as a position."""
+    known = len(embedding.weight)
+    ids = torch.randint(0, known, shape, generator=generator)
+    pad = getattr(model.config, "pad_token_id", None)
+    ids = ids if pad is None else torch.where(ids == pad, (ids + 1) % known, ids)
+    return ids.to(device)
 
 
 # ``task="text2text-generation"``: an encoder-decoder as two files.
@@ -429,7 +434,7 @@ def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
             source["attention_mask"] = mask
         present = model.run(_crossed, **source)["present"]
         states = found.cross.taken({index: layer["encoder"] for index, layer in present.items()})
-        ids = _drawn(head, (batch, sum(lengths)), generator, found.own.device)
+        ids = _drawn(whole, head, (batch, sum(lengths)), generator, found.own.device)
         ids[:, 0] = found.start
         own = found.own.zeros(batch, 0)
         done = 0

@@ -384,8 +384,10 @@ def _is_limit(question: Any) -> bool:
     if not isinstance(question, sympy.core.relational.Relational):
         return bool(question == sympy.true)
     left, right = question.args
-    between = (left.is_Symbol and right.is_Integer) or (right.is_Symbol and left.is_Integer)
-    return between and not isinstance(question, sympy.Eq | sympy.Ne)
+    difference = left - right
+    sizes = difference.free_symbols
+    linear = len(sizes) == 1 and difference.diff(*sizes).is_number
+    return linear and not isinstance(question, sympy.Eq | sympy.Ne)
 
 
 def _always_holds(question: Any) -> bool:

@@ -673,6 +673,25 @@ class Windows(nn.Module):
         return x
 
 
+class Positions(nn.Module):
+    """Its table ends: what is asked of the size is a limit, in other words than ``length <= 33``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.randn(34, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if 2 * (x.shape[1] + 1) > 2 * self.table.shape[0]:
+            return x
+        return x + self.table[: x.shape[1]]
+
+
+def test_a_limit_in_any_linear_form_is_one(tmp_path: Path) -> None:
+    report = export_onnx(Positions(), tmp_path / "m.onnx", torch.randn(2, 5, 4))
+    assert report.dynamic_axes == {"x": {0: "batch", 1: "sequence"}}
+    assert report.axis_limits == {"sequence": 33}
+
+
 def test_reasoning_about_sizes_has_a_budget(tmp_path: Path) -> None:
     """Fewer axes are dynamic then, and the report says which and why."""
     report = lora_fx.export_onnx(Windows(), tmp_path / "m.onnx", torch.randn(2, 3, 16, 18))

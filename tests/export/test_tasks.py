@@ -118,6 +118,25 @@ def test_a_cache_that_is_wrong_is_noticed(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_counts_its_tokens_for_positions_is_checked_without_padding(
+    tmp_path: Path,
+) -> None:
+    """Its cache counts tokens that pad, and its forward without a cache does not: both are right."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.M2M100Config(
+        vocab_size=6, d_model=16, max_position_embeddings=32, pad_token_id=1, **sizes, **heads
+    )
+    torch.manual_seed(0)
+    model = transformers.M2M100ForConditionalGeneration(config).eval()
+    ids = torch.randint(2, 6, (2, 5))
+    report = export_onnx(
+        model, tmp_path / "m.onnx", {"input_ids": ids}, task="text2text-generation"
+    )
+    assert report.verified
+
+
 def test_an_encoder_lies_beside_its_decoder(exported: Callable[[str], Pair]) -> None:
     _, session = exported("t5")
     assert session.encoder is not None

@@ -566,7 +566,7 @@ _WIDTHS = {
         "out_hidden_size",
     ),
     *("mamba_d_head", "linear_key_head_dim", "linear_value_head_dim", "mrope_section"),
-    *("projection_dim", "rotary_dim"),
+    *("projection_dim", "rotary_dim", "embedding_size", "codebook_dim"),
 }
 """Options that grow with the width of a model while the number of its heads stays."""
 
