@@ -24,19 +24,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_settings
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.noting import (
-    OF_GRAD_MODE,
-    Named,
-    Notes,
-    Questions,
-    replaced_forwards,
-)
+from lora_fx.passes.capture.noting import Named, Notes, replaced_forwards
+from lora_fx.passes.capture.questions import OF_GRAD_MODE, Questions
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
@@ -59,14 +53,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import ops
 
-__all__ = [
-    "MODULE_STACK",
-    "ONE_AT_A_TIME",
-    "convert_masks",
-    "export_root",
-    "unbake_devices",
-    "unbake_modes",
-]
+__all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "asked_of_sizes", "export_root"]
 
 MODULE_STACK = "nn_module_stack"
 """The key of ``node.meta`` with the FQNs of the modules that a node comes from, the outermost first."""
@@ -162,16 +149,13 @@ def _shape_conditions(
         for n in graph.nodes
         if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
     ]
-    environment: ShapeEnv | None = None
     for name, value in zip(names, tensors, strict=True):
         yield TensorGiven(name)
         yield Condition(f"{name}.dtype", "==", str(value.dtype))
         yield Condition(f"{name}.dim()", "==", str(value.dim()))
         for axis, size in enumerate(value.shape):
             here = f"{name}.shape[{axis}]"
-            expression = size
-            if isinstance(size, torch.SymInt):
-                expression, environment = size.node.expr, size.node.shape_env
+            expression = size.node.expr if isinstance(size, torch.SymInt) else size
             if isinstance(expression, int) or expression.is_Integer:
                 yield Condition(here, "==", str(int(expression)))
             elif not expression.is_Symbol:
@@ -186,8 +170,7 @@ def _shape_conditions(
                     yield Condition(here, ">=", str(int(allowed.lower)))
                 if allowed and allowed.upper.is_Integer:
                     yield Condition(here, "<=", str(int(allowed.upper)))
-    if environment is not None:
-        yield from _size_conditions(environment, seen)
+    yield from _size_conditions(program, seen)
 
 
 def _layout_conditions(inputs: dict[str, Any]) -> Iterator[Condition]:
@@ -210,21 +193,43 @@ def _layout_conditions(inputs: dict[str, Any]) -> Iterator[Condition]:
             )
 
 
-def _size_conditions(environment: ShapeEnv, named: dict[Any, str]) -> Iterator[Condition]:
-    """What code, or an operation, asked of sizes on its way: the graph goes the way of that answer.
+def asked_of_sizes(
+    program: ExportedProgram, counts: Callable[[Any], bool] = lambda guard: True
+) -> list[Any]:
+    """What code, or an operation, asked of sizes while it was exported: the graph has the way of a yes.
 
     Args:
-        environment: Of the trace.
+        program: The exported program.
+        counts: Which guards of its ``ShapeEnv`` are wanted.
+
+    Returns:
+        Formulas of sympy over the symbols of the sizes, each once and in order, without what always holds.
+    """
+    sizes = (
+        size
+        for node in program.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        for size in node.meta["val"].shape
+    )
+    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    if environment is None:
+        return []
+    asked = (environment.simplify(guard.expr) for guard in environment.guards if counts(guard))
+    return [one for one in dict.fromkeys(asked) if one != sympy.true]
+
+
+def _size_conditions(program: ExportedProgram, named: dict[Any, str]) -> Iterator[Condition]:
+    """The answers that sizes gave on the way: the graph goes the way of those.
+
+    Args:
+        program: The exported program.
         named: The sizes of the arguments, by symbol.
 
     Raises:
         CaptureError: If it has asked for a size that no argument has.
     """
     printer = PythonPrinter()
-    asked = (environment.simplify(guard.expr) for guard in environment.guards)
-    for expression in dict.fromkeys(asked):
-        if expression == sympy.true:
-            continue
+    for expression in asked_of_sizes(program):
         unknown = expression.free_symbols - named.keys()
         if unknown:
             raise CaptureError(
@@ -283,8 +288,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _name_shared(graph, model)
     graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
     _name_placeholders(graph, inputs)
-    unbake_modes(graph, model)
-    convert_masks(graph)
+    _unbake_modes(graph, model)
+    _convert_masks(graph)
     device = torch.device("cpu")
     named = dict(model.named_parameters())
     found = (n for n in graph.nodes if n.op == "get_attr" and n.target in named)
@@ -292,7 +297,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     if reference is not None:
         tensor = named[str(reference.target)]
         device = tensor.device
-        unbake_devices(graph, reference, device)
+        _unbake_devices(graph, reference, device)
         weight = Path.to(str(reference.target)).expression("self")
         conditions.append(Condition(f"{weight}.dtype", "==", str(tensor.dtype)))
     # Under autocast the code chooses dtypes that the graph has as literals.
@@ -452,7 +457,7 @@ def _watched(
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         state = state_of(model)
-        with notes.taken(), questions.heard(kwargs):
+        with notes.taken(), questions.listening(kwargs):
             result = own(*args, **kwargs)
         # Here, since torch.export puts attributes back by itself.
         name = difference(state, state_of(model))
@@ -602,7 +607,7 @@ between, in the same thread.
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def convert_masks(graph: fx.Graph) -> None:
+def _convert_masks(graph: fx.Graph) -> None:
     """Puts what attention would make of a boolean mask into the graph, where several calls share the mask.
 
     Args:
@@ -711,7 +716,7 @@ _BATCH_NORM = "input weight bias running_mean running_var training momentum eps"
 _INSTANCE_NORM = "input weight bias running_mean running_var use_input_stats momentum eps"
 
 
-def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
+def _unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
     """Makes ``train()`` and ``eval()`` mean what they always mean. Edits the graph.
 
     Args:
@@ -746,7 +751,7 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
             _follow_draw(node, model)
 
 
-def unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -> None:
+def _unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -> None:
     """Makes literals of the model's device follow ``.to(device)``. Edits the graph.
 
     Args:

@@ -33,9 +33,9 @@ from lora_fx.errors import some
 from lora_fx.export.fuse import Level
 from lora_fx.ir import Plan, PlannedSite, Site, require_record
 from lora_fx.passes.capture import Count, count_weights, normalize, relative_difference
+from lora_fx.passes.kept import tensors
 from lora_fx.passes.parameters import factors_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.tools.bench.counted import tensors
 from lora_fx.tools.zoo.models import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, RuntimeFile, scrubbed
 
