@@ -13,29 +13,30 @@ import dataclasses
 import inspect
 import math
 import operator
-import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_settings
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.noting import Named, Notes, replaced_forwards
-from lora_fx.passes.capture.questions import OF_GRAD_MODE, Questions
+from lora_fx.passes.capture.questions import (
+    OF_GRAD_MODE,
+    Questions,
+    layout_conditions,
+    shape_conditions,
+)
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
     CONSTANT,
-    IS_PLAIN,
     MATH,
     NEEDS_MODULES,
     WANTS_CACHE,
@@ -44,7 +45,6 @@ from lora_fx.passes.graph import (
     GuardedCodeGen,
     Parameter,
     Path,
-    TensorGiven,
     arguments,
     install,
     parameters_of,
@@ -53,7 +53,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import ops
 
-__all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "asked_of_sizes", "export_root"]
+__all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "export_root"]
 
 MODULE_STACK = "nn_module_stack"
 """The key of ``node.meta`` with the FQNs of the modules that a node comes from, the outermost first."""
@@ -107,16 +107,6 @@ def _extras(parameters: tuple[Parameter, ...], inputs: dict[str, Any]) -> Iterat
             yield Parameter(name, kind, traced, None if traced else value, within=keywords)
 
 
-def _output_conditions(model: nn.Module) -> list[Condition]:
-    """The configuration asks for the outputs that it asked for at the capture."""
-    config = getattr(model, "config", None)
-    return [
-        Condition(f"self.config.{name}", "is", repr(value))
-        for name in _OUTPUT_SETTINGS
-        if isinstance(value := getattr(config, name, None), bool)
-    ]
-
-
 def _cache_condition(value: Any) -> Iterator[Condition]:
     """The configuration says the same about a cache, in evaluation.
 
@@ -128,121 +118,6 @@ def _cache_condition(value: Any) -> Iterator[Condition]:
     if isinstance(value, bool):
         here = f"self.config.{CACHE}"
         yield Condition(here, "is", f"({here} if self.training else {value})")
-
-
-def _shape_conditions(
-    program: ExportedProgram, graph: fx.Graph, names: list[str]
-) -> Iterator[Condition]:
-    """What tensors have to be that the exported graph was made for.
-
-    Args:
-        program: The exported program.
-        graph: Its graph, with a placeholder for each tensor.
-        names: The tensors' names, in order.
-
-    Raises:
-        CaptureError: If a size is tied to another one by a formula.
-    """
-    seen: dict[Any, str] = {}
-    tensors = [
-        n.meta["val"]
-        for n in graph.nodes
-        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
-    ]
-    for name, value in zip(names, tensors, strict=True):
-        yield TensorGiven(name)
-        yield Condition(f"{name}.dtype", "==", str(value.dtype))
-        yield Condition(f"{name}.dim()", "==", str(value.dim()))
-        for axis, size in enumerate(value.shape):
-            here = f"{name}.shape[{axis}]"
-            expression = size.node.expr if isinstance(size, torch.SymInt) else size
-            if isinstance(expression, int) or expression.is_Integer:
-                yield Condition(here, "==", str(int(expression)))
-            elif not expression.is_Symbol:
-                raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
-            elif expression in seen:
-                other = seen[expression]
-                yield Condition(here, "==", other, note=f", as {other}")
-            else:
-                seen[expression] = here
-                allowed = program.range_constraints.get(expression)
-                if allowed and allowed.lower.is_Integer and allowed.lower > 0:
-                    yield Condition(here, ">=", str(int(allowed.lower)))
-                if allowed and allowed.upper.is_Integer:
-                    yield Condition(here, "<=", str(int(allowed.upper)))
-    yield from _size_conditions(program, seen)
-
-
-def _layout_conditions(inputs: dict[str, Any]) -> Iterator[Condition]:
-    """Tensors lie in memory one behind the other, as those of the example do.
-
-    Raises:
-        CaptureError: If one of the example does not.
-    """
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            if not ops.is_plain(value):
-                raise CaptureError(
-                    f"its forward asks how a tensor lies in memory, and {name} of the example is not "
-                    "contiguous: frontend='regions' keeps it"
-                )
-            yield Flag(
-                f"not {IS_PLAIN}({name})",
-                note=f"its forward asks how a tensor lies in memory: pass {name}.clone(memory_format="
-                "torch.contiguous_format)",
-            )
-
-
-def asked_of_sizes(
-    program: ExportedProgram, counts: Callable[[Any], bool] = lambda guard: True
-) -> list[Any]:
-    """What code, or an operation, asked of sizes while it was exported: the graph has the way of a yes.
-
-    Args:
-        program: The exported program.
-        counts: Which guards of its ``ShapeEnv`` are wanted.
-
-    Returns:
-        Formulas of sympy over the symbols of the sizes, each once and in order, without what always holds.
-    """
-    sizes = (
-        size
-        for node in program.graph.find_nodes(op="placeholder")
-        if isinstance(node.meta.get("val"), torch.Tensor)
-        for size in node.meta["val"].shape
-    )
-    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
-    if environment is None:
-        return []
-    asked = (environment.simplify(guard.expr) for guard in environment.guards if counts(guard))
-    return [one for one in dict.fromkeys(asked) if one != sympy.true]
-
-
-def _size_conditions(program: ExportedProgram, named: dict[Any, str]) -> Iterator[Condition]:
-    """The answers that sizes gave on the way: the graph goes the way of those.
-
-    Args:
-        program: The exported program.
-        named: The sizes of the arguments, by symbol.
-
-    Raises:
-        CaptureError: If it has asked for a size that no argument has.
-    """
-    printer = PythonPrinter()
-    for expression in asked_of_sizes(program):
-        unknown = expression.free_symbols - named.keys()
-        if unknown:
-            raise CaptureError(
-                f"its forward asks whether {expression} holds, of sizes that depend on the values of a tensor"
-            )
-        symbols = {one: sympy.Symbol(f"_size_{place}") for place, one in enumerate(named)}
-        text = printer.doprint(expression.xreplace(symbols))
-        for one, short in symbols.items():
-            text = re.sub(rf"\b{short.name}\b", named[one], text)
-        text = text.replace("math.", f"{MATH}.")
-        yield Flag(
-            f"not ({text})", note=f"its sizes are others than those of the example: {text} is false"
-        )
 
 
 def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
@@ -273,23 +148,14 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
                 notes.append(noted)
                 questions.append(asked)
             module = program.module(check_guards=False)
-            conditions = list(_shape_conditions(program, module.graph, tensors))
+            conditions = list(shape_conditions(program, module.graph, tensors))
             if _are_met(conditions, inputs):
                 break
     finally:
         for region in written:
             uninstall(region.module)
     _check_globals(model, names)
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    result: Any = graph.graph_copy(module.graph, copied)
-    _drop_copies_onto_itself(graph)
-    _name_constants(graph, module, model)
-    _name_shared(graph, model)
-    graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    _name_placeholders(graph, inputs)
-    _unbake_modes(graph, model)
-    _convert_masks(graph)
+    graph = _graph_of(program, module, model, inputs)
     device = torch.device("cpu")
     named = dict(model.named_parameters())
     found = (n for n in graph.nodes if n.op == "get_attr" and n.target in named)
@@ -300,34 +166,15 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         _unbake_devices(graph, reference, device)
         weight = Path.to(str(reference.target)).expression("self")
         conditions.append(Condition(f"{weight}.dtype", "==", str(tensor.dtype)))
-    # Under autocast the code chooses dtypes that the graph has as literals.
-    autocast = Flag(
-        f"torch.is_autocast_enabled({device.type!r})",
-        note="the call is made under autocast, and the graph has the dtypes of one without",
-    )
     for one in questions:
         one.forget("is_autocast_enabled", device.type)
-    hooks = Flag(
-        f"{NEEDS_MODULES}(self, {len(replaced_forwards(model))})",
-        note="a module inside has a hook or another forward, or checkpoints its activations, and the graph "
-        "calls no modules: remove the hook, or switch checkpointing off",
-    )
-    conditions += [autocast, hooks]
-    conditions.extend(_output_conditions(model))
+    conditions += _call_conditions(model, device)
     conditions.extend(dict.fromkeys(c for one in questions for c in one.conditions))
     if any(one.layout for one in questions):
-        conditions.extend(_layout_conditions(inputs))
+        conditions.extend(layout_conditions(inputs))
     cached = [one.forget(getattr(model, "config", None), CACHE) for one in notes]
     conditions.extend(_cache_condition(cached[0]))
-    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
-    for node in graph.nodes:
-        # Of what torch.export says of a node, pictures show from which modules it comes.
-        stack = node.meta.get(MODULE_STACK)
-        node.meta.clear()
-        if stack:
-            node.meta[MODULE_STACK] = tuple(
-                dict.fromkeys(fqn for fqn, _ in stack.values() if fqn in known)
-            )
+    _keep_module_stacks(graph, model)
     answers = dict.fromkeys(read for one in questions for read in one.reads)
     later = Named(model, {cls for one in notes for cls in one.classes})
     reads = (*later.reads.values(), *answers, *(read for one in notes for read in one.reads))
@@ -338,6 +185,66 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     regions = {"": Region("", model, graph, overlay=True), **below}
     # The modules that do not trace stay listed: calls that go past the graph go through them.
     return dataclasses.replace(capture, regions=regions, frontend="export")
+
+
+def _graph_of(
+    program: ExportedProgram, module: fx.GraphModule, model: nn.Module, inputs: dict[str, Any]
+) -> fx.Graph:
+    """The graph of an exported program, with the names of the model and of its arguments.
+
+    Args:
+        program: The program.
+        module: What the program gives as a module.
+        model: The model, which gets the constants of the program.
+        inputs: The call, by name.
+
+    Raises:
+        CaptureError: If something in it has no place on the model, or in a graph.
+    """
+    graph = fx.Graph()
+    result: Any = graph.graph_copy(module.graph, {})
+    _drop_copies_onto_itself(graph)
+    _name_constants(graph, module, model)
+    _name_shared(graph, model)
+    graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
+    _name_placeholders(graph, inputs)
+    _unbake_modes(graph, model)
+    _convert_masks(graph)
+    return graph
+
+
+def _call_conditions(model: nn.Module, device: torch.device) -> list[Condition]:
+    """What has to be so around a call, and in the model, for its graph to do what the modules would."""
+    # Under autocast the code chooses dtypes that the graph has as literals.
+    autocast = Flag(
+        f"torch.is_autocast_enabled({device.type!r})",
+        note="the call is made under autocast, and the graph has the dtypes of one without",
+    )
+    hooks = Flag(
+        f"{NEEDS_MODULES}(self, {len(replaced_forwards(model))})",
+        note="a module inside has a hook or another forward, or checkpoints its activations, and the graph "
+        "calls no modules: remove the hook, or switch checkpointing off",
+    )
+    # The configuration asks for the outputs that it asked for at the capture.
+    config = getattr(model, "config", None)
+    outputs = [
+        Condition(f"self.config.{name}", "is", repr(value))
+        for name in _OUTPUT_SETTINGS
+        if isinstance(value := getattr(config, name, None), bool)
+    ]
+    return [autocast, hooks, *outputs]
+
+
+def _keep_module_stacks(graph: fx.Graph, model: nn.Module) -> None:
+    """Drops what ``torch.export`` says of a node but the modules that it comes from, which pictures show."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    for node in graph.nodes:
+        stack = node.meta.get(MODULE_STACK)
+        node.meta.clear()
+        if stack:
+            node.meta[MODULE_STACK] = tuple(
+                dict.fromkeys(fqn for fqn, _ in stack.values() if fqn in known)
+            )
 
 
 def _check_globals(model: nn.Module, before: Named) -> None:
@@ -828,7 +735,7 @@ def _counts_batches(node: fx.Node) -> bool:
 
 
 def _owner(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = node.meta.get(MODULE_STACK) or {}
     return list(stack.values())[-1][0] if stack else ""
 
 

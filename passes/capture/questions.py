@@ -7,6 +7,8 @@ refused. So it is where the code changes what a backward pass does, since a grap
 Training and evaluation have another grad mode: a model that asks for it is exported in both, and has to give
 one graph. Only the code of the model is listened to: what PyTorch's own functions ask decides between ways to
 compute the same.
+
+Sizes are symbols of PyTorch's: what was asked of them is read off the exported program.
 """
 
 from __future__ import annotations
@@ -14,18 +16,43 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
+from torch import fx
 from torch.autograd.function import FunctionMeta
+from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
+from torch.utils._sympy.printers import PythonPrinter
 
-from lora_fx.passes.graph import Condition, ModuleRoot, Path, Read
+from lora_fx.errors import CaptureError
+from lora_fx.passes.graph import (
+    IS_PLAIN,
+    MATH,
+    Condition,
+    Flag,
+    ModuleRoot,
+    Path,
+    Read,
+    TensorGiven,
+)
+from lora_fx.runtime import ops
 
-__all__ = ["OF_GRAD_MODE", "Listener", "Questions", "answer_of", "of_library"]
+__all__ = [
+    "OF_GRAD_MODE",
+    "Listener",
+    "Questions",
+    "answer_of",
+    "asked_of_sizes",
+    "layout_conditions",
+    "of_library",
+    "shape_conditions",
+]
 
 _LIBRARIES = ("torch", "lora_fx", "numpy")
 
@@ -278,3 +305,118 @@ def _answer(name: str, args: tuple[Any, ...], answer: Any) -> Read:
 
 def _asked_by_library(frame: Any) -> bool:
     return of_library(str(frame.f_globals.get("__name__")))
+
+
+def shape_conditions(
+    program: ExportedProgram, graph: fx.Graph, names: list[str]
+) -> Iterator[Condition]:
+    """What tensors have to be that the exported graph was made for.
+
+    Args:
+        program: The exported program.
+        graph: Its graph, with a placeholder for each tensor.
+        names: The tensors' names, in order.
+
+    Raises:
+        CaptureError: If a size is tied to another one by a formula.
+    """
+    seen: dict[Any, str] = {}
+    tensors = [
+        n.meta["val"]
+        for n in graph.nodes
+        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
+    for name, value in zip(names, tensors, strict=True):
+        yield TensorGiven(name)
+        yield Condition(f"{name}.dtype", "==", str(value.dtype))
+        yield Condition(f"{name}.dim()", "==", str(value.dim()))
+        for axis, size in enumerate(value.shape):
+            here = f"{name}.shape[{axis}]"
+            expression = size.node.expr if isinstance(size, torch.SymInt) else size
+            if isinstance(expression, int) or expression.is_Integer:
+                yield Condition(here, "==", str(int(expression)))
+            elif not expression.is_Symbol:
+                raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
+            elif expression in seen:
+                other = seen[expression]
+                yield Condition(here, "==", other, note=f", as {other}")
+            else:
+                seen[expression] = here
+                allowed = program.range_constraints.get(expression)
+                if allowed and allowed.lower.is_Integer and allowed.lower > 0:
+                    yield Condition(here, ">=", str(int(allowed.lower)))
+                if allowed and allowed.upper.is_Integer:
+                    yield Condition(here, "<=", str(int(allowed.upper)))
+    yield from _size_conditions(program, seen)
+
+
+def layout_conditions(inputs: dict[str, Any]) -> Iterator[Condition]:
+    """Tensors lie in memory one behind the other, as those of the example do.
+
+    Raises:
+        CaptureError: If one of the example does not.
+    """
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            if not ops.is_plain(value):
+                raise CaptureError(
+                    f"its forward asks how a tensor lies in memory, and {name} of the example is not "
+                    "contiguous: frontend='regions' keeps it"
+                )
+            yield Flag(
+                f"not {IS_PLAIN}({name})",
+                note=f"its forward asks how a tensor lies in memory: pass {name}.clone(memory_format="
+                "torch.contiguous_format)",
+            )
+
+
+def asked_of_sizes(
+    program: ExportedProgram, counts: Callable[[Any], bool] = lambda guard: True
+) -> list[Any]:
+    """What code, or an operation, asked of sizes while it was exported: the graph has the way of a yes.
+
+    Args:
+        program: The exported program.
+        counts: Which guards of its ``ShapeEnv`` are wanted.
+
+    Returns:
+        Formulas of sympy over the symbols of the sizes, each once and in order, without what always holds.
+    """
+    sizes = (
+        size
+        for node in program.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        for size in node.meta["val"].shape
+    )
+    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    if environment is None:
+        return []
+    asked = (environment.simplify(guard.expr) for guard in environment.guards if counts(guard))
+    return [one for one in dict.fromkeys(asked) if one != sympy.true]
+
+
+def _size_conditions(program: ExportedProgram, named: dict[Any, str]) -> Iterator[Condition]:
+    """The answers that sizes gave on the way: the graph goes the way of those.
+
+    Args:
+        program: The exported program.
+        named: The sizes of the arguments, by symbol.
+
+    Raises:
+        CaptureError: If it has asked for a size that no argument has.
+    """
+    printer = PythonPrinter()
+    for expression in asked_of_sizes(program):
+        unknown = expression.free_symbols - named.keys()
+        if unknown:
+            raise CaptureError(
+                f"its forward asks whether {expression} holds, of sizes that depend on the values of a tensor"
+            )
+        symbols = {one: sympy.Symbol(f"_size_{place}") for place, one in enumerate(named)}
+        text = printer.doprint(expression.xreplace(symbols))
+        for one, short in symbols.items():
+            text = re.sub(rf"\b{short.name}\b", named[one], text)
+        text = text.replace("math.", f"{MATH}.")
+        yield Flag(
+            f"not ({text})", note=f"its sizes are others than those of the example: {text} is false"
+        )

@@ -38,7 +38,6 @@ from lora_fx.passes.graph import (
     storage_of,
     units_of,
 )
-from lora_fx.passes.merge.change import merged_biases
 from lora_fx.passes.merge.dense import (
     cast_model,
     check_dtype,
@@ -50,7 +49,7 @@ from lora_fx.passes.merge.dense import (
     stripped,
     values_of,
 )
-from lora_fx.passes.merge.fold import Fold, TokenFold, tied_tokens, token_weights
+from lora_fx.passes.merge.fold import Fold, TokenFold, merged_biases, tied_tokens, token_weights
 from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
