@@ -26,7 +26,7 @@ from lora_fx.ir import DEFAULT_LOSS, Kept, Loss, Memory, Plan
 from lora_fx.passes.capture import Frontend, Listener, State, normalize
 from lora_fx.passes.pipeline import rewrite_model
 
-__all__ = ["saved_storages", "tensors", "with_kept"]
+__all__ = ["saved_storages", "take_gradient_to_embeddings", "tensors", "with_kept"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -82,7 +82,8 @@ def _counted(
         own: Frontend = "auto" if frontend == "export" else frontend
         adapted = rewrite_model(base, config, memory=memory, loss=loss, frontend=own, quiet=True)
         found[memory] = _kept(adapted.train(), device, args, kwargs)
-    return Kept(_kept(_frozen(base), device, args, kwargs), found)
+    frozen = take_gradient_to_embeddings(base.requires_grad_(False).train())
+    return Kept(_kept(frozen, device, args, kwargs), found)
 
 
 def _without_memory(model: nn.Module) -> nn.Module | None:
@@ -98,9 +99,8 @@ def _without_memory(model: nn.Module) -> nn.Module | None:
     return copy.deepcopy(model, memo)
 
 
-def _frozen(model: nn.Module) -> nn.Module:
-    """The model without adapters, with a gradient from the first activation on."""
-    model.requires_grad_(False).train()
+def take_gradient_to_embeddings(model: nn.Module) -> nn.Module:
+    """Have a model compute gradients from its embeddings on, as it does with adapters, and return it."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Module):
         embeddings.register_forward_hook(_wants_gradient)

@@ -44,13 +44,12 @@ from lora_fx.passes.graph import (
     Path,
     Read,
     frozen,
-    held_in,
     is_constant,
     named_by,
     nested,
     stands_apart,
 )
-from lora_fx.runtime import ops
+from lora_fx.runtime import held_in, ops
 
 __all__ = ["Named", "Notes", "replaced_forwards"]
 

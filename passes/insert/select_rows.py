@@ -18,7 +18,19 @@ from typing import Any, ClassVar, NamedTuple
 from torch import fx
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir import META_KEY, Capture, Pass, PassResult, PlannedSite, Region, Role, Tag, join
+from lora_fx.ir import (
+    META_KEY,
+    Capture,
+    Pass,
+    PassResult,
+    PlannedSite,
+    Region,
+    Role,
+    Tag,
+    join,
+    role_of,
+    tag_of,
+)
 from lora_fx.passes.graph import copy_graph, edit_graphs
 from lora_fx.passes.patterns import constant_of
 from lora_fx.runtime import (
@@ -81,8 +93,8 @@ class SelectRows(Pass):
 
 
 def _adapter_of(node: fx.Node) -> str:
-    tag = node.meta.get(META_KEY)
-    return tag.adapter if isinstance(tag, Tag) else ""
+    tag = tag_of(node)
+    return "" if tag is None else tag.adapter
 
 
 def _edited(region: Region, weights: frozenset[str]) -> fx.Graph | None:
@@ -215,8 +227,7 @@ class _Work:
 
     def _stays(self, read: fx.Node) -> bool:
         """Whether what a branch reads is its own, or the same for all samples."""
-        inside = read.meta.get(META_KEY)
-        if isinstance(inside, Tag) and inside.adapter and inside.role is not Role.ADD:
+        if _adapter_of(read) and role_of(read) is not Role.ADD:
             return True
         return read.op == "get_attr" or constant_of(read, self._region) is not None
 

@@ -21,7 +21,6 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import (
-    META_KEY,
     Call,
     Capture,
     Kind,
@@ -33,6 +32,7 @@ from lora_fx.ir import (
     Role,
     Tag,
     relative,
+    tag_of,
 )
 from lora_fx.passes.graph import arguments, copy_graph, is_partitioned, partitioned_twin
 from lora_fx.passes.insert.insert_branches import Writer
@@ -203,7 +203,7 @@ class _Edit(Writer):
 
 
 def _done(region: Region, tag: Tag) -> bool:
-    return any(node.meta.get(META_KEY) == tag for node in region.graph.nodes)
+    return tag in map(tag_of, region.graph.nodes)
 
 
 def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:

@@ -24,7 +24,20 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import META_KEY, Capture, FusedBranch, Pass, PassResult, Region, Role, Tag, join
+from lora_fx.ir import (
+    META_KEY,
+    Capture,
+    FusedBranch,
+    Pass,
+    PassResult,
+    Region,
+    Role,
+    Tag,
+    join,
+    role_of,
+    sums_on,
+    tag_of,
+)
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
@@ -180,22 +193,19 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
 
 def _offer(node: fx.Node) -> FusedBranch | None:
     """Return the function that computes a node together with the operation to which it adds a branch."""
-    tag = node.meta.get(META_KEY)
-    return tag.fused if isinstance(tag, Tag) else None
+    tag = tag_of(node)
+    return None if tag is None else tag.fused
 
 
 def _is_of(node: fx.Node, branch: Tag) -> bool:
     """Whether a node belongs to a branch."""
-    tag = node.meta.get(META_KEY)
-    return isinstance(tag, Tag) and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
+    tag = tag_of(node)
+    return tag is not None and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
 
 
 def _only_inside(base: fx.Node, branch: Tag) -> bool:
     """Whether nothing but the branch needs the output without it, except for its dtype."""
-    return all(
-        _is_of(user, branch) or getattr(user.meta.get(META_KEY), "role", None) is Role.CAST
-        for user in base.users
-    )
+    return all(_is_of(user, branch) or role_of(user) is Role.CAST for user in base.users)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +233,7 @@ def _edited(region: Region) -> fx.Graph | None:
 
 
 def _drops(node: fx.Node) -> bool:
-    tag = node.meta.get(META_KEY)
-    return node.target is F.dropout and isinstance(tag, Tag) and tag.role is Role.DROPOUT
+    return node.target is F.dropout and role_of(node) is Role.DROPOUT
 
 
 _KNOWN = ("torch", "_operator", "math", "builtins", "lora_fx")
@@ -371,14 +380,13 @@ def _joints(region: Region) -> list[_Joint]:
     """What can be joined, in the order of the graph."""
     found = []
     for node in region.graph.nodes:
-        tag = node.meta.get(META_KEY)
-        if not isinstance(tag, Tag) or tag.role is not Role.BASE:
+        if role_of(node) is not Role.BASE:
             continue
         base = _base_of(node, region)
         if base is None or not _only_adapters(node):
             continue
         by_function = defaultdict(list)
-        for total in _sums(node):
+        for total in sums_on(node):
             branch = _offer(total)
             if branch is not None and branch.rows is not None:
                 by_function[branch.rows[base.kernel is not None]].append(total)
@@ -388,27 +396,9 @@ def _joints(region: Region) -> list[_Joint]:
     return found
 
 
-def _sums(base: fx.Node) -> list[fx.Node]:
-    """The nodes at which adapters are added to an operation, one after the other."""
-    found: list[fx.Node] = []
-    total: fx.Node | None = base
-    while total is not None:
-        following = None
-        for user in total.users:
-            tag = user.meta.get(META_KEY)
-            added = isinstance(tag, Tag) and tag.role is Role.ADD
-            if added and user.args[0] is total:
-                following = user
-        if following is not None:
-            found.append(following)
-        total = following
-    return found
-
-
 def _only_adapters(base: fx.Node) -> bool:
     """Whether nothing but adapters reads the output without them."""
-    tags = [user.meta.get(META_KEY) for user in base.users]
-    return all(isinstance(tag, Tag) and tag.adapter for tag in tags)
+    return all((tag := tag_of(user)) is not None and tag.adapter for user in base.users)
 
 
 def _fuse_joint(joint: _Joint, region: Region, nodes: Mapping[str, fx.Node]) -> None:
@@ -464,6 +454,6 @@ def _holder(factor: fx.Node) -> str:
 
 def _erase_unread(graph: fx.Graph, branches: set[tuple[str, str]]) -> None:
     for node in reversed(graph.nodes):
-        tag = node.meta.get(META_KEY)
-        if isinstance(tag, Tag) and (tag.weight, tag.adapter) in branches and not node.users:
+        tag = tag_of(node)
+        if tag is not None and (tag.weight, tag.adapter) in branches and not node.users:
             graph.erase_node(node)

@@ -519,9 +519,8 @@ def _nothing(plan: Plan, matches: Matches) -> str:
     return "\n".join(lines)
 
 
-def _first_lines(lines: Sequence[str], most: int = 8) -> list[str]:
-    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return [f"  {line}" for line in (*lines[:most], *more)]
+def _first_lines(lines: Sequence[str]) -> list[str]:
+    return ["  " + some(lines, 8, "\n  ")] if lines else []
 
 
 # --- what selects nothing -------------------------------------------------------------------------

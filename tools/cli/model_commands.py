@@ -272,14 +272,12 @@ _REGION = ("region", "class", "nodes", "branches")
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
     """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
-    from lora_fx.ir import META_KEY, module_of
+    from lora_fx.ir import adapters_of, module_of
 
     rows = []
     for key, graph in found.items():
-        tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
-        branches = {(tag.weight, tag.adapter) for tag in tags if tag.adapter}
         kind = type(model.get_submodule(module_of(key))).__name__
-        rows.append((key or "(root)", kind, len(graph.nodes), len(branches)))
+        rows.append((key or "(root)", kind, len(graph.nodes), len(adapters_of(graph))))
     return rows
 
 
