@@ -219,23 +219,16 @@ def _broken(
 
 @dataclasses.dataclass(frozen=True)
 class _Install(Pass):
-    """The pass: lets the modules of the model run their graphs.
-
-    Attributes:
-        rows: Where the branches are; None for the sites and rows of the capture's plan.
-    """
+    """Lets the modules of the model run their graphs."""
 
     name: ClassVar[str] = "install"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
-    rows: tuple[PlannedSite | PlannedTokens, ...] | None = None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Give each region its graph."""
-        rows = self.rows
-        if rows is None:
-            assert capture.plan is not None
-            rows = (*capture.plan.sites, *capture.plan.tokens)
+        assert capture.plan is not None
+        rows: tuple[PlannedSite | PlannedTokens, ...] = (*capture.plan.sites, *capture.plan.tokens)
         install(regions_to_install(capture, rows))
         return PassResult(capture, True)
 

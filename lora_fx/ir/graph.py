@@ -363,7 +363,7 @@ class Pass(abc.ABC):
 
     def requires(self, capture: Capture) -> str | None:
         """Say what the capture lacks for the pass to run; None if nothing. This has to be cheap."""
-        given = any(getattr(self, option, None) is not None for option in ("plan", "rows"))
+        given = getattr(self, "rows", None) is not None
         if not self.needs or given or getattr(capture, self.needs) is not None:
             return None
         return "nothing is planned" if self.needs == "plan" else "no operations were looked for"

@@ -15,6 +15,7 @@ from lora_fx.passes.graph.copies import (
 )
 from lora_fx.passes.graph.nodes import (
     UNINITIALIZED,
+    GraphPass,
     arguments,
     edit_graphs,
     elements,
@@ -105,6 +106,7 @@ __all__ = [
     "WANTS_CACHE",
     "Condition",
     "Flag",
+    "GraphPass",
     "GuardedCodeGen",
     "ModuleRoot",
     "ObjectRoot",

@@ -312,7 +312,7 @@ class Branch(Writer):
 
 @dataclasses.dataclass(frozen=True)
 class Insert(Pass):
-    """The pass.
+    """Adds the branch of an adapter to each operation of the plan.
 
     Attributes:
         rows: Where, and with what; None for the sites of the capture's plan.
@@ -328,7 +328,8 @@ class Insert(Pass):
         """Adds branches where the plan wants some and there are none yet."""
         planned = self.rows
         if planned is None:
-            planned = capture.plan.sites if capture.plan is not None else ()
+            assert capture.plan is not None
+            planned = capture.plan.sites
         rows = [row for row in planned if not _inserted(capture, row, self.adapter)]
         if not rows:
             return PassResult(capture, False)

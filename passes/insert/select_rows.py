@@ -20,9 +20,6 @@ from torch import fx
 from lora_fx.errors import ConfigError
 from lora_fx.ir import (
     META_KEY,
-    Capture,
-    Pass,
-    PassResult,
     PlannedSite,
     Region,
     Role,
@@ -31,7 +28,7 @@ from lora_fx.ir import (
     role_of,
     tag_of,
 )
-from lora_fx.passes.graph import copy_graph, edit_graphs
+from lora_fx.passes.graph import GraphPass, copy_graph
 from lora_fx.passes.patterns import constant_of
 from lora_fx.runtime import (
     add_rows,
@@ -73,8 +70,8 @@ def check_rows(rows: Iterable[PlannedSite]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectRows(Pass):
-    """The pass.
+class SelectRows(GraphPass):
+    """Has each branch compute the rows of a batch that have its adapter, and no others.
 
     Attributes:
         experts: FQNs of the weights that have a matrix for each expert.
@@ -83,13 +80,13 @@ class SelectRows(Pass):
     name: ClassVar[str] = "select-rows"
     experts: frozenset[str] = frozenset()
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has branches.
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Cut down every branch of a graph to its rows.
 
         Raises:
             ConfigError: For experts whose rows are not known to be tokens.
         """
-        return edit_graphs(capture, lambda region: _edited(region, self.experts))
+        return _edited(region, self.experts)
 
 
 def _adapter_of(node: fx.Node) -> str:

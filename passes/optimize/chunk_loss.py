@@ -35,7 +35,7 @@ __all__ = ["ChunkLoss"]
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLoss(Pass):
-    """The pass."""
+    """Makes a call of each head whose loss may be computed in chunks."""
 
     name: ClassVar[str] = "chunk-loss"
     needs: ClassVar[str] = "matches"

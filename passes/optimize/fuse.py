@@ -26,10 +26,7 @@ from torch import fx
 from lora_fx.formats import quantization_of, quantized_linear
 from lora_fx.ir import (
     META_KEY,
-    Capture,
     FusedBranch,
-    Pass,
-    PassResult,
     Region,
     Role,
     Tag,
@@ -38,7 +35,7 @@ from lora_fx.ir import (
     sums_on,
     tag_of,
 )
-from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
+from lora_fx.passes.graph import GraphPass, arguments, copy_graph, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
 from lora_fx.runtime import fused_lora, in_place, masks
@@ -122,27 +119,22 @@ def _fits(product: Product, region: Region) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fuse(Pass):
-    """The pass."""
+class Fuse(GraphPass):
+    """Puts one node in place of each operation and its branch, where a function computes both."""
 
     name: ClassVar[str] = "fuse"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has branches."""
-        return edit_graphs(capture, _fused)
-
-
-def _fused(region: Region) -> fx.Graph | None:
-    """The graph with every branch fused that can be; None if there is none."""
-    if not any(_offer(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    copied = dataclasses.replace(region, graph=graph)
-    nodes = {node.name: node for node in graph.nodes}
-    # One after the other, as values flow: what one operation gives may be what the next one reads.
-    fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
-    graph.lint()
-    return graph if any(fused) else None
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Fuse every branch that can be."""
+        if not any(_offer(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        copied = dataclasses.replace(region, graph=graph)
+        nodes = {node.name: node for node in graph.nodes}
+        # One after the other, as values flow: what one operation gives may be what the next one reads.
+        fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
+        graph.lint()
+        return graph if any(fused) else None
 
 
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
@@ -209,27 +201,23 @@ def _only_inside(base: fx.Node, branch: Tag) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class CheapDropout(Pass):
-    """The pass."""
+class CheapDropout(GraphPass):
+    """Gives branches that stay plain a dropout whose mask takes a bit for each element."""
 
     name: ClassVar[str] = "cheap-dropout"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph in which a branch drops something by itself."""
-        return edit_graphs(capture, _edited)
-
-
-def _edited(region: Region) -> fx.Graph | None:
-    if not any(_drops(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    for node in graph.nodes:
-        if _drops(node):
-            given: dict[str, Any] = arguments(node, "input p=0.5 training=True")
-            node.target, node.kwargs = masks.dropped, {}
-            node.args = (given["input"], given["p"], given["training"])
-    graph.lint()
-    return graph
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Exchange the dropout of each branch that has one of its own."""
+        if not any(_drops(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        for node in graph.nodes:
+            if _drops(node):
+                given: dict[str, Any] = arguments(node, "input p=0.5 training=True")
+                node.target, node.kwargs = masks.dropped, {}
+                node.args = (given["input"], given["p"], given["training"])
+        graph.lint()
+        return graph
 
 
 def _drops(node: fx.Node) -> bool:
@@ -244,25 +232,20 @@ _WRITING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareInputs(Pass):
-    """The pass."""
+class ShareInputs(GraphPass):
+    """Puts one node in place of fused operations that read the same input."""
 
     name: ClassVar[str] = "share-inputs"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph in which siblings read the same."""
-        return edit_graphs(capture, _shared)
-
-
-def _shared(region: Region) -> fx.Graph | None:
-    """A copy of the graph with every group of siblings as one node; None if there is none."""
-    if not _groups(region.graph):
-        return None
-    graph = copy_graph(region.graph)
-    for group in _groups(graph):
-        _join(graph, group)
-    graph.lint()
-    return graph
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Join every group of siblings."""
+        if not _groups(region.graph):
+            return None
+        graph = copy_graph(region.graph)
+        for group in _groups(graph):
+            _join(graph, group)
+        graph.lint()
+        return graph
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -333,8 +316,8 @@ def _move(node: fx.Node, before: fx.Node) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseRows(Pass):
-    """The pass.
+class FuseRows(GraphPass):
+    """Puts one node in place of each operation and the branches of several adapters, each for its own rows.
 
     The adapter kind has named what computes several of its branches together, each over rows of its own.
     Branches of other kinds stay behind the node, and are cut down to their rows by
@@ -343,9 +326,17 @@ class FuseRows(Pass):
 
     name: ClassVar[str] = "fuse-rows"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has such branches."""
-        return edit_graphs(capture, _fused_rows)
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Fuse what can be joined."""
+        if not _joints(region):
+            return None
+        graph = copy_graph(region.graph)
+        copied = dataclasses.replace(region, graph=graph)
+        nodes = {node.name: node for node in graph.nodes}
+        for joint in _joints(copied):
+            _fuse_joint(joint, copied, nodes)
+        graph.lint()
+        return graph
 
 
 class _Joint(NamedTuple):
@@ -362,18 +353,6 @@ class _Joint(NamedTuple):
     base: Base
     function: Any
     sums: Sequence[fx.Node]
-
-
-def _fused_rows(region: Region) -> fx.Graph | None:
-    if not _joints(region):
-        return None
-    graph = copy_graph(region.graph)
-    copied = dataclasses.replace(region, graph=graph)
-    nodes = {node.name: node for node in graph.nodes}
-    for joint in _joints(copied):
-        _fuse_joint(joint, copied, nodes)
-    graph.lint()
-    return graph
 
 
 def _joints(region: Region) -> list[_Joint]:

@@ -310,7 +310,7 @@ def _result(graph: fx.Graph) -> fx.Node | None:
 
 @dataclasses.dataclass(frozen=True)
 class Recompute(Pass):
-    """The pass."""
+    """Has cheap inputs of products computed again in the backward pass instead of kept."""
 
     name: ClassVar[str] = "recompute"
 

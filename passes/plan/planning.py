@@ -185,7 +185,7 @@ _TIED = Verdict(True, "tied to an embedding that is adapted")
 
 @dataclasses.dataclass(frozen=True)
 class MakePlan(Pass):
-    """The pass: decides which operations are adapted and with what.
+    """Decides which operations are adapted and with what.
 
     Attributes:
         config: What to adapt.
