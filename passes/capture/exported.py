@@ -26,13 +26,13 @@ from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.noting import Named, Notes, replaced_forwards
-from lora_fx.passes.capture.questions import (
+from lora_fx.passes.capture.export_questions import (
     OF_GRAD_MODE,
     Questions,
     layout_conditions,
     shape_conditions,
 )
+from lora_fx.passes.capture.export_reads import NamedReads, ObjectReads, replaced_forwards
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
@@ -137,7 +137,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     # Attention is exported as the regions have it, so that both show the same operations.
     written = [r for r in capture.regions.values() if r.written_out]
     install(written)
-    names = Named(model)
+    names = NamedReads(model)
     tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
     try:
         for prepared in _prepared(inputs):
@@ -176,7 +176,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     conditions.extend(_cache_condition(cached[0]))
     _keep_module_stacks(graph, model)
     answers = dict.fromkeys(read for one in questions for read in one.reads)
-    later = Named(model, {cls for one in notes for cls in one.classes})
+    later = NamedReads(model, {cls for one in notes for cls in one.classes})
     reads = (*later.reads.values(), *answers, *(read for one in notes for read in one.reads))
     parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
@@ -247,7 +247,7 @@ def _keep_module_stacks(graph: fx.Graph, model: nn.Module) -> None:
             )
 
 
-def _check_globals(model: nn.Module, before: Named) -> None:
+def _check_globals(model: nn.Module, before: NamedReads) -> None:
     """Refuses a forward that has written to a global, or to an attribute of a class.
 
     Raises:
@@ -283,8 +283,8 @@ def _are_met(conditions: list[Condition], inputs: dict[str, Any]) -> bool:
 
 
 def _exported(
-    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any, names: Named
-) -> tuple[ExportedProgram, Notes, Questions]:
+    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any, names: NamedReads
+) -> tuple[ExportedProgram, ObjectReads, Questions]:
     if dynamic_shapes is None:
         dynamic_shapes = {
             k: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None
@@ -318,8 +318,8 @@ def _exported_otherwise(
     model: nn.Module,
     inputs: dict[str, Any],
     dynamic_shapes: Any,
-    names: Named,
-) -> tuple[Notes, Questions]:
+    names: NamedReads,
+) -> tuple[ObjectReads, Questions]:
     """Exports a model that asks for the grad mode in the other one, and wants the same graph.
 
     Raises:
@@ -347,8 +347,8 @@ def _told(program: ExportedProgram) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _watched(
-    model: nn.Module, inputs: dict[str, Any], names: Named
-) -> Iterator[tuple[Notes, Questions]]:
+    model: nn.Module, inputs: dict[str, Any], names: NamedReads
+) -> Iterator[tuple[ObjectReads, Questions]]:
     """Exports a forward that leaves nothing behind and has a name for every argument.
 
     What it writes into Python objects is part of no capture and is put back.
@@ -360,11 +360,11 @@ def _watched(
     """
     before, own = State(model), model.forward
     changed: list[str] = []
-    notes, questions = Notes(model, names.objects), Questions()
+    notes, questions = ObjectReads(model, names.objects), Questions()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         state = state_of(model)
-        with notes.taken(), questions.listening(kwargs):
+        with notes.watching(), questions.listening(kwargs):
             result = own(*args, **kwargs)
         # Here, since torch.export puts attributes back by itself.
         name = difference(state, state_of(model))
@@ -498,7 +498,7 @@ ONE_AT_A_TIME = threading.RLock()
 """Held while ``torch.export`` or the ONNX exporter runs.
 
 Both keep what they are at in global state, and a capture by ``torch.export`` takes notes by way of classes
-that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in
+that other models have as well (:mod:`lora_fx.passes.capture.export_reads`). An export to ONNX may capture in
 between, in the same thread.
 """
 

@@ -86,30 +86,26 @@ class SelectRows(GraphPass):
         Raises:
             ConfigError: For experts whose rows are not known to be tokens.
         """
-        return _edited(region, self.experts)
+        if not any(_adapter_of(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        work = _Work(dataclasses.replace(region, graph=graph), self.experts)
+        tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
+        # First, since dropout comes before the factors are read.
+        for node, tag in tagged:
+            work.note(node, tag)
+        for node, tag in tagged:
+            if tag.role is Role.ADD:
+                work.add(node, tag)
+            else:
+                work.select(node, tag)
+        graph.lint()
+        return graph
 
 
 def _adapter_of(node: fx.Node) -> str:
     tag = tag_of(node)
     return "" if tag is None else tag.adapter
-
-
-def _edited(region: Region, weights: frozenset[str]) -> fx.Graph | None:
-    if not any(_adapter_of(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    work = _Work(dataclasses.replace(region, graph=graph), weights)
-    tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
-    # First, since dropout comes before the factors are read.
-    for node, tag in tagged:
-        work.note(node, tag)
-    for node, tag in tagged:
-        if tag.role is Role.ADD:
-            work.add(node, tag)
-        else:
-            work.select(node, tag)
-    graph.lint()
-    return graph
 
 
 class _Gather(NamedTuple):

@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
-from lora_fx.passes.capture.questions import answer_of, of_library
+from lora_fx.passes.capture.export_questions import answer_of, of_library
 from lora_fx.passes.graph import (
     CONTAINERS,
     MOST,
@@ -51,7 +51,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import held_in, ops
 
-__all__ = ["Named", "Notes", "replaced_forwards"]
+__all__ = ["NamedReads", "ObjectReads", "replaced_forwards"]
 
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
 # What copies and pickles an object reads of it: C code then takes all that it has.
@@ -62,7 +62,7 @@ _TENSORS = (torch.Tensor,)  # and no parameters, which the graph has
 _MISSING, _UNKNOWN = object(), object()
 
 
-class Notes:
+class ObjectReads:
     """What was read, by object.
 
     Attributes:
@@ -87,7 +87,7 @@ class Notes:
         self._patched: dict[type, dict[str, Any]] = {}
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Takes notes in between, of this model alone."""
         self._watched = {_identity(module): module for module in self._model.modules()}
         try:
@@ -465,7 +465,7 @@ def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 
-class Named:
+class NamedReads:
     """What the code of a model has by name: of globals, of classes, and of variables around functions.
 
     What its functions name, and those that they name, is looked at, not what they execute: a guard too many
