@@ -550,11 +550,8 @@ class AdapterBank(AdapterStore):
         Raises:
             CheckpointError: The values are no adapter of the file, or do not fit into its bank. What was
                 there still is.
-            ConfigError: The name is none, or the bank is full.
+            ConfigError: The bank is full.
         """
-        given: object = name
-        if not isinstance(given, str) or not given:
-            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         check_values(self.manifest, values, what)
         check_ranks(self.manifest, values, what, self.max_rank)
         with self._lock:
