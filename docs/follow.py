@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -82,7 +83,7 @@ def steps() -> dict[str, str]:
 
     found["plan"] = str(plan)
 
-    captured = AddFactors(plan)(captured).capture
+    captured = AddFactors()(dataclasses.replace(captured, plan=plan)).capture
     factors = dict(captured.model.named_parameters())
     found["add-factors"] = "\n".join(
         f"{name}: {list(value.shape)}, requires_grad={value.requires_grad}"

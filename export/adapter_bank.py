@@ -30,7 +30,7 @@ from lora_fx.export.arguments import Arguments, Extra, named_outputs
 from lora_fx.export.factor_model import FactorModel, Swappable
 from lora_fx.export.ort import Bound
 from lora_fx.export.report import BankSize
-from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
+from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join, tag_of
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
 from lora_fx.runtime import Follower, banked, follow, ops, unfollow
@@ -190,8 +190,8 @@ def row_editor(
 
 def _tag(node: fx.Node) -> Tag | None:
     """What a node of a branch does; None for any other."""
-    tag = node.meta.get(META_KEY)
-    return tag if isinstance(tag, Tag) and tag.adapter else None
+    tag = tag_of(node)
+    return tag if tag is not None and tag.adapter else None
 
 
 class _Work:
@@ -202,8 +202,8 @@ class _Work:
         self._holders: dict[str, str] = {}
         self._slots: dict[str, fx.Node] = {}
         for node in graph.nodes:
-            tag = node.meta.get(META_KEY)
-            if _tag(node) and tag.role is Role.FACTOR and node.op == "get_attr":
+            tag = _tag(node)
+            if tag is not None and tag.role is Role.FACTOR and node.op == "get_attr":
                 holder = str(node.target).rpartition(".")[0].rpartition(".")[0]
                 self._holders.setdefault(tag.weight, holder)
 
@@ -264,8 +264,8 @@ class _Work:
         wanted = node.meta[META_KEY].weight
         before = node.prev
         while before.op != "root":
-            tag = before.meta.get(META_KEY)
-            if isinstance(tag, Tag) and tag.role is Role.BASE and tag.weight == wanted:
+            tag = tag_of(before)
+            if tag is not None and tag.role is Role.BASE and tag.weight == wanted:
                 return before
             before = before.prev
         raise AssertionError(node.format_node())
@@ -550,11 +550,8 @@ class AdapterBank(AdapterStore):
         Raises:
             CheckpointError: The values are no adapter of the file, or do not fit into its bank. What was
                 there still is.
-            ConfigError: The name is none, or the bank is full.
+            ConfigError: The bank is full.
         """
-        given: object = name
-        if not isinstance(given, str) or not given:
-            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         check_values(self.manifest, values, what)
         check_ranks(self.manifest, values, what, self.max_rank)
         with self._lock:

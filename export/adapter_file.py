@@ -292,7 +292,7 @@ def save_onnx_adapter(
     broken = [name for name, value in values.items() if not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(
-            f"{_named(source)}: {', '.join(broken[:5])} would hold values that are not finite: the adapter "
+            f"{_named(source)}: {some(broken)} would hold values that are not finite: the adapter "
             "is broken, or too large for its dtype"
         )
     form = runtime.AdapterFormat()

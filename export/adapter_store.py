@@ -109,11 +109,7 @@ class AdapterStore:
 
         Raises:
             CheckpointError: The values are no adapter of the file. What was held still is.
-            ConfigError: The name is none.
         """
-        given: object = name
-        if not isinstance(given, str) or not given:
-            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         check_values(self.manifest, values, what, self.max_rank)
         held = self._hold(values)
         with self._lock:

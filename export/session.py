@@ -340,6 +340,9 @@ class OnnxSession(Generates):
             ConfigError: The file takes no adapters, or an argument is not valid.
         """
         manifest = self._store.manifest
+        given: object = name
+        if not isinstance(given, str) or not given:
+            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         values = values_of(source, adapter_name, manifest)
         what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
         with self._swapping:

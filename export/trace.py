@@ -38,7 +38,7 @@ from torch.utils._sympy.functions import (
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
 from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
-from lora_fx.passes.capture import Listener
+from lora_fx.passes.capture import Listener, asked_of_sizes
 
 __all__ = ["Trace", "normal_size", "trace", "widen_batch"]
 
@@ -356,16 +356,7 @@ def _unanswered(program: ExportedProgram) -> list[str]:
     Limits of one size are left out, which the file's metadata has. So is what operations ask, which compute
     the same either way.
     """
-    sizes = itertools.chain.from_iterable(
-        node.meta["val"].shape
-        for node in program.graph.nodes
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
-    )
-    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
-    if environment is None:
-        return []
-    guards = filter(_is_of_code, environment.guards)
-    asked = dict.fromkeys(environment.simplify(guard.expr) for guard in guards)
+    asked = asked_of_sizes(program, _is_of_code)
     return [str(one) for one in asked if not _is_limit(one) and not _always_holds(one)]
 
 
@@ -382,7 +373,7 @@ _TORCH = Path(torch.__file__).parent
 def _is_limit(question: Any) -> bool:
     """Whether a question is for a limit of one size."""
     if not isinstance(question, sympy.core.relational.Relational):
-        return bool(question == sympy.true)
+        return False
     left, right = question.args
     difference = left - right
     sizes = difference.free_symbols

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -587,30 +588,17 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         pairs = zip(tensors, session.inputs, strict=True)
         return [one.to(getattr(torch, port.dtype)) for one, port in pairs]
 
-    def compared(
-        model: Reference, what: str, adapter: str | None = None
-    ) -> dict[str, OutputParity]:
-        try:
-            return _check_parity(
-                model,
-                traced,
-                lambda tensors: session.run(taken(tensors), adapter=adapter),
-                prepared.cases,
-            ).rows
-        except ParityError as error:
-            raise type(error)(f"{what}: {error}") from error
+    def run(tensors: list[Tensor], adapter: str | None = None) -> dict[str, Any]:
+        return session.run(taken(tensors), adapter=adapter)
 
     def compare_adapter(what: str, model: Reference, values: Mapping[str, Tensor]) -> None:
         session.load_adapter(what, values)
-        rows = compared(model, f"with {what}", what)
+        with_it = functools.partial(run, adapter=what)
+        parity.rows |= _labeled(what, _rows_of(f"with {what}", model, traced, with_it, prepared))
         session.unload_adapter(what)
-        labels = {name: f"{name} with {what}" for name in rows}
-        parity.rows |= {labels[n]: dataclasses.replace(r, name=labels[n]) for n, r in rows.items()}
 
     base, manifest = Reference(prepared.base, casts), prepared.manifest
-    parity = _check_parity(
-        base, traced, lambda tensors: session.run(taken(tensors)), prepared.cases
-    )
+    parity = _check_parity(base, traced, run, prepared.cases)
     if manifest is None:
         return parity
     if isinstance(prepared.model, BankModel):
@@ -620,17 +608,38 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         assert prepared.source is not None
         values = _in_range(name, manifest, values_of_model(prepared.source, name))
         compare_adapter(f"adapter {name!r}", Reference(active(), casts), values)
-    # A bias that no weight can take is compared with the adapters that have trained it.
-    loose = prepared.model.loose_biases()
     for rank in _RANDOM_RANKS:
-        values = random_factors(manifest, rank)
-        values |= {name: torch.zeros_like(values[name]) for name in loose}
+        values = _random_values(prepared.model, manifest, rank)
         what = f"a random adapter of rank {rank}"
         model = Reference(_Adapted(prepared.model, values, casts.keep), casts)
         compare_adapter(what, model, values)
-        again = compared(base, f"alone, after a run with {what}")
+        again = _rows_of(f"alone, after a run with {what}", base, traced, run, prepared)
         parity.rows |= {name: worse(parity.rows[name], row) for name, row in again.items()}
     return parity
+
+
+def _rows_of(
+    what: str, model: Reference, traced: Trace, run: _Run, prepared: Prepared
+) -> dict[str, OutputParity]:
+    """The differences of a file as it is run, from a model; an error says what it was run with."""
+    try:
+        return _check_parity(model, traced, run, prepared.cases).rows
+    except ParityError as error:
+        raise type(error)(f"{what}: {error}") from error
+
+
+def _labeled(what: str, rows: Mapping[str, OutputParity]) -> dict[str, OutputParity]:
+    """Rows that tell with which adapter they were."""
+    labels = {name: f"{name} with {what}" for name in rows}
+    return {labels[name]: dataclasses.replace(row, name=labels[name]) for name, row in rows.items()}
+
+
+def _random_values(
+    model: FactorModel, manifest: Manifest, rank: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """A random adapter, without the biases that no weight can take: who has trained them compares those."""
+    values = random_factors(manifest, rank, seed)
+    return values | {name: torch.zeros_like(values[name]) for name in model.loose_biases()}
 
 
 class _RowsReference(Reference):
@@ -724,13 +733,7 @@ def _check_bank(
             return session.run(tensors, adapter=names if len(rows) > 1 else names[0])
 
         reference = rows[0][1] if len(rows) == 1 else _RowsReference([one for _, one in rows])
-        try:
-            found = _check_parity(reference, traced, run, prepared.cases).rows
-        except ParityError as error:
-            raise type(error)(f"with {what}: {error}") from error
-        for name, row in found.items():
-            label = f"{name} with {what}"
-            parity.rows[label] = dataclasses.replace(row, name=label)
+        parity.rows |= _labeled(what, _rows_of(f"with {what}", reference, traced, run, prepared))
 
     own: list[tuple[str | None, Reference]] = []
     for name, active in prepared.adapters.items():
@@ -742,12 +745,10 @@ def _check_bank(
         compare("an adapter for each row", [*own, (None, base)])
     for name in session.adapters:
         session.unload_adapter(name)
-    loose = model.loose_biases()
     drawn: list[tuple[str | None, Reference]] = [(None, base)]
     ranks = (max(1, model.bank.rank - 1), 1)[: model.bank.capacity]
     for seed, rank in enumerate(ranks):
-        values = random_factors(manifest, rank, seed)
-        values |= {name: torch.zeros_like(values[name]) for name in loose}
+        values = _random_values(model, manifest, rank, seed)
         name = f"random {seed}"
         session.load_adapter(name, values)
         drawn.append((name, Reference(_Adapted(model.single, values, casts.keep), casts)))

@@ -12,22 +12,21 @@ import copy
 import dataclasses
 import logging
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lora_fx.config import LoraConfig
 from lora_fx.ir import DEFAULT_LOSS, Kept, Loss, Memory, Plan
-from lora_fx.passes.capture import Frontend, State, normalize
+from lora_fx.passes.capture import Frontend, Listener, State, normalize
 from lora_fx.passes.pipeline import rewrite_model
 
-__all__ = ["with_kept"]
+__all__ = ["saved_storages", "take_gradient_to_embeddings", "tensors", "with_kept"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -83,7 +82,8 @@ def _counted(
         own: Frontend = "auto" if frontend == "export" else frontend
         adapted = rewrite_model(base, config, memory=memory, loss=loss, frontend=own, quiet=True)
         found[memory] = _kept(adapted.train(), device, args, kwargs)
-    return Kept(_kept(_frozen(base), device, args, kwargs), found)
+    frozen = take_gradient_to_embeddings(base.requires_grad_(False).train())
+    return Kept(_kept(frozen, device, args, kwargs), found)
 
 
 def _without_memory(model: nn.Module) -> nn.Module | None:
@@ -99,9 +99,8 @@ def _without_memory(model: nn.Module) -> nn.Module | None:
     return copy.deepcopy(model, memo)
 
 
-def _frozen(model: nn.Module) -> nn.Module:
-    """The model without adapters, with a gradient from the first activation on."""
-    model.requires_grad_(False).train()
+def take_gradient_to_embeddings(model: nn.Module) -> nn.Module:
+    """Have a model compute gradients from its embeddings on, as it does with adapters, and return it."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Module):
         embeddings.register_forward_hook(_wants_gradient)
@@ -114,29 +113,52 @@ def _wants_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
 
 def _kept(model: nn.Module, device: torch.device, args: Any, kwargs: Any) -> int:
     """Bytes that autograd keeps of a call, each storage once, without the model's own."""
-    own = {one.untyped_storage()._cdata for one in (*model.parameters(), *model.buffers())}
-    seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+    with _Attention(device):
+        own = (*model.parameters(), *model.buffers())
+        found = saved_storages(own, lambda: model(*args, **kwargs))
+    return sum(storage.nbytes() for _, storage in found)
+
+
+def saved_storages(
+    own: Iterable[Tensor], forward: Callable[[], Any], kind: Callable[[Tensor], str] = lambda _: ""
+) -> list[tuple[str, torch.UntypedStorage]]:
+    """Run a forward, and find what autograd keeps for the backward when it is done.
+
+    Args:
+        own: Tensors whose storages do not count: they are there anyway.
+        forward: Gives what the backward starts from.
+        kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
+
+    Returns:
+        Each storage once, with its kind.
+    """
+    known = {tensor.untyped_storage()._cdata for tensor in own}
+    seen: dict[int, tuple[str, weakref.ref[torch.UntypedStorage]]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in own and key not in seen:
-            seen[key] = weakref.ref(storage)
-            # What is let go of before the end is not kept, and another can take its address.
+        if key not in known and key not in seen:
+            # What is let go of before the forward ends (a result that is detached) is not kept, and
+            # another storage can take its address.
+            seen[key] = kind(tensor), weakref.ref(storage)
             weakref.finalize(storage, seen.pop, key)
+        # A node that keeps its own result as it is would keep itself, too, for ever.
         return tensor.detach()
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, _Attention(device):
-        outputs = model(*args, **kwargs)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = forward()
     for tensor in _attributes(outputs):
         pack(tensor)
-    total = sum(_sizes(seen.values()))
+    found = [(name, held()) for name, held in tuple(seen.values())]
     del outputs
-    return total
+    return [(name, storage) for name, storage in found if storage is not None]
 
 
-class _Attention(TorchFunctionMode):
+_ATTENTION = F.scaled_dot_product_attention
+
+
+class _Attention(Listener):
     """Runs the kernel of attention that the device of the model would: another one keeps another amount.
 
     Flash attention is known. Others that a GPU may choose count as the plain operations, which keep scores.
@@ -151,12 +173,9 @@ class _Attention(TorchFunctionMode):
         super().__init__()
         self._device = device
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the function."""
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        return func(*args, **kwargs)
+    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Answers for attention."""
+        return self._attend(*args, **kwargs) if func is _ATTENTION else NotImplemented
 
     def _attend(
         self,
@@ -171,7 +190,7 @@ class _Attention(TorchFunctionMode):
         given = (query, key, value, attn_mask, dropout_p, is_causal)
         flash = self._FLASH.get(self._device.type)
         if flash is None or more.get("enable_gqa") or not self._chooses_flash(*given, **more):
-            return F.scaled_dot_product_attention(*given, **more)
+            return _ATTENTION(*given, **more)
         options = {"scale": more.get("scale")}
         if self._device.type == "cpu":
             options["attn_mask"] = attn_mask
@@ -202,11 +221,21 @@ def _attributes(outputs: Any) -> Iterator[Tensor]:
             continue
         known.add(node)
         waiting += [above for above, _ in node.next_functions]
-        held = pytree.tree_leaves(getattr(node, "__dict__", None))
-        yield from (one for one in held if isinstance(one, Tensor))
+        yield from tensors(getattr(node, "__dict__", None))
 
 
-def _sizes(seen: Any) -> Iterator[int]:
-    for one in tuple(seen):
-        if (storage := one()) is not None:
-            yield storage.nbytes()
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a value, in what it holds, and in the fields of records."""
+    inner: Sequence[Any] = ()
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        inner = [*value.values()]
+    elif isinstance(value, list | tuple):
+        inner = value
+    elif dataclasses.is_dataclass(value):
+        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    elif type(value).__name__ == "QuantState":
+        inner = [*vars(value).values()]
+    for one in inner:
+        yield from tensors(one)

@@ -33,7 +33,7 @@ from lora_fx.passes.parameters import (
     rows_name,
     tokens_of,
 )
-from lora_fx.runtime import AdapterModule, watch
+from lora_fx.runtime import AdapterModule, ops, watch
 
 __all__ = ["CheckReport", "check", "check_rewritten"]
 
@@ -416,28 +416,8 @@ def _tolerance(model: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
 
 def _floats(output: Any) -> list[torch.Tensor]:
     """The floating-point tensors of an output, in whatever it holds them."""
-    found: list[torch.Tensor] = []
-    seen: set[int] = set()
-
-    def visit(value: Any, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point() and value.layout is torch.strided:
-                found.append(value)
-            return
-        if id(value) in seen or depth > 8 or isinstance(value, nn.Module | type):
-            return
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            items: Iterator[Any] = iter(value.values())
-        elif isinstance(value, list | tuple):
-            items = iter(value)
-        else:
-            items = iter(getattr(value, "__dict__", {}).values())
-        for item in items:
-            visit(item, depth + 1)
-
-    visit(output, 0)
-    return found
+    strided = (one for one in ops.tensors_in(output) if one.layout is torch.strided)
+    return [one for one in strided if one.is_floating_point()]
 
 
 class _Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch

@@ -219,23 +219,16 @@ def _broken(
 
 @dataclasses.dataclass(frozen=True)
 class _Install(Pass):
-    """The pass: lets the modules of the model run their graphs.
-
-    Attributes:
-        rows: Where the branches are; None for the sites and rows of the capture's plan.
-    """
+    """Lets the modules of the model run their graphs."""
 
     name: ClassVar[str] = "install"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
-    rows: tuple[PlannedSite | PlannedTokens, ...] | None = None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Give each region its graph."""
-        rows = self.rows
-        if rows is None:
-            assert capture.plan is not None
-            rows = (*capture.plan.sites, *capture.plan.tokens)
+        assert capture.plan is not None
+        rows: tuple[PlannedSite | PlannedTokens, ...] = (*capture.plan.sites, *capture.plan.tokens)
         install(regions_to_install(capture, rows))
         return PassResult(capture, True)
 
@@ -255,7 +248,7 @@ def plan_model(
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
-    _check_loss(loss)
+    _check_option("loss", loss)
     captured = _captured(model, config, example_inputs, frontend)
     plan = plan_capture(captured, config, loss=loss, strict=strict)
     return captured, with_sample_cost(plan, captured, example_inputs)
@@ -358,8 +351,8 @@ def rewrite_model(
     With ``quiet`` nothing is logged of entries that select nothing.
     """
     check_adapter_name(adapter_name)
-    _check_memory(memory)
-    _check_loss(loss)
+    _check_option("memory", memory)
+    _check_option("loss", loss)
     capture = _captured(model, config, example_inputs, frontend)
     if callback is not None:
         callback("capture", capture)
@@ -411,20 +404,22 @@ def rewrite_model(
     return result
 
 
-def _check_memory(memory: object) -> None:
-    if memory not in get_args(Memory):
-        raise ConfigError(
-            f"memory={memory!r} is unknown: give 'balanced' to make cheap inputs of products again in the "
-            "backward, or 'fast' to keep them"
-        )
+_OPTIONS: Mapping[str, tuple[Any, str]] = {
+    "memory": (
+        Memory,
+        "'balanced' to make cheap inputs of products again in the backward, or 'fast' to keep them",
+    ),
+    "loss": (
+        Loss,
+        "'chunked' to compute it in training calls without all logits at once, or 'whole' as the model does",
+    ),
+}
 
 
-def _check_loss(loss: object) -> None:
-    if loss not in get_args(Loss):
-        raise ConfigError(
-            f"loss={loss!r} is unknown: give 'chunked' to compute the loss of a training call without all "
-            "logits at once, or 'whole' to compute it as the model does"
-        )
+def _check_option(name: str, value: object) -> None:
+    values, choices = _OPTIONS[name]
+    if value not in get_args(values):
+        raise ConfigError(f"{name}={value!r} is unknown: give {choices}")
 
 
 def _check_scoped(model: nn.Module) -> None:

@@ -274,7 +274,7 @@ Values = Callable[[str], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Pass):
-    """The pass. It puts parameters into the model of the capture, and edits copies of its graphs.
+    """Stores weights of the model of the capture in a format, and edits copies of its graphs.
 
     Attributes:
         rows: Which weights.
@@ -401,7 +401,7 @@ def _is_bias(region: Region, bias: object, site: Site) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Materialize(Pass):
-    """The pass. It puts parameters and buffers into the model of the capture.
+    """Puts the values of parameters and buffers into a model on the meta device.
 
     Attributes:
         but: Weights that are left on the meta device, by FQN.

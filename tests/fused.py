@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+import lora_fx
+from lora_fx.ir import Role, role_of
 from lora_fx.runtime import dora
 from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.runtime.fused_lora import lora_linear
@@ -18,14 +21,18 @@ from lora_fx.runtime.masks import draw, kept, unpacked
 
 __all__ = [
     "Operands",
+    "assert_close_to_exact",
+    "assert_close_under_autocast",
     "canonical",
     "errors",
     "formula",
     "forward_mode",
     "fused",
     "gradients",
+    "laid_out",
     "operands",
     "recovered",
+    "roles",
     "with_gains",
 ]
 
@@ -217,6 +224,53 @@ def errors(
                 off.square().mean().sqrt() if root_mean_square else off.abs().max()
             )
     return result
+
+
+def assert_close_to_exact(case: Operands) -> None:
+    """As the plain operations are, and with no error that is larger by more than luck."""
+    found, plain = errors(fused, case), errors(canonical, case)
+    for name, error in found.items():
+        # Of few elements the largest error of one form may be the smaller by luck, never by much.
+        assert error <= max(1.5 * plain[name], 2.0), f"{name}: {error} against {plain[name]}"
+
+
+def assert_close_under_autocast(case: Operands, dtype: torch.dtype, whole: bool) -> None:
+    """As the plain operations are, where autocast is on for the whole step, or for the forward only."""
+
+    def within(function: Any) -> dict[str, float]:
+        def forward(given: Operands) -> Tensor:
+            # fp64 is not cast: the reference stays one.
+            with torch.autocast("cpu", dtype=dtype):
+                return function(given)
+
+        around = torch.autocast("cpu", dtype=dtype) if whole else contextlib.nullcontext()
+        with around:
+            return errors(forward, case, root_mean_square=True, computed=dtype)
+
+    found, plain = within(fused), within(canonical)
+    for name, error in found.items():
+        assert error <= 1.1 * plain[name], f"{name}: {error} against {plain[name]}"
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in other strides."""
+    if layout == "transposed":
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+    if layout == "first axis last":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == "every second":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "offset":
+        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
+    return x
+
+
+def roles(model: nn.Module) -> set[Role]:
+    """What the nodes of a rewritten model's graphs do for its adapters."""
+    nodes = (node for graph in lora_fx.graphs(model).values() for node in graph.nodes)
+    return {role for node in nodes if (role := role_of(node)) is not None}
 
 
 def forward_mode(function: Callable[..., Tensor], point: tuple[Tensor, ...]) -> Tensor:

@@ -4,7 +4,6 @@ Each file has one family. A fusion is found by what a graph computes, whatever m
 """
 
 from lora_fx.export.fuse.fused_attention import (
-    CUDA_SINCE,
     ONE_ROW_CHUNKS_KEY,
     SHARED_CACHE_KEY,
     check_attention,
@@ -12,7 +11,6 @@ from lora_fx.export.fuse.fused_attention import (
 from lora_fx.export.fuse.pipeline import (
     FUSIONS,
     Fused,
-    Fusion,
     Level,
     Provider,
     Target,
@@ -22,12 +20,10 @@ from lora_fx.export.fuse.pipeline import (
 )
 
 __all__ = [
-    "CUDA_SINCE",
     "FUSIONS",
     "ONE_ROW_CHUNKS_KEY",
     "SHARED_CACHE_KEY",
     "Fused",
-    "Fusion",
     "Level",
     "Provider",
     "Target",

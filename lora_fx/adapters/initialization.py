@@ -8,7 +8,6 @@ components that explain most of the variance: a site gets up to ``rho`` times it
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import importlib.util
 import logging
@@ -25,7 +24,7 @@ from lora_fx.adapters.manage import adapter_record, disable_adapter, the_adapter
 from lora_fx.adapters.settings import by_site, with_patterns
 from lora_fx.adapters.switching import base_capture, on_base
 from lora_fx.config import LoraConfig, changes_base, needs_data
-from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.errors import ConfigError, LoraFxError, some
 from lora_fx.ir import AdapterRecord, ModelT, PlannedSite, Record, Region, Site, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import install
@@ -48,6 +47,7 @@ from lora_fx.passes.parameters import (
     base_dtype,
     base_parameters,
     base_weight,
+    digest_of,
     factors_of,
     gathered,
     inside,
@@ -312,7 +312,7 @@ def _adding(
 def _check_reached(idle: list[str]) -> None:
     if idle:
         raise ConfigError(
-            f"the data does not reach {', '.join(idle[:5])}: give batches that do, or leave it out with "
+            f"the data does not reach {some(idle)}: give batches that do, or leave it out with "
             "exclude_modules"
         )
 
@@ -770,7 +770,7 @@ class _Search:
         if not torch.isfinite(x).all():
             raise ConfigError(f"{row.name}: the model gives it inputs that are not finite")
         if self._inputs is not None:
-            self._inputs.setdefault(row.name, _fingerprint(x))
+            self._inputs.setdefault(row.name, f"{tuple(x.shape)}:{digest_of(x)}")
         elif row.name in self._found and not self.steady(row.name):
             self._found[row.name].add(x)
 
@@ -824,8 +824,3 @@ def _ranks_by_share(
         if given[source] < given[name]:
             given[source], given[name] = given[name], given[source]
     return given
-
-
-def _fingerprint(x: torch.Tensor) -> str:
-    data = x.to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-    return f"{tuple(x.shape)}:{hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()}"

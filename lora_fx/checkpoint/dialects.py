@@ -413,20 +413,8 @@ def _layers_for(
     Returns:
         The part that they were under, their names in the file by those in the model, and their tensors.
     """
-    flat: dict[str, list[str]] = defaultdict(list)
-    first: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        first.setdefault(module, name)
-        # A module that has several names is one layer, by the first of them.
-        if first[module] not in flat[name.replace(".", "_")]:
-            flat[name.replace(".", "_")].append(first[module])
-    parts: dict[str, dict[str, str]] = {}
+    flat, parts = _flattened_names(modules), _by_part(layers, component)
     flattened = {one for one in layers if one.startswith(_FLATTENED)}
-    for part, begins in {"": ("", "base_model.model."), **_COMPONENTS}.items():
-        for start in begins:
-            named = {one: one.removeprefix(start) for one in layers if one.startswith(start)}
-            if named and (component is None or component == part):
-                parts.setdefault(part, {}).update(named)
     found: dict[str, tuple[str, dict[str, str], _Layers]] = {}
     missing: dict[str, list[str]] = {}
     for part, named in parts.items():
@@ -461,6 +449,29 @@ def _layers_for(
         f"{path} is for another model: it has adapters for {', '.join(there)}, and of its layers this model "
         f"has no {some([one.removesuffix('|old') for one in lost])}"
     )
+
+
+def _flattened_names(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The modules by their names with underscores for dots, which may be those of several."""
+    found: dict[str, list[str]] = defaultdict(list)
+    first: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        first.setdefault(module, name)
+        # A module that has several names is one layer, by the first of them.
+        if first[module] not in found[name.replace(".", "_")]:
+            found[name.replace(".", "_")].append(first[module])
+    return found
+
+
+def _by_part(layers: _Layers, component: str | None) -> dict[str, dict[str, str]]:
+    """The names of layers by the part that they may be of, each with what comes after the name of that."""
+    parts: dict[str, dict[str, str]] = {}
+    for part, begins in {"": ("", "base_model.model."), **_COMPONENTS}.items():
+        for start in begins:
+            named = {one: one.removeprefix(start) for one in layers if one.startswith(start)}
+            if named and (component is None or component == part):
+                parts.setdefault(part, {}).update(named)
+    return parts
 
 
 def _check_once(path: Path, places: Mapping[str, str | None]) -> None:

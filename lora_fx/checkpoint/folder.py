@@ -292,18 +292,7 @@ def load_adapter(
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
     folder = _folder(directory, adapter_name)
-    metadata: dict[str, str] = {}
-    if folder.is_file():
-        tensors, config = read_dialect(folder, model, component)
-    elif component is not None:
-        raise ConfigError(
-            f"component={component!r}: {folder} is a folder of one adapter, and has no parts"
-        )
-    else:
-        config = LoraConfig.from_pretrained(folder)
-        read, metadata = read_tensors(folder)
-        tensors = without_prefix(read)
-    check_start(config, folder)
+    tensors, config, metadata = _read(folder, model, component)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
@@ -350,6 +339,25 @@ def load_adapter(
     return cast("ModelT", target)
 
 
+def _read(
+    folder: Path, model: nn.Module, component: str | None
+) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
+    """Return what a folder, or a file of another library, holds, as :func:`folder_of` gives it."""
+    metadata: dict[str, str] = {}
+    if folder.is_file():
+        tensors, config = read_dialect(folder, model, component)
+    elif component is not None:
+        raise ConfigError(
+            f"component={component!r}: {folder} is a folder of one adapter, and has no parts"
+        )
+    else:
+        config = LoraConfig.from_pretrained(folder)
+        read, metadata = read_tensors(folder)
+        tensors = without_prefix(read)
+    check_start(config, folder)
+    return tensors, config, metadata
+
+
 def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     folder = Path(directory)
     if folder.is_file() and folder.suffix in (".safetensors", ".bin"):
@@ -393,10 +401,7 @@ def _rewritten(
     try:
         return rewrite_model(model, exact, adapter_name=adapter_name, **how)
     except NoMatchError as error:
-        lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
-        raise CheckpointError(
-            "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how)])
-        ) from error
+        raise _matches_nothing(model, exact, tensors, folder, how) from error
 
 
 def _extend(
@@ -410,8 +415,20 @@ def _extend(
     try:
         put_adapter(model, exact, adapter_name)
     except NoMatchError as error:
-        lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
-        raise CheckpointError("\n  ".join([_misfit(folder, model), *lines])) from error
+        raise _matches_nothing(model, exact, tensors, folder, {}) from error
+
+
+def _matches_nothing(
+    model: nn.Module,
+    exact: LoraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    folder: Path,
+    how: dict[str, Any],
+) -> CheckpointError:
+    lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+    return CheckpointError(
+        "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how)])
+    )
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:

@@ -267,14 +267,7 @@ def make_receipt(
         not one.is_floating_point() and one.dim() == 2 for one in named.values()
     )
     kept = {name: value.detach().cpu().clone() for name, value in named.items()}
-    if tokens:
-        ends = [_last(outputs[one], _mask(kept)) for one in (0.0, 1.0)]
-        count = min(_TOKENS, ends[0].shape[-1])
-        # What a server reports when it applies the adapter, and when it does not.
-        chosen = torch.cat([one.topk(count).indices for one in ends], 1)
-    else:
-        size = outputs[1.0].numel()
-        chosen = torch.linspace(0, size - 1, min(size, _ELEMENTS)).round().long()
+    chosen = _likeliest(outputs, kept) if tokens else _spread_over(outputs[1.0])
     facts = {
         "adapter": _hash(tensors),
         "base": _hash_of_base(model),
@@ -283,6 +276,30 @@ def make_receipt(
     receipt = Receipt(kept, chosen, {}, tokens, facts)
     answers = {scale: receipt.read(value) for scale, value in outputs.items()}
     receipt = dataclasses.replace(receipt, answers=answers)
+    _check_effect(receipt, adapter_name)
+    return receipt
+
+
+def _likeliest(outputs: Mapping[float, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+    """The tokens that a server reports when it applies the adapter, and when it does not: [rows, 2 n]."""
+    ends = [_last(outputs[one], _mask(inputs)) for one in (0.0, 1.0)]
+    count = min(_TOKENS, ends[0].shape[-1])
+    return torch.cat([one.topk(count).indices for one in ends], 1)
+
+
+def _spread_over(output: Tensor) -> Tensor:
+    """Places all over an output that is flattened."""
+    size = output.numel()
+    return torch.linspace(0, size - 1, min(size, _ELEMENTS)).round().long()
+
+
+def _check_effect(receipt: Receipt, adapter_name: str) -> None:
+    """Refuses a receipt whose answers say nothing.
+
+    Raises:
+        ConfigError: If they are not finite, or those with the adapter are those without.
+    """
+    answers, tokens = receipt.answers, receipt.tokens
     compared = answers[0.0], answers[1.0]
     if not all(one.isfinite().all() for one in compared):
         raise ConfigError(
@@ -298,7 +315,6 @@ def make_receipt(
             f"inputs, and rounding in half precision may change it by {least:.0e}: give inputs "
             "like those that it was trained on"
         )
-    return receipt
 
 
 def call_with(model: Any, inputs: Mapping[str, Tensor]) -> Any:

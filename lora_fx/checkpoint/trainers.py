@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -198,17 +198,8 @@ def _save(
     bound = inspect.signature(method).bind(model, str(folder), *args, **kwargs)
     given = bound.arguments
     where = list(given)[1]
-    if given.get("push_to_hub"):
-        raise ConfigError(
-            "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: "
-            "save it without, and upload the folder"
-        )
     origin = origin_of(model)
-    if origin and Path(origin).exists() and folder.resolve() == Path(origin).resolve():
-        raise ConfigError(
-            f"{folder} is where the base was loaded from, and its weights would be replaced by those that "
-            "are trained: give another folder"
-        )
+    _check_target(folder, origin, given)
     options = inspect.signature(method).parameters
     # A model of sentence-transformers has the attribute as well, and lets the models in it save themselves.
     transformers = hasattr(type(model), _IGNORED) and "state_dict" in options
@@ -233,10 +224,7 @@ def _save(
                 origin = origin or _save_base(part, folder, staged)
             new = {path.name for path in staged.iterdir()}
     if transformers:
-        for path in folder.iterdir():
-            # Those of a model that was here before: a loader would take them for parts of this one.
-            if path.name == _CONFIG or (_WEIGHTS.fullmatch(path.name) and path.name not in new):
-                path.unlink()
+        _remove_older(folder, new)
     with without_wrappers(part.root), _values(part, state):
         if transformers:
             _save_adapters(part, folder, origin)
@@ -250,6 +238,31 @@ def _save(
                 str(folder / ADAPTER_FOLDER),
             )
     return result
+
+
+def _check_target(folder: Path, origin: str | None, given: Mapping[str, Any]) -> None:
+    """Refuses a folder, or a use of it, that would lose the base or the adapters.
+
+    Raises:
+        ConfigError: If it is to be pushed, or the base was loaded from there.
+    """
+    if given.get("push_to_hub"):
+        raise ConfigError(
+            "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: "
+            "save it without, and upload the folder"
+        )
+    if origin and Path(origin).exists() and folder.resolve() == Path(origin).resolve():
+        raise ConfigError(
+            f"{folder} is where the base was loaded from, and its weights would be replaced by those that "
+            "are trained: give another folder"
+        )
+
+
+def _remove_older(folder: Path, new: Collection[str]) -> None:
+    """Removes weights of a model that was here before: a loader would take them for parts of this one."""
+    for path in folder.iterdir():
+        if path.name == _CONFIG or (_WEIGHTS.fullmatch(path.name) and path.name not in new):
+            path.unlink()
 
 
 def _save_adapters(part: _Part, folder: Path, origin: str | None) -> None:

@@ -517,26 +517,25 @@ _SHORT: Final = {
 """What other libraries and the command line call some fields."""
 
 
-def only_own(values: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+def only_own(values: Mapping[str, Any]) -> dict[str, Any]:
     """Drop fields of other methods that are switched off.
 
     Args:
         values: Fields by name.
-        own: The names that lora_fx acts on.
 
     Raises:
         ConfigError: If a field of another method is switched on, or a name does not exist.
     """
     kept: dict[str, Any] = {}
     for name, value in values.items():
-        if name in own:
+        if name in NORMALIZERS:
             kept[name] = value
         elif name not in FOREIGN:
-            near = hint(name, own, "did you mean '{}'? ", cutoff=0.5, between="' or '")
+            near = hint(name, NORMALIZERS, "did you mean '{}'? ", cutoff=0.5, between="' or '")
             if meant := _SHORT.get(name):
                 near = f"did you mean {meant!r}? "
             raise ConfigError(
-                f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(own)}"
+                f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(NORMALIZERS)}"
             )
         elif not is_off(value) and value != FOREIGN[name].off and not _is_runtime(name, value):
             off, what = FOREIGN[name]

@@ -114,7 +114,7 @@ def _accept_peft_fields(cls: type[_T]) -> type[_T]:
 
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        generated(self, *args, **only_own(kwargs, NORMALIZERS))
+        generated(self, *args, **only_own(kwargs))
 
     type.__setattr__(cls, "__init__", __init__)
     return cls

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.errors import QuantizationError
+from lora_fx.errors import QuantizationError, some
 from lora_fx.formats.base import (
     BLOCKS,
     CONTRIB,
@@ -355,12 +355,11 @@ class _Layers(LibraryLayers):
         ]
         if others:
             _log.warning(
-                "from_pretrained cannot load what save_pretrained writes of this %s: %s%s no layers of "
+                "from_pretrained cannot load what save_pretrained writes of this %s: %s are no layers of "
                 "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
                 "quantized likewise",
                 type(model).__name__,
-                ", ".join(others[:3]),
-                f" and {len(others) - 3} more are" if len(others) > 3 else " are",
+                some(others, 3),
             )
             return
         model.config.quantization_config = library.BitsAndBytesConfig(

@@ -60,19 +60,6 @@ def _scheme(weight: Any) -> str | None:
     return {"Int8Tensor": "int8", "Int4Tensor": "int4"}.get(kind, "nf4")
 
 
-def _described(weight: Any) -> Quantization | None:
-    scheme, asked = _scheme(weight), _ACTIVATIONS[type(weight).__name__]
-    if scheme is None or weight.dim() != 2:
-        return None
-    if any(getattr(weight, name) is not None for name in asked):
-        return None
-    shape, double = (int(weight.shape[0]), int(weight.shape[1])), scheme == "nf4"
-    block = int(weight.block_size if double else weight.block_size[-1])
-    size = None if block == shape[1] and not double else block
-    bits = 8 if scheme == "int8" else 4
-    return Quantization(scheme, bits, "torchao", shape, weight.dtype, size, double)
-
-
 # --- other values in the same form: made by the library's own arithmetic, in the dtype of the old ---
 
 
@@ -168,7 +155,16 @@ class TorchaoFormat(WeightFormat):
 
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
-        return _described(weight)
+        scheme, asked = _scheme(weight), _ACTIVATIONS[type(weight).__name__]
+        if scheme is None or weight.dim() != 2:
+            return None
+        if any(getattr(weight, name) is not None for name in asked):
+            return None
+        shape, double = (int(weight.shape[0]), int(weight.shape[1])), scheme == "nf4"
+        block = int(weight.block_size if double else weight.block_size[-1])
+        size = None if block == shape[1] and not double else block
+        bits = 8 if scheme == "int8" else 4
+        return Quantization(scheme, bits, "torchao", shape, weight.dtype, size, double)
 
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
         """See :class:`WeightFormat`."""

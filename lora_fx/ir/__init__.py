@@ -13,9 +13,13 @@ from lora_fx.ir.graph import (
     Region,
     Role,
     Tag,
+    adapters_of,
     join,
     module_of,
     relative,
+    role_of,
+    sums_on,
+    tag_of,
 )
 from lora_fx.ir.plan import Comparison, Kept, Plan, PlannedSite, PlannedTokens, Skipped
 from lora_fx.ir.record import (
@@ -103,6 +107,7 @@ __all__ = [
     "Site",
     "Skipped",
     "Tag",
+    "adapters_of",
     "folded",
     "freeze",
     "html_block",
@@ -115,6 +120,9 @@ __all__ = [
     "record_of",
     "relative",
     "require_record",
+    "role_of",
+    "sums_on",
+    "tag_of",
     "text_table",
     "thaw",
 ]

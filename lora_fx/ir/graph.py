@@ -29,9 +29,13 @@ __all__ = [
     "RegionKey",
     "Role",
     "Tag",
+    "adapters_of",
     "join",
     "module_of",
     "relative",
+    "role_of",
+    "sums_on",
+    "tag_of",
 ]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -151,6 +155,35 @@ class Tag:
     role: Role
     adapter: str = ""
     fused: FusedBranch | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+def tag_of(node: fx.Node) -> Tag | None:
+    """Return the node's tag, if it has one."""
+    tag = node.meta.get(META_KEY)
+    return tag if isinstance(tag, Tag) else None
+
+
+def role_of(node: fx.Node) -> Role | None:
+    """Return what a node does for an adapter; None if it does nothing for one."""
+    tag = tag_of(node)
+    return None if tag is None else tag.role
+
+
+def adapters_of(graph: fx.Graph) -> list[tuple[str, str]]:
+    """Return the adapters of a graph as pairs of weight and adapter name, each once."""
+    tags = map(tag_of, graph.nodes)
+    return list(dict.fromkeys((t.weight, t.adapter) for t in tags if t is not None and t.adapter))
+
+
+def sums_on(base: fx.Node) -> list[fx.Node]:
+    """Return the nodes at which branches are added to an operation, one after the other."""
+    found: list[fx.Node] = []
+    total: fx.Node | None = base
+    while total is not None:
+        adding = (one for one in total.users if role_of(one) is Role.ADD and one.args[0] is total)
+        total = next(adding, None)
+        found += [] if total is None else [total]
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -330,7 +363,7 @@ class Pass(abc.ABC):
 
     def requires(self, capture: Capture) -> str | None:
         """Say what the capture lacks for the pass to run; None if nothing. This has to be cheap."""
-        given = any(getattr(self, option, None) is not None for option in ("plan", "rows"))
+        given = getattr(self, "rows", None) is not None
         if not self.needs or given or getattr(capture, self.needs) is not None:
             return None
         return "nothing is planned" if self.needs == "plan" else "no operations were looked for"

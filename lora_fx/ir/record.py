@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir.graph import META_KEY, Region, Tag
+from lora_fx.ir.graph import META_KEY, Region, Tag, tag_of
 from lora_fx.ir.plan import PlannedSite, PlannedTokens
 from lora_fx.ir.site import Matches
 
@@ -60,7 +60,7 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
             node.name,
             _freeze_target(node.target),
             *(_map(one, fx.Node, lambda n: _Ref(n.name)) for one in (node.args, node.kwargs)),
-            _written(node.meta.get(META_KEY)),
+            _written(tag_of(node)),
         )
         for node in graph.nodes
     ]
@@ -82,9 +82,9 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
     return graph
 
 
-def _written(tag: Any) -> Any:
+def _written(tag: Tag | None) -> Tag | None:
     """Return a tag without the part that only later passes need."""
-    return dataclasses.replace(tag, fused=None) if isinstance(tag, Tag) else tag
+    return None if tag is None else dataclasses.replace(tag, fused=None)
 
 
 def _freeze_target(target: Any) -> Any:

@@ -25,6 +25,7 @@ __all__ = [
     "OVER",
     "around",
     "give_class",
+    "held_in",
     "inner_class",
     "inner_of",
     "members_of",
@@ -179,7 +180,7 @@ def around(function: Any, inner: Any) -> Any:
     )
     instead = {id(function): made, id(decorated): below}
     for cell, old in zip(made.__closure__ or (), function.__closure__, strict=True):
-        for held in _held(old):
+        for held in held_in(old):
             cell.cell_contents = instead.get(id(held), held)
     made.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(made, function)
@@ -191,14 +192,14 @@ def _decorated(function: Any) -> Any:
     """The function that a decorator holds, if the decorator holds itself as well."""
     if not isinstance(function, FunctionType):
         return None
-    held = [one for cell in function.__closure__ or () for one in _held(cell)]
+    held = [one for cell in function.__closure__ or () for one in held_in(cell)]
     inner = vars(function).get("__wrapped__")
     known = any(one is function for one in held) and any(one is inner for one in held)
     return inner if known and isinstance(inner, FunctionType) else None
 
 
-def _held(cell: CellType) -> tuple[Any, ...]:
-    """What a variable has, if it has a value by now."""
+def held_in(cell: CellType) -> tuple[Any, ...]:
+    """What a variable around a function has; nothing as long as it has no value."""
     try:
         return (cell.cell_contents,)
     except ValueError:

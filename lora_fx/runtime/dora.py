@@ -363,11 +363,7 @@ def _rescaled_in_parts(total: Tensor, base: Tensor | None, up: Tensor, gains: Te
         return rescaled(total, base, up, gains)
     if base is None:
         return compute_in_parts(_combined, (total, up), gains)
-
-    def rescale_one(total: Tensor, base: Tensor, up: Tensor, gains: Tensor) -> Tensor:
-        return rescaled(total, base, up, gains)
-
-    return compute_in_parts(rescale_one, (total, base, up), gains)
+    return compute_in_parts(rescaled, (total, base, up), gains)
 
 
 def _visible(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ import threading
 import weakref
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from types import (
     BuiltinFunctionType,
@@ -73,6 +73,7 @@ __all__ = [
     "part_differs",
     "shape_of",
     "spread",
+    "tensors_in",
     "tree_differs",
     "wants_cache",
 ]
@@ -526,6 +527,25 @@ def _text(value: Any, depth: int = 3) -> str:
     if cls in (set, frozenset):
         parts.sort()
     return f"{cls.__name__}({', '.join(parts)})"
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Go through the tensors in arguments or results, in containers and objects, too, but not in modules."""
+    seen: set[int] = set()
+
+    def visit(one: Any, depth: int) -> Iterator[torch.Tensor]:
+        if isinstance(one, torch.Tensor):
+            yield one
+        elif depth and id(one) not in seen and not isinstance(one, (*_SIMPLE, nn.Module, type)):
+            seen.add(id(one))
+            if isinstance(one, Mapping):
+                one = one.values()
+            elif not isinstance(one, list | tuple | set):
+                one = getattr(one, "__dict__", {}).values()
+            for item in one:
+                yield from visit(item, depth - 1)
+
+    return visit(value, 8)
 
 
 class _Anything(enum.Enum):

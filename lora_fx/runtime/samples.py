@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.ops import AdapterModule
+from lora_fx.runtime.ops import AdapterModule, tensors_in
 from lora_fx.runtime.row_tracking import Follower
 
 __all__ = [
@@ -628,7 +628,7 @@ class _Entry:
     def _follow(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], form: object, sizes: tuple[int, ...]
     ) -> None:
-        tensors = list(_tensors((args, kwargs)))
+        tensors = list(tensors_in((args, kwargs)))
         why = _unseen(tensors)
         if why:
             self.depth = 0
@@ -692,7 +692,7 @@ class _Entry:
         unfollow()
         if sys.exc_info()[1] is not self.failing:
             return
-        follower.check_results(_tensors(results))
+        follower.check_results(tensors_in(results))
         if follower.by_values:
             return
         if follower.folded:
@@ -772,7 +772,7 @@ def _remember(table: SampleRows, results: Any) -> None:
         return
     hook = functools.partial(_replay, table, table.assigned)
     one: Any
-    for one in _tensors(results):
+    for one in tensors_in(results):
         if one.requires_grad and not one.is_leaf:
             one.register_hook(hook)
 
@@ -814,23 +814,6 @@ def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:
     if hasattr(value, "__dataclass_fields__"):
         return (type(value), *[_form(one, table, sizes) for one in vars(value).values()])
     return type(value)
-
-
-def _tensors(value: Any, depth: int = 6) -> Iterator[Tensor]:
-    """The tensors in arguments or results, in containers and objects, too."""
-    if isinstance(value, Tensor):
-        yield value
-    elif not depth or isinstance(value, (*_SIMPLE, nn.Module, type)):
-        return
-    elif isinstance(value, list | tuple | set):
-        for one in value:
-            yield from _tensors(one, depth - 1)
-    elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one, depth - 1)
-    else:
-        for one in getattr(value, "__dict__", {}).values():
-            yield from _tensors(one, depth - 1)
 
 
 def _unseen(tensors: list[Tensor]) -> str:

@@ -12,8 +12,8 @@ from lora_fx.passes.capture.check import (
     run_reference,
 )
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
+from lora_fx.passes.capture.export_questions import Listener, asked_of_sizes
 from lora_fx.passes.capture.exported import MODULE_STACK, ONE_AT_A_TIME
-from lora_fx.passes.capture.noting import Listener
 from lora_fx.passes.capture.regions import Graphs
 from lora_fx.passes.capture.state import State
 from lora_fx.passes.capture.symbolic import Untraceable
@@ -29,6 +29,7 @@ __all__ = [
     "Listener",
     "State",
     "Untraceable",
+    "asked_of_sizes",
     "capture",
     "count_weights",
     "holds_quantized",

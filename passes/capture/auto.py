@@ -15,6 +15,7 @@ from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Quantization
 from lora_fx.passes.capture.check import check_unchanged, goes_past, run_reference, watch_reference
+from lora_fx.passes.capture.exported import export_root
 from lora_fx.passes.capture.regions import find_regions
 from lora_fx.passes.capture.synthesis import by_place, describe, named_inputs, normalize, synthesise
 from lora_fx.passes.graph import (
@@ -178,8 +179,6 @@ def _captured(
         why = _why_regions(model, traced, example_inputs, stored)
         if why is not None:
             return dataclasses.replace(traced, notes=(*notes, f"not export: {why}"))
-    from lora_fx.passes.capture.exported import export_root
-
     try:
         return dataclasses.replace(export_root(traced, example_inputs, dynamic_shapes), notes=notes)
     except CaptureError as error:

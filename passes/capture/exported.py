@@ -13,35 +13,30 @@ import dataclasses
 import inspect
 import math
 import operator
-import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]  # it has no types
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_settings
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.printers import PythonPrinter
 
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.noting import (
+from lora_fx.passes.capture.export_questions import (
     OF_GRAD_MODE,
-    Named,
-    Notes,
     Questions,
-    replaced_forwards,
+    layout_conditions,
+    shape_conditions,
 )
+from lora_fx.passes.capture.export_reads import NamedReads, ObjectReads, replaced_forwards
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs
 from lora_fx.passes.graph import (
     CONSTANT,
-    IS_PLAIN,
     MATH,
     NEEDS_MODULES,
     WANTS_CACHE,
@@ -50,7 +45,6 @@ from lora_fx.passes.graph import (
     GuardedCodeGen,
     Parameter,
     Path,
-    TensorGiven,
     arguments,
     install,
     parameters_of,
@@ -59,14 +53,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.runtime import ops
 
-__all__ = [
-    "MODULE_STACK",
-    "ONE_AT_A_TIME",
-    "convert_masks",
-    "export_root",
-    "unbake_devices",
-    "unbake_modes",
-]
+__all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "export_root"]
 
 MODULE_STACK = "nn_module_stack"
 """The key of ``node.meta`` with the FQNs of the modules that a node comes from, the outermost first."""
@@ -120,16 +107,6 @@ def _extras(parameters: tuple[Parameter, ...], inputs: dict[str, Any]) -> Iterat
             yield Parameter(name, kind, traced, None if traced else value, within=keywords)
 
 
-def _output_conditions(model: nn.Module) -> list[Condition]:
-    """The configuration asks for the outputs that it asked for at the capture."""
-    config = getattr(model, "config", None)
-    return [
-        Condition(f"self.config.{name}", "is", repr(value))
-        for name in _OUTPUT_SETTINGS
-        if isinstance(value := getattr(config, name, None), bool)
-    ]
-
-
 def _cache_condition(value: Any) -> Iterator[Condition]:
     """The configuration says the same about a cache, in evaluation.
 
@@ -141,103 +118,6 @@ def _cache_condition(value: Any) -> Iterator[Condition]:
     if isinstance(value, bool):
         here = f"self.config.{CACHE}"
         yield Condition(here, "is", f"({here} if self.training else {value})")
-
-
-def _shape_conditions(
-    program: ExportedProgram, graph: fx.Graph, names: list[str]
-) -> Iterator[Condition]:
-    """What tensors have to be that the exported graph was made for.
-
-    Args:
-        program: The exported program.
-        graph: Its graph, with a placeholder for each tensor.
-        names: The tensors' names, in order.
-
-    Raises:
-        CaptureError: If a size is tied to another one by a formula.
-    """
-    seen: dict[Any, str] = {}
-    tensors = [
-        n.meta["val"]
-        for n in graph.nodes
-        if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)
-    ]
-    environment: ShapeEnv | None = None
-    for name, value in zip(names, tensors, strict=True):
-        yield TensorGiven(name)
-        yield Condition(f"{name}.dtype", "==", str(value.dtype))
-        yield Condition(f"{name}.dim()", "==", str(value.dim()))
-        for axis, size in enumerate(value.shape):
-            here = f"{name}.shape[{axis}]"
-            expression = size
-            if isinstance(size, torch.SymInt):
-                expression, environment = size.node.expr, size.node.shape_env
-            if isinstance(expression, int) or expression.is_Integer:
-                yield Condition(here, "==", str(int(expression)))
-            elif not expression.is_Symbol:
-                raise CaptureError(f"torch.export ties {here} to {expression}: pass dynamic_shapes")
-            elif expression in seen:
-                other = seen[expression]
-                yield Condition(here, "==", other, note=f", as {other}")
-            else:
-                seen[expression] = here
-                allowed = program.range_constraints.get(expression)
-                if allowed and allowed.lower.is_Integer and allowed.lower > 0:
-                    yield Condition(here, ">=", str(int(allowed.lower)))
-                if allowed and allowed.upper.is_Integer:
-                    yield Condition(here, "<=", str(int(allowed.upper)))
-    if environment is not None:
-        yield from _size_conditions(environment, seen)
-
-
-def _layout_conditions(inputs: dict[str, Any]) -> Iterator[Condition]:
-    """Tensors lie in memory one behind the other, as those of the example do.
-
-    Raises:
-        CaptureError: If one of the example does not.
-    """
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            if not ops.is_plain(value):
-                raise CaptureError(
-                    f"its forward asks how a tensor lies in memory, and {name} of the example is not "
-                    "contiguous: frontend='regions' keeps it"
-                )
-            yield Flag(
-                f"not {IS_PLAIN}({name})",
-                note=f"its forward asks how a tensor lies in memory: pass {name}.clone(memory_format="
-                "torch.contiguous_format)",
-            )
-
-
-def _size_conditions(environment: ShapeEnv, named: dict[Any, str]) -> Iterator[Condition]:
-    """What code, or an operation, asked of sizes on its way: the graph goes the way of that answer.
-
-    Args:
-        environment: Of the trace.
-        named: The sizes of the arguments, by symbol.
-
-    Raises:
-        CaptureError: If it has asked for a size that no argument has.
-    """
-    printer = PythonPrinter()
-    asked = (environment.simplify(guard.expr) for guard in environment.guards)
-    for expression in dict.fromkeys(asked):
-        if expression == sympy.true:
-            continue
-        unknown = expression.free_symbols - named.keys()
-        if unknown:
-            raise CaptureError(
-                f"its forward asks whether {expression} holds, of sizes that depend on the values of a tensor"
-            )
-        symbols = {one: sympy.Symbol(f"_size_{place}") for place, one in enumerate(named)}
-        text = printer.doprint(expression.xreplace(symbols))
-        for one, short in symbols.items():
-            text = re.sub(rf"\b{short.name}\b", named[one], text)
-        text = text.replace("math.", f"{MATH}.")
-        yield Flag(
-            f"not ({text})", note=f"its sizes are others than those of the example: {text} is false"
-        )
 
 
 def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = None) -> Capture:
@@ -257,7 +137,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     # Attention is exported as the regions have it, so that both show the same operations.
     written = [r for r in capture.regions.values() if r.written_out]
     install(written)
-    names = Named(model)
+    names = NamedReads(model)
     tensors = [name for name, value in inputs.items() if isinstance(value, torch.Tensor)]
     try:
         for prepared in _prepared(inputs):
@@ -268,23 +148,14 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
                 notes.append(noted)
                 questions.append(asked)
             module = program.module(check_guards=False)
-            conditions = list(_shape_conditions(program, module.graph, tensors))
+            conditions = list(shape_conditions(program, module.graph, tensors))
             if _are_met(conditions, inputs):
                 break
     finally:
         for region in written:
             uninstall(region.module)
     _check_globals(model, names)
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {}
-    result: Any = graph.graph_copy(module.graph, copied)
-    _drop_copies_onto_itself(graph)
-    _name_constants(graph, module, model)
-    _name_shared(graph, model)
-    graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
-    _name_placeholders(graph, inputs)
-    unbake_modes(graph, model)
-    convert_masks(graph)
+    graph = _graph_of(program, module, model, inputs)
     device = torch.device("cpu")
     named = dict(model.named_parameters())
     found = (n for n in graph.nodes if n.op == "get_attr" and n.target in named)
@@ -292,39 +163,20 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     if reference is not None:
         tensor = named[str(reference.target)]
         device = tensor.device
-        unbake_devices(graph, reference, device)
+        _unbake_devices(graph, reference, device)
         weight = Path.to(str(reference.target)).expression("self")
         conditions.append(Condition(f"{weight}.dtype", "==", str(tensor.dtype)))
-    # Under autocast the code chooses dtypes that the graph has as literals.
-    autocast = Flag(
-        f"torch.is_autocast_enabled({device.type!r})",
-        note="the call is made under autocast, and the graph has the dtypes of one without",
-    )
     for one in questions:
         one.forget("is_autocast_enabled", device.type)
-    hooks = Flag(
-        f"{NEEDS_MODULES}(self, {len(replaced_forwards(model))})",
-        note="a module inside has a hook or another forward, or checkpoints its activations, and the graph "
-        "calls no modules: remove the hook, or switch checkpointing off",
-    )
-    conditions += [autocast, hooks]
-    conditions.extend(_output_conditions(model))
+    conditions += _call_conditions(model, device)
     conditions.extend(dict.fromkeys(c for one in questions for c in one.conditions))
     if any(one.layout for one in questions):
-        conditions.extend(_layout_conditions(inputs))
+        conditions.extend(layout_conditions(inputs))
     cached = [one.forget(getattr(model, "config", None), CACHE) for one in notes]
     conditions.extend(_cache_condition(cached[0]))
-    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
-    for node in graph.nodes:
-        # Of what torch.export says of a node, pictures show from which modules it comes.
-        stack = node.meta.get(MODULE_STACK)
-        node.meta.clear()
-        if stack:
-            node.meta[MODULE_STACK] = tuple(
-                dict.fromkeys(fqn for fqn, _ in stack.values() if fqn in known)
-            )
+    _keep_module_stacks(graph, model)
     answers = dict.fromkeys(read for one in questions for read in one.reads)
-    later = Named(model, {cls for one in notes for cls in one.classes})
+    later = NamedReads(model, {cls for one in notes for cls in one.classes})
     reads = (*later.reads.values(), *answers, *(read for one in notes for read in one.reads))
     parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
@@ -335,7 +187,67 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     return dataclasses.replace(capture, regions=regions, frontend="export")
 
 
-def _check_globals(model: nn.Module, before: Named) -> None:
+def _graph_of(
+    program: ExportedProgram, module: fx.GraphModule, model: nn.Module, inputs: dict[str, Any]
+) -> fx.Graph:
+    """The graph of an exported program, with the names of the model and of its arguments.
+
+    Args:
+        program: The program.
+        module: What the program gives as a module.
+        model: The model, which gets the constants of the program.
+        inputs: The call, by name.
+
+    Raises:
+        CaptureError: If something in it has no place on the model, or in a graph.
+    """
+    graph = fx.Graph()
+    result: Any = graph.graph_copy(module.graph, {})
+    _drop_copies_onto_itself(graph)
+    _name_constants(graph, module, model)
+    _name_shared(graph, model)
+    graph.output(_container(graph, pytree.tree_unflatten(list(result), program.call_spec.out_spec)))
+    _name_placeholders(graph, inputs)
+    _unbake_modes(graph, model)
+    _convert_masks(graph)
+    return graph
+
+
+def _call_conditions(model: nn.Module, device: torch.device) -> list[Condition]:
+    """What has to be so around a call, and in the model, for its graph to do what the modules would."""
+    # Under autocast the code chooses dtypes that the graph has as literals.
+    autocast = Flag(
+        f"torch.is_autocast_enabled({device.type!r})",
+        note="the call is made under autocast, and the graph has the dtypes of one without",
+    )
+    hooks = Flag(
+        f"{NEEDS_MODULES}(self, {len(replaced_forwards(model))})",
+        note="a module inside has a hook or another forward, or checkpoints its activations, and the graph "
+        "calls no modules: remove the hook, or switch checkpointing off",
+    )
+    # The configuration asks for the outputs that it asked for at the capture.
+    config = getattr(model, "config", None)
+    outputs = [
+        Condition(f"self.config.{name}", "is", repr(value))
+        for name in _OUTPUT_SETTINGS
+        if isinstance(value := getattr(config, name, None), bool)
+    ]
+    return [autocast, hooks, *outputs]
+
+
+def _keep_module_stacks(graph: fx.Graph, model: nn.Module) -> None:
+    """Drops what ``torch.export`` says of a node but the modules that it comes from, which pictures show."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    for node in graph.nodes:
+        stack = node.meta.get(MODULE_STACK)
+        node.meta.clear()
+        if stack:
+            node.meta[MODULE_STACK] = tuple(
+                dict.fromkeys(fqn for fqn, _ in stack.values() if fqn in known)
+            )
+
+
+def _check_globals(model: nn.Module, before: NamedReads) -> None:
     """Refuses a forward that has written to a global, or to an attribute of a class.
 
     Raises:
@@ -371,8 +283,8 @@ def _are_met(conditions: list[Condition], inputs: dict[str, Any]) -> bool:
 
 
 def _exported(
-    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any, names: Named
-) -> tuple[ExportedProgram, Notes, Questions]:
+    model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any, names: NamedReads
+) -> tuple[ExportedProgram, ObjectReads, Questions]:
     if dynamic_shapes is None:
         dynamic_shapes = {
             k: dict.fromkeys(range(v.dim()), Dim.AUTO) if isinstance(v, torch.Tensor) else None
@@ -406,8 +318,8 @@ def _exported_otherwise(
     model: nn.Module,
     inputs: dict[str, Any],
     dynamic_shapes: Any,
-    names: Named,
-) -> tuple[Notes, Questions]:
+    names: NamedReads,
+) -> tuple[ObjectReads, Questions]:
     """Exports a model that asks for the grad mode in the other one, and wants the same graph.
 
     Raises:
@@ -435,8 +347,8 @@ def _told(program: ExportedProgram) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def _watched(
-    model: nn.Module, inputs: dict[str, Any], names: Named
-) -> Iterator[tuple[Notes, Questions]]:
+    model: nn.Module, inputs: dict[str, Any], names: NamedReads
+) -> Iterator[tuple[ObjectReads, Questions]]:
     """Exports a forward that leaves nothing behind and has a name for every argument.
 
     What it writes into Python objects is part of no capture and is put back.
@@ -448,11 +360,11 @@ def _watched(
     """
     before, own = State(model), model.forward
     changed: list[str] = []
-    notes, questions = Notes(model, names.objects), Questions()
+    notes, questions = ObjectReads(model, names.objects), Questions()
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         state = state_of(model)
-        with notes.taken(), questions.heard(kwargs):
+        with notes.watching(), questions.listening(kwargs):
             result = own(*args, **kwargs)
         # Here, since torch.export puts attributes back by itself.
         name = difference(state, state_of(model))
@@ -586,7 +498,7 @@ ONE_AT_A_TIME = threading.RLock()
 """Held while ``torch.export`` or the ONNX exporter runs.
 
 Both keep what they are at in global state, and a capture by ``torch.export`` takes notes by way of classes
-that other models have as well (:mod:`lora_fx.passes.capture.noting`). An export to ONNX may capture in
+that other models have as well (:mod:`lora_fx.passes.capture.export_reads`). An export to ONNX may capture in
 between, in the same thread.
 """
 
@@ -602,7 +514,7 @@ between, in the same thread.
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def convert_masks(graph: fx.Graph) -> None:
+def _convert_masks(graph: fx.Graph) -> None:
     """Puts what attention would make of a boolean mask into the graph, where several calls share the mask.
 
     Args:
@@ -711,7 +623,7 @@ _BATCH_NORM = "input weight bias running_mean running_var training momentum eps"
 _INSTANCE_NORM = "input weight bias running_mean running_var use_input_stats momentum eps"
 
 
-def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
+def _unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
     """Makes ``train()`` and ``eval()`` mean what they always mean. Edits the graph.
 
     Args:
@@ -746,7 +658,7 @@ def unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
             _follow_draw(node, model)
 
 
-def unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -> None:
+def _unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -> None:
     """Makes literals of the model's device follow ``.to(device)``. Edits the graph.
 
     Args:
@@ -823,7 +735,7 @@ def _counts_batches(node: fx.Node) -> bool:
 
 
 def _owner(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
+    stack = node.meta.get(MODULE_STACK) or {}
     return list(stack.values())[-1][0] if stack else ""
 
 

@@ -32,7 +32,6 @@ from lora_fx.passes.graph import (
     UNINITIALIZED,
     Parameter,
     classes_told,
-    held_in,
     is_built_in,
     is_lazy,
     is_matrix,
@@ -43,7 +42,7 @@ from lora_fx.passes.graph import (
     uninstall,
     wraps_own_forward,
 )
-from lora_fx.runtime import ops
+from lora_fx.runtime import held_in, ops
 
 __all__ = ["Graphs", "find_regions"]
 

@@ -7,7 +7,6 @@ from lora_fx.passes.graph.copies import (
     check_model,
     children,
     exchange,
-    held_in,
     holder_of,
     memory_of,
     share_copy,
@@ -16,6 +15,7 @@ from lora_fx.passes.graph.copies import (
 )
 from lora_fx.passes.graph.nodes import (
     UNINITIALIZED,
+    GraphPass,
     arguments,
     edit_graphs,
     elements,
@@ -106,6 +106,7 @@ __all__ = [
     "WANTS_CACHE",
     "Condition",
     "Flag",
+    "GraphPass",
     "GuardedCodeGen",
     "ModuleRoot",
     "ObjectRoot",
@@ -130,7 +131,6 @@ __all__ = [
     "frozen",
     "generated",
     "graphs_of",
-    "held_in",
     "holder_of",
     "install",
     "instance_forwards",

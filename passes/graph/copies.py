@@ -24,6 +24,7 @@ from lora_fx.passes.graph.nodes import is_lazy
 from lora_fx.passes.graph.partitions import copy_partitioned, is_partitioned, partitioned_twin
 from lora_fx.passes.graph.source import LIBRARIES
 from lora_fx.passes.graph.units import copy_units, is_unit
+from lora_fx.runtime import held_in
 
 __all__ = [
     "ATOMS",
@@ -31,7 +32,6 @@ __all__ = [
     "children",
     "exchange",
     "follow",
-    "held_in",
     "holder_of",
     "memory_of",
     "share_copy",
@@ -372,14 +372,6 @@ def _is_apart(value: Any) -> bool:
 def stands_apart(module: str | None) -> bool:
     """Whether a module is of a library whose objects are no part of a model."""
     return (module or "").partition(".")[0] in _APART
-
-
-def held_in(cell: types.CellType) -> tuple[Any, ...]:
-    """What a variable around a function has; nothing as long as it has no value."""
-    try:
-        return (cell.cell_contents,)
-    except ValueError:
-        return ()
 
 
 _EMPTY = (dict, OrderedDict)

@@ -6,6 +6,7 @@ have not run yet: these have no shape, and refuse every question about it.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lora_fx.formats import quantization_of
-from lora_fx.ir import Capture, PassResult, Region
+from lora_fx.ir import Capture, Pass, PassResult, Region
 
 __all__ = [
     "UNINITIALIZED",
+    "GraphPass",
     "arguments",
     "edit_graphs",
     "elements",
@@ -144,6 +146,18 @@ def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> 
         if (graph := known[key]) is not None:
             regions[fqn] = dataclasses.replace(region, graph=graph)
     return PassResult.of(capture, regions=regions)
+
+
+class GraphPass(Pass):
+    """A pass that edits graphs one by one."""
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Edit each graph in which there is something to do."""
+        return edit_graphs(capture, self.edited)
+
+    @abc.abstractmethod
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Return an edited copy of a region's graph, or None where there is nothing to do."""
 
 
 UNINITIALIZED = "its weights are not initialized yet: run the model once, then rewrite it"

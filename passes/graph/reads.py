@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from lora_fx.passes.graph.copies import held_in
-from lora_fx.runtime import ops
+from lora_fx.runtime import held_in, ops
 
 __all__ = [
     "CONTAINERS",

@@ -26,7 +26,7 @@ from torch import fx, nn
 
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, some
 from lora_fx.ir import META_KEY, Region, freeze, thaw
-from lora_fx.passes.graph.copies import held_in, share_copy
+from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.graph.reads import Path, Read, conditions_of
 from lora_fx.passes.graph.signature import (
     FALLBACK,
@@ -44,6 +44,7 @@ from lora_fx.runtime import (
     disarm,
     entry,
     give_class,
+    held_in,
     inner_class,
     ops,
     subclass,

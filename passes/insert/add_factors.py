@@ -54,22 +54,20 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass(frozen=True)
 class AddFactors(Pass):
-    """The pass.
+    """Gives the sites of the plan the parameters of an adapter.
 
     Attributes:
-        plan: Which sites; None for the plan of the capture.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "add-factors"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
-    plan: Plan | None = None
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet."""
-        plan = self.plan or capture.plan
+        plan = capture.plan
         assert plan is not None
         rows = [row for row in plan.sites if not _there(capture.model, row, self.adapter)]
         # Those that are tied to the factors of another site come after that one.

@@ -35,6 +35,8 @@ from lora_fx.ir import (
     Tag,
     join,
     relative,
+    sums_on,
+    tag_of,
 )
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
@@ -77,22 +79,6 @@ class _Wiring:
     in_parts: bool = False
     transposed: bool = False
     padding: tuple[int, int] | None = None
-
-
-def _running_total(base: fx.Node) -> fx.Node:
-    """The base operation with all branches that are added to it so far: the node that others read."""
-    total = base
-    while True:
-        sums = (user for user in total.users if _adds(user) and user.args[0] is total)
-        following = next(sums, None)
-        if following is None:
-            return total
-        total = following
-
-
-def _adds(node: fx.Node) -> bool:
-    tag = node.meta.get(META_KEY)
-    return isinstance(tag, Tag) and tag.role is Role.ADD
 
 
 class Writer:
@@ -139,7 +125,8 @@ class Branch(Writer):
         wiring: _Wiring,
         items: dict[str, fx.Node] | None = None,
     ) -> None:
-        self.base, self.total = base, _running_total(base)
+        # What others read: the operation with all branches that are added to it so far.
+        self.base, self.total = base, [base, *sums_on(base)][-1]
         super().__init__(graph, self.total, tag)
         self._wiring = wiring
         self.site, self.applied = wiring.site, wiring.call
@@ -325,7 +312,7 @@ class Branch(Writer):
 
 @dataclasses.dataclass(frozen=True)
 class Insert(Pass):
-    """The pass.
+    """Adds the branch of an adapter to each operation of the plan.
 
     Attributes:
         rows: Where, and with what; None for the sites of the capture's plan.
@@ -341,7 +328,8 @@ class Insert(Pass):
         """Adds branches where the plan wants some and there are none yet."""
         planned = self.rows
         if planned is None:
-            planned = capture.plan.sites if capture.plan is not None else ()
+            assert capture.plan is not None
+            planned = capture.plan.sites
         rows = [row for row in planned if not _inserted(capture, row, self.adapter)]
         if not rows:
             return PassResult(capture, False)
@@ -441,7 +429,7 @@ def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
             region = capture.regions[call.region]
             tag = _tag(relative(row.site.place, region.fqn), adapter, Role.ADD)
             graph = region.graph
-            return any(node.meta.get(META_KEY) == tag for node in graph.nodes)
+            return tag in map(tag_of, graph.nodes)
     return False
 
 

@@ -18,8 +18,17 @@ from typing import Any, ClassVar, NamedTuple
 from torch import fx
 
 from lora_fx.errors import ConfigError
-from lora_fx.ir import META_KEY, Capture, Pass, PassResult, PlannedSite, Region, Role, Tag, join
-from lora_fx.passes.graph import copy_graph, edit_graphs
+from lora_fx.ir import (
+    META_KEY,
+    PlannedSite,
+    Region,
+    Role,
+    Tag,
+    join,
+    role_of,
+    tag_of,
+)
+from lora_fx.passes.graph import GraphPass, copy_graph
 from lora_fx.passes.patterns import constant_of
 from lora_fx.runtime import (
     add_rows,
@@ -61,8 +70,8 @@ def check_rows(rows: Iterable[PlannedSite]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class SelectRows(Pass):
-    """The pass.
+class SelectRows(GraphPass):
+    """Has each branch compute the rows of a batch that have its adapter, and no others.
 
     Attributes:
         experts: FQNs of the weights that have a matrix for each expert.
@@ -71,36 +80,32 @@ class SelectRows(Pass):
     name: ClassVar[str] = "select-rows"
     experts: frozenset[str] = frozenset()
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has branches.
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Cut down every branch of a graph to its rows.
 
         Raises:
             ConfigError: For experts whose rows are not known to be tokens.
         """
-        return edit_graphs(capture, lambda region: _edited(region, self.experts))
+        if not any(_adapter_of(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        work = _Work(dataclasses.replace(region, graph=graph), self.experts)
+        tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
+        # First, since dropout comes before the factors are read.
+        for node, tag in tagged:
+            work.note(node, tag)
+        for node, tag in tagged:
+            if tag.role is Role.ADD:
+                work.add(node, tag)
+            else:
+                work.select(node, tag)
+        graph.lint()
+        return graph
 
 
 def _adapter_of(node: fx.Node) -> str:
-    tag = node.meta.get(META_KEY)
-    return tag.adapter if isinstance(tag, Tag) else ""
-
-
-def _edited(region: Region, weights: frozenset[str]) -> fx.Graph | None:
-    if not any(_adapter_of(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    work = _Work(dataclasses.replace(region, graph=graph), weights)
-    tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
-    # First, since dropout comes before the factors are read.
-    for node, tag in tagged:
-        work.note(node, tag)
-    for node, tag in tagged:
-        if tag.role is Role.ADD:
-            work.add(node, tag)
-        else:
-            work.select(node, tag)
-    graph.lint()
-    return graph
+    tag = tag_of(node)
+    return "" if tag is None else tag.adapter
 
 
 class _Gather(NamedTuple):
@@ -215,8 +220,7 @@ class _Work:
 
     def _stays(self, read: fx.Node) -> bool:
         """Whether what a branch reads is its own, or the same for all samples."""
-        inside = read.meta.get(META_KEY)
-        if isinstance(inside, Tag) and inside.adapter and inside.role is not Role.ADD:
+        if _adapter_of(read) and role_of(read) is not Role.ADD:
             return True
         return read.op == "get_attr" or constant_of(read, self._region) is not None
 

@@ -21,18 +21,17 @@ from torch import fx, nn
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import (
-    META_KEY,
     Call,
     Capture,
     Kind,
     Pass,
     PassResult,
-    Plan,
     PlannedTokens,
     Region,
     Role,
     Tag,
     relative,
+    tag_of,
 )
 from lora_fx.passes.graph import arguments, copy_graph, is_partitioned, partitioned_twin
 from lora_fx.passes.insert.insert_branches import Writer
@@ -54,34 +53,24 @@ __all__ = [
 ]
 
 
-def _planned_rows(
-    rows: tuple[PlannedTokens, ...] | None, capture: Capture
-) -> tuple[PlannedTokens, ...]:
-    """Return the rows of embeddings that a pass was given, or else those of the capture's plan."""
-    if rows is not None:
-        return rows
-    return () if capture.plan is None else capture.plan.tokens
-
-
 @dataclasses.dataclass(frozen=True)
 class AddTokens(Pass):
-    """The pass.
+    """Gives the rows of embeddings that the plan names storage of their own.
 
     Attributes:
-        rows: Which rows of what; None for those of the capture's plan.
         adapter: The adapter's name.
     """
 
     name: ClassVar[str] = "add-tokens"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
-    rows: tuple[PlannedTokens, ...] | None = None
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
         model, changed = capture.model, False
-        rows = _planned_rows(self.rows, capture)
+        assert capture.plan is not None
+        rows = capture.plan.tokens
         for row in sorted(rows, key=lambda row: bool(row.tied)):
             try:
                 tokens_of(model, row, self.adapter)
@@ -105,7 +94,7 @@ class AddTokens(Pass):
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokens(Pass):
-    """The pass.
+    """Puts trained rows of embeddings in place of those of the base, in every graph that reads them.
 
     Attributes:
         rows: Which rows of what; None for those of the capture's plan.
@@ -119,8 +108,11 @@ class TrainTokens(Pass):
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits the graphs that apply one of the weights, once."""
-        regions = dict(capture.regions)
-        for row in _planned_rows(self.rows, capture):
+        rows, regions = self.rows, dict(capture.regions)
+        if rows is None:
+            assert capture.plan is not None
+            rows = capture.plan.tokens
+        for row in rows:
             for call in row.site.calls:
                 region = regions.get(call.region)
                 if region is None or _done(region, _tag(row, region, self.adapter)):
@@ -203,7 +195,7 @@ class _Edit(Writer):
 
 
 def _done(region: Region, tag: Tag) -> bool:
-    return any(node.meta.get(META_KEY) == tag for node in region.graph.nodes)
+    return tag in map(tag_of, region.graph.nodes)
 
 
 def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:
@@ -212,22 +204,17 @@ def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:
 
 @dataclasses.dataclass(frozen=True)
 class Unfreeze(Pass):
-    """The pass.
-
-    Attributes:
-        plan: Names the biases and the modules; None for the plan of the capture.
-    """
+    """Has the biases and the modules that the plan names trained in full."""
 
     name: ClassVar[str] = "unfreeze"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
-    plan: Plan | None = None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""
         copies: dict[nn.Parameter, nn.Parameter] = {}
         done = []
-        plan = self.plan or capture.plan
+        plan = capture.plan
         assert plan is not None
         for name in plan.saved_modules:
             done.append(_unfreeze_module(capture.model.get_submodule(name), copies))

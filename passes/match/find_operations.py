@@ -42,7 +42,7 @@ __all__ = ["FindOperations", "match"]
 
 @dataclasses.dataclass(frozen=True)
 class FindOperations(Pass):
-    """The pass: asks every pattern about every node."""
+    """Asks every pattern about every node."""
 
     name: ClassVar[str] = "match"
 

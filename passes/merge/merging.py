@@ -38,7 +38,6 @@ from lora_fx.passes.graph import (
     storage_of,
     units_of,
 )
-from lora_fx.passes.merge.change import merged_biases
 from lora_fx.passes.merge.dense import (
     cast_model,
     check_dtype,
@@ -50,7 +49,7 @@ from lora_fx.passes.merge.dense import (
     stripped,
     values_of,
 )
-from lora_fx.passes.merge.fold import Fold, TokenFold, tied_tokens, token_weights
+from lora_fx.passes.merge.fold import Fold, TokenFold, merged_biases, tied_tokens, token_weights
 from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
@@ -359,20 +358,16 @@ def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:
 # --- the merge ------------------------------------------------------------------------------------
 
 
-_NOWHERE: Mapping[str, torch.dtype] = {}
-_NOTHING: Mapping[str, nn.Parameter] = {}
-
-
 def _fold_all(
     changes: Mapping[str, Fold | TokenFold],
     old_of: Callable[[str], torch.Tensor],
     *,
     over: Collection[str],
-    dtypes: Mapping[str, torch.dtype] = _NOWHERE,
-    formats: Mapping[str, nn.Parameter] = _NOTHING,
-    measure: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
-    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    dtypes: Mapping[str, torch.dtype],
+    formats: Mapping[str, nn.Parameter],
+    measure: bool,
+    progress: Callable[[int, int, str], None] | None,
+    keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], tuple[MergedSite, ...]]:
     """Folds weights. Everything that can fail is done before one of them is written over.
 
@@ -509,8 +504,11 @@ def merge(
     rows, tied = _sites_by_weight(model, record, names)
     _check_stored(model, (*rows, *tokens), requantize=requantize)
     result = stripped(model, record) if into is None else into
-    before = list(result.named_parameters(remove_duplicate=False))
-    if requantize and not quantized_weights(result):
+    before, stored = (
+        list(result.named_parameters(remove_duplicate=False)),
+        quantized_weights(result),
+    )
+    if requantize and not stored:
         raise MergeError(
             "requantize=True stores merged weights in the format that they had, and the base is not "
             "quantized: leave it out, and quantize the merged model (lora_fx.quantize)"
@@ -523,7 +521,6 @@ def merge(
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
     over = frozenset() if into is None else _written_over(into, full)
     _check_named(result, record, (*changes, *biases, *full), over)
-    stored = quantized_weights(result)
     layouts = layouts_of(record.base.matches.sites)
     again = {name: result.get_parameter(name) for name in stored if requantize}
     dtypes = {name: found.dtype for name, found in stored.items()}
@@ -558,18 +555,15 @@ def merge(
         if stored:
             make_dense(result, common, layouts, keep)
         cast_model(result, common, keep, buffers=dtype is not None)
-    shared: tuple[str, ...] = ()
     # Lists, objects and functions of the model may hold weights, too.
     exchange(result, before)
+    shared: tuple[str, ...] = ()
     if own:
         result = copy_shared(result, model, record)
         exchange(result, before)
     elif into is None:
         shared = freeze_shared(result, model, record)
-        _log.info(
-            "merge: %d parameter(s) shared with the model that was rewritten, and frozen",
-            len(shared),
-        )
+        _log.info("merge: %d parameter(s) shared with the rewritten model, and frozen", len(shared))
     shard_again(result, units)
     return result, MergeReport(sites, untied, shared=shared)
 

@@ -14,7 +14,18 @@ from typing import ClassVar, NamedTuple
 from torch import fx
 
 from lora_fx.errors import CaptureError
-from lora_fx.ir import META_KEY, Call, Capture, Pass, PassResult, Region, Role, Site, Tag, relative
+from lora_fx.ir import (
+    META_KEY,
+    Call,
+    Capture,
+    Pass,
+    PassResult,
+    Region,
+    Role,
+    Site,
+    relative,
+    tag_of,
+)
 from lora_fx.passes.graph import copy_graph
 from lora_fx.passes.optimize.fuse import may_write
 from lora_fx.runtime import logits
@@ -24,7 +35,7 @@ __all__ = ["ChunkLoss"]
 
 @dataclasses.dataclass(frozen=True)
 class ChunkLoss(Pass):
-    """The pass."""
+    """Makes a call of each head whose loss may be computed in chunks."""
 
     name: ClassVar[str] = "chunk-loss"
     needs: ClassVar[str] = "matches"
@@ -79,30 +90,25 @@ def _edit(region: Region, site: Site, call: Call) -> bool:
         copies[node] = own.node_copy(node, copies.__getitem__)
     result = body.nodes[-1]
     own.output(copies[result])
-    tags = [tag for one in body.nodes if isinstance(tag := one.meta.get(META_KEY), Tag)]
-    draws = any(one.kwargs.get("dropout") or tag.role is Role.DROPOUT for one, tag in _tagged(body))
+    tagged = [(one, tag) for one in body.nodes if (tag := tag_of(one)) is not None]
+    draws = any(one.kwargs.get("dropout") or tag.role is Role.DROPOUT for one, tag in tagged)
     # Its name is that of the layer, without what Python does not take.
     word = "_".join(site.name.rpartition(".")[2].split()) or "head"
     head = logits.head_of(word, own, site.out_features, draws)
     with graph.inserting_before(result):
         made = graph.call_function(head, (body.x, *body.leaves))
-    if tags:
-        made.meta[META_KEY] = dataclasses.replace(tags[-1], role=Role.FUSED, fused=None)
+    if tagged:
+        made.meta[META_KEY] = dataclasses.replace(tagged[-1][1], role=Role.FUSED, fused=None)
     result.replace_all_uses_with(made)
     for node in reversed(body.nodes):
         graph.erase_node(node)
     return True
 
 
-def _tagged(body: _Body) -> list[tuple[fx.Node, Tag]]:
-    found = [(one, one.meta.get(META_KEY)) for one in body.nodes]
-    return [(one, tag) for one, tag in found if isinstance(tag, Tag)]
-
-
 def _body_of(graph: fx.Graph, site: Site, call: Call, name: str) -> _Body | None:
     nodes = {node.name: node for node in graph.nodes}
     x = nodes[call.input]
-    of_rows = _after(graph, x)
+    of_rows = _after(x)
     inside = {
         node
         for node in graph.nodes
@@ -114,9 +120,7 @@ def _body_of(graph: fx.Graph, site: Site, call: Call, name: str) -> _Body | None
     leaves = dict.fromkeys(
         one for node in found for one in node.all_input_nodes if one not in inside and one is not x
     )
-    varying = {
-        one for start in graph.nodes if start.op == "placeholder" for one in _after(graph, start)
-    }
+    varying = {one for start in graph.nodes if start.op == "placeholder" for one in _after(start)}
     odd = [one for one in leaves if one in varying or one.op == "placeholder"]
     odd += [one for node in found[:-1] for one in node.users if one not in inside]
     odd += [one for one in found if one.op != "call_function" and one.op != "call_method"]
@@ -130,11 +134,11 @@ def _body_of(graph: fx.Graph, site: Site, call: Call, name: str) -> _Body | None
 
 
 def _is_of(node: fx.Node, name: str) -> bool:
-    tag = node.meta.get(META_KEY)
-    return isinstance(tag, Tag) and tag.weight.partition("[")[0] == name
+    tag = tag_of(node)
+    return tag is not None and tag.weight.partition("[")[0] == name
 
 
-def _after(graph: fx.Graph, start: fx.Node) -> set[fx.Node]:
+def _after(start: fx.Node) -> set[fx.Node]:
     """What is computed of a node."""
     found: set[fx.Node] = set()
     waiting = list(start.users)

@@ -24,8 +24,18 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import META_KEY, Capture, FusedBranch, Pass, PassResult, Region, Role, Tag, join
-from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
+from lora_fx.ir import (
+    META_KEY,
+    FusedBranch,
+    Region,
+    Role,
+    Tag,
+    join,
+    role_of,
+    sums_on,
+    tag_of,
+)
+from lora_fx.passes.graph import GraphPass, arguments, copy_graph, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
 from lora_fx.runtime import fused_lora, in_place, masks
@@ -109,27 +119,22 @@ def _fits(product: Product, region: Region) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fuse(Pass):
-    """The pass."""
+class Fuse(GraphPass):
+    """Puts one node in place of each operation and its branch, where a function computes both."""
 
     name: ClassVar[str] = "fuse"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has branches."""
-        return edit_graphs(capture, _fused)
-
-
-def _fused(region: Region) -> fx.Graph | None:
-    """The graph with every branch fused that can be; None if there is none."""
-    if not any(_offer(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    copied = dataclasses.replace(region, graph=graph)
-    nodes = {node.name: node for node in graph.nodes}
-    # One after the other, as values flow: what one operation gives may be what the next one reads.
-    fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
-    graph.lint()
-    return graph if any(fused) else None
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Fuse every branch that can be."""
+        if not any(_offer(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        copied = dataclasses.replace(region, graph=graph)
+        nodes = {node.name: node for node in graph.nodes}
+        # One after the other, as values flow: what one operation gives may be what the next one reads.
+        fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
+        graph.lint()
+        return graph if any(fused) else None
 
 
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
@@ -180,51 +185,43 @@ def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
 
 def _offer(node: fx.Node) -> FusedBranch | None:
     """Return the function that computes a node together with the operation to which it adds a branch."""
-    tag = node.meta.get(META_KEY)
-    return tag.fused if isinstance(tag, Tag) else None
+    tag = tag_of(node)
+    return None if tag is None else tag.fused
 
 
 def _is_of(node: fx.Node, branch: Tag) -> bool:
     """Whether a node belongs to a branch."""
-    tag = node.meta.get(META_KEY)
-    return isinstance(tag, Tag) and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
+    tag = tag_of(node)
+    return tag is not None and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
 
 
 def _only_inside(base: fx.Node, branch: Tag) -> bool:
     """Whether nothing but the branch needs the output without it, except for its dtype."""
-    return all(
-        _is_of(user, branch) or getattr(user.meta.get(META_KEY), "role", None) is Role.CAST
-        for user in base.users
-    )
+    return all(_is_of(user, branch) or role_of(user) is Role.CAST for user in base.users)
 
 
 @dataclasses.dataclass(frozen=True)
-class CheapDropout(Pass):
-    """The pass."""
+class CheapDropout(GraphPass):
+    """Gives branches that stay plain a dropout whose mask takes a bit for each element."""
 
     name: ClassVar[str] = "cheap-dropout"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph in which a branch drops something by itself."""
-        return edit_graphs(capture, _edited)
-
-
-def _edited(region: Region) -> fx.Graph | None:
-    if not any(_drops(node) for node in region.graph.nodes):
-        return None
-    graph = copy_graph(region.graph)
-    for node in graph.nodes:
-        if _drops(node):
-            given: dict[str, Any] = arguments(node, "input p=0.5 training=True")
-            node.target, node.kwargs = masks.dropped, {}
-            node.args = (given["input"], given["p"], given["training"])
-    graph.lint()
-    return graph
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Exchange the dropout of each branch that has one of its own."""
+        if not any(_drops(node) for node in region.graph.nodes):
+            return None
+        graph = copy_graph(region.graph)
+        for node in graph.nodes:
+            if _drops(node):
+                given: dict[str, Any] = arguments(node, "input p=0.5 training=True")
+                node.target, node.kwargs = masks.dropped, {}
+                node.args = (given["input"], given["p"], given["training"])
+        graph.lint()
+        return graph
 
 
 def _drops(node: fx.Node) -> bool:
-    tag = node.meta.get(META_KEY)
-    return node.target is F.dropout and isinstance(tag, Tag) and tag.role is Role.DROPOUT
+    return node.target is F.dropout and role_of(node) is Role.DROPOUT
 
 
 _KNOWN = ("torch", "_operator", "math", "builtins", "lora_fx")
@@ -235,25 +232,20 @@ _WRITING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ShareInputs(Pass):
-    """The pass."""
+class ShareInputs(GraphPass):
+    """Puts one node in place of fused operations that read the same input."""
 
     name: ClassVar[str] = "share-inputs"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph in which siblings read the same."""
-        return edit_graphs(capture, _shared)
-
-
-def _shared(region: Region) -> fx.Graph | None:
-    """A copy of the graph with every group of siblings as one node; None if there is none."""
-    if not _groups(region.graph):
-        return None
-    graph = copy_graph(region.graph)
-    for group in _groups(graph):
-        _join(graph, group)
-    graph.lint()
-    return graph
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Join every group of siblings."""
+        if not _groups(region.graph):
+            return None
+        graph = copy_graph(region.graph)
+        for group in _groups(graph):
+            _join(graph, group)
+        graph.lint()
+        return graph
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -324,8 +316,8 @@ def _move(node: fx.Node, before: fx.Node) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class FuseRows(Pass):
-    """The pass.
+class FuseRows(GraphPass):
+    """Puts one node in place of each operation and the branches of several adapters, each for its own rows.
 
     The adapter kind has named what computes several of its branches together, each over rows of its own.
     Branches of other kinds stay behind the node, and are cut down to their rows by
@@ -334,9 +326,17 @@ class FuseRows(Pass):
 
     name: ClassVar[str] = "fuse-rows"
 
-    def __call__(self, capture: Capture) -> PassResult:
-        """Edits every graph that has such branches."""
-        return edit_graphs(capture, _fused_rows)
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Fuse what can be joined."""
+        if not _joints(region):
+            return None
+        graph = copy_graph(region.graph)
+        copied = dataclasses.replace(region, graph=graph)
+        nodes = {node.name: node for node in graph.nodes}
+        for joint in _joints(copied):
+            _fuse_joint(joint, copied, nodes)
+        graph.lint()
+        return graph
 
 
 class _Joint(NamedTuple):
@@ -355,30 +355,17 @@ class _Joint(NamedTuple):
     sums: Sequence[fx.Node]
 
 
-def _fused_rows(region: Region) -> fx.Graph | None:
-    if not _joints(region):
-        return None
-    graph = copy_graph(region.graph)
-    copied = dataclasses.replace(region, graph=graph)
-    nodes = {node.name: node for node in graph.nodes}
-    for joint in _joints(copied):
-        _fuse_joint(joint, copied, nodes)
-    graph.lint()
-    return graph
-
-
 def _joints(region: Region) -> list[_Joint]:
     """What can be joined, in the order of the graph."""
     found = []
     for node in region.graph.nodes:
-        tag = node.meta.get(META_KEY)
-        if not isinstance(tag, Tag) or tag.role is not Role.BASE:
+        if role_of(node) is not Role.BASE:
             continue
         base = _base_of(node, region)
         if base is None or not _only_adapters(node):
             continue
         by_function = defaultdict(list)
-        for total in _sums(node):
+        for total in sums_on(node):
             branch = _offer(total)
             if branch is not None and branch.rows is not None:
                 by_function[branch.rows[base.kernel is not None]].append(total)
@@ -388,27 +375,9 @@ def _joints(region: Region) -> list[_Joint]:
     return found
 
 
-def _sums(base: fx.Node) -> list[fx.Node]:
-    """The nodes at which adapters are added to an operation, one after the other."""
-    found: list[fx.Node] = []
-    total: fx.Node | None = base
-    while total is not None:
-        following = None
-        for user in total.users:
-            tag = user.meta.get(META_KEY)
-            added = isinstance(tag, Tag) and tag.role is Role.ADD
-            if added and user.args[0] is total:
-                following = user
-        if following is not None:
-            found.append(following)
-        total = following
-    return found
-
-
 def _only_adapters(base: fx.Node) -> bool:
     """Whether nothing but adapters reads the output without them."""
-    tags = [user.meta.get(META_KEY) for user in base.users]
-    return all(isinstance(tag, Tag) and tag.adapter for tag in tags)
+    return all((tag := tag_of(user)) is not None and tag.adapter for user in base.users)
 
 
 def _fuse_joint(joint: _Joint, region: Region, nodes: Mapping[str, fx.Node]) -> None:
@@ -464,6 +433,6 @@ def _holder(factor: fx.Node) -> str:
 
 def _erase_unread(graph: fx.Graph, branches: set[tuple[str, str]]) -> None:
     for node in reversed(graph.nodes):
-        tag = node.meta.get(META_KEY)
-        if isinstance(tag, Tag) and (tag.weight, tag.adapter) in branches and not node.users:
+        tag = tag_of(node)
+        if tag is not None and (tag.weight, tag.adapter) in branches and not node.users:
             graph.erase_node(node)

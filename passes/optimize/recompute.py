@@ -22,7 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from lora_fx.ir import META_KEY, Capture, Pass, PassResult, Region, Role, Tag, join, module_of
+from lora_fx.ir import (
+    Capture,
+    Pass,
+    PassResult,
+    Region,
+    Role,
+    join,
+    module_of,
+    role_of,
+    tag_of,
+)
 from lora_fx.passes.capture import Graphs, Untraceable, written_out
 from lora_fx.passes.graph import copy_graph, is_lazy, is_matrix, original_class, target_of
 from lora_fx.passes.optimize.fuse import may_write
@@ -64,7 +74,7 @@ _NEAR, _ROUNDED = 1e-14, 1e-13  # of fp64: a constant with nine digits is anothe
 
 def _name_of(node: fx.Node) -> str | None:
     """What a node computes, if a chain may have it: nothing of a branch."""
-    if META_KEY in node.meta:
+    if tag_of(node) is not None:
         return None
     target = target_of(node)
     if isinstance(target, torch._ops.OpOverload):
@@ -300,7 +310,7 @@ def _result(graph: fx.Graph) -> fx.Node | None:
 
 @dataclasses.dataclass(frozen=True)
 class Recompute(Pass):
-    """The pass."""
+    """Has cheap inputs of products computed again in the backward pass instead of kept."""
 
     name: ClassVar[str] = "recompute"
 
@@ -335,8 +345,7 @@ class Recompute(Pass):
 
 def _has_product(graph: fx.Graph) -> bool:
     """Whether a graph has a fused product, which may read what a chain gives."""
-    tags = (node.meta.get(META_KEY) for node in graph.nodes)
-    return any(isinstance(tag, Tag) and tag.role is Role.FUSED for tag in tags)
+    return any(role_of(node) is Role.FUSED for node in graph.nodes)
 
 
 def _edited(finder: _Finder, region: Region) -> tuple[fx.Graph | None, tuple[str, ...]]:

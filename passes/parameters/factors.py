@@ -39,6 +39,7 @@ __all__ = [
     "part_of",
     "replaced",
     "rows_name",
+    "rows_of",
     "tokens_of",
     "wide",
 ]
@@ -181,10 +182,11 @@ def matrix_shape(site: Site) -> tuple[int, int, int]:
 
 def part_of(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """What of a weight is the site's, as it is applied: a view where the weight can be viewed so."""
-    return _rows_of(site, site.applied(weight))
+    return rows_of(site, site.applied(weight))
 
 
-def _rows_of(site: Site, applied: torch.Tensor) -> torch.Tensor:
+def rows_of(site: Site, applied: torch.Tensor) -> torch.Tensor:
+    """The rows that are the site's of a weight in the shape in which it is applied."""
     if site.rows is None:
         return applied
     return applied.narrow(site.axis, site.rows[0], site.rows[1] - site.rows[0])
@@ -212,7 +214,7 @@ def as_factors(
 def replaced(site: Site, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """A weight as a new tensor, with other values of what :func:`part_of` gives."""
     changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
-    _rows_of(site, changed).copy_(part)
+    rows_of(site, changed).copy_(part)
     return site.stored(changed).contiguous()
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
 from lora_fx.passes.graph import (
@@ -42,6 +42,7 @@ __all__ = [
     "check_intact",
     "claim",
     "claim_unfrozen",
+    "digest_of",
     "inside",
     "is_guarded",
     "mark_adapted",
@@ -301,7 +302,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def buffer_digests(model: nn.Module) -> dict[str, str]:
     """A fingerprint of every persistent buffer, by FQN."""
     found = persistent_buffers(model).items()
-    return {name: _digest(buffer) for name, buffer in found if buffer.device.type != "meta"}
+    return {name: digest_of(buffer) for name, buffer in found if buffer.device.type != "meta"}
 
 
 def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:
@@ -313,12 +314,10 @@ def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, tor
             yield name, buffers[name]
 
 
-def _digest(buffer: torch.Tensor) -> str:
-    data = buffer.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
+def digest_of(tensor: torch.Tensor) -> str:
+    """The values of a tensor in few digits, whatever its shape."""
+    data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
-
-
-_SHOWN = 5
 
 
 def check_intact(model: nn.Module, record: Record) -> None:
@@ -335,12 +334,10 @@ def check_intact(model: nn.Module, record: Record) -> None:
     lost = list(dict.fromkeys(_lost(model, record)))
     if not lost:
         return
-    more = f"\n  and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
     raise CaptureError(
         f"this {type(model).__name__} has lost what the rewrite put into it: layers were deleted or replaced "
         "since:\n  "
-        + "\n  ".join(lost[:_SHOWN])
-        + more
+        + some(lost, 5, "\n  ")
         + "\nPut the layers back, or make the change in the original model and rewrite that "
         "(lora_fx.load_adapter gives it what was saved before)"
     )

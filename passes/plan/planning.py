@@ -185,7 +185,7 @@ _TIED = Verdict(True, "tied to an embedding that is adapted")
 
 @dataclasses.dataclass(frozen=True)
 class MakePlan(Pass):
-    """The pass: decides which operations are adapted and with what.
+    """Decides which operations are adapted and with what.
 
     Attributes:
         config: What to adapt.
@@ -519,9 +519,8 @@ def _nothing(plan: Plan, matches: Matches) -> str:
     return "\n".join(lines)
 
 
-def _first_lines(lines: Sequence[str], most: int = 8) -> list[str]:
-    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return [f"  {line}" for line in (*lines[:most], *more)]
+def _first_lines(lines: Sequence[str]) -> list[str]:
+    return ["  " + some(lines, 8, "\n  ")] if lines else []
 
 
 # --- what selects nothing -------------------------------------------------------------------------

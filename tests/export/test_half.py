@@ -103,7 +103,7 @@ def test_a_precision_that_is_too_coarse_is_told_from_a_wrong_file(
     assert "PyTorch in this precision" in str(report)
     (tmp_path / "m.onnx").unlink()
 
-    def rounding(self: OnnxSession, inputs: list[Tensor]) -> dict[str, Tensor]:
+    def rounding(self: OnnxSession, inputs: list[Tensor], **_: Any) -> dict[str, Tensor]:
         return {"output": deepcopy(model).half()(*inputs).detach()}
 
     with monkeypatch.context() as patch:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -93,15 +91,3 @@ def test_totals_and_frozen() -> None:
     assert REPORT.total_seconds == 1.5
     with pytest.raises(dataclasses.FrozenInstanceError):
         REPORT.opset = 21  # type: ignore[misc]
-
-
-def test_importing_export_imports_nothing_optional() -> None:
-    code = (
-        "import sys, lora_fx.export.onnx, lora_fx.export.session, lora_fx.export.report;"
-        "print([m for m in ('onnx','onnxruntime','onnxscript','onnx_ir','transformers',"
-        "'typer') if m in sys.modules])"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"

@@ -13,28 +13,23 @@ from torch import Tensor
 
 from lora_fx.errors import LoraFxError
 from lora_fx.runtime.fused_lora import lora_linear
-from tests.fused import Operands, canonical, errors, fused, gradients, operands, recovered
+from tests.fused import (
+    Operands,
+    assert_close_to_exact,
+    canonical,
+    errors,
+    fused,
+    gradients,
+    laid_out,
+    operands,
+    recovered,
+)
 from tests.numerics import assert_close
 
 pytestmark = pytest.mark.usefixtures("packed_masks")
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "transposed":
-        return x.mT.contiguous().mT if x.dim() > 1 else x
-    if layout == "first axis last":
-        return x.movedim(0, -1).contiguous().movedim(-1, 0)
-    if layout == "every second":
-        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-        wide[..., ::2] = x
-        return wide[..., ::2]
-    if layout == "offset":
-        return torch.cat([x.new_zeros(1), x.reshape(-1)])[1:].view(x.shape)
-    return x
 
 
 LAYOUTS = st.sampled_from(["plain", "transposed", "first axis last", "every second", "offset"])
@@ -78,10 +73,7 @@ def cases(draw: Any) -> Operands:
 @given_any(cases())
 @settings(max_examples=300)
 def test_it_is_as_close_to_fp64_as_the_plain_operations(case: Operands) -> None:
-    found, plain = errors(fused, case), errors(canonical, case)
-    for name, error in found.items():
-        # Of few elements the largest error of one form may be the smaller by luck, never by much.
-        assert error <= max(1.5 * plain[name], 2.0), f"{name}: {error} against {plain[name]}"
+    assert_close_to_exact(case)
 
 
 @pytest.mark.parametrize("factors", [None, torch.float32], ids=["factors too", "fp32 factors"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from lora_fx.tools.bench.counted import saved_bytes
 from tests.dora import randomize_magnitudes
 from tests.fused import (
     Operands,
+    assert_close_under_autocast,
     canonical,
     errors,
     formula,
@@ -186,18 +186,7 @@ def test_the_output_may_be_written_into_where_it_is_not_kept() -> None:
 def test_autocast(options: dict[str, Any], dtype: torch.dtype, whole: bool, again: bool) -> None:
     case = with_gains(operands((4, 24), MANY, 8, torch.float32, **options), again)
 
-    def within(function: Any) -> dict[str, float]:
-        def forward(given: Operands) -> Tensor:
-            with torch.autocast("cpu", dtype=dtype):
-                return function(given)
-
-        around = torch.autocast("cpu", dtype=dtype) if whole else contextlib.nullcontext()
-        with around:
-            return errors(forward, case, root_mean_square=True, computed=dtype)
-
-    found, plain = within(fused), within(canonical)
-    for name, error in found.items():
-        assert error <= 1.1 * plain[name], f"{name}: {error} against {plain[name]}"
+    assert_close_under_autocast(case, dtype, whole)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,17 @@ import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.runtime.fused_lora import lora_linear
 from lora_fx.tools.bench.counted import saved_bytes
-from tests.fused import SEED, Operands, canonical, errors, forward_mode, fused, gradients, operands
+from tests.fused import (
+    SEED,
+    Operands,
+    assert_close_under_autocast,
+    canonical,
+    errors,
+    forward_mode,
+    fused,
+    gradients,
+    operands,
+)
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual
 
@@ -67,19 +76,7 @@ def test_autocast(options: dict[str, Any], dtype: torch.dtype, whole: bool) -> N
     """Dtypes are the plain operations', and errors against fp64 no larger than theirs."""
     case = operands((4, 24), (96, 64), 8, torch.float32, frozen=(), **options)
 
-    def within(function: Any) -> dict[str, float]:
-        def forward(given: Operands) -> Tensor:
-            # fp64 is not cast: the reference stays one.
-            with torch.autocast("cpu", dtype=dtype):
-                return function(given)
-
-        around = torch.autocast("cpu", dtype=dtype) if whole else contextlib.nullcontext()
-        with around:
-            return errors(forward, case, root_mean_square=True, computed=dtype)
-
-    found, plain = within(fused), within(canonical)
-    for name, error in found.items():
-        assert error <= 1.1 * plain[name], f"{name}: {error} against {plain[name]}"
+    assert_close_under_autocast(case, dtype, whole)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

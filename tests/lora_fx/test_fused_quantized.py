@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.formats import dense, quantized_linear
-from lora_fx.ir.graph import META_KEY, Role
+from lora_fx.ir.graph import Role
 from lora_fx.runtime.fused_lora import quantized_lora_linear
 from lora_fx.runtime.masks import FEW, draw
-from tests.fused import SEED, Operands, errors, gradients, operands
+from tests.fused import SEED, Operands, errors, gradients, operands, roles
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 from tests.quantized import SCHEMES
@@ -213,11 +213,6 @@ def step(model: nn.Module, x: Tensor) -> list[Tensor]:
     for parameter in model.parameters():
         parameter.grad = None
     return [out.detach(), x.grad, *grads]
-
-
-def roles(model: nn.Module) -> set[Role]:
-    nodes = [node for graph in lora_fx.graphs(model).values() for node in graph.nodes]
-    return {node.meta[META_KEY].role for node in nodes if META_KEY in node.meta}
 
 
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))

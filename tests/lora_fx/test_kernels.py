@@ -33,10 +33,12 @@ from lora_fx.runtime.masks import draw, kept, unpacked
 from tests.fused import (
     SEED,
     Operands,
+    assert_close_to_exact,
     canonical,
     errors,
     fused,
     gradients,
+    laid_out,
     operands,
     recovered,
     with_gains,
@@ -301,17 +303,6 @@ def test_its_mean_is_that_of_bernoulli(device: torch.device) -> None:
 # --- the products -------------------------------------------------------------------------------------
 
 
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values in other strides."""
-    if layout == "transposed":
-        return x.mT.contiguous().mT if x.dim() > 1 else x
-    if layout == "every second":
-        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-        wide[..., ::2] = x
-        return wide[..., ::2]
-    return x
-
-
 @st.composite
 def cases(draw: Any) -> Operands:
     features = draw(st.tuples(st.integers(1, 150), st.integers(1, 20)))
@@ -331,13 +322,6 @@ def cases(draw: Any) -> Operands:
     layout = draw(st.sampled_from(["plain", "transposed", "every second"]))
     x = laid_out(made.x.detach(), layout).requires_grad_(made.x.requires_grad)
     return replace(made, x=x, dropout=draw(st.sampled_from([0.1, 0.75])))
-
-
-def assert_close_to_exact(case: Operands) -> None:
-    """As the plain operations are, and with no error that is larger by more than luck."""
-    found, plain = errors(fused, case), errors(canonical, case)
-    for name, error in found.items():
-        assert error <= max(1.5 * plain[name], 2.0), f"{name}: {error} against {plain[name]}"
 
 
 @on_each

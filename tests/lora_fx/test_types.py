@@ -52,7 +52,7 @@ def test_a_region_finds_the_module_that_a_node_calls() -> None:
 
 def test_passes_are_frozen_dataclasses_with_a_kebab_case_name() -> None:
     plan = lora_fx.plan(Residual(), lora_fx.LoraConfig())
-    for one in (AddFactors(plan), Insert(plan.sites), Unfreeze(plan)):
+    for one in (AddFactors(), Insert(plan.sites), Unfreeze()):
         assert isinstance(one, Pass)
         assert one.name == one.name.lower().replace("_", "-")
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, multiprocessing
 
 import lora_fx
-from lora_fx.ir.graph import META_KEY, Role
+from lora_fx.ir.graph import Role
+from tests.fused import roles
 from tests.numerics import assert_close
 from tests.ranks import RANKS, WAYS, alone, run_rank
 from tests.zoo import Residual
@@ -41,11 +42,6 @@ def test_gradients_of_several_processes(way: str, found: dict[str, dict[str, Ten
     tolerance = 5e-2 if "bf16" in way else 1e-5
     for name, grad in expected.items():
         assert_close(found[way][name], grad, tolerance)
-
-
-def roles(model: torch.nn.Module) -> set[Role]:
-    nodes = (node for graph in lora_fx.graphs(model).values() for node in graph.nodes)
-    return {node.meta[META_KEY].role for node in nodes if META_KEY in node.meta}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

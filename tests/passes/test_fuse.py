@@ -12,7 +12,7 @@ from torch import nn
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.formats import weights as quantized
-from lora_fx.ir.graph import META_KEY, Capture, Role
+from lora_fx.ir.graph import Capture, Role
 from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.insert.insert_branches import Insert
 from lora_fx.passes.optimize.fuse import Fuse
@@ -21,6 +21,7 @@ from lora_fx.runtime.fused_dora import dora_linear
 from lora_fx.runtime.fused_lora import lora_linear, quantized_lora_linear
 from tests import algebra
 from tests.algebra import Letters
+from tests.fused import roles
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import FORMS, Block, Form, Residual, forms, sample, seeded
@@ -28,15 +29,6 @@ from tests.zoo import FORMS, Block, Form, Residual, forms, sample, seeded
 # A weight on the left of a product.
 LEFT = {"W @ x", "W @ x, vector", "W.mT @ x", "addmm, left", "bmm, weight left"}
 FUSED = ("linear", "matmul")
-
-
-def roles(model: nn.Module) -> set[Role]:
-    return {
-        node.meta[META_KEY].role
-        for graph in lora_fx.graphs(model).values()
-        for node in graph.nodes
-        if META_KEY in node.meta
-    }
 
 
 def inserted(model: nn.Module, **options) -> Capture:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -88,14 +89,15 @@ def test_inserting_twice_changes_nothing_the_second_time() -> None:
 
 def test_factors_are_added_once() -> None:
     captured, plan = planned(Residual(), r=2)
+    captured = dataclasses.replace(captured, plan=plan)
     assert not factors(captured.model)
-    once = AddFactors(plan)(captured)
+    once = AddFactors()(captured)
     assert once.modified
     values = {name: value.clone() for name, value in factors(captured.model).items()}
     assert len(values) == 2 * len(plan)
-    assert not AddFactors(plan)(captured).modified
+    assert not AddFactors()(captured).modified
     assert_same_bits(factors(captured.model), values)
-    assert AddFactors(plan, "other")(captured).modified
+    assert AddFactors("other")(captured).modified
 
 
 def test_equal_layers_share_a_graph_before_and_after() -> None:

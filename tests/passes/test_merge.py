@@ -15,7 +15,7 @@ from lora_fx import LoraConfig, MergeError
 from lora_fx.ir.graph import META_KEY
 from lora_fx.ir.record import record_of
 from lora_fx.passes.capture.auto import capture as capture_model
-from lora_fx.passes.merge.change import delta_weight
+from lora_fx.passes.merge.fold import delta_weight
 from lora_fx.passes.merge.rounding import rounded
 from lora_fx.passes.merge.rounding import ulp as own_ulp
 from lora_fx.passes.patterns import pattern_of

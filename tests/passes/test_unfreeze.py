@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -15,8 +17,13 @@ from tests.zoo import Residual, Tied, seeded
 
 
 def run(model: nn.Module, **options) -> tuple[Capture, PassResult]:
+    captured = planned(model, **options)
+    return captured, Unfreeze()(captured)
+
+
+def planned(model: nn.Module, **options) -> Capture:
     captured = capture(model)
-    return captured, Unfreeze(plan_capture(captured, LoraConfig(**options)))(captured)
+    return dataclasses.replace(captured, plan=plan_capture(captured, LoraConfig(**options)))
 
 
 def trainable(model: nn.Module) -> list[str]:
@@ -80,12 +87,9 @@ def test_nothing_to_do_modifies_nothing() -> None:
 
 
 def test_a_second_run_changes_nothing() -> None:
-    model = Residual(1)
-    captured = capture(model)
-    one = Unfreeze(plan_capture(captured, LoraConfig(bias="all", modules_to_save=["head"])))
-    first = one(captured)
+    first = Unfreeze()(planned(Residual(1), bias="all", modules_to_save=["head"]))
     before = dict(first.capture.model.named_parameters())
-    second = one(first.capture)
+    second = Unfreeze()(first.capture)
     assert (first.modified, second.modified) == (True, False)
     for name, parameter in second.capture.model.named_parameters():
         assert parameter is before[name]

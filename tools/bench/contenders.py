@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from lora_fx.api import plan, rewrite
 from lora_fx.config import LoraConfig
+from lora_fx.passes.kept import take_gradient_to_embeddings
 
 __all__ = [
     "AGAIN",
@@ -337,15 +338,7 @@ def targets_of(model: nn.Module, settings: Settings) -> tuple[str, ...]:
 
 def _frozen(base: nn.Module, settings: Settings) -> nn.Module:
     """No adapters, and the gradient is taken down to the embeddings, if the model has some."""
-    model = shared_copy(base)
-    embeddings = getattr(model, "get_input_embeddings", None)
-    if embeddings is not None:
-        embeddings().register_forward_hook(_wants_gradient)
-    return model
-
-
-def _wants_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
-    return output if output.requires_grad else output.detach().requires_grad_()
+    return take_gradient_to_embeddings(shared_copy(base))
 
 
 def _ours(base: nn.Module, settings: Settings, **options: Any) -> nn.Module:

@@ -6,13 +6,15 @@ import collections
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_fx.passes.kept import saved_storages, tensors
 
 __all__ = [
     "Memory",
@@ -21,7 +23,6 @@ __all__ = [
     "measure_memory",
     "saved_by",
     "saved_bytes",
-    "tensors",
 ]
 
 
@@ -149,39 +150,14 @@ def saved_by(
         forward: Gives the tensor that the backward starts from.
         kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in _belonging(model)}
-    seen: dict[int, _Kept] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in own and key not in seen:
-            # What is let go of before the forward ends (a result that is detached) is not kept, and
-            # another storage can take its address.
-            seen[key] = _Kept(kind(tensor), weakref.ref(storage))
-            weakref.finalize(storage, seen.pop, key)
-        # A node that keeps its own result as it is would keep itself, too, for ever.
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()
-    for tensor in _attributes(kept):
-        pack(tensor)
     # Storages that copy on write are several, and share one memory until one of them is written to.
     memory: dict[int, tuple[str, int]] = {}
-    for one in tuple(seen.values()):
-        if (storage := one.storage()) is not None:
-            memory.setdefault(_address(storage), (one.kind, storage.nbytes()))
+    for name, storage in saved_storages(_belonging(model), forward, kind):
+        memory.setdefault(_address(storage), (name, storage.nbytes()))
     found: dict[str, int] = collections.defaultdict(int)
     for name, size in memory.values():
         found[name] += size
-    del kept
     return dict(found)
-
-
-class _Kept(NamedTuple):
-    kind: str
-    storage: weakref.ref[torch.UntypedStorage]
 
 
 def _address(storage: torch.UntypedStorage) -> int:
@@ -198,35 +174,6 @@ def _belonging(model: nn.Module) -> Iterator[Tensor]:
         yield from tensors(vars(parameter))
     for module in model.modules():
         yield from tensors(vars(module).get("state"))
-
-
-def _attributes(result: Any) -> Iterator[Tensor]:
-    """What the nodes of a graph hold that were written in Python."""
-    waiting, seen = [getattr(result, "grad_fn", None)], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [above for above, _ in node.next_functions]
-        yield from tensors(getattr(node, "__dict__", None))
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, in what it holds, and in the fields of records."""
-    inner: Sequence[Any] = ()
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        inner = [*value.values()]
-    elif isinstance(value, list | tuple):
-        inner = value
-    elif dataclasses.is_dataclass(value):
-        inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
-    elif type(value).__name__ == "QuantState":
-        inner = [*vars(value).values()]
-    for one in inner:
-        yield from tensors(one)
 
 
 def count_operations(step: Callable[[], Any]) -> int:

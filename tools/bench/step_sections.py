@@ -256,14 +256,9 @@ def available() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def quantized_base(model: nn.Module, scheme: str = "nf4") -> nn.Module:
-    """A copy with every linear layer but the head in NF4: both libraries take it as their base.
-
-    Args:
-        model: Any model of ``nn.Linear``.
-        scheme: A format of :func:`lora_fx.quantize`.
-    """
-    base: Any = quantize(model, scheme).train(model.training)
+def quantized_base(model: nn.Module) -> nn.Module:
+    """A copy with every linear layer but the head in NF4: both libraries take it as their base."""
+    base: Any = quantize(model, "nf4").train(model.training)
     # What transformers says of a model that it has quantized: PEFT asks for it.
     base.is_loaded_in_4bit = True
     result: nn.Module = base

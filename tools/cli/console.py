@@ -6,11 +6,12 @@ Without a terminal there is no color, no bar, and no wrapping of lines at 80 col
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import IO
+from typing import IO, Any
 
 from rich import box
 from rich import progress as bars
@@ -28,6 +29,7 @@ __all__ = [
     "progress",
     "say",
     "say_error",
+    "say_json",
     "steps",
     "table",
 ]
@@ -51,6 +53,12 @@ def error_console() -> Console:
 def say(text: str, style: str = "", *, to: Console | None = None) -> None:
     """Prints text as it is: nothing in it is markup, and long lines stay whole."""
     (to or output()).print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def say_json(value: Any) -> None:
+    """Prints a value as JSON, or a text that is JSON as it is."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=2)
+    sys.stdout.write(text + "\n")
 
 
 def say_error(message: str) -> None:

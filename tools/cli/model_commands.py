@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -108,7 +106,7 @@ def plan(
             shown["training"] = dataclasses.asdict(need)
         if stored is not None:
             shown["quantization"] = stored.to_dict()
-        sys.stdout.write(json.dumps(shown, indent=2) + "\n")
+        console.say_json(shown)
         return
     out = console.output()
     if stored is not None:
@@ -173,7 +171,7 @@ def rewrite(
         _print_region(found, region, as_graph=graph)
     elif as_json:
         told = [dict(zip(_REGION, row, strict=True)) for row in _regions(rewritten, found)]
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        console.say_json(told)
     elif file is None:
         console.output().print(_region_table(_regions(rewritten, found), every=every))
         console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
@@ -193,7 +191,7 @@ def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: 
     rows = list(rows)
     if as_json:
         told = {name: cells[0] if len(cells) == 1 else cells for name, *cells in rows}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        console.say_json(told)
         return
     lines = [
         (row.name + (f" {row.times}" if row.times else ""), *row.cells) for row in folded(rows)
@@ -272,14 +270,12 @@ _REGION = ("region", "class", "nodes", "branches")
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
     """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
-    from lora_fx.ir import META_KEY, module_of
+    from lora_fx.ir import adapters_of, module_of
 
     rows = []
     for key, graph in found.items():
-        tags = [tag for node in graph.nodes if (tag := node.meta.get(META_KEY)) is not None]
-        branches = {(tag.weight, tag.adapter) for tag in tags if tag.adapter}
         kind = type(model.get_submodule(module_of(key))).__name__
-        rows.append((key or "(root)", kind, len(graph.nodes), len(branches)))
+        rows.append((key or "(root)", kind, len(graph.nodes), len(adapters_of(graph))))
     return rows
 
 
@@ -339,7 +335,7 @@ def merge(
     with console.progress("writing"):
         write_merged(merged, path, folder=loaded.folder)
     if as_json:
-        sys.stdout.write(report.to_json() + "\n")
+        console.say_json(report.to_json())
         return
     lines = str(report).splitlines()
     shown = lines if every else [lines[0], *(line for line in lines if "untied" in line)]
@@ -412,7 +408,7 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
     with console.progress("looking at the factors"):
         report = inspect_adapter(folder)
     if as_json:
-        sys.stdout.write(report.to_json() + "\n")
+        console.say_json(report.to_json())
         return
     out = console.output()
     out.print(console.facts(report.facts(), "dim"))
@@ -613,7 +609,7 @@ def verify(
     if as_json:
         from lora_fx.ir import json_text
 
-        sys.stdout.write(json_text(verdict) + "\n")
+        console.say_json(json_text(verdict))
     else:
         console.output().print(str(verdict), highlight=False)
     if not verdict.applied:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +97,7 @@ def export(
             base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen
         )
     if as_json:
-        sys.stdout.write(report.to_json() + "\n")
+        console.say_json(report.to_json())
         return
     console.output().print(render_export(report), highlight=False)
 
@@ -195,7 +193,7 @@ def run(
             "inputs": _figures(feeds),
             "outputs": _figures(results),
         }
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        console.say_json(told)
         if written is not None:
             _write(written, results)
         return
@@ -406,7 +404,7 @@ def generate(
     new = made.shape[1] - start
     if as_json:
         told = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
-        sys.stdout.write(json.dumps(told, indent=2) + "\n")
+        console.say_json(told)
         return
     for shown in texts or [" ".join(map(str, row)) for row in rows]:
         console.say(shown)

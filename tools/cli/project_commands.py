@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -56,7 +55,7 @@ def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False
     problems = [finding for finding in findings if finding.state is State.PROBLEM]
     if as_json:
         rows = [dataclasses.asdict(finding) for finding in findings]
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        console.say_json(rows)
     else:
         show(findings, len(problems))
     if problems and strict:

@@ -22,7 +22,7 @@ from lora_fx.export.inspection import FileGraph, FileNode, read_graph
 from lora_fx.export.providers import PROVIDERS, PlacementReport, import_onnxruntime
 from lora_fx.export.session import OnnxSession
 from lora_fx.formats import quantization_of
-from lora_fx.ir import META_KEY, Matches, Record, Region, join, module_of
+from lora_fx.ir import Matches, Record, Region, adapters_of, join, module_of, tag_of
 from lora_fx.passes.capture import CACHE, Listener, normalize, synthesise
 from lora_fx.passes.graph import original_class, uninstall
 from lora_fx.tools.draw.picture import (
@@ -44,7 +44,6 @@ from lora_fx.tools.draw.picture import (
 from lora_fx.tools.draw.regions import (
     Digests,
     RegionPainter,
-    adapters_of,
     drawn_children,
     dtype_name,
     parameter_counts,
@@ -626,7 +625,7 @@ class _Painter:
         # What nn.ReLU or nn.LayerNorm does inside is no news, unless there is an adapter in it; and
         # a module that does one thing is that thing.
         graph = self.graphs.get(id(module))
-        if graph is None or any(META_KEY in node.meta for node in graph.nodes):
+        if graph is None or any(map(tag_of, graph.nodes)):
             return graph
         calls = [node for node in graph.nodes if node.op.startswith("call_")]
         if len(calls) <= 1 and not any(node.op == "call_module" for node in calls):

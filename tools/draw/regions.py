@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats import quantization_of
-from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join
+from lora_fx.ir import PlannedSite, Region, Role, adapters_of, join, tag_of
 from lora_fx.passes.capture import MODULE_STACK
 from lora_fx.passes.graph import elements, original_class
 from lora_fx.runtime import AdapterModule, in_place
@@ -33,7 +33,6 @@ __all__ = [
     "Digests",
     "Host",
     "RegionPainter",
-    "adapters_of",
     "children_of",
     "drawn_children",
     "dtype_name",
@@ -46,7 +45,6 @@ __all__ = [
     "parameter_counts",
     "size_name",
     "source_of",
-    "tag_of",
     "target_name",
 ]
 
@@ -111,7 +109,7 @@ class Digests:
         graph = self._graphs.get(id(module))
         for node in graph.nodes if graph is not None else ():
             call = f"{node.op} {node.name} {target_name(node.target)} {node.args} {node.kwargs}"
-            yield f"{_ADDRESS.sub('', call)} {node.meta.get(META_KEY)}"
+            yield f"{_ADDRESS.sub('', call)} {tag_of(node)}"
         for name, child in children_of(module):
             yield f"{name!r} {self(child)}"
 
@@ -122,18 +120,6 @@ _OPS = {
     "get_attr": Kind.WEIGHT,
     "call_module": Kind.LEAF,
 }
-
-
-def tag_of(node: fx.Node) -> Tag | None:
-    """The node's tag, if it has one."""
-    tag = node.meta.get(META_KEY)
-    return tag if isinstance(tag, Tag) else None
-
-
-def adapters_of(graph: fx.Graph) -> list[tuple[str, str]]:
-    """The adapters of a graph as pairs of weight and adapter name, each once."""
-    tags = (tag_of(node) for node in graph.nodes)
-    return list(dict.fromkeys((t.weight, t.adapter) for t in tags if t is not None and t.adapter))
 
 
 def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, float | None]:

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import datetime as dt
-import hashlib
 import logging
 import math
 import re
@@ -31,11 +30,11 @@ from lora_fx.api import merge, plan, rewrite, trainable_parameters
 from lora_fx.config import LoraConfig
 from lora_fx.errors import some
 from lora_fx.export.fuse import Level
-from lora_fx.ir import Plan, PlannedSite, Site, require_record
+from lora_fx.ir import Plan, PlannedSite, require_record
 from lora_fx.passes.capture import Count, count_weights, normalize, relative_difference
-from lora_fx.passes.parameters import factors_of
+from lora_fx.passes.kept import tensors
+from lora_fx.passes.parameters import digest_of, factors_of, part_of, rows_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.tools.bench.counted import tensors
 from lora_fx.tools.zoo.models import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, RuntimeFile, scrubbed
 
@@ -619,7 +618,7 @@ def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
             site = place.row.site
             weight = oracle.get_parameter(site.weight)
             total = site.applied(weight).clone()
-            _part(total, site).add_(place.change(*place.pair).to(total))
+            rows_of(site, total).add_(place.change(*place.pair).to(total))
             if site.tied_to:
                 # The adapter is on this use of a tied weight, and on no other.
                 weight = nn.Parameter(weight.detach().clone())
@@ -653,13 +652,6 @@ def _places(adapted: nn.Module) -> Iterator[_Place]:
             yield _Place(row, factors_of(adapted, row, name).pair)
 
 
-def _part(whole: torch.Tensor, site: Site) -> torch.Tensor:
-    """The rows of a weight, in the shape in which it is applied, that are a site."""
-    if site.rows is None:
-        return whole
-    return whole.narrow(site.axis, site.rows[0], site.rows[1] - site.rows[0])
-
-
 def _chain_rule(oracle: nn.Module, adapted: nn.Module) -> dict[int, torch.Tensor]:
     """What the gradient of every factor has to be, by its id: one backward pass through all ΔW."""
     leaves: dict[int, torch.Tensor] = {}
@@ -671,7 +663,7 @@ def _chain_rule(oracle: nn.Module, adapted: nn.Module) -> dict[int, torch.Tensor
             continue
         a, b = (leaves.setdefault(id(p), p.detach().clone().requires_grad_()) for p in place.pair)
         changes.append(place.change(a, b))
-        applied = _part(site.applied(gradient), site)
+        applied = part_of(site, gradient)
         gradients.append(applied.to(changes[-1]))
     if changes:
         torch.autograd.backward(changes, gradients)
@@ -762,8 +754,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     found |= {f"mode of {n or 'root'}": str(m.training) for n, m in model.named_modules()}
     for name, parameter in model.named_parameters():
         gradient = "no gradient" if parameter.grad is None else "a gradient"
-        found[f"parameter {name}"] = f"{_digest(parameter)} {parameter.requires_grad} {gradient}"
-    found |= {f"buffer {name}": _digest(buffer) for name, buffer in model.named_buffers()}
+        found[f"parameter {name}"] = f"{digest_of(parameter)} {parameter.requires_grad} {gradient}"
+    found |= {f"buffer {name}": digest_of(buffer) for name, buffer in model.named_buffers()}
     return found
 
 
@@ -771,8 +763,3 @@ def what_changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     """The first few differences of two fingerprints; empty if there are none."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return some(keys, 3)
-
-
-def _digest(tensor: torch.Tensor) -> str:
-    values = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]

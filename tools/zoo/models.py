@@ -83,9 +83,9 @@ def ids(vocabulary: int = 40, length: int = 6, batch: int = 2) -> torch.Tensor:
     return torch.randint(3, vocabulary, (batch, length))
 
 
-def images(size: int = 32, channels: int = 3, batch: int = 2) -> torch.Tensor:
+def images(size: int = 32, channels: int = 3) -> torch.Tensor:
     """Random images [batch, channels, size, size]."""
-    return torch.randn(batch, channels, size, size)
+    return torch.randn(2, channels, size, size)
 
 
 def wake(model: nn.Module) -> nn.Module:

@@ -155,10 +155,10 @@ class Token(nn.Module):
 
 @pytest.mark.parametrize("multiplied", [True, False])
 def test_auto_exports_only_for_what_is_multiplied_out_of_sight(multiplied, monkeypatch) -> None:
-    from lora_fx.passes.capture import exported
+    from lora_fx.passes.capture import auto
 
     asked = []
-    monkeypatch.setattr(exported, "export_root", lambda *a: asked.append(a) or a[0])
+    monkeypatch.setattr(auto, "export_root", lambda *a: asked.append(a) or a[0])
     lora_fx.capture(Token(multiplied), torch.randn(2, 4))
     assert bool(asked) == multiplied
 

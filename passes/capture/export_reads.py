@@ -1,18 +1,10 @@
-"""Notes what the code of a model reads, and what it asks PyTorch, while ``torch.export`` runs it.
+"""Notes what the code of a model reads while ``torch.export`` runs it.
 
 An export runs the code as it is, so that no rule sees its reads. Instead, the classes of its modules, and of
 the plain objects that they hold, have for that time an attribute access that takes notes of those objects and
 of no others. Which objects functions get to by globals, by classes and by variables around them is read off
 their code, and those objects are watched as well. Each becomes a
 :class:`~lora_fx.passes.graph.reads.Read` of the kind ``tree``, which guards the graph.
-
-A question to PyTorch is answered once, and the graph has that answer for good. Where a call can be asked the
-same before it runs, the answer becomes a guard: how PyTorch is set, and whether an argument has a gradient.
-Whether a result in between has one depends on what is trained then, which no guard knows: the export is
-refused. So it is where the code changes what a backward pass does, since a graph has operations and no more.
-Training and evaluation have another grad mode: a model that asks for it is exported in both, and has to give
-one graph. Only the code of the model is listened to: what PyTorch's own functions ask decides between ways to
-compute the same.
 """
 
 from __future__ import annotations
@@ -22,10 +14,8 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import os
 import pickle
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import (
     BuiltinFunctionType,
@@ -41,50 +31,38 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import FunctionMeta
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_fx.errors import CaptureError
+from lora_fx.passes.capture.export_questions import answer_of, of_library
 from lora_fx.passes.graph import (
     CONTAINERS,
     MOST,
     SIMPLE,
-    Condition,
     ModuleRoot,
     ObjectRoot,
     Path,
     Read,
     frozen,
-    held_in,
     is_constant,
     named_by,
     nested,
     stands_apart,
 )
-from lora_fx.runtime import ops
+from lora_fx.runtime import held_in, ops
 
-__all__ = [
-    "OF_GRAD_MODE",
-    "Listener",
-    "Named",
-    "Notes",
-    "Questions",
-    "answer_of",
-    "replaced_forwards",
-]
+__all__ = ["NamedReads", "ObjectReads", "replaced_forwards"]
 
 _OWN = frozenset((*nn.Module().__dict__, "training", "forward"))
 # What copies and pickles an object reads of it: C code then takes all that it has.
 _COPYING = frozenset({"__reduce__", "__reduce_ex__", "__getstate__"})
 _NEVER = (nn.Module, torch.Tensor, type, ModuleType, torch.Generator)
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, functools.partial)
-_LIBRARIES = ("torch", "lora_fx", "numpy")
 _TENSORS = (torch.Tensor,)  # and no parameters, which the graph has
 _MISSING, _UNKNOWN = object(), object()
 
 
-class Notes:
+class ObjectReads:
     """What was read, by object.
 
     Attributes:
@@ -109,7 +87,7 @@ class Notes:
         self._patched: dict[type, dict[str, Any]] = {}
 
     @contextlib.contextmanager
-    def taken(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Takes notes in between, of this model alone."""
         self._watched = {_identity(module): module for module in self._model.modules()}
         try:
@@ -487,7 +465,7 @@ def _has_attributes(value: Any) -> bool:
     return hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
 
 
-class Named:
+class NamedReads:
     """What the code of a model has by name: of globals, of classes, and of variables around functions.
 
     What its functions name, and those that they name, is looked at, not what they execute: a guard too many
@@ -663,7 +641,7 @@ def _functions_in(value: Any, path: Path | None) -> Iterator[tuple[Any, Path | N
 
 
 def _of_library(function: Any) -> bool:
-    return (function.__module__ or "").partition(".")[0] in _LIBRARIES
+    return of_library(function.__module__)
 
 
 def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path, Any]]:
@@ -694,250 +672,3 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path, A
             held = place.attribute("__closure__").item(number)
         for value in held_in(cell):
             yield held.attribute("cell_contents"), value
-
-
-_GRAD_MODE = ("is_grad_enabled", "is_inference_mode_enabled")
-OF_GRAD_MODE = "asks PyTorch for the grad mode, which may be another when the graph runs"
-# Functions that say how PyTorch is set, some of them for a kind of device.
-_STATE = (
-    "are_deterministic_algorithms_enabled",
-    "get_autocast_dtype",
-    "get_default_device",
-    "get_default_dtype",
-    "get_float32_matmul_precision",
-    "get_num_threads",
-    "is_anomaly_enabled",
-    "is_autocast_cache_enabled",
-    "is_autocast_enabled",
-    "is_deterministic_algorithms_warn_only_enabled",
-)
-_OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
-_OF_ARGUMENTS = ("requires_grad", "is_leaf", "grad_fn")
-_OF_TENSORS = (*_OF_ARGUMENTS, "grad", "output_nr", "retains_grad", "_base", "_version")
-_ASKING: dict[Any, str] = {
-    **{getattr(torch.Tensor, name).__get__: name for name in _OF_TENSORS},
-    torch.Tensor.is_inference: "is_inference",
-    torch.Tensor._is_view: "_is_view",
-}
-_CHANGING: dict[Any, str] = {
-    torch.Tensor.requires_grad.__set__: "requires_grad",  # type: ignore[attr-defined]  # of C
-    **{
-        getattr(torch.Tensor, name): name
-        for name in (
-            "requires_grad_",
-            "retain_grad",
-            "register_hook",
-            "register_post_accumulate_grad_hook",
-        )
-    },
-}
-_OF_LAYOUT = frozenset(
-    (
-        torch.as_strided,
-        *(
-            getattr(torch.Tensor, name)
-            for name in (
-                "as_strided",
-                "data_ptr",
-                "dim_order",
-                "is_contiguous",
-                "is_set_to",
-                "stride",
-            )
-        ),
-        *(getattr(torch.Tensor, name) for name in ("storage_offset", "untyped_storage", "storage")),
-    )
-)
-# What has the default dtype and becomes a constant.
-_MAKING = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
-_QUESTIONS = {name: getattr(torch, name) for name in (*_STATE, *_GRAD_MODE)}
-_NAMES = {id(function): name for name, function in _QUESTIONS.items()}
-
-
-def answer_of(value: Any) -> Read | None:
-    """The answer that a function gives now, if it says how PyTorch is set and takes nothing."""
-    name = _NAMES.get(id(value))
-    return None if name is None or name in _OF_DEVICES else _answer(name, (), value())
-
-
-class Listener(TorchFunctionMode):
-    """Hears every function of PyTorch that is called while it is entered, and may answer in its stead."""
-
-    def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Give the result of a call that is not to run; NotImplemented for one that is."""
-        return NotImplemented
-
-    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Take note of a call that has run."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answers a call, or runs it and hears its result."""
-        kwargs = kwargs or {}
-        result = self.answer(func, args, kwargs)
-        if result is NotImplemented:
-            result = func(*args, **kwargs)
-            self.hear(func, args, kwargs, result)
-        return result
-
-
-class Questions(TorchFunctionMode):
-    """What was asked.
-
-    Attributes:
-        conditions: What arguments have to answer.
-        refused: What cannot be guarded, in words.
-        grad_mode: Whether the grad mode was asked for. Training and evaluation have another one, so that no
-            guard may: the graph has to be the same in both.
-        layout: Whether code asked how a tensor lies in memory, which follows from how the arguments do.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conditions: list[Condition] = []
-        self.refused: list[str] = []
-        self.grad_mode = False
-        self.layout = False
-        self._reads: dict[tuple[str, tuple[Any, ...]], Read] = {}
-        self._arguments: dict[int, tuple[str, torch.Tensor, dict[str, Any]]] = {}
-        self._before: dict[str, Any] = {}
-        self._thread = 0
-
-    @property
-    def reads(self) -> tuple[Read, ...]:
-        """How PyTorch was set, as far as it was asked."""
-        return tuple(self._reads.values())
-
-    def forget(self, name: str, *args: str) -> None:
-        """Takes a note back: something else guards what a function says.
-
-        Args:
-            name: The function.
-            args: What it was given.
-        """
-        self._reads.pop((name, args), None)
-
-    @contextlib.contextmanager
-    def heard(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Listens in between, to this thread.
-
-        Args:
-            arguments: What the model is called with, by name.
-        """
-        self._thread = threading.get_ident()
-        self._arguments = {
-            id(value): (name, value, {one: getattr(value, one) for one in _OF_ARGUMENTS})
-            for name, value in arguments.items()
-            if isinstance(value, torch.Tensor)
-        }
-        self._before = {
-            name: function() for name, function in _QUESTIONS.items() if name not in _OF_DEVICES
-        }
-        try:
-            for name, function in _QUESTIONS.items():
-                setattr(torch, name, self._listening(name, function))
-            os._Environ.__getitem__ = self._looking_up()  # type: ignore[method-assign]
-            # PyTorch asks a class for this whenever it is applied, by whatever name it is called.
-            FunctionMeta.__getattribute__ = self._applied()  # type: ignore[method-assign]
-            with self:
-                yield
-        finally:
-            for name, function in _QUESTIONS.items():
-                setattr(torch, name, function)
-            os._Environ.__getitem__ = _ENVIRONMENT  # type: ignore[method-assign]
-            del FunctionMeta.__getattribute__
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs a function, and notes what it was if the code of the model has called it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        asked, changed = _ASKING.get(func), _CHANGING.get(func)
-        made = func in _MAKING and "dtype" not in kwargs
-        laid = func in _OF_LAYOUT
-        if (asked or changed or made or laid) and not _question_of_library(sys._getframe(1)):
-            if laid:
-                self.layout = True
-            elif asked:
-                self._note(asked, args[0], result)
-            elif changed:
-                self.refused.append(
-                    f"changes what the backward pass does by {changed} of a tensor, which a graph would lose"
-                )
-            elif result.is_floating_point() or result.is_complex():
-                self._note_state("get_default_dtype", (), self._before["get_default_dtype"])
-        return result
-
-    def _note(self, name: str, tensor: torch.Tensor, answer: Any) -> None:
-        argument, _, before = self._arguments.get(id(tensor), ("", None, {}))
-        if name in before and answer is before[name] and answer in (True, False, None):
-            condition = Condition(f"{argument}.{name}", "is", repr(answer))
-            if condition not in self.conditions:
-                self.conditions.append(condition)
-            return
-        self.refused.append(
-            f"asks for {name} of a tensor, which depends on what is trained when the graph runs"
-        )
-
-    def _note_state(self, name: str, args: tuple[Any, ...], answer: Any) -> None:
-        if name == "is_grad_enabled":
-            self.grad_mode = True
-            return
-        if name in _GRAD_MODE:
-            self.refused.append(OF_GRAD_MODE)
-            return
-        # What it says in between is decided by what it says before, and by the code.
-        answer = self._before.get(name, answer)
-        self._reads.setdefault((name, args), _answer(name, args, answer))
-
-    def _listening(self, name: str, function: Any) -> Any:
-        @functools.wraps(function)
-        def asked(*args: Any, **kwargs: Any) -> Any:
-            answer = function(*args, **kwargs)
-            if threading.get_ident() == self._thread and not _question_of_library(sys._getframe(1)):
-                self._note_state(name, tuple(map(str, (*args, *kwargs.values()))), answer)
-            return answer
-
-        return asked
-
-    def _looking_up(self) -> Any:
-        def read(this: Any, name: Any) -> Any:
-            asker: Any = sys._getframe(1)
-            while asker.f_globals.get("__name__") in ("os", "_collections_abc"):
-                asker = asker.f_back
-            if threading.get_ident() == self._thread and not _question_of_library(asker):
-                path = Path(ModuleRoot("os")).attribute("environ").attribute("get")
-                self._reads.setdefault(
-                    ("environ", (name,)), Read(path, "answer", ((name,), _found(this, name)))
-                )
-            return _ENVIRONMENT(this, name)
-
-        return read
-
-    def _applied(self) -> Any:
-        def read(cls: type, name: str) -> Any:
-            if (
-                name == "_backward_cls"
-                and threading.get_ident() == self._thread
-                and (cls.__module__ or "").partition(".")[0] not in _LIBRARIES
-            ):
-                self.refused.append(f"calls an autograd function ({cls.__qualname__})")
-            return type.__getattribute__(cls, name)
-
-        return read
-
-
-_ENVIRONMENT = os._Environ.__getitem__
-
-
-def _found(environment: Any, name: Any) -> Any:
-    try:
-        return _ENVIRONMENT(environment, name)
-    except KeyError:
-        return None
-
-
-def _answer(name: str, args: tuple[Any, ...], answer: Any) -> Read:
-    return Read(Path(ModuleRoot("torch")).attribute(name), "answer", (args, answer))
-
-
-def _question_of_library(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES
