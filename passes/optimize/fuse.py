@@ -24,7 +24,19 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
-from lora_fx.ir import META_KEY, Capture, FusedBranch, Pass, PassResult, Region, Role, Tag, join
+from lora_fx.ir import (
+    DEFAULT_MEMORY,
+    META_KEY,
+    Capture,
+    FusedBranch,
+    Memory,
+    Pass,
+    PassResult,
+    Region,
+    Role,
+    Tag,
+    join,
+)
 from lora_fx.passes.graph import arguments, copy_graph, edit_graphs, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
@@ -110,16 +122,21 @@ def _fits(product: Product, region: Region) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Fuse(Pass):
-    """The pass."""
+    """The pass.
 
+    Attributes:
+        memory: With "balanced", a function that can keep less for the backward does so.
+    """
+
+    memory: Memory = DEFAULT_MEMORY
     name: ClassVar[str] = "fuse"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Edits every graph that has branches."""
-        return edit_graphs(capture, _fused)
+        return edit_graphs(capture, lambda region: _fused(region, self.memory))
 
 
-def _fused(region: Region) -> fx.Graph | None:
+def _fused(region: Region, memory: Memory) -> fx.Graph | None:
     """The graph with every branch fused that can be; None if there is none."""
     if not any(_offer(node) for node in region.graph.nodes):
         return None
@@ -127,12 +144,14 @@ def _fused(region: Region) -> fx.Graph | None:
     copied = dataclasses.replace(region, graph=graph)
     nodes = {node.name: node for node in graph.nodes}
     # One after the other, as values flow: what one operation gives may be what the next one reads.
-    fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
+    fused = [_fuse(node, copied, nodes, memory) for node in nodes.values() if _offer(node)]
     graph.lint()
     return graph if any(fused) else None
 
 
-def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
+def _fuse(
+    total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory
+) -> bool:
     """Puts one node in place of an operation and its branch; False where that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
@@ -149,6 +168,8 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
         options = {"dropout": nodes[p], "training": nodes[training]}
     if branch.padding is not None:
         options["rows"] = (branch.padding[0], found.outputs - branch.padding[1])
+    if memory == "balanced" and found.kernel is None:
+        options |= branch.less
     options |= found.kernel or {}
     with graph.inserting_before(total):
         weight = found.weight
