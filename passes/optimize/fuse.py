@@ -149,9 +149,7 @@ def _fused(region: Region, memory: Memory) -> fx.Graph | None:
     return graph if any(fused) else None
 
 
-def _fuse(
-    total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory
-) -> bool:
+def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory) -> bool:
     """Puts one node in place of an operation and its branch; False where that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]

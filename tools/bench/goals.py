@@ -172,7 +172,9 @@ def decomposed_saved(found: Measured) -> Verdict | None:
     if sizes is None:
         return None
     plain, dropped, fast, peft = sizes
-    text = f"{plain:.1f} MiB; p = 0.05 {dropped:.1f}; with memory='fast' {fast:.1f}; PEFT {peft:.1f}"
+    text = (
+        f"{plain:.1f} MiB; p = 0.05 {dropped:.1f}; with memory='fast' {fast:.1f}; PEFT {peft:.1f}"
+    )
     return Verdict(text, plain - 25, " MiB")
 
 
