@@ -229,7 +229,8 @@ class Fold(_Folded):
             merged = out.view(old.shape) if site.order is None else out.new_empty(old.shape)
         parts = self._parts(wide, old.device, exactly=dtype is torch.float64)
         finite = True
-        for start, source in zip(range(0, features, step), old.split(step, axis), strict=True):
+        for start in range(0, features, step):
+            source = old.narrow(axis, start, min(step, features - start))
             total = memory[: source.numel()].view(source.shape).copy_(source)
             self._add(total, start, parts)
             if merged is None:
