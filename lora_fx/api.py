@@ -214,7 +214,8 @@ def rewrite(
             Dropout draws other numbers with than without.
         memory: What a training step keeps for its backward: "fast" keeps the input of each product; with
             "balanced", the outputs of norms, activations and gated products are recomputed from their inputs,
-            which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Outputs are the same bits.
+            which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`), and square layers with DoRA
+            compute their product twice, for the gradient of the magnitude. Outputs are the same bits.
             Without ``optimize`` it has no effect.
         loss: "chunked" computes a cross entropy of the output head, in a training call of the model, a few
             rows at a time (:mod:`lora_fx.runtime.logits`): logits of all tokens, their softmax and their

@@ -123,7 +123,7 @@ def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
 
 
 def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
-    return Fuse(), ShareInputs(), *_cheaper_passes(memory)
+    return Fuse(memory), ShareInputs(), *_cheaper_passes(memory)
 
 
 def _cheaper_passes(memory: Memory) -> tuple[Pass, ...]:

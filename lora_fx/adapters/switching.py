@@ -23,7 +23,7 @@ from lora_fx.ir import (
 )
 from lora_fx.passes.capture import written_out
 from lora_fx.passes.graph import install, is_region, uninstall
-from lora_fx.passes.insert import ROWS, check_rows
+from lora_fx.passes.insert import ROWS
 from lora_fx.passes.parameters import (
     base_parameters,
     check_intact,
@@ -85,7 +85,6 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
         ConfigError: If two have something in the same place of the base, or (``per_sample``) one has any.
     """
     for name in names if per_sample else ():
-        check_rows(record.adapters[name].sites)
         for parameter in record.adapters[name].own:
             raise ConfigError(
                 f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialization that "

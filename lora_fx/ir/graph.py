@@ -126,6 +126,7 @@ class FusedBranch:
         rows: The functions, plain and over a quantized weight, that compute the operation with the branches
             of several adapters, each of which has rows of its own; None if nothing computes that.
         first: Whether nothing comes between the operation and the branch.
+        less: Options of the function with which it keeps less for the backward, and computes more.
     """
 
     function: Callable[..., Any]
@@ -138,6 +139,7 @@ class FusedBranch:
     padding: tuple[int, int] | None = None
     rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     first: bool = True
+    less: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

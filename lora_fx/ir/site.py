@@ -414,6 +414,7 @@ class OutputBuilder(BranchBuilder, Protocol):
         *more: Any,
         quantized: Callable[..., Any] | None = None,
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        less: Mapping[str, Any] | None = None,
     ) -> None:
         """Say which function computes an operation with its branch, where that is :meth:`low_rank`.
 
@@ -424,6 +425,8 @@ class OutputBuilder(BranchBuilder, Protocol):
             rows: What computes the operation with the branches of several adapters, each of which has rows of
                 its own, and the same over a quantized weight. They take what
                 :func:`lora_fx.runtime.fused_rows.lora_rows` takes. None if nothing computes that.
+            less: Options with which ``function`` keeps less for the backward, and computes more: what
+                ``memory="balanced"`` takes.
         """
 
 

@@ -26,7 +26,7 @@ _LINEAR = (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
 
 
 def _makes_base_again(site: Site) -> bool:
-    """Whether the base product is made again for the gradient of a magnitude.
+    """Whether a step that is to keep less makes the base product again for the gradient of a magnitude.
 
     What a layer that widens gives is nearly always kept by the next one (an activation), and what one gives
     that narrows is small beside its work: there the output is kept. docs/benchmarks.md has both costs.
@@ -75,7 +75,7 @@ class Dora(AdapterKind):
     def costs(self, site: Site) -> Costs:
         """A product and a sum for each output feature; the norm does not depend on the number of tokens."""
         out = site.out_features
-        return Costs(out, 2 * out, 0 if _makes_base_again(site) else out)
+        return Costs(out, 2 * out, out)
 
     def start(self, slot: Slot, given: Starting) -> Tensor:
         """``‖W + s·BA‖``: the gain is 1 to the last bit before training (equation 5)."""
@@ -112,7 +112,8 @@ class Dora(AdapterKind):
         if self.bias and not build.bias_taken:
             up = build.call(Role.UP, operator.add, up, build.spread(build.cast_slot(BIAS)))
         if not self.bias:
-            build.fuse_by(fused_dora.dora_linear, gains, _again(build))
+            less = {"again": True} if _again(build) else None
+            build.fuse_by(fused_dora.dora_linear, gains, less=less)
         if build.padding is not None:
             up = build.padded(up)
             gains = build.call(Role.PAD, F.pad, gains, build.padding, "constant", 1.0)

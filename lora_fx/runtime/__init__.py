@@ -38,6 +38,7 @@ from lora_fx.runtime.ops import (
 from lora_fx.runtime.parts import called_by_all, check_equal
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
+    COLUMNS,
     IDS,
     SampleRows,
     add_rows,
@@ -58,6 +59,7 @@ from lora_fx.runtime.watch import CODES, GRAPH, Hooked, disarm, entry, is_checke
 __all__ = [
     "BASE",
     "CODES",
+    "COLUMNS",
     "GRAPH",
     "IDS",
     "AdapterDropouts",

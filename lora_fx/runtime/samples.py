@@ -26,6 +26,7 @@ from lora_fx.runtime.row_tracking import Follower
 
 __all__ = [
     "CLOSED",
+    "COLUMNS",
     "FOLDED",
     "FOLLOWED",
     "IDS",
@@ -60,6 +61,10 @@ _T = TypeVar("_T")
 CLOSED, TRUSTED, FOLDED, FOLLOWED = range(4)
 """What is known of the call that is running: there is none; one whose sites have the samples as their rows;
 one with several rows for each sample, too; one that is followed to find out."""
+
+COLUMNS = -1
+"""The axis of the samples where a weight is on the left of its product: they are the columns of a matrix, or
+lie before both dimensions of a product."""
 
 _followers: list[Follower] = []
 """Those of the calls that are followed at this moment."""
@@ -252,6 +257,8 @@ def select_rows(
     repeats: int = 1,
     state: int = FOLDED,
     weight: str = "",
+    axis: int = 0,
+    least: int = 0,
 ) -> Tensor:
     """The part of an activation that belongs to some samples.
 
@@ -263,16 +270,20 @@ def select_rows(
         repeats: How many times in a row the batch may have each sample.
         state: What is known of the call.
         weight: Name of the adapted weight in its module.
+        axis: Which axis has the samples, if it is not the first one; or :data:`COLUMNS`.
+        least: How many dimensions x has if it has one of samples.
 
     Returns:
         [n, ...], [n * repeats, ...] or [n * t, ...].
 
     Raises:
-        ConfigError: If the first dimension is not that of the samples.
+        ConfigError: If that dimension is not that of the samples.
     """
+    x, axis = _led_by(x, axis, least, weight)
     if state == FOLLOWED:
         _followers[-1].check_site(x, weight)
-    return x.index_select(0, _expanded(x, rows, samples, repeats, state))
+    found = x.index_select(0, _expanded(x, rows, samples, repeats, state))
+    return found.movedim(0, axis) if axis else found
 
 
 def add_rows(
@@ -283,6 +294,8 @@ def add_rows(
     repeats: int = 1,
     state: int = FOLDED,
     weight: str = "",
+    axis: int = 0,
+    least: int = 0,
 ) -> Tensor:
     """Adds to the rows of some samples, in place.
 
@@ -294,11 +307,15 @@ def add_rows(
         repeats: How many times in a row the batch may have each sample.
         state: What is known of the call.
         weight: Name of the adapted weight in its module.
+        axis: As for :func:`select_rows`, as the next one.
+        least: See there.
     """
-    result = total.index_add_(0, _expanded(total, rows, samples, repeats, state), delta)
+    led, axis = _led_by(total, axis, least, weight)
+    delta = delta.movedim(axis, 0) if axis else delta
+    result = led.index_add_(0, _expanded(led, rows, samples, repeats, state), delta)
     if state == FOLLOWED:
         _followers[-1].presume(result, weight)
-    return result
+    return result.movedim(0, axis) if axis else result
 
 
 def put_rows(
@@ -309,12 +326,28 @@ def put_rows(
     repeats: int = 1,
     state: int = FOLDED,
     weight: str = "",
+    axis: int = 0,
+    least: int = 0,
 ) -> Tensor:
     """Replaces the rows of some samples, in place; as :func:`add_rows`, with what they are to be."""
-    result = total.index_copy_(0, _expanded(total, rows, samples, repeats, state), values)
+    led, axis = _led_by(total, axis, least, weight)
+    values = values.movedim(axis, 0) if axis else values
+    result = led.index_copy_(0, _expanded(led, rows, samples, repeats, state), values)
     if state == FOLLOWED:
         _followers[-1].presume(result, weight)
-    return result
+    return result.movedim(0, axis) if axis else result
+
+
+def _led_by(x: Tensor, axis: int, least: int, weight: str) -> tuple[Tensor, int]:
+    """A view whose first axis is that of the samples, and which axis that was."""
+    if x.dim() < least:
+        raise ConfigError(
+            f"{weight}: an activation of shape {tuple(x.shape)} has no dimension of samples, only those that "
+            "the weight is multiplied with: choose one adapter for the whole batch"
+        )
+    if axis == COLUMNS:
+        axis = 1 if x.dim() == 2 else 0
+    return (x.movedim(axis, 0) if axis else x), axis
 
 
 def rows_of(x: Tensor, table: SampleRows, adapter: str) -> Tensor:

@@ -12,7 +12,7 @@ from lora_fx.passes.insert.add_factors import (
     start_factors,
 )
 from lora_fx.passes.insert.insert_branches import Insert, See, observed
-from lora_fx.passes.insert.select_rows import ROWS, SelectRows, check_rows
+from lora_fx.passes.insert.select_rows import ROWS, SelectRows
 from lora_fx.passes.insert.starts import (
     Start,
     data_start,
@@ -34,7 +34,6 @@ __all__ = [
     "Start",
     "TrainTokens",
     "Unfreeze",
-    "check_rows",
     "computed_starts",
     "data_start",
     "drop_site",

@@ -214,6 +214,7 @@ class Branch(Writer):
         *more: Any,
         quantized: Callable[..., Any] | None = None,
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+        less: Mapping[str, Any] | None = None,
     ) -> None:
         """Note which function computes the operation with its branch."""
         if not self._low_rank:
@@ -229,6 +230,7 @@ class Branch(Writer):
             self.padding,
             rows,
             self.total is self.base,
+            less or {},
         )
 
     def finish(self, up: fx.Node | None) -> fx.Node:

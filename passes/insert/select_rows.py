@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from torch import fx
@@ -20,7 +19,6 @@ from torch import fx
 from lora_fx.errors import ConfigError
 from lora_fx.ir import (
     META_KEY,
-    PlannedSite,
     Region,
     Role,
     Tag,
@@ -29,8 +27,9 @@ from lora_fx.ir import (
     tag_of,
 )
 from lora_fx.passes.graph import GraphPass, copy_graph
-from lora_fx.passes.patterns import constant_of
+from lora_fx.passes.patterns import Product, constant_of, product_of, rows_of_einsum
 from lora_fx.runtime import (
+    COLUMNS,
     add_rows,
     ends_selected,
     experts,
@@ -42,31 +41,10 @@ from lora_fx.runtime import (
     select_rows,
 )
 
-__all__ = ["ROWS", "SelectRows", "check_rows"]
+__all__ = ["ROWS", "SelectRows"]
 
 ROWS = "lora_rows"
 """Name of the :class:`lora_fx.runtime.samples.SampleRows` beside the factors of a site."""
-
-
-def check_rows(rows: Iterable[PlannedSite]) -> None:
-    """Refuses sites whose activations do not have the samples as their rows.
-
-    Raises:
-        ConfigError: For products with the weight on the left, whose rows are features, and for einsums.
-    """
-    for row in rows:
-        if row.site.experts:
-            continue  # the pass sees whether it knows their rows
-        if any(call.pattern == "einsum" for call in row.site.calls):
-            raise ConfigError(
-                f"{row.name}: it is written as an einsum, whose samples may be any of its letters: "
-                "choose one adapter for the whole batch"
-            )
-        if any(call.left for call in row.site.calls):
-            raise ConfigError(
-                f"{row.name}: the weight is on the left of its product, so that the rows of the "
-                "activation are features, not samples: choose one adapter for the whole batch"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +62,8 @@ class SelectRows(GraphPass):
         """Cut down every branch of a graph to its rows.
 
         Raises:
-            ConfigError: For experts whose rows are not known to be tokens.
+            ConfigError: For experts whose rows are not known to be tokens, and for einsums all of whose axes
+                the weight has, too.
         """
         if not any(_adapter_of(node) for node in region.graph.nodes):
             return None
@@ -106,6 +85,44 @@ class SelectRows(GraphPass):
 def _adapter_of(node: fx.Node) -> str:
     tag = tag_of(node)
     return "" if tag is None else tag.adapter
+
+
+class _Axes(NamedTuple):
+    """Where the rows are in what an operation reads and gives.
+
+    Attributes:
+        given, result: The axis in each; :data:`lora_fx.runtime.samples.COLUMNS` for a weight on the left.
+        least: How many dimensions what it reads has at least; 0 where that is not asked.
+        base: The operation.
+    """
+
+    given: int = 0
+    result: int = 0
+    least: int = 0
+    base: fx.Node | None = None
+
+
+_FIRST = _Axes()
+
+
+def _axes(node: fx.Node, region: Region) -> _Axes:
+    """Where the rows of an operation are.
+
+    Raises:
+        ConfigError: If it is an einsum without an axis for them.
+    """
+    product = product_of(node, region)
+    if isinstance(product, Product):
+        return _Axes(COLUMNS, COLUMNS, 2) if product.left else _FIRST
+    found = rows_of_einsum(node, region)
+    if isinstance(found, str):
+        tag: Tag = node.meta[META_KEY]
+        raise ConfigError(
+            f"{join(region.fqn, tag.weight)}: no axis of the activation of einsum {found!r} can be that of "
+            "the samples, since it sums over all of them or the weight has them, too: choose one adapter for "
+            "the whole batch"
+        )
+    return _FIRST if found is None else _Axes(*found)
 
 
 class _Gather(NamedTuple):
@@ -175,6 +192,23 @@ class _Work:
         self._holders: dict[tuple[str, str], str] = {}
         self._made: dict[Any, fx.Node] = {}
         self._experts = weights
+        self._axes = self._axes_of_branches()
+
+    def _axes_of_branches(self) -> dict[fx.Node, _Axes]:
+        """Where the rows are for each node of a branch: what it is added to, behind it, says that."""
+        found: dict[fx.Node, _Axes] = {}
+        ahead: dict[tuple[str, str], _Axes] = {}
+        for node in reversed(self._region.graph.nodes):
+            if not _adapter_of(node) or self._of_experts(tag := node.meta[META_KEY]):
+                continue
+            key = (tag.weight, tag.adapter)
+            if tag.role is Role.ADD:
+                base = node
+                while role_of(base) is Role.ADD:
+                    base = base.args[0]
+                ahead[key] = _axes(base, self._region)._replace(base=base)
+            found[node] = ahead.get(key, _FIRST)
+        return found
 
     def note(self, node: fx.Node, tag: Tag) -> None:
         """Remembers where the factors of a branch are: the rows lie beside them."""
@@ -182,18 +216,28 @@ class _Work:
             holder = str(node.target).rpartition(".")[0].rpartition(".")[0]
             self._holders.setdefault((tag.weight, tag.adapter), holder)
 
-    def select(self, node: fx.Node, tag: Tag) -> None:
-        """Lets a node of a branch read the adapter's rows of whatever activation comes from outside."""
+    def select(self, node: fx.Node, tag: Tag, *, results: bool = False) -> None:
+        """Lets a node of a branch read the adapter's rows of whatever activation comes from outside.
+
+        Args:
+            node: The node.
+            tag: Its tag.
+            results: Whether it reads what the operation gives, and not what that reads.
+        """
         if self._of_experts(tag):
             self._select_of_experts(node, tag)
             return
+        own = self._axes[node]
 
         def cut(read: fx.Node) -> fx.Node:
             if self._stays(read):
                 return read
             if read.target is output_padding:
                 return read  # numbers that all samples share
-            return self._call(("select", read, tag), node, tag, select_rows, read)
+            # Both are read by what spreads a vector over the features of the output.
+            axes = _Axes(own.result) if results or read is own.base else own
+            key = ("select", read, axes.given, axes.least, tag)
+            return self._call(key, node, tag, select_rows, read, axes=axes)
 
         node.args = fx.map_arg(node.args, cut)
         node.kwargs = fx.map_arg(node.kwargs, cut)
@@ -209,13 +253,15 @@ class _Work:
             node.replace_all_uses_with(new)
             node.graph.erase_node(node)
         elif node.target is operator.add:
-            new = self._call(("add", node), node, tag, add_rows, total, node.args[1])
+            axes = _Axes(self._axes[node].result)
+            new = self._call(("add", node), node, tag, add_rows, total, node.args[1], axes=axes)
             node.replace_all_uses_with(new)
             node.graph.erase_node(node)
         else:
-            self.select(node, tag)
+            self.select(node, tag, results=True)
             node.meta[META_KEY] = dataclasses.replace(tag, role=Role.SCALE)
-            new = self._call(("put", node), node.next, tag, put_rows, total, node)
+            axes = _Axes(self._axes[node].result)
+            new = self._call(("put", node), node.next, tag, put_rows, total, node, axes=axes)
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _stays(self, read: fx.Node) -> bool:
@@ -266,7 +312,15 @@ class _Work:
             )
         return self._made[key]
 
-    def _call(self, key: Any, before: fx.Node, tag: Tag, function: Any, *args: Any) -> fx.Node:
+    def _call(
+        self,
+        key: Any,
+        before: fx.Node,
+        tag: Tag,
+        function: Any,
+        *args: Any,
+        axes: _Axes = _FIRST,
+    ) -> fx.Node:
         if isinstance(key[-1], Tag):
             # One selection for all nodes of a branch.
             key = (*key[:-1], tag.weight, tag.adapter)
@@ -278,7 +332,9 @@ class _Work:
                 samples = graph.get_attr(join(holder, "samples"))
                 repeats = graph.get_attr(join(holder, "repeats"))
                 state = graph.get_attr(join(holder, "state"))
-                known = (samples, repeats, state, tag.weight)
+                known: tuple[Any, ...] = (samples, repeats, state, tag.weight)
+                if (axes.given, axes.least) != (0, 0):
+                    known = (*known, axes.given, axes.least)
                 given = (
                     (args[0], rows, *args[1:]) if function is not rows_of_tokens else (*args, rows)
                 )

@@ -8,6 +8,7 @@ Trained rows of an embedding are written into it as they are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,8 +34,10 @@ from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 __all__ = [
     "Fold",
     "TokenFold",
+    "Workspace",
     "cannot_overflow",
     "delta_weight",
+    "is_finite",
     "merged_biases",
     "tied_tokens",
     "token_weights",
@@ -223,6 +226,24 @@ def _largest(values: torch.Tensor) -> float:
 _CHUNK = 1 << 18
 
 
+class Workspace:
+    """Memory that all folds of a merge compute in, one after the other.
+
+    What is new to the process takes longer to get than what is computed in it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def take(self, use: str, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for some numbers, with any values in it: the same one each time that a use is named."""
+        key = (use, dtype, device)
+        found = self._kept.get(key)
+        if found is None or len(found) < count:
+            found = self._kept[key] = torch.empty(count, dtype=dtype, device=device)
+        return found[:count]
+
+
 class _Part(NamedTuple):
     """What a site adds.
 
@@ -276,11 +297,13 @@ class Fold(_Folded):
         model: The rewritten model.
         record: Its record.
         rows: Sites of the weight, each with the name of its adapter.
+        workspace: What it computes in.
     """
 
     model: nn.Module
     record: Record
     rows: tuple[tuple[PlannedSite, str], ...]
+    workspace: Workspace = dataclasses.field(default_factory=Workspace, compare=False, repr=False)
 
     def check(self, old: torch.Tensor) -> None:
         """Finds what :meth:`fold_into` cannot undo; nothing of the weight's size is made.
@@ -342,11 +365,12 @@ class Fold(_Folded):
         features = old.shape[axis]
         step = features if site.groups > 1 else max(1, _CHUNK * features // max(1, old.numel()))
         step, size = min(step, features), old.numel() // max(1, features)
-        # Memory that is new to the process takes longer than what is computed in it.
-        memory = torch.empty(step * size, dtype=wide, device=old.device)
+        device, take = old.device, self.workspace.take
+        memory = take("sums", step * size, wide, device)
         dtype = old.dtype if out is None else out.dtype
-        scratch = rounding_memory(dtype, memory)
-        rehearsed = old.new_empty(0 if out is not None else step * size)
+        needed = rounding_memory(dtype, memory)
+        scratch = take("rounding", needed, torch.float32, device) if needed else None
+        rehearsed = take("rehearsal", 0 if out is not None else step * size, dtype, device)
         merged = out
         if out is not None:
             # Dimensions that are permuted and joined have memory of their own until they are put back.
@@ -362,10 +386,10 @@ class Fold(_Folded):
             else:
                 part = merged.narrow(axis, start, source.shape[axis])
             round_into(part, total, scratch)
-            finite = finite and (checked or _is_finite(part))
+            finite = finite and (checked or is_finite(part))
         if out is not None and merged is not None and site.order is not None:
             out.copy_(site.stored(merged))
-        if not finite and _is_finite(old):
+        if not finite and is_finite(old):
             raise MergeError(
                 f"{self.name}: the merged weight overflows {dtype}; merge in a wider dtype"
             )
@@ -397,7 +421,7 @@ class Fold(_Folded):
 
     def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
         """Adds everything to a slice of the weight that begins at ``start``."""
-        plain = not any(kind_of(row).transforms for row, _ in self.rows)
+        plain = self._plain
         if plain and all(part.slices is not None for part in parts):
             sum_exactly(total, lambda: self._terms(total, start, parts))
             return
@@ -449,7 +473,12 @@ class Fold(_Folded):
             for values in _exact_terms(row, part.slices, shape):
                 yield Term(values, row.site.axis, low)
 
-    @property
+    @functools.cached_property
+    def _plain(self) -> bool:
+        """Whether no kind makes another weight of the sum."""
+        return not any(kind_of(row).transforms for row, _ in self.rows)
+
+    @functools.cached_property
     def _moved(self) -> tuple[str, ...]:
         """The adapters whose initialization has changed the weight itself."""
         weight = self.rows[0][0].site.weight
@@ -472,8 +501,11 @@ class Fold(_Folded):
             yield site.applied(gathered(self.record.originals[site.weight])), -1
 
 
-def _is_finite(values: torch.Tensor) -> bool:
-    """One pass without a temporary; a minimum and a maximum take over what is not a number."""
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no element is infinite or NaN, in one pass without a temporary.
+
+    A minimum and a maximum take over what is not a number.
+    """
     return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
 
 

@@ -49,7 +49,15 @@ from lora_fx.passes.merge.dense import (
     stripped,
     values_of,
 )
-from lora_fx.passes.merge.fold import Fold, TokenFold, merged_biases, tied_tokens, token_weights
+from lora_fx.passes.merge.fold import (
+    Fold,
+    TokenFold,
+    Workspace,
+    is_finite,
+    merged_biases,
+    tied_tokens,
+    token_weights,
+)
 from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
@@ -517,7 +525,10 @@ def merge(
     every = [pair for several in rows.values() for pair in several]
     common = dtype or (None if requantize else dtype_of_all(result))
     biases = merged_biases(model, result, every, full, common)
-    changes: dict[str, Fold | TokenFold] = {w: Fold(model, record, r) for w, r in rows.items()}
+    workspace = Workspace()
+    changes: dict[str, Fold | TokenFold] = {
+        weight: Fold(model, record, several, workspace) for weight, several in rows.items()
+    }
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
     over = frozenset() if into is None else _written_over(into, full)
     _check_named(result, record, (*changes, *biases, *full), over)
@@ -663,7 +674,7 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
             f"{row.name}: adapter {adapter!r} is on the meta device and has no values to merge: load them "
             "first, with load_state_dict(..., assign=True)"
         )
-    if not all(torch.isfinite(factor).all() for factor in present):
+    if not all(map(is_finite, present)):
         raise MergeError(
             f"{row.name}: adapter {adapter!r} has factors that are not finite; nothing was merged"
         )

@@ -162,14 +162,15 @@ def round_into(
     Args:
         result: What is written.
         values: The values, of the same shape.
-        scratch: :func:`rounding_memory`, for callers that round many slices: new memory takes longer than
-            the rounding itself.
+        scratch: As many fp32 numbers as :func:`rounding_memory` says, for callers that round many slices:
+            new memory takes longer than the rounding itself.
     """
-    if scratch is None:
-        scratch = rounding_memory(result.dtype, values)
-    if scratch is None or not values.numel():
+    needed = rounding_memory(result.dtype, values)
+    if not needed or not values.numel():
         result.copy_(values)
         return
+    if scratch is None:
+        scratch = torch.empty(needed, dtype=torch.float32, device=values.device)
     size, values = values.numel(), values.reshape(-1)
     near, rest = scratch[:size], scratch[size : 2 * size].view(result.dtype)
     low, high = rest[:size], rest[size:]
@@ -186,16 +187,16 @@ def round_into(
     result.copy_(low.view(result.shape))
 
 
-def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> torch.Tensor | None:
-    """What :func:`round_into` works in: two fp32 elements a value; None where it needs no memory.
+def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> int:
+    """How many fp32 numbers :func:`round_into` works in: two for a value, or none.
 
     Args:
         dtype: What is rounded to.
         values: The values, or as many as are rounded at a time.
     """
     if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
-        return None
-    return torch.empty(2 * values.numel(), dtype=torch.float32, device=values.device)
+        return 0
+    return 2 * values.numel()
 
 
 def _by_odd(values: torch.Tensor) -> torch.Tensor:

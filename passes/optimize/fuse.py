@@ -25,8 +25,10 @@ from torch import fx
 
 from lora_fx.formats import quantization_of, quantized_linear
 from lora_fx.ir import (
+    DEFAULT_MEMORY,
     META_KEY,
     FusedBranch,
+    Memory,
     Region,
     Role,
     Tag,
@@ -120,8 +122,13 @@ def _fits(product: Product, region: Region) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Fuse(GraphPass):
-    """Puts one node in place of each operation and its branch, where a function computes both."""
+    """Puts one node in place of each operation and its branch, where a function computes both.
 
+    Attributes:
+        memory: With "balanced", a function that can keep less for the backward does so.
+    """
+
+    memory: Memory = DEFAULT_MEMORY
     name: ClassVar[str] = "fuse"
 
     def edited(self, region: Region) -> fx.Graph | None:
@@ -132,12 +139,12 @@ class Fuse(GraphPass):
         copied = dataclasses.replace(region, graph=graph)
         nodes = {node.name: node for node in graph.nodes}
         # One after the other, as values flow: what one operation gives may be what the next one reads.
-        fused = [_fuse(node, copied, nodes) for node in nodes.values() if _offer(node)]
+        fused = [_fuse(node, copied, nodes, self.memory) for node in nodes.values() if _offer(node)]
         graph.lint()
         return graph if any(fused) else None
 
 
-def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
+def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory) -> bool:
     """Puts one node in place of an operation and its branch; False where that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
@@ -154,6 +161,8 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node]) -> bool:
         options = {"dropout": nodes[p], "training": nodes[training]}
     if branch.padding is not None:
         options["rows"] = (branch.padding[0], found.outputs - branch.padding[1])
+    if memory == "balanced" and found.kernel is None:
+        options |= branch.less
     options |= found.kernel or {}
     with graph.inserting_before(total):
         weight = found.weight

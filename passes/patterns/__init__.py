@@ -7,7 +7,7 @@ from typing import Protocol
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Pattern
 from lora_fx.passes.patterns.conv import ConvPattern, ConvTransposePattern
-from lora_fx.passes.patterns.einsum import EinsumPattern
+from lora_fx.passes.patterns.einsum import EinsumPattern, rows_of_einsum
 from lora_fx.passes.patterns.embedding import EmbeddingPattern, lookup
 from lora_fx.passes.patterns.experts import ExpertsPattern, GroupedPattern
 from lora_fx.passes.patterns.linear import (
@@ -37,6 +37,7 @@ __all__ = [
     "patterns",
     "product_of",
     "register_pattern",
+    "rows_of_einsum",
     "site_name",
     "splits",
     "weight_of",

@@ -25,7 +25,7 @@ from lora_fx.passes.patterns.linear import LinearPattern
 from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
 from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 
-__all__ = ["EinsumPattern"]
+__all__ = ["EinsumPattern", "rows_of_einsum"]
 
 _EINSUM = (torch.einsum, torch.functional.einsum, torch.ops.aten.einsum.default)
 _NAMES = "equation operands second"  # aten takes the operands in a list
@@ -197,6 +197,35 @@ def _see(node: fx.Node, region: Region) -> _Seen | Match:
             letters = letters[:-2] + letters[-1] + letters[-2]
         return _Seen(activation, view, (terms[x], letters, out))
     return None
+
+
+def rows_of_einsum(node: fx.Node, region: Region) -> tuple[int, int, int] | str | None:
+    """Where the rows of an einsum's activation are: on its first axis that the weight does not have.
+
+    Returns:
+        The axis in the activation, that in the output, and how many dimensions the activation has at
+        least; the equation where it has no such axis. None for any other operation.
+    """
+    seen = _see(node, region)
+    if not isinstance(seen, _Seen):
+        return None
+    x, weight, out = (_letters(term) for term in seen.terms)
+    for place, letter in enumerate(x):
+        if letter in weight or (x.count(letter), out.count(letter)) != (1, 1):
+            continue
+        at = out.index(letter)
+        if _MANY not in x[:place] and _MANY not in out[:at]:
+            return place, at, len(x)
+    return "{},{}->{}".format(*seen.terms)
+
+
+_MANY = "..."
+
+
+def _letters(term: str) -> list[str]:
+    """The letters of a term, and its ellipsis as one of them."""
+    before, many, behind = term.partition(_MANY)
+    return [*before, *([many] if many else []), *behind]
 
 
 def _implicit(terms: list[str]) -> str:

@@ -369,8 +369,8 @@ def test_parity_gate_sees_wrong_results(
 ) -> None:
     run = OnnxSession.run
 
-    def distorted(self: OnnxSession, inputs: Any) -> dict[str, Any]:
-        outputs = run(self, inputs)
+    def distorted(self: OnnxSession, inputs: Any, **options: Any) -> dict[str, Any]:
+        outputs = run(self, inputs, **options)
         (value,) = outputs.values()
         if wrong == "shape":
             return {"output": value[:, :1]}
@@ -388,8 +388,8 @@ def test_an_axis_on_which_the_file_is_wrong_is_fixed_and_the_report_says_why(
 ) -> None:
     run = OnnxSession.run
 
-    def late(self: OnnxSession, inputs: Any) -> dict[str, Any]:
-        (value,) = run(self, inputs).values()
+    def late(self: OnnxSession, inputs: Any, **options: Any) -> dict[str, Any]:
+        (value,) = run(self, inputs, **options).values()
         return {"output": value if len(value) == 2 else value + 1}
 
     monkeypatch.setattr(OnnxSession, "run", late)

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 
 import lora_fx
 from lora_fx import LoraConfig
@@ -272,9 +273,15 @@ def trained(dropout: float) -> nn.Module:
     return randomize_magnitudes(lora_fx.rewrite(base, config)).train()
 
 
-def kept_bytes(base: nn.Module, dropout: float, frozen: tuple[str, ...] = (), **options) -> int:
+def kept_bytes(
+    base: nn.Module,
+    dropout: float,
+    frozen: tuple[str, ...] = (),
+    memory: Any = "fast",
+    **options: Any,
+) -> int:
     config = LoraConfig(r=RANK, lora_dropout=dropout, target_modules=["0"], **options)
-    model = lora_fx.rewrite(base, config).train()
+    model = lora_fx.rewrite(base, config, memory=memory).train()
     for name in frozen:
         model[0].get_parameter(f"{name}.default").requires_grad_(False)
     x = torch.randn(TOKENS, FEATURES, requires_grad=True)
@@ -282,18 +289,37 @@ def kept_bytes(base: nn.Module, dropout: float, frozen: tuple[str, ...] = (), **
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_a_square_layer_keeps_what_lora_does_and_vectors(dropout: float) -> None:
+def test_a_balanced_square_layer_keeps_what_lora_does_and_vectors(dropout: float) -> None:
     base = nn.Sequential(nn.Linear(FEATURES, FEATURES))
     plain = kept_bytes(base, dropout)
-    found = kept_bytes(base, dropout, use_dora=True)
+    found = kept_bytes(base, dropout, use_dora=True, memory="balanced")
     # The gain, the norm that it is divided by, and what autograd keeps of the division: [out] each.
     assert plain < found <= plain + 3 * FEATURES * 4
     assert found < 1.1 * plain
 
 
+def step_flops(memory: Any, **options: Any) -> int:
+    base = nn.Sequential(nn.Linear(FEATURES, FEATURES))
+    config = LoraConfig(r=RANK, target_modules=["0"], **options)
+    model = lora_fx.rewrite(base, config, memory=memory).train()
+    x = torch.randn(TOKENS, FEATURES, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("memory", "products"), [("fast", 0), ("balanced", 1)])
+def test_only_a_balanced_square_layer_makes_its_product_again(memory: Any, products: int) -> None:
+    extra = step_flops(memory, use_dora=True) - step_flops(memory)
+    # W Aᵀ, A Aᵀ and B times that, for the norm.
+    norm = 2 * (FEATURES * RANK * FEATURES + RANK * FEATURES * RANK + FEATURES * RANK * RANK)
+    assert extra == norm + products * 2 * TOKENS * FEATURES * FEATURES
+
+
+@pytest.mark.parametrize("square", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
-def test_other_layers_keep_an_output_that_the_next_one_shares(dropout: float) -> None:
-    outputs = 2 * FEATURES
+def test_a_layer_keeps_an_output_that_the_next_one_shares(dropout: float, square: bool) -> None:
+    outputs = FEATURES if square else 2 * FEATURES
     base = nn.Sequential(nn.Linear(FEATURES, outputs))
     plain, found = (kept_bytes(base, dropout, use_dora=flag) for flag in (False, True))
     output = TOKENS * outputs * 4

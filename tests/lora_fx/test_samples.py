@@ -20,7 +20,7 @@ from lora_fx.runtime.samples import CLOSED, FOLDED, TRUSTED, add_rows, select_ro
 from tests.golden import check_golden, printed
 from tests.mixtures import MODELS
 from tests.numerics import assert_close, assert_same_bits
-from tests.zoo import FORMS, Form, Residual, tiny_llama
+from tests.zoo import FORMS, Einsum, Form, Residual, tiny_llama
 
 IDS = torch.randint(0, 11, (5, 4), generator=torch.Generator().manual_seed(0))
 
@@ -35,9 +35,9 @@ def three(base: nn.Module, **config: object) -> nn.Module:
 
 
 def alone(
-    model: nn.Module, x: torch.Tensor, ids: list[str | None], logits: bool = False
+    model: nn.Module, x: torch.Tensor, ids: list[str | None], logits: bool = False, axis: int = 0
 ) -> torch.Tensor:
-    """Sample by sample, each with its own adapter active."""
+    """Sample by sample, each with its own adapter active; samples of the output are on ``axis``."""
     before = lora_fx.active_adapters(model)
     rows = []
     for place, name in enumerate(ids):
@@ -45,7 +45,7 @@ def alone(
         out = model(x[place : place + 1])
         rows.append(out.logits.detach() if logits else out)
     lora_fx.set_adapter(model, before)
-    return torch.cat(rows)
+    return torch.cat(rows, axis)
 
 
 def test_every_sample_gets_its_own_adapter() -> None:
@@ -80,14 +80,111 @@ def test_every_form_takes_samples(form: Form) -> None:
     base, x = form.model(), form.x()
     model = three(base, target_modules=[form.site], rank_pattern={"op.*": 2 * form.groups})
     (call,) = next(iter(record_of(model).adapters["a"].sites)).site.calls
-    if call.left or form.pattern == "einsum":
-        with pytest.raises(ConfigError, match=r"the weight is on the left|as an einsum"):
-            lora_fx.set_adapter(model, list("abc"), per_sample=True)
-        return
     ids = [("a", "b", None)[place % 3] for place in range(len(x))]
+    if call.left and x.dim() == 2:
+        # What lies along its first axis is what the weight sums over.
+        with pytest.raises(ConfigError, match="op"), lora_fx.adapter_ids(model, ids):
+            model(x)
+        return
     with lora_fx.adapter_ids(model, ids):
         found = model(x)
-    assert_close(found, alone(model, x, ids))
+    lengths = zip(found.shape, alone(model, x[:1], ids[:1]).shape, strict=True)
+    axis = next((place for place, (several, one) in enumerate(lengths) if several != one), 0)
+    assert_close(found, alone(model, x, ids, axis=axis))
+
+
+class Mixing(nn.Module):
+    """A product whose samples are not on the first axis of what the weight is multiplied with."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.way = way
+        self.first = nn.Linear(5, 5)
+        self.kernel = nn.Parameter(torch.randn(7, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.way == "columns":
+            return (self.kernel @ x.T).T
+        if self.way == "features first":
+            return torch.einsum("oi,ib->ob", self.kernel, x.T).mT
+        if self.way == "turned":
+            return torch.einsum("bi,oi->ob", x, self.kernel).T
+        if self.way == "ellipsis":
+            return torch.einsum("...i,oi->...o", x, self.kernel)
+        return (self.kernel @ x[:, :, None])[..., 0]
+
+
+WAYS = ("columns", "features first", "turned", "ellipsis", "batched")
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_are_found_on_any_axis(way: str, dora: bool) -> None:
+    """Outputs and gradients of a mixed batch are those of separate calls, also where sizes are equal."""
+    x = torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model = three(Mixing(way).double(), target_modules=["kernel"], use_dora=dora)
+    ids = ["b", None, "a", "c", "b"]
+    lora_fx.set_adapter(model, list("abc"), per_sample=True)
+    with lora_fx.adapter_ids(model, ids):
+        found = model(x)
+        found.square().sum().backward()
+        # A form of call that has been seen is not followed again.
+        assert_same_bits(model(x), found)
+    mixed = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert len(mixed) == (9 if dora else 6)
+    for name in "abc":
+        model.zero_grad()
+        lora_fx.set_adapter(model, name)
+        mine = [place for place, one in enumerate(ids) if one == name]
+        out = model(x[mine])
+        assert_close(found[mine], out)
+        out.square().sum().backward()
+        for key, parameter in model.named_parameters():
+            if key.endswith(f".{name}"):
+                assert_close(mixed[key], parameter.grad)
+    lora_fx.set_adapter(model, [])
+    assert_close(found[1:2], model(x[1:2]))
+
+
+class Summed(nn.Module):
+    """Products that mix samples, or whose samples nothing shows."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.kernel = nn.Parameter(torch.randn(7, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.way == "vector":
+            return self.kernel @ x[:, 0]
+        if self.way == "columns":
+            return self.kernel @ x
+        return torch.einsum("ib,oi->bo", x, self.kernel)
+
+
+def test_an_einsum_without_an_axis_of_samples_is_refused_before_the_model_is_edited() -> None:
+    base = Einsum("i,oi->o", 7, 5)
+    model = three(nn.Sequential(base), target_modules=["0.kernel"])
+    x = torch.randn(5)
+    before = model(x)
+    with pytest.raises(
+        ConfigError, match=r"0\.kernel: no axis of the activation of einsum 'i,oi->o'"
+    ):
+        lora_fx.set_adapter(model, list("abc"), per_sample=True)
+    assert lora_fx.active_adapters(model) == ("a",)
+    assert_same_bits(model(x), before)
+
+
+@pytest.mark.parametrize("way", ["vector", "columns", "summed letter"])
+def test_products_that_mix_samples_are_refused(way: str) -> None:
+    """The sizes fit: five samples, five features."""
+    model = three(Summed(way), target_modules=["kernel"])
+    message = "kernel: an (input|activation) of shape"
+    ids = ["b", None, "a", "c", "b"]
+    with pytest.raises(ConfigError, match=message), lora_fx.adapter_ids(model, ids):
+        model(torch.randn(5, 5))
 
 
 def test_gradients_reach_each_adapter_from_its_own_samples() -> None:

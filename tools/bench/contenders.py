@@ -432,12 +432,16 @@ def by_dropout(names: Iterable[str]) -> Contenders:
     return {key: one for p in _DROPOUTS for key, one in variants(names, (p,)).items()}
 
 
-def of_kinds(kinds: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
-    """Kinds of adapters of both libraries: "lora-fx LoRA, p = 0" and the like."""
+def of_kinds(
+    kinds: Iterable[str],
+    dropouts: Iterable[float] = _DROPOUTS,
+    libraries: Iterable[str] = (OURS, PEFT),
+) -> Contenders:
+    """Kinds of adapters of each library: "lora-fx LoRA, p = 0" and the like."""
     return {
         name_of(f"{library} {kind}", p): (library, Settings(lora_dropout=p, kind=kind))
         for p in dropouts
-        for library in (OURS, PEFT)
+        for library in libraries
         for kind in kinds
     }
 

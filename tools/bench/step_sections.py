@@ -584,8 +584,12 @@ SECTIONS = (
         f"{OTHER_KIND.lower()}_step",
         Steps(
             lambda size: [small_llama(size)],
-            lambda *_: {**variants((AGAIN,)), **of_kinds(ADAPTER_KINDS)},
+            lambda *_: {
+                **variants((AGAIN,)),
+                **of_kinds(ADAPTER_KINDS, libraries=(OURS, BALANCED, PEFT)),
+            },
             floor=False,
+            one_thread=True,
         ),
         _KIND_COLUMNS,
     ),
