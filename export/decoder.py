@@ -7,7 +7,7 @@ binds its tokens and the mask, and where the cache is read and written.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,8 @@ class Decodes:
         """Make a binding for a batch of so many rows that has an adapter."""
         raise NotImplementedError
 
-    def _run_bound(self, binding: Any, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Run what is bound; ``shapes`` are for the message of an error."""
+    def _run_bound(self, binding: Any, shapes: Callable[[], Mapping[str, Sequence[int]]]) -> None:
+        """Run what is bound; ``shapes`` are asked for the message of an error."""
         raise NotImplementedError
 
 
@@ -289,8 +289,10 @@ class Decoder:
             )
         self._logits_port = outputs[_LOGITS]
         batch = len(mask)
-        self._mask = torch.ones(batch, length, dtype=torch.long)
-        self._mask[:, : mask.shape[1]] = mask
+        self._mask: Tensor | None = None
+        if "attention_mask" in self._ports:
+            self._mask = torch.ones(batch, length, dtype=self._dtype("attention_mask"))
+            self._mask[:, : mask.shape[1]] = mask
         self._past = 0
         self._entries = [_Entry.of(port) for port in cached if _CROSS not in port.name]
         self._cache = self._made(batch, length)
@@ -302,11 +304,10 @@ class Decoder:
             self._fixed = self._encoded(session.encoder, source, copies)
         for name, value in self._fixed.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._given: dict[str, Tensor] = {}
-        self._shapes: dict[str, list[int]] = {
-            name: value.shape() for name, value in self._fixed.items()
-        }
-        self._logits: Tensor | None = None  # what a step writes; None where its shape is not known
+        self._given: dict[str, Tensor] = {}  # a binding holds no memory
+        # A binding for the CPU reads memory when it runs, others when it is bound.
+        self._rereads = session._cache_place == ort.CPU
+        self._logits: Tensor | None = None  # of the last step; None if not known before
         self._new = 0  # tokens of the last step
 
     def step(self, ids: Tensor) -> Tensor:
@@ -321,14 +322,17 @@ class Decoder:
         Raises:
             ExportError: ONNX Runtime fails, or a fixed axis of the file has another size.
         """
-        batch, new = ids.shape
+        new = ids.shape[1]
         past, total = self._past, self._past + new
-        self._bind("input_ids", ids)
-        if "attention_mask" in self._ports:
+        # A token is read from a cold cache, after all weights: each call of PyTorch or of a binding costs
+        # about ten microseconds here.
+        if self._rereads and new == self._new:
+            self._given["input_ids"].copy_(ids)
+        else:
+            self._bind("input_ids", ids.to(self._dtype("input_ids"), copy=True))
+        if self._mask is not None:
             self._bind("attention_mask", self._mask[:, :total])
         self._cache.bind(self._binding, past, total)
-        for entry in self._entries:
-            self._shapes[entry.past.name] = entry.shape(batch, past)
         if past == 0 or self._session._inner_sizes:
             self._check()
         if new != self._new:
@@ -337,8 +341,8 @@ class Decoder:
         self._session._run_bound(self._binding, self._shapes)
         self._cache.taken(self._binding)
         self._past = total
-        logits = self._returned_logits() if self._logits is None else self._logits
-        return logits[:, -1].to(torch.float32, copy=True)
+        last = self._returned_logits()[:, -1] if self._logits is None else self._logits
+        return last.to(torch.float32, copy=True)
 
     def reorder(self, rows: Tensor) -> None:
         """Let text i go on from what text ``rows[i]`` has read. Both have the same mask and source."""
@@ -357,29 +361,38 @@ class Decoder:
         shared = SHARED_CACHE_KEY in self._session.metadata and place.type != "cuda"
         return _BufferCache(runtime, entries, batch, length, place, shared)
 
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self._ports[name].dtype)
+        return dtype
+
     def _bind(self, name: str, value: Tensor) -> None:
-        port = self._ports[name]
-        value = value.to(getattr(torch, port.dtype)).contiguous()
-        self._given[name] = value  # a binding holds no memory
-        self._shapes[name] = shape = list(value.shape)
-        element = ort.element_named(port.dtype)
-        self._binding.bind_input(name, "cpu", 0, element, shape, value.data_ptr())
+        value = value.contiguous()
+        self._given[name] = value
+        element = ort.element_named(self._ports[name].dtype)
+        self._binding.bind_input(name, "cpu", 0, element, list(value.shape), value.data_ptr())
+
+    def _shapes(self) -> dict[str, list[int]]:
+        """The shapes of the inputs of this step, by name."""
+        batch = len(self._given["input_ids"])
+        return {
+            **{name: value.shape() for name, value in self._fixed.items()},
+            **{name: list(value.shape) for name, value in self._given.items()},
+            **{entry.past.name: entry.shape(batch, self._past) for entry in self._entries},
+        }
 
     def _check(self) -> None:
         """Refuse shapes that the file does not take, as each call of a session does."""
-        session = self._session
-        for name, shape in self._shapes.items():
+        session, shapes = self._session, self._shapes()
+        for name, shape in shapes.items():
             ort.check_shape(self._ports[name], shape)
         inner = session._inner_sizes
         file = session.path.name
-        ort.empty_outputs(
-            session.inputs, session.outputs, self._shapes, file, inner=inner, task=True
-        )
+        ort.empty_outputs(session.inputs, session.outputs, shapes, file, inner=inner, task=True)
 
     def _bind_logits(self) -> None:
         port = self._logits_port
         sizes: dict[str, int] = {}
-        for name, given in self._shapes.items():
+        for name, given in self._shapes().items():
             labels = zip(self._ports[name].shape, given, strict=True)
             sizes.update((label, size) for label, size in labels if isinstance(label, str))
         shape = [ort.size_of(axis, sizes) for axis in port.shape]
@@ -388,8 +401,9 @@ class Decoder:
             self._logits = None
             self._binding.bind_output(port.name, "cpu", 0)
             return
-        self._logits = torch.empty(known, dtype=getattr(torch, port.dtype))
-        element, address = ort.element_named(port.dtype), self._logits.data_ptr()
+        whole = torch.empty(known, dtype=getattr(torch, port.dtype))
+        self._logits = whole[:, -1]
+        element, address = ort.element_named(port.dtype), whole.data_ptr()
         self._binding.bind_output(port.name, "cpu", 0, element, known, address)
 
     def _returned_logits(self) -> Tensor:

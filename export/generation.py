@@ -220,7 +220,8 @@ class _Call:
         whole = torch.empty(len(self.ids), self.length, dtype=torch.long)
         whole[:, :count] = self.ids
         ids, unfinished = self.ids, torch.ones(len(self.ids), dtype=torch.bool)
-        while count < self.length and bool(unfinished.any()):
+        over = False
+        while count < self.length and not over:
             scores = self.scores(ids)
             for process in self.chain:
                 scores = process(ids, scores)
@@ -228,6 +229,7 @@ class _Call:
             if settings.eos_token_id:
                 tokens = torch.where(unfinished, tokens, padding_of(settings))
                 unfinished = unfinished & ~self.ended(tokens)
+                over = not unfinished.any()
             whole[:, count] = tokens
             count += 1
             # Of one row it is contiguous as it is; others' functions may want that.
@@ -235,6 +237,7 @@ class _Call:
             yield tokens
             for criterion in self.criteria:
                 unfinished = unfinished & ~torch.as_tensor(criterion(ids, scores)).bool()
+                over = not unfinished.any()
 
     def searched(self) -> Tensor:
         """The texts of beam search, [batch · num_return_sequences, length]."""

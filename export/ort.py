@@ -292,7 +292,7 @@ def bound_run(
     Raises:
         ExportError: ONNX Runtime fails, with the shapes that it failed on.
     """
-    with run_errors(feeds):
+    with run_errors(lambda: feeds):
         binding = bound.fresh(session) if take is None else bound.binding(session)
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
@@ -319,11 +319,11 @@ _NOTHING = np.zeros(1, np.float32)
 
 
 @contextmanager
-def run_errors(feeds: Mapping[str, Any], where: str = "") -> Iterator[None]:
+def run_errors(feeds: Callable[[], Mapping[str, Any]], where: str = "") -> Iterator[None]:
     """Turns an error of ONNX Runtime into an ``ExportError`` that names the shapes of the run.
 
     Args:
-        feeds: Values of ONNX Runtime, or shapes, by the names of the inputs.
+        feeds: Gives values of ONNX Runtime, or shapes, by the names of the inputs.
         where: Stands after the shapes.
     """
     try:
@@ -331,7 +331,7 @@ def run_errors(feeds: Mapping[str, Any], where: str = "") -> Iterator[None]:
     except ExportError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{name} {_shape(value)}" for name, value in feeds.items())
+        shapes = ", ".join(f"{name} {_shape(value)}" for name, value in feeds().items())
         raise ExportError(f"ONNX Runtime failed on {shapes}{where}: {reason_of(error)}") from error
 
 

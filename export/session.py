@@ -96,7 +96,7 @@ class StaticRunner:
         Raises:
             ExportError: ONNX Runtime fails, or there are too many shapes.
         """
-        with ort.run_errors(feeds, ", in a graph"), self._lock:
+        with ort.run_errors(lambda: feeds, ", in a graph"), self._lock:
             self._switch(adapter)
             graph = self._graph(feeds)
             for name, value in feeds.items():
@@ -449,7 +449,7 @@ class OnnxSession(Generates):
             binding.bind_ortvalue_input(name, value)
         return binding
 
-    def _run_bound(self, binding: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+    def _run_bound(self, binding: Any, shapes: Callable[[], Mapping[str, Sequence[int]]]) -> None:
         ort.settle((), self._device)
         with ort.run_errors(shapes):
             if self._device.type == "cpu":
