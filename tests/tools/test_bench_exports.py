@@ -16,7 +16,7 @@ pytest.importorskip("onnxruntime")
 
 import lora_fx
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.tools.bench import export_peers, goals, step_sections
+from lora_fx.tools.bench import export_peers, generation, goals, step_sections
 from lora_fx.tools.bench.export_peers import (
     HERE,
     File,
@@ -29,7 +29,16 @@ from lora_fx.tools.bench.export_peers import (
     runner,
     set_environments,
 )
-from lora_fx.tools.bench.generation import ADAPTED, PEER, Generated
+from lora_fx.tools.bench.generation import (
+    ADAPTED,
+    ALONE,
+    BUILT,
+    FILES,
+    OPTIMIZED,
+    PEER,
+    Generated,
+    Runs,
+)
 from lora_fx.tools.bench.generation import AGAIN as PEER_AGAIN
 from lora_fx.tools.bench.generation import MERGED as GENERATED
 from lora_fx.tools.bench.measure import Sample, Size
@@ -205,7 +214,10 @@ def test_runs_and_switches_are_judged_by_the_worst() -> None:
     assert [found[name][1] for name in list(found)[-3:]] == ["yes"] * 3
     found = verdicts("onnx_latency", {("m", "cpu"): good, ("n", "cpu"): bad})
     assert found["run, merged / base"][1] == "no, by 0.03"
-    assert found["run, swappable / merged, r = 16"] == ("1.14 at most; F 1.040", "no, by 0.093")
+    assert found["run, swappable / merged, r = 16"] == (
+        "1.14; F 1.040; A/A 1.02 (1.02 to 1.02)",
+        "no, by 0.033",
+    )
     assert found["switch of adapters"][1] == "no, by 2 ms"
 
 
@@ -226,6 +238,35 @@ def test_generated_tokens_are_judged_beside_the_peer() -> None:
     assert found["the same with an adapter of rank 16"][1] == "no, by 0.14"
     alone = Generated({GENERATED: Sample((1.0,) * 5)}, 64, (), "not installed: make bench-envs")
     assert verdicts("generation", alone)["the same with an adapter of rank 16"][1] == "–"
+
+
+def single_runs(ours: float, peer: str, step: str, slower: float = 2.0) -> Runs:
+    taken = {peer: 1.0, FILES[-1]: slower, PEER_AGAIN: 1.01, GENERATED: ours, ALONE: 1.0}
+    samples = {name: Sample((value,) * 5) for name, value in {**taken, ADAPTED: 1.1}.items()}
+    return Runs({("m", step): samples}, {"m": 1.06}, {})
+
+
+def test_single_runs_are_judged_beside_the_fastest_file() -> None:
+    prefill, decode, swapped, read = (
+        "prefill of 128, of 8 × 128 / onnxruntime-genai's builder",
+        "decode, past 128, 512, batch of 8 / onnxruntime-genai's builder",
+        "the same with an adapter of rank 16 swapped in / ours without",
+        "BERT, 1 and 8 × 128 / optimum, transformers.optimizer",
+    )
+    found = verdicts("peer_runs", single_runs(0.98, BUILT, "prefill, 128"))
+    assert found[prefill] == ("0.98 (prefill, 128; A/A 1.01 (1.01 to 1.01))", "yes")
+    assert [found[name][1] for name in (decode, swapped, read)] == ["–"] * 3
+    found = verdicts("peer_runs", single_runs(1.05, BUILT, "decode, past 128"))
+    assert found[decode][1] == "no, by 0.04"
+    assert found[swapped] == ("1.10 (decode, past 128); F 1.060", "no, by 0.02")
+    found = verdicts("peer_runs", single_runs(1.0, OPTIMIZED, "read 1 × 128"))
+    assert found[read][1] == "yes"
+    found = verdicts("peer_runs", single_runs(1.0, OPTIMIZED, "read 1 × 128", slower=0.8))
+    assert found[read][1] == "no, by 0.24"
+    missing = Runs({}, {"m": 1.0}, {BUILT: "not installed: make bench-envs"})
+    assert verdicts("peer_runs", missing)[prefill][1] == "–"
+    [row] = generation.RUNS_SECTION.rows(missing)[1]
+    assert row[2:4] == (BUILT, "not installed: make bench-envs")
 
 
 def test_a_bank_is_judged_by_its_decoding_step() -> None:

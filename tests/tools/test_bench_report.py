@@ -51,7 +51,10 @@ from lora_fx.tools.bench.steps import Measured, Step
 from lora_fx.tools.bench.verbs import BOUND, OURS_INTO, PEFT_MERGE, Merged
 from lora_fx.tools.cli.app import ERROR_EXIT, app
 
-SLOW = {"compiled_step", "export_peers", "generation", "model_steps", "quantized_quality"}
+SLOW = {
+    *("compiled_step", "export_peers", "generation", "model_steps", "peer_runs"),
+    "quantized_quality",
+}
 MIB = 2**20
 
 

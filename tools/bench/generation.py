@@ -1,4 +1,4 @@
-"""Text from an exported decoder, beside onnxruntime-genai on the file of its own model builder."""
+"""Text from an exported decoder beside onnxruntime-genai, and single runs beside the files of others."""
 
 from __future__ import annotations
 
@@ -28,9 +28,22 @@ from lora_fx.export.session import OnnxSession
 from lora_fx.tools.bench.export_peers import HERE, SCRIPT, environment_of, exported, write_tokenizer
 from lora_fx.tools.bench.measure import Run, Sample, Size, ratio
 from lora_fx.tools.bench.section import Section
-from lora_fx.tools.bench.workloads import RANK, Served, llama_shape, randomize
+from lora_fx.tools.bench.workloads import RANK, Served, llama_shape, randomize, served
 
-__all__ = ["ADAPTED", "AGAIN", "MERGED", "PEER", "SECTION", "Generated"]
+__all__ = [
+    "ADAPTED",
+    "AGAIN",
+    "ALONE",
+    "BUILT",
+    "FILES",
+    "MERGED",
+    "OPTIMIZED",
+    "PEER",
+    "RUNS_SECTION",
+    "SECTION",
+    "Generated",
+    "Runs",
+]
 
 
 PEER, AGAIN = "onnxruntime-genai, its builder's file", "the same again (A/A)"
@@ -39,6 +52,7 @@ ADAPTED, ALONE = "lora-fx, swappable, one adapter", "lora-fx, swappable, no adap
 
 _PROMPT, _TOKENS = 128, 64
 _SECONDS = 120.0
+_MISSING = "not installed: make bench-envs"
 
 _Text = Callable[[], list[int]]
 
@@ -113,18 +127,23 @@ class _Peer:
         return tokens
 
 
-def _run(run: Run) -> Generated:
-    tiny = run.size is Size.TINY
+def _decoder(size: Size) -> Served:
+    tiny = size is Size.TINY
     shape = llama_shape(32, 48, 1, 2, 64) if tiny else llama_shape(512, 1376, 8, 8, 2000)
     # A token that random weights do not give: texts are of one length.
-    shape |= {"eos_token_id": shape["vocab_size"] - 1, "max_position_embeddings": 512}
-    model = Served(
+    shape |= {"eos_token_id": shape["vocab_size"] - 1, "max_position_embeddings": 1024}
+    return Served(
         f"Llama {shape['num_hidden_layers']} × {shape['hidden_size']}",
         "text-generation",
         "LlamaForCausalLM",
         shape,
         "lm_head",
     )
+
+
+def _run(run: Run) -> Generated:
+    tiny = run.size is Size.TINY
+    model = _decoder(run.size)
     prompt = model.inputs(1, 8 if tiny else _PROMPT)["input_ids"]
     tokens = 4 if tiny else _TOKENS
     clock = _Clock()
@@ -149,33 +168,35 @@ def _call(text: _Text, _: None) -> list[int]:
 
 def _write(model: Served, folder: Path) -> None:
     base: Any = model.make()
-    base.config.use_cache = True
+    generates = model.task == "text-generation"
+    base.config.use_cache = generates
     base.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
     layers = model.layers(base)
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, init_lora_weights=False)
-    ids = model.inputs()["input_ids"]
+    inputs = model.inputs()["input_ids"] if generates else model.inputs()
     adapted = randomize(rewrite(base, config).eval())
-    export_onnx(base, folder / "merged.onnx", ids, task="text-generation", optimize="runtime")
-    export_onnx(
-        adapted,
-        folder / "swappable.onnx",
-        ids,
-        task="text-generation",
-        optimize="runtime",
-        adapters="inputs",
-    )
+    how: Any = {"optimize": "runtime"}
+    if generates:
+        how["task"] = "text-generation"
+    export_onnx(base, folder / "merged.onnx", inputs, **how)
+    export_onnx(adapted, folder / "swappable.onnx", inputs, adapters="inputs", **how)
     save_onnx_adapter(adapted, folder / "a.onnx_adapter")
 
 
-def _ours(folder: Path, prompt: torch.Tensor, tokens: int) -> dict[str, _Text]:
-    def opened(name: str) -> OnnxSession:
-        options = providers.import_onnxruntime().SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        return OnnxSession(folder / name, "cpu", session_options=options)
+def _one_thread() -> Any:
+    options = providers.import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return options
 
-    merged, swappable = opened("merged.onnx"), opened("swappable.onnx")
+
+def _opened(file: Path) -> OnnxSession:
+    return OnnxSession(file, "cpu", session_options=_one_thread())
+
+
+def _ours(folder: Path, prompt: torch.Tensor, tokens: int) -> dict[str, _Text]:
+    merged, swappable = _opened(folder / "merged.onnx"), _opened(folder / "swappable.onnx")
     swappable.load_adapter("a", folder / "a.onnx_adapter")
 
     def text(session: OnnxSession, adapter: str | None = None) -> _Text:
@@ -223,18 +244,24 @@ def _add_peer(
     stack: ExitStack,
 ) -> str:
     """Add the peer, twice; or say why it does not run."""
-    python, here = environment_of("genai"), environment_of(HERE)
-    if python is None or here is None:
-        return "not installed: make bench-envs"
-    packages = next(python.parent.parent.glob("lib/python*/site-packages"))
-    said = exported(here, "builder", (folder / "base", packages, folder / "built"))
-    if said.error:
-        return said.error
+    python = environment_of("genai")
+    missing = _build(folder)
+    if missing or python is None:
+        return missing
     length = prompt.shape[1] + tokens
     for name in (PEER, AGAIN):
         peer = _Peer(python, folder / "built", prompt[0].tolist(), length, clock)
         texts[name] = stack.enter_context(peer)
     return ""
+
+
+def _build(folder: Path) -> str:
+    """Have the peer's builder write its file of the base; or say why there is none."""
+    python, here = environment_of("genai"), environment_of(HERE)
+    if python is None or here is None:
+        return _MISSING
+    packages = next(python.parent.parent.glob("lib/python*/site-packages"))
+    return exported(here, "builder", (folder / "base", packages, folder / "built")).error
 
 
 def _rows(found: Generated) -> Iterator[list[str]]:
@@ -252,4 +279,164 @@ SECTION = Section(
     ("contender", "CPU time a token", "of onnxruntime-genai", "of the bare loop", "equal tokens"),
     _run,
     _rows,
+)
+
+
+# --- single runs ----------------------------------------------------------------------------------
+# One call of a file on the CPU, its inputs and outputs bound, beside the files that others write.
+
+
+BUILT, OPTIMIZED = "onnxruntime-genai's builder", "optimum, transformers.optimizer"
+_BARE_SUMS = f"{OPTIMIZED}, sums apart"
+FILES = (BUILT, OPTIMIZED, _BARE_SUMS)
+"""Of others."""
+
+# Rows, new tokens, tokens in the cache.
+_STEPS = {
+    "prefill, 128": (1, 128, 0),
+    "prefill, 8 × 128": (8, 128, 0),
+    "decode, past 128": (1, 1, 128),
+    "decode, past 512": (1, 1, 512),
+    "decode of 8, past 128": (8, 1, 128),
+}
+_TINY_STEPS = {"prefill, 8": (1, 8, 0), "decode, past 8": (1, 1, 8)}
+_READS = {"read 1 × 128": (1, 128, 0), "read 8 × 128": (8, 128, 0)}
+_TINY_READS = {"read 1 × 8": (1, 8, 0)}
+_RUNS_SECONDS = 40.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """What single runs took.
+
+    Attributes:
+        samples: By model and step: CPU seconds of a run, by contender.
+        floors: F by model: the ratio of a run with an adapter to one without if FLOPs alone count.
+        missing: By peer: why it did not run.
+    """
+
+    samples: Mapping[tuple[str, str], Mapping[str, Sample]]
+    floors: Mapping[str, float]
+    missing: Mapping[str, str]
+
+
+def _run_once(run: Run) -> Runs:
+    tiny = run.size is Size.TINY
+    decoder, encoder = _decoder(run.size), served(run.size)[0]
+    samples: dict[tuple[str, str], dict[str, Sample]] = {}
+    missing = {}
+    cases = [
+        (decoder, BUILT, _TINY_STEPS if tiny else _STEPS),
+        (encoder, OPTIMIZED, _TINY_READS if tiny else _READS),
+    ]
+    for (model, peer, steps), part in run.each(cases, lambda case: case[0].title):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _write(model, folder)
+            if peer == BUILT:
+                theirs = {peer: folder / "built" / "model.onnx"}
+                missing[peer] = _build(folder)
+            else:
+                theirs = {one: folder / one / "optimized.onnx" for one in (peer, _BARE_SUMS)}
+                missing[peer] = _optimize(folder, theirs)
+            if missing[peer]:
+                theirs = {}
+            for (step, size), here in part.each(steps.items(), lambda one: one[0]):
+                contenders = {
+                    title: (lambda: None, work)
+                    for title, work in _single(model, folder, theirs, size).items()
+                }
+                samples[model.title, step] = here.times(
+                    contenders,
+                    calls=min(10, max(1, 512 // (size[0] * size[1]))),
+                    seconds=_RUNS_SECONDS,
+                    clock=time.thread_time,
+                )
+    floors = {model.title: model.floor() for model in (decoder, encoder)}
+    return Runs(samples, floors, {peer: why for peer, why in missing.items() if why})
+
+
+def _optimize(folder: Path, files: Mapping[str, Path]) -> str:
+    """Have the optimizer write its files; or say why there are none."""
+    python = environment_of("optimum")
+    if python is None:
+        return _MISSING
+    for name, file in files.items():
+        file.parent.mkdir()
+        sums = "apart" if name == _BARE_SUMS else "fused"
+        if error := exported(python, "optimizer", (folder / "base", file.parent, sums)).error:
+            return error
+    return ""
+
+
+def _single(
+    model: Served, folder: Path, theirs: Mapping[str, Path], size: tuple[int, int, int]
+) -> dict[str, Callable[[Any], None]]:
+    runtime = providers.import_onnxruntime()
+    factors = runtime.AdapterFormat.read_adapter(str(folder / "a.onnx_adapter"))
+    found = {}
+    for name, file in theirs.items():
+        session = runtime.InferenceSession(
+            str(file), _one_thread(), providers=["CPUExecutionProvider"]
+        )
+        found[name] = _bound(session, model, size)
+        found.setdefault(AGAIN, found[name])
+    swappable = _opened(folder / "swappable.onnx")._session
+    found[MERGED] = _bound(_opened(folder / "merged.onnx")._session, model, size)
+    found[ALONE] = _bound(swappable, model, size)
+    found[ADAPTED] = _bound(swappable, model, size, factors)
+    return found
+
+
+def _bound(
+    session: Any, model: Served, size: tuple[int, int, int], factors: Any = None
+) -> Callable[[Any], None]:
+    """A run of a session into memory that stays, with inputs of one kind for all files."""
+    rows, new, past = size
+    heads = model.shape["num_attention_heads"]
+    draw = np.random.default_rng(0)
+    values: dict[str, Any] = {
+        "input_ids": model.inputs(rows, new)["input_ids"].numpy(),
+        "attention_mask": np.ones((rows, past + new), np.int64),
+        "token_type_ids": np.zeros((rows, new), np.int64),
+    }
+    binding = session.io_binding()
+    for port in session.get_inputs():
+        if port.name.startswith("past"):
+            shape = (rows, heads, past, model.shape["hidden_size"] // heads)
+            values[port.name] = draw.standard_normal(shape, dtype=np.float32)
+        binding.bind_cpu_input(port.name, values[port.name])
+    held = {} if factors is None else factors.get_parameters()
+    for name, value in held.items():
+        binding.bind_ortvalue_input(name, value)
+    outputs = [port.name for port in session.get_outputs()]
+    for name in outputs:
+        binding.bind_output(name)
+    session.run_with_iobinding(binding)
+    for name, value in zip(outputs, binding.get_outputs(), strict=True):
+        binding.bind_ortvalue_output(name, value)
+
+    def work(_: Any, kept: Any = (factors, held, values)) -> None:
+        session.run_with_iobinding(binding)
+
+    return work
+
+
+def _run_rows(found: Runs) -> Iterator[list[str]]:
+    for peer, why in found.missing.items():
+        yield ["", "", peer, why, "", "", ""]
+    for (model, step), samples in found.samples.items():
+        theirs = [samples[one] for one in FILES if one in samples]
+        for name, sample in samples.items():
+            beside = str(ratio(sample, theirs[0])) if theirs else ""
+            swapped = str(ratio(sample, samples[ALONE])) if name == ADAPTED else ""
+            floor = f"{found.floors[model]:.3f}" if name == ADAPTED else ""
+            yield [model, step, name, str(sample), beside, swapped, floor]
+
+
+RUNS_SECTION = Section(
+    "peer_runs",
+    ("model", "step", "contender", "CPU time (quartiles)", "of the peer", "of no adapter", "F"),
+    _run_once,
+    _run_rows,
 )

@@ -54,7 +54,6 @@ _SAME, _TURNS, _LOAD = "one adapter all the time", "two adapters in turn", "load
 _Provider = Literal["cpu", "cuda"]
 _TOKENS = 128
 _SHORT = 8
-_REST = 0.1  # seconds
 _SECONDS = 60.0
 
 
@@ -128,8 +127,10 @@ def _write(model: Served, folder: Path) -> None:
 
 def _measured(model: Served, folder: Path, provider: _Provider, run: Run) -> Latency:
     base, merged, swappable = (
-        OnnxSession(folder / f"{name}.onnx", provider) for name in ("base", "merged", "swappable")
+        OnnxSession(folder / f"{name}.onnx", provider, session_options=_one_thread())
+        for name in ("base", "merged", "swappable")
     )
+    clock = time.thread_time if provider == "cpu" else time.perf_counter
     for name in "ab":
         swappable.load_adapter(name, folder / f"{name}.onnx_adapter")
     pair = {"a": 0.7, "b": 0.3}
@@ -147,21 +148,23 @@ def _measured(model: Served, folder: Path, provider: _Provider, run: Run) -> Lat
     for index, batch in enumerate(batches):
         inputs = _placed(model.inputs(batch, tokens), provider)
         contenders = {
-            name: (functools.partial(_rested, work, inputs), work) for name, work in chosen.items()
+            name: (functools.partial(_warmed, work, inputs), work) for name, work in chosen.items()
         }
         part = run.part(index, len(batches) + 1, f"batch {batch}")
-        runs[batch] = part.times(contenders, calls=4 // batch or 1, seconds=_SECONDS)
+        runs[batch] = part.times(contenders, calls=4 // batch or 1, seconds=_SECONDS, clock=clock)
     short = _placed(model.inputs(1, _SHORT), provider)
     part = run.part(len(batches), len(batches) + 1, "switching")
     return Latency(model.floor(), runs, _switching(swappable, short, folder, part))
 
 
-def _rested(work: Callable[[Any], Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs, when the threads of other sessions sleep and those of this one are awake.
+def _one_thread() -> Any:
+    options = import_onnxruntime().SessionOptions()
+    options.intra_op_num_threads = 1
+    return options
 
-    Threads of ONNX Runtime spin for a while after a run, on the cores that the next session needs.
-    """
-    time.sleep(_REST)
+
+def _warmed(work: Callable[[Any], Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, when the session has just run."""
     work(inputs)
     return inputs
 
@@ -269,9 +272,7 @@ def _sessions(model: Served, folder: Path) -> tuple[OnnxSession, OnnxSession, li
         file = folder / f"{adapters}.onnx"
         how: Any = {"adapters": adapters, "task": "text-generation", "optimize": "runtime"}
         export_onnx(adapted, file, ids, verify=False, **how)
-        options = import_onnxruntime().SessionOptions()
-        options.intra_op_num_threads = 1
-        found.append(OnnxSession(file, "cpu", session_options=options))
+        found.append(OnnxSession(file, "cpu", session_options=_one_thread()))
     bank, single = found
     for name in names:
         single.load_adapter(name, adapted, adapter_name=name)

@@ -1,8 +1,9 @@
 """Exports with another library, where it is installed. Nothing imports this, and it imports no lora-fx.
 
 Arguments: the exporter, base folder, adapter folder, output folder, task, and how: "merge", "inputs" of
-Olive or "folder" of optimum. "builder" takes the base, the packages of onnxruntime-genai and the output
-folder; "genai" takes a folder, a length and a prompt, and generates for each line that it reads.
+Olive or "folder" of optimum. "optimizer" takes the base, the output folder, and whether residual sums are
+"fused" with the norms or stay "apart"; "builder" the base, the packages of onnxruntime-genai and the output
+folder; "genai" a folder, a length and a prompt, and generates for each line that it reads.
 """
 
 import json
@@ -84,6 +85,30 @@ def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[
     return {"seconds": time.perf_counter() - began, "file": str(path)}
 
 
+def _optimizer(base: str, out: str, sums: str) -> dict[str, Any]:
+    """Optimum's export of an encoder, and the fusions that ONNX Runtime has for it in Python."""
+    from onnxruntime.transformers import optimizer
+    from onnxruntime.transformers.fusion_options import FusionOptions
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    began = time.perf_counter()
+    model = _auto(_ENCODER).from_pretrained(base).eval()
+    onnx_export_from_model(
+        model, output=out, task=_ENCODER, library_name="transformers", do_validation=False
+    )
+    options = FusionOptions("bert")
+    options.enable_skip_layer_norm = sums == "fused"
+    made = optimizer.optimize_model(
+        f"{out}/model.onnx",
+        "bert",
+        num_heads=model.config.num_attention_heads,
+        hidden_size=model.config.hidden_size,
+        optimization_options=options,
+    )
+    made.save_model_to_file(f"{out}/optimized.onnx")
+    return {"seconds": time.perf_counter() - began, "file": f"{out}/optimized.onnx"}
+
+
 def _builder(base: str, packages: str, out: str) -> dict[str, Any]:
     """onnxruntime-genai's model builder, with the torch and transformers of this environment."""
     import runpy
@@ -135,6 +160,7 @@ EXPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
     "olive": _olive,
     "optimum": _optimum,
     "torch_onnx": _torch_onnx,
+    "optimizer": _optimizer,
     "builder": _builder,
     "genai": _genai,
 }

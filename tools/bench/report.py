@@ -40,6 +40,7 @@ _LISTED = {
         export_peers.SECTION,
         onnx_latency.SECTION,
         generation.SECTION,
+        generation.RUNS_SECTION,
         onnx_latency.BANK_SECTION,
     )
 }
