@@ -11,7 +11,8 @@ import dataclasses
 import itertools
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -133,6 +134,46 @@ class _ShortFormulas(Listener):
                 f"a size becomes a formula of {length} operations, which takes torch.export minutes to "
                 "reason about (name the axis in dynamic_shapes to wait for it)"
             )
+
+
+_PATIENCE = 100
+"""Functions of PyTorch after which a question of sizes that no file can ask again ends a trace.
+
+What is asked early may be settled soon after, where the sizes turn out to be fixed. Reasoning about windows
+of an unknown number costs half the time of an export, to be thrown away for that question in the end.
+"""
+
+
+class _AnswerableQuestions(Listener):
+    """Ends a trace that will be thrown away: for a question of sizes that stays open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._read = 0  # guards that were looked at
+        self._open: list[Any] = []
+        self._since = 0  # functions since the first of those
+
+    def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Counts functions, and looks at what was asked before them."""
+        environment = _environment(pytree.tree_leaves(result))
+        if environment is not None:
+            new = environment.guards[self._read :]
+            self._read += len(new)
+            self._open += [guard.expr for guard in new if _is_of_code(guard)]
+        self._since += bool(self._open)
+        if environment is None or self._since < _PATIENCE:
+            return
+        self._since = 0
+        self._open = _open(dict.fromkeys(map(environment.simplify, self._open)))
+        if self._open:
+            raise _UnansweredError(self._open[0])
+
+
+class _UnansweredError(ExportError):
+    """A question of sizes that no file can ask."""
+
+    def __init__(self, question: Any) -> None:
+        super().__init__(f"the forward asks of its sizes whether {question}, which a file cannot")
 
 
 class _NormalSizes(ShapeEnv):
@@ -320,6 +361,7 @@ def trace(
                 _FiniteValues(model.model) as values,
                 # Who names an axis wants it, whatever it takes.
                 _ShortFormulas(_LONGEST if dynamic_shapes is None else None),
+                nullcontext() if task else _AnswerableQuestions(),
             ):
                 program = torch.export.export(
                     model,
@@ -327,16 +369,17 @@ def trace(
                     dynamic_shapes=((*specs, *(extra.dims for extra in extras)),),
                     strict=False,
                 )
+            # Sizes of a task depend on each other: a mask is as long as what was and what is given.
+            if not task and (questions := _unanswered(program)):
+                raise _UnansweredError(questions[0])
+        except _UnansweredError as error:
+            failures.append(f"{description}: {error}")
+            last: Exception = error
+            continue
         except Exception as error:  # noqa: BLE001  # torch.export raises all kinds; kept as a reason
             reason = reason_of_failure(error, witness, arguments.names, arguments.tensors)
             failures.append(f"{description}: {reason}")
             last = error
-            continue
-        # Sizes of a task depend on each other: a mask is as long as what was and what is given.
-        if not task and (questions := _unanswered(program)):
-            reason = f"the forward asks of its sizes whether {questions[0]}, which a file cannot"
-            failures.append(f"{description}: {reason}")
-            last = ExportError(reason)
             continue
         if len(failures) > len(failed):  # who has those before has told of them
             _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
@@ -356,8 +399,23 @@ def _unanswered(program: ExportedProgram) -> list[str]:
     Limits of one size are left out, which the file's metadata has. So is what operations ask, which compute
     the same either way.
     """
-    asked = asked_of_sizes(program, _is_of_code)
-    return [str(one) for one in asked if not _is_limit(one) and not _always_holds(one)]
+    return [str(one) for one in _open(asked_of_sizes(program, _is_of_code))]
+
+
+def _open(asked: Iterable[Any]) -> list[Any]:
+    """Those of the questions to which what is known of the sizes is no answer."""
+    return [one for one in asked if not _is_limit(one) and not _always_holds(one)]
+
+
+def _environment(values: Iterable[Any]) -> ShapeEnv | None:
+    """What torch.export knows of the sizes of tensors; None if all of them are fixed."""
+    sizes: Iterator[Any] = itertools.chain.from_iterable(
+        one.shape for one in values if isinstance(one, Tensor)
+    )
+    found: ShapeEnv | None = next(
+        (size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None
+    )
+    return found
 
 
 def _is_of_code(guard: Any) -> bool:

@@ -8,7 +8,7 @@ import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx.errors import ExportError, ParityError
+from lora_fx.export.arguments import Arguments, FlatModel
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
+from lora_fx.export.trace import trace
 
 TINY = {
     "vocab_size": 99,
@@ -690,6 +692,46 @@ def test_a_limit_in_any_linear_form_is_one(tmp_path: Path) -> None:
     report = export_onnx(Positions(), tmp_path / "m.onnx", torch.randn(2, 5, 4))
     assert report.dynamic_axes == {"x": {0: "batch", 1: "sequence"}}
     assert report.axis_limits == {"sequence": 33}
+
+
+class Asking(nn.Module):
+    """Asks of a size, and goes on for long; the size may turn out to be fixed right after that."""
+
+    steps: ClassVar[list[int]] = []  # of each forward; torch.export resets what a module holds
+
+    def __init__(self, *, settled: bool) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(3, 16)) if settled else None
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.steps.append(0)
+        if x.shape[2] % 8 == 0:
+            x = x * 2
+        if self.place is not None:
+            x = x + self.place
+        for _ in range(400):
+            self.steps[-1] += 1
+            x = x + 1
+        return x, y + 1
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_trace_that_asks_what_no_file_can_ends_early(settled: bool) -> None:
+    model = Asking(settled=settled).eval()
+    model.steps.clear()
+    inputs = torch.randn(2, 3, 16), torch.randn(5, 7)
+    found = trace(FlatModel(model, Arguments.of(model, inputs)), Arguments.of(model, inputs))
+    assert found is not None
+    axes = found.dynamic_axes()
+    assert model.steps[-1] == 400
+    if settled:
+        assert model.steps[0] == 400
+        assert [sorted(one) for one in axes.values()] == [[0], [0, 1]]
+        return
+    assert model.steps[0] < 200
+    assert [sorted(one) for one in axes.values()] == [[0], [0]]
+    reasons = [axis.reason for axis in (*found.axes[0][1:], found.axes[1][1])]
+    assert all("asks of its sizes whether Eq(s" in one for one in reasons), reasons
 
 
 def test_reasoning_about_sizes_has_a_budget(tmp_path: Path) -> None:
