@@ -258,7 +258,7 @@ def test_single_runs_are_judged_beside_the_fastest_file() -> None:
     assert [found[name][1] for name in (decode, swapped, read)] == ["–"] * 3
     found = verdicts("peer_runs", single_runs(1.05, BUILT, "decode, past 128"))
     assert found[decode][1] == "no, by 0.04"
-    assert found[swapped] == ("1.10 (decode, past 128); F 1.060", "no, by 0.02")
+    assert found[swapped] == ("1.10 (decode, past 128; F 1.060)", "no, by 0.02")
     found = verdicts("peer_runs", single_runs(1.0, OPTIMIZED, "read 1 × 128"))
     assert found[read][1] == "yes"
     found = verdicts("peer_runs", single_runs(1.0, OPTIMIZED, "read 1 × 128", slower=0.8))

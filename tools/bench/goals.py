@@ -463,13 +463,12 @@ def beside_peer(found: generation.Runs, steps: str, most: float) -> Verdict | No
 def swapped_step(found: generation.Runs, most: float) -> Verdict | None:
     """What a decoding step with an adapter takes beside the same file without one."""
     excesses, figures = [], []
-    for (_, step), samples in found.samples.items():
+    for (model, step), samples in found.samples.items():
         if step.startswith("decode"):
             swapped = ratio(samples[generation.ADAPTED], samples[generation.ALONE])
             excesses.append(swapped.median - most)
-            figures.append(f"{swapped.median:.2f} ({step})")
-    floor = max(found.floors.values())
-    return Verdict(f"{', '.join(figures)}; F {floor:.3f}", max(excesses)) if figures else None
+            figures.append(f"{swapped.median:.2f} ({step}; F {found.floors[model]:.3f})")
+    return Verdict(", ".join(figures), max(excesses)) if figures else None
 
 
 def generated(found: generation.Generated, adapted: float, most: float) -> Verdict | None:
