@@ -87,26 +87,25 @@ def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[
 
 def _optimizer(base: str, out: str, sums: str) -> dict[str, Any]:
     """Optimum's export of an encoder, and the fusions that ONNX Runtime has for it in Python."""
-    from onnxruntime.transformers import optimizer
-    from onnxruntime.transformers.fusion_options import FusionOptions
+    import runpy
+    from contextlib import redirect_stdout
+
     from optimum.exporters.onnx import onnx_export_from_model
 
     began = time.perf_counter()
     model = _auto(_ENCODER).from_pretrained(base).eval()
-    onnx_export_from_model(
-        model, output=out, task=_ENCODER, library_name="transformers", do_validation=False
-    )
-    options = FusionOptions("bert")
-    options.enable_skip_layer_norm = sums == "fused"
-    made = optimizer.optimize_model(
-        f"{out}/model.onnx",
-        "bert",
-        num_heads=model.config.num_attention_heads,
-        hidden_size=model.config.hidden_size,
-        optimization_options=options,
-    )
-    made.save_model_to_file(f"{out}/optimized.onnx")
-    return {"seconds": time.perf_counter() - began, "file": f"{out}/optimized.onnx"}
+    made, optimized = f"{out}/model.onnx", f"{out}/optimized.onnx"
+    sizes = ["--num_heads", str(model.config.num_attention_heads)]
+    sizes += ["--hidden_size", str(model.config.hidden_size)]
+    apart = [] if sums == "fused" else ["--disable_skip_layer_norm"]
+    sys.argv = ["optimizer", "--input", made, "--output", optimized, "--model_type", "bert"]
+    sys.argv += [*sizes, *apart]
+    with redirect_stdout(sys.stderr):
+        onnx_export_from_model(
+            model, output=out, task=_ENCODER, library_name="transformers", do_validation=False
+        )
+        runpy.run_module("onnxruntime.transformers.optimizer", run_name="__main__")
+    return {"seconds": time.perf_counter() - began, "file": optimized}
 
 
 def _builder(base: str, packages: str, out: str) -> dict[str, Any]:
