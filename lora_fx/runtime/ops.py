@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 import threading
+import types
 import weakref
 from array import array
 from collections import OrderedDict, deque
@@ -416,6 +417,18 @@ class Seen:
     inside: tuple[str, ...] | None = None
     items: tuple[tuple[Any, Any], ...] | None = None
     number: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """With the class by its name in :mod:`types`, if it has one there: where it says, it is not found."""
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return _seen_again, (_NAMES_OF_TYPES.get(self.cls, self.cls), *values[1:])
+
+
+_NAMES_OF_TYPES: dict[Any, str] = {types.MappingProxyType: "MappingProxyType"}
+
+
+def _seen_again(cls: Any, *values: Any) -> Seen:
+    return Seen(getattr(types, cls) if isinstance(cls, str) else cls, *values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -181,13 +181,13 @@ def _classes_told(cls: Any) -> tuple[tuple[type | None, str], ...]:
             if told is not None or is_method:
                 found.setdefault(told, function.__qualname__)
         names = {name for code in nested(function.__code__) for name in code.co_names}
-        named = [
-            *(function.__defaults__ or ()),
-            *(value for cell in function.__closure__ or () for value in held_in(cell)),
-            *(value for _, _, _, value in named_by(function)),
-        ]
+        around = [value for cell in function.__closure__ or () for value in held_in(cell)]
+        named = [*(function.__defaults__ or ()), *(value for *_, value in named_by(function))]
+        pending += [(ops.function_of(value), is_method) for value in around]
         pending += [(ops.function_of(value), False) for value in named]
-        pending += [(ops.function_of(getattr(cls, name, None)), True) for name in names]
+        # What super() gets to is a method, too.
+        members = [vars(one).get(name) for one in cls.__mro__ for name in names]
+        pending += [(ops.function_of(value), True) for value in members]
     return tuple(found.items())
 
 

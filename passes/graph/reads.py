@@ -95,8 +95,12 @@ class ObjectRoot:
         return ObjectRoot, (self.value,)
 
 
+_WRAPPED = -1
+"""The place of what a function wraps; others are places in its closure."""
+
+
 def _way_to(function: FunctionType) -> tuple[str, str, tuple[int, ...]] | None:
-    """Module and qualified name of a function, and places in closures that lead from it to another one.
+    """Module and qualified name of a function, and places that lead from it to another one.
 
     None if nothing that has a name leads there.
     """
@@ -110,11 +114,13 @@ def _way_to(function: FunctionType) -> tuple[str, str, tuple[int, ...]] | None:
 
 
 def _inside(function: FunctionType) -> dict[FunctionType, tuple[int, ...]]:
-    """A function and those in its closure, and in theirs, each with the places that lead to it."""
+    """A function, those in its closure or wrapped by it, and those in theirs; each with the way there."""
     found: dict[FunctionType, tuple[int, ...]] = {function: ()}
     for one in (pending := [function]):
-        for place, cell in enumerate(one.__closure__ or ()):
-            for held in held_in(cell):
+        inside = [(place, held_in(cell)) for place, cell in enumerate(one.__closure__ or ())]
+        inside.append((_WRAPPED, (vars(one).get("__wrapped__"),)))
+        for place, values in inside:
+            for held in values:
                 if isinstance(held, FunctionType) and held not in found:
                     found[held] = (*found[one], place)
                     pending.append(held)
@@ -136,7 +142,8 @@ def _reached(module: str, name: str, places: tuple[int, ...]) -> ObjectRoot:
     importlib.import_module(module)
     value = _named(module, name)
     for place in places:
-        value = value.__closure__[place].cell_contents
+        wrapped = place == _WRAPPED
+        value = value.__wrapped__ if wrapped else value.__closure__[place].cell_contents
     return ObjectRoot(value)
 
 

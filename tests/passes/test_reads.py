@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from decimal import Decimal
@@ -55,6 +56,27 @@ def test_an_export_of_a_decorated_forward_is_pickled() -> None:
     assert not torch.allclose(adapted(x, "a"), model(x, "a"))
     for name in ("a", "b"):
         torch.testing.assert_close(loaded(x, name), adapted(x, name))
+
+
+@functools.singledispatch
+def _factor(module: nn.Module) -> float:
+    return 2.0
+
+
+class _Dispatched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * _factor(self)
+
+
+def test_an_export_that_calls_a_dispatched_function_is_pickled() -> None:
+    model, x = _Dispatched(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
+    torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(x), model(x))
 
 
 class _OfItsClass(nn.Module):

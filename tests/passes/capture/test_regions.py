@@ -431,6 +431,34 @@ class _Scaled(nn.Module):
         return x * settings["scale"]
 
 
+def _doubled(forward):
+    def inner(self, x):
+        return forward(self, x) * 2
+
+    return inner
+
+
+class _Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @_doubled
+    def forward(self, x):
+        x = x[torch.randperm(len(x)).argsort()]
+        return self.fc(x) * (2 if type(self.fc) is type(nn.Linear(1, 1)) else 3)
+
+
+class _Derived(_Base):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_code_that_tells_classes_is_found_behind_decorators_and_super():
+    with pytest.raises(NoMatchError, match=r"_Base\.forward tells it from others by its class"):
+        lora_fx.rewrite(_Derived(), lora_fx.LoraConfig(r=2, target_modules=".*"))
+
+
 def test_code_that_tells_classes_does_not_stand_in_for_its_graph():
     model, x = _Scaled(), torch.randn(2, 4)
     adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=".*"))
