@@ -68,6 +68,20 @@ _PLAIN = (
     torch.finfo,
     torch.iinfo,
 )
+# What code in C computes with, and nothing of a class of the user's.
+_HANDED: tuple[Any, ...] = (
+    TracedValue,
+    torch.Tensor,
+    enum.Enum,
+    type,
+    np.generic,
+    nn.Module,
+    types.ModuleType,
+    FunctionType,
+    MethodType,
+    BuiltinFunctionType,
+    functools.partial,
+)
 _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _READERS = frozenset({"get", "items", "keys", "values", "index", "count", "copy", "__getitem__"})
 _HOLDERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -362,6 +376,7 @@ class Frame:
             return value[key]
         if holds_traced(key):
             self.refuse_here("looks something up by a traced value")
+        self.handed(key)
         if isinstance(value, nn.Module) and _holds(value):
             return self._item_of_holder(value, key)
         if isinstance(value, torch.Tensor):
@@ -399,7 +414,7 @@ class Frame:
 
     def slice(self, start: Any, stop: Any, step: Any) -> slice:
         """``start:stop:step``."""
-        return slice(start, stop, step)
+        return slice(*map(self.handed, (start, stop, step)))
 
     def set_attribute(self, value: Any, name: str, new: Any) -> None:
         """``value.name = new``."""
@@ -575,6 +590,21 @@ class Frame:
         value = self.recorder.seen(value)
         known = (TracedValue, torch.Tensor, enum.Enum, type, tuple, np.generic)
         if type(value) not in _PLAIN and not isinstance(value, known):
+            self.refuse_softly(f"computes with a {type(value).__name__}")
+        return value
+
+    def handed(self, value: Any) -> Any:
+        """A value that code in C computes with, and what is in it.
+
+        An object of a class of its own computes by methods that nothing has looked into, or is a number that
+        nothing has noted.
+        """
+        if type(value) in CONTAINERS or isinstance(value, tuple):
+            for one in value.values() if isinstance(value, dict) else value:
+                self.handed(one)
+        elif isinstance(value, Iterator):
+            return map(self.handed, value)
+        elif type(value) not in _PLAIN and not isinstance(value, _HANDED):
             self.refuse_softly(f"computes with a {type(value).__name__}")
         return value
 
@@ -991,7 +1021,8 @@ class Frame:
                     self.text(args)
                 if holds_traced(args) and function.__module__ == "math":
                     return recorder.create_proxy("call_function", function, args, kwargs)
-                return function(*args, **kwargs)
+                given = args if function is callable else tuple(map(self.handed, args))
+                return function(*given, **kwargs)
             return self.refuse_here(f"calls {_name(function)}, which cannot be looked into")
         if type(owner) is str or isinstance(owner, str):
             self.text(args)
@@ -1021,6 +1052,8 @@ class Frame:
             self.refuse_here(where)
         if isinstance(owner, dict) and args and holds_traced(args[0]):
             self.refuse_here("looks something up by a traced value")
+        if isinstance(owner, dict | set | frozenset) or name in ("index", "count", "remove"):
+            self.handed(args[:1])
         if name in ("index", "count", "remove") and (holds_traced(args) or holds_traced(owner)):
             self.refuse_here("looks for something by a traced value")
         if name == "extend" and args:
@@ -1272,8 +1305,9 @@ def _reduce(frame: Frame, function: Any, values: Any, *first: Any) -> Any:
 def _ordered(which: Callable[..., Any]) -> Callable[..., Any]:
     def run(frame: Frame, *values: Any, key: Any = None, **options: Any) -> Any:
         given = values if len(values) > 1 else (frame.iterate(values[0]),)
-        asked = None if key is None else functools.partial(frame.call, key)
-        return which(*given, key=asked, **options)
+        if key is None:
+            return which(*map(frame.handed, given), **options)
+        return which(*given, key=lambda one: frame.handed(frame.call(key, one)), **options)
 
     return run
 
@@ -1281,6 +1315,13 @@ def _ordered(which: Callable[..., Any]) -> Callable[..., Any]:
 def _over_iterable(which: Callable[..., Any]) -> Callable[..., Any]:
     def run(frame: Frame, values: Any, *rest: Any, **options: Any) -> Any:
         return which(frame.iterate(values), *rest, **options)
+
+    return run
+
+
+def _summed(which: Callable[..., Any]) -> Callable[..., Any]:
+    def run(frame: Frame, values: Any, *rest: Any, **options: Any) -> Any:
+        return which(frame.handed(iter(frame.iterate(values))), *rest, **options)
 
     return run
 
@@ -1339,7 +1380,7 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
     sorted: _ordered(sorted),
     min: _ordered(min),
     max: _ordered(max),
-    sum: _over_iterable(sum),
+    sum: _summed(sum),
     all: _asked_each(all),
     any: _asked_each(any),
     itertools.chain: lambda frame, *values: itertools.chain(*map(frame.iterate, values)),
@@ -1358,7 +1399,7 @@ _BUILTINS: dict[Any, Callable[..., Any]] = {
     locals: _refused("looks at all variables (locals)"),
     print: _refused("prints"),
     issubclass: lambda frame, cls, kinds: issubclass(cls, kinds),
-    math.prod: _over_iterable(math.prod),
+    math.prod: _summed(math.prod),
     inspect.signature: lambda frame, function, **options: inspect.signature(function, **options),
 }
 _MODULE_METHODS: dict[Any, Callable[..., Any]] = {

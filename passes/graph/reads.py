@@ -16,7 +16,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -92,6 +92,10 @@ class ObjectRoot:
             way = _way_to(self.value)
             if way is not None:
                 return _reached, way
+            if _named(self.value.__module__, self.value.__qualname__) is not self.value:
+                # It was replaced, and what was read of it can change no more.
+                names = ("__defaults__", "__kwdefaults__")
+                return ObjectRoot, (SimpleNamespace(**{n: getattr(self.value, n) for n in names}),)
         return ObjectRoot, (self.value,)
 
 

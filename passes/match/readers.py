@@ -434,6 +434,13 @@ def _asks_metadata(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _METADATA
 
 
+def _applied(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """What a layer of PyTorch without a graph applies: its own matrices."""
+    for name, parameter in module._parameters.items():
+        if is_matrix(parameter):
+            yield name, f"{type(module).__qualname__}.forward"
+
+
 def read_by_code(capture: Capture) -> dict[str, Rejection]:
     """Matrices that a module without a graph does more with than call the layer that holds them."""
     result: dict[str, Rejection] = {}
@@ -441,7 +448,8 @@ def read_by_code(capture: Capture) -> dict[str, Rejection]:
     first = {module: fqn for fqn, module in capture.model.named_modules()}
     for fqn in capture.opaque:
         module = capture.model.get_submodule(fqn)
-        for name, reader in weights_read(module, graphs):
+        read = _applied(module) if is_built_in(module) else weights_read(module, graphs)
+        for name, reader in read:
             owner, _, key = join(fqn, name).rpartition(".")
             weight = join(first[capture.model.get_submodule(owner)], key)
             reason = (

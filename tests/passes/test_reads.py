@@ -79,6 +79,29 @@ def test_an_export_that_calls_a_dispatched_function_is_pickled() -> None:
     torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(x), model(x))
 
 
+class _WithProperty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    @property
+    def factor(self) -> float:
+        return 2.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.factor
+
+
+def test_an_export_is_pickled_after_what_it_called_was_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = _WithProperty(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
+    monkeypatch.setattr(_WithProperty, "factor", property(lambda self: 3.0))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(adapted))(x), model(x))
+
+
 class _OfItsClass(nn.Module):
     kept = 2.0
 

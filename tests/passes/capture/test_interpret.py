@@ -883,3 +883,97 @@ def test_children_by_name_are_traced_and_their_order_is_guarded(way: str) -> Non
         change(changed)
         with pytest.raises(LoraFxError, match=r"layers"):
             changed(x)
+
+
+class _Float(float):
+    pass
+
+
+class _Int(int):
+    pass
+
+
+class _Counts:
+    """An object that Python's own functions compute with, by its methods."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __abs__(self):
+        return self.value
+
+    def __round__(self, digits=0):
+        return self.value
+
+    def __index__(self):
+        return self.value
+
+    def __radd__(self, other):
+        return other + self.value
+
+    def __pow__(self, other):
+        return self.value**other
+
+    def __float__(self):
+        return float(self.value)
+
+    def __hash__(self):
+        return hash(self.value)
+
+    def __eq__(self, other):
+        return self.value == other
+
+    def __lt__(self, other):
+        return self.value < other
+
+    def __gt__(self, other):
+        return self.value > other
+
+
+_COMPUTED = {
+    "abs": abs,
+    "round": round,
+    "max": lambda k: float(max(k, 1)),
+    "max of a list": lambda k: float(max([k, 1])),
+    "sum": lambda k: sum([k, 1]),
+    "prod": lambda k: math.prod([float(k), 2]),
+    "pow": lambda k: pow(k, 2),
+    "floor": lambda k: math.floor(float(k)) + 1,
+    "copysign": lambda k: math.copysign(k, 1),
+    "fsum": lambda k: math.fsum([k, 2]),
+    "hex": lambda k: int(hex(k), 16),
+    "index": lambda k: [1, 2, 3, 4][k],
+    "slice": lambda k: len([1, 2, 3][:k]),
+    "key": lambda k: {1: 5, 2: 7}.get(k, 9),
+    "sorted": lambda k: float(sorted([k, 9], reverse=True)[1]),
+}
+
+
+@pytest.mark.parametrize("use", _COMPUTED)
+@pytest.mark.parametrize(
+    ("kind", "values"), [(_Float, (0.5, 2.0)), (_Int, (1, 2)), (_Counts, (1, 2))]
+)
+def test_numbers_of_a_class_of_its_own_are_read_each_time(kind, values, use):
+    """What code in C computes with such a number was noted by nothing."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.kernel = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+            self.number = kind(values[0])
+
+        def forward(self, x):
+            return self.fc(x) @ self.kernel * _COMPUTED[use](self.number)
+
+    model, x = Model(), torch.randn(2, 4)
+    try:
+        model(x)
+    except TypeError:
+        pytest.skip("Python does not compute that with a number of this kind")
+    try:
+        adapted = lora_fx.rewrite(model, CONFIG)
+        for value in (*values, values[0]):
+            model.number, adapted.number = kind(value), kind(value)
+            torch.testing.assert_close(adapted(x), model(x))
+    except LoraFxError:
+        pass  # refused: nothing is wrong
