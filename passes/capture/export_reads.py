@@ -651,7 +651,7 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path, A
     names = {one for code in nested(function.__code__) for one in code.co_consts}
     spelled = {one for one in names if isinstance(one, str) and one in function.__globals__}
     found = list(named_by(function))
-    if "globals" in function.__code__.co_names:
+    if any("globals" in code.co_names for code in nested(function.__code__)):
         found += [(name, module, name, function.__globals__[name]) for name in sorted(spelled)]
     own = Path(ModuleRoot(module)) if importable else Path(ObjectRoot(function.__globals__))
     for words, home, name, value in found:

@@ -182,7 +182,9 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()
     below = {key: region for key, region in capture.regions.items() if region.fqn}
-    regions = {"": Region("", model, graph, overlay=True), **below}
+    # What stands in for it is the forward of the model, as for a graph that was traced.
+    safe = all(region.fallback for region in capture.regions.values() if not region.fqn)
+    regions = {"": Region("", model, graph, safe, overlay=True), **below}
     # The modules that do not trace stay listed: calls that go past the graph go through them.
     return dataclasses.replace(capture, regions=regions, frontend="export")
 

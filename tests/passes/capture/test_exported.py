@@ -948,3 +948,25 @@ def test_a_decorator_that_asks_for_keywords_is_seen_beside_other_keywords() -> N
     given = {"x": x, "scale": 2.0}
     with pytest.raises(CaptureError):
         lora_fx.rewrite(model, config, given, frontend="export")
+
+
+TABLE_OF_GLOBALS = SimpleNamespace(factor=2.0)
+
+
+def test_a_global_that_an_inner_function_looks_up_by_its_name_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (lambda t: t * globals()["TABLE_OF_GLOBALS"].factor)(self.fc(x))
+
+    model, x = Looks(), torch.randn(2, 4)
+    config = LoraConfig(r=2, target_modules=["fc"])
+    adapted = lora_fx.rewrite(model, config, x, frontend="export")
+    torch.testing.assert_close(adapted(x), model(x))
+    monkeypatch.setattr(TABLE_OF_GLOBALS, "factor", 3.0)
+    torch.testing.assert_close(adapted(x), model(x))

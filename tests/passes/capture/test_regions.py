@@ -459,9 +459,12 @@ def test_code_that_tells_classes_is_found_behind_decorators_and_super():
         lora_fx.rewrite(_Derived(), lora_fx.LoraConfig(r=2, target_modules=".*"))
 
 
-def test_code_that_tells_classes_does_not_stand_in_for_its_graph():
+@pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
+def test_code_that_tells_classes_does_not_stand_in_for_its_graph(frontend):
     model, x = _Scaled(), torch.randn(2, 4)
-    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=".*"))
+    config = lora_fx.LoraConfig(r=2, target_modules=".*")
+    example = x if frontend == "export" else None
+    adapted = lora_fx.rewrite(model, config, example, frontend=frontend)
     torch.testing.assert_close(adapted(x), model(x))
     with pytest.raises(CaptureError, match="scale"):
         adapted(x, scale=2.0)
