@@ -487,6 +487,8 @@ class Frame:
 
     def _note_object(self, value: Any, path: Path, trusted: bool) -> None:
         recorder = self.recorder
+        if isinstance(value, SIMPLE) and not isinstance(value, enum.Enum):
+            recorder.read(Read(path, "contents", value))  # a number or text of a class of its own
         if isinstance(value, np.ndarray | np.generic):
             self.refuse_softly(f"reads {path}, a NumPy array that may change")
         elif type(value) in (range, slice, object):

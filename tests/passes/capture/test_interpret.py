@@ -945,6 +945,7 @@ _COMPUTED = {
     "index": lambda k: [1, 2, 3, 4][k],
     "slice": lambda k: len([1, 2, 3][:k]),
     "key": lambda k: {1: 5, 2: 7}.get(k, 9),
+    "in": lambda k: 2.0 if k in (1, 0.5) else 3.0,
     "sorted": lambda k: float(sorted([k, 9], reverse=True)[1]),
 }
 
