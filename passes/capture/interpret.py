@@ -621,7 +621,7 @@ class Frame:
             if isinstance(right, _PassedKeywords) and isinstance(left, str):
                 return self._asked(right, left, name == "not in")
             self._check_passed(left, right)
-            found = self._contains(right, left)
+            found = self._contains(right, self.handed(left))
             return found if name == "in" else not found
         if any(holds_traced(one) and not isinstance(one, TracedValue) for one in (left, right)):
             self.refuse_here("compares containers of traced values")
