@@ -424,7 +424,9 @@ class Seen:
         return _seen_again, (_NAMES_OF_TYPES.get(self.cls, self.cls), *values[1:])
 
 
-_NAMES_OF_TYPES: dict[Any, str] = {types.MappingProxyType: "MappingProxyType"}
+_NAMES_OF_TYPES: dict[Any, str] = {
+    one: name for name, one in vars(types).items() if isinstance(one, type)
+}
 
 
 def _seen_again(cls: Any, *values: Any) -> Seen:
@@ -715,7 +717,7 @@ class Pickled:
     def holds(self, value: object) -> bool:
         """Whether an object is pickled like this one; one that cannot be pickled is not."""
         try:
-            return pickle.dumps(value) == self.text
+            return Pickled.of(value) == self
         except Exception:  # noqa: BLE001  # whatever the object's own code raises
             return False
 

@@ -68,18 +68,16 @@ _PLAIN = (
     torch.finfo,
     torch.iinfo,
 )
+# What an operation may be done with, besides what is plain.
+_OPERANDS: tuple[Any, ...] = (TracedValue, torch.Tensor, enum.Enum, type, tuple, np.generic)
+_FUNCTIONS: tuple[Any, ...] = (FunctionType, BuiltinFunctionType)
 # What code in C computes with, and nothing of a class of the user's.
 _HANDED: tuple[Any, ...] = (
-    TracedValue,
-    torch.Tensor,
-    enum.Enum,
-    type,
-    np.generic,
+    *_OPERANDS,
+    *_FUNCTIONS,
     nn.Module,
     types.ModuleType,
-    FunctionType,
     MethodType,
-    BuiltinFunctionType,
     functools.partial,
 )
 _VIEWS: tuple[Any, ...] = (type({}.keys()), type({}.values()), type({}.items()))
@@ -590,8 +588,7 @@ class Frame:
     def _operand(self, value: Any) -> Any:
         self._check_passed(value)
         value = self.recorder.seen(value)
-        known = (TracedValue, torch.Tensor, enum.Enum, type, tuple, np.generic)
-        if type(value) not in _PLAIN and not isinstance(value, known):
+        if type(value) not in _PLAIN and not isinstance(value, _OPERANDS):
             self.refuse_softly(f"computes with a {type(value).__name__}")
         return value
 
@@ -631,9 +628,7 @@ class Frame:
 
     def _comparable(self, value: Any) -> Any:
         value = self.recorder.seen(value)
-        known = (TracedValue, torch.Tensor, enum.Enum, type, np.generic, tuple)
-        functions = (FunctionType, BuiltinFunctionType)
-        if type(value) not in _PLAIN and not isinstance(value, (*known, *functions)):
+        if type(value) not in _PLAIN and not isinstance(value, (*_OPERANDS, *_FUNCTIONS)):
             self.refuse_softly(f"compares a {type(value).__name__}")
         return value
 

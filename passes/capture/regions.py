@@ -121,11 +121,14 @@ def _take_off_told(regions: dict[str, Region], opaque: dict[str, str], model: nn
         for key, reason in told.items():
             opaque[regions.pop(key).fqn] = reason
     # One with a graph runs its own code for calls that the graph was not made for.
+    own: dict[str, Any] = {key: type(region.module) for key, region in regions.items()}
+    tellers = {key: asked for key, cls in own.items() if (asked := _classes_told(cls))}
+    if not tellers:
+        return
     others = {None, *(cls for region in regions.values() for cls in _classes_above(model, region))}
-    for key, region in regions.items():
-        own: Any = type(region.module)
-        if any(cls in others for cls, _ in _classes_told(own)):
-            regions[key] = dataclasses.replace(region, fallback=False)
+    for key, classes in tellers.items():
+        if any(cls in others for cls, _ in classes):
+            regions[key] = dataclasses.replace(regions[key], fallback=False)
 
 
 def _classes_above(model: nn.Module, region: Region) -> list[type]:

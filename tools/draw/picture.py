@@ -165,7 +165,7 @@ class Target:
         default: Whether ``target_modules=None`` selects it.
         linear: Whether ``target_modules="all-linear"`` does.
         each_rank: Trainable elements that one more rank costs.
-        fixed: Trainable elements that it costs at any rank: the magnitude of DoRA, the bias on B.
+        fixed: Trainable elements that its kind costs at any rank, as a bias on B does.
         attention: FQN of the ``nn.MultiheadAttention`` of which it is a projection.
         width: Output features, where some of them can have an adapter of their own; 0 where they cannot.
         parts: Names of such parts, each with its output features (start, stop).
