@@ -667,8 +667,6 @@ def _named(function: FunctionType, place: Path | None) -> Iterator[tuple[Path, A
     for name in ("__defaults__", "__kwdefaults__"):
         yield root.attribute(name), getattr(function, name) or None
     for number, cell in enumerate(function.__closure__ or ()):
-        held = Path(ObjectRoot(cell))
-        if place is not None:  # by names, since a cell cannot be pickled
-            held = place.attribute("__closure__").item(number)
+        held = root.attribute("__closure__").item(number)  # by names: a cell cannot be pickled
         for value in held_in(cell):
             yield held.attribute("cell_contents"), value

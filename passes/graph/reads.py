@@ -72,7 +72,7 @@ class ModuleRoot:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ObjectRoot:
-    """An object that is the same for every instance: a class, a cell of a closure, a function."""
+    """An object that is the same for every instance: a class, a function."""
 
     value: Any
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import pickle
 from collections.abc import Callable
 from decimal import Decimal
@@ -56,6 +57,33 @@ def test_an_export_of_a_decorated_forward_is_pickled() -> None:
     assert not torch.allclose(adapted(x, "a"), model(x, "a"))
     for name in ("a", "b"):
         torch.testing.assert_close(loaded(x, name), adapted(x, name))
+
+
+def _doubled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def outer(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) * 2
+
+    return outer
+
+
+class _Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.table = {"a": 0.5}
+
+    @_doubled
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if operator.itemgetter("a")(self.table) == 0.5 else x
+
+
+def test_an_export_whose_decorator_hides_the_forward_is_pickled() -> None:
+    model, x = _Around(), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
+    nn.init.normal_(adapted.fc.lora_B.default)
+    loaded = pickle.loads(pickle.dumps(adapted))
+    torch.testing.assert_close(loaded(x), adapted(x))
 
 
 @functools.singledispatch
