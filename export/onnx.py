@@ -426,7 +426,7 @@ def export_onnx(
         example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
             check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
             one is widened.
-        task: What the file is for. None to export the model as it is called;
+        task: What the file is for. None to export the model as it is called, or for what its target runs;
             "text-generation" for a decoder with its key-value cache as inputs and outputs, which
             ``OnnxSession.generate`` runs; "text2text-generation" for an encoder-decoder, whose
             encoder goes into a second file ``STEM.xxxxxxxx.encoder.onnx``. The example is token
@@ -500,13 +500,15 @@ def export_onnx(
     for name, size, least in sizes:
         if not isinstance(size, int) or size < least:
             raise ExportError(f"{name}={size!r}: give a number of bytes, {least} or more")
+    runtime = None if target is None else find_runtime(target)
+    if task is None and runtime is not None:
+        task = runtime.task(unwrapped(model))
     if task is not None:
         find_task(task)
         if dynamic_shapes is not None:
             raise ExportError(
                 f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
             )
-    runtime = None if target is None else find_runtime(target)
     data: str | None = None
     if runtime is None:
         if tokenizer is not None:

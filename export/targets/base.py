@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from torch import nn
 
@@ -18,7 +18,10 @@ from lora_fx.export.report import ExportReport
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["RuntimeTarget", "Written", "add_tokenizer", "write_json"]
+__all__ = ["RuntimeTarget", "TaskName", "Written", "add_tokenizer", "write_json"]
+
+
+TaskName: TypeAlias = Literal["text-generation", "text2text-generation"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class RuntimeTarget(Protocol):
     @property
     def axes(self) -> Mapping[str, str]:
         """The runtime's name for each dynamic axis that it calls otherwise."""
+        ...
+
+    def task(self, model: nn.Module) -> TaskName | None:
+        """What a model is exported for where the caller names no task."""
         ...
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lora_fx.errors import ExportError
 from lora_fx.export.decoder_cache import GENERATION_KEY
 from lora_fx.export.fuse import SHARED_CACHE_KEY
-from lora_fx.export.targets.base import Written, add_tokenizer, write_json
+from lora_fx.export.targets.base import TaskName, Written, add_tokenizer, write_json
 from lora_fx.ir import record_of
 
 if TYPE_CHECKING:
@@ -34,6 +36,10 @@ class GenaiTarget:
 
     name = "genai"
     axes: Mapping[str, str] = {}
+
+    def task(self, model: nn.Module) -> TaskName:
+        """A decoder: it runs nothing else."""
+        return "text-generation"
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
         """Refuse what is no decoder."""

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from torch import nn
+
 from lora_fx.errors import ExportError
 from lora_fx.export.copy import unwrapped
 from lora_fx.export.ort import AXES_KEY
-from lora_fx.export.targets.base import Written, add_tokenizer, write_json
+from lora_fx.export.targets.base import TaskName, Written, add_tokenizer, write_json
 from lora_fx.passes.graph import original_class
 
 if TYPE_CHECKING:
@@ -38,6 +40,14 @@ class TransformersJsTarget:
 
     name = "transformers.js"
     axes = _AXES
+
+    def task(self, model: nn.Module) -> TaskName | None:
+        """A file with a cache for a model that generates: ``generate`` there relies on it."""
+        decodes: Any = getattr(model, "can_generate", None)
+        if decodes is None or not decodes():
+            return None
+        two = getattr(model.config, "is_encoder_decoder", False)
+        return "text2text-generation" if two else "text-generation"
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
         """Refuse what has no name there."""

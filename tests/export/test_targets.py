@@ -99,6 +99,22 @@ def test_what_is_written_for_transformers_js_is_what_was_compared(tmp_path: Path
     assert found.tolist() == want.tolist()
 
 
+@pytest.mark.parametrize("target", ["genai", "transformers.js"])
+def test_a_target_makes_a_decoder_of_a_model_that_generates(target: Any, tmp_path: Path) -> None:
+    report = lora_fx.export_onnx(generator("llama"), tmp_path / "m", IDS, target=target)
+    assert report.task == "text-generation"
+    assert any(name.startswith("present.") for name in report.outputs)
+
+
+def test_a_target_of_single_files_refuses_an_encoder_decoder_that_generates(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1}
+    config = transformers.T5Config(num_heads=2, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with pytest.raises(ExportError, match="two files"):
+        lora_fx.export_onnx(model, tmp_path / "js", IDS, target="transformers.js")
+    assert not (tmp_path / "js").exists()
+
+
 def test_wrong_words_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="tokenizer= is a int"):
         written(classifier(), tmp_path / "js", tokenizer=3)

@@ -51,7 +51,7 @@ def export(
         adapter: An adapter folder: to merge, or for inputs and a bank to take the places from. For those
             repeat it: each gets the name of its folder.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
-            encoder-decoder): a file for `lora-fx generate`.
+            encoder-decoder): a file for `lora-fx generate`. --target chooses it for a model that generates.
         target: genai (onnxruntime-genai) or transformers.js: the folder that it loads.
         tokenizer: The folder of the tokenizer that goes into it; by default the model's.
         adapters: merge; inline, next to the operations (the default over quantized weights); inputs, the base
