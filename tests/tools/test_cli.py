@@ -496,6 +496,17 @@ def test_export_of_a_bank(here: Path, adapter: Path) -> None:
     for chosen in (str(adapter), "other-v2"):
         worked("run", "bank.onnx", "--adapter", chosen, "--repeat", "1")
     assert "no adapter at" in refused("run", "bank.onnx", "--adapter", "other-v3")
+    each = [word for name in (str(adapter), "none", "other-v2") for word in ("--adapter", name)]
+    worked("run", "bank.onnx", *each, "--size", "batch=3", "--output", "rows.npz", "--repeat", "1")
+    session, rows = lora_fx.OnnxSession("bank.onnx", "cpu"), np.load("rows.npz")
+    drawn = np.random.default_rng(0).standard_normal((3, *session.inputs[0].shape[1:]))
+    alone = session.run(drawn.astype(np.float32), adapter=["adapter", None, "other-v2"])
+    for name, value in alone.items():
+        np.testing.assert_allclose(rows[name], value, rtol=1e-5, atol=1e-6)
+    shutil.copytree(adapter, here / "more" / adapter.name)
+    twice = ("--adapter", str(adapter), "--adapter", f"more/{adapter.name}")
+    assert "another one is named adapter" in refused("run", "bank.onnx", *twice)
+    assert "adapter has 3 names" in refused("run", "bank.onnx", *each, "--size", "batch=2")
 
 
 def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:

@@ -143,7 +143,7 @@ def run(
     provider: str = "cpu",
     inputs: list[str] | None = None,
     sizes: list[str] | None = None,
-    adapter: Path | None = None,
+    adapter: list[str] | None = None,
     output: str | None = None,
     repeat: int = 10,
     force: bool = False,
@@ -157,7 +157,7 @@ def run(
         inputs: name=FILE.npy; by default random values. Repeat it.
         sizes: axis=SIZE of a dynamic axis, where no --input has it. Repeat it.
         adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
-            file's bank.
+            file's bank. Repeat it for a bank: one for each row of the batch, or none.
         output: Write the outputs to this .npz file.
         repeat: Runs that are timed.
         force: Write over what is there.
@@ -169,7 +169,7 @@ def run(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
-        chosen = o.loaded_adapter(session, adapter)
+        chosen = o.loaded_adapters(session, adapter)
     feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
     seconds = []
     with console.progress("running") as advance:
@@ -339,7 +339,7 @@ def generate(
     tokenizer: Path | None = None,
     inputs: list[str] | None = None,
     provider: str = "cpu",
-    adapter: Path | None = None,
+    adapter: list[str] | None = None,
     max_new_tokens: int | None = None,
     sample: bool | None = None,
     temperature: float | None = None,
@@ -358,7 +358,7 @@ def generate(
         inputs: name=FILE.npy: what else an encoder takes. Repeat it.
         provider: cpu, cuda or webgpu; there is no fallback.
         adapter: An .onnx_adapter file, or an adapter folder, to run with; or the name of one that is in the
-            file's bank.
+            file's bank. Repeat it for a bank: one for each row of the batch, or none.
         max_new_tokens: The default is the file's, or 20.
         sample: Draw tokens, or take the likeliest.
         temperature: Of the draws.
@@ -378,7 +378,7 @@ def generate(
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
-        chosen = o.loaded_adapter(session, adapter)
+        chosen = o.loaded_adapters(session, adapter)
     given.update(_padded(prompts))
     began = time.perf_counter()
     with console.progress("generating"):

@@ -36,7 +36,7 @@ __all__ = [
     "dtype_of",
     "file_to_write",
     "load",
-    "loaded_adapter",
+    "loaded_adapters",
 ]
 
 _log = logging.getLogger("lora_fx")
@@ -436,17 +436,35 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def loaded_adapter(session: Any, adapter: Path | None) -> str | None:
-    """Loads an adapter file or folder into a session of ONNX Runtime; the name that it has there.
+def loaded_adapters(session: Any, given: Iterable[str] | None) -> str | list[str | None] | None:
+    """Load adapter files or folders into a session of ONNX Runtime.
 
-    A name may also be that of an adapter which is in the bank of the file.
+    Args:
+        session: An ``OnnxSession``.
+        given: Files, folders and names of adapters that are in the bank of the file, or "none".
+
+    Returns:
+        The name that it has there; for several a list, one for each row of the batch.
+
+    Raises:
+        TypedError: If two of them would have the same name.
     """
-    if adapter is None:
-        return None
-    if str(adapter) in session.adapters and not adapter.exists():
-        return str(adapter)
-    session.load_adapter(adapter.stem, adapter)
-    return adapter.stem
+    names: dict[str, str | None] = {}
+    for one in (rows := list(given or ())):
+        path = Path(one)
+        if one in names or (one in session.adapters and not path.exists()):
+            names.setdefault(one, one)
+        elif one == "none" and not path.exists():
+            names[one] = None
+        elif path.stem in names.values():
+            raise TypedError(
+                f"--adapter {one}: another one is named {path.stem}: rename its folder"
+            )
+        else:
+            session.load_adapter(path.stem, path)
+            names[one] = path.stem
+    chosen = [names[one] for one in rows]
+    return chosen if len(chosen) > 1 else next(iter(chosen), None)
 
 
 # Not inside a call, which is Python as a whole.
