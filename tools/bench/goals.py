@@ -155,6 +155,39 @@ def with_dropout(found: Measured) -> Verdict:
     return Verdict(text, ours - 1.20)
 
 
+def step_time(
+    found: Measured, dropout: float, most: float, base: str = FROZEN, again: str = AGAIN
+) -> Verdict | None:
+    """The time of a step beside another one, which a second name for that shows the noise of."""
+    names = (name_of(OURS, dropout), name_of(PEFT, dropout), again)
+    if not found.steps.keys() >= {base, *names}:
+        return None
+    ours, peft, noise = (
+        ratio(found.steps[name].sample, found.steps[base].sample) for name in names
+    )
+    text = f"{ours.median:.2f}; PEFT {peft.median:.2f}; A/A {noise}"
+    return Verdict(text, ours.median - most - max(0.0, noise.high - 1))
+
+
+def compiled_time(found: Measured, dropout: float, most: float) -> Verdict | None:
+    """The time of a compiled step beside the compiled frozen one."""
+    return step_time(
+        found, dropout, most, step_sections.COMPILED_BASE, step_sections.COMPILED_AGAIN
+    )
+
+
+def balanced_overhead(found: Mapping[str, Measured], dropout: float, most: float) -> Verdict | None:
+    """The time of the small Llama's step that makes cheap inputs again."""
+    one = next(iter(found.values()))
+    names = [name_of(name, dropout) for name in (BALANCED, PEFT, OURS, OURS_AGAIN)]
+    if not one.steps.keys() >= set(names):
+        return None
+    ours, peft = (one.overhead(name).median for name in names[:2])
+    again = ratio(one.steps[names[3]].sample, one.steps[names[2]].sample)
+    text = f"{ours:.2f}; PEFT {peft:.2f}; A/A {again}"
+    return Verdict(text, ours - most - max(0.0, again.high - 1))
+
+
 def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
     """What a step saves beyond the frozen one."""
     sizes = _beyond(found, *((name, dropout) for name in (OURS, PEFT, EXPORTED)))
@@ -323,14 +356,19 @@ def second_step(found: guards.Found) -> Verdict:
     return Verdict(f"{second}; A/A {again}", second.median - max(again.high, 1 / again.low))
 
 
-def merge(found: Mapping[str, verbs.Merged]) -> Verdict:
-    """The time of a merge. Like with like: PEFT writes over the model that it is given."""
+def merge(found: Mapping[str, verbs.Merged], part: float) -> Verdict:
+    """The time of a merge. Like with like: PEFT writes over the model that it is given.
+
+    Args:
+        found: By contender.
+        part: Of PEFT's time.
+    """
     names = (OURS, verbs.OURS_INTO, verbs.PEFT_MERGE, verbs.BOUND)
     ours, into, peft, bound = (found[name].sample.median for name in names)
     text = (
         f"into=base {into:.3f} s; a new model {ours:.3f}; PEFT {peft:.3f}; addmm_ alone {bound:.3f}"
     )
-    return Verdict(text, into - peft / 2, " s")
+    return Verdict(text, into - part * peft, " s")
 
 
 def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:

@@ -149,7 +149,7 @@ _MODELS = Steps(
     seconds=40.0,
 )
 
-_COMPILED_BASE, _COMPILED_AGAIN = "frozen, compiled", "frozen, compiled again (A/A)"
+COMPILED_BASE, COMPILED_AGAIN = "frozen, compiled", "frozen, compiled again (A/A)"
 
 
 def _compiled(model: nn.Module) -> nn.Module:
@@ -162,10 +162,10 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 
 def _compiled_contenders(size: Size, _: Place) -> Contenders:
-    frozen = {FROZEN: (FROZEN, Settings()), _COMPILED_BASE: (AGAIN, Settings())}
+    frozen = {FROZEN: (FROZEN, Settings()), COMPILED_BASE: (AGAIN, Settings())}
     if size is not Size.FULL:
         return {**frozen, **variants((OURS,), (0.0,))}
-    return {**frozen, _COMPILED_AGAIN: (THIRD, Settings()), **variants((OURS, PEFT))}
+    return {**frozen, COMPILED_AGAIN: (THIRD, Settings()), **variants((OURS, PEFT))}
 
 
 _COMPILED = Steps(
@@ -178,7 +178,7 @@ _COMPILED = Steps(
 
 
 def _of_compiled(row: Row) -> str:
-    return f"{ratio(row.step.sample, row.measured.steps[_COMPILED_BASE].sample).median:.2f}"
+    return f"{ratio(row.step.sample, row.measured.steps[COMPILED_BASE].sample).median:.2f}"
 
 
 _COMPILED_COLUMNS = {
