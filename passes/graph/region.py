@@ -377,14 +377,24 @@ def _run_of(module: nn.Module) -> Any:
     return getattr(cls, _RUN, None) or cls.forward
 
 
+_WRAP = "_lora_fx_wrap"
+
+
+def _is_ours(value: Any) -> bool:
+    """Whether a value is a function that is in graphs as one node, and that fx does not know."""
+    return isinstance(value, types.FunctionType) and value.__module__.startswith("lora_fx.runtime.")
+
+
 class _Form:
     """What a graph becomes in a class: source, globals, and what tells it from others."""
 
     def __init__(self, graph: fx.Graph) -> None:
         code = graph.python_code(root_module="self")
         guard = graph._codegen if isinstance(graph._codegen, GuardedCodeGen) else None
-        self.source = code.src
-        self.namespace = {**code.globals, **(guard.constants() if guard else {})}
+        # Who traces the module sees one node in each of these functions.
+        whole = [name for name, value in code.globals.items() if _is_ours(value)]
+        self.source = "".join(f"{_WRAP}({name!r})\n" for name in whole) + code.src
+        self.namespace = {**code.globals, **(guard.constants() if guard else {}), _WRAP: fx.wrap}
         self.conditions = guard.conditions() if guard else []
         self.reads = guard.reads if guard else ()
         tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)

@@ -438,6 +438,32 @@ def test_fx_forgets_the_code_of_regions_that_are_gone() -> None:
     assert set(wrapped) <= before
 
 
+class _EveryModule(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return False
+
+
+class _Raw(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.fc = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x @ self.w)
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("kind", [{"target_parameters": ["w"]}, {"use_dora": True}])
+@pytest.mark.parametrize("tracer", [fx.Tracer, _EveryModule])
+def test_fx_traces_an_adapted_model(tracer: type[fx.Tracer], kind: Any, optimize: bool) -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"], **kind)
+    adapted = randomize(lora_fx.rewrite(_Raw(), config, optimize=optimize)).eval()
+    traced = fx.GraphModule(adapted, tracer().trace(adapted))
+    x = sample(3, 4)
+    assert_close(traced(x), adapted(x))
+    assert_close(pickle.loads(pickle.dumps(traced))(x), adapted(x))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.1}])
 def test_jit_records_an_adapted_model_and_does_not_script_it(
