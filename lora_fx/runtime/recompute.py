@@ -28,7 +28,6 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from lora_fx.errors import LoraFxError
 from lora_fx.ir import freeze, thaw
 from lora_fx.runtime.classes import BASE, inner_class
 from lora_fx.runtime.masks import transformed
@@ -37,16 +36,14 @@ __all__ = [
     "ACTIVATION",
     "MODULE",
     "PARAMETER",
+    "Called",
     "Chain",
-    "Shorter",
     "Source",
     "Subgraph",
     "autocast_of",
     "called",
     "chain_of",
-    "has_only_settings",
     "lazy_copy",
-    "settings_of",
     "source_of",
 ]
 
@@ -121,17 +118,16 @@ class Subgraph:
         return self
 
 
-class Shorter(NamedTuple):
-    """A chain of fewer operations.
+class Called(NamedTuple):
+    """A module that a chain calls, and whose operations it has for the backward.
 
     Attributes:
-        graph: With the same placeholders.
-        settings: Of the modules among these when it was found, as :func:`settings_of` gives them, or None
-            without modules: with other ones it does not hold.
+        cls: Its own class.
+        unchanged: Whether it computes what these operations do; it can be pickled, and equal ones are equal.
     """
 
-    graph: fx.Graph
-    settings: list[Any] | None = None
+    cls: type[nn.Module]
+    unchanged: Callable[[nn.Module], bool]
 
 
 class Chain(Subgraph):
@@ -139,10 +135,11 @@ class Chain(Subgraph):
 
     Attributes:
         kinds: What each placeholder is. A module is called by :func:`called`.
-        classes: The own class of each module among them.
+        modules: The modules among them.
         saves: Whether autograd would keep more than the inputs. Otherwise the operations run as they are, and
             only the products that read the output make it again.
-        shorter: The same of fewer operations, equal but for rounding, for the backward; or None.
+        again: The operations of the backward, where they are others: those of the modules in their place,
+            which may be another thing by then, and kernels that compute the same but for rounding.
     """
 
     def __init__(
@@ -150,33 +147,20 @@ class Chain(Subgraph):
         name: str,
         graph: fx.Graph,
         kinds: tuple[str, ...],
-        classes: tuple[type[nn.Module], ...],
+        modules: tuple[Called, ...],
         saves: bool,
-        shorter: Shorter | None = None,
+        again: fx.Graph | None = None,
     ) -> None:
         super().__init__(name, graph, f"<lora_fx {name}>")
-        self.kinds, self.classes, self.saves = kinds, classes, saves
-        self.shorter = shorter
-        self._short = None
-        if shorter is not None:
-            self._short = Subgraph(name, shorter.graph, f"<lora_fx {name}, again>").run
-            self._forwards = [one.forward for one in classes]
+        self.kinds, self.modules, self.saves = kinds, modules, saves
+        self.again = again
+        self.run_again = self.run
+        if again is not None:
+            self.run_again = Subgraph(name, again, f"<lora_fx {name}, again>").run
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What a class computes is known where it was looked at, and nowhere else.
-        shorter = None if self.classes or self.shorter is None else freeze(self.shorter.graph)
-        return _thawed, (self.__name__, self.frozen, self.kinds, self.classes, self.saves, shorter)
-
-    def again(self, settings: list[Any] | None) -> Callable[..., Tensor]:
-        """Computes the output in the backward, as :attr:`run` does.
-
-        Args:
-            settings: Of the modules among the inputs, as they are now.
-        """
-        if self._short is None or self.shorter is None or settings != self.shorter.settings:
-            return self.run
-        same = all(a is b.forward for a, b in zip(self._forwards, self.classes, strict=True))
-        return self._short if same else self.run
+        again = None if self.again is None else freeze(self.again)
+        return _thawed, (self.__name__, self.frozen, self.kinds, self.modules, self.saves, again)
 
     def __call__(self, *leaves: Any) -> Tensor:
         """The output.
@@ -205,10 +189,11 @@ class Chain(Subgraph):
         """Whether a recipe of the output is right, and worth it."""
         if not torch.is_grad_enabled() or transformed():
             return False
-        most, classes = 0, iter(self.classes)
+        most, modules = 0, iter(self.modules)
         for leaf, kind in zip(leaves, self.kinds, strict=True):
             if kind == MODULE:
-                if not _is_bare(leaf, next(classes)):
+                cls, unchanged = next(modules)
+                if not (_is_bare(leaf, cls) and unchanged(leaf)):
                     return False
             elif kind == ACTIVATION:
                 # What has no gradient is kept by nothing.
@@ -235,9 +220,9 @@ def chain_of(
     name: str,
     graph: fx.Graph,
     kinds: tuple[str, ...],
-    classes: tuple[type[nn.Module], ...],
+    modules: tuple[Called, ...],
     saves: bool,
-    shorter: Shorter | None = None,
+    again: fx.Graph | None = None,
 ) -> Chain:
     """The chain of a graph: one object for equal ones, so that equal layers share their code.
 
@@ -245,23 +230,23 @@ def chain_of(
         name: What code that calls it shows.
         graph: As for :class:`Chain`, as the others; it must not be edited afterwards.
         kinds: :data:`ACTIVATION`, :data:`PARAMETER` or :data:`MODULE` for each placeholder.
-        classes: The own class of each module among them.
+        modules: The modules among them.
         saves: Whether autograd would keep more than the inputs.
-        shorter: The same of fewer operations, or None.
+        again: The operations of the backward, or None for the same.
     """
-    short = None if shorter is None else (Subgraph.key(shorter.graph), repr(shorter.settings))
-    key = (name, Subgraph.key(graph), kinds, classes, saves, short)
+    others = None if again is None else Subgraph.key(again)
+    key = (name, Subgraph.key(graph), kinds, modules, saves, others)
     found = _chains.get(key)
     if found is None:
-        found = _chains.setdefault(key, Chain(name, graph, kinds, classes, saves, shorter))
+        found = _chains.setdefault(key, Chain(name, graph, kinds, modules, saves, again))
     return found
 
 
 def _thawed(
-    name: str, frozen: Any, kinds: Any, classes: Any, saves: bool, shorter: Any = None
+    name: str, frozen: Any, kinds: Any, modules: Any, saves: bool, again: Any = None
 ) -> Chain:
-    short = None if shorter is None else Shorter(thaw(shorter))
-    return chain_of(name, thaw(frozen), kinds, classes, saves, short)
+    others = None if again is None else thaw(again)
+    return chain_of(name, thaw(frozen), kinds, modules, saves, others)
 
 
 def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
@@ -293,28 +278,9 @@ def _is_bare(module: Any, cls: type[nn.Module]) -> bool:
     return (
         inner.__dict__.get(BASE, inner) is cls
         and "forward" not in attributes
-        and not attributes.get("inplace")
         and not any(attributes.get(name) for name in _HOOKS)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]  # of torch
     )
-
-
-_SIMPLE = (bool, int, float, str)
-_OF_MODULES = frozenset(vars(nn.Module()))
-
-
-def settings_of(leaf: Any) -> dict[str, Any] | None:
-    """What a module's forward may depend on; None for a tensor."""
-    if not isinstance(leaf, nn.Module):
-        return None
-    named = vars(leaf).items()
-    return {name: one for name, one in named if name != "training" and type(one) in _SIMPLE}
-
-
-def has_only_settings(module: nn.Module) -> bool:
-    """Whether :func:`settings_of` says all that is in a module."""
-    others = (one for name, one in vars(module).items() if name not in _OF_MODULES)
-    return all(type(one) in _SIMPLE for one in others)
 
 
 class _Recipe:
@@ -329,7 +295,6 @@ class _Recipe:
         "_made",
         "_places",
         "_readers",
-        "_settings",
         "_waiting",
         "chain",
     )
@@ -340,10 +305,9 @@ class _Recipe:
         self._places = [place for place, one in enumerate(kept) if one]
         # A copy: what shards parameters frees them when the module that has them is done.
         self._leaves = [
-            None if one else leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+            leaf.detach().clone() if isinstance(leaf, Tensor) and not one else None
             for leaf, one in zip(leaves, kept, strict=True)
         ]
-        self._settings = [settings_of(leaf) for leaf in leaves] if chain.classes else None
         self._autocast = autocast_of(leaves[self._places[0]].device.type)
         self._readers = self._waiting = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
@@ -357,13 +321,8 @@ class _Recipe:
         leaves = list(self._leaves)
         for place, one in zip(self._places, given, strict=True):
             leaves[place] = one
-        if self._settings is not None and self._settings != [settings_of(one) for one in leaves]:
-            raise LoraFxError(
-                f"an attribute of a module in {self.chain.__name__} was set between forward and backward, "
-                "which makes its output again: set it before the forward, or rewrite with memory='fast'"
-            )
         with self._autocast():
-            return self.chain.again(self._settings)(None, *leaves)
+            return self.chain.run_again(None, *leaves)
 
     def made(self, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """The output once more, and the inputs that it has a graph to; once for all who ask."""

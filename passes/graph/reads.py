@@ -15,7 +15,7 @@ import importlib
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "ObjectRoot",
     "Path",
     "Read",
+    "Unchanged",
     "conditions_of",
     "constants_of",
     "frozen",
@@ -460,6 +461,42 @@ def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
         _TREE: ops.tree_differs,
     }
     return found | {name: helper for name, helper in helpers.items() if name in text}
+
+
+class Unchanged:
+    """Whether everything that was read of a module would be the same now: a function of the module.
+
+    It can be pickled. Equal ones ask the same.
+    """
+
+    def __init__(self, reads: Iterable[Read]) -> None:
+        self.reads = tuple(reads)
+        found, tests = constants_of(self.reads), [test for _, test in conditions_of(self.reads)]
+        source = f"lambda self: not ({' or '.join(tests) or False})"
+        self._asked: Callable[[Any], bool] = eval(
+            compile(source, "<lora_fx unchanged>", "eval"), found
+        )
+        constants = ((name, _told(one)) for name, one in found.items() if name != "__builtins__")
+        self._key = source, frozenset(constants)
+
+    def __call__(self, module: Any) -> bool:
+        """Asks a module."""
+        return self._asked(module)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unchanged) and other._key == self._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unchanged, (self.reads,)
+
+
+def _told(value: Any) -> Any:
+    """What equal constants have in common."""
+    simple = type(value) in SIMPLE or (type(value) in CONTAINERS and _literal(value))
+    return repr(value) if simple else id(value)
 
 
 def _named_roots(reads: Iterable[Read]) -> dict[_Root, str]:

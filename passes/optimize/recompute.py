@@ -12,9 +12,7 @@ Norms and activations are modules over no matrix, which have no graph: those tha
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import operator
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -34,7 +32,15 @@ from lora_fx.ir import (
     tag_of,
 )
 from lora_fx.passes.capture import Graphs, Untraceable, written_out
-from lora_fx.passes.graph import copy_graph, is_lazy, is_matrix, original_class, target_of
+from lora_fx.passes.graph import (
+    GuardedCodeGen,
+    Unchanged,
+    copy_graph,
+    is_lazy,
+    is_matrix,
+    original_class,
+    target_of,
+)
 from lora_fx.passes.optimize.fuse import may_write
 from lora_fx.runtime import AdapterModule, recompute
 
@@ -129,11 +135,13 @@ class _Module:
     """A module without parameters that is a chain of one input.
 
     Attributes:
-        cls: Its own class.
+        called: What a chain says of it.
+        graph: What it computes, of one input.
         saves: As of :class:`_Found`.
     """
 
-    cls: type[nn.Module]
+    called: recompute.Called
+    graph: fx.Graph
     saves: bool
 
 
@@ -169,7 +177,10 @@ class _Finder:
         return forms[""] if len(forms) == 1 else None
 
     def activation(self, region: Region, node: fx.Node) -> _Module | None:
-        """What a ``call_module`` node calls, if it is a chain without parameters."""
+        """What a ``call_module`` node calls, if it is a chain, without parameters and as a whole.
+
+        Whatever else it does is done once, in the forward: it draws random numbers, say.
+        """
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = region.submodule(node)
@@ -180,11 +191,14 @@ class _Finder:
         graph = self.graph_of(module)
         if graph is None:
             return None
-        result = _result(graph)
+        result, code = _result(graph), graph._codegen
         found = None if result is None else self.grow(Region("", module, graph), result)
-        if found is None or len(found.leaves) != 1:
+        if found is None or {*_computed(graph)} != {*found.nodes}:
             return None
-        return _Module(original_class(module), found.saves)
+        if not isinstance(code, GuardedCodeGen) or code.extra or len(found.leaves) != 1:
+            return None
+        called = recompute.Called(original_class(module), Unchanged(code.reads))
+        return _Module(called, graph, found.saves)
 
     def find(self, region: Region) -> Iterator[_Found]:
         """The chains of a region, the last one first."""
@@ -377,82 +391,81 @@ def _replace(graph: fx.Graph, found: _Found, finder: _Finder, region: Region) ->
     for leaf in found.leaves:
         inputs[leaf] = own.placeholder(leaf.name)
     kinds, given = list(found.leaves.values()), list(found.leaves)
-    classes: list[type[nn.Module]] = []
+    called: list[recompute.Called] = []
     modules: dict[str, fx.Node] = {}
     with graph.inserting_before(found.root):
         for node in found.nodes:
             if node.op == "call_module" and str(node.target) not in modules:
-                called = finder.activation(region, node)
-                assert called is not None
+                module = finder.activation(region, node)
+                assert module is not None
                 given.append(graph.get_attr(str(node.target)))
                 modules[str(node.target)] = own.placeholder(given[-1].name)
                 kinds.append(recompute.MODULE)
-                classes.append(called.cls)
+                called.append(module.called)
         for node in found.nodes:
             if node.op == "call_module":
-                module = modules[str(node.target)]
-                made = own.call_function(recompute.called, (module, inputs[node.args[0]]))  # type: ignore[index]
+                its = modules[str(node.target)]
+                made = own.call_function(recompute.called, (its, inputs[node.args[0]]))  # type: ignore[index]
             else:
                 made = own.node_copy(node, inputs.__getitem__)
             inputs[node] = made
         own.output(inputs[found.root])
         words = [_word(node) for node in found.nodes]
         name = "_".join(word for word in words if word)
-        shorter = _shorter(own, found, finder, region)
-        chain = recompute.chain_of(name, own, tuple(kinds), tuple(classes), found.saves, shorter)
+        again = _again(own, found, finder, region)
+        chain = recompute.chain_of(name, own, tuple(kinds), tuple(called), found.saves, again)
         call = graph.call_function(chain, tuple(given))
     found.root.replace_all_uses_with(call)
     for node in reversed(found.nodes):
         graph.erase_node(node)
 
 
-def _shorter(
-    own: fx.Graph, found: _Found, finder: _Finder, region: Region
-) -> recompute.Shorter | None:
-    """A chain with kernels of PyTorch where these compute the same; None if none does."""
-    modules = [region.submodule(node) for node in found.nodes if node.op == "call_module"]
+def _again(own: fx.Graph, found: _Found, finder: _Finder, region: Region) -> fx.Graph | None:
+    """The operations of a chain for the backward; None if they are the same.
+
+    What modules compute stands in their place, and a kernel of PyTorch where one computes the same.
+    """
     placeholders = [node for node in own.nodes if node.op == "placeholder"]
-    if not modules:
-        whole = _kernel_of(own, None) if len(placeholders) == 1 < len(found.nodes) else None
-        if whole is None:
+    calls = [node for node in own.nodes if node.target is recompute.called]
+    if not calls:
+        kernel = _kernel_of(own) if len(placeholders) == 1 < len(found.nodes) else None
+        if kernel is None:
             return None
         graph = fx.Graph()
         given = graph.placeholder(placeholders[0].name)
-        graph.output(graph.call_function(whole[0], (given,), dict(whole[1])))
-        return recompute.Shorter(graph)
-    graph = copy_graph(own)
-    changed = False
-    calls = [node for node in graph.nodes if node.target is recompute.called]
-    for node, module in zip(calls, modules, strict=True):
-        inner = None if module is None or not _says_all(module) else finder.graph_of(module)
-        kernel = None if inner is None else _kernel_of(inner, module)
+        graph.output(graph.call_function(kernel[0], (given,), dict(kernel[1])))
+        return graph
+    modules = (finder.activation(region, node) for node in found.nodes if node.op == "call_module")
+    inside = dict(zip(calls, modules, strict=True))
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    for node in own.nodes:
+        if node not in inside:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            continue
+        module, x = inside[node], copies[node.args[1]]
+        assert module is not None
+        kernel = _kernel_of(module.graph)
         if kernel is not None:
-            node.target, node.args, node.kwargs = kernel[0], node.args[1:], dict(kernel[1])
-            changed = True
-    settings = [None] * len(found.leaves)
-    seen = {id(one): one for one in modules}.values()
-    known = [*settings, *(recompute.settings_of(one) for one in seen)]
-    return recompute.Shorter(graph, known) if changed else None
+            copies[node] = graph.call_function(kernel[0], (x,), dict(kernel[1]))
+        else:
+            start = next(one for one in module.graph.nodes if one.op == "placeholder")
+            copies[node] = graph.graph_copy(module.graph, {start: x})
+    return graph
 
 
-def _says_all(module: nn.Module) -> bool:
-    """Whether what a module computes follows from its forward, from Python modules and from settings."""
-    forward = inspect.unwrap(original_class(module).forward)
-    code = getattr(forward, "__code__", None)
-    if code is None or code.co_freevars or not recompute.has_only_settings(module):
-        return False
-    known = (forward.__globals__.get(name) for name in code.co_names)
-    return all(one is None or isinstance(one, types.ModuleType) for one in known)
+def _computed(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op not in ("placeholder", "output")]
 
 
-def _kernel_of(graph: fx.Graph, module: nn.Module | None) -> tuple[Any, Mapping[str, str]] | None:
+def _kernel_of(graph: fx.Graph) -> tuple[Any, Mapping[str, str]] | None:
     """The operation that computes what a graph of one input does, element by element."""
-    computed = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    computed = _computed(graph)
     if len(computed) < 2 or any(_name_of(node) in _REDUCING for node in computed):
         return None
     x = torch.linspace(-9, 9, 361, dtype=torch.float64)
     with torch.no_grad():
-        found = fx.Interpreter(module or nn.Module(), graph=graph).run(x)
+        found = fx.Interpreter(nn.Module(), graph=graph).run(x)
         for function, options in _KERNELS:
             if torch.allclose(found, function(x, **options), rtol=_ROUNDED, atol=_NEAR):
                 return function, options
