@@ -321,13 +321,13 @@ def _sums(
         logits, labels = logits[:, :-1], labels[:, 1:]
     labels = labels.to(logits.device)
     each = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(),
+        logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32)),
         labels.reshape(-1),
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    of_rows = each.reshape(len(ids), -1).sum(1)
-    numbers = (labels != _IGNORED).reshape(len(ids), -1).sum(1).tolist()
+    of_rows = each.view(*labels.shape, 1).flatten(1).sum(1)
+    numbers = (labels != _IGNORED).unsqueeze(-1).flatten(1).sum(1).tolist()
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for name, rows in _by_name(ids).items():

@@ -32,6 +32,7 @@ from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.torchao import TorchaoFormat, TorchaoName
 from lora_fx.formats.weights import (
     FormatHook,
+    KeptWeight,
     LoadHook,
     SaveHook,
     StateHooks,
@@ -50,6 +51,7 @@ __all__ = [
     "STANDARD_OPERATORS",
     "FormatHook",
     "FormatName",
+    "KeptWeight",
     "LibraryLayers",
     "LoadHook",
     "SaveHook",

@@ -15,7 +15,7 @@ import abc
 import copyreg
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -30,6 +30,7 @@ from lora_fx.ir import Quantization
 __all__ = [
     "REMEDY",
     "FormatHook",
+    "KeptWeight",
     "LoadHook",
     "SaveHook",
     "StateHooks",
@@ -55,6 +56,52 @@ def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     wanted = dtype or found.dtype
     # As its kernel has them, and rounded to the type of the result after that.
     return _known(weight).values(held(weight), wanted).to(wanted)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class KeptWeight:
+    """A quantized weight whose values a backward makes again.
+
+    It is held as it is: ``save_for_backward`` would hand it to hooks that lose its scales. So what autograd
+    does for a tensor is done here, too: it notes the versions.
+
+    Attributes:
+        weight: A parameter, or what it holds.
+        versions: Of what it is made of; none where a compiler takes care of what it keeps.
+    """
+
+    weight: Tensor
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, weight: Tensor) -> KeptWeight:
+        """A weight as it is now."""
+        return cls(weight, () if torch.compiler.is_compiling() else tuple(_versions(weight)))
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The values, [out, in], in the backward.
+
+        Raises:
+            QuantizationError: If the weight was written into.
+        """
+        known = self.versions and not torch.compiler.is_compiling()
+        if known and tuple(_versions(self.weight)) != self.versions:
+            raise QuantizationError(
+                f"a {type(self.weight).__name__} of shape {tuple(self.weight.shape)} was written into between "
+                "forward and backward, which reads it again: write into weights before the forward, or after "
+                "the backward"
+            )
+        return dense(self.weight, dtype)
+
+
+def _versions(tensor: Any) -> Iterator[int]:
+    """How often a tensor was written into, and those of which it is made."""
+    if not isinstance(tensor, Tensor) or tensor.is_inference():
+        return
+    yield tensor._version
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    for name in () if flatten is None else flatten(tensor)[0]:
+        yield from _versions(getattr(tensor, name))
 
 
 def requantized(values: Tensor, weight: nn.Parameter) -> nn.Parameter:
@@ -133,7 +180,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight, ctx.with_bias = weight, bias is not None
+        ctx.weight, ctx.with_bias = KeptWeight.of(weight), bias is not None
         by_itself = _known(weight).multiplies(held(weight), x.dtype)
         out = F.linear(x, weight if by_itself else dense(weight, x.dtype), bias)
         # Some kernels return a view, into which a branch could not be added in place: it was made
@@ -143,7 +190,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        to_x = grad @ dense(ctx.weight, grad.dtype) if ctx.needs_input_grad[0] else None
+        to_x = grad @ ctx.weight.values(grad.dtype) if ctx.needs_input_grad[0] else None
         wanted = ctx.with_bias and ctx.needs_input_grad[2]
         return to_x, None, grad.flatten(0, -2).sum(0) if wanted else None
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.formats import dense, quantized_linear
+from lora_fx.formats import KeptWeight, quantized_linear
 from lora_fx.runtime.masks import (
     draw,
     in_planes,
@@ -610,18 +610,15 @@ def quantized_kernel(
     """
     under = autocast_dtype(x.device.type)
     dtype = x.dtype if under is None or x.dtype == torch.float64 else under
-    return _Product(weight, compute_dtype, threshold, base_training, under), dtype
+    kept = KeptWeight.of(weight)
+    return _Product(kept, compute_dtype, threshold, base_training, under), dtype
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Product:
-    """The base, a :class:`lora_fx.runtime.fused_lora.Kernel`.
+    """The base, a :class:`lora_fx.runtime.fused_lora.Kernel`."""
 
-    It holds the weight itself: ``save_for_backward`` would hand it to hooks that lose its scales. The
-    parameter is there anyway.
-    """
-
-    weight: Tensor
+    weight: KeptWeight
     compute_dtype: torch.dtype | None
     threshold: float
     training: bool
@@ -630,13 +627,13 @@ class _Product:
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         with self._autocast(x.device.type):
             out = quantized_linear(
-                x, self.weight, bias, self.compute_dtype, self.threshold, self.training
+                x, self.weight.weight, bias, self.compute_dtype, self.threshold, self.training
             )
         return out.contiguous()
 
     def to_input(self, grad: Tensor) -> Tensor:
         dtype = self.compute_dtype or self.autocast or grad.dtype
-        return grad.to(dtype) @ dense(self.weight, dtype)
+        return grad.to(dtype) @ self.weight.values(dtype)
 
     def _autocast(self, kind: str) -> contextlib.AbstractContextManager[object]:
         """As it was where the operation was called: around it, it is off."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_fx
+from lora_fx.errors import QuantizationError
 from lora_fx.formats import dense, quantized_linear
 from lora_fx.ir.graph import Role
 from lora_fx.runtime.fused_lora import quantized_lora_linear
@@ -156,7 +157,7 @@ def test_x_and_its_product_with_a_are_kept_and_one_bit_for_each_element(scheme: 
     assert x.data_ptr() in {one.data_ptr() for one in kept}
     # What a node keeps as an attribute no hook sees: it is the parameter that is there anyway.
     ((_, _, kernel),) = out.grad_fn.options
-    assert kernel.weight is weight
+    assert kernel.weight.weight is weight
 
 
 @schemes
@@ -166,6 +167,26 @@ def test_hooks_may_replace_what_is_saved(scheme: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         found = gradients(fused, given, torch.ones(4, 6, FEATURES[1]))
     assert_same_bits(list(found.values()), list(expected.values()))
+
+
+def written(weight: Tensor) -> None:
+    """Zeros written into a weight, or into what it is made of."""
+    inside = getattr(type(weight), "__tensor_flatten__", None)
+    if inside is None:
+        weight.zero_()
+        return
+    for name in inside(weight)[0]:
+        written(getattr(weight, name))
+
+
+@schemes
+def test_a_weight_that_is_written_into_is_an_error(scheme: str) -> None:
+    given, fused, _ = operands_of(weight := layer(scheme).weight)
+    out = fused(given)
+    with torch.no_grad():
+        written(weight)
+    with pytest.raises(QuantizationError, match=r"of shape \(.*\) was written into between"):
+        out.sum().backward()
 
 
 @schemes

@@ -97,6 +97,16 @@ def test_losses_of_rows_and_of_tokens() -> None:
     assert_close(losses["b"], F.cross_entropy(logits[1], labels[1]))
     halves = lora_fx.adapter_losses(logits, labels, ids, shift=False, counts={"a": 16, "b": 4})
     assert_close(2 * halves["a"], losses["a"])
+    wide = lora_fx.adapter_losses(logits.double(), labels, ids, shift=False)
+    expected = F.cross_entropy(logits[1].double(), labels[1])
+    torch.testing.assert_close(wide["b"], expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 1)])
+def test_losses_of_no_label(shape: tuple[int, ...]) -> None:
+    labels, logits = torch.zeros(shape).long(), torch.zeros(*shape, 5)
+    losses = lora_fx.adapter_losses(logits, labels, ["a"] * shape[0])
+    assert [loss.item() for loss in losses.values()] == [0.0] * bool(shape[0])
 
 
 @pytest.mark.parametrize(
