@@ -87,9 +87,9 @@ class KeptWeight:
         known = self.versions and not torch.compiler.is_compiling()
         if known and tuple(_versions(self.weight)) != self.versions:
             raise QuantizationError(
-                f"a {type(self.weight).__name__} of shape {tuple(self.weight.shape)} was written into between "
-                "forward and backward, which reads it again: write into weights before the forward, or after "
-                "the backward"
+                f"a {type(self.weight).__name__} of shape {tuple(self.weight.shape)} was written into "
+                "between forward and backward, which reads it again: write into weights before the forward, "
+                "or after the backward"
             )
         return dense(self.weight, dtype)
 
