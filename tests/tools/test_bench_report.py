@@ -52,8 +52,21 @@ from lora_fx.tools.bench.verbs import BOUND, OURS_INTO, PEFT_MERGE, Merged
 from lora_fx.tools.cli.app import ERROR_EXIT, app
 
 SLOW = {
-    *("compiled_step", "export_peers", "generation", "model_steps", "peer_runs"),
+    "compiled_step",
+    "dora_step",
+    "export_peers",
+    "generation",
+    "guards",
+    "llama_step",
+    "memory_step",
+    "model_steps",
+    "onnx_bank",
+    "onnx_latency",
+    "peer_runs",
     "quantized_quality",
+    "quantized_step",
+    "rewrite_time",
+    "vocabulary_step",
 }
 MIB = 2**20
 
