@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import (
@@ -202,6 +203,7 @@ def _assign(model: nn.Module, wanted: ActiveAdapters) -> None:
 def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
     check_intact(model, require_record(model))
+    _check_parametrized(model, record)
     names, per_sample = wanted.names, wanted.per_sample
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
@@ -230,6 +232,18 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     _put_in(model, record)
     model.__dict__["_lora_fx"] = record
     watch.arm(model)
+
+
+def _check_parametrized(model: nn.Module, record: Record) -> None:
+    """Refuses weights that are parametrized since the rewrite: no pass would find them in their graphs."""
+    for site in (row.site for one in record.adapters.values() for row in one.sites):
+        owner, _, leaf = site.weight.rpartition(".")
+        if parametrize.is_parametrized(model.get_submodule(owner), leaf):
+            raise CaptureError(
+                f"{site.weight} is computed by a parametrization since the rewrite, and adapters cannot be "
+                "switched on or off around one: take it off first, with "
+                f"torch.nn.utils.parametrize.remove_parametrizations(layer, {leaf!r})"
+            )
 
 
 def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:

@@ -17,7 +17,9 @@ from lora_fx.runtime import (
 )
 from lora_fx.runtime.classes import (
     BASE,
+    Blank,
     around,
+    blank,
     give_class,
     held_in,
     inner_class,
@@ -65,6 +67,7 @@ __all__ = [
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
+    "Blank",
     "Follower",
     "Holder",
     "Hooked",
@@ -74,6 +77,7 @@ __all__ = [
     "around",
     "attention",
     "banked",
+    "blank",
     "called_by_all",
     "check_adapter_name",
     "check_equal",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import pkgutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import nn
 __all__ = [
     "BASE",
     "OVER",
+    "Blank",
     "around",
+    "blank",
     "give_class",
     "held_in",
     "inner_class",
@@ -37,6 +39,37 @@ BASE = "_lora_fx_base"
 
 OVER = "_lora_fx_over"
 """Attribute of another library's subclass: the module's own class, which it is made of again."""
+
+
+class Blank:
+    """What a module without its state is made of: its class where it is copied, more where it is pickled.
+
+    Attributes:
+        cls: Its class, which was made at run time and has no name.
+        made_of: Gives the function, and its arguments, that make such a module in another process.
+    """
+
+    def __init__(self, cls: type, made_of: Callable[[], tuple[Any, ...]]) -> None:
+        self.cls, self.made_of = cls, made_of
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Blank:
+        """Itself: a copy of a module has the same class."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the module that it stands for."""
+        return self.made_of()
+
+
+def blank(made: Any) -> Any:
+    """A module without its state: what ``__reduce_ex__`` of a class that was made at run time names.
+
+    Args:
+        made: A :class:`Blank`, or the module that it was pickled as.
+    """
+    # Not cls.__new__, which makes a class for each fx.GraphModule.
+    return object.__new__(made.cls) if isinstance(made, Blank) else made
+
 
 _outer: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
 

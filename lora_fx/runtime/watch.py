@@ -45,7 +45,9 @@ from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
 from lora_fx.runtime import chunked, logits
 from lora_fx.runtime.classes import (
     BASE,
+    Blank,
     around,
+    blank,
     give_class,
     inner_class,
     inner_of,
@@ -64,6 +66,7 @@ __all__ = [
     "Hooked",
     "arm",
     "arm_again",
+    "computed_from_adapted",
     "disarm",
     "entry",
     "is_checked",
@@ -90,6 +93,7 @@ _MADE = "_lora_fx_made_of"
 _SCOPED = "_lora_fx_scoped"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
+_CALLS = ("__call__", "forward", "fallback")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 # Values as they were, in other places. Views, and what PyTorch tags as a copy of one, are known by that.
@@ -114,6 +118,9 @@ _ASKS = frozenset(
         *("randint_like", "randn_like", "zeros_like"),
     }
 )
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 class _Now:
@@ -152,6 +159,7 @@ class _Model:
         read: Takes the names of weights that are read past their branch; None if they are not asked for.
         copied: The weights of which those of this model are copies: code that holds on to a layer by a global
             or a closure computes with them, whatever is copied.
+        noted: Of a copy that nothing was watched of: what ``derived`` was, by the names of parameters.
     """
 
     def __init__(self) -> None:
@@ -162,16 +170,47 @@ class _Model:
         self.derived: Any = WeakIdKeyDictionary()
         self.read: set[str] | None = None
         self.copied: list[_Weight] = []
+        self.noted: dict[str, frozenset[str]] = {}
+
+    def held(self) -> dict[str, frozenset[str]]:
+        """The parameters and buffers that are computed from adapted weights, and the names of those."""
+        root = self.root()
+        if root is None or not self.derived:
+            return dict(self.noted)
+        return {
+            name: found
+            for name, tensor in _values_of(root)
+            if (found := self._sources(tensor) | self.noted.get(name, _NONE))
+        }
+
+    def _sources(self, tensor: torch.Tensor) -> frozenset[str]:
+        parts = (part for part in _parts(tensor) if _plain(part))
+        return _NONE.union(*(self.derived.get(part.untyped_storage(), _NONE) for part in parts))
+
+    def settle(self) -> None:
+        """Finds what was noted by name in the model, which is there by now."""
+        root = self.root()
+        if root is None or not self.noted:
+            return
+        for name, tensor in _values_of(root):
+            for part in _parts(tensor) if name in self.noted else ():
+                storage = part.untyped_storage()
+                self.derived[storage] = self.noted[name] | self.derived.get(storage, _NONE)
+        self.noted = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
         made = _Model()
         made.copied = [
             one for one in (*self.copied, *_weights(self, every=True)) if one.alive() is not None
         ]
+        made.noted = self.held()
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Model, ()
+        return _Model, (), {"noted": self.held()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.noted = state["noted"]
 
     def choose(self, *setting: Any) -> None:
         """Notes which adapters run: the same ones as before have the number that they had."""
@@ -181,6 +220,23 @@ class _Model:
                 return
         self.settings.append(setting)
         self.setting = len(self.settings)
+
+
+def _values_of(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from root.named_parameters(remove_duplicate=False)
+    yield from root.named_buffers(remove_duplicate=False)
+
+
+def computed_from_adapted(model: nn.Module) -> dict[str, frozenset[str]]:
+    """The parameters and buffers that code of a rewritten model has computed from adapted weights.
+
+    The adapters of those are no part of them.
+
+    Returns:
+        The names of the weights, by the name of the parameter or buffer.
+    """
+    known = model.__dict__.get(STATE)
+    return known.model.held() if known is not None else {}
 
 
 class _Entries:
@@ -375,7 +431,10 @@ def _first(
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
+    before = len(entries.model.derived)
     result = _watched(_Watch(entries.model, weights), function, module, args, kwargs)
+    if key[0][0] not in _CALLS and len(entries.model.derived) > before:
+        arm_again()  # it has put weights together (fuse, switch_to_deploy), which calls may use from now on
     entries.done.add(*key)
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
@@ -592,9 +651,13 @@ class _Watched(Hooked):
         cls: Any = type(self)
         made: Any = super().__reduce_ex__(protocol)
         make, made_of, *state = made
-        if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
-            make, made_of = object.__new__, (cls.__dict__[_MADE],)
         how = (cls.__dict__["_lora_fx_whole"], cls.__dict__[_SCOPED])
+        if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
+            again: Any = (_remade, (how, object.__new__, cls.__dict__[_MADE]))
+            return blank, (Blank(cls, lambda: again),), *state
+        if make is blank:
+            inside = made_of[0]
+            return blank, (Blank(cls, lambda: (_remade, (how, blank, inside))),), *state
         return (_remade, (how, make, *made_of), *state)
 
 
@@ -639,14 +702,14 @@ class _Weight(NamedTuple):
     Attributes:
         site: Where it is adapted.
         start, stop: Its bytes.
-        alive: Its storage, whose address no other has for as long as it gives one.
+        alive: Gives its storage, whose address no other has for as long as there is one.
         tied: The names of other parameters that are known to be the same.
     """
 
     site: Site
     start: int
     stop: int
-    alive: weakref.ref[torch.UntypedStorage]
+    alive: Callable[[], torch.UntypedStorage | None]
     tied: tuple[str, ...]
 
 
@@ -657,12 +720,15 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
     if root is None or record is None:
         return []
     found: dict[tuple[int, int], _Weight] = {}
+    lost: list[_Weight] = []
     names = record.adapters if every else record.active
     for row in (row for name in names for row in record.adapters[name].places):
         site = row.site
         try:
             weight = root.get_parameter(site.weight)
-        except AttributeError:  # its layer was replaced
+        except AttributeError:
+            # Its layer was deleted or replaced. What was computed from it before may be there.
+            lost.append(_Weight(site, 0, 0, lambda: None, site.tied_to))
             continue
         for tensor in (weight, record.originals.get(site.weight)):
             if not _plain(tensor):
@@ -679,7 +745,7 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
     for one in model.copied:
         if one.site.weight in adapted and one.alive() is not None:
             found.setdefault((one.start, one.stop), one)
-    return [found[place] for place in sorted(found)]
+    return [*lost, *(found[place] for place in sorted(found))]
 
 
 def _without_graph(root: nn.Module | None, site: Site) -> str | None:
@@ -697,6 +763,8 @@ def _parts(value: Any) -> Iterator[torch.Tensor]:
     """The strided tensors of which a tensor is made: those inside a subclass that wraps some."""
     if not isinstance(value, torch.Tensor):
         return
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
     flatten = getattr(type(value), "__tensor_flatten__", None)
     if flatten is None:
         if value.layout is torch.strided and not value.is_nested:
@@ -713,9 +781,6 @@ def _span(tensor: torch.Tensor) -> int:
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     return (last + 1) * tensor.element_size()
-
-
-_NONE: frozenset[str] = frozenset()
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
@@ -740,6 +805,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         for weight in weights:
             self._named.setdefault(weight.site.weight, []).append(weight)
         self._starts = [weight.start for weight in weights]
+        model.settle()
         self._derived = model.derived
         self._clean: Any = WeakIdKeyDictionary()
 

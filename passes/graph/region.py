@@ -39,8 +39,10 @@ from lora_fx.runtime import (
     CODES,
     GRAPH,
     AdapterModule,
+    Blank,
     Hooked,
     around,
+    blank,
     disarm,
     entry,
     give_class,
@@ -343,6 +345,7 @@ def _region_class(
             _BASE: base,
             _FALLBACK: fallback,
             _KEPT: kept,
+            **({} if _copies_plainly(base) else {"__deepcopy__": _deep_copy}),
         },
     )
     _classes[key] = cls
@@ -450,32 +453,50 @@ class _Regional(Hooked):
             "script what merge() gives, or record the adapted model with torch.export or torch.jit.trace"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A region of the same class."""
-        cls: Any = type(self)
-        own = getattr(getattr(cls, _BASE), "__deepcopy__", None)
-        if own is not None and not isinstance(self, fx.GraphModule):
-            result = own(self, memo)
-            result.__class__ = cls
-            return result
-        # Not cls.__new__, which makes a class for each fx.GraphModule.
-        result = object.__new__(cls)
-        memo[id(self)] = result
-        result.__setstate__(copy.deepcopy(_state_of(self), memo))
-        return result
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """The module's own class by name, and the graph beside it."""
+        """The module's own class by name, and the graph beside it; a copy is of the same class."""
         cls: Any = type(self)
         base = getattr(cls, _BASE)
-        frozen = {form: freeze(graph) for form, graph in getattr(cls, _FORMS).items()}
-        graph = (frozen, getattr(cls, _FALLBACK), getattr(cls, _KEPT))
-        if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):
-            return _rebuild, (base, *graph), self.__getstate__()  # type: ignore[no-untyped-call]
+        if _reduces_plainly(base):
+            return blank, (Blank(cls, lambda: (_rebuild, (base, *_kept_of(cls)))),), _state_of(self)
         # It has a way of its own, as fx.GraphModule does.
         plain = object.__new__(base)
         plain.__dict__.update(self.__dict__)
-        return _rebuild_over, (plain, *graph)
+        return _rebuild_over, (plain, *_kept_of(cls))
+
+
+def _copies_plainly(cls: type) -> bool:
+    return _reduces_plainly(cls) and not hasattr(cls, "__deepcopy__")
+
+
+def _reduces_plainly(cls: type) -> bool:
+    ways: tuple[Any, Any] = (cls.__reduce__, cls.__reduce_ex__)
+    return ways == (object.__reduce__, object.__reduce_ex__)
+
+
+def _kept_of(cls: Any) -> tuple[Any, ...]:
+    """What a region's class is made of again, besides the module's own class."""
+    frozen = {form: freeze(graph) for form, graph in getattr(cls, _FORMS).items()}
+    return frozen, getattr(cls, _FALLBACK), getattr(cls, _KEPT)
+
+
+def _deep_copy(module: Any, memo: dict[int, Any]) -> Any:
+    """``__deepcopy__`` of a region whose own class has a way of its own to be copied, or to be pickled.
+
+    No other region has this method: a module that holds one may look up in it what it does not have itself,
+    and would be copied as the module that it holds.
+    """
+    cls: Any = type(module)
+    own = getattr(getattr(cls, _BASE), "__deepcopy__", None)
+    if own is not None and not isinstance(module, fx.GraphModule):
+        result = own(module, memo)
+        result.__class__ = cls
+        return result
+    # Not cls.__new__, which makes a class for each fx.GraphModule.
+    result = object.__new__(cls)
+    memo[id(module)] = result
+    result.__setstate__(copy.deepcopy(_state_of(module), memo))
+    return result
 
 
 def _state_of(module: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, PlannedTokens, Record
@@ -28,7 +29,14 @@ from lora_fx.passes.merge.rounding import (
     sum_exactly,
     two_products,
 )
-from lora_fx.passes.parameters import factors_of, gathered, own_value, tokens_of
+from lora_fx.passes.parameters import (
+    factors_of,
+    gathered,
+    is_computed,
+    own_value,
+    tokens_of,
+    weight_at,
+)
 from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 
 __all__ = [
@@ -36,6 +44,7 @@ __all__ = [
     "TokenFold",
     "Workspace",
     "cannot_overflow",
+    "check_stored",
     "delta_weight",
     "is_finite",
     "merged_biases",
@@ -637,14 +646,14 @@ def merged_biases(
         made = kind.bias_terms(part, values, row.scale)
         if not made:
             continue
-        if site.bias is None:
+        if site.bias is None or source is None:
             what = next((one for one in kind.slots(site) if one.scaled), kind.slots(site)[0]).what
             raise MergeError(
                 f"{row.name}: adapter {adapter!r} has {what} ({kind.field or kind.name}), and the operation "
                 "has none that could take it. Give it one (zeros) before the rewrite, or keep the adapter "
                 "unmerged"
             )
-        assert source is not None
+        check_stored(result, site.bias)
         if part is None or len(part) < stop - start:
             raise MergeError(
                 f"{row.name}: its bias {site.bias} is {list(source.shape)}, and that of B is "
@@ -674,5 +683,28 @@ def _own_bias(
     start, stop = site.rows or (0, site.out_features)
     if site.bias is None:
         return None, start, stop
-    found = trained[site.bias] if site.bias in trained else result.get_parameter(site.bias)
+    owner, _, leaf = site.bias.rpartition(".")
+    if getattr(result.get_submodule(owner), leaf, None) is None:
+        return None, start, stop  # it was taken off since
+    found = trained[site.bias] if site.bias in trained else weight_at(result, site.bias)
     return gathered(found), start, stop
+
+
+def check_stored(model: nn.Module, name: str) -> None:
+    """Refuses a parameter that is none any more: something computes it before each call, or at each read.
+
+    Raises:
+        MergeError: With the way to make it permanent.
+    """
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    if not is_computed(layer, leaf):
+        return
+    if parametrize.is_parametrized(layer, leaf):
+        by, way = "torch.nn.utils.parametrize", "parametrize.remove_parametrizations"
+    else:
+        by, way = "torch.nn.utils.prune", "prune.remove"
+    raise MergeError(
+        f"{name} is computed before each call ({by}), so that nothing can be folded into it: make it "
+        f"permanent first, with torch.nn.utils.{way}(layer, {leaf!r})"
+    )

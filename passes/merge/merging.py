@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from lora_fx.errors import MergeError, QuantizationError
+from lora_fx.errors import MergeError, QuantizationError, some
 from lora_fx.formats import dense, format_of, quantization_of, requantized
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
 from lora_fx.kinds import kind_of
@@ -53,6 +53,7 @@ from lora_fx.passes.merge.fold import (
     Fold,
     TokenFold,
     Workspace,
+    check_stored,
     is_finite,
     merged_biases,
     tied_tokens,
@@ -75,7 +76,7 @@ from lora_fx.passes.parameters import (
     weight_at,
     whole_shape,
 )
-from lora_fx.runtime import called_by_all, check_equal
+from lora_fx.runtime import called_by_all, check_equal, watch
 
 __all__ = [
     "MergeReport",
@@ -442,16 +443,22 @@ def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: boo
                 "(lora_fx.save_adapter), load it onto a model that is not sharded, and merge that"
             )
     for name in weights:
-        owner, _, leaf = name.rpartition(".")
-        if isinstance(vars(model.get_submodule(owner)).get(leaf), torch.Tensor):
-            raise MergeError(
-                f"{name} is computed before each call (torch.nn.utils.prune), so that nothing can be folded "
-                f"into it: make it permanent first, with torch.nn.utils.prune.remove(layer, {leaf!r})"
-            )
+        check_stored(model, name)
         if weight_at(model, name).is_meta:
             raise MergeError(
                 f"{name} is on the meta device, so that there are no values to merge: if accelerate has "
                 "offloaded the model, take its hooks off first (accelerate.hooks.remove_hook_from_submodules)"
+            )
+
+
+def _check_not_computed(model: nn.Module, weights: Collection[str]) -> None:
+    """Refuse what code of the model has computed from adapted weights: it holds nothing of their adapters."""
+    for name, sources in watch.computed_from_adapted(model).items():
+        adapted = sorted(sources & weights)
+        if adapted and name not in weights:
+            raise MergeError(
+                f"{name} was computed from {some(adapted)} since the rewrite, without the adapter: a merge "
+                "would not put it in there. Merge the model as it was before, and do that to the result"
             )
 
 
@@ -511,6 +518,7 @@ def merge(
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
     _check_stored(model, (*rows, *tokens), requantize=requantize)
+    _check_not_computed(model, {*rows, *tokens})
     result = stripped(model, record) if into is None else into
     before, stored = (
         list(result.named_parameters(remove_duplicate=False)),

@@ -38,6 +38,7 @@ __all__ = [
     "distributed_as",
     "gathered",
     "in_adapter",
+    "is_computed",
     "is_sharded",
     "module_at",
     "own_part",
@@ -97,11 +98,22 @@ def module_at(model: nn.Module, fqn: str) -> nn.Module:
 
 
 def weight_at(model: nn.Module, name: str) -> torch.Tensor:
-    """As ``get_parameter``, likewise; also a weight that is computed of one (torch.nn.utils.prune)."""
+    """As ``get_parameter``, likewise; also a weight that is computed of one: :func:`is_computed`."""
     owner, _, leaf = name.rpartition(".")
     module = module_at(model, owner)
-    computed = module.__dict__.get(leaf)
-    return computed if isinstance(computed, torch.Tensor) else module.get_parameter(leaf)
+    if not is_computed(module, leaf):
+        return module.get_parameter(leaf)
+    computed: torch.Tensor = getattr(module, leaf)
+    return computed
+
+
+def is_computed(module: nn.Module, leaf: str) -> bool:
+    """Whether a module computes a tensor where it had a parameter (torch.nn.utils.prune, or parametrize)."""
+    if leaf in module.__dict__:
+        return isinstance(module.__dict__[leaf], torch.Tensor)
+    if leaf in module._parameters:
+        return False
+    return isinstance(getattr(module, leaf, None), torch.Tensor)
 
 
 def in_adapter(model: nn.Module, name: str) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -315,9 +315,28 @@ def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, tor
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """The values of a tensor in few digits, whatever its shape."""
-    data = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+    """The values of a tensor in few digits, whatever its shape and its layout."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in _strided_parts(tensor.detach()):
+        found.update(part.to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+_COMPRESSED = ("values", "crow_indices", "col_indices"), ("values", "ccol_indices", "row_indices")
+_PARTS = {
+    torch.sparse_coo: ("_values", "_indices"),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), _COMPRESSED[0]),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), _COMPRESSED[1]),
+}
+"""The methods that give what a sparse tensor holds."""
+
+
+def _strided_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    if tensor.is_nested:
+        return tensor.unbind()
+    if tensor.layout in _PARTS:
+        return [getattr(tensor, name)() for name in _PARTS[tensor.layout]]
+    return [tensor]
 
 
 def check_intact(model: nn.Module, record: Record) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, MergeError
 from lora_fx.runtime import watch
 from tests.algebra import randomize, scale_of
 from tests.numerics import assert_close, assert_same_bits
@@ -740,3 +740,66 @@ def test_a_layer_that_was_replaced_since_is_said_to_be() -> None:
         CaptureError, match=r"fc: fc \(a Linear\) has no graph .* it was replaced since"
     ):
         adapted(torch.randn(3, 4))
+
+
+class Combines(Base):
+    """Puts its weights together when it is asked to, as fuse_projections and switch_to_deploy do."""
+
+    def combine(self, keep: bool) -> None:
+        one = nn.Linear(4, 4)
+        one.weight.data = self.fc.weight.data + torch.eye(4)
+        one.bias.data = self.fc.bias.data.clone()
+        self.one = one
+        if not keep:
+            del self.fc
+
+    def product(self, x):
+        return self.one(x) if hasattr(self, "one") else self.fc(x) + x
+
+
+class CombinesByItself(Combines):
+    """No graph, so that no fallback has it watched again."""
+
+    def forward(self, x):
+        try:
+            return super().forward(x)
+        finally:
+            pass
+
+
+@pytest.mark.parametrize("cls", [Combines, CombinesByItself])
+@pytest.mark.parametrize("keep", [True, False])
+def test_weights_that_are_put_together_lose_no_adapter(cls: type[Combines], keep: bool) -> None:
+    x = torch.randn(3, 4)
+    adapted = randomize(lora_fx.rewrite(cls(), CONFIG))
+    before = adapted(x)
+    merged = lora_fx.merge(adapted)
+    merged.combine(keep)
+    assert_close(merged(x), before)  # what the error says to do
+    adapted.combine(keep)
+    copies = [copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted)), adapted]
+    copies.append(copy.deepcopy(copies[0]))
+    for one in copies:
+        with pytest.raises(CaptureError, match=r"its weight fc\.weight is read by addmm"):
+            one(x)
+    if keep:
+        for one in copies:
+            with pytest.raises(MergeError, match=r"one\.weight was computed from fc\.weight since"):
+                lora_fx.merge(one)
+
+
+class Slopes(Base):
+    """Uses transforms of torch.func in its forward."""
+
+    def product(self, x):
+        value, slope = torch.func.jvp(self.fc, (x,), (x.cos(),))
+        pull = torch.func.grad(lambda one: self.fc(one).square().sum())(x)
+        return value + slope + pull + torch.func.jacrev(lambda one: self.fc(one).sum(0))(x).sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_a_forward_that_uses_torch_func(options: dict[str, bool]) -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"], **options)
+    adapted = randomize(lora_fx.rewrite(Slopes().double(), config))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert_close(adapted(x), lora_fx.merge(adapted)(x))

@@ -259,6 +259,38 @@ def test_manners_of_the_class_are_kept(cls):
         assert pickle.loads(pickle.dumps(module)).lock is not module.lock
 
 
+class Delegating(nn.Module):
+    """Looks up in what it holds whatever it does not have itself, as wrappers do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def forward(self, x):
+        return self.module(x) * self.in_features
+
+
+def test_what_looks_up_attributes_in_a_region_is_not_copied_as_that():
+    base = seeded(lambda: nn.Sequential(Delegating(nn.Linear(4, 4)), nn.Linear(4, 4)))().eval()
+    model = randomize(lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, target_modules=".*"))).eval()
+    x = sample(2, 4)
+    expected = model(x)
+    assert not torch.equal(expected, base(x))
+    for other in round_trips(model):
+        assert type(other[0]) is type(model[0])
+        assert is_region(other[0].module)
+        assert_same_bits(other(x), expected)
+    merged = lora_fx.merge(model)
+    assert type(merged[0]) is Delegating
+    assert_close(merged(x), expected)
+
+
 def test_the_module_of_a_graph_is_a_region_too():
     plain = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval())
     model = lora_fx.rewrite(plain, CONFIG)
