@@ -223,8 +223,19 @@ class Slot:
         return self.form.stored(tuple(whole_shape(self.tensor)))
 
     def encoded(self) -> torch.Tensor:
-        """What is stored: contiguous, on the CPU, with storage of its own."""
+        """What is stored: contiguous, on the CPU, with storage of its own.
+
+        Raises:
+            CheckpointError: If it is sparse or nested, which no file of this format can hold.
+        """
         value = self.form.encode(gathered(self.tensor, self.name))
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else "sparse"
+            raise CheckpointError(
+                f"{self.name} has other values than at the rewrite, and it is {kind}: safetensors holds no "
+                "such tensor. Register it with persistent=False and set it after loading, or set it in the "
+                "model before the rewrite"
+            )
         return value.to("cpu", copy=True, memory_format=torch.contiguous_format).contiguous()
 
 

@@ -45,6 +45,7 @@ from lora_fx.passes.graph import (
     GuardedCodeGen,
     Parameter,
     Path,
+    Read,
     arguments,
     install,
     parameters_of,
@@ -157,6 +158,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _check_globals(model, names)
     graph = _graph_of(program, module, model, inputs)
     device = torch.device("cpu")
+    dtypes: tuple[Read, ...] = ()
     named = dict(model.named_parameters())
     found = (n for n in graph.nodes if n.op == "get_attr" and n.target in named)
     reference = next(found, None)
@@ -164,8 +166,8 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
         tensor = named[str(reference.target)]
         device = tensor.device
         _unbake_devices(graph, reference, device)
-        weight = Path.to(str(reference.target)).expression("self")
-        conditions.append(Condition(f"{weight}.dtype", "==", str(tensor.dtype)))
+        weight = Path.to(str(reference.target)).attribute("dtype")
+        dtypes = (Read(weight, "identity", tensor.dtype),)
     for one in questions:
         one.forget("is_autocast_enabled", device.type)
     conditions += _call_conditions(model, device)
@@ -177,7 +179,9 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
     _keep_module_stacks(graph, model)
     answers = dict.fromkeys(read for one in questions for read in one.reads)
     later = NamedReads(model, {cls for one in notes for cls in one.classes})
-    reads = (*later.reads.values(), *answers, *(read for one in notes for read in one.reads))
+    # The modules first: a weight is where it was in the same modules alone.
+    inside = (read for one in notes for read in one.reads)
+    reads = (*later.reads.values(), *answers, *inside, *dtypes)
     parameters = _call_parameters(model, inputs)
     graph.set_codegen(GuardedCodeGen(parameters, conditions=tuple(conditions), reads=reads))
     graph.lint()

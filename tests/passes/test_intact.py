@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import lora_fx
 from lora_fx import CaptureError, LoraConfig
+from lora_fx.errors import CheckpointError, MergeError
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import Residual
@@ -150,3 +152,66 @@ def test_a_block_ends_whatever_has_become_of_the_model() -> None:
     with pytest.raises(CaptureError, match=r"blocks\.1\.up"), lora_fx.disable_adapter(model):
         delete_layer(model)
     assert not vars(model)["_lora_fx"].blocks
+
+
+def test_a_layer_that_moved_has_its_adapter_where_it_is() -> None:
+    base, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4)
+    config = LoraConfig(r=2, target_modules=["0"])
+    model = randomize(lora_fx.rewrite(base, config, (x,), frontend="export"))
+    merged = lora_fx.merge(model)
+    for one in (model, merged):
+        one.insert(0, nn.Softplus())
+    assert_close(model(x), merged(x))
+    with pytest.raises(CaptureError, match=r"0: its weight 0\.weight is not there"):
+        lora_fx.merge(model)
+
+
+class Graph(nn.Module):
+    """Has buffers that are not strided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("edges", torch.eye(3).to_sparse())
+
+    def forward(self, x):
+        return torch.sparse.mm(self.edges, self.fc(x))
+
+
+def test_a_sparse_buffer(tmp_path: Path) -> None:
+    base, x = Graph(), torch.randn(3, 4)
+    model = randomize(lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["fc"])))
+    assert_close(lora_fx.merge(model)(x), model(x))
+    lora_fx.save_adapter(model, tmp_path / "one")
+    assert_close(lora_fx.load_adapter(base, tmp_path / "one")(x), model(x))
+    model.edges = (torch.eye(3) * 2).to_sparse()
+    with pytest.raises(CheckpointError, match=r"edges has other values .* and it is sparse"):
+        lora_fx.save_adapter(model, tmp_path / "two")
+
+
+def test_a_weight_that_was_parametrized_since() -> None:
+    model = randomize(lora_fx.rewrite(Residual(), LoraConfig(r=2, target_modules=["up"])))
+    layer = model.blocks[0].up
+    wanted = model(IDS)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    assert_close(model(IDS), wanted)
+    with pytest.raises(MergeError, match=r"up\.weight is computed .*remove_parametrizations"):
+        lora_fx.merge(model)
+    words = r"up\.weight is computed by a parametrization .*remove_parametrizations"
+    with pytest.raises(CaptureError, match=words), lora_fx.disable_adapter(model):
+        pass
+    parametrize.remove_parametrizations(layer, "weight")
+    assert_close(model(IDS), wanted)
+    assert_close(lora_fx.merge(model)(IDS), wanted)
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "lora_bias"])
+def test_a_bias_that_was_taken_off_since(kind: str) -> None:
+    base, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4)
+    model = randomize(lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["0"], **{kind: True})))
+    model[0].bias = None
+    if kind == "use_dora":
+        assert_close(lora_fx.merge(model)(x), model(x))
+    else:
+        with pytest.raises(MergeError, match="has none that could take it"):
+            lora_fx.merge(model)
