@@ -148,7 +148,7 @@ def export_root(capture: Capture, example_inputs: Any, dynamic_shapes: Any = Non
                 noted, asked = _exported_otherwise(program, model, prepared, dynamic_shapes, names)
                 notes.append(noted)
                 questions.append(asked)
-            module = program.module(check_guards=False)
+            module = _module_of(program, model)
             conditions = list(shape_conditions(program, module.graph, tensors))
             if _are_met(conditions, inputs):
                 break
@@ -317,6 +317,19 @@ def _exported(
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def _module_of(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
+    """The graph of an export with the parameters of the model as attributes."""
+    try:
+        module: fx.GraphModule = program.module(check_guards=False)
+    except Exception as error:
+        # A weight in a child that has the name of an attribute of its own: "code".
+        raise CaptureError(
+            f"torch.export gives a program of {type(model).__name__} that PyTorch makes no module of "
+            f"({error}): use frontend='regions'"
+        ) from error
+    return module
 
 
 def _exported_otherwise(

@@ -56,6 +56,10 @@ class _SelfRoot:
     def resolve(self) -> None:
         """Nothing: generated code has it as an argument."""
 
+    def __reduce__(self) -> str:
+        """There is one."""
+        return "_SELF"
+
 
 _SELF = _SelfRoot()
 

@@ -174,3 +174,24 @@ def test_an_object_that_cannot_be_pickled_differs_from_the_one_before(frontend: 
     torch.testing.assert_close(adapted(x), model(x))
     model.scale = adapted.scale = _NotPickled("3.0")
     torch.testing.assert_close(adapted(x), model(x))
+
+
+class Turned(nn.Module):
+    """Reads a weight in its own graph, in a way that a setting decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.turned = nn.Parameter(torch.eye(4)), True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight.T if self.turned else self.weight)
+
+
+def test_what_has_changed_in_a_pickled_export_is_named() -> None:
+    x = torch.randn(2, 4)
+    config = LoraConfig(r=2, target_modules=["weight"])
+    adapted = lora_fx.rewrite(Turned(), config, (x,), frontend="export")
+    loaded = pickle.loads(pickle.dumps(adapted))
+    loaded.turned = False
+    with pytest.raises(lora_fx.CaptureError, match=r"self\.turned was True .*, found False"):
+        loaded(x)

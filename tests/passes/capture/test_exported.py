@@ -970,3 +970,21 @@ def test_a_global_that_an_inner_function_looks_up_by_its_name_is_read(
     torch.testing.assert_close(adapted(x), model(x))
     monkeypatch.setattr(TABLE_OF_GLOBALS, "factor", 3.0)
     torch.testing.assert_close(adapted(x), model(x))
+
+
+class Code(nn.Module):
+    """Has a child with the name of an attribute of fx.GraphModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.code = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.code(self.fc(x))
+
+
+def test_a_program_that_pytorch_makes_no_module_of_is_named() -> None:
+    model, config, x = Code(), LoraConfig(r=2, target_modules=["fc", "code"]), torch.randn(2, 3, 4)
+    with pytest.raises(CaptureError, match="a program of Code that PyTorch makes no module of"):
+        lora_fx.rewrite(model, config, (x,), frontend="export")
+    torch.testing.assert_close(lora_fx.rewrite(model, config, (x,))(x), model(x))
