@@ -292,6 +292,18 @@ LAYERS = {
     "old weight_norm": ("torch.nn.utils.weight_norm(nn.Linear({D}, {E}))", "x = {m}(x)"),
     "checkpoint": ("nn.Linear({D}, {E})", "x = checkpoint({m}, x, use_reentrant=False)"),
     "vmap": ("nn.Linear({D}, {E})", "x = torch.vmap({m})(x)"),
+    "jvp": ("nn.Linear({D}, {E})", "x = sum(torch.func.jvp({m}, (x,), (x.cos(),)))"),
+    "func.grad": (
+        "nn.Linear({D}, {D})",
+        "x = torch.func.grad(lambda t: {m}(t).tanh().square().sum())(x)",
+    ),
+    "autograd.grad": (
+        "nn.Linear({D}, {D})",
+        (
+            "with torch.enable_grad():\n    y = x if x.requires_grad else x.clone().requires_grad_()\n"
+            "    x = torch.autograd.grad({m}(y).tanh().sum(), y, create_graph=True)[0]"
+        ),
+    ),
 }
 
 
@@ -346,7 +358,18 @@ ELEMENTWISE = {
     "inference mode": ("", "x = x * 2 if torch.is_inference_mode_enabled() else x"),
     "default dtype": ("", "x = x * 2 if torch.get_default_dtype() is torch.float32 else x"),
     "autograd function": ("", "x = Turned.apply(x)"),
+    "sparse buffer": ("Edges()", "x = {m}(x)"),
 }
+
+_EDGES = """
+class Edges(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("edges", torch.ones(3, 3).tril().to_sparse())
+
+    def forward(self, x):
+        return torch.stack([torch.sparse.mm(self.edges.to(x.dtype), one) for one in x])
+"""
 
 _TURNED = """
 class Turned(torch.autograd.Function):
@@ -366,6 +389,8 @@ def add_elementwise(s: Scope) -> None:
     values: dict[str, object] = {"D": s.width}
     if "Turned" in text:
         s.source.before(_TURNED)
+    if "Edges" in build:
+        s.source.before(_EDGES)
     if build:
         values["m"] = s.layer(build.format(D=s.width), "part", s.width, s.width, calls=False)
     s.add(*text.format(**values).splitlines())

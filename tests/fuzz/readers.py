@@ -75,6 +75,8 @@ CALLERS = {
     "a child that is handed it": ("self.{n} = Handed({m})", "x = self.{n}(x)"),
     "a child that reads it": ("self.{n} = Reads({m})", "x = self.{n}(x)"),
     "a child that hides it": ("self.{n} = Hides({m})", "x = self.{n}(x)"),
+    "a wrapper": ("self.{n} = Delegates({m})", "x = self.{n}(x) * self.{n}.in_features"),
+    "a wrapper that reads it": ("self.{n} = Delegates({m})", "x = F.linear(x, self.{n}.weight)"),
     "compose": ("self.{n} = compose({m}, torch.tanh)", "x = self.{n}(x)"),
     "map": ("self.{n} = [{m}]", "x = next(iter(map(lambda f: f(x), self.{n})))"),
     "reduce": ("self.{n} = [{m}, {m}]", "x = functools.reduce(lambda t, f: f(t), self.{n}, x)"),
@@ -114,6 +116,13 @@ _BEFORE = {
         "class Hides(nn.Module):\n    def __init__(self, one):\n        super().__init__()\n"
         "        self.hidden = [one]\n\n    def forward(self, x):\n"
         "        return F.linear(x, self.hidden[0].weight)"
+    ),
+    "Delegates(": (
+        "class Delegates(nn.Module):\n    def __init__(self, one):\n        super().__init__()\n"
+        "        self.one = one\n\n    def __getattr__(self, name):\n        try:\n"
+        "            return super().__getattr__(name)\n        except AttributeError:\n"
+        '            return getattr(super().__getattr__("one"), name)\n\n'
+        "    def forward(self, x):\n        return self.one(x)"
     ),
     "compose(": "def compose(f, g):\n    def both(x):\n        return g(f(x))\n    return both",
     "Doubled(": (
