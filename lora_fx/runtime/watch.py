@@ -558,7 +558,7 @@ def _plain(value: Any) -> bool:
 
 
 def watched_class(cls: type[nn.Module], whole: bool, scoped: bool = False) -> type[nn.Module]:
-    """A subclass of a module's class whose public methods are entries.
+    """A subclass of a module's class whose methods are entries, but for those that nn.Module has for itself.
 
     Args:
         cls: The class, a region's or the module's own.
@@ -668,7 +668,7 @@ def _remade(how: tuple[bool, bool], make: Callable[..., Any], *made_of: Any) -> 
 
 
 def _methods(cls: type) -> frozenset[str]:
-    """Public methods of a class that nn.Module does not have, or that are overridden on it."""
+    """Methods of a class that nn.Module does not have, or public ones that are overridden on it."""
     known = _public.get(cls)
     if known is not None:
         return known
@@ -679,7 +679,8 @@ def _methods(cls: type) -> frozenset[str]:
         if one.__module__.startswith(("torch.nn.modules.", "lora_fx.")) or GRAPH in one.__dict__:
             continue
         for name, value in one.__dict__.items():
-            plain = isinstance(value, FunctionType) and not name.startswith("_")
+            own = not name.startswith("_") or not (name.startswith("__") or hasattr(nn.Module, name))
+            plain = own and isinstance(value, FunctionType)
             if (
                 plain
                 and not inspect.isgeneratorfunction(value)

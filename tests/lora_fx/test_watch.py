@@ -803,3 +803,15 @@ def test_a_forward_that_uses_torch_func(options: dict[str, bool]) -> None:
     adapted = randomize(lora_fx.rewrite(Slopes().double(), config))
     x = torch.randn(3, 4, dtype=torch.float64)
     assert_close(adapted(x), lora_fx.merge(adapted)(x))
+
+
+class Private(Base):
+    def _encode(self, x):
+        return F.linear(x, self.fc.weight)
+
+
+def test_a_private_method_is_watched_too() -> None:
+    adapted = lora_fx.rewrite(Private(), CONFIG)
+    adapted(torch.randn(3, 4))
+    with pytest.raises(CaptureError, match=r"its weight fc\.weight is read by .*_encode"):
+        adapted._encode(torch.randn(3, 4))
