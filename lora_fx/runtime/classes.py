@@ -107,7 +107,15 @@ def _made_over(outer: type, old: type, new: type) -> type:
     members = {name: value for name, value in vars(outer).items() if name not in left_out}
     if BASE not in new.__dict__:
         members[OVER] = new
-    return _outer.setdefault((outer, new), type(outer)(outer.__name__, bases, members))
+    return _outer.setdefault((outer, new), _new_class(outer, bases, members))
+
+
+def _new_class(like: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
+    """Make a class without telling the metaclass of the user's, which may keep a register of its classes."""
+    meta = type(like)
+    known: Any = next(one for one in type.mro(meta) if one.__module__ in ("builtins", "abc"))
+    made: type = known.__new__(meta, like.__name__, bases, members)
+    return made
 
 
 def subclass(
@@ -129,7 +137,7 @@ def subclass(
     while first not in (nn.Module, None):
         first = first.__base__
     if first is nn.Module:
-        return type(cls.__name__, (mixins[0], cls), dict(members))
+        return _new_class(cls, (mixins[0], cls), dict(members))
     made: type = cls
     for mixin in reversed(mixins):
         cell = CellType()
@@ -138,7 +146,8 @@ def subclass(
             for name, value in vars(mixin).items()
             if name not in ("__dict__", "__weakref__", "__module__", "__qualname__")
         }
-        made = type(cls.__name__, (made,), {**copied, **(members if mixin is mixins[0] else {})})
+        own = members if mixin is mixins[0] else {}
+        made = _new_class(cls, (made,), {**copied, **own})
         cell.cell_contents = made
     return made
 

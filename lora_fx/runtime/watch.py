@@ -431,9 +431,9 @@ def _first(
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
-    before = len(entries.model.derived)
+    derived = len(entries.model.derived)
     result = _watched(_Watch(entries.model, weights), function, module, args, kwargs)
-    if key[0][0] not in _CALLS and len(entries.model.derived) > before:
+    if key[0][0] not in _CALLS and len(entries.model.derived) > derived:
         arm_again()  # it has put weights together (fuse, switch_to_deploy), which calls may use from now on
     entries.done.add(*key)
     if module is entries.model.root():
@@ -679,7 +679,9 @@ def _methods(cls: type) -> frozenset[str]:
         if one.__module__.startswith(("torch.nn.modules.", "lora_fx.")) or GRAPH in one.__dict__:
             continue
         for name, value in one.__dict__.items():
-            own = not name.startswith("_") or not (name.startswith("__") or hasattr(nn.Module, name))
+            own = not name.startswith("_") or not (
+                name.startswith("__") or hasattr(nn.Module, name)
+            )
             plain = own and isinstance(value, FunctionType)
             if (
                 plain

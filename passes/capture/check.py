@@ -201,7 +201,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     reference, left, changes = _reference(model, example_inputs, _run_with_what_is_left)
     runs = _runnable(capture.model, capture.regions.values())
     try:
-        found = [_run(runs, example_inputs) for _ in reference]
+        found = [_run_with_inputs(runs, example_inputs) for _ in reference]
     except CaptureError:
         raise
     except Exception as error:
@@ -323,6 +323,14 @@ def _run(model: nn.Module, example_inputs: Any) -> Any:
         return _called(model, example_inputs)
 
 
+def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[torch.Tensor]]:
+    """The output, and what the tensors among the inputs are after the call, which may write into them."""
+    given = pytree.tree_map(_own, normalize(example_inputs))
+    with torch.no_grad():
+        output = _called_with(model, *given)
+    return output, [one for one in pytree.tree_leaves(given) if isinstance(one, torch.Tensor)]
+
+
 def _run_with_what_is_left(
     model: nn.Module, example_inputs: Any
 ) -> tuple[list[Any], str | None, str | None]:
@@ -331,13 +339,13 @@ def _run_with_what_is_left(
     Also what the second call has changed in its turn, apart from buffers: what has been set once stays.
     """
     before, versions = State(model), _versions(model)
-    outputs = [_run(model, example_inputs)]
+    outputs = [_run_with_inputs(model, example_inputs)]
     left, changes = before.changed(), None
     if left is None and _versions(model) != versions:
         left = "its forward writes into a buffer"
     if left is not None:
         between = state_of(model, flags=True)
-        outputs.append(_run(model, example_inputs))
+        outputs.append(_run_with_inputs(model, example_inputs))
         changes = difference(between, state_of(model, flags=True))
     return outputs, left, changes
 
@@ -348,7 +356,10 @@ def _versions(model: nn.Module) -> list[int]:
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:
     # A forward may write into what it is given: tensors, and caches more so.
-    args, kwargs = pytree.tree_map(_own, normalize(example_inputs))
+    return _called_with(model, *pytree.tree_map(_own, normalize(example_inputs)))
+
+
+def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
     with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
         return model.eval()(*args, **kwargs)
 

@@ -451,7 +451,7 @@ def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: boo
             )
 
 
-def _check_not_computed(model: nn.Module, weights: Collection[str]) -> None:
+def _check_not_computed(model: nn.Module, weights: set[str]) -> None:
     """Refuse what code of the model has computed from adapted weights: it holds nothing of their adapters."""
     for name, sources in watch.computed_from_adapted(model).items():
         adapted = sorted(sources & weights)

@@ -259,6 +259,35 @@ def test_manners_of_the_class_are_kept(cls):
         assert pickle.loads(pickle.dumps(module)).lock is not module.lock
 
 
+REGISTER: dict[str, type] = {}
+
+
+class Registering(type):
+    def __new__(cls, name, bases, members):
+        made = REGISTER[name] = super().__new__(cls, name, bases, members)
+        return made
+
+    def __init__(cls, name, bases, members):
+        super().__init__(name, bases, members)
+        REGISTER[f"{name} by init"] = cls
+
+
+class Registered(nn.Linear, metaclass=Registering):
+    pass
+
+
+def test_a_metaclass_is_not_told_of_the_classes_of_regions():
+    before = dict(REGISTER)
+    config = lora_fx.LoraConfig(r=2, target_modules=["0"])
+    model = randomize(lora_fx.rewrite(nn.Sequential(Registered(4, 4)), config)).eval()
+    assert before == REGISTER
+    assert type(type(model[0])) is Registering
+    x = sample(2, 4)
+    for other in round_trips(model):
+        assert_same_bits(other(x), model(x))
+    assert type(lora_fx.merge(model)[0]) is Registered
+
+
 class Delegating(nn.Module):
     """Looks up in what it holds whatever it does not have itself, as wrappers do."""
 

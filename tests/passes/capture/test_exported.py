@@ -988,3 +988,26 @@ def test_a_program_that_pytorch_makes_no_module_of_is_named() -> None:
     with pytest.raises(CaptureError, match="a program of Code that PyTorch makes no module of"):
         lora_fx.rewrite(model, config, (x,), frontend="export")
     torch.testing.assert_close(lora_fx.rewrite(model, config, (x,))(x), model(x))
+
+
+class Registers(nn.Module):
+    """Registers a buffer in its forward: the program of torch.export writes it into x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        if not hasattr(self, "places"):
+            places = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+            self.register_buffer("places", places, persistent=False)
+        return self.fc(x + self.places)
+
+
+def test_a_program_that_writes_into_what_it_is_given() -> None:
+    model, config, x = Registers(), LoraConfig(r=2, target_modules=["fc"]), torch.randn(2, 3, 4)
+    with pytest.raises(CaptureError, match="computes something else than the original"):
+        lora_fx.rewrite(model, config, (x,), frontend="export")
+    before = x.clone()
+    lora_fx.rewrite(model, config, (x,))(x)
+    assert torch.equal(x, before)
