@@ -35,6 +35,10 @@ test: $(VENV)/.dev ## Run the test suite (ARGS='-k merge' and the like)
 test-slow: $(VENV)/.dev ## Run the tests marked slow
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not cuda" $(ARGS)
 
+.PHONY: slow-list
+slow-list: $(VENV)/.dev ## Write tests/slow.txt: what takes more than three seconds is run by test-slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not cuda and not stack and not runtime" --write-slow 3 $(ARGS)
+
 .PHONY: test-cuda
 test-cuda: $(VENV)/.dev ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m cuda $(ARGS)

@@ -15,6 +15,7 @@ import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -31,7 +32,47 @@ hypothesis.settings.register_profile("lora_fx", deadline=None, derandomize=True,
 hypothesis.settings.load_profile("lora_fx")
 
 
+SLOW = ROOT / "tests" / "slow.txt"
+"""Names of tests, and of files of tests, that took longer than `make slow-list` allows."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--write-slow",
+        type=float,
+        metavar="SECONDS",
+        help="write the names of tests that took longer to tests/slow.txt",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    limit = config.getoption("--write-slow")
+    if limit is None:
+        return
+    reports = [one for found in terminalreporter.stats.values() for one in found]
+    timed = [one for one in reports if isinstance(one, pytest.TestReport)]
+    ran = {name for one in timed for name in (one.nodeid, _file_of(one.nodeid))}
+    # What a fixture of a file takes goes to the next test where one of them is left out.
+    names = {
+        _file_of(one.nodeid) if one.when == "setup" else one.nodeid
+        for one in timed
+        if one.duration >= limit
+    }
+    names |= set(SLOW.read_text(encoding="utf-8").splitlines()) - ran
+    kept = sorted(name for name in names if "::" not in name or _file_of(name) not in names)
+    SLOW.write_text("".join(f"{name}\n" for name in kept), encoding="utf-8")
+
+
+def _file_of(name: str) -> str:
+    return name.partition("::")[0]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = frozenset(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow or _file_of(item.nodeid) in slow:
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     for item in items:
