@@ -499,6 +499,12 @@ class NamedReads:
             for name in ("__call__", "forward"):
                 path = Path(ObjectRoot(cls)).attribute(name)
                 self.reads[path] = Read(path, "identity", getattr(cls, name))
+        # Code gets to the classes above by super(), past what a class has in their place.
+        above = {one for cls in own for one in cls.__mro__[1:] if not _of_library(one)} - own
+        for cls, name in itertools.product(above, ("__call__", "forward")):
+            if name in vars(cls):
+                self._note_function(Path(ObjectRoot(cls)).attribute(name), vars(cls)[name])
+                self._pending.append((vars(cls)[name], None))
         for name in replaced_forwards(model):
             path = Path.to(name).attribute("forward")
             function = ops.function_of(model.get_submodule(name).forward)
@@ -592,6 +598,9 @@ class NamedReads:
             self._done.add((cls, name))
             if not stands_apart(type(cls).__module__):
                 self._classes[type(cls)] = None
+            # Code gets to the classes above by super(), past what a class has in their place.
+            above = (one for one in cls.__mro__[1:] if not _of_library(one))
+            self._classes.update(dict.fromkeys(above))
             owner = next((one for one in cls.__mro__ if name in one.__dict__), None)
             path = Path(ObjectRoot(cls)).attribute(name)
             if owner is None:

@@ -1011,3 +1011,37 @@ def test_a_program_that_writes_into_what_it_is_given() -> None:
     before = x.clone()
     lora_fx.rewrite(model, config, (x,))(x)
     assert torch.equal(x, before)
+
+
+class _Above(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def factor(self) -> float:
+        return 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) * self.factor()
+
+
+class _Below(_Above):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"), [(_Below, "factor"), (_Above, "factor"), (_Above, "forward")]
+)
+def test_what_code_gets_to_by_super_is_read(
+    cls: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = nn.Sequential(_Below()), torch.randn(3, 4)
+    config = LoraConfig(r=2, target_modules="all-linear")
+    adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
+    adapted(x)
+    monkeypatch.setattr(
+        cls, name, lambda self, *args: self.fc(*args) if args else 3.0, raising=False
+    )
+    with pytest.raises(CaptureError, match="Put it back"):
+        adapted(x)
