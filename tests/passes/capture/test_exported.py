@@ -1030,15 +1030,23 @@ class _Below(_Above):
         return super().forward(x) * 2
 
 
+class _Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.below, self.w = _Below(), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.below(x @ self.w)
+
+
 @pytest.mark.parametrize(
     ("cls", "name"), [(_Below, "factor"), (_Above, "factor"), (_Above, "forward")]
 )
 def test_what_code_gets_to_by_super_is_read(
     cls: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = nn.Sequential(_Below()), torch.randn(3, 4)
-    config = LoraConfig(r=2, target_modules="all-linear")
-    adapted = lora_fx.rewrite(model, config, (x,), frontend="export")
+    config, x = LoraConfig(r=2, target_modules="all-linear"), torch.randn(3, 4)
+    adapted = lora_fx.rewrite(_Around(), config, (x,), frontend="export")
     adapted(x)
     monkeypatch.setattr(
         cls, name, lambda self, *args: self.fc(*args) if args else 3.0, raising=False
