@@ -589,6 +589,10 @@ class NamedReads:
 
     def _add_members(self) -> bool:
         """Notes what classes have under the names that the code has; whether there was something new."""
+        for cls in tuple(self._classes):  # and those above, as for super()
+            self._classes.update(
+                dict.fromkeys(one for one in cls.__mro__[1:] if not _of_library(one))
+            )
         new = [
             (cls, name)
             for cls, name in itertools.product(tuple(self._classes), tuple(self._names))
@@ -598,9 +602,6 @@ class NamedReads:
             self._done.add((cls, name))
             if not stands_apart(type(cls).__module__):
                 self._classes[type(cls)] = None
-            # Code gets to the classes above by super(), past what a class has in their place.
-            above = (one for one in cls.__mro__[1:] if not _of_library(one))
-            self._classes.update(dict.fromkeys(above))
             owner = next((one for one in cls.__mro__ if name in one.__dict__), None)
             path = Path(ObjectRoot(cls)).attribute(name)
             if owner is None:
