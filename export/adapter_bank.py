@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim
 
+from lora_fx import torch_private
 from lora_fx.errors import CheckpointError, ConfigError, ExportError, some
 from lora_fx.export.adapter_manifest import (
     ROWS_AXIS,
@@ -57,7 +58,7 @@ _SLOTS = "lora_slots"
 """Name of the buffer beside the factors of a site that says which slot each row has."""
 
 _aten = torch.ops.aten
-_LINEAR = (F.linear, torch._C._nn.linear)
+_LINEAR = (F.linear,)
 _CONVOLUTIONS = (
     *(F.conv1d, F.conv2d, F.conv3d),
     *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
@@ -339,7 +340,7 @@ class BankModel(FactorModel):
         args, kwargs = self.arguments.fill(tensors[:own])
         ids, banks = tensors[own], tensors[own + 1 :]
         same = ids.shape[0] == tensors[self.batched].shape[0]
-        torch._check(same)  # type: ignore[no-untyped-call]  # of torch
+        torch_private.assert_true(same)
         # Whatever is negative means none. Other providers count from the end, or read anything.
         slots = ids.clamp(min=-1) + 1
         values = dict.fromkeys((f"model.{name}" for name in self._slots), slots)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram, _trace
+from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_fx.export.copy  # noqa: F401  # both register operators that are translated here
+from lora_fx import torch_private
 from lora_fx.errors import ExportError
 from lora_fx.export.adapter_bank import make_bank_overridable
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
@@ -74,11 +75,11 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
     """
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.aten.histc.default: _histc,
-        torch.ops.aten._grouped_mm.default: _grouped_mm,
+        torch_private.GROUPED_MM: _grouped_mm,
         torch.ops.lora_fx.grouped_linear.default: _grouped_linear,
         torch.ops.lora_fx.quantized_product.default: _quantized_product,
-        torch.ops.aten._is_all_true.default: _is_all_true,
-        torch.ops.aten._is_any_true.default: _is_any_true,
+        torch_private.IS_ALL_TRUE: _is_all_true,
+        torch_private.IS_ANY_TRUE: _is_any_true,
     }
     attention = torch.ops.aten.scaled_dot_product_attention.default
     if any(node.meta["val"].ndim != 4 for node in program.graph.nodes if node.target is attention):
@@ -634,8 +635,7 @@ def _values(model: ir.Model) -> list[ir.Value]:
 # on values.
 _LOGGERS = (
     "onnx_ir._convenience",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.onnx._internal.exporter._registration",  # that torchvision is not installed, with each export
+    *torch_private.CHATTY_LOGGERS,
 )
 
 
@@ -648,11 +648,12 @@ def _without_chatter() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     # It prints the graph so far, once for each of its wrappers. The name is that module's alone, and
     # exports run one at a time.
-    vars(_trace)["print"] = _nothing
+    tracer = vars(torch_private.export_tracer())
+    tracer["print"] = _nothing
     try:
         yield
     finally:
-        vars(_trace).pop("print", None)
+        tracer.pop("print", None)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

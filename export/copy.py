@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.report import StoredFormat
 from lora_fx.formats import dense, format_of, formats, held, quantization_of, quantized_linear
@@ -448,8 +449,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        elif isinstance(model, torch_private.compiled_module_class()):
+            model = torch_private.original_module(model)
         else:
             return model
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from lora_fx import torch_private
 from lora_fx.passes.capture import Listener
 
 __all__ = [
@@ -116,7 +117,7 @@ def here(modules: Mapping[int, str]) -> SourceLocation:
 
 def _op_name(target: Any) -> str:
     """``aten.add`` for ``aten.add.Tensor``, and a name for everything else."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_private.OpOverload):
         return str(target.overloadpacket)
     return str(getattr(target, "__name__", target or ""))
 
@@ -174,17 +175,17 @@ class Witness:
 def watched(model: nn.Module) -> Iterator[Witness]:
     """Watch the traces that begin inside the block."""
     witness = Witness(model)
-    original = ShapeEnv._set_replacement
+    original = getattr(ShapeEnv, torch_private.REPLACEMENT_METHOD)
 
     def replace(env: ShapeEnv, symbol: Any, value: Any, message: str) -> None:
         witness.note(symbol, value, env.var_to_sources.get(symbol, ()))
         original(env, symbol, value, message)
 
-    ShapeEnv._set_replacement = replace  # type: ignore[assignment, method-assign]
+    setattr(ShapeEnv, torch_private.REPLACEMENT_METHOD, replace)
     try:
         yield witness
     finally:
-        ShapeEnv._set_replacement = original  # type: ignore[method-assign]
+        setattr(ShapeEnv, torch_private.REPLACEMENT_METHOD, original)
 
 
 # What torch.export calls an axis of a ``FlatModel``, whose one argument is a tuple.

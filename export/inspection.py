@@ -12,6 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_fx import torch_private
 from lora_fx.errors import ExportError, some
 from lora_fx.export.adapter_manifest import SLOTS_INPUT, SUFFIXES, Manifest
 
@@ -120,7 +121,6 @@ def _node(node: onnx.NodeProto) -> FileNode:
 
 
 # What torch.export says of a node that is in no module.
-_NOWHERE = "_empty_nn_module_stack_from_metadata_hook"
 
 
 def _scope(text: str) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def _scope(text: str) -> tuple[str, ...]:
         return ()
     if not isinstance(names, list):
         return ()
-    return tuple(str(name) for name in names[:-1] if name and name != _NOWHERE)
+    return tuple(str(name) for name in names[:-1] if name and name != torch_private.NO_MODULE)
 
 
 def _dtype(kind: int) -> str:

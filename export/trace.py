@@ -23,25 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import (
-    CeilToInt,
-    CleanDiv,
-    FloorDiv,
-    FloorToInt,
-    IntTrueDiv,
-    Max,
-    Min,
-    Mod,
-    PythonMod,
-)
 
+from lora_fx import torch_private
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
 from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
 from lora_fx.passes.capture import Listener, asked_of_sizes
+from lora_fx.torch_private import pytree
 
 __all__ = ["Trace", "normal_size", "trace", "widen_batch"]
+
+_functions = torch_private.sympy_functions()
 
 
 _TESTS: Mapping[Any, bool] = {
@@ -200,16 +192,26 @@ def normal_size(formula: Any) -> Any:
     args = [normal_size(one) for one in formula.args]
     first = args[0]
     kind = formula.func
-    if kind in (CeilToInt, FloorToInt) and isinstance(first, IntTrueDiv):
+    if kind in (_functions.CeilToInt, _functions.FloorToInt) and isinstance(
+        first, _functions.IntTrueDiv
+    ):
         # Exact: the sizes of tensors are far below 2**53.
         above, below = first.args
         if below.is_Integer and below > 0:
-            return _quotient(above + below - 1 if kind is CeilToInt else above, below)
-    if kind in (FloorDiv, CleanDiv, Mod, PythonMod) and args[1].is_Integer and args[1] > 0:
+            return _quotient(above + below - 1 if kind is _functions.CeilToInt else above, below)
+    if (
+        kind in (_functions.FloorDiv, _functions.CleanDiv, _functions.Mod, _functions.PythonMod)
+        and args[1].is_Integer
+        and args[1] > 0
+    ):
         quotient = _quotient(first, args[1])
-        return quotient if kind in (FloorDiv, CleanDiv) else (first - args[1] * quotient).expand()
-    if kind in (Max, Min):
-        sign = 1 if kind is Max else -1
+        return (
+            quotient
+            if kind in (_functions.FloorDiv, _functions.CleanDiv)
+            else (first - args[1] * quotient).expand()
+        )
+    if kind in (_functions.Max, _functions.Min):
+        sign = 1 if kind is _functions.Max else -1
         kept: list[Any] = []
         for one in args:
             if any(_never_negative(sign * (other - one)) for other in kept):
@@ -234,18 +236,18 @@ def _quotient(above: Any, below: Any) -> Any:
     whole, constant = whole + constant // below, constant % below
     if len(rest) == 1:
         [(term, factor)] = rest.items()
-        if isinstance(term, FloorDiv) and factor == 1 and term.args[1].is_Integer:
+        if isinstance(term, _functions.FloorDiv) and factor == 1 and term.args[1].is_Integer:
             inner, times = term.args
             return (whole + _quotient(inner + constant * times, below * times)).expand()
     total = sum(term * factor for term, factor in rest.items()) + constant
-    return (whole + FloorDiv(total, below)).expand()
+    return (whole + _functions.FloorDiv(total, below)).expand()
 
 
 def _never_negative(formula: Any) -> bool:
     """Whether a formula in normal form is at least 0 whatever the sizes are; False if that is not seen."""
     terms = formula.expand().as_coefficients_dict()
     for term, factor in terms.items():
-        if isinstance(term, FloorDiv) and term.args[1].is_Integer:
+        if isinstance(term, _functions.FloorDiv) and term.args[1].is_Integer:
             above, below = term.args
             # It is above / below, less something under 1.
             least = above / below if factor < 0 else (above - below + 1) / below

@@ -227,9 +227,10 @@ def __getattr__(name: str) -> object:
     if name in _HOME_OF:
         found = getattr(_importlib.import_module(_HOME_OF[name]), name)
         return globals().setdefault(name, found)
-    if not name.startswith("_") and _find_spec(f"lora_fx.{name}") is not None:
-        # `lora_fx.passes.match` works after `import lora_fx` alone: what lies in its folders is loaded, too.
-        for home in _HOMES:
+    spec = None if name.startswith("_") else _find_spec(f"lora_fx.{name}")
+    if spec is not None:
+        # `lora_fx.passes.match` works after `import lora_fx` alone: a folder is loaded with what lies in it.
+        for home in _HOMES if spec.submodule_search_locations else ():
             if not home.startswith(_OPTIONAL):
                 _importlib.import_module(home)
         return _importlib.import_module(f"lora_fx.{name}")

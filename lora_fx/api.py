@@ -8,7 +8,6 @@ from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapters import set_adapter
 from lora_fx.config import LoraConfig
@@ -38,6 +37,7 @@ from lora_fx.passes.graph import (
 from lora_fx.passes.kept import with_kept
 from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "capture",

@@ -280,10 +280,12 @@ class WeightFiles:
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Parameters by each of their names, and the buffers that a state dict has."""
+    from lora_fx import torch_private  # loads torch
+
     yield from model.named_parameters(remove_duplicate=False)
     for fqn, module in model.named_modules(remove_duplicate=False):
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
+            if buffer is not None and key not in torch_private.transient_buffers(module):
                 yield f"{fqn}.{key}" if fqn else key, buffer
 
 

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-from torch.utils import _pytree as pytree
 
+from lora_fx import torch_private
 from lora_fx.config import LoraConfig
 from lora_fx.ir import DEFAULT_LOSS, Kept, Loss, Memory, Plan
 from lora_fx.passes.capture import Frontend, Listener, State, normalize
 from lora_fx.passes.pipeline import rewrite_model
+from lora_fx.torch_private import pytree
 
 __all__ = ["saved_storages", "take_gradient_to_embeddings", "tensors", "with_kept"]
 
@@ -132,12 +133,12 @@ def saved_storages(
     Returns:
         Each storage once, with its kind.
     """
-    known = {tensor.untyped_storage()._cdata for tensor in own}
+    known = {torch_private.storage_key(tensor.untyped_storage()) for tensor in own}
     seen: dict[int, tuple[str, weakref.ref[torch.UntypedStorage]]] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = torch_private.storage_key(storage)
         if key not in known and key not in seen:
             # What is let go of before the forward ends (a result that is detached) is not kept, and
             # another storage can take its address.
@@ -165,8 +166,8 @@ class _Attention(Listener):
     """
 
     _FLASH: ClassVar[Mapping[str, Any]] = {
-        "cpu": torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        "cuda": torch.ops.aten._scaled_dot_product_flash_attention.default,
+        "cpu": torch_private.FLASH_ATTENTION_CPU,
+        "cuda": torch_private.FLASH_ATTENTION,
     }
 
     def __init__(self, device: torch.device) -> None:
@@ -207,7 +208,7 @@ class _Attention(Listener):
             return made.requires_grad_(one.requires_grad)
 
         # It looks at shapes and flags; the memory is not touched.
-        chosen = torch._fused_sdp_choice(*map(there, given), **more)
+        chosen = torch_private.attention_choice(*map(there, given), **more)
         return bool(chosen == SDPBackend.FLASH_ATTENTION.value)
 
 

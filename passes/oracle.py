@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, ConfigError, MergeError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, require_record
@@ -420,7 +420,7 @@ def _floats(output: Any) -> list[torch.Tensor]:
     return [one for one in strided if one.is_floating_point()]
 
 
-class _Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+class _Choices(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Notes which elements the largest were, and chooses the same ones when it is replayed.
 
     The router of a mixture of experts chooses by size, where two sizes may be as good as equal.
@@ -467,7 +467,7 @@ class _Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
 
 def _dim(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for place, argument in enumerate(func._schema.arguments):
+    for place, argument in enumerate(torch_private.schema_of(func).arguments):
         if argument.name == "dim":
             given = (
                 args[place] if place < len(args) and not argument.kwarg_only else kwargs.get("dim")

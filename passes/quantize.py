@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.config import LoraConfig, excluded, nearest_names, unmatched
 from lora_fx.errors import ConfigError, MergeError, QuantizationError
 from lora_fx.formats import Storage, follow_state, quantization_of, quantized_linear, stored
@@ -427,7 +428,7 @@ class Materialize(Pass):
                     # The old one is kept alive by the tie, or its identity would be free for the next.
                     made[id(parameter)] = nn.Parameter(self._own(name), requires_grad=False)
                 module._parameters[key] = made[id(parameter)]
-            for key in module._buffers.keys() - module._non_persistent_buffers_set:
+            for key in module._buffers.keys() - torch_private.transient_buffers(module):
                 if module._buffers[key] is not None:
                     module._buffers[key] = self._own(join(fqn, key))
         for fqn, module in capture.model.named_modules():

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx import torch_private
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.passes.capture import Listener, named_inputs
 from lora_fx.passes.graph import share_copy
+from lora_fx.torch_private import pytree
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -298,7 +298,7 @@ def plan_step(
             ``tp``.
         LoraFxError: As :func:`lora_fx.rewrite`.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+    fake = torch_private.fake_tensors()
 
     with contextlib.ExitStack() as around:
         around.enter_context(_fake_group(mesh.size))
@@ -313,7 +313,7 @@ def plan_step(
             raise ConfigError(
                 f"{type(model).__name__} has no gradient_checkpointing_enable: leave out --checkpointing"
             )
-        around.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        around.enter_context(fake.FakeTensorMode(allow_non_fake_inputs=True))
         around.enter_context(_FlashAttention())
         around.enter_context(_no_masks())
         _empty_all(rewritten, "cpu", dtype)
@@ -327,7 +327,7 @@ def plan_step(
         rewritten.train()
         if mesh.size > mesh.tp:
             # It makes a mesh of two, and the ranks in that are read. Parts of stand-ins are stand-ins.
-            with unset_fake_temporarily():
+            with fake.unset_fake_temporarily():
                 shard(rewritten, devices)
         given = {
             name: _empty(value, "cpu", dtype) if isinstance(value, Tensor) else value
@@ -447,8 +447,7 @@ def _flash(
     width = value.shape[-1]
     if width < query.shape[-1]:  # flash kernels take one width
         value = nn.functional.pad(value, (0, query.shape[-1] - width))
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    result: Tensor = kernel(
+    result: Tensor = torch_private.FLASH_ATTENTION_CPU(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
     )[0]
     return result[..., :width]
@@ -476,25 +475,21 @@ def _no_masks() -> Iterator[None]:
 @contextlib.contextmanager
 def _fake_group(size: int) -> Iterator[None]:
     import torch.distributed as dist
-    from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
         raise ConfigError(
             "a process group is there already: plan before init_process_group, or in another process"
         )
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    dist.init_process_group("fake", rank=0, world_size=size, store=torch_private.fake_store())
     try:
         yield
     finally:
         dist.destroy_process_group()
         # They hold meshes, which equal those of the next group, and name groups that are no more.
-        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
-        clear_redistribute_planner_cache()
+        torch_private.forget_sharding()
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The live storages of a piece of code: it sees every operation below autograd, real or fake.
 
     Attributes:
@@ -612,8 +607,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _members(args: Any) -> int:
     for one in pytree.tree_leaves(args):
         if isinstance(one, str) and one not in ("sum", "avg", "max", "min", "product"):
-            groups: Any = torch.distributed.distributed_c10d
-            return int(groups._resolve_process_group(one).size())
+            return torch_private.group_size(one)
         if isinstance(one, torch.ScriptObject):
             with contextlib.suppress(RuntimeError):
                 return int(torch.distributed.ProcessGroup.unbox(one).size())
@@ -625,7 +619,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    return torch_private.storage_key(tensor.untyped_storage())
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.config import LoraConfig, alpha_for, rank_for
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
 from lora_fx.kinds import chosen_kind, is_plain
@@ -147,7 +148,7 @@ def layout_of(
 
 def is_attention(module: nn.Module) -> bool:
     """Whether it is an ``nn.MultiheadAttention`` of a form that PEFT adapts: with one ``in_proj_weight``."""
-    return isinstance(module, nn.MultiheadAttention) and module._qkv_same_embed_dim
+    return isinstance(module, nn.MultiheadAttention) and torch_private.projects_at_once(module)
 
 
 def _attention(model: nn.Module, site: Site) -> str | None:

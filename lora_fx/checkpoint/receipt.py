@@ -24,7 +24,6 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.adapters import (
     active_adapters,
@@ -45,6 +44,7 @@ from lora_fx.errors import CheckpointError, ConfigError, LoraFxError
 from lora_fx.files import current
 from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import factors_of
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "Receipt",

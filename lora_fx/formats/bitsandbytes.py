@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Final, Literal, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
+from lora_fx import torch_private
 from lora_fx.errors import QuantizationError, some
 from lora_fx.formats.base import (
     BLOCKS,
@@ -88,7 +89,7 @@ def _row_scales(weight: Any) -> Any:
 
 def _like(old: Any, data: Tensor, **attributes: Any) -> nn.Parameter:
     """A parameter as another one, whose form is attributes of it."""
-    made: nn.Parameter = torch.Tensor._make_subclass(type(old), data, False)
+    made: nn.Parameter = torch_private.make_subclass(type(old), data, False)
     made.__dict__.update({name: copy.copy(value) for name, value in old.__dict__.items()})
     made.__dict__.update(attributes)
     return made
@@ -559,7 +560,7 @@ class BitsandbytesFormat(WeightFormat):
         """The scales lie in objects beside it, which ``.to()`` and the layer's forward change in place."""
         pickle_by_class(type(parameter))
         plain = parameter.detach().as_subclass(torch.Tensor)
-        twin: Any = torch.Tensor._make_subclass(type(parameter), plain, False)
+        twin: Any = torch_private.make_subclass(type(parameter), plain, False)
         twin.__dict__.update(parameter.__dict__)
         if getattr(twin, "quant_state", None) is not None:
             twin.quant_state = _shallow(twin.quant_state, memo)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import abc
 import copyreg
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
+from lora_fx import torch_private
 from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import WeightFormat, format_of, formats, held, quantization_of
 from lora_fx.ir import Quantization
@@ -98,7 +98,7 @@ def _versions(tensor: Any) -> Iterator[int]:
     """How often a tensor was written into, and those of which it is made."""
     if not isinstance(tensor, Tensor) or tensor.is_inference():
         return
-    yield tensor._version
+    yield torch_private.version_counter(tensor)
     flatten = getattr(type(tensor), "__tensor_flatten__", None)
     for name in () if flatten is None else flatten(tensor)[0]:
         yield from _versions(getattr(tensor, name))
@@ -163,7 +163,7 @@ def quantized_linear(
         return found
     given = x if compute_dtype is None else x.to(compute_dtype)
     bias = None if bias is None else bias.to(given.dtype)
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.in_functorch():
         # The kernels know nothing of transforms.
         return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
     kernel = _known(weight).product(
@@ -185,7 +185,7 @@ class _Product(torch.autograd.Function):
         out = F.linear(x, weight if by_itself else dense(weight, x.dtype), bias)
         # Some kernels return a view, into which a branch could not be added in place: it was made
         # without gradients.
-        found: Tensor = torch.ops.aten._unsafe_view(out, out.shape)
+        found: Tensor = torch_private.UNSAFE_VIEW(out, out.shape)
         return found
 
     @staticmethod
@@ -311,14 +311,4 @@ def pickle_by_class(cls: type[nn.Parameter]) -> None:
     Args:
         cls: A subclass of ``nn.Parameter`` whose attributes are its state.
     """
-    copyreg.pickle(cls, _reduced)
-
-
-def _reduced(parameter: Any) -> tuple[Any, ...]:
-    plain = parameter.detach().as_subclass(torch.Tensor)
-    made: tuple[Any, ...] = (plain, parameter.requires_grad, OrderedDict())
-    state = torch._utils._get_obj_state(parameter)  # type: ignore[no-untyped-call]
-    return (
-        torch._tensor._rebuild_from_type_v2,
-        (torch._utils._rebuild_parameter, type(parameter), made, state),
-    )
+    copyreg.pickle(cls, torch_private.reduce_parameter)

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir.graph import META_KEY, Region, Tag, tag_of
@@ -64,7 +65,7 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
         )
         for node in graph.nodes
     ]
-    return (nodes, graph._codegen)
+    return (nodes, torch_private.codegen_of(graph))
 
 
 def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
@@ -90,9 +91,9 @@ def _written(tag: Tag | None) -> Tag | None:
 def _freeze_target(target: Any) -> Any:
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target._schema.name.split("::")
-        return _Target(("op", namespace, name, target._overloadname))
+    if isinstance(target, torch_private.OpOverload):
+        namespace, name = torch_private.schema_of(target).name.split("::")
+        return _Target(("op", namespace, name, torch_private.overload_name(target)))
     try:
         pickle.dumps(target)
     except Exception as error:

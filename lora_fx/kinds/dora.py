@@ -22,7 +22,7 @@ from lora_fx.runtime import dora, fused_dora
 __all__ = ["KINDS", "Dora"]
 
 _MAGNITUDE: Final = "lora_magnitude_vector"
-_LINEAR = (F.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
+_LINEAR = (F.linear, torch.ops.aten.linear.default)
 
 
 def _makes_base_again(site: Site) -> bool:

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx import torch_private
+
 __all__ = [
     "attend",
     "attend_in_windows",
@@ -189,7 +191,7 @@ def zero_padding(
     if not torch.backends.mha.get_fastpath_enabled():
         return out
     keep = padding.logical_not()
-    if mask_check and not torch._nested_tensor_from_mask_left_aligned(src, keep):
+    if mask_check and not torch_private.is_left_aligned(src, keep):
         return out
     return out.masked_fill(keep.logical_not().unsqueeze(-1), 0.0)
 

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from lora_fx import torch_private
 from lora_fx.errors import LogitsError, LoraFxError
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "CHUNK",
@@ -102,13 +103,14 @@ class Read(NamedTuple):
             for one in pytree.tree_leaves(values)
             if type(one) in (Tensor, torch.nn.Parameter) and not one.is_inference()
         )
-        return cls(found, tuple(one._version for one in found))
+        return cls(found, tuple(torch_private.version_counter(one) for one in found))
 
     @property
     def changed(self) -> bool:
         """Whether one was written into."""
         return any(
-            one._version != old for one, old in zip(self.tensors, self.versions, strict=True)
+            torch_private.version_counter(one) != old
+            for one, old in zip(self.tensors, self.versions, strict=True)
         )
 
 
@@ -263,7 +265,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 @contextlib.contextmanager
 def kept_here() -> Iterator[None]:
     """Keeps what a chunk keeps from hooks that are there for the model (checkpoints, offloading)."""
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if torch_private.saved_tensor_hooks() is None:
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda kept: kept):
@@ -275,7 +277,7 @@ def checkpoint_here() -> Any:
 
     A reentrant one has no gradients then.
     """
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = torch_private.saved_tensor_hooks()
     found = None if hooks is None else hooks[0]
     return found if getattr(found, "__module__", None) == checkpoint.__name__ else None
 

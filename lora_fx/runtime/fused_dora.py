@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
 from lora_fx.runtime.dora import divisible
 from lora_fx.runtime.fused_lora import (
@@ -188,7 +189,7 @@ class _DoraLinear(torch.autograd.Function):
             mine.add_(((1 - gains) * options.own(bias)).to(x.dtype))
         mine.addmm_(down, options.steered(b, gains, x.dtype).T)
         # As in lora_fx.runtime.fused_lora: a view that a function returns cannot be written into.
-        return torch.ops.aten._unsafe_view.default(out, out.shape), down
+        return torch_private.UNSAFE_VIEW(out, out.shape), down
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

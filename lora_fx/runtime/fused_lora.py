@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import KeptWeight, quantized_linear
 from lora_fx.runtime.masks import (
@@ -334,7 +335,7 @@ class _LoraLinears(torch.autograd.Function):
             one.part(flat(out)).addmm_(its_down.to(out.dtype), up, alpha=one.scale)
             # It may be a view of a matrix, and autograd forbids to write into views that a function returns;
             # models do (nn.ReLU(inplace=True)).
-            outputs.append(torch.ops.aten._unsafe_view.default(out, out.shape))
+            outputs.append(torch_private.UNSAFE_VIEW(out, out.shape))
         return *outputs, down
 
     @staticmethod

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
 from lora_fx.runtime.fused_lora import (
     Kernel,
@@ -297,7 +298,7 @@ def _computed(
         if layout.order is not None:
             total.index_add_(0, layout.order, moved)
     # It may be a view of a matrix, and autograd forbids to write into views that a function returns.
-    return torch.ops.aten._unsafe_view.default(total, out.shape), downs, masks.bits
+    return torch_private.UNSAFE_VIEW(total, out.shape), downs, masks.bits
 
 
 class _LoraRows(torch.autograd.Function):

@@ -27,14 +27,15 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
+from lora_fx import torch_private
 from lora_fx.errors import LogitsError, LoraFxError
 from lora_fx.ir import thaw
 from lora_fx.runtime import chunked
 from lora_fx.runtime.chunked import REMEDY, ROWS, Given, Job, Read, Step, loss_of, running
 from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.recompute import Subgraph, autocast_of
+from lora_fx.torch_private import pytree
 
 __all__ = ["Gone", "Head", "Logits", "head_of", "scoped"]
 
@@ -75,11 +76,10 @@ def _refuse_compiling() -> NoReturn:
     raise LoraFxError(f"torch.compile cannot see into loss='chunked': {REMEDY} to compile a model")
 
 
-# What torch.compiler.disable sets; the decorator itself imports Dynamo, which takes seconds. Dynamo leaves
-# its trace for the call, so that the error is what it is.
-_refuse_compiling._torchdynamo_disable = True  # type: ignore[attr-defined]
-_refuse_compiling._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    f"torch.compile cannot see into loss='chunked' of lora_fx: {REMEDY} to compile a model"
+# Dynamo leaves its trace for the call, so that the error is what it is.
+torch_private.make_uncompilable(
+    _refuse_compiling,
+    f"torch.compile cannot see into loss='chunked' of lora_fx: {REMEDY} to compile a model",
 )
 
 
@@ -387,20 +387,20 @@ class Logits(Tensor):
         cls: type[Logits], shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Logits:
         """A tensor without memory."""
-        made: Logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made: Logits = torch_private.make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         return made
 
     def __init__(self, *_: Any) -> None:
         """It has no state before its group gives it one."""
 
     def __repr__(self) -> str:  # type: ignore[override]
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.DisableTorchFunctionSubclass():
             return f"Logits({list(self.shape)}, {self.dtype})"
 
     def _settled(self) -> Any:
         if self._whole is not None:
             return self._whole
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_private.DisableTorchFunctionSubclass():
             return Gone(self._group.head.__name__, tuple(self.shape))
 
     def _value(self) -> Tensor:
@@ -430,7 +430,7 @@ class Logits(Tensor):
         if _asks(func) and not any(
             isinstance(one, Logits) and one._whole is not None for one in args
         ):
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch_private.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if torch.is_grad_enabled():
             found = _noted(func, args, kwargs)
@@ -544,8 +544,8 @@ def _asks(func: Any) -> bool:
 
 def _named(func: Any) -> str:
     """What a function is called: one word for a function, a method and an operator of ATen."""
-    if isinstance(func, torch._ops.OpOverload):
-        return str(func._schema.name.partition("::")[2])
+    if isinstance(func, torch_private.OpOverload):
+        return str(torch_private.schema_of(func).name.partition("::")[2])
     name = str(getattr(func, "__name__", ""))
     # What works in place ends with one underline.
     return name.strip("_") if name.startswith("__") else name
@@ -615,7 +615,7 @@ def _noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     logits: Logits = args[where[0]]
     if logits._whole is not None or not logits._group.is_open:
         return None
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_private.DisableTorchFunctionSubclass():
         rest = args if note is _computed else args[1:]
         found = note(_Operation(logits, func, name, rest, kwargs))
     if not isinstance(found, _Form):

@@ -24,9 +24,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.parts import is_in_parts
 
@@ -126,7 +125,7 @@ def _dropped_parts(x: Any, dropout: float) -> Tensor:
 
     if torch.compiler.is_compiling() or any(one.is_partial() for one in x.placements):
         return F.dropout(x, dropout)
-    like = x._local_tensor.new_empty(()).expand(x.shape)
+    like = torch_private.local_tensor(x).new_empty(()).expand(x.shape)
     mask = unpacked(draw(like, dropout), like).to(x.dtype)
     parts = distribute_tensor(mask, x.device_mesh, x.placements, src_data_rank=None)
     out: Tensor = x * parts * recovery(dropout)
@@ -269,7 +268,7 @@ def has_kernels(device: torch.device) -> bool:
         return False
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+    with torch_private.disable_dispatch_modes(), torch.inference_mode(False), torch.no_grad():
         problem = _problem(device)
     if problem:
         _log.warning("dropout on %s does without lora-fx's kernels: %s", device, problem)
@@ -406,12 +405,12 @@ def transformed() -> bool:
 
     Also while Dynamo traces a transform. A function of autograd would be an opaque node of a recorded trace.
     """
-    transform = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return transform or torch._C._is_tracing()
+    transform = torch_private.in_functorch() or torch_private.in_forward_ad()
+    return transform or torch_private.in_jit_trace()
 
 
 # What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo, which takes seconds.
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+torch_private.make_constant(transformed)
 
 
 @functools.cache

@@ -34,8 +34,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.classes import BASE, OVER
 from lora_fx.runtime.parts import factor_beside, is_in_parts, note_whole
@@ -316,14 +316,13 @@ def needs_modules(model: nn.Module, replaced: int = 0) -> bool:
         model: The model.
         replaced: How many modules had a ``forward`` of their own when the graph was made.
     """
-    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+    if torch_private.has_global_hooks():
         return True
     for module in model.modules():
         own = module.__dict__  # Module.__getattr__ is slow for what is not there
         if "forward" in own:
             replaced -= 1
-        hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-        if (hooks or own["_backward_hooks"] or own["_backward_pre_hooks"]) and module is not model:
+        if module is not model and any(own[hooks] for hooks in torch_private.MODULE_HOOKS):
             return True
         if model.training and own.get(_CHECKPOINTS, getattr(type(module), _CHECKPOINTS, False)):
             return True
@@ -728,32 +727,32 @@ class HeldTensor:
     Values are compared once for each tensor that is found, and again when it has been written to.
     """
 
-    __slots__ = ("_known", "_values", "_version")
+    __slots__ = ("_copy", "_count", "_known")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._known, self._values = tensor, tensor.detach().clone()
-        self._version = _version(tensor)
+        self._known, self._copy = tensor, tensor.detach().clone()
+        self._count = _version(tensor)
 
     def differs(self, found: object) -> bool:
         """Whether something else is there now."""
         # A compiler has a guard for each tensor that it finds in a graph, and these are in none.
         if torch.compiler.is_compiling():
             return False
-        if found is self._known and _version(self._known) == self._version >= 0:
+        if found is self._known and _version(self._known) == self._count >= 0:
             return False
-        if not isinstance(found, torch.Tensor) or found.layout is not self._values.layout:
+        if not isinstance(found, torch.Tensor) or found.layout is not self._copy.layout:
             return True
-        if (found.dtype, found.device) != (self._values.dtype, self._values.device):
+        if (found.dtype, found.device) != (self._copy.dtype, self._copy.device):
             return True
-        if not torch.equal(found, self._values):
+        if not torch.equal(found, self._copy):
             return True
-        self._known, self._version = found, _version(found)
+        self._known, self._count = found, _version(found)
         return False
 
 
 def _version(tensor: torch.Tensor) -> int:
     """How often a tensor was written to; -1 if that is not counted."""
-    return -1 if tensor.is_inference() else tensor._version
+    return -1 if tensor.is_inference() else torch_private.version_counter(tensor)
 
 
 def differs(found: object, expected: object) -> bool:
@@ -819,7 +818,7 @@ def output_padding(
     layer: Any = SimpleNamespace(output_padding=default)
     geometry: tuple[Any, ...] = (stride, padding, kernel_size, len(kernel_size), dilation)
     size: Any = output_size
-    found: Sequence[int] = nn.ConvTranspose2d._output_padding(layer, x, size, *geometry)
+    found: Sequence[int] = torch_private.OUTPUT_PADDING(layer, x, size, *geometry)
     return found
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError, ProcessError
 
 __all__ = [
@@ -43,7 +44,7 @@ __all__ = [
 
 def is_in_parts(tensor: Any) -> bool:
     """Whether a tensor is a ``DTensor``."""
-    return type(tensor) is not Tensor and hasattr(tensor, "_local_tensor")
+    return torch_private.is_distributed(tensor)
 
 
 _AFTERWARDS = (
@@ -112,7 +113,7 @@ def slot_beside(slot: Any, a: Any, like: Any) -> Any:
 
 def own_part(tensor: Any) -> Tensor:
     """What this process holds of a tensor, detached; the tensor itself where it is whole."""
-    found: Tensor = tensor._local_tensor if is_in_parts(tensor) else tensor
+    found = torch_private.local_tensor(tensor)
     return found.detach()
 
 
@@ -123,11 +124,9 @@ def summed_over_inputs(sums: Tensor, a: Any) -> Tensor:
         sums: [out], or this process's part of it.
         a: The factor A, which is cut as the inputs are: nothing is sent where it is whole.
     """
-    from torch.distributed._functional_collectives import all_reduce
-
     for place, placement in enumerate(a.placements):
         if placement.is_shard():
-            sums = all_reduce(sums, "sum", (a.device_mesh, place))
+            sums = torch_private.all_reduce(sums, "sum", (a.device_mesh, place))
     return sums
 
 
@@ -192,7 +191,7 @@ class _Part(torch.autograd.Function):
         ctx.size = factor.shape, factor.stride()
         if not outer:
             return factor.view_as(factor)
-        local = factor._local_tensor
+        local = torch_private.local_tensor(factor)
         if inner is None:
             return local.view_as(local)
         placements = [one for place, one in enumerate(factor.placements) if place not in outer]
@@ -209,7 +208,7 @@ class _Part(torch.autograd.Function):
         if not ctx.outer:
             return grad.redistribute(placements=ctx.placements), None, None
         inner = iter(grad.placements if is_in_parts(grad) else ())
-        local = grad._local_tensor if is_in_parts(grad) else grad
+        local = torch_private.local_tensor(grad)
         # Those that have other samples: the mean, as FSDP and DDP take it.
         local = local / math.prod(ctx.mesh.size(place) for place in ctx.outer)
         placements = [
@@ -251,7 +250,7 @@ def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[
         return {}
     import torch.distributed as dist
 
-    store: Any = dist.distributed_c10d._get_default_store()
+    store = torch_private.group_store()
     place = f"lora_fx {what} {ranks}"
     number = _calls[place]
     keys = {rank: f"{place} {number} {rank}" for rank in ranks}
@@ -333,7 +332,9 @@ _UNKNOWN = "?"
 
 def _version(value: Any) -> int:
     """How often a tensor was written into: what is done to the whole is not counted for the part."""
-    return int(value._version) + int(value._local_tensor._version)
+    return torch_private.version_counter(value) + torch_private.version_counter(
+        torch_private.local_tensor(value)
+    )
 
 
 def check_equal(model: nn.Module) -> None:

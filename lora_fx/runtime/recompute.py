@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from lora_fx import torch_private
 from lora_fx.ir import freeze, thaw
 from lora_fx.runtime.classes import BASE, inner_class
 from lora_fx.runtime.masks import transformed
@@ -55,8 +55,6 @@ _SMALL = 8  # how often a parameter has to go into an output to be small beside 
 _SHARING = ("cpu", "cuda")  # devices on which memory is shared until it is written to
 _RECIPES = (*_SHARING, "meta")  # which has nothing to write into
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def lazy_copy(tensor: Tensor) -> Tensor:
     """The same values, which cannot be changed through ``tensor`` or a view of it.
@@ -78,7 +76,7 @@ def lazy_copy(tensor: Tensor) -> Tensor:
     if type(given) is not Tensor or given.device.type not in _SHARING:
         return given.clone()
     try:
-        return torch._lazy_clone(given)
+        return torch_private.lazy_clone(given)
     except RuntimeError:  # its storage is not one that can be shared so
         return given.clone()
 
@@ -278,8 +276,8 @@ def _is_bare(module: Any, cls: type[nn.Module]) -> bool:
     return (
         inner.__dict__.get(BASE, inner) is cls
         and "forward" not in attributes
-        and not any(attributes.get(name) for name in _HOOKS)
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]  # of torch
+        and not any(attributes.get(name) for name in torch_private.MODULE_HOOKS)
+        and not torch_private.has_global_hooks()
     )
 
 
@@ -394,7 +392,7 @@ def _held(given: Sequence[Tensor]) -> _Held:
     Where hooks put something else in their place (checkpointing, offloading), for as long as the output is
     there: which tensors a product keeps must not depend on who else holds them.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if torch_private.saved_tensor_hooks() is None:
         return tuple(map(TensorWeakRef, given))
     return tuple((lambda one=one: one) for one in given)
 
@@ -411,8 +409,8 @@ class _Entry:
     def __init__(self, recipe: _Recipe, held: _Held, out: Tensor) -> None:
         self.recipe, self.held = recipe, held
         self.copy = lazy_copy(out)
-        self.version, self.address = out._version, _address(out)
-        self.versions = [one._version for one in self._inputs() or ()]
+        self.version, self.address = torch_private.version_counter(out), _address(out)
+        self.versions = [torch_private.version_counter(one) for one in self._inputs() or ()]
 
     def _inputs(self) -> list[Tensor] | None:
         found = [one() for one in self.held]
@@ -420,17 +418,17 @@ class _Entry:
 
     def inputs(self, out: Tensor) -> list[Tensor] | None:
         """The inputs, if they and the output are what they were."""
-        if (out._version, _address(out)) != (self.version, self.address):
+        if (torch_private.version_counter(out), _address(out)) != (self.version, self.address):
             return None
         found = self._inputs()
-        if found is None or [one._version for one in found] != self.versions:
+        if found is None or [torch_private.version_counter(one) for one in found] != self.versions:
             return None
         return found
 
 
 def _address(tensor: Tensor) -> int:
     # data_ptr would copy memory that is shared until it is written to.
-    return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+    return torch_private.data_address(tensor)
 
 
 _known: MutableMapping[Tensor, _Entry] = WeakTensorKeyDictionary()
@@ -466,7 +464,7 @@ class Source(NamedTuple):
         """
         if again:
             whole = self.whole()
-            same = whole is not None and whole._version == 0
+            same = whole is not None and torch_private.version_counter(whole) == 0
             return whole if same else self.recipe.run(given).reshape(self.shape)
         out, _ = self.recipe.made(given)
         return out.detach().reshape(self.shape)
@@ -489,7 +487,7 @@ def source_of(x: Tensor) -> Source | None:
         return None  # a compiler decides by itself what it keeps
     if type(x) is not Tensor or not x.requires_grad:
         return None
-    whole: Any = x._base if x._is_view() else x
+    whole = torch_private.view_base(x)
     entry = _known.get(whole) if type(whole) is Tensor else None
     if entry is None or not (whole is x or _is_reshaped(x, whole)):
         return None

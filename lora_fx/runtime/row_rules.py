@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lora_fx import torch_private
 from lora_fx.formats import row_operators
 
 __all__ = [
@@ -89,7 +90,7 @@ class Operation(NamedTuple):
         if not self.name.endswith("_"):
             return self
         packet = getattr(torch.ops.aten, self.name[:-1])
-        return self._replace(func=getattr(packet, self.func._overloadname))
+        return self._replace(func=getattr(packet, torch_private.overload_name(self.func)))
 
     def results(self, rule: Rule) -> Sequence[Sets]:
         """The samples of each result by a rule."""
@@ -326,8 +327,10 @@ def _moved(*moved: str, fill: str = "") -> Callable[[Operation], Sets]:
 
 
 def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
-    args = [named[one.name] for one in func._schema.arguments if not one.kwarg_only]
-    only = (one.name for one in func._schema.arguments if one.kwarg_only)
+    args = [
+        named[one.name] for one in torch_private.schema_of(func).arguments if not one.kwarg_only
+    ]
+    only = (one.name for one in torch_private.schema_of(func).arguments if one.kwarg_only)
     result: Tensor = func(*args, **{name: named[name] for name in only if name in named})
     return result
 
@@ -556,7 +559,7 @@ def rule_of(func: Any) -> Rule:
     name = func.overloadpacket.__name__
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
-    if func.overloadpacket.__name__ in _FILLED and func._overloadname != "Tensor":
+    if func.overloadpacket.__name__ in _FILLED and torch_private.overload_name(func) != "Tensor":
         return _nothing
     if name in _RULES:
         return _RULES[name]

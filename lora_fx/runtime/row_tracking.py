@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.row_rules import Operation, batch_normalized, rule_of, tensors_in, union
 
@@ -43,7 +43,7 @@ class _Shadow:
         self.size = 1
 
 
-class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Follows the samples of one call.
 
     Two things are known of an element: the samples that it was computed from, and those that a site has taken
@@ -211,7 +211,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         name = func.overloadpacket.__name__
         if not any((known := self._shadow(one)) and known.sets is not None for one in given):
             return
-        schema = func._schema
+        schema = torch_private.schema_of(func)
         named = {one.name: one.default_value for one in schema.arguments}
         named |= {one.name: value for one, value in zip(schema.arguments, args, strict=False)}
         named |= kwargs
@@ -261,7 +261,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def asked(self, tensors: Sequence[Tensor]) -> None:
         """Notes that values were read past all operators."""
-        with _disable_current_modes():
+        with torch_private.disable_dispatch_modes():
             if any(self.read(one) is not None for one in tensors):
                 self.by_values = True
 
@@ -319,7 +319,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
             raise
 
     def _check_site(self, x: Tensor, weight: str) -> None:
-        with _disable_current_modes():
+        with torch_private.disable_dispatch_modes():
             sets = self.read(x)
             if not self._has_rows(x, sets):
                 self._refuse(
@@ -329,7 +329,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def copy_rows(self, result: Tensor, x: Tensor) -> None:
         """Takes the rows of a result for those of x, each by itself: [T, ...] both."""
-        with _disable_current_modes(), torch.no_grad():
+        with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(x)
             if sets is not None:
                 by_row = sets.flatten(2).amin(2)
@@ -337,7 +337,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def has_rows(self, result: Tensor) -> bool:
         """Whether the rows of a result are those of sample after sample, each of that sample alone."""
-        with _disable_current_modes():
+        with torch_private.disable_dispatch_modes():
             return self._has_rows(result, self.read(result))
 
     def _exact(self, x: Tensor) -> bool:
@@ -359,7 +359,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def presume(self, total: Tensor, weight: str) -> None:
         """Takes the rows of a site's output for those of the samples, also where its input had none."""
-        with _disable_current_modes(), torch.no_grad():
+        with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(total)
             numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
             numbers = numbers.repeat_interleave(total.shape[0] // self.samples)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.ops import AdapterModule, tensors_in
@@ -502,7 +502,7 @@ def in_backward() -> bool:
     """Whether a checkpoint computes a part of a call again, whose rows were known when it ran first."""
     if torch.compiler.is_compiling():
         return False
-    return bool(torch._C._current_graph_task_id() != -1)
+    return torch_private.in_backward()
 
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -562,16 +562,7 @@ class _Ignored:
 def unwatch_calls(model: nn.Module) -> None:
     """Ends what :func:`watch_calls` or :func:`ignore_ids` began."""
     for module in model.modules():
-        before = (module._forward_pre_hooks, (_Entry, _Ignored))
-        for hooks, kind in (before, (module._forward_hooks, _Exit)):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-                del hooks[key]
-                for more in (
-                    module._forward_pre_hooks_with_kwargs,
-                    module._forward_hooks_with_kwargs,
-                    module._forward_hooks_always_called,
-                ):
-                    more.pop(key, None)
+        torch_private.remove_forward_hooks(module, _Entry, _Ignored, _Exit)
 
 
 def _entered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -645,7 +636,7 @@ class _Entry:
         form = (self.name, module.training, _form((args, kwargs), table, sizes))
         if self.name and not torch.compiler.is_compiling():
             self._check_callers(module)
-        if torch.compiler.is_compiling() or torch._C._is_tracing():
+        if torch.compiler.is_compiling() or torch_private.in_jit_trace():
             # A question about sizes would be one compilation for each; and a trace is for one batch.
             known = form in table.proofs.forms
         else:
@@ -690,7 +681,7 @@ class _Entry:
         self._put_back()
         if follower is not None:
             unfollow()
-            if _get_current_dispatch_mode() is follower:
+            if torch_private.dispatch_mode() is follower:
                 follower.__exit__(None, None, None)
 
     def _put_back(self) -> None:
@@ -819,8 +810,7 @@ def _replay(table: SampleRows, assigned: _Assigned, _: Tensor) -> None:
 
 def _put_after_backward(table: SampleRows, before: _Assigned) -> None:
     """Ends what a part of a backward has said of adapters when the whole is done."""
-    engine: Any = torch.autograd.Variable._execution_engine
-    engine.queue_callback(functools.partial(table.reassign, before))
+    torch_private.after_backward(functools.partial(table.reassign, before))
 
 
 def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:
@@ -853,11 +843,11 @@ def _unseen(tensors: list[Tensor]) -> str:
     """Why a call cannot be followed, or nothing."""
     if torch.compiler.is_compiling():
         return "a compiler sees no values"
-    if torch._C._is_tracing():
+    if torch_private.in_jit_trace():
         return "torch.jit.trace sees one batch only"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch_private.in_functorch_level():
         return "a transform of torch.func hides axes"
-    if any(isinstance(one, torch._subclasses.FakeTensor) or one.is_meta for one in tensors):
+    if any(torch_private.is_fake(one) or one.is_meta for one in tensors):
         return "tensors without values have no samples"
     return ""
 

@@ -31,14 +31,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode,
-    _get_current_dispatch_mode_stack,
-)
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
@@ -57,6 +52,7 @@ from lora_fx.runtime.classes import (
 from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.parts import check_equal
 from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "BASE",
@@ -94,7 +90,6 @@ _SCOPED = "_lora_fx_scoped"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
 _CALLS = ("__call__", "forward", "fallback")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 # Values as they were, in other places. Views, and what PyTorch tags as a copy of one, are known by that.
 _MOVES = frozenset(
@@ -468,12 +463,12 @@ def refuse_flat(model: nn.Module) -> None:
         CaptureError: If there is such a parameter.
     """
     for fqn, module in model.named_modules():
-        if not getattr(module, "_is_fsdp_managed_module", False):
+        if not torch_private.is_flattened(module):
             continue
         for leaf, parameter in module._parameters.items():
             # In a call a view lies before it.
             view = isinstance(vars(module).get(leaf), torch.Tensor)
-            if not view and not getattr(parameter, "_fsdp_flattened", False):
+            if not view and not torch_private.is_flat(parameter):
                 continue
             name = f"{fqn}.{leaf}" if fqn else leaf
             raise CaptureError(
@@ -512,7 +507,7 @@ def _watched(
 
 def _leave_to(watch: _Watch) -> None:
     """Ends modes that a call has begun and not ended: an interrupt passes hooks by that would do so."""
-    while (mode := _get_current_dispatch_mode()) is not None and mode is not watch:
+    while (mode := torch_private.dispatch_mode()) is not None and mode is not watch:
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
 
 
@@ -524,20 +519,20 @@ def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
     # A replica of DataParallel has weights of its own, which are not those of the model.
     if root is None or not any(module is one for one in root.modules()):
         return True
-    if torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active():
+    if torch_private.in_jit_trace() or torch_private.in_functorch():
         return True
-    if torch._C._current_graph_task_id() != -1:
+    if torch_private.in_backward():
         return True  # a checkpoint makes it again in a backward pass
-    if any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack()):
+    if any(mode.is_infra_mode() for mode in torch_private.dispatch_modes()):
         return True
     if any(not _plain(leaf) for leaf in pytree.tree_leaves(inputs)):
         return True
     if "torch._dynamo" in sys.modules:
-        if torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+        if torch_private.in_dynamo():
             return True
-        wrapper = sys.modules["torch._dynamo"].OptimizedModule
+        wrapper = torch_private.compiled_module_class()
         compiled = (
-            isinstance(one, wrapper) or "_compiled_call_impl" in one.__dict__
+            isinstance(one, wrapper) or torch_private.COMPILED_CALL in one.__dict__
             for one in root.modules()
         )
         return any(compiled)
@@ -693,7 +688,7 @@ def _methods(cls: type) -> frozenset[str]:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__.get(name) for name in _HOOKS)
+    return any(module.__dict__.get(name) for name in torch_private.FORWARD_HOOKS)
 
 
 # --- the mode -----------------------------------------------------------------------------------------
@@ -766,8 +761,7 @@ def _parts(value: Any) -> Iterator[torch.Tensor]:
     """The strided tensors of which a tensor is made: those inside a subclass that wraps some."""
     if not isinstance(value, torch.Tensor):
         return
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
+    value = torch_private.unwrap_functorch(value)
     flatten = getattr(type(value), "__tensor_flatten__", None)
     if flatten is None:
         if value.layout is torch.strided and not value.is_nested:
@@ -786,7 +780,7 @@ def _span(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Looks at every operation of a call for values of adapted weights.
 
     It holds nothing alive: a value that is computed from a weight is known by its storage, which is one
@@ -855,7 +849,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
                 *args, **kwargs
             )  # it holds the branch, or is on the way to it: data from now on
         result = func(*args, **kwargs)
-        written = [given[0]] if func._schema.is_mutable and given else []
+        written = [given[0]] if torch_private.schema_of(func).is_mutable and given else []
         for tensor in (*_tensors((result,)), *written):
             if kind in ("ask", "reduce") or not _has_values(tensor):
                 self._note_clean(tensor)
@@ -902,7 +896,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
         Raises:
             CaptureError: If it is.
         """
-        if torch._C._current_graph_task_id() != -1:
+        if torch_private.in_backward():
             return  # a gradient that the forward computes
         # Also the graph of a head has its branches, whatever runs it.
         of_head = chunked.is_running()
@@ -967,7 +961,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
 
     def _becomes_data(self, func: Any, given: list[torch.Tensor]) -> None:
         """What data are written into is data."""
-        if func._schema.is_mutable:
+        if torch_private.schema_of(func).is_mutable:
             for part in _parts(given[0]) if given else ():
                 self._clean.pop(part.untyped_storage(), None)
 
@@ -978,10 +972,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     def _of_model(self, tensor: torch.Tensor) -> bool:
         """Whether it is a parameter or a buffer: a gain, or a mask."""
         root = self.model.root()
-        storages = {part.untyped_storage()._cdata for part in _parts(tensor)}
+        storages = {torch_private.storage_key(part.untyped_storage()) for part in _parts(tensor)}
         values = (*root.parameters(), *root.buffers()) if root is not None else ()
         return any(
-            part.untyped_storage()._cdata in storages for value in values for part in _parts(value)
+            torch_private.storage_key(part.untyped_storage()) in storages
+            for value in values
+            for part in _parts(value)
         )
 
 
@@ -991,7 +987,7 @@ def _has_values(tensor: torch.Tensor) -> bool:
 
 
 def _name(func: Any) -> str:
-    return str(func._schema.name.partition("::")[2]).rstrip("_")
+    return str(torch_private.schema_of(func).name.partition("::")[2]).rstrip("_")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -1005,11 +1001,12 @@ def _kind(func: Any) -> str:
     if name in _ASKS or name.startswith("_foreach"):
         return "ask"
     views = any(
-        one.alias_info is not None and not one.alias_info.is_write for one in func._schema.returns
+        one.alias_info is not None and not one.alias_info.is_write
+        for one in torch_private.schema_of(func).returns
     )
     if name in _MOVES or views or torch.Tag.view_copy in func.tags:
         return "move"
-    if torch.Tag.reduction in func.tags:
+    if torch_private.is_reduction(func):
         return "reduce"
     return "pointwise" if torch.Tag.pointwise in func.tags else "product"
 
@@ -1106,8 +1103,7 @@ def _runs(node: torch.fx.Node, code: CodeType) -> bool:
 
 def _address(tensor: torch.Tensor) -> int:
     """Where a tensor lies; ``data_ptr`` would copy memory that is shared until it is written to."""
-    library: Any = torch._C
-    return int(library._data_address(tensor))
+    return torch_private.data_address(tensor)
 
 
 def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:

@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.state import State, difference, state_of
 from lora_fx.passes.capture.synthesis import normalize
 from lora_fx.passes.graph import holder_of, install, is_matrix, share_copy, storage_of, uninstall
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "Count",
@@ -107,7 +107,7 @@ class _Origin:
     direct: bool
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Follows values by storage: a parameter's, computed from parameters, data, or neither."""
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
@@ -351,7 +351,11 @@ def _run_with_what_is_left(
 
 
 def _versions(model: nn.Module) -> list[int]:
-    return [buffer._version for buffer in model.buffers() if not buffer.is_inference()]
+    return [
+        torch_private.version_counter(buffer)
+        for buffer in model.buffers()
+        if not buffer.is_inference()
+    ]
 
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.formats import format_of, formats, quantization_of, quantized_linear
 from lora_fx.ir import Region
 from lora_fx.passes.graph import Condition, erase_unread, original_class
@@ -213,7 +214,7 @@ def _attention(
 ) -> Any:
     width = self.embed_dim
     parts = [slice(i * width, (i + 1) * width) for i in range(3)]
-    if self._qkv_same_embed_dim:
+    if torch_private.projects_at_once(self):
         weights = [self.in_proj_weight[part] for part in parts]
     else:
         weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
@@ -351,14 +352,17 @@ def _conv_transpose(self: Any, input: torch.Tensor, output_size: Any = None) -> 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FORWARDS = frozenset(cls.forward for cls in _TRANSPOSED)
-_OUTPUT_PADDING = nn.ConvTranspose2d._output_padding
 
 
 def _written_out_convolution(cls: type[nn.Module]) -> Callable[..., Any] | None:
     """What computes as a transposed convolution of torch, also as a subclass that changes none of it."""
     if not issubclass(cls, _TRANSPOSED) or cls.forward not in _FORWARDS:
         return None
-    return _conv_transpose if cls._output_padding is _OUTPUT_PADDING else None
+    return (
+        _conv_transpose
+        if torch_private.output_padding_of(cls) is torch_private.OUTPUT_PADDING
+        else None
+    )
 
 
 WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {

@@ -28,8 +28,8 @@ from torch import fx
 from torch.autograd.function import FunctionMeta
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
-from torch.utils._sympy.printers import PythonPrinter
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph import (
     IS_PLAIN,
@@ -79,11 +79,17 @@ _STATE = (
 )
 _OF_DEVICES = ("get_autocast_dtype", "is_autocast_enabled")
 _OF_ARGUMENTS = ("requires_grad", "is_leaf", "grad_fn")
-_OF_TENSORS = (*_OF_ARGUMENTS, "grad", "output_nr", "retains_grad", "_base", "_version")
+_OF_TENSORS = (
+    *_OF_ARGUMENTS,
+    "grad",
+    "output_nr",
+    "retains_grad",
+    *torch_private.AUTOGRAD_QUESTIONS,
+)
 _ASKING: dict[Any, str] = {
     **{getattr(torch.Tensor, name).__get__: name for name in _OF_TENSORS},
     torch.Tensor.is_inference: "is_inference",
-    torch.Tensor._is_view: "_is_view",
+    torch_private.IS_VIEW: torch_private.IS_VIEW.__name__,
 }
 _CHANGING: dict[Any, str] = {
     torch.Tensor.requires_grad.__set__: "requires_grad",  # type: ignore[attr-defined]  # of C
@@ -279,7 +285,7 @@ class Questions(Listener):
     def _applied(self) -> Any:
         def read(cls: type, name: str) -> Any:
             if (
-                name == "_backward_cls"
+                name == torch_private.AUTOGRAD_LOOKUP
                 and threading.get_ident() == self._thread
                 and not of_library(cls.__module__)
             ):
@@ -405,7 +411,7 @@ def _size_conditions(program: ExportedProgram, named: dict[Any, str]) -> Iterato
     Raises:
         CaptureError: If it has asked for a size that no argument has.
     """
-    printer = PythonPrinter()
+    printer = torch_private.sympy_printer()()
     for expression in asked_of_sizes(program):
         unknown = expression.free_symbols - named.keys()
         if unknown:

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.passes.capture.export_questions import answer_of, of_library
 from lora_fx.passes.graph import (
@@ -235,7 +235,7 @@ class ObjectReads:
         if isinstance(value, np.ndarray):
             return _array(words, value)
         if isinstance(value, np.generic) or is_constant(value, simple=_TENSORS):
-            with _disable_current_modes():  # no part of what is exported
+            with torch_private.disable_dispatch_modes():  # no part of what is exported
                 return frozen(value)
         if isinstance(value, SIMPLE):  # of a class of its own
             return value

@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as shape_settings
-from torch.utils import _pytree as pytree
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
 from lora_fx.passes.capture.export_questions import (
@@ -53,6 +52,7 @@ from lora_fx.passes.graph import (
     uninstall,
 )
 from lora_fx.runtime import ops
+from lora_fx.torch_private import pytree
 
 __all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "export_root"]
 
@@ -300,8 +300,11 @@ def _exported(
     try:
         model.train()
         # Otherwise a trace takes every size to be 2 or more, and never says where that matters.
-        oblivious = shape_settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]  # set by its install
-        with ONE_AT_A_TIME, oblivious, _watched(model, inputs, names) as (notes, questions):
+        with (
+            ONE_AT_A_TIME,
+            torch_private.oblivious_shapes(),
+            _watched(model, inputs, names) as (notes, questions),
+        ):
             program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_shapes)
         return program, notes, questions
     except Exception as error:
@@ -427,10 +430,14 @@ def _drop_copies_onto_itself(graph: fx.Graph) -> None:
 
 
 def _writes_into_first(value: Any) -> bool:
-    if not isinstance(value, fx.Node) or not isinstance(value.target, torch._ops.OpOverload):
+    if not isinstance(value, fx.Node) or not isinstance(value.target, torch_private.OpOverload):
         return False
-    first = value.target._schema.arguments[0].alias_info
-    return first is not None and first.is_write and value.target._schema.name.endswith("_")
+    first = torch_private.schema_of(value.target).arguments[0].alias_info
+    return (
+        first is not None
+        and first.is_write
+        and torch_private.schema_of(value.target).name.endswith("_")
+    )
 
 
 def _name_constants(graph: fx.Graph, module: fx.GraphModule, model: nn.Module) -> None:
@@ -653,7 +660,7 @@ def _unbake_modes(graph: fx.Graph, model: nn.Module) -> None:
         CaptureError: If an operation draws random numbers in a way that cannot be tied to a mode.
     """
     for node in list(graph.nodes):
-        if node.op != "call_function" or node._erased:
+        if node.op != "call_function" or torch_private.is_erased(node):
             continue
         if node.target in _DROPOUTS:
             named = arguments(node, "input p train")
@@ -687,7 +694,7 @@ def _unbake_devices(graph: fx.Graph, reference: fx.Node, device: torch.device) -
     """
     follows: fx.Node | None = None
     for node in list(graph.nodes):
-        if node.target is _aten._assert_tensor_metadata.default:
+        if node.target is torch_private.ASSERT_METADATA:
             graph.erase_node(node)
             continue
         literals = [

@@ -27,8 +27,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.passes.capture.instrument import SourceError
 from lora_fx.passes.capture.proxies import TracedValue, attribute_of, holds_traced
 from lora_fx.passes.graph import (
@@ -102,7 +104,6 @@ _ANSWERING = (
     inspect.Signature,
     inspect.Parameter,
 )
-_APPLY = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 _IN_WORDS: dict[Any, str] = {
     torch.no_grad: "switches gradients on or off, which a graph would lose",
     torch.enable_grad: "switches gradients on or off, which a graph would lose",
@@ -119,7 +120,7 @@ _IN_WORDS: dict[Any, str] = {
 # Functions that a library puts in place of one of torch's, in the whole process and for good: what they
 # compute is the same.
 _STANDING_IN: dict[str, Any] = {
-    "deepspeed.runtime.zero.linear.zero3_linear_wrap": torch._C._nn.linear,
+    "deepspeed.runtime.zero.linear.zero3_linear_wrap": F.linear,
 }
 # Answers that do not change between a trace and a call without a compiler.
 _ALWAYS_FALSE: tuple[Any, ...] = (vars(torch.jit)["is_scripting"], vars(torch.jit)["is_tracing"])
@@ -863,10 +864,12 @@ class Frame:
     def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)``."""
         self._check_passed(function, *args, *kwargs.values())
-        if function is torch._assert:
+        if function is torch_private.TRACED_ASSERT:
             return self.recorder.create_proxy(
                 "call_function", function, (args[0], str(args[1])), {}
             )
+        if torch_private.is_apply(function):
+            self.refuse_here(f"calls an autograd function ({_name(function.__self__)})")
         message = isinstance(function, type) and issubclass(function, BaseException)
         if not message and any(isinstance(one, _TracedText) for one in (*args, *kwargs.values())):
             self.refuse_here("turns a traced value into a text")
@@ -888,8 +891,6 @@ class Frame:
 
     def _call_bound(self, method: MethodType, args: Any, kwargs: Any) -> Any:
         function, owner = method.__func__, method.__self__
-        if function is _APPLY:
-            self.refuse_here(f"calls an autograd function ({_name(owner)})")
         if function in _MODULE_METHODS and isinstance(owner, nn.Module):
             return _MODULE_METHODS[function](self, owner, *args, **kwargs)
         return self.call(function, owner, *args, **kwargs)
@@ -1076,7 +1077,7 @@ _CALLS: tuple[tuple[Any, Callable[..., Any]], ...] = (
     (type, Frame._call_class),
     (functools.partial, Frame._call_partial),
     (functools._lru_cache_wrapper, Frame._call_cached),
-    ((torch._ops.OpOverload, torch._ops.OpOverloadPacket), Frame._call_operator),
+    ((torch_private.OpOverload, torch_private.OpOverloadPacket), Frame._call_operator),
 )
 
 
@@ -1149,9 +1150,7 @@ def _random(function: Any) -> bool:
 
 def _is_context(cls: type) -> bool:
     """Whether objects of a class only wait to be entered, which is refused then."""
-    return cls.__module__ == "contextlib" or issubclass(
-        cls, torch.utils._contextlib._DecoratorContextManager
-    )
+    return cls.__module__ == "contextlib" or issubclass(cls, torch_private.DecoratorContextManager)
 
 
 def _hashable(value: Any) -> bool:
@@ -1183,8 +1182,9 @@ def _of_torch(function: Any) -> bool:
 def _makes_tensors(function: Any) -> bool:
     """Whether a function of C is one of PyTorch's by name, as ``torch.zeros``."""
     name = getattr(function, "__name__", "")
-    known = getattr(torch._C._VariableFunctions, name, None) or vars(torch).get(name)
-    return isinstance(function, BuiltinFunctionType) and function is known
+    return isinstance(function, BuiltinFunctionType) and torch_private.is_torch_function(
+        name, function
+    )
 
 
 def _is_function(function: Any) -> bool:

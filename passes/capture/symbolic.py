@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
+from lora_fx import torch_private
 from lora_fx.passes.capture.instrument import instrumented
 from lora_fx.passes.capture.interpret import Frame, path_in
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
@@ -355,7 +356,7 @@ class Recorder(fx.Tracer):
 
     def wraps(self, names: dict[str, Any], name: str) -> bool:
         """Whether ``fx.wrap`` was told that a function is one node."""
-        return (id(names), name) in fx._symbolic_trace._wrapped_fns_to_patch
+        return (id(names), name) in torch_private.wrapped_functions()
 
     # --- nodes
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.errors import CaptureError
+from lora_fx.torch_private import pytree
 
 __all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalize", "synthesise"]
 

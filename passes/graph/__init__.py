@@ -90,7 +90,7 @@ from lora_fx.passes.graph.source import (
     nested,
     tree_of,
 )
-from lora_fx.passes.graph.units import is_unit, param_groups, shard_again, units_of
+from lora_fx.passes.graph.units import is_unit, shard_again, units_of
 
 __all__ = [
     "ATOMS",
@@ -151,7 +151,6 @@ __all__ = [
     "nested",
     "original_class",
     "own_partition",
-    "param_groups",
     "parameters_of",
     "partition_of",
     "partitioned_twin",

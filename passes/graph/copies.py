@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
@@ -364,7 +365,7 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_apart(value: Any) -> bool:
-    if type(value).__name__ == "_WrappedHook":  # torch's, around a hook
+    if type(value).__name__ == torch_private.HOOK_WRAPPER:  # torch's, around a hook
         return False
     return stands_apart(type(value).__module__)
 
@@ -486,7 +487,7 @@ def check_model(model: object) -> None:
         if type(module).__module__.startswith("torch._dynamo"):
             raise CaptureError(
                 f"{name or 'the model'} is compiled: pass the module that it was made from (its "
-                "_orig_mod), and compile the result"
+                f"{torch_private.ORIGINAL_MODULE}), and compile the result"
             )
     devices: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
@@ -557,5 +558,4 @@ def _own_part(tensor: torch.Tensor) -> torch.Tensor:
     """The part that this process holds of a tensor that has no memory of its own; or the tensor."""
     if is_partitioned(tensor):
         tensor = getattr(tensor, "ds_tensor", tensor)
-    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return found
+    return torch_private.local_tensor(tensor)

@@ -21,9 +21,9 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, some
 from lora_fx.ir import META_KEY, Region, freeze, thaw
 from lora_fx.passes.graph.copies import share_copy
@@ -93,7 +93,7 @@ def generated(source: str, namespace: dict[str, Any], name: str) -> Any:
 
 def _forget(filename: str, namespace: int) -> None:
     linecache.cache.pop(filename, None)
-    wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
+    wrapped = torch_private.wrapped_functions()
     for key in [key for key in wrapped if key[0] == namespace]:
         del wrapped[key]
 
@@ -300,12 +300,12 @@ def _keep_wrapped(module: nn.Module, cell: types.CellType | None) -> None:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy to edit: same node names, same tags, same code generation."""
-    result = fx.Graph(tracer_cls=getattr(graph, "_tracer_cls", None))
+    result = fx.Graph(tracer_cls=torch_private.tracer_class(graph))
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         mapping[node] = result.node_copy(node, lambda n: mapping[n])
     # Shared: defaults are compared by identity.
-    result.set_codegen(graph._codegen)
+    result.set_codegen(torch_private.codegen_of(graph))
     return result
 
 
@@ -393,7 +393,11 @@ class _Form:
 
     def __init__(self, graph: fx.Graph) -> None:
         code = graph.python_code(root_module="self")
-        guard = graph._codegen if isinstance(graph._codegen, GuardedCodeGen) else None
+        guard = (
+            torch_private.codegen_of(graph)
+            if isinstance(torch_private.codegen_of(graph), GuardedCodeGen)
+            else None
+        )
         # Who traces the module sees one node in each of these functions.
         whole = [name for name, value in code.globals.items() if _is_ours(value)]
         self.source = "".join(f"{_WRAP}({name!r})\n" for name in whole) + code.src
@@ -503,7 +507,7 @@ def _state_of(module: Any) -> Any:
     state = module.__getstate__()
     # A graph of PyTorch's own compiler over the module that this one was copied from.
     return (
-        {k: v for k, v in state.items() if k != "_compiled_call_impl"}
+        {k: v for k, v in state.items() if k != torch_private.COMPILED_CALL}
         if isinstance(state, dict)
         else state
     )
@@ -513,7 +517,9 @@ def _reads_of(cls: Any, name: str) -> Iterator[Read]:
     """What the graph of a region took for granted about an attribute."""
     path = Path().attribute(name)
     for graph in getattr(cls, _FORMS).values():
-        yield from (one for one in getattr(graph._codegen, "reads", ()) if one.path == path)
+        yield from (
+            one for one in getattr(torch_private.codegen_of(graph), "reads", ()) if one.path == path
+        )
 
 
 def _rebuild(

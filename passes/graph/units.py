@@ -13,27 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.ir import join
 from lora_fx.passes.graph.partitions import module_of_hook
 
-__all__ = ["ShardedUnit", "copy_units", "is_unit", "param_groups", "shard_again", "units_of"]
+__all__ = ["ShardedUnit", "copy_units", "is_unit", "shard_again", "units_of"]
 
 
 def is_unit(module: nn.Module) -> bool:
     """Whether FSDP2 shards a module as a unit."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
-
-
-def param_groups(unit: nn.Module) -> list[Any]:
-    """What FSDP2 knows of the parameters of a unit; nothing where inner units have them all."""
-    module: Any = unit
-    state = module._get_fsdp_state()
-    # PyTorch 2.9 has one group, and later versions a list.
-    found = getattr(state, "_fsdp_param_groups", None)
-    if found is None:
-        found = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
-    return list(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +82,18 @@ def units_of(model: nn.Module) -> tuple[ShardedUnit, ...]:
     states: dict[int, list[nn.Module]] = {}
     for module in names:
         if is_unit(module):
-            unit: Any = module
-            states.setdefault(id(unit._get_fsdp_state()), []).append(module)
-    groups = [group for several in states.values() for group in param_groups(several[0])]
+            states.setdefault(id(torch_private.fsdp_state(module)), []).append(module)
+    groups = [
+        group for several in states.values() for group in torch_private.fsdp_groups(several[0])
+    ]
     found = []
     # Names go from the top down: a unit comes after all units that begin behind it.
     for several in reversed(states.values()):
-        mine = param_groups(several[0])
+        mine = torch_private.fsdp_groups(several[0])
         parts = {
-            name: _Part(held.fsdp_placement, _spec(held), held._orig_size)
+            name: _Part(
+                held.fsdp_placement, torch_private.fsdp_spec(held), torch_private.fsdp_size(held)
+            )
             for group in mine
             for held in group.fsdp_params
             for name in _names(held, names)
@@ -111,14 +104,9 @@ def units_of(model: nn.Module) -> tuple[ShardedUnit, ...]:
     return tuple(found)
 
 
-def _spec(held: Any) -> Any:
-    spec = getattr(held, "_unsharded_dtensor_spec", None)
-    return getattr(held, "_tp_spec", None) if spec is None else spec
-
-
 def _names(held: Any, names: Mapping[nn.Module, str]) -> Iterator[str]:
     """The FQNs of a parameter, which several modules may have."""
-    info = held._module_info
+    info = torch_private.fsdp_owner(held)
     yield join(names[info.module], info.param_name)
     for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
         yield join(names[module], name)
@@ -134,17 +122,17 @@ def _options(unit: nn.Module, name: str, groups: list[Any]) -> dict[str, Any]:
             "(dp_mesh_dims), which cannot be repeated for a copy: save the adapter on every rank "
             "(lora_fx.save_adapter), and load it onto a model that is not sharded"
         )
-    module: Any = unit
-    state, first = module._get_fsdp_state(), groups[0]
+    first = groups[0]
     after, size = first.post_forward_mesh_info, first.mesh_info.shard_mesh_size
     again: bool | int | None = None
-    if not getattr(state, "_auto_reshard_after_forward", False) and after is None:
+    chosen = not torch_private.fsdp_chose_resharding(unit)
+    if chosen and after is None:
         again = False
-    elif not getattr(state, "_auto_reshard_after_forward", False):
+    elif chosen:
         again = True if after.shard_mesh_size == size else after.shard_mesh_size
     return {
         "mesh": first.mesh_info.mesh,
-        "mp_policy": state._mp_policy,
+        "mp_policy": torch_private.fsdp_precision(unit),
         "offload_policy": first.offload_policy,
         "reshard_after_forward": again,
     }
@@ -221,17 +209,14 @@ def copy_units(
 
     def fill() -> None:
         for unit, new in made.items():
-            held = {key: value for key, value in vars(unit).items() if key not in _keys()}
+            held = {
+                key: value
+                for key, value in vars(unit).items()
+                if key not in torch_private.unit_attributes()
+            }
             new.__dict__.update(copied(held, memo))
 
     return fill
-
-
-def _keys() -> tuple[str, ...]:
-    """The attributes of a unit that belong to FSDP2 and to compilers."""
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-
-    return (STATE_KEY, REGISTRY_KEY, "_compiled_call_impl")
 
 
 def _without_fsdp(cls: type) -> type[nn.Module]:

@@ -202,11 +202,9 @@ class Branch(Writer):
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
         """``B (A drop(x))``, plus :attr:`bias` where it is wanted, for a product that reads ``x``."""
         self._low_rank = True
-        down = self.call(Role.DOWN, torch._C._nn.linear, self.dropped(x), self.a)
+        down = self.call(Role.DOWN, F.linear, self.dropped(x), self.a)
         bias = self.bias if with_bias else None
-        return self.call(
-            Role.UP, torch._C._nn.linear, down, self.b, *(() if bias is None else (bias,))
-        )
+        return self.call(Role.UP, F.linear, down, self.b, *(() if bias is None else (bias,)))
 
     def fuse_by(
         self,

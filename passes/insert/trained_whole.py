@@ -168,7 +168,7 @@ class _Edit(Writer):
         indices = self._read("indices")
         old = self._call(torch.index_select, self._read("weight"), 0, indices)
         change = self._typed(self._call(operator.sub, self._read("rows"), old))
-        added = self._call(torch._C._nn.linear, self._x, change)
+        added = self._call(F.linear, self._x, change)
         return self._call(torch.index_add, self._base, -1, indices, added)
 
     def _typed(self, node: fx.Node) -> fx.Node:

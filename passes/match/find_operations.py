@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, LoraFxError
 from lora_fx.formats import LibraryLayers, formats, quantization_of
 from lora_fx.ir import Capture, Match, Matches, Pass, PassResult, Region, Rejection, Site, join
@@ -173,7 +173,7 @@ def _way(site: Site) -> tuple[object, ...]:
 
 def _returns_cache(capture: Capture) -> bool:
     """Whether calls that want a cache, as in ``generate()``, go past the graph of the whole model."""
-    codegen: Any = capture.regions[""].graph._codegen
+    codegen: Any = torch_private.codegen_of(capture.regions[""].graph)
     return any(WANTS_CACHE in condition.test for condition in codegen.conditions())
 
 
@@ -285,7 +285,7 @@ def _reason(weight: torch.Tensor) -> str | None:
         what = "a quantized format" if weight.is_floating_point() else "not floating point"
         return f"its weight is {weight.dtype}, {what}: {_REMEDY}"
     held: Any = weight.data if isinstance(weight, nn.Parameter) else weight
-    if is_traceable_wrapper_subclass(held):
+    if torch_private.is_traceable_wrapper_subclass(held):
         parts = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
         inner = [part for part in parts if isinstance(part, torch.Tensor)]
         if any(t.dtype not in _FLOATS and t.dim() > 1 for t in inner):
@@ -313,7 +313,7 @@ def _parametrized(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
     """Weights that a hook computes before each call: the older weight_norm, spectral_norm, pruning."""
-    for hook in module._forward_pre_hooks.values():
+    for hook in torch_private.forward_pre_hooks(module).values():
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
         if not isinstance(name, str) or name in module._parameters:
             continue

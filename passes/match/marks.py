@@ -37,6 +37,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join, module_of
 from lora_fx.passes.graph import arguments, is_lazy, target_of
 from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
@@ -476,7 +477,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 def _name(node: fx.Node) -> str:
     target: Any = target_of(node)
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch_private.OpOverload):
         return str(target.overloadpacket.__name__)
     return str(getattr(target, "__name__", ""))
 
@@ -506,7 +507,7 @@ _aten = torch.ops.aten
 _T = torch.Tensor
 _SHAPES = (
     *(_T.view, _T.reshape, torch.reshape, _T.unflatten, torch.unflatten),
-    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default),
+    *(_aten.view.default, _aten.reshape.default, torch_private.UNSAFE_VIEW),
 )
 _NARROW = (torch.narrow, _T.narrow)
 _UNBIND = (torch.unbind, _T.unbind, _aten.unbind.int)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import MergeError
 from lora_fx.formats import (
     LibraryLayers,
@@ -264,7 +265,7 @@ def make_dense(
 def _make_plain(module: nn.Module) -> None:
     """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
     if not any(quantization_of(parameter) for parameter in module._parameters.values()):
-        for hooks in (module._load_state_dict_pre_hooks, module._state_dict_hooks):
+        for hooks in (torch_private.load_hooks(module), torch_private.state_hooks(module)):
             for key in [key for key, hook in hooks.items() if is_format_hook(hook)]:
                 del hooks[key]
     weight = module._parameters.get("weight")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import MergeError, QuantizationError, some
 from lora_fx.formats import dense, format_of, quantization_of, requantized
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
@@ -121,7 +122,7 @@ def unshared(model: nn.Module) -> frozenset[str]:
 
 def _users(tensor: torch.Tensor) -> int:
     """How many objects hold the tensor's storage, the one that is asked among them."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+    return torch_private.storage_users(tensor)
 
 
 def _places(model: nn.Module) -> Counter[int]:

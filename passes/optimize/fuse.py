@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lora_fx import torch_private
 from lora_fx.formats import quantization_of, quantized_linear
 from lora_fx.ir import (
     DEFAULT_MEMORY,
@@ -274,8 +275,8 @@ def may_write(node: fx.Node) -> bool:
     if node.op in ("placeholder", "get_attr", "output"):
         return False
     target = target_of(node)
-    if isinstance(target, torch._ops.OpOverload):
-        return bool(target._schema.is_mutable)
+    if isinstance(target, torch_private.OpOverload):
+        return bool(torch_private.schema_of(target).is_mutable)
     name = getattr(target, "__name__", "")
     # torch says so by the name, or by a flag; of other functions that is not known.
     known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN

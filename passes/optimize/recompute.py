@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.ir import (
     Capture,
     Pass,
@@ -61,7 +62,7 @@ _WORTH = {*_KEEPS_INPUT, "tanh", "sigmoid", "rsqrt"} - {"leaky_relu"}
 
 def _functions() -> Mapping[Any, str]:
     names = _KEEPS_INPUT | _KEEPS_RESULT | _KEEPS_BOTH | _KEEPS_NONE | _CASTS
-    places: Any = (operator, torch, F, torch._C._nn, torch.Tensor)
+    places: Any = (operator, torch, F, torch.Tensor)
     found = {getattr(one, name): name for one in places for name in names if hasattr(one, name)}
     return {**found, getattr: "getattr"}
 
@@ -83,9 +84,9 @@ def _name_of(node: fx.Node) -> str | None:
     if tag_of(node) is not None:
         return None
     target = target_of(node)
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.removeprefix("aten::")
-        known = name in _NAMES.values() and not target._schema.is_mutable
+    if isinstance(target, torch_private.OpOverload):
+        name = torch_private.schema_of(target).name.removeprefix("aten::")
+        known = name in _NAMES.values() and not torch_private.schema_of(target).is_mutable
         return name if known else None
     try:
         found = _NAMES.get(target)
@@ -191,7 +192,7 @@ class _Finder:
         graph = self.graph_of(module)
         if graph is None:
             return None
-        result, code = _result(graph), graph._codegen
+        result, code = _result(graph), torch_private.codegen_of(graph)
         found = None if result is None else self.grow(Region("", module, graph), result)
         if found is None or {*_computed(graph)} != {*found.nodes}:
             return None

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of, kinds
-from lora_fx.passes.graph import is_owned, is_partitioned, is_unit, param_groups
+from lora_fx.passes.graph import is_owned, is_partitioned, is_unit
 from lora_fx.passes.parameters.factors import factors_of
 from lora_fx.passes.parameters.replacements import (
     answering,
@@ -231,9 +232,9 @@ def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
     while True:
         module = module_at(model, above)
         if is_unit(module):
-            groups = param_groups(module)
+            groups = torch_private.fsdp_groups(module)
             managed = (held for group in groups for held in group.fsdp_params)
-            if any(held._module_info.module is layer for held in managed):
+            if any(torch_private.fsdp_owner(held).module is layer for held in managed):
                 # In the mesh of a parameter those dimensions come first.
                 return tuple(range(groups[0].mesh_info.mesh.ndim))
         if not above:

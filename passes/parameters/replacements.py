@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import LoraFxError, ProcessError
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
@@ -295,8 +296,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """Return this process's part of a tensor; the tensor itself where it is whole."""
-    found: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return found
+    return torch_private.local_tensor(tensor)
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:

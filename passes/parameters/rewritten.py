@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils.weak import TensorWeakRef
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
@@ -82,18 +83,18 @@ def unprotect(model: nn.Module) -> None:
     """Takes off what :func:`protect` has put on modules, of a copy: none of its parameters has a hook."""
     for module in model.modules():
         for key in list(_load_hooks(module)):
-            del module._load_state_dict_pre_hooks[key]
+            del torch_private.load_hooks(module)[key]
 
 
 def is_guarded(parameter: torch.Tensor) -> bool:
     """Whether :func:`protect` has seen a parameter. A copy of it, which shares nothing, is not guarded."""
-    hooks = getattr(parameter, "_backward_hooks", None) or {}
+    hooks = torch_private.parameter_hooks(parameter)
     return any(isinstance(hook, _Guard) for hook in hooks.values())
 
 
 def claim(parameter: torch.Tensor) -> None:
     """Gives a parameter storage of its own, before it is written into; nothing if it has that."""
-    hooks = getattr(parameter, "_backward_hooks", None) or {}
+    hooks = torch_private.parameter_hooks(parameter)
     for hook in list(hooks.values()):
         if isinstance(hook, _Guard):
             hook(None)
@@ -189,7 +190,7 @@ class _Guard:
 
 def _load_hooks(module: nn.Module) -> Iterator[int]:
     """Keys of the hook in a module."""
-    for key, hook in module._load_state_dict_pre_hooks.items():
+    for key, hook in torch_private.load_hooks(module).items():
         # torch wraps it.
         if getattr(hook, "hook", hook) is _claim_loaded:
             yield key
@@ -294,7 +295,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         for fqn, module in model.named_modules(remove_duplicate=False)
         # A script module has them in something that says its keys by no iteration.
         for key in module._buffers.keys()  # noqa: SIM118
-        if key not in module._non_persistent_buffers_set
+        if key not in torch_private.transient_buffers(module)
     }
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
@@ -324,7 +325,7 @@ def digest_of(tensor: torch.Tensor) -> str:
 
 _COMPRESSED = ("values", "crow_indices", "col_indices"), ("values", "ccol_indices", "row_indices")
 _PARTS = {
-    torch.sparse_coo: ("_values", "_indices"),
+    torch.sparse_coo: torch_private.SPARSE_PARTS,
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), _COMPRESSED[0]),
     **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), _COMPRESSED[1]),
 }
@@ -418,7 +419,7 @@ def _has(modules: dict[str, nn.Module], name: str) -> bool:
     return getattr(module, leaf, None) is not None
 
 
-_INNER = "_orig_mod"
+_INNER = torch_private.ORIGINAL_MODULE
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 

@@ -93,7 +93,7 @@ class EmbeddingPattern:
         x, padding, by_frequency = lookup(node)
         table = build.call(Role.DOWN, torch.t, build.a)
         down = build.call(Role.DOWN, F.embedding, x, table, padding, None, 2.0, by_frequency)
-        return build.call(Role.UP, torch._C._nn.linear, down, build.b)
+        return build.call(Role.UP, F.linear, down, build.b)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``(B A)ᵀ``: [vocabulary, width]."""

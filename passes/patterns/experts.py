@@ -9,9 +9,9 @@ from __future__ import annotations
 import operator
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
+from lora_fx import torch_private
 from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
 from lora_fx.passes.graph import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.linear import Product, applied, product_of
@@ -21,9 +21,7 @@ from lora_fx.runtime import experts
 
 __all__ = ["ExpertsPattern", "GroupedPattern"]
 
-_GROUPED = (experts.grouped_mm, torch._grouped_mm, torch.ops.aten._grouped_mm.default) + (
-    (F.grouped_mm,) if hasattr(F, "grouped_mm") else ()
-)
+_GROUPED = (experts.grouped_mm, *torch_private.GROUPED_MM_FUNCTIONS)
 _GROUPED_ARGUMENTS = "x|mat_a|input|self weight|mat_b|mat2 offs|ends bias"
 _GROUPED_NAMES = ("transformers.grouped_mm_fallback.default", "transformers.grouped_mm_fallback")
 

@@ -36,7 +36,7 @@ __all__ = [
 
 
 _aten = torch.ops.aten
-_LINEAR = (F.linear, torch._C._nn.linear, _aten.linear.default)
+_LINEAR = (F.linear, _aten.linear.default)
 _ADDMM = (
     *(torch.addmm, torch.Tensor.addmm, _aten.addmm.default),
     *(torch.baddbmm, torch.Tensor.baddbmm, _aten.baddbmm.default),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from lora_fx import torch_private
 from lora_fx.ir import Region
 from lora_fx.passes.graph import arguments, known_arguments, target_of
 
@@ -290,7 +291,7 @@ _T = torch.Tensor
 _TARGETS: dict[_Step, tuple[Any, ...]] = {
     _cast: (
         *(_T.to, _T.type, _T.type_as, _T.float, _T.double, _T.half, _T.bfloat16),
-        *(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.other, _aten._to_copy.default),
+        *(_aten.to.dtype, _aten.to.dtype_layout, _aten.to.other, torch_private.TO_COPY),
     ),
     _same: (
         *(_T.contiguous, _T.clone, torch.clone),
@@ -311,7 +312,7 @@ _TARGETS: dict[_Step, tuple[Any, ...]] = {
     _reshape: (
         *(_T.view, _T.reshape, torch.reshape, _T.flatten, torch.flatten),
         *(_T.squeeze, torch.squeeze, _T.unflatten, torch.unflatten),
-        *(_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default),
+        *(_aten.view.default, torch_private.UNSAFE_VIEW, _aten.reshape.default),
         *(_aten.flatten.using_ints, _aten.squeeze.default, _aten.squeeze.dim),
         *(_aten.squeeze.dims, _aten.unflatten.int),
     ),

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lora_fx.config import (
     LoraConfig,
@@ -41,6 +40,7 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import Listener, normalize, synthesise
 from lora_fx.passes.parameters import base_dtype, base_modules
 from lora_fx.passes.patterns import lookup, pattern_of
+from lora_fx.torch_private import pytree
 
 __all__ = ["Choice", "choices", "planned_tokens", "priced", "with_sample_cost"]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx import torch_private
 from lora_fx.passes.kept import saved_storages, tensors
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "Memory",
@@ -49,7 +49,7 @@ def measure_memory(step: Callable[[], Any]) -> Memory:
     return Memory(counter.peak, counter.largest)
 
 
-class _PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _PeakCounter(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self.largest = self._now = 0
@@ -67,13 +67,13 @@ class _PeakCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
         """It was there before. When it goes, a new one can take its address, and that one counts."""
-        key = storage._cdata
+        key = torch_private.storage_key(storage)
         if key not in self._known:
             self._known.add(key)
             weakref.finalize(storage, self._known.discard, key)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = torch_private.storage_key(storage), storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
@@ -104,7 +104,7 @@ def alive_bytes(forward: Callable[[], Any]) -> int:
     return sum(memory.values())
 
 
-class _Maker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Maker(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows the storages that operations make, and keeps none of them."""
 
     def __init__(self) -> None:
@@ -119,13 +119,16 @@ class _Maker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [
-            one.untyped_storage()._cdata
+            torch_private.storage_key(one.untyped_storage())
             for one in pytree.tree_leaves((args, kwargs))
             if isinstance(one, Tensor)
         ]
         out = func(*args, **(kwargs or {}))
         for made in pytree.tree_leaves(out):
-            if isinstance(made, Tensor) and made.untyped_storage()._cdata not in given:
+            if (
+                isinstance(made, Tensor)
+                and torch_private.storage_key(made.untyped_storage()) not in given
+            ):
                 self._made.append(weakref.ref(made.untyped_storage()))
         return out
 
@@ -163,8 +166,7 @@ def saved_by(
 def _address(storage: torch.UntypedStorage) -> int:
     """Where the memory of a storage is; ``data_ptr`` may make a copy, since its caller could write there."""
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    address: int = torch._C._data_address(whole)  # type: ignore[attr-defined]
-    return address
+    return torch_private.data_address(whole)
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
@@ -186,7 +188,7 @@ def count_operations(step: Callable[[], Any]) -> int:
     return int(counter.count)
 
 
-class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OperationCounter(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.count: int = 0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.passes.graph import conditions_of, generated
 from lora_fx.runtime import CODES, disarm
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
@@ -153,7 +154,7 @@ def called_graphs(
         sys.setprofile(before)
     for module, frame in found:
         graph = getattr(type(module), CODES)[frame.f_code]
-        tests = [test for _, test in conditions_of(graph._codegen.reads)]
+        tests = [test for _, test in conditions_of(torch_private.codegen_of(graph).reads)]
         yield module, tests, dict(frame.f_globals)
 
 

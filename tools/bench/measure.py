@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch.utils._triton import has_triton
+
+from lora_fx import torch_private
 
 __all__ = [
     "Contenders",
@@ -125,7 +126,7 @@ def computes_bf16(device: torch.device) -> bool:
 def compiles(device: torch.device) -> bool:
     """Whether inductor has what it needs: a C++ compiler for the CPU, Triton for CUDA."""
     if device.type == "cuda":
-        return has_triton()
+        return torch_private.has_triton()
     return any(shutil.which(name) is not None for name in ("g++", "clang++", "c++"))
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from lora_fx import torch_private
 from lora_fx.adapters import adapter_losses, add_adapter, quantize, set_adapter
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
@@ -407,12 +408,8 @@ def _only_calls(name: str) -> bool:
         return False
     found = [getattr(packet, one) for one in packet.overloads() if not one.endswith("out")]
     # Some overloads are TorchScript's alone; the dispatcher does not know them.
-    known = [one for one in found if torch._C._dispatch_has_kernel(one.name())]
-    return bool(known) and all(
-        one.is_view
-        or torch._C._dispatch_has_kernel_for_dispatch_key(one.name(), "CompositeImplicitAutograd")
-        for one in known
-    )
+    known = [one for one in found if torch_private.has_kernel(one)]
+    return bool(known) and all(one.is_view or torch_private.is_composite(one) for one in known)
 
 
 def _profiled(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> Profile:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
+from lora_fx import torch_private
 from lora_fx.errors import LoraFxError, some
 from lora_fx.export.inspection import FileGraph, FileNode, read_graph
 from lora_fx.export.providers import PROVIDERS, PlacementReport, import_onnxruntime
@@ -57,6 +57,7 @@ from lora_fx.tools.draw.sites import (
     why_not,
     with_losses,
 )
+from lora_fx.torch_private import pytree
 
 __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
 
@@ -144,8 +145,7 @@ def _copy(model: nn.Module, empty: Callable[[torch.Tensor], torch.Tensor]) -> nn
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         uninstall(module)
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+        torch_private.remove_forward_hooks(module)
     return copied.eval()
 
 

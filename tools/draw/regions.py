@@ -11,6 +11,7 @@ import networkx as nx
 import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Region, Role, adapters_of, join, tag_of
 from lora_fx.passes.capture import MODULE_STACK
@@ -205,7 +206,7 @@ def node_name(node: fx.Node) -> str:
         return name
     # aten.linear.default, but linear and not torch.nn.functional.linear
     atoms = name.split(".")
-    return ".".join(atoms[:2]) if isinstance(node.target, torch._ops.OpOverload) else atoms[-1]
+    return ".".join(atoms[:2]) if isinstance(node.target, torch_private.OpOverload) else atoms[-1]
 
 
 def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor], p: float | None = None) -> str:

@@ -23,9 +23,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_fx import torch_private
 from lora_fx.api import merge, plan, rewrite, trainable_parameters
 from lora_fx.config import LoraConfig
 from lora_fx.errors import some
@@ -37,6 +36,7 @@ from lora_fx.passes.parameters import digest_of, factors_of, part_of, rows_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.tools.zoo.models import Entry, Inputs, call
 from lora_fx.tools.zoo.report import MERGE_TOLERANCE, PARTS, Row, RuntimeFile, scrubbed
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "Narrowest",
@@ -518,7 +518,7 @@ class Verdict:
         return not self.passed_by and not self.stray and self.output_error <= self.tolerance
 
 
-class Narrowest(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
+class Narrowest(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
     """Sees in which floating-point type a model computes at its narrowest.
 
     A model in fp64 may have fp32 written into it: what it rounds to is no mistake of an adapter.

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+
+from lora_fx import torch_private
 
 __all__ = ["PLAIN_MODELS", "Built", "Entry", "Inputs", "call", "ids", "images", "library_models"]
 
@@ -141,7 +142,11 @@ def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
     The other half stays as at the start. Two images at one pixel each have hardly a variance, and
     dividing by it would blow up every rounding.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, torch_private.BatchNorm) and m.track_running_stats
+    ]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]

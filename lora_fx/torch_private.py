@@ -1,0 +1,710 @@
+"""Every private name of PyTorch that lora-fx uses, and what it is for.
+
+Private names change without notice. They are all here, so that a new release of PyTorch can break one module
+only, and ``tests/lora_fx/test_torch_private.py`` names the one that is gone. ``nn.Module._parameters``,
+``_buffers`` and ``_modules`` are the exception: they are as old as ``nn.Module`` and read everywhere.
+
+Before you add a name, look for a public one. What loads slowly is imported inside a function.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
+from types import BuiltinMethodType, MethodType, ModuleType
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils import _pytree as pytree
+from torch.utils._contextlib import _DecoratorContextManager as DecoratorContextManager
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes as disable_dispatch_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+
+__all__ = [
+    "ASSERT_METADATA",
+    "AUTOGRAD_LOOKUP",
+    "AUTOGRAD_QUESTIONS",
+    "CHATTY_LOGGERS",
+    "COMPILED_CALL",
+    "FLASH_ATTENTION",
+    "FLASH_ATTENTION_CPU",
+    "FORWARD_HOOKS",
+    "GROUPED_MM",
+    "GROUPED_MM_FUNCTIONS",
+    "HOOK_WRAPPER",
+    "IS_ALL_TRUE",
+    "IS_ANY_TRUE",
+    "IS_VIEW",
+    "MODULE_HOOKS",
+    "NO_MODULE",
+    "ORIGINAL_MODULE",
+    "OUTPUT_PADDING",
+    "REPLACEMENT_METHOD",
+    "SPARSE_PARTS",
+    "TO_COPY",
+    "TRACED_ASSERT",
+    "UNSAFE_VIEW",
+    "BatchNorm",
+    "DecoratorContextManager",
+    "DisableTorchFunctionSubclass",
+    "OpOverload",
+    "OpOverloadPacket",
+    "TorchDispatchMode",
+    "after_backward",
+    "all_reduce",
+    "assert_true",
+    "attention_choice",
+    "codegen_of",
+    "compiled_module_class",
+    "data_address",
+    "disable_dispatch_modes",
+    "dispatch_mode",
+    "dispatch_modes",
+    "export_tracer",
+    "fake_store",
+    "fake_tensors",
+    "forget_sharding",
+    "forward_pre_hooks",
+    "fsdp_chose_resharding",
+    "fsdp_groups",
+    "fsdp_owner",
+    "fsdp_precision",
+    "fsdp_size",
+    "fsdp_spec",
+    "fsdp_state",
+    "group_size",
+    "group_store",
+    "grouped_mm",
+    "has_global_hooks",
+    "has_kernel",
+    "has_triton",
+    "in_backward",
+    "in_dynamo",
+    "in_forward_ad",
+    "in_functorch",
+    "in_functorch_level",
+    "in_jit_trace",
+    "is_apply",
+    "is_composite",
+    "is_distributed",
+    "is_erased",
+    "is_fake",
+    "is_flat",
+    "is_flattened",
+    "is_left_aligned",
+    "is_reduction",
+    "is_torch_function",
+    "is_traceable_wrapper_subclass",
+    "lazy_clone",
+    "load_hooks",
+    "local_tensor",
+    "make_constant",
+    "make_subclass",
+    "make_uncompilable",
+    "make_wrapper_subclass",
+    "oblivious_shapes",
+    "original_module",
+    "output_padding_of",
+    "overload_name",
+    "parameter_hooks",
+    "projects_at_once",
+    "pytree",
+    "reduce_parameter",
+    "remove_forward_hooks",
+    "saved_tensor_hooks",
+    "schema_of",
+    "state_hooks",
+    "storage_key",
+    "storage_users",
+    "sympy_functions",
+    "sympy_printer",
+    "tracer_class",
+    "transient_buffers",
+    "unit_attributes",
+    "unwrap_functorch",
+    "version_counter",
+    "view_base",
+    "wrapped_functions",
+]
+
+_T = TypeVar("_T")
+
+# --- dispatch, and functions that override torch ------------------------------------------------
+
+DisableTorchFunctionSubclass: Final[Callable[[], AbstractContextManager[None]]] = (
+    torch._C.DisableTorchFunctionSubclass
+)
+"""Context in which subclasses of Tensor are plain tensors to PyTorch's functions."""
+
+
+def schema_of(operator: Any) -> Any:
+    """Return the schema of an operator: its name, arguments and what it writes into."""
+    return operator._schema
+
+
+def overload_name(operator: Any) -> str:
+    """Return the name of an operator's overload, ``"Tensor"`` in ``aten.add.Tensor``."""
+    return str(operator._overloadname)
+
+
+_REDUCTIONS: Final = frozenset(
+    (
+        *("all", "amax", "amin", "aminmax", "any", "argmax", "argmin", "count_nonzero"),
+        *("linalg__powsum", "linalg_vector_norm", "logsumexp", "max", "mean", "min", "nansum"),
+        *("norm", "prod", "std", "std_mean", "sum", "var", "var_mean"),
+    )
+)
+
+
+def is_reduction(operator: Any) -> bool:
+    """Return True for an operator of ATen that reduces some axes of its input, as ``sum``."""
+    tag = getattr(torch.Tag, "reduction", None)
+    if tag is not None:
+        return tag in operator.tags
+    # Releases without the tag: what has it in PyTorch 2.13.
+    return (
+        operator.overloadpacket.__name__ in _REDUCTIONS
+        and torch.Tag.pointwise not in operator.tags  # max of two tensors
+    )
+
+
+def is_composite(operator: Any) -> bool:
+    """Return True for an operator that runs no kernel, since it is written in terms of others."""
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
+    )
+
+
+def has_kernel(operator: Any) -> bool:
+    """Return True if the dispatcher knows an overload; some are TorchScript's alone."""
+    return bool(torch._C._dispatch_has_kernel(operator.name()))
+
+
+def is_torch_function(name: str, function: Any) -> bool:
+    """Return True if a function in C is the one that ``torch`` has by that name, as ``torch.zeros``."""
+    return function is (getattr(torch._C._VariableFunctions, name, None) or vars(torch).get(name))
+
+
+# --- tracing, compiling, torch.func -------------------------------------------------------------
+
+
+def in_jit_trace() -> bool:
+    """Return True while ``torch.jit.trace`` records. ``torch.jit.is_tracing`` is deprecated."""
+    return bool(torch._C._is_tracing())
+
+
+def in_functorch() -> bool:
+    """Return True inside of a transform of ``torch.func``, also while Dynamo traces one."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def in_functorch_level() -> bool:
+    """Return True inside of a transform of ``torch.func`` that runs, and not while Dynamo traces one."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def in_forward_ad() -> bool:
+    """Return True inside of ``torch.autograd.forward_ad.dual_level``."""
+    return bool(forward_ad._current_level >= 0)
+
+
+def unwrap_functorch(tensor: Tensor) -> Tensor:
+    """Return the tensor inside of the wrappers that transforms of ``torch.func`` put around it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def in_dynamo() -> bool:
+    """Return True while Dynamo looks at every frame that Python enters."""
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def compiled_module_class() -> type[nn.Module]:
+    """Return the class of what ``torch.compile(module)`` gives. Loads Dynamo."""
+    return torch._dynamo.OptimizedModule
+
+
+ORIGINAL_MODULE: Final = "_orig_mod"
+"""Attribute of a compiled module: the module that it compiles. It is in the names of its state dict."""
+
+
+def original_module(compiled: Any) -> nn.Module:
+    """Return the module that a compiled module compiles."""
+    module: nn.Module = compiled._orig_mod
+    return module
+
+
+COMPILED_CALL: Final = "_compiled_call_impl"
+"""Attribute of a module on which ``module.compile()`` was called: the compiled call."""
+
+
+def make_constant(function: _T) -> _T:
+    """Have Dynamo take the result of a function for a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, and loads Dynamo, which takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def make_uncompilable(function: _T, reason: str) -> _T:
+    """Have Dynamo leave its trace at a function, with a reason for the user.
+
+    ``torch.compiler.disable`` does the same, and loads Dynamo, which takes seconds.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
+    return function
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Return True for a tensor of ``torch.export`` and the like, which has no values."""
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def fake_tensors() -> ModuleType:
+    """Return the module with ``FakeTensorMode`` and ``unset_fake_temporarily``."""
+    from torch._subclasses import fake_tensor
+
+    return fake_tensor
+
+
+# --- autograd -----------------------------------------------------------------------------------
+
+
+def in_backward() -> bool:
+    """Return True while a backward pass runs in this thread, as when a checkpoint computes again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def is_apply(function: Any) -> bool:
+    """Return True for the ``apply`` of an autograd function that has not written its own."""
+    # A class method until PyTorch 2.14, a method of the metaclass in C since then.
+    if not isinstance(function, MethodType | BuiltinMethodType) or function.__name__ != "apply":
+        return False
+    cls = function.__self__
+    if not isinstance(cls, type) or not issubclass(cls, torch.autograd.Function):
+        return False
+    own = cls.__mro__[: cls.__mro__.index(torch.autograd.Function)]
+    return not any("apply" in vars(base) for base in own)
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call ``callback`` at the end of the backward pass that runs now."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(callback)
+
+
+def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the pair of hooks of the innermost ``saved_tensors_hooks``, or None."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks  # type: ignore[no-any-return]
+
+
+def version_counter(tensor: Tensor) -> int:
+    """Return how often a tensor was written into."""
+    return tensor._version
+
+
+def view_base(tensor: Tensor) -> Tensor:
+    """Return the tensor that autograd knows a tensor as a view of, the tensor itself if it is no view."""
+    base = tensor._base if tensor._is_view() else tensor
+    assert base is not None
+    return base
+
+
+# --- memory of tensors --------------------------------------------------------------------------
+
+
+def data_address(tensor: Tensor) -> int:
+    """Return the address of a tensor's first byte.
+
+    ``data_ptr`` would copy memory that a lazy clone shares, since its caller could write there.
+    """
+    library: Any = torch._C
+    return int(library._data_address(tensor))
+
+
+def lazy_clone(tensor: Tensor) -> Tensor:
+    """Return a copy that shares its memory until one of the two is written into.
+
+    Raises:
+        RuntimeError: If the storage cannot be shared in this way.
+    """
+    return torch._lazy_clone(tensor)
+
+
+def storage_key(storage: torch.UntypedStorage) -> int:
+    """Return what identifies a storage while it lives; Python objects of storages come and go."""
+    return int(storage._cdata)
+
+
+def storage_users(tensor: Tensor) -> int:
+    """Return how many objects hold the storage of a tensor, the tensor included."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def make_subclass(cls: type[Tensor], data: Tensor, requires_grad: bool = False) -> Any:
+    """Return ``data`` as an object of a subclass whose ``__new__`` does not run."""
+    return torch.Tensor._make_subclass(cls, data, requires_grad)
+
+
+def make_wrapper_subclass(
+    cls: type[Tensor], shape: Any, *, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """Return an object of a subclass that has no memory."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+
+def reduce_parameter(parameter: Any) -> tuple[Any, ...]:
+    """Return what pickles a parameter of a subclass whose attributes are its state."""
+    plain = parameter.detach().as_subclass(torch.Tensor)
+    arguments: tuple[Any, ...] = (plain, parameter.requires_grad, OrderedDict())
+    state = torch._utils._get_obj_state(parameter)  # type: ignore[no-untyped-call]
+    return (
+        torch._tensor._rebuild_from_type_v2,
+        (torch._utils._rebuild_parameter, type(parameter), arguments, state),
+    )
+
+
+# --- operators ----------------------------------------------------------------------------------
+
+UNSAFE_VIEW: Final = torch.ops.aten._unsafe_view.default
+"""``view`` whose result autograd and ``torch.compile`` do not take for an alias of its input."""
+
+TO_COPY: Final = torch.ops.aten._to_copy.default
+"""What ``Tensor.to`` becomes under ``torch.export``."""
+
+ASSERT_METADATA: Final = torch.ops.aten._assert_tensor_metadata.default
+"""What ``torch.export`` puts before a cast."""
+
+IS_ALL_TRUE: Final = torch.ops.aten._is_all_true.default
+IS_ANY_TRUE: Final = torch.ops.aten._is_any_true.default
+"""Reductions of a condition that ``torch._check`` leaves in a graph."""
+
+FLASH_ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention.default
+FLASH_ATTENTION_CPU: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+"""The kernels that ``F.scaled_dot_product_attention`` chooses where it can."""
+
+GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
+"""Products of groups of rows, each with a matrix of its own."""
+
+GROUPED_MM_FUNCTIONS: Final[tuple[Any, ...]] = (
+    torch._grouped_mm,
+    GROUPED_MM,
+    *((F.grouped_mm,) if hasattr(F, "grouped_mm") else ()),
+)
+"""The names under which models call :data:`GROUPED_MM`; ``F.grouped_mm`` came with PyTorch 2.10."""
+
+
+def grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """Multiply groups of rows, each with a matrix of its own.
+
+    Args:
+        left: [n, in], or [p, n] for one product of each group's columns.
+        right: [E, in, out], or [n, q].
+        ends: Index after the last row of each group, [E].
+
+    Returns:
+        [n, out], or [E, p, q].
+    """
+    product: Tensor = torch._grouped_mm(left, right, offs=ends)
+    return product
+
+
+def attention_choice(*args: Any, **kwargs: Any) -> int:
+    """Return the value of the ``SDPBackend`` that attention over such tensors would choose."""
+    return int(torch._fused_sdp_choice(*args, **kwargs))
+
+
+def is_left_aligned(source: Tensor, keep: Tensor) -> bool:
+    """Return True if the tokens that a mask keeps are the first of each row, as the fast path asks."""
+    return bool(torch._nested_tensor_from_mask_left_aligned(source, keep))
+
+
+def assert_true(condition: Any) -> None:
+    """Have ``torch.export`` take a condition on sizes for true."""
+    torch._check(condition)  # type: ignore[no-untyped-call]
+
+
+TRACED_ASSERT: Final = torch._assert
+"""An assertion that ``torch.fx`` can record."""
+
+SPARSE_PARTS: Final = ("_values", "_indices")
+"""Methods of a sparse COO tensor that also take one that is not coalesced."""
+
+AUTOGRAD_QUESTIONS: Final = ("_base", "_version")
+"""Attributes of a tensor that say what autograd knows of it."""
+
+IS_VIEW: Final = torch.Tensor._is_view
+"""Method of a tensor that says whether autograd knows it as a view."""
+
+AUTOGRAD_LOOKUP: Final = "_backward_cls"
+"""Attribute of an autograd function's class, read at every call of its ``apply``."""
+
+
+# --- modules ------------------------------------------------------------------------------------
+
+FORWARD_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
+MODULE_HOOKS: Final = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+"""Attributes of a module: tables of the hooks on its calls."""
+
+HOOK_WRAPPER: Final = "_WrappedHook"
+"""Class that PyTorch puts around a hook that takes the module."""
+
+
+def has_global_hooks() -> bool:
+    """Return True if a hook waits for every module's call."""
+    return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Any]:
+    """Return the hooks that run before a module's forward."""
+    return module._forward_pre_hooks
+
+
+def remove_forward_hooks(module: nn.Module, *kinds: type) -> None:
+    """Take off the forward hooks and forward pre-hooks of some classes; without classes, all."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, hook in hooks.items() if not kinds or isinstance(hook, kinds)]:
+            for table in (
+                hooks,
+                module._forward_pre_hooks_with_kwargs,
+                module._forward_hooks_with_kwargs,
+                module._forward_hooks_always_called,
+            ):
+                table.pop(key, None)
+
+
+def load_hooks(module: nn.Module) -> MutableMapping[int, Any]:
+    """Return the hooks that run before a module reads its part of a state dict."""
+    return module._load_state_dict_pre_hooks
+
+
+def state_hooks(module: nn.Module) -> MutableMapping[int, Any]:
+    """Return the hooks that run after a module has written its part of a state dict."""
+    return module._state_dict_hooks
+
+
+def parameter_hooks(parameter: Tensor) -> MutableMapping[int, Any]:
+    """Return the hooks on the gradient of a tensor."""
+    return getattr(parameter, "_backward_hooks", None) or {}
+
+
+def transient_buffers(module: nn.Module) -> set[str]:
+    """Return the names of the buffers of a module that its state dict leaves out."""
+    return module._non_persistent_buffers_set
+
+
+def projects_at_once(attention: nn.MultiheadAttention) -> bool:
+    """Return True for an attention layer with one ``in_proj_weight`` for query, key and value."""
+    return bool(attention._qkv_same_embed_dim)
+
+
+OUTPUT_PADDING: Final = nn.ConvTranspose2d._output_padding
+"""Method of transposed convolutions: the padding that gives an output of a wanted size."""
+
+
+def output_padding_of(cls: Any) -> Any:
+    """Return that method of a class of transposed convolutions, which may be its own."""
+    return cls._output_padding
+
+
+# --- torch.fx and torch.export ------------------------------------------------------------------
+
+
+def codegen_of(graph: fx.Graph) -> Any:
+    """Return what writes the code of a graph; ``Graph.set_codegen`` sets it."""
+    return graph._codegen
+
+
+def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
+    """Return the class of the tracer that made a graph, if it is known."""
+    return getattr(graph, "_tracer_cls", None)
+
+
+def is_erased(node: fx.Node) -> bool:
+    """Return True for a node that is in no graph any more."""
+    return node._erased
+
+
+def wrapped_functions() -> MutableMapping[tuple[int, str], dict[str, Any]]:
+    """Return what ``fx.wrap`` was told: (id of the globals, name) of each function, with the globals.
+
+    fx keeps them for good, and goes through all of them at every trace.
+    """
+    return fx._symbolic_trace._wrapped_fns_to_patch
+
+
+def oblivious_shapes() -> AbstractContextManager[None]:
+    """Have ``torch.export`` take no size for 2 or more, and say where that matters."""
+    from torch.fx.experimental import _config as settings
+
+    return settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
+
+
+def export_tracer() -> ModuleType:
+    """Return the module that traces for ``torch.export``. It prints graphs on some errors."""
+    from torch.export import _trace
+
+    return _trace
+
+
+REPLACEMENT_METHOD: Final = "_set_replacement"
+"""Method of ``ShapeEnv`` (symbol, value, message) that fixes the size of an axis while it traces."""
+
+NO_MODULE: Final = "_empty_nn_module_stack_from_metadata_hook"
+"""What ``torch.onnx`` writes for a node that comes from no module."""
+
+CHATTY_LOGGERS: Final = (
+    "torch.fx.experimental.symbolic_shapes",  # no advice on a branch on values
+    "torch.onnx._internal.exporter._registration",  # torchvision is not installed, at each export
+)
+"""Loggers that say what a user cannot act on during an export."""
+
+
+def sympy_functions() -> ModuleType:
+    """Return the module of PyTorch's functions for sizes: ``FloorDiv``, ``Mod`` and so on. Loads sympy."""
+    from torch.utils._sympy import functions
+
+    return functions
+
+
+def sympy_printer() -> type[Any]:
+    """Return the class that prints an expression of sizes as Python. Loads sympy."""
+    from torch.utils._sympy.printers import PythonPrinter
+
+    return PythonPrinter
+
+
+def has_triton() -> bool:
+    """Return True if Triton can compile for a device of this machine."""
+    from torch.utils import _triton
+
+    return _triton.has_triton()
+
+
+# --- distributed --------------------------------------------------------------------------------
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Return True for a DTensor, without loading ``torch.distributed.tensor``."""
+    return type(tensor) is not Tensor and hasattr(tensor, "_local_tensor")
+
+
+def local_tensor(tensor: Any) -> Tensor:
+    """Return the part of a DTensor that this process holds, and any other tensor itself.
+
+    ``DTensor.to_local`` is an operation of autograd; this is not.
+    """
+    part: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return part
+
+
+def all_reduce(tensor: Tensor, operation: str, group: Any) -> Tensor:
+    """Return the sum (or another reduction) over a dimension of a device mesh, as an operation."""
+    from torch.distributed._functional_collectives import all_reduce as reduce
+
+    reduced: Tensor = reduce(tensor, operation, group)
+    return reduced
+
+
+def group_store() -> Any:
+    """Return the key-value store that the processes of the default group met at."""
+    import torch.distributed as dist
+
+    return dist.distributed_c10d._get_default_store()
+
+
+def group_size(name: str) -> int:
+    """Return how many processes are in the group that an operation in a graph names."""
+    groups: Any = torch.distributed.distributed_c10d
+    return int(groups._resolve_process_group(name).size())
+
+
+def fake_store() -> Any:
+    """Return a store for a process group of which the other processes do not exist."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def forget_sharding() -> None:
+    """Clear what DTensor remembers of meshes, which would equal those of the next process group."""
+    from torch.distributed.tensor import debug
+
+    debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
+    try:
+        from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+    except ImportError:  # before PyTorch 2.10
+        return
+    clear_redistribute_planner_cache()
+
+
+def is_flat(parameter: Any) -> bool:
+    """Return True for a parameter that is a part of a flat one of FSDP1."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def is_flattened(module: nn.Module) -> bool:
+    """Return True for a module whose parameters FSDP1 manages."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def fsdp_state(unit: Any) -> Any:
+    """Return the state of a module that ``fully_shard`` was called on; several modules can share one."""
+    return unit._get_fsdp_state()
+
+
+def fsdp_groups(unit: Any) -> list[Any]:
+    """Return what FSDP2 knows of the parameters of a unit; empty where inner units have them all."""
+    state = fsdp_state(unit)
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # PyTorch 2.9 and 2.10 have one group for each unit
+        group = state._fsdp_param_group
+        groups = [] if group is None else [group]
+    return list(groups)
+
+
+def fsdp_precision(unit: Any) -> Any:
+    """Return the mixed-precision policy of a unit."""
+    return fsdp_state(unit)._mp_policy
+
+
+def fsdp_chose_resharding(unit: Any) -> bool:
+    """Return True if ``fully_shard`` was left to choose ``reshard_after_forward``."""
+    return bool(getattr(fsdp_state(unit), "_auto_reshard_after_forward", False))
+
+
+def fsdp_size(parameter: Any) -> torch.Size:
+    """Return the size of a parameter of FSDP2 before it was cut."""
+    size: torch.Size = parameter._orig_size
+    return size
+
+
+def fsdp_owner(parameter: Any) -> Any:
+    """Return which modules have a parameter of FSDP2, and under which names."""
+    return parameter._module_info
+
+
+def fsdp_spec(parameter: Any) -> Any:
+    """Return how tensor parallelism has cut a parameter of FSDP2, or None."""
+    spec = getattr(parameter, "_unsharded_dtensor_spec", None)
+    return getattr(parameter, "_tp_spec", None) if spec is None else spec
+
+
+def unit_attributes() -> tuple[str, ...]:
+    """Return the attributes of a module that belong to FSDP2 and to compilers."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
+    return (STATE_KEY, REGISTRY_KEY, COMPILED_CALL)

@@ -1,0 +1,269 @@
+"""``lora_fx/torch_private.py`` has every private name of torch, and this torch has every one of them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import operator
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from lora_fx import torch_private
+from tests.lora_fx.test_layers import MODULES
+
+HOME = "lora_fx.torch_private"
+KEPT = {"_parameters", "_buffers", "_modules"}
+# Private names of Python and of other libraries, with what they belong to.
+OTHERS = {
+    "_Environ": "os",
+    "_convert_to_deepspeed_param": "deepspeed",
+    "_convert_weight_packed_for_cpu_inverse": "bitsandbytes",
+    "_experts_implementation": "transformers",
+    "_fields": "collections.namedtuple",
+    "_get_c_value": "onnxruntime",
+    "_getframe": "sys",
+    "_is_hf_initialized": "transformers",
+    "_lru_cache_wrapper": "functools",
+    "_replace": "collections.namedtuple",
+}
+# Called by its private name only in transformers, which has another function of the same name.
+OF_TRANSFORMERS = "moe._grouped_mm"
+# Read from releases that have no other name for it.
+OLD = {"_fsdp_param_group"}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def hidden(path: str) -> bool:
+    return path.startswith("torch.") and "._" in path
+
+
+@functools.cache
+def own_names() -> frozenset[str]:
+    """Every name that the product defines: functions, classes, attributes."""
+    names = set()
+    for module in MODULES.values():
+        for node in ast.walk(module.tree):
+            match node:
+                case ast.FunctionDef() | ast.ClassDef():
+                    names.add(node.name)
+                case ast.Attribute(ctx=ast.Store(), value=ast.Name(id="self" | "cls")):
+                    names.add(node.attr)
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    names.add(name)
+    return frozenset(names - set(vars(nn.Module())) - set(dir(Tensor)))
+
+
+@functools.cache
+def attributes_of_torch() -> frozenset[str]:
+    """The private attributes of the objects of torch that passes handle."""
+    graph = fx.Graph()
+    samples = (nn.Module(), Tensor, graph, graph.placeholder("x"), torch.ops.aten.add.Tensor)
+    return frozenset(
+        name
+        for sample in samples
+        for name in (*dir(sample), *getattr(sample, "__dict__", ()))
+        if private(name)
+    )
+
+
+def uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines of a module that use a private name of torch, with the name."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from ((node.lineno, alias.name) for alias in names if hidden(alias.name))
+            case ast.ImportFrom(module=str(origin), names=names):
+                imported = [f"{origin}.{alias.name}" for alias in names]
+                yield from ((node.lineno, name) for name in imported if hidden(name))
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(attr=name) if private(name) and name not in KEPT | OTHERS.keys():
+                text = ast.unparse(node)
+                rooted = text.startswith(("torch.", "nn.", "fx.", "F."))
+                if text != OF_TRANSFORMERS and (rooted or name not in own_names()):
+                    yield node.lineno, text
+            case ast.Constant(value=str(name)) if (
+                name in attributes_of_torch() - own_names() - KEPT
+            ):
+                yield node.lineno, repr(name)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {HOME}))
+def test_no_other_module_has_a_private_name_of_torch(name: str) -> None:
+    lines = [f"{MODULES[name].path}:{line}: {text}" for line, text in uses(MODULES[name].tree)]
+    assert not lines, "\n".join(("use a public name, or lora_fx/torch_private.py:", *lines))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from torch.utils import _pytree",
+        "from torch._ops import OpOverload",
+        "import torch._dynamo.utils",
+        "torch._C._nn.linear",
+        "x._version",
+        "graph._codegen",
+        "getattr(module, '_forward_hooks')",
+        "torch.ops.aten._to_copy.default",
+    ],
+)
+def test_the_rule_sees(source: str) -> None:
+    assert list(uses(ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    "source", ["self._version", "module._parameters", "sys._getframe(1)", "from torch import nn"]
+)
+def test_the_rule_leaves(source: str) -> None:
+    assert not list(uses(ast.parse(source)))
+
+
+# --- every name is there ------------------------------------------------------------------------
+
+
+def paths() -> Iterator[str]:
+    """The dotted names that ``torch_private.py`` reads from torch."""
+    roots = {"torch": "torch", "F": "torch.nn.functional", "nn": "torch.nn", "fx": "torch.fx"}
+    roots["forward_ad"] = "torch.autograd.forward_ad"
+    tree = MODULES[HOME].tree
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if root in roots and all(atom.isidentifier() for atom in rest.split(".")):
+                yield f"{roots[root]}.{rest}"
+
+
+# Names of releases that have come or gone, each read where it may be missing.
+OPTIONAL = {
+    "torch.distributed.tensor._redistribute.clear_redistribute_planner_cache",
+    "torch.nn.functional.grouped_mm",
+}
+
+
+@pytest.mark.parametrize("path", sorted(set(paths()) - OPTIONAL))
+def test_this_torch_has(path: str) -> None:
+    """A name that fails here is gone: find what has replaced it, and say so in ``torch_private.py``."""
+    home, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(home)
+    except ModuleNotFoundError:  # the name of a class's attribute
+        operator.attrgetter(path.partition(".")[2])(torch)
+    else:
+        assert hasattr(module, name) or importlib.import_module(path)
+
+
+def attributes() -> Iterator[str]:
+    """The private attributes that ``torch_private.py`` reads from objects."""
+    for node in ast.walk(MODULES[HOME].tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            root = ast.unparse(node).partition(".")[0]
+            if root not in ("torch", "F", "nn", "fx", "forward_ad", "groups", "dist", "library"):
+                yield node.attr
+
+
+def holders() -> list[Any]:
+    """Objects that have them; a module of torch has what its source spells."""
+    graph = fx.Graph()
+    distributed = ("_fully_shard._fsdp_state", "_fully_shard._fsdp_param")
+    return [
+        nn.Module(),
+        Tensor,
+        graph,
+        graph.placeholder("x"),
+        torch.ops.aten.add.Tensor,
+        torch.empty(1).untyped_storage(),
+        nn.MultiheadAttention(2, 1),
+        nn.ConvTranspose2d,
+        torch_private.compiled_module_class(),
+        torch_private.disable_dispatch_modes,
+        importlib.import_module("torch._dynamo.decorators"),
+        importlib.import_module("torch._dynamo.trace_rules"),
+        importlib.import_module("torch.distributed.fsdp").FSDPModule,
+        importlib.import_module("torch.distributed.tensor").DTensor,
+        importlib.import_module("torch.distributed.tensor.debug"),
+        importlib.import_module("torch.distributed.distributed_c10d"),
+        importlib.import_module("torch.utils._triton"),
+        torch.autograd.Variable,
+        *(importlib.import_module(f"torch.distributed.fsdp.{name}") for name in distributed),
+    ]
+
+
+def has(holder: Any, name: str) -> bool:
+    if hasattr(holder, name):
+        return True
+    try:
+        return name in inspect.getsource(holder)
+    except (TypeError, OSError):
+        return False
+
+
+@pytest.mark.parametrize("name", sorted(set(attributes()) - OLD))
+def test_objects_of_this_torch_have(name: str) -> None:
+    assert any(has(holder, name) for holder in holders()), (
+        f"no object of torch {torch.__version__} has {name!r} any more; if it is new in "
+        "torch_private.py, add an object that has it to holders()"
+    )
+
+
+def test_what_each_name_is_for_is_said() -> None:
+    module = Path(torch_private.__file__).read_text(encoding="utf-8")
+    lines = {
+        node.lineno for node in ast.walk(ast.parse(module)) if isinstance(node, ast.FunctionDef)
+    }
+    functions = [n for n in ast.parse(module).body if isinstance(n, ast.FunctionDef)]
+    assert lines
+    assert all(ast.get_docstring(function) for function in functions)
+
+
+# --- what takes some code -----------------------------------------------------------------------
+
+
+class Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+
+class Own(Plain):
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        return super().apply(*args)
+
+
+def test_apply_is_known() -> None:
+    assert torch_private.is_apply(Plain.apply)
+    assert not torch_private.is_apply(Own.apply)
+    assert not torch_private.is_apply(nn.Module().apply)
+    assert not torch_private.is_apply(torch.relu)
+
+
+@pytest.mark.parametrize(
+    ("overload", "reduces"),
+    [
+        (torch.ops.aten.sum.dim_IntList, True),
+        (torch.ops.aten.max.dim, True),
+        (torch.ops.aten.max.other, False),
+        (torch.ops.aten.add.Tensor, False),
+        (torch.ops.aten.mm.default, False),
+    ],
+)
+@pytest.mark.parametrize("tagged", [True, False])
+def test_reductions(
+    overload: Any, reduces: bool, tagged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tagged:
+        # As in a release whose tags do not tell.
+        monkeypatch.setattr(torch, "Tag", type("Tag", (), {"pointwise": torch.Tag.pointwise}))
+    assert torch_private.is_reduction(overload) is reduces
