@@ -55,6 +55,11 @@ test-stacks: $(STACKS:%=.peers/.stack-%) ## Run the tests of training stacks, ea
 test-runtimes: $(VENV)/.dev $(RUNTIMES:%=.peers/.runtime-%) ## Run exported files in other runtimes, each in .peers/ (RUNTIMES=genai: one)
 	$(BIN)/python -m pytest -m "runtime and not cuda" $(ARGS) tests/runtimes
 
+# Each environment takes minutes to test, and is removed afterwards (ARGS=--keep leaves it in .peers/).
+.PHONY: test-versions
+test-versions: $(VENV)/.versions ## Run snippet, demo and tests with other versions (VERSIONS=torch-2.15; all of them: hours)
+	$(BIN)/python -m tests.versions --jobs $(JOBS) $(ARGS) $(VERSIONS)
+
 .PHONY: golden
 golden: $(VENV)/.dev ## Write the golden graphs anew; read the diff before committing it
 	LORA_FX_UPDATE_GOLDEN=1 $(BIN)/python -m pytest $(ARGS)
@@ -130,6 +135,7 @@ EXTRAS_demo := demo
 EXTRAS_dev  := test,lint
 EXTRAS_zoo  := zoo
 EXTRAS_docs := docs
+EXTRAS_versions := versions
 
 $(VENV)/.%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS_$*)]'

@@ -16,6 +16,8 @@ import importlib as _importlib
 from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from lora_fx import versions as _versions
+
 if _TYPE_CHECKING:
     from lora_fx.adapters import (
         active_adapters,
@@ -225,6 +227,7 @@ _OPTIONAL = ("lora_fx.export.", "lora_fx.tools.")
 def __getattr__(name: str) -> object:
     """Loads a name, or a module of the package, when it is first asked for."""
     if name in _HOME_OF:
+        _versions.warn_outside_range()
         found = getattr(_importlib.import_module(_HOME_OF[name]), name)
         return globals().setdefault(name, found)
     spec = None if name.startswith("_") else _find_spec(f"lora_fx.{name}")

@@ -1,0 +1,115 @@
+"""Makes environments of other versions, and runs the README's snippet, the demo and the default suite there.
+
+``make test-versions VERSIONS=torch-2.15`` is ``python -m tests.versions torch-2.15``. Each environment is made
+under ``.peers/`` and removed when its tests have run. What it has shown goes into ``results.json`` and into the
+table in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.docs.pages import ROOT, blocks
+from tests.versions.environments import NAMES, NEWEST, Environment, environment
+from tests.versions.results import LIBRARIES, Result, Suite, load, store, write_page
+
+_VERSIONS = """
+import importlib.metadata, json, platform, sys
+known = {d.name.lower() for d in importlib.metadata.distributions()}
+versions = {name: importlib.metadata.version(name) for name in sys.argv[1:] if name in known}
+print(json.dumps([platform.python_version(), versions]))
+"""
+
+
+def main() -> None:
+    """Test the environments of the command line, and exit with 1 if one of them fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"environments: {', '.join(NAMES)}; all by default")
+    parser.add_argument("--keep", action="store_true", help="leave the environments in .peers/")
+    parser.add_argument("--jobs", type=int, default=2, help="test processes")
+    parser.add_argument("--list", action="store_true", help="print the names, the newest torch first")
+    options = parser.parse_args()
+    if options.list:
+        print(NEWEST, *(name for name in NAMES if name != NEWEST))
+        return
+    environments = [environment(name) for name in options.names or NAMES]
+    failed = [one.name for one in environments if not _tested(one, options.jobs, options.keep)]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def _tested(wanted: Environment, jobs: int, keep: bool) -> bool:
+    """Test one environment and record the result; True if everything has passed."""
+    folder = ROOT / ".peers" / f"versions-{wanted.name}"
+    try:
+        _say(wanted, "install")
+        _install(wanted, folder, keep)
+        result = _run(wanted, folder, jobs)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    results = load()
+    results[wanted.name] = result
+    store(results)
+    write_page(load())
+    _say(wanted, "passed" if result.passed else "FAILED")
+    return result.passed
+
+
+def _install(wanted: Environment, folder: Path, keep: bool) -> None:
+    """Make the environment, with uv: it takes lower bounds, and it asks for no configuration of pip."""
+    uv = [str(Path(sys.executable).with_name("uv")), *(() if keep else ("--no-cache",))]
+    python = shutil.which(wanted.python)
+    subprocess.run([*uv, "venv", "--quiet", "--clear", f"--python={python}", folder], check=True)
+    install = [*uv, "pip", "install", "--quiet", f"--python={folder}/bin/python"]
+    install += [f"--resolution={wanted.resolution}", "--editable", f"{ROOT}[test]"]
+    subprocess.run([*install, *wanted.requirements], check=True)
+
+
+def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
+    """Run the snippet, the demo and the suite."""
+    commands = folder / "bin"
+    python = commands / "python"
+    asked = subprocess.run(
+        [python, "-c", _VERSIONS, *LIBRARIES], check=True, capture_output=True, text=True
+    )
+    release, versions = json.loads(asked.stdout)
+    _say(wanted, f"Python {release}, {', '.join(map(' '.join, versions.items()))}")
+    with tempfile.TemporaryDirectory() as scratch:
+        snippet = Path(scratch, "snippet.py")
+        code = next(b for b in blocks((ROOT / "README.md").read_text("utf-8")) if b.language == "python")
+        snippet.write_text(code.text, encoding="utf-8")
+        _say(wanted, "the README's snippet")
+        snippet_ran = _ends_well([python, snippet], scratch)
+        _say(wanted, "the demo")
+        demo_ran = _ends_well([commands / "lora-fx", "demo", "--quick", "--out=demo"], scratch)
+        _say(wanted, "the default suite")
+        report = Path(scratch, "report.xml")
+        tests = [python, "-m", "pytest", f"-n{jobs}", "--dist=worksteal", "-q"]
+        _ends_well([*tests, "--durations=10", f"--junitxml={report}"], str(ROOT))
+        suite = Suite.of_report(report) if report.exists() else None
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return Result(today, release, versions, snippet_ran, demo_ran, suite)
+
+
+def _ends_well(command: list[str | Path], folder: str) -> bool:
+    # The names of programs are looked up here, too: ninja and compilers of torch.
+    path = os.pathsep.join((str(Path(command[0]).parent), os.environ.get("PATH", "")))
+    done = subprocess.run(command, check=False, cwd=folder, env={**os.environ, "PATH": path})
+    return done.returncode == 0
+
+
+def _say(wanted: Environment, what: str) -> None:
+    print(f"== {wanted.name}: {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
