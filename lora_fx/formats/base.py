@@ -544,8 +544,11 @@ def held(weight: Any) -> Any:
     An export replaces a parameter by a module, whose ``held`` it is.
     """
     weight = getattr(weight, "held", weight)
-    named = type(weight).__name__
-    return weight if named in _by_class or not isinstance(weight, nn.Parameter) else weight.data
+    cls = type(weight)
+    # An ordinary parameter holds an ordinary tensor; Dynamo cannot read its data under torch.func.
+    if cls is nn.Parameter or cls.__name__ in _by_class or not isinstance(weight, nn.Parameter):
+        return weight
+    return weight.data
 
 
 def format_of(weight: object) -> WeightFormat | None:

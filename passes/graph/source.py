@@ -185,7 +185,10 @@ def _classes_in(node: ast.AST, function: FunctionType) -> Iterator[type]:
 
 
 def _candidates(lines: list[str], code: CodeType) -> Iterator[Any]:
-    """Functions in a source that may be that of the code: of the same name, on the same line."""
+    """Yield the functions of a source that begin on the line of the code.
+
+    Their names do not matter: PyTorch 2.15 calls the code of a decorated function as the decorator.
+    """
     first = code.co_firstlineno
     if code.co_name != "<lambda>":
         try:
@@ -199,19 +202,16 @@ def _candidates(lines: list[str], code: CodeType) -> Iterator[Any]:
             ast.increment_lineno(tree, first - 1 - indented)
             body: Any = tree.body[0].body if indented else tree.body  # type: ignore[attr-defined]
             found = body[0] if body else None
-            if isinstance(found, ast.FunctionDef) and found.name == code.co_name:
+            if isinstance(found, ast.FunctionDef):
                 yield found
                 return
     try:
         whole = _parsed("".join(lines))
     except SyntaxError:
         return
+    kind = ast.Lambda if code.co_name == "<lambda>" else ast.FunctionDef
     for node in ast.walk(whole):
-        if not isinstance(node, ast.FunctionDef | ast.Lambda):
-            continue
-        lambdas = code.co_name == "<lambda>" and isinstance(node, ast.Lambda)
-        named = isinstance(node, ast.FunctionDef) and node.name == code.co_name
-        if (lambdas or named) and first in (node.lineno, *_decorated(node)):
+        if isinstance(node, kind) and first in (node.lineno, *_decorated(node)):
             yield node
 
 
@@ -280,7 +280,8 @@ def compiled(
         outer = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
     except (SyntaxError, ValueError):
         return None
-    return next((one for one in nested(outer) if one.co_name == code.co_name), None)
+    name = "<lambda>" if is_lambda else tree.name
+    return next((one for one in nested(outer) if one.co_name == name), None)
 
 
 _FUTURES = functools.reduce(

@@ -94,8 +94,12 @@ def test_no_call_with_an_empty_axis_reaches_onnx_runtime(
             assert not ran
             continue
         assert bool(ran) <= (0 not in shape)
-        with torch.no_grad():
-            want = model(x)
+        try:
+            with torch.no_grad():
+                want = model(x)
+        except RuntimeError:  # group_norm of PyTorch 2.15
+            assert 0 in shape
+            continue
         assert got.shape == want.shape
         assert got.dtype == want.dtype
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
