@@ -31,6 +31,7 @@ from lora_fx.export.arguments import Arguments, Extra, named_outputs
 from lora_fx.export.factor_model import FactorModel, Swappable
 from lora_fx.export.ort import Bound
 from lora_fx.export.report import BankSize
+from lora_fx.extras import load_optional
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join, tag_of
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
@@ -639,13 +640,12 @@ class AdapterBank(AdapterStore):
             ExportError: onnx is not installed, or the file is gone.
         """
         assert self.path is not None
-        try:
-            import onnx
-            from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
-        except ImportError as error:
-            raise ExportError(
-                f"the adapters in {self.file} are read with onnx ({error}): pip install onnx"
-            ) from error
+        purpose = f"reading the adapters in {self.file}"
+        for package in ("onnx", "onnx_ir"):
+            load_optional(package, purpose, "lora-fx[onnx]", error=ExportError)
+        import onnx
+        from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
         try:
             proto = onnx.load(str(self.path), load_external_data=False)
             wanted = self.manifest.inputs

@@ -22,6 +22,7 @@ from lora_fx.export.generation_settings import (
     padding_of,
     processors,
 )
+from lora_fx.extras import load_optional
 
 __all__ = ["BeamSearch", "Criterion", "Generates", "Streamer"]
 
@@ -274,9 +275,12 @@ def _stop_criteria(settings: GenerationSettings, tokenizer: Any) -> list[Criteri
             f"stop_strings={strings!r} needs tokenizer=, the model's tokenizer, which says what tokens spell"
         )
     _check_tokenizer(tokenizer)
-    from transformers import StopStringCriteria
+    transformers = _transformers("stop_strings=")
+    return [transformers.StopStringCriteria(tokenizer=tokenizer, stop_strings=list(texts))]
 
-    return [StopStringCriteria(tokenizer=tokenizer, stop_strings=list(texts))]
+
+def _transformers(purpose: str) -> Any:
+    return load_optional("transformers", purpose, "lora-fx[hf]", error=ExportError)
 
 
 def _is_text(value: object) -> bool:
@@ -293,6 +297,7 @@ def _check_tokenizer(tokenizer: object) -> None:
 
 def _pieces(call: _Call, tokenizer: Any, decode: Mapping[str, Any]) -> Iterator[str]:
     """Text as transformers' streamers cut it: what later tokens do not change any more."""
+    _transformers("a stream of text")
     from transformers import TextStreamer
 
     pieces: list[str] = []

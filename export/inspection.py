@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from lora_fx import torch_private
 from lora_fx.errors import ExportError, some
 from lora_fx.export.adapter_manifest import SLOTS_INPUT, SUFFIXES, Manifest
+from lora_fx.extras import load_optional
 
 if TYPE_CHECKING:
     import onnx
@@ -73,10 +74,7 @@ def read_file(path: Path) -> onnx.ModelProto:
     Raises:
         ExportError: It is missing or damaged, or the package onnx is.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise ExportError("an ONNX file is read with onnx: pip install 'lora-fx[onnx]'") from error
+    onnx = load_optional("onnx", "reading an ONNX file", "lora-fx[onnx]", error=ExportError)
     if not path.is_file():
         raise ExportError(f"there is no file {path}: export a model to it first")
     try:
@@ -188,6 +186,7 @@ def examine_file(path: Path) -> list[Finding]:
     Raises:
         ExportError: It is missing, damaged, or of a newer lora_fx.
     """
+    load_optional("onnx_ir", "examining an ONNX file", "lora-fx[onnx]", error=ExportError)
     model = read_file(path)
     if not model.graph.output:
         # No bytes at all are a message without fields.

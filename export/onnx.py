@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import importlib.metadata
 import logging
 import sys
@@ -55,6 +54,7 @@ from lora_fx.export.tasks import find_task
 from lora_fx.export.trace import Trace, trace
 from lora_fx.export.verify import Parity, PrecisionError
 from lora_fx.export.verify import verify as verify_file
+from lora_fx.extras import load_optional
 from lora_fx.files import output_file
 from lora_fx.ir import record_of
 from lora_fx.passes.capture import ONE_AT_A_TIME
@@ -639,11 +639,5 @@ def _without_trainers(model: nn.Module) -> nn.Module:
 
 def _require_packages() -> None:
     # All three now: torch.onnx asks for some of them only halfway through.
-    try:
-        for package in ("onnx", "onnx_ir", "onnxscript"):
-            importlib.import_module(package)
-    except ImportError as error:
-        raise ExportError(
-            f"the export needs onnx, onnxscript and onnx-ir ({error}): pip install 'lora-fx[gpu]', "
-            f"or 'lora-fx[cpu]'"
-        ) from error
+    for package in ("onnx", "onnx_ir", "onnxscript"):
+        load_optional(package, "the export", "lora-fx[gpu]", "lora-fx[cpu]", error=ExportError)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, hint
 from lora_fx.export.providers import reason_of
+from lora_fx.extras import load_optional
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -175,8 +176,9 @@ def unwrap(result: Any, device: torch.device | None) -> Any:
     tensor = tensor.cpu()
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
-    import ml_dtypes
-
+    ml_dtypes = load_optional(
+        "ml_dtypes", "an output in bf16 as an array", "lora-fx[onnx]", error=ExportError
+    )
     return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 

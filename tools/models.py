@@ -8,7 +8,6 @@ example inputs. ``hf:FOLDER`` is a local folder of transformers, ``timm:NAME`` a
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from lora_fx.errors import ConfigError, hint
+from lora_fx.extras import is_installed, load_optional
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,9 +43,9 @@ def load_folder(folder: Path, *, weights: bool = True) -> nn.Module:
         raise ConfigError(f"hf:{folder}: there is no such folder{_nearest_folder(folder)}")
     if not (folder / "config.json").is_file():
         raise ConfigError(f"hf:{folder}: there is no config.json in it: give the folder of a model")
+    transformers = load_optional("transformers", f"hf:{folder}", "lora-fx[hf]")
     quiet_transformers()
     import torch
-    import transformers
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -169,7 +169,7 @@ def load_model(name: str, *, weights: bool = True) -> LoadedModel:
     if scheme in _LOADERS:
         return _LOADERS[scheme](name, rest, weights)
     near = hint(scheme.lower(), _LOADERS, "{}", count=1)
-    if near and importlib.util.find_spec(scheme.partition(".")[0]) is None:
+    if near and not is_installed(scheme.partition(".")[0]):
         raise ConfigError(f"{name!r} names no model: did you mean {near}:{rest}? Use {FORMS}")
     return _from_callable(name, scheme, rest)
 
@@ -250,7 +250,7 @@ def _called(name: str, function: object) -> Any:
 def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
     from lora_fx.passes.capture import synthesise
 
-    timm = _package("timm", "bench")
+    timm = load_optional("timm", repr(name), "lora-fx[bench]")
     if not timm.is_model(model_name):
         raise ConfigError(
             f"timm has no model {model_name!r}{hint(model_name, timm.list_models(), cutoff=0.5)}"
@@ -262,7 +262,7 @@ def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
 def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
     import torch
 
-    models = _package("torchvision", "bench").models
+    models = load_optional("torchvision", repr(name), "lora-fx[bench]").models
     known = models.list_models()
     if model_name not in known:
         raise ConfigError(
@@ -283,19 +283,9 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
 def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
     from lora_fx.passes.capture import synthesise
 
-    _package("transformers", "hf")
     model = load_folder(Path(folder).expanduser(), weights=weights)
     inputs = synthesise(model).inputs
     return LoadedModel(name, model.eval(), inputs, Path(folder).expanduser())
-
-
-def _package(package: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(
-            f"{package} cannot be imported ({error}): pip install 'lora-fx[{extra}]'"
-        ) from error
 
 
 def _made(name: str, build: Callable[[], Any]) -> Any:

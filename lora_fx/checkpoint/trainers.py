@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import logging
 import os
@@ -28,6 +27,7 @@ from lora_fx.checkpoint.folder import folder_of, save_adapter
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.extras import load_optional
 from lora_fx.files import replacing_files
 from lora_fx.ir import Record, join, record_of
 from lora_fx.passes.graph import memory_of
@@ -529,7 +529,8 @@ class _ForLightning:
 
 @functools.cache
 def _class_over(mixin: type, package: str, name: str) -> Any:
-    base = getattr(importlib.import_module(package), name)
+    extra = "lora-fx[hf]" if package == "transformers" else package.partition(".")[0]
+    base = getattr(load_optional(package, "the callback", extra), name)
     return type("AdapterCallback", (mixin, base), {"__module__": __name__})
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, QuantizationError
+from lora_fx.extras import is_installed, load_optional
 from lora_fx.ir import (
     NoOperator,
     OnnxBuilder,
@@ -621,24 +620,24 @@ def stored(values: Tensor, how: Storage) -> nn.Parameter:
     return how.made_by.pack(values, how.fitted(values.shape))
 
 
-def import_library(library: str, name: str) -> Any:
+def import_library(library: str, name: str, requirement: str = "lora-fx[quant]") -> Any:
     """Import a library for a format of it.
+
+    Args:
+        library: The module to import.
+        name: Of the format, for the error.
+        requirement: What pip installs to have the library.
 
     Raises:
         QuantizationError: If that fails, with a format of another library that is there.
     """
     try:
-        return importlib.import_module(library)
-    except (ImportError, OSError, RuntimeError) as error:
+        return load_optional(library, repr(name), requirement, error=QuantizationError)
+    except QuantizationError as error:
         other = next(one for one in _formats if one.library != library and one.names)
-        instead = [repr(name) for name in other.names]
-        there = importlib.util.find_spec(other.library) is not None
+        if not is_installed(other.library):
+            raise
+        instead = " or ".join(repr(name) for name in other.names)
         raise QuantizationError(
-            f"{name!r} needs {library}, which cannot be imported ({error}): "
-            "pip install 'lora-fx[quant]'"
-            + (
-                f", or use {' or '.join(instead)}, for which {other.library} is there"
-                if there
-                else ""
-            )
-        ) from error
+            f"{error}, or use {instead}, for which {other.library} is there"
+        ) from error.__cause__

@@ -68,6 +68,9 @@ fx.wrap("quantized_linear")
 
 _log = logging.getLogger("lora_fx")
 
+# The extra leaves macOS out: bitsandbytes has wheels there from 0.49 on, for macOS 14 and newer alone.
+_REQUIREMENT: Final = "bitsandbytes>=0.49" if sys.platform == "darwin" else "lora-fx[quant]"
+
 
 def _library() -> Any:
     """The library, which has been imported."""
@@ -511,7 +514,7 @@ class BitsandbytesFormat(WeightFormat):
 
     def load(self, name: str) -> Any:
         """See :class:`WeightFormat`."""
-        return import_library(self.library, name)
+        return import_library(self.library, name, _REQUIREMENT)
 
     def device_objection(self, how: Storage, device: torch.device) -> str | None:
         """See :class:`WeightFormat`."""

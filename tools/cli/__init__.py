@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import sys
+
+from lora_fx.extras import install_command
 
 __all__ = ["main"]
 
 
 def main() -> None:
-    """Runs the command line, or says what it needs."""
+    """Run the command line, or say what it needs."""
+    for stream in (sys.stdout, sys.stderr):
+        # A pipe on Windows may have an encoding without "×" or "→": better a "?" than no plan.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         from lora_fx.tools.cli.app import app
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit(f"lora-fx: the command line needs {error.name}: pip install 'lora-fx[cli]'")
+        sys.exit(f"lora-fx: the command line needs {error.name}: {install_command('lora-fx[cli]')}")
     app()

@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from lora_fx.errors import ConfigError, ExportError
+from lora_fx.extras import load_optional
 from lora_fx.files import replacing
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
@@ -446,15 +447,10 @@ def _padded(prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConfigError(
-            f"--tokenizer needs transformers: pip install 'lora-fx[hf]' ({error})"
-        ) from error
+    transformers = load_optional("transformers", "--tokenizer", "lora-fx[hf]")
     if not folder.is_dir():
         raise ConfigError(f"--tokenizer {folder}: there is no such folder")
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise ConfigError(f"{folder} holds no tokenizer that can be read: {error}") from error

@@ -16,6 +16,7 @@ import typer
 
 from lora_fx.config import ALL_LINEAR, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
+from lora_fx.extras import load_optional
 from lora_fx.files import output_file
 from lora_fx.tools.cli import console
 from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
@@ -426,10 +427,7 @@ def config_in(source: Path) -> LoraConfig:
 
 
 def _parse_yaml(text: str) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ConfigError("a YAML file needs PyYAML: pip install 'lora-fx[cli]'") from error
+    yaml = load_optional("yaml", "a YAML file", "lora-fx[cli]")
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_fx.errors import ConfigError
+from lora_fx.extras import check_installed
 from lora_fx.files import replacing
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
@@ -139,12 +139,6 @@ def _figures(report: DemoReport, out: Path) -> Iterator[tuple[str, str | Text]]:
     yield "look at", Text(str(out / "graph.html"), "cyan")
 
 
-def _check_installed(what: str, names: Iterable[str], extra: str) -> None:
-    missing = sorted(name for name in names if importlib.util.find_spec(name) is None)
-    if missing:
-        raise ConfigError(f"{what} needs {', '.join(missing)}: pip install 'lora-fx[{extra}]'")
-
-
 @o.command(repeats={"min": 2}, peer_env={"metavar": "NAME=FOLDER"})
 def bench(
     only: list[str] | None = None,
@@ -169,7 +163,7 @@ def bench(
 
     select(only)
     set_environments(peer_env or ())
-    _check_installed("the benchmark", _MEASURED, "bench")
+    check_installed(_MEASURED, "the benchmark", "lora-fx[bench]")
     with console.progress("measuring") as advance:
         page, images = run_benchmarks(
             only=only,
@@ -223,7 +217,7 @@ def zoo(
         raise ConfigError(f"--optimize is {optimize!r}: give {', '.join(levels)}")
     entries = select(only, group)
     needed = {entry.name.partition("/")[0] for entry in entries} & set(_MODELS)
-    _check_installed("the zoo", needed, "zoo")
+    check_installed(needed, "the zoo", "lora-fx[zoo]")
     whole = only is None and group is None and optimize == "standard"
     target = out or (_ZOO if whole else None)
     store = rows or (target.with_suffix(".json") if target is not None else None)
