@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lora_fx.errors import ExportError, some
 from lora_fx.export.report import size_text
+from lora_fx.files import flush
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -67,7 +68,7 @@ def owned(folder: Path) -> Iterator[None]:
         return
     # It gets its name when it is locked: under that name it is never free while its owner lives.
     unnamed = folder / f"{_LOCK}.new"
-    with unnamed.open("w") as file:
+    with unnamed.open("wb") as file:
         _locks.flock(file, _locks.LOCK_EX)
         unnamed.rename(folder / _LOCK)
         yield
@@ -78,7 +79,7 @@ def abandoned(folder: Path) -> bool:
     if _locks is None:
         return False
     try:
-        with (folder / _LOCK).open("r+") as file:
+        with (folder / _LOCK).open("rb+") as file:
             _locks.flock(file, _locks.LOCK_EX | _locks.LOCK_NB)
     except OSError:  # held, or no such file
         return False
@@ -157,7 +158,7 @@ class Staging:
                 # On the disk before anything refers to it: a crash of the machine soon after a
                 # move can otherwise leave a file of the right name and no content.
                 for file in (self.model, *beside):
-                    _flush(file)
+                    flush(file)
                 for number, (file, place) in enumerate(zip(beside, moved, strict=True)):
                     place.parent.mkdir(parents=True, exist_ok=True)
                     if place.exists():
@@ -282,19 +283,11 @@ def _is_full(error: OSError) -> bool:
     return short or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _flush_folder(path: Path) -> None:
     # Windows opens no folders, and some network file systems flush none: a move is as safe there
     # as they make it.
     try:
-        _flush(path)
+        flush(path)
     except OSError as error:
         _log.debug("cannot flush %s: %s", path, error)
 

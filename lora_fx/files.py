@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["WeightFiles", "current", "output_file", "replacing", "replacing_files"]
+__all__ = ["WeightFiles", "current", "flush", "output_file", "replacing", "replacing_files"]
 
 
 def output_file(
@@ -72,6 +72,20 @@ def replacing(path: Path) -> Iterator[Path]:
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Write a file from the caches of the system to the disk. A full disk may show itself only here.
+
+    Raises:
+        OSError: The file cannot be opened, or the disk is full.
+    """
+    # Windows flushes a file only through a handle that may write. Elsewhere the file may be read-only.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _SAVING: Final = ".saving-"  # what a process writes

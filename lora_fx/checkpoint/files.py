@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
-from lora_fx.files import current, replacing_files
+from lora_fx.files import current, flush, replacing_files
 
 if TYPE_CHECKING:
     from lora_fx.checkpoint.receipt import Receipt
@@ -117,7 +116,7 @@ def write_folder(
             safetensors.torch.save_file(
                 dict(tensors), staged / name, metadata={"format": "pt", **(notes or {})}
             )
-            _flush(staged / name)
+            flush(staged / name)
             if config is not None:
                 config.save_pretrained(staged)
             if receipt is not None:
@@ -161,9 +160,3 @@ def _made(folder: Path) -> Iterator[None]:
             if one.is_dir() and not any(one.iterdir()):
                 one.rmdir()
         raise
-
-
-def _flush(path: Path) -> None:
-    # A full disk may show itself only here.
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -180,9 +180,9 @@ def test_data_and_model_are_flushed_before_the_switch(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
-    flush, replace = placement._flush, Path.replace
+    flush, replace = placement.flush, Path.replace
     monkeypatch.setattr(
-        placement, "_flush", lambda path: (order.append(f"flush {path.suffix}"), flush(path))
+        placement, "flush", lambda path: (order.append(f"flush {path.suffix}"), flush(path))
     )
 
     def moving(self: Path, to: Path) -> Path:

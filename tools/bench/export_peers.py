@@ -139,7 +139,7 @@ def _first_line(text: str) -> str:
 
 
 def _python(folder: Path) -> Path:
-    return folder / "bin" / "python"
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]

@@ -34,7 +34,7 @@ def _packages_of_extras() -> dict[str, list[str]]:
 
 
 # The provider opens it itself, when it first convolves, so that it is not among what it asks for.
-_CUDNN = "libcudnn.so.9"
+_CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
 _BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
@@ -53,6 +53,10 @@ def _python() -> Iterator[Finding]:
     )
     for package in _BASE:
         version = _version(package)
+        if version and package == "torch":
+            version = (
+                torch.__version__
+            )  # with the build, as +cu130, which a wheel's metadata may lack
         state = State.OK if version else State.PROBLEM
         remedy = "" if version else f"pip install {package}"
         yield Finding(topic, package, state, version or "missing", remedy)
@@ -109,7 +113,7 @@ def _provider(topic: str, runtime: Any, short: str) -> Finding:
 
 def _libraries(runtime: Any) -> Iterator[Finding]:
     missing = providers.missing_cuda_libraries(runtime)
-    library = Path(runtime.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    library = providers.cuda_library(runtime)
     needed = providers._needed(library) if library.is_file() else []
     names = {name for name in needed if name.startswith(("libcu", "libnv"))}
     if not providers._loads(_CUDNN):

@@ -13,7 +13,7 @@ import fnmatch
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -141,8 +141,7 @@ def run_jobs(
         One row an entry, in their order. A process that was lost leaves its reason under the stage
         that it was in.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(options.preload))
+    context = _context(options.preload)
     waiting, running = list(reversed(entries)), list[_Running]()
     rows: dict[str, Row] = {}
     try:
@@ -161,6 +160,15 @@ def run_jobs(
         for one in running:
             one.stop()
     return [rows[entry.name] for entry in entries]
+
+
+def _context(preload: Iterable[str]) -> Any:
+    """Return a way to start processes that inherit no threads, quickly where the system has that."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
 
 
 @dataclass
