@@ -124,6 +124,11 @@ wheel: $(BIN)/python ## Build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	rm -rf build
 
+# It pushes, tags and publishes nothing: it prints the commands that do.
+.PHONY: release
+release: $(VENV)/.dev ## Check that a release can be cut, date CHANGELOG.md and build dist/ (ARGS='--date 2030-01-31')
+	@$(BIN)/python .ci/release.py $(ARGS)
+
 .PHONY: clean
 clean: ## Remove what was built and cached; `rm -rf .venv` for the rest
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov

@@ -1,16 +1,20 @@
-"""The wheel, installed into an empty folder elsewhere: one import name, and nothing left out."""
+"""The wheel and the sdist, installed elsewhere: one import name, and nothing left out."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import site as sites
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.docs.pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
@@ -19,6 +23,9 @@ FOLDERS = {
     "export": "lora_fx/export",
     "tools": "lora_fx/tools",
 }
+
+# What an sdist has beside the packages.
+BESIDE = (".ci", "docs", "examples", "tests")
 
 pytestmark = pytest.mark.slow
 
@@ -40,12 +47,13 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy, so that nothing of an earlier build gets in and nothing is left behind."""
     source = tmp_path_factory.mktemp("source")
-    for folder in FOLDERS:
+    for folder in (*FOLDERS, *BESIDE):
         shutil.copytree(
             ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    for file in ("pyproject.toml", "editable.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / file, source)
+    for path in ROOT.iterdir():
+        if path.is_file() and path.suffix in {"", ".in", ".md", ".py", ".toml", ".yml"}:
+            shutil.copy(path, source)
     return source
 
 
@@ -60,6 +68,13 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(*pip, "--wheel-dir", out, source, cwd=out)
     (built,) = out.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dist")
+    code = "import sys, editable; print(editable.build_sdist(sys.argv[1]))"
+    return out / run(sys.executable, "-c", code, out, cwd=source).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +117,53 @@ def test_types_and_the_files_beside_the_code_travel(site: Path, package: str) ->
     }
     assert assets
     assert not {name for name in assets if not (site / "lora_fx/tools" / package / name).is_file()}
+
+
+def test_the_sdist_has_all_of_the_repository(sdist: Path) -> None:
+    """Whoever has it can build, run the tests and read the documentation."""
+    with tarfile.open(sdist) as tar:
+        files = {name.partition("/")[2] for name in tar.getnames()}
+    assert {"editable.py", "pyproject.toml", "MANIFEST.in", "Makefile", "LICENSE"} <= files
+    in_tree = {
+        path.relative_to(ROOT).as_posix()
+        for folder in (*FOLDERS, *BESIDE)
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
+    assert in_tree - files == set()
+    assert not [name for name in files if "__pycache__" in name]
+
+
+@pytest.mark.parametrize("file", ["wheel", "sdist"])
+def test_the_readme_runs_in_a_new_environment(
+    file: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Installed as a user does it, with the dependencies of this environment: they are not downloaded."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    built: Path = request.getfixturevalue(file)
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=tmp_path)
+    (python,) = [*tmp_path.glob("env/bin/python"), *tmp_path.glob("env/Scripts/python.exe")]
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(run(python, "-c", where, cwd=tmp_path).strip())
+    # Later on the path than what is installed here; files like our own editable install's are not read there.
+    borrowed = "".join(f"{folder}\n" for folder in sites.getsitepackages())
+    (packages / "borrowed.pth").write_text(borrowed, encoding="utf-8")
+    pip = (python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index")
+    run(*pip, "--ignore-installed", built, cwd=tmp_path)
+
+    code = next(
+        block.text
+        for block in blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+        if block.language == "python"
+    )
+    code += "\nprint(lora_fx.__file__, tuple(outputs['output'].shape), sep='\\n')\n"
+    (tmp_path / "readme.py").write_text(code, encoding="utf-8")
+    *_, installed, shape = run(python, "readme.py", cwd=tmp_path).splitlines()
+    assert Path(installed) == packages / "lora_fx" / "__init__.py"
+    assert shape == "(8, 5, 4)"
+    (command,) = [*tmp_path.glob("env/bin/lora-fx"), *tmp_path.glob("env/Scripts/lora-fx.exe")]
+    assert run(command, "--version", cwd=tmp_path).split()[-1] in built.name
 
 
 def test_it_imports_from_there(site: Path, tmp_path: Path) -> None:
