@@ -1,6 +1,6 @@
-"""Cuts a release: checks the repository, builds dist/, and writes the date into CHANGELOG.md.
+"""Cut a release: check the repository, build ``dist/``, and write the date into CHANGELOG.md.
 
-``make release`` runs it. Everything is built from what is committed, in a temporary folder. The repository
+``make release`` runs this script. It builds from the last commit, in a temporary folder. The repository
 changes only once both files are built. Nothing is committed, tagged, pushed or published: the commands for
 that are printed.
 """
@@ -74,9 +74,9 @@ def date_section(text: str, version: str, date: str) -> str:
     """
     if text.count(f"{UNRELEASED}\n") != 1:
         raise ReleaseError(f"{CHANGELOG} has to have one section {UNRELEASED!r}: add it at the top")
-    head, _, rest = text.partition(f"{UNRELEASED}\n")
-    end = _HEADING.search(rest)
-    if not re.search(r"^- \S", rest[: end.start()] if end else rest, re.MULTILINE):
+    head, _, tail = text.partition(f"{UNRELEASED}\n")
+    end = _HEADING.search(tail)
+    if not re.search(r"^- \S", tail[: end.start()] if end else tail, re.MULTILINE):
         raise ReleaseError(
             f"the section {UNRELEASED!r} of {CHANGELOG} is empty: there is no change"
         )
@@ -86,11 +86,11 @@ def date_section(text: str, version: str, date: str) -> str:
                 f"{CHANGELOG} has {section['version']} already, and the version is {version}: set a newer "
                 "one in pyproject.toml and lora_fx/__init__.py"
             )
-    return f"{head}{UNRELEASED}\n\n## [{version}] - {date}\n{rest}"
+    return f"{head}{UNRELEASED}\n\n## [{version}] - {date}\n{tail}"
 
 
 def build(root: Path, changelog: str, out: Path) -> list[Path]:
-    """Build the sdist from what is committed, and the wheel from the sdist.
+    """Build the sdist from the last commit, and the wheel from the sdist.
 
     Args:
         root: The repository.
@@ -204,7 +204,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def _backend(source: Path, hook: str, out: Path) -> str:
-    """Call a hook of the build backend in a process of its own, and return the name of its file."""
+    """Call a hook of the build backend in a subprocess, and return the name of the file that it built."""
     code = f"import sys, editable; print(editable.{hook}(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", code, str(out)],

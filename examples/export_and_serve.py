@@ -3,7 +3,7 @@ r"""A server of many adapters over one file: FastAPI, ONNX Runtime, and the adap
 As it stands a tiny classifier and two adapters are made, exported and asked in this process. To listen on
 127.0.0.1, with a model and adapters of your own (folders that lora-fx or PEFT wrote)::
 
-    pip install 'lora-fx[serve,hf,cpu]'
+    pip install '.[serve,hf,cpu]'
     python examples/export_and_serve.py --serve --model FOLDER --adapter maths=FOLDER --adapter code=FOLDER
     curl -H 'Content-Type: application/json' -d '{"input_ids": [[5, 7, 2]], "adapter": "maths"}' \
         http://127.0.0.1:8000/classify

@@ -1,4 +1,4 @@
-"""Cutting a release: what is checked, what is written, and that nothing changes where something is wrong."""
+"""Cutting a release: its checks, its files, and that an error changes nothing."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_what_is_wrong_changes_nothing(
 
 
 def test_a_build_that_fails_changes_nothing(repository: Path) -> None:
-    """As it does where MANIFEST.in leaves out what the build needs."""
+    """MANIFEST.in leaves the build backend out of the sdist, so the wheel cannot be built from it."""
     replace("MANIFEST.in", "editable.py", "")(repository)
     before = contents(repository)
     with pytest.raises(script.ReleaseError, match=r"build_wheel failed: .*editable"):
