@@ -227,7 +227,7 @@ _OPTIONAL = ("lora_fx.export.", "lora_fx.tools.")
 def __getattr__(name: str) -> object:
     """Loads a name, or a module of the package, when it is first asked for."""
     if name in _HOME_OF:
-        _versions.warn_outside_range()
+        _versions.warn_untested()
         found = getattr(_importlib.import_module(_HOME_OF[name]), name)
         return globals().setdefault(name, found)
     spec = None if name.startswith("_") else _find_spec(f"lora_fx.{name}")

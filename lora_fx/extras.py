@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lora_fx.errors import ConfigError, LoraFxError
+from lora_fx.versions import warn_untested
 
 __all__ = ["check_installed", "install_command", "is_installed", "load_optional"]
 
@@ -42,6 +43,7 @@ def load_optional(
     Raises:
         LoraFxError: The package is missing or does not load. The message has the command that installs it.
     """
+    warn_untested([module.partition(".")[0]])
     try:
         return importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as reason:
@@ -70,9 +72,11 @@ def check_installed(
     Raises:
         LoraFxError: Packages are missing. The message has the command that installs them.
     """
+    packages = tuple(packages)
     missing = sorted(name for name in packages if not is_installed(name))
     if missing:
         raise error(f"{purpose} needs {', '.join(missing)}: {install_command(*requirements)}")
+    warn_untested(packages)
 
 
 def is_installed(package: str) -> bool:

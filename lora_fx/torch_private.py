@@ -650,14 +650,11 @@ def fake_store() -> Any:
 
 def forget_sharding() -> None:
     """Clear what DTensor remembers of meshes, which would equal those of the next process group."""
-    from torch.distributed.tensor import debug
+    from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
-    try:
-        from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
-    except ImportError:  # before PyTorch 2.10
-        return
-    clear_redistribute_planner_cache()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):
+        _redistribute.clear_redistribute_planner_cache()
 
 
 def is_flat(parameter: Any) -> bool:

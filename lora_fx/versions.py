@@ -11,10 +11,10 @@ import importlib.metadata
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
-__all__ = ["NEWEST", "oldest", "warn_outside_range"]
+__all__ = ["NEWEST", "oldest", "warn_untested"]
 
 NEWEST: Final[Mapping[str, str]] = {
     "torch": "2.15",
@@ -29,11 +29,16 @@ _WHEELS: Final = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
 _NUMBERS: Final = re.compile(r"\d+(?:\.\d+)*")
 
 
-def warn_outside_range() -> None:
-    """Warn about PyTorch and loaded libraries that are older or newer than what was tested, once for each."""
-    for name in NEWEST:
-        if name == "torch" or name in sys.modules:
-            _warn(name)
+def warn_untested(names: Iterable[str] | None = None) -> None:
+    """Warn about libraries that are older or newer than what was tested, once for each.
+
+    Args:
+        names: Modules; by default PyTorch, and what is loaded of the others.
+    """
+    if names is None:
+        names = {"torch", *sys.modules}
+    for name in NEWEST.keys() & {*names}:
+        _warn(name)
 
 
 @functools.cache

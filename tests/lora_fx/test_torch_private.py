@@ -146,10 +146,7 @@ def paths() -> Iterator[str]:
 
 
 # Names of releases that have come or gone, each read where it may be missing.
-OPTIONAL = {
-    "torch.distributed.tensor._redistribute.clear_redistribute_planner_cache",
-    "torch.nn.functional.grouped_mm",
-}
+OPTIONAL = {"torch.nn.functional.grouped_mm"}
 
 
 @pytest.mark.parametrize("path", sorted(set(paths()) - OPTIONAL))

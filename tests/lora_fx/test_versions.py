@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_fx import versions
+from lora_fx import extras, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,8 +36,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
 def said() -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        versions.warn_outside_range()
-        versions.warn_outside_range()
+        versions.warn_untested()
+        versions.warn_untested()
     return [str(warning.message) for warning in caught]
 
 
@@ -48,7 +48,7 @@ def test_nothing_is_said_about_what_was_tested(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", versions.NEWEST)
 def test_a_newer_one_is_named_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, **{other: newest for other, newest in versions.NEWEST.items()})
+    pretend(monkeypatch, **versions.NEWEST)
     pretend(monkeypatch, **{name: "99.1.0+cu132"})
     (message,) = said()
     oldest = versions.oldest()[name]
@@ -68,7 +68,7 @@ def test_a_release_with_fewer_numbers_is_not_older(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_not_loaded_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, **{name: "99.0" for name in versions.NEWEST})
+    pretend(monkeypatch, **dict.fromkeys(versions.NEWEST, "99.0"))
     for name in versions.NEWEST:
         monkeypatch.delitem(sys.modules, name, raising=False)
     (message,) = said()
@@ -79,3 +79,10 @@ def test_the_bounds_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert "torch>=" + versions.oldest()["torch"] in project["dependencies"]
     assert versions.oldest().keys() >= versions.NEWEST.keys()
+
+
+def test_what_an_export_imports_is_looked_at_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, onnx="99.0")
+    monkeypatch.delitem(sys.modules, "onnx")
+    with pytest.warns(UserWarning, match=r"tested with onnx .* and this is 99\.0"):
+        extras.check_installed(["onnx"], "the export", "lora-fx[gpu]")

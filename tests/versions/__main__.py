@@ -1,14 +1,14 @@
-"""Makes environments of other versions, and runs the README's snippet, the demo and the default suite there.
+"""Run the README's snippet, the demo and the default suite in environments of other versions.
 
-``make test-versions VERSIONS=torch-2.15`` is ``python -m tests.versions torch-2.15``. Each environment is made
-under ``.peers/`` and removed when its tests have run. What it has shown goes into ``results.json`` and into the
+``make test-versions VERSIONS=torch-2.15`` is ``python -m tests.versions torch-2.15``. Each environment is
+made under ``.peers/`` and removed when its tests have run. The results go into ``results.json`` and into the
 table in CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import os
 import shutil
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tests.docs.pages import ROOT, blocks
-from tests.versions.environments import NAMES, NEWEST, Environment, environment
+from tests.versions.environments import NAMES, NEWEST, Environment, can_be_made, environment
 from tests.versions.results import LIBRARIES, Result, Suite, load, store, write_page
 
 _VERSIONS = """
@@ -32,16 +32,20 @@ print(json.dumps([platform.python_version(), versions]))
 def main() -> None:
     """Test the environments of the command line, and exit with 1 if one of them fails."""
     parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
-    parser.add_argument("names", nargs="*", help=f"environments: {', '.join(NAMES)}; all by default")
+    parser.add_argument(
+        "names", nargs="*", help=f"environments: {', '.join(NAMES)}; all by default"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the environments in .peers/")
     parser.add_argument("--jobs", type=int, default=2, help="test processes")
-    parser.add_argument("--list", action="store_true", help="print the names, the newest torch first")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names, the newest torch first"
+    )
     options = parser.parse_args()
     if options.list:
-        print(NEWEST, *(name for name in NAMES if name != NEWEST))
+        print(NEWEST, *(name for name in NAMES if name != NEWEST and can_be_made(name)))
         return
     environments = [environment(name) for name in options.names or NAMES]
-    failed = [one.name for one in environments if not _tested(one, options.jobs, options.keep)]
+    failed = [env.name for env in environments if not _tested(env, options.jobs, options.keep)]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -85,7 +89,9 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
     _say(wanted, f"Python {release}, {', '.join(map(' '.join, versions.items()))}")
     with tempfile.TemporaryDirectory() as scratch:
         snippet = Path(scratch, "snippet.py")
-        code = next(b for b in blocks((ROOT / "README.md").read_text("utf-8")) if b.language == "python")
+        code = next(
+            b for b in blocks((ROOT / "README.md").read_text("utf-8")) if b.language == "python"
+        )
         snippet.write_text(code.text, encoding="utf-8")
         _say(wanted, "the README's snippet")
         snippet_ran = _ends_well([python, snippet], scratch)
@@ -96,7 +102,7 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
         tests = [python, "-m", "pytest", f"-n{jobs}", "--dist=worksteal", "-q"]
         _ends_well([*tests, "--durations=10", f"--junitxml={report}"], str(ROOT))
         suite = Suite.of_report(report) if report.exists() else None
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    today = dt.datetime.now(dt.UTC).date().isoformat()
     return Result(today, release, versions, snippet_ran, demo_ran, suite)
 
 

@@ -1,12 +1,13 @@
-"""The environments that lora-fx is tested in: releases of PyTorch, of Python, and the oldest of everything."""
+"""The environments of ``make test-versions``: releases of PyTorch, releases of Python, the oldest of all."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
 import sys
 
-__all__ = ["NAMES", "NEWEST", "PYTHON", "TORCH", "Environment", "environment"]
+__all__ = ["NAMES", "NEWEST", "PYTHON", "TORCH", "Environment", "can_be_made", "environment"]
 
 TORCH = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
 """Every minor release that ``pyproject.toml`` admits."""
@@ -20,6 +21,8 @@ NAMES = (
     *(f"python-{release}" for release in PYTHON),
     "oldest",
 )
+# What does not say itself which PyTorch it needs.
+_WITH = {"2.9": ("torchao<0.18",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +50,31 @@ def environment(name: str) -> Environment:
     """
     if name not in NAMES:
         raise SystemExit(f"{name!r} is no environment: there are {', '.join(NAMES)}")
+    python = _python_of(name)
+    if not _runs(python):
+        raise SystemExit(
+            f"{name} needs {python}, which is not in PATH: install it, or leave it out"
+        )
     kind, _, release = name.partition("-")
-    python = f"python{release}" if kind == "python" else sys.executable
-    if shutil.which(python) is None:
-        raise SystemExit(f"{name} needs {python}, which is not in PATH: install it, or leave it out")
-    match kind:
-        case "torch":
-            return Environment(name, python, (f"torch=={release}.*",))
-        case "python":
-            return Environment(name, python, (f"torch=={TORCH[-1]}.*",))
-        case _:
-            return Environment(name, python, resolution="lowest-direct")
+    if kind == "oldest":
+        return Environment(name, python, resolution="lowest-direct")
+    release = release if kind == "torch" else TORCH[-1]
+    return Environment(name, python, (f"torch=={release}.*", *_WITH.get(release, ())))
+
+
+def can_be_made(name: str) -> bool:
+    """Return True if the Python of an environment is in PATH."""
+    return _runs(_python_of(name))
+
+
+def _python_of(name: str) -> str:
+    kind, _, release = name.partition("-")
+    return f"python{release}" if kind == "python" else sys.executable
+
+
+def _runs(python: str) -> bool:
+    """Return True if a command runs Python: those of a version manager may only say what to install."""
+    path = shutil.which(python)
+    if path is None:
+        return False
+    return not subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode

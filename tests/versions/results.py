@@ -7,11 +7,21 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from tests.versions.environments import NAMES
 
-__all__ = ["LIBRARIES", "PAGE", "RESULTS", "Result", "Suite", "load", "store", "table", "write_page"]
+__all__ = [
+    "LIBRARIES",
+    "PAGE",
+    "RESULTS",
+    "Result",
+    "Suite",
+    "load",
+    "store",
+    "table",
+    "write_page",
+]
 
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -30,10 +40,12 @@ class Suite:
     @classmethod
     def of_report(cls, path: Path) -> Suite:
         """Read a report of pytest in JUnit's format."""
-        total = ElementTree.parse(path).getroot().find("testsuite")
+        total = ET.parse(path).getroot().find("testsuite")
         if total is None:
             raise ValueError(f"{path} is no report of pytest")
-        count = {name: int(total.attrib[name]) for name in ("tests", "skipped", "failures", "errors")}
+        count = {
+            name: int(total.attrib[name]) for name in ("tests", "skipped", "failures", "errors")
+        }
         failed = count["failures"] + count["errors"]
         return cls(count["tests"] - count["skipped"] - failed, count["skipped"], failed)
 
