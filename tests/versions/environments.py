@@ -9,7 +9,7 @@ import sys
 
 __all__ = ["NAMES", "NEWEST", "PYTHON", "TORCH", "Environment", "can_be_made", "environment"]
 
-TORCH = ("2.9", "2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
+TORCH = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
 """Every minor release that ``pyproject.toml`` admits."""
 
 PYTHON = ("3.12", "3.13", "3.14")
@@ -21,8 +21,6 @@ NAMES = (
     *(f"python-{release}" for release in PYTHON),
     "oldest",
 )
-# What does not say itself which PyTorch it needs.
-_WITH = {"2.9": ("torchao<0.18",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ def environment(name: str) -> Environment:
     if kind == "oldest":
         return Environment(name, python, resolution="lowest-direct")
     release = release if kind == "torch" else TORCH[-1]
-    return Environment(name, python, (f"torch=={release}.*", *_WITH.get(release, ())))
+    return Environment(name, python, (f"torch=={release}.*",))
 
 
 def can_be_made(name: str) -> bool:
