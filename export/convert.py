@@ -663,7 +663,7 @@ def _nothing(*_: object, **__: object) -> None:
 
 
 def _repaired(program: ExportedProgram) -> ExportedProgram:
-    """Write what has no translation as something that has one and is the same, and drop checks of inputs.
+    """Write what has no translation as something that has one and is the same.
 
     Args:
         program: As ``torch.export`` made it; its graph is changed in place.
@@ -683,7 +683,6 @@ def _repaired(program: ExportedProgram) -> ExportedProgram:
             tensor, axis = node.args
             node.target, node.args = torch.ops.aten.stack.default, ([tensor], axis)
     program.graph_module.recompile()
-    torch_private.drop_input_checks(program)
     return program
 
 

@@ -69,7 +69,6 @@ __all__ = [
     "disable_dispatch_modes",
     "dispatch_mode",
     "dispatch_modes",
-    "drop_input_checks",
     "export_tracer",
     "fake_store",
     "fake_tensors",
@@ -84,7 +83,6 @@ __all__ = [
     "fsdp_state",
     "group_size",
     "group_store",
-    "grouped_mm",
     "has_global_hooks",
     "has_kernel",
     "has_triton",
@@ -102,7 +100,6 @@ __all__ = [
     "is_flat",
     "is_flattened",
     "is_left_aligned",
-    "is_reduction",
     "is_torch_function",
     "is_traceable_wrapper_subclass",
     "lazy_clone",
@@ -155,27 +152,6 @@ def schema_of(operator: Any) -> Any:
 def overload_name(operator: Any) -> str:
     """Return the name of an operator's overload, ``"Tensor"`` in ``aten.add.Tensor``."""
     return str(operator._overloadname)
-
-
-_REDUCTIONS: Final = frozenset(
-    (
-        *("all", "amax", "amin", "aminmax", "any", "argmax", "argmin", "count_nonzero"),
-        *("linalg__powsum", "linalg_vector_norm", "logsumexp", "max", "mean", "min", "nansum"),
-        *("norm", "prod", "std", "std_mean", "sum", "var", "var_mean"),
-    )
-)
-
-
-def is_reduction(operator: Any) -> bool:
-    """Return True for an operator of ATen that reduces some axes of its input, as ``sum``."""
-    tag = getattr(torch.Tag, "reduction", None)
-    if tag is not None:
-        return tag in operator.tags
-    # Releases without the tag: what has it in PyTorch 2.13.
-    return (
-        operator.overloadpacket.__name__ in _REDUCTIONS
-        and torch.Tag.pointwise not in operator.tags  # max of two tensors
-    )
 
 
 def is_composite(operator: Any) -> bool:
@@ -400,27 +376,8 @@ FLASH_ATTENTION_CPU: Final = torch.ops.aten._scaled_dot_product_flash_attention_
 GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
 """Products of groups of rows, each with a matrix of its own."""
 
-GROUPED_MM_FUNCTIONS: Final[tuple[Any, ...]] = (
-    torch._grouped_mm,
-    GROUPED_MM,
-    *((F.grouped_mm,) if hasattr(F, "grouped_mm") else ()),
-)
-"""The names under which models call :data:`GROUPED_MM`; ``F.grouped_mm`` came with PyTorch 2.10."""
-
-
-def grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """Multiply groups of rows, each with a matrix of its own.
-
-    Args:
-        left: [n, in], or [p, n] for one product of each group's columns.
-        right: [E, in, out], or [n, q].
-        ends: Index after the last row of each group, [E].
-
-    Returns:
-        [n, out], or [E, p, q].
-    """
-    product: Tensor = torch._grouped_mm(left, right, offs=ends)
-    return product
+GROUPED_MM_FUNCTIONS: Final[tuple[Any, ...]] = (F.grouped_mm, torch._grouped_mm, GROUPED_MM)
+"""The names under which models call :data:`GROUPED_MM`; before PyTorch 2.10 there was no public one."""
 
 
 def attention_choice(*args: Any, **kwargs: Any) -> int:
@@ -554,14 +511,6 @@ def oblivious_shapes() -> AbstractContextManager[None]:
     return settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
 
 
-def drop_input_checks(program: Any) -> None:
-    """Leave out what ``program.module()`` would check of its inputs.
-
-    PyTorch 2.9 writes checks of tensors in a tuple that fail when they run: ``name 'L' is not defined``.
-    """
-    program._guards_code = []
-
-
 def export_tracer() -> ModuleType:
     """Return the module that traces for ``torch.export``. It prints graphs on some errors."""
     from torch.export import _trace
@@ -653,8 +602,7 @@ def forget_sharding() -> None:
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
-    if hasattr(_redistribute, "clear_redistribute_planner_cache"):
-        _redistribute.clear_redistribute_planner_cache()
+    _redistribute.clear_redistribute_planner_cache()
 
 
 def is_flat(parameter: Any) -> bool:
@@ -676,7 +624,7 @@ def fsdp_groups(unit: Any) -> list[Any]:
     """Return what FSDP2 knows of the parameters of a unit; empty where inner units have them all."""
     state = fsdp_state(unit)
     groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # PyTorch 2.9 and 2.10 have one group for each unit
+    if groups is None:  # before PyTorch 2.12 a unit has one group
         group = state._fsdp_param_group
         groups = [] if group is None else [group]
     return list(groups)

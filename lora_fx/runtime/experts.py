@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx import torch_private
 from lora_fx.runtime.samples import like_rows, unseen
 
 __all__ = [
@@ -179,7 +178,7 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if _has_kernel(x):
         padded = _aligned(_aligned(weight, 1), 2)
-        out = torch_private.grouped_mm(_aligned(x, 1), padded.mT, ends)[:, : weight.shape[1]]
+        out = F.grouped_mm(_aligned(x, 1), padded.mT, offs=ends)[:, : weight.shape[1]]
         rows = torch.arange(x.shape[0], device=x.device)
         # What the kernel leaves untouched is not zero.
         return torch.where((rows < ends[-1])[:, None], out, 0).contiguous()
@@ -201,7 +200,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """``Σ left[i]ᵀ right[i]`` over the rows of each expert: [n, p] and [n, q] give [E, p, q]."""
     if _has_kernel(left):
-        out = torch_private.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), ends)
+        out = F.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=ends)
         return out[:, : left.shape[1], : right.shape[1]].contiguous()
     out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
     start = 0

@@ -1006,7 +1006,7 @@ def _kind(func: Any) -> str:
     )
     if name in _MOVES or views or torch.Tag.view_copy in func.tags:
         return "move"
-    if torch_private.is_reduction(func):
+    if torch.Tag.reduction in func.tags:
         return "reduce"
     return "pointwise" if torch.Tag.pointwise in func.tags else "product"
 

@@ -145,11 +145,7 @@ def paths() -> Iterator[str]:
                 yield f"{roots[root]}.{rest}"
 
 
-# Names of releases that have come or gone, each read where it may be missing.
-OPTIONAL = {"torch.nn.functional.grouped_mm"}
-
-
-@pytest.mark.parametrize("path", sorted(set(paths()) - OPTIONAL))
+@pytest.mark.parametrize("path", sorted(set(paths())))
 def test_this_torch_has(path: str) -> None:
     """A name that fails here is gone: find what has replaced it, and say so in ``torch_private.py``."""
     home, _, name = path.rpartition(".")
@@ -244,23 +240,3 @@ def test_apply_is_known() -> None:
     assert not torch_private.is_apply(Own.apply)
     assert not torch_private.is_apply(nn.Module().apply)
     assert not torch_private.is_apply(torch.relu)
-
-
-@pytest.mark.parametrize(
-    ("overload", "reduces"),
-    [
-        (torch.ops.aten.sum.dim_IntList, True),
-        (torch.ops.aten.max.dim, True),
-        (torch.ops.aten.max.other, False),
-        (torch.ops.aten.add.Tensor, False),
-        (torch.ops.aten.mm.default, False),
-    ],
-)
-@pytest.mark.parametrize("tagged", [True, False])
-def test_reductions(
-    overload: Any, reduces: bool, tagged: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not tagged:
-        # As in a release whose tags do not tell.
-        monkeypatch.setattr(torch, "Tag", type("Tag", (), {"pointwise": torch.Tag.pointwise}))
-    assert torch_private.is_reduction(overload) is reduces

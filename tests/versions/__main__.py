@@ -69,13 +69,12 @@ def _tested(wanted: Environment, jobs: int, keep: bool) -> bool:
 
 
 def _install(wanted: Environment, folder: Path, keep: bool) -> None:
-    """Make the environment, with uv: it takes lower bounds, and it asks for no configuration of pip."""
+    """Make the environment, with uv, which does not read the configuration of pip."""
     uv = [str(Path(sys.executable).with_name("uv")), *(() if keep else ("--no-cache",))]
     python = shutil.which(wanted.python)
     subprocess.run([*uv, "venv", "--quiet", "--clear", f"--python={python}", folder], check=True)
     install = [*uv, "pip", "install", "--quiet", f"--python={folder}/bin/python"]
-    install += [f"--resolution={wanted.resolution}", "--editable", f"{ROOT}[test]"]
-    subprocess.run([*install, *wanted.requirements], check=True)
+    subprocess.run([*install, *wanted.requirements, "--editable", f"{ROOT}[test]"], check=True)
 
 
 def _run(wanted: Environment, folder: Path, jobs: int) -> Result:

@@ -6,14 +6,30 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
-__all__ = ["NAMES", "NEWEST", "PYTHON", "TORCH", "Environment", "can_be_made", "environment"]
+from packaging.requirements import Requirement
+
+__all__ = [
+    "NAMES",
+    "NEWEST",
+    "PYTHON",
+    "TORCH",
+    "Environment",
+    "can_be_made",
+    "environment",
+    "lower_bounds",
+]
 
 TORCH = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
 """Every minor release that ``pyproject.toml`` admits."""
 
 PYTHON = ("3.12", "3.13", "3.14")
 """Releases of Python on which the newest PyTorch is tested; the oldest one is that of the others."""
+
+_PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+_FOR_USERS = ("onnx", "gpu", "cli", "hf", "quant")
 
 NEWEST = f"torch-{TORCH[-1]}"
 NAMES = (
@@ -31,13 +47,11 @@ class Environment:
         name: One of :data:`NAMES`.
         python: The command of its Python.
         requirements: What is installed with the package.
-        resolution: Of uv: "highest", or "lowest-direct" for the lower bounds of ``pyproject.toml``.
     """
 
     name: str
     python: str
-    requirements: tuple[str, ...] = ()
-    resolution: str = "highest"
+    requirements: tuple[str, ...]
 
 
 def environment(name: str) -> Environment:
@@ -55,9 +69,23 @@ def environment(name: str) -> Environment:
         )
     kind, _, release = name.partition("-")
     if kind == "oldest":
-        return Environment(name, python, resolution="lowest-direct")
+        return Environment(name, python, lower_bounds())
     release = release if kind == "torch" else TORCH[-1]
     return Environment(name, python, (f"torch=={release}.*",))
+
+
+def lower_bounds() -> tuple[str, ...]:
+    """Return the oldest of everything that users install with lora-fx, and of PEFT, as requirements."""
+    project = tomllib.loads(_PROJECT.read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for name in _FOR_USERS for line in extras[name])]
+    lines += [line for line in extras["bench"] if line.startswith("peft")]
+    bounds = {
+        requirement.name: specifier.version
+        for requirement in map(Requirement, lines)
+        for specifier in requirement.specifier
+    }
+    return tuple(f"{name}=={version}" for name, version in bounds.items())
 
 
 def can_be_made(name: str) -> bool:

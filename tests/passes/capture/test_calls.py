@@ -108,7 +108,6 @@ class Batches(nn.Module):
         return F.grouped_mm(F.grouped_mm(x, self.w).relu(), self.o)
 
 
-@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch.nn.functional has no grouped_mm")
 def test_a_grouped_product_without_ends_is_a_batch_for_each_expert() -> None:
     model, x = Batches(), torch.randn(3, 4, 8)
     adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["w", "o"]), x)
