@@ -103,18 +103,15 @@ def _grouped_linear(x: Any, weight: Any, ends: Any) -> Any:
 
 
 def _grouped_mm(
-    input: Any,  # noqa: A002
-    weight: Any,
-    offs: Any = None,
-    bias: Any = None,
-    out_dtype: int | None = None,
+    self: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: int = -1
 ) -> Any:
-    if offs is None or bias is not None or len(input.shape) != 2 or len(weight.shape) != 3:
+    # PyTorch 2.10 compares the names with those of the operator.
+    if offs is None or bias is not None or len(self.shape) != 2 or len(mat2.shape) != 3:
         raise NotImplementedError(
             "a grouped product is translated for rows in groups [rows, in] and matrices "
             "[groups, in, out], without bias"
         )
-    return _grouped(input, weight, offs)
+    return _grouped(self, mat2, offs)
 
 
 def _grouped(rows: Any, matrices: Any, ends: Any) -> Any:

@@ -108,7 +108,8 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
 def _ends_well(command: list[str | Path], folder: str) -> bool:
     # The names of programs are looked up here, too: ninja and compilers of torch.
     path = os.pathsep.join((str(Path(command[0]).parent), os.environ.get("PATH", "")))
-    done = subprocess.run(command, check=False, cwd=folder, env={**os.environ, "PATH": path})
+    environment = {**os.environ, "PATH": path, "LORA_FX_RECORDS": "1"}
+    done = subprocess.run(command, check=False, cwd=folder, env=environment)
     return done.returncode == 0
 
 
