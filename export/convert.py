@@ -105,7 +105,6 @@ def _grouped_linear(x: Any, weight: Any, ends: Any) -> Any:
 def _grouped_mm(
     self: Any, mat2: Any, offs: Any = None, bias: Any = None, out_dtype: int = -1
 ) -> Any:
-    # PyTorch 2.10 compares the names with those of the operator.
     if offs is None or bias is not None or len(self.shape) != 2 or len(mat2.shape) != 3:
         raise NotImplementedError(
             "a grouped product is translated for rows in groups [rows, in] and matrices "

@@ -22,7 +22,7 @@ __all__ = [
     "lower_bounds",
 ]
 
-TORCH = ("2.10", "2.11", "2.12", "2.13", "2.14", "2.15")
+TORCH = ("2.11", "2.12", "2.13", "2.14", "2.15")
 """Every minor release that ``pyproject.toml`` admits."""
 
 PYTHON = ("3.12", "3.13", "3.14")

@@ -63,7 +63,7 @@ def test_the_lower_bounds_are_all_of_what_users_install() -> None:
         "onnxscript",
         "onnxruntime-gpu",
     } <= names
-    assert "torch==2.10" in environments.lower_bounds()
+    assert "torch==2.11" in environments.lower_bounds()
 
 
 @recorded
@@ -111,9 +111,9 @@ def test_a_row_says_what_happened(changes: dict[str, object], passed: bool, word
 def test_results_are_kept_and_written_into_the_page(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- versions -->\nold\n<!-- /versions -->\nafter\n", encoding="utf-8")
-    results.store({"oldest": row(), "torch-2.10": row(suite=None)}, tmp_path / "results.json")
+    results.store({"oldest": row(), "torch-2.11": row(suite=None)}, tmp_path / "results.json")
     shown = results.load(tmp_path / "results.json")
-    assert list(shown) == ["torch-2.10", "oldest"]
+    assert list(shown) == ["torch-2.11", "oldest"]
     assert shown["oldest"] == row()
     results.write_page(shown, page)
     text = page.read_text(encoding="utf-8")
@@ -136,7 +136,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
     done = command("torch-1.13")
     assert done.returncode == 1
-    assert "there are torch-2.10" in done.stderr
+    assert "there are torch-2.11" in done.stderr
 
 
 def test_a_python_that_is_not_there_is_named(
@@ -149,7 +149,7 @@ def test_a_python_that_is_not_there_is_named(
     with pytest.raises(SystemExit, match=r"python-3\.13 needs python3\.13, which is not in PATH"):
         environments.environment("python-3.13")
     assert not environments.can_be_made("python-3.13")
-    assert environments.can_be_made("torch-2.10")
+    assert environments.can_be_made("torch-2.11")
 
 
 def test_the_newest_one_is_listed_first() -> None:
