@@ -60,10 +60,17 @@ __all__ = [
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """The dtype that autocast computes in on a kind of device; None where it is off."""
-    # There is none on the meta device, and asking for it is an error.
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def _has_autocast(kind: str) -> bool:
+    """Return True if autocast exists on a kind of device; on the meta device, asking for it is an error."""
+    return torch.amp.is_autocast_available(kind)
+
+
+torch_private.make_constant(_has_autocast)  # Dynamo of PyTorch 2.11 cannot trace the question
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
