@@ -1,4 +1,4 @@
-"""Every private name of PyTorch that lora-fx uses, and what it is for.
+"""Every private name of PyTorch that lora-fx uses, with its purpose.
 
 Private names change without notice. They are all here, so that a new release of PyTorch can break one module
 only, and ``tests/lora_fx/test_torch_private.py`` names the one that is gone. ``nn.Module._parameters``,
@@ -145,7 +145,7 @@ DisableTorchFunctionSubclass: Final[Callable[[], AbstractContextManager[None]]] 
 
 
 def schema_of(operator: Any) -> Any:
-    """Return the schema of an operator: its name, arguments and what it writes into."""
+    """Return the schema of an operator: its name, its arguments, and which of them it writes into."""
     return operator._schema
 
 

@@ -1,7 +1,7 @@
 """The releases of other libraries that lora-fx was tested with, and a warning about others.
 
-The oldest are the lower bounds of ``pyproject.toml``, the newest are in :data:`NEWEST`, which
-``tests/versions`` compares with what it has run.
+The oldest are the lower bounds of ``pyproject.toml``. The newest are in :data:`NEWEST`, which
+``tests/versions`` compares with its results.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _NUMBERS: Final = re.compile(r"\d+(?:\.\d+)*")
 
 
 def warn_untested(names: Iterable[str] | None = None) -> None:
-    """Warn about libraries that are older or newer than what was tested, once for each.
+    """Warn about libraries that are older or newer than the tested ones, once for each.
 
     Args:
-        names: Modules; by default PyTorch, and what is loaded of the others.
+        names: Modules; by default PyTorch and the others that are loaded.
     """
     if names is None:
         names = {"torch", *sys.modules}

@@ -11,7 +11,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line, or say what it needs."""
+    """Run the command line, or name the missing package."""
     for stream in (sys.stdout, sys.stderr):
         # A pipe on Windows may have an encoding without "×" or "→": better a "?" than no plan.
         if isinstance(stream, io.TextIOWrapper):
