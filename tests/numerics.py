@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "TORCH",
     "assert_close",
     "assert_same_bits",
     "in_double",
@@ -18,6 +19,9 @@ __all__ = [
     "ulp",
     "ulp_error",
 ]
+
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+"""The release of PyTorch, as (2, 15)."""
 
 # What one rounding of the result, and a few of what it was summed from, may leave.
 TOLERANCE = {

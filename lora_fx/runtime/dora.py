@@ -309,7 +309,8 @@ def shifted(bias: Tensor | None, gains: Tensor, like: Tensor) -> Tensor | None:
         return None
     if is_in_parts(gains):
         gains = factor_beside(gains, like)
-    return ((1 - gains) * bias).to(like.dtype)
+    # The same bits as (1 - g) ∘ bias, which torch.export of PyTorch 2.11 cannot decompose.
+    return ((gains - 1) * -bias).to(like.dtype)
 
 
 def rescaled(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_fx.errors import ParityError
+from lora_fx.errors import ExportError
 from lora_fx.export.onnx import export_onnx
 
 _IMAGE = 5
@@ -77,6 +77,7 @@ def test_without_them_the_padding_of_one_row_changes_another(tmp_path: Path, mod
     if torch.allclose(alone, beside, atol=1e-5):
         pytest.fail("transformers has mended it: take it off docs/internals/export.md, Parity")
     # A file cannot be equal to both.
-    with pytest.raises(ParityError, match="output 'logits' of the exported file differs"):
+    reasons = "output 'logits' of the exported file differs|cannot convert"  # PyTorch 2.11
+    with pytest.raises(ExportError, match=reasons):
         export_onnx(model, tmp_path / "m.onnx", example, dynamic_shapes={})
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx.runtime import chunked, logits
 from lora_fx.tools.bench.counted import measure_memory, saved_bytes
+from tests.numerics import TORCH
 
 VOCABULARY = 97
 
@@ -296,6 +297,8 @@ LOSSES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("frontend", ["auto", "export"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_plain_model(name: str, frontend: Any) -> None:
+    if (name, frontend) == ("mask", "export") and TORCH < (2, 12):
+        pytest.skip("torch.export asks whether a mask selects as many rows of both")
     torch.manual_seed(0)
     model = Plain(LOSSES[name]).double()
     call = tokens()

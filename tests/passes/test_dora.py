@@ -457,7 +457,9 @@ def test_a_nested_tensor_gives_what_its_sequences_give(
     x = torch.nested.nested_tensor(parts, layout=torch.jagged)
     found = gradients(adapted, lambda: torch.cat(adapted(x).unbind()))
     exact = gradients(adapted, lambda: torch.cat([adapted(part) for part in parts]))
-    assert_close(adapted(x).unbind(), [adapted(part) for part in parts])
+    # Two results in bf16 may differ by more than either is off.
+    precise = copy.deepcopy(adapted).double()
+    assert_close(adapted(x).unbind(), [precise(part.double()) for part in parts])
     if dtype == torch.float64:
         assert_close(found, exact)
     assert all(gradient.isfinite().all() for gradient in found)
