@@ -88,6 +88,7 @@ __all__ = [
     "has_triton",
     "in_backward",
     "in_dynamo",
+    "in_export",
     "in_forward_ad",
     "in_functorch",
     "in_functorch_level",
@@ -204,6 +205,17 @@ def unwrap_functorch(tensor: Tensor) -> Tensor:
 def in_dynamo() -> bool:
     """Return True while Dynamo looks at every frame that Python enters."""
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+_DYNAMO_SAYS_EXPORT: Final = torch.__version__ < "2.12"
+
+
+def in_export() -> bool:
+    """Return True while ``torch.export`` traces."""
+    # Dynamo of PyTorch 2.11 takes is_exporting() for true whatever it compiles for.
+    return torch.compiler.is_exporting() and not (
+        _DYNAMO_SAYS_EXPORT and torch.compiler.is_dynamo_compiling()
+    )
 
 
 def compiled_module_class() -> type[nn.Module]:

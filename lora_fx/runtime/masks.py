@@ -232,7 +232,7 @@ def _takes_planes(x: Tensor) -> bool:
     """Whether a mask is drawn for a compiler that makes code for a CPU."""
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not torch_private.in_export()
         and x.device.type == "cpu"
         and x.layout is torch.strided
         and x.dim() > 0
