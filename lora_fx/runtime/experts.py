@@ -7,6 +7,7 @@ graph holds for every call; the products themselves stay outside, where adapters
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -140,6 +141,9 @@ def tokens_repeated(chosen: Tensor) -> Tensor:
     return rows // chosen.shape[-1]
 
 
+_MOE = "transformers.integrations.moe"
+
+
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """The grouped product of transformers, which chooses a kernel for the device and the dtype.
 
@@ -148,10 +152,9 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: [E, in, out].
         ends: Where each expert's rows end, [E].
     """
-    # Only a model of transformers calls it.
-    from transformers.integrations import moe
-
-    product: Tensor = moe._grouped_mm(x, weight, ends)
+    # Only a model of transformers calls it, which has loaded the module. Dynamo of PyTorch 2.11 cannot trace
+    # the import of a part of a package that loads lazily.
+    product: Tensor = sys.modules[_MOE]._grouped_mm(x, weight, ends)
     return product
 
 

@@ -17,7 +17,7 @@ import lora_fx.runtime.samples as sample_calls
 from lora_fx import ConfigError, LoraConfig
 from tests.lora_fx.test_owners import NAMES, Program, expected, model_of, table_of, tokens
 from tests.lora_fx.test_samples import alone
-from tests.numerics import assert_close
+from tests.numerics import TORCH, assert_close
 from tests.zoo import tiny_llama
 
 
@@ -277,13 +277,15 @@ def test_a_compiler_takes_forms_that_were_seen(fullgraph: bool) -> None:
     compiled = torch.compile(model, fullgraph=fullgraph, backend="eager")
     # Dynamo wraps the error where it may not break the graph.
     refused = torch._dynamo.exc.Unsupported if fullgraph else ConfigError
+    # That of PyTorch 2.11 stops at the words of the error.
+    reason = r"not known yet which axis|id\(\)" if TORCH < (2, 12) else "not known yet which axis"
     with lora_fx.adapter_ids(model, NAMES):
-        with pytest.raises(refused, match="not known yet which axis"):
+        with pytest.raises(refused, match=reason):
             compiled(tokens())
         torch._dynamo.reset()
         model(tokens())
         assert_close(compiled(tokens()), expected(base, model, tokens()))
-        with pytest.raises(refused, match="not known yet which axis"):
+        with pytest.raises(refused, match=reason):
             compiled(tokens(6))
     torch._dynamo.reset()
 
