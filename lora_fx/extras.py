@@ -27,7 +27,11 @@ def install_command(*requirements: str) -> str:
 
 
 def load_optional(
-    module: str, purpose: str, *requirements: str, error: type[LoraFxError] = ConfigError
+    module: str,
+    purpose: str,
+    *requirements: str,
+    attribute: str = "",
+    error: type[LoraFxError] = ConfigError,
 ) -> Any:
     """Import a module of an optional package.
 
@@ -35,19 +39,21 @@ def load_optional(
         module: The name to import.
         purpose: What needs it, as the subject of a sentence: ``"the export"``.
         requirements: What installs it; each of them suffices.
+        attribute: A name in the module that is wanted; some packages import when they are asked for it.
         error: The type to raise.
 
     Returns:
-        The module.
+        The module, or the attribute.
 
     Raises:
         LoraFxError: The package is missing or does not load. The message has the command that installs it.
     """
     warn_untested([module.partition(".")[0]])
     try:
-        return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError) as reason:
-        # A package whose shared libraries do not load raises an OSError or a RuntimeError.
+        loaded = importlib.import_module(module)
+        return getattr(loaded, attribute) if attribute else loaded
+    except Exception as reason:
+        # A package whose libraries do not load, or do not fit each other, raises anything.
         package = module.partition(".")[0]
         raise error(
             f"{purpose} needs {package}, which cannot be imported ({reason}): "

@@ -49,6 +49,7 @@ __all__ = [
     "ORIGINAL_MODULE",
     "OUTPUT_PADDING",
     "REPLACEMENT_METHOD",
+    "SET_GRAD_ENABLED",
     "SPARSE_PARTS",
     "TO_COPY",
     "TRACED_ASSERT",
@@ -288,6 +289,10 @@ def is_apply(function: Any) -> bool:
     return not any("apply" in vars(base) for base in own)
 
 
+SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled
+"""Function that ``torch.no_grad``, ``enable_grad`` and ``set_grad_enabled`` call."""
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Call ``callback`` at the end of the backward pass that runs now."""
     engine: Any = torch.autograd.Variable._execution_engine
@@ -389,7 +394,7 @@ GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
 """Products of groups of rows, each with a matrix of its own."""
 
 GROUPED_MM_FUNCTIONS: Final[tuple[Any, ...]] = (F.grouped_mm, torch._grouped_mm, GROUPED_MM)
-"""The names under which models call :data:`GROUPED_MM`; before PyTorch 2.10 there was no public one."""
+"""The functions with which models call :data:`GROUPED_MM`."""
 
 
 def attention_choice(*args: Any, **kwargs: Any) -> int:

@@ -14,19 +14,23 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-__all__ = ["NEWEST", "oldest", "warn_untested"]
+__all__ = ["NEWEST", "oldest", "untested", "warn_untested"]
 
 NEWEST: Final[Mapping[str, str]] = {
     "torch": "2.15",
     "transformers": "5.24",
     "onnx": "1.23",
     "onnxscript": "0.7",
-    "onnxruntime": "1.31",
+    "onnxruntime": "1.32",
 }
 """The newest release of each library that the tests have run with."""
 
-_WHEELS: Final = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
+_WHEELS: Final = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")}
+"""The packages that have a module of another name than theirs."""
+
 _NUMBERS: Final = re.compile(r"\d+(?:\.\d+)*")
+
+_warned: set[str] = set()
 
 
 def warn_untested(names: Iterable[str] | None = None) -> None:
@@ -35,40 +39,56 @@ def warn_untested(names: Iterable[str] | None = None) -> None:
     Args:
         names: Modules; by default PyTorch and the others that are loaded.
     """
-    if names is None:
-        names = {"torch", *sys.modules}
-    for name in NEWEST.keys() & {*names}:
-        _warn(name)
+    loaded = {"torch", *sys.modules} if names is None else {*names}
+    for name in NEWEST:
+        if name not in loaded or name in _warned:
+            continue
+        _warned.add(name)  # before the warning, which a filter may make an error
+        message = untested(name)
+        if message:
+            warnings.warn(f"lora-fx was tested with {message}", stacklevel=_outside())
 
 
-@functools.cache
-def _warn(name: str) -> None:
-    version = _installed(name)
-    first, last = oldest().get(name, ""), NEWEST[name]
-    if not version:
-        return
+def untested(name: str) -> str:
+    """Return the tested range of a library and the version that is outside of it, with a remedy.
+
+    Args:
+        name: A module of :data:`NEWEST`.
+
+    Returns:
+        An empty string for a version that was tested, and where none is installed.
+    """
+    package, version = _installed(name)
+    first, last = oldest().get(package, oldest().get(name, "")), NEWEST[name]
+    if not _release(version):
+        return ""
     if first and _release(version) < _release(first):
-        remedy = f"it may fail: pip install --upgrade '{name}>={first}'"
+        remedy = f"it may fail: pip install --upgrade '{package}>={first}'"
     elif _release(version)[:2] > _release(last):
         remedy = (
             "it should work; if it does not, please report it with the output of `lora-fx doctor`"
         )
     else:
-        return
-    warnings.warn(
-        f"lora-fx was tested with {name} {first or 'releases'} to {last}, and this is {version}: {remedy}",
-        stacklevel=4,
-    )
+        return ""
+    return f"{package} {first or 'releases'} to {last}, and this is {version}: {remedy}"
 
 
-def _installed(name: str) -> str:
-    """Return the version of a library, or an empty string if its package has no metadata."""
+def _outside() -> int:
+    """Return the stack level of the code that called lora-fx, as ``warnings.warn`` counts for our caller."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_fx"):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _installed(name: str) -> tuple[str, str]:
+    """Return the package that a module is of, and its version; an empty one if it has no metadata."""
     for package in _WHEELS.get(name, (name,)):
         try:
-            return importlib.metadata.version(package)
+            return package, importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ""
+    return name, ""
 
 
 @functools.cache

@@ -530,7 +530,7 @@ class _ForLightning:
 @functools.cache
 def _class_over(mixin: type, package: str, name: str) -> Any:
     extra = "lora-fx[hf]" if package == "transformers" else package.partition(".")[0]
-    base = getattr(load_optional(package, "the callback", extra), name)
+    base = load_optional(package, "the callback", extra, attribute=name)
     return type("AdapterCallback", (mixin, base), {"__module__": __name__})
 
 

@@ -455,7 +455,7 @@ class _Eager(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             name = func.__self__.__name__
-        if name == "_set_grad_enabled":
+        if func is torch_private.SET_GRAD_ENABLED:
             self._recorder.refuse(
                 "its forward switches gradients on or off, which a graph would lose"
             )

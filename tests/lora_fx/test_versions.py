@@ -7,21 +7,19 @@ import sys
 import tomllib
 import types
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lora_fx import extras, versions
+from lora_fx.tools.cli import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _warn_again() -> Iterator[None]:
-    versions._warn.cache_clear()
-    yield
-    versions._warn.cache_clear()
+def _warn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_warned", set())
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
@@ -86,3 +84,49 @@ def test_what_an_export_imports_is_looked_at_before(monkeypatch: pytest.MonkeyPa
     monkeypatch.delitem(sys.modules, "onnx")
     with pytest.warns(UserWarning, match=r"tested with onnx .* and this is 99\.0"):
         extras.check_installed(["onnx"], "the export", "lora-fx[gpu]")
+
+
+def test_the_remedy_for_onnx_runtime_is_the_wheel_that_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two wheels share a folder, and break each other."""
+
+    def version(name: str) -> str:
+        if name == "onnxruntime-gpu":
+            return "1.20.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    bound = versions.oldest()["onnxruntime-gpu"]
+    assert f"pip install --upgrade 'onnxruntime-gpu>={bound}'" in versions.untested("onnxruntime")
+
+
+@pytest.mark.parametrize("version", ["unknown", ""])
+def test_a_version_without_numbers_is_not_judged(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    assert not any(map(versions.untested, versions.NEWEST))
+
+
+def test_a_filter_that_makes_it_an_error_raises_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, torch="99.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"99\.0"):
+            versions.warn_untested(["torch"])
+        versions.warn_untested(["torch"])
+
+
+def test_the_warning_is_about_the_line_that_uses_lora_fx(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, onnx="99.0")
+    with pytest.warns(UserWarning, match=r"99\.0") as caught:
+        extras.load_optional("onnx", "the export", "lora-fx[gpu]")
+    assert caught[0].filename == __file__
+
+
+def test_doctor_says_what_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, onnx="99.0")
+    findings = [one for one in doctor.examine() if one.detail == "not tested"]
+    assert [finding.name for finding in findings] == ["onnx"]
+    assert "this is 99.0" in findings[0].remedy

@@ -12,15 +12,17 @@ import datetime as dt
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.docs.pages import ROOT, blocks
-from tests.versions.environments import NAMES, NEWEST, Environment, can_be_made, environment
+from tests.versions.environments import NAMES, NEWEST, Environment, environment, obstacle
 from tests.versions.results import LIBRARIES, Result, Suite, load, store, write_page
 
+_UV = Path(sys.executable).with_name("uv")
 _VERSIONS = """
 import importlib.metadata, json, platform, sys
 known = {d.name.lower() for d in importlib.metadata.distributions()}
@@ -41,10 +43,18 @@ def main() -> None:
         "--list", action="store_true", help="print the names, the newest torch first"
     )
     options = parser.parse_args()
+    here = [name for name in NAMES if not obstacle(name)]
     if options.list:
-        print(NEWEST, *(name for name in NAMES if name != NEWEST and can_be_made(name)))
+        print(NEWEST, *(name for name in here if name != NEWEST))
         return
-    environments = [environment(name) for name in options.names or NAMES]
+    if not _UV.exists():
+        raise SystemExit("uv is missing: make test-versions installs it")
+    for name in () if options.names else NAMES:
+        if name not in here:
+            print(f"== {name}: left out, it needs {obstacle(name)}")
+    environments = [environment(name) for name in options.names or here]
+    # What is terminated, as by a time limit, removes its environment.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = [env.name for env in environments if not _tested(env, options.jobs, options.keep)]
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
@@ -57,6 +67,9 @@ def _tested(wanted: Environment, jobs: int, keep: bool) -> bool:
         _say(wanted, "install")
         _install(wanted, folder, keep)
         result = _run(wanted, folder, jobs)
+    except subprocess.CalledProcessError as error:
+        _say(wanted, f"FAILED: {error}")
+        return False
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +83,7 @@ def _tested(wanted: Environment, jobs: int, keep: bool) -> bool:
 
 def _install(wanted: Environment, folder: Path, keep: bool) -> None:
     """Make the environment, with uv, which does not read the configuration of pip."""
-    uv = [str(Path(sys.executable).with_name("uv")), *(() if keep else ("--no-cache",))]
+    uv = [str(_UV), *(() if keep else ("--no-cache",))]
     python = shutil.which(wanted.python)
     subprocess.run([*uv, "venv", "--quiet", "--clear", f"--python={python}", folder], check=True)
     install = [*uv, "pip", "install", "--quiet", f"--python={folder}/bin/python"]
@@ -85,6 +98,11 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
         [python, "-c", _VERSIONS, *LIBRARIES], check=True, capture_output=True, text=True
     )
     release, versions = json.loads(asked.stdout)
+    kind, _, named = wanted.name.partition("-")
+    if named and not f"{release if kind == 'python' else versions['torch']}.".startswith(
+        f"{named}."
+    ):
+        raise SystemExit(f"{wanted.name} has Python {release} and PyTorch {versions['torch']}")
     _say(wanted, f"Python {release}, {', '.join(map(' '.join, versions.items()))}")
     with tempfile.TemporaryDirectory() as scratch:
         snippet = Path(scratch, "snippet.py")
@@ -99,8 +117,10 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
         _say(wanted, "the default suite")
         report = Path(scratch, "report.xml")
         tests = [python, "-m", "pytest", f"-n{jobs}", "--dist=worksteal", "-q"]
-        _ends_well([*tests, "--durations=10", f"--junitxml={report}"], str(ROOT))
-        suite = Suite.of_report(report) if report.exists() else None
+        ended = _ends_well([*tests, "--durations=10", f"--junitxml={report}"], str(ROOT))
+        suite = Suite.of_report(report)
+        if suite is not None and not ended and not suite.failed:
+            suite = None  # interrupted
     today = dt.datetime.now(dt.UTC).date().isoformat()
     return Result(today, release, versions, snippet_ran, demo_ran, suite)
 

@@ -17,18 +17,20 @@ __all__ = [
     "PYTHON",
     "TORCH",
     "Environment",
-    "can_be_made",
     "environment",
     "lower_bounds",
+    "obstacle",
 ]
 
 TORCH = ("2.11", "2.12", "2.13", "2.14", "2.15")
 """Every minor release that ``pyproject.toml`` admits."""
 
 PYTHON = ("3.12", "3.13", "3.14")
-"""Releases of Python on which the newest PyTorch is tested; the oldest one is that of the others."""
+"""Releases of Python on which the newest PyTorch is tested. The other environments have that of ``.venv``."""
 
 _PROJECT = Path(__file__).parents[2] / "pyproject.toml"
+# The lower bounds have no wheels for later ones.
+_OLDEST_RUNS_ON = ((3, 11), (3, 12))
 _FOR_USERS = ("onnx", "gpu", "cli", "hf", "quant")
 
 NEWEST = f"torch-{TORCH[-1]}"
@@ -58,15 +60,13 @@ def environment(name: str) -> Environment:
     """Return an environment by its name.
 
     Raises:
-        SystemExit: If there is no such name, or its Python is not in PATH.
+        SystemExit: If there is no such name, or it cannot be made here.
     """
     if name not in NAMES:
         raise SystemExit(f"{name!r} is no environment: there are {', '.join(NAMES)}")
+    if needed := obstacle(name):
+        raise SystemExit(f"{name} needs {needed}: install it, or leave it out")
     python = _python_of(name)
-    if not _runs(python):
-        raise SystemExit(
-            f"{name} needs {python}, which is not in PATH: install it, or leave it out"
-        )
     kind, _, release = name.partition("-")
     if kind == "oldest":
         return Environment(name, python, lower_bounds())
@@ -88,9 +88,14 @@ def lower_bounds() -> tuple[str, ...]:
     return tuple(f"{name}=={version}" for name, version in bounds.items())
 
 
-def can_be_made(name: str) -> bool:
-    """Return True if the Python of an environment is in PATH."""
-    return _runs(_python_of(name))
+def obstacle(name: str) -> str:
+    """Return the Python that an environment needs and that is not here, or an empty string."""
+    python = _python_of(name)
+    if not _runs(python):
+        return f"{python}, which is not in PATH"
+    if name == "oldest" and sys.version_info[:2] not in _OLDEST_RUNS_ON:
+        return "a .venv with Python 3.11 or 3.12 (make PYTHON=python3.11)"
+    return ""
 
 
 def _python_of(name: str) -> str:
@@ -103,4 +108,14 @@ def _runs(python: str) -> bool:
     path = shutil.which(python)
     if path is None:
         return False
-    return not subprocess.run([path, "-c", ""], check=False, capture_output=True).returncode
+    try:
+        done = subprocess.run(
+            [path, "-c", ""],
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=30,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0

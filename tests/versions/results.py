@@ -38,11 +38,14 @@ class Suite:
     failed: int
 
     @classmethod
-    def of_report(cls, path: Path) -> Suite:
-        """Read a report of pytest in JUnit's format."""
-        total = ET.parse(path).getroot().find("testsuite")
+    def of_report(cls, path: Path) -> Suite | None:
+        """Read a report of pytest in JUnit's format; None if there is no whole one."""
+        try:
+            total = ET.parse(path).getroot().find("testsuite")
+        except (OSError, ET.ParseError):
+            return None
         if total is None:
-            raise ValueError(f"{path} is no report of pytest")
+            return None
         count = {
             name: int(total.attrib[name]) for name in ("tests", "skipped", "failures", "errors")
         }
@@ -60,7 +63,7 @@ class Result:
         versions: What was installed of :data:`LIBRARIES`.
         snippet: The README's example has run.
         demo: The demo has run.
-        suite: The default suite; None where it could not begin.
+        suite: The default suite; None where it did not end.
     """
 
     date: str
@@ -73,7 +76,8 @@ class Result:
     @property
     def passed(self) -> bool:
         """Everything has run, and nothing has failed."""
-        return self.snippet and self.demo and self.suite is not None and not self.suite.failed
+        tests = self.suite is not None and self.suite.passed > 0 and not self.suite.failed
+        return self.snippet and self.demo and tests
 
 
 def load(path: Path = RESULTS) -> dict[str, Result]:
@@ -96,13 +100,16 @@ def store(results: Mapping[str, Result], path: Path = RESULTS) -> None:
 def table(results: Mapping[str, Result]) -> str:
     """Return the results as a table of Markdown."""
     head = ("environment", "Python", *LIBRARIES, "snippet", "demo", "default suite", "date")
-    rows = [_row(name, result) for name, result in results.items()]
+    rows = [
+        _row(name, results[name]) if name in results else (name, *[""] * (len(head) - 2), "not yet")
+        for name in NAMES
+    ]
     return "".join(f"| {' | '.join(row)} |\n" for row in (head, ("---",) * len(head), *rows))
 
 
 def _row(name: str, result: Result) -> Sequence[str]:
     suite = result.suite
-    counts = "did not begin"
+    counts = "did not end"
     if suite is not None:
         parts = {"passed": suite.passed, "skipped": suite.skipped, "failed": suite.failed}
         counts = ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)

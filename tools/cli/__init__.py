@@ -6,6 +6,7 @@ import io
 import sys
 
 from lora_fx.extras import install_command
+from lora_fx.versions import warn_untested
 
 __all__ = ["main"]
 
@@ -22,4 +23,5 @@ def main() -> None:
         if error.name not in ("typer", "rich"):
             raise
         sys.exit(f"lora-fx: the command line needs {error.name}: {install_command('lora-fx[cli]')}")
+    warn_untested()
     app()

@@ -17,6 +17,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.export import providers
 from lora_fx.export.inspection import Finding, State, examine_file
 from lora_fx.tools.cli import console
+from lora_fx.versions import NEWEST, untested
 
 __all__ = ["EXTRAS", "examine", "show"]
 
@@ -54,12 +55,13 @@ def _python() -> Iterator[Finding]:
     for package in _BASE:
         version = _version(package)
         if version and package == "torch":
-            version = (
-                torch.__version__
-            )  # with the build, as +cu130, which a wheel's metadata may lack
+            version = torch.__version__  # the metadata of a wheel may lack the build, as +cu130
         state = State.OK if version else State.PROBLEM
         remedy = "" if version else f"pip install {package}"
         yield Finding(topic, package, state, version or "missing", remedy)
+    for name in NEWEST:
+        if message := untested(name):
+            yield Finding(topic, name, State.NOTE, "not tested", f"tested with {message}")
 
 
 def _torch() -> Iterator[Finding]:

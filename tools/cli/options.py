@@ -416,6 +416,8 @@ def config_in(source: Path) -> LoraConfig:
     try:
         text = source.read_text(encoding="utf-8")
         values = _parse_yaml(text) if as_yaml else json.loads(text)
+    except ConfigError:
+        raise  # the package for YAML is missing
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source} is not readable {kind}: {error}") from error
     if not isinstance(values, dict):
