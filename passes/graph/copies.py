@@ -12,7 +12,7 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -399,7 +399,8 @@ def share_copy(
     if not sharded:
         _check_whole(model)
     absent = object()
-    memo: dict[int, Any] = {id(value): absent for value in left_out if not isinstance(value, ATOMS)}
+    left = [value for value in left_out if not isinstance(value, ATOMS)]
+    memo: dict[int, Any] = {id(value): absent for value in left}
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
     libraries = [one.layers for one in formats()]
@@ -428,16 +429,17 @@ def share_copy(
         result: nn.Module = _copied(model, memo)
         fill()
         clean(result)
-    _leave_out(result, absent)
+    # From Python 3.14 on, deepcopy looks for no function in the memo.
+    _leave_out(result, {id(absent), *map(id, left)})
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
         _settle(module, libraries)
     return result
 
 
-def _leave_out(model: nn.Module, absent: object) -> None:
+def _leave_out(model: nn.Module, absent: Collection[int]) -> None:
     for module in model.modules():
-        for key in [key for key, value in vars(module).items() if value is absent]:
+        for key in [key for key, value in vars(module).items() if id(value) in absent]:
             del vars(module)[key]
 
 

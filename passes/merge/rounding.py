@@ -240,6 +240,15 @@ class MergedSite:
     relative_change: float
     requantization_error: float = math.nan
 
+    def __eq__(self, other: object) -> bool:
+        """Return True for the same numbers. From Python 3.13 on, NaN would differ from itself."""
+        if not isinstance(other, MergedSite):
+            return NotImplemented
+        return dataclasses.astuple(self) == dataclasses.astuple(other)
+
+    def __hash__(self) -> int:
+        return hash(dataclasses.astuple(self))
+
     @property
     def requantized(self) -> bool:
         """Whether it was quantized again."""
