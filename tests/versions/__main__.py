@@ -47,12 +47,12 @@ def main() -> None:
     if options.list:
         print(NEWEST, *(name for name in here if name != NEWEST))
         return
-    if not _UV.exists():
-        raise SystemExit("uv is missing: make test-versions installs it")
     for name in () if options.names else NAMES:
         if name not in here:
             print(f"== {name}: left out, it needs {obstacle(name)}")
     environments = [environment(name) for name in options.names or here]
+    if not _UV.exists():
+        raise SystemExit("uv is missing: make test-versions installs it")
     # What is terminated, as by a time limit, removes its environment.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failed = [env.name for env in environments if not _tested(env, options.jobs, options.keep)]
