@@ -33,7 +33,9 @@ from lora_fx.torch_private import pytree
 
 __all__ = ["Trace", "normal_size", "trace", "widen_batch"]
 
-_functions = torch_private.sympy_functions()
+_sizes = torch_private.sympy_functions()
+_QUOTIENTS = (_sizes.FloorDiv, _sizes.CleanDiv)
+_REMAINDERS = (_sizes.Mod, _sizes.PythonMod)
 
 
 _TESTS: Mapping[Any, bool] = {
@@ -192,26 +194,16 @@ def normal_size(formula: Any) -> Any:
     args = [normal_size(one) for one in formula.args]
     first = args[0]
     kind = formula.func
-    if kind in (_functions.CeilToInt, _functions.FloorToInt) and isinstance(
-        first, _functions.IntTrueDiv
-    ):
+    if kind in (_sizes.CeilToInt, _sizes.FloorToInt) and isinstance(first, _sizes.IntTrueDiv):
         # Exact: the sizes of tensors are far below 2**53.
         above, below = first.args
         if below.is_Integer and below > 0:
-            return _quotient(above + below - 1 if kind is _functions.CeilToInt else above, below)
-    if (
-        kind in (_functions.FloorDiv, _functions.CleanDiv, _functions.Mod, _functions.PythonMod)
-        and args[1].is_Integer
-        and args[1] > 0
-    ):
+            return _quotient(above + below - 1 if kind is _sizes.CeilToInt else above, below)
+    if kind in (*_QUOTIENTS, *_REMAINDERS) and args[1].is_Integer and args[1] > 0:
         quotient = _quotient(first, args[1])
-        return (
-            quotient
-            if kind in (_functions.FloorDiv, _functions.CleanDiv)
-            else (first - args[1] * quotient).expand()
-        )
-    if kind in (_functions.Max, _functions.Min):
-        sign = 1 if kind is _functions.Max else -1
+        return quotient if kind in _QUOTIENTS else (first - args[1] * quotient).expand()
+    if kind in (_sizes.Max, _sizes.Min):
+        sign = 1 if kind is _sizes.Max else -1
         kept: list[Any] = []
         for one in args:
             if any(_never_negative(sign * (other - one)) for other in kept):
@@ -236,18 +228,18 @@ def _quotient(above: Any, below: Any) -> Any:
     whole, constant = whole + constant // below, constant % below
     if len(rest) == 1:
         [(term, factor)] = rest.items()
-        if isinstance(term, _functions.FloorDiv) and factor == 1 and term.args[1].is_Integer:
+        if isinstance(term, _sizes.FloorDiv) and factor == 1 and term.args[1].is_Integer:
             inner, times = term.args
             return (whole + _quotient(inner + constant * times, below * times)).expand()
     total = sum(term * factor for term, factor in rest.items()) + constant
-    return (whole + _functions.FloorDiv(total, below)).expand()
+    return (whole + _sizes.FloorDiv(total, below)).expand()
 
 
 def _never_negative(formula: Any) -> bool:
     """Whether a formula in normal form is at least 0 whatever the sizes are; False if that is not seen."""
     terms = formula.expand().as_coefficients_dict()
     for term, factor in terms.items():
-        if isinstance(term, _functions.FloorDiv) and term.args[1].is_Integer:
+        if isinstance(term, _sizes.FloorDiv) and term.args[1].is_Integer:
             above, below = term.args
             # It is above / below, less something under 1.
             least = above / below if factor < 0 else (above - below + 1) / below

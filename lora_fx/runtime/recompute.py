@@ -179,7 +179,7 @@ class Chain(Subgraph):
         if type(out) is Tensor and out.device.type in _RECIPES:
             entry = _Entry(recipe, _held(given), out)
             # What cannot be shared lazily was copied, and is of no use.
-            if entry.address == _address(entry.copy):
+            if entry.address == torch_private.data_address(entry.copy):
                 _known[out] = entry
         return out
 
@@ -409,7 +409,10 @@ class _Entry:
     def __init__(self, recipe: _Recipe, held: _Held, out: Tensor) -> None:
         self.recipe, self.held = recipe, held
         self.copy = lazy_copy(out)
-        self.version, self.address = torch_private.version_counter(out), _address(out)
+        self.version, self.address = (
+            torch_private.version_counter(out),
+            torch_private.data_address(out),
+        )
         self.versions = [torch_private.version_counter(one) for one in self._inputs() or ()]
 
     def _inputs(self) -> list[Tensor] | None:
@@ -418,17 +421,15 @@ class _Entry:
 
     def inputs(self, out: Tensor) -> list[Tensor] | None:
         """The inputs, if they and the output are what they were."""
-        if (torch_private.version_counter(out), _address(out)) != (self.version, self.address):
+        if (torch_private.version_counter(out), torch_private.data_address(out)) != (
+            self.version,
+            self.address,
+        ):
             return None
         found = self._inputs()
         if found is None or [torch_private.version_counter(one) for one in found] != self.versions:
             return None
         return found
-
-
-def _address(tensor: Tensor) -> int:
-    # data_ptr would copy memory that is shared until it is written to.
-    return torch_private.data_address(tensor)
 
 
 _known: MutableMapping[Tensor, _Entry] = WeakTensorKeyDictionary()

@@ -327,10 +327,9 @@ def _moved(*moved: str, fill: str = "") -> Callable[[Operation], Sets]:
 
 
 def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
-    args = [
-        named[one.name] for one in torch_private.schema_of(func).arguments if not one.kwarg_only
-    ]
-    only = (one.name for one in torch_private.schema_of(func).arguments if one.kwarg_only)
+    arguments = torch_private.schema_of(func).arguments
+    args = [named[one.name] for one in arguments if not one.kwarg_only]
+    only = (one.name for one in arguments if one.kwarg_only)
     result: Tensor = func(*args, **{name: named[name] for name in only if name in named})
     return result
 

@@ -734,7 +734,7 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
             for part in _parts(tensor):
                 if not _plain(part):
                     return []
-                start = _address(part)
+                start = torch_private.data_address(part)
                 if not start and part.numel():
                     return []  # it is somewhere else
                 stop, alive = start + _span(part), weakref.ref(part.untyped_storage())
@@ -929,7 +929,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         for part in _parts(tensor):
             if part.device.type == "meta":
                 continue
-            start = _address(part)
+            start = torch_private.data_address(part)
             place = bisect.bisect_right(self._starts, start) - 1
             if place >= 0 and start < self._weights[place].stop:
                 found |= {self._weights[place].site.weight}
@@ -950,7 +950,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
                 self._derived[storage] = found | self._derived.get(storage, _NONE)
 
     def _inside(self, tensor: torch.Tensor) -> bool:
-        start = _address(tensor)
+        start = torch_private.data_address(tensor)
         place = bisect.bisect_right(self._starts, start) - 1
         return place >= 0 and start < self._weights[place].stop
 
@@ -1101,17 +1101,13 @@ def _runs(node: torch.fx.Node, code: CodeType) -> bool:
     )
 
 
-def _address(tensor: torch.Tensor) -> int:
-    """Where a tensor lies; ``data_ptr`` would copy memory that is shared until it is written to."""
-    return torch_private.data_address(tensor)
-
-
 def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
     value: Any = module
     for atom in name.split("."):
         value = getattr(value, atom, None)
     return any(
-        _address(part) < weight.stop and weight.start < _address(part) + _span(part)
+        torch_private.data_address(part) < weight.stop
+        and weight.start < torch_private.data_address(part) + _span(part)
         for part in _parts(value)
     )
 

@@ -393,11 +393,8 @@ class _Form:
 
     def __init__(self, graph: fx.Graph) -> None:
         code = graph.python_code(root_module="self")
-        guard = (
-            torch_private.codegen_of(graph)
-            if isinstance(torch_private.codegen_of(graph), GuardedCodeGen)
-            else None
-        )
+        codegen = torch_private.codegen_of(graph)
+        guard = codegen if isinstance(codegen, GuardedCodeGen) else None
         # Who traces the module sees one node in each of these functions.
         whole = [name for name, value in code.globals.items() if _is_ours(value)]
         self.source = "".join(f"{_WRAP}({name!r})\n" for name in whole) + code.src

@@ -208,12 +208,9 @@ def copy_units(
                 memo[id(value)] = copied(rest, memo)
 
     def fill() -> None:
+        left = torch_private.unit_attributes() if made else ()
         for unit, new in made.items():
-            held = {
-                key: value
-                for key, value in vars(unit).items()
-                if key not in torch_private.unit_attributes()
-            }
+            held = {key: value for key, value in vars(unit).items() if key not in left}
             new.__dict__.update(copied(held, memo))
 
     return fill

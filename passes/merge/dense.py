@@ -43,7 +43,6 @@ from lora_fx.passes.parameters import (
     is_partitioned,
     is_sharded,
     mark_adapted,
-    own_part,
     place_base,
     trained_by_hand,
     unprotect,
@@ -188,7 +187,7 @@ def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
 
 def _stored(weight: torch.Tensor) -> Quantization | None:
     """How a weight is quantized, or the part of it that this process has."""
-    return quantization_of(own_part(weight))
+    return quantization_of(torch_private.local_tensor(weight))
 
 
 def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
@@ -216,7 +215,7 @@ def values_of(
         return detached(weight)
     dtype = torch.float32 if dtype in _WIDE else stored.dtype
     if is_sharded(weight):
-        values = with_part(weight, dense(own_part(weight), dtype))
+        values = with_part(weight, dense(torch_private.local_tensor(weight), dtype))
     else:
         values = dense(weight, dtype)
     return values if layouts.get(name, "out_in") == "out_in" else values.T
@@ -299,7 +298,7 @@ def _is_known(
     module: nn.Module, weight: nn.Parameter, name: str, layouts: Mapping[str, Layout]
 ) -> bool:
     """Whether the code that reads a weight can read a dense one in its place."""
-    known = format_of(own_part(weight))
+    known = format_of(torch_private.local_tensor(weight))
     return bool(known and known.shows_values) or name in layouts or _plain(module) is not None
 
 

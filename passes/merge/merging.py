@@ -69,7 +69,6 @@ from lora_fx.passes.parameters import (
     factors_of,
     gathered,
     is_sharded,
-    own_part,
     own_value,
     parameter_of,
     reshard,
@@ -106,7 +105,7 @@ def unshared(model: nn.Module) -> frozenset[str]:
     model that was made of this one, a ``state_dict`` that is kept. Nor one that is no plain tensor.
     """
     places = _places(model)
-    alone = _users(torch.empty(1))
+    alone = torch_private.storage_users(torch.empty(1))
     return frozenset(
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -116,13 +115,8 @@ def unshared(model: nn.Module) -> frozenset[str]:
         and parameter.is_contiguous()
         and not parameter.is_inference()
         and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
-        and _users(parameter) == alone
+        and torch_private.storage_users(parameter) == alone
     )
-
-
-def _users(tensor: torch.Tensor) -> int:
-    """How many objects hold the tensor's storage, the one that is asked among them."""
-    return torch_private.storage_users(tensor)
 
 
 def _places(model: nn.Module) -> Counter[int]:
@@ -437,7 +431,10 @@ def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: boo
     Also to quantize again what each process has a part of: no format puts parts together.
     """
     for name, parameter in model.named_parameters() if requantize else ():
-        if is_sharded(parameter) and quantization_of(own_part(parameter)) is not None:
+        if (
+            is_sharded(parameter)
+            and quantization_of(torch_private.local_tensor(parameter)) is not None
+        ):
             raise MergeError(
                 f"{name} is quantized, and cut into parts that several processes hold: so it is not "
                 "quantized again. Leave out requantize=True, or save the adapter on every rank "

@@ -85,8 +85,9 @@ def _name_of(node: fx.Node) -> str | None:
         return None
     target = target_of(node)
     if isinstance(target, torch_private.OpOverload):
-        name = torch_private.schema_of(target).name.removeprefix("aten::")
-        known = name in _NAMES.values() and not torch_private.schema_of(target).is_mutable
+        schema = torch_private.schema_of(target)
+        name = schema.name.removeprefix("aten::")
+        known = name in _NAMES.values() and not schema.is_mutable
         return name if known else None
     try:
         found = _NAMES.get(target)

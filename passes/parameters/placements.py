@@ -24,7 +24,6 @@ from lora_fx.passes.parameters.replacements import (
     answering,
     is_sharded,
     module_at,
-    own_part,
     weight_at,
 )
 from lora_fx.runtime import called_by_all
@@ -103,7 +102,14 @@ def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
         found.update(f"{name} {tuple(value.shape)}".encode())
         own: Any = value.detach()
         if not is_sharded(own) or all(one.is_replicate() for one in own.placements):
-            found.update(own_part(own).contiguous().cpu().view(torch.uint8).numpy().tobytes())
+            found.update(
+                torch_private.local_tensor(own)
+                .contiguous()
+                .cpu()
+                .view(torch.uint8)
+                .numpy()
+                .tobytes()
+            )
     return found.hexdigest()
 
 

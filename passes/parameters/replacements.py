@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx import torch_private
 from lora_fx.errors import LoraFxError, ProcessError
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
@@ -42,7 +41,6 @@ __all__ = [
     "is_computed",
     "is_sharded",
     "module_at",
-    "own_part",
     "own_value",
     "parameter_of",
     "place_base",
@@ -292,11 +290,6 @@ def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is cut into parts (a DTensor)."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
-
-
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a tensor; the tensor itself where it is whole."""
-    return torch_private.local_tensor(tensor)
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:

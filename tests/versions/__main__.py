@@ -43,13 +43,14 @@ def main() -> None:
         "--list", action="store_true", help="print the names, the newest torch first"
     )
     options = parser.parse_args()
-    here = [name for name in NAMES if not obstacle(name)]
+    needed = {name: obstacle(name) for name in NAMES}
+    here = [name for name in NAMES if not needed[name]]
     if options.list:
         print(NEWEST, *(name for name in here if name != NEWEST))
         return
     for name in () if options.names else NAMES:
-        if name not in here:
-            print(f"== {name}: left out, it needs {obstacle(name)}")
+        if needed[name]:
+            print(f"== {name}: left out, it needs {needed[name]}")
     environments = [environment(name) for name in options.names or here]
     if not _UV.exists():
         raise SystemExit("uv is missing: make test-versions installs it")
@@ -67,17 +68,16 @@ def _tested(wanted: Environment, jobs: int, keep: bool) -> bool:
         _say(wanted, "install")
         _install(wanted, folder, keep)
         result = _run(wanted, folder, jobs)
-    except subprocess.CalledProcessError as error:
+        # Before the environment is removed, which takes long enough to be interrupted.
+        store({**load(), wanted.name: result})
+        write_page(load())
+        _say(wanted, "passed" if result.passed else "FAILED")
+    except (subprocess.CalledProcessError, ValueError) as error:
         _say(wanted, f"FAILED: {error}")
         return False
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
-    results = load()
-    results[wanted.name] = result
-    store(results)
-    write_page(load())
-    _say(wanted, "passed" if result.passed else "FAILED")
     return result.passed
 
 
@@ -102,7 +102,7 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
     if named and not f"{release if kind == 'python' else versions['torch']}.".startswith(
         f"{named}."
     ):
-        raise SystemExit(f"{wanted.name} has Python {release} and PyTorch {versions['torch']}")
+        raise ValueError(f"it has Python {release} and PyTorch {versions['torch']}")
     _say(wanted, f"Python {release}, {', '.join(map(' '.join, versions.items()))}")
     with tempfile.TemporaryDirectory() as scratch:
         snippet = Path(scratch, "snippet.py")

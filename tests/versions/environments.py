@@ -105,6 +105,8 @@ def _python_of(name: str) -> str:
 
 def _runs(python: str) -> bool:
     """Return True if a command runs Python: those of a version manager may only say what to install."""
+    if python == sys.executable:
+        return True
     path = shutil.which(python)
     if path is None:
         return False
