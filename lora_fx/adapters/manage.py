@@ -7,6 +7,7 @@ before any adapter, so that one that is not active costs nothing when the model 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -19,6 +20,7 @@ from lora_fx.adapters.switching import (
     check_known,
     check_regions,
     check_together,
+    enter,
     leave,
     on_base,
     run_with,
@@ -289,8 +291,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     this one the model is the base even where :func:`adapter_ids` names adapters, and what
     :func:`set_adapter` chooses takes effect afterwards.
 
+    The model itself changes, for all threads. To run the base in one of them, prepare the model with
+    ``set_adapter(model, names, per_sample=True)`` and name None for the samples.
+
     Raises:
-        ConfigError: If the model is not rewritten.
+        ConfigError: If the model is not rewritten, or another thread or task is in a block of it.
     """
     with _inside_block(model, ActiveAdapters()):
         yield model
@@ -307,6 +312,9 @@ def adapter_ids(
     out again. Serving loops prepare it once: then only indices change. Contexts nest: the innermost says
     which, unless :func:`disable_adapter` is around it; what :func:`set_adapter` chooses counts afterwards.
 
+    The block holds for the thread or asyncio task that is in it. Any number of them can be in blocks of a
+    prepared model at the same time.
+
     Args:
         model: A rewritten model whose arguments have the samples as their first dimension, and whose
             activations have them there, one after the other. The first call of each form and range
@@ -318,7 +326,8 @@ def adapter_ids(
 
     Raises:
         ConfigError: If there is no such adapter, one has something in place of a parameter of the
-            base, or a site whose rows are not samples; and when the model is called, if the batch has
+            base, or a site whose rows are not samples; if the graphs have to be edited while another
+            thread or task is in a block of this model; and when the model is called, if the batch has
             another number of samples, a site reads rows that are not seen to be those of sample after
             sample (positions, sequence first, a batch that is doubled inside), samples are mixed, or a call
             of a new form cannot be followed (by a compiler): call the model itself once before.
@@ -339,11 +348,9 @@ def adapter_ids(
 @contextmanager
 def _inside_block(model: nn.Module, block: ActiveAdapters) -> Iterator[None]:
     """Apply a block until it is left, in whatever order blocks are left."""
+    block = dataclasses.replace(block, thread=threading.get_ident())
     with without_wrappers(model) as inner:
-        record = require_record(inner)
-        run_with(
-            inner, dataclasses.replace(record, chosen=record.choice, blocks=(*record.blocks, block))
-        )
+        enter(inner, block)
     try:
         yield
     finally:

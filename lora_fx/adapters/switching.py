@@ -1,13 +1,19 @@
 """Which adapters a model runs with: graphs are made from those without branches, parameters change places.
 
 What counts is what :func:`lora_fx.set_adapter` has chosen, and what the ``with`` blocks around it say.
+
+Any number of threads and asyncio tasks may be inside blocks as long as the model's graphs serve all of them:
+those of a model that is prepared for an adapter for each sample do. Graphs are edited, for a block or for
+good, only while no other thread or task is in a block.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -42,6 +48,7 @@ __all__ = [
     "check_known",
     "check_regions",
     "check_together",
+    "enter",
     "leave",
     "on_base",
     "run_with",
@@ -138,6 +145,10 @@ def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens])
             )
 
 
+_around: ContextVar[tuple[ActiveAdapters, ...]] = ContextVar("lora_fx_blocks")
+"""The ``with`` blocks that the running code is in, of all models, the innermost last."""
+
+
 def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
     """Lets a model run with what a record says.
 
@@ -150,17 +161,35 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
         ConfigError, CaptureError: If that cannot be. The model is as it was then.
     """
     before, wanted = require_record(model), _wanted_of(record)
+    edits = anew or (wanted.names, wanted.per_sample) != (before.active, before.per_sample)
+    _check_alone(record, edits)
     record = dataclasses.replace(
         record,
         active=before.active,
         per_sample=before.per_sample,
         chosen=record.choice if record.blocks else None,
     )
-    if anew or (wanted.names, wanted.per_sample) != (before.active, before.per_sample):
+    if edits:
         _edit(model, record, wanted)
     else:
         model.__dict__["_lora_fx"] = record
-    _assign(model, wanted)
+    _assign(model, record, wanted)
+
+
+def enter(model: nn.Module, block: ActiveAdapters) -> None:
+    """Lets a block count for the thread or task that runs this.
+
+    Raises:
+        ConfigError, CaptureError: If that cannot be. The model is as it was then.
+    """
+    record = require_record(model)
+    token = _around.set((*_around.get(()), block))
+    blocks = (*record.blocks, block)
+    try:
+        run_with(model, dataclasses.replace(record, chosen=record.choice, blocks=blocks))
+    except BaseException:
+        _around.reset(token)
+        raise
 
 
 def leave(model: nn.Module, block: ActiveAdapters) -> None:
@@ -170,8 +199,14 @@ def leave(model: nn.Module, block: ActiveAdapters) -> None:
         CaptureError: In that case. The model then goes on with what it has.
     """
     record = require_record(model)
-    blocks = tuple(one for one in record.blocks if one is not block)
+    _around.set(tuple(other for other in _around.get(()) if other is not block))
+    blocks = tuple(other for other in record.blocks if other is not block)
     record = dataclasses.replace(record, chosen=record.choice, blocks=blocks)
+    if _others(record):
+        # They run what the model runs. The last one to leave brings the choice back.
+        model.__dict__["_lora_fx"] = record
+        _assign(model, record, _wanted_of(record))
+        return
     try:
         run_with(model, record)
     except BaseException:
@@ -180,24 +215,61 @@ def leave(model: nn.Module, block: ActiveAdapters) -> None:
         raise
 
 
+def _own(record: Record) -> list[ActiveAdapters]:
+    """The blocks of a model that the running code is in, the innermost last."""
+    around = {id(block) for block in _around.get(())}
+    return [block for block in record.blocks if id(block) in around]
+
+
+def _others(record: Record) -> list[ActiveAdapters]:
+    """The blocks of a model that other threads or tasks are in."""
+    around = {id(block) for block in _around.get(())}
+    return [block for block in record.blocks if id(block) not in around]
+
+
+def _check_alone(record: Record, edits: bool) -> None:
+    """Refuses graphs other than those that were chosen while several threads or tasks are in blocks.
+
+    Args:
+        record: What the model is to become.
+        edits: Whether its graphs are to be edited.
+
+    Raises:
+        ConfigError: If graphs are to be edited, or were for a block of another thread or task.
+    """
+    if not _others(record):
+        return
+    choice = record.choice
+    if edits or (record.active, record.per_sample) != (choice.names, choice.per_sample):
+        raise ConfigError(
+            "another thread or task is inside `with lora_fx.adapter_ids(...)` or `disable_adapter(...)` of "
+            "this model, and its graphs serve one of both only: prepare it for all of them once, with "
+            "lora_fx.set_adapter(model, [names], per_sample=True), and name None for a sample of the base; "
+            "or enter such blocks one after the other"
+        )
+
+
 def _wanted_of(record: Record) -> ActiveAdapters:
     """What a model is to run with: the base if some block disables adapters, else what the innermost says.
 
     Graphs that have a branch for each adapter that samples name serve them as they are.
     """
-    if any(not block.ids for block in record.blocks):
+    blocks = _own(record)
+    if any(not block.ids for block in blocks):
         return ActiveAdapters()
     wanted = record.choice
-    for block in record.blocks:
+    for block in blocks:
         served = wanted.per_sample and set(block.names) <= set(wanted.names)
         wanted = dataclasses.replace(block, names=wanted.names if served else block.names)
     return wanted
 
 
-def _assign(model: nn.Module, wanted: ActiveAdapters) -> None:
+def _assign(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     """Says which sample of a batch has which adapter, or that none was given."""
+    thread = threading.get_ident()
+    shared = any(block.thread == thread for block in _others(record))
     for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
-        holder.assign(wanted.ids, wanted.repeats)
+        holder.assign(wanted.ids, wanted.repeats, shared=shared)
 
 
 def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:

@@ -227,12 +227,14 @@ class ActiveAdapters:
         per_sample: Whether each sample of a batch has one of them, or none.
         ids: The adapter of each sample, or None for the base; empty if none was given.
         repeats: How many times in a row a batch may have each sample.
+        thread: The thread that is in the ``with`` block that says so; 0 where that was no block.
     """
 
     names: tuple[str, ...] = ()
     per_sample: bool = False
     ids: tuple[str | None, ...] = ()
     repeats: int = 1
+    thread: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +256,8 @@ class Record:
             rewritten.
         optimize: Whether branches are fused with their operations.
         chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
-        blocks: What the ``with`` blocks say that the model is in, the innermost last. A copy is in none.
+        blocks: What the ``with`` blocks say that are open, in all threads and tasks, in the order in which
+            they were entered. A copy is in none.
         by_hand: FQNs of the base's parameters that were trained although no adapter trains them
             (:mod:`lora_fx.passes.parameters.rewritten`).
         forwards: FQNs of the modules that had a ``forward`` of their instance at the rewrite.

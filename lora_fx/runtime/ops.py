@@ -82,8 +82,18 @@ __all__ = [
 
 # Of modules, and of lora_fx.runtime.samples.SampleRows.
 _TAKEN = (
-    *("training", "samples", "repeats", "alike", "state", "proofs", "folded", "call"),
-    *("assign", "assigned", "reassign", "lay_out", "layouts"),
+    *(
+        "training",
+        "thread",
+        "threads",
+        "inherited",
+        "samples",
+        "repeats",
+        "state",
+        "proofs",
+        "folded",
+    ),
+    *("assign", "assigned", "of_blocks", "reassign", "settle", "lay_out"),
 )
 
 

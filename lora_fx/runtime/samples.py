@@ -3,6 +3,10 @@
 A call of a form that has not been seen is followed (:mod:`lora_fx.runtime.row_tracking`) while it runs, and
 refused where a site reads rows that are not those of the samples. Calls of the same form run as they are
 then.
+
+Threads and asyncio tasks may share a model. What a ``with`` block says is kept in a context variable, so that
+it holds for the thread or task that is in the block. A call runs in one thread from its beginning to its end,
+and keeps what it needs in a thread-local object, which a compiler can read as well.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ import contextlib
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,8 +72,15 @@ COLUMNS = -1
 """The axis of the samples where a weight is on the left of its product: they are the columns of a matrix, or
 lie before both dimensions of a product."""
 
-_followers: list[Follower] = []
-"""Those of the calls that are followed at this moment."""
+
+class _Following(threading.local):
+    """The followers of the calls that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.followers: list[Follower] = []
+
+
+_following = _Following()
 
 IDS = "adapter_ids"
 """The argument of a call by which each sample of it is given an adapter."""
@@ -125,65 +138,152 @@ class Layout(NamedTuple):
         return found
 
 
+class _ThreadState:
+    """What a thread knows of the samples that its calls of a model have.
+
+    Attributes:
+        assigned: Which samples each adapter has.
+        samples, repeats: Those of ``assigned``.
+        alike: Whether all samples have the same adapter, so that it does not matter which row is whose.
+        rows: The numbers of each adapter's samples, [n], by its name.
+        layouts: Where they put the rows of matrices that sites have read.
+        shared: Whether tasks take turns in this thread, each inside a block of its own. Between calls the
+            thread then has no samples.
+        state: What is known of the call that is running.
+        opened_by: The name of the module whose call is running, "" for the model; None if there is no call.
+        depth: How many calls of that module are inside each other.
+        follower, form, sizes, failing: If the call is followed: by what, its form and sizes, and the
+            exception that was being handled when it began.
+        call: What is to be told if the call that is running ends otherwise than by a return or an error.
+    """
+
+    def __init__(self) -> None:
+        self.assigned = _Assigned()
+        self.samples, self.repeats, self.alike = 0, 1, True
+        self.rows: dict[str, Tensor] = {}
+        self.layouts: dict[Any, Layout] = {}
+        self.shared = False
+        self.state = CLOSED
+        self.opened_by: str | None = None
+        self.depth = 0
+        self.follower: Follower | None = None
+        self.form: object = None
+        self.sizes: tuple[int, ...] = ()
+        self.failing: BaseException | None = None
+        self.call: Any = None
+
+
+class _Threads(threading.local):
+    """The state of the running thread.
+
+    Writes go to an object in it: Dynamo leaves out those to a thread-local object itself.
+    """
+
+    def __init__(self) -> None:
+        self.running = _ThreadState()
+
+
+_blocks: ContextVar[Mapping[_Threads, _Assigned]] = ContextVar("lora_fx_samples")
+"""What the ``with`` blocks around the running code have assigned, for each model's table."""
+
+
 class SampleRows(AdapterModule):
     """Which samples of the batch each adapter has. All sites of a model share one.
 
+    Each adapter has a buffer without elements, which is on the device where its rows are needed.
+
     Attributes:
-        samples: Number of samples in the batch; 0 while that is not known.
-        repeats: How many times in a row the batch may have each sample.
-        alike: Whether all samples have the same adapter, so that it does not matter which row is whose.
-        state: What is known of the call that is running.
+        threads: What is known in each thread.
+        inherited: What is assigned where no block says otherwise: what held where this was copied.
         proofs: The forms of call that were followed and have the samples as their rows.
         folded: Those with several rows for each sample, and the sizes of each.
-        call: What is to be told if the call that is running ends otherwise than by a return or an error.
-        assigned: Which samples each adapter has.
-        layouts: Where that puts the rows of matrices that sites have read.
     """
-
-    samples: int
-    repeats: int
 
     def __init__(self, adapters: Sequence[str], device: torch.device) -> None:
         super().__init__()
-        self.samples, self.repeats, self.alike = 0, 1, True
-        self.state = CLOSED
+        self.threads = _Threads()
+        self.inherited = _Assigned()
         self.proofs = Sizes()
         self.folded: set[object] = set()
-        self.call: Any = None
-        self.assigned = _Assigned()
-        self.layouts: dict[Any, Layout] = {}
         for name in adapters:
             empty = torch.empty(0, dtype=torch.long, device=device)
             self.register_buffer(name, empty, persistent=False)
 
-    def assign(self, ids: Sequence[str | None], repeats: int = 1) -> None:
-        """Says which sample has which adapter.
+    def __getattr__(self, name: str) -> Any:
+        """An attribute: for the name of an adapter, the numbers of its samples in the running call, [n]."""
+        value = super().__getattr__(name)
+        if name in self._buffers:
+            rows = self.thread.rows
+            return rows[name].to(value.device) if name in rows else value
+        return value
+
+    @property
+    def thread(self) -> _ThreadState:
+        """What is known in the running thread."""
+        return self.threads.running
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in the batch; 0 while that is not known."""
+        return self.thread.samples
+
+    @property
+    def repeats(self) -> int:
+        """How many times in a row the batch may have each sample."""
+        return self.thread.repeats
+
+    @property
+    def state(self) -> int:
+        """What is known of the call that is running."""
+        return self.thread.state
+
+    @property
+    def assigned(self) -> _Assigned:
+        """Which samples each adapter has in the running call."""
+        return self.thread.assigned
+
+    def assign(self, ids: Sequence[str | None], repeats: int = 1, *, shared: bool = False) -> None:
+        """Says which sample has which adapter in the calls of this thread or task.
 
         Args:
             ids: The name of each sample's adapter, or None; nothing at all if that is not known.
             repeats: How many times in a row the batch may have each sample.
+            shared: Whether another task of this thread is inside a block of this model.
         """
-        if self.call is not None:
-            self.call.abandon()
-            self.call = None
-        places: dict[str, list[int]] = {}
-        for place, name in enumerate(ids):
-            if name is not None:
-                places.setdefault(name, []).append(place)
-        self.reassign(_Assigned(len(ids), repeats, places))
+        if self.thread.call is not None:
+            self.thread.call.abandon()
+        places = _places(ids)
+        assigned = _Assigned(len(ids), repeats, places) if len(ids) else _Assigned()
+        self.inherited = _Assigned()
+        blocks = {**_blocks.get({}), self.threads: assigned}
+        if not assigned.samples:
+            del blocks[self.threads]
+        _blocks.set(blocks)
+        self.thread.shared = shared
+        self.settle()
+
+    def settle(self) -> None:
+        """Ends what a call, or a backward, has assigned in this thread: what the blocks say holds again."""
+        self.reassign(_Assigned() if self.thread.shared else self.of_blocks())
+
+    def of_blocks(self) -> _Assigned:
+        """What the ``with`` blocks around the running code have assigned."""
+        return _blocks.get({}).get(self.threads, self.inherited)
 
     def reassign(self, assigned: _Assigned) -> None:
-        """Lets sites read what was assigned now or before."""
-        if assigned == self.assigned:
+        """Lets the sites that run in this thread read what was assigned."""
+        thread = self.thread
+        if assigned == thread.assigned:
             return
         samples, repeats, places = assigned
-        self.assigned, self.layouts = assigned, {}
-        self.samples, self.repeats = samples, repeats
-        self.alike = not places or any(len(one) == samples for one in places.values())
-        for name, old in self._buffers.items():
-            assert old is not None
-            rows = torch.tensor(places.get(name, ()), dtype=torch.long)
-            self._buffers[name] = rows.to(old.device)
+        thread.assigned, thread.layouts = assigned, {}
+        thread.samples, thread.repeats = samples, repeats
+        thread.alike = not places or any(len(own) == samples for own in places.values())
+        thread.rows = {
+            name: torch.tensor(places.get(name, ()), dtype=torch.long).to(marker.device)
+            for name, marker in self._buffers.items()
+            if marker is not None
+        }
 
     def lay_out(self, x: Tensor, adapters: tuple[str, ...]) -> Layout:
         """Where the rows of some adapters are in what a site reads.
@@ -198,9 +298,10 @@ class SampleRows(AdapterModule):
         _check(x, self.samples, self.repeats, self.state)
         each = (x.numel() // x.shape[-1] if x.shape[-1] else 0) // self.samples
         key = adapters, each, x.device
-        if key not in self.layouts:
-            self.layouts[key] = self._laid_out(adapters, each, x.device)
-        return self.layouts[key]
+        layouts = self.thread.layouts
+        if key not in layouts:
+            layouts[key] = self._laid_out(adapters, each, x.device)
+        return layouts[key]
 
     def _laid_out(self, adapters: tuple[str, ...], each: int, device: torch.device) -> Layout:
         """The same for samples that have ``each`` rows."""
@@ -222,18 +323,33 @@ class SampleRows(AdapterModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is in no call, and may become another model: nothing is known of its calls."""
-        unknown = {"proofs": Sizes(), "folded": set(), "layouts": {}}
-        return {**self.__dict__, "state": CLOSED, **unknown, "call": None}
+        state = {**self.__dict__, "proofs": Sizes(), "folded": set(), "inherited": self.of_blocks()}
+        del state["threads"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begins without a call. What was assigned where it was copied holds on."""
+        super().__setstate__({**state, "threads": _Threads()})  # type: ignore[no-untyped-call]
+        self.settle()
+
+
+def _places(ids: Sequence[str | None]) -> dict[str, list[int]]:
+    """The numbers of each adapter's samples."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(ids):
+        if name is not None:
+            places.setdefault(name, []).append(place)
+    return places
 
 
 def follow(follower: Follower) -> None:
     """Lets a follower see what the sites of the running call read and add to."""
-    _followers.append(follower)
+    _following.followers.append(follower)
 
 
 def unfollow() -> None:
     """Ends what :func:`follow` began."""
-    _followers.pop()
+    _following.followers.pop()
 
 
 def check_rows_followed(x: Tensor, weight: str) -> None:
@@ -246,8 +362,8 @@ def check_rows_followed(x: Tensor, weight: str) -> None:
     Raises:
         ConfigError: If its first axis does not have the samples in their order.
     """
-    if _followers:
-        _followers[-1].check_site(x, weight)
+    if _following.followers:
+        _following.followers[-1].check_site(x, weight)
 
 
 def select_rows(
@@ -281,7 +397,7 @@ def select_rows(
     """
     x, axis = _led_by(x, axis, least, weight)
     if state == FOLLOWED:
-        _followers[-1].check_site(x, weight)
+        _following.followers[-1].check_site(x, weight)
     found = x.index_select(0, _expanded(x, rows, samples, repeats, state))
     return found.movedim(0, axis) if axis else found
 
@@ -314,7 +430,7 @@ def add_rows(
     delta = delta.movedim(axis, 0) if axis else delta
     result = led.index_add_(0, _expanded(led, rows, samples, repeats, state), delta)
     if state == FOLLOWED:
-        _followers[-1].presume(result, weight)
+        _following.followers[-1].presume(result, weight)
     return result.movedim(0, axis) if axis else result
 
 
@@ -334,7 +450,7 @@ def put_rows(
     values = values.movedim(axis, 0) if axis else values
     result = led.index_copy_(0, _expanded(led, rows, samples, repeats, state), values)
     if state == FOLLOWED:
-        _followers[-1].presume(result, weight)
+        _following.followers[-1].presume(result, weight)
     return result.movedim(0, axis) if axis else result
 
 
@@ -393,7 +509,7 @@ def rows_of_tokens(
         ConfigError: If the tokens are not those of the samples.
     """
     if state == FOLLOWED:
-        _followers[-1].check_site(hidden, weight)
+        _following.followers[-1].check_site(hidden, weight)
     _check(hidden, samples, repeats, state)
     return unseen(_rows_of_tokens, tokens, hidden.shape[0] // samples, rows)
 
@@ -428,7 +544,7 @@ def unseen(function: Callable[..., _T], *given: Any) -> _T:
     Experts are given the rows of tokens in an order that their values decide, and put what they make of them
     back. What they read has no samples for the follower, and says itself whose it is.
     """
-    if not _followers:
+    if not _following.followers:
         return function(*given)
     with unfollowed():
         return function(*given)
@@ -436,15 +552,15 @@ def unseen(function: Callable[..., _T], *given: Any) -> _T:
 
 def like_rows(result: Tensor, x: Tensor) -> Tensor:
     """Tells the follower of the running call that the rows of a result are those of x."""
-    if _followers:
-        _followers[-1].copy_rows(result, x)
+    if _following.followers:
+        _following.followers[-1].copy_rows(result, x)
     return result
 
 
 @contextlib.contextmanager
 def unfollowed() -> Iterator[None]:
     """Lets operators run that the follower of the running call, if there is one, does not see."""
-    follower = _followers[-1] if _followers else None
+    follower = _following.followers[-1] if _following.followers else None
     if follower is not None:
         follower.paused = True
     try:
@@ -457,7 +573,7 @@ def unfollowed() -> Iterator[None]:
 def followed(result: Tensor, table: SampleRows, weight: str) -> Tensor:
     """What a site gives, whose rows are those of the samples: the follower of the call is told."""
     if table.state == FOLLOWED:
-        _followers[-1].presume(result, weight)
+        _following.followers[-1].presume(result, weight)
     return result
 
 
@@ -479,7 +595,8 @@ def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
             "the model is prepared for an adapter of its own for each sample (per_sample=True), and this "
             "call does not say which sample has which: call the model inside `with "
             "lora_fx.adapter_ids(model, ids):`, where ids has one name for each sample of the batch, or None "
-            "for the base; lora_fx.set_adapter(model, name) chooses one adapter for all samples"
+            "for the base, in the thread that is in the block; "
+            "lora_fx.set_adapter(model, name) chooses one adapter for all samples"
         )
     if state == CLOSED and not in_backward():
         raise ConfigError(
@@ -587,52 +704,66 @@ class _Entry:
         self.name, self.model, self.table = name, model, table
         # A model that has such an argument itself gets it.
         self.takes_ids = not name and _takes_ids(model)
-        self.before: _Assigned | None = None
-        self.depth = 0
-        self.follower: Follower | None = None
-        self.form: object = None
-        self.sizes: tuple[int, ...] = ()
-        self.failing: BaseException | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Opens a call, if none is open, and takes out of it what it says of adapters."""
         if IDS not in kwargs or not self.takes_ids:
-            self._open(module, args, kwargs)
+            self._open(module, args, kwargs, None)
             return None
         ids = _named(kwargs[IDS], self.table)
-        if self.depth or self.table.state != CLOSED:
+        if self.table.state != CLOSED:
             raise ConfigError(
                 f"{IDS}: a call inside a call of the model has the adapters of that: leave it out"
             )
         kwargs = {name: value for name, value in kwargs.items() if name != IDS}
-        before = self.table.assigned
-        self.table.assign(ids)
-        try:
-            self._open(module, args, kwargs)
-        except BaseException:
-            self.table.reassign(before)
-            raise
+        self._open(module, args, kwargs, _Assigned(len(ids), 1, _places(ids)))
         if in_backward():
             # Of a checkpoint around the whole model, which opens no call.
-            _put_after_backward(self.table, before)
-        else:
-            self.before = before
+            torch_private.after_backward(self.table.settle)
         return args, kwargs
 
-    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        table = self.table
-        if self.depth:
-            self.depth += 1
+    def _open(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        assigned: _Assigned | None,
+    ) -> None:
+        table, thread = self.table, self.table.thread
+        if thread.opened_by == self.name:
+            thread.depth += 1
             return
-        if table.state != CLOSED or not table.samples or in_backward():
+        if thread.state != CLOSED:
             return
-        self.depth = 1
-        if not torch.compiler.is_compiling():
-            table.call = self
-        if table.alike:
-            table.state = FOLDED
+        if torch.compiler.is_compiling():
+            # What the thread has is what the blocks say: a compiler cannot read context variables.
+            if not thread.samples:
+                return
+        else:
+            if thread.call is not None:
+                thread.call.abandon()
+            if assigned is not None:
+                table.reassign(assigned)
+            elif not in_backward():
+                table.reassign(table.of_blocks())
+            if not thread.samples or in_backward():
+                return
+            thread.call = self
+        thread.opened_by, thread.depth = self.name, 1
+        try:
+            self._begin(module, args, kwargs)
+        except BaseException:
+            if not torch.compiler.is_compiling():
+                self.abandon()
+            raise
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Finds out what is known of a call of this form, and follows it if that is nothing."""
+        table, thread = self.table, self.table.thread
+        if thread.alike:
+            thread.state = FOLDED
             return
-        sizes: list[int] = [table.samples, table.repeats]
+        sizes: list[int] = [thread.samples, thread.repeats]
         form = (self.name, module.training, _form((args, kwargs), table, sizes))
         if self.name and not torch.compiler.is_compiling():
             self._check_callers(module)
@@ -642,10 +773,10 @@ class _Entry:
         else:
             known = table.proofs.knows(form, tuple(sizes))
         if known:
-            table.state = TRUSTED
+            thread.state = TRUSTED
             return
         if (form, *sizes) in table.folded:
-            table.state = FOLDED
+            thread.state = FOLDED
             return
         self._follow(args, kwargs, form, tuple(sizes))
 
@@ -655,40 +786,30 @@ class _Entry:
         tensors = list(tensors_in((args, kwargs)))
         why = _unseen(tensors)
         if why:
-            self.depth = 0
             raise ConfigError(
                 f"adapter_ids: it is not known yet which axis of such a batch is that of the samples, "
                 f"and {why}: call the model itself once before, with a batch of this form, inside adapter_ids"
             )
-        table = self.table
-        try:
-            follower = Follower(self.model, table.samples, table.repeats)
-            for one in tensors:
-                follower.enter(one)
-        except BaseException:
-            self.depth = 0
-            raise
-        self.follower, self.form, self.sizes = follower, form, sizes
-        self.failing = sys.exc_info()[1]
+        thread = self.table.thread
+        follower = Follower(self.model, thread.samples, thread.repeats)
+        for tensor in tensors:
+            follower.enter(tensor)
+        thread.follower, thread.form, thread.sizes = follower, form, sizes
+        thread.failing = sys.exc_info()[1]
         follow(follower)
-        table.state = FOLLOWED
+        thread.state = FOLLOWED
         follower.__enter__()
 
     def abandon(self) -> None:
         """Ends a call that was never closed: what ended it was no error."""
-        follower, self.follower = self.follower, None
-        self.depth, self.table.state = 0, CLOSED
-        self._put_back()
+        thread = self.table.thread
+        follower, thread.follower = thread.follower, None
+        thread.opened_by, thread.depth, thread.state, thread.call = None, 0, CLOSED, None
+        self.table.settle()
         if follower is not None:
             unfollow()
             if torch_private.dispatch_mode() is follower:
                 follower.__exit__(None, None, None)
-
-    def _put_back(self) -> None:
-        """Ends what the arguments of the call have said of adapters."""
-        before, self.before = self.before, None
-        if before is not None:
-            self.table.reassign(before)
 
     def close(self, results: Any) -> None:
         """Closes the call, and notes what was seen of it.
@@ -696,33 +817,36 @@ class _Entry:
         Raises:
             ConfigError: If its results do not belong to the samples.
         """
-        if not self.depth:
+        thread = self.table.thread
+        if thread.opened_by != self.name:
             return
-        self.depth -= 1
-        if self.depth:
+        thread.depth -= 1
+        if thread.depth:
             return
         _remember(self.table, results)
-        self._put_back()
         self._close(results)
 
     def _close(self, results: Any) -> None:
-        follower, self.follower = self.follower, None
-        self.table.state = CLOSED
-        if not torch.compiler.is_compiling():
-            self.table.call = None
+        table, thread = self.table, self.table.thread
+        thread.opened_by, thread.state = None, CLOSED
+        if torch.compiler.is_compiling():
+            return
+        follower, thread.follower = thread.follower, None
+        thread.call = None
+        table.settle()
         if follower is None:
             return
         follower.__exit__(None, None, None)
         unfollow()
-        if sys.exc_info()[1] is not self.failing:
+        if sys.exc_info()[1] is not thread.failing:
             return
         follower.check_results(tensors_in(results))
         if follower.by_values:
             return
         if follower.folded:
-            self.table.folded.add((self.form, *self.sizes))
+            table.folded.add((thread.form, *thread.sizes))
         else:
-            self.table.proofs.add(self.form, self.sizes)
+            table.proofs.add(thread.form, thread.sizes)
 
     def _check_callers(self, module: nn.Module) -> None:
         """Refuses a call by another method of the model: what that did to the batch before was not seen."""
@@ -735,7 +859,6 @@ class _Entry:
                 if id(owner) in inside and not str(frame.f_globals.get("__name__")).startswith(
                     _GENERATION
                 ):
-                    self.depth = 0
                     raise ConfigError(
                         f"adapter_ids: {type(owner).__name__}.{frame.f_code.co_name} calls {self.name!r} "
                         "by itself, and what it has done to the samples before was not seen: call the model, "
@@ -803,14 +926,8 @@ def _remember(table: SampleRows, results: Any) -> None:
 
 def _replay(table: SampleRows, assigned: _Assigned, _: Tensor) -> None:
     if table.assigned != assigned and in_backward():
-        before = table.assigned
         table.reassign(assigned)
-        _put_after_backward(table, before)
-
-
-def _put_after_backward(table: SampleRows, before: _Assigned) -> None:
-    """Ends what a part of a backward has said of adapters when the whole is done."""
-    torch_private.after_backward(functools.partial(table.reassign, before))
+        torch_private.after_backward(table.settle)
 
 
 def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:

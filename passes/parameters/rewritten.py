@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -420,6 +421,8 @@ def _has(modules: dict[str, nn.Module], name: str) -> bool:
 
 
 _INNER = torch_private.ORIGINAL_MODULE
+_locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+"""For each rewritten model, what a thread holds while it changes it."""
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
@@ -446,7 +449,7 @@ def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
     """The module inside torch.compile's wrapper, with its layers as they are without theirs.
 
     Wrappers of layers are in their places again when the context ends. They have compiled nothing else then:
-    they go by what the module inside is.
+    they go by what the module inside is. One thread at a time is in such a context of a model.
 
     Args:
         model: A rewritten model; anything else is given back as it is.
@@ -460,9 +463,20 @@ def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
     if inner is None or record is None:
         yield model
         return
+    with _locks.setdefault(inner, threading.RLock()), _layers_unwrapped(inner):
+        if not leaving:
+            check_intact(inner, record)
+        _note_by_hand(inner)
+        yield inner
+        protect(inner)
+
+
+@contextmanager
+def _layers_unwrapped(model: nn.Module) -> Iterator[None]:
+    """Puts what is inside of their wrappers in the places of layers, for as long as the context lasts."""
     places = [
         (parent, name, child)
-        for parent in inner.modules()
+        for parent in model.modules()
         if _INNER not in parent._modules
         for name, child in parent._modules.items()
         if child is not None and _INNER in child._modules
@@ -470,11 +484,7 @@ def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
     for parent, name, child in places:
         parent._modules[name] = _unwrapped(child)
     try:
-        if not leaving:
-            check_intact(inner, record)
-        _note_by_hand(inner)
-        yield inner
-        protect(inner)
+        yield
     finally:
         for parent, name, child in places:
             if parent._modules.get(name) is _unwrapped(child):

@@ -147,7 +147,7 @@ def test_parts_of_the_outputs(ids: Ids) -> None:
     torch.manual_seed(0)
     table = SampleRows(("a", "b"), torch.device("cpu"))
     table.assign(ids)
-    table.state = FOLDED
+    table.thread.state = FOLDED
     x, weight, bias = (torch.randn(*shape).double() for shape in ((4, 3, 5), (7, 5), (7,)))
     a = [torch.randn(r, 5).double().requires_grad_() for r in (2, 3)]
     b = [torch.randn(n, r).double().requires_grad_() for n, r in ((3, 2), (7, 3))]
@@ -170,7 +170,7 @@ def test_parts_of_the_outputs(ids: Ids) -> None:
         strict=True,
     ):
         assert_close(mine, theirs)
-    table.state = CLOSED
+    table.thread.state = CLOSED
     with pytest.raises(ConfigError, match="called by itself"):
         lora_rows(x, weight, bias, *options)
 
@@ -521,7 +521,7 @@ def test_a_model_that_takes_such_an_argument_gets_it() -> None:
         assert model(torch.randn(2, 6), adapter_ids=torch.ones(())).shape == (2, 6)
 
 
-@pytest.mark.parametrize("name", ["assign", "layouts"])
+@pytest.mark.parametrize("name", ["assign", "thread"])
 def test_names_of_the_table_are_no_adapters(name: str) -> None:
     model = model_of()
     with pytest.raises(ConfigError, match="choose another"):
