@@ -21,6 +21,7 @@ from lora_fx.ir import (
     Memory,
     ModelT,
     Plan,
+    record_of,
     require_record,
 )
 from lora_fx.passes import pipeline
@@ -361,6 +362,12 @@ def merge(
     return (dense, report) if return_report else dense
 
 
+def _check_adapted(model: nn.Module) -> None:
+    """Refuse a model that has no adapters and is not around one that has, as trainers' modules are."""
+    if not any(record_of(module) is not None for module in model.modules()):
+        require_record(model)
+
+
 @inside
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Return the parameters to give to an optimizer.
@@ -369,15 +376,22 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     rewritten is not trained with them; elsewhere they get it with their first gradient.
 
     Raises:
+        ConfigError: If the model has no adapters, which is what `rewrite` leaves its argument.
         CaptureError: If a layer that has an adapter was deleted or replaced.
     """
+    _check_adapted(model)
     claim_unfrozen(model)
     return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 @inside
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how much is trained, in PEFT's format."""
+    """Print how much is trained, in PEFT's format.
+
+    Raises:
+        ConfigError: If the model has no adapters, which is what `rewrite` leaves its argument.
+    """
+    _check_adapted(model)
     trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
     total = sum(elements(p) for p in model.parameters())
     share = 100 * trainable / total if total else 0.0

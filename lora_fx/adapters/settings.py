@@ -14,8 +14,9 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, alpha_for, rank_for
 from lora_fx.ir import AdapterRecord, PlannedSite, Site, join
 from lora_fx.kinds import chosen_kind, is_plain
-from lora_fx.passes.graph import original_class
+from lora_fx.passes.graph import is_conv1d, original_class
 from lora_fx.passes.parameters import base_parameters
+from lora_fx.passes.plan import expert_names
 
 __all__ = [
     "WRAPPER",
@@ -132,7 +133,7 @@ def layout_of(
         elif site.owner and site.parameter == "weight" and site.rows is None:
             # A module that PEFT does not know, under the names that it would have there.
             modules.add(site.owner)
-    _move(model, rows, modules, parameters)
+    _move(model, rows, modules, parameters, plain)
     kept = _reachable(model, parameters, record.saved_modules)
     for layer in attention:
         modules |= {layer, join(layer, "out_proj")}
@@ -163,16 +164,8 @@ def _attention(model: nn.Module, site: Site) -> str | None:
 def _as_module(site: Site, owner: nn.Module, plain: bool) -> bool:
     if not site.owner or site.parameter != "weight":
         return False
-    known = isinstance(owner, _KINDS) or _is_conv1d(owner)
+    known = isinstance(owner, _KINDS) or is_conv1d(owner)
     return known if site.rows is None else known and plain and site.view is None
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    cls = original_class(module)
-    return any(
-        (one.__module__, one.__name__) == ("transformers.pytorch_utils", "Conv1D")
-        for one in cls.__mro__
-    )
 
 
 def _is_matrix(site: Site) -> bool:
@@ -182,19 +175,30 @@ def _is_matrix(site: Site) -> bool:
 
 
 def _move(
-    model: nn.Module, rows: Iterable[PlannedSite], modules: set[str], parameters: dict[str, Site]
+    model: nn.Module,
+    rows: Iterable[PlannedSite],
+    modules: set[str],
+    parameters: dict[str, Site],
+    plain: bool,
 ) -> None:
     """Takes as parameters what PEFT cannot have as a module beside the parameters that are there.
 
     A module is wrapped either for itself or for its parameters; and a Conv1D of transformers sets
-    ``fan_in_fan_out``, which parameters do not allow.
+    ``fan_in_fan_out``, which parameters do not allow. In some mixtures of experts PEFT takes names of modules
+    for parameters of the experts.
     """
+    experts = expert_names(model) if plain else {}
     owners = {site.owner for site in parameters.values()}
     for row in rows:
         site = row.site
         if site.owner not in modules or not _is_matrix(site):
             continue
-        if site.owner in owners or (owners and _is_conv1d(model.get_submodule(site.owner))):
+        renamed = site.owner.rpartition(".")[2] in experts and site.quantized is None
+        if (
+            renamed
+            or site.owner in owners
+            or (owners and is_conv1d(model.get_submodule(site.owner)))
+        ):
             modules.discard(site.owner)
             parameters[site.weight] = site
 

@@ -136,8 +136,10 @@ class LoraConfig:
         lora_dropout: Probability in [0, 1), on the adapter's input only.
         target_modules: None: every linear operation but the output head and the routers of mixtures of
             experts (here lora_fx differs from PEFT, which has a table of architectures).
-            "all-linear": every linear module but the output head. Any other string: a regular
-            expression for the whole name. A list: names, or their last components.
+            "all-linear": what PEFT selects: every `nn.Linear`, and Conv1D of transformers, but the output
+            head of a transformers model; in mixtures of experts that transformers 5 has fused, their
+            experts and routers, as PEFT does. Any other string: a regular expression for the whole
+            name. A list: names, or their last components.
         exclude_modules: Same syntax; applied first.
         scope: Full name of a module, or a list of them: only what lies in one is adapted, whatever the
             targets name elsewhere ("model.language_model" of a multimodal model). lora_fx only: a saved

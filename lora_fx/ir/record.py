@@ -320,7 +320,8 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
     if record is None:
         raise error(
             f"this {type(model).__name__} has no adapters: lora_fx.rewrite and lora_fx.load_adapter return a "
-            "model that has, and change none in place. Adapters that PEFT has put into a model do not count: "
+            "model that has, and change none in place, so keep what they return: "
+            "model = lora_fx.rewrite(model, config). Adapters that PEFT has put into a model do not count: "
             "its save_pretrained writes them, and lora_fx.load_adapter reads that folder. Of a wrapper like "
             "DistributedDataParallel give the model inside"
         )

@@ -121,6 +121,7 @@ class Site:
         head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
             graph; empty for any other operation.
         router: Whether its output decides which experts of a mixture see a token.
+        all_linear: Whether it is a layer that ``target_modules="all-linear"`` stands for.
         quantized: How the weight is stored, if it is quantized; ``weight_shape`` and ``layout`` are
             those of its values.
         loss: Of a head: "chunked" if a loss of its output may be computed in chunks, else why it is not.
@@ -148,6 +149,7 @@ class Site:
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
     router: bool = False
+    all_linear: bool = False
     quantized: Quantization | None = None
     loss: str = ""
 

@@ -61,6 +61,7 @@ __all__ = [
     "install",
     "instance_forwards",
     "is_built_in",
+    "is_conv1d",
     "is_region",
     "kept_graph",
     "original_class",
@@ -198,6 +199,14 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     cls = inner_class(module)
     found: type[nn.Module] = cls.__dict__.get(_BASE, cls)
     return found
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is a Conv1D of transformers, a linear layer whose weight is stored [in, out]."""
+    return any(
+        (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+        for cls in original_class(module).__mro__
+    )
 
 
 def is_built_in(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Marks what was matched: the output head, the routers of mixtures of experts, and parts of fused weights.
+"""Marks what was matched: the output head, linear layers, routers of experts, and parts of fused weights.
 
 The head is the linear operation that every path to the output goes through last. In a graph that is the first
 linear operation on the chain of dominators that leads from an output back to the input
@@ -17,6 +17,9 @@ A fused weight is one product whose output is cut into q, k and v, or into gate 
 site. Its parts can be named instead (``qkv.q``), each with factors and a rank of its own; a merge touches
 their rows only. How an output is divided is read off what is done with it: off the graphs of the regions,
 and off what a trace had seen before it gave up on a module.
+
+``target_modules="all-linear"`` goes by classes, as in PEFT: it stands for every ``nn.Linear``, and Conv1D of
+transformers, but the output embeddings of a transformers model.
 
 In the same way a head is followed to a cross entropy, where a loss may be computed in chunks.
 """
@@ -39,10 +42,19 @@ from torch import fx, nn
 
 from lora_fx import torch_private
 from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join, module_of
-from lora_fx.passes.graph import arguments, is_lazy, target_of
+from lora_fx.passes.graph import arguments, is_conv1d, is_lazy, original_class, target_of
 from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
-__all__ = ["LOSSES", "MARKS", "Mark", "find_head", "find_losses", "find_parts", "find_routers"]
+__all__ = [
+    "LOSSES",
+    "MARKS",
+    "Mark",
+    "find_head",
+    "find_linear_layers",
+    "find_losses",
+    "find_parts",
+    "find_routers",
+]
 
 _SOURCE = "source"
 _HEAD_NAMES = frozenset(
@@ -115,6 +127,40 @@ def _declared(model: nn.Module) -> Iterator[str]:
         for one in head if isinstance(head, tuple | list) else (head,):
             if isinstance(one, nn.Module) and id(one) in names:
                 yield join(names[id(one)], "weight")
+
+
+def find_linear_layers(capture: Capture, matches: Matches) -> Matches:
+    """Mark the layers that ``target_modules="all-linear"`` stands for: those that PEFT selects.
+
+    Args:
+        capture: The model.
+        matches: Its linear operations.
+
+    Returns:
+        The same with ``Site.all_linear`` set.
+    """
+    embeddings = _output_embeddings(capture.model)
+    layers = frozenset(
+        name
+        for name, module in capture.model.named_modules()
+        if (isinstance(module, nn.Linear) or is_conv1d(module)) and module is not embeddings
+    )
+
+    def is_selected(site: Site) -> bool:
+        # PEFT takes the names of the layers for ends of names, too: "proj" means "embed.proj" as well.
+        ends = (name for name in layers if f".{site.owner}".endswith(f".{name}"))
+        return site.parameter == "weight" and next(ends, None) is not None
+
+    sites = (dataclasses.replace(site, all_linear=is_selected(site)) for site in matches.sites)
+    return dataclasses.replace(matches, sites=tuple(sites))
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The output embeddings of a model of transformers, which PEFT leaves out."""
+    if not any(cls.__name__ == "PreTrainedModel" for cls in original_class(model).__mro__):
+        return None
+    embeddings = model.get_output_embeddings()  # type: ignore[operator]
+    return embeddings if isinstance(embeddings, nn.Module) else None
 
 
 def _last_regions(capture: Capture) -> list[Region]:
@@ -699,7 +745,12 @@ class Mark(Pass):
         return PassResult.of(capture, matches=self.find(capture, capture.matches))
 
 
-MARKS = (Mark("head", find_head), Mark("routers", find_routers), Mark("parts", find_parts))
+MARKS = (
+    Mark("head", find_head),
+    Mark("linear layers", find_linear_layers),
+    Mark("routers", find_routers),
+    Mark("parts", find_parts),
+)
 """In the order in which they run."""
 
 LOSSES = Mark("losses", find_losses)

@@ -195,8 +195,7 @@ def _in_attention(site: Site, alone: Verdict, config: LoraConfig) -> Choice:
 def _in_default(site: Site, config: LoraConfig) -> bool:
     if config.target_modules is None:
         return site.family != "embedding" and not site.head and not site.router
-    # "all-linear" is PEFT's: it knows no other head than the one that the model declares.
-    return site.family == "linear" and site.head != "declared"
+    return site.all_linear
 
 
 def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:

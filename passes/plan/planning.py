@@ -58,6 +58,7 @@ from lora_fx.passes.parameters import (
     module_at,
 )
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
+from lora_fx.passes.plan.peft_experts import with_experts
 from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder
 
 __all__ = [
@@ -229,6 +230,7 @@ def make_plan(
             scripted module is to be trained in full or changed by a start.
     """
     _refuse_adapters(capture.model)
+    config = with_experts(config, capture.model, matches.sites)
     saved = tuple(_saved_modules(capture.model, config))
     inside = tuple(f"{name}." for name in saved)
     chosen: list[Choice] = []

@@ -7,6 +7,8 @@ import io
 import pickle
 import re
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -571,3 +573,15 @@ def test_names_of_peft_lead_to_ours(name: str) -> None:
         getattr(lora_fx, name)
     for ours in re.findall(r"lora_fx\.(\w+)|or (\w+)\(", str(raised.value)):
         assert next(filter(None, ours)) in lora_fx.__all__
+
+
+@pytest.mark.parametrize(
+    "function", [lora_fx.trainable_parameters, lora_fx.print_trainable_parameters]
+)
+def test_a_model_whose_rewrite_was_thrown_away_is_refused(function: Callable[..., Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2))
+    with pytest.raises(lora_fx.ConfigError, match=r"model = lora_fx.rewrite\(model, config\)"):
+        function(model)
+    function(adapted)
+    function(nn.ModuleDict({"inside": adapted}))  # as the modules of trainers have it

@@ -51,7 +51,7 @@ def adapted(**fields) -> list[str]:
         ({"scope": "text.1"}, ["text.1.q", "text.1.mixed"]),
         ({"scope": ["vision", "text.0"], "target_modules": ["q"]}, ["vision.q", "text.0.q"]),
         ({"scope": "vision", "target_modules": ".*q"}, ["vision.q"]),
-        ({"scope": "vision", "target_modules": "all-linear"}, ["vision.q", "vision.mixed"]),
+        ({"scope": "vision", "target_modules": "all-linear"}, ["vision.q"]),
         ({"scope": "text.0", "target_parameters": ["mixed"]}, ["text.0.mixed"]),
         ({"scope": "text", "exclude_modules": ["q"]}, ["text.0.mixed", "text.1.mixed"]),
         ({"scope": "q", "target_modules": ["q"]}, ["q"]),

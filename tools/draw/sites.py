@@ -171,7 +171,7 @@ def _target(site: Site, kind: AdapterKind) -> Target:
         name=site.name,
         weight="" if site.weight == join(site.name, "weight") else site.weight,
         default=_in_default(site),
-        linear=site.family == "linear" and site.head != "declared",
+        linear=site.all_linear,
         each_rank=_each_rank(site) if kind.low_rank else 0.0,
         fixed=kind.costs(site).parameters,
         attention=site.attention,
