@@ -30,6 +30,7 @@ __all__ = [
     "fitted_window",
     "partition",
     "reverse",
+    "sequence_first_in_memory",
     "without_key_bias",
     "zero_padding",
 ]
@@ -121,6 +122,20 @@ def attend(
     if not batched:
         return out.squeeze(0), None if weights is None else weights.squeeze(0)
     return out if batch_first else out.transpose(0, 1), weights
+
+
+def sequence_first_in_memory(out: Tensor, training: bool) -> Tensor:
+    """Lay an output out in memory as PyTorch's layer does with ``batch_first``: its sequence first.
+
+    A dropout behind the layer draws its mask in the order of memory: the same seed then gives the same mask.
+
+    Args:
+        out: [N, L, E], or [L, E].
+        training: The layer's mode. In evaluation the output is returned as it is.
+    """
+    if not training or out.dim() != 3:
+        return out
+    return out.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def _merged(mask: Tensor | None, padding: Tensor | None, batch: int, heads: int) -> Tensor | None:

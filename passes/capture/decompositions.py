@@ -240,7 +240,10 @@ def _attention(
         bias_v=self.bias_v,
         add_zero_attn=self.add_zero_attn,
     )
-    return self.out_proj(out), weight
+    out = self.out_proj(out)
+    if self.batch_first:
+        out = attention.sequence_first_in_memory(out, self.training)
+    return out, weight
 
 
 def _encoder_layer(

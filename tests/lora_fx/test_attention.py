@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import lora_fx
 from lora_fx.runtime.attention import attend, canonical_mask, causal_hint
+from tests.numerics import assert_close
 
 LAYERS = {
     "plain": {},
@@ -136,3 +138,19 @@ def test_the_causal_mask_is_recognized(batch_first: bool) -> None:
     assert not causal_hint(x, causal[:4, :4], None, batch_first)
     assert not causal_hint(x, None, None, batch_first)
     assert causal_hint(x, torch.zeros(5, 5), True, batch_first), "a hint is believed"
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_seed_gives_the_frozen_models_dropout(batch_first: bool, norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, dropout=0.3, batch_first=batch_first, norm_first=norm_first
+    )
+    base = nn.TransformerEncoder(layer, 2).double().train()
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    torch.manual_seed(1)
+    expected = base(x)
+    torch.manual_seed(1)
+    assert_close(model(x), expected)
