@@ -33,7 +33,6 @@ from lora_fx.passes.graph import (
     install,
     put_partitions_back,
     share_copy,
-    without_zero_init,
 )
 from lora_fx.passes.kept import with_kept
 from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
@@ -93,7 +92,7 @@ def _floats(output: Any) -> Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-@without_zero_init()
+@inside
 def capture(
     model: nn.Module,
     example_inputs: Any = None,
@@ -126,6 +125,7 @@ def capture(
     return result
 
 
+@inside
 def plan(
     model: nn.Module,
     config: LoraConfig,
@@ -162,6 +162,7 @@ def plan(
     return with_kept(found, model, config, example_inputs, loss=loss, frontend=frontend)
 
 
+@inside
 def compare(
     configs: Mapping[str, LoraConfig],
     model: nn.Module,
@@ -190,6 +191,7 @@ def compare(
     return Comparison(pipeline.plan_all(model, configs, example_inputs, frontend=frontend))
 
 
+@inside
 def rewrite(
     model: ModelT,
     config: LoraConfig,

@@ -34,6 +34,7 @@ __all__ = [
     "AUTOGRAD_LOOKUP",
     "AUTOGRAD_QUESTIONS",
     "CHATTY_LOGGERS",
+    "CHECKPOINTED_MODULE",
     "COMPILED_CALL",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_CPU",
@@ -226,6 +227,10 @@ def compiled_module_class() -> type[nn.Module]:
 
 ORIGINAL_MODULE: Final = "_orig_mod"
 """Attribute of a compiled module: the module that it compiles. It is in the names of its state dict."""
+
+
+CHECKPOINTED_MODULE: Final = "_checkpoint_wrapped_module"
+"""Attribute of what ``apply_activation_checkpointing`` puts around a module: that module."""
 
 
 def original_module(compiled: Any) -> nn.Module:

@@ -7,6 +7,7 @@ learned.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -420,16 +421,17 @@ def _has(modules: dict[str, nn.Module], name: str) -> bool:
     return getattr(module, leaf, None) is not None
 
 
-_INNER = torch_private.ORIGINAL_MODULE
+_COMPILED, _CHECKPOINTED = torch_private.ORIGINAL_MODULE, torch_private.CHECKPOINTED_MODULE
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 """For each rewritten model, what a thread holds while it changes it."""
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
 def inside(verb: _Verb) -> _Verb:
-    """Lets a verb that is given a compiled model, or one with compiled layers, work on what is inside.
+    """Let a verb work on what is inside of a compiled model, and of compiled or checkpointed layers.
 
-    What the verb returns is what it was given, where that is what it would return.
+    What the verb returns is what it was given, where that is what it would return. Layers of a model that it
+    makes of one that is not rewritten have the wrappers that they had in that.
 
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
@@ -437,6 +439,8 @@ def inside(verb: _Verb) -> _Verb:
 
     @functools.wraps(verb)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, nn.Module) and record_of(_unwrapped(model)) is None:
+            return _in_original(verb, model, *args, **kwargs)
         with without_zero_init(), without_wrappers(model) as inner:
             result = verb(inner, *args, **kwargs)
         return model if result is inner else result
@@ -444,12 +448,41 @@ def inside(verb: _Verb) -> _Verb:
     return cast(_Verb, call)
 
 
+def _in_original(verb: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a verb on a model that is not rewritten, without the wrappers that checkpoint its layers."""
+    inner = _unwrapped(model, (_CHECKPOINTED,))
+    with without_zero_init(), _layers_unwrapped(inner, (_CHECKPOINTED,)) as places:
+        result = verb(inner, *args, **kwargs)
+        names = {id(module): name for name, module in inner.named_modules()}
+        wrappers = {join(names[id(parent)], name): child for parent, name, child in places}
+    if result is inner:
+        return model
+    if isinstance(result, nn.Module) and record_of(result) is not None:
+        # Those of layers inside other ones first.
+        for name, wrapper in sorted(wrappers.items(), reverse=True):
+            result.set_submodule(name, _wrapped_again(wrapper, result.get_submodule(name)))
+        return result if inner is model else _wrapped_again(model, result)
+    return result
+
+
+def _wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
+    """Copy a wrapper, around another module."""
+    inside = wrapper._modules[_CHECKPOINTED]
+    assert inside is not None
+    if _CHECKPOINTED in inside._modules:
+        inner = _wrapped_again(inside, inner)
+    result = copy.copy(wrapper)
+    result.__dict__["_modules"] = {**wrapper._modules, _CHECKPOINTED: inner}
+    return result
+
+
 @contextmanager
 def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
-    """The module inside torch.compile's wrapper, with its layers as they are without theirs.
+    """Give the module inside of wrappers, with its layers as they are without theirs.
 
-    Wrappers of layers are in their places again when the context ends. They have compiled nothing else then:
-    they go by what the module inside is. One thread at a time is in such a context of a model.
+    These are the wrappers of ``torch.compile``, and those that checkpoint or offload activations
+    (``apply_activation_checkpointing``). They are in their places again when the context ends, and go by what
+    the module inside is then. One thread at a time is in such a context of a model.
 
     Args:
         model: A rewritten model; anything else is given back as it is.
@@ -471,29 +504,45 @@ def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
         protect(inner)
 
 
+_Place = tuple[nn.Module, str, nn.Module]
+_WRAPPERS = (_COMPILED, _CHECKPOINTED)
+
+
 @contextmanager
-def _layers_unwrapped(model: nn.Module) -> Iterator[None]:
-    """Puts what is inside of their wrappers in the places of layers, for as long as the context lasts."""
+def _layers_unwrapped(
+    model: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS
+) -> Iterator[list[_Place]]:
+    """Put what is inside of their wrappers in the places of layers, for as long as the context lasts.
+
+    Yields:
+        The places: a module, a name in it, and the wrapper that it has there otherwise.
+    """
     places = [
         (parent, name, child)
         for parent in model.modules()
-        if _INNER not in parent._modules
+        if _inside_of(parent, wrappers) is None
         for name, child in parent._modules.items()
-        if child is not None and _INNER in child._modules
+        if child is not None and _inside_of(child, wrappers) is not None
     ]
     for parent, name, child in places:
-        parent._modules[name] = _unwrapped(child)
+        parent._modules[name] = _unwrapped(child, wrappers)
     try:
-        yield
+        yield places
     finally:
         for parent, name, child in places:
-            if parent._modules.get(name) is _unwrapped(child):
+            if parent._modules.get(name) is _unwrapped(child, wrappers):
                 parent._modules[name] = child
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while (found := module._modules.get(_INNER)) is not None:
-        module = found
+def _inside_of(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.Module | None:
+    """The module that a wrapper is around; None for any other module."""
+    found = (module._modules.get(name) for name in wrappers)
+    return next((inner for inner in found if inner is not None), None)
+
+
+def _unwrapped(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.Module:
+    while (inner := _inside_of(module, wrappers)) is not None:
+        module = inner
     return module
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tests.lora_fx.test_layers import MODULES
 
@@ -21,6 +22,7 @@ HOME = "lora_fx.torch_private"
 KEPT = {"_parameters", "_buffers", "_modules"}
 # Private names of Python and of other libraries, with what they belong to.
 OTHERS = {
+    "_MODEL_TO_CONVERSION_PATTERN": "transformers",
     "_Environ": "os",
     "_convert_to_deepspeed_param": "deepspeed",
     "_convert_weight_packed_for_cpu_inverse": "bitsandbytes",
@@ -249,6 +251,7 @@ def holders() -> list[Any]:
         importlib.import_module("torch._dynamo.decorators"),
         importlib.import_module("torch._export.passes._node_metadata_hook"),
         importlib.import_module("torch.autograd.function"),
+        checkpoint_wrapper(nn.Module()),
         importlib.import_module("torch.distributed.fsdp._dynamo_utils"),
         importlib.import_module("torch.distributed.fsdp._common_utils"),
         importlib.import_module("torch.fx.experimental.symbolic_shapes"),
