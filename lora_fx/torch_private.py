@@ -9,6 +9,7 @@ Before you add a name, look for a public one. What loads slowly is imported insi
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
 from contextlib import AbstractContextManager
@@ -65,6 +66,7 @@ __all__ = [
     "all_reduce",
     "assert_true",
     "attention_choice",
+    "by_public_names",
     "codegen_of",
     "compiled_module_class",
     "data_address",
@@ -501,6 +503,23 @@ def output_padding_of(cls: Any) -> Any:
 
 
 # --- torch.fx and torch.export ------------------------------------------------------------------
+
+
+_BUILT_IN = re.compile(r"\btorch\._C\._nn\.(\w+)(?=\()")
+
+
+def by_public_names(source: str) -> str:
+    """Write calls of built-in functions in generated code by their names in ``torch.nn.functional``.
+
+    Whoever replaces such a function there is then heard, as in the code that was traced.
+    """
+
+    def public(match: re.Match[str]) -> str:
+        name = match[1]
+        known = getattr(F, name, None) is getattr(torch._C._nn, name)
+        return f"torch.nn.functional.{name}" if known else match[0]
+
+    return _BUILT_IN.sub(public, source)
 
 
 def codegen_of(graph: fx.Graph) -> Any:

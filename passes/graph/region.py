@@ -406,13 +406,15 @@ class _Form:
         guard = codegen if isinstance(codegen, GuardedCodeGen) else None
         # Who traces the module sees one node in each of these functions.
         whole = [name for name, value in code.globals.items() if _is_ours(value)]
-        self.source = "".join(f"{_WRAP}({name!r})\n" for name in whole) + code.src
+        # Libraries replace functions of torch.nn.functional, as context parallelism does its attention.
+        source = torch_private.by_public_names(code.src)
+        self.source = "".join(f"{_WRAP}({name!r})\n" for name in whole) + source
         self.namespace = {**code.globals, **(guard.constants() if guard else {}), _WRAP: fx.wrap}
         self.conditions = guard.conditions() if guard else []
         self.reads = guard.reads if guard else ()
         tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
         names = tuple(sorted((name, id(value)) for name, value in self.namespace.items()))
-        self.key = (code.src, names, tags, guard is not None)
+        self.key = (source, names, tags, guard is not None)
 
 
 class _Regional(Hooked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,3 +93,37 @@ def test_a_call_that_was_watched_before_is_refused(library: str) -> None:
     replace(model)
     with pytest.raises(CaptureError, match=site):
         model(IDS)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        heads = nn.functional.scaled_dot_product_attention(q, q, q)
+        return self.out(nn.functional.gelu(heads.transpose(1, 2).flatten(2)))
+
+
+REPLACED = [
+    (Attention, "scaled_dot_product_attention"),
+    (Attention, "gelu"),
+    (functools.partial(nn.MultiheadAttention, 8, 2), "scaled_dot_product_attention"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), REPLACED)
+def test_a_function_of_torch_that_a_library_replaces(
+    make: Callable[[], nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As context parallelism and SageAttention replace the attention, after the rewrite."""
+    base = make()
+    model = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["q", "q_proj", "out_proj"]))
+    x = torch.randn(2, 3, 8)
+    inputs = (x,) if isinstance(base, Attention) else (x, x, x, None, False)
+    original, expected = getattr(nn.functional, name), base(*inputs)
+    monkeypatch.setattr(nn.functional, name, lambda *args, **kwargs: original(*args, **kwargs) * 2)
+    torch.testing.assert_close(model(*inputs), base(*inputs))
+    monkeypatch.undo()
+    torch.testing.assert_close(model(*inputs), expected)
