@@ -5,9 +5,10 @@ PEFT           a folder; every adapter that has a name in PEFT
 vLLM           a folder with one rank and one alpha, since vLLM reads no pattern; the rest is in B
 llama.cpp      the same: its converter reads ``lora_alpha`` and the rank of each A, nothing else
 diffusers      ``pytorch_lora_weights.safetensors``: keys begin with the part of the pipeline
-               (``unet.``), the configuration is metadata, ``lora_adapter_metadata``
-kohya          a file whose keys are ``lora_unet_`` and the layer's name with ``_`` for ``.``; each
-               layer has a tensor ``alpha`` (read only; kohya's scripts, ComfyUI)
+               (``unet.``), the configuration is metadata, ``lora_adapter_metadata``. Scales are in B,
+               and each alpha is the rank: diffusers before 0.33 reads no metadata
+kohya          a file whose keys are ``lora_unet_`` (LyCORIS: ``lycoris_``) and the layer's name with
+               ``_`` for ``.``; each layer has a tensor ``alpha`` (read only; kohya's scripts, ComfyUI)
 =============  ==================================================================================
 
 Sources: vLLM's ``lora/peft_helper.py``, llama.cpp's ``convert_lora_to_gguf.py``, diffusers'
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,6 +37,8 @@ from lora_fx.ir import AdapterRecord
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import base_modules
+
+_log = logging.getLogger("lora_fx")
 
 __all__ = [
     "DIFFUSERS_METADATA",
@@ -127,7 +131,7 @@ def _filled(
 def for_diffusers(
     found: Stored, record: AdapterRecord, config: LoraConfig, component: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what to write for diffusers.
+    """Return what to write for diffusers: scales folded into B, so that each alpha is the rank.
 
     Args:
         found: The adapter as PEFT stores it.
@@ -142,6 +146,11 @@ def for_diffusers(
         CheckpointError: If diffusers would leave part of it out: all of that is named.
     """
     _refuse([*_in_full(found, record), *_unknown_targets(found)], "diffusers")
+    scales = {target.name: scale_of(target.rank, target.alpha, config) for target in found.targets}
+    config = with_patterns(
+        dataclasses.replace(config, use_rslora=False),
+        [dataclasses.replace(target, alpha=float(target.rank)) for target in found.targets],
+    )
     values = {
         f"{component}.{name}": value for name, value in config.to_dict().items() if name != "seed"
     }
@@ -150,10 +159,23 @@ def for_diffusers(
     by_name = component.startswith("text_encoder")
     end = ".lora_magnitude_vector"
     tensors = {
-        f"{component}.{key}{'.weight' if by_name and key.endswith(end) else ''}": value
+        f"{component}.{key}{'.weight' if by_name and key.endswith(end) else ''}": _scaled(
+            key, value, scales
+        )
         for key, value in found.tensors.items()
     }
     return tensors, {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
+
+
+_OF_B = re.compile(r"(?P<name>.+)\.lora_(?:B\.(?:weight|bias)|embedding_B)")
+
+
+def _scaled(key: str, value: Tensor, scales: Mapping[str, float]) -> Tensor:
+    """B, and its bias, times the scale of its layer; any other tensor as it is."""
+    match = _OF_B.fullmatch(key)
+    if match is None:
+        return value
+    return (value.double() * scales[match["name"]]).to(value.dtype)
 
 
 def joined_metadata(every: Iterable[Mapping[str, str]]) -> dict[str, str]:
@@ -201,10 +223,13 @@ def _unknown_targets(found: Stored) -> Iterator[str]:
 
 # --- which part of a pipeline ---------------------------------------------------------------------
 
-# How keys of each part begin: diffusers' way, kohya's.
+# How keys of each part begin: diffusers' way, kohya's, and that of LyCORIS.
 _COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "unet": ("unet.", "lora_unet_"),
-    "transformer": ("transformer.", "lora_transformer_", "lora_unet_", "diffusion_model."),
+    "unet": ("unet.", "lora_unet_", "lycoris_"),
+    "transformer": (
+        *("transformer.", "lora_transformer_", "lora_unet_", "lycoris_"),
+        "diffusion_model.",
+    ),
     "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
     "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
     "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
@@ -331,6 +356,13 @@ def read_dialect(
             # Patterns are about the names that the layers have in the file.
             alpha = alpha_for(names[name], config) if config is not None else float(rank)
         targets.append(Target(name, rank, alpha))
+    if config is None and not any("alpha" in roles for roles in layers.values()):
+        _log.warning(
+            "%s says nothing of alpha, neither by tensors nor in its metadata: each is taken for the rank, "
+            "as diffusers does, so that B·A is added as it is. If it was trained with another, multiply "
+            "the B's by alpha / r",
+            path,
+        )
     base = LoraConfig() if config is None else config
     if any("alpha" in roles for roles in layers.values()):
         base = dataclasses.replace(base, use_rslora=False)

@@ -30,7 +30,7 @@ from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, join, record_of, require_record
 from lora_fx.kinds import kind_of
-from lora_fx.passes.graph import memory_of
+from lora_fx.passes.graph import memory_of, original_class
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
     base_modules,
@@ -549,8 +549,9 @@ def adapter_state_dict(
 ) -> dict[str, torch.Tensor]:
     """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
 
-    Those are the keys of ``peft.get_peft_model_state_dict``: with the prefix ``base_model.model.`` and
-    without the adapter's name. Sharded parameters (FSDP2) are gathered: every rank has to call this.
+    Those are the keys of ``peft.get_peft_model_state_dict``: without the adapter's name, and with the prefix
+    ``base_model.model.``, which models of diffusers do not have. Sharded parameters (FSDP2) are gathered:
+    every rank has to call this.
 
     Args:
         model: A rewritten model.
@@ -566,7 +567,16 @@ def adapter_state_dict(
     """
     adapter_name = the_adapter(model, adapter_name)
     found = stored(model, adapter_record(model, adapter_name), adapter_name, save_embedding_layers)
-    return {PREFIX + key: value for key, value in found.tensors.items()}
+    prefix = "" if _of_diffusers(model) else PREFIX
+    return {prefix + key: value for key, value in found.tensors.items()}
+
+
+def _of_diffusers(model: nn.Module) -> bool:
+    """Whether diffusers puts adapters into a model itself, so that no PeftModel is around it."""
+    return any(
+        cls.__name__ == "ModelMixin" and cls.__module__.startswith("diffusers.")
+        for cls in original_class(model).__mro__
+    )
 
 
 @inside

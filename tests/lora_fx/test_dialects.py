@@ -185,10 +185,47 @@ def test_diffusers_and_kohya_agree_by_the_library_that_converts(tmp_path: Path) 
     path = tmp_path / "kohya.safetensors"
     safetensors.torch.save_file({k: v.contiguous() for k, v in theirs.items()}, path)
     loaded = lora_fx.load_adapter(unet(), path).eval()
-    # The converter writes the rank as alpha.
-    scaled = lora_fx.rewrite(unet(), LoraConfig(r=4, lora_alpha=4, target_modules=ATTENTION)).eval()
-    lora_fx.load_adapter_state_dict(scaled, lora_fx.adapter_state_dict(model))
-    assert_close(run(loaded), run(scaled))
+    # The converter writes the rank as alpha, which is what the file says, too.
+    assert_close(run(loaded), run(model))
+
+
+def test_a_reader_that_skips_metadata_has_the_right_scale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(rank_pattern={"to_k": 2}, alpha_pattern={"to_v": 3})
+    lora_fx.save_adapter(model, tmp_path, format="diffusers")
+    tensors = safetensors.torch.load_file(tmp_path / DIFFUSERS_NAME)
+    bare = tmp_path / "bare.safetensors"
+    safetensors.torch.save_file(tensors, bare)
+    whole = pipeline(unet(), text_encoder())
+    whole.load_lora_weights(str(bare))
+    assert_close(run(whole.unet.eval()), run(model))
+    with caplog.at_level("WARNING", "lora_fx"):
+        loaded = lora_fx.load_adapter(unet(), bare).eval()
+    assert "says nothing of alpha" in caplog.text
+    assert_close(run(loaded), run(model))
+
+
+def test_a_state_dict_has_the_keys_that_pipelines_save(tmp_path: Path) -> None:
+    model = adapted(lora_alpha=4)
+    layers = lora_fx.adapter_state_dict(model)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers)
+    whole = pipeline(unet(), text_encoder())
+    whole.load_lora_weights(str(tmp_path))
+    assert_close(run(whole.unet.eval()), run(model))
+
+
+def test_files_of_lycoris_have_a_prefix_of_their_own(tmp_path: Path) -> None:
+    model = adapted(target_modules=ATTENTION)
+    tensors = {}
+    for key, value in lora_fx.adapter_state_dict(model).items():
+        name, _, role = key.partition(".lora_")
+        name = f"lycoris_{name.replace('.', '_')}"
+        tensors[f"{name}.lora_{'down' if role[0] == 'A' else 'up'}.weight"] = value.clone()
+        tensors[f"{name}.alpha"] = torch.tensor(6.0)
+    path = tmp_path / "lycoris.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    assert_close(run(lora_fx.load_adapter(unet(), path).eval()), run(model))
 
 
 def test_the_oldest_names_of_diffusers_are_read(tmp_path: Path) -> None:
@@ -447,8 +484,9 @@ def pipeline(unet: nn.Module, encoder: nn.Module) -> Any:
 
 def test_one_file_has_the_adapters_of_a_pipeline(tmp_path: Path) -> None:
     """Written by ours and read by diffusers' pipeline, and the other way round."""
-    model = adapted(use_rslora=True)
-    values = {"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"]}
+    # Scales that are powers of two: folding them into B rounds nothing.
+    model = adapted(use_rslora=True, lora_alpha=8)
+    values = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     encoder = lora_fx.rewrite(text_encoder(), LoraConfig(**values)).eval()
     randomize(encoder)
     ids = torch.tensor([[1, 2, 3]])
