@@ -9,9 +9,10 @@ Before you add a name, look for a public one. What loads slowly is imported insi
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
 from types import BuiltinMethodType, MethodType, ModuleType
 from typing import Any, Final, TypeVar
@@ -107,6 +108,7 @@ __all__ = [
     "is_left_aligned",
     "is_torch_function",
     "is_traceable_wrapper_subclass",
+    "is_transformed",
     "lazy_clone",
     "load_hooks",
     "local_tensor",
@@ -117,6 +119,7 @@ __all__ = [
     "oblivious_shapes",
     "original_module",
     "output_padding_of",
+    "outside_of_transforms",
     "overload_name",
     "parameter_hooks",
     "projects_at_once",
@@ -192,6 +195,20 @@ def in_functorch() -> bool:
 def in_functorch_level() -> bool:
     """Return True inside of a transform of ``torch.func`` that runs, and not while Dynamo traces one."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextlib.contextmanager
+def outside_of_transforms() -> Iterator[None]:
+    """Compute as if no transform of ``torch.func`` were running."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    with temporarily_clear_interpreter_stack():
+        yield
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return True for a tensor that a transform of ``torch.func`` has wrapped."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def in_forward_ad() -> bool:

@@ -379,6 +379,14 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
         start = True
     if weight.device.type == "meta":
         return _without_values(shapes, weight, start)
+    with torch.device("cpu"):  # random numbers come from a generator there
+        return _with_values(row, weight, config, start, shapes)
+
+
+def _with_values(
+    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, start: Any, shapes: Any
+) -> Start:
+    """The start from a weight that has values."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
         return Start(*_placed(*plain(row.site, shapes, start, generator), weight))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from lora_fx import torch_private
-from lora_fx.errors import CaptureError, some
+from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
 from lora_fx.passes.graph import (
@@ -433,12 +433,19 @@ def inside(verb: _Verb) -> _Verb:
     What the verb returns is what it was given, where that is what it would return. Layers of a model that it
     makes of one that is not rewritten have the wrappers that they had in that.
 
+    A transform of ``torch.func`` around the call does not reach what the verb computes.
+
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
+        ConfigError: If parameters of the model are those that such a transform differentiates.
     """
 
     @functools.wraps(verb)
     def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch_private.in_functorch_level():
+            _check_not_transformed(verb.__name__, model)
+            with torch_private.outside_of_transforms():
+                return call(model, *args, **kwargs)
         if isinstance(model, nn.Module) and record_of(_unwrapped(model)) is None:
             return _in_original(verb, model, *args, **kwargs)
         with without_zero_init(), without_wrappers(model) as inner:
@@ -446,6 +453,16 @@ def inside(verb: _Verb) -> _Verb:
         return model if result is inner else result
 
     return cast(_Verb, call)
+
+
+def _check_not_transformed(verb: str, model: Any) -> None:
+    """Refuse a model whose parameters a transform differentiates: what is made of it would not know."""
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if torch_private.is_transformed(parameter):
+            raise ConfigError(
+                f"{verb}: {name} belongs to a transform of torch.func that is running, which cannot reach "
+                "through a rewrite or a merge: call it before, and give the transform what it returns"
+            )
 
 
 def _in_original(verb: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -585,3 +585,41 @@ def test_a_model_whose_rewrite_was_thrown_away_is_refused(function: Callable[...
         function(model)
     function(adapted)
     function(nn.ModuleDict({"inside": adapted}))  # as the modules of trainers have it
+
+
+CONFIG = LoraConfig(r=2, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("start", [True, False, "orthogonal", "pissa"])
+def test_a_default_device_around_a_rewrite_changes_nothing(start: Any) -> None:
+    base, x = Mlp().eval(), torch.randn(2, 5)
+    config = LoraConfig(r=2, target_modules=["first"], init_lora_weights=start)
+    expected = lora_fx.rewrite(base, config)
+    with torch.device("meta"):
+        model = lora_fx.rewrite(base, config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert_same_bits(model(x), expected(x))
+
+
+def test_models_are_made_inside_of_transforms() -> None:
+    base, x = Mlp().eval(), torch.randn(2, 5)
+    adapted = lora_fx.rewrite(base, CONFIG)
+    for make in (lambda: lora_fx.merge(adapted), lambda: lora_fx.rewrite(base, CONFIG)):
+        model = make()
+        expected = torch.func.jvp(model, (x,), (x,))
+        assert_close(torch.func.jvp(lambda value, make=make: make()(value), (x,), (x,)), expected)
+        expected = torch.func.grad(lambda value, model=model: model(value).sum())(x)
+        assert_close(torch.func.grad(lambda value, make=make: make()(value).sum())(x), expected)
+
+
+def test_parameters_of_a_transform_are_refused() -> None:
+    adapted = lora_fx.rewrite(Mlp(), CONFIG)
+    first = next(name for name, _ in adapted.named_parameters())
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        owner, _, leaf = first.rpartition(".")
+        adapted.get_submodule(owner)._parameters[leaf] = value
+        return lora_fx.merge(adapted)(torch.randn(2, 5)).sum()
+
+    with pytest.raises(lora_fx.ConfigError, match=rf"merge: {re.escape(first)} belongs to a trans"):
+        torch.func.grad(loss)(adapted.get_parameter(first))
