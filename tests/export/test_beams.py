@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from lora_fx.errors import ExportError
@@ -14,6 +16,7 @@ from lora_fx.export.session import OnnxSession
 from tests.export.tiny import VOCABULARY, Pair
 
 IDS = torch.tensor([[4, 5, 6]])
+OLDER = Version(transformers.__version__) < Version("5.24")
 
 
 def prompts() -> tuple[Tensor, Tensor]:
@@ -66,6 +69,9 @@ def test_beams_find_what_the_likeliest_tokens_do_not(exported: Callable[[str], P
     assert not torch.equal(greedy, searched)
 
 
+@pytest.mark.skipif(
+    OLDER, reason="generate of transformers before 5.24 draws beams in another order"
+)
 @pytest.mark.parametrize("options", [{}, {"top_k": 3, "top_p": 0.5}, {"min_p": 0.9, "top_k": 0}])
 def test_drawn_beams_with_equal_seeds(
     exported: Callable[[str], Pair], options: dict[str, Any]

@@ -299,7 +299,7 @@ def test_needed_libraries_are_read_from_the_provider() -> None:
     if not library.is_file():
         pytest.skip("this wheel has no CUDA provider")
     needed = providers._needed(library)
-    assert "libcuda.so.1" in needed
+    assert any(name.startswith("libcudart.so") for name in needed)
     assert any(name.startswith("libcublas.so") for name in needed)
 
 

@@ -16,6 +16,8 @@ from xml.etree import ElementTree as ET
 import networkx as nx
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import nn
 
 import lora_fx
@@ -29,6 +31,7 @@ from lora_fx.tools.draw.picture import SCHEMA, Box
 from lora_fx.tools.draw.regions import measured
 from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
 
+OLDER = Version(transformers.__version__) < Version("5.24")
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
 
 
@@ -458,6 +461,7 @@ def test_a_fold_counts_alike_outside_and_inside() -> None:
     assert sum(child.sites for child in fold.children) == 2
 
 
+@pytest.mark.skipif(OLDER, reason="layers of transformers before 5.24 have graphs")
 def test_modules_without_a_graph_show_how_data_flows() -> None:
     model = transformer("Llama")
     rewritten = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2), frontend="regions")
