@@ -6,8 +6,10 @@ import contextlib
 import filecmp
 import json
 import os
+import re
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -90,7 +92,8 @@ def flush(path: Path) -> None:
 
 _SAVING: Final = ".saving-"  # what a process writes
 _PLACING: Final = ".placing-"  # what is complete, and on its way to where it belongs
-_LEFT_BEHIND = 3600  # seconds after which the process of such a folder is taken for dead
+_LEFT_BEHIND = 3600  # seconds after which a process of another machine is taken for dead
+_SETTLED = 60  # seconds after which one of this machine that does not run any more is
 
 
 @contextlib.contextmanager
@@ -98,13 +101,16 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     """Gives a folder to write files into, which take the places of those of their names if all goes well.
 
     After an error the files are as they were. A process may also be killed: :func:`current` then finds the
-    files as they were, or all new ones. What it leaves behind is deleted by one that writes later.
+    files as they were, or all new ones. One that writes later moves what is complete to its place, and
+    deletes what else was left behind.
 
     Args:
         folder: It is there. The files may be in folders below.
     """
     _clear(folder)
-    with tempfile.TemporaryDirectory(prefix=_SAVING, dir=folder) as name:
+    with tempfile.TemporaryDirectory(
+        prefix=f"{_SAVING}{_machine()}-{os.getpid()}-", dir=folder
+    ) as name:
         staged = Path(name, "new")
         staged.mkdir()
         yield staged
@@ -127,11 +133,40 @@ def _written(path: Path) -> int:
 
 
 def _clear(folder: Path) -> None:
-    """Deletes what killed processes have left behind."""
+    """End what killed processes have begun: complete files go to their places, others are deleted."""
     for path in (*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_PLACING}*")):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _LEFT_BEHIND:
-                shutil.rmtree(path)
+        with contextlib.suppress(OSError):  # another process does the same
+            if not _is_left_behind(path):
+                continue
+            for file in sorted(path.rglob("*")) if path.name.startswith(_PLACING) else ():
+                target = folder / file.relative_to(path)
+                if file.is_file() and not (target.exists() and _written(target) > _written(file)):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(target)
+            shutil.rmtree(path)
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Whether the process that has made such a folder is dead, as far as its name and age tell."""
+    age = time.time() - path.stat().st_mtime
+    machine, _, process = path.name.rpartition("-")[0].partition("-")[2].rpartition("-")
+    if os.name == "nt" or machine != _machine() or not process.isdecimal():
+        return age > _LEFT_BEHIND
+    return age > _SETTLED and not _runs(int(process))
+
+
+def _machine() -> str:
+    return re.sub(r"\W", "_", socket.gethostname())
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _place(staged: Path, folder: Path, kept: Path) -> None:

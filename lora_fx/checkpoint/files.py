@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,6 +24,7 @@ __all__ = [
     "PICKLE_NAME",
     "RECEIPT_NAME",
     "WEIGHTS_NAME",
+    "check_format",
     "read_file",
     "read_tensors",
     "write_folder",
@@ -68,6 +69,28 @@ def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         ) from error
 
 
+_OF_DIFFUSERS: Final = (DIFFUSERS_NAME,)
+_OF_PEFT: Final = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
+
+
+def check_format(folder: Path, others: Collection[str] = _OF_DIFFUSERS) -> None:
+    """Refuse a folder that holds an adapter of another format.
+
+    Args:
+        folder: Where an adapter is to be written.
+        others: Names of the files of other formats.
+
+    Raises:
+        CheckpointError: If one of them is there.
+    """
+    found = [name for name in others if (folder / name).exists()]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds an adapter of another format ({', '.join(found)}), which a reader might take "
+            "for this one: give another folder, or delete that adapter"
+        )
+
+
 def write_folder(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
@@ -96,15 +119,8 @@ def write_folder(
             the files cannot be written.
     """
     name = DIFFUSERS_NAME if config is None else WEIGHTS_NAME
-    alone = (DIFFUSERS_NAME,)
-    peft = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
-    names, others = (alone, peft) if config is None else (peft, alone)
-    found = [one for one in others if (folder / one).exists()]
-    if found:
-        raise CheckpointError(
-            f"{folder} holds an adapter of another format ({', '.join(found)}), which a reader might take "
-            "for this one: give another folder, or delete that adapter"
-        )
+    names = _OF_DIFFUSERS if config is None else _OF_PEFT
+    check_format(folder, _OF_PEFT if config is None else _OF_DIFFUSERS)
     there = [one for one in names if (folder / one).exists()]
     if there and not force:
         raise CheckpointError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import logging
 import os
 import re
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from lora_fx.adapters import origin_of
-from lora_fx.checkpoint.files import write_folder
+from lora_fx.checkpoint.files import check_format, write_folder
 from lora_fx.checkpoint.folder import folder_of, save_adapter
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.config import LoraConfig
@@ -73,6 +74,7 @@ ADAPTER_FOLDER = "adapter"
 
 _IGNORED = "_keys_to_ignore_on_save"  # transformers': names that are left out of its files
 _CONFIG = "config.json"
+_CARD = "README.md"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _NAMING = (
     *("target_modules", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern"),
@@ -216,6 +218,7 @@ def _save(
         result = method(*bound.args, **bound.kwargs)
     else:
         folder.mkdir(parents=True, exist_ok=True)
+        check_format(folder)
         with replacing_files(folder) as staged:
             given[where] = str(staged)
             result = method(*bound.args, **bound.kwargs)
@@ -223,13 +226,14 @@ def _save(
                 (staged / _CONFIG).unlink(missing_ok=True)
                 origin = origin or _save_base(part, folder, staged)
             new = {path.name for path in staged.iterdir()}
-    if transformers:
-        _remove_older(folder, new)
-    with without_wrappers(part.root), _values(part, state):
+            # In the same move, so that a process that is killed leaves no files of two saves.
+            with without_wrappers(part.root), _values(part, state):
+                _save_adapters(part, staged / ("" if transformers else ADAPTER_FOLDER), origin)
+            if transformers and not (folder / _CARD).exists():
+                (staged / _CARD).write_text(_card(origin), encoding="utf-8")
         if transformers:
-            _save_adapters(part, folder, origin)
-        elif not above:
-            _save_adapters(part, folder / ADAPTER_FOLDER, origin)
+            _remove_older(folder, new)
+        else:
             _log.warning(
                 "%s: from_pretrained of %s loads the base alone: lora_fx.load_adapter(model, %r) puts the "
                 "adapters in",
@@ -238,6 +242,16 @@ def _save(
                 str(folder / ADAPTER_FOLDER),
             )
     return result
+
+
+def _card(origin: str | None) -> str:
+    """The model card of an adapter folder, with the metadata that PEFT's has: hubs and viewers read them."""
+    base = f"base_model: {json.dumps(origin)}\n" if origin else ""
+    adapter = f"- base_model:adapter:{origin}\n" if origin else ""
+    return (
+        f"---\n{base}library_name: peft\ntags:\n{adapter}- lora\n- lora-fx\n---\n\n"
+        "# A LoRA adapter\n\nWritten by lora-fx in the format of PEFT.\n"
+    )
 
 
 def _check_target(folder: Path, origin: str | None, given: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lora_fx
@@ -109,6 +110,11 @@ def test_transformers_and_peft_find_the_base(base: Path, tmp_path: Path) -> None
     assert_close(theirs(IDS).logits, wanted)
     ours = lora_fx.load_adapter(load(base), tmp_path / "out")
     assert_same_bits(ours(IDS).logits, wanted)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.library_name, card.data.base_model) == ("peft", str(base))
+    (tmp_path / "out" / "README.md").write_text("mine")
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == "mine"
 
 
 def test_weights_take_what_is_trained(base: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.files import current
 from tests.algebra import randomize
 from tests.kills import killed, torn
 from tests.numerics import assert_same_bits
@@ -47,12 +48,13 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
 
 
 def check_saved(folder: Path, base: Any, old: Any, new: Any) -> None:
-    """Every file is that of one of the models, and so is the adapter."""
-    states = [lora_fx.adapter_state_dict(one) for one in (old, new)]
-    found = lora_fx.adapter_state_dict(lora_fx.load_adapter(base, folder))
-    assert any(same(found, one) for one in states)
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    assert any(same(weights, trained(one)) for one in (old, new))
+    """Both files are those of one of the models."""
+    adapter = lora_fx.adapter_state_dict(lora_fx.load_adapter(base, folder))
+    weights = safetensors.torch.load_file(current(folder / "model.safetensors"))
+    assert any(
+        same(adapter, lora_fx.adapter_state_dict(model)) and same(weights, trained(model))
+        for model in (old, new)
+    )
     assert not (folder / "config.json").exists()
 
 
@@ -66,6 +68,23 @@ def test_what_was_saved_is_whole(base: Any, tmp_path: Path) -> None:
         shutil.rmtree(folder)
         old.save_pretrained(folder)
     assert steps > 20
+
+
+def test_the_next_save_ends_what_a_killed_one_has_begun(base: Any, tmp_path: Path) -> None:
+    old = adapted(CONFIG, base)
+    new = randomize(copy.deepcopy(old), std=0.7)
+    folder = tmp_path / "out"
+    old.save_pretrained(folder)
+    for _ in killed(lambda: new.save_pretrained(folder), folder, every=3):
+        left = [path for path in folder.iterdir() if path.name.startswith(".")]
+        for path in left:
+            os.utime(path, (0, 0))
+        lora_fx.save_adapter(old, folder, force=True)
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+        # What was complete went to its place before.
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        assert any(same(weights, trained(model)) for model in (old, new))
+        old.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("number", range(3), ids=["trained", "base", "adapter"])
