@@ -36,7 +36,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
-import networkx as nx
 import torch
 from torch import fx, nn
 
@@ -195,6 +194,8 @@ def _descend(
 
 
 def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
+    import networkx as nx  # a third of a second, which most models of libraries do without
+
     flow = nx.DiGraph()
     flow.add_node(_SOURCE)
     for node in graph.nodes:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -232,3 +235,14 @@ def test_fingerprints_tell_buffers_apart() -> None:
     after = buffer_digests(model)
     changed = {name for name, digest in after.items() if digest != before[name]}
     assert changed == {"norm.running_mean", "norm.running_var", "norm.num_batches_tracked"}
+
+
+def test_a_first_rewrite_of_a_librarys_model_loads_no_networkx() -> None:
+    """Its import takes as long as all else; a model that names its head does without."""
+    code = (
+        "import sys, lora_fx\n"
+        "from tests.zoo import tiny_llama\n"
+        "lora_fx.rewrite(tiny_llama()[0], lora_fx.LoraConfig(r=2))\n"
+        "assert 'networkx' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
