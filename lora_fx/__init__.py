@@ -166,8 +166,8 @@ _HOMES = {
         capture compare graphs merge plan print_trainable_parameters rewrite trainable_parameters
     """,
     "lora_fx.checkpoint": """
-        adapter_state_dict hotswap_adapter lightning_callback load_adapter load_adapter_state_dict
-        prepare_hotswap save_adapter trainer_callback
+        adapter_state_dict as_peft_model hotswap_adapter lightning_callback load_adapter
+        load_adapter_state_dict prepare_hotswap save_adapter trainer_callback
     """,
     "lora_fx.config": """
         LoraConfig

@@ -6,6 +6,7 @@ from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
+from lora_fx.checkpoint.peft_model import as_peft_model
 from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
@@ -22,6 +23,7 @@ __all__ = [
     "StackedUp",
     "Verdict",
     "adapter_state_dict",
+    "as_peft_model",
     "call_with",
     "converted",
     "hotswap_adapter",

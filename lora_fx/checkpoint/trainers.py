@@ -27,10 +27,10 @@ from lora_fx.checkpoint.files import check_format, write_folder
 from lora_fx.checkpoint.folder import folder_of, save_adapter
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, some
 from lora_fx.extras import load_optional
 from lora_fx.files import replacing_files
-from lora_fx.ir import Record, join, record_of
+from lora_fx.ir import Record, join, record_of, require_record
 from lora_fx.passes.graph import memory_of
 from lora_fx.passes.merge import stripped
 from lora_fx.passes.parameters import (
@@ -50,6 +50,7 @@ __all__ = [
     "ignores_base",
     "left_out_of_checkpoints",
     "lightning_callback",
+    "save_peft_folder",
     "saves_adapter",
     "trainer_callback",
 ]
@@ -279,8 +280,45 @@ def _remove_older(folder: Path, new: Collection[str]) -> None:
             path.unlink()
 
 
-def _save_adapters(part: _Part, folder: Path, origin: str | None) -> None:
-    for name in part.record.adapters:
+def save_peft_folder(
+    model: nn.Module,
+    folder: Path,
+    names: Collection[str],
+    origin: str | None,
+    values: Mapping[str, Any],
+) -> None:
+    """Write adapters as PEFT's ``save_pretrained`` does, in one move.
+
+    Args:
+        model: A rewritten model.
+        folder: Gets the adapter "default"; others get folders of their names in it.
+        names: Those that are written.
+        origin: Where the base was loaded from.
+        values: Of parameters that are sharded, by their names in the model.
+
+    Raises:
+        ConfigError: If there is no adapter of a name.
+        CheckpointError: If the folder holds an adapter of another format, or cannot be written.
+    """
+    with without_wrappers(model) as inner:
+        part = _Part(inner, require_record(inner), inner, "")
+        for name in names:
+            if name not in part.record.adapters:
+                raise ConfigError(
+                    f"there is no adapter {name!r}: the model has {some(list(part.record.adapters))}"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        check_format(folder)
+        with replacing_files(folder) as staged, _values(part, values):
+            _save_adapters(part, staged, origin, names)
+            if not (folder / _CARD).exists():
+                (staged / _CARD).write_text(_card(origin), encoding="utf-8")
+
+
+def _save_adapters(
+    part: _Part, folder: Path, origin: str | None, names: Collection[str] | None = None
+) -> None:
+    for name in part.record.adapters if names is None else names:
         entry = part.record.adapters[name]
         tensors, config, notes = folder_of(part.root, entry, name)
         if part.prefix:
