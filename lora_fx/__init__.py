@@ -52,6 +52,7 @@ if _TYPE_CHECKING:
     )
     from lora_fx.checkpoint import (
         adapter_state_dict,
+        as_peft_model,
         hotswap_adapter,
         lightning_callback,
         load_adapter,
@@ -115,6 +116,7 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
+    "as_peft_model",
     "capture",
     "check",
     "compare",

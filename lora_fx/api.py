@@ -34,6 +34,7 @@ from lora_fx.passes.graph import (
     put_partitions_back,
     share_copy,
 )
+from lora_fx.passes.insert import with_seed
 from lora_fx.passes.kept import with_kept
 from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
@@ -242,9 +243,10 @@ def rewrite(
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
+    pipeline.check_config(config)
     adapted = pipeline.rewrite_model(
         model,
-        config,
+        with_seed(config),
         example_inputs,
         adapter_name=adapter_name,
         optimize=optimize,

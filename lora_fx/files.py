@@ -101,8 +101,8 @@ def replacing_files(folder: Path) -> Iterator[Path]:
     """Gives a folder to write files into, which take the places of those of their names if all goes well.
 
     After an error the files are as they were. A process may also be killed: :func:`current` then finds the
-    files as they were, or all new ones. One that writes later moves what is complete to its place, and
-    deletes what else was left behind.
+    files as they were, or all new ones. The next process that writes moves complete files to their places,
+    and deletes all others.
 
     Args:
         folder: It is there. The files may be in folders below.
@@ -147,7 +147,7 @@ def _clear(folder: Path) -> None:
 
 
 def _is_left_behind(path: Path) -> bool:
-    """Whether the process that has made such a folder is dead, as far as its name and age tell."""
+    """Return True if the name and the age of such a folder say that its process is dead."""
     age = time.time() - path.stat().st_mtime
     machine, _, process = path.name.rpartition("-")[0].partition("-")[2].rpartition("-")
     if os.name == "nt" or machine != _machine() or not process.isdecimal():

@@ -528,7 +528,7 @@ _BUILT_IN = re.compile(r"\btorch\._C\._nn\.(\w+)(?=\()")
 def by_public_names(source: str) -> str:
     """Write calls of built-in functions in generated code by their names in ``torch.nn.functional``.
 
-    Whoever replaces such a function there is then heard, as in the code that was traced.
+    A function that a library puts in its place is then called, as in the code that was traced.
     """
 
     def public(match: re.Match[str]) -> str:

@@ -24,7 +24,7 @@ _SECTIONS = {
     """,
     "Files": """
         save_adapter load_adapter adapter_state_dict load_adapter_state_dict
-        hotswap_adapter prepare_hotswap inspect_adapter verify
+        as_peft_model hotswap_adapter prepare_hotswap inspect_adapter verify
     """,
     "Quantized bases": """
         quantize plan_quantization prepare_for_kbit_training replace_lora_weights_loftq

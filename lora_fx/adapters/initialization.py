@@ -410,7 +410,7 @@ def initialize(
         # What training mode draws is the same each time, and no random numbers of others are used up.
         device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(entry.config.seed)
+        torch.manual_seed(entry.config.seed or 0)
         stack.enter_context(_same_modes(model))
         stack.enter_context(disable_adapter(model))
         data = Data(dataloader, device, forward, report)

@@ -29,6 +29,7 @@ from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_lines, html_table, require_record
 from lora_fx.passes.graph import copy_without_trainers, is_partitioned, own_partition
+from lora_fx.passes.insert import with_seed
 from lora_fx.passes.parameters import (
     adapter_parameters,
     check_alike,
@@ -144,7 +145,7 @@ def add_adapter(
         NoMatchError, PartialMatchError: As :func:`lora_fx.rewrite`.
     """
     check_config(config)
-    put_adapter(model, config, adapter_name, strict=strict)
+    put_adapter(model, with_seed(config), adapter_name, strict=strict)
     return model
 
 

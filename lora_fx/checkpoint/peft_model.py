@@ -66,14 +66,14 @@ def as_peft_model(model: nn.Module) -> Any:
 
 
 class _Inside(nn.Module):
-    """What PEFT calls the base model: a tuner that holds the model. Its name is in those of parameters."""
+    """The tuner that PEFT calls the base model, and that holds the model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of its own, or else of the model."""
+        """Return an attribute, of the model if the tuner has none."""
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -572,7 +572,7 @@ def adapter_state_dict(
 
 
 def _of_diffusers(model: nn.Module) -> bool:
-    """Whether diffusers puts adapters into a model itself, so that no PeftModel is around it."""
+    """Return True for a model of diffusers, which puts adapters into it without a PeftModel."""
     return any(
         cls.__name__ == "ModelMixin" and cls.__module__.startswith("diffusers.")
         for cls in original_class(model).__mro__

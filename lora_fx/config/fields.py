@@ -282,7 +282,9 @@ def _dropout(name: str, value: object) -> float:
     return probability
 
 
-def _seed(name: str, value: object) -> int:
+def _seed(name: str, value: object) -> int | None:
+    if value is None:
+        return None
     seed = _whole(name, value, "a seed is a whole number")
     if not 0 <= seed < 2**63:
         raise bad(name, value, "a seed is at least 0 and below 2**63")

@@ -174,8 +174,9 @@ class LoraConfig:
             `adjust_scaling_factors`.
         corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
         lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
-        seed: Seeds the initialization of each site. lora_fx only: PEFT warns about keys that it
-            does not know, so the file does not hold it.
+        seed: Seeds the initialization of each site. None: `rewrite` and `add_adapter` draw one from
+            PyTorch's global generator, so that `torch.manual_seed` decides as it does for PEFT. lora_fx
+            only: PEFT warns about keys that it does not know, so the file does not hold it.
         inference_mode: Written and read for PEFT, which loads such an adapter frozen; lora_fx does
             not look at it.
         base_model_name_or_path: Where the base model came from.
@@ -214,7 +215,7 @@ class LoraConfig:
     eva_config: Mapping[str, Any] | None = None
     corda_config: Mapping[str, Any] | None = None
     lora_ga_config: Mapping[str, Any] | None = None
-    seed: int = 0
+    seed: int | None = None
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None

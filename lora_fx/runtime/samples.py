@@ -4,9 +4,9 @@ A call of a form that has not been seen is followed (:mod:`lora_fx.runtime.row_t
 refused where a site reads rows that are not those of the samples. Calls of the same form run as they are
 then.
 
-Threads and asyncio tasks may share a model. What a ``with`` block says is kept in a context variable, so that
-it holds for the thread or task that is in the block. A call runs in one thread from its beginning to its end,
-and keeps what it needs in a thread-local object, which a compiler can read as well.
+Threads and asyncio tasks may share a model. A ``with`` block keeps the samples in a context variable, so that
+they hold for the thread or task that is in the block. A call runs in one thread from its beginning to its
+end, and has its state in a thread-local object, which a compiler can read as well.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Layout(NamedTuple):
 
 
 class _ThreadState:
-    """What a thread knows of the samples that its calls of a model have.
+    """The samples of the calls that one thread makes of a model, and the state of the call that is running.
 
     Attributes:
         assigned: Which samples each adapter has.
@@ -147,14 +147,14 @@ class _ThreadState:
         alike: Whether all samples have the same adapter, so that it does not matter which row is whose.
         rows: The numbers of each adapter's samples, [n], by its name.
         layouts: Where they put the rows of matrices that sites have read.
-        shared: Whether tasks take turns in this thread, each inside a block of its own. Between calls the
+        shared: Whether several tasks that take turns in this thread are inside blocks. Between calls the
             thread then has no samples.
-        state: What is known of the call that is running.
+        state: One of the constants above.
         opened_by: The name of the module whose call is running, "" for the model; None if there is no call.
         depth: How many calls of that module are inside each other.
-        follower, form, sizes, failing: If the call is followed: by what, its form and sizes, and the
+        follower, form, sizes, failing: If the call is followed: its follower, its form and sizes, and the
             exception that was being handled when it began.
-        call: What is to be told if the call that is running ends otherwise than by a return or an error.
+        call: The entry of the call, which ends it if neither a return nor an error has.
     """
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class _Threads(threading.local):
 
 
 _blocks: ContextVar[Mapping[_Threads, _Assigned]] = ContextVar("lora_fx_samples")
-"""What the ``with`` blocks around the running code have assigned, for each model's table."""
+"""The samples that the ``with`` blocks around the running code have assigned, for each model's table."""
 
 
 class SampleRows(AdapterModule):
@@ -193,8 +193,8 @@ class SampleRows(AdapterModule):
     Each adapter has a buffer without elements, which is on the device where its rows are needed.
 
     Attributes:
-        threads: What is known in each thread.
-        inherited: What is assigned where no block says otherwise: what held where this was copied.
+        threads: The state of each thread.
+        inherited: The samples outside of all blocks: of a copy, those that held where it was copied.
         proofs: The forms of call that were followed and have the samples as their rows.
         folded: Those with several rows for each sample, and the sizes of each.
     """
@@ -210,7 +210,7 @@ class SampleRows(AdapterModule):
             self.register_buffer(name, empty, persistent=False)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute: for the name of an adapter, the numbers of its samples in the running call, [n]."""
+        """Return an attribute: for the name of an adapter, the numbers of its samples in this call, [n]."""
         value = super().__getattr__(name)
         if name in self._buffers:
             rows = self.thread.rows
@@ -219,7 +219,7 @@ class SampleRows(AdapterModule):
 
     @property
     def thread(self) -> _ThreadState:
-        """What is known in the running thread."""
+        """The state of the running thread."""
         return self.threads.running
 
     @property
@@ -229,17 +229,17 @@ class SampleRows(AdapterModule):
 
     @property
     def repeats(self) -> int:
-        """How many times in a row the batch may have each sample."""
+        """The number of times that the batch may have each sample, one after the other."""
         return self.thread.repeats
 
     @property
     def state(self) -> int:
-        """What is known of the call that is running."""
+        """The state of the running call, one of the constants above."""
         return self.thread.state
 
     @property
     def assigned(self) -> _Assigned:
-        """Which samples each adapter has in the running call."""
+        """The samples of each adapter in the running call."""
         return self.thread.assigned
 
     def assign(self, ids: Sequence[str | None], repeats: int = 1, *, shared: bool = False) -> None:
@@ -267,11 +267,11 @@ class SampleRows(AdapterModule):
         self.reassign(_Assigned() if self.thread.shared else self.of_blocks())
 
     def of_blocks(self) -> _Assigned:
-        """What the ``with`` blocks around the running code have assigned."""
+        """Return the samples that the ``with`` blocks around the running code have assigned."""
         return _blocks.get({}).get(self.threads, self.inherited)
 
     def reassign(self, assigned: _Assigned) -> None:
-        """Lets the sites that run in this thread read what was assigned."""
+        """Let the sites that run in this thread read other samples."""
         thread = self.thread
         if assigned == thread.assigned:
             return
@@ -328,7 +328,7 @@ class SampleRows(AdapterModule):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begins without a call. What was assigned where it was copied holds on."""
+        """Begin without a call, with the samples that held where it was copied."""
         super().__setstate__({**state, "threads": _Threads()})  # type: ignore[no-untyped-call]
         self.settle()
 
@@ -758,7 +758,7 @@ class _Entry:
             raise
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Finds out what is known of a call of this form, and follows it if that is nothing."""
+        """Trust a call whose form is known, and follow any other one."""
         table, thread = self.table, self.table.thread
         if thread.alike:
             thread.state = FOLDED

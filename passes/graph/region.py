@@ -202,7 +202,7 @@ def original_class(module: nn.Module) -> type[nn.Module]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is a Conv1D of transformers, a linear layer whose weight is stored [in, out]."""
+    """Return True for a Conv1D of transformers, a linear layer whose weight is stored [in, out]."""
     return any(
         (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
         for cls in original_class(module).__mro__

@@ -21,6 +21,7 @@ from lora_fx.passes.insert.starts import (
     pissa,
     signs,
     site_generator,
+    with_seed,
 )
 from lora_fx.passes.insert.trained_whole import AddTokens, TrainTokens, Unfreeze
 
@@ -47,4 +48,5 @@ __all__ = [
     "site_generator",
     "slot_start",
     "start_factors",
+    "with_seed",
 ]

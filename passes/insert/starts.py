@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -11,6 +12,7 @@ from typing import Any, Final
 import torch
 import torch.nn.functional as F
 
+from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Factors, PlannedSite, Site
@@ -41,12 +43,43 @@ __all__ = [
     "quantized",
     "signs",
     "site_generator",
+    "with_seed",
 ]
 
 
+def with_seed(config: LoraConfig) -> LoraConfig:
+    """Give a configuration without a seed one from PyTorch's global generator.
+
+    The processes of a group get that of the first one, also where each has seeded its generator otherwise:
+    they are to have the same factors. A process that is not the first waits for it.
+    """
+    if config.seed is not None:
+        return config
+    with torch_private.disable_dispatch_modes():
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        seed = _of_first_process(seed)
+    return dataclasses.replace(config, seed=seed)
+
+
+_drawn = itertools.count()
+
+
+def _of_first_process(seed: int) -> int:
+    """The seed that the first process of the default group has drawn, as many draws after its start."""
+    # Of a "fake" group the other processes do not exist.
+    if torch.distributed.get_world_size() == 1 or torch.distributed.get_backend() == "fake":
+        return seed
+    store, key = torch_private.group_store(), f"lora_fx/seed/{next(_drawn)}"
+    if torch.distributed.get_rank() == 0:
+        store.set(key, str(seed))
+        return seed
+    return int(store.get(key))
+
+
 def site_generator(name: str, config: LoraConfig) -> torch.Generator:
-    """A generator on the CPU, seeded with the configuration's seed and the site's name."""
-    digest = hashlib.blake2b(f"{config.seed}:{name}".encode(), digest_size=8).digest()
+    """A generator on the CPU, seeded with the configuration's seed (None: 0) and the site's name."""
+    digest = hashlib.blake2b(f"{config.seed or 0}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 

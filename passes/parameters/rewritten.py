@@ -428,7 +428,7 @@ _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
 def inside(verb: _Verb) -> _Verb:
-    """Let a verb work on what is inside of a compiled model, and of compiled or checkpointed layers.
+    """Let a verb see through compiled models, and through compiled or checkpointed layers.
 
     What the verb returns is what it was given, where that is what it would return. Layers of a model that it
     makes of one that is not rewritten have the wrappers that they had in that.
@@ -456,7 +456,7 @@ def inside(verb: _Verb) -> _Verb:
 
 
 def _check_not_transformed(verb: str, model: Any) -> None:
-    """Refuse a model whose parameters a transform differentiates: what is made of it would not know."""
+    """Refuse a model whose parameters a transform differentiates: it would not reach the result."""
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if torch_private.is_transformed(parameter):
             raise ConfigError(
@@ -529,7 +529,7 @@ _WRAPPERS = (_COMPILED, _CHECKPOINTED)
 def _layers_unwrapped(
     model: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS
 ) -> Iterator[list[_Place]]:
-    """Put what is inside of their wrappers in the places of layers, for as long as the context lasts.
+    """Take the wrappers off layers, for as long as the context lasts.
 
     Yields:
         The places: a module, a name in it, and the wrapper that it has there otherwise.
@@ -553,6 +553,8 @@ def _layers_unwrapped(
 
 def _inside_of(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.Module | None:
     """The module that a wrapper is around; None for any other module."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None  # its modules cannot be looked up by name
     found = (module._modules.get(name) for name in wrappers)
     return next((inner for inner in found if inner is not None), None)
 

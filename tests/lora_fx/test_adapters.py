@@ -21,7 +21,7 @@ from tests.numerics import assert_close, assert_same_bits, in_double
 from tests.zoo import FORMS, Form, Mlp, Residual
 
 IDS = torch.tensor([[0, 2, 5, 10], [2, 2, 9, 10]])
-LISTED = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False)
+LISTED = LoraConfig(r=2, target_modules=["up"], init_lora_weights=False, seed=2)
 ALL = LoraConfig(r=4, lora_alpha=2, init_lora_weights=False, seed=3, rank_pattern={"down": 3})
 HEAD = LoraConfig(
     r=2, target_modules=["down"], init_lora_weights=False, modules_to_save=["head"], seed=5

@@ -17,7 +17,7 @@ from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import FORMS, Form, Mlp, Residual, tiny_llama
 
 IDS = torch.tensor([[0, 2, 5, 10], [2, 2, 9, 10]])
-WIDE = LoraConfig(r=4, lora_alpha=2, init_lora_weights=False)
+WIDE = LoraConfig(seed=0, r=4, lora_alpha=2, init_lora_weights=False)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -28,9 +28,9 @@ def test_the_adapter_that_is_meant(tmp_path: Path) -> None:
     """The only one, or the only active one; nobody has to call it "default"."""
     base = Residual().eval()
     folder = saved(base, tmp_path / "new", r=3)
-    model = lora_fx.rewrite(base, LoraConfig(r=2), adapter_name="maths")
+    model = lora_fx.rewrite(base, LoraConfig(seed=0, r=2), adapter_name="maths")
     lora_fx.prepare_hotswap(model, 4)
-    lora_fx.add_adapter(model, LoraConfig(r=2), "code")
+    lora_fx.add_adapter(model, LoraConfig(seed=0, r=2), "code")
     lora_fx.hotswap_adapter(model, folder)
     assert_close(model(IDS), lora_fx.load_adapter(base, folder)(IDS))
     with lora_fx.disable_adapter(model):
@@ -61,9 +61,9 @@ def saved(base: nn.Module, folder: Path, **config: object) -> Path:
 def test_every_form_takes_less_rank_and_another_scale(form: Form, tmp_path: Path) -> None:
     base, x, g = form.model(), form.x(), form.groups
     config = {"target_modules": [form.site], "init_lora_weights": False}
-    model = lora_fx.rewrite(base, LoraConfig(r=g, **config))
+    model = lora_fx.rewrite(base, LoraConfig(seed=0, r=g, **config))
     lora_fx.prepare_hotswap(model, 4 * g)
-    assert_close(model(x), lora_fx.rewrite(base, LoraConfig(r=g, **config))(x))
+    assert_close(model(x), lora_fx.rewrite(base, LoraConfig(seed=0, r=g, **config))(x))
     saved(base, tmp_path / "new", r=3 * g, lora_alpha=5, **config)
     assert lora_fx.hotswap_adapter(model, tmp_path / "new") is model
     assert_close(model(x), lora_fx.load_adapter(base, tmp_path / "new")(x))
@@ -75,7 +75,7 @@ def test_every_form_takes_less_rank_and_another_scale(form: Form, tmp_path: Path
 @pytest.mark.parametrize("rslora", [False, True])
 def test_variants_and_scales(variant: dict, rslora: bool, tmp_path: Path) -> None:
     base = Residual().eval()
-    model = lora_fx.rewrite(base, LoraConfig(r=4, use_rslora=rslora, **variant))
+    model = lora_fx.rewrite(base, LoraConfig(seed=0, r=4, use_rslora=rslora, **variant))
     lora_fx.prepare_hotswap(model, 6)
     folder = saved(base, tmp_path / "new", r=5, use_rslora=True, lora_alpha=3, **variant)
     lora_fx.hotswap_adapter(model, folder)
@@ -107,7 +107,9 @@ def test_what_is_trained_in_full_is_swapped_too(tmp_path: Path) -> None:
 
 def test_rows_of_tokens_are_swapped_too(tmp_path: Path) -> None:
     base = Residual().eval()
-    config = LoraConfig(r=2, target_modules=["up"], trainable_token_indices={"embed": [2, 5]})
+    config = LoraConfig(
+        seed=0, r=2, target_modules=["up"], trainable_token_indices={"embed": [2, 5]}
+    )
     other = lora_fx.rewrite(base, config)
     with torch.no_grad():
         other.embed.token_adapter.trainable_tokens_delta.default.add_(1)
@@ -159,7 +161,7 @@ def test_an_inactive_adapter_is_swapped_without_being_activated(tmp_path: Path) 
 
 def test_nothing_is_compiled_anew(tmp_path: Path) -> None:
     base = Residual().eval()
-    model = lora_fx.rewrite(base, LoraConfig(r=2))
+    model = lora_fx.rewrite(base, LoraConfig(seed=0, r=2))
     lora_fx.prepare_hotswap(model, 4)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -218,10 +220,10 @@ def test_misfits_are_listed(config: dict, message: str, tmp_path: Path) -> None:
 
 def test_a_misfit_leaves_the_statistics_of_batch_norm(tmp_path: Path) -> None:
     base = Mlp()
-    other = lora_fx.rewrite(base, LoraConfig(r=4, target_modules=["first"]))
+    other = lora_fx.rewrite(base, LoraConfig(seed=0, r=4, target_modules=["first"]))
     other(torch.ones(3, 5))
     lora_fx.save_adapter(other, tmp_path)
-    model = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["first"]))
+    model = lora_fx.rewrite(base, LoraConfig(seed=0, r=2, target_modules=["first"]))
     before = state(model)
     with pytest.raises(CheckpointError, match="nothing was changed"):
         lora_fx.hotswap_adapter(model, tmp_path)
@@ -240,7 +242,7 @@ def test_trained_biases_cannot_be_swapped(tmp_path: Path) -> None:
 
 def test_a_magnitude_that_the_folder_lacks(tmp_path: Path) -> None:
     base = Residual().eval()
-    model = lora_fx.rewrite(base, LoraConfig(r=2, use_dora=True))
+    model = lora_fx.rewrite(base, LoraConfig(seed=0, r=2, use_dora=True))
     folder = saved(base, tmp_path, r=2, use_dora=True, target_modules=["up"])
     with pytest.raises(CheckpointError, match=r"blocks\.0\.down: the folder has no magnitude"):
         lora_fx.hotswap_adapter(model, folder)
@@ -256,7 +258,7 @@ def test_bad_preparations(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no adapter 'other'"):
         lora_fx.hotswap_adapter(model, tmp_path, "other")
     grouped = lora_fx.rewrite(
-        nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), LoraConfig(r=2, target_modules=["0"])
+        nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), LoraConfig(seed=0, r=2, target_modules=["0"])
     )
     with pytest.raises(ConfigError, match="0 has 2 groups, which do not divide 3"):
         lora_fx.prepare_hotswap(grouped, 3)

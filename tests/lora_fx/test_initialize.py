@@ -376,6 +376,7 @@ def test_components_are_whitened_one_by_one() -> None:
             target_modules=["q_proj", "v_proj"],
             init_lora_weights="eva",
             eva_config={"rho": 1.0, "whiten": whiten},
+            seed=0,
         )
         adapted = started(model, data, config)
         return {n: p for n, p in adapted.named_parameters() if "lora_A" in n}

@@ -120,6 +120,7 @@ PUBLIC = {
     "compare",
     "inspect_adapter",
     "status",
+    "as_peft_model",
     "hotswap_adapter",
     "prepare_for_kbit_training",
     "prepare_hotswap",

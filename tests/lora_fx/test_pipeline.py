@@ -203,7 +203,7 @@ def test_so_is_a_model_that_holds_one(verb) -> None:
 def test_the_record_knows_the_adapter_and_what_was_trainable() -> None:
     model = Residual(1)
     model.norm.requires_grad_(False)
-    config = LoraConfig(r=2, bias="lora_only", modules_to_save=["head"])
+    config = LoraConfig(r=2, bias="lora_only", modules_to_save=["head"], seed=1)
     record = lora_fx.rewrite(model, config, adapter_name="mine")._lora_fx
     (adapter,) = record.adapters.values()
     assert list(record.adapters) == ["mine"]

@@ -76,7 +76,7 @@ def test_it_does_what_pefts_does(scheme: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradients_are_those_without_checkpoints(reentrant: bool, dropout: float) -> None:
-    config = LoraConfig(r=4, init_lora_weights=False, lora_dropout=dropout)
+    config = LoraConfig(seed=0, r=4, init_lora_weights=False, lora_dropout=dropout)
     options = {"use_reentrant": reentrant}
     with_checkpoints = prepare_for_kbit_training(half(), True, options)
     without = prepare_for_kbit_training(half(), use_gradient_checkpointing=False)
@@ -98,7 +98,7 @@ def test_blocks_keep_their_inputs_only() -> None:
             model(IDS)
         return sum(sizes)
 
-    config = LoraConfig(r=4)
+    config = LoraConfig(seed=0, r=4)
     base = half()
     checkpointed = lora_fx.rewrite(prepare_for_kbit_training(base), config).train()
     plain = lora_fx.rewrite(prepare_for_kbit_training(base, False), config).train()
@@ -144,7 +144,7 @@ def test_a_model_without_tokens_is_checkpointed_too() -> None:
     torch.manual_seed(0)
     base = quantized(ViTForImageClassification(config), "nf4")
     pixels = torch.randn(2, 3, 32, 32)
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapter = LoraConfig(seed=0, r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
 
     def step(prepared: nn.Module) -> list[Tensor]:
         model = lora_fx.rewrite(prepared, adapter).train()
@@ -179,7 +179,7 @@ def test_a_plain_model() -> None:
     assert prepared.norm.weight.dtype is torch.float32
     assert prepared.first.bias.dtype is torch.float32
     assert base.norm.weight.dtype is torch.bfloat16
-    model = lora_fx.rewrite(prepared, LoraConfig(r=4, target_modules=["first", "second"]))
+    model = lora_fx.rewrite(prepared, LoraConfig(seed=0, r=4, target_modules=["first", "second"]))
     out = model(torch.randn(3, 64))
     out.sum().backward()
     assert out.dtype is torch.float32
@@ -188,7 +188,7 @@ def test_a_plain_model() -> None:
 def test_what_cannot_be_prepared_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"nothing in LlamaForCausalLM is quantized"):
         prepare_for_kbit_training(llama())
-    adapted = lora_fx.rewrite(half(), LoraConfig(r=4))
+    adapted = lora_fx.rewrite(half(), LoraConfig(seed=0, r=4))
     with pytest.raises(ConfigError, match=r"has adapters already.*prepare the base"):
         prepare_for_kbit_training(adapted)
 
@@ -196,7 +196,7 @@ def test_what_cannot_be_prepared_is_refused() -> None:
 def test_a_prepared_model_can_be_copied_and_saved() -> None:
     prepared = prepare_for_kbit_training(half())
     twice = prepare_for_kbit_training(prepared)
-    config = LoraConfig(r=4, init_lora_weights=False)
+    config = LoraConfig(seed=0, r=4, init_lora_weights=False)
     models = [
         lora_fx.rewrite(one, config).train() for one in (prepared, copy.deepcopy(prepared), twice)
     ]
@@ -211,7 +211,7 @@ def test_operations_that_are_no_layers_are_prepared_as_well() -> None:
     config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=97, n_positions=32, **none)
     torch.manual_seed(0)
     base = lora_fx.quantize(GPT2LMHeadModel(config).bfloat16(), "nf4")
-    adapter = LoraConfig(r=4, init_lora_weights=False)
+    adapter = LoraConfig(seed=0, r=4, init_lora_weights=False)
     models = [
         lora_fx.rewrite(prepare_for_kbit_training(base, checkpoints), adapter).train()
         for checkpoints in (True, False)

@@ -127,12 +127,13 @@ def test_layers_of_other_sizes_in_one_class_have_their_own_factors() -> None:
 def test_dropout_follows_the_mode_of_the_layer() -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     adapted = lora_fx.rewrite(
-        model, LoraConfig(target_modules=["0"], lora_dropout=0.5, init_lora_weights=False)
+        model, LoraConfig(target_modules=["0"], lora_dropout=0.5, init_lora_weights=False, seed=1)
     )
     x = torch.randn(2, 64)
     adapted.eval()
     assert_same_bits(adapted(x), adapted(x))
-    plain = lora_fx.rewrite(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False, seed=1)
+    plain = lora_fx.rewrite(model, config)
     assert_same_bits(adapted(x), plain(x))
     adapted.train()
     assert not torch.equal(adapted(x), adapted(x))
@@ -183,8 +184,8 @@ def test_factors_are_in_the_mode_of_their_layer() -> None:
 
 
 def test_the_same_site_gets_the_same_factors_whatever_else_is_in_the_model() -> None:
-    wide = factors(lora_fx.rewrite(Residual(3), LoraConfig(r=2)))
-    narrow = factors(lora_fx.rewrite(Residual(1), LoraConfig(r=2, target_modules=["up"])))
+    wide = factors(lora_fx.rewrite(Residual(3), LoraConfig(r=2, seed=1)))
+    narrow = factors(lora_fx.rewrite(Residual(1), LoraConfig(r=2, target_modules=["up"], seed=1)))
     assert set(narrow) < set(wide)
     assert_same_bits({name: wide[name] for name in narrow}, narrow)
 
@@ -197,10 +198,23 @@ def test_sites_and_seeds_get_different_factors() -> None:
     assert not torch.equal(first[a], first["blocks.1.up.lora_A.default"])
 
 
-def test_rewriting_leaves_the_global_generator_alone() -> None:
+def test_a_seed_leaves_the_global_generator_alone() -> None:
     model, state = Residual(), torch.get_rng_state()
-    lora_fx.rewrite(model, LoraConfig(init_lora_weights="gaussian"))
+    lora_fx.rewrite(model, LoraConfig(init_lora_weights="gaussian", seed=1))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_seed_factors_follow_the_global_generator() -> None:
+    def drawn(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        model = lora_fx.rewrite(Residual(), LoraConfig(r=2))
+        return factors(lora_fx.add_adapter(model, LoraConfig(r=2), "other"))
+
+    first, again, third = drawn(1), drawn(1), drawn(2)
+    assert_same_bits(first, again)
+    one, other = (f"blocks.0.up.lora_A.{name}" for name in ("default", "other"))
+    assert not torch.equal(first[one], third[one])
+    assert not torch.equal(first[one], first[other])
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian"])

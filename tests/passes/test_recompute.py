@@ -89,7 +89,9 @@ class Block(nn.Module):
         return self.last(x + self.mlp(h))
 
 
-CONFIG = LoraConfig(r=3, lora_alpha=6, target_modules=["first", "gate", "up", "down", "last"])
+CONFIG = LoraConfig(
+    seed=0, r=3, lora_alpha=6, target_modules=["first", "gate", "up", "down", "last"]
+)
 
 
 def block(norm: str = "rms", mlp: str = "silu", dtype: torch.dtype = torch.float64) -> Block:
@@ -230,7 +232,7 @@ class Functional(nn.Module):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    config = LoraConfig(r=3, target_modules=["gate", "up", "down"])
+    config = LoraConfig(seed=0, r=3, target_modules=["gate", "up", "down"])
     balanced, fast = pair(Functional(name).to(dtype), config)
     check(balanced, fast, data(dtype))
     assert saved(balanced, data(dtype)) <= saved(fast, data(dtype))
@@ -245,7 +247,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     "more", [{"lora_dropout": 0.3}, {"use_dora": True}, {"use_dora": True, "lora_dropout": 0.3}]
 )
 def test_dropout_and_dora(more: dict[str, Any]) -> None:
-    config = LoraConfig(**{"r": 3, "target_modules": CONFIG.target_modules, **more})
+    config = LoraConfig(**{"seed": 0, "r": 3, "target_modules": CONFIG.target_modules, **more})
     check(*pair(block(), config), data())
 
 
@@ -582,7 +584,7 @@ def test_second_derivatives_of_what_is_between(between: bool) -> None:
 
 
 def test_trained_norm() -> None:
-    config = LoraConfig(r=3, target_modules=CONFIG.target_modules, modules_to_save=["norm"])
+    config = LoraConfig(seed=0, r=3, target_modules=CONFIG.target_modules, modules_to_save=["norm"])
     balanced, fast = pair(block(), config)
     check(balanced, fast, data())
     results = []
@@ -770,7 +772,9 @@ class Writing(nn.Module):
 
 
 def test_writes_between_the_operations_of_a_chain() -> None:
-    balanced, fast = pair(Writing().double(), LoraConfig(r=2, target_modules=["fc", "down"]))
+    balanced, fast = pair(
+        Writing().double(), LoraConfig(seed=0, r=2, target_modules=["fc", "down"])
+    )
     with torch.no_grad():
         assert torch.equal(balanced(data()), fast(data()))
     for model in (balanced, fast):
@@ -790,7 +794,7 @@ def test_whole_graph() -> None:
             h = F.layer_norm(h, (WIDTH,), self.norm)
             return F.linear(F.silu(F.linear(h, self.b)) * h, self.c)
 
-    models = pair(Whole().double(), LoraConfig(r=2, target_parameters=["a", "b", "c"]))
+    models = pair(Whole().double(), LoraConfig(seed=0, r=2, target_parameters=["a", "b", "c"]))
     assert chains(models[0]) == ["layer_norm", "silu_mul"]
     check(*models, data())
 
@@ -878,7 +882,7 @@ def test_sharded_norms(alone: bool, trained: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(PostNorm() for _ in range(3)))
     saved = {"modules_to_save": ["norm"]} if trained else {}
-    config = LoraConfig(r=3, target_modules=["gate", "up", "down"], **saved)
+    config = LoraConfig(seed=0, r=3, target_modules=["gate", "up", "down"], **saved)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         models = pair(model, config)

@@ -20,7 +20,7 @@ def factors(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq"])
 def test_a_start_that_changes_the_base_is_refused(start: str) -> None:
     extra: dict[str, Any] = {"loftq_config": {"loftq_bits": 4}} if start == "loftq" else {}
-    config = lora_fx.LoraConfig(r=4, init_lora_weights=start, **extra)
+    config = lora_fx.LoraConfig(seed=0, r=4, init_lora_weights=start, **extra)
     for scheme in ("nf4", "int8 torchao"):
         with pytest.raises(
             lora_fx.ConfigError,
@@ -32,7 +32,7 @@ def test_a_start_that_changes_the_base_is_refused(start: str) -> None:
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal", False])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_drawn_starts_are_those_over_a_dense_base(scheme: str, start: bool | str) -> None:
-    config = lora_fx.LoraConfig(r=4, init_lora_weights=start)
+    config = lora_fx.LoraConfig(seed=0, r=4, init_lora_weights=start)
     found = factors(lora_fx.rewrite(quantized(llama(1), scheme), config))
     expected = factors(lora_fx.rewrite(llama(1), config))
     assert found.keys() == expected.keys()
@@ -49,7 +49,9 @@ def test_eva_sees_the_same_inputs(scheme: str, atol: float) -> None:
         if quantization_of(getattr(layer, "weight", None)):
             weight = nn.Parameter(dense(layer.weight, torch.float32))
             twin.get_submodule(name).weight = weight
-    config = lora_fx.LoraConfig(r=4, init_lora_weights="eva", target_modules=["v_proj", "up_proj"])
+    config = lora_fx.LoraConfig(
+        seed=0, r=4, init_lora_weights="eva", target_modules=["v_proj", "up_proj"]
+    )
     models = [lora_fx.rewrite(one.train(), config).train() for one in (base, twin)]
     for model in models:
         lora_fx.initialize(model, [{"input_ids": IDS}] * 3, progress=False)

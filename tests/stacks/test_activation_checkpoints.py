@@ -21,7 +21,7 @@ from tests.numerics import assert_close, assert_same_bits
 from tests.stacks.models import IDS
 from tests.zoo import tiny_llama
 
-CONFIG = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+CONFIG = LoraConfig(seed=0, r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
 
 def wrap(model: nn.Module) -> None:

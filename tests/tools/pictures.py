@@ -54,7 +54,7 @@ class Untraceable(nn.Module):
 
 
 def adapted(model: nn.Module, **options: Any) -> nn.Module:
-    settings: dict[str, Any] = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, **options}
+    settings: dict[str, Any] = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "seed": 0, **options}
     return lora_fx.rewrite(model, lora_fx.LoraConfig(**settings), optimize=False)
 
 
