@@ -66,8 +66,7 @@ def main() -> None:
         raise SystemExit(f"--batch {options.batch} is no multiple of the {ranks} processes")
     base = build(options.model).to(device)
     # Rewrite, then shard: blocks stay blocks, and the factors are sharded with them.
-    torch.manual_seed(0)  # the same starting values everywhere
-    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16))
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=8, lora_alpha=16, seed=0))
     mesh = init_device_mesh(device.type, (ranks,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)

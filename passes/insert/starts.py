@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
 from lora_fx.passes.parameters import (
     adapter_dtype,
@@ -74,7 +74,13 @@ def _of_first_process(seed: int) -> int:
     if torch.distributed.get_rank() == 0:
         store.set(key, str(seed))
         return seed
-    return int(store.get(key))
+    try:
+        return int(store.get(key))
+    except RuntimeError as error:  # it took longer than the timeout of the process group
+        raise ProcessError(
+            "the seed of an adapter is that of rank 0, which has ended, or has not called rewrite and "
+            "add_adapter as often as this process: call them on every rank, or give LoraConfig(seed=...)"
+        ) from error
 
 
 def site_generator(name: str, config: LoraConfig) -> torch.Generator:

@@ -40,7 +40,7 @@ LATE = tuple(way for way in WAYS if "biases" not in way)
 
 
 def config(options: dict[str, Any]) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "target_modules": TARGETS, **options})
+    return LoraConfig(**{"r": 2, "target_modules": TARGETS, "seed": 0, **options})
 
 
 def alone(options: dict[str, Any]) -> Any:

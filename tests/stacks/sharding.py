@@ -169,7 +169,7 @@ def placed(tensor: Any) -> str:
 
 def drawn(model: Any, rank: int) -> dict[str, torch.Tensor]:
     """A combination of adapters that draws, in processes that draw other numbers."""
-    options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, seed=0)
     lora_fx.add_adapter(model, options, "second")
     torch.manual_seed(rank)
     names = ["default", "second"]

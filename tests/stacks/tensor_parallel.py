@@ -91,7 +91,7 @@ _NOT_OPTIONS = ("style", "optimize", "biases")
 
 def config(case: Case) -> LoraConfig:
     options = {key: value for key, value in case.items() if key not in _NOT_OPTIONS}
-    return LoraConfig(**{"r": 2, "target_modules": TARGETS, **options})
+    return LoraConfig(**{"r": 2, "target_modules": TARGETS, "seed": 0, **options})
 
 
 def parallelized(model: Any, mesh: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import os
 from pathlib import Path
 
 import torch
@@ -38,3 +40,24 @@ def test_each_process_has_the_factors_of_the_first(tmp_path: Path) -> None:
     # As accelerate seeds them with device_specific=True.
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
     assert_same_bits(first, second)
+
+
+def left_alone(rank: int, folder: str) -> None:
+    meeting, limit = f"file://{folder}/meeting", dt.timedelta(seconds=3)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=limit)
+    if rank == 1:
+        try:
+            lora_fx.rewrite(
+                nn.Sequential(nn.Linear(4, 4)), lora_fx.LoraConfig(target_modules=["0"])
+            )
+        except lora_fx.ProcessError as error:
+            Path(folder, "said").write_text(str(error))
+        seeded = lora_fx.LoraConfig(target_modules=["0"], seed=1)
+        lora_fx.rewrite(nn.Sequential(nn.Linear(4, 4)), seeded)  # waits for nobody
+    os._exit(0)
+
+
+def test_a_process_whose_first_one_does_not_come_is_told_so(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(left_alone, (str(tmp_path),), RANKS)
+    said = (tmp_path / "said").read_text()
+    assert "LoraConfig(seed=...)" in said
