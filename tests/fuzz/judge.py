@@ -200,7 +200,7 @@ class _Run:
             self.values = _dequantized(plain, self._build())
         example = self._example()
         with self._stage("rewrite"):
-            config = lora_fx.LoraConfig(**program.configs[0])
+            config = lora_fx.LoraConfig(**{"seed": 0, **program.configs[0]})
             self.adapted = lora_fx.rewrite(
                 plain,
                 config,
@@ -211,7 +211,9 @@ class _Run:
             ).eval()
             self.rejected = len(require_record(self.adapted).base.matches.rejections)
             for name, options in zip(_NAMES[1:], program.configs[1:], strict=False):
-                lora_fx.add_adapter(self.adapted, lora_fx.LoraConfig(**options), name)
+                lora_fx.add_adapter(
+                    self.adapted, lora_fx.LoraConfig(**{"seed": 0, **options}), name
+                )
         self._find_adapters()
         generator = torch.Generator().manual_seed(7)
         for adapters in self.adapters.values():

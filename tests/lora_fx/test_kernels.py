@@ -497,7 +497,7 @@ def three_steps(net: Net, **options: Any) -> list[Tensor]:
     """The losses and what is trained, of three steps of Adam."""
     device = net.up.weight.device
     config = lora_fx.LoraConfig(
-        r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["up", "down"], **options
+        seed=0, r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["up", "down"], **options
     )
     model = lora_fx.rewrite(net, config).train()
     values = torch.Generator().manual_seed(1)
@@ -530,7 +530,7 @@ def test_three_steps_are_those_of_the_plain_products(
 
 @on_each
 def test_rows_of_several_adapters(device: torch.device, net: Net) -> None:
-    config = lora_fx.LoraConfig(r=4, lora_dropout=0.3, target_modules=["up", "down"])
+    config = lora_fx.LoraConfig(r=4, seed=0, lora_dropout=0.3, target_modules=["up", "down"])
     model = lora_fx.rewrite(net, config, adapter_name="one").train()
     lora_fx.add_adapter(model, config, "two")
     lora_fx.set_adapter(model, ["one", "two"], per_sample=True)
