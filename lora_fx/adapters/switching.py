@@ -223,8 +223,8 @@ def _own(record: Record) -> list[ActiveAdapters]:
 
 def _others(record: Record) -> list[ActiveAdapters]:
     """The blocks of a model that other threads or tasks are in."""
-    around = {id(block) for block in _around.get(())}
-    return [block for block in record.blocks if id(block) not in around]
+    own = {id(block) for block in _own(record)}
+    return [block for block in record.blocks if id(block) not in own]
 
 
 def _check_alone(record: Record, edits: bool) -> None:

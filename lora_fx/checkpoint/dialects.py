@@ -38,8 +38,6 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import base_modules
 
-_log = logging.getLogger("lora_fx")
-
 __all__ = [
     "DIFFUSERS_METADATA",
     "READERS",
@@ -50,6 +48,8 @@ __all__ = [
     "joined_metadata",
     "read_dialect",
 ]
+
+_log = logging.getLogger("lora_fx")
 
 Reader = Literal["peft", "vllm", "gguf-ready", "diffusers"]
 READERS: Final = ("peft", "vllm", "gguf-ready", "diffusers")

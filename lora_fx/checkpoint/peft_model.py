@@ -40,10 +40,8 @@ from lora_fx.passes.merge import merging
 
 __all__ = ["as_peft_model"]
 
-_TRAINED, _REFERENCE = (
-    "default",
-    "ref",
-)  # TRL's names of the adapter that it trains, and of its copy
+# TRL's names of the adapter that it trains, and of its copy.
+_TRAINED, _REFERENCE = "default", "ref"
 
 
 def as_peft_model(model: nn.Module) -> Any:

@@ -230,8 +230,8 @@ def _save(
             # In the same move, so that a process that is killed leaves no files of two saves.
             with without_wrappers(part.root), _values(part, state):
                 _save_adapters(part, staged / ("" if transformers else ADAPTER_FOLDER), origin)
-            if transformers and not (folder / _CARD).exists():
-                (staged / _CARD).write_text(_card(origin), encoding="utf-8")
+            if transformers:
+                _write_card(folder, staged, origin)
         if transformers:
             _remove_older(folder, new)
         else:
@@ -245,14 +245,17 @@ def _save(
     return result
 
 
-def _card(origin: str | None) -> str:
-    """The model card of an adapter folder, with the metadata that PEFT's has: hubs and viewers read them."""
+def _write_card(folder: Path, staged: Path, origin: str | None) -> None:
+    """Write a model card, with the metadata of PEFT's that hubs and viewers read, if the folder has none."""
+    if (folder / _CARD).exists():
+        return
     base = f"base_model: {json.dumps(origin)}\n" if origin else ""
     adapter = f"- base_model:adapter:{origin}\n" if origin else ""
-    return (
+    text = (
         f"---\n{base}library_name: peft\ntags:\n{adapter}- lora\n- lora-fx\n---\n\n"
         "# A LoRA adapter\n\nWritten by lora-fx in the format of PEFT.\n"
     )
+    (staged / _CARD).write_text(text, encoding="utf-8")
 
 
 def _check_target(folder: Path, origin: str | None, given: Mapping[str, Any]) -> None:
@@ -311,8 +314,7 @@ def save_peft_folder(
         check_format(folder)
         with replacing_files(folder) as staged, _values(part, values):
             _save_adapters(part, staged, origin, names)
-            if not (folder / _CARD).exists():
-                (staged / _CARD).write_text(_card(origin), encoding="utf-8")
+            _write_card(folder, staged, origin)
 
 
 def _save_adapters(

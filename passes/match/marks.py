@@ -147,8 +147,9 @@ def find_linear_layers(capture: Capture, matches: Matches) -> Matches:
 
     def is_selected(site: Site) -> bool:
         # PEFT takes the names of the layers for ends of names, too: "proj" means "embed.proj" as well.
-        ends = (name for name in layers if f".{site.owner}".endswith(f".{name}"))
-        return site.parameter == "weight" and next(ends, None) is not None
+        parts = site.owner.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        return site.parameter == "weight" and any(end in layers for end in ends)
 
     sites = (dataclasses.replace(site, all_linear=is_selected(site)) for site in matches.sites)
     return dataclasses.replace(matches, sites=tuple(sites))
