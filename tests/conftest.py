@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+    if (
+        "torch._dynamo" in sys.modules
+    ):  # what it has compiled, and given up on, belongs to the process
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

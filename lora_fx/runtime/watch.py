@@ -361,7 +361,6 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
     known = getattr(cls, method)
     own = inner_of(known) if method == "forward" else known
 
-    @functools.wraps(own)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         now = getattr(cls, method)
         function = own if now is known else now
@@ -388,7 +387,9 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
             return _first(self, entries, key, function, args, kwargs)
         return function(self, *args, **kwargs)
 
-    return watched
+    # A compiler counts recompilations, and gives up, by code: each class counts by itself.
+    watched.__code__ = watched.__code__.replace(co_name=method)
+    return functools.wraps(own)(watched)
 
 
 def _first(
@@ -399,6 +400,8 @@ def _first(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    if torch.compiler.is_compiling():  # it has given up on the caller, and begins here
+        return function(module, *args, **kwargs)
     if IDS in kwargs and key[0][0] == "forward":
         root = entries.model.root()
         if root is not None and module is root:

@@ -81,7 +81,7 @@ def test_the_file_names_its_base_and_adapters_and_nothing_of_the_machine(tmp_pat
     base.config._name_or_path = str(tmp_path / "models" / "tiny-llama")
     model = adapted(
         base, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 4}, use_rslora=True,
-        base_model_name_or_path=str(tmp_path / "models" / "tiny-llama"),
+        base_model_name_or_path=str(tmp_path / "models" / "tiny-llama"), seed=0,
     )  # fmt: skip
     lora_fx.add_adapter(model, lora_fx.LoraConfig(r=3, target_modules=["v_proj"]), "idle")
     report = export_onnx(model, tmp_path / "m.onnx", torch.randint(3, 99, (2, 6)))
@@ -102,6 +102,7 @@ def test_the_file_names_its_base_and_adapters_and_nothing_of_the_machine(tmp_pat
         "rank_pattern": {"0.self_attn.q_proj": 4},
         "use_rslora": True,
         "base_model_name_or_path": "tiny-llama",
+        "seed": 0,
     }
     again = lora_fx.LoraConfig.from_dict(adapters["default"])
     assert again.rank_pattern == {"0.self_attn.q_proj": 4}

@@ -625,6 +625,17 @@ def test_a_compiled_layer_of_a_watched_model_is_not_compiled_twice(x):
     torch._dynamo.reset()
 
 
+def test_a_class_that_the_compiler_gave_up_on_is_the_only_one(x):
+    """Dynamo counts recompilations by code, which entries of all classes once had in common."""
+    worn = torch.compile(adapted(Plain), backend="eager", dynamic=False)
+    with torch.no_grad():
+        for rows in range(1, torch._dynamo.config.recompile_limit + 3):
+            worn(x[:1].expand(rows, -1))
+    model = adapted(Guarded)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(compiled(x), model(x))
+
+
 def test_under_export_and_jit_it_stays_pending(x):
     model = randomize(lora_fx.rewrite(build(Guarded), CONFIG, optimize=False))
     program = torch.export.export(model, (x,))
