@@ -38,6 +38,7 @@ from lora_fx.passes.insert import with_seed
 from lora_fx.passes.kept import with_kept
 from lora_fx.passes.merge import MergeReport, OutputError, merging, stripped
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
+from lora_fx.progress import Progress
 from lora_fx.torch_private import pytree
 
 __all__ = [
@@ -279,7 +280,7 @@ def merge(
     own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[False] = ...,
-    progress: Callable[[int, int, str], None] | None = ...,
+    progress: Progress = ...,
 ) -> ModelT: ...
 @overload
 def merge(
@@ -292,7 +293,7 @@ def merge(
     own: bool = ...,
     example_inputs: Any = ...,
     return_report: Literal[True],
-    progress: Callable[[int, int, str], None] | None = ...,
+    progress: Progress = ...,
 ) -> tuple[ModelT, MergeReport]: ...
 @inside
 def merge(
@@ -305,7 +306,7 @@ def merge(
     own: bool = False,
     example_inputs: Any = None,
     return_report: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = False,
 ) -> ModelT | tuple[ModelT, MergeReport]:
     """Fold trained adapters into the weights.
 
@@ -333,7 +334,8 @@ def merge(
             again does to the outputs.
         return_report: Whether to measure every merged weight against fp64 and return the report,
             too.
-        progress: Called with (done, total, site name) before each weight.
+        progress: Whether to show a progress bar (if tqdm is installed), or a function that is called with
+            (done, total, site name) before each weight.
 
     Returns:
         A module of the user's own class with nothing of lora_fx left in it, and the

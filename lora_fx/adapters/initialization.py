@@ -8,8 +8,6 @@ components that explain most of the variance: a site gets up to ``rho`` times it
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,6 +57,7 @@ from lora_fx.passes.parameters import (
 )
 from lora_fx.passes.pipeline import regions_to_install
 from lora_fx.passes.plan import at_rank
+from lora_fx.progress import Progress, Tell, show_progress
 
 __all__ = [
     "Components",
@@ -361,7 +360,7 @@ def initialize(
     adapter_name: str | None = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     forward: Forward | None = None,
-    progress: bool | Callable[[int, int, str], None] = True,
+    progress: Progress = True,
 ) -> ModelT:
     """Gives an adapter the start that its configuration names, where the rewrite could not.
 
@@ -549,31 +548,18 @@ def _same_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(
-    progress: bool | Callable[[int, int, str], None], dataloader: Iterable[Any]
-) -> Iterator[Report]:
-    """Whom to tell how far it is."""
+def _reporting(progress: Progress, dataloader: Iterable[Any]) -> Iterator[Report]:
+    """Give the function that is told how many batches are done."""
     try:
         total = len(dataloader)  # type: ignore[arg-type]  # one without a length raises TypeError
     except TypeError:
         total = 0
-    if not isinstance(progress, bool):
-        yield _telling(progress, total)
-    elif not progress or importlib.util.find_spec("tqdm") is None:
-        yield lambda done, what: None
-    else:
-        with importlib.import_module("tqdm").tqdm(total=total or None, unit="batch") as bar:
-
-            def show(done: int, seen: int, what: str) -> None:
-                # EVA may go through the batches again.
-                bar.total = max(seen, done + 1) if seen else None
-                bar.set_description(what, refresh=False)
-                bar.update(done - bar.n)
-
-            yield _telling(show, total)
+    # EVA may go through the batches again.
+    with show_progress(progress, "batch") as tell:
+        yield _telling(tell, total)
 
 
-def _telling(tell: Callable[[int, int, str], None], total: int) -> Report:
+def _telling(tell: Tell, total: int) -> Report:
     last = 0
 
     def report(done: int | None, what: str) -> None:

@@ -45,6 +45,7 @@ from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import find_operations, run_passes
 from lora_fx.passes.quantize import Materialize, QuantizationPlan, Quantize, Values
 from lora_fx.passes.quantize import plan_quantization as make_plan
+from lora_fx.progress import Progress, show_progress
 
 __all__ = [
     "CompensatedSite",
@@ -197,7 +198,7 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str | int | None = None,
     weights: str | Path | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = False,
 ) -> ModelT:
     """Quantizes the weight of every linear operation but the output head.
 
@@ -224,7 +225,8 @@ def quantize(
         device: Where to store; by default where the weights lie, for those of files on the CPU.
         weights: A folder with ``model.safetensors``, or its shards and their index, or one such file. The
             model is on the meta device; everything is taken from the files, in the dtypes of the model.
-        progress: Called with (done, total, name) before each weight, and once at the end.
+        progress: Whether to show a progress bar (if tqdm is installed), or a function that is called with
+            (done, total, name) before each weight, and once at the end.
 
     Returns:
         A module of the model's own class, all of it frozen, for :func:`lora_fx.rewrite`. Layers that are
@@ -257,7 +259,8 @@ def quantize(
         read = WeightFiles(Path(weights)).reader(capture.model)
         stored = frozenset(one.site.weight for one in plan)
         capture = run_passes(capture, [Materialize(stored, read, target)])
-    capture = run_passes(capture, [Quantize(plan.weights, how, read, target, progress)])
+    with show_progress(progress, "weight") as tell:
+        capture = run_passes(capture, [Quantize(plan.weights, how, read, target, tell)])
     result = capture.model
     if any(t.device != target for t in (*result.parameters(), *result.buffers())):
         result.to(target)
@@ -374,7 +377,7 @@ def replace_lora_weights_loftq(
     adapter_name: str | None = None,
     callback: Callable[[nn.Module, str], bool] | None = None,
     iterations: int | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = False,
 ) -> tuple[CompensatedSite, ...]:
     """Gives an adapter over a quantized base the factors that best make up for what quantizing lost.
 
@@ -395,7 +398,7 @@ def replace_lora_weights_loftq(
         iterations: For a fast decomposition, by so many iterations of a subspace; the exact one by default.
             What is lost is noise, whose singular values lie close together: 16 find other directions,
             which leave next to nothing more (0.2 % in the tests).
-        progress: Called with (done, total, site name) before each site.
+        progress: Likewise, before each site, as in :func:`quantize`.
 
     Returns:
         A row for each site that is over a quantized weight.
@@ -418,15 +421,17 @@ def replace_lora_weights_loftq(
     weights = Originals(original, getattr(model, "base_model_prefix", ""))
     done: list[CompensatedSite] = []
     waiting: list[tuple[PlannedSite, dict[str, torch.Tensor]]] = []
-    for number, row in enumerate(rows):
-        if progress is not None:
-            progress(number, len(rows), row.name)
-        made, site = _compensated(model, row, entry, adapter_name, weights.of(row.site), iterations)
-        if callback is None:
-            waiting.append((row, made))
-        else:
-            site = dataclasses.replace(site, kept=_tried(model, row, adapter_name, made, callback))
-        done.append(site)
+    with show_progress(progress, "layer") as tell:
+        for number, row in enumerate(rows):
+            tell(number, len(rows), row.name)
+            original_weight = weights.of(row.site)
+            made, site = _compensated(model, row, entry, adapter_name, original_weight, iterations)
+            if callback is None:
+                waiting.append((row, made))
+            else:
+                kept = _tried(model, row, adapter_name, made, callback)
+                site = dataclasses.replace(site, kept=kept)
+            done.append(site)
     # All that can fail is done.
     for row, made in waiting:
         _write(model, row, adapter_name, made)

@@ -76,6 +76,7 @@ from lora_fx.passes.parameters import (
     weight_at,
     whole_shape,
 )
+from lora_fx.progress import Progress, show_progress
 from lora_fx.runtime import called_by_all, check_equal, watch
 
 __all__ = [
@@ -370,7 +371,7 @@ def _fold_all(
     dtypes: Mapping[str, torch.dtype],
     formats: Mapping[str, nn.Parameter],
     measure: bool,
-    progress: Callable[[int, int, str], None] | None,
+    progress: Progress,
     keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], tuple[MergedSite, ...]]:
     """Folds weights. Everything that can fail is done before one of them is written over.
@@ -382,7 +383,7 @@ def _fold_all(
         dtypes: Of the merged weights; where there is none, the old weight's.
         formats: The quantized weights in whose formats merged ones are stored again.
         measure: Whether to compare every merged element with fp64.
-        progress: Called with (done, total, site name) before each weight.
+        progress: Is told (done, total, site name) before each weight.
         keep: Given each new tensor, returns the one to use in its place.
 
     Returns:
@@ -415,10 +416,10 @@ def _fold_all(
         sites[weight] = compared(change.name, change.adapters, before, new, exact)
 
     # A stable sort: those that may fail yet come first.
-    for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
-        if progress is not None:
-            progress(done, len(changes), changes[weight].name)
-        fold(weight)
+    with show_progress(progress, "weight") as tell:
+        for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
+            tell(done, len(changes), changes[weight].name)
+            fold(weight)
     return merged, tuple(sites[weight] for weight in changes)
 
 
@@ -469,7 +470,7 @@ def merge(
     requantize: bool = False,
     own: bool = False,
     measure: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress = False,
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> tuple[nn.Module, MergeReport]:
     """Folds adapters into the weights.
@@ -488,7 +489,7 @@ def merge(
         own: Whether the result has storage of its own for everything, and ``requires_grad`` of the original.
             By default what is not folded is shared and frozen.
         measure: Whether to compare every merged element with fp64.
-        progress: Called with (done, total, site name) before each weight.
+        progress: Likewise, before each weight, as in :func:`lora_fx.merge`.
         keep: Given each merged weight that is a new tensor, returns one of the same values to use in
             its place: a caller that is short of memory can put it elsewhere.
 
