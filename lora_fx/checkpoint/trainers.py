@@ -35,6 +35,7 @@ from lora_fx.passes.graph import memory_of
 from lora_fx.passes.merge import stripped
 from lora_fx.passes.parameters import (
     changed_buffers,
+    factors_of,
     in_adapter,
     is_partitioned,
     is_sharded,
@@ -53,6 +54,7 @@ __all__ = [
     "save_peft_folder",
     "saves_adapter",
     "trainer_callback",
+    "warns_of_reference",
 ]
 
 # --- save_pretrained ------------------------------------------------------------------------------
@@ -188,6 +190,37 @@ def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
         return _save(method, part, Path(save_directory), args, kwargs)
 
     return save_pretrained
+
+
+def warns_of_reference(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an ``add_model_tags`` that warns of a reference without the adapter that was trained before.
+
+    TRL's trainers call it when they have their reference. Of a model that is no ``PeftModel`` that is the
+    base, which they load once more by its name.
+    """
+
+    @functools.wraps(method)
+    def add_model_tags(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        reference = getattr(sys._getframe(1).f_locals.get("self"), "ref_model", None)
+        if isinstance(reference, nn.Module) and _is_base_alone(reference, self):
+            _log.warning(
+                "the reference of this trainer is a %s without the adapter that the model begins with: give "
+                "the trainer lora_fx.as_peft_model(model), or ref_model=lora_fx.reference(model)",
+                type(reference).__name__,
+            )
+        return method(self, *args, **kwargs)
+
+    return add_model_tags
+
+
+def _is_base_alone(reference: nn.Module, model: nn.Module) -> bool:
+    """Return True if a reference has no adapters, and those of the model change its outputs."""
+    record = record_of(model)
+    if record is None or any(isinstance(one, AdapterModule) for one in reference.modules()):
+        return False
+    rows = [(row, name) for name in record.active for row in record.adapters[name].sites]
+    factors = (factors_of(model, row, name) for row, name in rows)
+    return any(bool(site.b.any()) for site in factors if site.names.b)
 
 
 def _save(

@@ -169,6 +169,7 @@ def _copied(value: Any, cell: CellType) -> Any:
 
 
 _MEMBERS = {
+    "add_model_tags": "lora_fx.checkpoint.trainers:warns_of_reference",
     "save_pretrained": "lora_fx.checkpoint.trainers:saves_adapter",
     "_keys_to_ignore_on_save": "lora_fx.checkpoint.trainers:ignores_base",
 }
