@@ -59,6 +59,7 @@ def text() -> str:
         for name in names.split():
             found = getattr(lora_fx, name)
             lines += [f"::: {found.__module__}.{found.__qualname__}", ""]
+    lines += ["## PEFT's names", "", "::: lora_fx.peft", ""]
     return "\n".join(lines)
 
 

@@ -6,7 +6,12 @@ from lora_fx.checkpoint.files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
-from lora_fx.checkpoint.peft_model import as_peft_model
+from lora_fx.checkpoint.peft_model import (
+    as_peft_model,
+    peft_configs,
+    peft_model_class,
+    read_config,
+)
 from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
@@ -30,7 +35,10 @@ __all__ = [
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
+    "peft_configs",
+    "peft_model_class",
     "prepare_hotswap",
+    "read_config",
     "read_receipt",
     "read_tensors",
     "save_adapter",

@@ -21,8 +21,10 @@ from torch import nn
 
 from lora_fx.adapters import (
     active_adapters,
+    adapter_ids,
     adapter_names,
     add_adapter,
+    add_weighted_adapter,
     delete_adapter,
     disable_adapter,
     origin_of,
@@ -33,15 +35,18 @@ from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict
 from lora_fx.checkpoint.trainers import save_peft_folder
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, some
 from lora_fx.extras import load_optional
 from lora_fx.ir import require_record
 from lora_fx.passes.merge import merging
+from lora_fx.passes.parameters import AroundModel
+from lora_fx.progress import show_progress
 
-__all__ = ["as_peft_model"]
+__all__ = ["as_peft_model", "peft_configs", "peft_model_class", "read_config"]
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
+_BASE = "__base__"  # PEFT's name of no adapter, for samples of a batch
 
 
 def as_peft_model(model: nn.Module) -> Any:
@@ -59,16 +64,69 @@ def as_peft_model(model: nn.Module) -> Any:
         ConfigError: If the model is not rewritten, or PEFT is not installed.
     """
     require_record(model)
-    peft_model = load_optional("peft", "as_peft_model", "peft", attribute="PeftModel")
-    return _class_over(peft_model)(model)
+    return peft_model_class()(model)
+
+
+def peft_model_class() -> Any:
+    """Return the class of what :func:`as_peft_model` returns, a subclass of ``peft.PeftModel``.
+
+    Raises:
+        ConfigError: If PEFT is not installed.
+    """
+    return _class_over(load_optional("peft", "a PeftModel", "peft", attribute="PeftModel"))
+
+
+def read_config(config: Any) -> LoraConfig:
+    """Return a configuration of PEFT, or of ours, as one of ours.
+
+    Raises:
+        ConfigError: If it is not one of LoRA, or asks for something that is not there.
+    """
+    return config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict())
+
+
+class _Configs(dict[str, Any]):
+    """Configurations of PEFT, by the names of the adapters. PEFT cannot add another."""
+
+    def __setitem__(self, name: str, config: Any) -> None:
+        """Refuse, before PEFT has changed anything of the model."""
+        self.update({name: config})
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Refuse likewise."""
+        raise ConfigError(
+            f"PEFT was asked to adapt a model that has adapters of lora-fx ({some(list(self))}): give "
+            "peft_config=None to a trainer that trains these, lora_fx.add_adapter(model, config, name) adds "
+            "another one, and PEFT can adapt the model that was given to lora_fx.rewrite, or what "
+            "lora_fx.merge makes of this one"
+        )
+
+
+def peft_configs(model: nn.Module) -> dict[str, Any]:
+    """Return the configuration of each adapter of a rewritten model, as one of PEFT.
+
+    Raises:
+        ConfigError: If the model is not rewritten, or PEFT is not installed.
+    """
+    config = load_optional("peft", "peft_config", "peft", attribute="LoraConfig")
+    adapters = require_record(model).adapters
+    return _Configs(
+        {name: config(**_values(adapter.config, config)) for name, adapter in adapters.items()}
+    )
 
 
 class _Inside(nn.Module):
-    """The tuner that PEFT calls the base model, and that holds the model."""
+    """The tuner that PEFT calls the base model, and that holds the model.
+
+    Attributes:
+        model: What runs: the rewritten model, or its merged copy.
+        waiting: The rewritten model while the merged one runs, in a tuple: it is no module of this one then.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.waiting: tuple[nn.Module, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute, of the model if the tuner has none."""
@@ -82,7 +140,7 @@ class _Inside(nn.Module):
         return self.model(*args, **kwargs)
 
 
-class _Adapted:
+class _Adapted(AroundModel):
     """The methods of a ``PeftModel`` over a rewritten model. The class of PEFT comes after it."""
 
     base_model: Any
@@ -97,31 +155,60 @@ class _Adapted:
         self.device = next(model.parameters()).device
         self.training = model.training
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **_: Any,
+    ) -> Any:
+        """Read a local adapter folder onto a model, as :func:`lora_fx.load_adapter`; frozen by default."""
+        adapted = load_adapter(model, model_id, adapter_name=adapter_name)
+        set_adapter(adapted, adapter_name, inference_mode=not is_trainable)
+        return as_peft_model(adapted.train(is_trainable))
+
     @property
     def _model(self) -> nn.Module:
-        model: nn.Module = self.base_model.model
+        inside = self.base_model
+        model: nn.Module = inside.waiting[0] if inside.waiting else inside.model
         return model
 
     def get_base_model(self) -> nn.Module:
         """Give the rewritten model."""
         return self._model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with its active adapters."""
-        return self._model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model with its active adapters, or each sample with the adapter that is named for it."""
+        with self._samples(adapter_names):
+            return self.base_model.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the model."""
-        return self._model.generate(*args, **kwargs)  # type: ignore[operator]
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate with the model, with ``adapter_names`` as in :meth:`forward`."""
+        beams = kwargs.get("num_beams") or 1
+        with self._samples(adapter_names, beams):
+            return self.base_model.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _samples(self, names: Sequence[str] | None, repeats: int = 1) -> Iterator[None]:
+        if names is None:
+            yield
+            return
+        if self.base_model.waiting:
+            raise ConfigError(
+                "adapter_names: the adapters are merged; call unmerge_adapter() first"
+            )
+        ids = [None if name == _BASE else name for name in names]
+        with adapter_ids(self._model, ids, repeats=repeats):
+            yield
 
     @property
     def peft_config(self) -> dict[str, Any]:
         """The configuration of each adapter, as one of PEFT."""
-        config = load_optional("peft", "peft_config", "peft", attribute="LoraConfig")
-        adapters = require_record(self._model).adapters
-        return {
-            name: config(**_values(adapter.config, config)) for name, adapter in adapters.items()
-        }
+        return peft_configs(self._model)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -140,7 +227,7 @@ class _Adapted:
         TRL adds that one as the reference, and then copies values by PEFT's names of parameters, which are
         others than these.
         """
-        add_adapter(self._model, LoraConfig.from_dict(peft_config.to_dict()), adapter_name)
+        add_adapter(self._model, read_config(peft_config), adapter_name)
         if adapter_name == _REFERENCE and _TRAINED in adapter_names(self._model):
             values = adapter_state_dict(self._model, _TRAINED)
             load_adapter_state_dict(self._model, values, _REFERENCE)
@@ -152,6 +239,10 @@ class _Adapted:
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter, as :func:`lora_fx.delete_adapter`."""
         delete_adapter(self._model, adapter_name)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add a combination of adapters, as :func:`lora_fx.add_weighted_adapter`."""
+        add_weighted_adapter(self._model, *args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -200,6 +291,26 @@ class _Adapted:
         values = {key.removeprefix(PREFIX): value for key, value in (state_dict or {}).items()}
         save_peft_folder(self._model, Path(save_directory), names, origin_of(self._model), values)
 
+    def merge_adapter(
+        self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Run a merged model in place of this one, until :meth:`unmerge_adapter`.
+
+        Nothing is added to weights and subtracted again: the merged weights are new tensors, which take
+        memory until then, and the others are shared.
+
+        Args:
+            adapter_names: Which adapters; those that are active by default.
+            safe_merge: Always on: weights that are not finite are refused.
+        """
+        adapted = self._model
+        merged, _ = merging.merge(adapted, adapter_names=adapter_names)
+        self.base_model.model, self.base_model.waiting = merged, (adapted,)
+
+    def unmerge_adapter(self) -> None:
+        """Run the adapted model again, bit for bit as it was."""
+        self.base_model.model, self.base_model.waiting = self._model, ()
+
     def merge_and_unload(
         self,
         progressbar: bool = False,
@@ -207,7 +318,13 @@ class _Adapted:
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Merge, as :func:`lora_fx.merge`: into a new model, and with every check."""
-        merged, _ = merging.merge(self._model, adapter_names=adapter_names)
+        with show_progress(progressbar, "weight") as progress:
+            merged, _ = merging.merge(self._model, adapter_names=adapter_names, progress=progress)
+        return merged
+
+    def unload(self) -> nn.Module:
+        """Give the model without adapters."""
+        merged, _ = merging.merge(self._model, adapter_names=())
         return merged
 
 

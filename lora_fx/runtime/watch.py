@@ -22,6 +22,7 @@ import functools
 import inspect
 import logging
 import operator
+import pkgutil
 import sys
 import threading
 import weakref
@@ -620,6 +621,19 @@ class Hooked(nn.Module):
     It is a module, and has no ``__slots__``: Python sees another layout otherwise, and refuses to change the
     class of a module that has it.
     """
+
+    @property
+    def peft_config(self) -> Any:
+        """Configurations of the adapters as PEFT's, which asks for them before it adapts a model again."""
+        if "peft_config" in self.__dict__:
+            return self.__dict__["peft_config"]  # the user's own
+        if record_of(self) is None:
+            raise AttributeError("peft_config")  # Python goes on with __getattr__
+        return pkgutil.resolve_name("lora_fx.checkpoint:peft_configs")(self)
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        self.__dict__["peft_config"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets an attribute. A call that was watched is watched again with another module in it."""

@@ -57,6 +57,7 @@ from lora_fx.passes.parameters.replacements import (
     write,
 )
 from lora_fx.passes.parameters.rewritten import (
+    AroundModel,
     buffer_digests,
     changed_buffers,
     check_intact,
@@ -75,6 +76,7 @@ from lora_fx.passes.parameters.rewritten import (
 
 __all__ = [
     "DROPOUT",
+    "AroundModel",
     "SiteFactors",
     "adapter_dtype",
     "adapter_parameters",

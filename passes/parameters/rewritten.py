@@ -40,6 +40,7 @@ from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_para
 from lora_fx.runtime import watch
 
 __all__ = [
+    "AroundModel",
     "buffer_digests",
     "changed_buffers",
     "check_intact",
@@ -427,6 +428,14 @@ _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
+class AroundModel:
+    """A module that is an interface of a rewritten model: verbs work on that."""
+
+    def get_base_model(self) -> nn.Module:
+        """Return the rewritten model."""
+        raise NotImplementedError
+
+
 def inside(verb: _Verb) -> _Verb:
     """Let a verb see through compiled models, and through compiled or checkpointed layers.
 
@@ -555,6 +564,8 @@ def _inside_of(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.M
     """The module that a wrapper is around; None for any other module."""
     if isinstance(module, torch.jit.ScriptModule):
         return None  # its modules cannot be looked up by name
+    if isinstance(module, AroundModel):
+        return module.get_base_model()
     found = (module._modules.get(name) for name in wrappers)
     return next((inner for inner in found if inner is not None), None)
 

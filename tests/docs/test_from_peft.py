@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 
 import lora_fx
+import lora_fx.peft
 from lora_fx.config import fields as _config_fields
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-peft.md").read_text(encoding="utf-8")
@@ -20,7 +21,8 @@ SOURCE = "\n".join(
 def test_our_names_exist() -> None:
     named = set(re.findall(r"lora_fx\.(\w+)", PAGE))
     assert len(named) > 25
-    assert named <= set(lora_fx.__all__)
+    assert named <= {*lora_fx.__all__, "peft"}
+    assert all(hasattr(lora_fx.peft, name) for name in re.findall(r"lora_fx\.peft\.(\w+)", PAGE))
 
 
 def test_the_page_names_every_verb() -> None:
@@ -29,6 +31,11 @@ def test_the_page_names_every_verb() -> None:
     elsewhere = {"capture", "export_onnx", "save_onnx_adapter", "trainable_parameters", "verify"}
     elsewhere |= {"visualize", "compare", "inspect_adapter"}
     assert verbs - elsewhere <= set(re.findall(r"lora_fx\.(\w+)", PAGE))
+
+
+def test_the_page_names_all_of_lora_fx_peft() -> None:
+    names = {*lora_fx.peft.__all__, *lora_fx.peft._CONFIGS, "PeftModel", "AutoPeftModel"}
+    assert not [name for name in names if f"`{name}`" not in PAGE]
 
 
 def test_pefts_names_exist() -> None:

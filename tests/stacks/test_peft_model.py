@@ -154,6 +154,25 @@ def test_dpo_takes_the_trained_adapter_as_the_reference(tmp_path: Path) -> None:
 
 
 @pytest.mark.stack
+@pytest.mark.parametrize("trained", [True, False])
+def test_dpo_says_that_a_plain_model_gets_the_base(
+    trained: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trl = pytest.importorskip("trl")
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base=base) if trained else lora_fx.rewrite(base, LoraConfig(**EXACT))
+    options = {**trainer_options("sgd", None), "max_steps": 2}
+    arguments = trl.DPOConfig(str(tmp_path / "run"), bf16=False, **options)
+    data = {"train_dataset": preferences(), "processing_class": tokenizer()}
+    trl.DPOTrainer(model, None, arguments, **data)
+    assert ("without the adapter" in caplog.text) is trained
+    caplog.clear()
+    trl.DPOTrainer(model, lora_fx.reference(model), arguments, **data)
+    assert "without the adapter" not in caplog.text
+
+
+@pytest.mark.stack
 def test_grpo_takes_the_trained_adapter_as_the_reference(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     from datasets import Dataset

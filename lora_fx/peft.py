@@ -1,0 +1,256 @@
+"""PEFT's names over lora-fx: a script of PEFT imports them from here, and the rest of it stays as it is.
+
+::
+
+    from lora_fx.peft import LoraConfig, PeftModel, get_peft_model
+
+Models are what :func:`lora_fx.as_peft_model` returns, instances of ``peft.PeftModel`` whose methods are those
+of lora-fx. Configurations are PEFT's own classes. What belongs to other methods than LoRA is not here. Names,
+arguments and defaults are those of PEFT 0.21; where they do something else, ``docs/from-peft.md`` says so.
+
+PEFT has to be installed. It is imported when a name that needs it is first used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from lora_fx.adapters import (
+    initialize,
+    prepare_for_kbit_training,
+    replace_lora_weights_loftq,
+)
+from lora_fx.api import rewrite
+from lora_fx.checkpoint import (
+    adapter_state_dict,
+    as_peft_model,
+    load_adapter_state_dict,
+    peft_model_class,
+    read_config,
+)
+from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError
+from lora_fx.extras import load_optional
+from lora_fx.ir import require_record
+from lora_fx.passes.parameters import base_dtype, factors_of
+
+_CONFIGS: Final = (
+    "EvaConfig",
+    "LoftQConfig",
+    "LoraConfig",
+    "LoraGAConfig",
+    "PeftConfig",
+    "TaskType",
+)
+
+_LIBRARIES: Final = ("transformers", "diffusers")
+"""Those whose classes a folder may name: it could have any code imported otherwise."""
+
+# The class of transformers that loads the base of each.
+_AUTO: Final = {
+    "AutoPeftModel": None,
+    "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction": "AutoModel",
+    "AutoPeftModelForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM": "AutoModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification": "AutoModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification": "AutoModelForTokenClassification",
+}
+
+__all__ = [
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "initialize_lora_eva_weights",
+    "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
+    "set_peft_model_state_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a name that needs PEFT: a configuration, ``PeftModel``, or one of the ``AutoPeftModel…``."""
+    if name == "PeftModel":
+        return peft_model_class()
+    if name in _AUTO:
+        return _auto_class(name)
+    if name in _CONFIGS:
+        return load_optional("peft", f"lora_fx.peft.{name}", "peft", attribute=name)
+    raise AttributeError(
+        f"lora_fx.peft has no {name}: what it has is in docs/from-peft.md, and other methods than LoRA are "
+        "in peft alone"
+    )
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: Any,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Rewrite a model, and give it as a ``PeftModel``.
+
+    Unlike PEFT's, it does not change its argument.
+
+    Args:
+        model: Any module.
+        peft_config: A ``LoraConfig``, of PEFT or of lora-fx. Without ``target_modules``, what PEFT adapts by
+            default in this kind of model; every linear operation where PEFT does not know it.
+        adapter_name: Name of the adapter.
+        mixed: Refused: it is for adapters of several methods.
+        autocast_adapter_dtype: Whether adapters of a base in half precision are in fp32. Otherwise they have
+            the dtype of the base.
+        revision: Of the base, for the saved configuration.
+        low_cpu_mem_usage: Has no effect: adapters are made where the model is.
+
+    Raises:
+        ConfigError: If the configuration is not one of LoRA, or as :func:`lora_fx.rewrite` raises.
+    """
+    if mixed:
+        raise ConfigError("mixed=True: lora-fx has LoRA alone, for which it is not needed")
+    config = read_config(peft_config)
+    if revision is not None:
+        config = dataclasses.replace(config, revision=revision)
+    if config.target_modules is None and config.target_parameters is None:
+        config = dataclasses.replace(config, target_modules=_usual_targets(model))
+    adapted = rewrite(model, config, adapter_name=adapter_name)
+    if not autocast_adapter_dtype:
+        _cast_to_base(adapted, adapter_name)
+    return as_peft_model(adapted)
+
+
+def _usual_targets(model: nn.Module) -> Any:
+    """Return what PEFT adapts in a model of its kind by default; None if PEFT's table does not have it."""
+    table = load_optional(
+        "peft.utils",
+        "get_peft_model",
+        "peft",
+        attribute="TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
+    )
+    return table.get(getattr(getattr(model, "config", None), "model_type", None))
+
+
+def _cast_to_base(model: nn.Module, adapter_name: str) -> None:
+    """Give factors over weights in half precision the dtype of those."""
+    for row in require_record(model).adapters[adapter_name].sites:
+        dtype = base_dtype(model, row.site)
+        if dtype in (torch.float16, torch.bfloat16):
+            for factor in factors_of(model, row, adapter_name).present:
+                factor.data = factor.data.to(dtype)
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Return a copy of a quantized model that is ready for adapters.
+
+    This is :func:`lora_fx.prepare_for_kbit_training`.
+    """
+    return prepare_for_kbit_training(
+        model, use_gradient_checkpointing, gradient_checkpointing_kwargs
+    )
+
+
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Any,
+    *,
+    adapter_name: str = "default",
+    show_progress_bar: bool = True,
+) -> None:
+    """Give adapters the start of EVA, from batches: :func:`lora_fx.initialize`."""
+    initialize(model, dataloader, adapter_name=adapter_name, progress=show_progress_bar)
+
+
+def get_peft_model_state_dict(
+    model: nn.Module, *, adapter_name: str = "default"
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter by the names that they have in its folder."""
+    return dict(adapter_state_dict(model, adapter_name))
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+) -> None:
+    """Put tensors into an adapter. Names that are missing or unknown are an error, unlike in PEFT."""
+    load_adapter_state_dict(model, peft_model_state_dict, adapter_name)
+
+
+class _AutoPeftModel:
+    """Loads an adapter folder together with the base that it names."""
+
+    _loader: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load the base with transformers, and put the adapter onto it.
+
+        Args:
+            pretrained_model_name_or_path: A local adapter folder.
+            adapter_name: What to call the adapter.
+            is_trainable: Whether it can be trained; otherwise it is frozen.
+            kwargs: For ``from_pretrained`` of the base, as ``dtype``. Nothing is downloaded, unless
+                ``local_files_only=False`` is among them.
+
+        Raises:
+            ConfigError: If the folder does not say what its base is.
+            CheckpointError: As :func:`lora_fx.load_adapter` raises.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        config = LoraConfig.from_pretrained(folder)
+        if config.base_model_name_or_path is None:
+            raise ConfigError(
+                f"{folder} does not name its base (base_model_name_or_path in adapter_config.json): load it "
+                "and use PeftModel.from_pretrained(base, folder)"
+            )
+        loader = cls._load_class(folder, config)
+        options = {"revision": config.revision or "main", "local_files_only": True, **kwargs}
+        base = loader.from_pretrained(config.base_model_name_or_path, **options)
+        if (folder / "tokenizer_config.json").is_file() and hasattr(
+            base, "resize_token_embeddings"
+        ):
+            tokenizers = load_optional(
+                "transformers", cls.__name__, "lora-fx[hf]", attribute="AutoTokenizer"
+            )
+            base.resize_token_embeddings(len(tokenizers.from_pretrained(folder)))
+        return peft_model_class().from_pretrained(base, folder, adapter_name, is_trainable)
+
+    @classmethod
+    def _load_class(cls, folder: Path, config: LoraConfig) -> Any:
+        """Return the class of the base: the one of this class's task, or the one that the folder names."""
+        name, library = cls._loader, "transformers"
+        if name is None:
+            named = config.auto_mapping or {}
+            name, library = named.get("base_model_class"), named.get("parent_library", library)
+        if name is None or library.partition(".")[0] not in _LIBRARIES:
+            raise ConfigError(
+                f"{folder} does not say which class of {' or '.join(_LIBRARIES)} its base is (auto_mapping "
+                "in adapter_config.json): use the AutoPeftModelFor… of the task, or load the base, and use "
+                "PeftModel.from_pretrained(base, folder)"
+            )
+        return load_optional(library, cls.__name__, "lora-fx[hf]", attribute=name)
+
+
+@functools.cache
+def _auto_class(name: str) -> type:
+    return type(name, (_AutoPeftModel,), {"__module__": __name__, "_loader": _AUTO[name]})
