@@ -155,10 +155,12 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 	.peers/$*/bin/python -m pip install --quiet $(PEER_$*)
 	@touch $@
 
-# What a stack needs is in its requirement file: this package, its tests, and pins if it has any.
+# What a stack needs is in its requirement file: this package, its tests, and pins if it has any. A package
+# whose own pins are older than what is tested here is in a file `alone`, and is installed without them.
 .peers/.stack-%: tests/stacks/requirements/%.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*
 	.peers/$*/bin/python -m pip install --quiet --requirement $<
+	if [ -f $(<:.txt=.alone) ]; then .peers/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.alone); fi
 	@touch $@
 
 # What a runtime needs of the system, where that can be installed; its tests are skipped without it.

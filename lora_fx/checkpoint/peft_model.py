@@ -82,7 +82,11 @@ def read_config(config: Any) -> LoraConfig:
     Raises:
         ConfigError: If it is not one of LoRA, or asks for something that is not there.
     """
-    return config if isinstance(config, LoraConfig) else LoraConfig.from_dict(config.to_dict())
+    if isinstance(config, LoraConfig):
+        return config
+    # PEFT checks no types, and libraries give None for a field that their users left out.
+    values = {name: value for name, value in config.to_dict().items() if value is not None}
+    return LoraConfig.from_dict(values)
 
 
 class _Configs(dict[str, Any]):

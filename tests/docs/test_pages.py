@@ -7,6 +7,7 @@ import io
 import itertools
 import linecache
 import os
+import pkgutil
 import re
 import runpy
 import sys
@@ -108,15 +109,12 @@ def test_the_paths_exist(page: Path) -> None:
 
 def exists(name: str) -> bool:
     """Whether `lora_fx.x.y` is a module, or a name in one."""
-    parts = name.split(".")
-    found: object = __import__("lora_fx")
-    for place, part in enumerate(parts[1:], 2):
-        if not hasattr(found, part):
-            with contextlib.suppress(ImportError):
-                __import__(".".join(parts[:place]))
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
+    try:
+        pkgutil.resolve_name(name)
+    except lora_fx.ConfigError:
+        return True  # it says which package it is for
+    except (ImportError, AttributeError):
+        return False
     return True
 
 

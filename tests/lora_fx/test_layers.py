@@ -81,6 +81,7 @@ LAYERS = (
     "lora_fx.export.onnx",
     "lora_fx.api",
     "lora_fx.peft",
+    "lora_fx.axolotl",
     "lora_fx.tools.models",
     "lora_fx.tools.adapter_folder",
     "lora_fx.tools.cluster",

@@ -1,0 +1,96 @@
+"""A plugin for axolotl: ``adapter: lora_fx`` trains what its ``lora_…`` and ``peft_…`` options say.
+
+::
+
+    plugins:
+      - lora_fx.axolotl.LoraFxPlugin
+    adapter: lora_fx
+    lora_r: 16
+    lora_alpha: 32
+    lora_target_linear: true
+
+axolotl (0.19) asks its plugins for adapters that it does not know (``BasePlugin.load_adapter``). It imports
+this module by the name above; nothing else does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from lora_fx import peft
+from lora_fx.errors import ConfigError
+from lora_fx.extras import load_optional
+
+__all__ = ["NAME"]
+
+NAME = "lora_fx"
+"""The value of ``adapter:`` in axolotl's file that chooses lora-fx."""
+
+_PLUGINS = "axolotl.integrations.base"
+
+
+def __getattr__(name: str) -> Any:
+    """Return the plugin, whose base is a class of axolotl."""
+    if name == "LoraFxPlugin":
+        return _plugin_class()
+    raise AttributeError(f"lora_fx.axolotl has no {name}")
+
+
+@functools.cache
+def _plugin_class() -> type:
+    base = load_optional(_PLUGINS, "LoraFxPlugin", "axolotl", attribute="BasePlugin")
+    return type("LoraFxPlugin", (_Rewrites, base), {"__module__": __name__})
+
+
+class _Rewrites:
+    """The methods of a plugin that rewrites the models that axolotl trains."""
+
+    def get_adapter_capabilities(self) -> list[Any]:
+        """Return the name under which axolotl knows the adapter."""
+        capabilities = load_optional(
+            _PLUGINS, "LoraFxPlugin", "axolotl", attribute="AdapterCapabilities"
+        )
+        return [capabilities(name=NAME, lora_like=True)]
+
+    def load_adapter(
+        self, model: nn.Module, cfg: Any, inference: bool = False, config_only: bool = False
+    ) -> tuple[Any, Any] | None:
+        """Rewrite a model, or put the adapter of ``lora_model_dir`` onto it.
+
+        Args:
+            model: What axolotl has loaded.
+            cfg: The values of its file.
+            inference: Whether the adapter is frozen.
+            config_only: Refused: axolotl then has TRL's trainer adapt the model, with PEFT.
+
+        Returns:
+            The model as a ``PeftModel``, and the configuration of PEFT; None for another adapter.
+
+        Raises:
+            ConfigError: As :func:`lora_fx.rewrite` and :func:`lora_fx.load_adapter` raise, and for trainers
+                that adapt the model themselves.
+        """
+        if cfg.adapter != NAME:
+            return None
+        if config_only:
+            raise ConfigError(
+                f"adapter: {NAME} with rl: {cfg.rl}: axolotl gives that trainer a configuration and no "
+                "adapted model, and PEFT would adapt it. Use adapter: lora, or give TRL's trainer "
+                "lora_fx.peft.get_peft_model(model, config)"
+            )
+        load_lora = load_optional(
+            "axolotl.loaders.adapter", "LoraFxPlugin", "axolotl", attribute="load_lora"
+        )
+        _, config = load_lora(model, cfg, config_only=True)
+        if cfg.lora_model_dir:
+            adapted = peft.PeftModel.from_pretrained(
+                model, cfg.lora_model_dir, is_trainable=not inference
+            )
+        else:
+            cast = cfg.peft_autocast_adapter_dtype is not False
+            adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=cast)
+        adapted.print_trainable_parameters()
+        return adapted, config
