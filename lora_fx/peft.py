@@ -23,6 +23,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from lora_fx import config as _config
 from lora_fx.adapters import (
     initialize,
     prepare_for_kbit_training,
@@ -32,30 +33,39 @@ from lora_fx.api import rewrite
 from lora_fx.checkpoint import (
     adapter_state_dict,
     as_peft_model,
+    cast_to_base,
     load_adapter_state_dict,
     peft_model_class,
     read_config,
 )
-from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.extras import load_optional
-from lora_fx.ir import require_record
-from lora_fx.passes.parameters import base_dtype, factors_of
 
-_CONFIGS: Final = (
-    "EvaConfig",
-    "LoftQConfig",
-    "LoraConfig",
-    "LoraGAConfig",
-    "PeftConfig",
-    "TaskType",
+_TASKS: Final = (
+    *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
+    *("SequenceClassification", "TokenClassification"),
 )
+
+# Classes of PEFT, and where they are.
+_CONFIGS: Final = {
+    "CordaConfig": "peft.tuners.lora.config",
+    "EvaConfig": "peft",
+    "LoftQConfig": "peft",
+    "LoraConfig": "peft",
+    "LoraGAConfig": "peft",
+    "PeftConfig": "peft",
+    "PeftType": "peft",
+    "TaskType": "peft",
+}
+
+# Names of one class: what a task needs is in the model itself.
+_MODELS: Final = ("PeftModel", *(f"PeftModelFor{task}" for task in _TASKS))
 
 _LIBRARIES: Final = ("transformers", "diffusers")
 """Those whose classes a folder may name: it could have any code imported otherwise."""
 
 # The class of transformers that loads the base of each.
-_AUTO: Final = {
+_AUTO: Final[dict[str, str | None]] = {
     "AutoPeftModel": None,
     "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
     "AutoPeftModelForFeatureExtraction": "AutoModel",
@@ -77,12 +87,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Return a name that needs PEFT: a configuration, ``PeftModel``, or one of the ``AutoPeftModel…``."""
-    if name == "PeftModel":
+    if name in _MODELS:
         return peft_model_class()
     if name in _AUTO:
         return _auto_class(name)
     if name in _CONFIGS:
-        return load_optional("peft", f"lora_fx.peft.{name}", "peft", attribute=name)
+        return load_optional(_CONFIGS[name], f"lora_fx.peft.{name}", "peft", attribute=name)
     raise AttributeError(
         f"lora_fx.peft has no {name}: what it has is in docs/from-peft.md, and other methods than LoRA are "
         "in peft alone"
@@ -118,35 +128,13 @@ def get_peft_model(
     """
     if mixed:
         raise ConfigError("mixed=True: lora-fx has LoRA alone, for which it is not needed")
-    config = read_config(peft_config)
+    config = read_config(peft_config, model)
     if revision is not None:
         config = dataclasses.replace(config, revision=revision)
-    if config.target_modules is None and config.target_parameters is None:
-        config = dataclasses.replace(config, target_modules=_usual_targets(model))
     adapted = rewrite(model, config, adapter_name=adapter_name)
     if not autocast_adapter_dtype:
-        _cast_to_base(adapted, adapter_name)
+        cast_to_base(adapted, adapter_name)
     return as_peft_model(adapted)
-
-
-def _usual_targets(model: nn.Module) -> Any:
-    """Return what PEFT adapts in a model of its kind by default; None if PEFT's table does not have it."""
-    table = load_optional(
-        "peft.utils",
-        "get_peft_model",
-        "peft",
-        attribute="TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
-    )
-    return table.get(getattr(getattr(model, "config", None), "model_type", None))
-
-
-def _cast_to_base(model: nn.Module, adapter_name: str) -> None:
-    """Give factors over weights in half precision the dtype of those."""
-    for row in require_record(model).adapters[adapter_name].sites:
-        dtype = base_dtype(model, row.site)
-        if dtype in (torch.float16, torch.bfloat16):
-            for factor in factors_of(model, row, adapter_name).present:
-                factor.data = factor.data.to(dtype)
 
 
 def prepare_model_for_kbit_training(
@@ -175,9 +163,24 @@ def initialize_lora_eva_weights(
 
 
 def get_peft_model_state_dict(
-    model: nn.Module, *, adapter_name: str = "default"
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter by the names that they have in its folder."""
+    """Return the tensors of an adapter by the names that they have in its folder.
+
+    Args:
+        model: A rewritten model.
+        state_dict: Refused: the values are those of the model.
+        adapter_name: Which adapter.
+
+    Raises:
+        ConfigError: If there is no such adapter, or for ``state_dict``.
+    """
+    if state_dict is not None:
+        raise ConfigError(
+            "state_dict: the values are those of the model, also where it is sharded: leave it out"
+        )
     return dict(adapter_state_dict(model, adapter_name))
 
 
@@ -185,9 +188,29 @@ def set_peft_model_state_dict(
     model: nn.Module,
     peft_model_state_dict: Mapping[str, torch.Tensor],
     adapter_name: str = "default",
-) -> None:
-    """Put tensors into an adapter. Names that are missing or unknown are an error, unlike in PEFT."""
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Put tensors into an adapter. Names that are missing or unknown are an error, unlike in PEFT.
+
+    Args:
+        model: A rewritten model.
+        peft_model_state_dict: By the names of a folder.
+        adapter_name: Which adapter.
+        ignore_mismatched_sizes: Refused: a tensor of another shape is an error.
+        low_cpu_mem_usage: Has no effect.
+
+    Returns:
+        As ``load_state_dict`` of PyTorch returns: no name is missing or unexpected.
+
+    Raises:
+        ConfigError: For ``ignore_mismatched_sizes``.
+        CheckpointError: As :func:`lora_fx.load_adapter_state_dict` raises.
+    """
+    if ignore_mismatched_sizes:
+        raise ConfigError("ignore_mismatched_sizes=True: leave such tensors out of what is loaded")
     load_adapter_state_dict(model, peft_model_state_dict, adapter_name)
+    return nn.Module().load_state_dict({})
 
 
 class _AutoPeftModel:
@@ -217,7 +240,7 @@ class _AutoPeftModel:
             CheckpointError: As :func:`lora_fx.load_adapter` raises.
         """
         folder = Path(pretrained_model_name_or_path)
-        config = LoraConfig.from_pretrained(folder)
+        config = _config.LoraConfig.from_pretrained(folder)
         if config.base_model_name_or_path is None:
             raise ConfigError(
                 f"{folder} does not name its base (base_model_name_or_path in adapter_config.json): load it "
@@ -236,7 +259,7 @@ class _AutoPeftModel:
         return peft_model_class().from_pretrained(base, folder, adapter_name, is_trainable)
 
     @classmethod
-    def _load_class(cls, folder: Path, config: LoraConfig) -> Any:
+    def _load_class(cls, folder: Path, config: _config.LoraConfig) -> Any:
         """Return the class of the base: the one of this class's task, or the one that the folder names."""
         name, library = cls._loader, "transformers"
         if name is None:

@@ -137,7 +137,9 @@ def _widen(model: nn.Module) -> None:
             if parameter is None or parameter.dtype not in _HALF or quantization_of(parameter):
                 continue
             if id(parameter) not in wide:
-                wide[id(parameter)] = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                widened = nn.Parameter(parameter.detach().float(), requires_grad=False)
+                vars(widened).update(vars(parameter))  # transformers notes on it where it is from
+                wide[id(parameter)] = widened
             module._parameters[name] = wide[id(parameter)]
 
 

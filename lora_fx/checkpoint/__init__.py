@@ -8,6 +8,7 @@ from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
 from lora_fx.checkpoint.peft_model import (
     as_peft_model,
+    cast_to_base,
     peft_configs,
     peft_model_class,
     read_config,
@@ -30,6 +31,7 @@ __all__ = [
     "adapter_state_dict",
     "as_peft_model",
     "call_with",
+    "cast_to_base",
     "converted",
     "hotswap_adapter",
     "lightning_callback",

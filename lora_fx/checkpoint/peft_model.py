@@ -9,9 +9,11 @@ The class is made when it is first asked for, so that nothing imports PEFT befor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,14 +41,28 @@ from lora_fx.errors import ConfigError, some
 from lora_fx.extras import load_optional
 from lora_fx.ir import require_record
 from lora_fx.passes.merge import merging
-from lora_fx.passes.parameters import AroundModel
-from lora_fx.progress import show_progress
+from lora_fx.passes.parameters import AroundModel, base_dtype, factors_of
 
-__all__ = ["as_peft_model", "peft_configs", "peft_model_class", "read_config"]
+__all__ = ["as_peft_model", "cast_to_base", "peft_configs", "peft_model_class", "read_config"]
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
 _BASE = "__base__"  # PEFT's name of no adapter, for samples of a batch
+
+# A factor is a module in PEFT, and a parameter here.
+_FACTOR = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)$")
+_FACTOR_OF_PEFT = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)\.weight$")
+
+_IN_FOLDER = re.compile(r"\.lora_[AB]\.weight$")
+
+# Options of PEFT's functions that say how to get a folder or where to keep it, and change no values.
+_NEUTRAL = frozenset(
+    {
+        *("cache_dir", "device_map", "ephemeral_gpu_offload", "force_download", "local_files_only"),
+        *("low_cpu_mem_usage", "max_memory", "offload_dir", "offload_folder", "offload_index"),
+        *("proxies", "token", "torch_device", "use_auth_token"),
+    }
+)
 
 
 def as_peft_model(model: nn.Module) -> Any:
@@ -63,6 +79,8 @@ def as_peft_model(model: nn.Module) -> Any:
     Raises:
         ConfigError: If the model is not rewritten, or PEFT is not installed.
     """
+    if isinstance(model, _Adapted):
+        return model
     require_record(model)
     return peft_model_class()(model)
 
@@ -76,17 +94,31 @@ def peft_model_class() -> Any:
     return _class_over(load_optional("peft", "a PeftModel", "peft", attribute="PeftModel"))
 
 
-def read_config(config: Any) -> LoraConfig:
+def read_config(config: Any, model: nn.Module) -> LoraConfig:
     """Return a configuration of PEFT, or of ours, as one of ours.
+
+    Args:
+        config: The configuration.
+        model: For which model. Where the configuration names no targets, they are those that PEFT has for
+            this kind of model; every linear operation where PEFT does not know it.
 
     Raises:
         ConfigError: If it is not one of LoRA, or asks for something that is not there.
     """
     if isinstance(config, LoraConfig):
-        return config
-    # PEFT checks no types, and libraries give None for a field that their users left out.
-    values = {name: value for name, value in config.to_dict().items() if value is not None}
-    return LoraConfig.from_dict(values)
+        ours = config
+    else:
+        # PEFT checks no types, and libraries give None for a field that their users left out.
+        values = {name: value for name, value in config.to_dict().items() if value is not None}
+        ours = LoraConfig.from_dict(values)
+    if ours.target_modules is None and ours.target_parameters is None:
+        table = load_optional("peft.utils", "a PeftModel", "peft", attribute=_TABLE)
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        ours = dataclasses.replace(ours, target_modules=table.get(kind))
+    return ours
+
+
+_TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
 
 class _Configs(dict[str, Any]):
@@ -109,105 +141,63 @@ class _Configs(dict[str, Any]):
 def peft_configs(model: nn.Module) -> dict[str, Any]:
     """Return the configuration of each adapter of a rewritten model, as one of PEFT.
 
+    They are the same objects each time. ``save_pretrained`` of a ``PeftModel`` writes these of their fields:
+    ``base_model_name_or_path``, ``revision``, ``inference_mode`` and ``task_type``.
+
     Raises:
         ConfigError: If the model is not rewritten, or PEFT is not installed.
     """
     config = load_optional("peft", "peft_config", "peft", attribute="LoraConfig")
-    adapters = require_record(model).adapters
-    return _Configs(
-        {name: config(**_values(adapter.config, config)) for name, adapter in adapters.items()}
-    )
+    known = model.__dict__.setdefault(_KNOWN, {})
+    configs: dict[str, Any] = {}
+    for name, adapter in require_record(model).adapters.items():
+        ours, theirs = known.get(name, (None, None))
+        if ours is not adapter.config:
+            theirs = config(**_values(adapter.config, config))
+            if theirs.base_model_name_or_path is None:
+                theirs.base_model_name_or_path = origin_of(model)
+            known[name] = (adapter.config, theirs)
+        configs[name] = theirs
+    return _Configs(configs)
 
 
-class _Inside(nn.Module):
-    """The tuner that PEFT calls the base model, and that holds the model.
+_KNOWN = "_lora_fx_peft_configs"
 
-    Attributes:
-        model: What runs: the rewritten model, or its merged copy.
-        waiting: The rewritten model while the merged one runs, in a tuple: it is no module of this one then.
+
+def _check_options(call: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that would change something, and are not known.
+
+    Raises:
+        ConfigError: With the first one.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.waiting: tuple[nn.Module, ...] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute, of the model if the tuner has none."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        return self.model(*args, **kwargs)
+    for name, value in options.items():
+        if name not in _NEUTRAL and value is not None:
+            raise ConfigError(f"{call}: lora-fx has no {name}={value!r}: leave it out")
 
 
-class _Adapted(AroundModel):
-    """The methods of a ``PeftModel`` over a rewritten model. The class of PEFT comes after it."""
-
-    base_model: Any
-    modules_to_save: None = None  # PEFT's own, of tasks with a head
-
-    def __init__(self, model: nn.Module) -> None:
-        nn.Module.__init__(self)  # type: ignore[arg-type]  # it is a module by its other base
-        self.base_model = _Inside(model)
-        self.peft_type = "LORA"
-        self._is_prompt_learning = False
-        self.config = getattr(model, "config", {"model_type": "custom"})
-        self.device = next(model.parameters()).device
-        self.training = model.training
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike[str],
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        **_: Any,
-    ) -> Any:
-        """Read a local adapter folder onto a model, as :func:`lora_fx.load_adapter`; frozen by default."""
-        adapted = load_adapter(model, model_id, adapter_name=adapter_name)
-        set_adapter(adapted, adapter_name, inference_mode=not is_trainable)
-        return as_peft_model(adapted.train(is_trainable))
+class _Tuner(AroundModel):
+    """The methods that PEFT's tuner and its ``PeftModel`` both have."""
 
     @property
-    def _model(self) -> nn.Module:
-        inside = self.base_model
-        model: nn.Module = inside.waiting[0] if inside.waiting else inside.model
-        return model
+    def _inside(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def _model(self) -> Any:
+        """The rewritten model, also while a merged one runs."""
+        inside = self._inside
+        return inside.waiting[0] if inside.waiting else inside.model
 
     def get_base_model(self) -> nn.Module:
         """Give the rewritten model."""
-        return self._model
+        model: nn.Module = self._model
+        return model
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the model with its active adapters, or each sample with the adapter that is named for it."""
-        with self._samples(adapter_names):
-            return self.base_model.model(*args, **kwargs)
-
-    def generate(
-        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
-    ) -> Any:
-        """Generate with the model, with ``adapter_names`` as in :meth:`forward`."""
-        beams = kwargs.get("num_beams") or 1
-        with self._samples(adapter_names, beams):
-            return self.base_model.model.generate(*args, **kwargs)
-
-    @contextmanager
-    def _samples(self, names: Sequence[str] | None, repeats: int = 1) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        if self.base_model.waiting:
-            raise ConfigError(
-                "adapter_names: the adapters are merged; call unmerge_adapter() first"
-            )
-        ids = [None if name == _BASE else name for name in names]
-        with adapter_ids(self._model, ids, repeats=repeats):
-            yield
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        device: torch.device = next(self._inside.model.parameters()).device
+        return device
 
     @property
     def peft_config(self) -> dict[str, Any]:
@@ -225,75 +215,20 @@ class _Adapted(AroundModel):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, **_: Any) -> None:
-        """Add an adapter, as :func:`lora_fx.add_adapter`. The one called "ref" is a copy of "default".
-
-        TRL adds that one as the reference, and then copies values by PEFT's names of parameters, which are
-        others than these.
-        """
-        add_adapter(self._model, read_config(peft_config), adapter_name)
-        if adapter_name == _REFERENCE and _TRAINED in adapter_names(self._model):
-            values = adapter_state_dict(self._model, _TRAINED)
-            load_adapter_state_dict(self._model, values, _REFERENCE)
-
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make adapters active, as :func:`lora_fx.set_adapter`."""
+        """Make adapters active, as :func:`lora_fx.set_adapter`. A merged model is unmerged first."""
+        self.unmerge_adapter()
         set_adapter(self._model, adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, as :func:`lora_fx.delete_adapter`."""
+        """Delete an adapter, as :func:`lora_fx.delete_adapter`. A merged model is unmerged first."""
+        self.unmerge_adapter()
         delete_adapter(self._model, adapter_name)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add a combination of adapters, as :func:`lora_fx.add_weighted_adapter`."""
+        self.unmerge_adapter()
         add_weighted_adapter(self._model, *args, **kwargs)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Run the base while the context lasts, as :func:`lora_fx.disable_adapter`."""
-        with disable_adapter(self._model):
-            yield
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        **_: Any,
-    ) -> None:
-        """Read a local folder into an adapter, which is made if there is none of the name."""
-        load_adapter(self._model, model_id, adapter_name=adapter_name)
-        if adapter_name in self.active_adapters:
-            set_adapter(self._model, self.active_adapters, inference_mode=not is_trainable)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        selected_adapters: Sequence[str] | None = None,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        **options: Any,
-    ) -> None:
-        """Write the folders that PEFT's ``save_pretrained`` writes, in one move.
-
-        Args:
-            save_directory: Gets the adapter "default"; others get folders of their names in it.
-            selected_adapters: Those that are written; by default all of them.
-            is_main_process: Whether this process writes.
-            state_dict: The values of a model that is sharded.
-            options: Others of PEFT; only those that change nothing are known.
-
-        Raises:
-            ConfigError: If there is no such adapter, or the folder is to be pushed.
-        """
-        if options.get("push_to_hub"):
-            raise ConfigError("push_to_hub=True: save the folder without, and upload it")
-        if not is_main_process:
-            return
-        names = list(adapter_names(self._model) if selected_adapters is None else selected_adapters)
-        values = {key.removeprefix(PREFIX): value for key, value in (state_dict or {}).items()}
-        save_peft_folder(self._model, Path(save_directory), names, origin_of(self._model), values)
 
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
@@ -307,13 +242,17 @@ class _Adapted(AroundModel):
             adapter_names: Which adapters; those that are active by default.
             safe_merge: Always on: weights that are not finite are refused.
         """
+        self.unmerge_adapter()
         adapted = self._model
         merged, _ = merging.merge(adapted, adapter_names=adapter_names)
-        self.base_model.model, self.base_model.waiting = merged, (adapted,)
+        merged.train(adapted.training)
+        self._inside.model, self._inside.waiting = merged, (adapted,)
 
     def unmerge_adapter(self) -> None:
         """Run the adapted model again, bit for bit as it was."""
-        self.base_model.model, self.base_model.waiting = self._model, ()
+        inside = self._inside
+        if inside.waiting:
+            inside.model, inside.waiting = inside.waiting[0].train(inside.model.training), ()
 
     def merge_and_unload(
         self,
@@ -322,14 +261,279 @@ class _Adapted(AroundModel):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Merge, as :func:`lora_fx.merge`: into a new model, and with every check."""
-        with show_progress(progressbar, "weight") as progress:
-            merged, _ = merging.merge(self._model, adapter_names=adapter_names, progress=progress)
+        merged, _ = merging.merge(self._model, adapter_names=adapter_names, progress=progressbar)
         return merged
 
     def unload(self) -> nn.Module:
-        """Give the model without adapters."""
+        """Give the model without adapters. Over a quantized base it is dense."""
         merged, _ = merging.merge(self._model, adapter_names=())
         return merged
+
+
+class _Inside(_Tuner, nn.Module):
+    """The tuner that PEFT calls the base model, and that holds the model.
+
+    Attributes:
+        model: What runs: the rewritten model, or its merged copy.
+        waiting: The rewritten model while the merged one runs, in a tuple: it is no module of this one then.
+    """
+
+    prefix = "lora_"
+
+    def __init__(self, model: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.model = model
+        self.waiting: tuple[nn.Module, ...] = ()
+
+    @property
+    def _inside(self) -> Any:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute, of the model if the tuner has none."""
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return getattr(nn.Module.__getattr__(self, "model"), name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the model that waits, too."""
+        for model in self.waiting:
+            model._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        return self.model(*args, **kwargs)
+
+
+class _Adapted(_Tuner):
+    """The methods of a ``PeftModel`` over a rewritten model. The class of PEFT comes after it."""
+
+    base_model: Any
+    modules_to_save: None = None  # PEFT's own, of tasks with a head
+
+    def __init__(self, model: nn.Module, *more: Any) -> None:
+        if more:
+            raise ConfigError(
+                "PeftModel(model, config): call get_peft_model(model, config), or "
+                "PeftModel.from_pretrained(model, folder)"
+            )
+        nn.Module.__init__(self)  # type: ignore[arg-type]  # it is a module by its other base
+        self.base_model = _Inside(model)
+        self.peft_type = "LORA"
+        self._is_prompt_learning = False
+        self.training = model.training
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the rewritten model, and put it into a ``PeftModel`` again."""
+        return as_peft_model, (self._model,)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Read a local adapter folder onto a model, as :func:`lora_fx.load_adapter`; frozen by default.
+
+        Args:
+            model: A model, or a rewritten one, which gets the adapter in addition.
+            model_id: The folder.
+            adapter_name: What to call the adapter.
+            is_trainable: Whether it can be trained.
+            config: Refused: what the folder says counts.
+            autocast_adapter_dtype: Whether factors over a base in half precision are in fp32.
+            subfolder: Where in the folder the adapter is.
+            revision: Refused: nothing is downloaded.
+            options: Others of PEFT that change no values; they have no effect.
+
+        Raises:
+            ConfigError: For options that lora-fx does not have.
+            CheckpointError: As :func:`lora_fx.load_adapter` raises.
+        """
+        refused = {"config": config, "revision": revision}
+        _check_options("PeftModel.from_pretrained", {**refused, **options})
+        inner = model.get_base_model() if isinstance(model, AroundModel) else model
+        adapted = load_adapter(inner, Path(model_id, subfolder or ""), adapter_name=adapter_name)
+        if not autocast_adapter_dtype:
+            cast_to_base(adapted, adapter_name)
+        set_adapter(adapted, adapter_name, inference_mode=not is_trainable)
+        return as_peft_model(model if adapted is inner else adapted.train(is_trainable))
+
+    @property
+    def _inside(self) -> Any:
+        return self.base_model
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model with its active adapters, or each sample with the adapter that is named for it."""
+        if adapter_names is None:
+            return self.base_model.model(*args, **kwargs)
+        with self._samples(adapter_names):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Any:
+        """Generate with the model, with ``adapter_names`` as in :meth:`forward`."""
+        if adapter_names is None:
+            return self.base_model.model.generate(*args, **kwargs)
+        with self._samples(adapter_names, kwargs.get("num_beams") or 1):
+            return self.base_model.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _samples(self, names: Sequence[str], repeats: int = 1) -> Iterator[None]:
+        if self.base_model.waiting:
+            raise ConfigError(
+                "adapter_names: the adapters are merged; call unmerge_adapter() first"
+            )
+        ids = [None if name == _BASE else name for name in names]
+        with adapter_ids(self._model, ids, repeats=repeats):
+            yield
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state, with factors by the names that they have in PEFT (``lora_A.default.weight``)."""
+        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
+        for name in list(state):
+            if _FACTOR.search(name):
+                state[f"{name}.weight"] = state.pop(name)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Put a state in, with factors by either name.
+
+        Raises:
+            ConfigError: If it has the names of a folder, as PEFT's ``set_peft_model_state_dict`` gives them.
+        """
+        if any(_IN_FOLDER.search(name) for name in state_dict):
+            raise ConfigError(
+                "these are the tensors of an adapter folder, and PEFT's function finds none of its layers in "
+                "this model: call lora_fx.peft.set_peft_model_state_dict"
+            )
+        ours = {_FACTOR_OF_PEFT.sub(r"\1", name): value for name, value in state_dict.items()}
+        return super().load_state_dict(ours, *args, **kwargs)  # type: ignore[misc]  # of the other base
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
+        """Add an adapter, as :func:`lora_fx.add_adapter`. The one called "ref" is a copy of "default".
+
+        TRL adds that one as the reference, and then copies values by PEFT's names of parameters, which are
+        others than these.
+        """
+        cast = options.pop("autocast_adapter_dtype", True)
+        _check_options("add_adapter", options)
+        self.unmerge_adapter()
+        add_adapter(self._model, read_config(peft_config, self._model), adapter_name)
+        if not cast:
+            cast_to_base(self._model, adapter_name)
+        if adapter_name == _REFERENCE and _TRAINED in adapter_names(self._model):
+            values = adapter_state_dict(self._model, _TRAINED)
+            load_adapter_state_dict(self._model, values, _REFERENCE)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base while the context lasts, as :func:`lora_fx.disable_adapter`."""
+        inside = self.base_model
+        merged = inside.model if inside.waiting else None
+        if merged is not None:
+            inside.model, inside.waiting = self._model, ()
+        try:
+            with disable_adapter(self._model):
+                yield
+        finally:
+            if merged is not None:
+                inside.model, inside.waiting = merged, (self._model,)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Read a local folder into an adapter, which is made if there is none of the name."""
+        cast = options.pop("autocast_adapter_dtype", True)
+        _check_options("load_adapter", options)
+        self.unmerge_adapter()
+        load_adapter(self._model, Path(model_id, subfolder or ""), adapter_name=adapter_name)
+        if not cast:
+            cast_to_base(self._model, adapter_name)
+        if adapter_name in self.active_adapters:
+            set_adapter(self._model, self.active_adapters, inference_mode=not is_trainable)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write the folders that PEFT's ``save_pretrained`` writes, in one move.
+
+        Args:
+            save_directory: Gets the adapter "default"; others get folders of their names in it.
+            safe_serialization: False is refused: only safetensors are written.
+            selected_adapters: Those that are written; by default all of them.
+            save_embedding_layers: As in PEFT; only "auto" is known here.
+            is_main_process: Whether this process writes.
+            state_dict: The values of a model that is sharded.
+            options: Others of PEFT; only those that change nothing are known.
+
+        Raises:
+            ConfigError: If there is no such adapter, or for an option that lora-fx does not have.
+        """
+        if options.pop("push_to_hub", False):
+            raise ConfigError("push_to_hub=True: save the folder without, and upload it")
+        if not safe_serialization:
+            raise ConfigError(
+                "safe_serialization=False: lora-fx writes safetensors, which PEFT reads: leave it out"
+            )
+        if save_embedding_layers != "auto":
+            raise ConfigError(
+                f"save_embedding_layers={save_embedding_layers!r}: call lora_fx.save_adapter(model, folder, "
+                "save_embedding_layers=...)"
+            )
+        # Taken off by PEFT, or nothing that a folder of safetensors depends on.
+        for name in ("path_initial_model_for_weight_conversion", "max_shard_size"):
+            options.pop(name, None)
+        _check_options("save_pretrained", options)
+        if not is_main_process:
+            return
+        names = list(adapter_names(self._model) if selected_adapters is None else selected_adapters)
+        values = {
+            _FACTOR_OF_PEFT.sub(r"\1", key.removeprefix(PREFIX)): value
+            for key, value in (state_dict or {}).items()
+        }
+        said = {
+            name: {field: getattr(config, field) for field in _SAID}
+            for name, config in self.peft_config.items()
+        }
+        origin = origin_of(self._model)
+        save_peft_folder(self._model, Path(save_directory), names, origin, values, said)
+
+
+# Fields that say something about an adapter and change nothing of what it computes.
+_SAID = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
+
+
+def cast_to_base(model: nn.Module, adapter_name: str) -> None:
+    """Give factors over weights in half precision the dtype of those: ``autocast_adapter_dtype=False``."""
+    for row in require_record(model).adapters[adapter_name].sites:
+        dtype = base_dtype(model, row.site)
+        if dtype in (torch.float16, torch.bfloat16):
+            for factor in factors_of(model, row, adapter_name).present:
+                factor.data = factor.data.to(dtype)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import torch
@@ -322,6 +323,7 @@ def save_peft_folder(
     names: Collection[str],
     origin: str | None,
     values: Mapping[str, Any],
+    said: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write adapters as PEFT's ``save_pretrained`` does, in one move.
 
@@ -331,6 +333,7 @@ def save_peft_folder(
         names: Those that are written.
         origin: Where the base was loaded from.
         values: Of parameters that are sharded, by their names in the model.
+        said: Fields of the written configuration, by the name of the adapter.
 
     Raises:
         ConfigError: If there is no adapter of a name.
@@ -346,12 +349,16 @@ def save_peft_folder(
         folder.mkdir(parents=True, exist_ok=True)
         check_format(folder)
         with replacing_files(folder) as staged, _values(part, values):
-            _save_adapters(part, staged, origin, names)
+            _save_adapters(part, staged, origin, names, said)
             _write_card(folder, staged, origin)
 
 
 def _save_adapters(
-    part: _Part, folder: Path, origin: str | None, names: Collection[str] | None = None
+    part: _Part,
+    folder: Path,
+    origin: str | None,
+    names: Collection[str] | None = None,
+    said: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> None:
     for name in part.record.adapters if names is None else names:
         entry = part.record.adapters[name]
@@ -361,6 +368,7 @@ def _save_adapters(
             config = _inside(part, config)
         if not config.base_model_name_or_path or part.prefix:
             config = dataclasses.replace(config, base_model_name_or_path=origin)
+        config = dataclasses.replace(config, **said.get(name, {}))
         target = folder if name == "default" else folder / name
         values = {PREFIX + key: value for key, value in tensors.items()}
         write_folder(target, values, config, notes=notes, force=True)

@@ -263,4 +263,6 @@ def _trained_copy(parameter: nn.Parameter) -> nn.Parameter:
         made = partitioned_twin(parameter, own=True)
         made.requires_grad_(True)
         return made
-    return nn.Parameter(parameter.detach().clone())
+    trained = nn.Parameter(parameter.detach().clone())
+    vars(trained).update(vars(parameter))  # transformers notes on it that a checkpoint has it
+    return trained

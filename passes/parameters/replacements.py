@@ -223,6 +223,7 @@ def place_base(
         if memory not in live:
             value = original.detach().to(old.device, old.dtype)
             live[memory] = nn.Parameter(value, requires_grad=False)
+            vars(live[memory]).update(vars(old))  # as what transformers has noted on it
         owner._parameters[leaf] = live[memory]
         if keep:
             _beside(owner, leaf).add(adapter, old)

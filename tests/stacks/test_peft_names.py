@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import lora_fx
 import lora_fx.peft
@@ -198,3 +198,158 @@ def test_a_folder_without_a_base_is_refused(saved: Path) -> None:
         lora_fx.peft.AutoPeftModelForCausalLM.from_pretrained(
             changed(saved, base_model_name_or_path=None)
         )
+
+
+# --- what PEFT's users do with a PeftModel --------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """Two adapters of PEFT in one folder, each in a subfolder."""
+    for number, name in enumerate(("a", "b")):
+        torch.manual_seed(number)
+        peft.get_peft_model(llama(), copy.deepcopy(THEIRS), name).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def theirs(folder: Path) -> torch.Tensor:
+    logits: torch.Tensor = peft.PeftModel.from_pretrained(llama(), folder).eval()(IDS).logits
+    return logits
+
+
+def test_the_classes_are_pefts() -> None:
+    for name in lora_fx.peft._CONFIGS:
+        assert getattr(lora_fx.peft, name).__module__.startswith("peft.")
+    assert lora_fx.peft.LoraConfig is peft.LoraConfig
+    assert lora_fx.peft.PeftModelForCausalLM is lora_fx.peft.PeftModel
+
+
+def test_a_subfolder_is_heeded_and_no_option_is_dropped(folders: Path) -> None:
+    model = lora_fx.peft.PeftModel.from_pretrained(llama(), folders, "a", subfolder="a")
+    model.load_adapter(folders, "b", subfolder="b")
+    assert_close(model(IDS).logits, theirs(folders / "a"))
+    model.set_adapter("b")
+    assert_close(model(IDS).logits, theirs(folders / "b"))
+    for options in ({"config": THEIRS}, {"revision": "v2"}, {"key_mapping": {"a": "b"}}):
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            lora_fx.peft.PeftModel.from_pretrained(llama(), folders / "a", **options)
+    with pytest.raises(ConfigError, match="safe_serialization=False"):
+        model.save_pretrained(folders / "new", safe_serialization=False)
+    assert not (folders / "new").exists()
+
+
+def test_an_adapter_goes_onto_a_model_that_has_one(folders: Path) -> None:
+    model = lora_fx.peft.PeftModel.from_pretrained(llama(), folders / "a", "a")
+    assert lora_fx.peft.PeftModel.from_pretrained(model, folders / "b", "b") is model
+    assert lora_fx.as_peft_model(model) is model
+    assert_close(model(IDS).logits, theirs(folders / "b"))
+
+
+def test_what_is_done_to_a_merged_model_is_not_lost(folders: Path) -> None:
+    model = lora_fx.peft.PeftModel.from_pretrained(llama(), folders / "a", "a", is_trainable=True)
+    model.load_adapter(folders / "b", "b")
+    base, first = llama()(IDS).logits, model.eval()(IDS).logits
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_close(model(IDS).logits, base)
+    assert_close(model(IDS).logits, first)
+    model.set_adapter("b")  # unmerges first, as in PEFT
+    assert_close(model(IDS).logits, theirs(folders / "b"))
+    model.merge_adapter()
+    model.train()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    inner = model.get_base_model()
+    assert {module.training for module in inner.modules()} == {True}
+    assert {p.dtype for p in inner.parameters()} == {torch.float64}
+
+
+def test_states_have_the_names_of_peft(tmp_path: Path) -> None:
+    model, other = wrapped(), wrapped()
+    state = lora_fx.peft.get_peft_model_state_dict(model)
+    with pytest.raises(ConfigError, match=r"lora_fx\.peft\.set_peft_model_state_dict"):
+        peft.set_peft_model_state_dict(other, state)
+    lora_fx.peft.set_peft_model_state_dict(other, state)
+    assert_same_bits(other(IDS).logits, model(IDS).logits)
+    other = wrapped()
+    other.load_state_dict(model.state_dict())
+    assert_same_bits(other(IDS).logits, model(IDS).logits)
+    assert any(name.endswith(".lora_A.default.weight") for name in model.state_dict())
+    assert lora_fx.peft.set_peft_model_state_dict(model, state).unexpected_keys == []
+    with pytest.raises(ConfigError, match="state_dict"):
+        lora_fx.peft.get_peft_model_state_dict(model, model.state_dict())
+
+
+def test_an_added_adapter_has_pefts_targets() -> None:
+    model = wrapped()
+    model.add_adapter("other", peft.LoraConfig(r=2))
+    assert model.peft_config["other"].target_modules == {"q_proj", "v_proj"}
+
+
+def test_what_is_set_on_a_configuration_is_saved(tmp_path: Path) -> None:
+    model = wrapped()
+    model.peft_config["default"].base_model_name_or_path = "somewhere/else"
+    model.active_peft_config.inference_mode = True
+    model.save_pretrained(tmp_path)
+    written = peft.PeftConfig.from_pretrained(str(tmp_path))
+    assert (written.base_model_name_or_path, written.inference_mode) == ("somewhere/else", True)
+
+
+def test_copies_and_pickles(tmp_path: Path) -> None:
+    model = wrapped()
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for one in (copy.deepcopy(model), loaded):
+        assert isinstance(one, lora_fx.peft.PeftModel)
+        assert_same_bits(one(IDS).logits, model(IDS).logits)
+        assert one.get_base_model() is not model.get_base_model()
+
+
+def test_what_trainers_and_engines_ask(tmp_path: Path) -> None:
+    model = wrapped()
+    assert model.prefix == model.base_model.prefix == "lora_"
+    assert model.to("meta").device == torch.device("meta")
+    model = wrapped()
+    model.add_adapter("other", copy.deepcopy(THEIRS))
+    model.base_model.set_adapter(["default", "other"])
+    assert model.base_model.active_adapters == ["default", "other"]
+    model.base_model.set_adapter("default")
+    assert_close(model.base_model.merge_and_unload()(IDS).logits, model(IDS).logits)
+    with pytest.raises(ConfigError, match="get_peft_model"):
+        lora_fx.peft.PeftModel(llama(), THEIRS)
+
+
+class Regression(nn.Module):
+    """A model that is none of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.layer(x).sum(-1) - labels).square().mean()}
+
+
+def test_the_trainer_takes_a_model_of_no_library(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["layer"])
+    model = lora_fx.peft.get_peft_model(Regression(), config)
+    data = [{"x": torch.ones(4), "labels": torch.tensor(1.0)}] * 4
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+    Trainer(model, arguments, train_dataset=data).train()
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+def test_no_weight_that_was_loaded_is_said_to_start_at_random(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    assert bitsandbytes
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    base = LlamaForCausalLM.from_pretrained(
+        saved.parent / "base", quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
+    )
+    prepared = lora_fx.peft.prepare_model_for_kbit_training(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = lora_fx.peft.get_peft_model(prepared, config)
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "starts at random" not in caplog.text
