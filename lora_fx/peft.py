@@ -37,6 +37,7 @@ from lora_fx.checkpoint import (
     load_adapter_state_dict,
     peft_model_class,
     read_config,
+    train_adapters,
 )
 from lora_fx.errors import ConfigError
 from lora_fx.extras import load_optional
@@ -134,7 +135,9 @@ def get_peft_model(
     adapted = rewrite(model, config, adapter_name=adapter_name)
     if not autocast_adapter_dtype:
         cast_to_base(adapted, adapter_name)
-    return as_peft_model(adapted)
+    result = as_peft_model(adapted)
+    train_adapters(result)
+    return result
 
 
 def prepare_model_for_kbit_training(

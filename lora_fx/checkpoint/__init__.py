@@ -12,6 +12,7 @@ from lora_fx.checkpoint.peft_model import (
     peft_configs,
     peft_model_class,
     read_config,
+    train_adapters,
 )
 from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
@@ -44,6 +45,7 @@ __all__ = [
     "read_receipt",
     "read_tensors",
     "save_adapter",
+    "train_adapters",
     "trainer_callback",
     "without_prefix",
 ]

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,18 +42,26 @@ from lora_fx.errors import ConfigError, some
 from lora_fx.extras import load_optional
 from lora_fx.ir import require_record
 from lora_fx.passes.merge import merging
-from lora_fx.passes.parameters import AroundModel, base_dtype, factors_of
+from lora_fx.passes.parameters import AroundModel, base_dtype, factors_of, tokens_of, weight_at
+from lora_fx.runtime import AdapterModule
 
-__all__ = ["as_peft_model", "cast_to_base", "peft_configs", "peft_model_class", "read_config"]
+__all__ = [
+    "as_peft_model",
+    "cast_to_base",
+    "peft_configs",
+    "peft_model_class",
+    "read_config",
+    "train_adapters",
+]
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
 _BASE = "__base__"  # PEFT's name of no adapter, for samples of a batch
 
 # A factor is a module in PEFT, and a parameter here.
-_FACTOR = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)$")
 _FACTOR_OF_PEFT = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)\.weight$")
 
+_STATES_OF_PEFT = "peft.utils.save_and_load"
 _IN_FOLDER = re.compile(r"\.lora_[AB]\.weight$")
 
 # Options of PEFT's functions that say how to get a folder or where to keep it, and change no values.
@@ -60,7 +69,14 @@ _NEUTRAL = frozenset(
     {
         *("cache_dir", "device_map", "ephemeral_gpu_offload", "force_download", "local_files_only"),
         *("low_cpu_mem_usage", "max_memory", "offload_dir", "offload_folder", "offload_index"),
-        *("proxies", "token", "torch_device", "use_auth_token"),
+        *(
+            "proxies",
+            "save_function",
+            "save_peft_format",
+            "token",
+            "torch_device",
+            "use_auth_token",
+        ),
     }
 )
 
@@ -127,6 +143,10 @@ class _Configs(dict[str, Any]):
     def __setitem__(self, name: str, config: Any) -> None:
         """Refuse, before PEFT has changed anything of the model."""
         self.update({name: config})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle it as a plain dict."""
+        return dict, (dict(self),)
 
     def update(self, *_: Any, **__: Any) -> None:
         """Refuse likewise."""
@@ -245,7 +265,8 @@ class _Tuner(AroundModel):
         self.unmerge_adapter()
         adapted = self._model
         merged, _ = merging.merge(adapted, adapter_names=adapter_names)
-        merged.train(adapted.training)
+        # What is trained is the factors, and these wait.
+        merged.train(adapted.training).requires_grad_(False)
         self._inside.model, self._inside.waiting = merged, (adapted,)
 
     def unmerge_adapter(self) -> None:
@@ -284,6 +305,7 @@ class _Inside(_Tuner, nn.Module):
         nn.Module.__init__(self)
         self.model = model
         self.waiting: tuple[nn.Module, ...] = ()
+        self.training = model.training
 
     @property
     def _inside(self) -> Any:
@@ -301,6 +323,17 @@ class _Inside(_Tuner, nn.Module):
         for model in self.waiting:
             model._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or train the model that waits, not its merged copy."""
+        for model in self.waiting or (self.model,):
+            model.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of the model that waits, too."""
+        for model in (self.model, *self.waiting):
+            model.zero_grad(set_to_none)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
@@ -321,13 +354,14 @@ class _Adapted(_Tuner):
             )
         nn.Module.__init__(self)  # type: ignore[arg-type]  # it is a module by its other base
         self.base_model = _Inside(model)
-        self.peft_type = "LORA"
+        self.peft_type = load_optional("peft", "a PeftModel", "peft", attribute="PeftType").LORA
         self._is_prompt_learning = False
         self.training = model.training
+        self.register_load_state_dict_pre_hook(_with_our_names)  # type: ignore[attr-defined]
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the rewritten model, and put it into a ``PeftModel`` again."""
-        return as_peft_model, (self._model,)
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Copy and pickle by the state: the class is made when it is asked for."""
+        return _blank, (), vars(self)
 
     @classmethod
     def from_pretrained(
@@ -366,7 +400,17 @@ class _Adapted(_Tuner):
         if not autocast_adapter_dtype:
             cast_to_base(adapted, adapter_name)
         set_adapter(adapted, adapter_name, inference_mode=not is_trainable)
-        return as_peft_model(model if adapted is inner else adapted.train(is_trainable))
+        result = as_peft_model(model if adapted is inner else adapted)
+        result._set_mode(adapter_name, is_trainable)
+        return result
+
+    def _set_mode(self, adapter_name: str, is_trainable: bool) -> None:
+        """Set the modes that PEFT leaves when it has loaded an adapter; to train, the base keeps its own."""
+        self.peft_config[adapter_name].inference_mode = not is_trainable
+        if is_trainable:
+            train_adapters(self)
+        else:
+            self.eval()  # type: ignore[attr-defined]  # of the other base
 
     @property
     def _inside(self) -> Any:
@@ -399,26 +443,27 @@ class _Adapted(_Tuner):
             yield
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, with factors by the names that they have in PEFT (``lora_A.default.weight``)."""
-        state = super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
-        for name in list(state):
-            if _FACTOR.search(name):
-                state[f"{name}.weight"] = state.pop(name)
-        return state
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Put a state in, with factors by either name.
+        """Return the state.
 
         Raises:
-            ConfigError: If it has the names of a folder, as PEFT's ``set_peft_model_state_dict`` gives them.
+            ConfigError: If PEFT's ``get_peft_model_state_dict`` asks, which would find no factors in it.
         """
-        if any(_IN_FOLDER.search(name) for name in state_dict):
+        if sys._getframe(1).f_globals.get("__name__") == _STATES_OF_PEFT:
             raise ConfigError(
-                "these are the tensors of an adapter folder, and PEFT's function finds none of its layers in "
-                "this model: call lora_fx.peft.set_peft_model_state_dict"
+                "PEFT's get_peft_model_state_dict finds none of its layers in this model, and would return "
+                "nothing: call lora_fx.peft.get_peft_model_state_dict. accelerate calls it for FSDP: give "
+                "the trainer the rewritten model itself then, model.get_base_model()"
             )
-        ours = {_FACTOR_OF_PEFT.sub(r"\1", name): value for name, value in state_dict.items()}
-        return super().load_state_dict(ours, *args, **kwargs)  # type: ignore[misc]  # of the other base
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze or train all parameters."""
+        self.base_model.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients."""
+        self.base_model.zero_grad(set_to_none)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
         """Add an adapter, as :func:`lora_fx.add_adapter`. The one called "ref" is a copy of "default".
@@ -467,6 +512,7 @@ class _Adapted(_Tuner):
             cast_to_base(self._model, adapter_name)
         if adapter_name in self.active_adapters:
             set_adapter(self._model, self.active_adapters, inference_mode=not is_trainable)
+        self._set_mode(adapter_name, is_trainable)
 
     def save_pretrained(
         self,
@@ -523,6 +569,35 @@ class _Adapted(_Tuner):
         save_peft_folder(self._model, Path(save_directory), names, origin, values, said)
 
 
+def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
+    """Take a state with PEFT's names of factors, too.
+
+    Raises:
+        ConfigError: If it has the names of a folder, as PEFT's ``set_peft_model_state_dict`` gives them.
+    """
+    if any(_IN_FOLDER.search(name) for name in state):
+        raise ConfigError(
+            "these are the tensors of an adapter folder, and PEFT's function finds none of its layers in "
+            "this model: call lora_fx.peft.set_peft_model_state_dict"
+        )
+    for name in [name for name in state if _FACTOR_OF_PEFT.search(name)]:
+        state[name.removesuffix(".weight")] = state.pop(name)
+
+
+def train_adapters(model: Any) -> None:
+    """Put adapters into training mode, as PEFT makes them, and leave the base in its own."""
+    for module in model.modules():
+        if isinstance(module, AdapterModule):
+            module.train()
+        elif isinstance(module, AroundModel):
+            module.training = True  # type: ignore[attr-defined]  # it is a module, too
+
+
+def _blank() -> Any:
+    """Make a ``PeftModel`` without a state, which is put in afterwards."""
+    return object.__new__(peft_model_class())
+
+
 # Fields that say something about an adapter and change nothing of what it computes.
 _SAID = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
@@ -534,6 +609,11 @@ def cast_to_base(model: nn.Module, adapter_name: str) -> None:
         if dtype in (torch.float16, torch.bfloat16):
             for factor in factors_of(model, row, adapter_name).present:
                 factor.data = factor.data.to(dtype)
+    for trained in require_record(model).adapters[adapter_name].tokens:
+        dtype = weight_at(model, trained.site.weight).dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            rows = tokens_of(model, trained, adapter_name)
+            rows.data = rows.data.to(dtype)
 
 
 @functools.cache

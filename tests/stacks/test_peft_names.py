@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,15 @@ def test_states_have_the_names_of_peft(tmp_path: Path) -> None:
     other = wrapped()
     other.load_state_dict(model.state_dict())
     assert_same_bits(other(IDS).logits, model(IDS).logits)
-    assert any(name.endswith(".lora_A.default.weight") for name in model.state_dict())
+    state = other.state_dict()
+    renamed = {f"{name}.weight" if ".lora_" in name else name: v for name, v in state.items()}
+    around = nn.ModuleDict({"net": wrapped()})
+    around.load_state_dict({f"net.{name}": value for name, value in renamed.items()})
+    assert_same_bits(around["net"](IDS).logits, model(IDS).logits)
+    around.load_state_dict(around.state_dict())
+    with pytest.raises(ConfigError, match=r"lora_fx\.peft\.get_peft_model_state_dict"):
+        peft.get_peft_model_state_dict(model)
+    state = lora_fx.peft.get_peft_model_state_dict(model)
     assert lora_fx.peft.set_peft_model_state_dict(model, state).unexpected_keys == []
     with pytest.raises(ConfigError, match="state_dict"):
         lora_fx.peft.get_peft_model_state_dict(model, model.state_dict())
@@ -299,6 +308,8 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
     model = wrapped()
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    model.note = 3
+    assert copy.deepcopy(model).note == 3
     for one in (copy.deepcopy(model), loaded):
         assert isinstance(one, lora_fx.peft.PeftModel)
         assert_same_bits(one(IDS).logits, model(IDS).logits)
@@ -353,3 +364,60 @@ def test_no_weight_that_was_loaded_is_said_to_start_at_random(
     model = lora_fx.peft.get_peft_model(prepared, config)
     model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     assert "starts at random" not in caplog.text
+
+
+def test_a_copy_of_a_merged_model_is_merged(folders: Path) -> None:
+    model = lora_fx.peft.PeftModel.from_pretrained(llama(), folders / "a", "a", is_trainable=True)
+    model.load_adapter(folders / "b", "b", is_trainable=True)
+    plain = model.eval()(IDS).logits
+    model.merge_adapter(["b"])
+    assert not torch.equal(model(IDS).logits, plain)
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_close(one(IDS).logits, model(IDS).logits)
+        one.unmerge_adapter()
+        assert_close(one(IDS).logits, plain)
+    # No step could be taken and lost when the model is unmerged.
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.requires_grad_(False)
+    model.unmerge_adapter()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    configs = model.peft_config
+    assert type(copy.deepcopy(configs)) is dict
+    assert pickle.loads(pickle.dumps(configs)).keys() == configs.keys()
+
+
+def test_modes_are_those_of_peft(folders: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.5)
+    for library in (lora_fx.peft, peft):
+        model = library.get_peft_model(llama(), copy.deepcopy(config))  # the base is in eval mode
+        assert model.training
+        layer = model.get_base_model().model.layers[0]
+        assert not layer.mlp.training
+        assert layer.self_attn.q_proj.lora_dropout.default.training
+        model.load_adapter(folders / "a", "a")
+        assert not model.training
+        assert not layer.self_attn.q_proj.lora_dropout.default.training
+        model = library.PeftModel.from_pretrained(llama(), folders / "a", is_trainable=True)
+        assert model.training
+        assert not model.get_base_model().model.layers[0].mlp.training
+        assert not model.peft_config["default"].inference_mode
+    model = lora_fx.peft.get_peft_model(llama(), config)
+    ones = {name: torch.ones_like(v) for name, v in lora_fx.adapter_state_dict(model).items()}
+    lora_fx.load_adapter_state_dict(model, ones)
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_options_of_accelerate_are_known(tmp_path: Path) -> None:
+    wrapped().save_pretrained(tmp_path, save_function=torch.save, is_main_process=True)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_a_state_is_one_of_parameters() -> None:
+    """torch.distributed.checkpoint and functional_call go by the names of parameters."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    model = wrapped()
+    assert get_model_state_dict(model).keys() == model.state_dict().keys()
+    assert {name for name, _ in model.named_parameters()} <= model.state_dict().keys()
+    out = torch.func.functional_call(model, model.state_dict(), (IDS,)).logits
+    assert_same_bits(out, model(IDS).logits)
