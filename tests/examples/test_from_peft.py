@@ -44,8 +44,12 @@ def test_a_script_of_peft_needs_another_import_and_no_more(
         pytest.importorskip("bitsandbytes")
     ours = printed(script.read_text(encoding="utf-8"), script.name, tmp_path / "ours", monkeypatch)
     assert not [line for line in ours if line.endswith("False")]
-    assert ours == printed(before(script), script.name, tmp_path / "theirs", monkeypatch)
     assert ours
+    try:
+        theirs = printed(before(script), script.name, tmp_path / "theirs", monkeypatch)
+    except AttributeError as error:  # PEFT 0.21.0 with transformers 5.23 generates nothing with T5
+        pytest.skip(f"PEFT itself cannot run it with this transformers: {error}")
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
