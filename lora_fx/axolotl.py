@@ -85,12 +85,15 @@ class _Rewrites:
             "axolotl.loaders.adapter", "LoraFxPlugin", "axolotl", attribute="load_lora"
         )
         _, config = load_lora(model, cfg, config_only=True)
+        cast = cfg.peft_autocast_adapter_dtype is not False
         if cfg.lora_model_dir:
             adapted = peft.PeftModel.from_pretrained(
-                model, cfg.lora_model_dir, is_trainable=not inference
+                model,
+                cfg.lora_model_dir,
+                is_trainable=not inference,
+                autocast_adapter_dtype=cast,
             )
         else:
-            cast = cfg.peft_autocast_adapter_dtype is not False
             adapted = peft.get_peft_model(model, config, autocast_adapter_dtype=cast)
         adapted.print_trainable_parameters()
         return adapted, config
