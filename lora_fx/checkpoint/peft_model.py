@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -42,7 +42,14 @@ from lora_fx.errors import ConfigError, some
 from lora_fx.extras import load_optional
 from lora_fx.ir import require_record
 from lora_fx.passes.merge import merging
-from lora_fx.passes.parameters import AroundModel, base_dtype, factors_of, tokens_of, weight_at
+from lora_fx.passes.parameters import (
+    AroundModel,
+    base_dtype,
+    factors_of,
+    inside,
+    tokens_of,
+    weight_at,
+)
 from lora_fx.runtime import AdapterModule
 
 __all__ = [
@@ -137,6 +144,10 @@ def read_config(config: Any, model: nn.Module) -> LoraConfig:
 _TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
 
+# By the name of an adapter: its configuration, and the one of PEFT that was made of it.
+_Known: TypeAlias = dict[str, tuple[LoraConfig, Any]]
+
+
 class _Configs(dict[str, Any]):
     """Configurations of PEFT, by the names of the adapters. PEFT cannot add another."""
 
@@ -158,17 +169,19 @@ class _Configs(dict[str, Any]):
         )
 
 
-def peft_configs(model: nn.Module) -> dict[str, Any]:
+def peft_configs(model: nn.Module, known: _Known | None = None) -> dict[str, Any]:
     """Return the configuration of each adapter of a rewritten model, as one of PEFT.
 
-    They are the same objects each time. ``save_pretrained`` of a ``PeftModel`` writes these of their fields:
-    ``base_model_name_or_path``, ``revision``, ``inference_mode`` and ``task_type``.
+    Args:
+        model: A rewritten model.
+        known: Those that were made before. They are given again while the adapter has the same
+            configuration, and new ones are added.
 
     Raises:
         ConfigError: If the model is not rewritten, or PEFT is not installed.
     """
     config = load_optional("peft", "peft_config", "peft", attribute="LoraConfig")
-    known = model.__dict__.setdefault(_KNOWN, {})
+    known = {} if known is None else known
     configs: dict[str, Any] = {}
     for name, adapter in require_record(model).adapters.items():
         ours, theirs = known.get(name, (None, None))
@@ -179,9 +192,6 @@ def peft_configs(model: nn.Module) -> dict[str, Any]:
             known[name] = (adapter.config, theirs)
         configs[name] = theirs
     return _Configs(configs)
-
-
-_KNOWN = "_lora_fx_peft_configs"
 
 
 def _check_options(call: str, options: Mapping[str, Any]) -> None:
@@ -195,6 +205,10 @@ def _check_options(call: str, options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{call}: lora-fx has no {name}={value!r}: leave it out")
 
 
+# As lora_fx.merge, also of compiled and checkpointed layers.
+_merge = inside(merging.merge)
+
+
 class _Tuner(AroundModel):
     """The methods that PEFT's tuner and its ``PeftModel`` both have."""
 
@@ -205,8 +219,8 @@ class _Tuner(AroundModel):
     @property
     def _model(self) -> Any:
         """The rewritten model, also while a merged one runs."""
-        inside = self._inside
-        return inside.waiting[0] if inside.waiting else inside.model
+        tuner = self._inside
+        return tuner.waiting[0] if tuner.waiting else tuner.model
 
     def get_base_model(self) -> nn.Module:
         """Give the rewritten model."""
@@ -221,8 +235,12 @@ class _Tuner(AroundModel):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The configuration of each adapter, as one of PEFT."""
-        return peft_configs(self._model)
+        """The configuration of each adapter, as one of PEFT, the same object each time.
+
+        ``save_pretrained`` writes these of its fields: ``base_model_name_or_path``, ``revision``,
+        ``inference_mode`` and ``task_type``.
+        """
+        return peft_configs(self._model, self._inside.configs)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -264,16 +282,16 @@ class _Tuner(AroundModel):
         """
         self.unmerge_adapter()
         adapted = self._model
-        merged, _ = merging.merge(adapted, adapter_names=adapter_names)
+        merged, _ = _merge(adapted, adapter_names=adapter_names)
         # What is trained is the factors, and these wait.
         merged.train(adapted.training).requires_grad_(False)
         self._inside.model, self._inside.waiting = merged, (adapted,)
 
     def unmerge_adapter(self) -> None:
         """Run the adapted model again, bit for bit as it was."""
-        inside = self._inside
-        if inside.waiting:
-            inside.model, inside.waiting = inside.waiting[0].train(inside.model.training), ()
+        tuner = self._inside
+        if tuner.waiting:
+            tuner.model, tuner.waiting = tuner.waiting[0].train(tuner.model.training), ()
 
     def merge_and_unload(
         self,
@@ -282,12 +300,12 @@ class _Tuner(AroundModel):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Merge, as :func:`lora_fx.merge`: into a new model, and with every check."""
-        merged, _ = merging.merge(self._model, adapter_names=adapter_names, progress=progressbar)
+        merged, _ = _merge(self._model, adapter_names=adapter_names, progress=progressbar)
         return merged
 
     def unload(self) -> nn.Module:
         """Give the model without adapters. Over a quantized base it is dense."""
-        merged, _ = merging.merge(self._model, adapter_names=())
+        merged, _ = _merge(self._model, adapter_names=())
         return merged
 
 
@@ -297,6 +315,7 @@ class _Inside(_Tuner, nn.Module):
     Attributes:
         model: What runs: the rewritten model, or its merged copy.
         waiting: The rewritten model while the merged one runs, in a tuple: it is no module of this one then.
+        configs: PEFT's configurations that were asked for.
     """
 
     prefix = "lora_"
@@ -305,6 +324,7 @@ class _Inside(_Tuner, nn.Module):
         nn.Module.__init__(self)
         self.model = model
         self.waiting: tuple[nn.Module, ...] = ()
+        self.configs: _Known = {}
         self.training = model.training
 
     @property
@@ -484,16 +504,16 @@ class _Adapted(_Tuner):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base while the context lasts, as :func:`lora_fx.disable_adapter`."""
-        inside = self.base_model
-        merged = inside.model if inside.waiting else None
+        tuner = self.base_model
+        merged = tuner.model if tuner.waiting else None
         if merged is not None:
-            inside.model, inside.waiting = self._model, ()
+            tuner.model, tuner.waiting = self._model, ()
         try:
             with disable_adapter(self._model):
                 yield
         finally:
             if merged is not None:
-                inside.model, inside.waiting = merged, (self._model,)
+                tuner.model, tuner.waiting = merged, (self._model,)
 
     def load_adapter(
         self,
@@ -602,6 +622,7 @@ def _blank() -> Any:
 _SAID = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
+@inside
 def cast_to_base(model: nn.Module, adapter_name: str) -> None:
     """Give factors over weights in half precision the dtype of those: ``autocast_adapter_dtype=False``."""
     for row in require_record(model).adapters[adapter_name].sites:

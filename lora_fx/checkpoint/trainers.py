@@ -220,8 +220,9 @@ def _is_base_alone(reference: nn.Module, model: nn.Module) -> bool:
     if record is None or any(isinstance(one, AdapterModule) for one in reference.modules()):
         return False
     rows = [(row, name) for name in record.active for row in record.adapters[name].sites]
-    factors = (factors_of(model, row, name) for row, name in rows)
-    return any(bool(site.b.any()) for site in factors if site.names.b)
+    with without_wrappers(model) as inner:
+        factors = (factors_of(inner, row, name) for row, name in rows)
+        return any(bool(site.b.any()) for site in factors if site.names.b)
 
 
 def _save(

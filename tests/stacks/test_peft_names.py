@@ -149,6 +149,20 @@ def test_merged_for_a_while(tmp_path: Path) -> None:
     assert_same_bits(model(IDS).logits, before)
 
 
+def test_a_merge_leaves_nothing_and_sees_through_compiled_layers() -> None:
+    model = wrapped()
+    before, inner = model(IDS).logits, model.get_base_model()
+    assert model.peft_config
+    assert inner.peft_config
+    inner.model.layers[0] = torch.compile(inner.model.layers[0], backend="eager")
+    merged = model.merge_and_unload()
+    assert_close(merged(IDS).logits, before)
+    assert not [name for name in vars(merged) if "lora" in name]
+    assert_close(model.unload()(IDS).logits, llama()(IDS).logits)
+    model.merge_adapter()
+    assert_close(model(IDS).logits, before)
+
+
 def test_a_bar_says_how_far_a_merge_is(capsys: pytest.CaptureFixture[str]) -> None:
     model = wrapped()
     model.merge_and_unload()
