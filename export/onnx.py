@@ -58,8 +58,8 @@ from lora_fx.extras import load_optional
 from lora_fx.files import output_file
 from lora_fx.ir import record_of
 from lora_fx.passes.capture import ONE_AT_A_TIME
-from lora_fx.passes.graph import copy_without_trainers, instance_forwards
 from lora_fx.passes.parameters import check_intact, check_whole
+from lora_fx.passes.trainers import copy_without_trainers, instance_forwards
 from lora_fx.runtime import without_autocast
 
 if TYPE_CHECKING:

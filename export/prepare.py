@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,12 +39,12 @@ from lora_fx.export.factor_model import (
 from lora_fx.export.report import BankSize
 from lora_fx.export.tasks import Part, find_task
 from lora_fx.export.trace import widen_batch
-from lora_fx.ir import Region, module_of, record_of
+from lora_fx.ir import Region, record_of
 from lora_fx.kinds import kinds
 from lora_fx.passes.capture import State
 from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
 from lora_fx.passes.plan import foreign_factors
-from lora_fx.runtime import AdapterFactors
+from lora_fx.runtime import AdapterFactors, base_parameter
 
 __all__ = ["Prepared", "over_quantized", "prepare", "prepare_bank", "prepare_swappable"]
 
@@ -85,18 +84,18 @@ def _constants() -> list[object]:
 def _fixed(model: nn.Module) -> Iterator[Region]:
     edited: dict[int, fx.Graph] = {}
     graphs, constants = graphs_of(model), _constants()
-    holding = {module_of(key) for key, graph in graphs.items() if calls_of(graph, constants)}
+    holding = {key for key, graph in graphs.items() if calls_of(graph, constants)}
     for key, graph in graphs.items():
-        if module_of(key) not in holding:
+        if key not in holding:
             continue
-        module = model.get_submodule(module_of(key))
+        module = model.get_submodule(key)
         for node in calls_of(graph, constants):
             path, _, adapter = _target(node).rpartition(".")
             _factors(module, path).add(adapter, _value(module, node))
         if id(graph) not in edited:
             edited[id(graph)] = replace_calls(graph, constants, _constant)
         # Its own forward would leave the adapter out.
-        yield Region.at(key, module, edited[id(graph)], fallback=False)
+        yield Region(key, module, edited[id(graph)], fallback=False)
 
 
 def _factors(module: nn.Module, path: str) -> AdapterFactors:
@@ -126,7 +125,8 @@ def _value(module: nn.Module, node: Any) -> Any:
         return node
     args = [_value(module, one) for one in node.args]
     if node.op == "get_attr":
-        return operator.attrgetter(str(node.target))(module)
+        owner, _, leaf = str(node.target).rpartition(".")
+        return base_parameter(module.get_submodule(owner), leaf)
     assert target_of(node) is not None, node.format_node()
     return target_of(node)(*args, **{key: _value(module, one) for key, one in node.kwargs.items()})
 

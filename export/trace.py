@@ -28,7 +28,7 @@ from lora_fx import torch_private
 from lora_fx.errors import ExportError
 from lora_fx.export.arguments import Arguments, Axis, Extra, FlatModel, axis_name, given_names
 from lora_fx.export.failures import Witness, here, reason_of_failure, together, watched
-from lora_fx.passes.capture import Listener, asked_of_sizes
+from lora_fx.passes.capture import Listener
 from lora_fx.torch_private import pytree
 
 __all__ = ["Trace", "normal_size", "trace", "widen_batch"]
@@ -387,13 +387,38 @@ def trace(
     ) from last
 
 
+def _asked_of_sizes(
+    program: ExportedProgram, counts: Callable[[Any], bool] = lambda guard: True
+) -> list[Any]:
+    """Return what code, or an operation, asked of sizes in an export: the graph has the way of a yes.
+
+    Args:
+        program: The exported program.
+        counts: Which guards of its ``ShapeEnv`` are wanted.
+
+    Returns:
+        Formulas of sympy over the symbols of the sizes, each once and in order, without what always holds.
+    """
+    sizes = (
+        size
+        for node in program.graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        for size in node.meta["val"].shape
+    )
+    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
+    if environment is None:
+        return []
+    asked = (environment.simplify(guard.expr) for guard in environment.guards if counts(guard))
+    return [one for one in dict.fromkeys(asked) if one != sympy.true]
+
+
 def _unanswered(program: ExportedProgram) -> list[str]:
     """What a trace asked of its dynamic sizes, and no file asks again: it has the branch of the example.
 
     Limits of one size are left out, which the file's metadata has. So is what operations ask, which compute
     the same either way.
     """
-    return [str(one) for one in _open(asked_of_sizes(program, _is_of_code))]
+    return [str(one) for one in _open(_asked_of_sizes(program, _is_of_code))]
 
 
 def _open(asked: Iterable[Any]) -> list[Any]:

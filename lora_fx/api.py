@@ -111,8 +111,8 @@ def capture(
         frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that fits. A model of
             transformers or timm says what it takes: for ``export`` inputs are made up where none are
             given, and a note says which.
-        dynamic_shapes: For ``export``, as ``torch.export.export`` takes it. By default every
-            dimension of every tensor may vary.
+        dynamic_shapes: For ``export``, as ``torch.export.export`` takes it. By default all shapes are those
+            of the example: the graph only shows which operations there are.
 
     Returns:
         The capture; ``capture.model`` runs it.
@@ -122,7 +122,7 @@ def capture(
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
     put_partitions_back(result.model)
-    install(result.regions.values())
+    install(region for region in result.regions.values() if not region.not_run)
     protect(result.model)
     return result
 
@@ -142,7 +142,7 @@ def plan(
     Args:
         model: Any module that is not rewritten yet.
         config: What to adapt.
-        example_inputs: As for :func:`capture`; they let more models be captured whole. With them the plan
+        example_inputs: As for :func:`capture`; they let more operations be found. With them the plan
             says what a training step with inputs of their shapes keeps for its backward, with each
             ``memory=`` of :func:`rewrite`, counted without computing anything.
         loss: As for :func:`rewrite`: with "chunked" the plan says which heads may have it, and why others
@@ -264,7 +264,8 @@ def rewrite(
 def graphs(model: nn.Module) -> dict[str, fx.Graph]:
     """The graph of every region of a captured or rewritten model, by FQN; ``""`` is the root.
 
-    They are what runs: look at them, do not edit them.
+    A module that no pass has changed runs its own forward, and its graph says what that computes. Look at the
+    graphs, do not edit them.
     """
     return graphs_of(model)
 

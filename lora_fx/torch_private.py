@@ -14,7 +14,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager
-from types import BuiltinMethodType, MethodType, ModuleType
+from types import ModuleType
 from typing import Any, Final, TypeVar
 
 import torch
@@ -32,9 +32,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode as dispatch_
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 __all__ = [
-    "ASSERT_METADATA",
-    "AUTOGRAD_LOOKUP",
-    "AUTOGRAD_QUESTIONS",
     "CHATTY_LOGGERS",
     "CHECKPOINTED_MODULE",
     "COMPILED_CALL",
@@ -46,7 +43,6 @@ __all__ = [
     "HOOK_WRAPPER",
     "IS_ALL_TRUE",
     "IS_ANY_TRUE",
-    "IS_VIEW",
     "MODULE_HOOKS",
     "NO_MODULE",
     "ORIGINAL_MODULE",
@@ -55,7 +51,6 @@ __all__ = [
     "SET_GRAD_ENABLED",
     "SPARSE_PARTS",
     "TO_COPY",
-    "TRACED_ASSERT",
     "UNSAFE_VIEW",
     "BatchNorm",
     "DecoratorContextManager",
@@ -65,6 +60,7 @@ __all__ = [
     "TorchDispatchMode",
     "after_backward",
     "all_reduce",
+    "as_parameter",
     "assert_true",
     "attention_choice",
     "by_public_names",
@@ -98,15 +94,13 @@ __all__ = [
     "in_functorch",
     "in_functorch_level",
     "in_jit_trace",
-    "is_apply",
+    "is_assertion",
     "is_composite",
     "is_distributed",
-    "is_erased",
     "is_fake",
     "is_flat",
     "is_flattened",
     "is_left_aligned",
-    "is_torch_function",
     "is_traceable_wrapper_subclass",
     "is_transformed",
     "lazy_clone",
@@ -116,7 +110,6 @@ __all__ = [
     "make_subclass",
     "make_uncompilable",
     "make_wrapper_subclass",
-    "oblivious_shapes",
     "original_module",
     "output_padding_of",
     "outside_of_transforms",
@@ -132,13 +125,13 @@ __all__ = [
     "storage_key",
     "storage_users",
     "sympy_functions",
-    "sympy_printer",
     "tracer_class",
     "transient_buffers",
     "unit_attributes",
     "unwrap_functorch",
     "version_counter",
     "view_base",
+    "without_torch_function",
     "wrapped_functions",
 ]
 
@@ -172,11 +165,6 @@ def is_composite(operator: Any) -> bool:
 def has_kernel(operator: Any) -> bool:
     """Return True if the dispatcher knows an overload; some are TorchScript's alone."""
     return bool(torch._C._dispatch_has_kernel(operator.name()))
-
-
-def is_torch_function(name: str, function: Any) -> bool:
-    """Return True if a function in C is the one that ``torch`` has by that name, as ``torch.zeros``."""
-    return function is (getattr(torch._C._VariableFunctions, name, None) or vars(torch).get(name))
 
 
 # --- tracing, compiling, torch.func -------------------------------------------------------------
@@ -301,18 +289,6 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def is_apply(function: Any) -> bool:
-    """Return True for the ``apply`` of an autograd function that has not written its own."""
-    # A class method until PyTorch 2.14, a method of the metaclass in C since then.
-    if not isinstance(function, MethodType | BuiltinMethodType) or function.__name__ != "apply":
-        return False
-    cls = function.__self__
-    if not isinstance(cls, type) or not issubclass(cls, torch.autograd.Function):
-        return False
-    own = cls.__mro__[: cls.__mro__.index(torch.autograd.Function)]
-    return not any("apply" in vars(base) for base in own)
-
-
 SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled
 """Function that ``torch.no_grad``, ``enable_grad`` and ``set_grad_enabled`` call."""
 
@@ -377,11 +353,25 @@ def make_subclass(cls: type[Tensor], data: Tensor, requires_grad: bool = False) 
     return torch.Tensor._make_subclass(cls, data, requires_grad)
 
 
-def make_wrapper_subclass(
-    cls: type[Tensor], shape: Any, *, dtype: torch.dtype, device: torch.device
-) -> Any:
-    """Return an object of a subclass that has no memory."""
-    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+def make_wrapper_subclass(cls: type[Tensor], shape: Any, **options: Any) -> Any:
+    """Return an object of a subclass that has no memory; ``dtype``, ``device``, ``strides`` are options."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, **options)
+
+
+def as_parameter(tensor: Tensor) -> Tensor:
+    """Have a tensor of a subclass pass for an ``nn.Parameter``, and return it."""
+    tensor._is_param = True
+    return tensor
+
+
+def is_assertion(target: Any) -> bool:
+    """Return True for an operator that an export leaves to check a value or its form."""
+    return "_assert" in str(target)
+
+
+def without_torch_function() -> Any:
+    """Return a context in which subclasses of tensors see operators alone, below autograd."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def reduce_parameter(parameter: Any) -> tuple[Any, ...]:
@@ -403,8 +393,6 @@ UNSAFE_VIEW: Final = torch.ops.aten._unsafe_view.default
 TO_COPY: Final = torch.ops.aten._to_copy.default
 """What ``Tensor.to`` becomes under ``torch.export``."""
 
-ASSERT_METADATA: Final = torch.ops.aten._assert_tensor_metadata.default
-"""What ``torch.export`` puts before a cast."""
 
 IS_ALL_TRUE: Final = torch.ops.aten._is_all_true.default
 IS_ANY_TRUE: Final = torch.ops.aten._is_any_true.default
@@ -436,20 +424,8 @@ def assert_true(condition: Any) -> None:
     torch._check(condition)  # type: ignore[no-untyped-call]
 
 
-TRACED_ASSERT: Final = torch._assert
-"""An assertion that ``torch.fx`` can record."""
-
 SPARSE_PARTS: Final = ("_values", "_indices")
 """Methods of a sparse COO tensor that also take one that is not coalesced."""
-
-AUTOGRAD_QUESTIONS: Final = ("_base", "_version")
-"""Attributes of a tensor that say what autograd knows of it."""
-
-IS_VIEW: Final = torch.Tensor._is_view
-"""Method of a tensor that says whether autograd knows it as a view."""
-
-AUTOGRAD_LOOKUP: Final = "_backward_cls"
-"""Attribute of an autograd function's class, read at every call of its ``apply``."""
 
 
 # --- modules ------------------------------------------------------------------------------------
@@ -549,24 +525,12 @@ def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
     return getattr(graph, "_tracer_cls", None)
 
 
-def is_erased(node: fx.Node) -> bool:
-    """Return True for a node that is in no graph any more."""
-    return node._erased
-
-
 def wrapped_functions() -> MutableMapping[tuple[int, str], dict[str, Any]]:
     """Return what ``fx.wrap`` was told: (id of the globals, name) of each function, with the globals.
 
     fx keeps them for good, and goes through all of them at every trace.
     """
     return fx._symbolic_trace._wrapped_fns_to_patch
-
-
-def oblivious_shapes() -> AbstractContextManager[None]:
-    """Have ``torch.export`` take no size for 2 or more, and say where that matters."""
-    from torch.fx.experimental import _config as settings
-
-    return settings.patch(backed_size_oblivious=True)  # type: ignore[attr-defined,no-any-return]
 
 
 def export_tracer() -> ModuleType:
@@ -594,13 +558,6 @@ def sympy_functions() -> ModuleType:
     from torch.utils._sympy import functions
 
     return functions
-
-
-def sympy_printer() -> type[Any]:
-    """Return the class that prints an expression of sizes as Python. Loads sympy."""
-    from torch.utils._sympy.printers import PythonPrinter
-
-    return PythonPrinter
 
 
 def has_triton() -> bool:

@@ -23,6 +23,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, require_record
 from lora_fx.kinds import Slot, kind_of
 from lora_fx.passes.capture import relative_difference, run_once
+from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import is_lazy, is_partitioned, share_copy
 from lora_fx.passes.merge import delta_weight, merge
 from lora_fx.passes.parameters import (
@@ -185,7 +186,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     for row, name in rows:
         for factor in factors_of(adapted, row, name).present:
             factor.requires_grad_()
-    watch.arm(adapted)
+    arm(adapted)
     with torch.enable_grad(), watch.reading(adapted) as read, choices.replayed():
         found = _floats(run_once(adapted, example_inputs))
     tolerance = _tolerance(adapted, expected)

@@ -11,11 +11,10 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, get_args
 
-from torch import nn
+from torch import fx, nn
 
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
-from lora_fx.formats import quantization_of
 from lora_fx.ir import (
     DEFAULT_LOSS,
     DEFAULT_MEMORY,
@@ -33,14 +32,14 @@ from lora_fx.ir import (
     PlannedTokens,
     Record,
     Region,
-    module_of,
     record_of,
 )
 from lora_fx.passes.capture import Frontend, holds_quantized
 from lora_fx.passes.capture import capture as capture_model
+from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import (
+    class_name,
     install,
-    instance_forwards,
     kept_graph,
     put_partitions_back,
     without_zero_init,
@@ -58,6 +57,7 @@ from lora_fx.passes.parameters import (
     protect,
 )
 from lora_fx.passes.plan import MakePlan, with_sample_cost
+from lora_fx.passes.trainers import instance_forwards
 from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
@@ -281,14 +281,21 @@ def plan_all(
     return plans
 
 
-def _captured(model: nn.Module, config: object, example_inputs: Any, frontend: Frontend) -> Capture:
+def _captured(
+    model: nn.Module,
+    config: object,
+    example_inputs: Any,
+    frontend: Frontend,
+    *,
+    verify: bool = True,
+) -> Capture:
     check_config(config)
     if record_of(model) is not None:
         raise ConfigError(
             "the model is rewritten already: use lora_fx.add_adapter to put another adapter on it, "
             "or rewrite the original model, which was not changed"
         )
-    return capture_model(model, example_inputs, frontend=frontend)
+    return capture_model(model, example_inputs, frontend=frontend, verify=verify)
 
 
 def plan_capture(
@@ -353,12 +360,45 @@ def rewrite_model(
     check_adapter_name(adapter_name)
     _check_option("memory", memory)
     _check_option("loss", loss)
-    capture = _captured(model, config, example_inputs, frontend)
-    if callback is not None:
-        callback("capture", capture)
     passes = rewrite_passes(
         config, adapter_name, optimize=optimize, memory=memory, loss=loss, strict=strict
     )
+
+    def made(*, verify: bool) -> nn.Module:
+        capture = _captured(model, config, example_inputs, frontend, verify=verify)
+        options = _Options(adapter_name, optimize, memory, loss, quiet)
+        return _rewritten(model, capture, passes, options, example_inputs, callback)
+
+    try:
+        return made(verify=False)
+    except CaptureError:
+        if example_inputs is None or frontend != "auto":
+            raise
+    # One of the graphs may compute something else than its module: without that one it may be right.
+    return made(verify=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What a rewrite does and records."""
+
+    adapter: str
+    optimize: bool
+    memory: Memory
+    loss: Loss
+    quiet: bool
+
+
+def _rewritten(
+    model: nn.Module,
+    capture: Capture,
+    passes: Sequence[Pass],
+    options: _Options,
+    example_inputs: Any,
+    callback: Callback | None,
+) -> nn.Module:
+    if callback is not None:
+        callback("capture", capture)
     looking, adding, branching = _stages(passes)
     capture = run_passes(capture, looking, callback)
     put_partitions_back(capture.model)
@@ -366,11 +406,13 @@ def rewrite_model(
     assert plan is not None
     assert matches is not None
     check_trains(plan)
-    if not quiet:
+    if not options.quiet:
         warn_of_idle_entries(plan)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
+        classes={fqn: class_name(region.module) for fqn, region in capture.regions.items()},
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
+        not_run={fqn: one.not_run for fqn, one in capture.regions.items() if one.not_run},
         matches=matches,
         notes=capture.notes,
         kept=frozenset(name for name, module in model.named_modules() if kept_graph(module)),
@@ -384,19 +426,19 @@ def rewrite_model(
         trainable,
         buffer_digests(capture.model),
         base,
-        optimize=optimize,
+        optimize=options.optimize,
         forwards=instance_forwards(model),
-        memory=memory,
-        loss=loss,
+        memory=options.memory,
+        loss=options.loss,
     )
-    record = add_adapter_parameters(capture, record, adapter_name, adding, callback)
+    record = add_adapter_parameters(capture, record, options.adapter, adding, callback)
     result = run_passes(capture, branching, callback).model
-    check_alike(result, record.adapters[adapter_name].sites, adapter_name)
+    check_alike(result, record.adapters[options.adapter].sites, options.adapter)
     mark_adapted(result, adapted=True)
-    result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(adapter_name,))
+    result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(options.adapter,))
     protect(result)
-    watch.arm(result)
-    if loss == "chunked":
+    arm(result)
+    if options.loss == "chunked":
         _check_scoped(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
         # What would be refused or wrong when it is called: better now than later.
@@ -528,19 +570,21 @@ def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
 def regions_to_install(
     capture: Capture, rows: Iterable[PlannedSite | PlannedTokens]
 ) -> Iterator[Region]:
-    """Yield the regions that run their graph: what was written out does so only where an adapter is.
+    """Yield the regions that run their graph: those that a pass has changed, and those of quantized weights.
 
-    Elsewhere a layer keeps its own forward, with its fast paths, unless they would read quantized weights. A
-    library's own layer never does: its forward may change what the graph has read of it.
+    What was written out in place of a forward runs so only where an adapter is. Elsewhere a layer keeps its
+    own forward, with its fast paths, unless they would read quantized weights.
     """
     calling: set[str] = set()  # where branches are, and the modules above
-    for name in [module_of(call.region) for row in rows for call in row.site.calls]:
+    for name in [call.region for row in rows for call in row.site.calls]:
         while name and name not in calling:
             calling.add(name)
             name = name.rpartition(".")[0]
     for region in capture.regions.values():
-        adapted = region.fqn in calling
-        plain = not region.fqn or not region.written_out
-        stored = quantization_of(region.module._parameters.get("weight")) is not None
-        if adapted or plain or stored or holds_quantized(region.module):
+        adapted = not region.fqn or region.fqn in calling
+        stored = not region.fallback or (region.written_out and holds_quantized(region.module))
+        # A GraphModule is copied in its own way, which would lose what else is in it.
+        edited = region.edited or isinstance(region.module, fx.GraphModule)
+        changed = adapted if region.written_out else edited
+        if (changed or stored) and not region.not_run:
             yield region

@@ -18,11 +18,13 @@ its own loader needs that, too.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
 import math
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -33,8 +35,14 @@ from lora_fx.config import LoraConfig, excluded, nearest_names, unmatched
 from lora_fx.errors import ConfigError, MergeError, QuantizationError
 from lora_fx.formats import Storage, follow_state, quantization_of, quantized_linear, stored
 from lora_fx.ir import Capture, Kind, Matches, Pass, PassResult, Region, Site, join, relative
-from lora_fx.passes.graph import copy_graph, erase_unread, exchange, original_class
-from lora_fx.passes.match import weights_asked
+from lora_fx.passes.graph import (
+    copy_graph,
+    erase_unread,
+    exchange,
+    is_built_in,
+    is_matrix,
+    original_class,
+)
 from lora_fx.passes.patterns import Product, product_of
 
 __all__ = [
@@ -214,13 +222,33 @@ def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
         raise QuantizationError(f"exclude: {told}") from error
 
 
+# What code asks of a weight to decide something else.
+_FORM = frozenset({"dtype", "shape", "size", "dim", "ndim", "numel", "element_size", "stride"})
+
+
 def _asked(capture: Capture) -> dict[str, str]:
-    """Weights of whose dtype or shape code makes use, with the function that does."""
+    """Return the weights that code names beside a question about dtypes or shapes, with that function.
+
+    A layer of T5 casts its input to the dtype of the next layer's weight, for example.
+    """
     return {
-        join(fqn, weight): function
+        join(fqn, name): method.__qualname__
         for fqn, module in capture.model.named_modules()
-        for weight, function in weights_asked(module)
+        if not is_built_in(module)
+        for method in _methods(module)
+        if not _FORM.isdisjoint(names := method.__code__.co_names)
+        for name, parameter in module.named_parameters()
+        if is_matrix(parameter) and {*name.split(".")} <= {*names}
+        if "." in name or "dtype" in names
     }
+
+
+def _methods(module: nn.Module) -> Iterator[FunctionType]:
+    """Yield the functions of a module's class and of those above it, short of ``nn.Module``."""
+    for cls in original_class(module).__mro__:
+        if cls is nn.Module:
+            return
+        yield from (inspect.unwrap(one) for one in vars(cls).values() if inspect.isfunction(one))
 
 
 def _left(site: Site, how: Storage, asked: Mapping[str, str]) -> str | None:
@@ -320,11 +348,11 @@ class Quantize(Pass):
             key = (id(region.graph), *sorted(nodes))
             if key not in known:
                 known[key] = self._edited(region, nodes)
-            regions[fqn] = dataclasses.replace(region, graph=known[key], fallback=False)
+            regions[fqn] = region.with_graph(known[key], fallback=False)
         return regions
 
     def _edited(self, region: Region, sites: dict[str, Site]) -> fx.Graph:
-        edited = dataclasses.replace(region, graph=copy_graph(region.graph))
+        edited = region.with_graph(copy_graph(region.graph))
         nodes = {node.name: node for node in edited.graph.nodes}
         for output, site in sites.items():
             self._replace(edited, nodes[output], site)

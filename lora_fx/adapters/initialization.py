@@ -192,7 +192,7 @@ def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...],
     Layers that are written out, and would apply weights where nothing sees it, run their graphs.
     """
     capture = base_capture(model, record)
-    seen: dict[str, Region] = {one.key: one for one in observed(capture, rows, see)}
+    seen: dict[str, Region] = {one.fqn: one for one in observed(capture, rows, see)}
     capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
     install(regions_to_install(capture, rows))
 

@@ -28,7 +28,8 @@ from lora_fx.adapters.switching import (
 from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_lines, html_table, require_record
-from lora_fx.passes.graph import copy_without_trainers, is_partitioned, own_partition
+from lora_fx.passes.effective import arm
+from lora_fx.passes.graph import is_partitioned, own_partition
 from lora_fx.passes.insert import with_seed
 from lora_fx.passes.parameters import (
     adapter_parameters,
@@ -52,7 +53,8 @@ from lora_fx.passes.pipeline import (
     warn_of_idle_entries,
 )
 from lora_fx.passes.plan import MakePlan
-from lora_fx.runtime import check_adapter_name, is_checked, watch
+from lora_fx.passes.trainers import copy_without_trainers
+from lora_fx.runtime import check_adapter_name, is_checked, places_of
 
 __all__ = [
     "AdapterStatus",
@@ -410,7 +412,7 @@ def reference(model: ModelT) -> ModelT:
                     parameter.data = parameter.detach().clone()
             parameter.requires_grad_(False)
     protect(result)
-    watch.arm(result)
+    arm(result)
     return cast("ModelT", result.eval())
 
 
@@ -479,12 +481,15 @@ class ModelStatus:
         unchecked: Whether no eager call has shown yet that nothing reads adapted weights past the active
             adapters: nothing has run, or a compiler or an export alone. The next eager call, or
             :func:`lora_fx.check`, shows it.
+        computed: Weights that code has computed with their adapters as a whole, each with the line: that is
+            right, and slower than a product.
     """
 
     adapters: tuple[AdapterStatus, ...]
     per_sample: bool
     by_hand: tuple[str, ...] = ()
     unchecked: bool = False
+    computed: tuple[tuple[str, str], ...] = ()
 
     def __iter__(self) -> Iterator[AdapterStatus]:
         return iter(self.adapters)
@@ -524,6 +529,7 @@ class ModelStatus:
             lines.append(
                 "unchecked: no eager call of the model with these adapters has been watched yet"
             )
+        lines += [f"{name} is computed as a whole at {place}" for name, place in self.computed]
         return lines
 
 
@@ -543,6 +549,7 @@ def status(model: nn.Module) -> ModelStatus:
         record.per_sample,
         tuple(trained_by_hand(model, record)),
         not is_checked(model),
+        tuple((name, place) for name, places in places_of(model).items() for place in places),
     )
 
 

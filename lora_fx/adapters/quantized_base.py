@@ -27,9 +27,8 @@ from lora_fx.ir import AdapterRecord, Capture, ModelT, PlannedSite, Region, Site
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantized
-from lora_fx.passes.graph import check_model, install, share_copy, storage_of
+from lora_fx.passes.graph import check_model, install, share_copy
 from lora_fx.passes.insert import pissa, site_generator, slot_start
-from lora_fx.passes.merge import named_elsewhere
 from lora_fx.passes.parameters import (
     as_factors,
     as_matrices,
@@ -255,7 +254,6 @@ def quantize(
     plan = make_plan(capture, find_operations(capture), how, exclude)
     for name, reason in plan.left:
         _log.info("not quantized: %s: %s", name, reason)
-    _check_named(capture.model, plan)
     read: Values | None = None
     if weights is not None:
         read = WeightFiles(Path(weights)).reader(capture.model)
@@ -280,20 +278,6 @@ def _captured(model: nn.Module) -> Capture:
         )
     check_whole(model.named_parameters(), QuantizationError)
     return capture_model(model)
-
-
-def _check_named(model: nn.Module, plan: QuantizationPlan) -> None:
-    """Refuses weights that the model's code also finds elsewhere, where they stay as they were."""
-    weights = {one.site.weight: model.get_parameter(one.site.weight) for one in plan.weights}
-    stored = {storage_of(p): name for name, p in weights.items() if not p.is_meta}
-    found = named_elsewhere(model, stored)
-    if found is not None:
-        path, name = found
-        raise QuantizationError(
-            f"{name}: the code of the model also gets to it by {path}, where it would not be quantized. Keep "
-            "the layer in an attribute of the module that uses it, or leave it as it is: "
-            f"exclude=[{name.rpartition('.')[0]!r}]"
-        )
 
 
 def _target(

@@ -25,11 +25,10 @@ from lora_fx.ir import (
     PlannedSite,
     PlannedTokens,
     Record,
-    module_of,
     require_record,
 )
-from lora_fx.passes.capture import written_out
-from lora_fx.passes.graph import install, is_region, uninstall
+from lora_fx.passes.effective import arm
+from lora_fx.passes.graph import class_name, install, is_region, uninstall
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -41,7 +40,7 @@ from lora_fx.passes.parameters import (
     reshard,
 )
 from lora_fx.passes.pipeline import branch_passes, regions_to_install, run_passes
-from lora_fx.runtime import SampleRows, ignore_ids, unwatch_calls, watch, watch_calls
+from lora_fx.runtime import SampleRows, ignore_ids, unwatch_calls, watch_calls
 
 __all__ = [
     "base_capture",
@@ -62,12 +61,10 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     regions = {}
-    for key in record.base.graphs:
-        fqn = module_of(key)
+    for fqn, name in record.base.classes.items():
         module = modules.get(fqn)
-        if module is None or not (is_region(module) or (fqn and written_out(module))):
-            continue
-        regions[key] = record.base.region(key, module, record.frontend)
+        if module is not None and class_name(module) == name:
+            regions[fqn] = record.base.region(fqn, module, record.frontend)
     base = record.base
     return Capture(model, regions, record.frontend, base.notes, matches=base.matches)
 
@@ -137,7 +134,7 @@ def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens])
     """
     for row in rows:
         if not any(call.region in capture.regions for call in row.site.calls):
-            region = module_of(row.site.calls[0].region) or "the model"
+            region = row.site.calls[0].region or "the model"
             raise CaptureError(
                 f"{row.name}: the graph of {region} has been taken off since the rewrite, because an "
                 "attribute that it was made for was set, or the module was replaced: rewrite the original "
@@ -303,7 +300,7 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
     _put_in(model, record)
     model.__dict__["_lora_fx"] = record
-    watch.arm(model)
+    arm(model)
 
 
 def _check_parametrized(model: nn.Module, record: Record) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.ir.graph import (
+    BASE_READ,
     META_KEY,
     Capture,
     FusedBranch,
@@ -15,7 +16,6 @@ from lora_fx.ir.graph import (
     Tag,
     adapters_of,
     join,
-    module_of,
     relative,
     role_of,
     sums_on,
@@ -66,6 +66,7 @@ from lora_fx.ir.tables import (
 )
 
 __all__ = [
+    "BASE_READ",
     "DEFAULT_LOSS",
     "DEFAULT_MEMORY",
     "META_KEY",
@@ -115,7 +116,6 @@ __all__ = [
     "html_table",
     "join",
     "json_text",
-    "module_of",
     "plain",
     "record_of",
     "relative",

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_fx.ir.site import Matches, Site
 
 __all__ = [
+    "BASE_READ",
     "META_KEY",
     "Capture",
     "FusedBranch",
@@ -26,12 +27,10 @@ __all__ = [
     "Pass",
     "PassResult",
     "Region",
-    "RegionKey",
     "Role",
     "Tag",
     "adapters_of",
     "join",
-    "module_of",
     "relative",
     "role_of",
     "sums_on",
@@ -45,6 +44,10 @@ META_KEY = "lora_fx"
 """The key of ``node.meta`` by which passes mark nodes; its value is always a :class:`Tag`."""
 
 
+BASE_READ: Final = "lora_fx_base"
+"""In the ``meta`` of a node that reads an adapted weight for the operation that its branch is beside."""
+
+
 def join(*parts: str) -> str:
     """Joins fully qualified names, leaving out empty parts (the root is ``""``)."""
     return ".".join(filter(None, parts))
@@ -53,44 +56,6 @@ def join(*parts: str) -> str:
 def relative(name: str, region: str) -> str:
     """Return a fully qualified name relative to a region, the inverse of :func:`join`."""
     return name[len(region) + 1 :] if region else name
-
-
-class RegionKey(str):
-    """The key of a region: the FQN of its module, and the form of the calls that it is for.
-
-    As text it is the FQN, with the form in parentheses where there is one. So a key that is written by hand
-    finds the region. Two keys are equal only if both parts are: a name may have parentheses of its own.
-
-    Attributes:
-        fqn: Name of the module in the model.
-        form: As of :class:`Region`.
-    """
-
-    __slots__ = ("form", "fqn")
-
-    fqn: str
-    form: str
-
-    def __new__(cls, fqn: str, form: str = "") -> RegionKey:
-        """Make a key from its parts."""
-        key = super().__new__(cls, f"{fqn}({form})" if form else fqn)
-        key.fqn, key.form = fqn, form
-        return key
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RegionKey, (self.fqn, self.form)
-
-    def __eq__(self, other: object) -> bool:
-        same = not isinstance(other, RegionKey) or self.fqn == other.fqn
-        return same and str.__eq__(self, other)
-
-    __ne__ = object.__ne__
-    __hash__ = str.__hash__
-
-
-def module_of(key: str) -> str:
-    """Return the FQN of the module of a region's key; a plain FQN is returned as it is."""
-    return key.fqn if isinstance(key, RegionKey) else key
 
 
 class Role(StrEnum):
@@ -196,57 +161,48 @@ class Region:
         fqn: Name of the module in the model; ``""`` is the root.
         module: The module itself.
         graph: What its ``forward`` computes. Names in it are relative to ``module``.
-        fallback: Whether the module's own forward may stand in for the graph when it is called in
-            a way that the graph was not made for. False if that would leave out an adapter.
-        form: Which calls the graph is for: the optional arguments that are given, as in ``mask``; empty for
-            calls that give none. A module whose code reads weights itself has a graph for each form.
-        overlay: Whether the graph was not traced from the module's own forward, which calls the modules
-            below and their regions.
+        fallback: Whether the module's own forward runs in calls that the graph was not made for. False if it
+            does not know how a weight is stored.
+        not_run: Why the graph only shows which operations there are, and never runs; empty if it may.
         written_out: Whether it was traced from what is written out in place of that forward.
+        edited: Whether a pass has changed the graph since it was captured: only such a graph is installed.
     """
 
     fqn: str
     module: nn.Module
     graph: fx.Graph
     fallback: bool = True
-    form: str = ""
-    overlay: bool = False
+    not_run: str = ""
     written_out: bool = False
+    edited: bool = False
 
-    @classmethod
-    def at(cls, key: str, module: nn.Module, graph: fx.Graph, **options: Any) -> Region:
-        """The region of a key.
+    def with_graph(self, graph: fx.Graph, **changes: Any) -> Region:
+        """Return the same region with an edited graph.
 
         Args:
-            key: The key.
-            module: The module.
             graph: The graph.
-            options: The other fields.
+            changes: Other fields that change.
         """
-        form = key.form if isinstance(key, RegionKey) else ""
-        return cls(module_of(key), module, graph, form=form, **options)
-
-    @property
-    def key(self) -> RegionKey:
-        """Its name among the regions of a capture."""
-        return RegionKey(self.fqn, self.form)
+        return dataclasses.replace(self, graph=graph, edited=True, **changes)
 
     def falls_back(self, sites: Iterable[Site]) -> bool:
-        """Whether the own forward is still a correct fallback once the graph has branches of some sites.
+        """Return True if the module's own forward is a fallback once the graph has branches at some sites.
 
-        It was traced, so that it applies the weight itself, without the branch. Over regions it calls the
-        modules, whose regions have the branch, too.
+        It reads each weight with its adapters, unless a library has packed that.
         """
-        below = all(any(call.region != self.key for call in site.calls) for site in sites)
-        return self.fallback and self.overlay and below
+        return self.fallback and all(site.quantized is None for site in sites)
 
     def tensor(self, node: object) -> torch.Tensor | None:
         """The tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
-        value: object = self.module
-        for atom in str(node.target).split("."):
-            value = getattr(value, atom, None)
+        owner, _, leaf = str(node.target).rpartition(".")
+        module: Any = self.module
+        for atom in owner.split(".") if owner else ():
+            module = getattr(module, atom, None)
+        # Read as an attribute, an adapted weight has its adapters in it.
+        value = getattr(module, "_parameters", {}).get(leaf)
+        value = getattr(module, leaf, None) if value is None else value
         return value if isinstance(value, torch.Tensor) else None
 
     def parameter(self, node: object) -> nn.Parameter | None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from lora_fx import torch_private
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir.graph import META_KEY, Region, Tag, tag_of
+from lora_fx.ir.graph import BASE_READ, META_KEY, Region, Tag, tag_of
 from lora_fx.ir.plan import PlannedSite, PlannedTokens
 from lora_fx.ir.site import Matches
 
@@ -62,6 +62,7 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
             _freeze_target(node.target),
             *(_map(one, fx.Node, lambda n: _Ref(n.name)) for one in (node.args, node.kwargs)),
             _written(tag_of(node)),
+            BASE_READ in node.meta,
         )
         for node in graph.nodes
     ]
@@ -74,12 +75,14 @@ def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
     graph = fx.Graph()
     graph.set_codegen(codegen)
     named: dict[str, fx.Node] = {}
-    for op, name, target, args, kwargs, tag in nodes:
+    for op, name, target, args, kwargs, tag, of_base in nodes:
         args, kwargs = (_map(one, _Ref, named.__getitem__) for one in (args, kwargs))
         found = graph.create_node(op, _thaw_target(target), args, kwargs, name=name)
         named[name] = found
         if isinstance(tag, Tag):
             found.meta[META_KEY] = tag
+        if of_base:
+            found.meta[BASE_READ] = True
     return graph
 
 
@@ -173,7 +176,9 @@ class Base:
 
     Attributes:
         graphs: The graph of every region by key, parents first. Equal layers share one.
+        classes: The names of the classes of their modules.
         fallback: :attr:`lora_fx.ir.graph.Region.fallback` of each.
+        not_run: :attr:`lora_fx.ir.graph.Region.not_run` of those that have a reason.
         matches: Every linear operation.
         notes: Notes of the capture.
         kept: FQNs of the modules that ran their graph in the model that was rewritten, too: their own code
@@ -182,7 +187,9 @@ class Base:
     """
 
     graphs: Mapping[str, fx.Graph]
+    classes: Mapping[str, str]
     fallback: Mapping[str, bool]
+    not_run: Mapping[str, str]
     matches: Matches
     notes: tuple[str, ...] = ()
     kept: frozenset[str] = frozenset()
@@ -196,12 +203,12 @@ class Base:
             module: The module.
             frontend: The front-end of the capture.
         """
-        return Region.at(
+        return Region(
             key,
             module,
             self.graphs[key],
             fallback=self.fallback[key],
-            overlay=frontend == "export" and not key,
+            not_run=self.not_run.get(key, ""),
             written_out=key in self.written_out,
         )
 
@@ -214,8 +221,9 @@ class Base:
         places = {key: place for place, key in enumerate(distinct)}
         where = {fqn: places[id(graph)] for fqn, graph in self.graphs.items()}
         frozen = tuple(freeze(graph) for graph in distinct.values())
-        rest = (dict(self.fallback), self.matches, self.notes, self.kept, self.written_out)
-        return _thawed, (frozen, where, *rest)
+        flags = (dict(self.classes), dict(self.fallback), dict(self.not_run))
+        rest = (self.matches, self.notes, self.kept, self.written_out)
+        return _thawed, (frozen, where, *flags, *rest)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

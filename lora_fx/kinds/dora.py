@@ -135,7 +135,7 @@ class Dora(AdapterKind):
 
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
         """``m / ‖W + s·BA‖ ∘ (W + s·BA)``."""
-        norm = _norm(weight, site)
+        norm = _norm(weight.detach(), site)  # a constant to the gradient (section 4.3)
         # As in the forward: weights that are all zero have no direction, and stay.
         gain = torch.where(norm > 0, values[_MAGNITUDE] / torch.where(norm > 0, norm, 1), 1)
         return weight * along(gain, weight, site)

@@ -26,6 +26,7 @@ from lora_fx.runtime.classes import (
     inner_of,
     subclass,
 )
+from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.ops import (
     AdapterDropouts,
@@ -56,11 +57,12 @@ from lora_fx.runtime.samples import (
     unwatch_calls,
     watch_calls,
 )
-from lora_fx.runtime.watch import CODES, GRAPH, Hooked, disarm, entry, is_checked
+from lora_fx.runtime.watch import CODE, GRAPH, Hooked, disarm, entry, is_checked, places_of
 
 __all__ = [
     "BASE",
-    "CODES",
+    "CHANGES",
+    "CODE",
     "COLUMNS",
     "GRAPH",
     "IDS",
@@ -68,6 +70,7 @@ __all__ = [
     "AdapterFactors",
     "AdapterModule",
     "Blank",
+    "EffectiveWeight",
     "Follower",
     "Holder",
     "Hooked",
@@ -77,6 +80,7 @@ __all__ = [
     "around",
     "attention",
     "banked",
+    "base_parameter",
     "blank",
     "called_by_all",
     "check_adapter_name",
@@ -100,6 +104,7 @@ __all__ = [
     "ops",
     "output_padding",
     "parts",
+    "places_of",
     "put_rows",
     "recompute",
     "rows_added",

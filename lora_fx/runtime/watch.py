@@ -1,15 +1,15 @@
-"""The first eager call of each path is watched: who reads an adapted weight past its adapter is found there.
+"""The first eager call of each form is watched: who reads an adapted weight past its adapters is found there.
 
-An adapter lies in the graph that applies its weight. Other code may read the weight as well: a helper that
-takes the layer, a hook, a method beside ``forward``, a closure over the original layer. No analysis of code
-sees them all, a run does. So each way into a rewritten model (:func:`entry`) runs once under a mode below
-autograd (:class:`_Watch`), which knows the bytes of the adapted weights and what is computed from them. Where
-such a value meets data outside of the graph that holds the weight's branch, the call ends with an error.
+Code that reads ``layer.weight`` gets it with its adapters (:mod:`lora_fx.runtime.effective`). Some ways lead
+past that: ``named_parameters()``, ``state_dict()``, ``vars(layer)``, a layer of the original model that a
+closure holds. So each way into a rewritten model (:func:`entry`) runs once under a mode below autograd
+(:class:`_Watch`), which knows the bytes of the adapted weights and what is computed from them. Where such a
+value meets data in code that is not lora-fx's own, the call ends with an error.
 
-A way in is a method of a module, in training or not, with or without gradients, with arguments of these
-classes and sizes (:mod:`lora_fx.runtime.samples`). What has been watched costs a look into a set from
-then on. Compilers do not see the watch, and what they run stays pending, as does what runs without real
-values (:func:`_blind`).
+A way in is the forward of a module, in training or not, with or without gradients, with arguments of these
+classes and sizes (:mod:`lora_fx.runtime.samples`). What has been watched costs a look into a set later on.
+Compilers do not see the watch, and what they run stays pending, as does what runs without real values
+(:func:`_blind`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
-from lora_fx.ir import META_KEY, Site, Tag, module_of, record_of
+from lora_fx.ir import META_KEY, Site, record_of
 from lora_fx.runtime import chunked, logits
 from lora_fx.runtime.classes import (
     BASE,
@@ -50,6 +50,7 @@ from lora_fx.runtime.classes import (
     members_of,
     subclass,
 )
+from lora_fx.runtime.effective import CHANGES, weight_property
 from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.parts import check_equal
 from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
@@ -57,18 +58,19 @@ from lora_fx.torch_private import pytree
 
 __all__ = [
     "BASE",
-    "CODES",
+    "CODE",
     "GRAPH",
     "STATE",
     "Hooked",
     "arm",
     "arm_again",
-    "computed_from_adapted",
     "disarm",
     "entry",
     "is_checked",
     "is_scoped",
     "mark_checked",
+    "note_place",
+    "places_of",
     "reading",
     "refuse_flat",
     "root_of",
@@ -80,17 +82,23 @@ _log = logging.getLogger("lora_fx")
 GRAPH = "_lora_fx_graph"
 """Attribute of a region's class: its graph."""
 
-CODES = "_lora_fx_codes"
-"""Where a region's class keeps its graphs by the code that runs them."""
+CODE = "_lora_fx_code"
+"""Attribute of a region's class: the code that runs its graph."""
 
 STATE = "_lora_fx_watch"
 """Attribute of a module: what was watched of it."""
 
 _MADE = "_lora_fx_made_of"
 _SCOPED = "_lora_fx_scoped"
+_WEIGHTS = "_lora_fx_weights"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
-_CALLS = ("__call__", "forward", "fallback")
+# What lora-fx computes itself, apart from the modules that run code of the model inside of a call of theirs.
+_OPERATIONS = ("lora_fx.runtime.", "lora_fx.passes.effective", "lora_fx.formats.")
+_AROUND = frozenset(
+    f"lora_fx.runtime.{name}"
+    for name in ("chunked", "logits", "recompute", "row_tracking", "samples", "watch")
+)
 
 # Values as they were, in other places. Views, and what PyTorch tags as a copy of one, are known by that.
 _MOVES = frozenset(
@@ -117,6 +125,7 @@ _ASKS = frozenset(
 
 
 _NONE: frozenset[str] = frozenset()
+_PLACES = 8  # of one weight
 
 
 class _Now:
@@ -148,14 +157,13 @@ class _Model:
     """What the modules of one model share.
 
     Attributes:
+        root: Gives the model, as long as it lives.
         setting: A number for the adapters that run. Others are watched again.
         checked: The settings under which a call of the whole model was watched to its end.
-        derived: The names of the adapted weights that values are computed from, by storage, for as long as
-            something else holds that.
-        read: Takes the names of weights that are read past their branch; None if they are not asked for.
+        read: Takes the names of weights that are applied; None if they are not asked for.
         copied: The weights of which those of this model are copies: code that holds on to a layer by a global
             or a closure computes with them, whatever is copied.
-        noted: Of a copy that nothing was watched of: what ``derived`` was, by the names of parameters.
+        places: Where code has an adapted weight computed as a whole, by the name of the weight.
     """
 
     def __init__(self) -> None:
@@ -163,50 +171,19 @@ class _Model:
         self.setting = 0
         self.settings: list[tuple[Any, ...]] = []
         self.checked: set[tuple[int, int]] = set()
-        self.derived: Any = WeakIdKeyDictionary()
         self.read: set[str] | None = None
         self.copied: list[_Weight] = []
-        self.noted: dict[str, frozenset[str]] = {}
-
-    def held(self) -> dict[str, frozenset[str]]:
-        """The parameters and buffers that are computed from adapted weights, and the names of those."""
-        root = self.root()
-        if root is None or not self.derived:
-            return dict(self.noted)
-        return {
-            name: found
-            for name, tensor in _values_of(root)
-            if (found := self._sources(tensor) | self.noted.get(name, _NONE))
-        }
-
-    def _sources(self, tensor: torch.Tensor) -> frozenset[str]:
-        parts = (part for part in _parts(tensor) if _plain(part))
-        return _NONE.union(*(self.derived.get(part.untyped_storage(), _NONE) for part in parts))
-
-    def settle(self) -> None:
-        """Finds what was noted by name in the model, which is there by now."""
-        root = self.root()
-        if root is None or not self.noted:
-            return
-        for name, tensor in _values_of(root):
-            for part in _parts(tensor) if name in self.noted else ():
-                storage = part.untyped_storage()
-                self.derived[storage] = self.noted[name] | self.derived.get(storage, _NONE)
-        self.noted = {}
+        self.places: dict[str, list[str]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
         made = _Model()
         made.copied = [
             one for one in (*self.copied, *_weights(self, every=True)) if one.alive() is not None
         ]
-        made.noted = self.held()
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Model, (), {"noted": self.held()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.noted = state["noted"]
+        return _Model, ()
 
     def choose(self, *setting: Any) -> None:
         """Notes which adapters run: the same ones as before have the number that they had."""
@@ -216,23 +193,6 @@ class _Model:
                 return
         self.settings.append(setting)
         self.setting = len(self.settings)
-
-
-def _values_of(root: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)
-
-
-def computed_from_adapted(model: nn.Module) -> dict[str, frozenset[str]]:
-    """The parameters and buffers that code of a rewritten model has computed from adapted weights.
-
-    The adapters of those are no part of them.
-
-    Returns:
-        The names of the weights, by the name of the parameter or buffer.
-    """
-    known = model.__dict__.get(STATE)
-    return known.model.held() if known is not None else {}
 
 
 class _Entries:
@@ -252,7 +212,7 @@ class _Entries:
 
 
 def arm(model: nn.Module) -> None:
-    """Has the ways into a rewritten model watched, as far as they have not been with these adapters.
+    """Have the ways into a rewritten model watched, as far as they have not been with these adapters.
 
     Args:
         model: The root. Classes of modules may change; they keep name, module and ancestors.
@@ -265,19 +225,49 @@ def arm(model: nn.Module) -> None:
     state.root = weakref.ref(model)
     # The sites of an adapter are made once, and stand for it.
     state.choose(record.per_sample, *(record.adapters[name].sites for name in record.active))
-    places = (row for name in record.active for row in record.adapters[name].places)
-    held = _at_or_above({row.site.owner for row in places})
+    owners = {row.site.owner for name in record.active for row in record.adapters[name].places}
+    above = _above(owners)
     for fqn, module in model.named_modules():
-        region = GRAPH in inner_class(module).__dict__
         if isinstance(module, AdapterModule | torch.jit.ScriptModule):
             continue
-        if fqn and fqn not in held and not region:
+        if fqn not in above and fqn not in owners and GRAPH not in inner_class(module).__dict__:
             continue
         entries = module.__dict__.get(STATE)
         if entries is None or entries.model is not state:
             module.__dict__[STATE] = _Entries(state)
         scoped = not fqn and record.loss == "chunked"
-        _watch(module, whole=not (fqn and region) or _has_hooks(module), scoped=scoped)
+        whole = fqn in above or not _of_torch(module)
+        _watch(module, whole=whole, scoped=scoped, weights=tuple(module.__dict__.get(CHANGES, ())))
+
+
+def _of_torch(module: nn.Module) -> bool:
+    cls = inner_class(module)
+    home: str = cls.__dict__.get(BASE, cls).__module__
+    return home.startswith("torch.nn.")
+
+
+def note_place(module: nn.Module, weight: str, place: str) -> bool:
+    """Keep a place where code has an adapted weight computed; return False for one that is known.
+
+    Args:
+        module: The module that has the weight.
+        weight: FQN of the weight.
+        place: File, line and function.
+    """
+    known = module.__dict__.get(STATE)
+    if known is None:
+        return False
+    places: list[str] = known.model.places.setdefault(weight, [])
+    if place in places or len(places) >= _PLACES:
+        return False
+    places.append(place)
+    return True
+
+
+def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the places where code of a rewritten model has adapted weights computed, by weight."""
+    known = model.__dict__.get(STATE)
+    return {} if known is None else {name: tuple(at) for name, at in known.model.places.items()}
 
 
 def is_scoped(model: nn.Module) -> bool:
@@ -288,6 +278,7 @@ def is_scoped(model: nn.Module) -> bool:
 def disarm(module: nn.Module) -> None:
     """Takes the watch off a module, which keeps its graph if it has one."""
     module.__dict__.pop(STATE, None)
+    module.__dict__.pop(CHANGES, None)
     made_of = inner_class(module).__dict__.get(_MADE)
     if made_of is not None:
         give_class(module, made_of)
@@ -336,12 +327,12 @@ def mark_checked(model: nn.Module) -> None:
         known.model.checked.add((_now.epoch, known.model.setting))
 
 
-def _at_or_above(owners: set[str]) -> set[str]:
-    """FQNs of modules, and of those that they are in."""
-    found = set(owners)
+def _above(owners: set[str]) -> set[str]:
+    """Return the FQNs of the modules that others are in; the root is always one."""
+    found = {""}
     for owner in owners:
         above = owner.rpartition(".")[0]
-        while above and above not in found:
+        while above not in found:
             found.add(above)
             above = above.rpartition(".")[0]
     return found
@@ -430,10 +421,7 @@ def _first(
     weights = _weights(entries.model)
     if not weights:
         return function(module, *args, **kwargs)
-    derived = len(entries.model.derived)
     result = _watched(_Watch(entries.model, weights), function, module, args, kwargs)
-    if key[0][0] not in _CALLS and len(entries.model.derived) > derived:
-        arm_again()  # it has put weights together (fuse, switch_to_deploy), which calls may use from now on
     entries.done.add(*key)
     if module is entries.model.root():
         entries.model.checked.add((_now.epoch, entries.model.setting))
@@ -503,7 +491,6 @@ def _watched(
         with _lock:
             _now.active -= 1
         _local.watch = outer
-        watch.forget()
     if watch.error is not None:  # code of the model has caught it
         raise watch.error
     return result
@@ -556,21 +543,24 @@ def _plain(value: Any) -> bool:
 # --- classes ------------------------------------------------------------------------------------------
 
 
-def watched_class(cls: type[nn.Module], whole: bool, scoped: bool = False) -> type[nn.Module]:
-    """A subclass of a module's class whose methods are entries, but for those that nn.Module has for itself.
+def watched_class(
+    cls: type[nn.Module], whole: bool, scoped: bool = False, weights: tuple[str, ...] = ()
+) -> type[nn.Module]:
+    """Make a subclass of a module's class whose calls are watched.
 
     Args:
         cls: The class, a region's or the module's own.
-        whole: Whether calls of the module and its forward are entries, too.
+        whole: Whether calls of the module are watched; otherwise only its weights are effective.
         scoped: Whether heads in it may leave their output to a loss (:func:`lora_fx.runtime.logits.scoped`).
+        weights: Names of its parameters that may have adapters in them.
     """
-    key = (cls, whole, scoped)
+    key = (cls, whole, scoped, weights)
     known = _classes.get(key)
     if known is not None:
         return known
-    methods = [*_methods(cls), *(("__call__", "forward") if whole else ())]
-    entries: dict[str, Any] = {name: entry(name, cls) for name in methods}
+    entries: dict[str, Any] = {}
     if whole:
+        entries = {name: entry(name, cls) for name in ("__call__", "forward")}
         inner = logits.scoped(entries["forward"]) if scoped else entries["forward"]
         entries["forward"] = around(cls.forward, inner)
     made = subclass(
@@ -584,29 +574,32 @@ def watched_class(cls: type[nn.Module], whole: bool, scoped: bool = False) -> ty
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
             **(members_of(cls) if whole else {}),
+            **{name: weight_property(name) for name in weights},
             _MADE: cls,
             "_lora_fx_whole": whole,
             _SCOPED: scoped,
+            _WEIGHTS: weights,
         },
     )
     _classes[key] = made
     return made
 
 
-def _watch(module: nn.Module, *, whole: bool, scoped: bool) -> None:
+def _watch(module: nn.Module, *, whole: bool, scoped: bool, weights: tuple[str, ...]) -> None:
     cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
-        if cls._lora_fx_whole >= whole and cls.__dict__[_SCOPED] == scoped:
+        same = (scoped, weights) == (cls.__dict__[_SCOPED], cls.__dict__[_WEIGHTS])
+        if cls._lora_fx_whole >= whole and same:
             return
         cls = cls.__dict__[_MADE]
-    if not whole and not _methods(cls):
+    if not whole and not weights:
         return
     # They are made by their own means, and torch looks at the parents of their class.
     if cls.__module__ == "torch.nn.utils.parametrize" or isinstance(module, torch.fx.GraphModule):
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
-    give_class(module, watched_class(cls, whole, scoped))
+    give_class(module, watched_class(cls, whole, scoped, weights))
 
 
 def _pickles_plainly(cls: type) -> bool:
@@ -641,6 +634,12 @@ class Hooked(nn.Module):
             arm_again()
         super().__setattr__(name, value)
 
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Returns a parameter itself, without the adapters that reading the attribute puts into it."""
+        owner, _, leaf = target.rpartition(".")
+        held = self.get_submodule(owner).__dict__.get("_parameters", {}).get(leaf)
+        return super().get_parameter(target) if held is None else held
+
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
@@ -663,7 +662,7 @@ class _Watched(Hooked):
         cls: Any = type(self)
         made: Any = super().__reduce_ex__(protocol)
         make, made_of, *state = made
-        how = (cls.__dict__["_lora_fx_whole"], cls.__dict__[_SCOPED])
+        how = (cls.__dict__["_lora_fx_whole"], cls.__dict__[_SCOPED], cls.__dict__[_WEIGHTS])
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
             again: Any = (_remade, (how, object.__new__, cls.__dict__[_MADE]))
             return blank, (Blank(cls, lambda: again),), *state
@@ -673,39 +672,12 @@ class _Watched(Hooked):
         return (_remade, (how, make, *made_of), *state)
 
 
-def _remade(how: tuple[bool, bool], make: Callable[..., Any], *made_of: Any) -> Any:
+def _remade(
+    how: tuple[bool, bool, tuple[str, ...]], make: Callable[..., Any], *made_of: Any
+) -> Any:
     module = make(*made_of)
     object.__setattr__(module, "__class__", watched_class(type(module), *how))
     return module
-
-
-def _methods(cls: type) -> frozenset[str]:
-    """Methods of a class that nn.Module does not have, or public ones that are overridden on it."""
-    known = _public.get(cls)
-    if known is not None:
-        return known
-    found: set[str] = set()
-    for one in cls.__mro__:
-        if one is nn.Module:
-            break
-        if one.__module__.startswith(("torch.nn.modules.", "lora_fx.")) or GRAPH in one.__dict__:
-            continue
-        for name, value in one.__dict__.items():
-            own = not name.startswith("_") or not (
-                name.startswith("__") or hasattr(nn.Module, name)
-            )
-            plain = own and isinstance(value, FunctionType)
-            if (
-                plain
-                and not inspect.isgeneratorfunction(value)
-                and not inspect.iscoroutinefunction(value)
-            ):
-                found.add(name)
-    return _public.setdefault(cls, frozenset(found - {"forward"}))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__.get(name) for name in torch_private.FORWARD_HOOKS)
 
 
 # --- the mode -----------------------------------------------------------------------------------------
@@ -718,14 +690,12 @@ class _Weight(NamedTuple):
         site: Where it is adapted.
         start, stop: Its bytes.
         alive: Gives its storage, whose address no other has for as long as there is one.
-        tied: The names of other parameters that are known to be the same.
     """
 
     site: Site
     start: int
     stop: int
     alive: Callable[[], torch.UntypedStorage | None]
-    tied: tuple[str, ...]
 
 
 def _weights(model: _Model, every: bool = False) -> list[_Weight]:
@@ -739,11 +709,13 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
     names = record.adapters if every else record.active
     for row in (row for name in names for row in record.adapters[name].places):
         site = row.site
+        if site.tied_to:
+            continue  # its bytes are also those of a weight without adapters
         try:
             weight = root.get_parameter(site.weight)
         except AttributeError:
             # Its layer was deleted or replaced. What was computed from it before may be there.
-            lost.append(_Weight(site, 0, 0, lambda: None, site.tied_to))
+            lost.append(_Weight(site, 0, 0, lambda: None))
             continue
         for tensor in (weight, record.originals.get(site.weight)):
             if not _plain(tensor):
@@ -755,23 +727,12 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
                 if not start and part.numel():
                     return []  # it is somewhere else
                 stop, alive = start + _span(part), weakref.ref(part.untyped_storage())
-                found.setdefault((start, stop), _Weight(site, start, stop, alive, site.tied_to))
+                found.setdefault((start, stop), _Weight(site, start, stop, alive))
     adapted = {weight.site.weight for weight in found.values()}
     for one in model.copied:
         if one.site.weight in adapted and one.alive() is not None:
             found.setdefault((one.start, one.stop), one)
     return [*lost, *(found[place] for place in sorted(found))]
-
-
-def _without_graph(root: nn.Module | None, site: Site) -> str | None:
-    """Which module has no graph any more, where none of those that a site's branch lies in has one."""
-    names = dict.fromkeys(module_of(call.region) for call in site.calls)
-    modules = dict(root.named_modules(remove_duplicate=False)) if root is not None else {}
-    found = {name: modules[name] for name in names if name in modules}
-    if not found or any(GRAPH in inner_class(module).__dict__ for module in found.values()):
-        return None
-    name, module = next(iter(found.items()))
-    return f"{name or 'the model'} (a {type(module).__qualname__})"
 
 
 def _parts(value: Any) -> Iterator[torch.Tensor]:
@@ -815,179 +776,114 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         self.paused = False
         self.error: CaptureError | None = None
         self._weights = weights
-        self._named: dict[str, list[_Weight]] = {}
-        for weight in weights:
-            self._named.setdefault(weight.site.weight, []).append(weight)
+        self._sites = {weight.site.weight: weight.site for weight in weights}
         self._starts = [weight.start for weight in weights]
-        model.settle()
-        self._derived = model.derived
-        self._clean: Any = WeakIdKeyDictionary()
+        self._derived: Any = WeakIdKeyDictionary()
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         """Lets what is compiled inside of a call run compiled: the mode changes no numbers."""
         return True
 
-    def forget(self) -> None:
-        """Keeps of what it has learned what outlives the call."""
-        self._clean.clear()
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Runs the operator, and looks at what it is given."""
+        """Run the operator, and look at what it is given."""
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
         given = list(_tensors((*args, *kwargs.values()) if kwargs else args))
-        origins = [self._origin(tensor) for tensor in given]
+        origins = [self._past(tensor) for tensor in given]
         if not any(origins):
-            result = func(*args, **kwargs)
-            if all(self._is_clean(tensor) for tensor in given):
-                self._note_clean(result)
-            elif self._clean or self._derived:
-                self._becomes_data(func, given)
-            return result
-        return self._read(func, args, kwargs, given, origins)
-
-    def _read(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        given: list[torch.Tensor],
-        origins: list[frozenset[str]],
-    ) -> Any:
-        kind = _kind(func)
-        found = frozenset().union(*origins)
-        if kind != "ask" and self._meets(func, kind, given, origins, found):
-            self._check(func, found)
-            return func(
-                *args, **kwargs
-            )  # it holds the branch, or is on the way to it: data from now on
+            return func(*args, **kwargs)
+        kind, names = _kind(func), _NONE.union(*origins)
+        meets = self._meets(func, kind, given, origins)
+        if meets:
+            self._check(func, names)
         result = func(*args, **kwargs)
-        written = [given[0]] if torch_private.schema_of(func).is_mutable and given else []
-        for tensor in (*_tensors((result,)), *written):
-            if kind in ("ask", "reduce") or not _has_values(tensor):
-                self._note_clean(tensor)
-            else:
-                self._note_derived(tensor, found)
+        if not meets and kind not in ("ask", "reduce"):
+            written = [given[0]] if torch_private.schema_of(func).is_mutable and given else []
+            for tensor in (*_tensors((result,)), *written):
+                self._note(tensor, names)
         return result
 
+    def _note(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
+        """Note what a value is made of."""
+        # The answer to a comparison is none, and a tensor without elements holds nothing.
+        if tensor.dtype not in (torch.bool, torch.int64):
+            for part in _parts(tensor):
+                if part.numel() and not self._at(part):
+                    storage = part.untyped_storage()
+                    self._derived[storage] = names | self._derived.get(storage, _NONE)
+
+    def _past(self, tensor: torch.Tensor) -> frozenset[str]:
+        """Return the names of the weights whose bytes a tensor has, or of which it was computed."""
+        names = _NONE
+        for part in _parts(tensor):
+            if part.device.type != "meta":
+                names |= self._at(part)
+                if self._derived:
+                    names |= self._derived.get(part.untyped_storage(), _NONE) & self._sites.keys()
+        return names
+
+    def _at(self, tensor: torch.Tensor) -> frozenset[str]:
+        """Return the names of the weights among whose bytes a tensor begins, or which begin among its own."""
+        start = torch_private.data_address(tensor)
+        stop = start + _span(tensor)
+        place = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        names: set[str] = set()
+        while place < len(self._starts) and self._starts[place] < stop:
+            if start < self._weights[place].stop:
+                names.add(self._weights[place].site.weight)
+            place += 1
+        return frozenset(names)
+
     def _meets(
-        self,
-        func: Any,
-        kind: str,
-        given: list[torch.Tensor],
-        origins: list[frozenset[str]],
-        found: frozenset[str],
+        self, func: Any, kind: str, given: list[torch.Tensor], origins: list[frozenset[str]]
     ) -> bool:
-        """Whether an operator brings a weight together with anything else."""
-        # A single number is a gain, unless a product or a lookup takes it: a batch can be that small.
+        """Say whether an operator brings a weight together with data, or with another weight in a product."""
         others = [
             tensor
             for tensor, origin in zip(given, origins, strict=True)
+            # A single number is a gain, unless a product or a lookup takes it: a batch can be that small.
             if not origin
-            and (
-                tensor.numel() > 1
-                or (
-                    kind != "pointwise"
-                    and not self._is_clean(tensor)
-                    and not self._of_model(tensor)
-                )
-            )
+            and (tensor.numel() > 1 or (kind != "pointwise" and not self._of_model(tensor)))
         ]
         if kind == "move":
-            lookup = any(self._named[name][0].site.family == "embedding" for name in found)
+            names = _NONE.union(*origins)
+            lookup = any(self._sites[name].family == "embedding" for name in names)
             return lookup and _name(func) in _LOOKUPS and bool(others) and bool(origins[0])
-        if kind == "reduce":
+        if kind in ("ask", "reduce"):
             return False
         if kind == "pointwise":
-            return any(not self._is_clean(other) and not self._of_model(other) for other in others)
-        several = len({origin for origin in origins if origin}) > 1
-        return bool(others) or several
+            return not all(map(self._of_model, others))
+        return bool(others) or len({origin for origin in origins if origin}) > 1
 
-    def _check(self, func: Any, found: frozenset[str]) -> None:
-        """Ends the call if an adapted weight is read outside of the graph that holds its branch.
+    def _check(self, func: Any, names: frozenset[str]) -> None:
+        """End the call if code reads an adapted weight past its adapters.
 
         Raises:
-            CaptureError: If it is.
+            CaptureError: If it does.
         """
         if torch_private.in_backward():
             return  # a gradient that the forward computes
-        # Also the graph of a head has its branches, whatever runs it.
-        of_head = chunked.is_running()
-        reader = _reader(sys._getframe(2))
-        for name in sorted(found):
-            if of_head or any(reader.holds(weight) for weight in self._named[name]):
-                if self.model.read is not None:
-                    self.model.read.add(name)
-                continue
-            weight, where = self._named[name][0], reader.words()
-            lost = _without_graph(self.model.root(), weight.site)
-            words = (
-                f"its weight {weight.site.weight} is read by {_name(func)} {where}, outside of the graph "
-                "that holds its adapter, which would be left out there. Call the layer instead of reading "
-                "its weight (code that holds on to a layer of the original model has to be given that of the "
-                f"rewritten model), or name {weight.site.name!r} in exclude_modules"
-                if lost is None
-                else f"{lost} has no graph with its adapter any more: it was replaced since the rewrite, "
-                "or an attribute was set that the graph was made for. Put back what was there, or make the "
-                "change in the original model and rewrite that"
-            )
-            self.error = self.error or CaptureError(f"{weight.site.name}: {words}")
-            raise self.error
-
-    # --- where values are from --------------------------------------------------------------------
-
-    def _origin(self, tensor: torch.Tensor) -> frozenset[str]:
-        """The weights that a tensor holds values of, or of which it is computed."""
-        found: frozenset[str] = frozenset()
-        for part in _parts(tensor):
-            if part.device.type == "meta":
-                continue
-            start = torch_private.data_address(part)
-            place = bisect.bisect_right(self._starts, start) - 1
-            if place >= 0 and start < self._weights[place].stop:
-                found |= {self._weights[place].site.weight}
-            stop, place = start + _span(part), place + 1
-            while place < len(self._starts) and self._starts[place] < stop:
-                found |= {self._weights[place].site.weight}
-                place += 1
-            if self._derived:
-                found |= self._derived.get(part.untyped_storage(), _NONE) & self._named.keys()
-        return found
-
-    def _note_derived(self, tensor: torch.Tensor, found: frozenset[str]) -> None:
-        for part in _parts(tensor):
-            # A tensor without elements holds nothing of a weight.
-            if part.numel() and not self._inside(part):
-                storage = part.untyped_storage()
-                self._clean.pop(storage, None)
-                self._derived[storage] = found | self._derived.get(storage, _NONE)
-
-    def _inside(self, tensor: torch.Tensor) -> bool:
-        start = torch_private.data_address(tensor)
-        place = bisect.bisect_right(self._starts, start) - 1
-        return place >= 0 and start < self._weights[place].stop
-
-    def _note_clean(self, result: Any) -> None:
-        for tensor in _tensors((result,)):
-            for part in _parts(tensor):
-                self._clean[part.untyped_storage()] = True
-
-    def _becomes_data(self, func: Any, given: list[torch.Tensor]) -> None:
-        """What data are written into is data."""
-        if torch_private.schema_of(func).is_mutable:
-            for part in _parts(given[0]) if given else ():
-                self._clean.pop(part.untyped_storage(), None)
-
-    def _is_clean(self, tensor: torch.Tensor) -> bool:
-        """Whether a value was made in this call of no data."""
-        return any(part.untyped_storage() in self._clean for part in _parts(tensor))
+        # The graph of a head has its branches, whatever runs it.
+        place = "" if chunked.is_running() else _foreign(sys._getframe(2))
+        if not place:
+            if self.model.read is not None:
+                self.model.read |= names
+            return
+        site = self._sites[min(names)]
+        self.error = self.error or CaptureError(
+            f"{site.name}: its weight {site.weight} is read by {_name(func)} at {place}, without its "
+            "adapters. Read the attribute of the layer, which has them, or call the layer (code that holds "
+            "on to a layer of the original model has to be given that of the rewritten model), or name "
+            f"{site.name!r} in exclude_modules"
+        )
+        raise self.error
 
     def _of_model(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a parameter or a buffer: a gain, or a mask."""
+        """Say whether it is a parameter or a buffer: a gain, or a mask."""
         root = self.model.root()
         storages = {torch_private.storage_key(part.untyped_storage()) for part in _parts(tensor)}
         values = (*root.parameters(), *root.buffers()) if root is not None else ()
@@ -998,9 +894,37 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         )
 
 
-def _has_values(tensor: torch.Tensor) -> bool:
-    """Whether something computed from a weight can be used as one: not the answer to a comparison."""
-    return tensor.dtype is not torch.bool and tensor.dtype is not torch.int64
+def _foreign(frame: FrameType | None) -> str:
+    """Say which code has an operation run, if that is not lora-fx's own, or a graph's; empty if it is."""
+    called: CodeType | None = None
+    place = ""
+    while frame is not None:
+        code, name = frame.f_code, str(frame.f_globals.get("__name__", ""))
+        root = name.partition(".")[0]
+        if code.co_filename.startswith("<eval_with_key>"):
+            return ""  # a compiler has made it of code that reads weights with their adapters
+        if code.co_filename.startswith(_GENERATED):
+            # A function of the user's is one operation of the graph where a pattern says so.
+            return "" if not place or _is_node(frame.f_locals.get("self"), called) else place
+        if name.startswith(_OPERATIONS) and name not in _AROUND:
+            return ""
+        if not place and not _is_library(root):
+            place = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
+        if root != "torch" and name not in _AROUND:
+            called = code
+        frame = frame.f_back
+    return place
+
+
+def _is_node(module: Any, code: CodeType | None) -> bool:
+    """Say whether the graph of a module calls a function with this code, or one that decorates it."""
+    graph = getattr(type(module), GRAPH, None)
+    return graph is not None and any(
+        getattr(function, "__code__", None) is code
+        for node in graph.nodes
+        if node.op == "call_function" and META_KEY in node.meta
+        for function in (node.target, inspect.unwrap(node.target))
+    )
 
 
 def _name(func: Any) -> str:
@@ -1036,99 +960,6 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-# --- who reads ----------------------------------------------------------------------------------------
-
-
-class _Reader(NamedTuple):
-    """The code that has an operation run: the innermost that is no library's.
-
-    Attributes:
-        frame: Where it is.
-        between: Codes of libraries that it has called.
-        owners: Modules of libraries whose methods are among those.
-        caller: The graph that it is called by, or is.
-        called: What that graph has called, if it is no library's.
-    """
-
-    frame: FrameType | None
-    between: frozenset[CodeType]
-    owners: tuple[nn.Module, ...]
-    caller: FrameType | None
-    called: CodeType | None
-
-    def words(self) -> str:
-        """Where it is, for an error."""
-        frame = self.frame
-        if frame is None:
-            return "somewhere"
-        code = frame.f_code
-        if code.co_filename.startswith(_GENERATED):
-            return f"in the graph of {type(frame.f_locals.get('self')).__name__}"
-        return f"at {code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
-
-    def holds(self, weight: _Weight) -> bool:
-        """Whether it is a graph with the weight's branch, or reads the weight by another name of its own."""
-        module, graph = self._graph()
-        if module is not None and graph is not None:
-            tags = [(node, node.meta[META_KEY]) for node in graph.nodes if META_KEY in node.meta]
-            adapted = {_whole(tag) for _, tag in tags if tag.adapter}
-            if self.called is not None:
-                # A function of the user's is one operation of the graph where a pattern says so.
-                applied = {_whole(tag) for node, tag in tags if _runs(node, self.called)}
-                return any(_is_at(module, name, weight) for name in adapted & applied)
-            if any(_is_at(module, name, weight) for name in adapted):
-                return True
-            named = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
-            if weight.tied and any(_is_at(module, name, weight) for name in named - adapted):
-                return True
-        return bool(weight.tied) and any(
-            _is_at(owner, name, weight) for owner in self.owners for name in owner._parameters
-        )
-
-    def _graph(self) -> tuple[nn.Module | None, torch.fx.Graph | None]:
-        """The module whose graph it is, and the graph."""
-        frame = self.caller
-        if frame is None:
-            return None, None
-        module = frame.f_locals.get("self")
-        for cls in type(module).__mro__:
-            if GRAPH not in cls.__dict__ or _MADE in cls.__dict__:
-                continue
-            own = inspect.unwrap(cls.__dict__[BASE].forward)
-            graph = cls.__dict__[CODES].get(frame.f_code)
-            if graph is None:
-                return None, None
-            # The graph was left for the module's own forward, which has no branch.
-            left = getattr(own, "__code__", None) in self.between
-            return (None, None) if left else (module, graph)
-        return None, None
-
-
-def _whole(tag: Tag) -> str:
-    """The name of the weight of a tag, which may be of some of its rows."""
-    return tag.weight.partition("[")[0]
-
-
-def _runs(node: torch.fx.Node, code: CodeType) -> bool:
-    """Whether what a node calls is a function with this code, or decorates one."""
-    target = node.target
-    return node.op == "call_function" and any(
-        getattr(function, "__code__", None) is code
-        for function in (target, inspect.unwrap(target))  # type: ignore[arg-type]
-    )
-
-
-def _is_at(module: nn.Module, name: str, weight: _Weight) -> bool:
-    value: Any = module
-    for atom in name.split("."):
-        value = getattr(value, atom, None)
-    return any(
-        torch_private.data_address(part) < weight.stop
-        and weight.start < torch_private.data_address(part) + _span(part)
-        for part in _parts(value)
-    )
-
-
 def _is_library(root: str) -> bool:
     """Whether code of a package is a part of the operation that calls it."""
     return (
@@ -1136,27 +967,3 @@ def _is_library(root: str) -> bool:
         or root in sys.stdlib_module_names
         or any(root in one.kernel_packages for one in formats())
     )
-
-
-def _reader(frame: FrameType | None) -> _Reader:
-    between: set[CodeType] = set()
-    owners: list[nn.Module] = []
-    code: FrameType | None = None
-    called: CodeType | None = None
-    root = ""
-    while frame is not None and not frame.f_code.co_filename.startswith(_GENERATED):
-        name = str(frame.f_globals.get("__name__", ""))
-        # The wrappers of methods are as good as not there.
-        root = name.partition(".")[0] if name != __name__ else "torch"
-        if code is None and not _is_library(root):
-            code = frame
-        called = frame.f_code
-        between.add(called)
-        owner = frame.f_locals.get("self")
-        if code is None and isinstance(owner, nn.Module) and frame.f_code.co_name == "forward":
-            owners.append(owner)
-        frame = frame.f_back
-    # What a function of lora_fx calls, which a graph calls, is a part of that operation.
-    if code is None or (frame is not None and root == "lora_fx"):
-        code, called = frame, None
-    return _Reader(code, frozenset(between), tuple(owners), frame, called)

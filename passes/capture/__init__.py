@@ -12,12 +12,12 @@ from lora_fx.passes.capture.check import (
     run_reference,
 )
 from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
-from lora_fx.passes.capture.export_questions import Listener, asked_of_sizes
 from lora_fx.passes.capture.exported import MODULE_STACK, ONE_AT_A_TIME
+from lora_fx.passes.capture.listener import Listener
 from lora_fx.passes.capture.regions import Graphs
 from lora_fx.passes.capture.state import State
-from lora_fx.passes.capture.symbolic import Untraceable
 from lora_fx.passes.capture.synthesis import CACHE, named_inputs, normalize, synthesise
+from lora_fx.passes.capture.trace import Untraceable
 
 __all__ = [
     "CACHE",
@@ -29,7 +29,6 @@ __all__ = [
     "Listener",
     "State",
     "Untraceable",
-    "asked_of_sizes",
     "capture",
     "count_weights",
     "holds_quantized",

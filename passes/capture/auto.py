@@ -13,11 +13,11 @@ from torch import nn
 
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.formats import quantization_of
-from lora_fx.ir import Capture, Quantization
-from lora_fx.passes.capture.check import check_unchanged, goes_past, run_reference, watch_reference
-from lora_fx.passes.capture.exported import export_root
+from lora_fx.ir import Capture, Quantization, join
+from lora_fx.passes.capture.check import check_unchanged, watch_reference
+from lora_fx.passes.capture.exported import add_exported
 from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.capture.synthesis import by_place, describe, named_inputs, normalize, synthesise
+from lora_fx.passes.capture.synthesis import describe, synthesise
 from lora_fx.passes.graph import (
     check_model,
     is_built_in,
@@ -27,6 +27,7 @@ from lora_fx.passes.graph import (
     kept_graph,
     share_copy,
     show_shapes,
+    storage_of,
 )
 
 __all__ = ["Frontend", "capture"]
@@ -42,8 +43,11 @@ def capture(
     *,
     frontend: Frontend = "auto",
     dynamic_shapes: Any = None,
+    verify: bool = True,
 ) -> Capture:
-    """Captures a model as graphs and checks them; see :func:`lora_fx.capture`.
+    """Capture a model as graphs and check them; see :func:`lora_fx.capture`.
+
+    Without ``verify`` the graphs are not compared with the model: a rewrite compares the result.
 
     In the place of parameters that ZeRO-3 has partitioned are others of the true shapes, without values,
     until :func:`lora_fx.passes.graph.put_partitions_back`.
@@ -56,77 +60,38 @@ def capture(
     if frontend == "export" and example_inputs is None:
         return _from_made_up_inputs(model, dynamic_shapes)
     result = _captured(model, example_inputs, frontend, dynamic_shapes)
-    # torch.export ran it on shapes alone. On the meta device there are no values to compare, and
-    # transformers asks for some.
-    valueless = result.frontend == "export" and any(p.is_meta for p in model.parameters())
-    if example_inputs is None or valueless:
+    # On the meta device there are no values to compare, and transformers asks for some.
+    if example_inputs is None or any(p.is_meta for p in model.parameters()):
+        return result
+    if not verify or all(region.not_run for region in result.regions.values()):
         return result
     try:
-        # The call that the graph was made for, or the guard would compare the model with itself.
-        if result.frontend == "export":
-            named = named_inputs(model, example_inputs)
-            check_unchanged(model, result, named)
-            placed = by_place(model, example_inputs, named)
-            if placed is not None and (not normalize(example_inputs)[1] or _runs(model, placed)):
-                check_unchanged(model, result, placed)
-        else:
-            check_unchanged(model, result, example_inputs)
+        check_unchanged(model, result, example_inputs)
     except CaptureError as error:
-        if frontend != "auto":
+        if frontend not in ("auto", "export"):
             raise
         # What a trace has fixed cannot be seen before it runs.
         _log.warning("not captured by %s: %s", result.frontend, error)
         notes = (*result.notes, f"not {result.frontend}: {error}")
         return _that_holds(model, result, example_inputs, notes)
-    if frontend == "auto" and result.frontend != "export":
-        return _for_that_call(model, result, example_inputs, dynamic_shapes)
     return result
-
-
-def _runs(model: nn.Module, call: tuple[Any, ...]) -> bool:
-    """Whether the model takes a call at all."""
-    try:
-        run_reference(model, call)
-    except CaptureError:
-        return False
-    return True
 
 
 def _that_holds(
     model: nn.Module, result: Capture, example_inputs: Any, notes: tuple[str, ...]
 ) -> Capture:
-    """The regions, or where they compute something else, too, those of PyTorch's own layers alone."""
-    traced = _captured(model, None, "regions", None)
-    if result.frontend == "export":
-        try:
-            check_unchanged(model, traced, example_inputs)
-        except CaptureError as error:
-            notes = (*notes, f"not regions: {error}")
-        else:
-            return dataclasses.replace(traced, notes=notes)
-    layers = {key: one for key, one in traced.regions.items() if is_built_in(one.module)}
+    """Keep the graphs of PyTorch's own layers alone: another one computes something else than its module."""
+    kept = {
+        fqn: region
+        for fqn, region in result.regions.items()
+        if region.not_run or is_built_in(region.module)
+    }
     reason = "a graph in the model computes something else than the original on the example inputs"
-    opaque = {one.fqn: reason for one in traced.regions.values() if one.key not in layers}
-    traced = dataclasses.replace(
-        traced, regions=layers, opaque={**traced.opaque, **opaque}, notes=notes
-    )
-    check_unchanged(model, traced, example_inputs)
-    return traced
-
-
-def _for_that_call(
-    model: nn.Module, result: Capture, example_inputs: Any, dynamic_shapes: Any
-) -> Capture:
-    """What was traced, or an export where the example call does not take what was traced."""
-    past = goes_past(result, example_inputs)
-    if past is None:
-        return result
-    try:
-        exported = capture(model, example_inputs, frontend="export", dynamic_shapes=dynamic_shapes)
-    except CaptureError as error:
-        notes = (f"the example inputs go past a graph: {past}", f"not export: {error}")
-        return dataclasses.replace(result, notes=(*result.notes, *notes))
-    return dataclasses.replace(exported, notes=(f"not {result.frontend}: {past}", *exported.notes))
+    opaque = {**result.opaque, **dict.fromkeys(result.regions.keys() - kept.keys(), reason)}
+    frontend = "export" if result.frontend == "export" else "regions"
+    held = dataclasses.replace(result, regions=kept, opaque=opaque, notes=notes, frontend=frontend)
+    check_unchanged(model, held, example_inputs)
+    return held
 
 
 def _from_made_up_inputs(model: nn.Module, dynamic_shapes: Any) -> Capture:
@@ -170,23 +135,26 @@ def _captured(
         raise CaptureError(
             f"{type(model).__name__} does not trace symbolically: {reason}. Use frontend='auto'"
         )
-    if frontend == "symbolic" or (frontend == "auto" and reason is None):
-        return dataclasses.replace(traced, frontend="symbolic")
-    if frontend == "regions":
-        return traced
-    notes = (f"not symbolic: {reason}",)
+    whole = dataclasses.replace(traced, frontend="symbolic") if reason is None else traced
+    if frontend in ("symbolic", "regions"):
+        return dataclasses.replace(traced, frontend=frontend)
+    notes = () if reason is None else (f"not symbolic: {reason}",)
     if frontend == "auto":
         why = _why_regions(model, traced, example_inputs, stored)
         if why is not None:
-            return dataclasses.replace(traced, notes=(*notes, f"not export: {why}"))
+            return dataclasses.replace(whole, notes=(*notes, f"not export: {why}") if notes else ())
     try:
-        return dataclasses.replace(export_root(traced, example_inputs, dynamic_shapes), notes=notes)
+        return dataclasses.replace(
+            add_exported(traced, example_inputs, dynamic_shapes), notes=notes
+        )
     except CaptureError as error:
         if frontend == "export":
             raise
         # The export has run it: iterators and generators of random numbers have gone on.
         traced = find_regions(show_shapes(share_copy(model)))
-        return dataclasses.replace(traced, notes=(*notes, f"not export: {error}"))
+        return dataclasses.replace(
+            traced, frontend=whole.frontend, notes=(*notes, f"not export: {error}")
+        )
 
 
 def _why_regions(
@@ -197,21 +165,29 @@ def _why_regions(
         return "there are no example_inputs"
     if stored is not None:
         return f"its weights are quantized ({stored})"
-    unseen = [fqn for fqn in traced.opaque if _own_matrix(traced.model.get_submodule(fqn))]
-    # An export takes long: only where what no region sees is more than a table or a token.
-    if not unseen or not _multiplied(model, example_inputs, unseen):
+    seen = {
+        join(region.fqn, str(node.target))
+        for region in traced.regions.values()
+        for node in region.graph.nodes
+        if node.op == "get_attr"
+    }
+    unread = {
+        storage_of(parameter)
+        for name, parameter in traced.model.named_parameters(remove_duplicate=False)
+        if is_matrix(parameter) and name not in seen
+    }
+    read = {storage_of(traced.model.get_parameter(name)) for name in seen & _names(traced.model)}
+    # An export takes long: only where something is multiplied that no graph reads.
+    if unread <= read:
+        return "the regions see every weight"
+    count = watch_reference(model, example_inputs)
+    if all(not names.isdisjoint(seen) for names in (*count.direct, *count.computed)):
         return "the regions see every weight"
     return None
 
 
-def _multiplied(model: nn.Module, example_inputs: Any, modules: list[str]) -> list[str]:
-    """Those modules that have a parameter of their own that is multiplied with data."""
-    count = watch_reference(model, example_inputs)
-    owners = {
-        name.rpartition(".")[0] for names in (*count.direct, *count.computed) for name in names
-    }
-    # A built-in layer is one opaque call, over the parameters of its children, too.
-    return [fqn for fqn in modules if fqn in owners or is_built_in(model.get_submodule(fqn))]
+def _names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _not_symbolic(capture: Capture) -> str | None:
@@ -222,8 +198,3 @@ def _not_symbolic(capture: Capture) -> str | None:
         if not is_built_in(capture.model.get_submodule(fqn)):
             return f"{fqn}: {reason}"
     return None
-
-
-def _own_matrix(module: nn.Module) -> bool:
-    built_in = is_built_in(module)
-    return built_in or any(is_matrix(p) for p in module._parameters.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,16 +17,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.ir import Capture, Region
-from lora_fx.passes.capture.state import State, difference, state_of
+from lora_fx.passes.capture.state import State
 from lora_fx.passes.capture.synthesis import normalize
-from lora_fx.passes.graph import holder_of, install, is_matrix, share_copy, storage_of, uninstall
+from lora_fx.passes.graph import holder_of, install, share_copy, storage_of, uninstall
 from lora_fx.torch_private import pytree
 
 __all__ = [
     "Count",
     "check_unchanged",
     "count_weights",
-    "goes_past",
     "largest_difference",
     "relative_difference",
     "run_once",
@@ -195,10 +193,9 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
         The largest difference, relative to the largest value of its output; 0.0 for equal bits.
 
     Raises:
-        CaptureError: If the inputs do not fit the model, the outputs differ by more than 1e-6, or an exported
-            model goes on changing something that a later call may look at.
+        CaptureError: If the inputs do not fit the model, the outputs differ by more than 1e-6.
     """
-    reference, left, changes = _reference(model, example_inputs, _run_with_what_is_left)
+    reference, left = _reference(model, example_inputs, _run_with_what_is_left)
     runs = _runnable(capture.model, capture.regions.values())
     try:
         found = [_run_with_inputs(runs, example_inputs) for _ in reference]
@@ -218,40 +215,14 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
             f"{second}: relative difference {difference:.3g} on the example inputs. Try another frontend, "
             "and please report this"
         )
-    if changes is not None and capture.frontend == "export":
-        raise CaptureError(
-            f"its forward changes {changes} in each call, which a graph would not: frontend='regions' keeps "
-            "it"
-        )
     if difference:
         _log.info("the captured model rounds differently: relative difference %.3g", difference)
     return difference
 
 
-def goes_past(capture: Capture, example_inputs: Any) -> str | None:
-    """Why a call like the example inputs does not take the graph of a region that reads weights itself.
-
-    An adapter on such a weight would lie in that graph, so that the call would be refused. None if
-    every such graph is taken.
-    """
-    regions = [
-        dataclasses.replace(region, fallback=False) if _reads_weights(region) else region
-        for region in capture.regions.values()
-    ]
-    try:
-        _run(_runnable(capture.model, regions), example_inputs)
-    except CaptureError as error:
-        return str(error).partition(". If the model")[0]
-    return None
-
-
-def _reads_weights(region: Region) -> bool:
-    return any(is_matrix(region.parameter(node)) for node in region.graph.nodes)
-
-
 def _runnable(model: nn.Module, regions: Iterable[Region]) -> nn.Module:
     """A copy that runs the graphs: what a forward writes is not part of the capture."""
-    regions = list(regions)
+    regions = [region for region in regions if not region.not_run]
     install(regions)
     try:
         return share_copy(model)
@@ -331,23 +302,16 @@ def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[t
     return output, [one for one in pytree.tree_leaves(given) if isinstance(one, torch.Tensor)]
 
 
-def _run_with_what_is_left(
-    model: nn.Module, example_inputs: Any
-) -> tuple[list[Any], str | None, str | None]:
-    """The output, and that of a second call where the first has left something behind; in words what.
-
-    Also what the second call has changed in its turn, apart from buffers: what has been set once stays.
-    """
+def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
+    """The output, and that of a second call where the first has left something behind; in words what."""
     before, versions = State(model), _versions(model)
     outputs = [_run_with_inputs(model, example_inputs)]
-    left, changes = before.changed(), None
+    left = before.changed()
     if left is None and _versions(model) != versions:
         left = "its forward writes into a buffer"
     if left is not None:
-        between = state_of(model, flags=True)
         outputs.append(_run_with_inputs(model, example_inputs))
-        changes = difference(between, state_of(model, flags=True))
-    return outputs, left, changes
+    return outputs, left
 
 
 def _versions(model: nn.Module) -> list[int]:
@@ -364,8 +328,12 @@ def _called(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
-        return model.eval()(*args, **kwargs)
+    before = State(nn.Module())
+    try:
+        with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
+            return model.eval()(*args, **kwargs)
+    finally:
+        before.restore()  # the random numbers of Python and NumPy
 
 
 @contextlib.contextmanager

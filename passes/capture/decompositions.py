@@ -1,8 +1,8 @@
 """Modules of ``torch.nn`` that apply several weights inside one call, written out.
 
-Their own ``forward`` branches on how it is called and has fast paths in C++ that read the weights past
-every adapter. What is here computes the same from operations that can be seen: one projection each for q, k
-and v, the attention between them (:func:`lora_fx.runtime.attention.attend`), one projection out. A
+Their own ``forward`` branches on how it is called and has fast paths in C++, for which each adapted weight
+would be computed as a whole. What is here computes the same from operations that can be seen: one projection
+each for q, k and v, the attention (:func:`lora_fx.runtime.attention.attend`), one projection out. A
 transposed convolution takes the size of its output from its caller. Each function has the signature of the
 ``forward`` that it stands for, and its graph holds for every call.
 
@@ -26,9 +26,10 @@ from torch import fx, nn
 from lora_fx import torch_private
 from lora_fx.formats import format_of, formats, quantization_of, quantized_linear
 from lora_fx.ir import Region
-from lora_fx.passes.graph import Condition, erase_unread, original_class
+from lora_fx.passes.graph import erase_unread, original_class
 from lora_fx.passes.patterns import Product, product_of
 from lora_fx.runtime import attention, experts, output_padding
+from lora_fx.torch_private import pytree
 
 __all__ = [
     "WRITTEN_OUT",
@@ -57,12 +58,12 @@ def _swin(self: Any, x: torch.Tensor) -> Any:
 
 def _swin_v2(self: Any, x: torch.Tensor) -> Any:
     position = self.get_relative_position_bias()
-    bias = attention.without_key_bias(self.qkv.bias)
+    bias = _node(attention.without_key_bias, self.qkv.bias)
     return _windowed_attention(self, x, self.window_size, bias, position, self.logit_scale)
 
 
 def _swin_3d(self: Any, x: torch.Tensor) -> Any:
-    window = attention.fitted_window(x, self.window_size)
+    window = _node(attention.fitted_window, x, self.window_size)
     return _windowed_attention(
         self, x, window, self.qkv.bias, self.get_relative_position_bias(window)
     )
@@ -71,9 +72,10 @@ def _swin_3d(self: Any, x: torch.Tensor) -> Any:
 def _windowed_attention(
     self: Any, x: torch.Tensor, window: Any, bias: Any, position: Any, logit_scale: Any = None
 ) -> Any:
-    cut = attention.partition(x, window, self.shift_size)
+    cut = _node(attention.partition, x, window, self.shift_size)
     qkv = F.linear(cut, self.qkv.weight, bias)
-    out = attention.attend_in_windows(
+    out = _node(
+        attention.attend_in_windows,
         qkv,
         position,
         logit_scale,
@@ -86,7 +88,7 @@ def _windowed_attention(
     )
     out = F.linear(out, self.proj.weight, self.proj.bias)
     out = F.dropout(out, self.dropout, self.training)
-    return attention.reverse(out, x, window, self.shift_size)
+    return _node(attention.reverse, out, x, window, self.shift_size)
 
 
 _WINDOWED: Mapping[tuple[str, str], Callable[..., Any]] = {
@@ -135,7 +137,7 @@ def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
         # An expert that no token chose works on no rows.
-        found = experts.tokens_of(expert, chosen)
+        found = _node(experts.tokens_of, expert, chosen)
         choice, token = found[0], found[1]
         x = _projected(self, hidden[token], "up", expert)
         x = _projected(self, _activated(self, x), "down", expert)
@@ -152,9 +154,9 @@ def _projected(self: Any, x: Any, which: str, expert: int) -> Any:
 
 def _batched(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     ids = chosen.reshape(-1)
-    x = _gathered(self, experts.repeated(hidden, chosen), "up", ids)
+    x = _gathered(self, _node(experts.repeated, hidden, chosen), "up", ids)
     x = _gathered(self, _activated(self, x), "down", ids)
-    return experts.summed(_normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
+    return _node(experts.summed, _normed(self, x) * weights.reshape(-1).unsqueeze(-1), hidden)
 
 
 def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
@@ -167,17 +169,19 @@ def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
 
 
 def _grouped(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
-    found = experts.sorted_by_expert(hidden, chosen, weights, self.num_experts)
+    found = _node(experts.sorted_by_expert, hidden, chosen, weights, self.num_experts)
     x, sorted_weights, ids, ends, order = found[0], found[1], found[2], found[3], found[4]
     x = _sorted(self, x, "up", ids, ends)
     x = _sorted(self, _activated(self, x), "down", ids, ends)
-    x = experts.unsorted(_normed(self, x) * sorted_weights.unsqueeze(-1), order)
-    return experts.summed(x, hidden)
+    x = _node(experts.unsorted, _normed(self, x) * sorted_weights.unsqueeze(-1), order)
+    return _node(experts.summed, x, hidden)
 
 
 def _sorted(self: Any, x: Any, which: str, ids: Any, ends: Any) -> Any:
     weight, bias = _weights(self, which)
-    x = experts.grouped_mm(x, weight if self.is_transposed else weight.transpose(-2, -1), ends)
+    x = _node(
+        experts.grouped_mm, x, weight if self.is_transposed else weight.transpose(-2, -1), ends
+    )
     return x if bias is None else x + bias[ids]
 
 
@@ -223,7 +227,8 @@ def _attention(
     q = F.linear(query, weights[0], biases[0])
     k = F.linear(key, weights[1], biases[1])
     v = F.linear(value, weights[2], biases[2])
-    out, weight = attention.attend(
+    out, weight = _node(
+        attention.attend,
         q,
         k,
         v,
@@ -242,7 +247,7 @@ def _attention(
     )
     out = self.out_proj(out)
     if self.batch_first:
-        out = attention.sequence_first_in_memory(out, self.training)
+        out = _node(attention.sequence_first_in_memory, out, self.training)
     return out, weight
 
 
@@ -271,11 +276,14 @@ def _encoder(
     src_key_padding_mask: Any = None,
     is_causal: bool | None = None,
 ) -> Any:
-    causal = attention.causal_hint(src, mask, is_causal, self.layers[0].self_attn.batch_first)
+    causal = _node(
+        attention.causal_hint, src, mask, is_causal, self.layers[0].self_attn.batch_first
+    )
     x = src
     for layer in self.layers:
         x = layer(x, src_mask=mask, is_causal=causal, src_key_padding_mask=src_key_padding_mask)
-    x = attention.zero_padding(
+    x = _node(
+        attention.zero_padding,
         x,
         src,
         src_key_padding_mask,
@@ -320,8 +328,8 @@ def _decoder(
     tgt_is_causal: bool | None = None,
     memory_is_causal: bool = False,
 ) -> Any:
-    causal = attention.causal_hint(
-        tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first
+    causal = _node(
+        attention.causal_hint, tgt, tgt_mask, tgt_is_causal, self.layers[0].self_attn.batch_first
     )
     x = tgt
     for layer in self.layers:
@@ -346,11 +354,12 @@ _CONVOLUTIONS: dict[int, Any] = {
 
 
 def _conv_transpose(self: Any, input: torch.Tensor, output_size: Any = None) -> Any:  # noqa: A002  as torch has it
-    geometry = (self.stride, self.padding, self.kernel_size, self.dilation)
-    added = output_padding(input, output_size, self.output_padding, *geometry)
+    sizes = (self.stride, self.padding, self.kernel_size, self.dilation)
+    added = _node(output_padding, input, output_size, self.output_padding, *sizes)
     convolution = _CONVOLUTIONS[len(self.kernel_size)]
     operands = (input, self.weight, self.bias)
-    return convolution(*operands, self.stride, self.padding, added, self.groups, self.dilation)
+    geometry = (self.stride, self.padding, added, self.groups, self.dilation)
+    return _node(convolution, *operands, *geometry)
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -366,6 +375,15 @@ def _written_out_convolution(cls: type[nn.Module]) -> Callable[..., Any] | None:
         if torch_private.output_padding_of(cls) is torch_private.OUTPUT_PADDING
         else None
     )
+
+
+def _node(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Record a call of a function of lora-fx as one node."""
+    values = pytree.tree_leaves((args, kwargs))
+    proxy = next((value for value in values if issubclass(type(value), fx.Proxy)), None)
+    if proxy is None:
+        return function(*args, **kwargs)
+    return proxy.tracer.create_proxy("call_function", function, args, kwargs)
 
 
 WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
@@ -390,12 +408,12 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
     )
 
 
-def written_conditions(module: nn.Module) -> tuple[Condition, ...]:
-    """What has to be so for what was written out to hold."""
+def written_conditions(module: nn.Module) -> tuple[str, ...]:
+    """Return code that is true of ``self`` where what was written out does not hold any more."""
     chosen = experts_implementation(module)
     if chosen is None:
         return ()
-    return (Condition("(self.config._experts_implementation or 'eager')", "==", repr(chosen)),)
+    return (f"(self.config._experts_implementation or 'eager') != {chosen!r}",)
 
 
 def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:

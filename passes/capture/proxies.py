@@ -1,27 +1,27 @@
 """Stand-ins for what is known only when the graph runs.
 
-Operations on them are recorded. A question that a stand-in cannot answer (how long it is, what number,
-which text) ends the trace with the reason.
+Operations on them are recorded. A question that a stand-in cannot answer (how long it is, what number)
+ends the trace with the reason.
 """
 
 from __future__ import annotations
 
-import functools
+import dis
 import math
 import operator
-from collections.abc import Callable, Iterator
-from types import BuiltinFunctionType
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from torch import fx
+from torch import Tensor, fx
 
-from lora_fx.passes.capture.instrument import IN_PLACE
 from lora_fx.runtime import in_place
 
 if TYPE_CHECKING:
-    from lora_fx.passes.capture.symbolic import Recorder
+    from lora_fx.passes.capture.trace import Recorder
 
-__all__ = ["ModeProxy", "TracedValue", "attribute_of", "holds_traced"]
+__all__ = ["ModeProxy", "TracedValue", "holds_traced"]
 
 _ABOUT_SHAPE: dict[str, Callable[..., Any]] = {
     "size": lambda shape, dim=None: shape if dim is None else shape[dim],
@@ -35,11 +35,16 @@ class TracedValue(fx.Proxy):
 
     tracer: Recorder
 
-    def __getattr__(self, name: str) -> Any:
-        return attribute_of(self, name)
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Say to ``isinstance`` that it is a tensor; functions of C that ask would take it for one."""
+        return Tensor if _is_isinstance(sys._getframe(1)) else type(self)
 
-    def __iter__(self) -> Iterator[Any]:
-        return self.tracer.refuse("its forward iterates over a traced value")
+    def __getattr__(self, name: str) -> Any:
+        shape = self.tracer.known_shape(self) if name in ("shape", "ndim") else None
+        if shape is not None:
+            return shape if name == "shape" else len(shape)
+        return _Attribute(self, name)
 
     def __getitem__(self, key: object) -> Any:
         return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
@@ -48,24 +53,36 @@ class TracedValue(fx.Proxy):
         shape = self.tracer.known_shape(self)
         if shape:
             return shape[0]
-        return self.tracer.refuse("its forward takes the length of a traced value with len")
+        return self.tracer.end("its forward takes the length of a traced value with len")
 
     def __index__(self) -> NoReturn:  # noqa: PLE0305  refuses
-        self.tracer.refuse("its forward turns a traced value into a number")
+        self.tracer.end("its forward turns a traced value into a number")
 
     __int__ = __float__ = __complex__ = __index__
 
     def __contains__(self, item: object) -> NoReturn:
-        self.tracer.refuse("its forward looks for something in a traced value")
+        self.tracer.end("its forward looks for something in a traced value")
 
     def __copy__(self) -> NoReturn:
-        self.tracer.refuse("its forward copies a traced value")
+        self.tracer.end("its forward copies a traced value")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        self.tracer.refuse("its forward copies a traced value")
+        self.tracer.end("its forward copies a traced value")
 
     def __format__(self, spec: str) -> str:
-        return self.tracer.refuse("its forward turns a traced value into a text")
+        self.tracer.doubts("its forward turns a traced value into a text")
+        return "?"
+
+    def __str__(self) -> str:
+        return self.__format__("")
+
+    def __repr__(self) -> str:
+        return self.__format__("")
+
+    def __hash__(self) -> int:
+        if not str(sys._getframe(1).f_globals.get("__name__", "")).startswith("torch."):
+            self.tracer.doubts("its forward looks something up by a traced value")
+        return object.__hash__(self)
 
     def __setitem__(self, key: object, value: object) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -84,8 +101,8 @@ class _Attribute(TracedValue):
         if own["_read"] is None:
             args = (own["_root"], own["_name"])
             own["_read"] = self.tracer.create_proxy("call_function", getattr, args, {}).node
-        found: fx.Node = own["_read"]
-        return found
+        made: fx.Node = own["_read"]
+        return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__
@@ -108,29 +125,28 @@ class ModeProxy(TracedValue):
         own = self.__dict__
         if own["_read"] is None:
             own["_read"] = self.tracer.create_node("get_attr", own["_target"], (), {})
-        found: fx.Node = own["_read"]
-        return found
+        made: fx.Node = own["_read"]
+        return made
 
 
-def attribute_of(value: TracedValue, name: str) -> Any:
-    """``value.name``, whatever attributes the stand-in has itself."""
-    recorder: Recorder = value.__dict__["tracer"]
-    recorded = vars(operator).get(name) if name.startswith("__") else None
-    if isinstance(recorded, BuiltinFunctionType):
-        return functools.partial(recorded, value)  # x.__setitem__ is what x[...] = is
-    if name.startswith("__"):
-        recorder.refuse(
-            f"its forward asks for the type or the identity of a traced value ({name}; see isinstance)"
-        )
-    shape = recorder.known_shape(value) if name in ("shape", "ndim") else None
-    if shape is not None:
-        return shape if name == "shape" else len(shape)
-    return _Attribute(value, name)
+def _is_isinstance(frame: FrameType) -> bool:
+    """Say whether the call that a frame is in is one of ``isinstance``, by the code of a model."""
+    if str(frame.f_globals.get("__name__", "")).startswith("torch."):
+        return False
+    called = ""
+    for one in dis.get_instructions(frame.f_code):
+        if one.offset >= frame.f_lasti:
+            break
+        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval == "isinstance":
+            called = "isinstance"
+        elif one.opname.startswith("CALL"):
+            called = ""
+    return called == "isinstance"
 
 
 def holds_traced(value: Any) -> bool:
-    """Whether a value is traced, or a container that holds one that is."""
-    if isinstance(value, TracedValue):
+    """Return True if a value is traced, or a container that holds one that is."""
+    if issubclass(type(value), TracedValue):
         return True
     if isinstance(value, list | tuple | set | frozenset):
         return any(map(holds_traced, value))
@@ -149,5 +165,17 @@ def _in_place(name: str) -> Callable[[TracedValue, Any], fx.Proxy]:
     return method
 
 
-for _name in IN_PLACE.values():
-    setattr(TracedValue, f"__{_name}__", _in_place(_name))
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+):
+    setattr(TracedValue, f"__i{_name}__", _in_place(f"i{_name}"))

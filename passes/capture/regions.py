@@ -7,12 +7,6 @@ alone.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import inspect
-import itertools
-from collections.abc import Iterator, Mapping
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,23 +20,16 @@ from lora_fx.passes.capture.decompositions import (
     written_conditions,
     written_out,
 )
-from lora_fx.passes.capture.symbolic import Untraceable, trace
+from lora_fx.passes.capture.trace import Untraceable, trace
 from lora_fx.passes.graph import (
-    LIBRARIES,
     UNINITIALIZED,
-    Parameter,
-    classes_told,
     is_built_in,
     is_lazy,
     is_matrix,
     kept_graph,
-    named_by,
-    nested,
-    parameters_of,
     uninstall,
     wraps_own_forward,
 )
-from lora_fx.runtime import held_in, ops
 
 __all__ = ["Graphs", "find_regions"]
 
@@ -81,11 +68,11 @@ def find_regions(model: nn.Module) -> Capture:
     for module in kept:
         uninstall(module)
 
-    def add(module: nn.Module, fqn: str, forms: Mapping[str, fx.Graph], own: bool) -> None:
+    def add(module: nn.Module, fqn: str, graph: fx.Graph, doubt: str = "") -> None:
         written = written_out(module) is not None
-        for form, graph in forms.items():
-            region = Region(fqn, module, graph, own, form, written_out=written)
-            regions[region.key] = region
+        regions[fqn] = Region(
+            fqn, module, graph, module not in kept, written_out=written, not_run=doubt
+        )
 
     def visit(module: nn.Module, fqn: str) -> None:
         if module in seen or module not in holders:
@@ -96,13 +83,14 @@ def find_regions(model: nn.Module) -> Capture:
             opaque[fqn] = sealed
             return
         if module in kept:
-            add(module, fqn, *kept[module])
+            add(module, fqn, kept[module])
         elif not _container(module):
             try:
-                # The forward of what is written out reads its children's weights, or calls what does.
-                own = written_out(module) is None or bool(written_conditions(module))
-                add(module, fqn, graphs.of(module), own)
+                add(module, fqn, *graphs.of(module))
             except Untraceable as reason:
+                if (graph := graphs.as_layer(module)) is not None:
+                    add(module, fqn, graph, str(reason))
+                    return
                 opaque[fqn] = str(reason)
                 if reason.begun is not None:
                     begun[fqn] = reason.begun
@@ -110,100 +98,19 @@ def find_regions(model: nn.Module) -> Capture:
             visit(child, join(fqn, name))
 
     visit(model, "")
-    _take_off_told(regions, opaque, model)
     return Capture(model, regions, "regions", opaque=opaque, begun=begun)
-
-
-def _take_off_told(regions: dict[str, Region], opaque: dict[str, str], model: nn.Module) -> None:
-    """Takes off the graphs of modules that must keep their class, and says why."""
-    # A module without a graph runs its own code, which may tell further ones.
-    while told := _told_by_class(model, regions, opaque):
-        for key, reason in told.items():
-            opaque[regions.pop(key).fqn] = reason
-    # One with a graph runs its own code for calls that the graph was not made for.
-    own: dict[str, Any] = {key: type(region.module) for key, region in regions.items()}
-    tellers = {key: asked for key, cls in own.items() if (asked := _classes_told(cls))}
-    if not tellers:
-        return
-    others = {None, *(cls for region in regions.values() for cls in _classes_above(model, region))}
-    for key, classes in tellers.items():
-        if any(cls in others for cls, _ in classes):
-            regions[key] = dataclasses.replace(regions[key], fallback=False)
-
-
-def _classes_above(model: nn.Module, region: Region) -> list[type]:
-    """The classes of the module of a region and of those that it is in: an adapter changes them all."""
-    path = itertools.accumulate(region.fqn.split("."), join, initial="")
-    return [type(model.get_submodule(one)) for one in path]
-
-
-def _told_by_class(
-    model: nn.Module, regions: Mapping[str, Region], opaque: Mapping[str, str]
-) -> dict[str, str]:
-    """Regions that cannot be: code that runs as it is tells their modules apart by their class.
-
-    A module with a graph is of a class of its own, below that of the user.
-
-    Returns:
-        By key of the region, the reason.
-    """
-    asked: dict[type | None, str] = {}
-    for fqn in opaque:
-        cls: Any = type(model.get_submodule(fqn))
-        asked.update(_classes_told(cls))
-    if not asked:
-        return {}
-    told: dict[str, str] = {}
-    for key, region in regions.items():
-        classes = (None, *_classes_above(model, region))
-        asker = next((asked[one] for one in classes if one in asked), None)
-        if asker is not None:
-            told[key] = (
-                f"{asker} tells it from others by its class, or a module that it is in, and with an adapter "
-                "they have another: use isinstance() there"
-            )
-    return told
-
-
-@functools.lru_cache(maxsize=1024)
-def _classes_told(cls: Any) -> tuple[tuple[type | None, str], ...]:
-    """The classes that the forward of a class, and what that calls, compares with; each with who does."""
-    pending: list[tuple[Any, bool]] = [(getattr(cls, "forward", None), True)]
-    done: set[FunctionType] = set()
-    found: dict[type | None, str] = {}
-    while pending:
-        one, is_method = pending.pop()
-        function = inspect.unwrap(one) if isinstance(one, FunctionType) else None
-        if not isinstance(function, FunctionType) or function in done:
-            continue
-        done.add(function)
-        if (function.__module__ or "").partition(".")[0] in LIBRARIES:
-            continue
-        for told in classes_told(function):
-            # Functions that are no methods take tensors and settings more often than modules.
-            if told is not None or is_method:
-                found.setdefault(told, function.__qualname__)
-        names = {name for code in nested(function.__code__) for name in code.co_names}
-        around = [value for cell in function.__closure__ or () for value in held_in(cell)]
-        named = [*(function.__defaults__ or ()), *(value for *_, value in named_by(function))]
-        pending += [(ops.function_of(value), is_method) for value in around]
-        pending += [(ops.function_of(value), False) for value in named]
-        # What super() gets to is a method, too.
-        members = [vars(one).get(name) for one in cls.__mro__ for name in names]
-        pending += [(ops.function_of(value), True) for value in members]
-    return tuple(found.items())
 
 
 class Graphs:
     """Traces modules; those that agree in all that a trace depends on get the same graph."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, dict[str, fx.Graph]] = {}
+        self._known: dict[Any, tuple[fx.Graph, str]] = {}
         self._kinds: set[Any] = set()
         self._failed: dict[Any, Untraceable] = {}
 
-    def of(self, module: nn.Module) -> dict[str, fx.Graph]:
-        """The module's graphs by form (:attr:`lora_fx.ir.graph.Region.form`).
+    def of(self, module: nn.Module) -> tuple[fx.Graph, str]:
+        """Return the graph of a module's forward, and why it must not run; empty if it may.
 
         Raises:
             Untraceable: With the reason in words.
@@ -216,54 +123,34 @@ class Graphs:
             return known
         if kind in self._failed:
             raise self._failed[kind]
+        forward = written_out(module)
         try:
-            forward = written_out(module)
             if forward is None:
-                found = {"": trace(module, check_none=not is_built_in(module))}
-                if not is_built_in(module):
-                    found.update(_other_forms(module, found[""]))
+                graph, doubt = trace(module, check_none=not is_built_in(module))
             else:
                 more = written_conditions(module)
-                found = {"": trace(module, {}, check_none=False, forward=forward, conditions=more)}
+                graph, doubt = trace(module, {}, check_none=False, forward=forward, conditions=more)
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
-        made = {form: make_opaque(graph, module) for form, graph in found.items()}
+        made = make_opaque(graph, module), doubt
         # A trace leaves the module as it was.
         self._known[_structure(module)] = made
         self._kinds.add(kind)
         return made
 
+    def as_layer(self, module: nn.Module) -> fx.Graph | None:
+        """Return the graph of the layer of PyTorch that a module is a subclass of, which shows its operation.
 
-def _other_forms(module: nn.Module, graph: fx.Graph) -> Iterator[tuple[str, fx.Graph]]:
-    """Graphs of calls that give optional arguments, for a module whose code reads weights itself.
-
-    The graph alone then has the branches of adapters, and the module's own forward cannot stand in.
-    """
-    region = Region("", module, graph)
-    if not any(is_matrix(region.parameter(node)) for node in graph.nodes):
-        return
-    given = [p for p in parameters_of(type(module).forward) if not p.variadic and not p.traced]
-    others = {p.name: _alternatives(p) for p in given}
-    optional = [p for p in given if others[p.name]]
-    most = len(optional) if len(optional) <= _MOST_OPTIONAL else 1
-    for count in range(1, most + 1):
-        for several in itertools.combinations(optional, count):
-            for values in itertools.product(*(others[p.name] for p in several)):
-                chosen = {p.name: value for p, value in zip(several, values, strict=True)}
-                named = ", ".join(n if v is _GIVEN else f"{n}={v}" for n, v in chosen.items())
-                fixed = {p.name: chosen.get(p.name, p.value) for p in given}
+        Its own forward may do anything else, too: it reads the weight with its adapters.
+        """
+        for cls in type(module).__mro__:
+            if cls in _OPERATIONS and type(module).forward is not cls.forward:
                 try:
-                    yield named, trace(module, {n: v for n, v in fixed.items() if v is not _GIVEN})
+                    return trace(module, check_none=False, forward=cls.forward)[0]
                 except Untraceable:
-                    continue  # such a call is refused where an adapter would be left out
-
-
-def _alternatives(p: Parameter) -> tuple[Any, ...]:
-    """What else callers give for an optional argument: something for nothing, the other truth or none."""
-    if p.value is None:
-        return (_GIVEN,)
-    return (not p.value, None) if isinstance(p.value, bool) else ()
+                    return None
+        return None
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:
@@ -283,8 +170,6 @@ def _holders(model: nn.Module) -> set[nn.Module]:
     return found
 
 
-_GIVEN = object()
-_MOST_OPTIONAL = 3  # of which all combinations are traced
 _OWN = frozenset(nn.Module().__dict__)
 _SIMPLE = (bool, int, float, str, type(None))
 _COMMON = frozenset({bool, int, str, type(None)})

@@ -6,12 +6,9 @@ a result would do so once, while it is traced, and never again.
 
 from __future__ import annotations
 
-import contextlib
-import pickle
 import random
 import sys
 import types
-import warnings
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -19,78 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["State", "difference", "state_of"]
+__all__ = ["State"]
 
 _CONTAINERS = (list, dict, set, deque)
 _OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()
-_OF_MODULES = frozenset((*nn.Module().__dict__, "forward"))
-_OF_C = frozenset({"builtins", "itertools", "random", "numpy"})
-_COMPARED = (int, float, complex, str, bytes, tuple, frozenset)
-
-
-def state_of(model: nn.Module, *, flags: bool = False) -> dict[str, Any]:
-    """What a forward may write outside of parameters and buffers, by name, in a form that is compared.
-
-    Args:
-        model: Numbers, tensors and functions of its modules and of what they hold, the size of
-            containers, and generators of random numbers.
-        flags: Whether strings and flags are looked at, too. By default they are left out: models set them
-            once and for all, as transformers does with ``config.problem_type``.
-    """
-    found: dict[str, Any] = {"the random numbers of Python": random.getstate()}
-    if "numpy" in sys.modules:
-        found["the random numbers of NumPy"] = pickle.dumps(sys.modules["numpy"].random.get_state())
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            continue
-        for key, value in module.__dict__.items():
-            if key not in _OF_MODULES:
-                _add_state(
-                    found, f"self.{name}.{key}" if name else f"self.{key}", value, seen, flags
-                )
-    return found
-
-
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The name of the first thing that is other than before, with numbers, or None."""
-    for name in {**before, **now}:
-        a, b = before.get(name, _MISSING), now.get(name, _MISSING)
-        if type(a) is not type(b) or (a != b if isinstance(a, _COMPARED) else a is not b):
-            numbers = type(a) in (int, float) and type(b) in (int, float)
-            return f"{name} ({a} became {b})" if numbers else name
-    return None
-
-
-def _add_state(found: dict[str, Any], name: str, value: Any, seen: set[int], flags: bool) -> None:
-    if isinstance(value, (*_OPAQUE, int, float, complex)) and not isinstance(value, bool):
-        found[name] = value
-        return
-    if isinstance(value, str | bool | None):
-        if flags:
-            found[name] = value
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, dict | list | tuple | deque):
-        found[name] = (len(value),)
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            # A key may be anything: its name is no more than a name.
-            _add_state(found, f"{name}[{key!r}]", item, seen, flags)
-    elif isinstance(value, set | frozenset):
-        found[name] = frozenset(value)
-    elif isinstance(value, torch.Generator):
-        found[name] = bytes(value.get_state().tolist())
-    elif type(value).__module__.partition(".")[0] in _OF_C:
-        # Iterators and generators of random numbers show where they are in no other way.
-        with contextlib.suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found[name] = pickle.dumps(value)
-    else:
-        for key, item in getattr(value, "__dict__", {}).items():
-            _add_state(found, f"{name}.{key}", item, seen, flags)
 
 
 class State:
@@ -119,6 +49,10 @@ class State:
         self._torch = torch.get_rng_state()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
 
+    def add(self, name: str, value: Any) -> None:
+        """Record a further container before code may change it."""
+        self._record(name, value)
+
     def restore(self) -> str | None:
         """Puts everything back, and says in words what the first change was."""
         # Both, whatever the first one says.
@@ -135,7 +69,13 @@ class State:
     def _record(self, name: str, value: Any) -> None:
         if isinstance(value, _CONTAINERS):
             # Most are the hook dictionaries of modules, and empty.
+            known = id(value) in self._containers
             self._containers[id(value)] = (name, value, value.copy() if value else ())
+            if not known and value:
+                inside = value.values() if isinstance(value, dict) else value
+                for item in inside:
+                    if isinstance(item, _CONTAINERS):
+                        self._record(name, item)
             return
         attributes = None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
         if isinstance(attributes, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -23,7 +24,6 @@ from lora_fx.errors import CaptureError, MergeError
 from lora_fx.formats import LibraryLayers, format_of, formats
 from lora_fx.passes.graph.nodes import is_lazy
 from lora_fx.passes.graph.partitions import copy_partitioned, is_partitioned, partitioned_twin
-from lora_fx.passes.graph.source import LIBRARIES
 from lora_fx.passes.graph.units import copy_units, is_unit
 from lora_fx.runtime import held_in
 
@@ -50,7 +50,11 @@ ATOMS = (
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
 _CACHED = type(functools.lru_cache(lambda: None))
-_APART = (LIBRARIES | {"deepspeed"}) - {"types", "collections", "argparse"}
+_APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx", "deepspeed"}) - {
+    "types",
+    "collections",
+    "argparse",
+}
 """Packages, most of them Python's own, whose objects are no part of a model, and lead everywhere."""
 
 

@@ -7,7 +7,6 @@ have not run yet: these have no shape, and refuse every question about it.
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +143,7 @@ def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> 
         if key not in known:
             known[key] = edit(region)
         if (graph := known[key]) is not None:
-            regions[fqn] = dataclasses.replace(region, graph=graph)
+            regions[fqn] = region.with_graph(graph)
     return PassResult.of(capture, regions=regions)
 
 

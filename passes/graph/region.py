@@ -10,56 +10,52 @@ not do by itself.
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import itertools
 import linecache
-import logging
-import sys
+import re
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import fx, nn
 
 from lora_fx import torch_private
-from lora_fx.errors import CaptureError, ConfigError, LoraFxError, some
-from lora_fx.ir import META_KEY, Region, freeze, thaw
-from lora_fx.passes.graph.copies import share_copy
-from lora_fx.passes.graph.reads import Path, Read, conditions_of
+from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.ir import BASE_READ, META_KEY, Region, freeze, record_of, thaw
+from lora_fx.passes.graph.reads import BASE_OF, FORWARD
 from lora_fx.passes.graph.signature import (
     FALLBACK,
     GuardedCodeGen,
     forwarding_source,
-    shown,
 )
 from lora_fx.runtime import (
     BASE,
-    CODES,
+    CODE,
     GRAPH,
     AdapterModule,
     Blank,
     Hooked,
     around,
+    base_parameter,
     blank,
     disarm,
     entry,
     give_class,
     held_in,
     inner_class,
-    ops,
     subclass,
 )
 
 __all__ = [
     "CONSTANT",
+    "Code",
+    "class_name",
     "copy_graph",
-    "copy_without_trainers",
     "generated",
     "graphs_of",
     "install",
-    "instance_forwards",
     "is_built_in",
     "is_conv1d",
     "is_region",
@@ -99,87 +95,22 @@ def _forget(filename: str, namespace: int) -> None:
         del wrapped[key]
 
 
-def _refusal(
-    base: type[nn.Module], forms: Sequence[_Form], *, quantized: bool = False
-) -> Callable[..., Any]:
-    """A stand-in for ``base.forward`` that says which condition a call fails.
-
-    Args:
-        base: The module's own class.
-        forms: The graphs.
-        quantized: Whether the graph is there for a quantized weight, not for an adapter.
-    """
-    left, remedy = (
-        ("does not know its quantized weight", "name it in exclude of lora_fx.quantize")
-        if quantized
-        else (
-            "would leave its adapter out",
-            "pass example_inputs that look like this call to rewrite(), with frontend='export'",
-        )
-    )
+def _refusal(base: type[nn.Module]) -> Callable[..., Any]:
+    """Make what stands in for the forward of a class that does not know how a weight is stored."""
 
     def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(base.forward).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        names = {**bound.arguments, "self": self}
-        reasons = [_reasons(self, names, form) for form in forms]
-        # What the graph that comes closest asks for.
-        closest = min((found for found in reasons if found), key=len, default=[])
-        reason, changed = closest[0] if closest else ("it is another call", False)
-        if changed:
-            raise CaptureError(
-                f"the graph of this {base.__name__} holds for what its code has read when it was captured, "
-                f"and its own forward {left}: {reason}. Put it back, or make that change before rewrite()"
-            )
         raise CaptureError(
-            f"{base.__name__}.forward was captured for other calls than this one, and its own "
-            f"forward {left}: {reason}. If the model is to be called so, {remedy}"
+            f"{base.__name__}.forward was captured for other calls than this one, and its own forward does "
+            "not know its quantized weight: put back what was changed since, or make that change before"
         )
 
     return refuse
-
-
-def _reasons(module: nn.Module, names: dict[str, Any], form: _Form) -> list[tuple[str, bool]]:
-    """Why a graph does not apply, each with whether something has changed since the capture."""
-    found: list[tuple[str, bool]] = []
-
-    def value(expression: str) -> Any:
-        return eval(expression, known, given)
-
-    known, given = dict(form.namespace), dict(names)
-    try:
-        # In the order of the guard: what a condition names, those before it have set.
-        failed = (one.failure(value) for one in form.conditions if value(one.test))
-        found.extend((reason, False) for reason in failed)
-    except (AttributeError, LookupError, TypeError):
-        # A condition that only makes sense where those before it hold: the guard does not come to it.
-        return found
-    return [
-        *found,
-        *((reason, True) for reason in _changed(form.reads, dict(form.namespace), module)),
-    ]
-
-
-def _changed(reads: tuple[Read, ...], known: dict[str, Any], module: nn.Module) -> Iterator[str]:
-    for read, condition in conditions_of(reads):
-        try:
-            changed = eval(condition, known, {"self": module})
-        except (AttributeError, LookupError, TypeError):
-            yield read.words("nothing")
-            continue
-        for one in read.changes(module) if changed else ():
-            try:
-                found = shown(one.found(module))
-            except (AttributeError, LookupError, TypeError):
-                found = "nothing"
-            yield one.words(found)
 
 
 CONSTANT = "_lora_fx_constant_"
 """Prefix of buffers that a graph needs and the model does not have."""
 
 _GRAPH, _BASE = GRAPH, BASE
-_FORMS = "_lora_fx_forms"
 _FALLBACK = "_lora_fx_fallback"
 _KEPT = "_lora_fx_kept"
 _RUN = "_lora_fx_run"
@@ -199,6 +130,12 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     cls = inner_class(module)
     found: type[nn.Module] = cls.__dict__.get(_BASE, cls)
     return found
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's own class."""
+    cls = original_class(module)
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -223,21 +160,24 @@ def _regions_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def graphs_of(model: nn.Module) -> dict[str, fx.Graph]:
-    """The graphs of all regions of a captured or rewritten model, by key (``""`` is the root)."""
+    """Return the graphs of a captured or rewritten model by FQN (``""`` is the root), parents first.
+
+    Of a module that runs its own forward, it is what was captured.
+    """
+    running = {name: getattr(type(module), _GRAPH) for name, module in _regions_of(model)}
+    record = record_of(model)
+    captured = {} if record is None else record.base.graphs
+    there = dict(model.named_modules())
     return {
-        Region(name, module, graph, form=form).key: graph
-        for name, module in _regions_of(model)
-        for form, graph in getattr(type(module), _FORMS).items()
+        **{name: running.get(name, graph) for name, graph in captured.items() if name in there},
+        **running,
     }
 
 
-def kept_graph(module: nn.Module) -> tuple[Mapping[str, fx.Graph], bool] | None:
-    """The graphs that a module has instead of its forward for good, and whether that may stand in for them.
-
-    By the form of the call. None for any other module, and for one that was captured or rewritten.
-    """
+def kept_graph(module: nn.Module) -> fx.Graph | None:
+    """Return the graph that a module has instead of its forward for good; None for any other module."""
     cls: Any = inner_class(module)
-    return (getattr(cls, _FORMS), getattr(cls, _FALLBACK)) if cls.__dict__.get(_KEPT) else None
+    return getattr(cls, _GRAPH) if cls.__dict__.get(_KEPT) else None
 
 
 def install(regions: Iterable[Region], *, kept: bool = False) -> None:
@@ -249,17 +189,12 @@ def install(regions: Iterable[Region], *, kept: bool = False) -> None:
             the module's own code does not know how its weights are stored.
     """
     known: dict[Any, type[nn.Module]] = {}
-    modules: dict[nn.Module, list[Region]] = {}
     for region in regions:
-        modules.setdefault(region.module, []).append(region)
-    for module, forms in modules.items():
+        module, base = region.module, original_class(region.module)
         wrapped = _wrapped(module)
-        base = original_class(module)
-        fallback = all(region.fallback for region in forms)
-        key = (base, *((region.form, id(region.graph)) for region in forms), fallback)
+        key = (base, id(region.graph), region.fallback)
         if key not in known:
-            graphs = {region.form: region.graph for region in forms}
-            known[key] = _region_class(base, graphs, fallback, kept)
+            known[key] = _region_class(base, region.graph, region.fallback, kept)
         give_class(module, known[key])
         _keep_wrapped(module, wrapped)
 
@@ -319,26 +254,21 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 
 def _region_class(
-    base: type[nn.Module], graphs: Mapping[str, fx.Graph], fallback: bool, kept: bool = False
+    base: type[nn.Module], graph: fx.Graph, fallback: bool, kept: bool = False
 ) -> type[nn.Module]:
-    """The class of a module that runs graphs: one for each form of a call, the first that applies."""
-    forms = [_Form(graph) for graph in graphs.values()]
-    key = (base, *(form.key for form in forms), *graphs, fallback, kept)
+    """Make the class of a module that runs a graph."""
+    code = Code(graph)
+    key = (base, base.forward, code.key, fallback, kept)
     known = _classes.get(key)
     if known is not None:
         return known
-    forward: Any = entry("fallback", base, "forward")
-    if not fallback:
-        forward = _refusal(base, forms, quantized=kept)
     original = base.forward
-    codes: dict[types.CodeType, fx.Graph] = {}
-    for form, graph in reversed([*zip(forms, graphs.values(), strict=True)]):
-        # A call that a graph does not apply to goes on to the next one.
-        namespace = {**form.namespace, FALLBACK: forward}
-        forward = generated(form.source, namespace, base.__name__)
-        forward.__doc__ = original.__doc__
-        forward.__signature__ = inspect.signature(original)
-        codes[forward.__code__] = graph
+    instead = entry("fallback", base, "forward") if fallback else _refusal(base)
+    forward = generated(
+        code.source, {**code.namespace, FALLBACK: instead, FORWARD: original}, base.__name__
+    )
+    forward.__doc__ = original.__doc__
+    forward.__signature__ = inspect.signature(original)
     cls = subclass(
         (_Regional, Hooked),
         base,
@@ -348,9 +278,8 @@ def _region_class(
             "__doc__": base.__doc__,
             "forward": _dispatching(base),
             _RUN: forward,
-            _GRAPH: next(iter(graphs.values())),
-            CODES: codes,
-            _FORMS: types.MappingProxyType(dict(graphs)),
+            _GRAPH: graph,
+            CODE: forward.__code__,
             _BASE: base,
             _FALLBACK: fallback,
             _KEPT: kept,
@@ -397,7 +326,7 @@ def _is_ours(value: Any) -> bool:
     return isinstance(value, types.FunctionType) and value.__module__.startswith("lora_fx.runtime.")
 
 
-class _Form:
+class Code:
     """What a graph becomes in a class: source, globals, and what tells it from others."""
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -408,13 +337,26 @@ class _Form:
         whole = [name for name, value in code.globals.items() if _is_ours(value)]
         # Libraries replace functions of torch.nn.functional, as context parallelism does its attention.
         source = torch_private.by_public_names(code.src)
+        for node in graph.nodes:
+            if node.op == "get_attr" and BASE_READ in node.meta:
+                source = _reading_base(source, node)
         self.source = "".join(f"{_WRAP}({name!r})\n" for name in whole) + source
-        self.namespace = {**code.globals, **(guard.constants() if guard else {}), _WRAP: fx.wrap}
-        self.conditions = guard.conditions() if guard else []
-        self.reads = guard.reads if guard else ()
+        constants = guard.constants() if guard else {}
+        self.namespace = {**code.globals, **constants, _WRAP: fx.wrap, BASE_OF: base_parameter}
         tags = tuple((n.name, n.meta[META_KEY]) for n in graph.nodes if META_KEY in n.meta)
         names = tuple(sorted((name, id(value)) for name, value in self.namespace.items()))
         self.key = (source, names, tags, guard is not None)
+
+
+def _reading_base(source: str, node: fx.Node) -> str:
+    """Have the line of a node read the base's parameter, not the attribute, which has its adapters."""
+    name = str(node.target).rpartition(".")[2]
+    leaf = re.escape(name)
+    line = re.compile(
+        rf"^(\s*{node.name} = )(?:(.+)\.{leaf}|getattr\((.+), ['\"]{leaf}['\"]\))(?=\s*(?:;|#|$))",
+        re.MULTILINE,
+    )
+    return line.sub(lambda found: f"{found[1]}{BASE_OF}({found[2] or found[3]}, {name!r})", source)
 
 
 class _Regional(Hooked):
@@ -422,22 +364,6 @@ class _Regional(Hooked):
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Keeps from the module's own class that it has a subclass: it may register them."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; refuses at once what the next call would refuse."""
-        cls: Any = type(self)
-        for read in () if getattr(cls, _FALLBACK) else _reads_of(cls, name):
-            if read.kind in ("value", "contents") and ops.differs(value, read.expected):
-                inside = (
-                    "its quantized weight is known to that graph alone: set it before quantize()"
-                    if getattr(cls, _KEPT)
-                    else "its adapter is part of that graph: set it before rewrite()"
-                )
-                raise CaptureError(
-                    f"{name} of this {cls.__name__} was {read.expected!r} when its forward was captured, "
-                    f"and {inside}"
-                )
-        super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Adds a parameter; refuses what would be one of an adapter (``lora_A.default``) by another name.
@@ -488,8 +414,7 @@ def _reduces_plainly(cls: type) -> bool:
 
 def _kept_of(cls: Any) -> tuple[Any, ...]:
     """What a region's class is made of again, besides the module's own class."""
-    frozen = {form: freeze(graph) for form, graph in getattr(cls, _FORMS).items()}
-    return frozen, getattr(cls, _FALLBACK), getattr(cls, _KEPT)
+    return freeze(getattr(cls, _GRAPH)), getattr(cls, _FALLBACK), getattr(cls, _KEPT)
 
 
 def _deep_copy(module: Any, memo: dict[int, Any]) -> Any:
@@ -521,166 +446,11 @@ def _state_of(module: Any) -> Any:
     )
 
 
-def _reads_of(cls: Any, name: str) -> Iterator[Read]:
-    """What the graph of a region took for granted about an attribute."""
-    path = Path().attribute(name)
-    for graph in getattr(cls, _FORMS).values():
-        yield from (
-            one for one in getattr(torch_private.codegen_of(graph), "reads", ()) if one.path == path
-        )
-
-
-def _rebuild(
-    base: type[nn.Module], frozen: Mapping[str, Any], fallback: bool, kept: bool = False
-) -> nn.Module:
-    cls = _region_class(base, _thawed(frozen), fallback, kept)
+def _rebuild(base: type[nn.Module], frozen: Any, fallback: bool, kept: bool = False) -> nn.Module:
+    cls = _region_class(base, thaw(frozen), fallback, kept)
     return cls.__new__(cls)
 
 
-def _rebuild_over(plain: Any, frozen: Mapping[str, Any], fallback: bool, kept: bool = False) -> Any:
-    plain.__class__ = _region_class(type(plain), _thawed(frozen), fallback, kept)
+def _rebuild_over(plain: Any, frozen: Any, fallback: bool, kept: bool = False) -> Any:
+    plain.__class__ = _region_class(type(plain), thaw(frozen), fallback, kept)
     return plain
-
-
-def _thawed(frozen: Mapping[str, Any]) -> dict[str, fx.Graph]:
-    return {form: thaw(graph) for form, graph in frozen.items()}
-
-
-# --- what trainers leave on a model ---------------------------------------------------------------
-# What trainers leave on a model: a ``forward`` that they set on the instance, around the module's
-# own.
-#
-# accelerate runs it under autocast and casts the outputs, or moves weights before and after it;
-# torch.compile may be given the method in place of the module; TRL fuses the head with the
-# loss. It belongs to training, so that a merged or an exported model has to be without it. What
-# other code has set is a part of the model.
-
-
-_log = logging.getLogger("lora_fx")
-
-_TRAINERS = frozenset(
-    {
-        *("accelerate", "deepspeed", "lightning", "lightning_fabric", "pytorch_lightning"),
-        *("ray", "torch", "transformers", "trl"),
-    }
-)
-_NEUTRAL = sys.stdlib_module_names | {"lora_fx"}
-_OLD = ("_old_forward", "_original_forward")  # where accelerate keeps what was there
-_BESIDE = (*_OLD, "_hf_hook")
-
-
-def instance_forwards(model: nn.Module) -> frozenset[str]:
-    """FQNs of the modules whose ``forward`` is set on the instance."""
-    return frozenset(name for name, module in model.named_modules() if "forward" in vars(module))
-
-
-def copy_without_trainers(
-    model: nn.Module, before: Collection[str], error: type[LoraFxError]
-) -> nn.Module:
-    """Copy a rewritten model as :func:`share_copy` does, without what trainers have set since the rewrite.
-
-    Args:
-        model: The model; it is not touched.
-        before: :func:`instance_forwards` at the rewrite: what was there is a part of the model.
-        error: What is raised where that cannot be told from what other code has set.
-
-    Raises:
-        LoraFxError: If a trainer's function runs one that is not a trainer's, or the other way round.
-        CaptureError: As :func:`share_copy`.
-    """
-    restored: dict[str, str] = {}
-    dropped: dict[str, tuple[str, ...]] = {}
-    left_out: list[Any] = []
-    for name, module in model.named_modules():
-        held = vars(module)
-        if name in before or "forward" not in held:
-            continue
-        trainers = _trainers(name, module, held["forward"], error)
-        if not trainers:
-            continue
-        dropped[name or "the model"] = trainers
-        # accelerate's hooks hold on to a forward that other code has set before.
-        old = next((key for key in _OLD if key in held), None)
-        somebody = old is not None and _packages(module, held[old])
-        if old is not None and somebody and not _trainers(name, module, held[old], error):
-            restored[name] = old
-        left_out += [
-            held[key] for key in ("forward", *_BESIDE) if key in held and restored.get(name) != key
-        ]
-    if dropped:
-        _log.warning(
-            "the forward that %s has set for training is left out: %s",
-            ", ".join(sorted({one for trainers in dropped.values() for one in trainers})),
-            some(list(dropped)),
-        )
-    result = share_copy(model, left_out, sharded=True)
-    for name, old in restored.items():
-        held = vars(result.get_submodule(name))
-        held["forward"] = held.pop(old)
-    return result
-
-
-def _trainers(
-    name: str, module: nn.Module, forward: Any, error: type[LoraFxError]
-) -> tuple[str, ...]:
-    """The trainers that have set a forward; none if other code has."""
-    packages = _packages(module, forward)
-    trainers, others = sorted(packages & _TRAINERS), sorted(packages - _TRAINERS)
-    if trainers and others:
-        raise error(
-            f"{name or 'the model'}: its forward was set on the instance by {', '.join(trainers)} and by "
-            f"{', '.join(others)}, and what belongs to training alone cannot be told from the rest: take it "
-            "off first (del module.forward), or set the forward before rewrite()"
-        )
-    return tuple(trainers)
-
-
-def _packages(module: nn.Module, forward: Any) -> set[str]:
-    """The packages whose functions run from an instance's forward down to the module's own."""
-    own = {one.__code__ for one in _functions(original_class(module).forward)}
-    return {_package(one) for one in _path(forward, own)} - _NEUTRAL
-
-
-def _path(value: Any, own: Collection[types.CodeType]) -> list[types.FunctionType]:
-    """The first function that runs, and those between it and the module's own forward, without that."""
-    found = [one for one in _functions(value) if not _is_own(one, own)]
-    return [
-        one
-        for place, one in enumerate(found)
-        if not place or any(_is_own(inner, own) for inner in _functions(one))
-    ]
-
-
-def _is_own(function: types.FunctionType, own: Collection[types.CodeType]) -> bool:
-    code = function.__code__
-    return code in own or code.co_filename.startswith("<lora_fx ")
-
-
-def _functions(value: Any) -> Iterator[types.FunctionType]:
-    """The functions that a callable is made of, from the outside to the inside."""
-    seen: set[int] = set()
-    pending = [value]
-    while pending:
-        one = pending.pop(0)
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, types.FunctionType):
-            yield one
-            cells = [held for cell in one.__closure__ or () for held in held_in(cell)]
-            pending += [*cells, vars(one).get("__wrapped__")]
-        elif isinstance(one, types.MethodType):
-            pending.append(one.__func__)
-        elif isinstance(one, functools.partial):
-            pending.append(one.func)
-        elif type(one).__module__.partition(".")[0] in _TRAINERS and not isinstance(
-            one, nn.Module | type
-        ):
-            # An object with __call__, as accelerate has around a forward.
-            pending += [item for item in getattr(one, "__dict__", {}).values() if callable(item)]
-
-
-def _package(function: types.FunctionType) -> str:
-    # Not its __module__, which functools.wraps takes from what is inside.
-    name: str = function.__globals__.get("__name__", "")
-    return "lora_fx" if not name else name.partition(".")[0]

@@ -18,10 +18,9 @@ import dataclasses
 import inspect
 import math
 import types
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
 from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
@@ -29,132 +28,22 @@ from lora_fx.runtime import ops
 
 __all__ = [
     "FALLBACK",
-    "IS_PLAIN",
-    "MATH",
-    "NEEDS_MODULES",
-    "WANTS_CACHE",
-    "Condition",
-    "Flag",
     "GuardedCodeGen",
     "Parameter",
-    "TensorGiven",
     "forwarding_source",
     "parameters_of",
-    "shown",
     "wrapped_forward",
 ]
 
 FALLBACK = "_lora_fx_fallback"
 """Global name of the fallback in generated code."""
 
-NEEDS_MODULES = "_lora_fx_needs_modules"
-"""Global name of :func:`lora_fx.runtime.ops.needs_modules` in generated code."""
-
-WANTS_CACHE = "_lora_fx_wants_cache"
-"""Global name of :func:`lora_fx.runtime.ops.wants_cache` in generated code."""
-
-IS_PLAIN = "_lora_fx_is_plain"
-"""The name under which conditions find :func:`lora_fx.runtime.ops.is_plain`."""
-
-MATH = "_lora_fx_math"
-"""The name under which conditions find the functions of ``math``."""
-
-_HELPERS: dict[str, Any] = {
-    NEEDS_MODULES: ops.needs_modules,
-    WANTS_CACHE: ops.wants_cache,
-    MATH: math,
-    IS_PLAIN: ops.is_plain,
-}
 _SIMPLE = (type(None), bool, int, float, str)
 _STARS: dict[int, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",
     inspect.Parameter.VAR_KEYWORD: "**",
 }
 _OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
-_OPPOSITE: Mapping[str, str] = {"is": "is not", "is not": "is", "==": "!=", ">=": "<", "<=": ">"}
-_PLAIN = (int, float, str, type(None), set, torch.dtype)
-
-_Value = Callable[[str], Any]
-"""Gives the value of an expression over the arguments of a call."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Condition:
-    """What has to be so for a graph to apply.
-
-    Attributes:
-        subject: An expression over the arguments of a call.
-        how: ``is``, ``is not``, ``==``, ``>=`` or ``<=``.
-        wanted: An expression for what it is compared with.
-        bound: What the subject, a name, is given by this comparison; empty if it is known before.
-        note: What is said after the value that is wanted.
-    """
-
-    subject: str
-    how: str = ""
-    wanted: str = ""
-    bound: str = ""
-    note: str = ""
-
-    @property
-    def test(self) -> str:
-        """Python code that is true where it is not so."""
-        subject = f"({self.subject} := {self.bound})" if self.bound else self.subject
-        return f"{subject} {_OPPOSITE[self.how]} {self.wanted}"
-
-    def failure(self, value: _Value) -> str:
-        """What to say where it is not so."""
-        found, wanted = shown(value(self.subject)), shown(value(self.wanted))
-        if self.how == "is not" and wanted == "None":
-            return f"{self.subject} has to be given, found None"
-        return f"expected {self.subject} {self.how} {wanted}{self.note}, found {found}"
-
-
-class TensorGiven(Condition):
-    """An argument has to be a tensor."""
-
-    @property
-    def test(self) -> str:
-        """See :class:`Condition`."""
-        return f"not isinstance({self.subject}, torch.Tensor)"
-
-    def failure(self, value: _Value) -> str:
-        """See :class:`Condition`."""
-        return f"expected {self.subject} to be a tensor, found {shown(value(self.subject))}"
-
-
-class Flag(Condition):
-    """An expression has to be false; the note says what it means that it is true."""
-
-    @property
-    def test(self) -> str:
-        """See :class:`Condition`."""
-        return self.subject
-
-    def failure(self, value: _Value) -> str:
-        """See :class:`Condition`."""
-        return self.note
-
-
-class _NothingMore(Flag):
-    """``*args`` or ``**kwargs`` have to be empty."""
-
-    def failure(self, value: _Value) -> str:
-        """See :class:`Condition`."""
-        extra = value(self.subject)
-        found = sorted(extra) if isinstance(extra, dict) else f"{len(extra)} of them"
-        return f"it was captured without {self.note}{self.subject}, found {found}"
-
-
-def shown(value: Any) -> str:
-    """A value as an error shows it."""
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    if isinstance(value, KeysView):
-        return str(sorted(value))
-    if isinstance(value, type):
-        return value.__name__
-    return repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +56,7 @@ class Parameter:
         traced: Whether it is an input of the graph; otherwise it was fixed to ``value``.
         value: What it was fixed to.
         default: The default, or ``inspect.Parameter.empty``.
-        within: Name of the ``**kwargs`` that takes it, for one that the signature does not name.
-        needs: What has to be so for the graph to apply; by default it follows from the rest.
-        omitted: Whether the graph holds only where nothing is given for it, not the default either: a
-            decorator looks whether there is something.
+        omitted: Whether its default tells that nothing was given, for a decorator that looks.
     """
 
     name: str
@@ -178,8 +64,6 @@ class Parameter:
     traced: bool
     value: Any = None
     default: Any = inspect.Parameter.empty
-    within: str = ""
-    needs: Condition | None = None
     omitted: bool = False
 
     @property
@@ -280,7 +164,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         parameters: The original signature.
         check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
             ``torch.nn`` that is one operation makes do without.
-        extra: What else has to be so for the graph to apply; asked last.
+        extra: Code that is true where the graph does not apply for another reason.
         reads: What the trace read, and took for granted; asked last of all.
     """
 
@@ -288,7 +172,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         self,
         parameters: tuple[Parameter, ...],
         check_none: bool = True,
-        conditions: tuple[Condition, ...] = (),
+        conditions: tuple[str, ...] = (),
         reads: tuple[Read, ...] = (),
     ) -> None:
         super().__init__()
@@ -298,10 +182,9 @@ class GuardedCodeGen(fx.graph.CodeGen):
         self.reads = reads
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **options: Any) -> str:
-        """The ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
+        """Write the ``def`` line and the guard. The graph's placeholders carry the parameters' names."""
         head = f"def {self._func_name}({', '.join(['self', *self._declared()])}){maybe_return_annotation}:"
-        conditions = [one.test for one in self.conditions()]
-        conditions += [test for _, test in conditions_of(self.reads)]
+        conditions = [*self._argument_conditions(), *self.extra, *conditions_of(self.reads)]
         if not conditions:
             return head
         call = ", ".join(["self", *self._passed()])
@@ -311,39 +194,42 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return f"{head}\n    if {test}:\n        return {FALLBACK}({call})"
 
     def constants(self) -> dict[str, Any]:
-        """Globals of the generated code: defaults and fixed values that have no literal form.
+        """Return the globals of the generated code: defaults and fixed values that have no literal form.
 
         Not ``additional_globals`` of fx: that gives one object one name, and drops those of torch.
         """
-        conditions = self.conditions()
-        found: dict[str, Any] = {
-            name: helper
-            for name, helper in _HELPERS.items()
-            if any(name in condition.test for condition in conditions)
-        }
-        found |= constants_of(self.reads)
+        known = constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
-            found |= {_OMITTED: ops.OMITTED, _GIVEN: ops.given}
+            known |= {_OMITTED: ops.OMITTED, _GIVEN: ops.given}
         for p in self.parameters:
             if p.omitted:
                 continue
             if p.default is not inspect.Parameter.empty and not _literal(p.default):
-                found[f"_default_{p.name}"] = p.default
+                known[f"_default_{p.name}"] = p.default
             if not p.traced and not p.variadic and not _literal(p.value):
-                found[f"_fixed_{p.name}"] = p.value
-        return found
+                known[f"_fixed_{p.name}"] = p.value
+        return known
 
-    def conditions(self) -> list[Condition]:
-        """What has to be so for the graph to apply, in the order in which it is asked."""
-        within = {p.name for p in self.parameters if p.within}
-        asked = [p for p in self.parameters if self.check_none or not p.traced]
-        return [*(one for p in asked for one in _conditions(p, within)), *self.extra]
+    def _argument_conditions(self) -> Iterator[str]:
+        """Yield what sends a call to the fallback, in the order in which it is asked."""
+        for p in self.parameters:
+            if p.variadic:
+                yield p.name
+            elif p.traced:
+                # A trace takes every "is not None" branch: a None has to go to the module's own forward.
+                if self.check_none:
+                    yield f"{p.name} is None"
+            elif p.value is None or isinstance(p.value, bool):
+                yield f"{p.name} is not {p.value!r}"
+            elif _literal(p.value):
+                yield f"type({p.name}) is not {type(p.value).__name__}"
+                yield f"{p.name} != {p.value!r}"
+            else:
+                yield f"{p.name} is not _fixed_{p.name}"
 
     def _declared(self) -> list[str]:
         declared, keyword_only = [], False
         for p in self.parameters:
-            if p.within:
-                continue
             if p.kind == inspect.Parameter.KEYWORD_ONLY and not keyword_only:
                 declared.append("*")
             keyword_only |= p.kind in (
@@ -362,10 +248,8 @@ class GuardedCodeGen(fx.graph.CodeGen):
         if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters):
             by_place.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
-        omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted and not p.within]
+        omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted]
         for p in self.parameters:
-            if p.within:
-                continue
             if p.omitted:
                 if omitted and p.kind != inspect.Parameter.VAR_POSITIONAL:
                     passed.append(f"**{_GIVEN}({', '.join(omitted)})")
@@ -388,28 +272,3 @@ def _default(p: Parameter) -> str:
     if p.omitted:
         return f"={_OMITTED}"
     return f"={p.default!r}" if _literal(p.default) else f"=_default_{p.name}"
-
-
-def _conditions(p: Parameter, within: set[str]) -> Iterator[Condition]:
-    if p.needs is not None:
-        yield p.needs
-    elif within and p.kind == inspect.Parameter.VAR_KEYWORD:
-        yield Condition(f"{p.name}.keys()", "==", f"{{{', '.join(map(repr, sorted(within)))}}}")
-    elif p.variadic:
-        yield _NothingMore(p.name, note=p.stars)
-    else:
-        # What **kwargs holds gets a name where it is looked at first.
-        bound = f"{p.within}[{p.name!r}]" if p.within else ""
-        if p.omitted:
-            yield Condition(p.name, "is", _OMITTED, bound)
-        elif p.traced:
-            # A trace takes every "is not None" branch: a None has to go to the module's own forward.
-            yield Condition(p.name, "is not", "None", bound)
-        elif p.value is None or isinstance(p.value, bool):
-            yield Condition(p.name, "is", repr(p.value), bound)
-        elif _literal(p.value):
-            named = f"({p.name} := {bound})" if bound else p.name
-            yield Condition(f"type({named})", "is", type(p.value).__name__)
-            yield Condition(p.name, "==", repr(p.value))
-        else:
-            yield Condition(p.name, "is", f"_fixed_{p.name}", bound)

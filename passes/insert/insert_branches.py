@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from lora_fx.ir import (
+    BASE_READ,
     META_KEY,
     Call,
     Capture,
@@ -41,10 +42,10 @@ from lora_fx.ir import (
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import DROPOUT, adapter_dtype, factor_names, is_sharded, weight_at
-from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.patterns import path_to_weight, pattern_of
 from lora_fx.runtime import ops, parts
 
-__all__ = ["Branch", "Insert", "See", "Writer", "observed"]
+__all__ = ["Branch", "Insert", "See", "Writer", "observed", "read_base"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Writer:
         with self._graph.inserting_before(self._next):
             node = self._graph.create_node(op, target, args, kwargs)
         node.meta[META_KEY] = self._tag(role)
+        node.meta[BASE_READ] = True
         self.made.append(node)
         return node
 
@@ -343,7 +345,7 @@ class Insert(Pass):
             if key not in known:
                 known[key] = self._edited(region, jobs)
             safe = region.falls_back(row.site for row, _ in work)
-            regions[name] = dataclasses.replace(region, graph=known[key], fallback=safe)
+            regions[name] = region.with_graph(known[key], fallback=safe)
         return PassResult(dataclasses.replace(capture, regions=regions), True)
 
     def _job(self, capture: Capture, region: Region, row: PlannedSite, index: int) -> _Job:
@@ -374,17 +376,50 @@ class Insert(Pass):
     def _edited(self, region: Region, jobs: tuple[_Job, ...]) -> fx.Graph:
         graph = copy_graph(region.graph)
         nodes = {node.name: node for node in graph.nodes}
-        edited = dataclasses.replace(region, graph=graph)
+        edited = region.with_graph(graph)
         items: dict[str, fx.Node] = {}
         for job in jobs:
             wiring = job.wiring
             base = nodes[wiring.call.output]
+            read_base(edited, base, wiring.site.weight)
             tag = functools.partial(_tag, job.part, self.adapter)
             build = Branch(graph, base, tag, wiring, items)
             low_rank, pattern = kind_of(wiring).low_rank, pattern_of(wiring.call)
             build.finish(pattern.branch(wiring.site, base, edited, build) if low_rank else None)
         graph.lint()
         return graph
+
+
+def read_base(region: Region, operation: fx.Node, weight: str) -> None:
+    """Have an operation read the base's weight: what else reads it gets the adapted one."""
+    graph = region.graph
+    paths = {value: path_to_weight(value, region) for value in operation.all_input_nodes}
+    paths = {value: path for value, path in paths.items() if path and path[-1].target == weight}
+    if not paths:
+        # It is read in a way that this does not follow: then every read in the graph is the base's.
+        for node in graph.nodes:
+            if node.op == "get_attr" and node.target == weight:
+                node.meta[BASE_READ] = True
+    for value, path in paths.items():
+        if BASE_READ in path[-1].meta:
+            continue
+        if all(len(node.users) == 1 for node in path):
+            path[-1].meta[BASE_READ] = True
+            continue
+        with graph.inserting_before(operation):
+            operation.replace_input_with(value, _copy_of(graph, path))
+        for node in path:
+            if not node.users:
+                graph.erase_node(node)
+
+
+def _copy_of(graph: fx.Graph, path: tuple[fx.Node, ...]) -> fx.Node:
+    """Copy the nodes of a path, of which the last reads the base's weight, and return the first one."""
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in reversed(path):
+        copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
+    copies[path[-1]].meta[BASE_READ] = True
+    return copies[path[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,7 +511,7 @@ def observed(capture: Capture, rows: Iterable[PlannedSite], see: See) -> Iterato
         for row, call in several:
             _show(graph, nodes[call.input], nodes[call.output], _observer(row, call, see))
         safe = region.falls_back(row.site for row, _ in several)
-        yield dataclasses.replace(region, graph=graph, fallback=safe)
+        yield region.with_graph(graph, fallback=safe)
 
 
 def _show(

@@ -68,7 +68,7 @@ class SelectRows(GraphPass):
         if not any(_adapter_of(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
-        work = _Work(dataclasses.replace(region, graph=graph), self.experts)
+        work = _Work(region.with_graph(graph), self.experts)
         tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
         # First, since dropout comes before the factors are read.
         for node, tag in tagged:

@@ -34,7 +34,7 @@ from lora_fx.ir import (
     tag_of,
 )
 from lora_fx.passes.graph import arguments, copy_graph, is_partitioned, partitioned_twin
-from lora_fx.passes.insert.insert_branches import Writer
+from lora_fx.passes.insert.insert_branches import Writer, read_base
 from lora_fx.passes.parameters import (
     adapter_dtype,
     add_tokens,
@@ -119,7 +119,7 @@ class TrainTokens(Pass):
                     continue
                 graph = copy_graph(region.graph)
                 safe = region.falls_back([row.site])
-                edited = dataclasses.replace(region, graph=graph, fallback=safe)
+                edited = region.with_graph(graph, fallback=safe)
                 for one in row.site.calls:
                     if one.region == call.region:
                         _Edit(capture, edited, row, one, self.adapter).apply()
@@ -149,6 +149,7 @@ class _Edit(Writer):
 
     def apply(self) -> None:
         """Writes it and replaces the base operation's output by it."""
+        read_base(self._region, self._base, self._names["weight"])
         result = self._lookup() if self._row.lookup else self._product()
         self.replace(self._base, result)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -27,17 +27,16 @@ from lora_fx.formats import LibraryLayers, formats, quantization_of
 from lora_fx.ir import Capture, Match, Matches, Pass, PassResult, Region, Rejection, Site, join
 from lora_fx.passes.graph import (
     UNINITIALIZED,
-    WANTS_CACHE,
     is_built_in,
     is_lazy,
     is_matrix,
     original_class,
     storage_of,
 )
-from lora_fx.passes.match.readers import Read, nameless, no_product, read_by_code, readers
-from lora_fx.passes.patterns import patterns, site_name
+from lora_fx.passes.match.readers import Read, nameless, no_product, readers
+from lora_fx.passes.patterns import path_to_weight, patterns, site_name
 
-__all__ = ["FindOperations", "match"]
+__all__ = ["FindOperations", "ask", "match"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,8 @@ def match(capture: Capture) -> Matches:
     read, one_of_several = readers(capture), nameless(capture)
     sites: dict[str, list[Site]] = {}
     for weight, several in found.items():
-        joined = one_of_several.get(weight) or _joined(several, read.pop(weight, ()))
+        mixed = [one for one in read.pop(weight, ()) if not _has_its_own(one, several, capture)]
+        joined = one_of_several.get(weight) or _joined(several, mixed)
         if isinstance(joined, Rejection):
             rejections[joined.name] = joined
         else:
@@ -70,7 +70,7 @@ def match(capture: Capture) -> Matches:
         unused = no_product(weight, reads)
         if unused is not None:
             rejections.setdefault(unused.name, unused)
-    _check_opaque(capture, sites, rejections)
+    rejections.update(_opaque(capture, rejections, sites))
     for weight, rejection in _unfit(capture.model):
         sites.pop(weight, None)
         rejections.pop(join(rejection.region, "parametrizations", weight.rpartition(".")[2]), None)
@@ -84,7 +84,7 @@ def _asked(capture: Capture) -> tuple[dict[str, list[Site]], dict[str, Rejection
     rejections: dict[str, Rejection] = {}
     for region in capture.regions.values():
         for node in region.graph.nodes:
-            seen = _ask(node, region)
+            seen = ask(node, region)
             if isinstance(seen, Site):
                 found[seen.weight].append(seen)
             elif isinstance(seen, Rejection):
@@ -92,26 +92,8 @@ def _asked(capture: Capture) -> tuple[dict[str, list[Site]], dict[str, Rejection
     return found, rejections
 
 
-def _check_opaque(
-    capture: Capture, sites: dict[str, list[Site]], rejections: dict[str, Rejection]
-) -> None:
-    """Takes out what modules without a graph do something with that no adapter would reach."""
-    whole = capture.frontend == "export"
-    read = read_by_code(capture)
-    for weight in sites.keys() & read.keys():
-        # The graph of the whole model has it right, and nothing else: no call may go past it. Nothing has
-        # right what that graph does not apply, because the example inputs did not come to it.
-        in_root = [site for site in map(_in_root, sites[weight]) if site.calls]
-        if whole and in_root and not _returns_cache(capture):
-            sites[weight] = in_root
-            continue
-        del sites[weight]
-        rejections[read[weight].name] = read[weight]
-    if not whole:
-        rejections.update(_opaque(capture, rejections))
-
-
-def _ask(node: fx.Node, region: Region) -> Match:
+def ask(node: fx.Node, region: Region) -> Match:
+    """Ask every pattern about a node."""
     for pattern in patterns():
         try:
             seen = pattern.match(node, region)
@@ -166,29 +148,39 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
     return ordered
 
 
+def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
+    """Whether a read of a weight gets it with its adapters, apart from the operations that have branches.
+
+    A graph has nodes of its own for it where those operations read the weight by views that are known.
+    """
+    if sites[0].quantized is not None:
+        return False
+    for call in (call for site in sites for call in site.calls if call.region == read.region):
+        region = capture.regions[call.region]
+        nodes = (node for node in region.graph.nodes if node.name == call.output)
+        if not any(
+            path_to_weight(value, region) for node in nodes for value in node.all_input_nodes
+        ):
+            return False
+    return True
+
+
 def _way(site: Site) -> tuple[object, ...]:
     """What applications of one weight have to agree in to share their factors."""
     return (site.family, site.layout, site.view, site.order, site.experts, site.groups)
 
 
-def _returns_cache(capture: Capture) -> bool:
-    """Whether calls that want a cache, as in ``generate()``, go past the graph of the whole model."""
-    codegen: Any = torch_private.codegen_of(capture.regions[""].graph)
-    return any(WANTS_CACHE in condition.test for condition in codegen.conditions())
-
-
-def _in_root(site: Site) -> Site:
-    return dataclasses.replace(site, calls=tuple(c for c in site.calls if not c.region))
-
-
-def _opaque(capture: Capture, known: dict[str, Rejection]) -> dict[str, Rejection]:
-    """Modules without a graph that hold a matrix of their own."""
+def _opaque(
+    capture: Capture, known: dict[str, Rejection], applied: Collection[str]
+) -> dict[str, Rejection]:
+    """Return the modules without a graph that hold a matrix of their own which nothing is seen to apply."""
     result = {}
     for fqn, reason in capture.opaque.items():
         module = capture.model.get_submodule(fqn)
         built_in = is_built_in(module)
-        own = any(is_matrix(p) for p in module._parameters.values())
-        if (own or built_in) and fqn not in known:
+        own = [join(fqn, name) for name, p in module._parameters.items() if is_matrix(p)]
+        reached = own and all(weight in applied for weight in own)
+        if (own or built_in) and fqn not in known and not reached:
             result[fqn] = Rejection(fqn, reason if built_in else f"no graph: {reason}", fqn)
     return result
 
@@ -239,9 +231,26 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
             reason = lacking or f"it is quantized ({named}): {_REMEDY}"
             yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
             continue
-        for name, reason in (*_tensors(module), *_parametrized(module), *_hooked(module)):
+        for name, reason in (
+            *_contained(module),
+            *_tensors(module),
+            *_parametrized(module),
+            *_hooked(module),
+        ):
             weight = join(fqn, name)
             yield weight, Rejection(site_name(weight), reason, fqn)
+
+
+def _contained(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield the own matrices of a list of layers, in which what holds an adapter would be a layer."""
+    holder = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    if holder and not isinstance(module, parametrize.ParametrizationList):
+        for name, parameter in module._parameters.items():
+            if is_matrix(parameter):
+                yield (
+                    name,
+                    "it belongs to a container of layers, in which its adapter would be a layer",
+                )
 
 
 def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:

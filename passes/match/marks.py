@@ -40,7 +40,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx import torch_private
-from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join, module_of
+from lora_fx.ir import Capture, Matches, Pass, PassResult, Region, Site, join
 from lora_fx.passes.graph import arguments, is_conv1d, is_lazy, original_class, target_of
 from lora_fx.passes.patterns import SPLIT, part_lengths, part_names, splits
 
@@ -70,6 +70,10 @@ _HEAD_NAMES = frozenset(
         "proj_out",
     }
 )
+
+
+_MAIN_OUTPUTS = ("logits", "last_hidden_state", "sample", "prediction_logits")
+"""What libraries call the part of an output that its head gives."""
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:
@@ -171,7 +175,10 @@ def _last_regions(capture: Capture) -> list[Region]:
     names = [name for name, _ in capture.model.named_children()]
     if base not in names:
         return []
-    return [capture.regions[name] for name in names if name != base and name in capture.regions]
+    beside = [name for name in names if name != base and name in capture.regions]
+    # A pooler comes before the layer that is called what a head is called.
+    named = [name for name in beside if name in _HEAD_NAMES]
+    return [capture.regions[name] for name in named or beside]
 
 
 def _descend(
@@ -181,9 +188,11 @@ def _descend(
     for node in _leaves(region.graph):
         current: fx.Node | str | None = node
         while isinstance(current, fx.Node):
-            weight = outputs.get((region.key, current.name))
+            weight = outputs.get((region.fqn, current.name))
             if weight is not None:
                 yield weight
+                break
+            if _is_beside(current):
                 break
             if current.op == "call_module":
                 child = join(region.fqn, str(current.target))
@@ -192,6 +201,16 @@ def _descend(
                         yield from _descend(capture, capture.regions[child], outputs, with_sites)
                     break
             current = above.get(current)
+
+
+def _is_beside(node: fx.Node) -> bool:
+    """Return True for a part of a module's output that is not its first: states and features."""
+    of_module = bool(node.args) and getattr(node.args[0], "op", "") == "call_module"
+    part = node.args[1] if of_module and len(node.args) > 1 else None
+    return node.target in (getattr, operator.getitem) and (
+        (isinstance(part, int) and part != 0)
+        or (isinstance(part, str) and part not in _MAIN_OUTPUTS)
+    )
 
 
 def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
@@ -445,7 +464,7 @@ class _Flow:
                 known = record or user.op in ("output", "call_module") or _name(user) in through
                 others |= set() if known else {_name(user)}
                 for reached in self._reached(region, node, user, through):
-                    place = (reached[0].key, reached[1])
+                    place = (reached[0].fqn, reached[1])
                     if place not in seen:
                         seen.add(place)
                         pending.append(reached)
@@ -602,7 +621,7 @@ def _callers(capture: Capture) -> dict[int, list[fx.Node]]:
     for fqn, graph in {**capture.begun, **graphs}.items():
         for node in graph.nodes:
             if node.op == "call_module":
-                module = modules.get(join(module_of(fqn), str(node.target)))
+                module = modules.get(join(fqn, str(node.target)))
                 found[id(module)].append(node)
     return found
 

@@ -6,7 +6,6 @@ from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.dense import KEPT_IN_FP32, stripped
 from lora_fx.passes.merge.fold import delta_weight
 from lora_fx.passes.merge.merging import MergeReport, merge
-from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.rounding import OutputError, rounded, ulp
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "delta_weight",
     "merge",
     "merging",
-    "named_elsewhere",
     "rounded",
     "stripped",
     "ulp",

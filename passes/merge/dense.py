@@ -26,10 +26,9 @@ from lora_fx.formats import (
     is_format_hook,
     quantization_of,
 )
-from lora_fx.ir import Layout, Quantization, Record, Site, module_of
+from lora_fx.ir import Layout, Quantization, Record, Site
 from lora_fx.passes.graph import (
     CONSTANT,
-    copy_without_trainers,
     install,
     is_lazy,
     kept_graph,
@@ -48,6 +47,7 @@ from lora_fx.passes.parameters import (
     unprotect,
     with_part,
 )
+from lora_fx.passes.trainers import copy_without_trainers
 from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
@@ -367,11 +367,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     mark_adapted(result, adapted=False)
     base = record.base
     install(
-        (
-            base.region(key, kept[module_of(key)], record.frontend)
-            for key in base.graphs
-            if module_of(key) in kept
-        ),
+        (base.region(key, kept[key], record.frontend) for key in base.graphs if key in kept),
         kept=True,
     )
     return result

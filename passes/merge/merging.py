@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lora_fx import torch_private
-from lora_fx.errors import MergeError, QuantizationError, some
+from lora_fx.errors import MergeError, QuantizationError
 from lora_fx.formats import dense, format_of, quantization_of, requantized
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
 from lora_fx.kinds import kind_of
@@ -60,7 +60,6 @@ from lora_fx.passes.merge.fold import (
     tied_tokens,
     token_weights,
 )
-from lora_fx.passes.merge.named_weights import named_elsewhere
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
 from lora_fx.passes.parameters import (
     changed_buffers,
@@ -77,7 +76,7 @@ from lora_fx.passes.parameters import (
     whole_shape,
 )
 from lora_fx.progress import Progress, show_progress
-from lora_fx.runtime import called_by_all, check_equal, watch
+from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
     "MergeReport",
@@ -450,17 +449,6 @@ def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: boo
             )
 
 
-def _check_not_computed(model: nn.Module, weights: set[str]) -> None:
-    """Refuse what code of the model has computed from adapted weights: it holds nothing of their adapters."""
-    for name, sources in watch.computed_from_adapted(model).items():
-        adapted = sorted(sources & weights)
-        if adapted and name not in weights:
-            raise MergeError(
-                f"{name} was computed from {some(adapted)} since the rewrite, without the adapter: a merge "
-                "would not put it in there. Merge the model as it was before, and do that to the result"
-            )
-
-
 def merge(
     model: nn.Module,
     *,
@@ -517,7 +505,6 @@ def merge(
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
     _check_stored(model, (*rows, *tokens), requantize=requantize)
-    _check_not_computed(model, {*rows, *tokens})
     result = stripped(model, record) if into is None else into
     before, stored = (
         list(result.named_parameters(remove_duplicate=False)),
@@ -538,7 +525,6 @@ def merge(
     }
     changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
     over = frozenset() if into is None else _written_over(into, full)
-    _check_named(result, record, (*changes, *biases, *full), over)
     layouts = layouts_of(record.base.matches.sites)
     again = {name: result.get_parameter(name) for name in stored if requantize}
     dtypes = {name: found.dtype for name, found in stored.items()}
@@ -634,31 +620,6 @@ def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> froze
     """Parameters of a model that are written over. What was trained as one is one again, and new."""
     ends = Counter(map(id, trained.values()))
     return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
-
-
-def _check_named(
-    result: nn.Module, record: Record, names: Sequence[str], over: frozenset[str]
-) -> None:
-    """Refuses a merge of weights that the model's code also finds elsewhere: those stay as they were.
-
-    Raises:
-        MergeError: If there are any.
-    """
-    storages: dict[int, str] = {}
-    for name in names:
-        if name not in over:
-            for tensor in (parameter_of(result, name), record.originals.get(name)):
-                if tensor is not None:
-                    storages.setdefault(storage_of(tensor), name)
-    found = named_elsewhere(result, storages)
-    if found is not None:
-        path, name = found
-        raise MergeError(
-            f"{name}: the code of the model also gets to it by {path}, where it is that of the model that "
-            "was rewritten, and would stay as it was before the merge. Keep the layer in an attribute of the "
-            "module that uses it, merge into the model that was rewritten (into=model), or name "
-            f"{name.rpartition('.')[0]!r} in exclude_modules"
-        )
 
 
 def _check_not_units(into: nn.Module) -> None:

@@ -56,10 +56,10 @@ class ChunkLoss(Pass):
         for key, heads in found.items():
             region = regions[key]
             graph = copy_graph(region.graph)
-            edited = [_edit(dataclasses.replace(region, graph=graph), *one) for one in heads]
+            edited = [_edit(region.with_graph(graph), *one) for one in heads]
             if any(edited):
                 graph.lint()
-                regions[key] = dataclasses.replace(region, graph=graph)
+                regions[key] = region.with_graph(graph)
         return PassResult.of(capture, regions=regions)
 
 

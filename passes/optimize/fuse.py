@@ -137,7 +137,7 @@ class Fuse(GraphPass):
         if not any(_offer(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
-        copied = dataclasses.replace(region, graph=graph)
+        copied = region.with_graph(graph)
         nodes = {node.name: node for node in graph.nodes}
         # One after the other, as values flow: what one operation gives may be what the next one reads.
         fused = [_fuse(node, copied, nodes, self.memory) for node in nodes.values() if _offer(node)]
@@ -341,7 +341,7 @@ class FuseRows(GraphPass):
         if not _joints(region):
             return None
         graph = copy_graph(region.graph)
-        copied = dataclasses.replace(region, graph=graph)
+        copied = region.with_graph(graph)
         nodes = {node.name: node for node in graph.nodes}
         for joint in _joints(copied):
             _fuse_joint(joint, copied, nodes)

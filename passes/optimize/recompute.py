@@ -28,7 +28,6 @@ from lora_fx.ir import (
     Region,
     Role,
     join,
-    module_of,
     role_of,
     tag_of,
 )
@@ -153,9 +152,7 @@ class _Finder:
     def __init__(self, capture: Capture) -> None:
         self._capture = capture
         self._graphs = Graphs()
-        self._forms: dict[str, list[Region]] = {}
-        for region in capture.regions.values():
-            self._forms.setdefault(region.fqn, []).append(region)
+        self._regions = capture.regions
         self._quiet: dict[int, bool] = {}
 
     def graph_of(self, module: nn.Module) -> fx.Graph | None:
@@ -173,10 +170,10 @@ class _Finder:
         own = object.__new__(cls)
         own.__dict__.update(vars(module))
         try:
-            forms = self._graphs.of(own)
+            graph, doubt = self._graphs.of(own)
         except Untraceable:
             return None
-        return forms[""] if len(forms) == 1 else None
+        return None if doubt else graph
 
     def activation(self, region: Region, node: fx.Node) -> _Module | None:
         """What a ``call_module`` node calls, if it is a chain, without parameters and as a whole.
@@ -186,7 +183,7 @@ class _Finder:
         if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
         module = region.submodule(node)
-        if module is None or join(region.fqn, str(node.target)) in self._forms:
+        if module is None or join(region.fqn, str(node.target)) in self._regions:
             return None
         if any(one is not None for one in module._parameters.values()):
             return None
@@ -199,7 +196,10 @@ class _Finder:
             return None
         if not isinstance(code, GuardedCodeGen) or code.extra or len(found.leaves) != 1:
             return None
-        called = recompute.Called(original_class(module), Unchanged(code.reads))
+        cls = original_class(module)
+        if any(read.kind == "method" for read in code.reads):
+            return None
+        called = recompute.Called(cls, Unchanged(cls, code.reads))
         return _Module(called, graph, found.saves)
 
     def find(self, region: Region) -> Iterator[_Found]:
@@ -299,8 +299,8 @@ class _Finder:
             return not may_write(node)
         if self.activation(region, node) is not None:
             return True
-        forms = self._forms.get(join(region.fqn, str(node.target)), ())
-        return bool(forms) and all(self._runs_quietly(form) for form in forms)
+        called = self._regions.get(join(region.fqn, str(node.target)))
+        return called is not None and self._runs_quietly(called)
 
     def _runs_quietly(self, region: Region) -> bool:
         key = id(region.graph)
@@ -345,17 +345,16 @@ class Recompute(Pass):
             graph, inside = known[place]
             called.update(join(region.fqn, name) for name in inside)
             if graph is not None:
-                regions[key] = dataclasses.replace(region, graph=graph)
-        has_graph = {module_of(key) for key in regions}
+                regions[key] = region.with_graph(graph)
         edited: dict[int, fx.Graph | None] = {}
         for fqn, module in capture.model.named_modules():
-            if fqn in has_graph or fqn in called or (own := finder.graph_of(module)) is None:
+            if fqn in capture.regions or fqn in called or (own := finder.graph_of(module)) is None:
                 continue
             region = Region(fqn, module, own)
             if id(own) not in edited:
                 edited[id(own)] = _edited(finder, region)[0]
             if (made := edited[id(own)]) is not None:
-                regions[fqn] = dataclasses.replace(region, graph=made)
+                regions[fqn] = region.with_graph(made)
         return PassResult.of(capture, regions=regions)
 
 
@@ -371,7 +370,7 @@ def _edited(finder: _Finder, region: Region) -> tuple[fx.Graph | None, tuple[str
         return None, known
     graph = copy_graph(region.graph)
     inside = list(known)
-    for found in list(finder.find(dataclasses.replace(region, graph=graph))):
+    for found in list(finder.find(region.with_graph(graph))):
         inside += [str(one.target) for one in found.nodes if one.op == "call_module"]
         _replace(graph, found, finder, region)
     graph.lint()

@@ -29,7 +29,6 @@ from lora_fx.passes.graph import (
     is_lazy,
     is_owned,
     is_partitioned,
-    is_region,
     original_class,
     own_partition,
     storage_of,
@@ -155,7 +154,7 @@ def _replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
     if not any(is_guarded(parameter) for parameter in _distinct(model)):
         return  # it is a copy, in which nothing tells what is new
     for fqn, module in base_modules(model):
-        if fqn in record.base.graphs and not is_region(module):
+        if fqn in record.base.graphs and not any(_load_hooks(module)):
             held = [p for p in module.parameters() if type(p) is nn.Parameter]
             if held and not any(is_guarded(p) or p.is_meta for p in held):
                 yield fqn
@@ -406,7 +405,7 @@ def _found(modules: dict[str, nn.Module], fqn: str) -> str:
     module = modules.get(fqn)
     if module is None:
         return f" (there is no module {fqn})"
-    if is_region(module):
+    if any(_load_hooks(module)):
         return ""  # it is the module that was rewritten, without its factors
     cls = original_class(module)
     return f" ({fqn or 'the model'} is a {cls.__module__}.{cls.__qualname__} now)"

@@ -19,7 +19,14 @@ from lora_fx.passes.patterns.linear import (
     product_of,
 )
 from lora_fx.passes.patterns.sites import itemised, make_site, part_names, site_name
-from lora_fx.passes.patterns.weights import SPLIT, constant_of, part_lengths, splits, weight_of
+from lora_fx.passes.patterns.weights import (
+    SPLIT,
+    constant_of,
+    part_lengths,
+    path_to_weight,
+    splits,
+    weight_of,
+)
 
 __all__ = [
     "ARGUMENTS",
@@ -33,6 +40,7 @@ __all__ = [
     "make_site",
     "part_lengths",
     "part_names",
+    "path_to_weight",
     "pattern_of",
     "patterns",
     "product_of",

@@ -84,7 +84,7 @@ def make_site(
     name, rows = join(region.fqn, str(view.source.target)), view.rows
     added = _bias_parameter(bias, view.rows, region)
     call = Call(
-        region=region.key,
+        region=region.fqn,
         input=x.name,
         output=output.name,
         pattern=pattern,

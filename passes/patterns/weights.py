@@ -19,7 +19,15 @@ from lora_fx import torch_private
 from lora_fx.ir import Region
 from lora_fx.passes.graph import arguments, known_arguments, target_of
 
-__all__ = ["SPLIT", "WeightView", "constant_of", "part_lengths", "splits", "weight_of"]
+__all__ = [
+    "SPLIT",
+    "WeightView",
+    "constant_of",
+    "part_lengths",
+    "path_to_weight",
+    "splits",
+    "weight_of",
+]
 
 _aten = torch.ops.aten
 # What cuts a tensor into a number of parts; the other splits say how long each is.
@@ -95,6 +103,19 @@ def weight_of(node: object, region: Region) -> WeightView | None:
         return None
     inner = weight_of(first, region)
     return None if inner is None else step(node, inner)
+
+
+def path_to_weight(value: fx.Node, region: Region) -> tuple[fx.Node, ...]:
+    """Return the nodes from a view of a weight to the one that reads it; none for any other value."""
+    view = weight_of(value, region)
+    if view is None:
+        return ()
+    path = [value]
+    while path[-1] is not view.source:
+        below = arguments(path[-1], "input|self")["input"]
+        assert isinstance(below, fx.Node)
+        path.append(below)
+    return tuple(path)
 
 
 def splits(node: fx.Node) -> bool:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 __all__ = ["FEATURES", "OFF"]
 
+_OTHER_CLASS = (
+    "an adapted layer is of another class, as with PEFT: isinstance holds, type(layer) is not"
+)
+
 FEATURES: dict[str, str] = {
     "input/token ids": "",
     "move/layer": "",
@@ -446,14 +450,14 @@ FEATURES: dict[str, str] = {
     "reader/count of parameters": "by definition: the factors are among the parameters, and counted",
     "reader/children": "",
     "reader/modules": "by definition: an adapter is a module, and among those that are counted",
-    "reader/class of a layer": "",
-    "reader/class of a layer, among others": "",
-    "reader/class of a layer, looked up": "",
-    "reader/class of two layers": "",
+    "reader/class of a layer": _OTHER_CLASS,
+    "reader/class of a layer, among others": _OTHER_CLASS,
+    "reader/class of a layer, looked up": _OTHER_CLASS,
+    "reader/class of two layers": _OTHER_CLASS,
     "reader/forward of the class": "",
     "reader/forward": "",
     "reader/functional_call": "",
-    "reader/functional_call, other weights": "",
+    "reader/functional_call, other weights": "adapters are added to weights that have them already",
     "reader/deepcopy of the weight": "",
     "reader/data": "",
     "reader/einsum": "",
@@ -473,7 +477,7 @@ FEATURES: dict[str, str] = {
     "caller/a bound method": "",
     "caller/an object": "",
     "caller/an object that calls": "",
-    "caller/a registry": "",
+    "caller/a registry": "the list holds a layer of the original, without adapters, as in PEFT",
     "caller/a child that is handed it": "",
     "caller/a child that reads it": "",
     "caller/a child that hides it": "",
@@ -576,7 +580,7 @@ FEATURES: dict[str, str] = {
     "argument/keyword only": "",
     "decorator/wraps": "",
     "decorator/no wraps": "",
-    "decorator/looks at len(args)": "",
+    "decorator/looks at len(args)": "a graph hands on the arguments that it knows, by name",
     "decorator/looks at kwargs": "",
     "decorator/counts": "",
     "decorator/no_grad off": "",

@@ -1,4 +1,4 @@
-"""A change of what a forward has read is seen under every front-end: each place of the grammar."""
+"""What a forward reads may change, and what it leaves behind stays: each place of the grammar."""
 
 from __future__ import annotations
 
@@ -38,19 +38,30 @@ def _program(place: str, use: str, frontend: str, product: bool) -> Program:
     )
 
 
+# DEFECT: a graph notices no change of classes, functions, defaults and the environment.
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
 @pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
 @pytest.mark.parametrize("place", sorted(PLACES))
-def test_a_change_is_seen(place: str, frontend: str, product: bool) -> None:
+def test_see_a_change(place: str, frontend: str, product: bool) -> None:
     for use in ("times", "if") if PLACES[place].number else _USES:
         program = _program(place, use, frontend, product)
         outcome = judge(program)
-        assert outcome.kind in ("equal", "refused"), f"{outcome}\n{program}"
-        if frontend == "regions" and not product:
-            # A layer of its own goes on with its adapter, whatever the code around it does.
-            assert outcome.kind == "equal" or "cannot be copied" in outcome.detail, (
-                f"{outcome}\n{program}"
-            )
+        refused = outcome.kind == "refused" and any(
+            reason in outcome.detail for reason in _reasons(frontend, product)
+        )
+        assert outcome.kind == "equal" or refused, f"{outcome}\n{program}"
+
+
+def _reasons(frontend: str, product: bool) -> list[str]:
+    """Why a model may be refused: never because of what its forward reads."""
+    reasons = ["cannot be copied"]
+    if frontend == "symbolic":
+        reasons.append("does not trace symbolically")
+    if frontend == "export":
+        reasons.append("torch.export fails")
+    if frontend == "regions" and product:
+        reasons.append("selects no operation")
+    return reasons
 
 
 def _outputs(module: ModuleType, frontend: str) -> list[torch.Tensor]:
@@ -70,10 +81,11 @@ def _outputs(module: ModuleType, frontend: str) -> list[torch.Tensor]:
         return [model(x) for _ in range(3)]
 
 
+# DEFECT: a trace runs the code once, and what that changes outside of the model stays changed.
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
 @pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
 @pytest.mark.parametrize("state", sorted(AROUND))
-def test_what_a_call_leaves_behind_is_left_behind(
+def test_leave_behind_what_a_call_leaves(
     state: str, frontend: str, product: bool, tmp_path: Path
 ) -> None:
     source = Source(Seeded("0"))
@@ -87,7 +99,8 @@ def test_what_a_call_leaves_behind_is_left_behind(
         try:
             found = _outputs(module, frontend)
         except lora_fx.LoraFxError:
-            assert frontend != "regions" or product
+            # With example inputs the model runs, and what is outside of it goes on.
+            assert frontend == "export"
             return
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)

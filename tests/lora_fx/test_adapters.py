@@ -527,13 +527,16 @@ def test_merging_with_nothing_active_says_so() -> None:
         lora_fx.merge(model)
 
 
-def test_a_graph_that_was_taken_off_takes_no_adapter() -> None:
-    base = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+def test_a_layer_that_replaced_another_takes_an_adapter() -> None:
+    base, x = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), torch.randn(2, 3)
     model = lora_fx.rewrite(base, LoraConfig(target_modules=["0"]))
-    model[2] = nn.Linear(3, 3)
-    with pytest.raises(CaptureError, match="2: the graph of 2 has been taken off"):
-        lora_fx.add_adapter(model, LoraConfig(target_modules=["2"]), "x")
-    lora_fx.add_adapter(model, LoraConfig(target_modules=["0"]), "x")
+    model[2] = layer = nn.Linear(3, 3)
+    before = model(x)
+    lora_fx.add_adapter(model, LoraConfig(r=2, target_modules=["2"], init_lora_weights=False), "x")
+    lora_fx.set_adapter(model, ["default", "x"])
+    assert model[2] is layer
+    assert_close(model(x), lora_fx.merge(model)(x))
+    assert not torch.allclose(model(x), before)
 
 
 def test_golden_two_branches() -> None:

@@ -894,7 +894,7 @@ class Opaque(nn.Module):
         self.head = nn.Linear(4, 2)
 
     def forward(self, x):
-        return self.head(x @ self.kernel if isinstance(x, torch.Tensor) else x)
+        return self.head(x @ self.kernel if int(x.shape[-1]) == 4 else x)
 
 
 @pytest.mark.parametrize("frontend", ["auto", "export"])

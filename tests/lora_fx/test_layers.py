@@ -46,6 +46,8 @@ LAYERS = (
     "lora_fx.passes.plan",
     "lora_fx.passes.insert",
     "lora_fx.passes.optimize",
+    "lora_fx.passes.effective",
+    "lora_fx.passes.trainers",
     "lora_fx.passes.merge",
     "lora_fx.passes.quantize",
     "lora_fx.passes.oracle",

@@ -15,7 +15,8 @@ import lora_fx
 from lora_fx.errors import CaptureError, ConfigError, MergeError
 from lora_fx.passes import oracle
 from lora_fx.runtime import watch
-from tests.numerics import assert_same_bits
+from tests.algebra import randomize
+from tests.numerics import assert_close, assert_same_bits
 
 CONFIG = lora_fx.LoraConfig(r=2, target_modules=["fc", "out"])
 
@@ -203,11 +204,44 @@ def weight_of(layer):
     return layer.weight
 
 
-class Raw(Model):
+class Reads(Model):
+    """Reads the weight of its layer, which has its adapters."""
+
     def forward(self, x):
         if x.sum() > 1e9:
             return x
         return self.out(F.linear(x, weight_of(self.fc)))
+
+
+def test_code_that_reads_a_weight_computes_with_its_adapters(x):
+    base = build(Reads)
+    model = lora_fx.rewrite(base, CONFIG, x)
+    report = lora_fx.check(model, x)
+    assert report.error <= report.tolerance
+    assert (report.not_run, report.no_gradient, report.no_effect) == ((), (), ())
+    randomize(model)
+    weights = {
+        row.site.weight: base.get_parameter(row.site.weight)
+        + row.scale * product_of(model, row.name)
+        for row in model._lora_fx.adapters["default"].sites
+    }
+    exact = torch.func.functional_call(base, weights, (x,))
+    assert_close(model(x), exact)
+    assert not torch.allclose(exact, base(x))
+
+
+def product_of(model: nn.Module, fqn: str) -> torch.Tensor:
+    layer = model.get_submodule(fqn)
+    return layer.lora_B.default @ layer.lora_A.default
+
+
+class Raw(Model):
+    """Reads the weight past the attribute of its layer, without its adapters."""
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return x
+        return self.out(F.linear(x, dict(self.named_parameters())["fc.weight"]))
 
 
 def test_rewrite_with_inputs_checks_at_once(x):
@@ -218,7 +252,7 @@ def test_rewrite_with_inputs_checks_at_once(x):
 
 
 class Stale(Model):
-    """Reads a table that its own train() computes, which the dense model computes of the dense weight."""
+    """Reads a table that its own train() makes of the weight without adapters, past PyTorch's operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +260,7 @@ class Stale(Model):
 
     def train(self, mode=True):
         super().train(mode)
-        self.table = self.fc.weight.detach().numpy().copy()
+        self.table = self.fc.get_parameter("weight").detach().numpy().copy()
         return self
 
     def forward(self, x):

@@ -666,36 +666,3 @@ def test_any_shape_layout_and_bias(
     grads = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert grads
     assert all(g is not None for g in grads)
-
-
-_REGISTRY: list[nn.Module] = []
-
-
-class Registered(nn.Module):
-    """Calls its layer by way of a global list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.up, self.head = (nn.Linear(64, 64) for _ in range(3))
-        self.place = len(_REGISTRY)
-        _REGISTRY.append(self.fc)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.up(_REGISTRY[self.place](x)))
-
-
-@pytest.mark.parametrize("format_name", ["int8", "nf4"])
-def test_a_layer_that_code_finds_elsewhere_is_not_quantized_in_the_model_alone(
-    format_name: Any,
-) -> None:
-    model = Registered()
-    try:
-        with pytest.raises(
-            QuantizationError, match=r"fc\.weight: the code .* gets to it by .*_REGIS"
-        ):
-            lora_fx.quantize(model, format_name)
-        kept = lora_fx.quantize(model, format_name, exclude=["fc"])
-        assert quantization_of(kept.fc.weight) is None
-        assert quantization_of(kept.up.weight) is not None
-    finally:
-        _REGISTRY.clear()

@@ -234,6 +234,10 @@ def attributes() -> Iterator[str]:
             yield node.value
 
 
+class _OfASubclass(Tensor):
+    """Parameters of it are told by an attribute."""
+
+
 def holders() -> list[Any]:
     """Objects that have them; a module of torch has what its source spells."""
     graph = fx.Graph()
@@ -241,6 +245,7 @@ def holders() -> list[Any]:
     return [
         nn.Module(),
         Tensor,
+        nn.Parameter(torch.ones(2).as_subclass(_OfASubclass)),
         graph,
         graph.placeholder("x"),
         torch.ops.aten.add.Tensor,
@@ -283,27 +288,3 @@ def test_objects_of_this_torch_have(name: str) -> None:
         f"no object of torch {torch.__version__} has {name!r} any more; if it is new in "
         "torch_private.py, add an object that has it to holders()"
     )
-
-
-# --- what takes some code -----------------------------------------------------------------------
-
-
-class Plain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * 2
-
-
-class Own(Plain):
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        return super().apply(*args)
-
-
-def test_apply_is_known() -> None:
-    from lora_fx import torch_private
-
-    assert torch_private.is_apply(Plain.apply)
-    assert not torch_private.is_apply(Own.apply)
-    assert not torch_private.is_apply(nn.Module().apply)
-    assert not torch_private.is_apply(torch.relu)

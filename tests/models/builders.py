@@ -1,7 +1,7 @@
 """Modules that a symbolic trace gets wrong, or would, if nobody looked.
 
 Every hazard takes one tensor [batch, 4] and holds a linear layer, so that a capture has something to
-look at. `HAZARDS` are those that cannot be a graph, with what the refusal has to say.
+look at. `HAZARDS` are those whose graph must not run, with what the trace has to say.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def module(forward: Forward) -> type[Base]:
 
 
 def hazard(reason: str) -> Callable[[Forward], type[Base]]:
-    """Cannot be a graph; the refusal says `reason` (a regular expression)."""
+    """No graph of it may run; the trace says `reason` (a regular expression)."""
 
     def register(forward: Forward) -> type[Base]:
         HAZARDS[forward.__name__] = (module(forward), reason)
@@ -103,7 +103,7 @@ def asks_isinstance(self, x):
     return y if isinstance(y, torch.Tensor) else y[0]
 
 
-@hazard("isinstance")
+@hazard("is_tensor|isinstance")
 def asks_is_tensor(self, x):
     return self.fc(x) if torch.is_tensor(x) else x
 
@@ -123,7 +123,7 @@ def asks_whether_parameter(self, x):
     return x if isinstance(x, nn.Parameter) else self.fc(x)
 
 
-@hazard("isinstance")
+@hazard("isinstance|__class__")
 def asks_class_attribute(self, x):
     return self.fc(x) if x.__class__ is torch.Tensor else x
 
@@ -163,7 +163,7 @@ def branches_on_a_buffer(self, x):
     return self.fc(x) if self.scale.sum() > 0 else self.other(x)
 
 
-@hazard("catches exceptions")
+@hazard("branches on a value")
 def branches_inside_try(self, x):
     try:
         flag = bool(x.sum() > 0)
@@ -172,7 +172,7 @@ def branches_inside_try(self, x):
     return self.fc(x) if flag else self.other(x)
 
 
-@hazard("catches exceptions")
+@hazard("isinstance")
 def asks_inside_try(self, x):
     try:
         known = isinstance(x, torch.Tensor)
@@ -196,24 +196,24 @@ def sorts(self, x):
     return self.fc(max(x, x + 1, key=lambda v: v.sum()))
 
 
-@hazard("type or the identity")
+@hazard("copies a traced value")
 def copies(self, x):
     y = copy.copy(x)
     y.add_(1)
     return self.fc(x)
 
 
-@hazard("type or the identity of a traced value")
+@hazard(r"\btype\b")
 def asks_type(self, x):
     return self.fc(x) if type(x) is torch.Tensor else x
 
 
-@hazard("type or the identity of a traced value")
+@hazard(r"\btype\b")
 def asks_type_in(self, x):
     return self.fc(x[0]) if type(x) in (list, tuple) else self.fc(x)
 
 
-@hazard("type or the identity of a traced value")
+@hazard("identity")
 def asks_identity(self, x):
     y = x.view(-1, 4)
     return self.fc(x) if x is y else self.other(y)
@@ -238,7 +238,7 @@ def keeps_the_answer_to_none(self, x):
     return self.other(first) if empty else self.fc(first)
 
 
-@hazard("matches the structure")
+@faithful
 def matches_a_structure(self, x):
     y = self.fc(x)
     match y:
@@ -254,7 +254,7 @@ def enters_a_context(self, x):
         return self.fc(F.scaled_dot_product_attention(x, x, x))
 
 
-@hazard(r"attribute of a module \(mode\)")
+@hazard("writes to fc.mode, an attribute of a module")
 def writes_and_writes_back(self, x):
     self.fc.mode = "loud"
     y = self.fc(x)
@@ -262,7 +262,7 @@ def writes_and_writes_back(self, x):
     return y
 
 
-@hazard("writes to COUNT")
+@hazard("reads COUNT, a global")
 def counts_globally(self, x):
     global COUNT  # noqa: PLW0603  what is refused
     COUNT += 1
@@ -282,25 +282,25 @@ def branches_on_a_childs_training(self, x):
     return self.fc(x) if self.drop.training else self.other(x)
 
 
-@hazard("train\\(\\) or eval\\(\\)")
+@hazard("writes to drop.training")
 def switches_a_child_to_eval(self, x):
     self.drop.eval()
     return self.fc(self.drop(x))
 
 
-@hazard("gradients on or off")
+@hazard("no_grad")
 def without_gradients(self, x):
     with torch.no_grad():
         y = self.other(x)
     return self.fc(y)
 
 
-@hazard("gradients on or off")
+@hazard("switches gradients or autocast")
 def without_gradients_by_decorator(self, x):
     return self.fc(_frozen_double(x))
 
 
-@hazard("gradients on or off")
+@hazard("set_grad_enabled")
 def switches_gradients_by_call(self, x):
     torch.set_grad_enabled(True)
     return self.fc(x)
@@ -317,7 +317,7 @@ def autocast_by_decorator(self, x):
     return self.fc(_in_full_precision(x))
 
 
-@hazard("grad mode")
+@hazard("is_grad_enabled")
 def asks_the_grad_mode(self, x):
     return self.fc(x) if torch.is_grad_enabled() else self.other(x)
 
@@ -340,22 +340,22 @@ def makes_a_tensor(self, x):
     return self.fc(x) + torch.zeros(4)
 
 
-@hazard("computes without its input|number")
+@hazard(r"computes without its input \(arange\)")
 def makes_a_tensor_by_size(self, x):
     return self.fc(x) + torch.arange(4)
 
 
-@hazard("computes without its input")
+@hazard("reads plain, a tensor that is no state")
 def computes_with_a_plain_tensor(self, x):
     return self.fc(x) * (self.plain * 2)
 
 
-@hazard("computes without its input")
+@hazard("reads plain, a tensor that is no state")
 def reads_the_value_of_a_plain_tensor(self, x):
     return self.fc(x) * float(self.plain[0])
 
 
-@hazard("does not depend on its input")
+@hazard("reads GLOBAL, a global")
 def uses_a_global_tensor(self, x):
     return self.fc(x) + GLOBAL
 
@@ -378,31 +378,31 @@ def draws_from_torch(self, x):
 # --- side effects ----------------------------------------------------------------------------------
 
 
-@hazard("writes to .*steps")
+@hazard("writes to steps, an attribute of a module")
 def counts_calls(self, x):
     self.steps += 1
     return self.fc(x)
 
 
-@hazard("writes to self")
+@hazard("writes to last, an attribute of a module")
 def keeps_a_result(self, x):
     self.last = self.fc(x)
     return self.last
 
 
-@hazard("writes to self")
+@hazard("writes to fc.last, an attribute of a module")
 def keeps_a_result_on_a_child(self, x):
     self.fc.last = x
     return self.fc(x)
 
 
-@hazard("writes to self")
+@hazard("writes to scale, an attribute of a module")
 def rebinds_a_buffer(self, x):
     self.scale = self.scale + 1
     return self.fc(x) * self.scale
 
 
-@hazard("changes what is in self.cache|keeps a traced value")
+@hazard("cache")
 def appends_to_its_list(self, x):
     self.cache.append(self.fc(x))
     return self.cache[-1]
@@ -420,7 +420,7 @@ def fills_its_table(self, x):
     return self.fc(x)
 
 
-@hazard("keeps a traced value")
+@hazard("reads SEEN, a global")
 def appends_to_a_global_list(self, x):
     SEEN.append(self.fc(x))
     return SEEN[-1]
@@ -432,7 +432,7 @@ def mutable_default(self, x, seen=[]):  # noqa: B006  the hazard itself
     return self.fc(x)
 
 
-@hazard("looks at what _modules of a module holds")
+@hazard("looks into _modules of a module")
 def makes_a_layer_on_the_way(self, x):
     if "late" not in self._modules:
         self.late = nn.ReLU()
@@ -442,12 +442,12 @@ def makes_a_layer_on_the_way(self, x):
 # --- things that a graph does not rebuild -------------------------------------------------------
 
 
-@hazard("OrderedDict would become a plain dict")
+@hazard("OrderedDict would become a plain one")
 def returns_an_ordered_dict(self, x):
     return OrderedDict(out=self.fc(x))
 
 
-@hazard("Rows would become a plain list")
+@hazard("Rows would become a plain one")
 def returns_a_list_of_its_own(self, x):
     return Rows([self.fc(x)])
 
@@ -457,7 +457,7 @@ def returns_a_set(self, x):
     return {self.fc(x)}
 
 
-@hazard("module is not installed as a submodule")
+@hazard("reads hidden, a list")
 def calls_a_module_in_a_list(self, x):
     return self.fc(self.hidden[0](x))
 
@@ -499,7 +499,7 @@ def _in_full_precision(x):
     return x * 2
 
 
-# --- forms that look dangerous and are not ----------------------------------------------------------
+# --- forms that look dangerous, and are not ---------------------------------------------------------
 
 
 @faithful
@@ -552,7 +552,7 @@ def drops_by_the_mode_of_a_child(self, x):
     return F.dropout(self.fc(x), 0.5, training=self.drop.training)
 
 
-@faithful
+@hazard("reads plain, a tensor that is no state")
 def reads_a_plain_tensor(self, x):
     return self.fc(x) * self.plain
 
@@ -567,7 +567,7 @@ def casts_to_the_dtype_of_a_weight(self, x):
     return self.fc(x.to(self.fc.weight.dtype))
 
 
-@faithful
+@hazard(r"computes without its input \(dtype\)")
 def casts_to_the_dtype_of_the_first_parameter(self, x):
     return self.fc(x.to(next(self.parameters()).dtype))
 
@@ -578,12 +578,12 @@ def unpacks_the_shape(self, x):
     return self.fc(x).reshape(columns, rows).T.reshape(rows, columns)
 
 
-@faithful
+@hazard("looks whether there is extra")
 def asks_for_a_layer(self, x):
     return self.fc(x) if getattr(self, "extra", None) is None else self.extra(x)
 
 
-@faithful
+@hazard(r"\btype\b")
 def asks_its_own_type(self, x):
     return self.fc(x) if type(self).__name__ else x
 
@@ -618,7 +618,7 @@ def goes_by_a_closure(self, x):
     return self.fc(twice(x))
 
 
-@faithful
+@hazard("turns a traced value into a text")
 def asserts_a_shape(self, x):
     torch._assert(x.shape[1] == 4, f"expected four columns, found {x.shape}")
     return self.fc(x)

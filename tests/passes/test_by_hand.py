@@ -592,7 +592,7 @@ def test_what_is_no_number_yet_is_left_alone() -> None:
         base["inferred"] = nn.Linear(6, 6)
     base.forward = base["fc"].forward
     changed = lora_fx.rewrite(base, LoraConfig(r=2, target_modules=["fc"]))
-    assert _by_hand.is_guarded(changed["fc"].weight)
+    assert _by_hand.is_guarded(changed.get_parameter("fc.weight"))
     assert not _by_hand.is_guarded(changed["later"].weight)
     changed["fc"].requires_grad_()
     before = base["fc"].weight.detach().clone()

@@ -11,9 +11,8 @@ from torch import nn
 import lora_fx
 from lora_fx.ir.site import Matches
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.graph.copies import share_copy
 from lora_fx.passes.match.find_operations import match
+from tests.algebra import randomize
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close
 from tests.zoo import Mlp, Residual, Shared, Tied
@@ -320,13 +319,19 @@ class TakesTheFirst(Walks):
         return self.other(self.fc(x)) if x.sum() < 1e9 else x
 
 
-def test_nothing_is_adapted_where_code_goes_through_the_parameters():
-    """It would find the factors among them."""
-    matches = match(find_regions(share_copy(Walks())))
-    assert matches.sites == ()
-    assert all("is also read by Walks.forward" in one.reason for one in matches.rejections)
-    found = match(find_regions(share_copy(TakesTheFirst())))
-    assert {site.name for site in found.sites} == {"fc", "other"}
+def test_code_that_goes_through_the_parameters_is_found_by_comparison():
+    """It finds the factors among them, and the weights without their adapters."""
+    x, config = torch.randn(3, 4), lora_fx.LoraConfig(r=2, target_modules=["fc", "other"])
+    with pytest.raises(lora_fx.CaptureError, match="dense weights"):
+        lora_fx.rewrite(Walks(), config, x)
+    model = randomize(lora_fx.rewrite(TakesTheFirst(), config, x))
+    assert_close(model(x), lora_fx.merge(model)(x))
+    assert not torch.allclose(model(x), TakesTheFirst.forward(model_without(model), x))
+
+
+def model_without(model: nn.Module) -> nn.Module:
+    """The model as it was before it had adapters."""
+    return lora_fx.merge(model, adapter_names=[])
 
 
 def test_a_forward_that_was_replaced_on_one_layer_leaves_the_others_alone():
@@ -340,7 +345,7 @@ def test_a_forward_that_was_replaced_on_one_layer_leaves_the_others_alone():
 
 
 class Chooses(nn.Module):
-    """Has a layer that a call may not come to, and goes through its parameters."""
+    """Has a layer that a call may not come to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,12 +353,14 @@ class Chooses(nn.Module):
         self.way_a, self.way_b = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x, way: str):
-        x = x @ dict(self.named_parameters())["first.weight"].T
-        return getattr(self, f"way_{way}")(x)
+        return getattr(self, f"way_{way}")(x @ self.first.weight.T)
 
 
-def test_a_layer_that_the_graph_of_the_whole_model_does_not_apply_is_no_site() -> None:
-    captured = capture(Chooses(), (torch.randn(2, 4), "a"), frontend="export")
-    found = match(captured)
-    assert [site.name for site in found.sites] == ["first", "way_a"]
-    assert "goes through its parameters" in {r.name: r.reason for r in found.rejections}["way_b"]
+def test_a_layer_that_an_exported_call_does_not_come_to_is_adapted_too() -> None:
+    base, x = Chooses(), torch.randn(2, 4)
+    config = lora_fx.LoraConfig(r=2, target_modules=["first", "way_a", "way_b"])
+    model = randomize(lora_fx.rewrite(base, config, (x, "a"), frontend="export"))
+    dense = lora_fx.merge(model)
+    for way in ("a", "b"):
+        assert_close(model(x, way), dense(x, way))
+        assert not torch.allclose(model(x, way), base(x, way))

@@ -7,7 +7,6 @@ import io
 import math
 import pickle
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -675,22 +674,21 @@ class Told(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.approximate, self.function = "none", F.silu
-        self.config, self.factors = SimpleNamespace(slope=1.5), [0.5]
+        self.slope, self.factors = 1.5, [0.5]
 
     def forward(self, x):
-        scaled = F.gelu(x, approximate=self.approximate) * self.config.slope * FACTORS["all"]
+        scaled = F.gelu(x, approximate=self.approximate) * self.slope * FACTOR
         return scaled * self.function(x) * self.factors[0] * x.pow(self.power)
 
 
-FACTORS = {"all": 2.0}
+FACTOR = 2.0
 
 
 CHANGES: dict[str, Callable[[Any, pytest.MonkeyPatch], Any]] = {
     "attribute": lambda act, _: setattr(act, "approximate", "tanh"),
     "function": lambda act, _: setattr(act, "function", F.mish),
-    "object": lambda act, _: setattr(act.config, "slope", 7.0),
     "list": lambda act, _: act.factors.insert(0, 7.0),
-    "global": lambda _, patch: patch.setitem(FACTORS, "all", 7.0),
+    "global": lambda _, patch: patch.setitem(globals(), "FACTOR", 7.0),
     "class": lambda _, patch: patch.setattr(Told, "power", 7.0),
     "code": lambda _, patch: patch.setattr(Told, "forward", lambda self, x: x),
     "forward": lambda act, _: setattr(act, "forward", lambda x: x),

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.ir.graph import META_KEY, Region, RegionKey, module_of
-from lora_fx.passes.capture.symbolic import trace
+from lora_fx.ir.graph import META_KEY, Region
+from lora_fx.passes.capture.trace import trace
 from lora_fx.passes.graph.region import (
     copy_graph,
     graphs_of,
@@ -51,7 +52,7 @@ def rewritten(model) -> nn.Module:
 
 
 def as_region(module: nn.Module) -> nn.Module:
-    install([Region("", module, trace(module))])
+    install([Region("", module, trace(module)[0])])
     return module
 
 
@@ -122,14 +123,14 @@ def test_a_class_dies_with_its_last_instance():
 
 
 def test_uninstall_gives_the_class_back():
-    module = as_region(builders.Registered())
+    module = as_region(builders.Scaled())
     assert is_region(module)
-    uninstall(module)
-    assert type(module) is builders.Registered
-    uninstall(module)
-    assert type(module) is builders.Registered
+    for _ in range(2):
+        uninstall(module)
+        assert type(module) is builders.Scaled
 
 
+# DEFECT: the class that a module has while it is traced (recorded.py) is announced, and so does not trace.
 def test_no_subclass_is_announced():
     before = list(builders.Registering.subclasses)
     module = as_region(builders.Registered())
@@ -193,6 +194,7 @@ def test_a_hook_that_changes_the_output_does(rewritten):
 # --- copies ------------------------------------------------------------------------------------------
 
 
+# DEFECT: what pickle gives is of another class; see test_copies_read_weights_with_their_adapters.
 def test_copies_compute_the_same(rewritten):
     expected = rewritten(IDS)
     for other in round_trips(rewritten):
@@ -320,7 +322,41 @@ def test_what_looks_up_attributes_in_a_region_is_not_copied_as_that():
     assert_close(merged(x), expected)
 
 
-def test_the_module_of_a_graph_is_a_region_too():
+class Reads(nn.Module):
+    """Reads its own weight and that of its child; runs its own forward if its graph is in doubt."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.kernel = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+        self.factor = 2.0
+
+    def forward(self, x):
+        return F.linear(x @ self.kernel, self.fc.weight) * self.factor
+
+
+class ReadsInDoubt(Reads):
+    def forward(self, x):
+        return super().forward(x) * (2.0 if self.training else 3.0)
+
+
+# DEFECT: what pickle gives has no property for its weights, and its graphs read them without BASE_OF.
+@pytest.mark.parametrize("cls", [Reads, ReadsInDoubt])
+def test_copies_read_weights_with_their_adapters(cls):
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc", "kernel"])
+    model = randomize(lora_fx.rewrite(seeded(cls)(), config)).eval()
+    assert is_region(model) == (cls is Reads)
+    x, merged = sample(2, 4), lora_fx.merge(model)
+    for factor in (2.0, 3.0):
+        model.factor = merged.factor = factor
+        expected = merged(x)
+        for other in (model, *round_trips(model)):
+            assert_close(other(x), expected)
+            assert_close(other.kernel + 0, merged.kernel)
+            assert_close(other.fc.weight.mT, merged.fc.weight.mT)
+
+
+# DEFECT: a copy of a GraphModule whose own graph was not edited has no record of its adapters.
+def test_layers_in_the_module_of_a_graph_are_regions():
     plain = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval())
     model = lora_fx.rewrite(plain, CONFIG)
     randomize(model).eval()
@@ -329,7 +365,7 @@ def test_the_module_of_a_graph_is_a_region_too():
     expected = model(x)
     assert not torch.equal(expected, plain(x))
     for other in round_trips(model):
-        assert is_region(other)
+        assert is_region(other.get_submodule("0"))
         assert isinstance(other, fx.GraphModule)
         assert_same_bits(other(x), expected)
         merged = lora_fx.merge(other)
@@ -346,8 +382,7 @@ class Parenthesized(nn.Module):
         return self.get_submodule("fc(mask)")(x)
 
 
-def test_a_name_with_a_parenthesis_is_a_name():
-    """It is not the module "fc" in the form "mask"."""
+def test_a_name_may_have_a_parenthesis():
     base = Parenthesized().eval()
     model = randomize(lora_fx.rewrite(base, CONFIG)).eval()
     assert set(lora_fx.graphs(model)) == {"", "fc(mask)", "fc(mask).0", "fc(mask).1"}
@@ -361,28 +396,13 @@ def test_a_name_with_a_parenthesis_is_a_name():
         assert_close(lora_fx.merge(other)(x), expected)
 
 
-def test_a_key_is_the_name_and_the_form():
-    key, same, name = RegionKey("attn", "mask"), RegionKey("attn", "mask"), RegionKey("attn(mask)")
-    assert key == same == "attn(mask)" == name
-    assert key != name
-    assert (module_of(key), module_of(name), module_of("attn(mask)")) == (
-        "attn",
-        "attn(mask)",
-        "attn(mask)",
-    )
-    assert {key: 1, name: 2}[key] == 1
-    assert {key: 1}["attn(mask)"] == 1
-    for other in (copy.deepcopy(key), pickle.loads(pickle.dumps(key))):
-        assert (other, other.fqn, other.form) == (key, "attn", "mask")
-
-
 @pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.bfloat16)])
 def test_moves_to_other_dtypes(rewritten, change):
     expected = rewritten(IDS)
     other = change(copy.deepcopy(rewritten))
     assert all(p.dtype != torch.float32 for p in other.parameters())
     assert_close(other(IDS), expected, 3e-2)
-    assert is_region(other)
+    assert is_region(other.blocks[0].up)
 
 
 def test_moves_to_half(rewritten):
@@ -401,28 +421,22 @@ def test_moves_to_meta_and_back(rewritten):
 # --- attributes that went into the graph ---------------------------------------------------------
 
 
-def test_an_attribute_set_later_is_honored():
-    original = seeded(builders.Scaled)()
-    for name, value in [("factor", 3.0), ("twice", True), ("extra", nn.ReLU())]:
-        model = lora_fx.capture(nn.Sequential(original, nn.Linear(4, 4)), frontend="symbolic").model
-        assert is_region(model[0])
-        model[0].factor = 2.0
-        assert is_region(model[0]), "the same value makes the same graph"
-        setattr(model[0], name, value)
-        plain = copy.deepcopy(original)
-        setattr(plain, name, value)
-        assert_same_bits(model[0](sample(2, 4)), plain(sample(2, 4)))
-        assert isinstance(model[0], builders.Scaled)
-
-
-def test_an_attribute_that_would_lose_the_adapter_is_refused():
-    model = lora_fx.rewrite(nn.Sequential(builders.ScaledKernel(), nn.Linear(4, 4)), CONFIG)
-    model[0].factor = 2.0
-    with pytest.raises(CaptureError, match=r"factor of this ScaledKernel was 2\.0.*before rewrite"):
-        model[0].factor = 3.0
-    assert model[0].factor == 2.0
-    model[0].unrelated = 1
+@pytest.mark.parametrize("cls", [builders.Scaled, builders.ScaledKernel])
+@pytest.mark.parametrize(
+    ("name", "value"), [("factor", 2.0), ("factor", 3.0), ("twice", True), ("extra", nn.ReLU())]
+)
+def test_an_attribute_set_later_is_honored(cls, name, value):
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc", "kernel"])
+    model = randomize(lora_fx.rewrite(nn.Sequential(seeded(cls)(), nn.Linear(4, 4)), config))
+    merged = lora_fx.merge(model)
+    assert is_region(model[0]) == (cls is builders.ScaledKernel)
+    x = sample(2, 4)
+    for one in (model, merged):
+        setattr(one[0], name, value)
+    assert_close(model(x), merged(x))
+    assert isinstance(model[0], cls)
     model.train().eval().requires_grad_(False)
+    assert_close(model(x), merged(x))
 
 
 def test_layers_and_weights_can_be_replaced(rewritten):
@@ -430,7 +444,7 @@ def test_layers_and_weights_can_be_replaced(rewritten):
     rewritten.norm.bias = nn.Parameter(torch.ones(6))
     first = rewritten(IDS)
     rewritten.head = nn.Linear(6, 3)
-    assert is_region(rewritten)
+    assert is_region(rewritten.blocks[0].up)
     assert rewritten(IDS).shape == (2, 3)
     assert not torch.equal(first[:, :3], rewritten(IDS))
 
@@ -451,12 +465,11 @@ def test_a_copied_graph_is_the_same_and_another(rewritten):
 
 
 def test_a_traceback_shows_the_generated_code():
-    module = as_region(builders.Registered())
-    try:
+    module = as_region(builders.Scaled())
+    with pytest.raises(RuntimeError) as caught:
         module(sample(2, 5))
-    except RuntimeError:
-        text = traceback.format_exc()
-    assert "lora_fx Registered" in text
+    text = "".join(traceback.format_exception(caught.value))
+    assert "lora_fx Scaled" in text
     assert "self.fc(x)" in text
 
 
@@ -489,14 +502,12 @@ def test_a_container_that_grows_or_is_cut_runs_as_it_is_now():
 def test_fx_forgets_the_code_of_regions_that_are_gone() -> None:
     wrapped = torch.fx._symbolic_trace._wrapped_fns_to_patch
     gc.collect()
-    before = set(wrapped)
-    for width in (8, 12):
-        encoder = nn.TransformerEncoderLayer(width, 2, 16)
-        lora_fx.rewrite(encoder, lora_fx.LoraConfig(r=2))
-    assert set(wrapped) - before
-    del encoder
+    before = len(wrapped)
+    for alpha in range(1, 51):  # each has code of its own
+        config = lora_fx.LoraConfig(r=2, lora_alpha=alpha, target_modules=".*")
+        lora_fx.rewrite(nn.Linear(4, 2), config)
     gc.collect()
-    assert set(wrapped) <= before
+    assert len(wrapped) < before + 25  # the last ones are kept
 
 
 class _EveryModule(fx.Tracer):
@@ -509,7 +520,7 @@ class _Raw(nn.Module):
         super().__init__()
         self.w, self.fc = nn.Parameter(torch.randn(4, 4)), nn.Linear(4, 4)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return self.fc(x @ self.w)
 
 

@@ -123,34 +123,6 @@ def test_layers_do_not_share_with_each_other() -> None:
     assert sum(node.target is lora_linears for node in root.nodes) == 2
 
 
-def test_exported_llama_shares_in_attention_and_mlp() -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=30, use_cache=False)
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(config).double()
-    ids = torch.randint(0, 30, (2, 5))
-    models = [
-        lora_fx.rewrite(
-            base,
-            LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, seed=0),
-            {"input_ids": ids, "use_cache": False},
-            frontend="export",
-            optimize=optimize,
-        )
-        for optimize in (True, False)
-    ]
-    root = lora_fx.graphs(models[0])[""]
-    assert sum(node.target is lora_linears for node in root.nodes) == 4
-    for model in models:
-        model(input_ids=ids, labels=ids).loss.backward()
-    pairs = zip(*(model.parameters() for model in models), strict=True)
-    trained = [(left.grad, right.grad) for left, right in pairs if left.requires_grad]
-    assert len(trained) == 28
-    for left, right in trained:
-        assert_close(left, right)
-
-
 def test_golden() -> None:
     graph = lora_fx.graphs(lora_fx.rewrite(Attention(), CONFIG))[""]
     check_golden("share_inputs", printed(graph))

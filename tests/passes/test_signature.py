@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 import lora_fx
-from lora_fx.errors import CaptureError
 from lora_fx.ir.graph import Region
-from lora_fx.passes.capture.symbolic import Untraceable, trace
+from lora_fx.passes.capture.trace import trace
 from lora_fx.passes.graph.region import install, is_region
 from lora_fx.passes.graph.signature import parameters_of
 from tests.algebra import randomize
@@ -113,7 +112,7 @@ def module(forward):
 def region(original):
     other = module(original.forward.__func__)
     other.load_state_dict(original.state_dict())
-    install([Region("", other, trace(other))])
+    install([Region("", other, trace(other)[0])])
     return other
 
 
@@ -196,84 +195,79 @@ class OwnWeight(nn.Module):
         return y if mask is None else y * mask
 
 
-def test_a_call_that_would_leave_the_adapter_out_raises():
-    """The branch sits in the graph of the module itself: its own forward does not have it."""
-    model = lora_fx.rewrite(nn.Sequential(OwnWeight(), nn.Linear(4, 4)), lora_fx.LoraConfig(r=2))
-    assert model(X).shape == (2, 4)
-    with pytest.raises(CaptureError, match=r"OwnWeight.*example_inputs"):
-        model[0](None)
-
-
-@pytest.mark.parametrize("call", [{}, {"mask": M}, {"shift": M}, {"mask": M, "shift": M}])
-def test_each_form_of_a_call_has_a_graph_where_the_code_reads_weights(call):
-    class Forms(OwnWeight):
-        def forward(self, x, mask=None, shift=None):
-            y = super().forward(x, mask)
-            return y if shift is None else y + shift @ self.kernel
-
-    original = Forms().double()
-    config = lora_fx.LoraConfig(r=2, target_modules=["kernel"])
-    model = randomize(lora_fx.rewrite(original, config))
-    assert {"", "(mask)", "(shift)", "(mask, shift)"} == set(lora_fx.graphs(model))
-    call = {name: value.double() for name, value in call.items()}
-    found, merged = model(X.double(), **call), lora_fx.merge(model)(X.double(), **call)
-    assert not torch.equal(found, original(X.double(), **call))
-    assert_close(found, merged, 1e-12)
-    assert_same_bits(copy.deepcopy(model)(X.double(), **call), found)
+class Twice(OwnWeight):
+    def forward(self, x, mask=None, shift=None):
+        y = super().forward(x, mask)
+        return y if shift is None else y + shift @ self.kernel
 
 
 class Kernel(OwnWeight):
     def forward(self, x, mask="no", *more, scale=1.0, **extra):
-        return super().forward(x, None if mask == "no" else mask) * scale
+        return super().forward(x, None if mask == "no" else mask) * scale + len(more) + len(extra)
 
 
 @pytest.mark.parametrize(
-    ("args", "kwargs", "words"),
+    ("cls", "args", "kwargs"),
     [
-        ((X, M), {}, r"expected type\(mask\) is str, found Tensor"),
-        ((None,), {}, "x has to be given, found None"),
-        ((X,), {"scale": 2.0}, "expected scale == 1.0, found 2.0"),
-        ((X,), {"scale": 1}, "expected type\\(scale\\) is float, found int"),
-        ((X, "no", 3), {}, r"captured without \*more, found 1 of them"),
-        ((X,), {"b": 1, "a": 1}, r"captured without \*\*extra, found \['a', 'b'\]"),
+        (Twice, (X,), {}),
+        (Twice, (X,), {"mask": M}),
+        (Twice, (X,), {"shift": M}),
+        (Twice, (X, M, M), {}),
+        (Kernel, (X,), {}),
+        (Kernel, (X, M), {}),
+        (Kernel, (X,), {"scale": 2.0}),
+        (Kernel, (X,), {"scale": 1}),
+        (Kernel, (X, "no", 3), {}),
+        (Kernel, (X,), {"b": 1, "a": 1}),
     ],
 )
-def test_a_refusal_names_the_argument_and_what_was_expected(args, kwargs, words):
-    model = lora_fx.rewrite(Kernel(), lora_fx.LoraConfig(r=2, target_modules=["kernel"]))
-    with pytest.raises(CaptureError, match=words):
-        model(*args, **kwargs)
+def test_a_call_of_another_kind_has_the_adapter_of_the_modules_own_weight(cls, args, kwargs):
+    """Its own forward, which such a call falls back to, reads the weight with its adapter."""
+    original = cls()
+    config = lora_fx.LoraConfig(r=2, target_modules=["kernel"])
+    model = randomize(lora_fx.rewrite(original, config))
+    found = model(*args, **kwargs)
+    assert not torch.equal(found, original(*args, **kwargs))
+    assert_close(found, lora_fx.merge(model)(*args, **kwargs))
+    assert_same_bits(copy.deepcopy(model)(*args, **kwargs), found)
+    found.square().sum().backward()
+    assert model.kernel_lora.lora_B.default.grad.abs().sum() > 0
+
+
+def test_what_is_wrong_for_the_modules_own_forward_is_its_own_error():
+    model = lora_fx.rewrite(OwnWeight(), lora_fx.LoraConfig(r=2, target_modules=["kernel"]))
+    with pytest.raises(TypeError, match="NoneType"):
+        model(None)
 
 
 class Exported(OwnWeight):
     def forward(self, x, mask=None, **extra):
-        return super().forward(x, mask) + extra["bonus"].sum()
+        y = super().forward(x, mask)
+        for value in extra.values():
+            y = y + value
+        return y
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes",
     [
-        ({"x": X.double()}, r"expected x.dtype == torch.float32, found torch.float64"),
-        ({"x": X[0]}, r"expected x.dim\(\) == 2, found 1"),
-        ({"x": 3}, "expected x to be a tensor, found 3"),
-        ({"mask": M[None]}, r"expected mask.dim\(\) == 1, found 2"),
-        ({"mask": sample(2)}, r"expected mask.shape\[0\] == 4, found 2"),
-        ({"mask": None}, "mask has to be given"),
-        ({"bonus": None}, "bonus has to be given"),
-        ({"other": 1}, r"expected extra.keys\(\) == {'bonus'}, found \['bonus', 'other'\]"),
+        {},
+        {"x": X[0]},
+        {"mask": M[None]},
+        {"mask": sample(2)[:, None]},
+        {"mask": None},
+        {"other": 1},
     ],
 )
-def test_a_refusal_of_an_exported_graph_says_so_too(changes, words):
-    inputs = {"x": X, "mask": M, "bonus": sample(3)}
+def test_a_model_that_was_exported_takes_other_calls(changes):
+    inputs = {"x": X, "mask": M, "bonus": sample(4)}
     config = lora_fx.LoraConfig(r=2, target_modules=["kernel"])
-    model = lora_fx.rewrite(Exported(), config, inputs, frontend="export")
-    assert model(**inputs).shape == (2, 4)
-    with pytest.raises(CaptureError, match=words):
-        model(**{**inputs, **changes})
-    with torch.autocast("cpu"), pytest.raises(CaptureError, match="under autocast"):
-        model(**inputs)
-    model.kernel_lora.register_forward_hook(lambda *_: None)
-    with pytest.raises(CaptureError, match="a module inside has a hook"):
-        model(**inputs)
+    model = randomize(lora_fx.rewrite(Exported(), config, inputs, frontend="export"))
+    merged = lora_fx.merge(model)
+    call = {**inputs, **changes}
+    assert_close(model(**call), merged(**call))
+    with torch.autocast("cpu"):
+        assert_close(model(**call), merged(**call), 3e-2)
 
 
 def test_a_call_of_another_kind_keeps_the_adapters_below():
@@ -288,7 +282,12 @@ def test_a_call_of_another_kind_keeps_the_adapters_below():
 
 def test_a_mutable_default_is_no_constant():
     def forward(self, x, seen=[]):  # noqa: B006  what is tested
-        return self.fc(x)
+        seen.append(1)
+        return self.fc(x) * len(seen)
 
-    with pytest.raises(Untraceable, match="seen"):
-        trace(module(forward))
+    model = module(forward)
+    assert trace(model)[1]
+    forward.__defaults__[0].clear()
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["fc"]))
+    forward.__defaults__[0].clear()
+    assert_same_bits([adapted(X), adapted(X)], [model.fc(X) * 1, model.fc(X) * 2])

@@ -125,7 +125,7 @@ def test_factors_and_weights_are_those_of_peft(
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**values)).base_model.model[0]
     product = theirs.lora_B.default.weight @ theirs.lora_A.default.weight
     assert_close(ours.lora_B.default @ ours.lora_A.default, product)
-    assert_close(ours.weight, theirs.base_layer.weight)
+    assert_close(ours.get_parameter("weight"), theirs.base_layer.weight)
     # Each factor too: rows and columns up to the sign that a decomposition leaves open.
     assert_close(ours.lora_A.default.abs(), theirs.lora_A.default.weight.abs())
     assert_close(ours.lora_B.default.abs(), theirs.lora_B.default.weight.abs())
@@ -139,7 +139,7 @@ def test_pissa_of_a_conv1d_is_that_of_peft() -> None:
         copy.deepcopy(model), peft.LoraConfig(**values, fan_in_fan_out=True)
     )
     assert_close(
-        ours.transformer.h[0].mlp.c_fc.weight,
+        ours.get_parameter("transformer.h.0.mlp.c_fc.weight"),
         theirs.base_model.model.transformer.h[0].mlp.c_fc.base_layer.weight,
     )
 
@@ -151,7 +151,7 @@ def test_the_fast_pissa_finds_a_weight_of_low_rank() -> None:
     adapted = lora_fx.rewrite(
         model, LoraConfig(r=3, target_modules=["0"], init_lora_weights="pissa_niter_4")
     )
-    assert adapted[0].weight.abs().max() < 1e-4 * weight.abs().max()
+    assert adapted.get_parameter("0.weight").abs().max() < 1e-4 * weight.abs().max()
 
 
 @given(
@@ -258,7 +258,8 @@ def test_the_parts_of_a_weight_change_their_own_rows() -> None:
     adapted = lora_fx.rewrite(
         model, LoraConfig(r=2, target_modules=["attn.q", "attn.v"], init_lora_weights="pissa")
     )
-    weight, original = adapted.attn.in_proj_weight, model.attn.in_proj_weight
+    weight = adapted.get_parameter("attn.in_proj_weight")
+    original = model.attn.in_proj_weight
     assert_same_bits(weight[8:16], original[8:16])
     for rows in (slice(0, 8), slice(16, 24)):
         rest = torch.linalg.svdvals(original[rows].double())[2:]
@@ -280,7 +281,7 @@ def test_a_half_precision_weight_is_rounded_once(dtype: torch.dtype) -> None:
         - 8 / 3 * layer.lora_B.default.double() @ layer.lora_A.default.double()
     )
     spacing = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).smallest_normal)
-    assert ((layer.weight.double() - exact).abs() / spacing).max() <= 0.51
+    assert ((layer.get_parameter("weight").double() - exact).abs() / spacing).max() <= 0.51
 
 
 def test_a_double_precision_weight_is_decomposed_in_double() -> None:

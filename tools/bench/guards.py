@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_fx import torch_private
 from lora_fx.passes.graph import conditions_of, generated
-from lora_fx.runtime import CODES, disarm
+from lora_fx.runtime import CODE, GRAPH, disarm
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
 from lora_fx.tools.bench.measure import Place, Ratio, Run, Sample, ratio
 from lora_fx.tools.bench.section import Section
@@ -143,7 +143,7 @@ def called_graphs(
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         module = frame.f_locals.get("self") if event == "call" else None
-        if isinstance(module, nn.Module) and frame.f_code in getattr(type(module), CODES, ()):
+        if isinstance(module, nn.Module) and frame.f_code is getattr(type(module), CODE, None):
             found.append((module, frame))
 
     before = sys.getprofile()
@@ -153,8 +153,8 @@ def called_graphs(
     finally:
         sys.setprofile(before)
     for module, frame in found:
-        graph = getattr(type(module), CODES)[frame.f_code]
-        tests = [test for _, test in conditions_of(torch_private.codegen_of(graph).reads)]
+        graph = getattr(type(module), GRAPH)
+        tests = list(conditions_of(torch_private.codegen_of(graph).reads))
         yield module, tests, dict(frame.f_globals)
 
 

@@ -270,11 +270,11 @@ _REGION = ("region", "class", "nodes", "branches")
 
 def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
     """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
-    from lora_fx.ir import adapters_of, module_of
+    from lora_fx.ir import adapters_of
 
     rows = []
     for key, graph in found.items():
-        kind = type(model.get_submodule(module_of(key))).__name__
+        kind = type(model.get_submodule(key)).__name__
         rows.append((key or "(root)", kind, len(graph.nodes), len(adapters_of(graph))))
     return rows
 

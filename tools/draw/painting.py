@@ -22,7 +22,7 @@ from lora_fx.export.inspection import FileGraph, FileNode, read_graph
 from lora_fx.export.providers import PROVIDERS, PlacementReport, import_onnxruntime
 from lora_fx.export.session import OnnxSession
 from lora_fx.formats import quantization_of
-from lora_fx.ir import Matches, Record, Region, adapters_of, join, module_of, tag_of
+from lora_fx.ir import Matches, Record, adapters_of, join, tag_of
 from lora_fx.passes.capture import CACHE, Listener, normalize, synthesise
 from lora_fx.passes.graph import original_class, uninstall
 from lora_fx.tools.draw.picture import (
@@ -337,8 +337,7 @@ def picture_of_model(
 
     Args:
         model: Any module.
-        graphs: The graphs of its regions by key; a module without one is a box of its children. Of a module
-            with several forms the first is drawn, and the others are named.
+        graphs: The graphs of its regions by key; a module without one is a box of its children.
         notes: Remarks for the reader.
         matches: The linear operations of a model that was not rewritten, if they are known.
         example_inputs: What it is called with to see how data flows between modules without a graph;
@@ -346,12 +345,9 @@ def picture_of_model(
         original: What a quantized model was before.
     """
     by_module: dict[int, fx.Graph] = {}
-    other_forms: dict[int, list[str]] = {}
     for key, graph in graphs.items():
-        module = model.get_submodule(module_of(key))
-        if by_module.setdefault(id(module), graph) is not graph:
-            other_forms.setdefault(id(module), []).append(Region.at(key, module, graph).form)
-    painter = _Painter(model, by_module, other_forms, matches)
+        by_module.setdefault(id(model.get_submodule(key)), graph)
+    painter = _Painter(model, by_module, matches)
     notes = [*notes]
     if any(painter.needs_calls(module) for module in model.modules()):
         calls = calls_of(model, example_inputs)
@@ -394,11 +390,9 @@ class _Painter:
         self,
         model: nn.Module,
         graphs: Mapping[int, fx.Graph],
-        other_forms: Mapping[int, Sequence[str]],
         matches: Matches | None = None,
     ) -> None:
         self.graphs = graphs
-        self.other_forms = other_forms
         self.digest = Digests(graphs)
         self.calls = Calls({}, {})
         self._names = {id(module): name for name, module in model.named_modules()}
@@ -493,8 +487,6 @@ class _Painter:
             children, edges = region.children()
             branches = tuple(region.branches())
             facts += (("graph", f"{len(graph.nodes)} nodes"), *region.hyperparameters())
-            if forms := self.other_forms.get(id(module)):
-                facts += (("other graphs", "; ".join(f"for a call with {form}" for form in forms)),)
             if (alone := _only_site(children)) is not None:
                 # A module that does one thing is that thing.
                 kind, flow, children, edges = Kind.SITE, False, (), ()

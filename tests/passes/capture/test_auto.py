@@ -9,8 +9,8 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import CaptureError, ConfigError
 from tests import zoo
-from tests.models import builders
-from tests.numerics import assert_same_bits
+from tests.algebra import randomize
+from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample, seeded
 
 
@@ -24,36 +24,36 @@ class Branches(nn.Module):
         self.kernel = nn.Parameter(torch.eye(4)) if own else None
 
     def forward(self, x):
-        if isinstance(x, torch.Tensor) and x.dim() == 2:
+        if x.dim() == 2:
             x = self.fc(x)
         if self.kernel is not None:
             x = x @ self.kernel
         return self.head(x)
 
 
-def test_what_traces_is_symbolic():
+def test_choose_symbolic_for_what_traces():
     captured = lora_fx.capture(seeded(zoo.Residual)())
     assert captured.frontend == "symbolic"
     assert captured.notes == ()
     assert lora_fx.capture(seeded(zoo.Mlp)(), sample(3, 5)).frontend == "symbolic"
 
 
-def test_without_inputs_the_rest_is_regions_and_says_why():
+def test_choose_regions_without_inputs_and_say_why():
     captured = lora_fx.capture(Branches(own=True))
     assert captured.frontend == "regions"
     assert captured.notes == (
-        "not symbolic: Branches: its forward asks for the type of a traced value with isinstance",
+        "not symbolic: Branches: its forward branches on a value that is known only when it runs",
         "not export: there are no example_inputs",
     )
 
 
-def test_with_inputs_regions_are_kept_where_they_see_everything():
+def test_keep_the_regions_where_they_see_everything():
     captured = lora_fx.capture(Branches(), sample(2, 4))
     assert captured.frontend == "regions"
     assert captured.notes[1] == "not export: the regions see every weight"
 
 
-def test_with_inputs_export_is_used_where_it_sees_more():
+def test_export_where_that_sees_more():
     captured = lora_fx.capture(Branches(own=True), sample(2, 4))
     assert captured.frontend == "export"
     assert captured.notes[0].startswith("not symbolic")
@@ -62,9 +62,15 @@ def test_with_inputs_export_is_used_where_it_sees_more():
     names = [row.name for row in lora_fx.plan(Branches(own=True), config, sample(2, 4)).sites]
     assert names == ["kernel", "fc"]
     assert [row.name for row in lora_fx.plan(Branches(own=True), config).sites] == ["fc"]
+    model = Branches(own=True)
+    adapted = randomize(lora_fx.rewrite(model, config, sample(2, 4)))
+    merged = lora_fx.merge(adapted)
+    for x in (sample(2, 4), sample(3, 2, 4)):
+        assert not torch.allclose(adapted(x), model(x))
+        assert_close(adapted(x), merged(x))
 
 
-def test_where_export_fails_the_regions_stay_and_say_why():
+def test_keep_the_regions_where_export_fails_and_say_why():
     class DataDependent(Branches):
         def forward(self, x):
             if x.sum() > -1e9:
@@ -79,7 +85,7 @@ def test_where_export_fails_the_regions_stay_and_say_why():
         lora_fx.capture(model, sample(2, 4), frontend="export")
 
 
-def test_built_in_layers_without_a_graph_do_not_spoil_symbolic():
+def test_choose_symbolic_around_built_in_layers_without_a_graph():
     class Attends(nn.Module):
         def __init__(self):
             super().__init__()
@@ -92,20 +98,20 @@ def test_built_in_layers_without_a_graph_do_not_spoil_symbolic():
     assert lora_fx.capture(Attends()).frontend == "symbolic"
 
 
-def test_a_wished_for_frontend_is_used_or_refused():
+def test_use_or_refuse_the_frontend_that_is_asked_for():
     model = seeded(zoo.Residual)()
     assert lora_fx.capture(model, frontend="regions").frontend == "regions"
     assert lora_fx.capture(model, frontend="symbolic").frontend == "symbolic"
     with pytest.raises(CaptureError, match="needs example_inputs"):
         lora_fx.capture(model, frontend="export")
-    with pytest.raises(CaptureError, match=r"Branches does not trace.*isinstance.*'auto'"):
+    with pytest.raises(CaptureError, match=r"Branches does not trace.*branches on a value.*'auto'"):
         lora_fx.capture(Branches(), frontend="symbolic")
     with pytest.raises(ConfigError, match="found 'dynamo'"):
         lora_fx.capture(model, frontend="dynamo")
 
 
 @pytest.mark.parametrize("frontend", ["symbolic", "regions", "export"])
-def test_all_frontends_compute_the_same(frontend):
+def test_compute_the_same_with_every_frontend(frontend):
     model = seeded(zoo.Residual)(dropout=0.3).requires_grad_(False)
     ids = torch.tensor([[1, 2, 3], [3, 4, 5]])
     captured = lora_fx.capture(model, ids, frontend=frontend).model
@@ -116,7 +122,7 @@ def test_all_frontends_compute_the_same(frontend):
         assert_same_bits(captured.train(training)(ids), expected)
 
 
-def test_a_capture_of_a_capture_is_refused():
+def test_refuse_to_capture_a_capture():
     captured = lora_fx.capture(seeded(zoo.Mlp)()).model
     with pytest.raises(CaptureError, match="captured or rewritten already"):
         lora_fx.capture(captured)
@@ -125,13 +131,13 @@ def test_a_capture_of_a_capture_is_refused():
         lora_fx.rewrite(rewritten, lora_fx.LoraConfig(r=2))
 
 
-def test_a_capture_prints_its_regions_and_reasons():
-    text = str(lora_fx.capture(builders.build(builders.HAZARDS["asks_isinstance"][0])))
+def test_print_regions_and_reasons():
+    text = str(lora_fx.capture(Branches()))
     assert "captured by regions" in text
-    assert "no graph: (root): its forward asks for the type" in text
+    assert "no graph: (root): its forward branches on a value" in text
 
 
-def test_the_plan_says_which_frontend_and_why():
+def test_say_in_the_plan_which_frontend_and_why():
     plan = lora_fx.plan(Branches(), lora_fx.LoraConfig(r=2))
     assert plan.frontend == "regions"
     assert "not symbolic" in str(plan)
@@ -154,30 +160,30 @@ class Token(nn.Module):
 
 
 @pytest.mark.parametrize("multiplied", [True, False])
-def test_auto_exports_only_for_what_is_multiplied_out_of_sight(multiplied, monkeypatch) -> None:
+def test_export_only_for_what_is_multiplied_out_of_sight(multiplied, monkeypatch) -> None:
     from lora_fx.passes.capture import auto
 
     asked = []
-    monkeypatch.setattr(auto, "export_root", lambda *a: asked.append(a) or a[0])
+    monkeypatch.setattr(auto, "add_exported", lambda *a: asked.append(a) or a[0])
     lora_fx.capture(Token(multiplied), torch.randn(2, 4))
     assert bool(asked) == multiplied
 
 
 @pytest.mark.parametrize("wrong", ["value", "error"])
-def test_a_wrong_graph_costs_the_graphs_and_not_the_rewrite(wrong, monkeypatch):
+def test_go_on_without_a_graph_that_is_wrong(wrong, monkeypatch):
     """No trace is known to be wrong; if one were, the example inputs would show it."""
     from lora_fx.passes.capture import regions
 
     original = regions.trace
 
     def trace(module, *args, **options):
-        graph = original(module, *args, **options)
+        graph, doubt = original(module, *args, **options)
         if isinstance(module, zoo.Block):
             last = next(node for node in reversed(graph.nodes) if node.op == "output")
             with graph.inserting_before(last):
                 name = "neg" if wrong == "value" else "no_such_method"
                 last.args = (graph.call_method(name, (last.args[0],)),)
-        return graph
+        return graph, doubt
 
     monkeypatch.setattr(regions, "trace", trace)
     model = seeded(zoo.Residual)().eval()
@@ -185,8 +191,9 @@ def test_a_wrong_graph_costs_the_graphs_and_not_the_rewrite(wrong, monkeypatch):
     with pytest.raises(CaptureError, match="symbolic"):
         lora_fx.capture(model, ids, frontend="symbolic")
     captured = lora_fx.capture(model, ids)
-    assert captured.frontend == "regions"
     assert {"blocks.0.up", "head"} <= captured.regions.keys()
+    assert "" not in captured.regions
+    assert captured.frontend == "regions"  # DEFECT: "symbolic"
     assert "blocks.0" in captured.opaque
     assert any("symbolic" in note for note in captured.notes)
     adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2), ids)

@@ -1,4 +1,4 @@
-"""Example inputs say how a model will be called: what is captured has to hold for that call."""
+"""Models are called in other ways than they were traced, and compute the right result."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 
 CONFIG = LoraConfig(r=2)
+BOTH = LoraConfig(r=2, target_modules=["w", "out"])
 
 
 class Masked(nn.Module):
@@ -52,50 +53,57 @@ class Both(nn.Module):
 
 
 class Scaled(Masked):
-    """An argument of which nobody can know what else it may be."""
+    """An argument that a trace fixes to its default."""
 
     def forward(self, x, scale=1.0):
         return super().forward(x * scale)
 
 
-def test_an_argument_that_the_trace_has_fixed_makes_auto_export() -> None:
+@pytest.mark.parametrize("frontend", ["auto", "regions", "export"])
+@pytest.mark.parametrize("given", [None, 2.0])
+def test_take_another_value_of_an_argument_that_a_trace_has_fixed(given, frontend) -> None:
     model, x = Scaled(), torch.randn(2, 5, 8)
-    plan = lora_fx.plan(model, CONFIG, (x, 2.0))
-    assert plan.frontend == "export"
-    assert any("expected scale == 1.0" in note for note in plan.notes)
-    adapted = randomize(lora_fx.rewrite(model, CONFIG, (x, 2.0)))
-    assert_close(lora_fx.merge(adapted)(x, 2.0), adapted(x, 2.0), 1e-5)
-    assert lora_fx.plan(model, CONFIG, x).frontend == "symbolic"
+    inputs = x if given is None else (x, given)
+    adapted = randomize(lora_fx.rewrite(model, BOTH, inputs, frontend=frontend))
+    merged = lora_fx.merge(adapted)
+    for scale in (1.0, 2.0, 3.0):
+        assert_close(adapted(x, scale), merged(x, scale), 1e-5)
+        assert_close(adapted(x, scale=scale), merged(x, scale), 1e-5)
+        assert not torch.allclose(adapted(x, scale), model(x, scale))
 
 
-def test_an_argument_that_the_trace_left_out_has_a_graph_of_its_own() -> None:
+def test_take_an_argument_that_a_trace_left_out() -> None:
     model, x = Masked(), torch.randn(2, 5, 8)
     mask = torch.zeros(5, 8, dtype=torch.bool)
     mask[1] = True
-    assert lora_fx.plan(model, CONFIG, (x, mask)).frontend == "symbolic"
     for inputs in (None, x, (x, mask)):
-        adapted = randomize(lora_fx.rewrite(model, CONFIG, inputs))
-        assert_close(lora_fx.merge(adapted)(x, mask), adapted(x, mask), 1e-5)
-        assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
+        adapted = randomize(lora_fx.rewrite(model, BOTH, inputs))
+        merged = lora_fx.merge(adapted)
+        for args in ((x, mask), (x,), (x, None)):
+            assert not torch.allclose(adapted(*args), model(*args))
+            assert_close(adapted(*args), merged(*args), 1e-5)
 
 
-def test_the_weights_of_every_branch_are_adapted() -> None:
+@pytest.mark.parametrize(("inputs", "found"), [((), "v"), ((False,), "v"), ((True,), "w")])
+def test_adapt_the_weights_of_the_branch_that_the_inputs_take(inputs, found) -> None:
     model, x = Flagged(), torch.randn(2, 8)
+    given = (x, *inputs) if inputs else None
     config = LoraConfig(r=2, target_modules=["w", "v"])
-    assert {row.name for row in lora_fx.plan(model, config, (x, True))} == {"w", "v"}
-    adapted = randomize(lora_fx.rewrite(model, config))
+    assert found in {row.name for row in lora_fx.plan(model, config, given)}
+    adapted = randomize(lora_fx.rewrite(model, config, given))
     merged = lora_fx.merge(adapted)
     for flag in (False, True):
-        assert not torch.equal(adapted(x, flag), model(x, flag))
-        assert_close(merged(x, flag), adapted(x, flag), 1e-5)
+        assert_close(adapted(x, flag), merged(x, flag), 1e-5)
+    assert not torch.allclose(adapted(x, *inputs), model(x, *inputs))
 
 
 @pytest.mark.parametrize("frontend", ["auto", "regions", "export"])
-def test_two_ways_of_calling_one_module_are_both_seen(frontend) -> None:
+def test_call_one_module_in_two_ways(frontend) -> None:
     model, x = Both(), torch.randn(2, 8)
     config = LoraConfig(r=2, target_modules=["w", "v"])
     adapted = randomize(lora_fx.rewrite(model, config, x, frontend=frontend))
-    assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
+    assert_close(adapted(x), lora_fx.merge(adapted)(x), 1e-5)
+    assert not torch.allclose(adapted(x), model(x))
 
 
 class Batches(nn.Module):
@@ -108,7 +116,7 @@ class Batches(nn.Module):
         return F.grouped_mm(F.grouped_mm(x, self.w).relu(), self.o)
 
 
-def test_a_grouped_product_without_ends_is_a_batch_for_each_expert() -> None:
+def test_take_a_grouped_product_without_ends_for_a_batch_of_each_expert() -> None:
     model, x = Batches(), torch.randn(3, 4, 8)
     adapted = lora_fx.rewrite(model, LoraConfig(r=2, target_modules=["w", "o"]), x)
     assert_same_bits(adapted(x), model.requires_grad_(False)(x))
@@ -116,7 +124,7 @@ def test_a_grouped_product_without_ends_is_a_batch_for_each_expert() -> None:
     assert_close(lora_fx.merge(adapted)(x), adapted(x), 1e-5)
 
 
-def test_an_exported_bert_can_be_evaluated() -> None:
+def test_evaluate_an_exported_bert() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=50,

@@ -1,4 +1,4 @@
-"""A whole-model graph over the regions: what export freezes is read again, or the call goes past it."""
+"""``torch.export`` finds operations, and the modules run their own code."""
 
 from __future__ import annotations
 
@@ -21,20 +21,102 @@ from torch import nn
 import lora_fx
 from lora_fx import CaptureError, LoraConfig
 from lora_fx.ir.record import require_record
+from tests.algebra import randomize
+from tests.numerics import assert_close
 
-CONFIG = LoraConfig(r=2)
-
-
-def wrapped(function):
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        return function(*args, **kwargs)
-
-    return run
+EVERY = LoraConfig(r=2, target_modules=".*")
 
 
-def twice_wrapped(function):
-    return wrapped(wrapped(function))
+def adapt(
+    model: nn.Module, inputs: Any, frontend: Any = "export", config: LoraConfig = EVERY
+) -> tuple[nn.Module, nn.Module]:
+    """Return a dense model with the weights of adapters, and the adapted one."""
+    adapted = randomize(lora_fx.rewrite(model, config, inputs, frontend=frontend))
+    dense = copy.deepcopy(model)
+    merged = dict(lora_fx.merge(adapted).named_parameters())
+    dense.load_state_dict(merged, strict=False)
+    sites = {planned.site.weight for planned in require_record(adapted).adapters["default"].sites}
+    named = dict(model.named_parameters())
+    assert sites == {name for name in named if not torch.equal(named[name], merged[name])} != set()
+    return dense, adapted
+
+
+def check_same(
+    dense: nn.Module, adapted: nn.Module, x: torch.Tensor, *args: Any, **named: Any
+) -> None:
+    """Compare the outputs of one call, and the gradients of its input, with the same random numbers."""
+    found = []
+    for model in (dense, adapted):
+        random.seed(3), np.random.seed(3), torch.manual_seed(3)
+        leaf = x.clone().requires_grad_()
+        output = model(leaf, *args, **named)
+        found.append((output, *torch.autograd.grad(output.square().sum(), leaf)))
+    assert_close(found[1], found[0], 1e-5)
+
+
+# --- what is found
+
+
+class Ranks(nn.Module):
+    """A product in code that no trace gets through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(4, 4))
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, **more: Any) -> torch.Tensor:
+        if x.dim() == 2:
+            x = x @ self.kernel
+        return self.fc(x) * more.get("scale", 1.0)
+
+
+def test_find_a_product_that_no_trace_reaches() -> None:
+    model, x = Ranks(), torch.randn(3, 4)
+    assert [row.name for row in lora_fx.plan(model, EVERY, x, frontend="regions")] == ["fc"]
+    captured = lora_fx.capture(model, x, frontend="export")
+    assert captured.regions[""].not_run == "torch.export only finds operations"
+    assert [n.target for n in captured.regions[""].graph.find_nodes(op="placeholder")] == ["x"]
+    dense, adapted = adapt(model, x)
+    assert [row.site.name for row in require_record(adapted).adapters["default"].sites] == [
+        "kernel",
+        "fc",
+    ]
+    for training in (True, False):
+        dense.train(training), adapted.train(training)
+        check_same(dense, adapted, x)
+        check_same(dense, adapted, torch.randn(2, 3, 4))
+        check_same(dense, adapted, x, scale=2.0)
+
+
+def test_inputs_that_only_keywords_take() -> None:
+    x = torch.randn(3, 4)
+    dense, adapted = adapt(Ranks(), {"x": x, "scale": torch.tensor(2.0)})
+    check_same(dense, adapted, x, scale=torch.tensor(3.0))
+    check_same(dense, adapted, x)
+
+
+class Code(nn.Module):
+    """Has a child with the name of an attribute of fx.GraphModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.code = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.code(self.fc(x))
+
+
+def test_name_what_cannot_be_exported() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(CaptureError, match=r"do not fit Code\.forward"):
+        lora_fx.capture(Code(), {"y": x}, frontend="export")
+    with pytest.raises(CaptureError, match="a program of Code that PyTorch makes no module of"):
+        lora_fx.rewrite(Code(), EVERY, x, frontend="export")
+    check_same(*adapt(Code(), x, "auto"), x)
+
+
+# --- a model of layers that behave otherwise in training, and can be changed
 
 
 class Frozen(nn.Module):
@@ -57,78 +139,82 @@ class Frozen(nn.Module):
         return self.head(h) + torch.arange(2, device=x.device)
 
 
+X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.fixture
-def models() -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    x = torch.randn(6, 8)
-    model = Frozen()
-    return model, lora_fx.rewrite(model, CONFIG, x, frontend="export"), x
+def models() -> tuple[nn.Module, nn.Module]:
+    return adapt(Frozen(), X)
 
 
-def same(model: nn.Module, adapted: nn.Module, *args: object) -> None:
-    torch.manual_seed(3)
-    expected = model(*args)
-    torch.manual_seed(3)
-    torch.testing.assert_close(adapted(*args), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_modes_follow_train_and_eval(models) -> None:
-    model, adapted, x = models
-    model = copy.deepcopy(model)
+def test_follow_train_and_eval(models: tuple[nn.Module, nn.Module]) -> None:
+    dense, adapted = models
     for training in (True, False, True):
-        same(model.train(training), adapted.train(training), x)
-        assert torch.equal(model.bn.running_mean, adapted.bn.running_mean)
-        assert model.bn.num_batches_tracked == adapted.bn.num_batches_tracked
-    model.bn.eval(), adapted.bn.eval()
-    same(model, adapted, x)
+        check_same(dense.train(training), adapted.train(training), X)
+        assert_close(adapted.bn.running_mean, dense.bn.running_mean, 1e-5)
+        assert dense.bn.num_batches_tracked == adapted.bn.num_batches_tracked
+    dense.bn.eval(), adapted.bn.eval()
+    check_same(dense, adapted, X)
 
 
-def test_settings_of_a_layer_are_read_when_it_runs(models) -> None:
-    model, adapted, x = models
-    for one in (model, adapted):
+def test_read_settings_of_a_layer_when_it_runs(models: tuple[nn.Module, nn.Module]) -> None:
+    for one in models:
         one.drop.p, one.bn.eps, one.bn.momentum = 0.1, 0.5, 0.9
-    same(copy.deepcopy(model).train(), adapted.train(), x)
+    check_same(*models, X)
 
 
-def test_a_hook_that_waits_for_a_module_gets_its_call(models) -> None:
-    model, adapted, x = models
-    for one in (model, adapted):
-        one.bn.register_forward_hook(lambda module, args, out: out * 3)
-    same(model.eval(), adapted.eval(), x)
+def test_take_calls_of_another_form(models: tuple[nn.Module, nn.Module]) -> None:
+    dense, adapted = (one.eval() for one in models)
+    check_same(dense, adapted, X, 2.0)
+    check_same(dense, adapted, X[:1], scale=3.0)
+    assert torch.isfinite(adapted.half()(X.half())).all()
 
 
-_GLOBAL = nn.modules.module
-_TAKEN: dict[str, Callable[[nn.Module], Any]] = {
-    "forward hook": lambda bn: bn.register_forward_hook(lambda module, args, out: out * 3),
-    "forward pre-hook": lambda bn: bn.register_forward_pre_hook(lambda module, args: args[0] * 3),
-    "backward hook": lambda bn: bn.register_full_backward_hook(lambda m, grad, out: (grad[0] * 3,)),
-    "backward pre-hook": lambda bn: bn.register_full_backward_pre_hook(
-        lambda m, out: (out[0] * 3,)
+def test_take_a_module_with_two_names_for_one_site() -> None:
+    plan = lora_fx.plan(Frozen(), LoraConfig(r=2), X, frontend="export")
+    assert [row.name for row in plan] == ["fc", "shared"]
+    adapted = lora_fx.rewrite(Frozen(), LoraConfig(r=2), X, frontend="export")
+    trained = sum(p.numel() for p in lora_fx.trainable_parameters(adapted))
+    assert plan.trainable_parameters == trained
+    assert plan.sites[1].site.tied_to == ()
+
+
+def _to_linears(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda m, *args: hook(m, *args) if isinstance(m, nn.Linear) else None
+
+
+_ALL = nn.modules.module
+_HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda m: m.register_forward_hook(lambda m, args, out: out * m.weight.norm()),
+    "forward pre": lambda m: m.register_forward_pre_hook(lambda m, args: args[0] * 3),
+    "backward": lambda m: m.register_full_backward_hook(lambda m, g, out: (g[0] * 3,)),
+    "backward pre": lambda m: m.register_full_backward_pre_hook(lambda m, g: (g[0] * 3,)),
+    "replaced": lambda m: setattr(m, "forward", lambda x: x * m.weight.sum()),
+    "forward for all": lambda _: _ALL.register_module_forward_hook(
+        _to_linears(lambda m, args, out: out * 3)
     ),
-    "forward": lambda bn: setattr(bn, "forward", lambda x: x * 3),
-    "forward hook for all": lambda bn: _GLOBAL.register_module_forward_hook(
-        lambda module, args, out: out * 3 if isinstance(module, nn.BatchNorm1d) else None
+    "forward pre for all": lambda _: _ALL.register_module_forward_pre_hook(
+        _to_linears(lambda m, args: args[0] * 3)
     ),
-    "forward pre-hook for all": lambda bn: _GLOBAL.register_module_forward_pre_hook(
-        lambda module, args: args[0] * 3 if isinstance(module, nn.BatchNorm1d) else None
-    ),
-    "backward hook for all": lambda bn: _GLOBAL.register_module_full_backward_hook(
-        lambda module, grad, out: (grad[0] * 3,) if isinstance(module, nn.BatchNorm1d) else None
+    "backward for all": lambda _: _ALL.register_module_full_backward_hook(
+        _to_linears(lambda m, g, out: (g[0] * 3,))
     ),
 }
 
 
-@pytest.mark.parametrize("what", _TAKEN)
-def test_what_takes_the_call_of_a_module_gets_it(models, what: str) -> None:
-    model, adapted, x = models
-    handles = [_TAKEN[what](one.eval().bn) for one in (model, adapted)]
+@pytest.mark.parametrize("layer", ["bn", "fc"])
+@pytest.mark.parametrize("what", _HOOKS)
+def test_let_hooks_take_the_call_of_a_module(
+    models: tuple[nn.Module, nn.Module], what: str, layer: str
+) -> None:
+    dense, adapted = (one.eval() for one in models)
+    with torch.no_grad():
+        before = adapted(X)
+    handles = [_HOOKS[what](getattr(one, layer)) for one in (dense, adapted)]
     try:
-        gradients = []
-        for one in (model, adapted):
-            leaf = x.clone().requires_grad_()
-            one(leaf).square().sum().backward()
-            gradients.append(leaf.grad)
-        same(model, adapted, x)
-        torch.testing.assert_close(*gradients)
+        check_same(dense, adapted, X)
+        if "backward" not in what and (layer == "fc" or "for all" not in what):
+            assert not torch.allclose(adapted(X), before)
     finally:
         for handle in filter(None, handles):
             handle.remove()
@@ -136,257 +222,200 @@ def test_what_takes_the_call_of_a_module_gets_it(models, what: str) -> None:
 
 @pytest.mark.parametrize("name", ["__call__", "forward"])
 @pytest.mark.parametrize("cls", [Frozen, nn.BatchNorm1d])
-def test_a_call_that_is_replaced_in_a_class_is_not_that_of_the_graph(
-    models, monkeypatch: pytest.MonkeyPatch, cls: type, name: str
+def test_run_what_replaces_a_method_of_a_class(
+    models: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch, cls: type, name: str
 ) -> None:
-    model, adapted, x = models
     before = getattr(cls, name)
-    model.eval(), adapted.eval()
     monkeypatch.setattr(cls, name, lambda self, *a, **named: before(self, *a, **named) * 3)
-    expected = model(x)
-    torch.testing.assert_close(adapted(x), expected)
+    check_same(*(one.eval() for one in models), X)
 
 
-def test_a_forward_that_was_set_before_is_part_of_the_graph() -> None:
-    model, x = Frozen().eval(), torch.randn(6, 8)
+def test_run_a_forward_that_was_set_before() -> None:
+    model = Frozen().eval()
     model.bn.forward = functools.partial(F.relu, inplace=False)
     model.shared.forward = MethodType(lambda self, x: self.weight.sum() * x, model.shared)
-    adapted = lora_fx.rewrite(model, CONFIG, x, frontend="export")
-    same(model, adapted, x)
-    model.shared.forward = MethodType(lambda self, x: self.bias.sum() * x, model.shared)
-    adapted.shared.forward = MethodType(lambda self, x: self.bias.sum() * x, adapted.shared)
-    same(model, adapted, x)
+    dense, adapted = adapt(model, X, config=LoraConfig(r=2, target_modules=["fc"]))
+    check_same(dense, adapted, X)
+    for one in (dense, adapted):
+        one.fc.forward = MethodType(lambda self, x: self.weight.sum() * x, one.fc)
+    check_same(dense, adapted, X)
 
 
-def test_a_call_of_another_form_goes_through_the_modules(models) -> None:
-    model, adapted, x = models
-    model.eval(), adapted.eval()
-    same(model, adapted, x, 2.0)
-    same(model, adapted, x[:1])
-    assert torch.isfinite(adapted.half()(x.half())).all()
+# --- programs that do more than a graph of operations says
 
 
-def test_a_module_under_two_names_is_one_site(models) -> None:
-    model, adapted, x = models
-    plan = lora_fx.plan(model, CONFIG, x, frontend="export")
-    assert [row.name for row in plan] == ["fc", "shared"]
-    assert plan.trainable_parameters == sum(
-        p.numel() for p in lora_fx.trainable_parameters(adapted)
-    )
-    assert plan.sites[1].site.tied_to == ()
+class Net(nn.Module):
+    """A product, and two layers with something between them."""
+
+    def __init__(self, between: Callable[[Any, torch.Tensor], torch.Tensor], **kept: Any) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.between = between
+        for name, value in kept.items():
+            setattr(self, name, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.between(self, self.fc(x @ self.w)))
 
 
-def test_random_numbers_without_a_mode_are_refused() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.fc(x) + torch.rand_like(x)
-
-    with pytest.raises(CaptureError, match="draws random numbers"):
-        lora_fx.capture(Noisy(), torch.randn(2, 4), frontend="export")
-
-
-def test_inputs_that_do_not_fit_are_named() -> None:
-    with pytest.raises(CaptureError, match=r"do not fit Frozen\.forward"):
-        lora_fx.capture(Frozen(), {"y": torch.randn(2, 8)}, frontend="export")
-
-
-class Branches(nn.Module):
-    """Export takes one branch of the mode for both; the regions do not."""
+class Draws(nn.Module):
+    """Multiplies with random numbers in training, and adds some always."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
-        self.fc = nn.Linear(4, 4)
-        self.head = nn.Linear(4, 2)
+        self.rate, self.weight = 0.4, nn.Parameter(torch.ones(4))
 
-    def forward(self, x):
-        h = x @ self.weight
-        if self.training:
-            h = h + 100
-        return self.head(self.fc(h))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = (x + torch.rand_like(x)) * self.weight
+        if not self.training:
+            return x
+        return x * x.new_empty((x.shape[0], 1)).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
 
-def test_auto_goes_back_to_the_regions_where_export_computes_something_else() -> None:
+class Slotted:
+    __slots__ = ("k",)
+
+    def __init__(self) -> None:
+        self.k = 2.0
+
+    def value(self) -> float:
+        return self.k
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.t, self.own = 1.5, Slotted()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.t * self.own.k
+
+
+def _two_names() -> Net:
+    model = Net(lambda self, x: self.again(self.first(x)), first=Scaled())
+    model.again = model.first
+    return model
+
+
+def _scale(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return x * self.scale
+
+
+CELL, GLOBAL = [2.0], SimpleNamespace(factor=2.0, tensor=torch.tensor(2.0))
+
+
+def _reset_globals() -> None:
+    CELL[0], GLOBAL.factor = 2.0, 2.0
+    GLOBAL.tensor = torch.tensor(2.0)
+
+
+class Derived(Net):
+    """Has a setting that is computed, and a method of its base."""
+
+    @property
+    def scale(self) -> float:
+        return self.factor * 3
+
+    def more(self) -> float:
+        return 2.0
+
+
+class Below(Derived):
+    def more(self) -> float:
+        return super().more() + 1
+
+
+def _times(of: Callable[[Any], Any], **kept: Any) -> Net:
+    return Net(lambda self, x: x * of(self), **kept)
+
+
+# What makes a model, and how it is changed afterwards.
+SETTINGS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "slots": (lambda: _times(lambda m: m.k.k, k=Slotted()), lambda m: setattr(m.k, "k", 3.0)),
+    "two names": (_two_names, lambda m: setattr(m.first, "t", 3.0)),
+    "an object under two names": (_two_names, lambda m: setattr(m.again.own, "k", 5.0)),
+    "a function": (
+        lambda: Net(lambda self, x: self.f(x), f=torch.relu),
+        lambda m: setattr(m, "f", torch.tanh),
+    ),
+    "a partial": (
+        lambda: Net(lambda self, x: self.f(x), f=functools.partial(torch.mul, other=2.0)),
+        lambda m: setattr(m, "f", functools.partial(torch.mul, other=3.0)),
+    ),
+    "a method": (
+        lambda: _times(lambda m: m.f(), f=(kept := Slotted()).value, kept=kept),
+        lambda m: setattr(m.kept, "k", 3.0),
+    ),
+    "a closure": (
+        lambda: (lambda cell: _times(lambda _: cell[0]))(CELL),
+        lambda _: CELL.__setitem__(0, 3.0),
+    ),
+    "a global": (
+        lambda: _times(lambda _: globals()["GLOBAL"].factor),
+        lambda _: setattr(GLOBAL, "factor", 3.0),
+    ),
+    "a global tensor": (lambda: _times(lambda _: GLOBAL.tensor), lambda _: GLOBAL.tensor.fill_(3)),
+    "a tensor": (
+        lambda: _times(lambda m: m.t, t=torch.tensor(2.0)),
+        lambda m: setattr(m, "t", torch.tensor(3.0)),
+    ),
+    "a tensor's number": (
+        lambda: _times(lambda m: m.t.item(), t=torch.tensor(2.0)),
+        lambda m: m.t.fill_(3.0),
+    ),
+    "a tensor in a list": (
+        lambda: _times(lambda m: m.t[0], t=[torch.tensor(2.0)]),
+        lambda m: m.t.__setitem__(0, torch.tensor(3.0)),
+    ),
+    "a property": (
+        lambda: Derived(_scale, factor=0.5),
+        lambda m: setattr(m, "factor", 2.0),
+    ),
+    "random numbers": (
+        lambda: Net(lambda self, x: self.draws(x), draws=Draws()),
+        lambda m: setattr(m.draws, "rate", 0.1),
+    ),
+    "random numbers, in evaluation": (
+        lambda: Net(lambda self, x: self.draws(self.draws(x)), draws=Draws()),
+        lambda m: m.draws.eval(),
+    ),
+}
+
+
+@pytest.mark.parametrize("frontend", ["export", "auto"])
+@pytest.mark.parametrize("what", SETTINGS)
+def test_see_what_is_changed_later(what: str, frontend: str) -> None:
+    make, change = SETTINGS[what]
     x = torch.randn(3, 4)
-    model = Branches().eval()
-    adapted = lora_fx.rewrite(model, CONFIG, x)
-    plan = lora_fx.plan(model, CONFIG, x)
-    assert plan.frontend == lora_fx.capture(model, x).frontend == "regions", "the dry run says so"
-    assert plan.notes[-1].startswith("not export: the captured model (export) computes")
-    for training in (False, True):
-        same(model.train(training), adapted.train(training), x)
-    with pytest.raises(CaptureError, match="computes something else"):
-        lora_fx.rewrite(model, CONFIG, x, frontend="export")
+    _reset_globals()
+    dense, adapted = adapt(make(), x, frontend)
+    copied = copy.deepcopy(adapted)
+    for training in (True, False):
+        check_same(dense.train(training), adapted.train(training), x)
+    torch.manual_seed(3)
+    before = adapted.train()(x)
+    for one in (dense.train(), adapted, copied.train()):
+        change(one)
+    check_same(dense, adapted, x)
+    check_same(dense, copied, x)
+    torch.manual_seed(3)
+    assert not torch.allclose(adapted(x), before)
 
 
-class Cached(nn.Module):
-    """Has no graph, and reads the weight of its layer by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.out = nn.Linear(4, 4)
-
-    @twice_wrapped
-    def forward(self, x):
-        if isinstance(x, torch.Tensor):
-            x = F.linear(x, self.fc.weight, self.fc.bias)
-        return self.out(x)
-
-
-def test_a_weight_that_code_reads_is_adapted_in_the_graph_alone() -> None:
-    """A layer has it, but whoever goes past the graph does not call the layer."""
-    x = torch.randn(2, 4)
-    every = LoraConfig(r=2, target_modules=["fc", "out"])
-    with pytest.raises(
-        lora_fx.NoMatchError, match=r"fc: its weight is also read|also read by Cached"
-    ):
-        lora_fx.plan(Cached(), every, frontend="regions")  # it is read under two decorators
-    adapted = lora_fx.rewrite(
-        Cached(), LoraConfig(r=2, target_modules=["fc"]), x, frontend="export"
+# DEFECT: a graph does not notice a method that is replaced in a class.
+@pytest.mark.parametrize("frontend", ["export", "auto"])
+@pytest.mark.parametrize(("cls", "name"), [(Below, "more"), (Derived, "more"), (Net, "forward")])
+def test_run_a_method_that_is_replaced_in_a_base(
+    cls: type[nn.Module], name: str, frontend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 4)
+    dense, adapted = adapt(Below(lambda self, x: x * self.more()), x, frontend)
+    check_same(dense, adapted, x)
+    monkeypatch.setattr(
+        cls, name, lambda self, x=None: 7.0 if x is None else self.fc(x) @ self.w, raising=False
     )
-    adapted(x)
-    with pytest.raises(CaptureError, match=r"expected x.dim\(\) == 2, found 1"):
-        adapted(x[0])
-
-
-def test_what_a_forward_leaves_behind_is_put_back() -> None:
-    class Settles(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-            self.config = SimpleNamespace(kind=None)
-
-        def forward(self, x):
-            if self.config.kind is None:
-                self.config.kind = x.dtype
-            return self.fc(x)
-
-    captured = lora_fx.capture(Settles(), torch.randn(2, 4), frontend="export")
-    assert captured.model.config.kind is None
-
-
-@pytest.mark.parametrize("start", [0, 0.0])
-def test_a_counter_in_python_is_refused(start) -> None:
-    class Counts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-            self.steps = start
-            self.ready = False
-
-        def forward(self, x):
-            self.ready = True  # once and for all: no counter
-            self.steps += 1
-            return self.fc(x) * self.steps
-
-    model = nn.Sequential(Counts(), nn.Linear(4, 4))
-    with pytest.raises(CaptureError, match=r"changes self\.0\.steps \(0.* became 1.*'regions'"):
-        lora_fx.capture(model, torch.randn(2, 4), frontend="export")
-    assert model[0].steps == start
-    assert not model[0].ready
-    captured = lora_fx.capture(model, torch.randn(2, 4)).model
-    captured(torch.randn(2, 4))
-    assert captured[0].steps == 1
-
-
-def drop_depth(x, rate, training):
-    if not training:
-        return x
-    return x * x.new_empty((x.shape[0], 1)).bernoulli_(1 - rate).div_(1 - rate)
-
-
-class Depth(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rate = 0.4
-
-    def forward(self, x):
-        return drop_depth(x, self.rate, self.training)
-
-
-class Deep(nn.Module):
-    """Stochastic depth, of one module that is called twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.second = nn.Linear(8, 8)
-        self.depth = Depth()
-
-    def forward(self, x):
-        x = x + self.depth(self.first(x))
-        return x + self.depth(self.second(x))
-
-
-def test_stochastic_depth_follows_its_module() -> None:
-    model, x = Deep(), torch.randn(6, 8)
-    adapted = lora_fx.rewrite(model, CONFIG, x, frontend="export")
-    targets = [
-        node.target for node in lora_fx.graphs(adapted)[""].nodes if node.op == "call_module"
-    ]
-    assert targets == ["depth", "depth"]
-    for training in (True, False, True):
-        same(model.train(training), adapted.train(training), x)
-    for one in (model, adapted):
-        one.depth.rate = 0.1
-    same(model, adapted, x)
-    model.depth.eval(), adapted.depth.eval()
-    same(model, adapted, x)
-    same(model, copy.deepcopy(adapted), x)
-
-
-@pytest.mark.parametrize("name", ["shape", "weight", "two"])
-def test_a_draw_that_is_not_the_whole_of_a_module_is_refused(name) -> None:
-    class Draws(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(8)) if name == "weight" else None
-
-        def forward(self, x, y=None):
-            noise = torch.rand_like(x)
-            if name == "shape":
-                return (x + noise)[:, :4]
-            return (x + noise, noise) if name == "two" else (x + noise) * self.weight
-
-    class Holds(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(8, 8)
-            self.draws = Draws()
-
-        def forward(self, x):
-            return self.draws(self.fc(x))
-
-    with pytest.raises(CaptureError, match="draws draws random numbers"):
-        lora_fx.capture(Holds(), torch.randn(6, 8), frontend="export")
-
-
-class _Keeps(nn.Module):
-    """Multiplies with something that is other at each call."""
-
-    def __init__(self, kept: Any, then: Callable[[Any], float]) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.kept, self.then = kept, then
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) * self.then(self.kept)
-
-
-class _WithWeight(_Keeps):
-    """Has a product that only an export sees."""
-
-    def __init__(self, kept: Any, then: Callable[[Any], float]) -> None:
-        super().__init__(kept, then)
-        self.weight = nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) @ self.weight
+    check_same(dense, adapted, x)
 
 
 def _count(kept: dict[str, float]) -> float:
@@ -399,87 +428,166 @@ def _append(kept: list[float]) -> float:
     return float(len(kept))
 
 
-def _set(kept: SimpleNamespace) -> float:
+def _raise(kept: Any) -> float:
     kept.n += 1.0
     return float(kept.n)
 
 
-@pytest.mark.parametrize(
-    ("make", "then"),
-    [
-        (dict, _count),
-        (lambda: {"n": 1.0}, _count),
-        (lambda: {"below": [1.0]}, lambda kept: _append(kept["below"])),
-        (lambda: SimpleNamespace(n=1.0), _set),
-        (lambda: iter([1.0, 2.0, 3.0, 4.0, 5.0]), next),
-        (lambda: random.Random(0), lambda kept: kept.random()),
-        (lambda: np.random.default_rng(0), lambda kept: float(kept.random())),
-        (lambda: None, lambda _: random.random()),
-    ],
-)
-def test_what_a_forward_keeps_between_calls_is_refused(
-    make: Callable[[], Any], then: Callable[[Any], float]
-) -> None:
-    model, x = _Keeps(make(), then).eval(), torch.randn(3, 4)
-    with pytest.raises(CaptureError, match="which a graph would not: frontend='regions'"):
-        lora_fx.rewrite(model, LoraConfig(r=2, target_modules="all-linear"), x, frontend="export")
+def _from_the_third_on(model: Any, x: torch.Tensor) -> torch.Tensor:
+    model.stage = {"a": "b", "b": "c", "c": "c"}[model.stage]
+    return x * 2 if model.stage == "c" else x
 
 
-@pytest.mark.parametrize(
-    ("make", "then"),
-    [
-        (dict, _count),
-        (lambda: {"below": [1.0]}, lambda kept: _append(kept["below"])),
-        (lambda: SimpleNamespace(n=1.0), _set),
-        (lambda: random.Random(0), lambda kept: kept.random()),
-        (lambda: np.random.default_rng(0), lambda kept: float(kept.random())),
-    ],
-)
-def test_an_export_that_is_given_up_leaves_no_state_behind(
-    make: Callable[[], Any], then: Callable[[Any], float]
-) -> None:
-    model, x = _WithWeight(make(), then).eval(), torch.randn(3, 4)
-    config = LoraConfig(r=2, target_modules="all-linear")
-    adapted = lora_fx.rewrite(model, config, x)
-    assert any("which a graph would not" in note for note in require_record(adapted).base.notes)
-    for _ in range(2):
-        torch.testing.assert_close(adapted(x), model(x))
+def _replace_buffer(model: Any, x: torch.Tensor) -> torch.Tensor:
+    x = x * model.n
+    model.n = model.n + 1
+    return x
 
 
-def test_a_buffer_that_is_written_into_can_be_differentiated_through() -> None:
-    class Steps(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-            self.register_buffer("steps", torch.zeros(()))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.steps += 1
-            return self.fc(x * self.steps)
-
-    model, x = Steps(), torch.randn(3, 4)
-    config = LoraConfig(r=2, target_modules="all-linear")
-    adapted = lora_fx.rewrite(model, config, x, frontend="export")
-    for calls in (1, 2):
-        adapted(x).sum().backward()
-        torch.testing.assert_close(adapted.steps, torch.tensor(float(calls)))
-    # B is zero at first: its gradient is the only one.
-    inner = x @ adapted.fc.lora_A.default.T
-    wanted = (1 + 2) * inner.sum(0).expand(4, 2) * (config.lora_alpha / config.r)
-    torch.testing.assert_close(adapted.fc.lora_B.default.grad, wanted)
+def _write_buffer(model: Any, x: torch.Tensor) -> torch.Tensor:
+    x = x * model.n.clone()
+    model.n += 1
+    return x
 
 
-def test_an_iterator_is_not_used_up_by_a_trace() -> None:
-    model = _Keeps(iter([1.0, 2.0, 3.0]), next)
-    captured = lora_fx.capture(model).model
-    assert list(captured.kept) == list(model.kept) == [1.0, 2.0, 3.0]
+def _register(model: Any, x: torch.Tensor) -> torch.Tensor:
+    if not hasattr(model, "places"):
+        model.register_buffer("places", torch.arange(4.0), persistent=False)
+    return x + model.places
 
 
-def test_one_export_at_a_time(monkeypatch, tmp_path):
-    """PyTorch keeps what it exports in global state, and so does what takes notes meanwhile."""
+def _with_buffer(between: Callable[[Any, torch.Tensor], torch.Tensor]) -> Net:
+    model = Net(between)
+    model.register_buffer("n", torch.ones(()))
+    return model
+
+
+def _keeps(kept: Any, then: Callable[[Any], float]) -> Net:
+    return _times(lambda m: m.then(m.kept), kept=kept, then=then)
+
+
+CHANGING: dict[str, Callable[[], nn.Module]] = {
+    "a dict": lambda: _keeps({}, _count),
+    "an object": lambda: _keeps(SimpleNamespace(n=0), _raise),
+    "an attribute": lambda: Net(_from_the_third_on, stage="a"),
+    "a buffer": lambda: _with_buffer(_replace_buffer),
+    "a buffer in place": lambda: _with_buffer(_write_buffer),
+    "a buffer that is registered": lambda: Net(_register),
+    # DEFECT: what is in a container of a container is not put back.
+    "a list in a dict": lambda: _keeps({"below": [1.0]}, lambda kept: _append(kept["below"])),
+    # DEFECT: an export uses these up, and does not put them back.
+    "an iterator": lambda: _keeps(iter([float(n) for n in range(1, 20)]), next),
+    "a generator of Python": lambda: _keeps(random.Random(0), lambda kept: kept.random()),
+    "a generator of NumPy": lambda: _keeps(np.random.default_rng(0), lambda kept: kept.random()),
+    # DEFECT: the check runs the original and the copy with other random numbers.
+    "random numbers of Python": lambda: _keeps(None, lambda _: random.random()),
+    "random numbers of NumPy": lambda: _keeps(None, lambda _: np.random.random()),
+}
+
+
+@pytest.mark.parametrize("frontend", ["export", "auto"])
+@pytest.mark.parametrize("what", CHANGING)
+def test_go_on_with_what_a_call_leaves_to_the_next_one(what: str, frontend: str) -> None:
+    model, x = CHANGING[what]().eval(), torch.randn(3, 4)
+    given = x.clone()
+    dense, adapted = adapt(model, given, frontend)
+    assert torch.equal(given, x)
+    for _ in range(4):
+        check_same(dense, adapted, x)
+
+
+@pytest.mark.parametrize("inputs", [None, torch.randn(3, 4)])
+def test_use_no_iterator_up(inputs: torch.Tensor | None) -> None:
+    model = _keeps(iter([1.0, 2.0, 3.0]), next)
+    captured = lora_fx.capture(model, inputs).model
+    assert list(model.kept) == [1.0, 2.0, 3.0]
+    assert list(captured.kept) == [1.0, 2.0, 3.0]
+
+
+def test_leave_what_a_forward_changes_as_it_was() -> None:
+    model = nn.Sequential(_keeps(SimpleNamespace(n=0), _raise), Net(_from_the_third_on, stage="a"))
+    captured = lora_fx.capture(model, torch.randn(2, 4), frontend="export").model
+    for one in (model, captured):
+        assert (one[0].kept.n, one[1].stage) == (0, "a")
+
+
+def test_give_gradients_through_a_buffer_that_is_written() -> None:
+    x = torch.randn(3, 4)
+    dense, adapted = adapt(_with_buffer(_write_buffer), x)
+    for calls in (2.0, 3.0):
+        check_same(dense, adapted, x)
+        assert float(adapted.n) == calls
+    before = adapted.fc.lora_B.default.grad
+    adapted(x).sum().backward()
+    assert before is None
+    assert adapted.fc.lora_B.default.grad.any()
+
+
+# --- decorators, other ways to a weight, and what travels
+
+
+def _by_name(function: Any) -> Any:
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) * (2 if kwargs else 3)
+
+    return run
+
+
+class Decorated(nn.Module):
+    """Tells names from places, and reads the weight of its layer by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    @_by_name
+    def forward(self, x: torch.Tensor, **_: Any) -> torch.Tensor:
+        if isinstance(x, torch.Tensor):
+            x = F.linear(x, self.fc.weight, self.fc.bias)
+        return self.out(self.fc(x))
+
+
+@pytest.mark.parametrize("frontend", ["export", "auto", "regions"])
+@pytest.mark.parametrize("given", ["place", "name", "more names"])
+def test_run_a_decorator_that_tells_names_from_places(given: str, frontend: str) -> None:
+    x = torch.randn(3, 4)
+    inputs = {"place": (x,), "name": {"x": x}, "more names": {"x": x, "scale": 2.0}}[given]
+    dense, adapted = adapt(Decorated(), inputs, frontend)
+    for rows in (x, x[0]):
+        check_same(dense, adapted, rows)
+        check_same(dense, adapted, rows, scale=2.0)
+        assert_close(adapted(x=rows), dense(x=rows), 1e-5)
+
+
+PAST: list[nn.Module] = []
+
+
+def test_refuse_to_call_a_module_past_the_model() -> None:
+    """It has no adapter, and shares the weight of one that has."""
+    model, x = Net(lambda _, x: PAST[0](x)), torch.randn(3, 4)
+    PAST[:] = [model.fc]
+    try:
+        with pytest.raises(CaptureError, match=r"fc\.weight is read by addmm .* without its adapt"):
+            adapt(model, x)
+    finally:
+        PAST.clear()
+
+
+def test_pickle_a_model_with_functions_and_properties() -> None:
+    x = torch.randn(3, 4)
+    dense, adapted = adapt(Derived(_scale, factor=0.5), x)
+    again = pickle.loads(pickle.dumps(adapted))
+    check_same(adapted, again, x)
+    dense.factor = again.factor = 2.0
+    check_same(dense, again, x)
+
+
+def test_run_one_export_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """PyTorch keeps what it exports in global state."""
     own, inside, most = torch.export.export, [], []
 
-    def export(*args, **kwargs):
+    def export(*args: Any, **kwargs: Any) -> Any:
         inside.append(1)
         most.append(len(inside))
         time.sleep(0.2)
@@ -489,19 +597,18 @@ def test_one_export_at_a_time(monkeypatch, tmp_path):
             inside.pop()
 
     monkeypatch.setattr(torch.export, "export", export)
-    before = nn.Module.__getattribute__, nn.Module.__getattr__
     failures: list[BaseException] = []
 
-    def run(work):
+    def run(work: Callable[[], Any]) -> None:
         try:
             work()
         except BaseException as error:  # noqa: BLE001  # for the test's own thread
             failures.append(error)
 
-    def capture():
+    def capture() -> None:
         lora_fx.capture(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), frontend="export")
 
-    def to_onnx():
+    def to_onnx() -> None:
         lora_fx.export_onnx(nn.Linear(4, 4), tmp_path / "a.onnx", torch.randn(2, 4), verify=False)
 
     threads = [threading.Thread(target=run, args=(work,)) for work in (capture, to_onnx, capture)]
@@ -512,544 +619,3 @@ def test_one_export_at_a_time(monkeypatch, tmp_path):
     assert not failures
     assert len(most) >= 3
     assert set(most) == {1}
-    assert (nn.Module.__getattribute__, nn.Module.__getattr__) == before
-
-
-SHIFT = torch.tensor(2.0)
-
-
-class Held(nn.Module):
-    """Tensors that are no parameters and no buffers."""
-
-    def __init__(self, way: str) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-        self.way = way
-        self.one, self.several = torch.tensor(2.0), [torch.tensor(2.0)]
-        self.named = {"a": torch.tensor(2.0)}
-
-    def forward(self, x):
-        x = self.fc(x)
-        if self.way == "attribute":
-            return x * self.one
-        if self.way == "number":
-            return x * self.one.item()
-        if self.way == "list":
-            return x * self.several[0]
-        if self.way == "dict":
-            return x * self.named["a"]
-        return x * SHIFT
-
-    def hold(self, tensor: torch.Tensor) -> None:
-        self.one, self.several, self.named["a"] = tensor, [tensor], tensor
-
-
-@pytest.mark.parametrize("way", ["attribute", "number", "list", "dict", "global"])
-@pytest.mark.parametrize("copied", [False, True])
-def test_a_tensor_that_is_held_somewhere_may_change(way, copied, monkeypatch) -> None:
-    monkeypatch.setitem(globals(), "SHIFT", torch.tensor(2.0))
-    x, base = torch.randn(2, 8), Held(way)
-    config = LoraConfig(r=2, target_modules=["fc"])
-    model = lora_fx.rewrite(base, config, frontend="export", example_inputs=(x,))
-    with torch.no_grad():
-        model.fc.lora_B.default.normal_()
-    model = copy.deepcopy(model) if copied else model
-    wanted = model.fc(x)
-    torch.testing.assert_close(model(x), 2 * wanted)
-    monkeypatch.setitem(globals(), "SHIFT", torch.tensor(3.0))
-    model.hold(SHIFT)
-    torch.testing.assert_close(model(x), 3 * wanted)
-    SHIFT.fill_(4.0)
-    torch.testing.assert_close(model(x), 4 * wanted)
-    SHIFT.fill_(2.0)
-    torch.testing.assert_close(model(x), 2 * wanted)
-
-
-class _Slotted:
-    __slots__ = ("k",)
-
-    def __init__(self) -> None:
-        self.k = 2
-
-
-class _Settled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.setting = nn.Linear(8, 8), _Slotted()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) if self.setting.k == 3 else torch.tanh(x)
-
-
-class _TwoNames(nn.Module):
-    """torch.export hands out stand-ins for the modules of such a model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.block = nn.Linear(8, 8), _Settled()
-        self.alias = self.block
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.alias(self.block(self.first(x)))
-
-
-def test_settings_of_a_module_with_two_names_are_noted() -> None:
-    model, x = _TwoNames(), torch.randn(3, 8)
-    adapted = lora_fx.rewrite(model, CONFIG, (x,), frontend="export")
-    torch.testing.assert_close(adapted(x), model(x))
-    adapted.block.setting.k = model.block.setting.k = 3
-    torch.testing.assert_close(adapted(x), model(x))
-
-
-def _more_for_names(function):
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        return function(*args, **kwargs) * (2 if kwargs else 3)
-
-    return run
-
-
-class _ByName(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(8, 8)
-
-    @_more_for_names
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_a_decorator_that_tells_names_from_places_has_no_graph(named: bool) -> None:
-    x = torch.randn(3, 8)
-    with pytest.raises(CaptureError, match="computes something else than the original"):
-        lora_fx.rewrite(_ByName(), CONFIG, {"x": x} if named else (x,), frontend="export")
-
-
-def _scaled(x: torch.Tensor, k: float) -> torch.Tensor:
-    return x * k
-
-
-class _Calls:
-    def __init__(self, k: float) -> None:
-        self.k = k
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.k
-
-
-def _around(k: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: x * k
-
-
-class _Holds(nn.Module):
-    """Calls what it holds."""
-
-    def __init__(self, held: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.fc, self.held = nn.Linear(8, 8), held
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.held(self.fc(x))
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (torch.relu, torch.tanh),
-        (functools.partial(_scaled, k=2.0), functools.partial(_scaled, k=3.0)),
-        (_around(2.0), _around(3.0)),
-        (lambda x, k=2.0: x * k, lambda x, k=3.0: x * k),
-        (_Calls(2.0), _Calls(3.0)),
-        (_Calls(2.0).__call__, _scaled.__get__(torch.ones(8))),
-    ],
-)
-def test_a_function_that_a_module_holds_is_noted(first, second) -> None:
-    model, x = _Holds(first), torch.randn(3, 8)
-    captured = lora_fx.capture(model, (x,), frontend="export").model
-    torch.testing.assert_close(captured(x), first(model.fc(x)))
-    captured.held = second
-    torch.testing.assert_close(captured(x), second(model.fc(x)))
-
-
-def test_a_function_that_a_module_holds_travels() -> None:
-    model, x = _Holds(functools.partial(_scaled, k=2.0)), torch.randn(3, 8)
-    config = LoraConfig(r=2, target_modules=["fc"])
-    captured = lora_fx.rewrite(model, config, (x,), frontend="export")
-    for twin in (copy.deepcopy(captured), pickle.loads(pickle.dumps(captured))):
-        torch.testing.assert_close(twin(x), captured(x))
-        twin.held = functools.partial(_scaled, k=3.0)
-        torch.testing.assert_close(twin(x), captured(x) * 1.5)
-
-
-class _Leaves(nn.Module):
-    """Leaves something behind that its next call reads."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.fc, self.what = nn.Linear(8, 8), what
-        self.register_buffer("n", torch.ones(()))
-        self.flag, self.name = False, "a"
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc(x)
-        if self.what == "buffer":
-            x = x * self.n
-            self.n = self.n + 1
-        if self.what == "flag":
-            x = x if self.flag else x * 2
-            self.flag = True
-        if self.what == "string":
-            x = x * len(self.name)
-            self.name = self.name + "a"
-        if self.what == "buffer in place":
-            x = x * self.n.clone()
-            self.n += 1
-        if self.what == "written first":
-            self.flag = True
-            x = x * 3 if self.flag else x
-        return x
-
-
-@pytest.mark.parametrize("what", ["buffer", "flag", "string"])
-def test_what_a_call_leaves_to_the_next_one_has_no_graph(what: str) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), _Leaves(what)), torch.randn(3, 8)
-    with pytest.raises(CaptureError, match=r"in a second call \(its forward"):
-        lora_fx.rewrite(model, CONFIG, (x,), frontend="export")
-    _check_calls(model, x, "auto")
-
-
-@pytest.mark.parametrize("what", ["buffer in place", "written first"])
-def test_what_a_graph_leaves_itself_has_one(what: str) -> None:
-    model, x = nn.Sequential(nn.Linear(8, 8), _Leaves(what)), torch.randn(3, 8)
-    _check_calls(model, x, "export")
-
-
-def _check_calls(model: nn.Module, x: torch.Tensor, frontend: Any) -> None:
-    adapted = lora_fx.rewrite(model, CONFIG, (x,), frontend=frontend)
-    for _ in range(3):
-        found = adapted(x)
-        found.sum().backward()
-        torch.testing.assert_close(found, model(x))
-
-
-_PAST: list[nn.Module] = []
-
-
-class _GoesPast(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
-        _PAST[:] = [self.fc]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.out(_PAST[0](self.fc(x)))
-
-
-def test_a_weight_that_code_gets_to_past_the_model_is_no_constant() -> None:
-    try:
-        with pytest.raises(CaptureError, match=r"its code gets to fc\.weight past the model"):
-            lora_fx.capture(_GoesPast(), torch.randn(3, 8), frontend="export")
-    finally:
-        _PAST.clear()
-
-
-def kept_in(values: list[float], owner: SimpleNamespace) -> Callable[[], float]:
-    def kept() -> float:
-        return values[0] * owner.k
-
-    return kept
-
-
-class Scale:
-    """What a method belongs to that a module holds."""
-
-    def __init__(self, k: float) -> None:
-        self.k = k
-
-    def value(self) -> float:
-        return self.k
-
-
-class Roundabout(nn.Module):
-    """Numbers that its code comes to by way of functions alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.cell = [2.0]
-        self.owner = SimpleNamespace(k=3.0)
-        self.kept = kept_in(self.cell, self.owner)
-        self.scale = Scale(2.0)
-        self.method = self.scale.value
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.fc(x) * self.kept() * self.method())
-
-
-def _scale(model: Roundabout) -> None:
-    model.scale.k = 5.0
-
-
-def _cell(model: Roundabout) -> None:
-    model.cell[0] = 5.0
-
-
-def _owner(model: Roundabout) -> None:
-    model.owner.k = 5.0
-
-
-@pytest.mark.parametrize("change", [_scale, _cell, _owner])
-def test_what_functions_of_a_module_hold_is_compared(change: Callable[[Roundabout], None]) -> None:
-    model, x = Roundabout(), torch.randn(3, 4)
-    adapted = lora_fx.rewrite(model, CONFIG, x, frontend="export")
-    same(model, adapted, x)
-    change(model)
-    change(adapted)
-    same(model, adapted, x)
-
-
-CALLS = [0]
-TIMES = 0
-
-
-class Late(nn.Module):
-    """What it does in the first two calls says nothing about the third."""
-
-    def __init__(self, way: Callable[[Any], bool]) -> None:
-        super().__init__()
-        self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.way, self.stage, self.warm, self.calls = way, "a", False, 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.fc(x)
-        if self.way(self):
-            h = h * 2
-        return self.head(h)
-
-
-def _stages(model: Any) -> bool:
-    model.stage = {"a": "b", "b": "c", "c": "c"}[model.stage]
-    return bool(model.stage == "c" and model.warm)
-
-
-def _from_the_second_on(model: Any) -> bool:
-    if model.warm:
-        model.calls += 1
-    model.warm = True
-    return bool(model.calls > 2)
-
-
-def _in_a_list(model: Any) -> bool:
-    CALLS[0] += 1
-    return CALLS[0] > 100
-
-
-def _in_a_global(model: Any) -> bool:
-    global TIMES  # noqa: PLW0603  # what is tested
-    TIMES += 1
-    return TIMES > 100
-
-
-@pytest.mark.parametrize("way", [_stages, _from_the_second_on, _in_a_list, _in_a_global])
-def test_what_matters_from_the_third_call_on_is_refused(way: Callable[[Any], bool]) -> None:
-    with pytest.raises(CaptureError, match="which a graph would not"):
-        lora_fx.rewrite(Late(way).eval(), CONFIG, torch.randn(3, 4), frontend="export")
-
-
-class Derived(nn.Module):
-    """Has a setting that is computed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-        self.factor = 0.5
-
-    @property
-    def scale(self) -> float:
-        return self.factor
-
-    def forward(self, x):
-        return self.fc(x) * self.scale
-
-
-def test_an_export_that_reads_properties_can_be_pickled() -> None:
-    x = torch.randn(2, 4)
-    config = LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False)
-    model = lora_fx.rewrite(Derived(), config, x, frontend="export")
-    again = pickle.loads(pickle.dumps(model))
-    torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
-
-
-class Counted:
-    """What a block has beside its parameters."""
-
-    def __init__(self) -> None:
-        self.k = 2.0
-
-
-class Scaled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.t, self.own = 1.0, Counted()
-
-    def forward(self, x):
-        return x * self.t * self.own.k
-
-
-class TwoNames(nn.Module):
-    """A module under two names: torch.export hands out stand-ins for all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = Scaled()
-        self.again = self.first
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.fc(self.again(self.first(x)))
-
-
-@pytest.mark.parametrize(
-    "change", [lambda m: setattr(m.first, "t", 3.0), lambda m: setattr(m.again.own, "k", 5.0)]
-)
-def test_what_a_module_under_two_names_has_is_guarded(change) -> None:
-    x = torch.randn(2, 3, 4)
-    model = TwoNames()
-    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
-    adapted = lora_fx.rewrite(model, config, frontend="export", example_inputs=(x,))
-    assert torch.allclose(adapted(x), model(x))
-    change(model)
-    change(adapted)
-    assert torch.allclose(adapted(x), model(x))
-
-
-def doubled(forward):
-    @functools.wraps(forward)
-    def inner(*args, **kwargs):
-        return forward(*args, **kwargs) * (2 if kwargs else 3)
-
-    return inner
-
-
-class TellsKeywords(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
-
-    @doubled
-    def forward(self, x, **more):
-        return self.out(self.fc(x))
-
-
-def test_a_decorator_that_asks_for_keywords_is_seen_beside_other_keywords() -> None:
-    model, x = TellsKeywords(), torch.randn(2, 3, 6)
-    config = LoraConfig(r=2, target_modules=["fc"])
-    given = {"x": x, "scale": 2.0}
-    with pytest.raises(CaptureError):
-        lora_fx.rewrite(model, config, given, frontend="export")
-
-
-TABLE_OF_GLOBALS = SimpleNamespace(factor=2.0)
-
-
-def test_a_global_that_an_inner_function_looks_up_by_its_name_is_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    class Looks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(4, 4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (lambda t: t * globals()["TABLE_OF_GLOBALS"].factor)(self.fc(x))
-
-    model, x = Looks(), torch.randn(2, 4)
-    config = LoraConfig(r=2, target_modules=["fc"])
-    adapted = lora_fx.rewrite(model, config, x, frontend="export")
-    torch.testing.assert_close(adapted(x), model(x))
-    monkeypatch.setattr(TABLE_OF_GLOBALS, "factor", 3.0)
-    torch.testing.assert_close(adapted(x), model(x))
-
-
-class Code(nn.Module):
-    """Has a child with the name of an attribute of fx.GraphModule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.code = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.code(self.fc(x))
-
-
-def test_a_program_that_pytorch_makes_no_module_of_is_named() -> None:
-    model, config, x = Code(), LoraConfig(r=2, target_modules=["fc", "code"]), torch.randn(2, 3, 4)
-    with pytest.raises(CaptureError, match="a program of Code that PyTorch makes no module of"):
-        lora_fx.rewrite(model, config, (x,), frontend="export")
-    torch.testing.assert_close(lora_fx.rewrite(model, config, (x,))(x), model(x))
-
-
-class Registers(nn.Module):
-    """Registers a buffer in its forward: the program of torch.export writes it into x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def forward(self, x):
-        if not hasattr(self, "places"):
-            places = torch.arange(x.shape[1], dtype=x.dtype)[:, None]
-            self.register_buffer("places", places, persistent=False)
-        return self.fc(x + self.places)
-
-
-def test_a_program_that_writes_into_what_it_is_given() -> None:
-    model, config, x = Registers(), LoraConfig(r=2, target_modules=["fc"]), torch.randn(2, 3, 4)
-    with pytest.raises(CaptureError, match="computes something else than the original"):
-        lora_fx.rewrite(model, config, (x,), frontend="export")
-    before = x.clone()
-    lora_fx.rewrite(model, config, (x,))(x)
-    assert torch.equal(x, before)
-
-
-class _Above(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 4)
-
-    def factor(self) -> float:
-        return 1.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x) * self.factor()
-
-
-class _Below(_Above):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 2
-
-
-class _Around(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.below, self.w = _Below(), nn.Parameter(torch.randn(4, 4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.below(x @ self.w)
-
-
-@pytest.mark.parametrize(
-    ("cls", "name"), [(_Below, "factor"), (_Above, "factor"), (_Above, "forward")]
-)
-def test_what_code_gets_to_by_super_is_read(
-    cls: type[nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, x = LoraConfig(r=2, target_modules=["fc", "w"]), torch.randn(3, 4)
-    adapted = lora_fx.rewrite(_Around(), config, (x,), frontend="export")
-    adapted(x)
-    monkeypatch.setattr(
-        cls, name, lambda self, *args: self.fc(*args) if args else 3.0, raising=False
-    )
-    with pytest.raises(CaptureError, match="Put it back"):
-        adapted(x)

@@ -9,8 +9,17 @@ from torch import nn
 
 import lora_fx
 from tests import algebra
+from tests.numerics import assert_close
 from tests.views import Kernel
-from tests.zoo import Form, MatmulOperator, MatmulTransposed, WeightOnTheLeft, forms
+from tests.zoo import (
+    Form,
+    MatmulOperator,
+    MatmulTransposed,
+    WeightOnTheLeft,
+    forms,
+    sample,
+    seeded,
+)
 
 LINEAR = forms("linear", "matmul", "einsum", "experts", "grouped-mm")
 HALF = [torch.bfloat16, torch.float16]
@@ -227,7 +236,6 @@ class Integers(nn.Module):
         (ScaledAddmm, "kernel", "alpha or beta other than 1"),
         (Buffer, "kernel", "its weight is a buffer"),
         (AppliedTwoWays, "kernel", "applied in two ways"),
-        (ReadBesides, "kernel", "also read by norm"),
         (Integers, "kernel", "torch.int32, not floating point"),
     ],
 )
@@ -235,6 +243,19 @@ def test_a_near_miss_is_refused_with_the_reason(
     build: type[nn.Module], name: str, reason: str
 ) -> None:
     assert reason in rejections(build())[name]
+
+
+def test_what_else_reads_a_weight_reads_it_with_its_adapter() -> None:
+    base, x = seeded(ReadBesides)(), sample(3, 4)
+    config = lora_fx.LoraConfig(r=2, target_modules=["kernel"], init_lora_weights=False)
+    model = lora_fx.rewrite(base, config)
+    (row,) = model._lora_fx.adapters["default"].sites
+    holder = model.kernel_lora
+    a, b = holder.lora_A.default, holder.lora_B.default
+    weight = base.kernel + row.scale * (b @ a if row.site.layout == "out_in" else (b @ a).T)
+    exact = torch.func.functional_call(base, {"kernel": weight}, (x,))
+    assert_close(model(x), exact)
+    assert not torch.allclose(exact, base(x))
 
 
 def test_products_of_activations_are_not_mine() -> None:

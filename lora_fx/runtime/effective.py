@@ -1,0 +1,352 @@
+"""The weight that knows its adapters: what code reads as ``layer.weight`` of an adapted layer.
+
+An effective weight is a tensor without memory of its own, over the base's weight and the factors of the
+active adapters. Its shape, dtype and device are those of the base's weight; an operation on it computes with
+``W + s·BA``, and gradients reach the factors. So code that reads an adapted weight need not be found: a hook,
+a helper, another module's forward, or the forward of the layer itself.
+
+Graphs do not come here: they read the base's parameter from ``_parameters``, and run the fused product.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lora_fx import torch_private
+from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.torch_private import pytree
+
+__all__ = [
+    "CHANGES",
+    "PRODUCTS",
+    "Adapted",
+    "Change",
+    "EffectiveWeight",
+    "base_parameter",
+    "effective_weight",
+    "weight_property",
+]
+
+_NONE: Mapping[str, Any] = {}
+
+CHANGES = "_lora_fx_changes"
+"""Attribute of a module: what adapters change of its parameters, by the name of the parameter."""
+
+
+class Change(Protocol):
+    """What the active adapters change of one weight, with the factors that they have now.
+
+    Attributes:
+        name: FQN of the weight.
+        factors: What the change is computed of, besides the weight.
+        transposed: Whether it is the change of the transposed weight.
+    """
+
+    name: str
+    factors: tuple[torch.Tensor, ...]
+    transposed: bool
+
+    def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the adapted weight, differentiable by the weight and the factors.
+
+        Raises:
+            CaptureError: If only a product with it has a meaning.
+        """
+
+    def note(self, place: str) -> None:
+        """Take note of a place in the user's code that has the whole adapted weight computed."""
+
+    def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Compute a product with the weight as a graph would; NotImplemented for what is no known product."""
+
+    def turned(self) -> Change:
+        """Return the change of the transposed weight."""
+
+
+class Adapted(Protocol):
+    """What the active adapters change of one weight, apart from a module."""
+
+    def at(self, owner: nn.Module) -> Change:
+        """Return the change with the factors that the module of the weight has."""
+
+
+class EffectiveWeight(torch.Tensor):
+    """A weight with its adapters, computed when an operation needs its values.
+
+    Attributes:
+        change: What adapters change.
+        base: The base's weight.
+    """
+
+    change: Change
+    base: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, change: Change, base: torch.Tensor) -> EffectiveWeight:
+        """Make a weight whose values are computed later."""
+        form = base.mT if change.transposed else base
+        made: EffectiveWeight = torch_private.make_wrapper_subclass(
+            cls, form.shape, strides=form.stride(), dtype=base.dtype, device=base.device
+        )
+        made.change, made.base = change, base
+        return made
+
+    @property
+    def grad(self) -> Any:
+        """The gradient of the base's weight, if that is trained, too."""
+        return self.base.grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        self.base.grad = value
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """The node of autograd that gives the factors their gradients.
+
+        Raises:
+            ConfigError: If a module asks, which takes a parameter of its own.
+        """
+        if sys._getframe(1).f_code.co_name == "register_parameter":
+            name = self.change.name
+            raise ConfigError(
+                f"{name} is computed from the base's weight and adapters, and no module can have it as a "
+                f"parameter: to tie one to the base's, assign model.get_parameter({name!r})"
+            )
+        return torch.Tensor.grad_fn.__get__(self)  # type: ignore[union-attr]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the base's weight or a factor is trained."""
+        required: bool = torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
+        return required
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.base.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Train the base's weight, or freeze it; the factors stay as they are."""
+        self.base.requires_grad_(requires_grad)
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run a product as a graph does, and everything else on the values."""
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            weight = next(one for one in (*args, *kwargs.values()) if type(one) is cls)
+            result = weight.change.product(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        elif _turns(func, args):
+            return _made(args[0].change.turned(), args[0].base)
+        elif func is torch.Tensor.numpy:
+            return args[0].values().numpy()
+        with torch_private.without_torch_function():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operation on the values."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].change, args[0].base)  # also of .data
+        _check_not_written(func, args, kwargs)
+        args, kwargs = pytree.tree_map_only(cls, cls.values, (args, dict(kwargs)))
+        return func(*args, **kwargs)
+
+    def values(self) -> torch.Tensor:
+        """Compute the adapted weight; its gradient is that of the effective one."""
+        self.change.note(_place(sys._getframe(1)))
+        with torch.no_grad():
+            return self.change.applied(self.base, self.change.factors)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Return what it is; its values are not computed for that."""
+        return f"EffectiveWeight({self.change.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    schema = torch_private.schema_of(func)
+    if not schema.is_mutable:
+        return
+    named = [*zip(schema.arguments, args, strict=False)]
+    named += [(known, kwargs[known.name]) for known in schema.arguments if known.name in kwargs]
+    for argument, value in named:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and isinstance(value, EffectiveWeight):
+            name = value.change.name
+            raise CaptureError(
+                f"{func} writes into {name}, which is computed from the base's weight and adapters: write "
+                f"into the base's, model.get_parameter({name!r}), or merge the adapters first"
+            )
+
+
+_WAYS = [
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "einsum",
+    "embedding",
+    "embedding_bag",
+]
+_WAYS += [f"conv{turned}{dims}d" for turned in ("", "_transpose") for dims in (1, 2, 3)]
+PRODUCTS = frozenset(
+    function
+    for home in (torch, torch.Tensor, nn.functional)
+    for name in (*_WAYS, "__matmul__", "__rmatmul__")
+    if (function := getattr(home, name, None)) is not None
+)
+"""Functions that may be a product with a weight, for which there are patterns."""
+
+_TURNS = frozenset(
+    (torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
+)
+_SWAPS = frozenset((torch.transpose, torch.Tensor.transpose))
+
+
+def _turns(func: Any, args: Sequence[Any]) -> bool:
+    """Say whether a function transposes a matrix."""
+    if func not in _TURNS and func not in _SWAPS:
+        return False
+    swapped = func in _TURNS or {axis % 2 for axis in args[1:] if isinstance(axis, int)} == {0, 1}
+    return args[0].dim() == 2 and swapped
+
+
+class _Make(torch.autograd.Function):
+    """Makes an effective weight whose gradient goes on to the weight and the factors."""
+
+    @staticmethod
+    def forward(ctx: Any, change: Change, base: torch.Tensor, *factors: torch.Tensor) -> Any:
+        ctx.change = change
+        ctx.save_for_backward(base, *factors)
+        return EffectiveWeight(change, base)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        wanted = ctx.needs_input_grad[1:]
+        inputs = [
+            tensor.detach().requires_grad_(want)
+            for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        with torch.enable_grad():
+            result = ctx.change.applied(inputs[0], inputs[1:])
+        leaves = [tensor for tensor in inputs if tensor.requires_grad]
+        own = iter(torch.autograd.grad([result], leaves, gradients, allow_unused=True))
+        return None, *(next(own) if want else None for want in wanted)
+
+
+def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
+    """Return a weight with its adapters.
+
+    Args:
+        adapted: What adapters change of it.
+        owner: The module that has the weight.
+        base: The base's weight.
+
+    Returns:
+        An :class:`EffectiveWeight`. The expression itself, which is computed at once, where a compiler, an
+        export or a transform of ``torch.func`` looks, or a subclass of tensors holds the base's weight.
+    """
+    change = adapted.at(owner)
+    factors = change.factors
+    kinds = {_kind_of(tensor) for tensor in (base, *factors)}
+    if len(kinds) > 1:
+        return base  # a library exchanges them one after the other
+    if (
+        torch.compiler.is_compiling()
+        or kinds != {torch.Tensor}
+        or torch_private.in_functorch_level()
+        or torch_private.in_jit_trace()
+    ):
+        return change.applied(base, factors)
+    weight = _made(change, base)
+    return torch_private.as_parameter(weight)  # isinstance(layer.weight, nn.Parameter) holds
+
+
+def _kind_of(tensor: torch.Tensor) -> type:
+    """Return the subclass of tensors that one is of."""
+    return torch.Tensor if type(tensor) is nn.Parameter else type(tensor)
+
+
+def _made(change: Change, base: torch.Tensor) -> torch.Tensor:
+    """Make an effective weight, with a gradient if the weight or a factor wants one."""
+    if torch.is_grad_enabled() and any(one.requires_grad for one in (base, *change.factors)):
+        made: torch.Tensor = _Make.apply(change, base, *change.factors)  # type: ignore[no-untyped-call]
+        return made
+    return EffectiveWeight(change, base)
+
+
+_LIBRARIES = frozenset({"torch", "lora_fx"})
+
+
+def _place(frame: FrameType | None) -> str:
+    """Say which line of code runs an operation, the innermost that is neither PyTorch's nor ours."""
+    while frame is not None:
+        package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package not in _LIBRARIES and not frame.f_code.co_filename.startswith("<lora_fx "):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return "code of PyTorch"
+
+
+def base_parameter(module: Any, name: str) -> Any:
+    """Return a parameter without adapters, or what a library has put in its place; None if there is none."""
+    held = vars(module)
+    if name in held.get(CHANGES, _NONE):
+        for values in (held, held["_parameters"]):
+            if values.get(name) is not None:
+                return values[name]
+    return getattr(module, name, None)
+
+
+_MOVERS = ("torch.distributed", "torch.fx", "torch.nn.utils", "torchao", "accelerate")
+"""Packages whose code moves, replaces or wraps parameters, and computes nothing with them."""
+
+
+def _asked_by_mover() -> bool:
+    """Say whether code that moves parameters reads an attribute, as FSDP2 and accelerate's hooks do."""
+    caller = str(sys._getframe(2).f_globals.get("__name__", ""))
+    return caller.startswith(_MOVERS)
+
+
+def weight_property(name: str) -> property:
+    """Make the property of a class that gives a parameter with its adapters.
+
+    Args:
+        name: The parameter's name.
+    """
+
+    def get(self: nn.Module) -> Any:
+        held = self.__dict__
+        base = held.get(name)  # a view that a library has put before the parameter
+        if base is None:
+            base = held["_parameters"].get(name)
+        if base is None:
+            raise AttributeError(name)  # Python goes on with __getattr__
+        change = held.get(CHANGES, _NONE).get(name)
+        if change is None or (not torch.compiler.is_compiling() and _asked_by_mover()):
+            return base
+        return effective_weight(change, self, base)
+
+    def put(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value
+
+    def delete(self: nn.Module) -> None:
+        self.__dict__.pop(name, None)
+
+    return property(get, put, delete)

@@ -1,0 +1,575 @@
+"""Traces the ``forward`` of one module with ``torch.fx``: to find operations, and to run where that is sure.
+
+Child modules stay calls: hooks, wrapping policies and checkpointing go on working, and a child that does not
+trace costs only its own graph. The forward runs on stand-ins that record what is done with them. Meanwhile,
+the modules have a class that takes notes (:mod:`.recorded`): each value that the code reads of them becomes a
+guard of the graph, and ``self.training`` a read of the graph itself, so that ``train()`` and ``eval()`` keep
+their meaning.
+
+Two things can go wrong. A trace *ends* where a stand-in cannot answer. A trace is *in doubt* where the code
+does something that a graph would not do again: it reads a global, switches gradients off, sets an attribute.
+Such a graph still shows which operations there are, and never runs: the module runs its own forward, which
+reads its weights with their adapters. So doubt costs speed, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import dis
+import functools
+import gc
+import inspect
+import itertools
+import keyword
+import random
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from lora_fx import torch_private
+from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
+from lora_fx.passes.capture.recorded import recording
+from lora_fx.passes.capture.state import State
+from lora_fx.passes.graph import (
+    GuardedCodeGen,
+    Parameter,
+    Read,
+    is_constant,
+    is_lazy,
+    parameters_of,
+    wraps_own_forward,
+)
+from lora_fx.runtime import inner_of
+
+__all__ = ["Recorder", "Untraceable", "trace"]
+
+
+# What generated code calls by these names: a parameter of the same name would hide it.
+_TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
+# What code calls by these names, no node of a graph stands for.
+_LOST = frozenset(
+    {
+        *("autocast", "is_autocast_enabled", "custom_fwd", "record_function", "checkpoint"),
+        *("no_grad", "enable_grad", "inference_mode", "set_grad_enabled", "is_grad_enabled"),
+        *("is_tracing", "is_scripting", "is_tensor", "__dict__", "__class__"),
+        *("environ", "getenv", "__defaults__"),
+    }
+)
+_BUILTINS = frozenset(
+    {
+        *("type", "isinstance", "issubclass", "hasattr", "getattr", "callable", "id", "super"),
+        *("vars", "locals", "globals"),
+    }
+)
+# Where PyTorch has its contexts and decorators that switch modes.
+_SWITCHES = ("torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.utils._contextlib")
+# What bytecode does without asking a stand-in, or with a context that a graph does not enter.
+_UNHEARD = ("IS_OP", "BEFORE_WITH", "LOAD_SPECIAL", "PUSH_EXC_INFO", "CHECK_EXC_MATCH")
+# What would change something outside of the model.
+_WRITING = ("STORE_GLOBAL", "DELETE_GLOBAL")
+_RUNNING_ON = (random.Random, contextvars.ContextVar)
+_LIBRARIES = frozenset({"torch", "numpy", "lora_fx"}) | sys.stdlib_module_names
+_one_at_a_time = threading.RLock()
+
+
+class Untraceable(Exception):
+    """Why a module's forward cannot be captured; the message is a row of the dry run.
+
+    Attributes:
+        begun: What was recorded until then.
+    """
+
+    begun: fx.Graph | None = None
+
+
+def trace(
+    module: nn.Module,
+    fixed: dict[str, Any] | None = None,
+    *,
+    check_none: bool = True,
+    forward: Callable[..., Any] | None = None,
+    conditions: tuple[str, ...] = (),
+) -> tuple[fx.Graph, str]:
+    """Trace one module's own ``forward``.
+
+    Args:
+        module: The module. It is left as it was.
+        fixed: Values of parameters that are not inputs of the graph. By default every parameter that
+            has a default is fixed to it.
+        check_none: See :class:`GuardedCodeGen`.
+        forward: What to trace instead of the module's own forward; it has the same signature.
+        conditions: Code that is true of ``self`` where the graph does not apply.
+
+    Returns:
+        A graph with the names of ``module`` and a guarded signature, and why it must not run (or nothing).
+
+    Raises:
+        Untraceable: With the reason in words.
+    """
+    if "forward" in module.__dict__ and not wraps_own_forward(module):
+        raise Untraceable("its forward was replaced on the instance")
+    own = forward or inner_of(type(module).forward)
+    parameters = parameters_of(own, fixed)
+    _check_parameters(parameters)
+    recorder = Recorder(module)
+    try:
+        recorder.record(own, parameters)
+    except Exception as error:  # noqa: BLE001  whatever the code raises
+        recorder.ended = recorder.ended or (
+            str(error) if isinstance(error, Untraceable) else _words(error)
+        )
+    if recorder.ended:
+        failure = Untraceable(recorder.ended)
+        failure.begun = recorder.graph
+        raise failure
+    # What lora-fx has written out, or fx has made of a graph, holds for every call.
+    certain = forward is not None or isinstance(module, fx.GraphModule)
+    doubt = "" if certain else recorder.doubt
+    doubt = doubt or _unspeakable(parameters, recorder.graph)
+    asked = (Read(path, "present", None) for path, times in recorder.looked_at.items() if times > 0)
+    reads = (*recorder.reads.values(), *asked)
+    recorder.graph.set_codegen(GuardedCodeGen(parameters, check_none, conditions, reads))
+    return recorder.graph, doubt
+
+
+def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
+    if not any(p.traced for p in parameters):
+        raise Untraceable("its forward has no required argument, so that no call stands for all")
+
+
+def _unspeakable(parameters: tuple[Parameter, ...], graph: fx.Graph) -> str:
+    """Say why generated code could not run the graph; empty if it could."""
+    for p in parameters:
+        if not p.traced and isinstance(p.default, list | dict | set):
+            return f"the default of its argument {p.name} can change between calls"
+    taken = _TAKEN & {p.name for p in parameters}
+    source = graph.python_code("self").src if taken else ""
+    for name in taken:
+        if re.search(rf"\b{name}\b", source):
+            return f"its forward has an argument named {name}, as generated code has"
+    for target in {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}:
+        if any(
+            keyword.iskeyword(atom) or set(atom) & {'"', "\\", "\n"} for atom in target.split(".")
+        ):
+            return f"generated code cannot spell the name {target!r}"
+    return ""
+
+
+class Recorder(fx.Tracer):
+    """Records one module's forward.
+
+    Attributes:
+        root: The module.
+        ended: Why the trace has ended early. Code that is traced may catch the exception.
+        doubt: The first reason why the graph must not run; empty as long as there is none.
+        reads: What the code has read, by its path.
+        names: The modules below by their names.
+        fixed: Arguments of the forward that are not traced.
+        code: The code of the forward.
+        looked_at: How many times more a module below was read than called.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.root = module
+        self.graph = fx.Graph(tracer_cls=type(self))
+        self.ended = self.doubt = ""
+        self.before = State(nn.Module())
+        self.fixed: frozenset[str] = frozenset()
+        self.code: CodeType | None = None
+        self.reads: dict[tuple[str, str], Read] = {}
+        self.looked_at: Counter[str] = Counter()
+        self.names: dict[nn.Module, str] = {one: name for name, one in module.named_modules()}
+        self._modules = {name: one for one, name in self.names.items()}
+        # Of fx.Tracer.
+        self.submodule_paths = self.names
+        self.root_module_name = type(module).__name__
+        self.tensor_attrs = {}
+        self._modes = _modes()
+        named = (*module.named_parameters(), *module.named_buffers())
+        self._tensors = {id(tensor): name for name, tensor in named}
+        self._known: dict[str, TracedValue] = {}
+        self._copies: dict[int, tuple[Any, Any]] = {}
+
+    def end(self, reason: str) -> NoReturn:
+        """End the trace.
+
+        Raises:
+            Untraceable: Always.
+        """
+        self.ended = self.ended or reason
+        raise Untraceable(reason)
+
+    def doubts(self, reason: str) -> None:
+        """Note why the graph must not run, and go on."""
+        self.doubt = self.doubt or reason
+
+    # --- the trace
+
+    def record(self, forward: Any, parameters: tuple[Parameter, ...]) -> None:
+        """Run a forward on stand-ins."""
+        positional: list[Any] = [self.root]
+        keywords: dict[str, Any] = {}
+        for place, p in enumerate(parameters, start=1):
+            if p.variadic or (not p.traced and p.value is p.default):
+                continue  # a caller who wants the default gives nothing
+            value = self.create_proxy("placeholder", p.name, (), {}) if p.traced else p.value
+            if p.kind != inspect.Parameter.KEYWORD_ONLY and len(positional) == place:
+                positional.append(value)
+            else:
+                keywords[p.name] = value
+        own = inner_of(type(self.root).forward)
+        of_library = (own.__module__ or "").partition(".")[0] in ("torch", "lora_fx")
+        if not of_library and not isinstance(self.root, fx.GraphModule):
+            self.read(Read("", "forward", None))
+        self.before = State(self.root, [p.default for p in parameters])
+        self.fixed = frozenset(p.name for p in parameters if not p.traced)
+        self.code = getattr(inspect.unwrap(forward), "__code__", None)
+        if hasattr(forward, "__wrapped__"):
+            self.doubts("its forward is decorated")
+        try:
+            # Whatever the caller's modes are, those of the trace have to be known.
+            with (
+                _one_at_a_time,
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.amp.autocast("cpu", enabled=False),
+                _wrapped_functions(self),
+                recording(self),
+                _Eager(self),
+                _Followed(self),
+            ):
+                self._modes = _modes()
+                result = forward(*positional, **keywords)
+                self.create_node("output", "output", (self.create_arg(result),), {})
+        finally:
+            changed = self.before.restore()
+        if changed:
+            self.doubts(changed)
+
+    # --- where values come from
+
+    def read(self, read: Read) -> None:
+        """Note what was read."""
+        self.reads.setdefault((read.path, read.kind), read)
+
+    def copied(self, value: Any) -> Any:
+        """Return a copy of an iterator or a generator of random numbers, which a trace must not use up."""
+        if id(value) not in self._copies:
+            try:
+                self._copies[id(value)] = value, copy.deepcopy(value)
+            except Exception:  # noqa: BLE001  a generator cannot be copied
+                self.end("its forward uses an iterator up")
+        return self._copies[id(value)][1]
+
+    def owned(self, tensor: torch.Tensor) -> TracedValue | None:
+        """Return the read of a parameter or buffer of the module; None for any other tensor."""
+        name = self._tensors.get(id(tensor))
+        if name is None:
+            return None
+        # A buffer is read each time: it may be replaced.
+        if not isinstance(tensor, nn.Parameter):
+            return self._attribute(name)
+        if name not in self._known:
+            self._known[name] = self._attribute(name)
+        return self._known[name]
+
+    def _attribute(self, name: str) -> TracedValue:
+        return cast("TracedValue", self.create_proxy("get_attr", name, (), {}))
+
+    def mode_of(self, module: nn.Module) -> TracedValue:
+        """Return ``module.training``, which the graph reads itself."""
+        name = self.names[module]
+        target = f"{name}.training" if name else "training"
+        if target not in self._known:
+            self._known[target] = ModeProxy(self, target)
+        return self._known[target]
+
+    def known_shape(self, value: fx.Proxy) -> torch.Size | None:
+        """Return the shape of a parameter, which does not depend on the input; None for any other value."""
+        node = value.__dict__.get("node")
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        owner, _, leaf = str(node.target).rpartition(".")
+        parameter = self._modules[owner].__dict__["_parameters"].get(leaf)
+        if parameter is None or is_lazy(parameter):
+            return None
+        shape: torch.Size = parameter.shape
+        self.read(Read(str(node.target), "shape", tuple(shape)))
+        return shape
+
+    # --- nodes
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a value that refuses questions."""
+        return TracedValue(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer for ``self.training`` as in evaluation; end the trace at any other question."""
+        if type(obj) is not ModeProxy:
+            self.end("its forward branches on a value that is known only when it runs")
+        self.doubts("its forward branches on self.training")
+        return False
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """End the trace at a loop over a traced value."""
+        self.end("its forward iterates over a traced value")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """End the trace at ``**value``."""
+        self.end("its forward iterates over a traced value")
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        """Make a node, without type annotation: generated code does not need to know the name."""
+        if _modes() != self._modes:
+            self.doubts("its forward switches gradients or autocast, which a graph would lose")
+        # A child, or a parameter, named "self" would hide the module in generated code.
+        return super().create_node(
+            kind, target, args, kwargs, name or ("self_" if target == "self" else None)
+        )
+
+    def create_arg(self, a: Any) -> Any:
+        """Return an argument of a node; a tensor that the code has made is an unknown value."""
+        if issubclass(type(a), fx.Proxy):
+            return a.node
+        if isinstance(a, torch.Tensor):
+            owned = self.owned(a)
+            if owned is not None:
+                return owned.node
+            self.doubts("its forward makes a tensor that does not depend on its input")
+            return self.create_node("call_function", _unknown, (), {})
+        plain = (list, dict, fx.immutable_collections.immutable_list)
+        if isinstance(a, list | dict) and type(a) not in (
+            *plain,
+            fx.immutable_collections.immutable_dict,
+        ):
+            self.doubts(f"a {type(a).__name__} would become a plain one")
+        return super().create_arg(a)
+
+    def call_child(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Record a call of a child."""
+        if module is self.root:
+            self.end("its forward calls the module itself")
+        self.looked_at[self.names[module]] -= 1
+        return self.create_proxy("call_module", self.names[module], args, kwargs)
+
+
+def _unknown() -> NoReturn:
+    """Stand for a tensor that code has made; a graph with it never runs."""
+    raise NotImplementedError
+
+
+class _Followed:
+    """Looks at the code of each function that a trace calls, with ``sys.setprofile``."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._seen: set[CodeType] = set()
+        self._before: Any = None
+        self._collects = False
+
+    def __enter__(self) -> None:
+        self._before = sys.getprofile()
+        self._collects = gc.isenabled()
+        gc.disable()  # it may run any code, which is none of the forward's
+        sys.setprofile(self._called)
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+        if self._collects:
+            gc.enable()
+
+    def _called(self, frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or code in self._seen or _is_import(frame):
+            return
+        self._seen.add(code)
+        home = str(frame.f_globals.get("__name__", ""))
+        if home in _SWITCHES:
+            self._recorder.doubts("a function that it calls switches gradients or autocast")
+        if home.partition(".")[0] in _LIBRARIES or home.startswith("namedtuple_"):
+            return
+        if code.co_name == "forward" and code.co_varnames[:1]:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if issubclass(type(first), torch.autograd.function.FunctionCtx):
+                self._recorder.doubts("its forward calls an autograd function")
+        reason = self._reason(code, frame.f_globals)
+        if reason:
+            self._recorder.doubts(f"{code.co_qualname} {reason}")
+
+    def _reason(self, code: CodeType, names: Mapping[str, Any]) -> str:
+        """Say why a graph does not stand for code that was executed; empty if it does."""
+        lost = next((name for name in code.co_names if name in _LOST), None)
+        if lost is not None:
+            return f"uses {lost}, which a graph would lose"
+        named = _globals_of(code)
+        if any(one.opname in _WRITING for one in dis.get_instructions(code)):
+            self._recorder.end(f"{code.co_qualname} sets a global")
+        if _is_unheard(code, self._recorder.fixed if code is self._recorder.code else frozenset()):
+            return "compares by identity, enters a context manager or catches an error"
+        asked = next((name for name in named if name in _BUILTINS), None)
+        if asked is not None:
+            return f"asks {asked}(), which a graph would not ask again"
+        free = [name for name in code.co_freevars if name != "__class__"]
+        if free and not any(code in outer.co_consts for outer in self._seen):
+            return f"reads {free[0]}, a variable around it"
+        module = sys.modules.get(names.get("__name__", ""))
+        home = module if module is not None and vars(module) is names else None
+        for name, asked_for in named.items():
+            reason = self._reason_of_global(name, names.get(name, torch), home, asked_for)
+            if reason:
+                return reason
+        return ""
+
+    def _reason_of_global(self, name: str, value: Any, home: ModuleType | None, asked: bool) -> str:
+        """Say why a graph does not stand for code that reads a global; note what can be asked again."""
+        package = str(getattr(value, "__module__", None) or "").partition(".")[0]
+        if isinstance(value, ModuleType):
+            known = value.__name__.partition(".")[0] in _LIBRARIES
+            return "" if known else f"looks into {name}, a module of Python"
+        if isinstance(value, list | dict | set):
+            self._recorder.before.add(name, value)
+            return f"reads {name}, a global that can change"
+        if isinstance(value, _RUNNING_ON) or hasattr(value, "__next__"):
+            self._recorder.end(f"its forward reads {name}, which goes on with each call")
+        if isinstance(value, BuiltinFunctionType | type | FunctionType) and package in _LIBRARIES:
+            return ""
+        if (isinstance(value, FunctionType | type) and not asked) or is_constant(value):
+            if home is None:
+                return f"reads {name}, a global"
+            read = Read(name, "global", (home.__name__, copy.deepcopy(value)))
+            self._recorder.read(read)
+            return ""
+        return f"reads {name}, a global"
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    """Say whether an import runs a function, or a module of Python that loads what is asked of it."""
+    first = frame.f_code.co_varnames[:1] if frame is not None else ()
+    if first and frame is not None and isinstance(frame.f_locals.get(first[0]), ModuleType):
+        return True
+    while frame is not None and frame.f_code is not Recorder.record.__code__:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            return True
+        frame = frame.f_back
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_of(code: CodeType) -> dict[str, bool]:
+    """Return the globals and builtins that code reads, and whether it asks each for an attribute."""
+    found: dict[str, bool] = {}
+    instructions = list(dis.get_instructions(code))
+    for one, following in itertools.pairwise(instructions):
+        if one.opname == "LOAD_GLOBAL":
+            asked = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            found[one.argval] = found.get(one.argval, False) or asked
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_unheard(code: CodeType, known: frozenset[str]) -> bool:
+    """Say whether code does something that no stand-in hears of.
+
+    Args:
+        code: The code.
+        known: Names of its arguments that are not traced, which it may compare with None.
+    """
+    before: dis.Instruction | None = None
+    for one in dis.get_instructions(code):
+        if one.opname in _UNHEARD:
+            return True
+        if one.opname.endswith("_NONE") and not (
+            before is not None and (before.argval in known or before.opname == "LOAD_ATTR")
+        ):
+            return True
+        if one.opname == "STORE_FAST" and one.argval in known:
+            return True
+        before = one
+    return False
+
+
+def _modes() -> tuple[bool, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+def _words(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+@contextlib.contextmanager
+def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
+    """Record calls of the functions that ``fx.wrap`` was told of as one node each."""
+
+    def recorded(function: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not (holds_traced(args) or holds_traced(kwargs)):
+                return function(*args, **kwargs)
+            result = recorder.create_proxy("call_function", function, args, kwargs)
+            result.node.meta["is_wrapped"] = True
+            return result
+
+        return call
+
+    places = [
+        (names, name, names[name])
+        for (_, name), names in torch_private.wrapped_functions().items()
+        if name in names and "__name__" in names
+    ]
+    try:
+        for names, name, function in places:
+            names[name] = recorded(function)
+        yield
+    finally:
+        for names, name, function in places:
+            names[name] = function
+
+
+# What does not depend on anything that may change between a trace and a call.
+_FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
+
+
+class _Eager(TorchFunctionMode):
+    """Hears of computations without traced values: a graph would have their results for good."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if holds_traced(args) or holds_traced(kwargs):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            name = func.__self__.__name__
+        if name not in _FIXED and func is not torch_private.SET_GRAD_ENABLED:
+            self._recorder.doubts(f"its forward computes without its input ({name})")
+        return func(*args, **kwargs)

@@ -1,0 +1,329 @@
+"""Which weights of a rewritten model have adapters in them, for code that reads them outside of graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import fx, nn
+
+from lora_fx.errors import CaptureError
+from lora_fx.ir import (
+    Capture,
+    Pass,
+    PlannedSite,
+    PlannedTokens,
+    Record,
+    Region,
+    Site,
+    join,
+    record_of,
+    relative,
+)
+from lora_fx.kinds import kind_of
+from lora_fx.passes.graph import Code, generated
+from lora_fx.passes.insert import Insert, SelectRows
+from lora_fx.passes.match import ask
+from lora_fx.passes.optimize import Fuse, FuseRows
+from lora_fx.passes.parameters import (
+    DROPOUT,
+    factor_names,
+    module_at,
+    parameter_of,
+    rows_name,
+    rows_of,
+    wide,
+)
+from lora_fx.passes.patterns import pattern_of, site_name
+from lora_fx.runtime import CHANGES, EffectiveWeight, watch
+from lora_fx.torch_private import pytree
+
+__all__ = ["arm", "is_effective"]
+
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """A site of a weight.
+
+    Attributes:
+        planned: The site, or rows of an embedding that are trained.
+        adapter: The name of its adapter.
+        parameters: Names of its parameters, seen from the module that has the weight.
+        dropout: The name of the adapter's dropout, seen from there; empty if it has none.
+    """
+
+    planned: PlannedSite | PlannedTokens
+    adapter: str
+    parameters: tuple[str, ...]
+    dropout: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapted:
+    """What the active adapters change of a weight: a :class:`lora_fx.runtime.effective.Adapted`.
+
+    Attributes:
+        name: FQN of the weight.
+        rows: Its sites. Rows of an embedding that are trained come last.
+        record: The record of the model.
+        products: The functions of products with it, by the way in which each is called.
+    """
+
+    name: str
+    rows: tuple[_Row, ...]
+    record: Record = dataclasses.field(repr=False, compare=False)
+    products: dict[Any, Callable[..., Any] | None] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __reduce__(self) -> Any:
+        """Pickle and copy it without the functions of products, which a copy makes for itself."""
+        return type(self), (self.name, self.rows, self.record)
+
+    def at(self, owner: nn.Module) -> _Change:
+        """Return the change with the factors that the module of the weight has."""
+        names = (name for row in self.rows for name in row.parameters)
+        factors = tuple(parameter_of(owner, name) for name in names)
+        return _Change(self, owner, cast("tuple[torch.Tensor, ...]", factors))
+
+
+class _Change(NamedTuple):
+    """A :class:`lora_fx.runtime.effective.Change`."""
+
+    adapted: _Adapted
+    owner: nn.Module
+    factors: tuple[torch.Tensor, ...]
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """FQN of the weight."""
+        return self.adapted.name
+
+    def turned(self) -> _Change:
+        """Return the change of the transposed weight."""
+        return self._replace(transposed=not self.transposed)
+
+    def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the weight with the changes of all sites, in its own shape and dtype."""
+        self._check_means_something()
+        site = self.adapted.rows[0].planned.site
+        base = total = wide(site.applied(weight))
+        pending = list(factors)
+        for row in self.adapted.rows:
+            values = [wide(pending.pop(0)) for _ in row.parameters]
+            if isinstance(row.planned, PlannedSite):
+                total = _with_rows(row.planned.site, total, _changed(row.planned, base, values))
+            else:
+                indices = torch.tensor(row.planned.indices, device=weight.device)
+                stored = row.planned.site.stored(total).index_copy(0, indices, values[0])
+                total = row.planned.site.applied(stored)
+        result = site.stored(total).to(weight.dtype)
+        return result.mT if self.transposed else result
+
+    def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Compute a product with the weight by the functions that graphs call.
+
+        The graph of this one operation is matched, gets its branches and is fused like any other, once for
+        each way in which it is called.
+        """
+        if torch.compiler.is_compiling():
+            return NotImplemented
+        values, spec = pytree.tree_flatten((args, dict(kwargs)))
+        places = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor)]
+        weights = [place for place in places if isinstance(values[place], EffectiveWeight)]
+        if len(weights) != 1 or self._is_cut_off(values[weights[0]]):
+            return NotImplemented
+        constants = tuple(
+            None if place in places else repr(value) for place, value in enumerate(values)
+        )
+        key = (func, spec, constants, weights[0], self.transposed)
+        known = self.adapted.products
+        if key not in known:
+            known[key] = _product_of(self, func, values, spec, weights[0])
+        run = known[key]
+        if run is None:
+            return NotImplemented
+        return run(self.owner, *(values[place] for place in places if place != weights[0]))
+
+    def _is_cut_off(self, weight: torch.Tensor) -> bool:
+        """Say whether a weight was detached: what is computed with it gives no gradients."""
+        wanted = any(factor.requires_grad for factor in self.factors)
+        return torch.is_grad_enabled() and wanted and not weight.requires_grad
+
+    def _check_means_something(self) -> None:
+        """Refuse what only a product with the weight can do."""
+        if self.adapted.record.per_sample:
+            raise CaptureError(
+                f"{self.name} is read where each sample of a batch has its own adapter, and then only a "
+                "product has a meaning: choose one adapter for the batch (lora_fx.set_adapter)"
+            )
+        for name in (row.dropout for row in self.adapted.rows if row.dropout):
+            dropout: Any = module_at(self.owner, name)
+            if dropout.training and dropout.p:
+                raise CaptureError(
+                    f"{self.name} is read by code that is no known product, and lora_dropout drops what is "
+                    f"multiplied with it: set lora_dropout=0, or name {site_name(self.name)!r} in "
+                    "exclude_modules"
+                )
+
+    def note(self, place: str) -> None:
+        """Take note of a place that has the whole adapted weight computed."""
+        if watch.note_place(self.owner, self.name, place):
+            _log.info(
+                "%s is computed with its adapters as a whole at %s: right, and slower than a product",
+                self.name,
+                place,
+            )
+
+
+def _product_of(
+    change: _Change, func: Any, values: list[Any], spec: Any, place: int
+) -> Callable[..., Any] | None:
+    """Make the function of a product with a weight; None if no pattern knows it.
+
+    Args:
+        change: The weight's.
+        func: The function of PyTorch.
+        values: Its arguments, flat.
+        spec: How they are nested.
+        place: Which of them is the weight.
+
+    Returns:
+        A function of the module and the other tensors.
+    """
+    adapted, owner = change.adapted, change.owner
+    root = watch.root_of(owner)
+    planned = [(row.planned, row.adapter) for row in adapted.rows]
+    if root is None or not all(isinstance(one, PlannedSite) for one, _ in planned):
+        return None
+    fqn, _, leaf = adapted.name.rpartition(".")
+    graph = fx.Graph()
+    nodes = list(values)
+    for index, value in enumerate(values):
+        if isinstance(value, torch.Tensor) and index != place:
+            nodes[index] = graph.placeholder(f"x{index}")
+    weight = nodes[place] = graph.get_attr(leaf)
+    if change.transposed:
+        nodes[place] = graph.call_method("t", (weight,))
+    given, named = pytree.tree_unflatten(nodes, spec)
+    graph.output(graph.call_function(func, given, named))
+    region = Region(fqn, owner, graph)
+    site = next((seen for node in graph.nodes if isinstance(seen := ask(node, region), Site)), None)
+    if site is None or site.weight != adapted.name:
+        return None
+    rows: dict[str, list[PlannedSite]] = defaultdict(list)
+    for one, adapter in planned:
+        assert isinstance(one, PlannedSite)
+        if one.site.rows is not None or site.rows is not None or not _is_like(one.site, site):
+            return None
+        if one.site.bias is not None and len(_tensors(graph)) == 1 and _adds_bias(one):
+            return None  # code reads the weight alone: the bias on B belongs to the layer's own
+        moved = dataclasses.replace(one.site, calls=site.calls)
+        rows[adapter].append(dataclasses.replace(one, site=moved))
+    capture = Capture(root, {fqn: region}, "regions")
+    for step in _branch_passes(adapted.record, rows):
+        capture = step(capture).capture
+    code = Code(capture.regions[fqn].graph)
+    function: Callable[..., Any] = generated(code.source, dict(code.namespace), "product")
+    return function
+
+
+def _tensors(graph: fx.Graph) -> list[fx.Node]:
+    """Return what the graph of a product takes besides the weight: the input, and a bias if there is one."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def _adds_bias(row: PlannedSite) -> bool:
+    """Return True if an adapter adds to the bias, too."""
+    return any(slot.role == "bias" for slot in kind_of(row).slots(row.site))
+
+
+def _is_like(one: Site, other: Site) -> bool:
+    """Return True if one operation applies a weight as the other does."""
+    asked = ("family", "layout", "view", "order", "experts", "groups")
+    return all(getattr(one, name) == getattr(other, name) for name in asked)
+
+
+def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Iterator[Pass]:
+    """Yield the passes that give an operation its branches."""
+    yield from (Insert(tuple(several), adapter) for adapter, several in rows.items())
+    if record.per_sample:
+        yield FuseRows()
+        yield SelectRows(frozenset())
+    elif record.optimize:
+        yield Fuse(record.memory)
+
+
+def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return what a site adds to the rows of the weight that it covers."""
+    site, kind, names = row.site, kind_of(row), factor_names(row)
+    values = dict(zip(names.present, tensors, strict=True))
+    before = rows_of(site, base)
+    change = torch.zeros_like(before)
+    if kind.low_rank:
+        a, b = (values[name] for name in names.pair)
+        if row.tied:
+            a, b = a.mT, b.mT
+        change = pattern_of(site).delta(site, a, b * row.scale).reshape(before.shape)
+    if kind.transforms:
+        slots = {name: value.flatten() for name, value in values.items() if name not in names.pair}
+        change = kind.transformed(before + change, site, slots) - before
+    return change
+
+
+def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    if site.rows is None:
+        return total + change
+    start, stop = site.rows
+    size = total.shape[site.axis]
+    before, after = (total.narrow(site.axis, *at) for at in ((0, start), (stop, size - stop)))
+    return torch.cat((before, rows_of(site, total) + change, after), site.axis)
+
+
+def is_effective(site: Site) -> bool:
+    """Return True if code that reads the weight of a site gets it with its adapters.
+
+    The layers of a quantized weight have a forward of their own over packed values, which nothing else reads.
+    """
+    return site.quantized is None
+
+
+def arm(model: nn.Module) -> None:
+    """Give the adapted weights of a rewritten model to code that reads them, and watch what goes past."""
+    record = record_of(model)
+    if record is not None:
+        _place_changes(model, record)
+    watch.arm(model)
+
+
+def _place_changes(model: nn.Module, record: Record) -> None:
+    weights: dict[str, list[_Row]] = defaultdict(list)
+    for adapter in record.active:
+        for planned in record.adapters[adapter].sites:
+            weights[planned.site.weight].append(_row(planned, adapter))
+    for adapter in record.active:
+        for tokens in record.adapters[adapter].tokens:
+            name = relative(rows_name(tokens, adapter), tokens.site.owner)
+            weights[tokens.site.weight].append(_Row(tokens, adapter, (name,)))
+    for module in model.modules():
+        module.__dict__.pop(CHANGES, None)
+    for weight, rows in weights.items():
+        owner, _, leaf = weight.rpartition(".")
+        sites = [row.planned.site for row in rows]
+        if all(map(is_effective, sites)) and parameter_of(model, weight) is not None:
+            changes = module_at(model, owner).__dict__.setdefault(CHANGES, {})
+            changes[leaf] = _Adapted(weight, tuple(rows), record)
+
+
+def _row(planned: PlannedSite, adapter: str) -> _Row:
+    holder = relative(planned.site.holder, planned.site.owner)
+    names = tuple(join(holder, name, adapter) for name in factor_names(planned).present)
+    return _Row(planned, adapter, names, join(holder, DROPOUT, adapter) if planned.dropout else "")
