@@ -96,7 +96,7 @@ def steps() -> dict[str, str]:
     captured = Fuse()(captured).capture
     found["fuse"] = branch(captured)
 
-    install(captured.regions.values())
+    install(region for region in captured.regions.values() if region.edited)
     layer = captured.model.get_submodule("fc")
     found["build"] = "\n".join(
         [
