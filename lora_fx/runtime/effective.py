@@ -307,11 +307,14 @@ def _place(frame: FrameType | None) -> str:
 def base_parameter(module: Any, name: str) -> Any:
     """Return a parameter without adapters, or what a library has put in its place; None if there is none."""
     held = vars(module)
-    if name in held.get(CHANGES, _NONE):
-        for values in (held, held["_parameters"]):
-            if values.get(name) is not None:
-                return values[name]
-    return getattr(module, name, None)
+    base = _held(held, name) if name in held.get(CHANGES, _NONE) else None
+    return getattr(module, name, None) if base is None else base
+
+
+def _held(held: Mapping[str, Any], name: str) -> Any:
+    """Return what a module holds by a name: a view that a library has put before the parameter, or that."""
+    view = held.get(name)
+    return held["_parameters"].get(name) if view is None else view
 
 
 _MOVERS = ("torch.distributed", "torch.fx", "torch.nn.utils", "torchao", "accelerate")
@@ -333,9 +336,7 @@ def weight_property(name: str) -> property:
 
     def get(self: nn.Module) -> Any:
         held = self.__dict__
-        base = held.get(name)  # a view that a library has put before the parameter
-        if base is None:
-            base = held["_parameters"].get(name)
+        base = _held(held, name)
         if base is None:
             raise AttributeError(name)  # Python goes on with __getattr__
         change = held.get(CHANGES, _NONE).get(name)
