@@ -200,9 +200,7 @@ class Region:
         module: Any = self.module
         for atom in owner.split(".") if owner else ():
             module = getattr(module, atom, None)
-        # Read as an attribute, an adapted weight has its adapters in it.
-        value = getattr(module, "_parameters", {}).get(leaf)
-        value = getattr(module, leaf, None) if value is None else value
+        value = getattr(module, leaf, None)
         return value if isinstance(value, torch.Tensor) else None
 
     def parameter(self, node: object) -> nn.Parameter | None:

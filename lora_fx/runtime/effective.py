@@ -317,8 +317,11 @@ def _held(held: Mapping[str, Any], name: str) -> Any:
     return held["_parameters"].get(name) if view is None else view
 
 
-_MOVERS = ("torch.distributed", "torch.fx", "torch.nn.utils", "torchao", "accelerate")
-"""Packages whose code moves, replaces or wraps parameters, and computes nothing with them."""
+_MOVERS = (
+    *("torch.distributed", "torch.fx", "torch.nn.modules.module", "torch.nn.utils"),
+    *("torchao", "accelerate", "lora_fx"),
+)
+"""Packages whose code moves, replaces, wraps or describes parameters, and computes nothing with them."""
 
 
 def _asked_by_mover() -> bool:

@@ -634,12 +634,6 @@ class Hooked(nn.Module):
             arm_again()
         super().__setattr__(name, value)
 
-    def get_parameter(self, target: str) -> nn.Parameter:
-        """Returns a parameter itself, without the adapters that reading the attribute puts into it."""
-        owner, _, leaf = target.rpartition(".")
-        held = self.get_submodule(owner).__dict__.get("_parameters", {}).get(leaf)
-        return super().get_parameter(target) if held is None else held
-
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""
         arm_again()
