@@ -37,6 +37,7 @@ __all__ = [
     "COMPILED_CALL",
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_CPU",
+    "FLATTENED_MODULE",
     "FORWARD_HOOKS",
     "GROUPED_MM",
     "GROUPED_MM_FUNCTIONS",
@@ -238,6 +239,10 @@ ORIGINAL_MODULE: Final = "_orig_mod"
 
 CHECKPOINTED_MODULE: Final = "_checkpoint_wrapped_module"
 """Attribute of what ``apply_activation_checkpointing`` puts around a module: that module."""
+
+
+FLATTENED_MODULE: Final = "_fsdp_wrapped_module"
+"""Attribute of what FSDP1 (``FullyShardedDataParallel``) puts around a module: that module."""
 
 
 def original_module(compiled: Any) -> nn.Module:

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -36,6 +36,7 @@ from lora_fx.passes.parameters import (
     parameter_of,
     rows_name,
     rows_of,
+    weight_at,
     wide,
 )
 from lora_fx.passes.patterns import pattern_of, site_name
@@ -90,8 +91,8 @@ class _Adapted:
     def at(self, owner: nn.Module) -> _Change:
         """Return the change with the factors that the module of the weight has."""
         names = (name for row in self.rows for name in row.parameters)
-        factors = tuple(parameter_of(owner, name) for name in names)
-        return _Change(self, owner, cast("tuple[torch.Tensor, ...]", factors))
+        factors = tuple(weight_at(owner, name) for name in names)
+        return _Change(self, owner, factors)
 
 
 class _Change(NamedTuple):

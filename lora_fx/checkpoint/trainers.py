@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.adapters import origin_of
 from lora_fx.checkpoint.files import check_format, write_folder
 from lora_fx.checkpoint.folder import folder_of, save_adapter
@@ -162,7 +163,8 @@ def ignores_base(before: Any) -> property:
         part = _part(self)
         if part is None:
             return vars(self).get(_IGNORED, before)
-        names = left_out_of_checkpoints(part.root, part.record)
+        with without_wrappers(part.root) as root:
+            names = left_out_of_checkpoints(root, part.record)
         return {part.inside(name) for name in names if name.startswith(part.prefix)}
 
     def put(self: nn.Module, value: Any) -> None:
@@ -417,7 +419,7 @@ def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
         folder: Where it is saved.
         staged: What is written there takes its place.
     """
-    if any(is_sharded(one) or is_partitioned(one) for one in part.root.parameters()):
+    if any(map(_is_in_parts, part.root.parameters())):
         _log.warning(
             "%s: the base has no name_or_path, and is sharded: it is not saved. Save it before training, "
             "and set model.name_or_path to where it is",
@@ -446,7 +448,8 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
         (module, leaf, parameter, state.get(join(fqn, leaf)))
         for fqn, module in part.module.named_modules()
         for leaf, parameter in module._parameters.items()
-        if (hasattr(parameter, "full_tensor") or is_partitioned(parameter))
+        if parameter is not None
+        and _is_in_parts(parameter)
         and isinstance(state.get(join(fqn, leaf)), torch.Tensor)
     ]
     if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in held):
@@ -457,11 +460,19 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
     try:
         for module, leaf, parameter, value in held:
             assert value is not None
+            vars(module).pop(leaf, None)  # FSDP1 has its part there as well
             module._parameters[leaf] = nn.Parameter(value.detach(), parameter.requires_grad)
         yield
     finally:
         for module, leaf, parameter, _ in held:
             module._parameters[leaf] = parameter
+            if torch_private.is_flat(parameter):
+                vars(module)[leaf] = parameter
+
+
+def _is_in_parts(parameter: nn.Parameter) -> bool:
+    """Return True if FSDP or ZeRO-3 has parts of a parameter in several processes."""
+    return is_sharded(parameter) or is_partitioned(parameter) or torch_private.is_flat(parameter)
 
 
 # --- callbacks ------------------------------------------------------------------------------------

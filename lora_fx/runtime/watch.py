@@ -72,7 +72,6 @@ __all__ = [
     "note_place",
     "places_of",
     "reading",
-    "refuse_flat",
     "root_of",
     "watched_class",
 ]
@@ -414,7 +413,6 @@ def _first(
         return function(module, *args, **kwargs)
     root = entries.model.root()
     if root is not None:
-        refuse_flat(root)
         check_equal(root)
         if module.training and torch.is_grad_enabled():
             _warn_of_waiting(root)
@@ -445,28 +443,6 @@ def _warn_of_waiting(model: nn.Module) -> None:
                 "lora_fx.initialize(model, batches) first",
                 name,
                 start,
-            )
-
-
-def refuse_flat(model: nn.Module) -> None:
-    """Refuses a model whose parameters FSDP1 has put into flat ones: they are views that come and go.
-
-    Raises:
-        CaptureError: If there is such a parameter.
-    """
-    for fqn, module in model.named_modules():
-        if not torch_private.is_flattened(module):
-            continue
-        for leaf, parameter in module._parameters.items():
-            # In a call a view lies before it.
-            view = isinstance(vars(module).get(leaf), torch.Tensor)
-            if not view and not torch_private.is_flat(parameter):
-                continue
-            name = f"{fqn}.{leaf}" if fqn else leaf
-            raise CaptureError(
-                f"{name} is a part of a flat parameter of FSDP1 (FullyShardedDataParallel), in which an "
-                "adapter cannot be told from its base: shard the rewritten model with FSDP2, "
-                "torch.distributed.fsdp.fully_shard (in accelerate and Trainer: fsdp_version 2)"
             )
 
 
@@ -516,6 +492,8 @@ def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
         return True  # a checkpoint makes it again in a backward pass
     if any(mode.is_infra_mode() for mode in torch_private.dispatch_modes()):
         return True
+    if any(torch_private.is_flattened(one) for one in root.modules()):
+        return True  # FSDP1: parameters are views of memory that comes and goes
     if any(not _plain(leaf) for leaf in pytree.tree_leaves(inputs)):
         return True
     if "torch._dynamo" in sys.modules:

@@ -17,6 +17,8 @@ from typing import Final
 import torch
 from torch import nn
 
+from lora_fx import torch_private
+from lora_fx.errors import CaptureError
 from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
@@ -132,12 +134,21 @@ def factor_names(row: PlannedSite) -> FactorNames:
 
 
 def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
-    """The parameters of :func:`factor_names`."""
+    """Return the parameters of :func:`factor_names`.
+
+    Raises:
+        CaptureError: If FSDP1 has them in shards.
+    """
     holder, names = model.get_submodule(row.site.holder), factor_names(row)
-    present = names.present
-    return SiteFactors(
-        names, {name: holder.get_submodule(name).get_parameter(adapter) for name in present}
-    )
+    factors = {name: holder.get_submodule(name).get_parameter(adapter) for name in names.present}
+    for name in names.pair:
+        if torch_private.is_flat(factors[name]) and factors[name].dim() < 2:
+            raise CaptureError(
+                f"{join(row.site.holder, name, adapter)} is in shards of FSDP1: do this in "
+                "FullyShardedDataParallel.summon_full_params(model), or save what the state_dict() of the "
+                "wrapped model gives"
+            )
+    return SiteFactors(names, factors)
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:

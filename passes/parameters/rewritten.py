@@ -36,7 +36,6 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.parameters.factors import DROPOUT, factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_parameters
-from lora_fx.runtime import watch
 
 __all__ = [
     "AroundModel",
@@ -350,9 +349,8 @@ def check_intact(model: nn.Module, record: Record) -> None:
         record: Its record.
 
     Raises:
-        CaptureError: With every such place, and what to do; and of a model in FSDP1.
+        CaptureError: With every such place, and what to do.
     """
-    watch.refuse_flat(model)
     lost = list(dict.fromkeys(_lost(model, record)))
     if not lost:
         return
@@ -505,7 +503,7 @@ def _wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
 def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
     """Give the module inside of wrappers, with its layers as they are without theirs.
 
-    These are the wrappers of ``torch.compile``, and those that checkpoint or offload activations
+    These are the wrappers of ``torch.compile``, of FSDP1, and those that checkpoint or offload activations
     (``apply_activation_checkpointing``). They are in their places again when the context ends, and go by what
     the module inside is then. One thread at a time is in such a context of a model.
 
@@ -530,7 +528,7 @@ def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
 
 
 _Place = tuple[nn.Module, str, nn.Module]
-_WRAPPERS = (_COMPILED, _CHECKPOINTED)
+_WRAPPERS = (_COMPILED, _CHECKPOINTED, torch_private.FLATTENED_MODULE)
 
 
 @contextmanager
