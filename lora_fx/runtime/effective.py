@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -149,8 +149,10 @@ class EffectiveWeight(torch.Tensor):
                 return result
         elif _turns(func, args):
             return _made(args[0].change.turned(), args[0].base)
-        elif func is torch.Tensor.numpy:
-            return args[0].values().numpy()
+        elif func in _READ_OUT:
+            return func(args[0].values().detach(), *args[1:], **kwargs)
+        elif func in _MEMORY:
+            _refuse_memory(func, args[0])
         with torch_private.without_torch_function():
             return func(*args, **kwargs)
 
@@ -175,6 +177,14 @@ class EffectiveWeight(torch.Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Return what it is; its values are not computed for that."""
         return f"EffectiveWeight({self.change.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _refuse_memory(func: Any, weight: EffectiveWeight) -> NoReturn:
+    name = weight.change.name
+    raise CaptureError(
+        f"{name} is computed from the base's weight and adapters, and has no memory that {func.__name__} could "
+        f"give: clone() computes it, and model.get_parameter({name!r}) is the base's"
+    )
 
 
 def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -212,6 +222,11 @@ PRODUCTS = frozenset(
     if (function := getattr(home, name, None)) is not None
 )
 """Functions that may be a product with a weight, for which there are patterns."""
+
+_READ_OUT = frozenset((torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__))
+_MEMORY = frozenset(
+    (torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.__dlpack__)
+)
 
 _TURNS = frozenset(
     (torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__)  # type: ignore[attr-defined]
