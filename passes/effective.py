@@ -36,11 +36,10 @@ from lora_fx.passes.parameters import (
     parameter_of,
     rows_name,
     rows_of,
-    weight_at,
     wide,
 )
 from lora_fx.passes.patterns import pattern_of, site_name
-from lora_fx.runtime import CHANGES, EffectiveWeight, watch
+from lora_fx.runtime import CHANGES, EffectiveWeight, base_parameter, watch
 from lora_fx.torch_private import pytree
 
 __all__ = ["arm", "is_effective"]
@@ -91,8 +90,15 @@ class _Adapted:
     def at(self, owner: nn.Module) -> _Change:
         """Return the change with the factors that the module of the weight has."""
         names = (name for row in self.rows for name in row.parameters)
-        factors = tuple(weight_at(owner, name) for name in names)
+        factors = tuple(_held(owner, name) for name in names)
         return _Change(self, owner, factors)
+
+
+def _held(owner: nn.Module, name: str) -> torch.Tensor:
+    """Return what is in the place of a factor now: the parameter, or what a library computes with."""
+    holder, _, leaf = name.rpartition(".")
+    held: torch.Tensor = getattr(module_at(owner, holder), leaf)
+    return held
 
 
 class _Change(NamedTuple):
@@ -140,7 +146,7 @@ class _Change(NamedTuple):
         values, spec = pytree.tree_flatten((args, dict(kwargs)))
         places = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor)]
         weights = [place for place in places if isinstance(values[place], EffectiveWeight)]
-        if len(weights) != 1 or self._is_cut_off(values[weights[0]]):
+        if len(weights) != 1 or not self._is_current(values[weights[0]]):
             return NotImplemented
         constants = tuple(
             None if place in places else repr(value) for place, value in enumerate(values)
@@ -154,10 +160,12 @@ class _Change(NamedTuple):
             return NotImplemented
         return run(self.owner, *(values[place] for place in places if place != weights[0]))
 
-    def _is_cut_off(self, weight: torch.Tensor) -> bool:
-        """Say whether a weight was detached: what is computed with it gives no gradients."""
+    def _is_current(self, weight: EffectiveWeight) -> bool:
+        """Return True if the module computes the same: a weight may be detached, or of another moment."""
+        if base_parameter(self.owner, self.name.rpartition(".")[2]) is not weight.base:
+            return False
         wanted = any(factor.requires_grad for factor in self.factors)
-        return torch.is_grad_enabled() and wanted and not weight.requires_grad
+        return weight.requires_grad or not (wanted and torch.is_grad_enabled())
 
     def _check_means_something(self) -> None:
         """Refuse what only a product with the weight can do."""
@@ -225,8 +233,6 @@ def _product_of(
         assert isinstance(one, PlannedSite)
         if one.site.rows is not None or site.rows is not None or not _is_like(one.site, site):
             return None
-        if one.site.bias is not None and len(_tensors(graph)) == 1 and _adds_bias(one):
-            return None  # code reads the weight alone: the bias on B belongs to the layer's own
         moved = dataclasses.replace(one.site, calls=site.calls)
         rows[adapter].append(dataclasses.replace(one, site=moved))
     capture = Capture(root, {fqn: region}, "regions")
@@ -235,16 +241,6 @@ def _product_of(
     code = Code(capture.regions[fqn].graph)
     function: Callable[..., Any] = generated(code.source, dict(code.namespace), "product")
     return function
-
-
-def _tensors(graph: fx.Graph) -> list[fx.Node]:
-    """Return what the graph of a product takes besides the weight: the input, and a bias if there is one."""
-    return [node for node in graph.nodes if node.op == "placeholder"]
-
-
-def _adds_bias(row: PlannedSite) -> bool:
-    """Return True if an adapter adds to the bias, too."""
-    return any(slot.role == "bias" for slot in kind_of(row).slots(row.site))
 
 
 def _is_like(one: Site, other: Site) -> bool:

@@ -207,6 +207,10 @@ class AdapterKind:
         """Writes what the operation that applies B takes for its bias, [out]; None for nothing."""
         return None
 
+    def without_bias(self) -> AdapterKind:
+        """Return the kind of a product that code computes with a layer's weight, but without its bias."""
+        return self
+
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Writes what the operation gives with the adapter, and returns its node.
 

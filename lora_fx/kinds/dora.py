@@ -105,6 +105,10 @@ class Dora(AdapterKind):
         shift = _shift(build, _constant(build), build.operand_bias)
         return shift if own is None else build.call(Role.MAGNITUDE, operator.add, own, shift)
 
+    def without_bias(self) -> AdapterKind:
+        """Return plain DoRA: the bias of B is added to that of the layer."""
+        return KINDS[0]
+
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """``g ∘ (total - bias) + bias`` with the branch in it: see :func:`lora_fx.runtime.dora.rescaled`."""
         assert up is not None

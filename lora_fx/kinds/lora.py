@@ -72,6 +72,10 @@ class Lora(AdapterKind):
         """The bias of B."""
         return build.cast_slot(BIAS) if self.bias else None
 
+    def without_bias(self) -> AdapterKind:
+        """Return plain LoRA: the bias of B is added to that of the layer."""
+        return KINDS[0]
+
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """``total + pad(up · s)``."""
         assert up is not None

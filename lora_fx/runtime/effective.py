@@ -11,9 +11,9 @@ Graphs do not come here: they read the base's parameter from ``_parameters``, an
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ __all__ = [
     "Adapted",
     "Change",
     "EffectiveWeight",
+    "assigned",
     "base_parameter",
     "effective_weight",
     "weight_property",
@@ -65,8 +66,8 @@ class Change(Protocol):
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a product with the weight as a graph would; NotImplemented for what is no known product."""
 
-    def turned(self) -> Change:
-        """Return the change of the transposed weight."""
+    def turned(self) -> Change | None:
+        """Return the change of the transposed weight; None if that is a view of the values."""
 
 
 class Adapted(Protocol):
@@ -98,6 +99,15 @@ class EffectiveWeight(torch.Tensor):
         return made
 
     @property
+    def data(self) -> Any:  # type: ignore[override]
+        """The same values, apart from autograd."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _refuse_write("data", self)
+
+    @property
     def grad(self) -> Any:
         """The gradient of the base's weight, if that is trained, too."""
         return self.base.grad
@@ -117,7 +127,7 @@ class EffectiveWeight(torch.Tensor):
             name = self.change.name
             raise ConfigError(
                 f"{name} is computed from the base's weight and adapters, and no module can have it as a "
-                f"parameter: to tie one to the base's, assign model.get_parameter({name!r})"
+                f"parameter: clone() computes it, and model.get_parameter({name!r}) is the base's"
             )
         return torch.Tensor.grad_fn.__get__(self)  # type: ignore[union-attr]
 
@@ -147,8 +157,9 @@ class EffectiveWeight(torch.Tensor):
             result = weight.change.product(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        elif _turns(func, args):
-            return _made(args[0].change.turned(), args[0].base)
+        elif _turns(func, args) and (turned := args[0].change.turned()) is not None:
+            with torch.set_grad_enabled(args[0].requires_grad):
+                return _made(turned, args[0].base)
         elif func in _READ_OUT:
             return func(args[0].values().detach(), *args[1:], **kwargs)
         elif func in _MEMORY:
@@ -165,6 +176,9 @@ class EffectiveWeight(torch.Tensor):
         if func is torch.ops.aten.detach.default:
             return cls(args[0].change, args[0].base)  # also of .data
         _check_not_written(func, args, kwargs)
+        parts = _parts(func, args, kwargs)
+        if parts is not None:
+            return parts
         args, kwargs = pytree.tree_map_only(cls, cls.values, (args, dict(kwargs)))
         return func(*args, **kwargs)
 
@@ -182,8 +196,8 @@ class EffectiveWeight(torch.Tensor):
 def _refuse_memory(func: Any, weight: EffectiveWeight) -> NoReturn:
     name = weight.change.name
     raise CaptureError(
-        f"{name} is computed from the base's weight and adapters, and has no memory that {func.__name__} could "
-        f"give: clone() computes it, and model.get_parameter({name!r}) is the base's"
+        f"{name} is computed from the base's weight and adapters, and has no memory for {func.__name__}: "
+        f"clone() computes it, and model.get_parameter({name!r}) is the base's"
     )
 
 
@@ -196,11 +210,74 @@ def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     for argument, value in named:
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written and isinstance(value, EffectiveWeight):
-            name = value.change.name
-            raise CaptureError(
-                f"{func} writes into {name}, which is computed from the base's weight and adapters: write "
-                f"into the base's, model.get_parameter({name!r}), or merge the adapters first"
-            )
+            _refuse_write(func, value)
+
+
+def _refuse_write(what: Any, weight: EffectiveWeight) -> NoReturn:
+    name = weight.change.name
+    raise CaptureError(
+        f"{what} writes into {name}, which is computed from the base's weight and adapters: write into the "
+        f"base's, model.get_parameter({name!r}), or merge the adapters first"
+    )
+
+
+class _Part(NamedTuple):
+    """A view of an effective weight that autograd does not see: a :class:`Change` that changes it.
+
+    It is read like any tensor; writing into it is refused, where a computed copy would take it and be lost.
+
+    Attributes:
+        whole: The weight.
+        view: Makes the views from the values of the weight.
+        index: Which of them.
+    """
+
+    whole: EffectiveWeight
+    view: Callable[[torch.Tensor], Any]
+    index: int
+    factors: tuple[torch.Tensor, ...] = ()
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """FQN of the weight."""
+        return self.whole.change.name
+
+    def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the view of the adapted weight."""
+        views: list[torch.Tensor] = pytree.tree_leaves(self.view(self.whole.values()))
+        return views[self.index]
+
+    def note(self, place: str) -> None:
+        """Leave it to the weight to take note of the place."""
+
+    def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Leave products to the values."""
+        return NotImplemented
+
+    def turned(self) -> None:
+        """Leave a transpose to the values."""
+
+
+def _parts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the views of an effective weight that an operator makes; None where autograd follows them."""
+    whole = args[0]
+    if not isinstance(whole, EffectiveWeight) or torch.is_inference_mode_enabled():
+        return None
+    if whole.requires_grad and torch.is_grad_enabled():
+        return None
+    returns = torch_private.schema_of(func).returns
+    if not any(one.alias_info is not None and not one.alias_info.is_write for one in returns):
+        return None
+
+    def view(weight: torch.Tensor) -> Any:
+        return func(weight, *args[1:], **kwargs)
+
+    forms, spec = pytree.tree_flatten(
+        view(whole.base.mT if whole.change.transposed else whole.base)
+    )
+    parts = [EffectiveWeight(_Part(whole, view, index), form) for index, form in enumerate(forms)]
+    return pytree.tree_unflatten(parts, spec)
 
 
 _WAYS = [
@@ -223,9 +300,13 @@ PRODUCTS = frozenset(
 )
 """Functions that may be a product with a weight, for which there are patterns."""
 
-_READ_OUT = frozenset((torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__))
+_READ_OUT = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("__array__", "__deepcopy__", "__reduce_ex__", "numpy", "tolist")
+)
 _MEMORY = frozenset(
-    (torch.Tensor.data_ptr, torch.Tensor.untyped_storage, torch.Tensor.storage, torch.Tensor.__dlpack__)
+    getattr(torch.Tensor, name)
+    for name in ("__dlpack__", "data_ptr", "share_memory_", "storage", "untyped_storage")
 )
 
 _TURNS = frozenset(
@@ -253,15 +334,18 @@ class _Make(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        wanted = ctx.needs_input_grad[1:]
-        inputs = [
-            tensor.detach().requires_grad_(want)
-            for tensor, want in zip(ctx.saved_tensors, wanted, strict=True)
-        ]
+        wanted, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+        inputs = ctx.saved_tensors
+        if not again:
+            pairs = zip(inputs, wanted, strict=True)
+            inputs = [tensor.detach().requires_grad_(want) for tensor, want in pairs]
         with torch.enable_grad():
             result = ctx.change.applied(inputs[0], inputs[1:])
-        leaves = [tensor for tensor in inputs if tensor.requires_grad]
-        own = iter(torch.autograd.grad([result], leaves, gradients, allow_unused=True))
+        leaves = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+        # For derivatives of a higher order it is computed from the tensors themselves.
+        own = iter(
+            torch.autograd.grad([result], leaves, gradients, create_graph=again, allow_unused=True)
+        )
         return None, *(next(own) if want else None for want in wanted)
 
 
@@ -286,10 +370,12 @@ def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> 
         torch.compiler.is_compiling()
         or kinds != {torch.Tensor}
         or torch_private.in_functorch_level()
+        or torch_private.in_forward_mode()
         or torch_private.in_jit_trace()
     ):
         return change.applied(base, factors)
-    weight = _made(change, base)
+    with torch.enable_grad():  # as a parameter, which wants a gradient wherever it was read
+        weight = _made(change, base)
     return torch_private.as_parameter(weight)  # isinstance(layer.weight, nn.Parameter) holds
 
 
@@ -329,20 +415,64 @@ def base_parameter(module: Any, name: str) -> Any:
 def _held(held: Mapping[str, Any], name: str) -> Any:
     """Return what a module holds by a name: a view that a library has put before the parameter, or that."""
     view = held.get(name)
-    return held["_parameters"].get(name) if view is None else view
+    base = held["_parameters"].get(name) if view is None else view
+    if type(base) is EffectiveWeight:
+        raise CaptureError(
+            f"{base.change.name} was read with its adapters and given to a module that adds them (as by "
+            f"functional_call): give it the base's, model.get_parameter({base.change.name!r})"
+        )
+    return base
 
 
 _MOVERS = (
-    *("torch.distributed", "torch.fx", "torch.nn.modules.module", "torch.nn.utils"),
-    *("torchao", "accelerate", "lora_fx"),
+    *(
+        "torch.distributed",
+        "torch.fx",
+        "torch.nn.modules.module",
+        "torch.nn.utils._named_member_accessor",
+    ),
+    *("torch.nn.utils.parametr", "torch.nn.utils.prune", "torch.nn.utils.spectral_norm"),
+    *(
+        "torch.nn.utils.weight_norm",
+        "accelerate",
+        "lora_fx",
+        "torchao",
+        "transformers.modeling_utils",
+    ),
 )
 """Packages whose code moves, replaces, wraps or describes parameters, and computes nothing with them."""
 
 
+def assigned(module: nn.Module, name: str, value: Any) -> Any:
+    """Return what a module gets that is assigned a parameter in the place of an adapted one.
+
+    Args:
+        module: The module.
+        name: The attribute.
+        value: Its new value; of an effective weight the base's is taken, which ties the two.
+
+    Raises:
+        ConfigError: If it is not assigned by code that moves parameters: what was read there before had the
+            adapters in it, and would get them twice.
+    """
+    if name not in module.__dict__.get(CHANGES, _NONE) or not isinstance(value, nn.Parameter):
+        return value
+    if isinstance(value, EffectiveWeight):
+        return value.base
+    if not _asked_by_mover():
+        raise ConfigError(
+            f"{name} of this {type(module).__name__} has adapters, which are added to whatever is assigned: "
+            "write the base's new values into model.get_parameter(...).data, or merge the adapters first"
+        )
+    return value
+
+
 def _asked_by_mover() -> bool:
-    """Say whether code that moves parameters reads an attribute, as FSDP2 and accelerate's hooks do."""
-    caller = str(sys._getframe(2).f_globals.get("__name__", ""))
-    return caller.startswith(_MOVERS)
+    """Return True if code that moves parameters reads or sets an attribute, as FSDP2 and accelerate do."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__setattr__" and frame.f_back is not None:
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__", "")).startswith(_MOVERS)
 
 
 def weight_property(name: str) -> property:
@@ -360,7 +490,16 @@ def weight_property(name: str) -> property:
         change = held.get(CHANGES, _NONE).get(name)
         if change is None or (not torch.compiler.is_compiling() and _asked_by_mover()):
             return base
-        return effective_weight(change, self, base)
+        if torch_private.in_fx_trace():
+            raise CaptureError(
+                f"torch.fx traces code that reads {name} of a {type(self).__name__} with adapters, which its "
+                "graph would hold as a constant: trace what lora_fx.merge(model) gives, or rewrite the graph "
+                "module of the original"
+            )
+        try:
+            return effective_weight(change, self, base)
+        except AttributeError as error:  # Python would take that for "there is no such attribute"
+            raise RuntimeError(f"{name} of a {type(self).__name__}: {error}") from error
 
     def put(self: nn.Module, value: Any) -> None:
         self.__dict__[name] = value

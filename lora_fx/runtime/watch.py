@@ -50,7 +50,7 @@ from lora_fx.runtime.classes import (
     members_of,
     subclass,
 )
-from lora_fx.runtime.effective import CHANGES, weight_property
+from lora_fx.runtime.effective import CHANGES, assigned, weight_property
 from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.parts import check_equal
 from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
@@ -610,7 +610,7 @@ class Hooked(nn.Module):
         """Sets an attribute. A call that was watched is watched again with another module in it."""
         if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()):
             arm_again()
-        super().__setattr__(name, value)
+        super().__setattr__(name, assigned(self, name, value))
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
         """Registers a hook, which is watched when it first runs."""

@@ -24,6 +24,7 @@ from lora_fx.passes.graph.nodes import (
     is_lazy,
     is_matrix,
     known_arguments,
+    may_write,
     target_of,
     unknown_arguments,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "is_unit",
     "kept_graph",
     "known_arguments",
+    "may_write",
     "memory_of",
     "original_class",
     "own_partition",

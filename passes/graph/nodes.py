@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from lora_fx import torch_private
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Pass, PassResult, Region
+from lora_fx.runtime import in_place
 
 __all__ = [
     "UNINITIALIZED",
@@ -29,6 +32,7 @@ __all__ = [
     "is_lazy",
     "is_matrix",
     "known_arguments",
+    "may_write",
     "target_of",
     "unknown_arguments",
 ]
@@ -181,3 +185,25 @@ def elements(parameter: Tensor) -> int:
         return 0
     stored = quantization_of(parameter)
     return parameter.numel() if stored is None else math.prod(stored.shape)
+
+
+_KNOWN = ("torch", "_operator", "math", "builtins", "lora_fx")
+_WRITING = {
+    "setitem",
+    *(name for name in dir(operator) if name[0] == "i" and f"__{name}__" in dir(operator)),
+}
+
+
+def may_write(node: fx.Node) -> bool:
+    """Return True if a node may change one of its arguments."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return False
+    target = target_of(node)
+    if isinstance(target, torch_private.OpOverload):
+        return bool(torch_private.schema_of(target).is_mutable)
+    name = getattr(target, "__name__", "")
+    # torch says so by the name, or by a flag; of other functions that is not known.
+    known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
+    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
+    writes = name.rstrip("_") != name or "out" in node.kwargs or target is in_place
+    return not known or not name or flags or writes or name in _WRITING

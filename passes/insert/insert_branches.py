@@ -353,6 +353,9 @@ class Insert(Pass):
         weight = weight_at(capture.model, site.weight)
         names = factor_names(row)
         holder = relative(site.holder, region.fqn)
+        kind = kind_of(row)
+        if site.bias and not call.bias:
+            kind = kind.without_bias()
 
         def factor(name: str) -> str:
             return join(holder, name, self.adapter) if name else ""
@@ -362,7 +365,7 @@ class Insert(Pass):
             call=dataclasses.replace(call, region=""),
             a=factor(names.a),
             b=factor(names.b),
-            kind=row.kind,
+            kind=kind.name,
             slots=tuple((name, factor(name)) for name in names.slots),
             scale=row.scale,
             dropout=factor(DROPOUT) if row.dropout else "",

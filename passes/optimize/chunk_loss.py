@@ -26,8 +26,7 @@ from lora_fx.ir import (
     relative,
     tag_of,
 )
-from lora_fx.passes.graph import copy_graph
-from lora_fx.passes.optimize.fuse import may_write
+from lora_fx.passes.graph import copy_graph, may_write
 from lora_fx.runtime import logits
 
 __all__ = ["ChunkLoss"]

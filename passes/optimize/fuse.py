@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from lora_fx import torch_private
 from lora_fx.formats import quantization_of, quantized_linear
 from lora_fx.ir import (
     DEFAULT_MEMORY,
@@ -38,10 +37,10 @@ from lora_fx.ir import (
     sums_on,
     tag_of,
 )
-from lora_fx.passes.graph import GraphPass, arguments, copy_graph, target_of
+from lora_fx.passes.graph import GraphPass, arguments, copy_graph, may_write, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
-from lora_fx.runtime import fused_lora, in_place, masks
+from lora_fx.runtime import fused_lora, masks
 
 __all__ = [
     "Base",
@@ -49,7 +48,6 @@ __all__ = [
     "Fuse",
     "FuseRows",
     "ShareInputs",
-    "may_write",
 ]
 
 
@@ -234,13 +232,6 @@ def _drops(node: fx.Node) -> bool:
     return node.target is F.dropout and role_of(node) is Role.DROPOUT
 
 
-_KNOWN = ("torch", "_operator", "math", "builtins", "lora_fx")
-_WRITING = {
-    "setitem",
-    *(name for name in dir(operator) if name[0] == "i" and f"__{name}__" in dir(operator)),
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class ShareInputs(GraphPass):
     """Puts one node in place of fused operations that read the same input."""
@@ -268,21 +259,6 @@ def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
             # What is written into between two operations is not the same for both.
             groups[node.args[0], _parent(node), writes].append(node)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def may_write(node: fx.Node) -> bool:
-    """Whether a node may change one of its arguments."""
-    if node.op in ("placeholder", "get_attr", "output"):
-        return False
-    target = target_of(node)
-    if isinstance(target, torch_private.OpOverload):
-        return bool(torch_private.schema_of(target).is_mutable)
-    name = getattr(target, "__name__", "")
-    # torch says so by the name, or by a flag; of other functions that is not known.
-    known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
-    flags = any(value is True for value in (*node.args, *node.kwargs.values()))
-    writes = name.rstrip("_") != name or "out" in node.kwargs or target is in_place
-    return not known or not name or flags or writes or name in _WRITING
 
 
 def _parent(node: fx.Node) -> str:

@@ -38,10 +38,10 @@ from lora_fx.passes.graph import (
     copy_graph,
     is_lazy,
     is_matrix,
+    may_write,
     original_class,
     target_of,
 )
-from lora_fx.passes.optimize.fuse import may_write
 from lora_fx.runtime import AdapterModule, recompute
 
 __all__ = ["Recompute"]

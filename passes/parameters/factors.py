@@ -141,7 +141,7 @@ def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
     """
     holder, names = model.get_submodule(row.site.holder), factor_names(row)
     factors = {name: holder.get_submodule(name).get_parameter(adapter) for name in names.present}
-    for name in names.pair:
+    for name in filter(None, names.pair):
         if torch_private.is_flat(factors[name]) and factors[name].dim() < 2:
             raise CaptureError(
                 f"{join(row.site.holder, name, adapter)} is in shards of FSDP1: do this in "

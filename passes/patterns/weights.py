@@ -17,7 +17,7 @@ from torch import fx
 
 from lora_fx import torch_private
 from lora_fx.ir import Region
-from lora_fx.passes.graph import arguments, known_arguments, target_of
+from lora_fx.passes.graph import arguments, known_arguments, may_write, target_of
 
 __all__ = [
     "SPLIT",
@@ -102,7 +102,18 @@ def weight_of(node: object, region: Region) -> WeightView | None:
     if step is None:
         return None
     inner = weight_of(first, region)
-    return None if inner is None else step(node, inner)
+    if inner is None or (step in (_same, _cast) and _is_written(node)):
+        return None
+    return step(node, inner)
+
+
+def _is_written(copy: fx.Node) -> bool:
+    """Return True if code may write into a copy of a weight, which is another weight then."""
+    return any(
+        _is_written(user) if target_of(user) in _STEPS or splits(user) else may_write(user)
+        for user in copy.users
+        if user.all_input_nodes and user.all_input_nodes[0] is copy
+    )
 
 
 def path_to_weight(value: fx.Node, region: Region) -> tuple[fx.Node, ...]:

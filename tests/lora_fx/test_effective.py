@@ -8,10 +8,12 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import lora_fx
 from lora_fx.errors import CaptureError, ConfigError
@@ -178,7 +180,7 @@ def test_the_form_of_the_weight_is_that_of_the_base() -> None:
     assert weight.grad_fn is not None
     assert not base.requires_grad
     with torch.no_grad():
-        assert not model[0].weight.requires_grad
+        assert model[0].weight.requires_grad
     assert_close(weight, lora_fx.merge(model)[0].weight)
     assert_close(torch.from_numpy(weight.detach().numpy()), weight)
 
@@ -186,8 +188,18 @@ def test_the_form_of_the_weight_is_that_of_the_base() -> None:
 def test_a_detached_weight_gives_no_gradient() -> None:
     model, x = layer(), torch.randn(3, 4)
     for detached in (model[0].weight.detach(), model[0].weight.data):
-        assert not F.linear(x, detached).requires_grad
+        for product in (F.linear(x, detached), x @ detached.T, x @ detached.transpose(0, 1)):
+            assert not product.requires_grad
         assert_close(F.linear(x, detached), F.linear(x, model[0].weight))
+
+
+def test_a_weight_that_was_read_without_gradients_gives_one() -> None:
+    model, x = layer(), torch.randn(3, 4)
+    with torch.no_grad():
+        weight = model[0].weight
+        assert not F.linear(x, weight).requires_grad
+    F.linear(x, weight).sum().backward()
+    assert model[0].lora_B.default.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(
@@ -197,12 +209,154 @@ def test_a_detached_weight_gives_no_gradient() -> None:
         nn.init.zeros_,
         lambda w: w.copy_(torch.zeros(4, 4)),
         lambda w: w.data.mul_(2),
+        lambda w: w.data[1].zero_(),
+        lambda w: w.data.__setitem__(0, 1),
+        lambda w: w.data.fill_diagonal_(0),
+        lambda w: nn.init.normal_(w.data[-2:]),
+        lambda w: w.narrow(0, 0, 1).zero_(),
+        lambda w: w.chunk(2)[1].view(-1).add_(1),
+        lambda w: w.detach()[:2].T.mul_(0),
+        lambda w: setattr(w, "data", torch.zeros(4, 4)),
     ],
 )
 def test_a_write_says_where_to_write(write: Callable[[Tensor], Any]) -> None:
     model = layer()
     with torch.no_grad(), pytest.raises(CaptureError, match=r"get_parameter\('0\.weight'\)"):
         write(model[0].weight)
+
+
+def test_views_without_gradients_are_read_like_any_tensor() -> None:
+    model, x = layer(), torch.randn(3, 4)
+    dense = lora_fx.merge(model)[0].weight.detach()
+    weight = model[0].weight.detach()
+    reads: list[Callable[[Tensor], Tensor]] = [
+        lambda w: w[1],
+        lambda w: w[:, :2].T,
+        lambda w: w.chunk(2)[1].T,
+        lambda w: w.view(-1)[3:5] * 2,
+        lambda w: w[1:3] @ x.T,
+        lambda w: torch.cat([w[:2], w[2:]]),
+        lambda w: torch.stack(list(w)),
+        lambda w: torch.tensor(w[0].tolist()),
+        lambda w: torch.from_numpy(np.asarray(w[0])),
+    ]
+    for read in reads:
+        assert_close(read(weight), read(dense))
+        assert read(weight[:]).shape == read(dense).shape
+
+
+def test_what_is_taken_out_of_it_is_a_plain_tensor() -> None:
+    weight = layer()[0].weight
+    buffer = io.BytesIO()
+    torch.save({"w": weight.detach()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)["w"]
+    for taken in (copy.deepcopy(weight.detach()), weight.clone(), saved):
+        assert type(taken) is Tensor
+        assert_close(taken, weight)
+
+
+@pytest.mark.parametrize(
+    "read", ["data_ptr", "untyped_storage", "storage", "share_memory_", "__dlpack__"]
+)
+def test_it_has_no_memory_to_give(read: str) -> None:
+    for weight in (layer()[0].weight, layer()[0].weight.detach()):
+        with pytest.raises(CaptureError, match=r"clone\(\) computes it"):
+            getattr(weight, read)()
+
+
+def test_an_assignment_would_count_the_adapters_twice() -> None:
+    model = layer()
+    with pytest.raises(ConfigError, match="added to whatever is assigned"):
+        model[0].weight = nn.Parameter(model[0].weight.detach().clone())
+    layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied = lora_fx.rewrite(layers, lora_fx.LoraConfig(r=2, target_modules=["0", "1"]))
+    tied[1].weight = tied[0].weight  # ties it to the base's
+    assert tied.get_parameter("1.weight") is tied.get_parameter("0.weight")
+    conv, norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+    config = lora_fx.LoraConfig(r=2, target_modules=["0"])
+    model = randomize(lora_fx.rewrite(nn.Sequential(conv, norm), config)).eval()
+    with pytest.raises(ConfigError, match="merge"):
+        torch.nn.utils.fusion.fuse_conv_bn_eval(model[0], model[1])
+
+
+def test_a_call_is_given_the_weight_of_the_base() -> None:
+    model, x = layer(), torch.randn(3, 4)
+    with pytest.raises(CaptureError, match="given to a module that adds them"):
+        torch.func.functional_call(model[0], {"weight": model[0].weight}, (x,))
+    base = model.get_parameter("0.weight")
+    found = torch.func.functional_call(model[0], {"weight": base}, (x,))
+    assert_close(found, model[0](x))
+
+
+def test_torch_fx_is_told_not_to_keep_it() -> None:
+    class Normal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) + F.linear(x, F.normalize(self.fc.weight))
+
+    model = lora_fx.rewrite(Normal(), lora_fx.LoraConfig(r=2, target_modules=["fc"]))
+    with pytest.raises(CaptureError, match=r"torch\.fx traces code"):
+        torch.fx.symbolic_trace(model)
+    copy.deepcopy(model)
+
+
+def test_a_product_in_code_has_no_bias_of_the_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x) + x.tanh() @ self.fc.weight.T
+
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"], lora_bias=True)
+    model, x = randomize(lora_fx.rewrite(Twice(), config)), torch.randn(3, 4)
+    assert model.fc.lora_bias.default.abs().sum() > 0
+    assert_close(model(x), lora_fx.merge(model)(x))
+
+
+class Cosine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.fc(x) + F.linear(x, F.normalize(self.fc.weight))
+
+
+def test_derivatives_of_higher_order() -> None:
+    torch.manual_seed(0)
+    config = lora_fx.LoraConfig(r=2, target_modules=["fc"])
+    model, x = randomize(lora_fx.rewrite(Cosine().double(), config)), batch()[..., :4]
+    factors = [model.fc.lora_A.default, model.fc.lora_B.default]
+    base, bias = model.get_parameter("fc.weight").detach(), model.fc.bias.detach()
+
+    def dense(x: Tensor) -> Tensor:
+        weight = base + 4.0 * factors[1] @ factors[0]
+        return F.linear(x, weight, bias) + F.linear(x, F.normalize(weight))
+
+    def second(f: Callable[[Tensor], Tensor]) -> Any:
+        grads = torch.autograd.grad(f(x).square().sum(), factors, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), factors)
+
+    assert_close(second(model), second(dense), 1e-10)
+    names = ["fc.lora_A.default", "fc.lora_B.default"]
+    tangents = [torch.randn_like(factor) for factor in factors]
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(*pair) for pair in zip(factors, tangents, strict=True)]
+        found = torch.func.functional_call(model, dict(zip(names, duals, strict=True)), (x,))
+        tangent = forward_ad.unpack_dual(found).tangent
+
+    def of_factors(a: Tensor, b: Tensor) -> Tensor:
+        weight = base + 4.0 * b @ a
+        return F.linear(x, weight, bias) + F.linear(x, F.normalize(weight))
+
+    _, expected = torch.func.jvp(of_factors, tuple(f.detach() for f in factors), tuple(tangents))
+    assert_close(tangent, expected, 1e-10)
 
 
 def test_a_tie_is_made_with_the_base() -> None:
