@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from lora_fx.formats import quantization_of
-from lora_fx.ir import Capture, Region, join
+from lora_fx.ir import Capture, Region, Site, join
 from lora_fx.passes.capture.decompositions import (
     make_opaque,
     setup_of,
@@ -30,6 +30,7 @@ from lora_fx.passes.graph import (
     uninstall,
     wraps_own_forward,
 )
+from lora_fx.passes.patterns import patterns
 
 __all__ = ["Graphs", "find_regions"]
 
@@ -134,6 +135,9 @@ class Graphs:
             self._failed[kind] = reason
             raise
         made = make_opaque(graph, module), doubt
+        layer = self.as_layer(module) if _computes_with_its_weight(module, graph) else None
+        if layer is not None:
+            made = layer, "it computes with its weight before it applies it"
         # A trace leaves the module as it was.
         self._known[_structure(module)] = made
         self._kinds.add(kind)
@@ -145,12 +149,33 @@ class Graphs:
         Its own forward may do anything else, too: it reads the weight with its adapters.
         """
         for cls in type(module).__mro__:
-            if cls in _OPERATIONS and type(module).forward is not cls.forward:
+            if cls in _OPERATIONS and _has_its_own_forward(module, cls):
                 try:
                     return trace(module, check_none=False, forward=cls.forward)[0]
                 except Untraceable:
                     return None
         return None
+
+
+def _computes_with_its_weight(module: nn.Module, graph: fx.Graph) -> bool:
+    """Return True for a layer of another class that reads its weight, and does not apply it as it is."""
+    if not any(
+        cls in _OPERATIONS and _has_its_own_forward(module, cls) for cls in type(module).__mro__
+    ):
+        return False
+    region = Region("", module, graph)
+    weights = [node for node in graph.nodes if node.op == "get_attr" and node.target == "weight"]
+    applied = any(
+        isinstance(seen := pattern.match(node, region), Site) and seen.weight == "weight"
+        for node in graph.nodes
+        for pattern in patterns()
+    )
+    return any(node.users for node in weights) and not applied
+
+
+def _has_its_own_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Return True if a layer does not run the forward of a class, but its own or one on the instance."""
+    return "forward" in module.__dict__ or type(module).forward is not cls.forward
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:

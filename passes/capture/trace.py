@@ -116,7 +116,7 @@ def trace(
     Raises:
         Untraceable: With the reason in words.
     """
-    if "forward" in module.__dict__ and not wraps_own_forward(module):
+    if forward is None and "forward" in module.__dict__ and not wraps_own_forward(module):
         raise Untraceable("its forward was replaced on the instance")
     own = forward or inner_of(type(module).forward)
     parameters = parameters_of(own, fixed)

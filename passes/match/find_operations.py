@@ -60,7 +60,9 @@ def match(capture: Capture) -> Matches:
     read, one_of_several = readers(capture), nameless(capture)
     sites: dict[str, list[Site]] = {}
     for weight, several in found.items():
-        mixed = [one for one in read.pop(weight, ()) if not _has_its_own(one, several, capture)]
+        several, others = _first_way(several)
+        reads = [*read.pop(weight, ()), *others]
+        mixed = [one for one in reads if not _has_its_own(one, several, capture)]
         joined = one_of_several.get(weight) or _joined(several, mixed)
         if isinstance(joined, Rejection):
             rejections[joined.name] = joined
@@ -126,26 +128,31 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
         if known is None:
             parts[site.rows] = site
             continue
-        if _way(site) != _way(known):
-            return Rejection(
-                whole,
-                f"its weight is applied in two ways ({known.pattern} and {site.pattern}): one "
-                "adapter cannot stand for both",
-                site.calls[0].region,
-                site.calls[0].output,
-            )
         parts[site.rows] = dataclasses.replace(
             known, bias=known.bias or site.bias, calls=known.calls + site.calls
         )
     ordered = sorted(parts.values(), key=lambda site: site.rows or (0, 0))
     for one, other in itertools.pairwise(ordered):
         if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:
-            reason = (
-                "its weight is applied as a whole (by the layer that holds it, if by nothing else) and "
-                "in parts, or in parts that overlap"
-            )
+            reason = "its weight is applied in parts that overlap"
             return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)
     return ordered
+
+
+def _first_way(several: list[Site]) -> tuple[list[Site], list[Read]]:
+    """Return the operations that share factors, and the others, which read the weight with its adapters.
+
+    Those of the layer that holds the weight come first, and of the others those that apply all of it.
+    """
+
+    def order(site: Site) -> tuple[bool, bool]:
+        return site.calls[0].region != site.owner, site.rows is not None
+
+    first = min(several, key=order)
+    whole = first.rows is None
+    same = [s for s in several if _way(s) == _way(first) and (s.rows is None) == whole]
+    calls = [call for site in several if site not in same for call in site.calls]
+    return same, [Read(call.region, call.output, call.pattern) for call in calls]
 
 
 def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
