@@ -21,6 +21,7 @@ from lora_fx.export.copy import DTYPES, dtype_name
 from lora_fx.ir import (
     ActiveAdapters,
     AdapterRecord,
+    Capture,
     Plan,
     PlannedSite,
     Record,
@@ -30,6 +31,7 @@ from lora_fx.ir import (
     require_record,
 )
 from lora_fx.kinds import kind_of, kind_with, kinds, union_of
+from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import (
     copy_graph,
     edit_graphs,
@@ -184,10 +186,35 @@ def swappable(
     if editor is not None:
         capture = edit_graphs(capture, editor(twin, rows)).capture
     install(regions_to_install(capture, rows))
+    _check_without_graphs(capture, rows, in_rows=editor is not None)
+    twin.__dict__["_lora_fx"] = dataclasses.replace(bare, chosen=ActiveAdapters((_ADAPTER,)))
+    arm(twin)  # code without a graph reads the weights with the given factors
     del twin.__dict__[
         "_lora_fx"
     ]  # it is no longer a rewritten model, whose adapters could be switched
     return Swappable(twin, rows, bare)
+
+
+def _check_without_graphs(capture: Capture, rows: Sequence[PlannedSite], *, in_rows: bool) -> None:
+    """Refuse what only a graph can do with given factors.
+
+    Args:
+        capture: The model.
+        rows: Its sites.
+        in_rows: Whether each row of a batch has its own adapter.
+
+    Raises:
+        ExportError: With the site and the reason why it has no graph.
+    """
+    for row in rows:
+        reasons = [capture.regions[call.region].not_run for call in row.site.calls]
+        reason = next(filter(None, reasons), "")
+        if reason and (in_rows or any(kind_of(row).slots(row.site))):
+            what = "one adapter for each row" if in_rows else f"the kind {row.kind!r}"
+            raise ExportError(
+                f"{row.name} runs without a graph ({reason}), and {what} needs one: export with "
+                "adapters='merge', or name it in exclude_modules of the rewrite"
+            )
 
 
 def _rewritten(model: nn.Module) -> nn.Module:

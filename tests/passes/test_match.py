@@ -235,11 +235,15 @@ def test_a_weight_that_is_applied_in_parts_is_a_site_for_each(parts, names) -> N
     assert changed == list(range(*rows)), "only the rows of the part are touched"
 
 
-def test_parts_that_overlap_and_a_whole_beside_parts_are_refused() -> None:
-    for parts in (lambda w: (w[:6], w[4:8], w[8:]), lambda w: (w, w[4:8], w[8:])):
-        found = match(capture(Fused(parts)))
-        assert not found.sites
-        assert "in parts" in found.rejections[0].reason
+def test_parts_that_overlap_are_refused() -> None:
+    found = match(capture(Fused(lambda w: (w[:6], w[4:8], w[8:]))))
+    assert not found.sites
+    assert "in parts that overlap" in found.rejections[0].reason
+
+
+def test_parts_beside_the_whole_are_read_with_its_adapter() -> None:
+    found = match(capture(Fused(lambda w: (w, w[4:8], w[8:]))))
+    assert [(site.name, site.rows, len(site.calls)) for site in found.sites] == [("qkv", None, 1)]
 
 
 class Fused(nn.Module):
@@ -334,14 +338,17 @@ def model_without(model: nn.Module) -> nn.Module:
     return lora_fx.merge(model, adapter_names=[])
 
 
-def test_a_forward_that_was_replaced_on_one_layer_leaves_the_others_alone():
+def test_a_forward_that_was_replaced_on_a_layer_has_its_adapter():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
     own = model[0].forward
     model[0].forward = lambda x: own(x) * 2
     plan = lora_fx.plan(model, lora_fx.LoraConfig(r=2, target_modules=["1", "2"]))
     assert [row.name for row in plan.sites] == ["1", "2"]
-    reasons = {one.name: one.reason for one in plan.rejections}
-    assert "replaced on the instance" in reasons["0"]
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["0"]))
+    x, before = torch.randn(3, 4), adapted(torch.zeros(3, 4))
+    assert_close(before, model(torch.zeros(3, 4)))
+    dense = nn.functional.linear(x, lora_fx.merge(randomize(adapted))[0].weight, model[0].bias)
+    assert_close(adapted(x), model[1:](dense * 2))
 
 
 class Chooses(nn.Module):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 
 import lora_fx
 from tests import algebra
+from tests.algebra import randomize
 from tests.numerics import assert_close
 from tests.views import Kernel
 from tests.zoo import (
@@ -222,6 +225,15 @@ class Integers(nn.Module):
         return torch.matmul(x, self.kernel)
 
 
+@pytest.mark.parametrize("build", [lambda: TwoShapes(2, 4, 4), AppliedTwoWays])
+def test_what_is_applied_in_two_ways_is_adapted_in_both(build: Any) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4)
+    config = lora_fx.LoraConfig(r=1, target_modules=["kernel"])
+    adapted = randomize(lora_fx.rewrite(build(), config))
+    assert_close(adapted(x), lora_fx.merge(adapted)(x))
+
+
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
     [
@@ -232,10 +244,8 @@ class Integers(nn.Module):
         (lambda: Moved(2, 4, 4), "kernel", "computed from it (permute)"),
         (lambda: ViewedByTheInput(4, 4), "kernel", "its only use is by matmul"),
         (IntegerExperts, "kernel", "torch.int8, not floating point"),
-        (lambda: TwoShapes(2, 4, 4), "kernel", "applied in two ways"),
         (ScaledAddmm, "kernel", "alpha or beta other than 1"),
         (Buffer, "kernel", "its weight is a buffer"),
-        (AppliedTwoWays, "kernel", "applied in two ways"),
         (Integers, "kernel", "torch.int32, not floating point"),
     ],
 )
