@@ -187,7 +187,7 @@ def swappable(
         capture = edit_graphs(capture, editor(twin, rows)).capture
     install(regions_to_install(capture, rows))
     _check_without_graphs(capture, rows, in_rows=editor is not None)
-    twin.__dict__["_lora_fx"] = dataclasses.replace(bare, chosen=ActiveAdapters((_ADAPTER,)))
+    twin.__dict__["_lora_fx"] = dataclasses.replace(bare, active=(_ADAPTER,))
     arm(twin)  # code without a graph reads the weights with the given factors
     del twin.__dict__[
         "_lora_fx"

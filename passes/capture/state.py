@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import types
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import nn
 
 __all__ = ["State"]
 
-_CONTAINERS = (list, dict, set, deque)
+# Others compute what they hold, as the table of activations of transformers does.
+_CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 _OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()
 
@@ -67,14 +68,14 @@ class State:
         return self._attributes_changed(False) or self._containers_changed(False)
 
     def _record(self, name: str, value: Any) -> None:
-        if isinstance(value, _CONTAINERS):
+        if type(value) in _CONTAINERS:
             # Most are the hook dictionaries of modules, and empty.
             known = id(value) in self._containers
             self._containers[id(value)] = (name, value, value.copy() if value else ())
             if not known and value:
                 inside = value.values() if isinstance(value, dict) else value
                 for item in inside:
-                    if isinstance(item, _CONTAINERS):
+                    if type(item) in _CONTAINERS:
                         self._record(name, item)
             return
         attributes = None if isinstance(value, _OPAQUE) else getattr(value, "__dict__", None)
