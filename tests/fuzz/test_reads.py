@@ -38,7 +38,6 @@ def _program(place: str, use: str, frontend: str, product: bool) -> Program:
     )
 
 
-# DEFECT: a graph notices no change of classes, functions, defaults and the environment.
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
 @pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
 @pytest.mark.parametrize("place", sorted(PLACES))
@@ -81,7 +80,6 @@ def _outputs(module: ModuleType, frontend: str) -> list[torch.Tensor]:
         return [model(x) for _ in range(3)]
 
 
-# DEFECT: a trace runs the code once, and what that changes outside of the model stays changed.
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
 @pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
 @pytest.mark.parametrize("state", sorted(AROUND))

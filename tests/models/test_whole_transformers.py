@@ -81,7 +81,6 @@ def labeled(name: str, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {**inputs, "labels": ids % 3 if name == "bert, tokens" else ids}
 
 
-# DEFECT: of CLIP, an export takes all outputs for those of heads, and the regions take none.
 class Models:
     """A model whose operations ``torch.export`` found, one over the regions, and a dense one.
 

@@ -130,7 +130,6 @@ def test_uninstall_gives_the_class_back():
         assert type(module) is builders.Scaled
 
 
-# DEFECT: the class that a module has while it is traced (recorded.py) is announced, and so does not trace.
 def test_no_subclass_is_announced():
     before = list(builders.Registering.subclasses)
     module = as_region(builders.Registered())
@@ -194,7 +193,6 @@ def test_a_hook_that_changes_the_output_does(rewritten):
 # --- copies ------------------------------------------------------------------------------------------
 
 
-# DEFECT: what pickle gives is of another class; see test_copies_read_weights_with_their_adapters.
 def test_copies_compute_the_same(rewritten):
     expected = rewritten(IDS)
     for other in round_trips(rewritten):
@@ -339,7 +337,6 @@ class ReadsInDoubt(Reads):
         return super().forward(x) * (2.0 if self.training else 3.0)
 
 
-# DEFECT: what pickle gives has no property for its weights, and its graphs read them without BASE_OF.
 @pytest.mark.parametrize("cls", [Reads, ReadsInDoubt])
 def test_copies_read_weights_with_their_adapters(cls):
     config = lora_fx.LoraConfig(r=2, target_modules=["fc", "kernel"])
@@ -355,7 +352,6 @@ def test_copies_read_weights_with_their_adapters(cls):
             assert_close(other.fc.weight.mT, merged.fc.weight.mT)
 
 
-# DEFECT: a copy of a GraphModule whose own graph was not edited has no record of its adapters.
 def test_layers_in_the_module_of_a_graph_are_regions():
     plain = fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).eval())
     model = lora_fx.rewrite(plain, CONFIG)

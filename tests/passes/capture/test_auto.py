@@ -193,7 +193,7 @@ def test_go_on_without_a_graph_that_is_wrong(wrong, monkeypatch):
     captured = lora_fx.capture(model, ids)
     assert {"blocks.0.up", "head"} <= captured.regions.keys()
     assert "" not in captured.regions
-    assert captured.frontend == "regions"  # DEFECT: "symbolic"
+    assert captured.frontend == "regions"
     assert "blocks.0" in captured.opaque
     assert any("symbolic" in note for note in captured.notes)
     adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2), ids)

@@ -404,7 +404,6 @@ def test_see_what_is_changed_later(what: str, frontend: str) -> None:
     assert not torch.allclose(adapted(x), before)
 
 
-# DEFECT: a graph does not notice a method that is replaced in a class.
 @pytest.mark.parametrize("frontend", ["export", "auto"])
 @pytest.mark.parametrize(("cls", "name"), [(Below, "more"), (Derived, "more"), (Net, "forward")])
 def test_run_a_method_that_is_replaced_in_a_base(
@@ -474,13 +473,10 @@ CHANGING: dict[str, Callable[[], nn.Module]] = {
     "a buffer": lambda: _with_buffer(_replace_buffer),
     "a buffer in place": lambda: _with_buffer(_write_buffer),
     "a buffer that is registered": lambda: Net(_register),
-    # DEFECT: what is in a container of a container is not put back.
     "a list in a dict": lambda: _keeps({"below": [1.0]}, lambda kept: _append(kept["below"])),
-    # DEFECT: an export uses these up, and does not put them back.
     "an iterator": lambda: _keeps(iter([float(n) for n in range(1, 20)]), next),
     "a generator of Python": lambda: _keeps(random.Random(0), lambda kept: kept.random()),
     "a generator of NumPy": lambda: _keeps(np.random.default_rng(0), lambda kept: kept.random()),
-    # DEFECT: the check runs the original and the copy with other random numbers.
     "random numbers of Python": lambda: _keeps(None, lambda _: random.random()),
     "random numbers of NumPy": lambda: _keeps(None, lambda _: np.random.random()),
 }

@@ -392,7 +392,6 @@ def _told(forward):
     return Told()
 
 
-# DEFECT: an adapted layer is of another class, so that ``type(layer) is nn.Linear`` does not hold any more.
 @pytest.mark.parametrize(
     "forward",
     [

@@ -378,7 +378,6 @@ READS = {
 }
 
 
-# DEFECT: a guard fails where an attribute is gone; the order of the keys of a ParameterDict is not guarded.
 @pytest.mark.parametrize("frontend", ["regions", "export"])
 @pytest.mark.parametrize("forward", [multiplied, multiplied_by_kernel])
 @pytest.mark.parametrize("name", READS)
@@ -531,7 +530,6 @@ ASKING = [
 ]
 
 
-# DEFECT: the stand-in of an argument without a default is hashed, formatted and compared, and no one hears.
 @pytest.mark.parametrize("forward", ASKING)
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_an_argument_that_is_no_tensor_means_what_it_meant(name, forward):
@@ -596,7 +594,6 @@ def _count_in(table):
     return table["calls"]
 
 
-# DEFECT: a trace moves the iterators and generators of the copy on, which a rewrite gives back.
 @pytest.mark.parametrize("forward", [multiplied, multiplied_by_kernel])
 @pytest.mark.parametrize("name", STATES)
 def test_what_changes_from_call_to_call_is_no_constant(name, forward):
@@ -852,7 +849,6 @@ def draws_in_a_context(self, x):
     return self.fc((x + noise) @ self.kernel)
 
 
-# DEFECT: "is" and "is None" are asked of stand-ins, and no one hears.
 @pytest.mark.parametrize(
     "forward", [keeps_the_same_layout, adds_a_part_that_may_be_none, draws_in_a_context]
 )
@@ -980,7 +976,6 @@ def fill(model: nn.Module) -> None:
     nn.init.constant_(model.layers["d"].weight, 0.5)
 
 
-# DEFECT: that there was no module by a name ("d" is None) is not guarded.
 @pytest.mark.parametrize("change", [turn, fill])
 @pytest.mark.parametrize("way", ["items", "values", "keys", "named_children"])
 def test_children_by_name_may_change(way: str, change: Any) -> None:
@@ -1153,7 +1148,6 @@ def run(module: nn.Module, autocast: bool) -> Any:
     return found, done
 
 
-# DEFECT: capture() installs graphs in doubt.
 @pytest.mark.parametrize(("cls", "reason"), hazards())
 def test_a_capture_of_a_hazard_runs_its_own_forward(cls, reason):
     module = builders.build(cls).eval().requires_grad_(False)
@@ -1163,7 +1157,6 @@ def test_a_capture_of_a_hazard_runs_its_own_forward(cls, reason):
     assert repr(run(captured.model, autocast)) == repr(run(module, autocast))
 
 
-# DEFECT: is_tensor, x.__class__, hasattr(x, ...), "is None" of a part get a wrong answer, without a doubt.
 @pytest.mark.parametrize(("cls", "reason"), hazards())
 def test_an_adapted_hazard_is_right(cls, reason):
     """Also where its own weight is adapted, so that its graph would be worth running."""
@@ -1331,7 +1324,6 @@ SWITCHES = {
 }
 
 
-# DEFECT: a decorator that switches to the modes of the trace is not noticed, and lost.
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
@@ -1347,7 +1339,6 @@ def test_a_decorator_that_switches_modes_switches_them_at_each_call(name, grad, 
     assert_close(found, expected)
 
 
-# DEFECT: the watch takes the adapted weight that is computed in compiled code for a read without adapters.
 def test_a_compiled_forward_is_right():
     model = build(torch.compile(in_full_precision, backend="eager")).float()
     adapted, merged = adapt(model)
