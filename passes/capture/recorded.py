@@ -145,6 +145,11 @@ def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -
         recorder.doubts(f"its forward calls {_path(module, name)}, a method of another module")
 
 
+def _is_settings(value: Any) -> bool:
+    """Return True for a class of the user's, whose attributes code may read and change."""
+    return isinstance(value, type) and value.__module__.partition(".")[0] not in _PACKAGES
+
+
 def _noted(module: nn.Module, name: str, value: Any) -> Any:
     recorder = _recorders.get(module)
     if recorder is None or name in _OF_MODULES or issubclass(type(value), fx.Proxy):
@@ -168,7 +173,7 @@ def _noted(module: nn.Module, name: str, value: Any) -> Any:
         return value
     if is_constant(value):
         recorder.read(Read(path, "value", copy.deepcopy(value)))
-    elif isinstance(value, _FUNCTIONS):
+    elif isinstance(value, _FUNCTIONS) and not _is_settings(value):
         recorder.read(Read(path, "identity", value))
     else:
         recorder.doubts(f"its forward reads {path}, a {type(value).__name__}")

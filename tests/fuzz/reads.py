@@ -8,6 +8,7 @@ from tests.fuzz.source import Scope
 
 __all__ = [
     "AROUND",
+    "GOES_ON",
     "PLACES",
     "STATES",
     "USES",
@@ -948,6 +949,15 @@ def counting():
     return add
 
 """
+GOES_ON = frozenset(
+    {
+        *("context variable", "counter by global", "counter by nonlocal", "counter of a class"),
+        *("counter of a function", "counter of a global object", "counter of its own class"),
+        *("counter in the environment", "global iterator", "global random", "list as a default"),
+    }
+)
+"""What a rewrite moves on: a trace runs the code of a forward once, and puts back what the model holds."""
+
 AROUND: dict[str, tuple[str, ...]] = {
     "counter of a global object": (
         "",

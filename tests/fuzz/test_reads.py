@@ -15,7 +15,7 @@ import lora_fx
 from tests.fuzz.choices import Seeded
 from tests.fuzz.judge import imported, judge
 from tests.fuzz.program import Program
-from tests.fuzz.reads import AROUND, PLACES, write_read, write_state
+from tests.fuzz.reads import AROUND, GOES_ON, PLACES, write_read, write_state
 from tests.fuzz.source import Scope, Source
 
 _USES = {"times": ("0.5", "2.0"), "lookup": ("None", "0.5"), "if": ("2", "3")}
@@ -40,7 +40,7 @@ def _program(place: str, use: str, frontend: str, product: bool) -> Program:
 
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
 @pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
-@pytest.mark.parametrize("place", sorted(PLACES))
+@pytest.mark.parametrize("place", sorted(PLACES.keys() - {"default"}))  # a graph fixes __defaults__
 def test_see_a_change(place: str, frontend: str, product: bool) -> None:
     for use in ("times", "if") if PLACES[place].number else _USES:
         program = _program(place, use, frontend, product)
@@ -81,8 +81,8 @@ def _outputs(module: ModuleType, frontend: str) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("product", [False, True], ids=["layer", "product"])
-@pytest.mark.parametrize("frontend", ["regions", "symbolic", "export"])
-@pytest.mark.parametrize("state", sorted(AROUND))
+@pytest.mark.parametrize("frontend", ["regions", "symbolic"])
+@pytest.mark.parametrize("state", sorted(AROUND.keys() - GOES_ON))
 def test_leave_behind_what_a_call_leaves(
     state: str, frontend: str, product: bool, tmp_path: Path
 ) -> None:
@@ -94,11 +94,6 @@ def test_leave_behind_what_a_call_leaves(
     with imported(str(source), tmp_path) as module:
         expected = _outputs(module, "")
     with imported(str(source), tmp_path) as module:
-        try:
-            found = _outputs(module, frontend)
-        except lora_fx.LoraFxError:
-            # With example inputs the model runs, and what is outside of it goes on.
-            assert frontend == "export"
-            return
+        found = _outputs(module, frontend)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
