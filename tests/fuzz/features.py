@@ -257,7 +257,7 @@ FEATURES: dict[str, str] = {
     "read/global": "",
     "read/global dict": "",
     "read/class attribute": "",
-    "read/default": "a graph keeps the default that a function had: nobody exchanges __defaults__ of a running model",
+    "read/default": "a graph keeps the default of a function: nobody exchanges __defaults__ later",
     "read/closure": "",
     "read/closure over a list": "",
     "read/partial": "",
