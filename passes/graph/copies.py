@@ -13,7 +13,7 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,9 +100,10 @@ def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> No
             became.setdefault(id(old), (name, old, {}))[2][id(now[name])] = now[name]
     became = {key: row for key, row in became.items() if row[2].keys() != {key}}
     split = {key: row for key, row in became.items() if len(row[2]) > 1}
+    own = {id(module): module for module in model.modules()}  # hooks are methods of theirs
     for key, (name, old, _) in split.items():
         for module in model.modules():
-            if any(_Following({}, {key: old}).reaches(value) for value in _beside(module)):
+            if any(_Following({}, {key: old}, own).reaches(value) for value in _beside(module)):
                 raise MergeError(
                     f"{name}: several layers had this weight in common, have one each after the merge, and "
                     "something beside them holds it: which one is meant cannot be told. Give each layer its "
@@ -132,14 +133,25 @@ class _Following:
         all_its_own: Whether whatever is reached belongs to the model, and nothing has to be copied first.
     """
 
-    def __init__(self, memo: dict[int, Any], originals: dict[int, Any]) -> None:
+    def __init__(
+        self,
+        memo: dict[int, Any],
+        originals: dict[int, Any],
+        apart: Mapping[int, Any] | None = None,
+    ) -> None:
+        """Begin with nothing followed.
+
+        Args:
+            memo: That of ``copy.deepcopy``.
+            originals: What is exchanged, by identity.
+            apart: What is not followed, by identity.
+        """
         self._memo = memo
         self._originals = originals
         self._copies = {id(one) for key, one in memo.items() if key != id(memo)}
         self.all_its_own = False
-        self._none: dict[
-            int, Any
-        ] = {}  # they reach nothing of the original; held, so that ids stay theirs
+        # They reach nothing of the original; held, so that ids stay theirs.
+        self._none: dict[int, Any] = dict(apart or {})
         self._atoms: dict[type, bool] = {}  # by class: torch asks at length for some
         self._done: dict[int, Any] = {}
         self._made: dict[int, Any] = {}

@@ -737,3 +737,15 @@ def test_what_has_no_values_is_not_merged_or_checked() -> None:
         lora_fx.merge(adapted)
     with pytest.raises(lora_fx.CaptureError, match=r"0\.weight is on the meta device"):
         lora_fx.check(adapted, torch.empty(2, 4, device="meta"))
+
+
+def test_a_hook_of_the_model_holds_no_tied_weight() -> None:
+    """Mamba registers a method of its own for what is loaded into its embedding."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes, tie_word_embeddings=True)).eval()
+    config = lora_fx.LoraConfig(r=2, target_modules=["lm_head"])
+    adapted, ids = randomize(lora_fx.rewrite(model, config)), torch.arange(6)[None]
+    assert_close(lora_fx.merge(adapted)(ids).logits, adapted(ids).logits)

@@ -10,6 +10,7 @@ import math
 import random
 import sys
 import types
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -606,6 +607,29 @@ def test_what_changes_from_call_to_call_is_no_constant(name, forward):
     assert_close(results, [merged(x) for _ in range(2)], 1e-12)
     assert not torch.equal(*results)
     assert_close([model(x) for _ in range(2)], first, 1e-12)
+
+
+class MadeOnDemand(OrderedDict):
+    """A table of classes that gives instances, as that of activations in transformers does."""
+
+    def __getitem__(self, key):
+        return super().__getitem__(key)()
+
+
+def test_a_table_that_makes_what_it_gives_stays_as_it_is():
+    class Active(nn.Module):
+        def __init__(self, table):
+            super().__init__()
+            self.fc, self.table = nn.Linear(4, 4), table
+
+        def forward(self, x):
+            return self.table["relu"](self.fc(x))
+
+    table = MadeOnDemand(relu=nn.ReLU)
+    model, x = Active(table), sample(3, 4)
+    adapted, merged = adapt(model)
+    assert_close(adapted(x.float()), merged(x.float()))
+    assert list(table.items()) == [("relu", nn.ReLU)]
 
 
 # --- what is executed counts, and nothing else --------------------------------------------------------
