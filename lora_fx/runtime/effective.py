@@ -10,10 +10,11 @@ Graphs do not come here: they read the base's parameter from ``_parameters``, an
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -99,7 +100,7 @@ class EffectiveWeight(torch.Tensor):
         return made
 
     @property
-    def data(self) -> Any:  # type: ignore[override]
+    def data(self) -> Any:
         """The same values, apart from autograd."""
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
@@ -221,7 +222,8 @@ def _refuse_write(what: Any, weight: EffectiveWeight) -> NoReturn:
     )
 
 
-class _Part(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class _Part:
     """A view of an effective weight that autograd does not see: a :class:`Change` that changes it.
 
     It is read like any tensor; writing into it is refused, where a computed copy would take it and be lost.
@@ -230,18 +232,15 @@ class _Part(NamedTuple):
         whole: The weight.
         view: Makes the views from the values of the weight.
         index: Which of them.
+        name: FQN of the weight.
     """
 
     whole: EffectiveWeight
     view: Callable[[torch.Tensor], Any]
     index: int
+    name: str
     factors: tuple[torch.Tensor, ...] = ()
     transposed: bool = False
-
-    @property
-    def name(self) -> str:
-        """FQN of the weight."""
-        return self.whole.change.name
 
     def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the view of the adapted weight."""
@@ -276,7 +275,10 @@ def _parts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     forms, spec = pytree.tree_flatten(
         view(whole.base.mT if whole.change.transposed else whole.base)
     )
-    parts = [EffectiveWeight(_Part(whole, view, index), form) for index, form in enumerate(forms)]
+    parts = [
+        EffectiveWeight(_Part(whole, view, index, whole.change.name), form)
+        for index, form in enumerate(forms)
+    ]
     return pytree.tree_unflatten(parts, spec)
 
 
