@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lora_fx import torch_private
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, PlannedTokens, Record
 from lora_fx.kinds import kind_of
@@ -690,6 +691,14 @@ def _own_bias(
     return gathered(found), start, stop
 
 
+_REMOVED_BY = {
+    "WeightNorm": ("torch.nn.utils.weight_norm", "remove_weight_norm"),
+    "SpectralNorm": ("torch.nn.utils.spectral_norm", "remove_spectral_norm"),
+    "": ("torch.nn.utils.prune", "prune.remove"),
+}
+"""What computes a weight before each call, and makes it permanent, by the class of its hook."""
+
+
 def check_stored(model: nn.Module, name: str) -> None:
     """Refuses a parameter that is none any more: something computes it before each call, or at each read.
 
@@ -703,7 +712,9 @@ def check_stored(model: nn.Module, name: str) -> None:
     if parametrize.is_parametrized(layer, leaf):
         by, way = "torch.nn.utils.parametrize", "parametrize.remove_parametrizations"
     else:
-        by, way = "torch.nn.utils.prune", "prune.remove"
+        hooks = {type(hook).__name__ for hook in torch_private.forward_pre_hooks(layer).values()}
+        known = (name for name in _REMOVED_BY if name in hooks)
+        by, way = _REMOVED_BY[next(known, "")]
     raise MergeError(
         f"{name} is computed before each call ({by}), so that nothing can be folded into it: make it "
         f"permanent first, with torch.nn.utils.{way}(layer, {leaf!r})"

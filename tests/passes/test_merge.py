@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import warnings
 
 import pytest
 import torch
@@ -749,3 +750,15 @@ def test_a_hook_of_the_model_holds_no_tied_weight() -> None:
     config = lora_fx.LoraConfig(r=2, target_modules=["lm_head"])
     adapted, ids = randomize(lora_fx.rewrite(model, config)), torch.arange(6)[None]
     assert_close(lora_fx.merge(adapted)(ids).logits, adapted(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_weight_that_a_hook_computes_since_is_refused_with_the_way_out(name: str) -> None:
+    adapted = lora_fx.rewrite(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        getattr(nn.utils, name)(adapted[0])
+    with pytest.raises(MergeError, match=f"torch.nn.utils.remove_{name}"):
+        lora_fx.merge(adapted)
+    getattr(nn.utils, f"remove_{name}")(adapted[0])
+    lora_fx.merge(adapted)
