@@ -92,7 +92,6 @@ __all__ = [
     "in_dynamo",
     "in_export",
     "in_forward_ad",
-    "in_forward_mode",
     "in_functorch",
     "in_functorch_level",
     "in_fx_trace",
@@ -176,11 +175,6 @@ def has_kernel(operator: Any) -> bool:
 def in_jit_trace() -> bool:
     """Return True while ``torch.jit.trace`` records. ``torch.jit.is_tracing`` is deprecated."""
     return bool(torch._C._is_tracing())
-
-
-def in_forward_mode() -> bool:
-    """Return True inside of ``torch.autograd.forward_ad.dual_level()``."""
-    return bool(torch.autograd.forward_ad._current_level >= 0)
 
 
 def in_fx_trace() -> bool:

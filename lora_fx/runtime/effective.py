@@ -372,7 +372,7 @@ def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> 
         torch.compiler.is_compiling()
         or kinds != {torch.Tensor}
         or torch_private.in_functorch_level()
-        or torch_private.in_forward_mode()
+        or torch_private.in_forward_ad()
         or torch_private.in_jit_trace()
     ):
         return change.applied(base, factors)
