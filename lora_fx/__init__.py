@@ -156,7 +156,7 @@ __all__ = [
     "visualize",
 ]
 
-# The module of each name; the imports above say the same to those who read types.
+# The module of each name. The imports above are the same for type checkers.
 _HOMES = {
     "lora_fx.adapters": """
         active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter
@@ -207,7 +207,7 @@ _HOMES = {
     """,
 }
 
-# What users of PEFT look for, and what does it here.
+# Names of PEFT that users look for, and their replacements here.
 _OF_PEFT = {
     "AutoPeftModel": "load_adapter(model, folder)",
     "AutoPeftModelForCausalLM": "load_adapter(model, folder)",
@@ -227,14 +227,14 @@ _OPTIONAL = ("lora_fx.export.", "lora_fx.tools.")
 
 
 def __getattr__(name: str) -> object:
-    """Loads a name, or a module of the package, when it is first asked for."""
+    """Load a name, or a module of the package, on first use."""
     if name in _HOME_OF:
         _versions.warn_untested()
-        found = getattr(_importlib.import_module(_HOME_OF[name]), name)
-        return globals().setdefault(name, found)
+        value = getattr(_importlib.import_module(_HOME_OF[name]), name)
+        return globals().setdefault(name, value)
     spec = None if name.startswith("_") else _find_spec(f"lora_fx.{name}")
     if spec is not None:
-        # `lora_fx.passes.match` works after `import lora_fx` alone: a folder is loaded with what lies in it.
+        # Load a folder with its modules, so that `lora_fx.passes.match` works after `import lora_fx` alone.
         for home in _HOMES if spec.submodule_search_locations else ():
             if not home.startswith(_OPTIONAL):
                 _importlib.import_module(home)

@@ -64,9 +64,9 @@ def output_error(
 
     Args:
         model: The rewritten model; it is not changed.
-        merged: The merge of it.
+        merged: The merged model.
         example_inputs: As for :func:`lora_fx.rewrite`.
-        adapter_names: Which adapters were merged; those that are active by default.
+        adapter_names: The merged adapters; by default the active ones.
 
     Raises:
         CaptureError: If the inputs do not fit the model.
@@ -76,10 +76,10 @@ def output_error(
         adapted = share_copy(model)
         set_adapter(adapted, adapter_names)
     wanted = _floats(run_reference(adapted, example_inputs))
-    found = _floats(run_reference(merged, example_inputs))
+    actual = _floats(run_reference(merged, example_inputs))
     base = _floats(run_reference(stripped(model, require_record(model)), example_inputs))
     size = float(wanted.norm().clamp_min(torch.finfo(torch.float64).tiny))
-    error = found - wanted
+    error = actual - wanted
     return OutputError(
         relative_error=float(error.norm()) / size,
         largest=float(error.abs().max()) if len(error) else 0.0,
@@ -88,9 +88,9 @@ def output_error(
 
 
 def _floats(output: Any) -> Tensor:
-    """Return all floating-point values of an output as one vector in fp64."""
-    leaves = [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor)]
-    parts = [one.detach().double().flatten() for one in leaves if one.is_floating_point()]
+    """Return all floating-point values of an output as a flat fp64 vector."""
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    parts = [leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
@@ -102,23 +102,22 @@ def capture(
     frontend: Frontend = "auto",
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Capture a model as graphs that compute the same.
+    """Capture a model as graphs that compute the same outputs.
 
     Args:
-        model: Any module. It is not touched; the result shares its weights' storage.
-        example_inputs: A tuple (args), a dict (kwargs) or a tensor. With them, the capture is
-            checked: its outputs must be the original's.
-        frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that fits. A model of
-            transformers or timm says what it takes: for ``export`` inputs are made up where none are
-            given, and a note says which.
-        dynamic_shapes: For ``export``, as ``torch.export.export`` takes it. By default all shapes are those
-            of the example: the graph only shows which operations there are.
+        model: Any module. It is not changed; the result shares its weights' storage.
+        example_inputs: A tuple (args), a dict (kwargs) or a tensor. With them, the outputs of the capture are
+            compared with the model's.
+        frontend: ``symbolic``, ``export``, ``regions``, or ``auto``: the first that works. For a model of
+            transformers or timm, ``export`` can generate missing inputs; a note then lists them.
+        dynamic_shapes: For ``export``, passed to ``torch.export.export``. By default all shapes are those of
+            the example: the graph is only used to match operations.
 
     Returns:
         The capture; ``capture.model`` runs it.
 
     Raises:
-        CaptureError: If the model cannot be captured in this way, or the capture computes something else.
+        CaptureError: If this frontend cannot capture the model, or the outputs of the capture differ.
     """
     result = capture_model(model, example_inputs, frontend=frontend, dynamic_shapes=dynamic_shapes)
     put_partitions_back(result.model)
@@ -137,31 +136,33 @@ def plan(
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> Plan:
-    """Show what :func:`rewrite` would do, why, and what it costs: a dry run, which changes nothing.
+    """Return a plan of what :func:`rewrite` would do, with reasons and costs.
+
+    It is a dry run: nothing is changed.
 
     Args:
         model: Any module that is not rewritten yet.
-        config: What to adapt.
-        example_inputs: As for :func:`capture`; they let more operations be found. With them the plan
-            says what a training step with inputs of their shapes keeps for its backward, with each
-            ``memory=`` of :func:`rewrite`, counted without computing anything.
-        loss: As for :func:`rewrite`: with "chunked" the plan says which heads may have it, and why others
-            may not.
-        strict: Whether an entry of the configuration that selects nothing is an error.
+        config: The configuration of the adapter.
+        example_inputs: As for :func:`capture`; with them, more operations can be matched. The plan then also
+            has the activation memory of a training step with inputs of their shapes, for each ``memory=`` of
+            :func:`rewrite`. It is counted without computing anything.
+        loss: As for :func:`rewrite`. With "chunked" the plan lists the heads that can use it, and the reasons
+            why others cannot.
+        strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
 
     Returns:
-        A plan: print it, or look at ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
+        A plan: print it, or read ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
 
     Raises:
-        NoMatchError: If nothing is selected; with the nearest names.
+        NoMatchError: If nothing is selected; lists the nearest names.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
     """
-    _, found = pipeline.plan_model(
+    _, planned = pipeline.plan_model(
         model, config, example_inputs, loss=loss, strict=strict, frontend=frontend
     )
-    return with_kept(found, model, config, example_inputs, loss=loss, frontend=frontend)
+    return with_kept(planned, model, config, example_inputs, loss=loss, frontend=frontend)
 
 
 @inside
@@ -172,20 +173,20 @@ def compare(
     *,
     frontend: Frontend = "auto",
 ) -> Comparison:
-    """Plan several configurations for one model, to compare what they cost. Nothing is changed.
+    """Plan several configurations for a model, to compare their costs. Nothing is changed.
 
     Args:
-        configs: Configurations by name; the names are yours.
+        configs: Configurations by names of your choice.
         model: Any module that is not rewritten yet.
         example_inputs: As for :func:`capture`.
         frontend: As for :func:`capture`.
 
     Returns:
-        The plans: print it for one table of sites, parameters, FLOPs, bytes and ranks.
+        The plans: print them for a table of sites, parameters, FLOPs, bytes and ranks.
 
     Raises:
         ConfigError: If there is no configuration, or they are not a dict.
-        NoMatchError: If one selects nothing; it is named.
+        NoMatchError: If a configuration selects nothing; names it.
         CaptureError: If the model cannot be captured.
     """
     if not configs or not isinstance(configs, Mapping):
@@ -207,39 +208,39 @@ def rewrite(
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
 ) -> ModelT:
-    """Put LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
+    """Insert LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
 
     Args:
-        model: Any module. It is not touched: not its modules, modes, gradients or statistics.
-        config: What to adapt.
+        model: Any module. Its modules, modes, gradients and statistics are not changed.
+        config: The configuration of the adapter.
         example_inputs: As for :func:`capture`. With them the result is checked against the model.
         adapter_name: Name of the adapter.
-        optimize: Whether to run the passes that make training cheaper (:mod:`lora_fx.passes.optimize.fuse`).
-            Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``.
-            Dropout draws other numbers with than without.
-        memory: What a training step keeps for its backward: "fast" keeps the input of each product; with
-            "balanced", the outputs of norms, activations and gated products are recomputed from their inputs,
-            which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`), and square layers with DoRA
-            compute their product twice, for the gradient of the magnitude. Outputs are the same bits.
-            Without ``optimize`` it has no effect.
-        loss: "chunked" computes a cross entropy of the output head, in a training call of the model, a few
-            rows at a time (:mod:`lora_fx.runtime.logits`): logits of all tokens, their softmax and their
-            gradient are never there at once. Then the output has no logits: what it holds in their place
-            raises a :class:`LogitsError` when it is read. Calls in eval mode, without gradients and without
-            a loss are as with "whole", the default, which computes what the model computes.
-        strict: Whether an entry of the configuration that selects nothing is an error.
+        optimize: True to run the passes that make training cheaper (:mod:`lora_fx.passes.optimize.fuse`).
+            Without them the graphs have the canonical form, ``x -> dropout -> A -> B -> scale -> add``. The
+            two forms draw different random numbers for dropout.
+        memory: The activations that a training step keeps for its backward. "fast" keeps the input of each
+            product. "balanced" recomputes the outputs of norms, activations and gated products from their
+            inputs, which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Square layers with
+            DoRA then compute their product twice, for the gradient of the magnitude. Outputs are bitwise
+            equal. Without ``optimize`` this has no effect.
+        loss: "chunked" computes a cross entropy of the output head a few rows at a time, in training calls
+            (:mod:`lora_fx.runtime.logits`). The logits of all tokens, their softmax and their gradient never
+            exist at once. The output then has a placeholder for the logits, which raises a
+            :class:`LogitsError` when it is read. Calls in eval mode, without gradients or without a loss are
+            the same as with "whole", the default, which computes the model's own loss.
+        strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
-        callback: Is shown the capture after each pass, with the name of the pass: ``capture``, and then those
-            of :func:`lora_fx.passes.pipeline.rewrite_passes`. It is there to look at the graphs.
+        callback: A function that is called with the pass's name and the capture after each pass: ``capture``,
+            then those of :func:`lora_fx.passes.pipeline.rewrite_passes`. Use it to inspect the graphs.
 
     Returns:
-        A module of the model's own class, ready to train: the base frozen and shared with the
-        argument, the adapters trainable, the outputs those of the argument. A parameter of the base that you
-        unfreeze by hand gets storage of its own with its first gradient, so that the argument is
-        not trained, and is merged and saved beside the adapters; ``modules_to_save`` makes it part of one.
+        A module of the model's class with the same outputs, ready to train. The base is frozen and shared
+        with the argument; the adapters are trainable. If you unfreeze a parameter of the base by hand, it
+        gets its own storage with its first gradient, so the argument is not trained. Such a parameter is
+        merged, and is saved next to the adapters. With ``modules_to_save`` it becomes part of an adapter.
 
     Raises:
-        ConfigError: If an argument is not valid, or the model is rewritten already.
+        ConfigError: If an argument is not valid, or the model is already rewritten.
         NoMatchError: If nothing is selected, or would be trained.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
@@ -262,10 +263,10 @@ def rewrite(
 
 @inside
 def graphs(model: nn.Module) -> dict[str, fx.Graph]:
-    """The graph of every region of a captured or rewritten model, by FQN; ``""`` is the root.
+    """Return the graph of every region of a captured or rewritten model, by FQN; ``""`` is the root.
 
-    A module that no pass has changed runs its own forward, and its graph says what that computes. Look at the
-    graphs, do not edit them.
+    A module that no pass has changed runs its own forward, and its graph shows what that computes. The graphs
+    are for reading: do not edit them.
     """
     return graphs_of(model)
 
@@ -311,42 +312,42 @@ def merge(
 ) -> ModelT | tuple[ModelT, MergeReport]:
     """Fold trained adapters into the weights.
 
-    What is not folded is shared with the model that was rewritten, and copied only if that is asked for. So
-    that both are not trained at once, shared parameters are frozen; the result's own require a gradient where
-    they did in the original. To train the result further, pass ``own=True``.
+    Tensors without an adapter are shared with the model that was rewritten, and copied only on request.
+    Shared parameters are frozen, so that the two models are not trained together. The result's own parameters
+    require a gradient if they did in the original. To train the result further, pass ``own=True``.
 
     Args:
         model: A rewritten model; it is not changed.
-        adapter_names: Which adapters; those that are active by default.
-        into: Fold into this model, of the original class, instead of into a copy of the base. Its weights
-            are written over slice by slice, so that no second ones are needed; one whose memory something
-            else sees (the model that was rewritten shares it with ``model``) gets a new parameter. For a
-            quantized base it is a dense model, and what the adapters change is added to its weights, not to
-            the quantized ones' values.
-        dtype: Of all parameters and buffers of the result, each rounded once. By default each weight keeps
-            its own. Where a quantized base becomes dense, all parameters get the widest dtype that one
-            which is not quantized has (that of the quantized values, if there is none): the model computes
-            in it, and the merged one runs where ``model`` did.
-        requantize: Whether merged weights that were quantized are quantized again, in the same format and
-            layers. By default the result is dense as a whole, also where no adapter was.
-        own: Whether the result is a model of its own, as with ``into``: it shares nothing, and requires
-            gradients where the original did.
-        example_inputs: As for :func:`rewrite`, with ``requantize``: the report then says what quantizing
-            again does to the outputs.
-        return_report: Whether to measure every merged weight against fp64 and return the report,
-            too.
-        progress: Whether to show a progress bar (if tqdm is installed), or a function that is called with
-            (done, total, site name) before each weight.
+        adapter_names: The adapters to merge; by default the active ones.
+        into: Fold into this model, of the original class, instead of a copy of the base. Its weights are
+            overwritten slice by slice, which needs no second copy. A parameter whose memory is shared with
+            something else (as the model that was rewritten shares it with ``model``) is replaced by a new
+            one. For a quantized base, pass a dense model: the adapters' change is added to its weights, not
+            to the quantized values.
+        dtype: The dtype of all parameters and buffers of the result, each rounded once. By default each
+            weight keeps its dtype. If a quantized base becomes dense, all parameters get the widest dtype
+            among its unquantized parameters (if all are quantized, the dtype of the quantized values). The
+            model computes in this dtype, so the merged model accepts the same inputs as ``model``.
+        requantize: True to quantize merged weights again if they were quantized, in the same format and
+            layers. By default the whole result is dense, even without an adapter.
+        own: True to make the result independent, as with ``into``: it shares nothing, and requires gradients
+            if the original did.
+        example_inputs: As for :func:`rewrite`, with ``requantize``: the report then has the error of the
+            outputs after quantizing again.
+        return_report: True to measure every merged weight against fp64 and return the report as well.
+        progress: True to show a progress bar (if tqdm is installed), or a function that is called with (done,
+            total, site name) before each weight.
 
     Returns:
-        A module of the user's own class with nothing of lora_fx left in it, and the
-        :class:`MergeReport` if asked for.
+        A module of the user's own class without anything of lora_fx, and the :class:`MergeReport` if
+        requested.
 
     Raises:
         MergeError: If there is nothing to merge, the result would not be finite, arguments exclude each
-            other, or a format cannot hold a merged weight (the message names it; a dense merge always can).
-        CaptureError: If the example inputs do not fit the model, or a layer that has an adapter was deleted
-            or replaced after the rewrite.
+            other, or a format cannot hold a merged weight. The message names the weight; a dense merge always
+            can.
+        CaptureError: If the example inputs do not fit the model, or an adapted layer was deleted or replaced
+            after the rewrite.
     """
     if example_inputs is not None and not requantize:
         raise MergeError(
@@ -370,21 +371,24 @@ def merge(
 
 
 def _check_adapted(model: nn.Module) -> None:
-    """Refuse a model that has no adapters and is not around one that has, as trainers' modules are."""
+    """Raise if neither the model nor a module in it has adapters.
+
+    Trainers wrap rewritten models in modules.
+    """
     if not any(record_of(module) is not None for module in model.modules()):
         require_record(model)
 
 
 @inside
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Return the parameters to give to an optimizer.
+    """Return the parameters for an optimizer.
 
-    Those of the base that were unfrozen by hand get storage of their own here, so that the model that was
-    rewritten is not trained with them; elsewhere they get it with their first gradient.
+    Parameters of the base that were unfrozen by hand get their own storage here, so the model that was
+    rewritten is not trained. Without this call they get it with their first gradient.
 
     Raises:
-        ConfigError: If the model has no adapters, which is what `rewrite` leaves its argument.
-        CaptureError: If a layer that has an adapter was deleted or replaced.
+        ConfigError: If the model has no adapters. Note that `rewrite` does not change its argument.
+        CaptureError: If an adapted layer was deleted or replaced.
     """
     _check_adapted(model)
     claim_unfrozen(model)
@@ -393,14 +397,14 @@ def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 @inside
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how much is trained, in PEFT's format.
+    """Print the number of trainable parameters, in PEFT's format.
 
     Raises:
-        ConfigError: If the model has no adapters, which is what `rewrite` leaves its argument.
+        ConfigError: If the model has no adapters. Note that `rewrite` does not change its argument.
     """
     _check_adapted(model)
     trainable = sum(elements(p) for p in model.parameters() if p.requires_grad)
     total = sum(elements(p) for p in model.parameters())
     share = 100 * trainable / total if total else 0.0
-    # A verb that prints is what its users know it for.
+    # Users of PEFT expect this function to print.
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201

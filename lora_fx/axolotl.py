@@ -1,4 +1,4 @@
-"""A plugin for axolotl: ``adapter: lora_fx`` trains what its ``lora_…`` and ``peft_…`` options say.
+"""A plugin for axolotl: ``adapter: lora_fx`` trains an adapter by the ``lora_…`` and ``peft_…`` options.
 
 ::
 
@@ -10,7 +10,7 @@
     lora_target_linear: true
 
 axolotl (0.19) asks its plugins for adapters that it does not know (``BasePlugin.load_adapter``). It imports
-this module by the name above; nothing else does.
+this module by the name above. Nothing else imports it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _plugin_class() -> type:
 
 
 class _Rewrites:
-    """The methods of a plugin that rewrites the models that axolotl trains."""
+    """The methods of a plugin that rewrites axolotl's models."""
 
     def get_adapter_capabilities(self) -> list[Any]:
         """Return the name under which axolotl knows the adapter."""
@@ -58,13 +58,13 @@ class _Rewrites:
     def load_adapter(
         self, model: nn.Module, cfg: Any, inference: bool = False, config_only: bool = False
     ) -> tuple[Any, Any] | None:
-        """Rewrite a model, or put the adapter of ``lora_model_dir`` onto it.
+        """Rewrite a model, or load the adapter of ``lora_model_dir`` onto it.
 
         Args:
-            model: What axolotl has loaded.
-            cfg: The values of its file.
-            inference: Whether the adapter is frozen.
-            config_only: Refused: axolotl then has TRL's trainer adapt the model, with PEFT.
+            model: The model that axolotl has loaded.
+            cfg: The values of axolotl's file.
+            inference: True to freeze the adapter.
+            config_only: Refused: axolotl then lets TRL's trainer adapt the model with PEFT.
 
         Returns:
             The model as a ``PeftModel``, and the configuration of PEFT; None for another adapter.

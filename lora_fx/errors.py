@@ -1,7 +1,7 @@
-"""Every error that lora_fx raises on purpose.
+"""All errors that lora_fx raises on purpose.
 
-Each one subclasses the builtin that a caller would already be catching, and its message says three
-things: what was found, where (a fully qualified name), and what to do about it.
+Each class subclasses the builtin that a caller would already catch. Its message has three parts: the problem,
+its location (a fully qualified name), and a remedy.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def hint(
     cutoff: float = 0.6,
     between: str = ", ",
 ) -> str:
-    """Name for an error what looks like a wrong name; "" if nothing does.
+    """Return a text with the names that look like a wrong name; "" if none do.
 
     Args:
-        name: The wrong one.
+        name: The wrong name.
         known: The names that exist.
         form: The text, with a placeholder for the names.
-        count: How many are named at most.
-        cutoff: The least similarity, 1 for equal names.
+        count: The largest number of names.
+        cutoff: The minimum similarity, 1 for equal names.
         between: The separator.
     """
     near = difflib.get_close_matches(str(name), list(known), count, cutoff)
@@ -53,7 +53,7 @@ def hint(
 
 
 def some(names: Sequence[str], most: int = 5, between: str = ", ") -> str:
-    """The first names for an error, and how many more there are."""
+    """Return the first names as text, with the number of further names."""
     joint = " " if between == ", " else between
     more = f"{joint}and {len(names) - most} more" if len(names) > most else ""
     return between.join(names[:most]) + more
@@ -68,11 +68,11 @@ class ConfigError(LoraFxError, ValueError):
 
 
 class CaptureError(LoraFxError, RuntimeError):
-    """A model could not be captured as graphs, or the captured graphs compute something else."""
+    """A model could not be captured as graphs, or the outputs of the graphs differ."""
 
 
 class LogitsError(LoraFxError, AttributeError):
-    """Logits are read that a training call did not keep, since it computed their loss in chunks."""
+    """Logits are read after a training call that computed their loss in chunks, and did not keep them."""
 
 
 class ProcessError(LoraFxError, RuntimeError):
@@ -84,7 +84,7 @@ class NoMatchError(LoraFxError, ValueError):
 
 
 class PartialMatchError(LoraFxError, ValueError):
-    """With ``strict=True``: some of the targets select nothing."""
+    """Some of the targets select nothing, with ``strict=True``."""
 
 
 class CheckpointError(LoraFxError, ValueError):
@@ -100,11 +100,11 @@ class ExportError(LoraFxError, RuntimeError):
 
 
 class OutputPathError(ExportError, ValueError):
-    """A path to write to names a folder, or a file of another kind."""
+    """A path to write to is a folder, or has a suffix of another kind of file."""
 
 
 class ParityError(ExportError):
-    """The exported model does not compute what the PyTorch model computes."""
+    """The outputs of the exported model differ from those of the PyTorch model."""
 
 
 class ProviderError(ExportError):
@@ -112,4 +112,4 @@ class ProviderError(ExportError):
 
 
 class QuantizationError(LoraFxError, ValueError):
-    """A weight cannot be quantized, or not in the format that was asked for."""
+    """A weight cannot be quantized, or not in the requested format."""

@@ -1,4 +1,4 @@
-"""Optional packages: imported when they are needed, or refused with the command that installs them."""
+"""Optional packages: imported on first use, or refused with the command that installs them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["check_installed", "install_command", "is_installed", "load_optional"
 
 
 def install_command(*requirements: str) -> str:
-    """Return the command that installs a requirement, or the first of several that each suffice.
+    """Return the command that installs a requirement, or the first of several alternatives.
 
     Args:
-        requirements: What pip takes, as ``lora-fx[quant]``.
+        requirements: Requirements for pip, such as ``lora-fx[quant]``.
 
     Returns:
         ``pip install 'lora-fx[gpu]', or 'lora-fx[cpu]'``, for example.
@@ -37,23 +37,23 @@ def load_optional(
 
     Args:
         module: The name to import.
-        purpose: What needs it, as the subject of a sentence: ``"the export"``.
-        requirements: What installs it; each of them suffices.
-        attribute: A name in the module that is wanted; some packages import when they are asked for it.
+        purpose: The feature that needs it, as the subject of a sentence: ``"the export"``.
+        requirements: Alternative requirements that install it.
+        attribute: A name in the module to return; some packages import it lazily.
         error: The type to raise.
 
     Returns:
         The module, or the attribute.
 
     Raises:
-        LoraFxError: The package is missing or does not load. The message has the command that installs it.
+        LoraFxError: If the package is missing or does not load. The message has the command that installs it.
     """
     warn_untested([module.partition(".")[0]])
     try:
         loaded = importlib.import_module(module)
         return getattr(loaded, attribute) if attribute else loaded
     except Exception as reason:
-        # A package whose libraries do not load, or do not fit each other, raises anything.
+        # A package whose libraries do not load or are incompatible may raise any exception.
         package = module.partition(".")[0]
         raise error(
             f"{purpose} needs {package}, which cannot be imported ({reason}): "
@@ -67,16 +67,16 @@ def check_installed(
     *requirements: str,
     error: type[LoraFxError] = ConfigError,
 ) -> None:
-    """Raise if a package is not installed. Imports none of them.
+    """Raise if a package is not installed, without importing any.
 
     Args:
         packages: The names to look for.
-        purpose: What needs them, as for :func:`load_optional`.
-        requirements: What installs all of them; each suffices.
+        purpose: The feature that needs them, as for :func:`load_optional`.
+        requirements: Alternative requirements that install all of them.
         error: The type to raise.
 
     Raises:
-        LoraFxError: Packages are missing. The message has the command that installs them.
+        LoraFxError: If packages are missing. The message has the command that installs them.
     """
     packages = tuple(packages)
     missing = sorted(name for name in packages if not is_installed(name))
@@ -86,7 +86,7 @@ def check_installed(
 
 
 def is_installed(package: str) -> bool:
-    """Return True if a package is there to be imported. Does not import it."""
+    """Return True if a package can be imported, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # sys.modules has None for it, or a module without a spec

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the weights of a model in safetensors, read one by one."""
+"""Atomic replacement of files, and weights of a model in safetensors, which are read one at a time."""
 
 from __future__ import annotations
 
@@ -30,32 +30,32 @@ __all__ = ["WeightFiles", "current", "flush", "output_file", "replacing", "repla
 def output_file(
     path: object, suffixes: Sequence[str], error: type[LoraFxError] = OutputPathError
 ) -> Path:
-    """The path of a file that is to be written, before anything is.
+    """Return the path of a file to write, after checking it.
 
     Args:
-        path: What the caller gave.
-        suffixes: Those that the file may have, in lower case.
-        error: What is raised.
+        path: The path from the caller.
+        suffixes: The allowed suffixes of the file, in lower case.
+        error: The class of the error.
 
     Raises:
-        OutputPathError: It is no path; it is or names a folder; or it has another suffix. With what to
-            give instead.
+        OutputPathError: If it is not a path, is or names a folder, or has another suffix. The message
+            suggests a valid path.
     """
-    given = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(given, str) or not given:
-        found = repr(given) if isinstance(given, str) else f"a {type(path).__name__}"
-        raise error(f"path is {found}: give the name of the file to write")
-    target = Path(given)
-    # A Path does not keep the separator at the end, which says that a folder is meant.
-    ends = tuple(one for one in (os.sep, os.altsep) if one)
-    if given.endswith(ends) or target.name in ("", "..") or target.is_dir():
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str) or not text:
+        description = repr(text) if isinstance(text, str) else f"a {type(path).__name__}"
+        raise error(f"path is {description}: give the name of the file to write")
+    target = Path(text)
+    # A Path drops the separator at the end, which marks a folder.
+    ends = tuple(separator for separator in (os.sep, os.altsep) if separator)
+    if text.endswith(ends) or target.name in ("", "..") or target.is_dir():
         example = target / f"model{suffixes[0]}"
-        raise error(f"{given} is a folder: give the name of the file to write in it, as {example}")
+        raise error(f"{text} is a folder: give the name of the file to write in it, as {example}")
     if target.suffix.lower() not in suffixes:
         known = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
         has = f"the suffix {target.suffix}" if target.suffix else "no suffix"
         raise error(
-            f"{given} has {has}, and a file of this kind has {known}: write to "
+            f"{text} has {has}, and a file of this kind has {known}: write to "
             f"{target.with_suffix(suffixes[0])}, for example"
         )
     return target
@@ -63,10 +63,10 @@ def output_file(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a file beside a path to write, which takes its place if all goes well.
+    """Yield a temporary path in the same folder, whose file replaces ``path`` on success.
 
     Args:
-        path: What is there stays as it is until then, and for good where something fails.
+        path: The final path. An existing file stays unchanged until then, and also after an error.
     """
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -77,10 +77,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Write a file from the caches of the system to the disk. A full disk may show itself only here.
+    """Flush a file from the caches of the system to the disk. A full disk may cause an error only here.
 
     Raises:
-        OSError: The file cannot be opened, or the disk is full.
+        OSError: If the file cannot be opened, or the disk is full.
     """
     # Windows flushes a file only through a handle that may write. Elsewhere the file may be read-only.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -90,22 +90,22 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-_SAVING: Final = ".saving-"  # what a process writes
-_PLACING: Final = ".placing-"  # what is complete, and on its way to where it belongs
-_LEFT_BEHIND = 3600  # seconds after which a process of another machine is taken for dead
-_SETTLED = 60  # seconds after which one of this machine that does not run any more is
+_SAVING: Final = ".saving-"  # prefix of a folder that a process writes
+_PLACING: Final = ".placing-"  # prefix of a complete folder, whose files are being moved
+_LEFT_BEHIND = 3600  # seconds after which a process of another machine counts as dead
+_SETTLED = 60  # seconds after which a stopped process of this machine counts as dead
 
 
 @contextlib.contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write files into, which take the places of those of their names if all goes well.
+    """Yield a temporary folder whose files replace those of ``folder`` on success.
 
-    After an error the files are as they were. A process may also be killed: :func:`current` then finds the
-    files as they were, or all new ones. The next process that writes moves complete files to their places,
-    and deletes all others.
+    After an error the files are unchanged. If the process is killed, :func:`current` finds either the old
+    files or all new ones. The next process that writes moves complete files to their paths and deletes all
+    others.
 
     Args:
-        folder: It is there. The files may be in folders below.
+        folder: An existing folder. The files may be in subfolders.
     """
     _clear(folder)
     with tempfile.TemporaryDirectory(
@@ -118,14 +118,14 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
 
 def current(path: Path) -> Path:
-    """Where the file of a name is: its path, unless a process was killed while it moved a new one there."""
-    found = path
+    """Return the path of a file, even if a process was killed while it moved a new version there."""
+    newest = path
     with contextlib.suppress(OSError):  # another process is moving it
         for placing in path.parent.glob(f"{_PLACING}*"):
             waiting = placing / path.name
-            if waiting.is_file() and not (found.exists() and _written(found) > _written(waiting)):
-                found = waiting
-    return found
+            if waiting.is_file() and not (newest.exists() and _written(newest) > _written(waiting)):
+                newest = waiting
+    return newest
 
 
 def _written(path: Path) -> int:
@@ -133,7 +133,7 @@ def _written(path: Path) -> int:
 
 
 def _clear(folder: Path) -> None:
-    """End what killed processes have begun: complete files go to their places, others are deleted."""
+    """Clean up after killed processes: move complete files to their paths, and delete all others."""
     for path in (*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_PLACING}*")):
         with contextlib.suppress(OSError):  # another process does the same
             if not _is_left_behind(path):
@@ -147,7 +147,7 @@ def _clear(folder: Path) -> None:
 
 
 def _is_left_behind(path: Path) -> bool:
-    """Return True if the name and the age of such a folder say that its process is dead."""
+    """Return True if the name and the age of a temporary folder show that its process is dead."""
     age = time.time() - path.stat().st_mtime
     machine, _, process = path.name.rpartition("-")[0].partition("-")[2].rpartition("-")
     if os.name == "nt" or machine != _machine() or not process.isdecimal():
@@ -170,12 +170,12 @@ def _runs(process: int) -> bool:
 
 
 def _place(staged: Path, folder: Path, kept: Path) -> None:
-    """Moves every file of ``staged`` into ``folder``; all of them, or none."""
+    """Move every file of ``staged`` into ``folder``: all of them, or none."""
     kept.mkdir()
     waiting = folder / staged.parent.name.replace(_SAVING, _PLACING)
     names = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
     if not any(folder.glob(f"{_PLACING}*")):
-        # One file that changes is one move, which no reader sees in half.
+        # A single changed file is a single move, so no reader sees half of it.
         names = [name for name in names if not _same(staged / name, folder / name)]
     for name in names:
         if (folder / name).exists():
@@ -204,7 +204,7 @@ def _same(path: Path, other: Path) -> bool:
 
 
 def _keep(path: Path, copy: Path) -> None:
-    """A second name for a file, where the file system has such, or a copy."""
+    """Create a hard link to a file, or a copy if the file system has no links."""
     try:
         os.link(path, copy)
     except OSError:
@@ -215,20 +215,20 @@ _INDEX = ".safetensors.index.json"
 
 
 class WeightFiles:
-    """What is in the files of a folder; nothing of it is in memory.
+    """The tensors in the files of a folder, without loading them.
 
-    A file is opened for each tensor and closed with it: as long as it is open, all pages that were ever read
-    count as memory of this process.
+    Each tensor opens its file and closes it again. While a file is open, all pages that were ever read count
+    as memory of this process.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads the heads of the files.
+        """Read the headers of the files.
 
         Args:
             path: A folder with ``model.safetensors``, or with shards and their index; or one such file.
 
         Raises:
-            CheckpointError: If there are none, or one is damaged.
+            CheckpointError: If there are no files, or a file is damaged.
         """
         self.path = path
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -237,8 +237,8 @@ class WeightFiles:
         for file, names in _listed(path).items():
             try:
                 with safetensors.safe_open(file, "pt") as opened:
-                    found = opened.keys()
-                    for name in names or found:
+                    stored = opened.keys()
+                    for name in names or stored:
                         head = opened.get_slice(name)
                         self._shapes[name] = tuple(head.get_shape())
                         self._dtypes[name] = str(head.get_dtype())
@@ -249,41 +249,40 @@ class WeightFiles:
                 ) from error
 
     def reader(self, model: nn.Module) -> Callable[[str], torch.Tensor]:
-        """Gives what reads a parameter or buffer of a model by its name, in the dtype that it has there.
+        """Return a function that reads a parameter or buffer of a model by its name, in the model's dtype.
 
         Args:
-            model: Whose weights they are; a tied one may have any of its names in the files.
+            model: The model of these weights. A tied weight may have any of its names in the files.
 
         Returns:
-            A function of the name. The tensor is on the CPU and may lie in the mapped file: copy what is
-            to stay.
+            A function of the name. The tensor is on the CPU and may be memory-mapped, so copy it to keep it.
 
         Raises:
-            CheckpointError: If a tensor is missing, has another shape, or belongs to nothing, or a weight
-                is of whole numbers.
+            CheckpointError: If a tensor is missing, unexpected or has another shape, or the file has integers
+                for a floating-point weight.
         """
         wanted = dict(_persistent(model))
         names: dict[int, list[str]] = {}
         for name, tensor in wanted.items():
             names.setdefault(id(tensor), []).append(name)
         stored = {
-            name: next((one for one in names[id(tensor)] if one in self._shapes), None)
+            name: next((alias for alias in names[id(tensor)] if alias in self._shapes), None)
             for name, tensor in wanted.items()
         }
-        missing = [name for name, found in stored.items() if found is None]
+        missing = [name for name, key in stored.items() if key is None]
         known = wanted.keys() | {name for name, _ in model.named_buffers()}
         unexpected = sorted(self._shapes.keys() - known)
         other = [
-            f"{name} is {self._shapes[found]} there and {tuple(wanted[name].shape)} in the model"
-            for name, found in stored.items()
-            if found is not None and self._shapes[found] != tuple(wanted[name].shape)
+            f"{name} is {self._shapes[key]} there and {tuple(wanted[name].shape)} in the model"
+            for name, key in stored.items()
+            if key is not None and self._shapes[key] != tuple(wanted[name].shape)
         ]
         other += [
-            f"{name} is of whole numbers there, {self._dtypes[found]}, and {wanted[name].dtype} in the model"
-            for name, found in stored.items()
-            if found is not None and wanted[name].is_floating_point()
-            # Their names for integers of all widths and for truth values.
-            if self._dtypes[found].startswith(("I", "U", "BOOL"))
+            f"{name} is of whole numbers there, {self._dtypes[key]}, and {wanted[name].dtype} in the model"
+            for name, key in stored.items()
+            if key is not None and wanted[name].is_floating_point()
+            # The names in safetensors for integers of all widths and for booleans.
+            if self._dtypes[key].startswith(("I", "U", "BOOL"))
         ]
         if missing or unexpected or other:
             words = [
@@ -309,10 +308,10 @@ class WeightFiles:
         return read
 
     def tensor(self, *names: str) -> torch.Tensor | None:
-        """One tensor as it is stored, by the first of these names that there is; None if there is none.
+        """Return the stored tensor of the first of these names that exists, or None.
 
         Raises:
-            CheckpointError: If it cannot be read.
+            CheckpointError: If the tensor cannot be read.
         """
         return next((self._read(name) for name in names if name in self._files), None)
 
@@ -328,7 +327,7 @@ class WeightFiles:
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters by each of their names, and the buffers that a state dict has."""
+    """Yield the parameters by each of their names, and the persistent buffers."""
     from lora_fx import torch_private  # loads torch
 
     yield from model.named_parameters(remove_duplicate=False)
@@ -339,29 +338,29 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _listed(path: Path) -> dict[Path, list[str]]:
-    """The files, each with the names that an index says are in it."""
+    """Return the files, each with its names according to the index."""
     if path.is_file():
         return {path: []}
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist: give a folder with safetensors, or a file")
     indices = sorted(path.glob(f"*{_INDEX}"))
     files = sorted(path.glob("*.safetensors"))
-    preferred = [one for one in (*indices, *files) if one.name.startswith("model.safetensors")]
+    preferred = [file for file in (*indices, *files) if file.name.startswith("model.safetensors")]
     if preferred and preferred[0] in files:
         return {preferred[0]: []}
     if not indices and len(files) == 1:
         return {files[0]: []}
     if not indices:
-        found = f"{len(files)} files and no index" if files else "none"
+        summary = f"{len(files)} files and no index" if files else "none"
         raise CheckpointError(
-            f"{path} has to hold model.safetensors, or shards with an index; found {found}"
+            f"{path} has to hold model.safetensors, or shards with an index; found {summary}"
         )
     index = preferred[0] if preferred else indices[0]
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         result: dict[Path, list[str]] = {}
         for name, file in where.items():
-            # A name of a file beside the index, not a way to somewhere else.
+            # Drop folders from the name: the file has to be next to the index.
             result.setdefault(path / Path(file).name, []).append(name)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(

@@ -1,12 +1,12 @@
-"""PEFT's names over lora-fx: a script of PEFT imports them from here, and the rest of it stays as it is.
+"""PEFT's names for lora-fx: a script for PEFT imports them from here, and needs no other change.
 
 ::
 
     from lora_fx.peft import LoraConfig, PeftModel, get_peft_model
 
-Models are what :func:`lora_fx.as_peft_model` returns, instances of ``peft.PeftModel`` whose methods are those
-of lora-fx. Configurations are PEFT's own classes. What belongs to other methods than LoRA is not here. Names,
-arguments and defaults are those of PEFT 0.21; where they do something else, ``docs/from-peft.md`` says so.
+Models are those of :func:`lora_fx.as_peft_model`: instances of ``peft.PeftModel`` with lora-fx's methods.
+Configurations are PEFT's own classes. Names for methods other than LoRA are missing. Names, arguments and
+defaults are those of PEFT 0.21; ``docs/from-peft.md`` lists the differences in behavior.
 
 PEFT has to be installed. It is imported when a name that needs it is first used.
 """
@@ -47,7 +47,7 @@ _TASKS: Final = (
     *("SequenceClassification", "TokenClassification"),
 )
 
-# Classes of PEFT, and where they are.
+# Classes of PEFT and their modules.
 _CONFIGS: Final = {
     "CordaConfig": "peft.tuners.lora.config",
     "EvaConfig": "peft",
@@ -59,13 +59,13 @@ _CONFIGS: Final = {
     "TaskType": "peft",
 }
 
-# Names of one class: what a task needs is in the model itself.
+# Aliases of a single class: the model itself already has everything that a task needs.
 _MODELS: Final = ("PeftModel", *(f"PeftModelFor{task}" for task in _TASKS))
 
 _LIBRARIES: Final = ("transformers", "diffusers")
-"""Those whose classes a folder may name: it could have any code imported otherwise."""
+"""Libraries whose classes a folder may name. Otherwise a folder could import any code."""
 
-# The class of transformers that loads the base of each.
+# The class of transformers that loads the base of each class.
 _AUTO: Final[dict[str, str | None]] = {
     "AutoPeftModel": None,
     "AutoPeftModelForCausalLM": "AutoModelForCausalLM",
@@ -109,23 +109,23 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Rewrite a model, and give it as a ``PeftModel``.
+    """Rewrite a model, and return it as a ``PeftModel``.
 
     Unlike PEFT's, it does not change its argument.
 
     Args:
         model: Any module.
-        peft_config: A ``LoraConfig``, of PEFT or of lora-fx. Without ``target_modules``, what PEFT adapts by
-            default in this kind of model; every linear operation where PEFT does not know it.
+        peft_config: A ``LoraConfig``, of PEFT or of lora-fx. Without ``target_modules``, PEFT's defaults for
+            this kind of model are used; every linear operation if PEFT does not know it.
         adapter_name: Name of the adapter.
         mixed: Refused: it is for adapters of several methods.
-        autocast_adapter_dtype: Whether adapters of a base in half precision are in fp32. Otherwise they have
-            the dtype of the base.
-        revision: Of the base, for the saved configuration.
-        low_cpu_mem_usage: Has no effect: adapters are made where the model is.
+        autocast_adapter_dtype: True for fp32 adapters over a base in half precision. Otherwise they have the
+            dtype of the base.
+        revision: The base's revision, for the saved configuration.
+        low_cpu_mem_usage: Has no effect: adapters are created on the model's device.
 
     Raises:
-        ConfigError: If the configuration is not one of LoRA, or as :func:`lora_fx.rewrite` raises.
+        ConfigError: If the configuration does not belong to LoRA, or as :func:`lora_fx.rewrite` raises.
     """
     if mixed:
         raise ConfigError("mixed=True: lora-fx has LoRA alone, for which it is not needed")
@@ -161,7 +161,7 @@ def initialize_lora_eva_weights(
     adapter_name: str = "default",
     show_progress_bar: bool = True,
 ) -> None:
-    """Give adapters the start of EVA, from batches: :func:`lora_fx.initialize`."""
+    """Initialize adapters by EVA from batches: :func:`lora_fx.initialize`."""
     initialize(model, dataloader, adapter_name=adapter_name, progress=show_progress_bar)
 
 
@@ -170,12 +170,12 @@ def get_peft_model_state_dict(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     adapter_name: str = "default",
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of an adapter by the names that they have in its folder.
+    """Return the tensors of an adapter by their names in its folder.
 
     Args:
         model: A rewritten model.
-        state_dict: Refused: the values are those of the model.
-        adapter_name: Which adapter.
+        state_dict: Refused: the values are taken from the model.
+        adapter_name: The adapter.
 
     Raises:
         ConfigError: If there is no such adapter, or for ``state_dict``.
@@ -194,17 +194,17 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Put tensors into an adapter. Names that are missing or unknown are an error, unlike in PEFT.
+    """Load tensors into an adapter. Unlike in PEFT, missing or unknown names are an error.
 
     Args:
         model: A rewritten model.
-        peft_model_state_dict: By the names of a folder.
-        adapter_name: Which adapter.
+        peft_model_state_dict: Tensors by their names in a folder.
+        adapter_name: The adapter.
         ignore_mismatched_sizes: Refused: a tensor of another shape is an error.
         low_cpu_mem_usage: Has no effect.
 
     Returns:
-        As ``load_state_dict`` of PyTorch returns: no name is missing or unexpected.
+        The result of PyTorch's ``load_state_dict``: no name is missing or unexpected.
 
     Raises:
         ConfigError: For ``ignore_mismatched_sizes``.
@@ -217,7 +217,7 @@ def set_peft_model_state_dict(
 
 
 class _AutoPeftModel:
-    """Loads an adapter folder together with the base that it names."""
+    """A loader for an adapter folder together with the base that it names."""
 
     _loader: str | None = None
 
@@ -229,17 +229,17 @@ class _AutoPeftModel:
         is_trainable: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load the base with transformers, and put the adapter onto it.
+        """Load the base with transformers, and load the adapter onto it.
 
         Args:
             pretrained_model_name_or_path: A local adapter folder.
-            adapter_name: What to call the adapter.
-            is_trainable: Whether it can be trained; otherwise it is frozen.
-            kwargs: For ``from_pretrained`` of the base, as ``dtype``. Nothing is downloaded, unless
-                ``local_files_only=False`` is among them.
+            adapter_name: The name for the adapter.
+            is_trainable: True to train it; otherwise it is frozen.
+            kwargs: Arguments for ``from_pretrained`` of the base, such as ``dtype``. Nothing is downloaded,
+                unless ``local_files_only=False`` is among them.
 
         Raises:
-            ConfigError: If the folder does not say what its base is.
+            ConfigError: If the folder does not name its base.
             CheckpointError: As :func:`lora_fx.load_adapter` raises.
         """
         folder = Path(pretrained_model_name_or_path)
@@ -263,7 +263,7 @@ class _AutoPeftModel:
 
     @classmethod
     def _load_class(cls, folder: Path, config: _config.LoraConfig) -> Any:
-        """Return the class of the base: the one of this class's task, or the one that the folder names."""
+        """Return the class of the base: that of the task, or the one named in the folder."""
         name, library = cls._loader, "transformers"
         if name is None:
             named = config.auto_mapping or {}

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in the terminal, or a function of the caller's."""
+"""Progress of long operations: a bar in the terminal, or a callback."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lora_fx.extras import is_installed
 __all__ = ["Progress", "Tell", "show_progress"]
 
 Tell: TypeAlias = Callable[[int, int, str], None]
-"""Is called with how many are done, of how many (0 if that is not known), and what is being done."""
+"""A callback for the number of items done, the total (0 if unknown), and the name of the current item."""
 
 Progress: TypeAlias = bool | Tell | None
-"""True for a bar of tqdm, if that is installed; or a function that is told."""
+"""True for a bar of tqdm, if it is installed; or a callback."""
 
 
 @contextmanager
 def show_progress(progress: Progress, unit: str) -> Iterator[Tell]:
-    """Give the function that work tells how far it is, for as long as the context lasts.
+    """Yield the callback that reports progress within the context.
 
     Args:
-        progress: What the caller wants.
+        progress: The caller's choice.
         unit: The noun for the bar, as "weight".
     """
     if callable(progress):

@@ -1,10 +1,10 @@
 """Every private name of PyTorch that lora-fx uses, with its purpose.
 
-Private names change without notice. They are all here, so that a new release of PyTorch can break one module
-only, and ``tests/lora_fx/test_torch_private.py`` names the one that is gone. ``nn.Module._parameters``,
-``_buffers`` and ``_modules`` are the exception: they are as old as ``nn.Module`` and read everywhere.
+Private names change without notice. They are all here, so that a new release of PyTorch can break only this
+module, and ``tests/lora_fx/test_torch_private.py`` reports the missing name. ``nn.Module._parameters``,
+``_buffers`` and ``_modules`` are the exception: they are as old as ``nn.Module`` and used everywhere.
 
-Before you add a name, look for a public one. What loads slowly is imported inside a function.
+Before you add a name, look for a public one. Modules that load slowly are imported inside a function.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ DisableTorchFunctionSubclass: Final[Callable[[], AbstractContextManager[None]]] 
 
 
 def schema_of(operator: Any) -> Any:
-    """Return the schema of an operator: its name, its arguments, and which of them it writes into."""
+    """Return the schema of an operator: its name, its arguments, and the arguments that it writes into."""
     return operator._schema
 
 
@@ -158,14 +158,14 @@ def overload_name(operator: Any) -> str:
 
 
 def is_composite(operator: Any) -> bool:
-    """Return True for an operator that runs no kernel, since it is written in terms of others."""
+    """Return True for an operator without a kernel, because it calls other operators."""
     return bool(
         torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd")
     )
 
 
 def has_kernel(operator: Any) -> bool:
-    """Return True if the dispatcher knows an overload; some are TorchScript's alone."""
+    """Return True if the dispatcher has an overload; some exist only in TorchScript."""
     return bool(torch._C._dispatch_has_kernel(operator.name()))
 
 
@@ -183,12 +183,12 @@ def in_fx_trace() -> bool:
 
 
 def in_functorch() -> bool:
-    """Return True inside of a transform of ``torch.func``, also while Dynamo traces one."""
+    """Return True inside a transform of ``torch.func``, also while Dynamo traces one."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def in_functorch_level() -> bool:
-    """Return True inside of a transform of ``torch.func`` that runs, and not while Dynamo traces one."""
+    """Return True inside a transform of ``torch.func`` that runs, but not while Dynamo traces one."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -207,19 +207,19 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def in_forward_ad() -> bool:
-    """Return True inside of ``torch.autograd.forward_ad.dual_level``."""
+    """Return True inside ``torch.autograd.forward_ad.dual_level``."""
     return bool(forward_ad._current_level >= 0)
 
 
 def unwrap_functorch(tensor: Tensor) -> Tensor:
-    """Return the tensor inside of the wrappers that transforms of ``torch.func`` put around it."""
+    """Return the tensor inside the wrappers of ``torch.func``'s transforms."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def in_dynamo() -> bool:
-    """Return True while Dynamo looks at every frame that Python enters."""
+    """Return True while Dynamo intercepts Python frames."""
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
@@ -228,31 +228,31 @@ _DYNAMO_SAYS_EXPORT: Final = torch.__version__ < "2.12"
 
 def in_export() -> bool:
     """Return True while ``torch.export`` traces."""
-    # Dynamo of PyTorch 2.11 takes is_exporting() for true whatever it compiles for.
+    # Dynamo of PyTorch 2.11 reports is_exporting() as True in any compilation.
     return torch.compiler.is_exporting() and not (
         _DYNAMO_SAYS_EXPORT and torch.compiler.is_dynamo_compiling()
     )
 
 
 def compiled_module_class() -> type[nn.Module]:
-    """Return the class of what ``torch.compile(module)`` gives. Loads Dynamo."""
+    """Return the class of ``torch.compile(module)``. Loads Dynamo."""
     return torch._dynamo.OptimizedModule
 
 
 ORIGINAL_MODULE: Final = "_orig_mod"
-"""Attribute of a compiled module: the module that it compiles. It is in the names of its state dict."""
+"""Attribute of a compiled module: the original module. It is part of the names in the state dict."""
 
 
 CHECKPOINTED_MODULE: Final = "_checkpoint_wrapped_module"
-"""Attribute of what ``apply_activation_checkpointing`` puts around a module: that module."""
+"""Attribute of a wrapper of ``apply_activation_checkpointing``: the wrapped module."""
 
 
 FLATTENED_MODULE: Final = "_fsdp_wrapped_module"
-"""Attribute of what FSDP1 (``FullyShardedDataParallel``) puts around a module: that module."""
+"""Attribute of a wrapper of FSDP1 (``FullyShardedDataParallel``): the wrapped module."""
 
 
 def original_module(compiled: Any) -> nn.Module:
-    """Return the module that a compiled module compiles."""
+    """Return the original module of a compiled module."""
     module: nn.Module = compiled._orig_mod
     return module
 
@@ -262,18 +262,18 @@ COMPILED_CALL: Final = "_compiled_call_impl"
 
 
 def make_constant(function: _T) -> _T:
-    """Have Dynamo take the result of a function for a constant.
+    """Mark a function so that Dynamo treats its result as a constant.
 
-    ``torch.compiler.assume_constant_result`` does the same, and loads Dynamo, which takes seconds.
+    ``torch.compiler.assume_constant_result`` does the same, but loads Dynamo, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def make_uncompilable(function: _T, reason: str) -> _T:
-    """Have Dynamo leave its trace at a function, with a reason for the user.
+    """Mark a function so that Dynamo breaks its graph at it, with a reason for the user.
 
-    ``torch.compiler.disable`` does the same, and loads Dynamo, which takes seconds.
+    ``torch.compiler.disable`` does the same, but loads Dynamo, which takes seconds.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
@@ -281,7 +281,7 @@ def make_uncompilable(function: _T, reason: str) -> _T:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return True for a tensor of ``torch.export`` and the like, which has no values."""
+    """Return True for a fake tensor, which has no values, as in ``torch.export``."""
     return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
@@ -296,7 +296,7 @@ def fake_tensors() -> ModuleType:
 
 
 def in_backward() -> bool:
-    """Return True while a backward pass runs in this thread, as when a checkpoint computes again."""
+    """Return True while a backward pass runs in this thread, such as when a checkpoint is recomputed."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -305,7 +305,7 @@ SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled
 
 
 def after_backward(callback: Callable[[], None]) -> None:
-    """Call ``callback`` at the end of the backward pass that runs now."""
+    """Call ``callback`` at the end of the current backward pass."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(callback)
 
@@ -317,12 +317,12 @@ def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tenso
 
 
 def version_counter(tensor: Tensor) -> int:
-    """Return how often a tensor was written into."""
+    """Return the version counter of a tensor: the number of writes into it."""
     return tensor._version
 
 
 def view_base(tensor: Tensor) -> Tensor:
-    """Return the tensor that autograd knows a tensor as a view of, the tensor itself if it is no view."""
+    """Return the base of a view in autograd, or the tensor itself if it is no view."""
     base = tensor._base if tensor._is_view() else tensor
     assert base is not None
     return base
@@ -334,14 +334,14 @@ def view_base(tensor: Tensor) -> Tensor:
 def data_address(tensor: Tensor) -> int:
     """Return the address of a tensor's first byte.
 
-    ``data_ptr`` would copy memory that a lazy clone shares, since its caller could write there.
+    ``data_ptr`` would copy memory that a lazy clone shares, because its caller could write there.
     """
     library: Any = torch._C
     return int(library._data_address(tensor))
 
 
 def lazy_clone(tensor: Tensor) -> Tensor:
-    """Return a copy that shares its memory until one of the two is written into.
+    """Return a copy that shares its memory until one of the two is written.
 
     Raises:
         RuntimeError: If the storage cannot be shared in this way.
@@ -350,12 +350,12 @@ def lazy_clone(tensor: Tensor) -> Tensor:
 
 
 def storage_key(storage: torch.UntypedStorage) -> int:
-    """Return what identifies a storage while it lives; Python objects of storages come and go."""
+    """Return an identifier of a storage while it is alive. The Python objects of a storage are temporary."""
     return int(storage._cdata)
 
 
 def storage_users(tensor: Tensor) -> int:
-    """Return how many objects hold the storage of a tensor, the tensor included."""
+    """Return the number of objects that hold the storage of a tensor, including the tensor."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
@@ -365,28 +365,28 @@ def make_subclass(cls: type[Tensor], data: Tensor, requires_grad: bool = False) 
 
 
 def make_wrapper_subclass(cls: type[Tensor], shape: Any, **options: Any) -> Any:
-    """Return an object of a subclass that has no memory; ``dtype``, ``device``, ``strides`` are options."""
+    """Return an object of a subclass without memory; ``dtype``, ``device``, ``strides`` are options."""
     return torch.Tensor._make_wrapper_subclass(cls, shape, **options)
 
 
 def as_parameter(tensor: Tensor) -> Tensor:
-    """Have a tensor of a subclass pass for an ``nn.Parameter``, and return it."""
+    """Mark a tensor of a subclass as an ``nn.Parameter``, and return it."""
     tensor._is_param = True
     return tensor
 
 
 def is_assertion(target: Any) -> bool:
-    """Return True for an operator that an export leaves to check a value or its form."""
+    """Return True for an operator of an export that checks a value or its form."""
     return "_assert" in str(target)
 
 
 def without_torch_function() -> Any:
-    """Return a context in which subclasses of tensors see operators alone, below autograd."""
+    """Return a context in which subclasses of tensors see only operators, below autograd."""
     return torch._C.DisableTorchFunctionSubclass()
 
 
 def reduce_parameter(parameter: Any) -> tuple[Any, ...]:
-    """Return what pickles a parameter of a subclass whose attributes are its state."""
+    """Return the ``__reduce__`` value of a parameter of a subclass whose attributes are its state."""
     plain = parameter.detach().as_subclass(torch.Tensor)
     arguments: tuple[Any, ...] = (plain, parameter.requires_grad, OrderedDict())
     state = torch._utils._get_obj_state(parameter)  # type: ignore[no-untyped-call]
@@ -399,58 +399,58 @@ def reduce_parameter(parameter: Any) -> tuple[Any, ...]:
 # --- operators ----------------------------------------------------------------------------------
 
 UNSAFE_VIEW: Final = torch.ops.aten._unsafe_view.default
-"""``view`` whose result autograd and ``torch.compile`` do not take for an alias of its input."""
+"""``view`` whose result autograd and ``torch.compile`` do not treat as an alias of its input."""
 
 TO_COPY: Final = torch.ops.aten._to_copy.default
-"""What ``Tensor.to`` becomes under ``torch.export``."""
+"""The operator for ``Tensor.to`` under ``torch.export``."""
 
 
 IS_ALL_TRUE: Final = torch.ops.aten._is_all_true.default
 IS_ANY_TRUE: Final = torch.ops.aten._is_any_true.default
-"""Reductions of a condition that ``torch._check`` leaves in a graph."""
+"""Reductions of a condition that ``torch._check`` adds to a graph."""
 
 FLASH_ATTENTION: Final = torch.ops.aten._scaled_dot_product_flash_attention.default
 FLASH_ATTENTION_CPU: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-"""The kernels that ``F.scaled_dot_product_attention`` chooses where it can."""
+"""The kernels that ``F.scaled_dot_product_attention`` prefers."""
 
 GROUPED_MM: Final = torch.ops.aten._grouped_mm.default
-"""Products of groups of rows, each with a matrix of its own."""
+"""Products of groups of rows, each with its own matrix."""
 
 GROUPED_MM_FUNCTIONS: Final[tuple[Any, ...]] = (F.grouped_mm, torch._grouped_mm, GROUPED_MM)
 """The functions with which models call :data:`GROUPED_MM`."""
 
 
 def attention_choice(*args: Any, **kwargs: Any) -> int:
-    """Return the value of the ``SDPBackend`` that attention over such tensors would choose."""
+    """Return the value of the ``SDPBackend`` that attention would choose for these arguments."""
     return int(torch._fused_sdp_choice(*args, **kwargs))
 
 
 def is_left_aligned(source: Tensor, keep: Tensor) -> bool:
-    """Return True if the tokens that a mask keeps are the first of each row, as the fast path asks."""
+    """Return True if the tokens that a mask keeps come first in each row, as the fast path requires."""
     return bool(torch._nested_tensor_from_mask_left_aligned(source, keep))
 
 
 def assert_true(condition: Any) -> None:
-    """Have ``torch.export`` take a condition on sizes for true."""
+    """Make ``torch.export`` assume a condition on sizes."""
     torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 SPARSE_PARTS: Final = ("_values", "_indices")
-"""Methods of a sparse COO tensor that also take one that is not coalesced."""
+"""Methods of a sparse COO tensor that also work if it is not coalesced."""
 
 
 # --- modules ------------------------------------------------------------------------------------
 
 FORWARD_HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks")
 MODULE_HOOKS: Final = (*FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
-"""Attributes of a module: tables of the hooks on its calls."""
+"""Attributes of a module with the hooks on its calls."""
 
 HOOK_WRAPPER: Final = "_WrappedHook"
-"""Class that PyTorch puts around a hook that takes the module."""
+"""Class of PyTorch that wraps a hook with the module as an argument."""
 
 
 def has_global_hooks() -> bool:
-    """Return True if a hook waits for every module's call."""
+    """Return True if a hook is registered for the calls of all modules."""
     return bool(_has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
@@ -460,7 +460,7 @@ def forward_pre_hooks(module: nn.Module) -> MutableMapping[int, Any]:
 
 
 def remove_forward_hooks(module: nn.Module, *kinds: type) -> None:
-    """Take off the forward hooks and forward pre-hooks of some classes; without classes, all."""
+    """Remove the forward hooks and forward pre-hooks of some classes; without classes, remove all."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if not kinds or isinstance(hook, kinds)]:
             for table in (
@@ -473,7 +473,7 @@ def remove_forward_hooks(module: nn.Module, *kinds: type) -> None:
 
 
 def load_hooks(module: nn.Module) -> MutableMapping[int, Any]:
-    """Return the hooks that run before a module reads its part of a state dict."""
+    """Return the hooks that run before a module loads its part of a state dict."""
     return module._load_state_dict_pre_hooks
 
 
@@ -488,21 +488,21 @@ def parameter_hooks(parameter: Tensor) -> MutableMapping[int, Any]:
 
 
 def transient_buffers(module: nn.Module) -> set[str]:
-    """Return the names of the buffers of a module that its state dict leaves out."""
+    """Return the names of a module's buffers that its state dict leaves out."""
     return module._non_persistent_buffers_set
 
 
 def projects_at_once(attention: nn.MultiheadAttention) -> bool:
-    """Return True for an attention layer with one ``in_proj_weight`` for query, key and value."""
+    """Return True for an attention layer with a single ``in_proj_weight`` for query, key and value."""
     return bool(attention._qkv_same_embed_dim)
 
 
 OUTPUT_PADDING: Final = nn.ConvTranspose2d._output_padding
-"""Method of transposed convolutions: the padding that gives an output of a wanted size."""
+"""Method of transposed convolutions that returns the padding for an output size."""
 
 
 def output_padding_of(cls: Any) -> Any:
-    """Return that method of a class of transposed convolutions, which may be its own."""
+    """Return :data:`OUTPUT_PADDING` of a class of transposed convolutions, which may override it."""
     return cls._output_padding
 
 
@@ -513,9 +513,9 @@ _BUILT_IN = re.compile(r"\btorch\._C\._nn\.(\w+)(?=\()")
 
 
 def by_public_names(source: str) -> str:
-    """Write calls of built-in functions in generated code by their names in ``torch.nn.functional``.
+    """Replace built-in functions in generated code by their names in ``torch.nn.functional``.
 
-    A function that a library puts in its place is then called, as in the code that was traced.
+    If a library has replaced a function there, the replacement is then called, as in the traced code.
     """
 
     def public(match: re.Match[str]) -> str:
@@ -527,7 +527,7 @@ def by_public_names(source: str) -> str:
 
 
 def codegen_of(graph: fx.Graph) -> Any:
-    """Return what writes the code of a graph; ``Graph.set_codegen`` sets it."""
+    """Return the code generator of a graph; ``Graph.set_codegen`` sets it."""
     return graph._codegen
 
 
@@ -537,9 +537,9 @@ def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
 
 
 def wrapped_functions() -> MutableMapping[tuple[int, str], dict[str, Any]]:
-    """Return what ``fx.wrap`` was told: (id of the globals, name) of each function, with the globals.
+    """Return the functions of ``fx.wrap``: the globals, by their id and the name of the function.
 
-    fx keeps them for good, and goes through all of them at every trace.
+    fx keeps them permanently, and goes through all of them in every trace.
     """
     return fx._symbolic_trace._wrapped_fns_to_patch
 
@@ -555,13 +555,13 @@ REPLACEMENT_METHOD: Final = "_set_replacement"
 """Method of ``ShapeEnv`` (symbol, value, message) that fixes the size of an axis while it traces."""
 
 NO_MODULE: Final = "_empty_nn_module_stack_from_metadata_hook"
-"""What ``torch.onnx`` writes for a node that comes from no module."""
+"""Text that ``torch.onnx`` writes for a node that comes from no module."""
 
 CHATTY_LOGGERS: Final = (
     "torch.fx.experimental.symbolic_shapes",  # no advice on a branch on values
     "torch.onnx._internal.exporter._registration",  # torchvision is not installed, at each export
 )
-"""Loggers that say what a user cannot act on during an export."""
+"""Loggers with messages during an export that a user cannot act on."""
 
 
 def sympy_functions() -> ModuleType:
@@ -587,7 +587,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def local_tensor(tensor: Any) -> Tensor:
-    """Return the part of a DTensor that this process holds, and any other tensor itself.
+    """Return the local shard of a DTensor, or any other tensor itself.
 
     ``DTensor.to_local`` is an operation of autograd; this is not.
     """
@@ -604,27 +604,27 @@ def all_reduce(tensor: Tensor, operation: str, group: Any) -> Tensor:
 
 
 def group_store() -> Any:
-    """Return the key-value store that the processes of the default group met at."""
+    """Return the key-value store of the default process group."""
     import torch.distributed as dist
 
     return dist.distributed_c10d._get_default_store()
 
 
 def group_size(name: str) -> int:
-    """Return how many processes are in the group that an operation in a graph names."""
+    """Return the number of processes in a group, by its name in a graph."""
     groups: Any = torch.distributed.distributed_c10d
     return int(groups._resolve_process_group(name).size())
 
 
 def fake_store() -> Any:
-    """Return a store for a process group of which the other processes do not exist."""
+    """Return a store for a process group whose other processes do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     return FakeStore()
 
 
 def forget_sharding() -> None:
-    """Clear what DTensor remembers of meshes, which would equal those of the next process group."""
+    """Clear DTensor's caches of meshes, because the meshes of the next process group would be equal."""
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
@@ -632,7 +632,7 @@ def forget_sharding() -> None:
 
 
 def is_flat(parameter: Any) -> bool:
-    """Return True for a parameter that is a part of a flat one of FSDP1."""
+    """Return True for a parameter that is part of a flat parameter of FSDP1."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
@@ -642,12 +642,12 @@ def is_flattened(module: nn.Module) -> bool:
 
 
 def fsdp_state(unit: Any) -> Any:
-    """Return the state of a module that ``fully_shard`` was called on; several modules can share one."""
+    """Return the state of a module with ``fully_shard``; several modules can share a state."""
     return unit._get_fsdp_state()
 
 
 def fsdp_groups(unit: Any) -> list[Any]:
-    """Return what FSDP2 knows of the parameters of a unit; empty where inner units have them all."""
+    """Return FSDP2's groups of parameters of a unit; empty if inner units have all parameters."""
     state = fsdp_state(unit)
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:  # before PyTorch 2.12 a unit has one group
@@ -662,23 +662,23 @@ def fsdp_precision(unit: Any) -> Any:
 
 
 def fsdp_chose_resharding(unit: Any) -> bool:
-    """Return True if ``fully_shard`` was left to choose ``reshard_after_forward``."""
+    """Return True if ``fully_shard`` chose ``reshard_after_forward`` itself."""
     return bool(getattr(fsdp_state(unit), "_auto_reshard_after_forward", False))
 
 
 def fsdp_size(parameter: Any) -> torch.Size:
-    """Return the size of a parameter of FSDP2 before it was cut."""
+    """Return the size of a parameter of FSDP2 before sharding."""
     size: torch.Size = parameter._orig_size
     return size
 
 
 def fsdp_owner(parameter: Any) -> Any:
-    """Return which modules have a parameter of FSDP2, and under which names."""
+    """Return the modules that have a parameter of FSDP2, and its names in them."""
     return parameter._module_info
 
 
 def fsdp_spec(parameter: Any) -> Any:
-    """Return how tensor parallelism has cut a parameter of FSDP2, or None."""
+    """Return the tensor-parallel sharding of a parameter of FSDP2, or None."""
     spec = getattr(parameter, "_unsharded_dtensor_spec", None)
     return getattr(parameter, "_tp_spec", None) if spec is None else spec
 

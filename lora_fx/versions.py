@@ -26,7 +26,7 @@ NEWEST: Final[Mapping[str, str]] = {
 """The newest release of each library that the tests have run with."""
 
 _WHEELS: Final = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu")}
-"""The packages that have a module of another name than theirs."""
+"""Alternative packages of a module, if their names may differ from the module's."""
 
 _NUMBERS: Final = re.compile(r"\d+(?:\.\d+)*")
 
@@ -34,29 +34,29 @@ _warned: set[str] = set()
 
 
 def warn_untested(names: Iterable[str] | None = None) -> None:
-    """Warn about libraries that are older or newer than the tested ones, once for each.
+    """Warn about libraries that are older or newer than the tested ones, once for each library.
 
     Args:
-        names: Modules; by default PyTorch and the others that are loaded.
+        names: Modules; by default PyTorch and all loaded modules.
     """
     loaded = {"torch", *sys.modules} if names is None else {*names}
     for name in NEWEST:
         if name not in loaded or name in _warned:
             continue
-        _warned.add(name)  # before the warning, which a filter may make an error
+        _warned.add(name)  # before the warning, which a filter may turn into an error
         message = untested(name)
         if message:
             warnings.warn(f"lora-fx was tested with {message}", stacklevel=_outside())
 
 
 def untested(name: str) -> str:
-    """Return the tested range of a library and the version that is outside of it, with a remedy.
+    """Return the tested range of a library and the installed version outside of it, with a remedy.
 
     Args:
         name: A module of :data:`NEWEST`.
 
     Returns:
-        An empty string for a version that was tested, and where none is installed.
+        An empty string if the version was tested, or none is installed.
     """
     package, version = _installed(name)
     first, last = oldest().get(package, oldest().get(name, "")), NEWEST[name]
@@ -74,7 +74,7 @@ def untested(name: str) -> str:
 
 
 def _outside() -> int:
-    """Return the stack level of the code that called lora-fx, as ``warnings.warn`` counts for our caller."""
+    """Return the stack level of the code that called lora-fx, relative to the caller of this function."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lora_fx"):
         frame, level = frame.f_back, level + 1
@@ -82,7 +82,7 @@ def _outside() -> int:
 
 
 def _installed(name: str) -> tuple[str, str]:
-    """Return the package that a module is of, and its version; an empty one if it has no metadata."""
+    """Return the package of a module and its version, which is empty if it has no metadata."""
     for package in _WHEELS.get(name, (name,)):
         try:
             return package, importlib.metadata.version(package)

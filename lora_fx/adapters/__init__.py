@@ -1,4 +1,4 @@
-"""The verbs for the adapters of a rewritten model."""
+"""Functions for the adapters of a rewritten model."""
 
 from __future__ import annotations
 

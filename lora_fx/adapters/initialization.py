@@ -1,8 +1,8 @@
 """Starting values that need data: EVA, CorDA, LoRA-GA.
 
-EVA (Paischer et al. 2024, arXiv:2410.07170) starts A as the principal components of the inputs. It reads
-the data until the components of every site stand still. Then it gives the rank of all sites together to the
-components that explain most of the variance: a site gets up to ``rho`` times its rank, or none.
+EVA (Paischer et al. 2024, arXiv:2410.07170) starts A as the principal components of the inputs. It reads the
+data until the components of every site have converged. Then it distributes the total rank of all sites over
+the components that explain most of the variance: a site gets up to ``rho`` times its rank, or none.
 """
 
 from __future__ import annotations
@@ -77,22 +77,22 @@ __all__ = [
 
 
 Forward = Callable[[nn.Module, Any], Any]
-"""How to call a model with a batch."""
+"""A function that calls a model with a batch."""
 
 Report = Callable[[int | None, str], None]
-"""Is told how many batches are done (None: as many as before), and what is being done."""
+"""A callback for the number of batches done (None: as many as before), and the name of the current step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a start is computed from.
+    """The data that a start is computed from.
 
     Attributes:
-        batches: A tensor is the model's one argument, a tuple or list has all of them, and a mapping has
-            them by name.
-        device: Where the model is.
-        forward: How to call the model with a batch, where it is not so.
-        report: Is told of every batch.
+        batches: Batches of inputs. A tensor is the model's only argument, a tuple or list holds all
+            arguments, and a mapping holds them by name.
+        device: The device of the model.
+        forward: A function that calls the model with a batch, if batches have another form.
+        report: A callback for each batch.
     """
 
     batches: Iterable[Any]
@@ -101,10 +101,10 @@ class Data:
     report: Report
 
     def counted(self) -> Iterator[tuple[int, Any]]:
-        """The batches of one pass, with their numbers, where the model is.
+        """Yield the batches of one pass with their indices, moved to the model's device.
 
         Raises:
-            ConfigError: If there are none.
+            ConfigError: If there are no batches.
         """
         number = -1
         for number, batch in enumerate(self.batches):
@@ -113,10 +113,10 @@ class Data:
             raise ConfigError("the dataloader is empty: give at least one batch")
 
     def output(self, model: nn.Module, batch: Any, number: int) -> Any:
-        """The model's output for a batch.
+        """Return the model's output for a batch.
 
         Raises:
-            ConfigError: If the model does not take it.
+            ConfigError: If the model does not accept the batch.
         """
         try:
             if self.forward is not None:
@@ -134,10 +134,10 @@ class Data:
 
 
 def loss_of(output: Any, batch: Any, loss_fn: Callable[[Any, Any], Any] | None) -> torch.Tensor:
-    """The loss of an output.
+    """Return the loss of an output.
 
     Raises:
-        ConfigError: If there is none, or it has no gradient.
+        ConfigError: If there is no loss, or it is not finite.
     """
     loss = output if loss_fn is None else loss_fn(output, batch)
     if loss_fn is None and not isinstance(output, torch.Tensor):
@@ -153,26 +153,26 @@ def loss_of(output: Any, batch: Any, loss_fn: Callable[[Any, Any], Any] | None) 
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device."""
+    """Return a batch with its tensors moved to a device."""
     if hasattr(value, "to") and not isinstance(value, type):
         return value.to(device)
     if isinstance(value, Mapping):
-        return {key: _on_device(one, device) for key, one in value.items()}
+        return {key: _on_device(item, device) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        parts = [_on_device(one, device) for one in value]
+        parts = [_on_device(item, device) for item in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
 
 
 def tokens_seen(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
-    """Which tokens of a batch count: those that the attention mask has, and that are labeled.
+    """Return a mask of the tokens of a batch that count: in the attention mask, and labeled.
 
     Args:
-        batch: A batch; only a mapping of a language model's inputs says something of tokens.
-        ignored_label: The label of those that are not; None if labels do not matter.
+        batch: A batch; only a mapping of a language model's inputs has tokens.
+        ignored_label: The label of tokens that do not count; None if labels do not matter.
 
     Returns:
-        A mask of all tokens, flat; None if every vector counts.
+        A flat mask of all tokens; None if every vector counts.
     """
     if not hasattr(batch, "keys") or "input_ids" not in batch:
         return None
@@ -187,12 +187,12 @@ def tokens_seen(batch: Any, ignored_label: int | None) -> torch.Tensor | None:
 
 
 def show_inputs(model: nn.Module, record: Record, rows: tuple[PlannedSite, ...], see: See) -> None:
-    """From now on a model with no active adapter shows what sites read.
+    """Make a model call ``see`` with the inputs of sites, whenever it runs with no active adapter.
 
-    Layers that are written out, and would apply weights where nothing sees it, run their graphs.
+    Layers with a written-out forward run their graphs, because their own forward applies weights unobserved.
     """
     capture = base_capture(model, record)
-    seen: dict[str, Region] = {one.fqn: one for one in observed(capture, rows, see)}
+    seen: dict[str, Region] = {region.fqn: region for region in observed(capture, rows, see)}
     capture = dataclasses.replace(capture, regions={**capture.regions, **seen})
     install(regions_to_install(capture, rows))
 
@@ -205,14 +205,14 @@ def moments(
     *,
     half: bool,
 ) -> dict[str, torch.Tensor]:
-    """The mean of ``XᵀX`` over all calls, each X [n, in] divided by its largest value, by site.
+    """Return the mean of ``XᵀX`` by site over all calls, each X [n, in] divided by its largest value.
 
     Args:
-        model: A rewritten model with no active adapter. Its graphs are other ones afterwards.
-        record: Its record.
+        model: A rewritten model with no active adapter. Its graphs are replaced.
+        record: The record of the model.
         rows: The sites.
         data: The data.
-        half: Whether to compute in the inputs' own dtype, not in fp32 (``use_float16_for_covariance``).
+        half: True to compute in the inputs' own dtype instead of fp32 (``use_float16_for_covariance``).
 
     Raises:
         ConfigError: If an input is not finite, or a site is not run.
@@ -222,7 +222,7 @@ def moments(
 
     def see(row: PlannedSite, x: torch.Tensor) -> None:
         x = x if half else x.float()
-        # PEFT's measure; the largest magnitude where no value is above zero.
+        # PEFT divides by the largest value. Here it is the largest magnitude if no value is above zero.
         largest = x.max().abs()
         x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
         product = x.T @ x
@@ -246,9 +246,9 @@ def gradients(
     data: Data,
     loss_fn: Callable[[Any, Any], Any] | None,
 ) -> dict[str, torch.Tensor]:
-    """The gradient of the mean loss, by weight: fp32, on the CPU.
+    """Return the gradient of the mean loss, by weight: fp32, on the CPU.
 
-    Every gradient goes to the CPU as soon as it is there: the device never holds more than one.
+    Each gradient is moved to the CPU as soon as it is computed, so the device holds at most one.
 
     Args:
         model: A rewritten model with no active adapter.
@@ -286,7 +286,7 @@ def gradients(
 
 
 def _replace(model: nn.Module, name: str, hook: Callable[[torch.Tensor], None]) -> None:
-    """A leaf over the same values in place of a weight: what is tied to that has no part in it."""
+    """Replace a weight by a leaf over the same values. Weights that are tied to it are not replaced."""
     owner, _, leaf = name.rpartition(".")
     weight: Any = nn.Parameter(model.get_parameter(name).detach(), requires_grad=True)
     weight.register_post_accumulate_grad_hook(hook)
@@ -326,14 +326,15 @@ def restart(
     rows: Iterable[PlannedSite],
     make: Callable[[PlannedSite, torch.Tensor], Start] | None = None,
 ) -> None:
-    """Computes starts from the base as it was, and puts them in; all of them or none.
+    """Compute starts from the original base and put them into the model: all of them or none.
 
     Args:
-        model: A rewritten model; changed in place, its graphs are not.
-        adapter_name: An adapter of it, active or not.
-        entry: What its record becomes, but for the weights that the starts change.
+        model: A rewritten model, changed in place; its graphs stay.
+        adapter_name: An adapter of the model, active or not.
+        entry: The adapter's new record, without the weights that the starts change.
         rows: The sites that start again.
-        make: The start of a site, from its weight; by default what the entry's configuration says.
+        make: A function that returns the start of a site from its weight. By default the entry's
+            configuration decides.
     """
     record = require_record(model)
     with on_base(model) as before:
@@ -362,41 +363,41 @@ def initialize(
     forward: Forward | None = None,
     progress: Progress = True,
 ) -> ModelT:
-    """Gives an adapter the start that its configuration names, where the rewrite could not.
+    """Give an adapter the start that its configuration names, if the rewrite could not.
 
-    A model that was rewritten on the meta device, sharded and given memory (``to_empty``) has no start: call
-    this without data, in every process. The start is that of a plain rewrite to the last bit, in each
-    process its part of it. An adapter that has been trained loses that.
+    A model that was rewritten on the meta device, sharded and given memory (``to_empty``) has no start. Call
+    this without data in every process. The start equals that of a plain rewrite to the last bit, and each
+    process gets its part. Training that an adapter already had is lost.
 
-    ``eva`` (arXiv:2410.07170) looks at the inputs of the sites and shares out their ranks, ``corda``
-    (arXiv:2406.05223) looks at the inputs' second moments, ``lora_ga`` (arXiv:2407.05000) at the gradients
-    of the weights. The last two change the base as the model has it; the model that was rewritten is not
-    touched, and a merge and a saved adapter are relative to that.
+    ``eva`` (arXiv:2410.07170) reads the inputs of the sites and distributes their ranks. ``corda``
+    (arXiv:2406.05223) reads the inputs' second moments, ``lora_ga`` (arXiv:2407.05000) the gradients of the
+    weights. The last two change the base in this model. The model that was rewritten is not touched, and a
+    merge and a saved adapter are relative to it.
 
-    Call it before an optimizer is made and before the model is wrapped: factors are new parameters
-    afterwards, and with ``eva`` of other shapes. Several processes have to be given the same data.
+    Call it before you create an optimizer and before you wrap the model: the factors become new parameters,
+    with ``eva`` of other shapes. All processes need the same data.
 
     Args:
-        model: A rewritten model; it is changed.
+        model: A rewritten model, changed in place.
         dataloader: None for a start that needs no data. Otherwise batches: a tensor, a tuple or list of the
-            arguments, or a mapping of them by name. They are moved to where the model is. ``eva`` may go
-            through them several times, and leaves out tokens that an ``attention_mask`` or ``labels`` leave
+            arguments, or a mapping of them by name. They are moved to the model's device. ``eva`` may go
+            through them several times. It leaves out tokens that an ``attention_mask`` or ``labels`` leave
             out.
-        adapter_name: Which adapter; by default the only one, or the only active one.
+        adapter_name: The adapter; by default the only one, or the only active one.
         loss_fn: For ``lora_ga``, the loss of the model's output and the batch; by default the output's
             ``loss``, or the output itself.
-        forward: How to call the model with a batch, where it is not as above.
-        progress: Whether to show a progress bar (if tqdm is installed), or a function that is called with
-            (batches done, batches in all or 0, what is being done).
+        forward: A function that calls the model with a batch, if batches have another form.
+        progress: True to show a progress bar (if tqdm is installed), or a function that is called with
+            (batches done, total batches or 0, current step).
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigError: If several adapters could be meant, the adapter needs no data and gets some, or needs
-            some and gets none, or has more than factors and no data, has its start already or
-            has been trained, the data is empty, is not what the model takes, does not reach a site, or gives
-            values that are not finite, or the model is on the meta device. The model is as it was then.
+        ConfigError: If the adapter is ambiguous, already has its start, or has been trained. If data is
+            passed and not needed, or the reverse; without data, if the adapter holds values of the base. If
+            the data is empty, does not fit the model, does not reach a site, or gives values that are not
+            finite. If the model is on the meta device. The model is unchanged then.
     """
     adapter_name = the_adapter(model, adapter_name)
     entry = adapter_record(model, adapter_name)
@@ -406,7 +407,7 @@ def initialize(
     _check(model, entry, adapter_name, loss_fn)
     with ExitStack() as stack:
         report = stack.enter_context(_reporting(progress, dataloader))
-        # What training mode draws is the same each time, and no random numbers of others are used up.
+        # Makes the draws of training mode reproducible, and leaves the global random state alone.
         device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(entry.config.seed or 0)
@@ -421,7 +422,7 @@ def initialize(
 
 
 def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) -> None:
-    """Writes the start that a rewrite computes into the parameters that are there."""
+    """Write the start that a rewrite computes into the existing parameters."""
     start = entry.config.init_lora_weights
     if needs_data(start):
         raise ConfigError(f"init_lora_weights={start!r} needs data: give initialize() a dataloader")
@@ -433,23 +434,23 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
     _check_has_values(model)
     reshard(model)
     for row in entry.sites:
-        there = factors_of(model, row, adapter_name)
+        factors = factors_of(model, row, adapter_name)
         if kind_of(row).low_rank and not row.tied:
             begun = initial_start(row, _stand_in(model, row.site), entry.config)
-            write(there.a, begun.a)
-            write(there.b, begun.b)
+            write(factors.a, begun.a)
+            write(factors.b, begun.b)
         slots = kind_of(row).slots(row.site)
         if not slots:
             continue
         weight = gathered(base_weight(model, row.site))
         low_rank = kind_of(row).low_rank
-        pair = (gathered(there.a), gathered(there.b)) if low_rank else None
+        pair = (gathered(factors.a), gathered(factors.b)) if low_rank else None
         for slot in slots:
-            write(there.slots[slot.name], slot_start(row, slot, weight, pair, entry.config))
+            write(factors.slots[slot.name], slot_start(row, slot, weight, pair, entry.config))
 
 
 def _stand_in(model: nn.Module, site: Site) -> torch.Tensor:
-    """A weight's shape, dtype and device: a start that does not read it needs no more."""
+    """Return an empty tensor with a weight's shape, dtype and device, for starts that ignore the values."""
     device = weight_at(model, site.weight).device
     return torch.empty((), dtype=base_dtype(model, site), device=device).expand(site.weight_shape)
 
@@ -484,14 +485,14 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
 
 
 def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, data: Data) -> None:
-    found = _components(model, entry, data)
-    rows = tuple(_shared_out(model, entry, found))
+    components = _components(model, entry, data)
+    rows = tuple(_shared_out(model, entry, components))
     ranks = {row.name: row.rank for row in rows}
     config = with_patterns(entry.config, by_site(rows))
 
     def make(row: PlannedSite, weight: torch.Tensor) -> Start:
         data.report(None, f"starting {row.name}")
-        return data_start(row, weight, config, found[row.name].a)
+        return data_start(row, weight, config, components[row.name].a)
 
     started = dataclasses.replace(entry, config=config, sites=rows, initialized=True)
     restart(model, adapter_name, started, rows, make)
@@ -501,12 +502,15 @@ def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, 
 
 
 def _shared_out(
-    model: nn.Module, entry: AdapterRecord, found: Mapping[str, _Found]
+    model: nn.Module, entry: AdapterRecord, components: Mapping[str, _Found]
 ) -> Iterator[PlannedSite]:
-    """The sites that have a rank, with alphas that keep their scales or not."""
+    """Yield the sites with a rank above 0.
+
+    Their alphas keep the scale if ``adjust_scaling_factors`` is set.
+    """
     options: Any = entry.config.eva_config
     for row in entry.sites:
-        rank, alpha = found[row.name].rank, row.alpha
+        rank, alpha = components[row.name].rank, row.alpha
         if options["adjust_scaling_factors"]:
             alpha = alpha * rank / row.rank
         if rank:
@@ -538,7 +542,7 @@ def _from_statistics(
 
 @contextmanager
 def _same_modes(model: nn.Module) -> Iterator[None]:
-    """Puts back which modules train."""
+    """Restore the training mode of every module at the end."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -549,7 +553,7 @@ def _same_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _reporting(progress: Progress, dataloader: Iterable[Any]) -> Iterator[Report]:
-    """Give the function that is told how many batches are done."""
+    """Yield the callback that reports the number of batches done."""
     try:
         total = len(dataloader)  # type: ignore[arg-type]  # one without a length raises TypeError
     except TypeError:
@@ -562,10 +566,10 @@ def _reporting(progress: Progress, dataloader: Iterable[Any]) -> Iterator[Report
 def _telling(tell: Tell, total: int) -> Report:
     last = 0
 
-    def report(done: int | None, what: str) -> None:
+    def report(done: int | None, step: str) -> None:
         nonlocal last
         last = last if done is None else done
-        tell(last, total, what)
+        tell(last, total, step)
 
     return report
 
@@ -576,13 +580,13 @@ _log = logging.getLogger("lora_fx")
 
 
 class Components:
-    """The leading components of all vectors that were seen.
+    """The leading components of all vectors that were added.
 
     Attributes:
         directions: The components [n, in], of length 1, in order; None before the first batch.
         values: Their singular values.
-        shares: Which share of the variance each one explains.
-        steady: Which of them the last batch has hardly turned.
+        shares: The share of the variance that each component explains.
+        steady: A mask of the components that the last batch hardly turned.
     """
 
     def __init__(self, count: int, threshold: float, generator: torch.Generator) -> None:
@@ -591,17 +595,17 @@ class Components:
         self._generator = generator
         self._seen = 0
         self._mean = torch.zeros(0)
-        self._spread = torch.zeros(0)  # the variance, times how many were seen
+        self._spread = torch.zeros(0)  # the variance times the number of vectors seen
         self.directions: torch.Tensor | None = None
         self.values = torch.zeros(0)
         self.shares = torch.zeros(0)
         self.steady = torch.zeros(count, dtype=torch.bool)
 
     def add(self, batch: torch.Tensor) -> bool:
-        """Takes a batch in, [k, in].
+        """Update the components with a batch, [k, in].
 
         Returns:
-            False if it has fewer vectors than there are components: it is left out then.
+            False if the batch has fewer vectors than there are components: it is skipped then.
         """
         if len(batch) < self._count:
             return False
@@ -631,10 +635,10 @@ class Components:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What a site gets.
+    """The rank of a site and its start.
 
     Attributes:
-        rank: Its rank; 0 for no adapter.
+        rank: The rank; 0 for no adapter.
         a: A, [rank, in].
     """
 
@@ -643,12 +647,12 @@ class _Found:
 
 
 def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str, _Found]:
-    """Ranks and components, by site.
+    """Return the rank and A of each site.
 
     Args:
-        model: A rewritten model with no active adapter. Its graphs are other ones afterwards.
-        entry: The adapter's record; options are those of ``eva_config``.
-        data: It may be gone through several times.
+        model: A rewritten model with no active adapter. Its graphs are replaced.
+        entry: The adapter's record; the options are those of its ``eva_config``.
+        data: The data, which may be read several times.
 
     Raises:
         ConfigError: If an input is not finite, a site is not run, or no batch has as many vectors as a site
@@ -674,7 +678,7 @@ def _components(model: nn.Module, entry: AdapterRecord, data: Data) -> dict[str,
 
 
 def _again_and_again(data: Data, search: _Search) -> Iterator[tuple[int, Any]]:
-    """The batches, from the first one again after the last one, up to a limit."""
+    """Yield the batches, and repeat them from the first, up to a limit."""
     number = 0
     while number == 0 or (number < _MOST_BATCHES and not search.lacking):
         start = number
@@ -685,11 +689,11 @@ def _again_and_again(data: Data, search: _Search) -> Iterator[tuple[int, Any]]:
         except ConfigError:
             if start == 0:
                 raise
-            return  # an iterator, which can be gone through once
+            return  # The dataloader is an iterator, which is exhausted after one pass.
 
 
 class _Search:
-    """The state of the search."""
+    """The state of EVA's search for components."""
 
     def __init__(self, rows: tuple[PlannedSite, ...], config: LoraConfig) -> None:
         options: Any = config.eva_config
@@ -707,32 +711,32 @@ class _Search:
 
     @property
     def ignored_label(self) -> int | None:
-        """Tokens of this label do not count."""
+        """The label of tokens that do not count."""
         return self._options["label_mask_value"] if self._options["use_label_mask"] else None
 
     @property
     def done(self) -> bool:
-        """Whether nothing moves any more."""
+        """True once the components have converged."""
         return bool(self._given) and all(self.steady(name) for name in self._ranks)
 
     @property
     def lacking(self) -> list[str]:
-        """Sites that no batch was large enough for."""
-        return [name for name, found in self._found.items() if found.directions is None]
+        """The sites for which no batch was large enough."""
+        return [name for name, components in self._found.items() if components.directions is None]
 
     def steady(self, name: str) -> bool:
-        """Whether the components that a site gets stand still."""
+        """Return True if the components that a site gets have converged."""
         if not self._given:
             return False
-        found = self._found[self._same[name]]
-        return bool(found.steady[: self._given[self._same[name]]].all())
+        components = self._found[self._same[name]]
+        return bool(components.steady[: self._given[self._same[name]]].all())
 
     def begin(self) -> None:
-        """The next call of the model shows which sites read the same."""
+        """Record a digest of the inputs of each site in the next call of the model."""
         self._inputs = {}
 
     def compare(self) -> None:
-        """Sites that read the same share their components."""
+        """Let sites with equal inputs share their components."""
         assert self._inputs is not None
         _check_reached([name for name in self._ranks if name not in self._inputs])
         first: dict[str, str] = {}
@@ -750,7 +754,7 @@ class _Search:
         self._inputs = None
 
     def see(self, row: PlannedSite, x: torch.Tensor) -> None:
-        """What a site reads."""
+        """Record the inputs of a site."""
         if self.mask is not None and len(self.mask) == len(x):
             x = x[self.mask.to(x.device)]
         if not torch.isfinite(x).all():
@@ -761,13 +765,13 @@ class _Search:
             self._found[row.name].add(x)
 
     def share(self) -> None:
-        """Gives the rank of all sites to the components that explain most."""
+        """Distribute the total rank over the components that explain most of the variance."""
         if not self.lacking:
-            shares = {name: found.shares for name, found in self._found.items()}
+            shares = {name: components.shares for name, components in self._found.items()}
             self._given = _ranks_by_share(shares, self._same, self._ranks)
 
     def result(self) -> dict[str, _Found]:
-        """What the search has come to."""
+        """Return the rank and A of each site."""
         for name in self.lacking:
             raise ConfigError(
                 f"{name}: no batch has the {self._wanted[name]} vectors that its components need "
@@ -782,31 +786,32 @@ class _Search:
         return {name: self._of(name) for name in self._ranks}
 
     def _of(self, name: str) -> _Found:
-        found, rank = self._found[self._same[name]], self._given[name]
-        assert found.directions is not None
-        a = found.directions[:rank]
+        components, rank = self._found[self._same[name]], self._given[name]
+        assert components.directions is not None
+        a = components.directions[:rank]
         if self._options["whiten"]:
-            a = a / found.values[:rank, None].sqrt()
+            a = a / components.values[:rank, None].sqrt()
         return _Found(rank, a)
 
 
 def _ranks_by_share(
     shares: Mapping[str, torch.Tensor], same: Mapping[str, str], ranks: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many components each site gets, of as many as the ranks are together.
+    """Return the number of components that each site gets. The total is that of the ranks.
 
     Args:
-        shares: Which share of the variance each component explains, by site that has some of its own.
-        same: For every site the one whose components it has.
-        ranks: The ranks to give away. Among sites of the same components the one that owns them gets most.
+        shares: The share of the variance that each component explains, for sites that do not use the
+            components of another.
+        same: For every site, the site whose components it uses.
+        ranks: The ranks to distribute. Of the sites with the same components, their owner gets the most.
     """
     order = [*shares, *(name for name, source in same.items() if name != source)]
     owners = [name for name in order for _ in shares[same[name]]]
     every = torch.cat([shares[same[name]].cpu() for name in order])
     best = every.argsort(descending=True, stable=True)[: sum(ranks.values())]
     counts = Counter(owners[index] for index in best.tolist())
-    given = {name: counts.get(name, 0) for name in ranks}
+    allotted = {name: counts.get(name, 0) for name in ranks}
     for name, source in same.items():
-        if given[source] < given[name]:
-            given[source], given[name] = given[name], given[source]
-    return given
+        if allotted[source] < allotted[name]:
+            allotted[source], allotted[name] = allotted[name], allotted[source]
+    return allotted

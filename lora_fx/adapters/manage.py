@@ -1,7 +1,7 @@
-"""Add, switch and delete adapters of a model, and copy the model as it is now.
+"""Management of a model's adapters: add, switch, delete, and copy the model as a reference.
 
-Switching edits graphs: the branches of the active adapters are inserted into the graphs that the model had
-before any adapter, so that one that is not active costs nothing when the model runs.
+Switching edits graphs: the branches of the active adapters are inserted into the base's graphs. An inactive
+adapter therefore costs nothing when the model runs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ __all__ = [
 
 @inside
 def adapter_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of a rewritten model's adapters, in the order in which they were added.
+    """Return the names of a rewritten model's adapters, in the order in which they were added.
 
     Raises:
         ConfigError: If the model is not rewritten.
@@ -96,7 +96,7 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
-    """Return the record of one adapter.
+    """Return the record of an adapter.
 
     Raises:
         ConfigError: If the model is not rewritten, or has no such adapter.
@@ -107,7 +107,7 @@ def adapter_record(model: nn.Module, adapter_name: str) -> AdapterRecord:
 
 
 def the_adapter(model: nn.Module, adapter_name: str | None) -> str:
-    """Return the adapter that a call is for: the one named, else the only one, or the only active one.
+    """Return the adapter to use: the named one, else the only one, or the only active one.
 
     Raises:
         ConfigError: If the model is not rewritten, has no such adapter, or several could be meant.
@@ -133,17 +133,17 @@ def add_adapter(
     """Add an adapter to a rewritten model. It is inactive until :func:`set_adapter` activates it.
 
     Args:
-        model: A rewritten model. It is changed.
-        config: What to adapt; it need not be what another adapter adapts.
-        adapter_name: Its name.
-        strict: Whether an entry of the configuration that selects nothing is an error.
+        model: A rewritten model, changed in place.
+        config: The configuration of the adapter. It may target other operations than the existing adapters.
+        adapter_name: The name of the new adapter.
+        strict: True to raise if an entry of the configuration selects nothing.
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigError: If the model is not rewritten, the name is taken or cannot be one, or the adapter
-            and another one both train biases (``bias``).
+        ConfigError: If the model is not rewritten, the name is taken or not valid, or the adapter and another
+            one both train biases (``bias``).
         NoMatchError, PartialMatchError: As :func:`lora_fx.rewrite`.
     """
     check_config(config)
@@ -154,7 +154,7 @@ def add_adapter(
 def put_adapter(
     model: nn.Module, config: LoraConfig, adapter_name: str, *, strict: bool = False
 ) -> AdapterRecord:
-    """Do what :func:`add_adapter` does, and return the adapter's record."""
+    """Add an adapter like :func:`add_adapter`, and return its record."""
     check_adapter_name(adapter_name)
     record = require_record(model)
     if adapter_name in record.adapters:
@@ -194,7 +194,10 @@ def put_adapter(
 
 
 def _trains_beside_weights(config: LoraConfig) -> bool:
-    """Whether an adapter has only factors, and vectors of a site, beside the weights that it adapts."""
+    """Return True if an adapter only has factors and vectors of sites.
+
+    Then it replaces no parameter of the base.
+    """
     more = (
         config.modules_to_save,
         config.trainable_token_indices,
@@ -211,23 +214,23 @@ def set_adapter(
     inference_mode: bool = False,
     per_sample: bool = False,
 ) -> None:
-    """Make adapters active, and all others inactive.
+    """Activate adapters, and deactivate all others.
 
-    The branches of several active adapters are added up. The parameters of active adapters require a
-    gradient, those of others do not. Inside :func:`disable_adapter` or :func:`adapter_ids` the parameters
-    change at once, and the model runs with the new adapters when the block ends.
+    The branches of several active adapters are summed. The parameters of active adapters require a gradient,
+    those of inactive adapters do not. Inside :func:`disable_adapter` or :func:`adapter_ids` the parameters
+    change immediately, and the model runs with the new adapters when the block ends.
 
     Args:
-        model: A rewritten model. Its graphs are edited; a compiled one is compiled again.
-        adapter_name: One name, or several. An empty list leaves the base.
-        inference_mode: Whether the active ones are frozen, too.
-        per_sample: Whether each sample of a batch has one of them (or none) instead of all. Which
-            sample has which is said by :func:`adapter_ids`; then call the model inside it.
+        model: A rewritten model. Its graphs are edited; a compiled model is compiled again.
+        adapter_name: A name or a list of names. An empty list leaves only the base.
+        inference_mode: True to freeze the active adapters as well.
+        per_sample: True if each sample of a batch uses one of the adapters (or none) instead of all. Choose
+            the adapter of each sample with :func:`adapter_ids`, and call the model inside it.
 
     Raises:
-        ConfigError: If there is no such adapter, a name is given twice, two of them replace the same
-            parameter of the base, or (``per_sample``) one replaces any, or has a site whose rows are not
-            samples. Then the model is unchanged.
+        ConfigError: If there is no such adapter, a name is repeated, or two adapters replace the same
+            parameter of the base. With ``per_sample``, if an adapter replaces any parameter, or has a site
+            whose rows are not samples. The model is unchanged then.
     """
     record = require_record(model)
     if adapter_name is None:
@@ -275,12 +278,12 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     if chosen is not None:
         names = tuple(name for name in chosen.names if name != adapter_name)
         chosen = dataclasses.replace(chosen, names=names)
-    adapters = {name: one for name, one in record.adapters.items() if name != adapter_name}
+    adapters = {name: entry for name, entry in record.adapters.items() if name != adapter_name}
     model.__dict__["_lora_fx"] = dataclasses.replace(record, adapters=adapters, chosen=chosen)
 
 
 def note_start(model: nn.Module, adapter_name: str) -> None:
-    """Record that an adapter has its starting values from data."""
+    """Record that an adapter got its starting values from data."""
     record = require_record(model)
     entry = dataclasses.replace(record.adapters[adapter_name], initialized=True)
     model.__dict__["_lora_fx"] = record.with_adapter(adapter_name, entry)
@@ -288,17 +291,17 @@ def note_start(model: nn.Module, adapter_name: str) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the base model while the context lasts: no branches, and the base's own parameters.
+    """Run the base model within the context: no branches, and the base's own parameters.
 
-    Adapters keep their values, and require a gradient afterwards if they did before. Contexts nest: inside
-    this one the model is the base even where :func:`adapter_ids` names adapters, and what
-    :func:`set_adapter` chooses takes effect afterwards.
+    Adapters keep their values, and require a gradient afterwards if they did before. Contexts nest. Inside
+    this context the model is the base even if :func:`adapter_ids` names adapters, and a call of
+    :func:`set_adapter` takes effect afterwards.
 
-    The model itself changes, for all threads. To run the base in one of them, prepare the model with
+    The model itself changes, for all threads. To run the base in a single thread, prepare the model with
     ``set_adapter(model, names, per_sample=True)`` and name None for the samples.
 
     Raises:
-        ConfigError: If the model is not rewritten, or another thread or task is in a block of it.
+        ConfigError: If the model is not rewritten, or another thread or task is in a block of this model.
     """
     with _inside_block(model, ActiveAdapters()):
         yield model
@@ -308,32 +311,32 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def adapter_ids(
     model: nn.Module, ids: Sequence[str | None], *, repeats: int = 1
 ) -> Iterator[nn.Module]:
-    """Gives each sample of a batch its own adapter, for as long as the context lasts.
+    """Choose the adapter of each sample in a batch within the context.
 
-    Every adapter's branch computes with the rows of its own samples only. If the model is not prepared
-    for that with ``set_adapter(model, names, per_sample=True)``, its graphs are edited on the way in and
-    out again. Serving loops prepare it once: then only indices change. Contexts nest: the innermost says
-    which, unless :func:`disable_adapter` is around it; what :func:`set_adapter` chooses counts afterwards.
+    Every adapter's branch computes only the rows of its samples. If the model was not prepared with
+    ``set_adapter(model, names, per_sample=True)``, its graphs are edited on entry and on exit. Serving loops
+    prepare it once, and then only indices change. Contexts nest: the innermost decides, unless
+    :func:`disable_adapter` is around it. A call of :func:`set_adapter` takes effect afterwards.
 
-    The block holds for the thread or asyncio task that is in it. Any number of them can be in blocks of a
-    prepared model at the same time.
+    The block applies to the current thread or asyncio task. Any number of them can be in blocks of a prepared
+    model at the same time.
 
     Args:
-        model: A rewritten model whose arguments have the samples as their first dimension, and whose
-            activations have them there, one after the other. The first call of each form and range
-            of sizes is followed to see that; later ones cost nothing.
+        model: A rewritten model. The first dimension of its arguments is the samples, and its activations
+            have the samples there in the same order. This is checked by tracing the first call of each form
+            and range of sizes. Later calls cost nothing.
         ids: The name of an adapter for each sample; None for the base model.
-        repeats: How often ``generate`` of transformers repeats each sample: its ``num_beams`` or
-            ``num_return_sequences``, whichever is larger. A batch of so many times the samples is
-            taken, too.
+        repeats: Number of times that ``generate`` of transformers repeats each sample: its ``num_beams`` or
+            ``num_return_sequences``, whichever is larger. Batches with the samples repeated this often are
+            accepted as well.
 
     Raises:
-        ConfigError: If there is no such adapter, one has something in place of a parameter of the
-            base, or a site whose rows are not samples; if the graphs have to be edited while another
-            thread or task is in a block of this model; and when the model is called, if the batch has
-            another number of samples, a site reads rows that are not seen to be those of sample after
-            sample (positions, sequence first, a batch that is doubled inside), samples are mixed, or a call
-            of a new form cannot be followed (by a compiler): call the model itself once before.
+        ConfigError: If there is no such adapter, or an adapter replaces a parameter of the base or has a site
+            whose rows are not samples. If the graphs have to be edited while another thread or task is in a
+            block of this model. When the model is called: if the batch has a different number of samples, or
+            samples are mixed. Also if the rows of a site are not known to be those of sample after sample
+            (positions, sequence first, a batch that is doubled inside). Also if a call of a new form cannot
+            be traced (by a compiler): call the model itself once before.
     """
     if isinstance(ids, str) or not ids:
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
@@ -350,7 +353,7 @@ def adapter_ids(
 
 @contextmanager
 def _inside_block(model: nn.Module, block: ActiveAdapters) -> Iterator[None]:
-    """Apply a block until it is left, in whatever order blocks are left."""
+    """Apply a block within the context. Blocks may end in any order."""
     block = dataclasses.replace(block, thread=threading.get_ident())
     with without_wrappers(model) as inner:
         enter(inner, block)
@@ -371,7 +374,7 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(True)
-    # A weight that an initialization has changed, or that came with a folder, is its own and frozen.
+    # Weights that an initialization changed, or that came with a folder, stay frozen.
     weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     for own in adapter.own:
         value = own_value(model, name, own)
@@ -380,23 +383,23 @@ def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 
 @inside
 def reference(model: ModelT) -> ModelT:
-    """Copy a rewritten model as it is now, frozen and in eval mode, as a reference to compare with.
+    """Return a frozen copy of a rewritten model in eval mode, as a reference for comparisons.
 
-    The copy runs with the adapters that are active, whose values it has of its own: what ``model`` is trained
-    to later does not reach it. Weights that are not trained are shared, so that the copy takes no more memory
-    than the adapters do. The model that was passed to :func:`lora_fx.rewrite` is the reference without
-    adapters, and takes none.
+    The copy runs with the active adapters and has its own copy of their values, so further training of
+    ``model`` does not change it. Untrained weights are shared, so the copy takes only as much memory as the
+    adapters. For a reference without adapters, use the model that was passed to :func:`lora_fx.rewrite`,
+    which takes no memory.
 
     Args:
         model: A rewritten model; it is not changed.
 
     Returns:
-        A rewritten model of the same class, in which no parameter requires a gradient. What trainers have set
-        on ``model`` is left out.
+        A rewritten model of the same class, in which no parameter requires a gradient. Attributes that
+        trainers have set on ``model`` are left out.
 
     Raises:
         ConfigError: If the model is not rewritten.
-        CaptureError: If it is sharded, or a layer that has an adapter was deleted or replaced.
+        CaptureError: If it is sharded, or an adapted layer was deleted or replaced.
     """
     record = require_record(model)
     by_hand = trained_by_hand(model, record)
@@ -421,20 +424,20 @@ _TRAINED = {True: "trainable", False: "frozen", None: "trainable in part"}
 
 @dataclasses.dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter of a model.
+    """The state of an adapter.
 
     Attributes:
         name: Its name.
-        active: Whether the model runs with it.
-        trainable: Whether its parameters require a gradient; None if some do and some do not.
+        active: True if the model runs with it.
+        trainable: True if its parameters require a gradient; None if only some do.
         sites: Number of operations that it adapts.
         ranks: The lowest and the highest rank; None without sites.
-        parameters: Elements of its factors and of all else that it trains.
+        parameters: Number of elements of its factors and of everything else that it trains.
         saved_modules: Modules that it trains in full.
         biases: FQNs of the biases that it trains.
-        dtypes: Of its parameters.
-        devices: Where they are.
-        waits: Whether its start waits for data: :func:`lora_fx.initialize` gives it.
+        dtypes: The dtypes of its parameters.
+        devices: The devices of its parameters.
+        waits: True if its start waits for data: call :func:`lora_fx.initialize`.
     """
 
     name: str
@@ -474,15 +477,15 @@ class ModelStatus:
     """The adapters of a model, in the order in which they were added.
 
     Attributes:
-        adapters: One for each.
-        per_sample: Whether each sample of a batch has one of the active ones.
-        by_hand: FQNs of the base's parameters that are trained, or were, though no adapter trains them: they
-            are merged and saved with whichever adapter is.
-        unchecked: Whether no eager call has shown yet that nothing reads adapted weights past the active
-            adapters: nothing has run, or a compiler or an export alone. The next eager call, or
-            :func:`lora_fx.check`, shows it.
-        computed: Weights that code has computed with their adapters as a whole, each with the line: that is
-            right, and slower than a product.
+        adapters: The status of each adapter.
+        per_sample: True if each sample of a batch has one of the active adapters.
+        by_hand: FQNs of the base's parameters that were unfrozen by hand: they are or were trained, although
+            no adapter trains them. They are merged and saved with any adapter.
+        unchecked: True if no eager call has shown yet that all reads of adapted weights go through the active
+            adapters. The model has not run, or only under a compiler or an export. The next eager call, or
+            :func:`lora_fx.check`, checks this.
+        computed: Weights that code has computed as a whole with their adapters, each with the line. This is
+            correct, but slower than a product.
     """
 
     adapters: tuple[AdapterStatus, ...]
@@ -495,23 +498,25 @@ class ModelStatus:
         return iter(self.adapters)
 
     def __repr__(self) -> str:
-        named = [f"{one.name} ({'active' if one.active else 'not active'})" for one in self]
+        named = [
+            f"{adapter.name} ({'active' if adapter.active else 'not active'})" for adapter in self
+        ]
         return f"<ModelStatus: {', '.join(named) or 'no adapter'}; print it for more>"
 
     def _repr_html_(self) -> str:
         columns = ("adapter", "", "trained", "sites", "rank", "parameters", "dtype", "device")
         rows = [
             (
-                one.name,
-                "active" if one.active else "not active",
-                _TRAINED[one.trainable],
-                str(one.sites),
-                one.rank_text,
-                f"{one.parameters:,}",
-                ", ".join(one.dtypes),
-                ", ".join(one.devices),
+                adapter.name,
+                "active" if adapter.active else "not active",
+                _TRAINED[adapter.trainable],
+                str(adapter.sites),
+                adapter.rank_text,
+                f"{adapter.parameters:,}",
+                ", ".join(adapter.dtypes),
+                ", ".join(adapter.devices),
             )
-            for one in self
+            for adapter in self
         ]
         return f"<div>{html_table(columns, rows, left=3)}{html_lines(self._remarks())}</div>"
 
@@ -529,7 +534,9 @@ class ModelStatus:
             lines.append(
                 "unchecked: no eager call of the model with these adapters has been watched yet"
             )
-        lines += [f"{name} is computed as a whole at {place}" for name, place in self.computed]
+        lines += [
+            f"{name} is computed as a whole at {location}" for name, location in self.computed
+        ]
         return lines
 
 
@@ -549,7 +556,11 @@ def status(model: nn.Module) -> ModelStatus:
         record.per_sample,
         tuple(trained_by_hand(model, record)),
         not is_checked(model),
-        tuple((name, place) for name, places in places_of(model).items() for place in places),
+        tuple(
+            (name, location)
+            for name, locations in places_of(model).items()
+            for location in locations
+        ),
     )
 
 

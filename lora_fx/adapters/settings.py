@@ -1,4 +1,4 @@
-"""The configuration of given adapters: exact targets, ranks and alphas, as PEFT reads it."""
+"""The configuration of existing adapters for PEFT: exact targets, ranks and alphas."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 
 
 WRAPPER = "base_layer"
-"""What a wrapper calls the module inside it."""
+"""Name of the wrapped module in a wrapper of PEFT."""
 
 _KINDS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -44,10 +44,10 @@ class Layout:
     """PEFT's wrappers around the modules of one model.
 
     Attributes:
-        modules: Modules with a wrapper of their own.
+        modules: Modules that have a wrapper.
         parameters: Names of the wrapped parameters of a module, the innermost first.
-        attention: Which of the modules are an ``nn.MultiheadAttention``.
-        transposed: Which of the modules say that their experts are stored [E, in, out].
+        attention: The modules that are an ``nn.MultiheadAttention``.
+        transposed: The modules that declare their experts as stored [E, in, out].
     """
 
     modules: frozenset[str]
@@ -63,23 +63,23 @@ class Layout:
         )
 
     def inside(self, name: str) -> str:
-        """What PEFT calls a module or a tensor: its outermost wrapper, if it is wrapped itself."""
-        done, found = "", ""
+        """Return PEFT's name for a module or a tensor. For a wrapped module it is the outermost wrapper."""
+        done, wrapped = "", ""
         for atom in name.split("."):
-            found = join(found, *[WRAPPER] * self._depth(done), atom)
+            wrapped = join(wrapped, *[WRAPPER] * self._depth(done), atom)
             done = join(done, atom)
-        return found
+        return wrapped
 
     def prefix(self, weight: str) -> str:
-        """Where the factors of a wrapped parameter are."""
+        """Return the name of the wrapper that holds the factors of a wrapped parameter."""
         owner, _, name = weight.rpartition(".")
         names = self.parameters[owner]
         return join(self.inside(owner), *[WRAPPER] * (len(names) - 1 - names.index(name)))
 
     def place(self, site: Site) -> str:
-        """What is one adapter to PEFT: the weight or, for an attention layer, the layer; empty if nothing.
+        """Return the name that PEFT adapts for this site: a weight, a module or an attention layer, or empty.
 
-        Several sites that have the same place are joined into that adapter.
+        Sites of the same name are joined into that adapter.
         """
         if site.weight in self.weights:
             return site.weight
@@ -89,17 +89,17 @@ class Layout:
         return site.owner if site.parameter == "weight" and site.owner in self.modules else ""
 
     def crossed(self, site: Site) -> bool:
-        """Whether A and B of a wrapped parameter change places: PEFT takes a weight for [out, in].
+        """Return True if PEFT swaps A and B of a wrapped parameter, because it reads weights as [out, in].
 
-        And for [in, out] only where there are experts and their module has ``is_transposed``.
+        It reads [in, out] only if there are experts and their module has ``is_transposed``.
         """
         theirs = "in_out" if site.experts and site.owner in self.transposed else "out_in"
         return site.layout != theirs
 
     def joins(self, site: Site) -> bool:
-        """Whether it is only a part of what is one adapter to PEFT."""
-        place = self.place(site)
-        return bool(place) and (site.rows is not None or place in self.attention)
+        """Return True if the site is only part of an adapter of PEFT."""
+        target = self.place(site)
+        return bool(target) and (site.rows is not None or target in self.attention)
 
     def _depth(self, module: str) -> int:
         return (module in self.modules) + len(self.parameters.get(module, ()))
@@ -108,15 +108,15 @@ class Layout:
 def layout_of(
     model: nn.Module, record: AdapterRecord, as_parameters: Collection[str] = ()
 ) -> Layout:
-    """PEFT's wrappers for an adapter, so that it can load whatever it can compute.
+    """Return PEFT's wrappers for an adapter, such that PEFT can load everything that it can compute.
 
     Args:
         model: The rewritten model.
         record: The adapter.
-        as_parameters: FQNs of weights that are wrapped as parameters although PEFT could wrap their module.
+        as_parameters: FQNs of weights that are wrapped as parameters, although PEFT could wrap their module.
     """
     rows = [row for row in record.sites if not row.tied]
-    # PEFT's wrappers of parameters and of attention layers have A and B, and nothing else.
+    # PEFT's wrappers of parameters and of attention layers have only A and B.
     plain = is_plain(record.config)
     modules: set[str] = {row.site.holder for row in record.sites if row.tied}
     parameters: dict[str, Site] = {}
@@ -131,7 +131,7 @@ def layout_of(
         elif plain and site.owner and _is_matrix(site):
             parameters[site.weight] = site
         elif site.owner and site.parameter == "weight" and site.rows is None:
-            # A module that PEFT does not know, under the names that it would have there.
+            # PEFT cannot wrap this kind of module. It gets the names that PEFT's wrapper would have.
             modules.add(site.owner)
     _move(model, rows, modules, parameters, plain)
     kept = _reachable(model, parameters, record.saved_modules)
@@ -148,12 +148,12 @@ def layout_of(
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether it is an ``nn.MultiheadAttention`` of a form that PEFT adapts: with one ``in_proj_weight``."""
+    """Return True for an ``nn.MultiheadAttention`` that PEFT can adapt: with a single ``in_proj_weight``."""
     return isinstance(module, nn.MultiheadAttention) and torch_private.projects_at_once(module)
 
 
 def _attention(model: nn.Module, site: Site) -> str | None:
-    """The attention layer of which a site is a projection."""
+    """Return the attention layer that a site is a projection of, or None."""
     if site.parameter == "in_proj_weight" and is_attention(model.get_submodule(site.owner)):
         return site.owner
     outer, _, name = site.owner.rpartition(".")
@@ -169,7 +169,7 @@ def _as_module(site: Site, owner: nn.Module, plain: bool) -> bool:
 
 
 def _is_matrix(site: Site) -> bool:
-    """Whether PEFT reads a weight as the operation does: a matrix, or one for each expert."""
+    """Return True if PEFT reads a weight as the operation does: a matrix, or a matrix for each expert."""
     dims = len(site.weight_shape)
     return site.view is None and site.family != "conv" and dims == (3 if site.experts else 2)
 
@@ -181,11 +181,11 @@ def _move(
     parameters: dict[str, Site],
     plain: bool,
 ) -> None:
-    """Takes as parameters what PEFT cannot have as a module beside the parameters that are there.
+    """Move sites from modules to parameters if PEFT cannot wrap their module together with its parameters.
 
-    A module is wrapped either for itself or for its parameters; and a Conv1D of transformers sets
-    ``fan_in_fan_out``, which parameters do not allow. In some mixtures of experts PEFT takes names of modules
-    for parameters of the experts.
+    PEFT wraps either a module or its parameters, not both. A Conv1D of transformers sets ``fan_in_fan_out``,
+    which parameters do not allow. In some mixtures of experts PEFT takes names of modules for parameters of
+    the experts.
     """
     experts = expert_names(model) if plain else {}
     owners = {site.owner for site in parameters.values()}
@@ -204,9 +204,10 @@ def _move(
 
 
 def _reachable(model: nn.Module, parameters: Mapping[str, Site], saved: Iterable[str]) -> list[str]:
-    """Those that PEFT finds: in no module inside a wrapped one, and by a name that means no others.
+    """Return the parameters that PEFT can find.
 
-    Nor does it wrap a module that holds one of ``modules_to_save``.
+    Their name matches no other parameter, and they are in no module inside a wrapped one. PEFT does not wrap
+    a module that holds one of ``modules_to_save`` either.
     """
     owners = {site.owner for site in parameters.values()}
     ends = {f".{weight}" for weight in parameters}
@@ -229,25 +230,25 @@ def _outer(name: str) -> Iterator[str]:
 
 
 def _in_order(model: nn.Module, weights: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, set[str]] = {}
+    names_by_owner: dict[str, set[str]] = {}
     for weight in weights:
         owner, _, name = weight.rpartition(".")
-        found.setdefault(owner, set()).add(name)
+        names_by_owner.setdefault(owner, set()).add(name)
     return {
         owner: tuple(n for n in model.get_submodule(owner)._parameters if n in names)
-        for owner, names in found.items()
+        for owner, names in names_by_owner.items()
     }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """One adapter, by the name that a configuration has for it.
+    """An adapter and the name that a configuration has for it.
 
     Attributes:
         name: FQN of a module, or of a parameter.
         rank, alpha: Its hyperparameters.
-        parameter: Whether it is one of ``target_parameters``.
-        within: Other names that look for a rank and an alpha of their own first.
+        parameter: True if it is one of ``target_parameters``.
+        within: Other names that look up their own rank and alpha first.
     """
 
     name: str
@@ -258,7 +259,7 @@ class Target:
 
 
 def with_targets(config: LoraConfig, targets: Iterable[Target], model: nn.Module) -> LoraConfig:
-    """``config`` with these as its only targets, each with its own rank and alpha."""
+    """Return ``config`` with exactly these targets, each with its rank and alpha."""
     targets = tuple(targets)
     exact = dataclasses.replace(
         config,
@@ -278,12 +279,12 @@ def with_targets(config: LoraConfig, targets: Iterable[Target], model: nn.Module
 
 
 def by_site(rows: Iterable[PlannedSite]) -> list[Target]:
-    """Each site by its own name: what lora_fx adapts, whether or not PEFT has a name for it."""
+    """Return a target for each site by the site's name, even if PEFT has no such name."""
     return [Target(row.name, row.rank, row.alpha) for row in rows]
 
 
 def targets_of(record: AdapterRecord, layout: Layout) -> list[Target]:
-    """What PEFT wraps for the sites that are not joined with others."""
+    """Return PEFT's targets for the sites that are not joined with others."""
     return [
         Target(row.site.weight, row.rank, row.alpha, parameter=True)
         if row.site.weight in layout.weights
@@ -296,7 +297,7 @@ def targets_of(record: AdapterRecord, layout: Layout) -> list[Target]:
 def written_config(
     model: nn.Module, record: AdapterRecord, targets: Iterable[Target]
 ) -> LoraConfig:
-    """The configuration to save: targets, ranks and alphas are resolved, one by one."""
+    """Return the configuration to save, with a resolved rank and alpha for each target."""
     targets = tuple(targets)
     parameters = any(target.parameter for target in targets)
     linear = [row.site.layout for row in record.sites if row.site.family == "linear"]
@@ -304,8 +305,8 @@ def written_config(
         with_targets(record.config, targets, model),
         modules_to_save=record.saved_modules or None,
         inference_mode=True,
-        # What PEFT otherwise corrects with a warning at every module. It allows neither of these two
-        # where it wraps a parameter.
+        # PEFT would otherwise correct this with a warning at every module. It allows neither option if
+        # it wraps a parameter.
         fan_in_fan_out=bool(linear)
         and not parameters
         and all(layout == "in_out" for layout in linear),
@@ -321,7 +322,7 @@ def written_config(
 
 
 def _class_of(model: nn.Module, config: LoraConfig) -> dict[str, str] | None:
-    """What PEFT writes about the base's class, by which it is found where the task is not known."""
+    """Return the base's class for ``auto_mapping``. PEFT loads the base by it if the task type is not set."""
     if config.task_type is not None:
         return None
     cls = original_class(model)
@@ -329,7 +330,10 @@ def _class_of(model: nn.Module, config: LoraConfig) -> dict[str, str] | None:
 
 
 def with_patterns(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
-    """The most frequent rank and alpha as defaults, patterns for the rest; nothing for a kind without."""
+    """Return ``config`` with the most frequent rank and alpha as defaults, and patterns for other targets.
+
+    Kinds without factors have neither.
+    """
     if not chosen_kind(config).low_rank:
         return config
     ranks = {target.name: target.rank for target in targets}
@@ -345,13 +349,13 @@ def with_patterns(config: LoraConfig, targets: Sequence[Target]) -> LoraConfig:
             r=int(r),
             rank_pattern={key(name): rank for name, rank in ranks.items() if rank != r},
             lora_alpha=alpha,
-            alpha_pattern={key(name): one for name, one in alphas.items() if one != alpha},
+            alpha_pattern={key(name): value for name, value in alphas.items() if value != alpha},
         )
 
     plain = resolved(str)
     if all(_decided(target, plain, ranks, alphas) for target in targets):
         return plain
-    # A key is a regular expression for the end of a name: "0" would decide for "block.0" as well.
+    # A key is a regular expression for the end of a name: "0" would match "block.0" as well.
     return resolved(lambda name: f"^{re.escape(name)}")
 
 
@@ -361,18 +365,19 @@ def _decided(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
 ) -> bool:
-    """Whether the patterns give a target its rank and alpha, by whichever name they are looked up."""
+    """Return True if the patterns give a target its rank and alpha, by each name that is looked up."""
     return all(
         rank_for(names, config) == ranks[target.name]
         and alpha_for(names, config) == alphas[target.name]
-        for names in ((target.name,), *((one, target.name) for one in target.within))
+        for names in ((target.name,), *((other, target.name) for other in target.within))
     )
 
 
 def _exactly(names: tuple[str, ...], model: nn.Module) -> tuple[str, ...] | str:
-    """``target_modules`` that mean these names and no others of the model.
+    """Return ``target_modules`` that match these names and no others of the model.
 
-    A name in a list also stands for every longer name that ends in it: then it takes an expression.
+    A name in a list also matches every longer name that ends in it. In that case the result is a regular
+    expression.
     """
     ends = tuple(f".{name}" for name in names)
     wanted = set(names)
@@ -382,6 +387,6 @@ def _exactly(names: tuple[str, ...], model: nn.Module) -> tuple[str, ...] | str:
 
 
 def origin_of(model: nn.Module) -> str | None:
-    """Return where a model of transformers was loaded from, as it says itself."""
+    """Return the source of a transformers model (``name_or_path``), or None."""
     origin = model.__dict__.get("name_or_path")
     return origin if isinstance(origin, str) and origin else None

@@ -1,10 +1,10 @@
-"""Which adapters a model runs with: graphs are made from those without branches, parameters change places.
+"""Switching of adapters: branches are inserted into the base's graphs, and parameters are exchanged.
 
-What counts is what :func:`lora_fx.set_adapter` has chosen, and what the ``with`` blocks around it say.
+:func:`lora_fx.set_adapter` and the ``with`` blocks around the running code decide which adapters run.
 
-Any number of threads and asyncio tasks may be inside blocks as long as the model's graphs serve all of them:
-those of a model that is prepared for an adapter for each sample do. Graphs are edited, for a block or for
-good, only while no other thread or task is in a block.
+Any number of threads and asyncio tasks may be inside blocks if the model's graphs serve all of them. The
+graphs of a model with per-sample adapters do. Graphs are edited, for a block or permanently, only while no
+other thread or task is in a block.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ __all__ = [
 
 
 def base_capture(model: nn.Module, record: Record) -> Capture:
-    """A rewritten model as it was captured: its graphs without branches.
+    """Return a capture of a rewritten model with the base's graphs, which have no branches.
 
-    What has been taken off since, or replaced, is left out.
+    Modules that were removed or replaced since the rewrite are left out.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     regions = {}
@@ -70,7 +70,7 @@ def base_capture(model: nn.Module, record: Record) -> Capture:
 
 
 def check_known(record: Record, names: Collection[str]) -> None:
-    """Refuses names that no adapter has, and one that is there twice.
+    """Raise if a name belongs to no adapter, or is listed twice.
 
     Raises:
         ConfigError: If there is such a name.
@@ -84,10 +84,11 @@ def check_known(record: Record, names: Collection[str]) -> None:
 
 
 def check_together(record: Record, names: Sequence[str], per_sample: bool) -> None:
-    """Refuses adapters of which a model has one at a time, or a batch.
+    """Raise if adapters cannot be active together in a model, or in a batch.
 
     Raises:
-        ConfigError: If two have something in the same place of the base, or (``per_sample``) one has any.
+        ConfigError: If two adapters replace the same parameter of the base, or (``per_sample``) an adapter
+            replaces any.
     """
     for name in names if per_sample else ():
         for parameter in record.adapters[name].own:
@@ -112,13 +113,13 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
 
 
 def _check_tokens(record: Record, names: Sequence[str]) -> None:
-    """Rows that are replaced are shared with nothing."""
+    """Raise if an embedding with trained rows is also adapted by another adapter."""
     for name in names:
         for tokens in record.adapters[name].tokens:
             for other in names:
                 if other != name and any(
-                    place.site.weight == tokens.site.weight
-                    for place in record.adapters[other].places
+                    adapted.site.weight == tokens.site.weight
+                    for adapted in record.adapters[other].places
                 ):
                     raise ConfigError(
                         f"{name!r} and {other!r} cannot be active together: {name!r} has rows of its own in "
@@ -127,10 +128,10 @@ def _check_tokens(record: Record, names: Sequence[str]) -> None:
 
 
 def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens]) -> None:
-    """Refuses places of which no graph is left: a branch could be put nowhere.
+    """Raise if a site has no graph any more, so that it cannot get a branch.
 
     Raises:
-        CaptureError: If there is one.
+        CaptureError: If there is such a site.
     """
     for row in rows:
         if not any(call.region in capture.regions for call in row.site.calls):
@@ -143,19 +144,19 @@ def check_regions(capture: Capture, rows: Sequence[PlannedSite | PlannedTokens])
 
 
 _around: ContextVar[tuple[ActiveAdapters, ...]] = ContextVar("lora_fx_blocks")
-"""The ``with`` blocks that the running code is in, of all models, the innermost last."""
+"""The ``with`` blocks around the running code, of all models, the innermost last."""
 
 
 def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
-    """Lets a model run with what a record says.
+    """Make a model run with the adapters of a record.
 
     Args:
         model: A rewritten model.
-        record: What it is to become. Its choice and its blocks count, not what it says to be active.
-        anew: Whether to make graphs again where the present ones would do.
+        record: The new record. Its choice and its blocks decide; its ``active`` is ignored.
+        anew: True to rebuild the graphs even if the present ones would do.
 
     Raises:
-        ConfigError, CaptureError: If that cannot be. The model is as it was then.
+        ConfigError, CaptureError: If that is not possible. The model is unchanged then.
     """
     before, wanted = require_record(model), _wanted_of(record)
     edits = anew or (wanted.names, wanted.per_sample) != (before.active, before.per_sample)
@@ -174,10 +175,10 @@ def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
 
 
 def enter(model: nn.Module, block: ActiveAdapters) -> None:
-    """Lets a block count for the thread or task that runs this.
+    """Activate a block for the current thread or task.
 
     Raises:
-        ConfigError, CaptureError: If that cannot be. The model is as it was then.
+        ConfigError, CaptureError: If that is not possible. The model is unchanged then.
     """
     record = require_record(model)
     token = _around.set((*_around.get(()), block))
@@ -190,17 +191,17 @@ def enter(model: nn.Module, block: ActiveAdapters) -> None:
 
 
 def leave(model: nn.Module, block: ActiveAdapters) -> None:
-    """Lets a block count no longer, also where what counted before cannot be had any more.
+    """End a block, even if the earlier adapters cannot be restored.
 
     Raises:
-        CaptureError: In that case. The model then goes on with what it has.
+        CaptureError: In that case. The model then keeps its current adapters.
     """
     record = require_record(model)
     _around.set(tuple(other for other in _around.get(()) if other is not block))
     blocks = tuple(other for other in record.blocks if other is not block)
     record = dataclasses.replace(record, chosen=record.choice, blocks=blocks)
     if _others(record):
-        # They run what the model runs. The last one to leave brings the choice back.
+        # The other blocks use the model's current graphs. The last one to leave restores the choice.
         model.__dict__["_lora_fx"] = record
         _assign(model, record, _wanted_of(record))
         return
@@ -213,23 +214,23 @@ def leave(model: nn.Module, block: ActiveAdapters) -> None:
 
 
 def _own(record: Record) -> list[ActiveAdapters]:
-    """The blocks of a model that the running code is in, the innermost last."""
+    """Return the blocks of a model around the running code, the innermost last."""
     around = {id(block) for block in _around.get(())}
     return [block for block in record.blocks if id(block) in around]
 
 
 def _others(record: Record) -> list[ActiveAdapters]:
-    """The blocks of a model that other threads or tasks are in."""
+    """Return the blocks of a model around the code of other threads or tasks."""
     own = {id(block) for block in _own(record)}
     return [block for block in record.blocks if id(block) not in own]
 
 
 def _check_alone(record: Record, edits: bool) -> None:
-    """Refuses graphs other than those that were chosen while several threads or tasks are in blocks.
+    """Raise if other threads or tasks are in blocks, and the graphs differ from the choice or need edits.
 
     Args:
-        record: What the model is to become.
-        edits: Whether its graphs are to be edited.
+        record: The new record of the model.
+        edits: True if the graphs have to be edited.
 
     Raises:
         ConfigError: If graphs are to be edited, or were for a block of another thread or task.
@@ -247,9 +248,9 @@ def _check_alone(record: Record, edits: bool) -> None:
 
 
 def _wanted_of(record: Record) -> ActiveAdapters:
-    """What a model is to run with: the base if some block disables adapters, else what the innermost says.
+    """Return the adapters to run: none if a block disables adapters, else those of the innermost block.
 
-    Graphs that have a branch for each adapter that samples name serve them as they are.
+    Graphs with a branch for each adapter that samples name stay unchanged.
     """
     blocks = _own(record)
     if any(not block.ids for block in blocks):
@@ -262,23 +263,23 @@ def _wanted_of(record: Record) -> ActiveAdapters:
 
 
 def _assign(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
-    """Says which sample of a batch has which adapter, or that none was given."""
+    """Set the adapters of the samples in a batch, or record that none were named."""
     thread = threading.get_ident()
     shared = any(block.thread == thread for block in _others(record))
-    for holder in [one for one in model.modules() if isinstance(one, SampleRows)]:
+    for holder in [module for module in model.modules() if isinstance(module, SampleRows)]:
         holder.assign(wanted.ids, wanted.repeats, shared=shared)
 
 
 def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
-    """Edits the graphs and puts in what the adapters have; nothing is changed if that is not possible."""
+    """Edit the graphs and exchange the parameters. Nothing is changed if that is not possible."""
     check_intact(model, require_record(model))
     _check_parametrized(model, record)
     names, per_sample = wanted.names, wanted.per_sample
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
     adapters = {name: record.adapters[name] for name in names}
-    places = tuple(place for one in adapters.values() for place in one.places)
-    check_regions(capture, places)
+    targets = tuple(target for adapter in adapters.values() for target in adapter.places)
+    check_regions(capture, targets)
     passes = branch_passes(
         adapters,
         optimize=record.optimize,
@@ -288,10 +289,10 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     )
     with computed_as_parameters(model):
         edited = run_passes(capture, passes)
-    regions = tuple(regions_to_install(edited, places))
+    regions = tuple(regions_to_install(edited, targets))
     _take_out(model, record)
     running = {region.module for region in regions}
-    for module in (one for one in model.modules() if is_region(one) and one not in running):
+    for module in (child for child in model.modules() if is_region(child) and child not in running):
         uninstall(module)
     install(regions)
     _place_rows(model, rows, names if per_sample else ())
@@ -304,8 +305,8 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
 
 
 def _check_parametrized(model: nn.Module, record: Record) -> None:
-    """Refuses weights that are parametrized since the rewrite: no pass would find them in their graphs."""
-    for site in (row.site for one in record.adapters.values() for row in one.sites):
+    """Raise if a weight was parametrized since the rewrite, because no pass would find it in its graph."""
+    for site in (row.site for adapter in record.adapters.values() for row in adapter.sites):
         owner, _, leaf = site.weight.rpartition(".")
         if parametrize.is_parametrized(model.get_submodule(owner), leaf):
             raise CaptureError(
@@ -316,10 +317,10 @@ def _check_parametrized(model: nn.Module, record: Record) -> None:
 
 
 def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
-    """Puts the one table of samples beside the factors of every site, or takes it away."""
+    """Add the shared table of samples to the holder of every site's factors, or remove it."""
     unwatch_calls(model)
     for module in model.modules():
-        # A script module has its children in something that gives none of them up.
+        # The children of a script module cannot be deleted.
         if ROWS in module._modules:
             del module._modules[ROWS]
     if names:
@@ -332,10 +333,10 @@ def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str,
 
 @contextlib.contextmanager
 def on_base(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
-    """Has the base's own parameters in a rewritten model for a while, then what its adapters have again.
+    """Put the base's parameters into a rewritten model within the context, then those of its adapters.
 
     Yields:
-        Those parameters, by FQN: they are put back also where others were put in and an error came.
+        The base's parameters, by FQN. They are also restored after an error, if others replaced them.
     """
     _take_out(model, require_record(model))
     before = base_parameters(model)
@@ -349,14 +350,14 @@ def on_base(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
 
 
 def _take_out(model: nn.Module, record: Record) -> None:
-    """Puts the base's own parameters into a model, and beside it what its active adapters have there."""
+    """Restore the base's parameters in a model, and keep those of its active adapters aside."""
     reshard(model)
     for name in record.active:
         place_base(model, name, record.adapters[name].own, record.originals)
 
 
 def _put_in(model: nn.Module, record: Record) -> None:
-    """Puts what the active adapters have beside the base into it."""
+    """Replace the base's parameters in a model by those of its active adapters."""
     reshard(model)
     for name in record.active:
         place_own(model, name, record.adapters[name].own)

@@ -1,4 +1,4 @@
-"""What a training loop takes: parameter groups, corrected gradients, losses of several adapters."""
+"""Helpers for training loops: parameter groups, corrected gradients, losses of several adapters."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ from lora_fx.runtime import IDS
 
 __all__ = ["adapter_losses", "correct_gradients", "parameter_groups", "train_together"]
 
-# --- what an optimizer is given -------------------------------------------------------------------
-# What an optimizer is given: parameter groups, and the gradient of LoRA-FA.
+# --- inputs of an optimizer -----------------------------------------------------------------------
+# Parameter groups, and the gradient correction of LoRA-FA.
 #
 # LoRA+ (Hayou, Ghosh and Yu 2024, arXiv:2402.12354) trains B faster than A. LoRA-FA (Zhang et al.
-# 2023, arXiv:2308.03303) does not train A: what a layer saves for backward is then of rank r, and
-# the gradient of B is corrected so that the step of ``B A`` comes closest to that of a full weight.
+# 2023, arXiv:2308.03303) does not train A: the activation that a layer saves for backward then has
+# rank r. The gradient of B is corrected so that the step of ``B A`` comes closest to the step of a
+# full weight.
 
 
-# With LoRA+ the factors of an embedding keep a rate of their own, by default PEFT's and its authors'.
+# With LoRA+ the factors of an embedding keep their own rate. The default is that of PEFT and the authors.
 _EMBEDDING_LR = 1e-6
-# What keeps A Aᵀ invertible; PEFT's.
+# Added to the diagonal to keep A Aᵀ invertible; PEFT's value.
 _RIDGE = 1e-8
 
 
@@ -53,7 +54,7 @@ def parameter_groups(
     lora_fa: bool = False,
     adapter_name: str | None = None,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in groups, each parameter once: what ``torch.optim`` takes.
+    """Return the trainable parameters in groups for ``torch.optim``, each parameter once.
 
     ========== ============================================================== ============== ============
     name       holds                                                          learning rate  weight decay
@@ -61,34 +62,34 @@ def parameter_groups(
     lora_A     A                                                              lr             as given
     lora_B     B                                                              lr · ratio     as given
     embeddings A and B of embeddings, and of heads that are tied to them      embedding_lr   as given
-    modules    what else is a matrix: weights of modules_to_save, token rows  lr             as given
+    modules    other matrices: weights of modules_to_save, token rows         lr             as given
     vectors    biases, norms, magnitudes                                      lr · ratio     0
     ========== ============================================================== ============== ============
 
-    A group without parameters is left out. Rates are those of PEFT's ``create_loraplus_optimizer`` (which has
-    a magnitude of a convolution among the A), and so is weight decay but for vectors, of which PEFT decays
-    those that are not called a bias. Without a ratio all rates are ``lr``: then the groups differ in their
-    weight decay alone.
+    A group without parameters is left out. Rates and weight decay are those of PEFT's
+    ``create_loraplus_optimizer``, with two differences. PEFT puts the magnitude of a convolution with the A,
+    and it decays all vectors that are not called a bias. Without a ratio all rates are ``lr``, and the groups
+    differ only in their weight decay.
 
     Args:
         model: A rewritten model.
         lr: The learning rate.
-        lora_plus_ratio: LoRA+: how much faster than A the factor B is trained, above 0; 16 in the paper.
-        weight_decay: For all but vectors.
-        embedding_lr: The rate of the factors of embeddings. By default ``lr``, and with a ratio
-            PEFT's 1e-6.
-        lora_fa: LoRA-FA: A is frozen here and in no group, except that of an embedding. The optimizer is
-            to be given to :func:`correct_gradients`, too.
-        adapter_name: Only the parameters of this adapter, for an optimizer or a learning rate of its own; by
-            default all that are trained.
+        lora_plus_ratio: LoRA+: how many times faster B is trained than A, above 0; 16 in the paper.
+        weight_decay: For all parameters except vectors.
+        embedding_lr: The rate of the factors of embeddings. The default is ``lr``, or PEFT's 1e-6 if there is
+            a ratio.
+        lora_fa: LoRA-FA: A is frozen here and left out of the groups, except the A of an embedding. Give the
+            optimizer to :func:`correct_gradients` as well.
+        adapter_name: Take only the parameters of this adapter, for a separate optimizer or learning rate. By
+            default all trained parameters are taken.
 
     Returns:
-        Groups for any optimizer of torch: ``AdamW(parameter_groups(model, 1e-4))``; ``name`` is one more
-        key of each, by which a group can be given options of its own.
+        Groups for any optimizer of torch: ``AdamW(parameter_groups(model, 1e-4))``. Each group also has a
+        ``name``, by which you can change its options.
 
     Raises:
-        ConfigError: If the model has no adapters, not the one that is named, or nothing in it is trained, or
-            a number is none that an optimizer can use. Nothing is frozen then.
+        ConfigError: If the model has no adapters or not the named one, nothing in it is trained, or an
+            optimizer cannot use one of the numbers. Nothing is frozen then.
     """
     record = require_record(model)
     for name, value in (
@@ -143,27 +144,28 @@ def parameter_groups(
 
 
 def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
-    """LoRA-FA: before each step, ``g ← g (A Aᵀ)⁻¹ / s²`` for the gradient ``g`` of every B.
+    """Replace the gradient ``g`` of every B by ``g (A Aᵀ)⁻¹ / s²`` before each step (LoRA-FA).
 
-    With A fixed, a step of B by this changes ``s B A`` by the projection of the full weight's gradient on
-    what A spans (arXiv:2308.03303, section 3). The gradients are replaced when ``optimizer.step()`` begins,
-    after they were accumulated, reduced, unscaled and clipped; they belong to that step.
+    With A fixed, a step of B by this gradient changes ``s B A`` by the full weight's gradient, projected on
+    the span of A (arXiv:2308.03303, section 3). The gradients are replaced when ``optimizer.step()`` begins:
+    after they were accumulated, reduced, unscaled and clipped. They are valid for that step only.
 
     Args:
-        optimizer: Of any kind, over the groups of ``parameter_groups(..., lora_fa=True)``.
+        optimizer: Any optimizer over the groups of ``parameter_groups(..., lora_fa=True)``.
         model: The model of those groups.
 
     Returns:
-        A handle; ``remove()`` ends it.
+        A handle; ``remove()`` ends the correction.
 
     Raises:
         ConfigError: If the model has no adapters, the optimizer trains an A, or it trains no B of the model
-            whose A is fixed. Later, if a step is given a closure, which makes its gradients after this.
+            whose A is fixed. Later, if a step is given a closure, because that computes gradients after the
+            correction.
     """
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     pairs = []
     with without_wrappers(model) as inner:
-        rows = [(*one, factors_of(inner, *one).pair) for one in _rows(require_record(inner))]
+        rows = [(*entry, factors_of(inner, *entry).pair) for entry in _rows(require_record(inner))]
     for row, adapter, (a, b) in rows:
         if id(a) in trained:
             raise ConfigError(
@@ -177,7 +179,7 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
 
     def before(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The first argument is the optimizer itself.
-        if any(one is not None for one in (*args[1:], kwargs.get("closure"))):
+        if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
             raise ConfigError(
                 "optimizer.step was given a closure, whose gradients LoRA-FA cannot correct; "
                 "call backward() first, then step()"
@@ -191,10 +193,10 @@ def correct_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> Rem
 
 
 def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """``g (A Aᵀ + ε)⁻¹ / s²`` for each expert or group, or for all at once."""
+    """Return ``g (A Aᵀ + ε)⁻¹ / s²``, for each expert or group separately if there are several."""
     count = row.site.experts or row.site.groups
     rank = row.rank if row.site.experts else row.rank // row.site.groups
-    # No half type can be solved in, and their squares would lose what the ridge adds.
+    # torch.linalg.solve supports no half type, and in half precision the ridge would be rounded away.
     wide = torch.promote_types(a.dtype, torch.float32)
     a = a.to(wide).reshape(count, rank, -1)
     gram = a @ a.mT
@@ -205,9 +207,9 @@ def _corrected(row: PlannedSite, a: torch.Tensor, gradient: torch.Tensor) -> tor
 
 
 def _rows(record: Record) -> Iterator[tuple[PlannedSite, str]]:
-    """Sites with factors of their own in a product: not lookups, of which no input is saved."""
-    for adapter, one in record.adapters.items():
-        for row in one.sites:
+    """Yield the sites with untied factors in a product. Lookups are left out, because they save no input."""
+    for adapter, adapter_record in record.adapters.items():
+        for row in adapter_record.sites:
             factors = kind_of(row).low_rank and not row.tied
             if factors and row.site.family != "embedding":
                 yield row, adapter
@@ -215,17 +217,17 @@ def _rows(record: Record) -> Iterator[tuple[PlannedSite, str]]:
 
 def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
     kinds: dict[int, str] = {}
-    for adapter, one in record.adapters.items():
-        for row in one.sites:
+    for adapter, adapter_record in record.adapters.items():
+        for row in adapter_record.sites:
             table = row.tied or row.site.family == "embedding"
-            found = factors_of(model, row, adapter)
+            factors = factors_of(model, row, adapter)
             # The magnitude of a convolution has four dimensions, of which three are 1.
-            kinds |= {id(one): "vectors" for one in found.present}
+            kinds |= {id(vector): "vectors" for vector in factors.present}
             if not kind_of(row).low_rank:
                 continue
             kinds |= {
-                id(found.a): "embeddings" if table else "lora_A",
-                id(found.b): "embeddings" if table else "lora_B",
+                id(factors.a): "embeddings" if table else "lora_A",
+                id(factors.b): "embeddings" if table else "lora_B",
             }
     return kinds
 
@@ -233,17 +235,17 @@ def _kinds(model: nn.Module, record: Record) -> dict[int, str]:
 def _first_factors(
     model: nn.Module, record: Record, adapter_name: str | None
 ) -> list[nn.Parameter]:
-    rows = [one for one in _rows(record) if adapter_name in (None, one[1])]
+    rows = [pair for pair in _rows(record) if adapter_name in (None, pair[1])]
     return [factors_of(model, row, adapter).a for row, adapter in rows]
 
 
 def _of_adapter(model: nn.Module, record: Record, adapter_name: str) -> set[int]:
-    """What an adapter trains, and has in place of the base's parameters."""
+    """Return the ids of the parameters of an adapter, including those that replace parameters of the base."""
     if adapter_name not in record.adapters:
         has = ", ".join(map(repr, record.adapters))
         raise ConfigError(f"there is no adapter {adapter_name!r}: the model has {has}")
     own = [own_value(model, adapter_name, name) for name in record.adapters[adapter_name].own]
-    return {id(one) for one in (*adapter_parameters(model, adapter_name), *own)}
+    return {id(parameter) for parameter in (*adapter_parameters(model, adapter_name), *own)}
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -254,8 +256,8 @@ def _check_number(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: found {value!r}; give a finite number of at least 0")
 
 
-# --- several adapters by one batch ----------------------------------------------------------------
-# Trains several adapters by one batch, each by the loss of its own rows: in any loop, and in a
+# --- several adapters in one batch ----------------------------------------------------------------
+# Train several adapters with one batch, each with the loss of its own rows: in any loop, and in a
 # Trainer.
 
 
@@ -273,30 +275,31 @@ def adapter_losses(
     label_smoothing: float = 0.0,
     counts: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """The mean cross entropy of each adapter over the rows that it has in a batch.
+    """Return the mean cross entropy of each adapter over its rows of a batch.
 
-    The sum of the means gives each adapter the gradient that a step of its own with these rows alone would
-    give it. (A mean over the whole batch, as models of transformers compute it, would weigh each adapter by
-    its share of the tokens.) Rows without an adapter train nothing, and are left out.
+    The sum of the means gives each adapter the gradient of a separate step with its rows alone. (A mean over
+    the whole batch, as models of transformers compute it, would weigh each adapter by its share of the
+    tokens.) Rows without an adapter train nothing and are left out.
 
     Args:
-        logits: [samples, tokens, classes], or [samples, classes] for a class of each row.
+        logits: [samples, tokens, classes], or [samples, classes] if each row has a class.
         labels: [samples, tokens] or [samples]; -100 is left out, as in transformers.
         ids: The adapter of each sample, or None, as for :func:`lora_fx.adapter_ids`.
-        shift: Whether the label of a token is that of the next one, as causal language models have it. It
-            says nothing where a row has one class.
+        shift: True if the label of a token is the next token, as in causal language models. Has no effect if
+            each row has one class.
         label_smoothing: As of ``torch.nn.functional.cross_entropy``.
-        counts: Over how many labels the mean of each adapter is taken; by default over those of this batch.
-            For gradient accumulation, and for several processes, where each has a part of an adapter's rows.
+        counts: The number of labels over which the mean of each adapter is taken; by default the number in
+            this batch. For gradient accumulation, and for several processes that each have a part of an
+            adapter's rows.
 
     Returns:
-        For each adapter its mean, a scalar that has a gradient; 0 where it has no label.
+        The mean of each adapter: a scalar with a gradient, or 0 if the adapter has no label.
 
     Raises:
-        ConfigError: If shapes do not match, or there is another number of samples.
+        ConfigError: If shapes do not match, or ``ids`` has a different number of samples.
     """
-    sums, found = _sums(logits, labels, ids, shift=shift, label_smoothing=label_smoothing)
-    return {name: sums[name] / max(1, (counts or found)[name]) for name in sums}
+    sums, label_counts = _sums(logits, labels, ids, shift=shift, label_smoothing=label_smoothing)
+    return {name: sums[name] / max(1, (counts or label_counts)[name]) for name in sums}
 
 
 def _sums(
@@ -307,7 +310,7 @@ def _sums(
     shift: bool,
     label_smoothing: float,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The sum of the losses of each adapter, and over how many labels it is taken."""
+    """Return the sum of the losses of each adapter, and the number of labels in it."""
     if logits.shape[:-1] != labels.shape or labels.dim() not in (1, 2):
         raise ConfigError(
             f"labels of shape {tuple(labels.shape)} do not match logits of shape {tuple(logits.shape)}: "
@@ -327,12 +330,12 @@ def _sums(
         label_smoothing=label_smoothing,
     )
     of_rows = each.view(*labels.shape, 1).flatten(1).sum(1)
-    numbers = (labels != _IGNORED).unsqueeze(-1).flatten(1).sum(1).tolist()
+    label_counts = (labels != _IGNORED).unsqueeze(-1).flatten(1).sum(1).tolist()
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for name, rows in _by_name(ids).items():
         sums[name] = of_rows[torch.tensor(rows, device=of_rows.device)].sum()
-        counts[name] = sum(numbers[row] for row in rows)
+        counts[name] = sum(label_counts[row] for row in rows)
     return sums, counts
 
 
@@ -345,31 +348,32 @@ def _by_name(ids: Sequence[str | None]) -> dict[str, list[int]]:
 
 
 def train_together(trainer: type[_TrainerT], column: str = "adapter") -> type[_TrainerT]:
-    """A subclass of transformers' ``Trainer`` that trains all adapters of a batch in one step.
+    """Return a subclass of transformers' ``Trainer`` that trains all adapters of a batch in one step.
 
-    Rows of the dataset say in a column which adapter they train; None trains nothing. Each adapter gets the
-    gradient of the mean loss of its own rows, over all accumulated batches and all processes, and its
-    gradient is clipped by itself to ``max_grad_norm``. One that has no row in a step is not stepped: its
-    optimizer state and its weight decay stay as well. So it is trained as by a trainer of its own, with the
-    learning rates of its parameter groups (:func:`lora_fx.parameter_groups` with ``adapter_name``). What is
-    logged as the loss is the sum over the adapters; ``loss_NAME`` is that of each.
+    A column of the dataset names the adapter that each row trains; None trains nothing. Each adapter gets the
+    gradient of the mean loss of its rows, over all accumulated batches and all processes. Its gradient is
+    clipped to ``max_grad_norm`` separately. An adapter without rows in a step is not stepped: its optimizer
+    state and its weights stay, and it is not decayed. Each adapter is thus trained as with a separate
+    trainer, with the learning rates of its parameter groups (:func:`lora_fx.parameter_groups` with
+    ``adapter_name``). The logged loss is the sum over the adapters; ``loss_NAME`` is the loss of each.
 
     Args:
-        trainer: ``transformers.Trainer``, or a subclass whose loss is that of the model.
-        column: The column, removed before the data collator sees the rows.
+        trainer: ``transformers.Trainer``, or a subclass that uses the model's loss.
+        column: The column, which is removed before the data collator sees the rows.
 
     Returns:
-        The subclass. Its model is rewritten, with ``lora_fx.set_adapter(model, names, per_sample=True)``, and
-        its arguments have ``remove_unused_columns=False``. Losses are cross entropies of the labels, of
-        tokens or of rows; override ``adapter_losses(outputs, labels, ids, counts)`` for others.
+        The subclass. Its model has to be rewritten, with ``lora_fx.set_adapter(model, names,
+        per_sample=True)``, and its arguments need ``remove_unused_columns=False``. Losses are cross entropies
+        of the labels, of tokens or of rows; override ``adapter_losses(outputs, labels, ids, counts)`` for
+        others.
 
     Raises:
-        ConfigError: When it is made, if model or arguments are not so. When it trains, if a row has no such
-            column or names no adapter, or the model's loss is not known.
+        ConfigError: When it is constructed, if the model or the arguments do not meet these conditions. When
+            it trains, if a row lacks the column or names no adapter, or the model's loss is not known.
     """
-    found: Any = _class_over
-    made: type[_TrainerT] = found(trainer, column)
-    return made
+    make_class: Any = _class_over
+    subclass: type[_TrainerT] = make_class(trainer, column)
+    return subclass
 
 
 @functools.cache
@@ -379,7 +383,7 @@ def _class_over(trainer: Any, column: str) -> Any:
 
 
 class _Collator:
-    """Takes the adapters out of the rows of a batch, and puts their numbers into it."""
+    """A data collator that replaces the column of adapter names by a tensor of their indices."""
 
     def __init__(
         self, collate: Callable[[list[Any]], Any], names: Sequence[str], column: str
@@ -387,7 +391,7 @@ class _Collator:
         self.collate, self.names, self.column = collate, tuple(names), column
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
-        rest, numbers = [], []
+        samples, numbers = [], []
         for row in rows:
             if self.column not in row:
                 raise ConfigError(
@@ -401,9 +405,11 @@ class _Collator:
                     f"a row of the dataset names the adapter {name!r}; the model trains {has}"
                 )
             numbers.append(-1 if name is None else self.names.index(name))
-            rest.append({key: value for key, value in row.items() if key != self.column})
-        batch = dict(self.collate(rest))
-        sizes = {len(one) for one in batch.values() if isinstance(one, Tensor) and one.dim()}
+            samples.append({key: value for key, value in row.items() if key != self.column})
+        batch = dict(self.collate(samples))
+        sizes = {
+            len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()
+        }
         if sizes != {len(rows)}:
             raise ConfigError(
                 f"the data collator makes tensors of {sorted(sizes)} rows out of {len(rows)} rows of the "
@@ -413,19 +419,19 @@ class _Collator:
 
 
 class _Tally:
-    """Sums of losses by adapter, until they are logged."""
+    """Sums of losses by adapter, kept until they are logged."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, float] = {}
 
     def add(self, sums: Mapping[str, Tensor], counts: Mapping[str, float]) -> None:
-        for name, one in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + one.detach()
+        for name, loss_sum in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + loss_sum.detach()
             self.counts[name] = self.counts.get(name, 0) + counts[name]
 
 
-# Loss functions of transformers that are cross entropies, and whether they shift the labels of tokens.
+# Loss functions of transformers that are cross entropies; True if they shift the labels of tokens.
 _LOSSES = {
     "ForCausalLM": True,
     "ForMaskedLM": False,
@@ -436,7 +442,7 @@ _LOSSES = {
 
 
 class _Together:
-    """What :func:`train_together` puts in front of a Trainer."""
+    """The mixin that :func:`train_together` puts before a Trainer in the bases."""
 
     adapter_column = "adapter"
 
@@ -459,13 +465,13 @@ class _Together:
         ids: Sequence[str | None],
         counts: Mapping[str, float] | None,
     ) -> dict[str, Tensor]:
-        """The loss of each adapter.
+        """Return the loss of each adapter.
 
         Args:
-            outputs: Of the model.
+            outputs: The outputs of the model.
             labels: The labels of the batch.
             ids: The adapter of each row.
-            counts: Over how many labels each mean is taken; None for those of this batch.
+            counts: The number of labels over which each mean is taken; None for the number in this batch.
         """
         me: Any = self
         logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
@@ -482,7 +488,7 @@ class _Together:
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The sum of the losses of all adapters in the batch."""
+        """Return the sum of the losses of all adapters in the batch."""
         me: Any = self
         inner = me.accelerator.unwrap_model(me.model)
         if _trained_together(inner) != self._names:
@@ -490,55 +496,57 @@ class _Together:
                 f"the adapters of the model are not those that it had when the trainer was made "
                 f"({', '.join(map(repr, self._names))}): make a new one"
             )
-        given = dict(inputs)
-        labels = given["labels"] if _makes_inputs_of_labels(inner) else given.pop("labels", None)
+        batch = dict(inputs)
+        labels = batch["labels"] if _makes_inputs_of_labels(inner) else batch.pop("labels", None)
         if labels is None:
             raise ConfigError("the batch has no 'labels': the loss of each adapter is made of them")
-        ids = [self._names[one] if one >= 0 else None for one in given[IDS].tolist()]
-        outputs = model(**given)
+        ids = [self._names[index] if index >= 0 else None for index in batch[IDS].tolist()]
+        outputs = model(**batch)
         counts = self._counts if model.training else None
         losses = self.adapter_losses(outputs, labels, ids, counts)
         own = self._labels_of(labels, ids)
         over = counts or own
-        sums = {name: one * max(1, over[name]) for name, one in losses.items()}
+        sums = {name: mean * max(1, over[name]) for name, mean in losses.items()}
         self._tallies["" if model.training else "eval_"].add(sums, own)
         loss = sum(losses.values(), torch.zeros((), device=labels.device))
         if not loss.requires_grad and model.training:
-            # No row trains anything.
+            # No row trains an adapter, but backward needs a graph.
             loss = loss + _first(outputs).sum() * 0.0
         if model.training:
-            # DDP and FSDP take the mean over processes; the counts are those of all of them.
+            # DDP and FSDP average over processes, but the counts are already sums over all of them.
             loss = loss * me.accelerator.num_processes
         if not return_outputs:
             return loss
         return loss, outputs if isinstance(outputs, Mapping) else (loss, *outputs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step: their labels are counted."""
+        """Return the batches of a step, after counting their labels."""
         me: Any = self
-        found = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        batches_and_count = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
         counts = dict.fromkeys(self._names, 0)
-        for batch in found[0]:
+        for batch in batches_and_count[0]:
             if "labels" not in batch:
                 continue
-            ids = [self._names[one] if one >= 0 else None for one in batch[IDS].tolist()]
+            ids = [self._names[index] if index >= 0 else None for index in batch[IDS].tolist()]
             for name, count in self._labels_of(batch["labels"], ids).items():
                 counts[name] += count
-        numbers = torch.tensor([*counts.values()], device=me.args.device)
-        numbers = me.accelerator.reduce(numbers, "sum")
-        self._counts = dict(zip(self._names, numbers.tolist(), strict=True))
-        return found
+        totals = torch.tensor([*counts.values()], device=me.args.device)
+        totals = me.accelerator.reduce(totals, "sum")
+        self._counts = dict(zip(self._names, totals.tolist(), strict=True))
+        return batches_and_count
 
     def _labels_of(self, labels: Tensor, ids: Sequence[str | None]) -> dict[str, int]:
-        """How many labels each adapter has in a batch."""
+        """Return the number of labels that each adapter has in a batch."""
         me: Any = self
         if labels.dim() == 2 and _shifts(me.accelerator.unwrap_model(me.model)):
             labels = labels[:, 1:]
-        numbers = (labels != _IGNORED).reshape(len(labels), -1).sum(1).tolist()
-        return {name: sum(numbers[row] for row in rows) for name, rows in _by_name(ids).items()}
+        label_counts = (labels != _IGNORED).reshape(len(labels), -1).sum(1).tolist()
+        return {
+            name: sum(label_counts[row] for row in rows) for name, rows in _by_name(ids).items()
+        }
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The optimizer, which does not step adapters without rows."""
+        """Return the optimizer, with a hook that skips adapters without rows."""
         optimizer: Any = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         if optimizer is not None and optimizer is not self._hooked:
             optimizer.register_step_pre_hook(lambda *_: self._leave_out())
@@ -555,23 +563,30 @@ class _Together:
         me: Any = self
         model = me.accelerator.unwrap_model(me.model)
         for name in self._names:
-            yield name, [one for one in adapter_parameters(model, name) if one.requires_grad]
+            yield (
+                name,
+                [
+                    parameter
+                    for parameter in adapter_parameters(model, name)
+                    if parameter.requires_grad
+                ],
+            )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clips the gradient of each adapter by itself, as a trainer of its own would; their joint norm."""
+        """Clip the gradient of each adapter separately, and return their joint norm."""
         me: Any = self
         me.accelerator.unscale_gradients()
-        each = [
+        norms = [
             nn.utils.clip_grad_norm_(parameters, me.args.max_grad_norm)
             for _, parameters in self._parameters()
         ]
         joint: Tensor = torch.linalg.vector_norm(
-            torch.stack([one.to(each[0].device) for one in each])
+            torch.stack([norm.to(norms[0].device) for norm in norms])
         )
         return joint
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs, with the mean loss of each adapter since the last time."""
+        """Log the metrics, together with the mean loss of each adapter since the last time."""
         me: Any = self
         for prefix, tally in self._tallies.items():
             if f"{prefix}loss" not in logs:
@@ -580,18 +595,18 @@ class _Together:
             sums = torch.stack([tally.sums.get(name, zeros).float() for name in self._names])
             numbers = [tally.counts.get(name, 0.0) for name in self._names]
             counts = torch.tensor(numbers, device=me.args.device)
-            sums, counts = (me.accelerator.reduce(one, "sum") for one in (sums, counts))
+            sums, counts = (me.accelerator.reduce(total, "sum") for total in (sums, counts))
             means = zip(self._names, sums.tolist(), counts.tolist(), strict=True)
-            logs |= {f"{prefix}loss_{name}": one / count for name, one, count in means if count}
+            logs |= {f"{prefix}loss_{name}": total / count for name, total, count in means if count}
             self._tallies[prefix] = _Tally()
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
 
 def _trained_together(model: nn.Module) -> tuple[str, ...]:
-    """The adapters that the rows of a batch may have.
+    """Return the adapters that the rows of a batch may name.
 
     Raises:
-        ConfigError: If the model is not prepared for that.
+        ConfigError: If the model is not set up for per-sample adapters.
     """
     if record_of(model) is None or not require_record(model).per_sample:
         raise ConfigError(
@@ -630,10 +645,10 @@ def _check_arguments(trainer: Any) -> None:
 
 
 def _shifts(model: Any) -> bool:
-    """Whether the label of a token is the next token.
+    """Return True if the label of a token is the next token.
 
     Raises:
-        ConfigError: If it is not known what the model's loss is.
+        ConfigError: If the model's loss is not known.
     """
     config = getattr(model, "config", None)
     kind = getattr(model, "loss_type", None)
@@ -642,19 +657,19 @@ def _shifts(model: Any) -> bool:
     other = getattr(config, "problem_type", None) not in (None, "single_label_classification")
     routed = getattr(config, "output_router_logits", False)
     if kind not in _LOSSES or other or routed:
-        what = "adds a loss of its routers (output_router_logits)" if routed else f"is {kind!r}"
+        problem = "adds a loss of its routers (output_router_logits)" if routed else f"is {kind!r}"
         raise ConfigError(
-            f"{type(model).__name__}: its loss {what}, which is no cross entropy of its labels alone: "
+            f"{type(model).__name__}: its loss {problem}, which is no cross entropy of its labels alone: "
             "override adapter_losses(outputs, labels, ids, counts) in a subclass of the trainer"
         )
     return _LOSSES[kind]
 
 
 def _makes_inputs_of_labels(model: Any) -> bool:
-    """Whether a model makes the input of its decoder of the labels."""
+    """Return True if a model derives the input of its decoder from the labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _first(outputs: Any) -> Tensor:
-    found: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
-    return found
+    logits: Tensor = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    return logits

@@ -1,15 +1,15 @@
-"""A new adapter of a model from several that it has.
+"""A new adapter as the weighted combination of adapters of a model.
 
-Each site is combined by itself, ``ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ`` or what comes close at a lower rank. The new
-adapter is then added as one that is loaded would be, and given these values.
+Each site is combined separately, to ``ΔW = Σ wᵢ sᵢ Bᵢ Aᵢ`` or an approximation of lower rank. The new
+adapter is then added as if it were loaded, with these values.
 
-The ways are those of PEFT's ``add_weighted_adapter``, and so are the results. They work on
+The methods and their results are those of PEFT's ``add_weighted_adapter``. They work on
 
-- the factors side by side (``cat``): exact, and the rank is the sum of the ranks;
-- the factors one by one (``linear`` and those that prune before it): ``A = Σ ±√|wᵢ sᵢ| Aᵢ`` and
-  ``B = Σ √|wᵢ sᵢ| Bᵢ``, which has products of one adapter's A with another's B in it;
-- the changes ``sᵢ Bᵢ Aᵢ`` (``svd`` and what ends in it): the closest ``B A`` of a rank
-  (Eckart and Young 1936).
+- the concatenated factors (``cat``): exact, and the rank is the sum of the ranks;
+- each factor separately (``linear`` and the methods that prune before it): ``A = Σ ±√|wᵢ sᵢ| Aᵢ`` and
+  ``B = Σ √|wᵢ sᵢ| Bᵢ``. The result contains products of one adapter's A with another's B;
+- the changes ``sᵢ Bᵢ Aᵢ`` (names that end in ``svd``): the closest ``B A`` of a rank (Eckart and Young
+  1936).
 
 The result has a scale of 1.
 """
@@ -60,11 +60,11 @@ __all__ = [
 
 
 Election = Literal["total", "frequency"]
-"""What elects a sign: the sum of the values, or the number of positive against negative ones."""
+"""The way to elect a sign: the sum of the values, or the number of positive against negative values."""
 
 
 def _keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Zeros all but the ``⌊density · n⌋`` elements of the largest magnitude."""
+    """Set all elements to zero except the ``⌊density · n⌋`` of the largest magnitude."""
     count = int(density * tensor.numel())
     kept = tensor.abs().flatten().topk(count).indices
     mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
@@ -75,14 +75,14 @@ def _keep_largest(tensor: torch.Tensor, density: float) -> torch.Tensor:
 def _keep_random(
     tensor: torch.Tensor, density: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Keeps each element with probability ``density`` and divides it by that: DARE.
+    """Keep each element with probability ``density`` and divide it by that (DARE).
 
     Args:
         tensor: Any shape.
         density: In (0, 1].
-        generator: Where the draw comes from; torch's own by default.
+        generator: The random generator; torch's own by default.
     """
-    # Nothing is drawn where nothing can be dropped: later draws do not move.
+    # Draw nothing if nothing can be dropped, so that later draws stay the same.
     if density == 1:
         return tensor
     kept = torch.bernoulli(torch.full_like(tensor, density), generator=generator)
@@ -90,16 +90,16 @@ def _keep_random(
 
 
 def _weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """``Σ wᵢ Tᵢ``."""
+    """Return ``Σ wᵢ Tᵢ``."""
     return (torch.stack(tuple(tensors)) * _column(weights, tensors[0])).sum(0)
 
 
 def _average_of_majority(
     tensors: Sequence[torch.Tensor], weights: Sequence[float], election: Election
 ) -> torch.Tensor:
-    """The mean of the weighted elements that have the elected sign; 0 where none has.
+    """Return the mean of the weighted elements that have the elected sign; 0 if no element has it.
 
-    The weights do not vote, and a draw goes to the positive sign.
+    The weights do not vote, and a tie elects the positive sign.
     """
     stack = torch.stack(tuple(tensors))
     votes = (stack if election == "total" else stack.sign()).sum(0)
@@ -135,16 +135,16 @@ _DRIVERS: Final = (None, *get_args(SvdDriver))
 
 @dataclasses.dataclass(frozen=True)
 class Combination:
-    """How adapters are combined; the fields are PEFT's, validated on construction.
+    """A method to combine adapters. The fields are PEFT's and validated on construction.
 
     Attributes:
         kind: One of :data:`COMBINATIONS`.
-        svd_rank: For kinds that end in ``svd``: the rank; by default the largest of the adapters'.
-        svd_clamp: For the same: a quantile in (0, 1] beyond which elements of A and B are clamped.
-        svd_full_matrices, svd_driver: For the same, as ``torch.linalg.svd`` takes them.
-        density: For kinds that prune: which share of the elements is kept, in (0, 1].
-        majority_sign_method: For kinds with ``ties``: whether values (``total``) or signs
-            (``frequency``) elect.
+        svd_rank: For kinds that end in ``svd``: the rank; by default the largest rank of the adapters.
+        svd_clamp: For the same kinds: a quantile in (0, 1] beyond which elements of A and B are clamped.
+        svd_full_matrices, svd_driver: For the same: passed to ``torch.linalg.svd``.
+        density: For kinds that prune: the share of the elements to keep, in (0, 1].
+        majority_sign_method: For kinds with ``ties``: ``total`` if the sum of the values elects the sign,
+            ``frequency`` if the number of signs does.
 
     Raises:
         ConfigError: If a field is not valid, or a density is needed and missing.
@@ -178,21 +178,21 @@ class Combination:
 
     @property
     def prunes(self) -> bool:
-        """Whether elements are dropped before the tensors are added."""
+        """True if elements are dropped before the tensors are added."""
         return self.kind.startswith(("ties", "dare", "magnitude"))
 
     @property
     def by_product(self) -> bool:
-        """Whether it works on ``B A`` and takes it apart again."""
+        """True if the method combines the products ``B A`` and factors the result."""
         return self.kind.endswith("svd")
 
     def among(self, adapters: int) -> Combination:
-        """What is done with so many adapters: a single one is only weighted, as in PEFT."""
+        """Return the method for a number of adapters: a single adapter is only weighted, as in PEFT."""
         return self if adapters > 1 else Combination("linear")
 
     @property
     def needs_equal_ranks(self) -> bool:
-        """Whether it adds factors of different adapters element by element."""
+        """True if factors of different adapters are added element by element."""
         return self.kind != "cat" and not self.by_product
 
 
@@ -205,19 +205,19 @@ def _is_share(value: Any) -> bool:
     return number and 0 < value <= 1
 
 
-def _bad(name: str, found: object, remedy: str) -> ConfigError:
-    return ConfigError(f"{name}: found {found!r}; {remedy}")
+def _bad(name: str, value: object, remedy: str) -> ConfigError:
+    return ConfigError(f"{name}: found {value!r}; {remedy}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Term:
-    """What one adapter contributes at a site.
+    """The contribution of an adapter to a site.
 
     Attributes:
         a: A [r, in, *k], or [E, r, in] for experts.
         b: B [out, r, 1, ...] or [E, out, r]; [out, r/g, 1, ...] for a convolution with g groups.
         scale: The adapter's own scale, ``alpha / r``.
-        weight: How much of it; may be negative.
+        weight: The weight of the adapter in the combination; may be negative.
     """
 
     a: torch.Tensor
@@ -236,26 +236,26 @@ def combine(
     where: str = "",
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of the combination, whose own scale is 1.
+    """Return A and B of the combination, whose scale is 1.
 
     Args:
-        terms: The adapters that have the site, at least one, on one device.
-        how: What to do with them.
-        groups: Groups of a convolution: B belongs to them block by block.
-        experts: Whether A and B have a matrix for each expert.
-        layout: How the weight is stored. It decides for which element a random number is drawn where
-            elements of ``B A`` are dropped, and nothing else.
+        terms: The adapters that have the site, at least one, on the same device.
+        how: The method.
+        groups: Number of groups of a convolution; B then consists of a block for each.
+        experts: True if A and B have a matrix for each expert.
+        layout: The layout of the stored weight. It matters only if elements of ``B A`` are dropped: it
+            decides which random number each element gets.
         where: FQN of the site, for errors.
-        generator: Where ``dare`` draws from; torch's own by default. It draws once a tensor in the order
-            of the terms, for all A and then for all B, or for all ``B A``: PEFT's order.
+        generator: The random generator for ``dare``; torch's own by default. It draws once for each tensor in
+            PEFT's order: all A and then all B in the order of the terms, or all ``B A``.
 
     Returns:
-        A and B, shaped as the terms' with the rank of the result, and new.
+        New A and B with the shapes of the terms', and the rank of the result.
 
     Raises:
-        ConfigError: If there are no terms, they are of different shapes, weights or factors are not
-            finite, ranks differ where they must not, the groups do not divide the rank, or there is a
-            driver for tensors that are not on CUDA.
+        ConfigError: If there are no terms or their shapes differ, or weights or factors are not finite. If
+            ranks differ although the method needs equal ranks, or the groups do not divide the rank. If there
+            is a driver for tensors that are not on CUDA.
     """
     for objection in _way_objections(terms, how, groups, int(experts)):
         raise ConfigError(f"{where}: {objection}" if where else objection)
@@ -279,7 +279,7 @@ def combine(
     )
 
 
-# One matrix for each expert or group, or one for all: A [G, r, n] and B [G, m, r].
+# A matrix for each expert or group, or a single matrix (G = 1): A [G, r, n] and B [G, m, r].
 _Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -290,13 +290,13 @@ def _by_group(factor: torch.Tensor, groups: int) -> torch.Tensor:
 def _way_objections(
     terms: Sequence[Term], how: Combination, groups: int, axis: int
 ) -> Iterator[str]:
-    """Why adapters cannot be combined so."""
+    """Yield the reasons why the adapters cannot be combined with this method."""
     if not terms:
         yield "there is no adapter to combine; name at least one"
     for term in terms:
         if not math.isfinite(term.weight * term.scale):
-            found = f"found a weight of {term.weight} at a scale of {term.scale}"
-            yield f"{found}; give finite numbers"
+            text = f"found a weight of {term.weight} at a scale of {term.scale}"
+            yield f"{text}; give finite numbers"
         if not (torch.isfinite(term.a).all() and torch.isfinite(term.b).all()):
             yield "an adapter has factors that are not finite; leave it out"
         if how.svd_driver is not None and not term.a.is_cuda:
@@ -306,8 +306,8 @@ def _way_objections(
             )
     shapes = {_without_rank(term, axis): None for term in terms}
     if len(shapes) > 1:
-        found = "; ".join(f"A {list(a)}, B {list(b)}" for a, b in shapes)
-        yield f"the adapters are of different shapes beside the rank: {found}"
+        text = "; ".join(f"A {list(a)}, B {list(b)}" for a, b in shapes)
+        yield f"the adapters are of different shapes beside the rank: {text}"
     ranks = [term.a.shape[axis] for term in terms]
     if how.needs_equal_ranks and len(set(ranks)) > 1:
         yield (
@@ -325,7 +325,7 @@ def _without_rank(term: Term, axis: int) -> tuple[tuple[int, ...], tuple[int, ..
 
 
 def _side_by_side(terms: Sequence[Term], pairs: Sequence[_Pair]) -> _Pair:
-    """``[A₁; A₂]`` and ``[B₁ B₂]``; weight and scale go into A."""
+    """Return ``[A₁; A₂]`` and ``[B₁ B₂]``; weight and scale go into A."""
     a = [a * (t.weight * t.scale) for (a, _), t in zip(pairs, terms, strict=True)]
     return torch.cat(a, 1), torch.cat([b for _, b in pairs], 2)
 
@@ -338,7 +338,7 @@ def _one_by_one(
 ) -> _Pair:
     scaled = [term.weight * term.scale for term in terms]
     roots = [math.sqrt(abs(value)) for value in scaled]
-    # The sign goes to one side: on both it would be lost in the product.
+    # Only one factor gets the sign: in both it would cancel in the product.
     signed = [-root if value < 0 else root for root, value in zip(roots, scaled, strict=True)]
     a = _mixed([a for a, _ in pairs], signed, how, generator)
     return a, _mixed([b for _, b in pairs], roots, how, generator)
@@ -352,7 +352,7 @@ def _from_products(
     layout: Layout,
     generator: torch.Generator | None,
 ) -> _Pair:
-    """The closest product of a rank, by the SVD of what the changes combine to."""
+    """Return the closest product of a rank, by the SVD of the combined changes."""
     rank = min(rank, pairs[0][0].shape[2], pairs[0][1].shape[1])
     if how.kind == "svd" and how.svd_clamp is None and rank <= sum(a.shape[1] for a, _ in pairs):
         return _closest_to_sum(*_side_by_side(terms, pairs), rank)
@@ -373,10 +373,10 @@ def _from_products(
 
 
 def _closest_to_sum(a: torch.Tensor, b: torch.Tensor, rank: int) -> _Pair:
-    """The truncated SVD of ``B A`` from that of a matrix as small as the rank of both.
+    """Return the truncated SVD of ``B A``, from the SVD of a matrix as small as the total rank.
 
-    With ``B = Q R`` and ``Aᵀ = P S`` it is ``Q (R Sᵀ) Pᵀ``. Nothing of the size of the weight is built,
-    nor the square matrix as wide as a vocabulary that a full SVD of an embedding's change would be.
+    With ``B = Q R`` and ``Aᵀ = P S`` it is ``Q (R Sᵀ) Pᵀ``. This builds nothing of the size of the weight. A
+    full SVD of an embedding's change would even build a square matrix as wide as the vocabulary.
     """
     q, r = torch.linalg.qr(b)
     p, s = torch.linalg.qr(a.mT)
@@ -390,11 +390,11 @@ def _mixed(
     how: Combination,
     generator: torch.Generator | None,
 ) -> torch.Tensor:
-    """One tensor of several and their weights."""
+    """Combine tensors with their weights into a single tensor."""
     if how.density is not None and how.kind.startswith("dare"):
-        tensors = [_keep_random(one, how.density, generator) for one in tensors]
+        tensors = [_keep_random(tensor, how.density, generator) for tensor in tensors]
     elif how.density is not None and how.prunes:
-        tensors = [_keep_largest(one, how.density) for one in tensors]
+        tensors = [_keep_largest(tensor, how.density) for tensor in tensors]
     if "ties" in how.kind:
         return _average_of_majority(tensors, weights, how.majority_sign_method)
     return _weighted_sum(tensors, weights)
@@ -405,7 +405,7 @@ def _mixed(
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One of the adapters that are combined."""
+    """An adapter to be combined."""
 
     name: str
     weight: float
@@ -413,16 +413,17 @@ class Source:
 
 
 Part = tuple[Source, PlannedSite]
-"""A source and what it has at a site."""
+"""A source and one of its sites."""
 
 
 def _sources_of(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float]
 ) -> tuple[Source, ...]:
-    """The adapters by their names, if they can be combined.
+    """Return the adapters by name, if they can be combined.
 
     Raises:
-        ConfigError: If the model has no such adapter, weights are none, or adapters have no sum.
+        ConfigError: If the model has no such adapter, a weight is not a finite number, or the adapters have
+            no sum.
     """
     if isinstance(adapters, str):
         raise ConfigError(f"adapters: found {adapters!r}; give a list of names")
@@ -460,7 +461,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _objections(source: Source) -> Iterator[str]:
-    """What an adapter has more than ``s B A`` beside the base's own weights."""
+    """Yield the reasons why an adapter has no weighted sum, such as tensors other than A and B."""
     config, record = source.record.config, source.record
     if not is_plain(config) or config.trainable_token_indices:
         name = (
@@ -488,7 +489,7 @@ def _objections(source: Source) -> Iterator[str]:
 
 
 def _keeps_tied(sources: Sequence[Source]) -> bool:
-    """Whether heads go on having the factors of their embedding: if it is so wherever one is adapted."""
+    """Return True if every source that adapts a head or its embedding keeps them tied."""
     heads = {row.name for source in sources for row in source.record.sites if row.tied}
     flags = [source.record.config.ensure_weight_tying for source in sources]
     touches = [
@@ -499,25 +500,25 @@ def _keeps_tied(sources: Sequence[Source]) -> bool:
 
 
 def _parts_of(sources: Sequence[Source], tied: bool) -> dict[str, list[Part]]:
-    """Who has what at every site. Heads that stay tied are left out.
+    """Return the sources and their sites by the name of the site, without heads that stay tied.
 
     Raises:
-        ConfigError: If a site is part of another one.
+        ConfigError: If a site is part of another.
     """
-    found: dict[str, list[Part]] = {}
+    parts_by_site: dict[str, list[Part]] = {}
     for source in sources:
         for row in source.record.sites:
             if not (tied and row.tied):
-                found.setdefault(row.name, []).append((source, row))
-    for name, parts in found.items():
+                parts_by_site.setdefault(row.name, []).append((source, row))
+    for name, parts in parts_by_site.items():
         source, row = parts[0]
-        if row.site.part_of in found:
-            other = found[row.site.part_of][0][0]
+        if row.site.part_of in parts_by_site:
+            other = parts_by_site[row.site.part_of][0][0]
             raise ConfigError(
                 f"{name} is adapted by {source.name!r}, and as part of {row.site.part_of} by "
                 f"{other.name!r}: a part and its whole cannot be combined"
             )
-    return found
+    return parts_by_site
 
 
 @inside
@@ -535,35 +536,37 @@ def add_weighted_adapter(
     density: float | None = None,
     majority_sign_method: Election = "total",
 ) -> nn.Module:
-    """Combines adapters into a new one, which is not active until :func:`lora_fx.set_adapter` makes it so.
+    """Combine adapters into a new one.
 
-    It covers every site that one of them has. A site that only some have is combined from those; a module
-    that one of them trains in full (``modules_to_save``) is taken over as it is. One adapter alone is
-    weighted, whatever the type. The new scale is 1, dropout and task type are those of the first adapter.
+    It stays inactive until you activate it with :func:`lora_fx.set_adapter`.
+
+    It covers every site of the adapters. A site that only some adapters have is combined from those. A module
+    that one of them trains in full (``modules_to_save``) is copied. A single adapter is only weighted,
+    whatever the type. The new scale is 1; dropout and task type are those of the first adapter.
 
     Args:
-        model: A rewritten model. It is changed.
-        adapters: Names of its adapters.
-        weights: One for each of them; negative ones take away.
-        adapter_name: Name of the new one.
-        combination_type: ``cat`` is exact, at the sum of the ranks, and ``svd`` the closest of a rank.
-            ``linear`` adds the factors, which is quick and is not the sum. ``ties``, ``dare_linear``,
-            ``dare_ties`` and ``magnitude_prune`` drop elements before; with ``_svd`` behind them they work
-            on the change of the weight and not on the factors.
-        svd_rank: For types with ``svd``: the rank, by default the largest of the adapters'.
-        svd_clamp: For the same: the quantile at which elements of the new factors are clamped.
-        svd_full_matrices: For the same: as ``torch.linalg.svd`` has it.
-        svd_driver: For the same: as ``torch.linalg.svd`` has it; on CUDA only.
-        density: For types that drop elements: which share is kept, in (0, 1].
+        model: A rewritten model, changed in place.
+        adapters: Names of adapters of the model.
+        weights: A weight for each adapter; negative weights subtract.
+        adapter_name: Name of the new adapter.
+        combination_type: ``cat`` is exact, at the sum of the ranks, and ``svd`` is the closest of a rank.
+            ``linear`` adds the factors, which is fast but not the sum. ``ties``, ``dare_linear``,
+            ``dare_ties`` and ``magnitude_prune`` drop elements first. With ``_svd`` appended they work on the
+            change of the weight instead of the factors.
+        svd_rank: For types with ``svd``: the rank, by default the largest rank of the adapters.
+        svd_clamp: For the same types: the quantile at which elements of the new factors are clamped.
+        svd_full_matrices: For the same types: passed to ``torch.linalg.svd``.
+        svd_driver: For the same types: passed to ``torch.linalg.svd``; on CUDA only.
+        density: For types that drop elements: the share to keep, in (0, 1].
         majority_sign_method: For types with ``ties``: ``total`` or ``frequency``.
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigError: If a name is unknown or taken, an argument is not valid, several of the adapters
-            train the same module in full, one cannot be combined (more than A and B, trained tokens, an
-            initialization that changed the base), or sites do not go together. The model is as it was then.
+        ConfigError: If a name is unknown or taken, an argument is not valid, or several of the adapters train
+            the same module in full. If an adapter cannot be combined (more than A and B, trained tokens, an
+            initialization that changed the base), or sites do not fit together. The model is unchanged then.
     """
     how = Combination(
         combination_type,
@@ -611,10 +614,10 @@ def _combined(
         if row.tied:
             a, b = a.T, b.T
         terms.append(Term(a, b, row.scale, source.weight))
-    # By default the rank is that of the adapter, and not of what it has here; as in PEFT.
+    # As in PEFT, the default is the largest rank of the adapters, not of their factors at this site.
     if how.by_product and how.svd_rank is None and largest % site.groups == 0:
         how = dataclasses.replace(how, svd_rank=largest)
-    made = combine(
+    combined = combine(
         terms,
         how,
         groups=site.groups,
@@ -623,9 +626,9 @@ def _combined(
         where=name,
     )
     if "dare" not in how.kind:
-        return made
+        return combined
     weight = weight_at(model, site.weight)
-    return agreed(made[0], weight), agreed(made[1], weight)
+    return agreed(combined[0], weight), agreed(combined[1], weight)
 
 
 def _config(
@@ -634,14 +637,14 @@ def _config(
     values: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     tied: bool,
 ) -> LoraConfig:
-    """The first adapter's configuration with the sites, ranks and modules of the new one."""
+    """Return the first adapter's configuration with the sites, ranks and modules of the new adapter."""
     first = sources[0].record.config
     rows = {row.name: row for source in sources for row in source.record.sites}
     new = []
     for name, (a, _) in values.items():
         rank = a.shape[0 if rows[name].site.experts is None else 1]
         new.append(dataclasses.replace(rows[name], rank=rank, alpha=float(rank), scale=1.0))
-    named = {entry for one in sources for entry in one.record.config.target_parameters or ()}
+    named = {entry for source in sources for entry in source.record.config.target_parameters or ()}
     saved = dict.fromkeys(name for source in sources for name in source.record.saved_modules)
     config = dataclasses.replace(
         first,
@@ -662,7 +665,7 @@ def _fill(
     values: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     sources: Sequence[Source],
 ) -> None:
-    """Gives the new adapter its values."""
+    """Write the values of the new adapter."""
     rows = {row.name: row for row in record.sites if not row.tied}
     if rows.keys() != values.keys():
         lost = min(rows.keys() ^ values.keys())

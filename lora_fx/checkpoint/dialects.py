@@ -1,14 +1,15 @@
-"""Adapter files of other libraries: diffusers and kohya, read; vLLM, llama.cpp and diffusers, written.
+"""Adapter files of other libraries: diffusers and kohya are read; vLLM, llama.cpp and diffusers are written.
 
 =============  ==================================================================================
 PEFT           a folder; every adapter that has a name in PEFT
-vLLM           a folder with one rank and one alpha, since vLLM reads no pattern; the rest is in B
+vLLM           a folder with one rank and one alpha, since vLLM reads no pattern. Scales are in B
 llama.cpp      the same: its converter reads ``lora_alpha`` and the rank of each A, nothing else
 diffusers      ``pytorch_lora_weights.safetensors``: keys begin with the part of the pipeline
-               (``unet.``), the configuration is metadata, ``lora_adapter_metadata``. Scales are in B,
-               and each alpha is the rank: diffusers before 0.33 reads no metadata
-kohya          a file whose keys are ``lora_unet_`` (LyCORIS: ``lycoris_``) and the layer's name with
-               ``_`` for ``.``; each layer has a tensor ``alpha`` (read only; kohya's scripts, ComfyUI)
+               (``unet.``), and the metadata ``lora_adapter_metadata`` is the configuration. Scales
+               are in B, and each alpha is the rank: diffusers before 0.33 reads no metadata
+kohya          a file with keys of ``lora_unet_`` (LyCORIS: ``lycoris_``) and the layer's name, in
+               which ``.`` became ``_``. Each layer has a tensor ``alpha``. Read only; used by
+               kohya's scripts and ComfyUI
 =============  ==================================================================================
 
 Sources: vLLM's ``lora/peft_helper.py``, llama.cpp's ``convert_lora_to_gguf.py``, diffusers'
@@ -59,9 +60,9 @@ DIFFUSERS_METADATA: Final = "lora_adapter_metadata"
 # --- writing --------------------------------------------------------------------------------------
 
 # vLLM and llama.cpp read PEFT's folders in part. They take ``lora_alpha`` for every layer and read no
-# pattern: with r the highest rank, smaller A and B are padded with zeros, and B is multiplied by the ratio of
-# a layer's scale to that of all. They refuse what a kind trains in addition to A and B, ``modules_to_save``
-# and biases, and know no keys but those of linear layers and embeddings.
+# pattern. So r is the highest rank, smaller A and B are padded with zeros, and B is multiplied by the ratio
+# of the layer's scale to the common scale. They refuse ``modules_to_save``, biases, and any tensor that a
+# kind trains in addition to A and B. They know only the keys of linear layers and embeddings.
 _KEY = re.compile(r"(?P<name>.+)\.lora_(?:(?P<plain>[AB])\.weight|embedding_(?P<embedding>[AB]))")
 _REFUSALS = {
     "vllm": "vLLM cannot serve this adapter",
@@ -73,19 +74,20 @@ _REFUSALS = {
 def for_one_rank(
     found: Stored, record: AdapterRecord, config: LoraConfig, reader: Reader
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Return what to write for a reader that knows one rank and one alpha: vLLM, llama.cpp.
+    """Return the files for a reader that knows a single rank and alpha: vLLM, llama.cpp.
 
     Args:
         found: The adapter as PEFT stores it.
-        record: Its record.
-        config: Its configuration for PEFT.
+        record: The adapter's record.
+        config: The adapter's configuration for PEFT.
         reader: "vllm" or "gguf-ready".
 
     Returns:
         Tensors by key, without the prefix, and the configuration.
 
     Raises:
-        CheckpointError: If the reader would refuse it or leave part of it out: all of that is named.
+        CheckpointError: If the reader would refuse the adapter or leave part of it out. The error names all
+            problems.
     """
     known = {target.name for target in found.targets}
     problems = [*_of_kinds(record), *_in_full(found, record), *_unknown_targets(found)]
@@ -98,7 +100,7 @@ def for_one_rank(
             problems.append(f"{match['name']}: it is a convolution")
     _refuse(problems, reader)
     rank = max(target.rank for target in found.targets)
-    scales = {one.name: scale_of(one.rank, one.alpha, config) for one in found.targets}
+    scales = {target.name: scale_of(target.rank, target.alpha, config) for target in found.targets}
     scale = max(scales.values(), key=abs)
     tensors = {
         key: _filled(key, value, rank, scales, scale) for key, value in found.tensors.items()
@@ -131,19 +133,21 @@ def _filled(
 def for_diffusers(
     found: Stored, record: AdapterRecord, config: LoraConfig, component: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return what to write for diffusers: scales folded into B, so that each alpha is the rank.
+    """Return the tensors and metadata for diffusers.
+
+    Scales are folded into B, so that each alpha is the rank.
 
     Args:
         found: The adapter as PEFT stores it.
-        record: Its record.
-        config: Its configuration for PEFT.
+        record: The adapter's record.
+        config: The adapter's configuration for PEFT.
         component: The part of the pipeline that the model is.
 
     Returns:
         Tensors by key, and the metadata of the file.
 
     Raises:
-        CheckpointError: If diffusers would leave part of it out: all of that is named.
+        CheckpointError: If diffusers would leave part of the adapter out. The error names all problems.
     """
     _refuse([*_in_full(found, record), *_unknown_targets(found)], "diffusers")
     scales = {target.name: scale_of(target.rank, target.alpha, config) for target in found.targets}
@@ -154,8 +158,8 @@ def for_diffusers(
     values = {
         f"{component}.{name}": value for name, value in config.to_dict().items() if name != "seed"
     }
-    # Text encoders are loaded by transformers, which looks for magnitudes by the name of the parameter, and
-    # makes new ones where it finds none; others by PEFT, which leaves ".weight" out.
+    # Text encoders are loaded by transformers, which looks for magnitudes by the name of the parameter and
+    # silently creates new ones if none match. PEFT loads the other parts, and leaves ".weight" out.
     by_name = component.startswith("text_encoder")
     end = ".lora_magnitude_vector"
     tensors = {
@@ -171,7 +175,7 @@ _OF_B = re.compile(r"(?P<name>.+)\.lora_(?:B\.(?:weight|bias)|embedding_B)")
 
 
 def _scaled(key: str, value: Tensor, scales: Mapping[str, float]) -> Tensor:
-    """B, and its bias, times the scale of its layer; any other tensor as it is."""
+    """Return B or its bias times the scale of the layer; any other tensor unchanged."""
     match = _OF_B.fullmatch(key)
     if match is None:
         return value
@@ -179,10 +183,10 @@ def _scaled(key: str, value: Tensor, scales: Mapping[str, float]) -> Tensor:
 
 
 def joined_metadata(every: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The metadata of a file that has several parts of a pipeline, from those of each part."""
+    """Return the metadata of a file with several parts of a pipeline, from the metadata of each part."""
     values: dict[str, Any] = {}
-    for one in every:
-        values |= json.loads(one[DIFFUSERS_METADATA])
+    for metadata in every:
+        values |= json.loads(metadata[DIFFUSERS_METADATA])
     return {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
 
 
@@ -202,19 +206,19 @@ def _of_kinds(record: AdapterRecord) -> Iterator[str]:
             yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
 
 
-def _in_full(found: Stored, record: AdapterRecord) -> Iterator[str]:
+def _in_full(adapter: Stored, record: AdapterRecord) -> Iterator[str]:
     yield from (f"modules_to_save: {name} is trained in full" for name in record.saved_modules)
     yield from (f"bias: {name} is trained" for name in record.biases)
     if record.config.init_lora_weights == "loftq":
         yield "init_lora_weights='loftq': the adapter belongs to a base that was quantized for it"
-    yield from (f"{name}: PEFT has no name for this weight" for name in found.own)
-    if not found.targets:
+    yield from (f"{name}: PEFT has no name for this weight" for name in adapter.own)
+    if not adapter.targets:
         yield "there is no low-rank adapter"
 
 
-def _unknown_targets(found: Stored) -> Iterator[str]:
-    attention = {one.name for one in found.joined if len(one.pairs) > 1}
-    for target in found.targets:
+def _unknown_targets(adapter: Stored) -> Iterator[str]:
+    attention = {joined.name for joined in adapter.joined if len(joined.pairs) > 1}
+    for target in adapter.targets:
         if target.parameter:
             yield f"{target.name}: it is a parameter, not a layer"
         elif target.name in attention:
@@ -223,7 +227,7 @@ def _unknown_targets(found: Stored) -> Iterator[str]:
 
 # --- which part of a pipeline ---------------------------------------------------------------------
 
-# How keys of each part begin: diffusers' way, kohya's, and that of LyCORIS.
+# Prefixes of the keys of each part, as written by diffusers, kohya and LyCORIS.
 _COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "unet": ("unet.", "lora_unet_", "lycoris_"),
     "transformer": (
@@ -237,15 +241,15 @@ _COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
 _FLATTENED: Final = tuple(
     start for begins in _COMPONENTS.values() for start in begins if start.endswith("_")
 )
-# Modules around all others of a text encoder, which transformers had until version 5.
+# The outermost module of a text encoder, which transformers had until version 5.
 _AROUND = ("text_model.", "text_model_")
 
 
 def component_of(model: nn.Module, component: str | None) -> str:
-    """The part of a pipeline that a model is: as it is given, or by the class.
+    """Return the part of a pipeline that a model is: the given one, or the one that its class tells.
 
     Raises:
-        ConfigError: If it is no part, or cannot be told.
+        ConfigError: If there is no such part, or the class does not tell.
     """
     if component is not None:
         _check_component(component)
@@ -275,8 +279,8 @@ def _check_component(component: str) -> None:
 
 # --- reading --------------------------------------------------------------------------------------
 
-# What a tensor of a layer is, by the end of its key. "magnitude" is DoRA's as PEFT shapes it, "dora_scale" as
-# kohya does, "bias" that of B.
+# The role of a tensor in its layer, by the end of its key. "magnitude" is DoRA's in PEFT's shape,
+# "dora_scale" the same in kohya's shape, and "bias" the bias of B.
 _ROLES: Final = tuple(
     (re.compile(rf"(?P<name>.+?){end}"), role)
     for end, role in (
@@ -294,7 +298,7 @@ _ROLES: Final = tuple(
         (r"_lora\.up\.weight", "old B"),
     )
 )
-# Other methods, by what their tensors are called.
+# Other methods, by the names of their tensors.
 _METHODS: Final[Mapping[str, str]] = {
     r"\.hada_[wt]\d": "LoHa, products of two low-rank matrices, element by element",
     r"\.lokr_[wt]\d": "LoKr, Kronecker products",
@@ -317,20 +321,21 @@ _OLD = {
 def read_dialect(
     path: Path, model: nn.Module, component: str | None
 ) -> tuple[dict[str, Tensor], LoraConfig]:
-    """Reads a file of diffusers or kohya as PEFT would have it.
+    """Read a file of diffusers or kohya, and return it in PEFT's form.
 
     Args:
         path: A file of tensors.
-        model: The model that it is for, rewritten or not: its names are those that are looked for.
-        component: Which part of the pipeline the model is, where the file has several that could be meant.
+        model: The model to load the file for, rewritten or not. The layers in the file are looked up by its
+            names.
+        component: The part of the pipeline that the model is, if several parts of the file could fit.
 
     Returns:
-        Tensors by PEFT's keys, without its prefix, and the configuration that goes with them.
+        Tensors by PEFT's keys, without its prefix, and their configuration.
 
     Raises:
-        CheckpointError: If the file is damaged, of another method, of another model, or could be meant for
+        CheckpointError: If the file is damaged, belongs to another method or model, or could be meant for
             several parts.
-        ConfigError: If the component does not exist, or the metadata ask for what lora_fx does not have.
+        ConfigError: If the component does not exist, or the metadata ask for a feature that lora_fx lacks.
     """
     if component is not None:
         _check_component(component)
@@ -348,12 +353,12 @@ def read_dialect(
         _check_values(path, name, roles)
         for role, value in roles.items():
             if role != "alpha":
-                key, found = _as_peft(path, name, role, value, modules[name], roles["B"])
-                tensors[key] = found
+                key, converted = _as_peft(path, name, role, value, modules[name], roles["B"])
+                tensors[key] = converted
         rank = roles["A"].shape[0]
         alpha = float(roles["alpha"]) if "alpha" in roles else None
         if alpha is None:
-            # Patterns are about the names that the layers have in the file.
+            # Patterns match the names of the layers in the file.
             alpha = alpha_for(names[name], config) if config is not None else float(rank)
         targets.append(Target(name, rank, alpha))
     if config is None and not any("alpha" in roles for roles in layers.values()):
@@ -380,10 +385,10 @@ def read_dialect(
 
 def _refuse_methods(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
-        for end, what in _METHODS.items():
+        for end, kind in _METHODS.items():
             if re.search(end, key):
                 raise CheckpointError(
-                    f"{path}: {key} belongs to {what}. lora_fx reads LoRA and DoRA; merge this one with the "
+                    f"{path}: {key} belongs to {kind}. lora_fx reads LoRA and DoRA; merge this one with the "
                     "library that made it"
                 )
 
@@ -411,7 +416,7 @@ _Layers = dict[str, dict[str, Tensor]]
 
 
 def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
-    """Tensors by role, by the name of the layer as it is in the file."""
+    """Return the tensors by role, for each name of a layer in the file."""
     layers: _Layers = defaultdict(dict)
     unknown = []
     for key, value in read.items():
@@ -440,80 +445,84 @@ def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
 def _layers_for(
     path: Path, layers: _Layers, modules: Mapping[str, nn.Module], component: str | None
 ) -> tuple[str, dict[str, str], _Layers]:
-    """The layers of a file that are this model's.
+    """Return the layers of a file that belong to this model.
 
     Returns:
-        The part that they were under, their names in the file by those in the model, and their tensors.
+        The part of the pipeline, the layers' names in the file by their names in the model, and their
+        tensors.
     """
     flat, parts = _flattened_names(modules), _by_part(layers, component)
-    flattened = {one for one in layers if one.startswith(_FLATTENED)}
-    found: dict[str, tuple[str, dict[str, str], _Layers]] = {}
+    flattened = {name for name in layers if name.startswith(_FLATTENED)}
+    fits: dict[str, tuple[str, dict[str, str], _Layers]] = {}
     missing: dict[str, list[str]] = {}
     for part, named in parts.items():
-        places = {
-            one: _place(path, rest, modules, flat, exact=one not in flattened or rest == one)
-            for one, rest in named.items()
+        targets = {
+            name: _place(path, bare, modules, flat, exact=name not in flattened or bare == name)
+            for name, bare in named.items()
         }
-        lost = [one for one, place in places.items() if place is None]
+        lost = [name for name, target in targets.items() if target is None]
         if lost:
             missing[part] = lost
         else:
-            _check_once(path, places)
-            found[part] = (
+            _check_once(path, targets)
+            fits[part] = (
                 part,
-                {str(place): named[one] for one, place in places.items()},
-                {str(place): layers[one] for one, place in places.items()},
+                {str(target): named[name] for name, target in targets.items()},
+                {str(target): layers[name] for name, target in targets.items()},
             )
-    # A file that is for one model has no parts.
-    if "" in found and component is None:
-        return found[""]
-    # Kohya calls each model that makes pictures unet.
-    if found and len({frozenset(parts[part]) for part in found}) == 1:
-        return next(iter(found.values()))
-    if found:
+    # A file for a single model has no parts.
+    if "" in fits and component is None:
+        return fits[""]
+    # Kohya calls every image model unet.
+    if fits and len({frozenset(parts[part]) for part in fits}) == 1:
+        return next(iter(fits.values()))
+    if fits:
         raise CheckpointError(
-            f"{path} has adapters that fit this model under {' and '.join(found)}: give component= one of "
+            f"{path} has adapters that fit this model under {' and '.join(fits)}: give component= one of "
             "them"
         )
-    there = sorted(set(parts) - {""}) or ["no part of a pipeline that lora_fx knows"]
+    names = sorted(set(parts) - {""}) or ["no part of a pipeline that lora_fx knows"]
     lost = min(missing.values(), key=len) if missing else list(layers)
     raise CheckpointError(
-        f"{path} is for another model: it has adapters for {', '.join(there)}, and of its layers this model "
-        f"has no {some([one.removesuffix('|old') for one in lost])}"
+        f"{path} is for another model: it has adapters for {', '.join(names)}, and of its layers this model "
+        f"has no {some([name.removesuffix('|old') for name in lost])}"
     )
 
 
 def _flattened_names(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """The modules by their names with underscores for dots, which may be those of several."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Return the modules' names by their flattened names, with ``_`` for ``.``. Several can share one."""
+    names: dict[str, list[str]] = defaultdict(list)
     first: dict[nn.Module, str] = {}
     for name, module in modules.items():
         first.setdefault(module, name)
-        # A module that has several names is one layer, by the first of them.
-        if first[module] not in found[name.replace(".", "_")]:
-            found[name.replace(".", "_")].append(first[module])
-    return found
+        # A module with several names is one layer, known by its first name.
+        if first[module] not in names[name.replace(".", "_")]:
+            names[name.replace(".", "_")].append(first[module])
+    return names
 
 
 def _by_part(layers: _Layers, component: str | None) -> dict[str, dict[str, str]]:
-    """The names of layers by the part that they may be of, each with what comes after the name of that."""
+    """Return the names of layers by the part of the pipeline that they may belong to.
+
+    The values are the names without the part's prefix.
+    """
     parts: dict[str, dict[str, str]] = {}
     for part, begins in {"": ("", "base_model.model."), **_COMPONENTS}.items():
         for start in begins:
-            named = {one: one.removeprefix(start) for one in layers if one.startswith(start)}
+            named = {name: name.removeprefix(start) for name in layers if name.startswith(start)}
             if named and (component is None or component == part):
                 parts.setdefault(part, {}).update(named)
     return parts
 
 
-def _check_once(path: Path, places: Mapping[str, str | None]) -> None:
-    """Refuses two adapters of one layer: only one of them would be loaded."""
+def _check_once(path: Path, targets: Mapping[str, str | None]) -> None:
+    """Raise if two adapters belong to the same layer, because only one of them would be loaded."""
     first: dict[str, str] = {}
-    for one, place in places.items():
-        other = first.setdefault(str(place), one)
-        if other != one:
-            names = " and ".join(name.removesuffix("|old") for name in (other, one))
-            raise CheckpointError(f"{path} has two adapters for {place} of this model: {names}")
+    for layer, target in targets.items():
+        other = first.setdefault(str(target), layer)
+        if other != layer:
+            names = " and ".join(name.removesuffix("|old") for name in (other, layer))
+            raise CheckpointError(f"{path} has two adapters for {target} of this model: {names}")
 
 
 def _place(
@@ -524,29 +533,33 @@ def _place(
     *,
     exact: bool,
 ) -> str | None:
-    """The module that a layer of the file is.
+    """Return the module that a layer of the file belongs to.
 
     Args:
         path: The file.
-        name: The name in the file, without the part.
-        modules: Those of the model.
-        flat: Their names, by the name with ``_`` for ``.``.
-        exact: Whether a module of just this name is meant if there is one. In a flattened name each ``_`` may
-            be a dot.
+        name: The name in the file, without the prefix of the part.
+        modules: The modules of the model.
+        flat: The modules' names, by the same names with ``_`` for ``.``.
+        exact: True if a module of exactly this name wins. In a flattened name each ``_`` may be a dot.
     """
     name, _, old = name.partition("|")
     candidates = [name]
     if old:
         owner, _, leaf = name.replace(".processor.", ".").rpartition(".")
-        candidates = [f"{owner}.{leaf}", *(f"{owner}.{one}" for one in _OLD.get(leaf, ()))]
-    candidates += [one.removeprefix(start) for one in candidates for start in _AROUND]
-    for one in candidates if exact else ():
-        if one in modules and _has_weight(modules[one]):
+        candidates = [f"{owner}.{leaf}", *(f"{owner}.{new}" for new in _OLD.get(leaf, ()))]
+    candidates += [alias.removeprefix(start) for alias in candidates for start in _AROUND]
+    for candidate in candidates if exact else ():
+        if candidate in modules and _has_weight(modules[candidate]):
             return next(
-                known for known in flat[one.replace(".", "_")] if modules[known] is modules[one]
+                known
+                for known in flat[candidate.replace(".", "_")]
+                if modules[known] is modules[candidate]
             )
     several = [
-        one for named in candidates for one in flat.get(named, ()) if _has_weight(modules[one])
+        known
+        for alias in candidates
+        for known in flat.get(alias, ())
+        if _has_weight(modules[known])
     ]
     several = list(dict.fromkeys(several))
     if len(several) > 1:
@@ -561,7 +574,7 @@ def _has_weight(module: nn.Module) -> bool:
 def _as_peft(
     path: Path, name: str, role: str, value: Tensor, module: nn.Module, b: Tensor
 ) -> tuple[str, Tensor]:
-    """A tensor by PEFT's key, in PEFT's shape: a kernel has the dimensions of the layer's."""
+    """Return a tensor with PEFT's key and shape. A kernel has as many dimensions as the layer's."""
     dims = module.weight.dim() if isinstance(module.weight, Tensor) else 2
     dims = max(dims, 2)
     if role in ("A", "B"):
@@ -583,7 +596,7 @@ def _as_peft(
 
 
 def _config_in(path: Path, metadata: Mapping[str, str], part: str) -> LoraConfig | None:
-    """The configuration that diffusers wrote beside the tensors; None where there is none."""
+    """Return the configuration that diffusers wrote with the tensors, or None if there is none."""
     text = metadata.get(DIFFUSERS_METADATA)
     if text is None:
         return None

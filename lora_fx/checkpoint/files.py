@@ -1,4 +1,4 @@
-"""The files of an adapter folder: read without running anything, written whole or not at all."""
+"""The files of an adapter folder: loaded without running code, and replaced atomically."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ RECEIPT_NAME: Final = "adapter_receipt.safetensors"
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads the tensors of an adapter, from a pickle only if it can hold nothing else.
+    """Read the tensors of an adapter. A pickle is read only if it can hold nothing but tensors.
 
     Returns:
-        Tensors on the CPU by key, as they are in the file, and the file's metadata.
+        Tensors on the CPU by the keys in the file, and the file's metadata.
 
     Raises:
-        CheckpointError: If there is no file, it is damaged, or a pickle that could run code.
+        CheckpointError: If there is no file, or it is damaged, or a pickle that could run code.
     """
     path = current(folder / WEIGHTS_NAME)
     if path.is_file():
@@ -56,7 +56,7 @@ def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]
 
 
 def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads one file of tensors, as :func:`read_tensors` does."""
+    """Read a single file of tensors, as :func:`read_tensors` does."""
     if path.suffix != ".safetensors":
         return _read_pickle(path), {}
     try:
@@ -74,19 +74,19 @@ _OF_PEFT: Final = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
 
 
 def check_format(folder: Path, others: Collection[str] = _OF_DIFFUSERS) -> None:
-    """Refuse a folder that holds an adapter of another format.
+    """Raise if a folder holds an adapter of another format.
 
     Args:
-        folder: Where an adapter is to be written.
+        folder: The folder to write an adapter to.
         others: Names of the files of other formats.
 
     Raises:
-        CheckpointError: If one of them is there.
+        CheckpointError: If such a file exists.
     """
-    found = [name for name in others if (folder / name).exists()]
-    if found:
+    existing = [name for name in others if (folder / name).exists()]
+    if existing:
         raise CheckpointError(
-            f"{folder} holds an adapter of another format ({', '.join(found)}), which a reader might take "
+            f"{folder} holds an adapter of another format ({', '.join(existing)}), which a reader might take "
             "for this one: give another folder, or delete that adapter"
         )
 
@@ -100,31 +100,31 @@ def write_folder(
     receipt: Receipt | None = None,
     force: bool,
 ) -> None:
-    """Writes the file of tensors and ``adapter_config.json``.
+    """Write the file of tensors and ``adapter_config.json``.
 
-    Both are written into a temporary folder first (inside the target, so that they are on its file
-    system) and then moved. After an error the folder is as it was before, and where the process is killed it
-    holds the adapter that was there, or the new one.
+    Both are written into a temporary folder first (inside the target, so that they are on the same file
+    system) and then moved. After an error the folder is unchanged. If the process is killed, the folder holds
+    either the old adapter or the new one.
 
     Args:
-        folder: Made if it is not there.
-        tensors: Contiguous, on the CPU, none sharing storage with another.
-        config: What to write as the configuration; None to write the tensors alone, as diffusers does.
-        notes: Further metadata of the file of tensors.
-        receipt: What the adapter does, to be written beside it.
-        force: Whether an adapter that is there already may be replaced.
+        folder: The folder; created if it is missing.
+        tensors: Contiguous tensors on the CPU, no two of which share storage.
+        config: The configuration to write; None to write only the tensors, as diffusers does.
+        notes: Additional metadata of the file of tensors.
+        receipt: The receipt to write as well.
+        force: True to replace an existing adapter.
 
     Raises:
-        CheckpointError: If an adapter is there and ``force`` is False, one of another format is there, or
-            the files cannot be written.
+        CheckpointError: If the folder has an adapter and ``force`` is False, it has an adapter of another
+            format, or the files cannot be written.
     """
     name = DIFFUSERS_NAME if config is None else WEIGHTS_NAME
     names = _OF_DIFFUSERS if config is None else _OF_PEFT
     check_format(folder, _OF_PEFT if config is None else _OF_DIFFUSERS)
-    there = [one for one in names if (folder / one).exists()]
-    if there and not force:
+    existing = [file_name for file_name in names if (folder / file_name).exists()]
+    if existing and not force:
         raise CheckpointError(
-            f"{folder} holds an adapter already ({', '.join(there)}); give another folder, or "
+            f"{folder} holds an adapter already ({', '.join(existing)}); give another folder, or "
             "force=True to replace it"
         )
     try:
@@ -138,7 +138,7 @@ def write_folder(
             if receipt is not None:
                 receipt.write(staged / RECEIPT_NAME)
         if receipt is None:
-            # That of an adapter that was here before says nothing of this one.
+            # The receipt of an earlier adapter does not describe this one.
             (folder / RECEIPT_NAME).unlink(missing_ok=True)
     except (OSError, safetensors.SafetensorError, CheckpointError) as error:
         cause = error.__cause__ if isinstance(error, CheckpointError) else error
@@ -166,13 +166,13 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder and its parents; takes away again what it made if the body fails."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    """Create a folder and its parents, and remove those that it created if the body fails."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
-        for one in missing:
-            if one.is_dir() and not any(one.iterdir()):
-                one.rmdir()
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
         raise

@@ -1,7 +1,7 @@
 """Adapter folders, read and written as PEFT does.
 
-The names of the tensors are in :mod:`lora_fx.checkpoint.keys`. Reading is strict: every tensor of
-the folder has its place in the model and every place is filled, or nothing is changed.
+The names of the tensors are in :mod:`lora_fx.checkpoint.keys`. Loading is strict: every tensor of the folder
+must have a slot in the model, and every slot a tensor. Otherwise nothing is changed.
 """
 
 from __future__ import annotations
@@ -84,49 +84,50 @@ def save_adapter(
     receipt: Any = None,
     save_embedding_layers: SaveEmbeddings = "auto",
 ) -> Path:
-    """Writes an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
+    """Write an adapter as a PEFT folder, which PEFT, vLLM and :func:`load_adapter` read.
 
-    Beside the factors it holds the trained biases, the modules of ``modules_to_save``, and the
-    buffers that training changed (batch-norm statistics). The configuration names every site in
-    full. An adapter whose initialization changed the base (PiSSA, OLoRA, CorDA, LoRA-GA) is made one of the
-    base as it was, of twice the rank; one of LoftQ says so, and the base is quantized again on loading.
+    The folder also holds the trained biases, the modules of ``modules_to_save``, and the buffers that
+    training changed (batch-norm statistics). The configuration names every site in full. If the
+    initialization changed the base (PiSSA, OLoRA, CorDA, LoRA-GA), the adapter is converted to an equivalent
+    one over the original base, with twice the rank. LoftQ is noted in the configuration, and the base is
+    quantized again on loading.
 
-    Parameters of the base that were unfrozen by hand, and those of a module that was put in place of one
-    of the base, are written under their own names, with a warning: PEFT and :func:`load_adapter` read them.
-    ``modules_to_save`` is the way to have them trained as part of an adapter.
+    Parameters of the base that were unfrozen by hand are written under their own names, with a warning. So
+    are those of a module that replaced a module of the base. PEFT and :func:`load_adapter` read them. To
+    train them as part of an adapter, use ``modules_to_save``.
 
     Args:
-        model: A rewritten model. With "diffusers" also several, by the parts of the pipeline that they are
-            (``{"unet": unet, "text_encoder": encoder}``), whose adapters go into one file.
-        directory: Where to; made if it is not there. An adapter that is not called "default" goes
+        model: A rewritten model. With "diffusers" also several models by their parts of the pipeline
+            (``{"unet": unet, "text_encoder": encoder}``), whose adapters go into a single file.
+        directory: The folder to write; created if it is missing. An adapter that is not called "default" goes
             into a subfolder of its name.
-        adapter_name: Which adapter; by default the only one, or the only active one.
-        force: Whether to replace an adapter that is there already.
-        format: Who is to read it. "peft" for PEFT, and for vLLM where all layers have one rank and alpha.
-            "vllm" and "gguf-ready" (llama.cpp's converter), which look at no pattern: with one rank and one
-            alpha, the rest in B; PEFT reads that as well. "diffusers" for ``load_lora_weights`` of a
-            pipeline: the file ``pytorch_lora_weights.safetensors``. :func:`load_adapter` reads all of them.
-        component: With "diffusers", which part of the pipeline the model is: "unet", "transformer",
-            "text_encoder", "text_encoder_2" or "text_encoder_3". Models of diffusers say it themselves.
+        adapter_name: The adapter; by default the only one, or the only active one.
+        force: True to replace an existing adapter.
+        format: The reader of the files. "peft" is for PEFT, and for vLLM if all layers have the same rank and
+            alpha. "vllm" and "gguf-ready" (llama.cpp's converter) are for readers that ignore patterns: all
+            layers get the same rank and alpha, and B absorbs the difference. PEFT reads that as well.
+            "diffusers" is for ``load_lora_weights`` of a pipeline: the file
+            ``pytorch_lora_weights.safetensors``. :func:`load_adapter` reads all formats.
+        component: With "diffusers", the model's part of the pipeline: "unet", "transformer", "text_encoder",
+            "text_encoder_2" or "text_encoder_3". Models of diffusers do not need it.
         vllm: The same as ``format="vllm"``.
-        receipt: Inputs of the model, a tensor or tensors by argument: what the adapter does to them is
-            written beside it, and ``lora-fx verify`` asks a runtime or a server whether it does that.
-        save_embedding_layers: Whether the weights of the embedding and the head of a transformers model are
-            written, too. By default, as in PEFT, where one called ``embed_tokens`` or ``lm_head`` is adapted
-            or the vocabulary is not that of the base's ``config.json`` (if that is on this machine), but not
-            for vLLM.
+        receipt: Inputs of the model, a tensor or tensors by argument. The adapter's effect on them is saved
+            with it, and ``lora-fx verify`` checks that a runtime or a server reproduces it.
+        save_embedding_layers: True to write the weights of the embedding and the head of a transformers model
+            as well. By default, as in PEFT, they are written if a layer called ``embed_tokens`` or
+            ``lm_head`` is adapted. They are also written if the vocabulary differs from the base's
+            ``config.json`` (if that is on this machine). For vLLM the default is False.
 
     Returns:
-        The folder that was written.
+        The written folder.
 
     Raises:
-        ConfigError: If the model has no such adapter, several could be meant, its start still waits for data,
-            there is no such format or component, or several models are given for another format or with
-            ``receipt``.
-        CheckpointError: If an adapter is there already and ``force`` is False, one of another format is
-            there, the model is on the
-            meta device, the reader would refuse the adapter or a part of it, or the files cannot be written
-            (a full disk). The folder is then as it was.
+        ConfigError: If the model has no such adapter, several could be meant, or its start still waits for
+            data. If the format or component does not exist, or several models are given for another format or
+            with ``receipt``.
+        CheckpointError: If the folder has an adapter and ``force`` is False, or an adapter of another format.
+            If the model is on the meta device, the reader would refuse the adapter or a part of it, or the
+            files cannot be written (a full disk). The folder is unchanged then.
     """
     reader = _reader(format, component, vllm=vllm)
     if isinstance(model, Mapping):
@@ -137,7 +138,7 @@ def save_adapter(
             )
         adapter_name = the_adapter(next(iter(model.values())), adapter_name)
         folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
-        saved = [_of_component(one, adapter_name, part) for part, one in model.items()]
+        saved = [_of_component(module, adapter_name, part) for part, module in model.items()]
         joined = {key: value for tensors, _ in saved for key, value in tensors.items()}
         write_folder(
             folder, joined, None, notes=joined_metadata(notes for _, notes in saved), force=force
@@ -147,8 +148,10 @@ def save_adapter(
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     if reader == "diffusers":
         tensors, notes = _of_component(model, adapter_name, component)
-        made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
-        write_folder(folder, tensors, None, notes=notes, receipt=made, force=force)
+        adapter_receipt = (
+            None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
+        )
+        write_folder(folder, tensors, None, notes=notes, receipt=adapter_receipt, force=force)
         return folder
     record = _initialized(model, adapter_name)
     if reader != "peft" and save_embedding_layers == "auto":
@@ -157,8 +160,10 @@ def save_adapter(
         model, record, adapter_name, save_embedding_layers, reader=reader, folder=folder
     )
     tensors = {PREFIX + key: value for key, value in values.items()}
-    made = None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
-    write_folder(folder, tensors, config, notes=notes, receipt=made, force=force)
+    adapter_receipt = (
+        None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
+    )
+    write_folder(folder, tensors, config, notes=notes, receipt=adapter_receipt, force=force)
     return folder
 
 
@@ -166,12 +171,12 @@ def save_adapter(
 def _of_component(
     model: nn.Module, adapter_name: str, component: str | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what a file of diffusers holds for one model: tensors by key, and metadata."""
+    """Return the contents of a diffusers file for a single model: tensors by key, and metadata."""
     record = _initialized(model, adapter_name)
     part = component_of(model, component)
-    found = stored(model, record, adapter_name, False)
-    config = written_config(model, record, found.targets)
-    return for_diffusers(found, record, config, part)
+    adapter = stored(model, record, adapter_name, False)
+    config = written_config(model, record, adapter.targets)
+    return for_diffusers(adapter, record, config, part)
 
 
 def _initialized(model: nn.Module, adapter_name: str) -> AdapterRecord:
@@ -212,25 +217,25 @@ def folder_of(
         adapter_name: Its name.
         save_embedding_layers: As for :func:`save_adapter`.
         reader: "peft", "vllm" or "gguf-ready".
-        folder: What warnings name.
+        folder: The name of the folder in warnings.
 
     Raises:
         CheckpointError: As :func:`save_adapter`.
     """
-    found = stored(model, record, adapter_name, save_embedding_layers)
-    config = written_config(model, record, found.targets)
-    if found.own:
+    adapter = stored(model, record, adapter_name, save_embedding_layers)
+    config = written_config(model, record, adapter.targets)
+    if adapter.own:
         _log.warning(
             "%s: PEFT has no name for these weights: lora_fx loads their adapters, PEFT leaves them out: %s",
             folder,
-            ", ".join(found.own),
+            ", ".join(adapter.own),
         )
-    if found.by_hand:
+    if adapter.by_hand:
         _log.warning(
             "%s: these parameters are trained, and no adapter trains them: they are saved beside it, in "
             "full. modules_to_save makes them part of an adapter: %s",
             folder,
-            some(sorted(found.by_hand)),
+            some(sorted(adapter.by_hand)),
         )
     if config.lora_dropout != record.config.lora_dropout:
         _log.warning(
@@ -240,11 +245,11 @@ def folder_of(
             ", ".join(config.target_parameters or ()),
             record.config.lora_dropout,
         )
-    values, notes = found.tensors, note_of(found.joined)
-    notes |= note_of_by_hand({*found.by_hand, *found.given})
+    values, notes = adapter.tensors, note_of(adapter.joined)
+    notes |= note_of_by_hand({*adapter.by_hand, *adapter.given})
     if reader != "peft":
-        # One rank for all is none of the parts: the whole is read as one adapter again.
-        (values, config), notes = for_one_rank(found, record, config, reader), {}
+        # With a common rank the parts' own ranks are lost, so loading adapts the whole as a single site.
+        (values, config), notes = for_one_rank(adapter, record, config, reader), {}
     return values, config, notes
 
 
@@ -258,35 +263,34 @@ def load_adapter(
     example_inputs: Any = None,
     frontend: Frontend = "auto",
 ) -> ModelT:
-    """Reads an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
+    """Load an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
 
     Args:
-        model: A model that is not rewritten, which is not touched; or one that was. If that has an
-            adapter of this name, which then has to be of this shape, its values are replaced; else the
-            adapter is added to those that it has, and :func:`lora_fx.set_adapter` makes it active.
-        directory: A local folder. For an adapter that is not called "default", its subfolder of
-            that name if there is one. Or a file, ``.safetensors``, with the names of diffusers or of kohya's
-            scripts (``lora_unet_…``), or the folder of ``pytorch_lora_weights.safetensors``.
-        adapter_name: What to call the adapter; the folder does not say.
-        component: Which part of a pipeline the model is ("unet", "transformer", "text_encoder",
-            "text_encoder_2", "text_encoder_3"), for a file that has several which fit it. What a file has
-            for other parts is left alone.
-        example_inputs: As for :func:`lora_fx.rewrite`, for a model that is not rewritten. An adapter
-            that was trained on a model rewritten with them may need them again.
-        frontend: Likewise.
+        model: A model that is not rewritten, which is not changed, or a rewritten model. If the latter has an
+            adapter of this name, its values are replaced, and the shapes have to match. Otherwise the adapter
+            is added, and :func:`lora_fx.set_adapter` activates it.
+        directory: A local folder. If the adapter is not called "default", its subfolder of that name is used
+            if it exists. Or a file, ``.safetensors``, with the names of diffusers or of kohya's scripts
+            (``lora_unet_…``), or the folder of ``pytorch_lora_weights.safetensors``.
+        adapter_name: The name for the adapter, because the folder has none.
+        component: The model's part of a pipeline ("unet", "transformer", "text_encoder", "text_encoder_2",
+            "text_encoder_3"), if several parts of a file fit the model. Other parts of the file are ignored.
+        example_inputs: As for :func:`lora_fx.rewrite`, if the model is not rewritten. An adapter may need
+            them again if it was trained on a model that was rewritten with them.
+        frontend: As for :func:`lora_fx.rewrite`.
 
     Returns:
-        A model with the adapter, as :func:`lora_fx.rewrite` makes it: a new one, or, if ``model``
-        is rewritten, ``model`` itself. It can be trained on: the note ``inference_mode`` that
-        PEFT puts into every folder is not heeded. Values are cast to the dtype of their place.
+        A model with the adapter, as from :func:`lora_fx.rewrite`: a new one, or ``model`` itself if it is
+        rewritten. It can be trained further: ``inference_mode``, which PEFT sets in every folder, is ignored.
+        Values are cast to the dtypes of the model.
 
     Raises:
-        CheckpointError: If the folder or a file is missing or damaged, is no LoRA adapter, is a
-            pickle that could run code, or does not fit the model: every tensor that is missing,
-            unexpected or of another shape is named. Nothing was changed then.
-        ConfigError: If the adapter needs a feature that lora_fx does not have, or the model is
-            rewritten and has to be captured again.
-        CaptureError: If the model cannot be captured so.
+        CheckpointError: If the folder or a file is missing or damaged, is no LoRA adapter, or is a pickle
+            that could run code. If it does not fit the model: the error names every tensor that is missing,
+            unexpected or of another shape. Nothing was changed then.
+        ConfigError: If the adapter needs a feature that lora_fx does not have, or capture arguments are given
+            for a rewritten model.
+        CaptureError: If the model cannot be captured.
     """
     check_adapter_name(adapter_name)
     if not isinstance(model, nn.Module):
@@ -314,14 +318,14 @@ def load_adapter(
         if not known:
             repeat_start(target, adapter_name, config)
             record = adapter_record(target, adapter_name)
-            given = given_values(target, record, tensors, by_hand_in(metadata))
-            if given:
+            base_values = given_values(target, record, tensors, by_hand_in(metadata))
+            if base_values:
                 _log.warning(
                     "%s: the folder has other values of %s than the model: they come and go with the adapter",
                     folder,
-                    ", ".join(given),
+                    ", ".join(base_values),
                 )
-            place_given(target, adapter_name, given)
+            place_given(target, adapter_name, base_values)
         record = adapter_record(target, adapter_name)
         values, problems = fitted(target, record, adapter_name, tensors, config)
         if problems:
@@ -342,7 +346,7 @@ def load_adapter(
 def _read(
     folder: Path, model: nn.Module, component: str | None
 ) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
-    """Return what a folder, or a file of another library, holds, as :func:`folder_of` gives it."""
+    """Return the contents of a folder, or of a file of another library, as :func:`folder_of` does."""
     metadata: dict[str, str] = {}
     if folder.is_file():
         tensors, config = read_dialect(folder, model, component)
@@ -411,7 +415,7 @@ def _extend(
     folder: Path,
     adapter_name: str,
 ) -> None:
-    """Gives a rewritten model one more adapter, which has no values yet."""
+    """Add an adapter without values to a rewritten model."""
     try:
         put_adapter(model, exact, adapter_name)
     except NoMatchError as error:
@@ -432,7 +436,7 @@ def _matches_nothing(
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:
-    """Say why sites in a folder are not adapted although the model has the operations."""
+    """Return the reasons why sites in a folder are not adapted although the model has the operations."""
     if record_of(model) is not None:
         return []
     try:
@@ -441,8 +445,8 @@ def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[s
         return [line.strip() for line in str(error).splitlines()[1:]]
     known = {skipped.site.name: skipped.reason for skipped in plan.skipped}
     known |= {rejection.name: rejection.reason for rejection in plan.rejections}
-    asked = {name for name in known if judge(name, exact).selected}
-    return [f"because {name}: {known[name]}" for name in sorted(asked)]
+    selected = {name for name in known if judge(name, exact).selected}
+    return [f"because {name}: {known[name]}" for name in sorted(selected)]
 
 
 def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:

@@ -1,7 +1,7 @@
-"""Puts other values into an adapter in place: a compiled model goes on running as it is.
+"""Replacement of an adapter's values in place, so that a compiled model needs no recompilation.
 
-Compiled code depends on shapes and on the scales that are constants of the graphs. An adapter of less rank is
-padded with zeros, and one of another scale has the ratio of both in its B.
+Compiled code depends on shapes and on the scales, which are constants of the graphs. Factors of a lower rank
+are padded with zeros. If the scales differ, their ratio is folded into B.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ __all__ = ["hotswap_adapter", "prepare_hotswap"]
 
 @inside
 def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None) -> nn.Module:
-    """Gives an adapter room for others of a higher rank: its factors are padded with zeros.
+    """Pad an adapter's factors with zeros, to make room for adapters of a higher rank.
 
-    What it computes stays the same, and so does its scale. Shapes change: do it before ``torch.compile``, and
+    The adapter's outputs and scale stay the same. Shapes change, so call this before ``torch.compile`` and
     before the first step of an optimizer, which keeps tensors of the old shape. Gradients are dropped.
 
     Args:
-        model: A rewritten model. It is changed.
+        model: A rewritten model, changed in place.
         rank: The highest rank that will be swapped in.
-        adapter_name: Which adapter; by default the only one, or the only active one.
+        adapter_name: The adapter; by default the only one, or the only active one.
 
     Returns:
         The model itself.
 
     Raises:
-        ConfigError: If there is no such adapter, several could be meant, the rank is below one that it has,
+        ConfigError: If there is no such adapter, several could be meant, the rank is below one of its ranks,
             or the groups of a convolution do not divide it.
     """
     if type(rank) is not int or rank < 1:
@@ -74,9 +74,9 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None
 def hotswap_adapter(
     model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None
 ) -> nn.Module:
-    """Puts the values of an adapter folder into an adapter of the model, without a change of any shape.
+    """Replace the values of an adapter by those of an adapter folder, without changing any shape.
 
-    The folder's adapter may have less rank, another scale and fewer sites: a site that it lacks then adds
+    The folder's adapter may have a lower rank, another scale and fewer sites: a site that it lacks then adds
     nothing. :func:`prepare_hotswap` makes room for higher ranks.
 
     Args:
@@ -89,27 +89,27 @@ def hotswap_adapter(
         The model itself.
 
     Raises:
-        CheckpointError: As :func:`lora_fx.load_adapter`; and if the folder's adapter has a site, a rank, a
-            variant or a trained parameter that the model's has no place for: all are listed, and nothing
-            was changed.
+        CheckpointError: As :func:`lora_fx.load_adapter`. Also if the folder's adapter has a site, a rank, a
+            variant or a trained parameter that the model's adapter cannot hold. The error lists all of them,
+            and nothing was changed.
         ConfigError: If there is no such adapter, several could be meant, or it trains biases of the base.
     """
     adapter_name = the_adapter(model, adapter_name)
-    there = adapter_record(model, adapter_name)
-    if there.biases:
+    old = adapter_record(model, adapter_name)
+    if old.biases:
         raise ConfigError(
-            f"adapter {adapter_name!r} trains biases of the base (bias={there.config.bias!r}), of which a "
+            f"adapter {adapter_name!r} trains biases of the base (bias={old.config.bias!r}), of which a "
             "model has one adapter at most, so that no other can be swapped in; "
             "lora_fx.load_adapter(model, directory, adapter_name=...) replaces the values of one of the same "
             "shape"
         )
     incoming = _free_name(model, adapter_name)
-    # Buffers are the model's, not an adapter's: loading writes them before anything is compared.
+    # Buffers belong to the model, not to an adapter: loading writes them before anything is compared.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     load_adapter(model, directory, adapter_name=incoming)
     try:
         new = adapter_record(model, incoming)
-        if problems := sorted(_problems(model, there, adapter_name, new, incoming)):
+        if problems := sorted(_problems(model, old, adapter_name, new, incoming)):
             for name, buffer in buffers.items():
                 write(model.get_buffer(name), buffer)
             raise CheckpointError(
@@ -117,7 +117,7 @@ def hotswap_adapter(
                 "was changed:\n  " + "\n  ".join(problems)
             )
         rows = {row.name: row for row in new.sites}
-        for row in there.sites:
+        for row in old.sites:
             _swap(model, row, adapter_name, rows.get(row.name), incoming)
         for name in new.own:
             write(own_value(model, adapter_name, name), own_value(model, incoming, name).detach())
@@ -139,54 +139,54 @@ def _free_name(model: nn.Module, name: str) -> str:
 
 
 def _problems(
-    model: nn.Module, there: AdapterRecord, name: str, new: AdapterRecord, incoming: str
+    model: nn.Module, old: AdapterRecord, name: str, new: AdapterRecord, incoming: str
 ) -> Iterator[str]:
-    rows = {row.name: row for row in there.sites}
+    rows = {row.name: row for row in old.sites}
     for row in new.sites:
-        place = rows.get(row.name)
-        if place is None:
+        existing = rows.get(row.name)
+        if existing is None:
             yield f"{row.name}: the model's adapter is not there"
-        elif row.rank > place.rank:
+        elif row.rank > existing.rank:
             yield (
-                f"{row.name}: rank {row.rank}, and there is room for {place.rank}: call "
+                f"{row.name}: rank {row.rank}, and there is room for {existing.rank}: call "
                 f"lora_fx.prepare_hotswap(model, {row.rank}) before the model is compiled"
             )
-        elif (row.kind, bool(row.tied)) != (place.kind, bool(place.tied)):
-            yield f"{row.name}: the variants differ ({_difference(row, place)})"
-        elif place.scale == 0:
+        elif (row.kind, bool(row.tied)) != (existing.kind, bool(existing.tied)):
+            yield f"{row.name}: the variants differ ({_difference(row, existing)})"
+        elif existing.scale == 0:
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
-        elif start_factors(model, row, incoming) or start_factors(model, place, name):
+        elif start_factors(model, row, incoming) or start_factors(model, existing, name):
             yield f"{row.name}: an initialization changed the base: save that adapter converted"
     names = {row.name for row in new.sites}
-    for row in there.sites:
-        lacking = [one for one in kind_of(row).slots(row.site) if one.neutral is None]
+    for row in old.sites:
+        lacking = [slot for slot in kind_of(row).slots(row.site) if slot.neutral is None]
         if lacking and row.name not in names:
-            what = lacking[0].what.removeprefix("a ")
-            yield f"{row.name}: the folder has no {what} for it"
+            description = lacking[0].what.removeprefix("a ")
+            yield f"{row.name}: the folder has no {description} for it"
         if row.tied and row.tied in names and row.name not in names:
             yield f"{row.name}: the folder's adapter of {row.tied} is not tied to it (ensure_weight_tying)"
-    yield from _problems_beside_sites(there, new)
+    yield from _problems_beside_sites(old, new)
 
 
-def _difference(new: PlannedSite, there: PlannedSite) -> str:
-    """Fields of a configuration that make the difference."""
-    kinds = (kind_of(new), kind_of(there)) if new.kind != there.kind else ()
+def _difference(new: PlannedSite, old: PlannedSite) -> str:
+    """Return the fields of a configuration that differ."""
+    kinds = (kind_of(new), kind_of(old)) if new.kind != old.kind else ()
     fields = {kind.field or "kind": None for kind in kinds if kind.slots(new.site)}
-    if bool(new.tied) != bool(there.tied):
+    if bool(new.tied) != bool(old.tied):
         fields["ensure_weight_tying"] = None
     return ", ".join(fields)
 
 
-def _problems_beside_sites(there: AdapterRecord, new: AdapterRecord) -> Iterator[str]:
-    for own in sorted(set(there.own) ^ set(new.own)):
+def _problems_beside_sites(old: AdapterRecord, new: AdapterRecord) -> Iterator[str]:
+    for own in sorted(set(old.own) ^ set(new.own)):
         owner = "the folder's" if own in new.own else "the model's"
         yield f"{own}: only {owner} adapter trains it (modules_to_save, bias)"
-    here, coming = ({row.name: row.indices for row in one.tokens} for one in (there, new))
-    for name in sorted(here.keys() | coming.keys()):
-        if here.get(name) != coming.get(name):
+    old_rows, new_rows = ({row.name: row.indices for row in record.tokens} for record in (old, new))
+    for name in sorted(old_rows.keys() | new_rows.keys()):
+        if old_rows.get(name) != new_rows.get(name):
             yield (
-                f"{name}: the folder's adapter trains its rows {_listed(coming.get(name))}, the model's "
-                f"{_listed(here.get(name))} (trainable_token_indices)"
+                f"{name}: the folder's adapter trains its rows {_listed(new_rows.get(name))}, the model's "
+                f"{_listed(old_rows.get(name))} (trainable_token_indices)"
             )
 
 
@@ -198,7 +198,7 @@ def _swap(
     model: nn.Module, row: PlannedSite, name: str, new: PlannedSite | None, incoming: str
 ) -> None:
     target, kind = factors_of(model, row, name), kind_of(row)
-    slots = {one.name: one for one in kind.slots(row.site)}
+    slots = {spec.name: spec for spec in kind.slots(row.site)}
     if new is None:
         if kind.low_rank:
             write(target.b, torch.zeros_like(target.b))
@@ -220,12 +220,12 @@ def _swap(
 def _widen(model: nn.Module, row: PlannedSite, adapter: str, rank: int) -> None:
     factors = factors_of(model, row, adapter)
     for old, value in zip(factors.pair, _padded(row, factors, rank), strict=True):
-        # In place: an optimizer that has the parameter goes on with it, if it has made no step.
+        # In place: an optimizer can keep the parameter if it has made no step yet.
         old.grad, old.data = None, value
 
 
 def _padded(row: PlannedSite, factors: SiteFactors, rank: int) -> tuple[Tensor, Tensor]:
-    """Both factors with zeros up to a rank; in a grouped convolution group by group."""
+    """Return both factors, padded with zeros up to a rank; in a grouped convolution for each group."""
     stacked = pattern_of(row.site).factors(row.site, row.rank).stacked
     a, b, groups = factors.a.detach(), factors.b.detach(), row.site.groups
     axis = 1 if stacked else 0

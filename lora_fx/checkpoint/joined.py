@@ -1,4 +1,4 @@
-"""Which sites the tensors of a folder are for, before there is a model with adapters to ask."""
+"""Sites that share an adapter of PEFT: their factors are joined when saved and split when loaded."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ __all__ = [
 Tensors = dict[str, torch.Tensor]
 
 _OUT_PROJ = 2
-"""How often PEFT adds what it trained beside ``out_proj``: 1 as soon as a release adds it once."""
+"""Number of times that PEFT adds the product of ``out_proj``: 1 as soon as a release adds it once."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Member:
-    """A site, as a part of an adapter of PEFT.
+    """A site that is part of an adapter of PEFT.
 
     Attributes:
         row: The site.
-        keys: Of its own A and B.
-        rows: Which outputs of the whole it makes (start, stop).
+        keys: Keys of the site's A and B.
+        rows: Range of the outputs that it computes (start, stop).
     """
 
     row: PlannedSite
@@ -55,14 +55,14 @@ class _Member:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
-    """One A and one B of PEFT.
+    """An A and a B of PEFT.
 
     Attributes:
-        keys: Theirs.
-        crossed: Whether they change places, transposed: PEFT's form of a parameter [in, out].
-        sizes: Inputs and outputs of the whole.
-        members: What they are made of.
-        times: How often PEFT adds their product.
+        keys: Keys of A and B.
+        crossed: True if A and B are swapped and transposed: PEFT's form of a parameter [in, out].
+        sizes: Numbers of inputs and outputs of the whole weight.
+        members: The sites in the pair.
+        times: Number of times that PEFT adds the product.
     """
 
     keys: tuple[str, str]
@@ -73,27 +73,27 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """That of the members together."""
+        """The sum of the members' ranks."""
         return sum(member.row.rank for member in self.members)
 
     def shape(self, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of the two as they are stored."""
+        """Return the shapes of the two stored factors."""
         first, last = self.sizes[::-1] if self.crossed else self.sizes
         return (rank, first), (last, rank)
 
     def turned(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """From A and B to what is stored, and back."""
+        """Convert A and B to the stored factors, or back."""
         return (b.T, a.T) if self.crossed else (a, b)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Joined:
-    """One adapter of PEFT.
+    """An adapter of PEFT that covers several sites.
 
     Attributes:
-        name: What the configuration calls it.
-        pairs: One, or two for an attention layer: in_proj and out_proj.
-        rank_stabilized: Whether the scale is alpha / √r.
+        name: The name in the configuration.
+        pairs: A single pair, or two for an attention layer: in_proj and out_proj.
+        rank_stabilized: True if the scale is alpha / √r.
     """
 
     name: str
@@ -102,33 +102,33 @@ class Joined:
 
     @property
     def members(self) -> tuple[_Member, ...]:
-        """Of all pairs."""
+        """The members of all pairs."""
         return tuple(member for pair in self.pairs for member in pair.members)
 
     @property
     def doubled(self) -> bool:
-        """Whether PEFT adds more of it than its scale says."""
+        """True if PEFT adds a product more than once."""
         return any(pair.times > 1 and pair.members for pair in self.pairs)
 
     @property
     def scale(self) -> float:
-        """The one of the whole: no member has a larger one."""
+        """The scale of the whole: the members' scale of the largest magnitude."""
         return max((member.row.scale for member in self.members), key=abs)
 
     @property
     def rank(self) -> int:
-        """Where no factors are shared."""
+        """The rank if no factors are shared."""
         return max(pair.rank for pair in self.pairs)
 
     def alpha(self, rank: int) -> float:
-        """By which the whole has its scale at some rank."""
+        """Return the alpha that gives the whole its scale at a rank."""
         return self.scale * (math.sqrt(rank) if self.rank_stabilized else rank)
 
     def packed(self, tensors: Tensors) -> int:
-        """Puts PEFT's two factors (of each pair) in place of the members' own, and returns the rank.
+        """Replace the members' factors by PEFT's two factors (of each pair), and return the rank.
 
         Args:
-            tensors: By key; changed.
+            tensors: Tensors by key, changed in place.
         """
         ranks = {member.row.rank for member in self.members}
         shared = len(ranks) == 1 and all(_shares(pair, tensors) for pair in self.pairs)
@@ -138,23 +138,23 @@ class Joined:
         return rank
 
     def split(self, tensors: Tensors, scale: float) -> tuple[set[str], list[str]]:
-        """Puts the members' own factors in place of PEFT's, as far as those are there.
+        """Replace PEFT's factors by those of the members, for the pairs that are in the file.
 
         Args:
-            tensors: By key; changed.
-            scale: That of the adapter in the file.
+            tensors: Tensors by key, changed in place.
+            scale: Scale of the adapter in the file.
 
         Returns:
-            The keys of members that are not to be looked for any more, and what is wrong.
+            The keys of members that need no further lookup, and the problems.
         """
         done: set[str] = set()
         problems: list[str] = []
         for pair in self.pairs:
-            found = [tensors.pop(key, None) for key in pair.keys]
-            a, b = found
+            factors = [tensors.pop(key, None) for key in pair.keys]
+            a, b = factors
             if a is None and b is None:
                 continue
-            wrong = list(_misfits(pair, found, self.rank))
+            wrong = list(_misfits(pair, factors, self.rank))
             if not wrong and a is not None and b is not None:
                 tensors |= _parts(pair, *pair.turned(a, b), scale)
                 continue
@@ -179,13 +179,13 @@ class Joined:
 
 
 def joined_of(layout: Layout, record: AdapterRecord) -> list[Joined]:
-    """The adapters of PEFT that are made of several sites, or of a part of one weight."""
-    places: dict[str, list[PlannedSite]] = {}
+    """Return PEFT's adapters that cover several sites, or part of a weight."""
+    rows_by_name: dict[str, list[PlannedSite]] = {}
     for row in record.sites:
         if not row.tied and layout.joins(row.site):
-            places.setdefault(layout.place(row.site), []).append(row)
+            rows_by_name.setdefault(layout.place(row.site), []).append(row)
     result = []
-    for name, rows in places.items():
+    for name, rows in rows_by_name.items():
         pairs = (
             _attention_pairs(layout, name, rows)
             if name in layout.attention
@@ -227,18 +227,18 @@ def _keys(holder: str) -> tuple[str, str]:
 
 
 def _shares(pair: Pair, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether all members have the same A, so that one is enough."""
+    """Return True if all members have the same A, so that it is stored once."""
     factors = [tensors[member.keys[0]] for member in pair.members]
-    return all(torch.equal(one, factors[0]) for one in factors[1:])
+    return all(torch.equal(factor, factors[0]) for factor in factors[1:])
 
 
-def _misfits(pair: Pair, found: Sequence[torch.Tensor | None], rank: int) -> Iterator[str]:
+def _misfits(pair: Pair, factors: Sequence[torch.Tensor | None], rank: int) -> Iterator[str]:
     ranks = {member.row.rank for member in pair.members}
     shapes = pair.shape(rank)
-    for key, stored, shape in zip(pair.keys, found, shapes, strict=True):
+    for key, stored, shape in zip(pair.keys, factors, shapes, strict=True):
         if stored is None:
             yield f"missing: {key} {list(shape)}"
-    a, b = found
+    a, b = factors
     if a is None or b is None:
         return
     size = a.shape[0] if a.dim() else 0
@@ -247,10 +247,10 @@ def _misfits(pair: Pair, found: Sequence[torch.Tensor | None], rank: int) -> Ite
         if tuple(stored.shape) != shape:
             yield f"shape: {key} is {list(stored.shape)} as it was saved, {list(shape)} in the model"
             return
-    rest = pair.turned(a, b)[1].clone()
+    remainder = pair.turned(a, b)[1].clone()
     for member, columns in _blocks(pair, size):
-        rest[slice(*member.rows), columns] = 0
-    if rest.any():
+        remainder[slice(*member.rows), columns] = 0
+    if remainder.any():
         names = ", ".join(member.row.name for member in pair.members) or "nothing there"
         yield (
             f"not representable: {pair.keys[1]} changes more than the adapters of the model do "
@@ -269,7 +269,7 @@ def _parts(pair: Pair, a: torch.Tensor, b: torch.Tensor, scale: float) -> Tensor
 
 
 def _blocks(pair: Pair, rank: int) -> Iterator[tuple[_Member, slice]]:
-    """Which part of the whole rank each member has: all of it, or its own."""
+    """Yield the members with their part of the rank: the whole rank if they share A, else a slice."""
     shared = all(member.row.rank == rank for member in pair.members)
     start = 0
     for member in pair.members:
@@ -279,29 +279,31 @@ def _blocks(pair: Pair, rank: int) -> Iterator[tuple[_Member, slice]]:
 
 
 NOTE = "lora_fx.parts"
-"""Key of the file's metadata, which PEFT does not look at, with the sites that were joined."""
+"""Key of the file's metadata with the joined sites. PEFT ignores it."""
 
 Parts = Mapping[str, Mapping[str, tuple[int, float]]]
-"""By name of an adapter of PEFT: rank and alpha of the sites that it was made of."""
+"""Rank and alpha of the joined sites, by the name of PEFT's adapter and the name of the site."""
 
 _FACTORS = r"lora_(?:[AB]\.weight|embedding_[AB])"
 _PROJECTIONS = ("q", "k", "v", "out_proj")
 
 
 def note_of(joined: Iterable[Joined]) -> dict[str, str]:
-    """The metadata of a file: without it, the whole is adapted as one when it is read."""
+    """Return the metadata of a file. Without it, loading adapts the whole as a single site."""
     parts = {
-        one.name: {member.row.name: (member.row.rank, member.row.alpha) for member in one.members}
-        for one in joined
+        adapter.name: {
+            member.row.name: (member.row.rank, member.row.alpha) for member in adapter.members
+        }
+        for adapter in joined
     }
     return {NOTE: json.dumps(parts, sort_keys=True)} if parts else {}
 
 
 def parts_in(metadata: Mapping[str, str]) -> Parts:
-    """Reads what :func:`note_of` wrote.
+    """Return the parts in a note of :func:`note_of`.
 
     Raises:
-        CheckpointError: If the note is not one that lora_fx wrote.
+        CheckpointError: If lora_fx did not write the note.
     """
     text = metadata.get(NOTE, "{}")
     try:
@@ -317,40 +319,43 @@ def parts_in(metadata: Mapping[str, str]) -> Parts:
 
 
 def wrapped_parameters(model: nn.Module, config: LoraConfig) -> dict[str, list[str]]:
-    """FQNs of the parameters that ``target_parameters`` names, by module, in the order of PEFT's wrappers."""
-    found: dict[str, list[str]] = {}
+    """Return the FQNs of the parameters in ``target_parameters``, by module.
+
+    They are in the order of PEFT's wrappers.
+    """
+    names: dict[str, list[str]] = {}
     for owner, module in base_modules(model) if config.target_parameters else ():
         for name, value in module._parameters.items():
             weight = join(owner, name)
             if value is not None and parameter_entry(weight, config) is not None:
-                found.setdefault(owner, []).append(weight)
-    return found
+                names.setdefault(owner, []).append(weight)
+    return names
 
 
 def stored_targets(
     model: nn.Module, config: LoraConfig, keys: Iterable[str], parts: Parts
 ) -> list[Target]:
-    """What the factors among the keys are for, in their order.
+    """Return the targets of the factors among the keys, in the order of the keys.
 
     Args:
         model: The model, rewritten or not.
-        config: That of the folder.
-        keys: Without PEFT's prefix.
-        parts: What was joined.
+        config: The configuration of the folder.
+        keys: Keys without PEFT's prefix.
+        parts: The joined sites.
     """
     modules = dict(base_modules(model, every_name=True))
     parameters = wrapped_parameters(model, config)
-    found: dict[str, Target] = {}
+    targets: dict[str, Target] = {}
     kind = chosen_kind(config)
-    # Without factors it is the slots that say where an adapter is.
+    # A kind without factors is recognized by its slots.
     ends = _FACTORS if kind.low_rank else "|".join(map(re.escape, kind.keys))
-    one = re.compile(rf"(?:(?P<holder>.+)\.)?(?:{ends})")
+    pattern = re.compile(rf"(?:(?P<holder>.+)\.)?(?:{ends})")
     for key in keys:
-        match = one.fullmatch(key)
+        match = pattern.fullmatch(key)
         if match is not None:
             for target in _targets(match["holder"] or "", modules, parameters, config, parts):
-                found[target.name] = target
-    return list(found.values())
+                targets[target.name] = target
+    return list(targets.values())
 
 
 def _targets(
@@ -372,10 +377,10 @@ def _targets(
         name = _part_name(name.removesuffix("_lora"), modules)
     outer, _, leaf = name.rpartition(".")
     if leaf == "out_proj" and not parameter and f"{outer}.{WRAPPER}." in f"{holder}.":
-        # Part of the adapter of the attention layer around it.
+        # It is part of the adapter of the attention layer around it.
         name = outer
     if name in parts:
-        yield from (Target(one, *numbers) for one, numbers in parts[name].items())
+        yield from (Target(site, *numbers) for site, numbers in parts[name].items())
         return
     name = name or "weight"
     within: tuple[str, ...] = ()
@@ -385,11 +390,14 @@ def _targets(
 
 
 def _part_name(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The name of a site, from that of its holder: ``w_0_8`` is the part ``w.0_8`` of a parameter ``w``."""
+    """Return the name of a site from the name of its holder.
+
+    Holder ``w_0_8`` belongs to the part ``w.0_8`` of a parameter ``w``.
+    """
     outer, _, leaf = name.rpartition(".")
     owner = modules.get(outer)
     parameters = () if owner is None else tuple(owner._parameters)
-    cut = [one for one in parameters if leaf.startswith(f"{one}_")]
+    cut = [prefix for prefix in parameters if leaf.startswith(f"{prefix}_")]
     if not cut or leaf in parameters:
         return name
     parameter = max(cut, key=len)

@@ -1,32 +1,32 @@
-"""PEFT's names for the tensors of an adapter, and where each of them is in a rewritten model.
+"""PEFT's names for the tensors of an adapter, and their slots in a rewritten model.
 
-With ``P`` for the FQN of a module of the base model (PEFT writes ``base_model.model.`` before it):
+``P`` is the FQN of a module of the base model (PEFT prefixes it with ``base_model.model.``):
 
 =====================  =========================================================================
 linear                 ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [out, r]
 convolution            the same, A [r, in, *k], B [out, r/g, 1, ...]; A is dense also for g groups
 embedding              ``P.lora_embedding_A`` [r, vocabulary], ``P.lora_embedding_B`` [width, r]
 parameter              on its module, as for linear; ``P.base_layer.lora_A.weight`` for all but the
-                       last of several. Of E experts: A [E·r, in], B [out, r·E], expert fastest
+                       last of several. With E experts: A [E·r, in], B [out, r·E], expert fastest
 attention layer        ``P.lora_A.weight`` [r, in], ``P.lora_B.weight`` [3·width, r], and the same
-                       of ``P.base_layer.out_proj``
-slot of a kind         ``P.<key>``: of a magnitude ``P.lora_magnitude_vector`` [out], for a convolution
-                       [1, out, 1, ...], of the bias of B ``P.lora_B.bias`` [out]
+                       for ``P.base_layer.out_proj``
+slot of a kind         ``P.<key>``: ``P.lora_magnitude_vector`` [out] for a magnitude ([1, out, 1, ...]
+                       if it is a convolution's), ``P.lora_B.bias`` [out] for the bias of B
 ``modules_to_save``    ``P.<name>`` for everything in the module's state dict
 trained bias, buffer   ``P.base_layer.<name>`` in an adapted module, ``P.<name>`` elsewhere
 =====================  =========================================================================
 
-A buffer is there if training changed it: PEFT does not write those, but its loader finds them.
+A buffer is saved if training changed it. PEFT does not write buffers, but its loader finds them.
 
-What PEFT cannot adapt is saved under names of our own, which it ignores: a parameter of the root module, or
-one of more dimensions than PEFT reads, ``P.<name>_lora.lora_A.weight``; the weight of the root module itself
-``lora_A.weight``. Parts of a weight (``attn.q``) have such names, too, until
-:mod:`lora_fx.checkpoint.joined` makes one adapter of them. All of these are read as well where PEFT has
-another name: lora_fx wrote them once.
+Weights that PEFT cannot adapt are saved under lora_fx's own names, which PEFT ignores. A parameter of the
+root module, or one with more dimensions than PEFT reads, is ``P.<name>_lora.lora_A.weight``. The weight of
+the root module itself is ``lora_A.weight``. Parts of a weight (``attn.q``) also have such names, until
+:mod:`lora_fx.checkpoint.joined` joins them into a single adapter. Earlier versions of lora_fx wrote all of
+these names, so they are also read if PEFT has another name.
 
-A form is how a tensor is stored where that differs from the model: its stored shape and the conversions both
-ways. What is stored in it and does not fit a model is refused in words that follow the name of a key: "is
-dense, ...".
+A form describes a tensor whose stored form differs from the model's: its stored shape and the conversions
+both ways. If a stored tensor does not fit the model, the message of the error continues after the name of
+the key: "is dense, ...".
 """
 
 from __future__ import annotations
@@ -73,21 +73,21 @@ _Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Form:
-    """One way of storing a tensor: this one as it is."""
+    """A way to store a tensor. This base class stores it unchanged."""
 
     def stored(self, shape: _Shape) -> _Shape:
-        """The stored shape of a tensor that has this shape in the model."""
+        """Return the stored shape of a tensor that has this shape in the model."""
         return tuple(self.encode(torch.empty(shape, device="meta")).shape)
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
-        """What is stored; perhaps a view of ``value``."""
+        """Return the stored form of a tensor; perhaps a view of ``value``."""
         return value
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """What was stored, as the model has it; perhaps a view.
+        """Return the model's form of a stored tensor; perhaps a view.
 
         Raises:
-            CheckpointError: If no tensor of the model's form holds it, with the reason.
+            CheckpointError: If the model's form cannot represent the tensor, with the reason.
         """
         return stored
 
@@ -96,7 +96,7 @@ PLAIN = Form()
 
 
 class Transposed(Form):
-    """The other way round: the factors of a head are those of the embedding that it is tied to."""
+    """A transposed tensor: the factors of a head are those of the embedding that it is tied to."""
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
@@ -112,7 +112,7 @@ class Dense(Form):
     """The A of a grouped convolution, [r, in/g, *k], stored as PEFT trains it: [r, in, *k].
 
     Attributes:
-        groups: g. The rows of group i see the channels of group i; the rest is zero.
+        groups: g. The rows of group i read the channels of group i; the other entries are zero.
     """
 
     groups: int
@@ -126,12 +126,12 @@ class Dense(Form):
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        rest = stored.clone()
+        remainder = stored.clone()
         parts = []
         for rows, channels in self._blocks(stored):
             parts.append(stored[rows, channels])
-            rest[rows, channels] = 0
-        if rest.any():
+            remainder[rows, channels] = 0
+        if remainder.any():
             raise CheckpointError(
                 "is dense, as PEFT trains it, and so reads channels that a convolution with "
                 f"{self.groups} groups does not: no weight of that shape holds the sum. Train it with "
@@ -150,12 +150,12 @@ class Dense(Form):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackedDown(Form):
-    """What comes first of the factors of several experts, [E, r, n], stored as [E·r, n]: PEFT's A.
+    """The factors of several experts that PEFT calls A, [E, r, n], stored as [E·r, n].
 
     Attributes:
         experts: E.
-        transposed: Whether the model has [E, n, r]: what is A to PEFT, which goes by the order of the
-            weight's dimensions, is B in an operation that reads them the other way round.
+        transposed: True if the model has [E, n, r]. PEFT chooses A by the order of the weight's dimensions.
+            If an operation reads them the other way round, PEFT's A is its B.
     """
 
     experts: int
@@ -173,11 +173,11 @@ class StackedDown(Form):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StackedUp(Form):
-    """What comes second, [E, n, r], stored as [n, r·E] with the expert fastest: PEFT's B.
+    """The factors of several experts that PEFT calls B, [E, n, r], stored as [n, r·E], expert fastest.
 
     Attributes:
         experts: E.
-        transposed: Whether the model has [E, r, n]; see :class:`StackedDown`.
+        transposed: True if the model has [E, r, n]; see :class:`StackedDown`.
     """
 
     experts: int
@@ -194,7 +194,7 @@ class StackedUp(Form):
 
 
 PREFIX = "base_model.model."
-"""What PEFT writes before every key."""
+"""The prefix that PEFT writes before every key."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -205,9 +205,9 @@ class Slot:
         key: PEFT's key, without :data:`PREFIX`.
         name: FQN of the tensor in the model.
         tensor: The parameter or buffer itself.
-        form: How it is stored.
-        required: Whether a checkpoint without it is incomplete.
-        alias: Whether it is another key for what has one already: read, not written.
+        form: The form in which it is stored.
+        required: True if a checkpoint without it is incomplete.
+        alias: True if the key is an additional name of a slot: it is read, but not written.
     """
 
     key: str
@@ -219,14 +219,14 @@ class Slot:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As it is stored."""
+        """The stored shape."""
         return self.form.stored(tuple(whole_shape(self.tensor)))
 
     def encoded(self) -> torch.Tensor:
-        """What is stored: contiguous, on the CPU, with storage of its own.
+        """Return the stored tensor: contiguous, on the CPU, with its own storage.
 
         Raises:
-            CheckpointError: If it is sparse or nested, which no file of this format can hold.
+            CheckpointError: If the tensor is sparse or nested, which safetensors cannot hold.
         """
         value = self.form.encode(gathered(self.tensor, self.name))
         if value.layout is not torch.strided or value.is_nested:
@@ -247,13 +247,13 @@ def slots_of(
     buffers: Iterable[str],
     embeddings: Mapping[str, torch.Tensor],
 ) -> dict[str, Slot]:
-    """Everything of an adapter that a checkpoint can hold, by key.
+    """Return everything of an adapter that a checkpoint can hold, by key.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        layout: What PEFT wraps for it.
+        layout: PEFT's wrappers for the adapter.
         buffers: FQNs of the buffers of the base model to include; never required.
         embeddings: Weights of embeddings and heads to include, by FQN; never required.
     """
@@ -263,7 +263,7 @@ def slots_of(
         for slot in _factor_slots(model, row, adapter, layout):
             slots += (slot, *_under(slot, row.site.holder, aliases.get(row.site.holder, ())))
     for tokens in record.tokens:
-        # A head that is tied to an embedding has no rows of its own.
+        # A head that is tied to an embedding uses the rows of the embedding.
         if not tokens.tied:
             name = rows_name(tokens, adapter)
             slots.append(Slot(name.rpartition(".")[0], name, tokens_of(model, tokens, adapter)))
@@ -272,7 +272,7 @@ def slots_of(
         for own, tensor in _saved_values(model, record, adapter, name):
             slots += _base_slots(own, tensor, layout)
     for name in record.biases:
-        # PEFT saves what is called "bias". An attention layer's in_proj_bias has a slot all the same.
+        # PEFT saves only names that end in "bias". An attention layer's in_proj_bias has a slot as well.
         required = name.rpartition(".")[2] == "bias"
         value = own_value(model, adapter, name)
         slots += _base_slots(name, value, layout, required=required)
@@ -281,16 +281,16 @@ def slots_of(
             slots += _base_slots(name, model.get_buffer(name), layout, required=False)
     for name, end in embeddings.items():
         slots += _base_slots(name, end, layout, required=False)
-    found: dict[str, Slot] = {}
+    slots_by_key: dict[str, Slot] = {}
     for slot in sorted(slots, key=lambda slot: slot.alias):
-        found.setdefault(slot.key, slot)
-    return found
+        slots_by_key.setdefault(slot.key, slot)
+    return slots_by_key
 
 
 def _saved_values(
     model: nn.Module, record: AdapterRecord, adapter: str, module: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state of a module that is trained in full, as the adapter has it."""
+    """Yield the state of a module that is trained in full, with the adapter's values."""
     for key, value in model.get_submodule(module).state_dict(keep_vars=True).items():
         name = join(module, key)
         if name in record.own:
@@ -300,7 +300,7 @@ def _saved_values(
 
 
 def base_name(key: str, model: nn.Module) -> str | None:
-    """FQN of the parameter of the base model that a key names, wrapped by PEFT or not; or None."""
+    """Return the FQN of the base parameter for a key, wrapped by PEFT or not, or None."""
     bare = join(*(atom for atom in key.split(".") if atom != WRAPPER))
     return next((name for name in (key, bare) if parameter_of(model, name) is not None), None)
 
@@ -308,7 +308,7 @@ def base_name(key: str, model: nn.Module) -> str | None:
 def _base_slots(
     name: str, tensor: torch.Tensor, layout: Layout, *, required: bool = True
 ) -> Iterator[Slot]:
-    """Of a tensor of the base model: its name in PEFT, and its own, where nothing was wrapped."""
+    """Yield the slots of a base tensor: by its name in PEFT, and as an alias by its name in the model."""
     key = layout.inside(name)
     yield Slot(key, name, tensor, required=required)
     if key != name:
@@ -316,7 +316,7 @@ def _base_slots(
 
 
 def _under(slot: Slot, holder: str, names: Iterable[str]) -> Iterator[Slot]:
-    """The same slot under other names of the module that holds it."""
+    """Yield the same slot under other names of its module."""
     if slot.key.startswith(f"{holder}."):
         for name in names:
             key = name + slot.key.removeprefix(holder)
@@ -345,7 +345,7 @@ def _factor_slots(
             return
     wrapped = site.holder == site.owner and not layout.joins(site)
     for attribute, name, tensor in zip(attributes, names, pair, strict=True):
-        # PEFT holds those of an embedding in parameters, all others in modules.
+        # PEFT keeps the factors of an embedding in parameters, all others in modules.
         leaf = attribute if attribute.startswith("lora_embedding") else join(attribute, "weight")
         form = Dense(site.groups) if tensor is pair[0] and site.groups > 1 else PLAIN
         holder = layout.inside(site.holder) if wrapped else site.holder
@@ -357,7 +357,7 @@ def _factor_slots(
 def _parameter_slots(
     site: Site, names: Sequence[str], pair: tuple[torch.Tensor, torch.Tensor], layout: Layout
 ) -> Iterator[Slot]:
-    """A and B as PEFT has those of a parameter: by the order of its dimensions, whatever reads it."""
+    """Yield the slots of A and B for a parameter. PEFT decides which is A by the order of the dimensions."""
     prefix = layout.prefix(site.weight)
     crossed = layout.crossed(site)
     first, last = zip(names, pair, strict=True)
@@ -376,7 +376,10 @@ def _parameter_slots(
 def _kind_slots(
     row: PlannedSite, factors: SiteFactors, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
-    """What the kind trains beside A and B: PEFT writes the magnitude without ``.weight``."""
+    """Yield the slots that the kind trains in addition to A and B.
+
+    PEFT writes the magnitude without ``.weight``.
+    """
     holder = row.site.holder
     inside = layout.inside(holder) if holder == row.site.owner else holder
     for slot in kind_of(row).slots(row.site):
@@ -387,10 +390,10 @@ def _kind_slots(
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Other names of a module in a block that the model holds several times.
+    """Return the other names of the modules in a block that the model holds several times.
 
-    PEFT now writes the first and once wrote them all. Of a module that its parent itself holds
-    twice it adapts only the first.
+    Current PEFT writes only the first name; older versions wrote all of them. If a parent holds a module
+    twice, PEFT adapts only the first.
     """
     names: dict[int, list[str]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -402,7 +405,7 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
         return id(modules[parent]), leaf
 
     return {
-        first: tuple(name for name in rest if place(name) == place(first))
-        for first, *rest in names.values()
-        if rest
+        first: tuple(name for name in duplicates if place(name) == place(first))
+        for first, *duplicates in names.values()
+        if duplicates
     }

@@ -1,10 +1,10 @@
-"""A rewritten model as a ``PeftModel``, for libraries that treat those in a way of their own.
+"""A rewritten model as a ``PeftModel``, for libraries that handle this class specially.
 
-TRL finds the reference of a model that is trained already by asking whether it is a ``PeftModel``, and
-transformers' Trainer saves and resumes the adapter alone if it is one. :func:`as_peft_model` puts a model
-into such an object: its methods are those of PEFT (0.21, ``peft/peft_model.py``), and do what lora-fx does.
+TRL checks for a ``PeftModel`` to find the reference of a model that is already trained. transformers' Trainer
+saves and resumes only the adapter of such a model. :func:`as_peft_model` wraps a model in such an object: it
+has the methods of PEFT (0.21, ``peft/peft_model.py``), which call those of lora-fx.
 
-The class is made when it is first asked for, so that nothing imports PEFT before.
+The class is created on first use, so that PEFT is not imported earlier.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ __all__ = [
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
-_BASE = "__base__"  # PEFT's name of no adapter, for samples of a batch
+_BASE = "__base__"  # PEFT's name for no adapter, for samples of a batch
 
 # A factor is a module in PEFT, and a parameter here.
 _FACTOR_OF_PEFT = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)\.weight$")
@@ -71,7 +71,7 @@ _FACTOR_OF_PEFT = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)\.weight$
 _STATES_OF_PEFT = "peft.utils.save_and_load"
 _IN_FOLDER = re.compile(r"\.lora_[AB]\.weight$")
 
-# Options of PEFT's functions that say how to get a folder or where to keep it, and change no values.
+# Options of PEFT's functions that only affect how a folder is downloaded or stored.
 _NEUTRAL = frozenset(
     {
         *("cache_dir", "device_map", "ephemeral_gpu_offload", "force_download", "local_files_only"),
@@ -89,15 +89,15 @@ _NEUTRAL = frozenset(
 
 
 def as_peft_model(model: nn.Module) -> Any:
-    """Put a rewritten model into a ``peft.PeftModel``, for TRL and for checkpoints that PEFT resumes.
+    """Wrap a rewritten model in a ``peft.PeftModel``, for TRL and for checkpoints that PEFT resumes.
 
-    The model is not changed, and not copied: it is ``result.get_base_model()``, and training one trains the
-    other. Libraries see a ``PeftModel`` whose methods are those of lora-fx: TRL's ``DPOTrainer`` and
-    ``GRPOTrainer`` take the adapter as it is at the beginning as the reference, and a ``Trainer`` writes
-    adapter folders that hold the weights once, and resumes those of PEFT.
+    The model is neither changed nor copied: it is ``result.get_base_model()``, and training one trains the
+    other. Libraries see a ``PeftModel`` with the methods of lora-fx. TRL's ``DPOTrainer`` and ``GRPOTrainer``
+    use the initial adapter as the reference. A ``Trainer`` writes adapter folders that hold the weights once,
+    and resumes those of PEFT.
 
     Args:
-        model: What :func:`lora_fx.rewrite` or :func:`lora_fx.load_adapter` has returned.
+        model: A model from :func:`lora_fx.rewrite` or :func:`lora_fx.load_adapter`.
 
     Raises:
         ConfigError: If the model is not rewritten, or PEFT is not installed.
@@ -109,7 +109,7 @@ def as_peft_model(model: nn.Module) -> Any:
 
 
 def peft_model_class() -> Any:
-    """Return the class of what :func:`as_peft_model` returns, a subclass of ``peft.PeftModel``.
+    """Return the class of the result of :func:`as_peft_model`, a subclass of ``peft.PeftModel``.
 
     Raises:
         ConfigError: If PEFT is not installed.
@@ -118,20 +118,20 @@ def peft_model_class() -> Any:
 
 
 def read_config(config: Any, model: nn.Module) -> LoraConfig:
-    """Return a configuration of PEFT, or of ours, as one of ours.
+    """Convert a configuration of PEFT, or of lora_fx, to one of lora_fx.
 
     Args:
         config: The configuration.
-        model: For which model. Where the configuration names no targets, they are those that PEFT has for
-            this kind of model; every linear operation where PEFT does not know it.
+        model: The model that it is for. If the configuration names no targets, PEFT's defaults for this kind
+            of model are used. If PEFT does not know the model, every linear operation is a target.
 
     Raises:
-        ConfigError: If it is not one of LoRA, or asks for something that is not there.
+        ConfigError: If it is not a configuration of LoRA, or asks for an unsupported feature.
     """
     if isinstance(config, LoraConfig):
         ours = config
     else:
-        # PEFT checks no types, and libraries give None for a field that their users left out.
+        # PEFT checks no types, and libraries pass None for fields that their users left out.
         values = {name: value for name, value in config.to_dict().items() if value is not None}
         ours = LoraConfig.from_dict(values)
     if ours.target_modules is None and ours.target_parameters is None:
@@ -144,15 +144,15 @@ def read_config(config: Any, model: nn.Module) -> LoraConfig:
 _TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 
 
-# By the name of an adapter: its configuration, and the one of PEFT that was made of it.
+# The configuration of each adapter by its name, and PEFT's configuration that was created from it.
 _Known: TypeAlias = dict[str, tuple[LoraConfig, Any]]
 
 
 class _Configs(dict[str, Any]):
-    """Configurations of PEFT, by the names of the adapters. PEFT cannot add another."""
+    """Configurations of PEFT by the names of the adapters. PEFT cannot add another."""
 
     def __setitem__(self, name: str, config: Any) -> None:
-        """Refuse, before PEFT has changed anything of the model."""
+        """Raise before PEFT has changed the model."""
         self.update({name: config})
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -160,7 +160,7 @@ class _Configs(dict[str, Any]):
         return dict, (dict(self),)
 
     def update(self, *_: Any, **__: Any) -> None:
-        """Refuse likewise."""
+        """Raise likewise."""
         raise ConfigError(
             f"PEFT was asked to adapt a model that has adapters of lora-fx ({some(list(self))}): give "
             "peft_config=None to a trainer that trains these, lora_fx.add_adapter(model, config, name) adds "
@@ -170,12 +170,12 @@ class _Configs(dict[str, Any]):
 
 
 def peft_configs(model: nn.Module, known: _Known | None = None) -> dict[str, Any]:
-    """Return the configuration of each adapter of a rewritten model, as one of PEFT.
+    """Return the configuration of each adapter of a rewritten model as a configuration of PEFT.
 
     Args:
         model: A rewritten model.
-        known: Those that were made before. They are given again while the adapter has the same
-            configuration, and new ones are added.
+        known: Configurations from earlier calls. They are returned again while the adapter has the same
+            configuration; new ones are added.
 
     Raises:
         ConfigError: If the model is not rewritten, or PEFT is not installed.
@@ -195,22 +195,22 @@ def peft_configs(model: nn.Module, known: _Known | None = None) -> dict[str, Any
 
 
 def _check_options(call: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that would change something, and are not known.
+    """Raise if an unknown option would change something.
 
     Raises:
-        ConfigError: With the first one.
+        ConfigError: Names the first such option.
     """
     for name, value in options.items():
         if name not in _NEUTRAL and value is not None:
             raise ConfigError(f"{call}: lora-fx has no {name}={value!r}: leave it out")
 
 
-# As lora_fx.merge, also of compiled and checkpointed layers.
+# Like lora_fx.merge, but also accepts compiled and checkpointed layers.
 _merge = inside(merging.merge)
 
 
 class _Tuner(AroundModel):
-    """The methods that PEFT's tuner and its ``PeftModel`` both have."""
+    """The methods that PEFT's tuner and its ``PeftModel`` have in common."""
 
     @property
     def _inside(self) -> Any:
@@ -218,12 +218,12 @@ class _Tuner(AroundModel):
 
     @property
     def _model(self) -> Any:
-        """The rewritten model, also while a merged one runs."""
+        """The rewritten model, even while a merged model runs."""
         tuner = self._inside
         return tuner.waiting[0] if tuner.waiting else tuner.model
 
     def get_base_model(self) -> nn.Module:
-        """Give the rewritten model."""
+        """Return the rewritten model."""
         model: nn.Module = self._model
         return model
 
@@ -235,7 +235,7 @@ class _Tuner(AroundModel):
 
     @property
     def peft_config(self) -> dict[str, Any]:
-        """The configuration of each adapter, as one of PEFT, the same object each time.
+        """The configuration of each adapter as a configuration of PEFT, the same object each time.
 
         ``save_pretrained`` writes these of its fields: ``base_model_name_or_path``, ``revision``,
         ``inference_mode`` and ``task_type``.
@@ -271,24 +271,24 @@ class _Tuner(AroundModel):
     def merge_adapter(
         self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Run a merged model in place of this one, until :meth:`unmerge_adapter`.
+        """Run a merged model instead of this one, until :meth:`unmerge_adapter`.
 
-        Nothing is added to weights and subtracted again: the merged weights are new tensors, which take
-        memory until then, and the others are shared.
+        Weights are not changed in place and restored: the merged weights are new tensors, which take memory
+        until then. The other weights are shared.
 
         Args:
-            adapter_names: Which adapters; those that are active by default.
+            adapter_names: The adapters to merge; by default the active ones.
             safe_merge: Always on: weights that are not finite are refused.
         """
         self.unmerge_adapter()
         adapted = self._model
         merged, _ = _merge(adapted, adapter_names=adapter_names)
-        # What is trained is the factors, and these wait.
+        # Only factors are trained, and they are in the waiting model.
         merged.train(adapted.training).requires_grad_(False)
         self._inside.model, self._inside.waiting = merged, (adapted,)
 
     def unmerge_adapter(self) -> None:
-        """Run the adapted model again, bit for bit as it was."""
+        """Run the adapted model again, which is bitwise unchanged."""
         tuner = self._inside
         if tuner.waiting:
             tuner.model, tuner.waiting = tuner.waiting[0].train(tuner.model.training), ()
@@ -299,23 +299,24 @@ class _Tuner(AroundModel):
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
-        """Merge, as :func:`lora_fx.merge`: into a new model, and with every check."""
+        """Return a merged model, as :func:`lora_fx.merge` does: a new model, with all checks."""
         merged, _ = _merge(self._model, adapter_names=adapter_names, progress=progressbar)
         return merged
 
     def unload(self) -> nn.Module:
-        """Give the model without adapters. Over a quantized base it is dense."""
+        """Return the model without adapters. Over a quantized base it is dense."""
         merged, _ = _merge(self._model, adapter_names=())
         return merged
 
 
 class _Inside(_Tuner, nn.Module):
-    """The tuner that PEFT calls the base model, and that holds the model.
+    """The tuner, which PEFT calls the base model. It holds the model.
 
     Attributes:
-        model: What runs: the rewritten model, or its merged copy.
-        waiting: The rewritten model while the merged one runs, in a tuple: it is no module of this one then.
-        configs: PEFT's configurations that were asked for.
+        model: The model that runs: the rewritten model, or its merged copy.
+        waiting: The rewritten model while the merged one runs. It is in a tuple, so that it is no child
+            module then.
+        configs: PEFT's configurations from earlier calls.
     """
 
     prefix = "lora_"
@@ -339,19 +340,19 @@ class _Inside(_Tuner, nn.Module):
             return getattr(nn.Module.__getattr__(self, "model"), name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the model that waits, too."""
+        """Move or cast the waiting model as well."""
         for model in self.waiting:
             model._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze or train the model that waits, not its merged copy."""
+        """Freeze or unfreeze the waiting model, not its merged copy."""
         for model in self.waiting or (self.model,):
             model.requires_grad_(requires_grad)
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the model that waits, too."""
+        """Clear the gradients of the waiting model as well."""
         for model in (self.model, *self.waiting):
             model.zero_grad(set_to_none)
 
@@ -361,10 +362,10 @@ class _Inside(_Tuner, nn.Module):
 
 
 class _Adapted(_Tuner):
-    """The methods of a ``PeftModel`` over a rewritten model. The class of PEFT comes after it."""
+    """The methods of a ``PeftModel`` over a rewritten model. PEFT's class comes next in the bases."""
 
     base_model: Any
-    modules_to_save: None = None  # PEFT's own, of tasks with a head
+    modules_to_save: None = None  # PEFT's attribute, for tasks with a head
 
     def __init__(self, model: nn.Module, *more: Any) -> None:
         if more:
@@ -380,7 +381,7 @@ class _Adapted(_Tuner):
         self.register_load_state_dict_pre_hook(_with_our_names)  # type: ignore[attr-defined]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Copy and pickle by the state: the class is made when it is asked for."""
+        """Copy and pickle by the state, because the class is created dynamically."""
         return _blank, (), vars(self)
 
     @classmethod
@@ -396,18 +397,18 @@ class _Adapted(_Tuner):
         revision: str | None = None,
         **options: Any,
     ) -> Any:
-        """Read a local adapter folder onto a model, as :func:`lora_fx.load_adapter`; frozen by default.
+        """Load a local adapter folder onto a model, as :func:`lora_fx.load_adapter`; frozen by default.
 
         Args:
             model: A model, or a rewritten one, which gets the adapter in addition.
             model_id: The folder.
-            adapter_name: What to call the adapter.
-            is_trainable: Whether it can be trained.
-            config: Refused: what the folder says counts.
-            autocast_adapter_dtype: Whether factors over a base in half precision are in fp32.
-            subfolder: Where in the folder the adapter is.
+            adapter_name: The name for the adapter.
+            is_trainable: True to train it.
+            config: Refused: the folder's configuration is used.
+            autocast_adapter_dtype: True for fp32 factors over a base in half precision.
+            subfolder: The adapter's subfolder in the folder.
             revision: Refused: nothing is downloaded.
-            options: Others of PEFT that change no values; they have no effect.
+            options: Other options of PEFT that change no values; they have no effect.
 
         Raises:
             ConfigError: For options that lora-fx does not have.
@@ -425,7 +426,7 @@ class _Adapted(_Tuner):
         return result
 
     def _set_mode(self, adapter_name: str, is_trainable: bool) -> None:
-        """Set the modes that PEFT leaves when it has loaded an adapter; to train, the base keeps its own."""
+        """Set the modes that PEFT sets after loading an adapter. For training, the base keeps its mode."""
         self.peft_config[adapter_name].inference_mode = not is_trainable
         if is_trainable:
             train_adapters(self)
@@ -437,7 +438,7 @@ class _Adapted(_Tuner):
         return self.base_model
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the model with its active adapters, or each sample with the adapter that is named for it."""
+        """Run the model with its active adapters, or each sample with its named adapter."""
         if adapter_names is None:
             return self.base_model.model(*args, **kwargs)
         with self._samples(adapter_names):
@@ -466,7 +467,8 @@ class _Adapted(_Tuner):
         """Return the state.
 
         Raises:
-            ConfigError: If PEFT's ``get_peft_model_state_dict`` asks, which would find no factors in it.
+            ConfigError: If PEFT's ``get_peft_model_state_dict`` is the caller, which would find no factors in
+                it.
         """
         if sys._getframe(1).f_globals.get("__name__") == _STATES_OF_PEFT:
             raise ConfigError(
@@ -477,19 +479,18 @@ class _Adapted(_Tuner):
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze or train all parameters."""
+        """Freeze or unfreeze all parameters."""
         self.base_model.requires_grad_(requires_grad)
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients."""
+        """Clear all gradients."""
         self.base_model.zero_grad(set_to_none)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, **options: Any) -> None:
-        """Add an adapter, as :func:`lora_fx.add_adapter`. The one called "ref" is a copy of "default".
+        """Add an adapter, as :func:`lora_fx.add_adapter`. An adapter called "ref" is a copy of "default".
 
-        TRL adds that one as the reference, and then copies values by PEFT's names of parameters, which are
-        others than these.
+        TRL adds it as the reference, and then copies values by PEFT's names of parameters, which differ here.
         """
         cast = options.pop("autocast_adapter_dtype", True)
         _check_options("add_adapter", options)
@@ -503,7 +504,7 @@ class _Adapted(_Tuner):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Run the base while the context lasts, as :func:`lora_fx.disable_adapter`."""
+        """Run the base within the context, as :func:`lora_fx.disable_adapter`."""
         tuner = self.base_model
         merged = tuner.model if tuner.waiting else None
         if merged is not None:
@@ -523,7 +524,7 @@ class _Adapted(_Tuner):
         subfolder: str | None = None,
         **options: Any,
     ) -> None:
-        """Read a local folder into an adapter, which is made if there is none of the name."""
+        """Load a local folder into an adapter, which is added if it does not exist."""
         cast = options.pop("autocast_adapter_dtype", True)
         _check_options("load_adapter", options)
         self.unmerge_adapter()
@@ -545,16 +546,16 @@ class _Adapted(_Tuner):
         state_dict: dict[str, torch.Tensor] | None = None,
         **options: Any,
     ) -> None:
-        """Write the folders that PEFT's ``save_pretrained`` writes, in one move.
+        """Write the folders of PEFT's ``save_pretrained``, in one move.
 
         Args:
-            save_directory: Gets the adapter "default"; others get folders of their names in it.
+            save_directory: The folder of the adapter "default". Other adapters get subfolders of their names.
             safe_serialization: False is refused: only safetensors are written.
-            selected_adapters: Those that are written; by default all of them.
-            save_embedding_layers: As in PEFT; only "auto" is known here.
-            is_main_process: Whether this process writes.
-            state_dict: The values of a model that is sharded.
-            options: Others of PEFT; only those that change nothing are known.
+            selected_adapters: The adapters to write; by default all of them.
+            save_embedding_layers: As in PEFT; only "auto" is supported.
+            is_main_process: True if this process writes.
+            state_dict: The values of a sharded model.
+            options: Other options of PEFT; only those without effect are accepted.
 
         Raises:
             ConfigError: If there is no such adapter, or for an option that lora-fx does not have.
@@ -570,7 +571,7 @@ class _Adapted(_Tuner):
                 f"save_embedding_layers={save_embedding_layers!r}: call lora_fx.save_adapter(model, folder, "
                 "save_embedding_layers=...)"
             )
-        # Taken off by PEFT, or nothing that a folder of safetensors depends on.
+        # PEFT drops these as well, or they have no effect on a folder of safetensors.
         for name in ("path_initial_model_for_weight_conversion", "max_shard_size"):
             options.pop(name, None)
         _check_options("save_pretrained", options)
@@ -590,10 +591,10 @@ class _Adapted(_Tuner):
 
 
 def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
-    """Take a state with PEFT's names of factors, too.
+    """Rename PEFT's names of factors in a state dict to lora_fx's names.
 
     Raises:
-        ConfigError: If it has the names of a folder, as PEFT's ``set_peft_model_state_dict`` gives them.
+        ConfigError: If it has the names of a folder, as from PEFT's ``set_peft_model_state_dict``.
     """
     if any(_IN_FOLDER.search(name) for name in state):
         raise ConfigError(
@@ -605,7 +606,7 @@ def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
 
 
 def train_adapters(model: Any) -> None:
-    """Put adapters into training mode, as PEFT makes them, and leave the base in its own."""
+    """Put adapters into training mode, as PEFT does for new adapters. The base keeps its mode."""
     for module in model.modules():
         if isinstance(module, AdapterModule):
             module.train()
@@ -614,17 +615,17 @@ def train_adapters(model: Any) -> None:
 
 
 def _blank() -> Any:
-    """Make a ``PeftModel`` without a state, which is put in afterwards."""
+    """Create a ``PeftModel`` without state, for unpickling."""
     return object.__new__(peft_model_class())
 
 
-# Fields that say something about an adapter and change nothing of what it computes.
+# Fields that describe an adapter and do not affect its outputs.
 _SAID = ("base_model_name_or_path", "revision", "inference_mode", "task_type")
 
 
 @inside
 def cast_to_base(model: nn.Module, adapter_name: str) -> None:
-    """Give factors over weights in half precision the dtype of those: ``autocast_adapter_dtype=False``."""
+    """Cast factors over weights in half precision to their dtype: ``autocast_adapter_dtype=False``."""
     for row in require_record(model).adapters[adapter_name].sites:
         dtype = base_dtype(model, row.site)
         if dtype in (torch.float16, torch.bfloat16):
@@ -643,7 +644,7 @@ def _class_over(base: type) -> type:
 
 
 def _values(config: LoraConfig, theirs: type) -> dict[str, Any]:
-    """The fields of a configuration that PEFT's has, too."""
+    """Return the fields of a configuration that PEFT's class has as well."""
     known = theirs.__dataclass_fields__  # type: ignore[attr-defined]
     values = config.to_dict()
     return {name: value for name, value in values.items() if name in known and known[name].init}

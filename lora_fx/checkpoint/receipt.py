@@ -1,12 +1,12 @@
-"""Receipts: what an adapter does to a few inputs, kept beside it, so that a server can be asked for it.
+"""Receipts: recorded outputs of an adapter for a few inputs, to check a server that loads it.
 
-The commonest complaint about serving adapters is that they are loaded and change nothing. A receipt has
-canary inputs, what the base gives for them, and what base and adapter give at several scales. What a runtime
-gives for the same inputs lies on the curve from the one to the other, at the scale at which it applies the
-adapter, or far off it.
+The most common complaint about serving adapters is that they are loaded and change nothing. A receipt has
+canary inputs and the outputs of the base. It also has the outputs of base and adapter together at several
+scales. These outputs form a curve. A runtime's outputs for the same inputs lie on it, at the scale at which
+the runtime applies the adapter, or far from it.
 
-What is compared: of a model that gives logits of tokens, the log-probabilities of the likeliest next tokens
-after each input; of any other model, elements of its first output.
+If the model gives logits of tokens, the log-probabilities of the likeliest next tokens after each input are
+compared. For any other model, elements of its first output are compared.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ __all__ = [
 _KEY: Final = "lora_fx.receipt"
 _FORMAT: Final = 1
 _SCALES: Final = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-_TOKENS: Final = 20  # what servers give log-probabilities of
+_TOKENS: Final = 20  # number of log-probabilities that servers report
 _ELEMENTS: Final = 4096
-# Shares of the adapter's own effect: what rounding in half precision and quantized kernels stay below.
+# Shares of the adapter's effect. Rounding in half precision and quantized kernels stays below them.
 _NEAR: Final = 0.1
 _ON_CURVE: Final = 0.2
-# A smaller effect drowns in the rounding of half precision. A share, but of log-probabilities.
+# A smaller effect is lost in the rounding of half precision. Absolute for log-probabilities, else relative.
 _LEAST_EFFECT: Final = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether and how a runtime applies an adapter.
+    """The result of a check: whether and how a runtime applies an adapter.
 
     Attributes:
         verdict: "applied", "not applied", "applied with another scale", "another base", or "applied
-            otherwise": what came is neither the base nor the adapter at any scale (a factor that is
-            turned, a layer that is missing, or another base where the base could not be asked).
-        scale: At which scale it is applied, as a multiple of the adapter's own; None where there is none.
-        evidence: Distances, each as a share of what the adapter changes.
+            otherwise". The last means that the answer is neither the base nor the adapter at any scale: a
+            transposed factor, a missing layer, or another base if the base could not be asked.
+        scale: The scale at which it is applied, as a multiple of the adapter's scale; None if no scale fits.
+        evidence: Distances, each as a share of the adapter's effect.
     """
 
     verdict: Literal[
@@ -90,7 +90,7 @@ class Verdict:
 
     @property
     def applied(self) -> bool:
-        """Whether it does what the receipt says."""
+        """True if the runtime applies the adapter as the receipt says."""
         return self.verdict == "applied"
 
     def __str__(self) -> str:
@@ -105,11 +105,11 @@ class Receipt:
     """The effect of an adapter on some inputs.
 
     Attributes:
-        inputs: The canary inputs by name; ``""`` for the only one of a model that is called with a tensor.
-        chosen: Which tokens of each row, or which elements of the output, are compared.
-        answers: What comes at each scale of the adapter: log-probabilities [rows, tokens], or elements.
-        tokens: Whether the model gives logits of tokens.
-        facts: Version, name of the base, hashes of the adapter and of the base's weights.
+        inputs: The canary inputs by name; ``""`` if the model is called with a single tensor.
+        chosen: Indices of the compared tokens of each row, or of the compared elements of the output.
+        answers: The answers by scale of the adapter: log-probabilities [rows, tokens], or elements.
+        tokens: True if the model gives logits of tokens.
+        facts: Hashes of the adapter and of the base, and the class name of the model.
     """
 
     inputs: Mapping[str, Tensor]
@@ -120,14 +120,14 @@ class Receipt:
 
     @property
     def effect(self) -> float:
-        """The change by the adapter, root mean square."""
+        """The root mean square of the adapter's change."""
         return _distance(self.answers[1.0], self.answers[0.0])
 
     def read(self, outputs: Any) -> Tensor:
-        """What is compared of a model's outputs: a tensor, or anything with tensors in it.
+        """Return the compared values from a model's outputs: a tensor, or anything with tensors in it.
 
         Raises:
-            CheckpointError: If they are not of the model's shape.
+            CheckpointError: If the outputs have the wrong shape.
         """
         value = _main(outputs).detach().cpu()
         try:
@@ -136,7 +136,7 @@ class Receipt:
                 answer = rows.log_softmax(-1).gather(-1, self.chosen)
             else:
                 answer = value.flatten().double()[self.chosen]
-            # NaN is what a server does not report. What a model computes counts, whatever it is.
+            # NaN stands for values that a server does not report, so a NaN of the model is replaced.
             return answer.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=float("-inf"))
         except (IndexError, RuntimeError) as error:
             raise CheckpointError(
@@ -147,14 +147,14 @@ class Receipt:
         """Judge a runtime by its answer.
 
         Args:
-            answer: Of :meth:`read`, with the adapter; NaN where it is not known.
-            base: Likewise, of the runtime without it, if it could be asked.
+            answer: The values of :meth:`read`, with the adapter; NaN if unknown.
+            base: The same for the runtime without the adapter, if available.
         """
         effect = self.effect
         known = ~answer.isnan()
 
-        def far(one: Tensor, other: Tensor) -> float:
-            return _distance(one[known], other[known]) / effect
+        def far(left: Tensor, right: Tensor) -> float:
+            return _distance(left[known], right[known]) / effect
 
         evidence = {
             "distance to base and adapter": far(answer, self.answers[1.0]),
@@ -178,7 +178,7 @@ class Receipt:
         return Verdict("applied otherwise", None, evidence)
 
     def write(self, path: Path) -> None:
-        """Write one file of tensors."""
+        """Write a file of tensors."""
         tensors = {f"input.{name}": value for name, value in self.inputs.items()}
         tensors |= {f"answer.{scale:g}": value for scale, value in self.answers.items()}
         tensors["chosen"] = self.chosen
@@ -190,7 +190,7 @@ class Receipt:
         )
 
     def _nearest(self, answer: Tensor, known: Tensor) -> tuple[float, float]:
-        """The scale on the curve through the answers that is nearest, and how far it is."""
+        """Return the scale of the nearest point on the curve through the answers, and its distance."""
         best = (0.0, float("inf"))
         scales = sorted(self.answers)
         for low, high in itertools.pairwise(scales):
@@ -204,27 +204,27 @@ class Receipt:
         return best
 
 
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float((one - other).square().mean().sqrt()) if one.numel() else float("inf")
+def _distance(left: Tensor, right: Tensor) -> float:
+    return float((left - right).square().mean().sqrt()) if left.numel() else float("inf")
 
 
 def _main(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-    found = [logits] if logits is not None else pytree.tree_leaves(outputs)
-    for one in found:
-        if isinstance(one, Tensor) and one.is_floating_point():
-            return one
+    leaves = [logits] if logits is not None else pytree.tree_leaves(outputs)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
     raise ConfigError("the model gives no floating-point tensor: there is nothing to compare")
 
 
 def _mask(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """Which positions of the logits are tokens: those of the decoder, where there is one."""
+    """Return the mask of the logits' tokens: the decoder's mask, if there is a decoder."""
     decoder = any(name.startswith("decoder_") for name in inputs)
     return inputs.get("decoder_attention_mask" if decoder else "attention_mask")
 
 
 def _last(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """The logits after each row's last token, [rows, vocabulary]."""
+    """Return the logits after each row's last token, [rows, vocabulary]."""
     logits = logits.double()
     if logits.dim() == 2:
         return logits
@@ -237,13 +237,13 @@ def _last(logits: Tensor, mask: Tensor | None) -> Tensor:
 def make_receipt(
     model: nn.Module, adapter_name: str, inputs: Any, tensors: Mapping[str, Tensor]
 ) -> Receipt:
-    """Runs a model on some inputs, with an adapter at several scales.
+    """Run a model on some inputs, with an adapter at several scales.
 
     Args:
         model: A rewritten model.
-        adapter_name: Its adapter.
-        inputs: A tensor, or tensors by argument: token ids of a few texts, a batch of pictures.
-        tensors: The adapter as it is saved.
+        adapter_name: An adapter of the model.
+        inputs: A tensor, or tensors by argument: token ids of a few texts, a batch of images.
+        tensors: The saved tensors of the adapter.
 
     Raises:
         ConfigError: If the inputs are no tensors, the model cannot be called with them, or the adapter
@@ -251,8 +251,8 @@ def make_receipt(
     """
     named = {"": inputs} if isinstance(inputs, Tensor) else inputs
     if not isinstance(named, Mapping) or not all(
-        isinstance(name, str) and isinstance(one, Tensor) and (name or named is not inputs)
-        for name, one in named.items()
+        isinstance(name, str) and isinstance(tensor, Tensor) and (name or named is not inputs)
+        for name, tensor in named.items()
     ):
         raise ConfigError("receipt= is a tensor, or a mapping of argument names to tensors")
     twin = reference(model)
@@ -264,7 +264,7 @@ def make_receipt(
         with torch.no_grad(), _at_scale(twin, adapter_name, scale):
             outputs[scale] = _main(call_with(twin, named)).detach().cpu()
     tokens = outputs[1.0].dim() == 3 and any(
-        not one.is_floating_point() and one.dim() == 2 for one in named.values()
+        not tensor.is_floating_point() and tensor.dim() == 2 for tensor in named.values()
     )
     kept = {name: value.detach().cpu().clone() for name, value in named.items()}
     chosen = _likeliest(outputs, kept) if tokens else _spread_over(outputs[1.0])
@@ -281,33 +281,33 @@ def make_receipt(
 
 
 def _likeliest(outputs: Mapping[float, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-    """The tokens that a server reports when it applies the adapter, and when it does not: [rows, 2 n]."""
-    ends = [_last(outputs[one], _mask(inputs)) for one in (0.0, 1.0)]
+    """Return the tokens that a server reports with the adapter and without it: [rows, 2 n]."""
+    ends = [_last(outputs[scale], _mask(inputs)) for scale in (0.0, 1.0)]
     count = min(_TOKENS, ends[0].shape[-1])
-    return torch.cat([one.topk(count).indices for one in ends], 1)
+    return torch.cat([logits.topk(count).indices for logits in ends], 1)
 
 
 def _spread_over(output: Tensor) -> Tensor:
-    """Places all over an output that is flattened."""
+    """Return evenly spaced indices into a flattened output."""
     size = output.numel()
     return torch.linspace(0, size - 1, min(size, _ELEMENTS)).round().long()
 
 
 def _check_effect(receipt: Receipt, adapter_name: str) -> None:
-    """Refuses a receipt whose answers say nothing.
+    """Raise if the answers of a receipt are useless.
 
     Raises:
-        ConfigError: If they are not finite, or those with the adapter are those without.
+        ConfigError: If they are not finite, or the adapter hardly changes them.
     """
     answers, tokens = receipt.answers, receipt.tokens
     compared = answers[0.0], answers[1.0]
-    if not all(one.isfinite().all() for one in compared):
+    if not all(answer.isfinite().all() for answer in compared):
         raise ConfigError(
             f"receipt=: what comes for these inputs is not finite, with adapter {adapter_name!r} or without: "
             "give inputs like those that it was trained on"
         )
-    # Rounding moves log-probabilities by about as much as logits, and other outputs in proportion to them.
-    typical = 1.0 if tokens else max(float(one.square().mean().sqrt()) for one in compared)
+    # Rounding changes log-probabilities as much as logits, and other outputs in proportion to their size.
+    typical = 1.0 if tokens else max(float(answer.square().mean().sqrt()) for answer in compared)
     least = _LEAST_EFFECT * typical
     if not receipt.effect >= least or not receipt.effect:
         raise ConfigError(
@@ -318,20 +318,22 @@ def _check_effect(receipt: Receipt, adapter_name: str) -> None:
 
 
 def call_with(model: Any, inputs: Mapping[str, Tensor]) -> Any:
-    """Calls a model with the inputs of a receipt.
+    """Call a model with the inputs of a receipt.
 
     Raises:
-        ConfigError: If it cannot be called so.
+        ConfigError: If the call fails.
     """
     try:
         return model(inputs[""]) if "" in inputs else model(**inputs)
     except LoraFxError:
         raise
     except Exception as error:
-        found = ", ".join(f"{key or 'a tensor'} {list(one.shape)}" for key, one in inputs.items())
+        shapes = ", ".join(
+            f"{key or 'a tensor'} {list(value.shape)}" for key, value in inputs.items()
+        )
         raise ConfigError(
             f"this {type(model).__name__} cannot be called with the inputs of the receipt "
-            f"({found or 'none'}): {type(error).__name__}: {error}"
+            f"({shapes or 'none'}): {type(error).__name__}: {error}"
         ) from error
 
 
@@ -341,17 +343,17 @@ def _scalable(model: nn.Module, adapter_name: str) -> bool:
 
 @contextmanager
 def _at_scale(twin: nn.Module, adapter_name: str, scale: float) -> Iterator[None]:
-    """A copy with its adapter's B multiplied by a number; with 0 the base."""
+    """Multiply the adapter's B by a number within the context; with 0 the base runs."""
     if scale == 0.0:
         with disable_adapter(twin):
             yield
         return
     rows = [row for row in adapter_record(twin, adapter_name).sites if not row.tied]
     kept = [factors_of(twin, row, adapter_name).b for row in rows] if scale != 1.0 else []
-    values = [one.data for one in kept]
+    values = [factor.data for factor in kept]
     try:
         for parameter, value in zip(kept, values, strict=True):
-            # Other storage: that of the model stays as it is.
+            # New storage, so that the model's values stay unchanged.
             parameter.data = value * scale
         yield
     finally:
@@ -369,7 +371,10 @@ def _hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _hash_of_base(model: nn.Module) -> str:
-    """Of names and shapes, and of the first values of each: a base of many gigabytes is not read."""
+    """Return a hash of names, shapes, and the first values of each parameter.
+
+    Reading a large base in full would take too long.
+    """
     firsts = {}
     for name, value in model.named_parameters():
         if "lora_" not in name and type(value.data) is Tensor and not value.is_meta:
@@ -378,11 +383,11 @@ def _hash_of_base(model: nn.Module) -> str:
 
 
 def read_receipt(directory: Path) -> Receipt:
-    """Reads the receipt of an adapter's folder.
+    """Read the receipt of an adapter's folder.
 
     Raises:
-        CheckpointError: If there is none, it is damaged, of another adapter than the folder's, or of a newer
-            lora_fx.
+        CheckpointError: If there is no receipt, or it is damaged, belongs to another adapter than the
+            folder's, or is from a newer lora_fx.
     """
     path = directory if directory.is_file() else current(directory / RECEIPT_NAME)
     if not path.is_file():
@@ -413,7 +418,7 @@ def read_receipt(directory: Path) -> Receipt:
 
 
 def _parse(path: Path) -> tuple[Receipt | None, Any]:
-    """A receipt, None if its format is not known; and the format."""
+    """Return a receipt and its format. The receipt is None if the format is not known."""
     tensors = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         values: dict[str, Any] = json.loads((file.metadata() or {})[_KEY])
@@ -437,7 +442,7 @@ def _parse(path: Path) -> tuple[Receipt | None, Any]:
 
 def _adapter_beside(path: Path) -> Mapping[str, Tensor] | None:
     folder = path.parent
-    if any(current(folder / one).is_file() for one in (WEIGHTS_NAME, PICKLE_NAME)):
+    if any(current(folder / name).is_file() for name in (WEIGHTS_NAME, PICKLE_NAME)):
         return read_tensors(folder)[0]
     alone = current(folder / DIFFUSERS_NAME)
     return read_file(alone)[0] if alone.is_file() else None

@@ -1,13 +1,13 @@
-"""Adapters whose initialization changed the base: what their folders hold, and how they are read.
+"""Conversion of adapters whose initialization changed the base, for saving and loading.
 
-Written, such an adapter is made one of the base as it was: with A₀ and B₀ for the start,
-``W₀ + s·B A = W + s·(B A - B₀ A₀) = W + s·[B, -B₀] [A; A₀]``. The rank is twice as large, and so is alpha
-(with ``use_rslora`` √2 times), so that the scale stays. What remains of a difference is the rounding of
-``W₀ = W - s·B₀ A₀`` to the weight's dtype. LoftQ's base differs by no product of that rank: there the
-folder says ``loftq``, and the base is quantized again when it is loaded, as PEFT does.
+On saving, such an adapter is converted to one over the original base: with A₀ and B₀ for the start,
+``W₀ + s·B A = W + s·(B A - B₀ A₀) = W + s·[B, -B₀] [A; A₀]``. The rank doubles, and so does alpha (times √2
+with ``use_rslora``), so that the scale stays. The only difference left is the rounding of
+``W₀ = W - s·B₀ A₀`` to the weight's dtype. LoftQ's base does not differ by a product of that rank. Its
+folder therefore says ``loftq``, and the base is quantized again when it is loaded, as in PEFT.
 
-Read, a folder of PEFT that was not converted says ``pissa`` or ``olora``: the same is taken out of the base
-again.
+On loading, PEFT's folders that were not converted say ``pissa`` or ``olora``. The same start is subtracted
+from the base again.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-    """An adapter relative to the base as it was.
+    """An adapter relative to the original base.
 
     Attributes:
-        record: With the ranks and alphas of the whole.
-        slots: By key, with the start beside what is there.
-        rows: Where a start was taken out of the base, by the FQN of the factor: the site, what belongs
-            beside the factor, and whether that is B.
+        record: The record, with the ranks and alphas after conversion.
+        slots: Slots by key, with the start joined to the factors.
+        rows: Factors whose start was subtracted from the base, by FQN: the site, the start to join to the
+            factor, and True for B.
     """
 
     record: AdapterRecord
@@ -54,40 +54,40 @@ class Converted:
     def parted(
         self, slots: Mapping[str, Slot], values: Iterable[tuple[Slot, torch.Tensor]]
     ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-        """Return what to write into the model's own slots, and what is wrong with it.
+        """Return the values for the model's own slots, and the problems with them.
 
         Args:
-            slots: The model's own, by key.
-            values: For the slots of the whole.
+            slots: The model's own slots, by key.
+            values: Values for the slots after conversion.
         """
-        found: list[tuple[Slot, torch.Tensor]] = []
+        own_values: list[tuple[Slot, torch.Tensor]] = []
         problems: list[str] = []
         for slot, value in values:
             if slot.name not in self.rows:
-                found.append((slot, value))
+                own_values.append((slot, value))
                 continue
             row, start, is_b = self.rows[slot.name]
             own, other = _parted(row.site, value, is_b)
-            found.append((slots[slot.key], own))
+            own_values.append((slots[slot.key], own))
             if not torch.equal(other.to(start), start):
                 problems.append(
                     f"start: {slot.key} has another start beside it than the model's adapter has, so that "
                     "they are not of the same base: save it with lora_fx.save_adapter, and load it onto the "
                     "original model"
                 )
-        return found, problems
+        return own_values, problems
 
 
 def converted(
     model: nn.Module, record: AdapterRecord, adapter: str, slots: Mapping[str, Slot]
 ) -> Converted:
-    """What an adapter is relative to the base as it was.
+    """Return an adapter relative to the original base.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        slots: By key, what the model holds of it.
+        slots: The adapter's slots in the model, by key.
     """
     rows: list[PlannedSite] = []
     joined: dict[str, torch.Tensor] = {}
@@ -113,12 +113,12 @@ def converted(
 
 
 def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) -> torch.Tensor:
-    """Both along the rank, within each expert or group."""
+    """Concatenate both along the rank, within each expert or group."""
     if is_b:
         return torch.cat([new, old], 2 if site.experts else 1)
     if site.experts:
         return torch.cat([new, old], 1)
-    groups = [torch.unflatten(one, 0, (site.groups, -1)) for one in (new, old)]
+    groups = [torch.unflatten(factor, 0, (site.groups, -1)) for factor in (new, old)]
     return torch.cat(groups, 1).flatten(0, 1)
 
 
@@ -133,10 +133,10 @@ def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, 
 
 
 def check_start(config: LoraConfig, folder: Path) -> None:
-    """Refuses folders whose base cannot be computed again.
+    """Raise if the base of a folder cannot be computed again.
 
     Raises:
-        CheckpointError: If data would be needed for it.
+        CheckpointError: If that would need data.
     """
     start = config.init_lora_weights
     if changes_base(start) and needs_data(start):
@@ -156,15 +156,15 @@ def check_start(config: LoraConfig, folder: Path) -> None:
 
 
 def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
-    """Changes the base of a newly rewritten model, or of a new adapter, as the folder's configuration says.
+    """Change the base of a newly rewritten model, or of a new adapter, as the folder's configuration says.
 
     Raises:
-        CheckpointError: If PEFT's meaning cannot be had at some site. The model is as it was.
+        CheckpointError: If PEFT's start cannot be reproduced at a site. The model is unchanged then.
     """
     if not changes_base(config.init_lora_weights):
         return
     record = adapter_record(model, adapter_name)
-    # PEFT gives embeddings a plain start whatever the configuration says.
+    # PEFT gives embeddings a plain start regardless of the configuration.
     rows = tuple(row for row in record.sites if row.site.family != "embedding")
     for row in rows:
         reason = start_objection(row.site, row.rank, config)
@@ -177,7 +177,7 @@ def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> Non
 
 
 def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
-    """Say why a folder cannot be loaded onto a model that has the adapter already: it has another base."""
+    """Return the reason why a folder cannot be loaded onto an existing adapter: its base differs."""
     ours, theirs = record.config, config
     own = set(record.own) - set(record.given)
     changed = bool({row.site.weight for row in record.sites} & own)
@@ -185,10 +185,10 @@ def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
         return []
     if changed and _starting(ours) == _starting(theirs):
         return []
-    found = ours.init_lora_weights if changed else True
+    own_start = ours.init_lora_weights if changed else True
     reason = (
         f"start: the folder's adapter started as init_lora_weights={theirs.init_lora_weights!r}, the model's "
-        f"as {found!r}, and so they are not of the same base: load it onto the original model"
+        f"as {own_start!r}, and so they are not of the same base: load it onto the original model"
     )
     return [reason]
 

@@ -1,4 +1,4 @@
-"""The tensors of an adapter by PEFT's keys, for checkpoints of your own."""
+"""Tensors of an adapter by PEFT's keys, for your own checkpoints."""
 
 from __future__ import annotations
 
@@ -72,23 +72,23 @@ __all__ = [
 ]
 
 # --- weights of the base --------------------------------------------------------------------------
-# Weights of the base in an adapter's folder: of embeddings and heads, and what was trained by hand.
+# Weights of the base in an adapter's folder: embeddings, heads, and parameters that were trained by hand.
 #
-# Who adds tokens resizes both ends of a transformers model, and the rows that are new are in no
-# checkpoint of the base. PEFT therefore writes these weights where they were resized, or adapted
-# (``save_embedding_layers``), and so does this. What was trained although no adapter
-# trains it is written under the same names, and the metadata of the file says which that is:
-# anything else that differs from the model's belongs to another base. Read, what differs is the
-# adapter's own, in place of the base's and frozen: the model that was given stays as it is.
+# Adding tokens resizes both ends of a transformers model, and no checkpoint of the base has the new rows.
+# PEFT therefore writes these weights if they were resized or adapted (``save_embedding_layers``), and so
+# does this module. Parameters that were unfrozen by hand are written under the same names, and the metadata
+# of the file lists them. Any other tensor that differs from the model's belongs to another base. When a
+# folder is loaded, the weights that differ become the adapter's. They are frozen and replace those of the
+# base, which stays as it is.
 
 
 NOTE = "lora_fx.by_hand"
-"""Key of the file's metadata with the FQNs of what was trained by hand."""
+"""Key of the file's metadata with the FQNs of the parameters that were trained by hand."""
 
 SaveEmbeddings = bool | Literal["auto"]
-"""Whether the weights of both ends are saved; ``"auto"`` where they were resized, adapted, or given."""
+"""True to save the weights of both ends; ``"auto"`` if they were resized, adapted, or came with a folder."""
 
-_ADAPTED = ("embed_tokens", "lm_head")  # PEFT's: other names it does not take for an end.
+_ADAPTED = ("embed_tokens", "lm_head")  # PEFT's list: it does not recognize ends by other names.
 
 
 def saved_embeddings(
@@ -98,17 +98,17 @@ def saved_embeddings(
     origin: str | None,
     how: SaveEmbeddings,
 ) -> dict[str, torch.Tensor]:
-    """Return what to save with an adapter, by FQN.
+    """Return the weights of embeddings and heads to save with an adapter, by FQN.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        origin: Where the base came from: if that is a folder, its configuration tells its vocabulary.
+        origin: The source of the base. If it is a folder, its configuration tells the vocabulary.
         how: As PEFT's ``save_embedding_layers``.
 
     Raises:
-        ConfigError: If ``how`` is something else.
+        ConfigError: If ``how`` has any other value.
     """
     if how not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers: found {how!r}; it is True, False or 'auto'")
@@ -117,19 +117,19 @@ def saved_embeddings(
     adapted = [name for name in ends if name in holders and name.rpartition(".")[2] in _ADAPTED]
     chosen: Iterable[str] = ends if how else ()
     if how == "auto" and not record.given and not _resized(model, origin):
-        # PEFT leaves the other end out also where both were resized, and so loses it.
+        # PEFT leaves the other end out even if both were resized, and so loses it.
         chosen = () if record.tokens else adapted
     originals = require_record(model).originals
     values: dict[str, torch.Tensor] = {}
     for name in _parameters(model, chosen):
         values[name] = originals.get(name, model.get_parameter(name))
     left_out = set() if how else set(_parameters(model, ends))
-    given = [name for name in record.given if name not in left_out]
-    return values | {name: own_value(model, adapter, name) for name in given}
+    replaced = [name for name in record.given if name not in left_out]
+    return values | {name: own_value(model, adapter, name) for name in replaced}
 
 
 def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict[str, torch.Tensor]:
-    """Return what was trained by hand and is to be saved with an adapter, by FQN.
+    """Return the parameters that were trained by hand and are to be saved with an adapter, by FQN.
 
     Args:
         model: A rewritten model.
@@ -137,8 +137,8 @@ def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict
         adapter: Its name.
 
     Raises:
-        CheckpointError: If a weight is trained that the adapter's initialization has put in place of the
-            base's: a folder is written for the base as it was.
+        CheckpointError: If a trained weight was replaced by the adapter's initialization, because a folder is
+            written for the original base.
     """
     known = require_record(model)
     for name, owner in trained_starts(model, known):
@@ -149,20 +149,20 @@ def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict
                 "folder has no place for it: name its module in modules_to_save, or merge the adapter and "
                 "save the model"
             )
-    found = trained_by_hand(model, known)
-    return {name: value for name, value in found.items() if name not in record.own}
+    trained = trained_by_hand(model, known)
+    return {name: value for name, value in trained.items() if name not in record.own}
 
 
 def note_of_by_hand(names: Collection[str]) -> dict[str, str]:
-    """The metadata of a file that holds such parameters."""
+    """Return the metadata of a file that holds parameters trained by hand."""
     return {NOTE: json.dumps(sorted(names))} if names else {}
 
 
 def by_hand_in(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Reads what :func:`note_of_by_hand` wrote.
+    """Return the names in a note of :func:`note_of_by_hand`.
 
     Raises:
-        CheckpointError: If the note is not one that lora_fx wrote.
+        CheckpointError: If lora_fx did not write the note.
     """
     text = metadata.get(NOTE, "[]")
     try:
@@ -182,17 +182,17 @@ def given_values(
     tensors: Mapping[str, torch.Tensor],
     by_hand: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    """What of a folder are other weights than the model has, and meant to be, by FQN.
+    """Return the tensors of a folder that replace weights of the base and differ from them, by FQN.
 
     Args:
-        model: A rewritten model, with an adapter that is new.
+        model: A rewritten model with a new adapter.
         record: The adapter's record.
         tensors: By key, without the prefix.
-        by_hand: FQNs of what was trained by hand.
+        by_hand: FQNs of the parameters that were trained by hand.
     """
     ends = {*_parameters(model, _ends(model)), *by_hand}
     base = {**dict(base_parameters(model)), **require_record(model).originals}
-    found = {}
+    differing = {}
     for key, value in tensors.items():
         name = base_name(key, model)
         if name not in ends or name in record.own:
@@ -201,15 +201,15 @@ def given_values(
         if old.shape == value.shape and not old.is_meta:
             value = value.to(old.device, old.dtype)
             if not torch.equal(old, value):
-                found[name] = value
-    return found
+                differing[name] = value
+    return differing
 
 
 def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tensor]) -> None:
-    """Puts such weights into a model as the adapter's own, also where they are tied to one of them.
+    """Replace weights of the base, and every weight that is tied to them, by frozen weights of the adapter.
 
     Raises:
-        CheckpointError: If one is in a module that is scripted; nothing was changed.
+        CheckpointError: If a weight is in a scripted module; nothing was changed.
     """
     if not values:
         return
@@ -217,7 +217,7 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
     with on_base(model) as before:
         own, originals = [], dict(record.originals)
         new: dict[object, nn.Parameter] = {}
-        # First those that the folder has, then what is tied to one of them.
+        # First the weights in the folder, then those that are tied to one of them.
         tied = {memory_of(before[name]) for name in values}
         names = [name for name, old in before.items() if memory_of(old) in tied]
         for name in sorted(names, key=lambda end: end not in values):
@@ -246,7 +246,7 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
 
 
 def _ends(model: nn.Module) -> Iterator[str]:
-    """FQNs of the input embedding and of the head of a model of transformers."""
+    """Yield the FQNs of the input embedding and of the head of a transformers model."""
     ends = []
     for side in ("input", "output"):
         get = getattr(model, f"get_{side}_embeddings", None)
@@ -267,16 +267,16 @@ def _parameters(model: nn.Module, modules: Iterable[str]) -> Iterator[str]:
 
 
 def _resized(model: nn.Module, origin: str | None) -> bool:
-    """Whether the base had another vocabulary, as far as a folder on this machine tells."""
+    """Return True if the base had a different vocabulary, as far as a local folder tells."""
     size = getattr(getattr(model, "config", None), "vocab_size", None)
     path = Path(origin, "config.json") if origin else None
     if size is None or path is None or not path.is_file():
         return False
     try:
-        there = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+        base_size = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
     except (OSError, ValueError, AttributeError):
         return False
-    return there is not None and there != size
+    return base_size is not None and base_size != size
 
 
 # --- the tensors of an adapter --------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _resized(model: nn.Module, origin: str | None) -> bool:
 def _values_for(
     slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """Return what to write where, and what is wrong with it; nothing is written yet."""
+    """Return the values for the slots, and the problems with them. Nothing is written yet."""
     values: dict[str, tuple[Slot, torch.Tensor]] = {}
     problems: list[str] = []
     seen: set[str] = set()
@@ -321,28 +321,28 @@ def _values_for(
 
 
 def _other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str, str]) -> list[str]:
-    """A model that was rewritten before has its scales in the graph.
+    """Return a problem for each site whose scale in the folder differs from the scale in the graph.
 
     Args:
         record: The adapter in the model.
         config: The configuration of the folder.
-        names: By what it looks up the scale of a site, where that is not the site's name.
+        names: The name by which the configuration knows a site, if it differs from the site's name.
     """
-    found = {row.name: scale_for(names.get(row.name, row.name), config) for row in record.sites}
+    scales = {row.name: scale_for(names.get(row.name, row.name), config) for row in record.sites}
     return [
-        f"scale: {row.name} is scaled by {found[row.name]:g} in the folder, by "
+        f"scale: {row.name} is scaled by {scales[row.name]:g} in the folder, by "
         f"{row.scale:g} in the model: load the adapter onto the original model"
         for row in record.sites
-        if abs(found[row.name] - row.scale) > 1e-9 * abs(row.scale)
+        if abs(scales[row.name] - row.scale) > 1e-9 * abs(row.scale)
     ]
 
 
 def _leftover(
     key: str, value: torch.Tensor, model: nn.Module, record: AdapterRecord
 ) -> Iterator[str]:
-    """Say what is wrong with a tensor that is not part of the adapter; nothing if the model has it.
+    """Yield the problem with a tensor that is not part of the adapter; nothing if the model has the tensor.
 
-    PEFT writes the base weight of an embedding or head that it adapts, and with ``bias="all"`` the
+    PEFT writes the base weight of an embedding or head that it adapts. With ``bias="all"`` it also writes the
     biases of the originals of ``modules_to_save``, which nothing reads.
     """
     kinds = ("original_module", "modules_to_save")
@@ -353,9 +353,9 @@ def _leftover(
     if name is None:
         yield f"unexpected: {key} {list(value.shape)}"
         return
-    found = parameter_of(model, name)
-    assert found is not None
-    own = gathered(found, name)
+    parameter = parameter_of(model, name)
+    assert parameter is not None
+    own = gathered(parameter, name)
     if own.shape != value.shape:
         yield _shapes(key, value, own.shape)
     elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):
@@ -379,12 +379,12 @@ class Stored:
     """An adapter in PEFT's layout.
 
     Attributes:
-        tensors: By key, without the prefix: on the CPU, none sharing storage with another.
-        targets: What PEFT adapts, with its ranks and alphas.
-        joined: The targets that are made of several sites.
+        tensors: By key, without the prefix. They are on the CPU, and no two share storage.
+        targets: The modules and parameters that PEFT adapts, with their ranks and alphas.
+        joined: The targets that consist of several sites.
         own: Sites for which PEFT has no name.
         by_hand: FQNs of the base's parameters among the tensors that were trained by hand.
-        given: Those that came with the adapter's folder.
+        given: FQNs of the parameters that came with the adapter's folder.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -401,16 +401,16 @@ def stored(
     adapter: str,
     embeddings: SaveEmbeddings = "auto",
 ) -> Stored:
-    """An adapter as PEFT stores it.
+    """Return an adapter as PEFT stores it.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        embeddings: Whether the weights of the embedding and the head are stored as well.
+        embeddings: True to store the weights of the embedding and the head as well.
 
     Raises:
-        CheckpointError: If the model is on the meta device, or what was trained by hand has no place.
+        CheckpointError: If the model is on the meta device, or a parameter trained by hand cannot be saved.
         ConfigError: If ``embeddings`` is not valid.
     """
     layout = layout_of(model, record)
@@ -430,11 +430,18 @@ def stored(
     _to_peft(model, before, adapter, slots, tensors)
     targets = targets_of(record, layout)
     joined = joined_of(layout, record)
-    for one in joined:
-        if one.doubled:
-            _log.warning(_TWICE, one.name, "is written for that, with half of it")
-        rank = one.packed(tensors)
-        targets.append(Target(one.name, rank, one.alpha(rank), one.name in layout.weights))
+    for joined_target in joined:
+        if joined_target.doubled:
+            _log.warning(_TWICE, joined_target.name, "is written for that, with half of it")
+        rank = joined_target.packed(tensors)
+        targets.append(
+            Target(
+                joined_target.name,
+                rank,
+                joined_target.alpha(rank),
+                joined_target.name in layout.weights,
+            )
+        )
     own = [row.name for row in record.sites if not row.tied and not layout.place(row.site)]
     return Stored(tensors, targets, joined, own, tuple(by_hand), record.given)
 
@@ -446,41 +453,41 @@ def fitted(
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig | None,
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """Return what to write where, and what is wrong with it; nothing is written yet.
+    """Return the values for the slots of an adapter, and the problems with them. Nothing is written yet.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
         tensors: By key, without the prefix.
-        config: The configuration that they were saved with; None if there is none.
+        config: The configuration of the saved adapter; None if there is none.
     """
-    rest = dict(tensors)
+    remaining = dict(tensors)
     named = wrapped_parameters(model, config) if config else {}
     weights = {name for names in named.values() for name in names}
     layout = layout_of(model, record, weights)
-    given = saved_by_hand(model, record, adapter)
-    given |= {name: own_value(model, adapter, name) for name in record.given}
-    own = slots_of(model, record, adapter, layout, persistent_buffers(model), given)
+    base_values = saved_by_hand(model, record, adapter)
+    base_values |= {name: own_value(model, adapter, name) for name in record.given}
+    own = slots_of(model, record, adapter, layout, persistent_buffers(model), base_values)
     whole = converted(model, record, adapter, own)
-    # As it is written, or with the model's own ranks: the start is in the model then.
-    with_start = bool(whole.rows) and _written_so(whole, layout, rest)
+    # The file has either the ranks of `stored`, or the model's own ranks and the start is in the model.
+    with_start = bool(whole.rows) and _written_so(whole, layout, remaining)
     before, slots = record, dict(own)
     if with_start:
         record, slots = whole.record, dict(whole.slots)
     problems: list[str] = []
     settled: set[str] = set()
-    for one in joined_of(layout, record):
-        there = {key for pair in one.pairs for key in pair.keys} & rest.keys()
-        scale = scale_for(one.name, config) if config else one.scale
-        if there and one.doubled:
-            _log.warning(_TWICE, one.name, "was taken to be computed so")
-        done, wrong = one.split(rest, scale)
+    for joined_target in joined_of(layout, record):
+        present = {key for pair in joined_target.pairs for key in pair.keys} & remaining.keys()
+        scale = scale_for(joined_target.name, config) if config else joined_target.scale
+        if present and joined_target.doubled:
+            _log.warning(_TWICE, joined_target.name, "was taken to be computed so")
+        done, wrong = joined_target.split(remaining, scale)
         problems += wrong
         for key in done:
             del slots[key]
-        settled |= {member.row.name for member in one.members} if there else set()
-    values, wrong = _values_for(slots, rest)
+        settled |= {member.row.name for member in joined_target.members} if present else set()
+    values, wrong = _values_for(slots, remaining)
     values = _from_peft(model, before, adapter, values, with_start)
     problems += wrong
     if with_start:
@@ -491,25 +498,31 @@ def fitted(
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
         problems += _other_scales(dataclasses.replace(record, sites=rows), config, names)
         problems += [] if with_start else other_start(record, config)
-    # In the order of all processes: they may gather parts together, and a set has another one in each.
-    for key in [key for key in rest if key not in slots]:
-        problems += _leftover(key, rest[key], model, record)
+    # Processes may gather shards together here, so all need the same order. The order of a set differs.
+    for key in [key for key in remaining if key not in slots]:
+        problems += _leftover(key, remaining[key], model, record)
     return values, problems
 
 
 def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether factors have the ranks that they are written with, and not those that the model has."""
+    """Return True if the factors have the ranks that :func:`stored` writes, and not those of the model."""
     shapes = {key: slot.shape for key, slot in whole.slots.items() if slot.name in whole.rows}
-    for one in joined_of(layout, whole.record):
-        shapes |= {pair.keys[0]: pair.shape(one.rank)[0] for pair in one.pairs if pair.members}
-    found = [shape == tuple(tensors[key].shape) for key, shape in shapes.items() if key in tensors]
-    return bool(found) and all(found)
+    for joined_target in joined_of(layout, whole.record):
+        shapes |= {
+            pair.keys[0]: pair.shape(joined_target.rank)[0]
+            for pair in joined_target.pairs
+            if pair.members
+        }
+    matches = [
+        shape == tuple(tensors[key].shape) for key, shape in shapes.items() if key in tensors
+    ]
+    return bool(matches) and all(matches)
 
 
 def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
-    """Writes what :func:`fitted` has found; an adapter that waited for data has its values now.
+    """Write the values of :func:`fitted`. If the adapter waited for data, it now has its values.
 
-    All of it or nothing: where a write fails, what was written before has its values back.
+    If a write fails, the earlier writes are undone.
     """
     values = list(values)
     called_by_all((slot.tensor for slot, _ in values), f"to load the adapter {adapter!r}")
@@ -528,14 +541,14 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the same with the names that modules of the base model have."""
+    """Return the tensors by the names of modules in the base model."""
     if all(key.startswith(PREFIX) for key in tensors):
         return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     return tensors
 
 
 def changed(model: nn.Module) -> list[str]:
-    """Buffers of the base model that have other values than at the rewrite."""
+    """Return the buffers of the base model whose values have changed since the rewrite."""
     record: Any = record_of(model)
     return [name for name, _ in changed_buffers(model, record)] if record is not None else []
 
@@ -547,28 +560,28 @@ def adapter_state_dict(
     *,
     save_embedding_layers: SaveEmbeddings = "auto",
 ) -> dict[str, torch.Tensor]:
-    """The tensors that :func:`lora_fx.save_adapter` writes, by the keys that PEFT has for them.
+    """Return the tensors that :func:`lora_fx.save_adapter` writes, by PEFT's keys.
 
-    Those are the keys of ``peft.get_peft_model_state_dict``: without the adapter's name, and with the prefix
-    ``base_model.model.``, which models of diffusers do not have. Sharded parameters (FSDP2) are gathered:
-    every rank has to call this.
+    The keys are those of ``peft.get_peft_model_state_dict``: without the adapter's name and with the prefix
+    ``base_model.model.``. Models of diffusers have no prefix. Sharded parameters (FSDP2) are gathered, so
+    every rank has to call this function.
 
     Args:
         model: A rewritten model.
-        adapter_name: Which adapter; by default the only one, or the only active one.
+        adapter_name: The adapter; by default the only one, or the only active one.
         save_embedding_layers: As for :func:`lora_fx.save_adapter`.
 
     Returns:
-        Tensors on the CPU with storage of their own: training on does not change them.
+        Tensors on the CPU with their own storage: further training does not change them.
 
     Raises:
         ConfigError: If the model has no such adapter, or several could be meant.
         CheckpointError: If the model is on the meta device.
     """
     adapter_name = the_adapter(model, adapter_name)
-    found = stored(model, adapter_record(model, adapter_name), adapter_name, save_embedding_layers)
+    saved = stored(model, adapter_record(model, adapter_name), adapter_name, save_embedding_layers)
     prefix = "" if _of_diffusers(model) else PREFIX
-    return {prefix + key: value for key, value in found.tensors.items()}
+    return {prefix + key: value for key, value in saved.tensors.items()}
 
 
 def _of_diffusers(model: nn.Module) -> bool:
@@ -583,36 +596,36 @@ def _of_diffusers(model: nn.Module) -> bool:
 def load_adapter_state_dict(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str | None = None
 ) -> None:
-    """Writes the values of a state dict into an adapter that the model has.
+    """Write the values of a state dict into an adapter of the model.
 
     A state dict has no configuration: the scales are taken to be those of the adapter.
 
     Args:
-        model: A rewritten model; its adapter is changed in place, and nothing else is.
-        state_dict: As of :func:`adapter_state_dict` or PEFT, with the prefix or without.
-        adapter_name: Which adapter; by default the only one, or the only active one.
+        model: A rewritten model. Its adapter is changed in place; nothing else changes.
+        state_dict: Tensors by the keys of :func:`adapter_state_dict` or PEFT, with or without the prefix.
+        adapter_name: The adapter; by default the only one, or the only active one.
 
     Raises:
         ConfigError: If the model has no such adapter, or several could be meant.
-        CheckpointError: If a tensor is missing, unexpected or of another shape: all of them are named, and
-            nothing was changed.
+        CheckpointError: If a tensor is missing, unexpected or of another shape. The error names all such
+            tensors, and nothing was changed.
     """
     adapter_name = the_adapter(model, adapter_name)
     record = adapter_record(model, adapter_name)
     values, problems = fitted(model, record, adapter_name, without_prefix(dict(state_dict)), None)
     if problems:
-        what = (
+        summary = (
             f"the state dict does not fit adapter {adapter_name!r} of this {type(model).__name__}"
         )
-        raise CheckpointError("\n  ".join([f"{what}; nothing was changed:", *sorted(problems)]))
+        raise CheckpointError("\n  ".join([f"{summary}; nothing was changed:", *sorted(problems)]))
     fill(model, adapter_name, values)
 
 
 # Magnitudes of grouped convolutions. PEFT (up to 0.21.2) divides the magnitude of a convolution by
-# ``‖W + s·mm(B, A)‖`` with A [r, in, *k] and B read as [out/g, r], whatever the groups. For one group that is
-# the norm of the adapted weight. For several, the product is one that nothing computes. So the magnitude is
-# stored times the ratio of that number to the norm: PEFT computes the gain that was trained, and a folder of
-# PEFT's has the gain with which PEFT runs it.
+# ``‖W + s·mm(B, A)‖`` with A [r, in, *k] and B read as [out/g, r], whatever the groups. With one group that
+# is the norm of the adapted weight. With several groups, no layer computes this product. So the magnitude is
+# stored times the ratio of PEFT's number to the norm. PEFT then computes the gain that was trained, and
+# PEFT's folders load here with the gain that PEFT computes.
 def _to_peft(
     model: nn.Module,
     record: AdapterRecord,
@@ -620,14 +633,14 @@ def _to_peft(
     slots: Mapping[str, Slot],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Puts magnitudes as PEFT takes them in place of those of the model.
+    """Replace the magnitudes of the model by those that PEFT expects.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        slots: By key, what is stored: relative to the base as it was.
-        tensors: By key, as they are stored.
+        slots: The slots by key, relative to the original base.
+        tensors: The stored tensors by key, changed in place.
     """
     known = {slot.name: gathered(slot.tensor) for slot in slots.values()} if _any(record) else {}
     ratios = dict(_ratios(model, record, adapter, known, whole=True))
@@ -644,14 +657,14 @@ def _from_peft(
     values: Sequence[tuple[Slot, Tensor]],
     whole: bool,
 ) -> list[tuple[Slot, Tensor]]:
-    """The same the other way round.
+    """Return the values with PEFT's magnitudes replaced by those of the model.
 
     Args:
         model: A rewritten model.
         record: The adapter's record.
         adapter: Its name.
-        values: What was stored, for the slots of the model.
-        whole: Whether the start of the adapter is in the factors, and not in the base.
+        values: The stored values, for the slots of the model.
+        whole: True if the start of the adapter is in the factors, and not in the base.
     """
     known = {slot.name: value for slot, value in values}
     ratios = dict(_ratios(model, record, adapter, known, whole))
@@ -685,7 +698,7 @@ def _ratios(
     known: Mapping[str, Tensor],
     whole: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """FQN of each magnitude, and PEFT's number by the norm, [out] in fp64."""
+    """Yield the FQN of each magnitude, and the ratio of PEFT's number to the norm, [out] in fp64."""
     for row in record.sites:
         if not _is_grouped(row):
             continue
@@ -695,10 +708,10 @@ def _ratios(
         )
         weight = gathered(model.get_parameter(row.site.weight))
         if not weight.is_meta and {a, b, magnitude} <= known.keys():
-            given = (_exact(weight), _exact(known[a]), _exact(known[b]))
+            tensors = (_exact(weight), _exact(known[a]), _exact(known[b]))
             start: Any = start_factors(model, row, adapter) if whole else None
-            start = None if start is None else [_exact(gathered(one)) for one in start]
-            yield magnitude, _ratio(row, *given, start)
+            start = None if start is None else [_exact(gathered(factor)) for factor in start]
+            yield magnitude, _ratio(row, *tensors, start)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -717,5 +730,5 @@ def _ratio(
         (weight + row.scale * change).flatten(1).norm(dim=1)
         for change in (delta(row.site, a, b), mixed)
     )
-    # A feature without weights has no gain in PEFT, whatever is stored.
+    # PEFT has no gain for a feature without weights, so any stored value works.
     return torch.where((own > 0) & (theirs > 0), theirs / own, 1.0)

@@ -1,7 +1,7 @@
-"""What trainers write: ``save_pretrained`` of a rewritten model, and callbacks that write adapter folders.
+"""Checkpoints of trainers: ``save_pretrained`` of a rewritten model, and callbacks that write folders.
 
-The class of a callback is made when it is first asked for, over the callback class of the library, so that
-nothing of a library is imported before.
+The class of a callback subclasses the callback class of the library. It is created on first use, so that the
+library is not imported earlier.
 """
 
 from __future__ import annotations
@@ -62,22 +62,22 @@ __all__ = [
 # --- save_pretrained ------------------------------------------------------------------------------
 # ``save_pretrained`` of a rewritten model, and thereby the checkpoints of transformers' Trainer.
 #
-# What is written is the adapter folder, as PEFT's ``save_pretrained`` writes it:
-# ``from_pretrained`` of transformers finds the base by ``base_model_name_or_path``, and takes the
-# folder for an adapter only if it has no ``config.json``. The Trainer resumes from nothing but
-# ``model.safetensors``, so that this is written as well, with the tensors that are trained and no
-# others.
+# It writes the adapter folder, as PEFT's ``save_pretrained`` does. ``from_pretrained`` of
+# transformers finds the base by ``base_model_name_or_path``, and recognizes the folder as an
+# adapter only if it has no ``config.json``. The Trainer resumes only from ``model.safetensors``, so
+# this file is written as well, with just the trained tensors.
 
 
 _log = logging.getLogger("lora_fx")
 
 BASE_FOLDER = "base"
-"""Folder of the base in that of an adapter, where the base was loaded from nowhere."""
+"""Subfolder of an adapter's folder with the base, if the base has no known source."""
 
 ADAPTER_FOLDER = "adapter"
-"""Folder of the adapter in that of a model whose library does not look for adapters."""
+"""Subfolder of a model's folder with the adapter, if the model's library does not look for adapters."""
 
-_IGNORED = "_keys_to_ignore_on_save"  # transformers': names that are left out of its files
+# Attribute of transformers' models: names that are left out of their files.
+_IGNORED = "_keys_to_ignore_on_save"
 _CONFIG = "config.json"
 _CARD = "README.md"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -89,13 +89,13 @@ _NAMING = (
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """A module that is saved: a rewritten model, or one in it.
+    """A module to save: a rewritten model, or a module in one.
 
     Attributes:
         root: The rewritten model.
-        record: Its record.
-        module: What is saved.
-        prefix: What the module's names begin with in the root.
+        record: The record of the root.
+        module: The module to save.
+        prefix: The prefix of the module's names in the root.
     """
 
     root: nn.Module
@@ -104,10 +104,10 @@ class _Part:
     prefix: str
 
     def inside(self, name: str) -> str:
-        """A name of the root as one of the module.
+        """Return the name in the module for a name in the root.
 
         Raises:
-            ConfigError: If it is of something else.
+            ConfigError: If the name is not in the module.
         """
         if not name.startswith(self.prefix):
             raise ConfigError(
@@ -118,15 +118,15 @@ class _Part:
 
 
 def _part(module: nn.Module) -> _Part | None:
-    """What a module that is saved is of a rewritten model; None if there are no adapters in it."""
+    """Return the part of a rewritten model that a module is; None if it has no adapters."""
     record = record_of(module)
     if record is not None:
         return _Part(module, record, module, "")
-    if not any(isinstance(one, AdapterModule) for one in module.modules()):
+    if not any(isinstance(child, AdapterModule) for child in module.modules()):
         return None
     root = watch.root_of(module)
     record = record_of(root)
-    names = [] if root is None else [n for n, one in root.named_modules() if one is module]
+    names = [] if root is None else [n for n, child in root.named_modules() if child is module]
     if root is None or record is None or not names:
         raise ConfigError(
             f"the rewritten model that this {type(module).__name__} is in is not known: call the model once "
@@ -136,11 +136,11 @@ def _part(module: nn.Module) -> _Part | None:
 
 
 def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
-    """Names in the state dict of a rewritten model that no checkpoint needs: what is frozen, or there twice.
+    """Return the names in a rewritten model's state dict that no checkpoint needs: frozen or duplicates.
 
     Args:
         model: A rewritten model.
-        record: Its record.
+        record: The record of the model.
     """
     by_hand = trained_by_hand(model, record)
     own = {name for adapter in record.adapters.values() for name in adapter.own}
@@ -148,7 +148,7 @@ def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
     seen: set[object] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         trained = parameter.requires_grad or name in by_hand or name in own
-        # Storages of a sharded parameter are those of its parts.
+        # The storage of a sharded parameter is that of its local shard.
         memory = id(parameter) if type(parameter) is not nn.Parameter else memory_of(parameter)
         if (trained or in_adapter(model, name)) and memory not in seen:
             seen.add(memory)
@@ -157,7 +157,7 @@ def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
 
 
 def ignores_base(before: Any) -> property:
-    """The property that transformers asks which names it leaves out."""
+    """Return a property for the names that transformers leaves out when it saves."""
 
     def get(self: nn.Module) -> Any:
         part = _part(self)
@@ -174,7 +174,7 @@ def ignores_base(before: Any) -> property:
 
 
 def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A ``save_pretrained`` that writes the adapters of a rewritten model."""
+    """Wrap ``save_pretrained`` so that it writes the adapters of a rewritten model."""
 
     @functools.wraps(method)
     def save_pretrained(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,7 @@ def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
         if part is None:
             return method(self, save_directory, *args, **kwargs)
         if kwargs.get("state_dict") == {} and any(map(is_partitioned, self.parameters())):
-            # So the Trainer asks where it gathers nothing: what it resumes from is DeepSpeed's.
+            # The Trainer passes this if it gathers nothing. It resumes from DeepSpeed's checkpoint then.
             _log.warning(
                 "%s gets no adapter: ZeRO-3 has its parts, and the state_dict is empty. Set "
                 "stage3_gather_16bit_weights_on_model_save in DeepSpeed's configuration, or give the Trainer "
@@ -196,10 +196,10 @@ def saves_adapter(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def warns_of_reference(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make an ``add_model_tags`` that warns of a reference without the adapter that was trained before.
+    """Wrap ``add_model_tags`` so that it warns of a reference model without the adapter.
 
-    TRL's trainers call it when they have their reference. Of a model that is no ``PeftModel`` that is the
-    base, which they load once more by its name.
+    TRL's trainers call it once they have their reference. For a model that is no ``PeftModel`` they load the
+    base again by its name, without the adapter that was already trained.
     """
 
     @functools.wraps(method)
@@ -217,9 +217,9 @@ def warns_of_reference(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_base_alone(reference: nn.Module, model: nn.Module) -> bool:
-    """Return True if a reference has no adapters, and those of the model change its outputs."""
+    """Return True if a reference has no adapters, but those of the model change its outputs."""
     record = record_of(model)
-    if record is None or any(isinstance(one, AdapterModule) for one in reference.modules()):
+    if record is None or any(isinstance(module, AdapterModule) for module in reference.modules()):
         return False
     rows = [(row, name) for name in record.active for row in record.adapters[name].sites]
     with without_wrappers(model) as inner:
@@ -236,35 +236,36 @@ def _save(
 ) -> Any:
     model = part.module
     bound = inspect.signature(method).bind(model, str(folder), *args, **kwargs)
-    given = bound.arguments
-    where = list(given)[1]
+    arguments = bound.arguments
+    folder_key = list(arguments)[1]
     origin = origin_of(model)
-    _check_target(folder, origin, given)
+    _check_target(folder, origin, arguments)
     options = inspect.signature(method).parameters
-    # A model of sentence-transformers has the attribute as well, and lets the models in it save themselves.
+    # A model of sentence-transformers has the attribute as well, but its child models save themselves.
     transformers = hasattr(type(model), _IGNORED) and "state_dict" in options
     if transformers and "save_original_format" in options:
-        # The names of the model, which a checkpoint is loaded by.
-        given["save_original_format"] = False
-    state = dict(given.get("state_dict") or {})  # transformers takes out what it has written
+        # Keep the names of the model, because a checkpoint is loaded by them.
+        arguments["save_original_format"] = False
+    # A copy, because transformers removes the entries that it writes.
+    state = dict(arguments.get("state_dict") or {})
     _check_gathered(model, state)
-    if not given.get("is_main_process", True):
+    if not arguments.get("is_main_process", True):
         return method(*bound.args, **bound.kwargs)
-    # Models in it write their own folders.
-    above = not transformers and any(hasattr(type(one), _IGNORED) for one in model.modules())
+    # Child models write their own folders.
+    above = not transformers and any(hasattr(type(child), _IGNORED) for child in model.modules())
     if above:
         result = method(*bound.args, **bound.kwargs)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         check_format(folder)
         with replacing_files(folder) as staged:
-            given[where] = str(staged)
+            arguments[folder_key] = str(staged)
             result = method(*bound.args, **bound.kwargs)
             if transformers:
                 (staged / _CONFIG).unlink(missing_ok=True)
                 origin = origin or _save_base(part, folder, staged)
             new = {path.name for path in staged.iterdir()}
-            # In the same move, so that a process that is killed leaves no files of two saves.
+            # In the same move, so that a killed process leaves no mix of two saves.
             with without_wrappers(part.root), _values(part, state):
                 _save_adapters(part, staged / ("" if transformers else ADAPTER_FOLDER), origin)
             if transformers:
@@ -283,7 +284,7 @@ def _save(
 
 
 def _write_card(folder: Path, staged: Path, origin: str | None) -> None:
-    """Write a model card, with the metadata of PEFT's that hubs and viewers read, if the folder has none."""
+    """Write a model card with the metadata of PEFT for hubs and viewers, if the folder has no card."""
     if (folder / _CARD).exists():
         return
     base = f"base_model: {json.dumps(origin)}\n" if origin else ""
@@ -295,13 +296,13 @@ def _write_card(folder: Path, staged: Path, origin: str | None) -> None:
     (staged / _CARD).write_text(text, encoding="utf-8")
 
 
-def _check_target(folder: Path, origin: str | None, given: Mapping[str, Any]) -> None:
-    """Refuses a folder, or a use of it, that would lose the base or the adapters.
+def _check_target(folder: Path, origin: str | None, arguments: Mapping[str, Any]) -> None:
+    """Raise if saving to this folder would lose the base or the adapters.
 
     Raises:
-        ConfigError: If it is to be pushed, or the base was loaded from there.
+        ConfigError: If the folder is to be pushed, or the base was loaded from it.
     """
-    if given.get("push_to_hub"):
+    if arguments.get("push_to_hub"):
         raise ConfigError(
             "push_to_hub=True: the adapter folder of a rewritten model is not pushed by save_pretrained: "
             "save it without, and upload the folder"
@@ -314,7 +315,7 @@ def _check_target(folder: Path, origin: str | None, given: Mapping[str, Any]) ->
 
 
 def _remove_older(folder: Path, new: Collection[str]) -> None:
-    """Removes weights of a model that was here before: a loader would take them for parts of this one."""
+    """Remove weights of an earlier model in the folder. A loader would read them as parts of this model."""
     for path in folder.iterdir():
         if path.name == _CONFIG or (_WEIGHTS.fullmatch(path.name) and path.name not in new):
             path.unlink()
@@ -332,14 +333,14 @@ def save_peft_folder(
 
     Args:
         model: A rewritten model.
-        folder: Gets the adapter "default"; others get folders of their names in it.
-        names: Those that are written.
-        origin: Where the base was loaded from.
-        values: Of parameters that are sharded, by their names in the model.
+        folder: The folder of the adapter "default". Other adapters get subfolders of their names.
+        names: The adapters to write.
+        origin: The source of the base.
+        values: The values of sharded parameters, by their names in the model.
         said: Fields of the written configuration, by the name of the adapter.
 
     Raises:
-        ConfigError: If there is no adapter of a name.
+        ConfigError: If a named adapter does not exist.
         CheckpointError: If the folder holds an adapter of another format, or cannot be written.
     """
     with without_wrappers(model) as inner:
@@ -378,7 +379,7 @@ def _save_adapters(
 
 
 def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
-    """A written configuration, which names every site in full, with the names of a module in the model."""
+    """Translate a written configuration, which has full names of sites, to the names in the saved module."""
 
     def names(value: Any) -> Any:
         if isinstance(value, str):  # an expression
@@ -387,19 +388,21 @@ def _inside(part: _Part, config: LoraConfig) -> LoraConfig:
             return {
                 key.replace(re.escape(part.prefix), "")
                 if key.startswith("^")
-                else part.inside(key): one
-                for key, one in value.items()
+                else part.inside(key): entry
+                for key, entry in value.items()
             }
         return None if value is None else tuple(map(part.inside, value))
 
-    return dataclasses.replace(config, **{one: names(getattr(config, one)) for one in _NAMING})
+    return dataclasses.replace(
+        config, **{field: names(getattr(config, field)) for field in _NAMING}
+    )
 
 
 def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuses to save what ZeRO-3 has partitioned without its values: empty tensors would be written.
+    """Raise if ZeRO-3 has partitioned a parameter and its values are missing: an empty tensor would be saved.
 
     Raises:
-        ConfigError: With the first parameter that is trained and is not in the state dict.
+        ConfigError: Names the first trained parameter that is not in the state dict.
     """
     for name, parameter in model.named_parameters():
         whole = getattr(state.get(name), "shape", None) == whole_shape(parameter)
@@ -412,12 +415,12 @@ def _check_gathered(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
-    """Save the base of a model that was loaded from nowhere, and give the path.
+    """Save the base of a model that has no known source, and return its path.
 
     Args:
         part: The model.
-        folder: Where it is saved.
-        staged: What is written there takes its place.
+        folder: The final folder.
+        staged: A staging folder, which replaces the final folder.
     """
     if any(map(_is_in_parts, part.root.parameters())):
         _log.warning(
@@ -440,11 +443,11 @@ def _save_base(part: _Part, folder: Path, staged: Path) -> str | None:
 
 @contextmanager
 def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
-    """Have the values of a state dict in a model whose parameters are sharded, for a while.
+    """Put the values of a state dict into a sharded model, and restore the shards at the end.
 
-    A trainer gathers them on every process, and saves on one, which cannot gather again.
+    A trainer gathers them on every process but saves on only one, which cannot gather again.
     """
-    held = [
+    swaps = [
         (module, leaf, parameter, state.get(join(fqn, leaf)))
         for fqn, module in part.module.named_modules()
         for leaf, parameter in module._parameters.items()
@@ -452,26 +455,26 @@ def _values(part: _Part, state: Mapping[str, Any]) -> Iterator[None]:
         and _is_in_parts(parameter)
         and isinstance(state.get(join(fqn, leaf)), torch.Tensor)
     ]
-    if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in held):
+    if any(not isinstance(value, torch.Tensor) or is_sharded(value) for *_, value in swaps):
         raise ConfigError(
             "state_dict: it has to have the whole of every parameter of this sharded model, which one "
             "process cannot gather by itself: get_model_state_dict with full_state_dict=True on every rank"
         )
     try:
-        for module, leaf, parameter, value in held:
+        for module, leaf, parameter, value in swaps:
             assert value is not None
-            vars(module).pop(leaf, None)  # FSDP1 has its part there as well
+            vars(module).pop(leaf, None)  # FSDP1 keeps its shard there as well
             module._parameters[leaf] = nn.Parameter(value.detach(), parameter.requires_grad)
         yield
     finally:
-        for module, leaf, parameter, _ in held:
+        for module, leaf, parameter, _ in swaps:
             module._parameters[leaf] = parameter
             if torch_private.is_flat(parameter):
                 vars(module)[leaf] = parameter
 
 
 def _is_in_parts(parameter: nn.Parameter) -> bool:
-    """Return True if FSDP or ZeRO-3 has parts of a parameter in several processes."""
+    """Return True if FSDP or ZeRO-3 distributes a parameter over several processes."""
     return is_sharded(parameter) or is_partitioned(parameter) or torch_private.is_flat(parameter)
 
 
@@ -485,18 +488,19 @@ _BEST: Final = "best"
 
 
 def trainer_callback(directory: str | os.PathLike[str]) -> Any:
-    """A callback of transformers' ``Trainer`` that writes the adapters of a rewritten model.
+    """Return a callback for transformers' ``Trainer`` that writes the adapters of a rewritten model.
 
-    At each checkpoint it writes ``directory/last``, and after each evaluation with a better
-    ``metric_for_best_model`` (of ``TrainingArguments``) ``directory/best``. Both are folders as
-    :func:`lora_fx.save_adapter` writes them, and are replaced whole or not at all.
+    It writes ``directory/last`` at each checkpoint, and ``directory/best`` after each evaluation with a
+    better ``metric_for_best_model`` (of ``TrainingArguments``). Both are folders as
+    :func:`lora_fx.save_adapter` writes them. Each is replaced entirely or not at all.
 
     Args:
-        directory: Where the two folders are; made if it is not there.
+        directory: The folder for the two folders; created if it is missing.
 
     Returns:
-        A ``transformers.TrainerCallback``: ``Trainer(..., callbacks=[callback])``. The model may be in a
-        module that the trainer is given. Of several rewritten models each has a folder of its name.
+        A ``transformers.TrainerCallback``: ``Trainer(..., callbacks=[callback])``. The model may be a child
+        of the module that the trainer gets. If there are several rewritten models, each has a folder of its
+        name.
     """
     return _class_over(_ForTrainer, "transformers", "TrainerCallback")(directory)
 
@@ -504,27 +508,27 @@ def trainer_callback(directory: str | os.PathLike[str]) -> Any:
 def lightning_callback(
     directory: str | os.PathLike[str], *, monitor: str | None = None, mode: _Mode = "min"
 ) -> Any:
-    """A callback of Lightning that writes the adapters of a rewritten model, and keeps checkpoints small.
+    """Return a Lightning callback that writes the adapters of a rewritten model and keeps checkpoints small.
 
-    At each checkpoint it writes ``directory/last``, and after each validation with a better ``monitor``
-    ``directory/best``, as :func:`trainer_callback` does. Of a rewritten model a checkpoint then holds only
-    what is trained. The rest is that of the module that the checkpoint is loaded into, by
-    ``fit(ckpt_path=...)``, also with ``strict_loading``. In a single process the states of torch's generators
-    are saved and put back as well, so that a run goes on with the same dropout.
+    It writes ``directory/last`` at each checkpoint, and ``directory/best`` after each validation with a
+    better ``monitor``, as :func:`trainer_callback` does. A checkpoint of a rewritten model then holds only
+    trained tensors. All other tensors are taken from the module that ``fit(ckpt_path=...)`` loads it into,
+    also with ``strict_loading``. A single process also saves and restores the states of torch's generators,
+    so that a resumed run has the same dropout.
 
-    Lightning asks no callback about checkpoints with ``save_weights_only``: those are whole.
+    Lightning calls no callback for checkpoints with ``save_weights_only``, so those are complete.
 
     Args:
-        directory: Where the two folders are; made if it is not there.
-        monitor: A metric that is logged, as ``"val_loss"``. Without it there is no ``best``.
-        mode: Which value is better, ``"min"`` or ``"max"``.
+        directory: The folder for the two folders; created if it is missing.
+        monitor: A logged metric, such as ``"val_loss"``. Without it there is no ``best``.
+        mode: ``"min"`` if smaller values are better, ``"max"`` if larger ones are.
 
     Returns:
-        A ``Callback`` of ``lightning``, or of ``pytorch_lightning`` where that is in use:
+        A ``Callback`` of ``lightning``, or of ``pytorch_lightning`` if only that is imported:
         ``Trainer(callbacks=[callback])``.
 
     Raises:
-        ConfigError: For another mode.
+        ConfigError: If the mode is neither.
     """
     if mode not in ("min", "max"):
         raise ConfigError(f"mode: found {mode!r}; it is 'min' or 'max'")
@@ -552,7 +556,7 @@ class _ForTrainer:
         _write(given["model"], self.directory / _LAST, write=state.is_world_process_zero)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Called before the Trainer notes the metric as the best one."""
+        """Write the best adapters. The Trainer calls this before it updates its best metric."""
         name = args.metric_for_best_model
         if not self.training or name is None:
             return
@@ -571,12 +575,12 @@ class _ForLightning:
         self.hook: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        made = functools.partial(lightning_callback, monitor=self.monitor, mode=self.mode)
-        return made, (self.directory,), {**vars(self), "hook": None}
+        factory = functools.partial(lightning_callback, monitor=self.monitor, mode=self.mode)
+        return factory, (self.directory,), {**vars(self), "hook": None}
 
     @property
     def state_key(self) -> str:
-        """What a checkpoint has the state by."""
+        """The key of the callback's state in a checkpoint."""
         return f"lora_fx.lightning_callback(monitor={self.monitor!r}, mode={self.mode!r})"
 
     def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
@@ -591,14 +595,17 @@ class _ForLightning:
             self.hook = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return its state for a checkpoint: the best value, and the generators of a single process."""
+        """Return the state for a checkpoint: the best value, and the generators of a single process."""
         if not self.alone:
             return {"best": self.best}
         devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {"best": self.best, "cpu": torch.get_rng_state(), "cuda": devices}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes it back. The generators wait for the first batch: to begin with data draws from them, too."""
+        """Restore the state.
+
+        The generators are set at the first batch, because setting up the data draws from them.
+        """
         self.best = state["best"]
         self.generators = state if "cpu" in state else None
 
@@ -610,7 +617,7 @@ class _ForLightning:
             return
         torch.set_rng_state(state["cpu"].cpu())
         if len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([one.cpu() for one in state["cuda"]])
+            torch.cuda.set_rng_state_all([generator.cpu() for generator in state["cuda"]])
 
     def on_save_checkpoint(
         self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]
@@ -648,29 +655,30 @@ def _better(value: float, best: float | None, greater: bool) -> bool:
 
 
 def _rewritten(module: nn.Module) -> dict[str, tuple[nn.Module, Record]]:
-    """The rewritten models in a module, by their FQNs."""
-    known = ((name, one, record_of(one)) for name, one in module.named_modules())
-    found = {name: (one, record) for name, one, record in known if record is not None}
-    if not found:
+    """Return the rewritten models in a module, by their FQNs."""
+    known = ((name, child, record_of(child)) for name, child in module.named_modules())
+    models = {name: (child, record) for name, child, record in known if record is not None}
+    if not models:
         raise ConfigError(
             f"there is no rewritten model in this {type(module).__name__}: give the trainer what "
             "lora_fx.rewrite returns, or a module that has it as a child"
         )
-    return found
+    return models
 
 
 def _write(module: nn.Module, folder: Path, *, write: bool) -> None:
-    """Writes the adapters of the rewritten models in a module.
+    """Write the adapters of the rewritten models in a module.
 
     Args:
-        module: What a trainer trains.
-        folder: Where to.
-        write: Whether this is the process that writes. The parts of a sharded model are gathered by all of
-            them.
+        module: The module that a trainer trains.
+        folder: The folder to write to.
+        write: True in the process that writes. All processes take part in gathering a sharded model.
     """
     models = _rewritten(module)
     for name, (model, record) in models.items():
-        parts = (is_sharded(one) or is_partitioned(one) for one in model.parameters())
+        parts = (
+            is_sharded(parameter) or is_partitioned(parameter) for parameter in model.parameters()
+        )
         if not write and not any(parts):
             continue
         target = folder if len(models) == 1 else folder / name
@@ -679,7 +687,7 @@ def _write(module: nn.Module, folder: Path, *, write: bool) -> None:
 
 
 def _left_out(module: nn.Module) -> set[str]:
-    """Names in the state dict of a module that has rewritten models, which a checkpoint does not need."""
+    """Return the names in a module's state dict that a checkpoint of its rewritten models does not need."""
     return {
         join(prefix, name)
         for prefix, (model, record) in _rewritten(module).items()

@@ -1,4 +1,4 @@
-"""What a user asks for: ``LoraConfig``, its fields and rules, and the names that it selects."""
+"""The user's configuration: ``LoraConfig``, its fields and rules, and the names that it selects."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""The fields of `LoraConfig` one by one: what each accepts, how it is normalized, and which are refused.
+"""The fields of `LoraConfig`: validation and normalization of each, and the fields that are refused.
 
-Nothing that a PEFT configuration asks for is dropped in silence: a field is one of `LoraConfig`, or it is one
-of those for other methods and engines, which are known with the value that switches each off, or it does not
-exist.
+No field of a PEFT configuration is dropped silently. It is a field of `LoraConfig`, or it belongs to another
+method or engine. For the latter the value that switches it off is known. Any other field is an error.
 """
 
 from __future__ import annotations
@@ -43,19 +42,19 @@ __all__ = [
 
 
 _CHANGES_BASE: Final = re.compile(r"pissa(_niter_\d+)?|olora|loftq|corda|lora_ga")
-"""The initializations that take what the factors hold at the start out of the base weight."""
+"""The initializations that subtract the initial product of the factors from the base weight."""
 
 _NEEDS_DATA: Final = frozenset({"eva", "corda", "lora_ga"})
-"""The initializations that look at activations or gradients: `lora_fx.initialize` takes a dataloader."""
+"""The initializations that need activations or gradients: `lora_fx.initialize` takes a dataloader."""
 
 
 def changes_base(start: bool | str) -> bool:
-    """Whether an initialization changes the base weight."""
+    """Return True if an initialization changes the base weight."""
     return isinstance(start, str) and _CHANGES_BASE.fullmatch(start) is not None
 
 
 def needs_data(start: bool | str) -> bool:
-    """Whether an initialization needs data."""
+    """Return True if an initialization needs data."""
     return start in _NEEDS_DATA
 
 
@@ -63,7 +62,7 @@ _Value = TypeVar("_Value")
 
 
 class FrozenOptions(Mapping[str, _Value]):
-    """A read-only, hashable `dict`: the options of an initialization, complete."""
+    """A read-only, hashable `dict` with all options of an initialization."""
 
     __slots__ = ("_data",)
 
@@ -107,7 +106,9 @@ def _real(value: Any) -> bool:
 
 
 def _one_of(*allowed: object) -> Callable[[Any], bool]:
-    return lambda value: any(value is one or (value == one and one is not True) for one in allowed)
+    return lambda value: any(
+        value is choice or (value == choice and choice is not True) for choice in allowed
+    )
 
 
 def _is_flag(value: Any) -> bool:
@@ -163,7 +164,7 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 
 
 def options(name: str, value: object) -> FrozenOptions[Any] | None:
-    """Read the options of an initialization: a mapping, or an instance of PEFT's class.
+    """Read the options of an initialization from a mapping, or from an instance of PEFT's class.
 
     Raises:
         ConfigError: If there is no such option, or its value is not valid.
@@ -186,17 +187,17 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
 
 
 def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
-    """The options of an initialization with defaults for those that are not given.
+    """Return the options of an initialization, with defaults for the missing ones.
 
     Raises:
         ConfigError: If a value is not valid.
     """
     known = OPTIONS[name]
-    complete = {key: value.get(key, one.default) for key, one in known.items()}
-    for key, one in known.items():
-        if not one.check(complete[key]):
+    complete = {key: value.get(key, option.default) for key, option in known.items()}
+    for key, option in known.items():
+        if not option.check(complete[key]):
             raise ConfigError(
-                f"LoraConfig.{name}[{key!r}]: found {complete[key]!r}; give {one.wanted}"
+                f"LoraConfig.{name}[{key!r}]: found {complete[key]!r}; give {option.wanted}"
             )
     return FrozenOptions(complete)
 
@@ -215,7 +216,7 @@ Bias: TypeAlias = Literal["none", "all", "lora_only"]
 Start: TypeAlias = Literal[
     "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"
 ]
-"""Names of starting values; ``pissa_niter_N`` for any number is one, too."""
+"""Names of starting values; ``pissa_niter_N`` for any number is valid as well."""
 
 _V = TypeVar("_V", bound=float)
 
@@ -226,8 +227,8 @@ _NITER: Final = re.compile(r"pissa_niter_\d+")
 class FrozenPattern(FrozenOptions[_V]):
     """A read-only, hashable `dict` that keeps its order, because the first matching key wins.
 
-    Two of them are equal when they hold the same items in the same order; one equals a plain
-    mapping when the items are the same in any order.
+    Two of them are equal if they hold the same items in the same order. Compared with a plain mapping, the
+    order does not matter.
     """
 
     __slots__ = ()
@@ -240,7 +241,7 @@ class FrozenPattern(FrozenOptions[_V]):
 
 
 def bad(name: str, found: object, remedy: str) -> ConfigError:
-    """Return the error of one field: what was found there and what to write instead."""
+    """Return the error for a field: the value that it has, and a remedy."""
     return ConfigError(f"LoraConfig.{name}: found {found!r}; {remedy}")
 
 
@@ -316,8 +317,8 @@ def _task(name: str, value: object) -> str | None:
 
 
 def _compiles(name: str, pattern: str, prefix: str = "") -> None:
-    # PEFT puts text around some patterns, where global flags such as (?i) are an error: the prefix
-    # makes them one here, instead of in the middle of the matching.
+    # PEFT puts text around some patterns, which makes global flags such as (?i) an error. The prefix
+    # causes that error here already, instead of during matching.
     try:
         re.compile(pattern)
         re.compile(prefix + pattern)
@@ -373,7 +374,9 @@ def _pattern(check: Callable[[str, object], _V]) -> Callable[[str, object], Froz
             if not isinstance(key, str):
                 raise bad(name, key, "a key is a module name or a regular expression")
             _compiles(name, key, "()")
-        return FrozenPattern({key: check(f"{name}[{key!r}]", one) for key, one in value.items()})
+        return FrozenPattern(
+            {key: check(f"{name}[{key!r}]", entry) for key, entry in value.items()}
+        )
 
     return normalize
 
@@ -404,23 +407,23 @@ def _tokens(name: str, value: object) -> tuple[int, ...] | FrozenPattern[Any]:
 def _indices(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, list | tuple | set | frozenset | range) or not value:
         raise bad(name, value, "give a list of token indices that is not empty")
-    # The order is that of the rows in a checkpoint; PEFT keeps it, too.
+    # The order is that of the rows in a checkpoint, as in PEFT.
     remedy = "a token index is a whole number of at least 0"
-    found = tuple(_whole(name, index, remedy, 0) for index in value)
-    if len(set(found)) != len(found):
+    indices = tuple(_whole(name, index, remedy, 0) for index in value)
+    if len(set(indices)) != len(indices):
         raise bad(name, value, "every token index is there once")
-    return found
+    return indices
 
 
 def _base_class(name: str, value: object) -> FrozenOptions[Any]:
     wanted = ("base_model_class", "parent_library")
-    if not isinstance(value, Mapping) or not all(isinstance(value.get(one), str) for one in wanted):
+    if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in wanted):
         raise bad(name, value, f"give a mapping with {' and '.join(wanted)}, as PEFT writes it")
-    return FrozenOptions({str(key): one for key, one in value.items()})
+    return FrozenOptions({str(key): entry for key, entry in value.items()})
 
 
 def _optional(check: _Check) -> _Check:
-    """The same for a field that may be None."""
+    """Return the same check for a field that may be None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
@@ -461,16 +464,16 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
 }
 
 
-# What PEFT writes about itself and the base model's class: no part of what an adapter computes.
+# Fields that PEFT writes about itself. They do not affect the computation.
 METADATA: Final = frozenset({"peft_type", "peft_version"})
 
 
 class _Foreign(NamedTuple):
-    """A field of PEFT's that lora_fx does not act on.
+    """A field of PEFT that lora_fx does not support.
 
     Attributes:
         off: PEFT's default, which switches it off.
-        what: What it belongs to, for the error.
+        what: The feature that it belongs to, for the error.
     """
 
     off: object
@@ -500,7 +503,7 @@ FOREIGN: Final[Mapping[str, _Foreign]] = {
 
 
 def is_off(value: object) -> bool:
-    """Whether a value switches a feature off."""
+    """Return True if a value switches a feature off."""
     if isinstance(value, Collection) and not isinstance(value, str):
         return not value
     return value is None or value is False
@@ -516,7 +519,7 @@ _SHORT: Final = {
     "target": "target_modules",
     "exclude": "exclude_modules",
 }
-"""What other libraries and the command line call some fields."""
+"""Fields by their names in other libraries and on the command line."""
 
 
 def only_own(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -540,14 +543,14 @@ def only_own(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(NORMALIZERS)}"
             )
         elif not is_off(value) and value != FOREIGN[name].off and not _is_runtime(name, value):
-            off, what = FOREIGN[name]
+            off, feature = FOREIGN[name]
             raise ConfigError(
-                f"LoraConfig.{name}: found {value!r}; lora_fx does not support it: it belongs to {what}. "
+                f"LoraConfig.{name}: found {value!r}; lora_fx does not support it: it belongs to {feature}. "
                 f"Leave it out or give {off!r}"
             )
     return kept
 
 
 def _is_runtime(name: str, value: object) -> bool:
-    """Whether it is PEFT's `LoraRuntimeConfig` with nothing switched on."""
+    """Return True for PEFT's `LoraRuntimeConfig` with nothing switched on."""
     return name == "runtime_config" and is_off(getattr(value, "ephemeral_gpu_offload", True))

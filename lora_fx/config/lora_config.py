@@ -1,4 +1,4 @@
-"""PEFT's `LoraConfig`, immutable and checked when it is created.
+"""PEFT's `LoraConfig`, immutable and validated on construction.
 
 Field names, defaults and meaning are those of `peft.LoraConfig` (PEFT 0.21.2), so that a
 configuration moves between the two libraries unchanged. A PEFT field of another method is accepted
@@ -48,18 +48,18 @@ __all__ = [
 
 _log = logging.getLogger("lora_fx")
 
-# Whose options they are: loftq_config belongs to init_lora_weights="loftq".
+# The initialization that each field of options belongs to: loftq_config to init_lora_weights="loftq".
 _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
 
 
 def check_together(config: Any) -> None:
-    """Refuses fields that contradict each other; warns of options of an initialization that is not chosen.
+    """Raise if fields contradict each other, and warn of options of an initialization that is not used.
 
     Args:
         config: A `LoraConfig` whose fields are normalized.
 
     Raises:
-        ConfigError: Two fields contradict each other.
+        ConfigError: If two fields contradict each other.
     """
     _check_selection(config)
     _check_variant(config)
@@ -123,72 +123,71 @@ def _accept_peft_fields(cls: type[_T]) -> type[_T]:
 @_accept_peft_fields
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which operations get an adapter, and which one.
+    """The selection of operations to adapt, and the settings of their adapters.
 
-    Values are normalized: lists become tuples, sets and lists that PEFT treats as sets become
-    sorted tuples, dicts become read-only mappings. A config can be hashed, compared and pickled, but not
-    changed in place. `dataclasses.replace` makes a changed copy.
+    Values are normalized: lists become tuples, sets and lists that PEFT treats as sets become sorted tuples,
+    dicts become read-only mappings. A config can be hashed, compared and pickled, but not changed in place.
+    `dataclasses.replace` makes a changed copy.
 
     Attributes:
         r: Rank of the adapters.
         lora_alpha: The branch is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with
             `use_rslora`.
         lora_dropout: Probability in [0, 1), on the adapter's input only.
-        target_modules: None: every linear operation but the output head and the routers of mixtures of
-            experts (here lora_fx differs from PEFT, which has a table of architectures).
-            "all-linear": what PEFT selects: every `nn.Linear`, and Conv1D of transformers, but the output
-            head of a transformers model; in mixtures of experts that transformers 5 has fused, their
-            experts and routers, as PEFT does. Any other string: a regular expression for the whole
-            name. A list: names, or their last components.
-        exclude_modules: Same syntax; applied first.
-        scope: Full name of a module, or a list of them: only what lies in one is adapted, whatever the
-            targets name elsewhere ("model.language_model" of a multimodal model). lora_fx only: a saved
-            adapter names its targets in full instead.
+        target_modules: None: every linear operation except the output head and the routers of mixtures of
+            experts (PEFT instead has a table of architectures).
+            "all-linear": the same as in PEFT: every `nn.Linear`, and Conv1D of transformers, except the
+            output head of a transformers model. In mixtures of experts that transformers 5 has fused, also
+            their experts and routers. Any other string: a regular expression for the whole name. A list:
+            names, or their last components.
+        exclude_modules: The same syntax; applied first.
+        scope: Full name of a module, or a list of them: only operations inside are adapted, even if the
+            targets match others ("model.language_model" of a multimodal model). lora_fx only: a saved adapter
+            names its targets in full instead.
         layers_to_transform: Layer indices to adapt. Not with a string as `target_modules`. An empty
             collection of any type, as PEFT's empty list, means no restriction.
-        layers_pattern: Names of the containers whose index counts, "layers" or "h".
-        rank_pattern: Name or regular expression to rank; the first key that matches wins.
+        layers_pattern: Names of the containers whose index is compared, "layers" or "h".
+        rank_pattern: Ranks by name or regular expression; the first key that matches wins.
         alpha_pattern: The same for `lora_alpha`.
         use_rslora: Rank-stabilized scale (https://arxiv.org/abs/2312.03732).
-        use_dora: Weight-decomposed adapters: a trained magnitude for each output feature beside the
+        use_dora: Weight-decomposed adapters: a trained magnitude for each output feature, in addition to the
             direction (https://arxiv.org/abs/2402.09353).
-        lora_bias: Whether B has a trained bias. Not with `use_dora`.
+        lora_bias: True to train a bias of B. Not with `use_dora`.
         target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
             with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
             apply. With it, `target_modules=None` selects nothing.
-        bias: Which biases of the base model are trained: "none", "all" or "lora_only".
+        bias: The biases of the base model to train: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
-        ensure_weight_tying: Whether tied weights stay tied: a head that shares the weight of an adapted
-            embedding gets the transposed factors of that, and a module that shares the weight of one
-            in `modules_to_save` is trained with it.
-        trainable_token_indices: Rows of the input embedding that are trained, each as a whole, or a dict
-            of the name of an embedding to such rows.
+        ensure_weight_tying: True to keep tied weights tied: a head that shares the weight of an adapted
+            embedding gets the transposed factors of the embedding. A module that shares the weight of a
+            module in `modules_to_save` is trained with it.
+        trainable_token_indices: Rows of the input embedding to train, each as a whole, or a dict of such rows
+            by the name of an embedding.
         task_type: One of `TASK_TYPES`; classification and question answering save their heads.
-        fan_in_fan_out: PEFT's note that weights are stored as (in, out).
-        init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False:
-            both random, so that the adapter changes the output at once. "orthogonal", "pissa",
-            "pissa_niter_N", "olora" and "loftq" look at the weight; "eva", "corda" and "lora_ga" look
-            at data as well, which `lora_fx.initialize` takes.
+        fan_in_fan_out: PEFT's flag for weights that are stored as (in, out).
+        init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False: both random,
+            so that the adapter changes the output immediately. "orthogonal", "pissa", "pissa_niter_N",
+            "olora" and "loftq" depend on the weight. "eva", "corda" and "lora_ga" also depend on data: call
+            `lora_fx.initialize`.
         loftq_config: Options of "loftq": `loftq_bits`, `loftq_iter`.
         eva_config: Options of "eva": `rho`, `tau`, `use_label_mask`, `label_mask_value`, `whiten`,
             `adjust_scaling_factors`.
         corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
         lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
-        seed: Seeds the initialization of each site. None: `rewrite` and `add_adapter` draw one from
-            PyTorch's global generator, so that `torch.manual_seed` decides as it does for PEFT. lora_fx
-            only: PEFT warns about keys that it does not know, so the file does not hold it.
-        inference_mode: Written and read for PEFT, which loads such an adapter frozen; lora_fx does
-            not look at it.
-        base_model_name_or_path: Where the base model came from.
-        revision: Which version of it.
-        auto_mapping: Its class, `base_model_class` and `parent_library`, by which PEFT's
-            `AutoPeftModel` finds it where there is no `task_type`. A saved folder has it then.
-        kind: Name of an adapter kind of your own (:func:`lora_fx.register_adapter_kind`), instead of
-            LoRA. lora_fx only: a file has it if it is set, and then PEFT does not take it for LoRA.
+        seed: Seeds the initialization of each site. None: `rewrite` and `add_adapter` draw a seed from
+            PyTorch's global generator, so that `torch.manual_seed` has an effect, as in PEFT. lora_fx only:
+            PEFT warns about unknown keys, so the seed is not saved.
+        inference_mode: Saved for PEFT, which loads such an adapter frozen. lora_fx ignores it.
+        base_model_name_or_path: The source of the base model.
+        revision: The version of the base model.
+        auto_mapping: The class of the base model, as `base_model_class` and `parent_library`. PEFT's
+            `AutoPeftModel` needs it if there is no `task_type`; a saved folder then has it.
+        kind: Name of your own adapter kind (:func:`lora_fx.register_adapter_kind`), instead of LoRA. lora_fx
+            only: a file has it only if it is set, and PEFT then does not read the file as LoRA.
 
     Raises:
-        ConfigError: A value is not valid, a name is not a field, or a PEFT field asks for a
-            feature that lora_fx does not have.
+        ConfigError: If a value is not valid, a name is not a field, or a PEFT field asks for a feature that
+            lora_fx does not have.
     """
 
     r: int = 8
@@ -232,20 +231,20 @@ class LoraConfig:
         check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON types; `from_dict` gives an equal config back.
+        """Return all fields as JSON types; `from_dict` restores an equal config.
 
-        `scope` and `kind`, which PEFT does not have, are in it only if they are set.
+        `scope` and `kind`, which PEFT does not have, are included only if they are set.
         """
-        values = {one.name: _plain(getattr(self, one.name)) for one in fields(self)}
+        values = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
         unset = [name for name in ("scope", "kind") if values[name] is None]
         return {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
-        """Reads what `to_dict` gave, here or in PEFT.
+        """Create a config from the values of `to_dict`, of lora_fx or PEFT.
 
         Raises:
-            ConfigError: As the constructor, and when `peft_type` is there and is not LORA.
+            ConfigError: As the constructor, and if there is a `peft_type` other than LORA.
         """
         kind, wanted = values.get("peft_type", "LORA"), _peft_type(values.get("kind"))
         if kind not in ("LORA", wanted):
@@ -253,13 +252,13 @@ class LoraConfig:
         return cls(**{name: value for name, value in values.items() if name not in METADATA})
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Writes `adapter_config.json` as PEFT reads it; makes the folder.
+        """Write `adapter_config.json` for PEFT, and create the folder if it is missing.
 
-        The order of `rank_pattern` and `alpha_pattern` is kept (PEFT's own writer sorts it, and the
+        The order of `rank_pattern` and `alpha_pattern` is kept (PEFT's own writer sorts it, although the
         first key wins). `seed` is not written.
 
         Raises:
-            CheckpointError: The file cannot be written. A file that was there before still is.
+            CheckpointError: If the file cannot be written. An existing file is then unchanged.
         """
         path = Path(directory, CONFIG_NAME)
         values = {**self.to_dict(), "peft_type": _peft_type(self.kind)}
@@ -278,14 +277,14 @@ class LoraConfig:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str]) -> LoraConfig:
-        """Reads the `adapter_config.json` of a local adapter folder, PEFT's or lora_fx's.
+        """Read the `adapter_config.json` of a local adapter folder, of PEFT or lora_fx.
 
-        A key that neither library knows comes from a newer PEFT: it is ignored, with a warning in
-        the log, when its value is a number or switches a feature off, and refused otherwise.
+        A key that neither library knows comes from a newer PEFT. It is ignored, with a warning in the log, if
+        its value is a number or switches a feature off. Otherwise it is refused.
 
         Raises:
-            CheckpointError: The file is missing, is not JSON, or is not of a LoRA adapter.
-            ConfigError: A value in it is wrong or asks for a feature that lora_fx does not have.
+            CheckpointError: If the file is missing, is not JSON, or does not belong to a LoRA adapter.
+            ConfigError: If a value is wrong or asks for a feature that lora_fx does not have.
         """
         path = current(Path(directory, CONFIG_NAME))
         values = _read_json(path)
@@ -311,7 +310,7 @@ def _peft_type(kind: object) -> str:
 
 def _plain(value: object) -> object:
     if isinstance(value, FrozenOptions):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -1,16 +1,16 @@
-r"""Which names a config selects, and with which rank and scale, by PEFT's rules to the letter.
+r"""Selection of names by a config, with rank and scale, exactly by PEFT's rules.
 
 The rules are those of `check_target_module_exists` and `get_pattern_key` of PEFT 0.21.2, in order:
 
-0. `scope`, which PEFT does not have: a module in which the name has to lie;
+0. `scope`, which PEFT does not have: the name has to be in such a module;
 1. `exclude_modules` (string: `re.fullmatch`; list: the whole name or a `.suffix` of it);
 2. `modules_to_save`: such a module, and everything in it, is trained in full and never adapted;
 3. `target_modules`, with the same syntax;
 4. for list entries that are not the whole name: `layers_to_transform`, on the first numeric
    segment, or on the one after `layers_pattern`.
 
-`target_parameters` names parameters, by the whole name or a `.suffix`, and nothing else counts for them but
-`modules_to_save`. Where it is given, `target_modules=None` selects nothing.
+`target_parameters` names parameters, by the whole name or a `.suffix`. Of the other fields only
+`modules_to_save` applies to them. If it is set, `target_modules=None` selects nothing.
 
 `scale = alpha / r`, or `alpha / sqrt(r)` with `use_rslora`. Nothing here needs a model or torch.
 """
@@ -70,7 +70,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a name is selected, and why or why not, in words for the dry run."""
+    """The decision about a name, with the reason for the dry run."""
 
     selected: bool
     reason: str
@@ -78,18 +78,18 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Unmatched:
-    """Entries of a config that select nothing in a model; empty tuples where there are none.
+    """Entries of a config that select nothing in a model; the tuples are empty by default.
 
     Attributes:
         targets: Entries of `target_modules` that match no name at all.
-        filtered: Entries that match names of which none is selected, because `exclude_modules`,
-            `modules_to_save` or `layers_to_transform` took every one.
+        filtered: Entries that match names, all of which `exclude_modules`, `modules_to_save` or
+            `layers_to_transform` removed.
         excludes: Entries of `exclude_modules` that match no name.
-        scopes: Entries of `scope` in which no name lies.
+        scopes: Entries of `scope` that contain no name.
         rank_keys: Keys of `rank_pattern` that set the rank of no selected name.
         alpha_keys: The same for `alpha_pattern`.
         layers: Indices of `layers_to_transform` in which no name is selected.
-        layers_patterns: Entries of `layers_pattern` that find an index in no name.
+        layers_patterns: Entries of `layers_pattern` that find no index in any name.
     """
 
     targets: tuple[str, ...] = ()
@@ -102,24 +102,24 @@ class Unmatched:
     layers_patterns: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return any(getattr(self, one.name) for one in fields(self))
+        return any(getattr(self, field.name) for field in fields(self))
 
 
 def uses_default_targets(config: LoraConfig) -> bool:
-    """Whether `target_modules` is None or "all-linear", so that operations decide, not names."""
+    """Return True if `target_modules` is None or "all-linear", so that operations decide instead of names."""
     if config.target_modules is None:
         return config.target_parameters is None
     return config.target_modules == ALL_LINEAR
 
 
 def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
-    """Decide whether a name is selected, and say why.
+    """Decide whether a name is selected, and give the reason.
 
     Args:
         name: FQN of a site, without PEFT's "base_model.model." prefix.
-        config: What the user asks for.
-        in_default: Whether the operation belongs to what `target_modules=None` or "all-linear"
-            stands for. The caller knows, from the graph; no meaning with other targets.
+        config: The user's configuration.
+        in_default: True if `target_modules=None` or "all-linear" includes the operation. The caller knows it
+            from the graph. It has no effect with other targets.
     """
     if not _in_scope(name, config):
         return Verdict(False, f"outside of scope {', '.join(map(repr, _entries(config.scope)))}")
@@ -143,8 +143,8 @@ def judge(name: str, config: LoraConfig, *, in_default: bool = True) -> Verdict:
 
 
 def _in_scope(name: str, config: LoraConfig) -> bool:
-    """Whether a name lies in one of the modules of `scope`, or there is no scope."""
-    return config.scope is None or any(_lies_in(name, one) for one in config.scope)
+    """Return True if a name is in one of the modules of `scope`, or there is no scope."""
+    return config.scope is None or any(_lies_in(name, module) for module in config.scope)
 
 
 def _lies_in(name: str, module: str) -> bool:
@@ -152,23 +152,23 @@ def _lies_in(name: str, module: str) -> bool:
 
 
 def excluded(name: str, config: LoraConfig) -> bool:
-    """Whether `exclude_modules` names it."""
+    """Return True if `exclude_modules` matches a name."""
     return _entry_for(name, config.exclude_modules) is not None
 
 
 def name_matches(name: str, config: LoraConfig, *, in_default: bool = True) -> bool:
-    """`judge(...).selected`."""
+    """Return `judge(...).selected`."""
     return judge(name, config, in_default=in_default).selected
 
 
 def layer_index(name: str, config: LoraConfig) -> int | None:
-    """The index that `layers_to_transform` is compared with; None if the name has none.
+    """Return the index to compare with `layers_to_transform`, or None if the name has no index.
 
-    Without `layers_pattern` it is the first numeric segment that has two segments before it and one
-    after it: PEFT's expression does not see the index in "layers.0.q".
+    Without `layers_pattern` it is the first numeric segment that has two segments before it and one after it:
+    PEFT's expression does not match the index in "layers.0.q".
     """
     patterns = _entries(config.layers_pattern)
-    expressions = [_layer_regex(one) for one in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    expressions = [_layer_regex(pattern) for pattern in patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     for expression in expressions:
         match = _compiled(expression).match(name)
         if match is not None:
@@ -177,48 +177,51 @@ def layer_index(name: str, config: LoraConfig) -> int | None:
 
 
 def rank_for(name: str | Sequence[str], config: LoraConfig) -> int:
-    """The rank of the adapter at `name`: of several names, the first that a pattern knows decides."""
+    """Return the rank of the adapter at `name`.
+
+    If there are several names, the first that matches a pattern decides.
+    """
     return _from_pattern(name, config.rank_pattern, config.r)
 
 
 def alpha_for(name: str | Sequence[str], config: LoraConfig) -> float:
-    """The alpha of the adapter at `name`, likewise."""
+    """Return the alpha of the adapter at `name`, in the same way."""
     return _from_pattern(name, config.alpha_pattern, config.lora_alpha)
 
 
 def scale_for(name: str | Sequence[str], config: LoraConfig) -> float:
-    """The factor of the branch at `name`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
+    """Return the scale of the branch at `name`: alpha / r, or alpha / sqrt(r) with `use_rslora`."""
     return scale_of(rank_for(name, config), alpha_for(name, config), config)
 
 
 def scale_of(rank: int, alpha: float, config: LoraConfig) -> float:
-    """The factor of a branch of this rank and alpha."""
+    """Return the scale of a branch of this rank and alpha."""
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def saved_entries(config: LoraConfig) -> tuple[str, ...]:
-    """`modules_to_save`, with the heads that `task_type` adds to it."""
+    """Return `modules_to_save`, with the heads that `task_type` adds to it."""
     return tuple(
         dict.fromkeys((*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())))
     )
 
 
 def saved_module(name: str, config: LoraConfig) -> bool:
-    """Whether the module at `name` is copied and trained in full.
+    """Return True if the module at `name` is copied and trained in full.
 
-    PEFT (`_set_trainable`) compares with `str.endswith`, without a dot: "head" saves "lm_head" too.
-    A child of a saved module is not named by this, but is part of it.
+    PEFT (`_set_trainable`) compares with `str.endswith`, without a dot: "head" saves "lm_head" too. A child
+    of a saved module does not match, but is part of it.
     """
     return name.endswith(saved_entries(config))
 
 
 def saved_by(name: str, config: LoraConfig) -> str | None:
-    """The entry of `modules_to_save` in whose module the name is; None for any other name."""
+    """Return the entry of `modules_to_save` whose module contains the name, or None."""
     for entry in saved_entries(config):
         if _compiled(rf"(^|.*\.){entry}($|\..*)").match(name):
             return entry
-        # PEFT's guard does not see what `saved_module` matches without a dot: it then fails on an
-        # adapter at such a module and copies those inside it. A copy is trained in full, so here
+        # PEFT's guard misses names that `saved_module` matches without a dot. PEFT then fails on an
+        # adapter at such a module, and copies adapters inside it. A copy is trained in full, so here
         # neither is adapted.
         if name.endswith(entry) or f"{entry}." in name:
             return entry
@@ -226,11 +229,11 @@ def saved_by(name: str, config: LoraConfig) -> str | None:
 
 
 def parameter_entry(weight: str, config: LoraConfig) -> str | None:
-    """The entry of `target_parameters` that names a parameter; None if there is none.
+    """Return the entry of `target_parameters` that names a parameter, or None.
 
     Args:
         weight: FQN of the parameter.
-        config: What the user asks for.
+        config: The user's configuration.
     """
     return _entry_for(weight, config.target_parameters) if _in_scope(weight, config) else None
 
@@ -242,15 +245,15 @@ def unmatched(
 
     Args:
         names: All names that could be a target.
-        config: What the user asks for.
-        selected: Which of them are adapted; by default those that `name_matches`.
+        config: The user's configuration.
+        selected: The names that are adapted; by default those that `name_matches`.
     """
     names = list(dict.fromkeys(names))
     if selected is None:
         selected = [name for name in names if name_matches(name, config)]
     targets = () if uses_default_targets(config) else _entries(config.target_modules)
     as_regex = isinstance(config.target_modules, str)
-    found = _used(names, targets, as_regex)
+    matched = _used(names, targets, as_regex)
     kept = _used(selected, targets, as_regex)
     excludes = _entries(config.exclude_modules)
     excluding = _used(names, excludes, isinstance(config.exclude_modules, str))
@@ -258,40 +261,45 @@ def unmatched(
     wanted = (layers,) if isinstance(layers, int) else tuple(layers or ())
     seen = {layer_index(name, config) for name in selected} if wanted else set()
     return Unmatched(
-        targets=tuple(one for one in targets if one not in found),
-        filtered=tuple(one for one in targets if one in found and one not in kept),
-        excludes=tuple(one for one in excludes if one not in excluding),
+        targets=tuple(entry for entry in targets if entry not in matched),
+        filtered=tuple(entry for entry in targets if entry in matched and entry not in kept),
+        excludes=tuple(entry for entry in excludes if entry not in excluding),
         scopes=tuple(
-            one for one in _entries(config.scope) if not any(_lies_in(name, one) for name in names)
+            entry
+            for entry in _entries(config.scope)
+            if not any(_lies_in(name, entry) for name in names)
         ),
         rank_keys=_idle_keys(config.rank_pattern, selected),
         alpha_keys=_idle_keys(config.alpha_pattern, selected),
         layers=tuple(index for index in wanted if index not in seen),
         layers_patterns=tuple(
-            one
-            for one in _entries(config.layers_pattern)
-            if not any(_compiled(_layer_regex(one)).match(name) for name in names)
+            entry
+            for entry in _entries(config.layers_pattern)
+            if not any(_compiled(_layer_regex(entry)).match(name) for name in names)
         ),
     )
 
 
 def unmatched_targets(names: Iterable[str], config: LoraConfig) -> tuple[str, ...]:
-    """Entries of `target_modules` (or the regular expression) that match none of the names."""
+    """Return the entries of `target_modules` (or the regular expression) that match none of the names."""
     return unmatched(names, config).targets
 
 
 def unmatched_saved(module_names: Iterable[str], config: LoraConfig) -> tuple[str, ...]:
-    """Entries of `modules_to_save` that no module has; heads that `task_type` adds are optional."""
+    """Return the entries of `modules_to_save` that match no module.
+
+    Heads that `task_type` adds are optional.
+    """
     names = list(module_names)
     entries = tuple(config.modules_to_save or ())
-    return tuple(one for one in entries if not any(name.endswith(one) for name in names))
+    return tuple(entry for entry in entries if not any(name.endswith(entry) for name in names))
 
 
 def nearest_names(target: str, names: Iterable[str], n: int = 3) -> tuple[str, ...]:
-    """Up to `n` targets that exist and look like `target`, the most similar first.
+    """Return up to `n` existing targets that look like `target`, the most similar first.
 
-    Looks at full names, at last components, and at endings of as many components as the target
-    has. In a regular expression only the literal text counts.
+    Compares with full names, last components, and endings with as many components as the target. Only the
+    literal text of a regular expression counts.
     """
     plain = re.sub(r"\.[*+]\??|\\[a-zA-Z]|[\\^$()\[\]{}?*+|]", "", target).strip(".")
     length = plain.count(".") + 1
@@ -331,7 +339,7 @@ def _entries(value: str | Collection[str] | None) -> tuple[str, ...]:
 
 
 def _suffixes(name: str) -> Iterator[str]:
-    """The name and every ending of it that starts after a dot, longest first."""
+    """Yield the name and every ending after a dot, longest first."""
     yield name
     for position, character in enumerate(name):
         if character == ".":
@@ -339,7 +347,7 @@ def _suffixes(name: str) -> Iterator[str]:
 
 
 def _entry_for(name: str, value: str | Collection[str] | None) -> str | None:
-    """The entry of a module list, or the regular expression, that matches; the longest first."""
+    """Return the matching entry of a module list, the longest first, or the matching regular expression."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -351,7 +359,9 @@ def _entry_for(name: str, value: str | Collection[str] | None) -> str | None:
 def _used(names: Iterable[str], entries: Sequence[str], as_regex: bool) -> set[str]:
     """Return the entries that match at least one of the names."""
     if as_regex:
-        return {one for one in entries if any(_compiled(one).fullmatch(name) for name in names)}
+        return {
+            entry for entry in entries if any(_compiled(entry).fullmatch(name) for name in names)
+        }
     return set(entries).intersection(suffix for name in names for suffix in _suffixes(name))
 
 
@@ -361,13 +371,13 @@ def _layer_regex(pattern: str) -> str:
 
 def _pattern_key(name: str, keys: Iterable[str]) -> str:
     matching = (key for key in keys if _compiled(rf"(.*\.)?({key})$").match(name))
-    # PEFT then looks the name itself up, which finds keys that are no expression for themselves.
+    # Like PEFT, fall back to the name itself: a key may fail to match itself as an expression.
     return next(matching, name)
 
 
 def _from_pattern(name: str | Sequence[str], pattern: Mapping[str, _V], default: _V) -> _V:
-    for one in (name,) if isinstance(name, str) else name:
-        key = _pattern_key(one, pattern)
+    for candidate in (name,) if isinstance(name, str) else name:
+        key = _pattern_key(candidate, pattern)
         if key in pattern:
             return pattern[key]
     return default

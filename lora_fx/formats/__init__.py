@@ -1,6 +1,6 @@
-"""Formats of quantized weights, a file for each library, each as its library stores it.
+"""Formats of quantized weights, one file for each library.
 
-A new one is a subclass of :class:`WeightFormat` and a call of :func:`register_format`.
+A new format is a subclass of :class:`WeightFormat` and a call of :func:`register_format`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ __all__ = [
 ]
 
 FormatName: TypeAlias = BitsandbytesName | TorchaoName
-"""What the formats that come with lora_fx are called; a registered one has names of its own."""
+"""Names of the formats that come with lora_fx. Registered formats have other names."""
 
 register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())

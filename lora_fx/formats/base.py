@@ -1,8 +1,8 @@
-"""The protocol of a weight format, the registry, and how a weight is to be stored.
+"""The protocol of a weight format, the registry of formats, and the storage options of a weight.
 
-A format is how a library stores a quantized matrix: a parameter of a class of its own, which it alone can
-read. All others ask the format, which is found by the name of that class. Where a library has layers of its
-own, :class:`LibraryLayers` says what copying, tracing, merging and exporting a model ask of them.
+A format is a library's way to store a quantized matrix: a parameter of a special class, which only the
+library can read. All other code asks the format, which is looked up by the name of that class. If a library
+has its own layers, :class:`LibraryLayers` tells how to copy, trace, merge and export a model with them.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ __all__ = [
 ]
 
 # --- operators of ONNX ----------------------------------------------------------------------------
-# Operators of ONNX that read weights of few bits, whichever library they are of, and how codes lie
-# in them.
+# Operators of ONNX that read weights of few bits from any library, and their layout of the codes.
 #
 # ``MatMulNBits`` is ONNX Runtime's own. A dequantized weight is read by a Gemm, not by a MatMul:
 # ONNX Runtime fuses ``DequantizeLinear → MatMul`` into a product that rounds its input to 8 bits
@@ -69,11 +68,11 @@ CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
 
 _OPERATOR_BLOCKS = (128, 64, 32, 16)
-"""Those that every provider has a kernel for."""
+"""Block sizes for which every provider has a kernel."""
 
 
 def packed_sizes(product: OnnxProduct) -> dict[str, int]:
-    """The attributes that ONNX Runtime's products have in common."""
+    """Return the attributes that ONNX Runtime's products have in common."""
     return {"N": product.rows, "K": product.columns, "block_size": product.block}
 
 
@@ -94,27 +93,27 @@ def _dequantize(build: OnnxBuilder, product: OnnxProduct) -> Any:
     if build.rank(x) == 2:
         return build.product("Gemm", [x, weight], {"transB": 1})
     flat = build.op("Reshape", [x, build.ints([-1, columns])], like=x)
-    made = build.product("Gemm", [flat, weight], {"transB": 1}, like=x)
+    product_node = build.product("Gemm", [flat, weight], {"transB": 1}, like=x)
     outer = build.op("Shape", [x], {"start": 0, "end": -1})
     shape = build.op("Concat", [outer, build.ints([rows])], {"axis": 0})
-    return build.op("Reshape", [made, shape])
+    return build.op("Reshape", [product_node, shape])
 
 
 MATMUL_N_BITS = OnnxOperator("MatMulNBits", _n_bits)
 DEQUANTIZE_LINEAR = OnnxOperator("DequantizeLinear", _dequantize, dequantizes=True)
 STANDARD_OPERATORS = (MATMUL_N_BITS, DEQUANTIZE_LINEAR)
-"""Those that any format may name."""
+"""Operators that any format may name."""
 
 
 def whole_numbers(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, block: int, bits: int
 ) -> OnnxWeight | None:
-    """``(code - zero) · scale`` in blocks along rows; None if the zero points are no whole numbers.
+    """Pack ``(code - zero) · scale`` in blocks along rows; None if a zero point is no integer.
 
     Args:
         codes: int8 [out, in], from -8 to 7 for 4 bits.
         scales: [out, blocks], or one row for several rows of codes.
-        zeros: Likewise; None for none.
+        zeros: The zero points, in the shape of the scales; None for none.
         block: Values of a row that share a scale.
         bits: 4 or 8.
     """
@@ -140,25 +139,25 @@ def _blocks_of_four_bits(
     rows, columns = codes.shape
     blocks = -(-columns // size)
     # Codes from -8 to 7 are stored from 0 to 15; without zero points the middle is 8.
-    kept = F.pad((codes + 8).to(torch.uint8), (0, blocks * size - columns), value=8)
-    # A block of the library is several of the operator's, or a row that they do not fill.
+    padded = F.pad((codes + 8).to(torch.uint8), (0, blocks * size - columns), value=8)
+    # A block of the library covers several of the operator's, or a row that does not fill the last one.
     scales = scales.repeat_interleave(-(-blocks // scales.shape[1]), 1)
     if zeros is not None and bool(zeros.any()):
         zeros = zeros.repeat_interleave(-(-blocks // zeros.shape[1]), 1)
         zeros = _packed_pairs(F.pad((zeros + 8).to(torch.uint8), (0, blocks % 2), value=8))
     else:
         zeros = None
-    pairs = _packed_pairs(kept).view(rows, blocks, size // 2)
+    pairs = _packed_pairs(padded).view(rows, blocks, size // 2)
     return OnnxWeight(MATMUL_N_BITS, pairs, scales, zeros, size, fresh=True)
 
 
 def _packed_pairs(codes: Tensor) -> Tensor:
-    """Two codes of 4 bits in a byte, the first in the lower half."""
+    """Pack two codes of 4 bits into a byte, the first in the lower half."""
     return codes[:, ::2] | (codes[:, 1::2] << 4)
 
 
 def _spread(value: Tensor, rows: int) -> Tensor:
-    """What there is one of for each block, [rows, blocks]: a block may be several rows."""
+    """Repeat values of blocks to [rows, blocks]: a block may span several rows."""
     return value.repeat_interleave(rows // value.shape[0], 0)
 
 
@@ -166,80 +165,82 @@ def _spread(value: Tensor, rows: int) -> Tensor:
 
 
 class LibraryLayers:
-    """The layers of a library that has none of its own; subclass it for one that has.
+    """The layers of a library. This base class is for a library without layers; subclass it for others.
 
     Attributes:
-        attributes: Names of what the library keeps in a layer beside its parameters.
+        attributes: Names of the attributes that the library sets on a layer, besides its parameters.
     """
 
     attributes: tuple[str, ...] = ()
 
     def owns(self, cls: type[nn.Module]) -> bool:
-        """Whether a class is the library's."""
+        """Return True if a class is one of the library's layers."""
         return False
 
     def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
-        """What to trace in place of a layer's ``forward``, with ``quantized_linear``; None for its own.
+        """Return a function to trace instead of a layer's ``forward``; None to trace the layer's own.
+
+        It calls ``quantized_linear``.
 
         Args:
-            cls: Of the layer. A subclass may compute something else: it has its own forward.
+            cls: The class of the layer. A subclass may compute something else and keeps its own forward.
         """
         return None
 
     def setup(self, layer: nn.Module) -> tuple[Any, ...]:
-        """All that the graph of a layer depends on, which :meth:`forward` is traced for."""
+        """Return everything on which the traced graph of a layer depends, for use as a key."""
         return ()
 
     def plain(self, cls: type[nn.Module]) -> type[nn.Module] | None:
-        """The class of PyTorch that a layer is with a dense weight in it; None if it is not the library's."""
+        """Return PyTorch's class for a layer with a dense weight; None if the layer is not the library's."""
         return None
 
     def become(self, layer: nn.Module, how: Storage) -> None:
-        """Make an ``nn.Linear`` one of the library's, over the weight that was just packed for it.
+        """Turn an ``nn.Linear`` into a layer of the library, over its newly packed weight.
 
-        It stays the same object, with its hooks and bias.
+        The object stays the same, with its hooks and bias.
         """
 
     def unfinished(self, layer: nn.Module, named: str) -> str | None:
-        """Say what a layer of the library lacks whose weight is not quantized; None if it lacks nothing.
+        """Return the remaining step for a library's layer with an unquantized weight; None if there is none.
 
         Args:
             layer: The layer.
-            named: Its class, as it is called.
+            named: The name of its class, for messages.
         """
         return None
 
     def owns_hook(self, hook: object) -> bool:
-        """Whether the library has put a hook on a layer, which a dense weight does not need."""
+        """Return True if the library added this hook to a layer, and a dense weight does not need it."""
         return False
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
-        """Have a copy of a layer keep objects of its own over the same tensors.
+        """Give a copy of a layer separate objects over the same tensors.
 
         Args:
-            layer: Any module of the model that is copied; its parameters are in ``memo``.
-            memo: For ``copy.deepcopy``.
+            layer: Any module of the model to copy; its parameters are in ``memo``.
+            memo: The memo of ``copy.deepcopy``.
         """
 
     def settle(self, layer: nn.Module) -> None:
-        """Put right what a module of a copy, any of them, or one just made may not have."""
+        """Fix attributes that a module of a copy, or a new one, must not have. Called for any module."""
 
     def renew(self, layer: nn.Module) -> None:
-        """Have a layer use the scales of another weight of the format, which was put into it."""
+        """Make a layer use the scales of its new weight, which has the same format."""
 
     def release(self, layer: nn.Module) -> None:
-        """Drop what a module, any of a copy that is exported, remembers of its weight beside it."""
+        """Drop a weight's data that a module caches outside it. Called for any module of an export."""
 
     def describe_model(
         self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
     ) -> None:
-        """Set what others ask before they take a model for a quantized one.
+        """Set the attributes by which other libraries recognize a quantized model.
 
         Args:
-            model: A quantized model that is used nowhere else; neither is its configuration.
+            model: A quantized model that is not used elsewhere, and neither is its configuration.
             how: The format.
-            sites: The operations whose weights are stored so.
-            dtype: Of the first one's values.
+            sites: The operations whose weights are stored in it.
+            dtype: The dtype of the values of the first weight.
         """
 
 
@@ -248,22 +249,23 @@ FLOATS: Final = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class WeightFormat(abc.ABC):
-    """How one library stores weights: subclass it, and register an instance with ``register_format``.
+    """The weight format of one library: subclass it, and register an instance with ``register_format``.
 
-    A weight is given to its methods as the library has it: a parameter of its own class, or the tensor
-    subclass that a parameter wraps. It always holds a matrix [out, in].
+    Methods receive a weight in the library's own type: either a parameter of the library's class, or the
+    tensor subclass that a parameter wraps. It always holds a matrix [out, in].
 
     Attributes:
-        library: The library's name, which is that of its package.
-        names: The formats that :func:`lora_fx.quantize` makes, none if they can only be read.
+        library: The library's name, which is also the name of its package.
+        names: The formats that :func:`lora_fx.quantize` can make; none if they can only be read.
         classes: Names of the classes of its tensors.
-        blocks: Sizes of blocks that are proposed where one does not fit; none for a scale a row.
-        shows_values: Whether a weight shows the dtype and the shape of its values to code that asks, and any
-            code can be given a dense one in its place. A subclass of ``Tensor`` does.
-        any_dtype: Whether its products take an input of any dtype, whatever that of its values.
-        kernel_packages: Packages whose code is a part of the operation that calls it, and never a model's.
-        row_operators: Operators of the library that keep rows apart, with the argument whose rows they are.
-        layers: What its own layers need.
+        blocks: Block sizes to propose if the chosen one does not fit; none for one scale a row.
+        shows_values: True if a weight reports the dtype and the shape of its values, and any code accepts a
+            dense weight instead. That is so for a subclass of ``Tensor``.
+        any_dtype: True if its products take an input of any dtype, whatever the dtype of its values.
+        kernel_packages: Packages whose code belongs to the operation that calls it, and never to a model.
+        row_operators: Operators of the library that keep rows apart, each with the argument that has the
+            rows.
+        layers: The layers of the library.
         operators: Operators of ONNX that no other format has.
     """
 
@@ -279,18 +281,21 @@ class WeightFormat(abc.ABC):
     operators: ClassVar[tuple[OnnxOperator, ...]] = ()
 
     def owns(self, cls: type) -> bool:
-        """Whether a class is one of the library's tensors, in a form that is known or not."""
+        """Return True if a class is one of the library's tensors, in a supported form or not."""
         return cls.__name__ in self.classes
 
-    # --- a weight as it is ---
+    # --- existing weights ---
 
     @abc.abstractmethod
     def describe(self, weight: Any) -> Quantization | None:
-        """Say how a weight is stored; None if that is in no form that is known."""
+        """Return the storage of a weight; None if its form is not supported."""
 
     @abc.abstractmethod
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
-        """Its values, [out, in], as its kernel has them for an input of a dtype; they may be wider."""
+        """Return the values of a weight, [out, in], as precise as its kernel has them for an input dtype.
+
+        The result may be in a wider dtype.
+        """
 
     def product(
         self,
@@ -302,18 +307,19 @@ class WeightFormat(abc.ABC):
         threshold: float,
         training: bool,
     ) -> Tensor | None:
-        """``x Wᵀ + b`` by a kernel that is differentiable in x and b; None if none takes such an input.
+        """Compute ``x Wᵀ + b`` by a kernel differentiable in x and b; None if no kernel takes the input.
 
-        Args are those of :func:`lora_fx.formats.quantized_linear`. Without it the product is :meth:`values`'
-        or, where it :meth:`multiplies`, that of ``F.linear``; neither keeps the values for the backward pass.
+        The arguments are those of :func:`lora_fx.formats.quantized_linear`. On None the caller multiplies
+        with :meth:`values`, or by ``F.linear`` if the weight :meth:`multiplies`. Neither saves the values
+        for the backward pass.
         """
         return None
 
     def multiplies(self, weight: Any, dtype: torch.dtype) -> bool:
-        """Whether ``F.linear`` multiplies an input of a dtype by the weight itself."""
+        """Return True if ``F.linear`` takes the weight itself for an input of a dtype."""
         return False
 
-    # --- to be stored ---
+    # --- new weights ---
 
     def storage(
         self,
@@ -323,116 +329,119 @@ class WeightFormat(abc.ABC):
         double: bool | None,
         compute_dtype: torch.dtype | None,
     ) -> Storage:
-        """Check what was asked for, and fill in defaults. Here nothing can be asked for.
+        """Check storage options and fill in defaults. This base class accepts no options.
 
         Raises:
             QuantizationError: If an argument does not apply to the format.
         """
-        given = {"block_size": block_size, "double": double, "compute_dtype": compute_dtype}
-        for key, value in given.items():
+        options = {"block_size": block_size, "double": double, "compute_dtype": compute_dtype}
+        for key, value in options.items():
             if value is not None:
                 raise QuantizationError(f"{key}={value} means nothing for {name!r}: leave it out")
         return Storage(name, None)
 
     def load(self, name: str) -> Any:
-        """Import the library, with :func:`import_library`, for a format that is asked for by name."""
+        """Import the library, with :func:`import_library`, for a format chosen by name."""
         return None
 
     def device_objection(self, how: Storage, device: torch.device) -> str | None:
-        """Why a format does not run on a device, with what does; None if it runs."""
+        """Return why a format does not run on a device, with an alternative; None if it runs."""
         return None
 
     def objection(self, how: Storage, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-        """Why a matrix [out, in] cannot be stored so, with what could be done; None if it can."""
+        """Return why a matrix [out, in] cannot be stored in a format, with a remedy; None if it can."""
         if dtype not in FLOATS:
             return f"its weight is {dtype}, and {self.library} takes 16 and 32 bits: model.float() first"
         block = how.block_size
         if block and shape[1] % block:
-            fitting = [b for b in self.blocks if shape[1] % b == 0]
-            other = f"block_size={fitting[-1]} does, or " if fitting else ""
+            sizes = [b for b in self.blocks if shape[1] % b == 0]
+            advice = f"block_size={sizes[-1]} does, or " if sizes else ""
             return (
-                f"blocks of {block} do not divide its rows of {shape[1]} values: {other}"
+                f"blocks of {block} do not divide its rows of {shape[1]} values: {advice}"
                 "'int8', which has one scale a row"
             )
         return None
 
     def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes of a matrix [out, in] of a dtype, scales and all.
+        """Return the bytes of a stored matrix [out, in] of a dtype, including its scales.
 
         Raises:
-            QuantizationError: If it makes none.
+            QuantizationError: If the format can only be read.
         """
         raise QuantizationError(f"{self.library} makes no weight in {how.format!r}")
 
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
-        """A frozen parameter with these values, rounded as the library rounds them.
+        """Return a frozen parameter with these values, rounded as the library rounds them.
 
         Args:
-            values: A matrix [out, in], contiguous; it is not kept.
-            how: What :meth:`storage` gave, with blocks that divide the rows.
+            values: A contiguous matrix [out, in]; no reference to it is kept.
+            how: The result of :meth:`storage`, with blocks that divide the rows.
 
         Raises:
-            QuantizationError: If it makes none.
+            QuantizationError: If the format can only be read.
         """
         raise QuantizationError(f"{self.library} makes no weight in {how.format!r}")
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """A frozen parameter that holds other values, [out, in] in fp64, as a weight holds its own."""
-        found = self.describe(weight)
-        assert found is not None
-        how = Storage(found.scheme, found.block_size, found.double, chosen=True)
-        return self.pack(values.to(found.dtype).contiguous(), how)
+        """Return a frozen parameter with new values, [out, in] in fp64, in the form of ``weight``."""
+        quantization = self.describe(weight)
+        assert quantization is not None
+        how = Storage(
+            quantization.scheme, quantization.block_size, quantization.double, chosen=True
+        )
+        return self.pack(values.to(quantization.dtype).contiguous(), how)
 
     # --- copies, state dicts ---
 
     def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
-        """A frozen parameter of the same class over the same memory; None if ``detach`` gives it.
+        """Return a frozen parameter of the same class over the same memory; None to use ``detach``.
 
         Args:
             parameter: A parameter of the format's own class.
-            memo: For ``copy.deepcopy``: scales that lie in the layer, too, become the same object.
+            memo: The memo of ``copy.deepcopy``. Scales that the layer shares are copied once, by this memo.
         """
         return None
 
     def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks | None:
-        """What writes scales into state dicts, and reads them; None if they are in the tensor itself.
+        """Return the hooks that save and load scales in state dicts; None if the tensor has the scales.
 
         Args:
             parameter: Its name in its module.
-            layer: Whether that is a layer that :attr:`layers` made.
+            layer: True if the module is a layer that :attr:`layers` made.
         """
         return None
 
     # --- export ---
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
-        """The same codes and scales, whose values are not rounded to half precision when they are made.
+        """Return a weight with the same codes and scales whose values are not rounded to half precision.
 
         Args:
-            parameter: One of a copy, which may be changed.
+            parameter: A parameter of a copy, which may be changed.
         """
         return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
-        """The arrays that a file holds, and the operator that reads them, with the same values.
+        """Return the arrays of an ONNX file and the operator that reads them, with the same values.
 
         Args:
-            weight: The weight, as :meth:`widened` has it.
-            stored: How it is stored.
+            weight: The weight, from :meth:`widened`.
+            stored: Its storage.
         """
         return NoOperator(f"is stored as {stored}, for which its format names no operator of ONNX")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Storage:
-    """How weights are to be stored; :func:`storage` makes one that is valid.
+    """Options for the storage of weights; :func:`storage` returns valid ones.
 
     Attributes:
-        format: A name that a registered format has.
+        format: A name of a registered format.
         block_size: Values that share a scale; None for one scale a row.
-        double: Whether the scales are quantized, too.
-        compute_dtype: In which the product is computed; None for that of its input.
-        chosen: Whether the block size was asked for: otherwise a smaller one does where it does not divide.
+        double: True if the scales are quantized, too.
+        compute_dtype: The dtype in which the product is computed; None for that of its input.
+        chosen: True if the user chose the block size. Otherwise a smaller one may replace a size that does
+            not divide the rows.
     """
 
     format: str
@@ -442,7 +451,7 @@ class Storage:
     chosen: bool = False
 
     def fitted(self, shape: Sequence[int]) -> Storage:
-        """The same, with blocks that divide the rows of a matrix [out, in] if the size was not asked for."""
+        """Return options whose blocks divide the rows of a matrix [out, in], unless a user chose the size."""
         smallest = BLOCKS[0]
         divides = not self.block_size or not shape[1] % self.block_size
         if self.chosen or divides or shape[1] % smallest:
@@ -451,12 +460,12 @@ class Storage:
 
     @property
     def made_by(self) -> WeightFormat:
-        """The format that stores so."""
+        """The format that makes these weights."""
         return format_named(self.format)
 
     @property
     def library(self) -> str:
-        """Whose format it is."""
+        """The library of the format."""
         return self.made_by.library
 
     def __str__(self) -> str:
@@ -464,11 +473,11 @@ class Storage:
         return f"{self.format} ({self.library}, {blocks}{', double' if self.double else ''})"
 
     def bytes(self, shape: tuple[int, int], dtype: torch.dtype) -> int:
-        """Bytes of a matrix [out, in] of a dtype, scales and all."""
+        """Return the bytes of a stored matrix [out, in] of a dtype, including its scales."""
         return self.made_by.bytes(self.fitted(shape), shape, dtype)
 
     def objection(self, shape: tuple[int, int], dtype: torch.dtype) -> str | None:
-        """Why a matrix [out, in] cannot be stored so, with what could be done; None if it can."""
+        """Return why a matrix [out, in] cannot be stored so, with a remedy; None if it can."""
         return self.made_by.objection(self.fitted(shape), shape, dtype)
 
 
@@ -477,7 +486,7 @@ _by_class: dict[str, WeightFormat] = {}
 
 
 def formats() -> tuple[WeightFormat, ...]:
-    """Every format, those of lora_fx first."""
+    """Return every format, those of lora_fx first."""
     return _formats
 
 
@@ -485,19 +494,19 @@ def register_format(weight_format: WeightFormat) -> None:
     """Add a format of quantized weights, for this process.
 
     Args:
-        weight_format: An instance of a subclass of :class:`lora_fx.formats.WeightFormat`, which says what
-            there is to implement.
+        weight_format: An instance of a subclass of :class:`lora_fx.formats.WeightFormat`, which lists the
+            methods to implement.
 
     Raises:
-        ConfigError: If it is none, or a name or class of it is taken.
+        ConfigError: If it is no such instance, or one of its names or classes is taken.
     """
-    global _formats  # noqa: PLW0603  to register is to change what every later weight is looked up in
+    global _formats  # noqa: PLW0603  later weights are looked up in it
     kind = type(weight_format).__name__
     if not isinstance(weight_format, WeightFormat):
         raise ConfigError(f"{kind} is no weight format: subclass lora_fx.formats.WeightFormat")
-    lacking = [key for key in ("library", "classes") if not hasattr(weight_format, key)]
-    if lacking:
-        raise ConfigError(f"{kind} is not a weight format: it lacks {', '.join(lacking)}")
+    missing = [key for key in ("library", "classes") if not hasattr(weight_format, key)]
+    if missing:
+        raise ConfigError(f"{kind} is not a weight format: it lacks {', '.join(missing)}")
     _check_operators(weight_format)
     for known in _formats:
         for name in known.names:
@@ -515,32 +524,32 @@ def register_format(weight_format: WeightFormat) -> None:
 
 
 def _check_operators(weight_format: WeightFormat) -> None:
-    taken = {one.name: one for known in _formats for one in known.operators}
-    taken |= {one.name: one for one in STANDARD_OPERATORS}
-    for one in weight_format.operators:
-        if taken.get(one.name, one) != one:
+    operators = {operator.name: operator for known in _formats for operator in known.operators}
+    operators |= {operator.name: operator for operator in STANDARD_OPERATORS}
+    for operator in weight_format.operators:
+        if operators.get(operator.name, operator) != operator:
             raise ConfigError(
-                f"an operator named {one.name!r} is known already: choose another name"
+                f"an operator named {operator.name!r} is known already: choose another name"
             )
 
 
 def format_named(name: str) -> WeightFormat:
-    """The format that makes weights of a name.
+    """Return the format that makes weights of a name.
 
     Raises:
-        QuantizationError: If there is none; it names the formats that exist.
+        QuantizationError: If there is no such format. The message lists the names.
     """
-    for one in _formats:
-        if name in one.names:
-            return one
-    known = [name for one in _formats for name in one.names]
+    for weight_format in _formats:
+        if name in weight_format.names:
+            return weight_format
+    known = [name for weight_format in _formats for name in weight_format.names]
     raise QuantizationError(f"there is no format {name!r}: use {', '.join(known)}")
 
 
 def held(weight: Any) -> Any:
-    """What a parameter holds: some libraries' parameters are classes of their own, others wrap a tensor.
+    """Return the tensor of a parameter that wraps one, or the parameter if its own class is the format's.
 
-    An export replaces a parameter by a module, whose ``held`` it is.
+    An export replaces a parameter by a module, which has the tensor as its attribute ``held``.
     """
     weight = getattr(weight, "held", weight)
     cls = type(weight)
@@ -551,30 +560,34 @@ def held(weight: Any) -> Any:
 
 
 def format_of(weight: object) -> WeightFormat | None:
-    """The format that a weight's class belongs to; None for any other weight.
+    """Return the format that a weight's class belongs to; None for any other weight.
 
     Args:
-        weight: A parameter, or what it holds.
+        weight: A parameter, or its tensor.
     """
     return _by_class.get(type(held(weight)).__name__)
 
 
 def quantization_of(weight: object) -> Quantization | None:
-    """How a weight is stored; None if it is not quantized, or in a way that is not known here."""
-    kept = held(weight)
-    found = _by_class.get(type(kept).__name__)
-    return None if found is None else found.describe(kept)
+    """Return the storage of a weight; None if it is not quantized, or in an unsupported form."""
+    tensor = held(weight)
+    weight_format = _by_class.get(type(tensor).__name__)
+    return None if weight_format is None else weight_format.describe(tensor)
 
 
 def row_operators() -> Mapping[str, str]:
-    """Operators of all libraries that keep rows apart, with the argument whose rows they are."""
-    return {name: rows for one in _formats for name, rows in one.row_operators.items()}
+    """Return all libraries' operators that keep rows apart, each with the argument that has the rows."""
+    return {
+        name: rows
+        for weight_format in _formats
+        for name, rows in weight_format.row_operators.items()
+    }
 
 
 def operator_named(name: str) -> OnnxOperator:
-    """The operator of ONNX that some format names so."""
-    several = (STANDARD_OPERATORS, *(one.operators for one in _formats))
-    return next(one for operators in several for one in operators if one.name == name)
+    """Return the operator of ONNX that has this name in some format."""
+    groups = (STANDARD_OPERATORS, *(known.operators for known in _formats))
+    return next(operator for group in groups for operator in group if operator.name == name)
 
 
 def storage(
@@ -584,21 +597,23 @@ def storage(
     double: bool | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> Storage:
-    """Checks what was asked for, and fills in the defaults of the format.
+    """Check storage options, fill in the defaults of the format, and import its library.
 
     Raises:
         QuantizationError: If the format does not exist, an argument does not apply to it, or its library is
             missing.
     """
-    found = format_named(format)
+    weight_format = format_named(format)
     _check_arguments(block_size, double)
-    made = found.storage(format, block_size=block_size, double=double, compute_dtype=compute_dtype)
-    found.load(format)
-    return made
+    options = weight_format.storage(
+        format, block_size=block_size, double=double, compute_dtype=compute_dtype
+    )
+    weight_format.load(format)
+    return options
 
 
 def _check_arguments(block_size: object, double: object) -> None:
-    # bool is a subclass of int, and True no number of values.
+    # bool is a subclass of int, but True is not a number of values.
     if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int)):
         raise QuantizationError(
             f"block_size={block_size!r}: it is a whole number of values that share a scale, as 32 or 64"
@@ -610,10 +625,10 @@ def _check_arguments(block_size: object, double: object) -> None:
 
 
 def stored(values: Tensor, how: Storage) -> nn.Parameter:
-    """A frozen parameter of the format's library with these values, rounded as it rounds them.
+    """Return a frozen parameter of the format's library with these values, rounded as it rounds them.
 
     Args:
-        values: A matrix [out, in]; it is not kept.
+        values: A matrix [out, in]; no reference to it is kept.
         how: The format.
     """
     values = values.detach().contiguous()
@@ -621,23 +636,23 @@ def stored(values: Tensor, how: Storage) -> nn.Parameter:
 
 
 def import_library(library: str, name: str, requirement: str = "lora-fx[quant]") -> Any:
-    """Import a library for a format of it.
+    """Import a library for one of its formats.
 
     Args:
         library: The module to import.
-        name: Of the format, for the error.
-        requirement: What pip installs to have the library.
+        name: The name of the format, for the error.
+        requirement: The requirement with which pip installs the library.
 
     Raises:
-        QuantizationError: If that fails, with a format of another library that is there.
+        QuantizationError: If the import fails. The message names formats of another installed library.
     """
     try:
         return load_optional(library, repr(name), requirement, error=QuantizationError)
     except QuantizationError as error:
-        other = next(one for one in _formats if one.library != library and one.names)
-        if not is_installed(other.library):
+        alternative = next(known for known in _formats if known.library != library and known.names)
+        if not is_installed(alternative.library):
             raise
-        instead = " or ".join(repr(name) for name in other.names)
+        names = " or ".join(repr(name) for name in alternative.names)
         raise QuantizationError(
-            f"{error}, or use {instead}, for which {other.library} is there"
+            f"{error}, or use {names}, for which {alternative.library} is there"
         ) from error.__cause__

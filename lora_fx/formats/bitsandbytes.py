@@ -1,4 +1,4 @@
-"""Weights and layers of bitsandbytes: parameters of classes of their own, whose scales lie beside them.
+"""Weights and layers of bitsandbytes: parameters of special classes, whose scales are stored outside them.
 
 ====== =========================================== =======================
 format scales                                      source
@@ -7,11 +7,11 @@ nf4    one for 64 values, quantized to 8 bits, too QLoRA, arXiv:2305.14314
 fp4    likewise                                    bitsandbytes
 ====== =========================================== =======================
 
-Weights of LLM.int8() (arXiv:2208.07339) can be read, and are not made: it rounds activations in evaluation.
+Weights of LLM.int8() (arXiv:2208.07339) can be read, but not made: it rounds activations in evaluation.
 
-bitsandbytes has modules of its own, whose forward changes them as they run (they set attributes and repack
-their weight): what is here stands for it, over the same weight and kernels. The library is imported when a
-weight is stored; a model that has such a weight has done so.
+The modules of bitsandbytes change themselves in their forward (they set attributes and repack their weight).
+The forwards in this file replace them, over the same weight and kernels. The library is imported when a
+weight is stored; a model that has such a weight has imported it already.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ from lora_fx.ir import (
 __all__ = ["BitsandbytesFormat", "BitsandbytesName"]
 
 BitsandbytesName: TypeAlias = Literal["nf4", "fp4", "int8"]
-"""What its formats are called."""
+"""Names of its formats."""
 
 fx.wrap("quantized_linear")
 
 _log = logging.getLogger("lora_fx")
 
-# The extra leaves macOS out: bitsandbytes has wheels there from 0.49 on, for macOS 14 and newer alone.
+# The extra leaves macOS out: its wheels of bitsandbytes begin at 0.49, for macOS 14 and newer only.
 _REQUIREMENT: Final = "bitsandbytes>=0.49" if sys.platform == "darwin" else "lora-fx[quant]"
 
 
 def _library() -> Any:
-    """The library, which has been imported."""
+    """Return the library, which is already imported."""
     return sys.modules["bitsandbytes"]
 
 
@@ -85,34 +85,34 @@ def _is_of_four_bits(weight: object) -> bool:
 
 
 def _row_scales(weight: Any) -> Any:
-    """The largest magnitude in each row of an 8-bit weight, [out]; None if there is none."""
-    # The layer's own forward takes them away from the weight: a copy has them in one more place.
+    """Return the largest magnitude in each row of an 8-bit weight, [out]; None if it has none."""
+    # The layer's own forward removes SCB from the weight. Copies have a second reference, row_scales.
     return weight.SCB if weight.SCB is not None else getattr(weight, "row_scales", None)
 
 
 def _like(old: Any, data: Tensor, **attributes: Any) -> nn.Parameter:
-    """A parameter as another one, whose form is attributes of it."""
-    made: nn.Parameter = torch_private.make_subclass(type(old), data, False)
-    made.__dict__.update({name: copy.copy(value) for name, value in old.__dict__.items()})
-    made.__dict__.update(attributes)
-    return made
+    """Return a parameter with the class and the attributes of another one, except for these attributes."""
+    parameter: nn.Parameter = torch_private.make_subclass(type(old), data, False)
+    parameter.__dict__.update({name: copy.copy(value) for name, value in old.__dict__.items()})
+    parameter.__dict__.update(attributes)
+    return parameter
 
 
 def _requantize_four_bits(values: Tensor, old: Any) -> nn.Parameter:
     functional, state = _library().functional, old.quant_state
-    data, made = functional.quantize_4bit(
+    data, new_state = functional.quantize_4bit(
         values.to(torch.float32).contiguous(),
         blocksize=state.blocksize,
         compress_statistics=state.nested,
         quant_type=state.quant_type,
         quant_storage=old.dtype,
     )
-    made.dtype = state.dtype
-    return _like(old, data, quant_state=made, bnb_quantized=True, module=None)
+    new_state.dtype = state.dtype
+    return _like(old, data, quant_state=new_state, bnb_quantized=True, module=None)
 
 
 def _requantize_eight_bits(values: Tensor, old: Any) -> nn.Parameter:
-    # The library rounds to half precision before it divides: here the values are rounded once.
+    # The library rounds to half precision before it divides. This rounds the values only once.
     wide = values.to(torch.float32)
     largest = wide.abs().amax(1)
     steps = torch.round(wide * (127 / largest.clamp_min(torch.finfo(wide.dtype).tiny))[:, None])
@@ -122,24 +122,24 @@ def _requantize_eight_bits(values: Tensor, old: Any) -> nn.Parameter:
 
 def _shallow(state: Any, memo: dict[int, Any]) -> Any:
     if id(state) not in memo:
-        own = memo[id(state)] = copy.copy(state)
-        if getattr(own, "state2", None) is not None:
-            own.state2 = copy.copy(own.state2)
+        twin = memo[id(state)] = copy.copy(state)
+        if getattr(twin, "state2", None) is not None:
+            twin.state2 = copy.copy(twin.state2)
     return memo[id(state)]
 
 
 def _unpacked(weight: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """The weight in its usual order, where a call in eval mode has packed it for a kernel of the CPU.
+    """Return a weight in its usual order, after a call in eval mode has packed it for a kernel of the CPU.
 
-    The scales come back as that kernel has them, in bfloat16.
+    The scales stay in bfloat16, as that kernel has them.
 
     Args:
-        weight: What is packed.
-        state: Its state; it is written.
+        weight: The packed weight.
+        state: Its state, which is changed.
     """
     functional = _library().functional
-    found: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(weight, state)
-    return found
+    unpacked: tuple[Tensor, Any] = functional._convert_weight_packed_for_cpu_inverse(weight, state)
+    return unpacked
 
 
 # --- state dicts -------------------------------------------------------------------------------------
@@ -148,53 +148,53 @@ _PACKED = "quant_state.bitsandbytes__"
 
 
 class _Save(SaveHook):
-    """Writes the scales beside the weight, in the library's own keys."""
+    """A hook that writes the scales next to the weight, under the library's own keys."""
 
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
     ) -> None:
         """See :class:`SaveHook`."""
         weight: Any = module._parameters.get(self.parameter)
-        found = getattr(weight, "quant_state", None)
-        if found is None or f"{prefix}{self.parameter}" not in state:
+        scales = getattr(weight, "quant_state", None)
+        if scales is None or f"{prefix}{self.parameter}" not in state:
             return
-        for key, value in found.as_dict(packed=True).items():
+        for key, value in scales.as_dict(packed=True).items():
             state[f"{prefix}{self.parameter}.{key}"] = value.detach()
 
 
 class _Load(LoadHook):
-    """Takes the scales out of a state dict and copies them into those that are there.
+    """A hook that copies the scales of a state dict into the existing ones.
 
-    ``Linear4bit`` writes the scales of its weight beside it, and no module of PyTorch reads them back:
+    ``Linear4bit`` writes the scales of its weight next to it, and no module of PyTorch reads them back:
     ``model.load_state_dict(model.state_dict())`` fails on them.
     """
 
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
-        own = getattr(weight, "quant_state", None)
-        if own is None:
+        current = getattr(weight, "quant_state", None)
+        if current is None:
             return
-        found = {k: state[k] for k in list(state) if k.startswith(f"{name}.")}
-        for key in found:
+        entries = {k: state[k] for k in list(state) if k.startswith(f"{name}.")}
+        for key in entries:
             del state[key]
-        if not any(_PACKED in key for key in found):
+        if not any(_PACKED in key for key in entries):
             errors.append(
-                f"{name} is stored in {own.quant_type} here and comes without its scales: {REMEDY}"
+                f"{name} is stored in {current.quant_type} here and comes without its scales: {REMEDY}"
             )
             del state[name]
             return
-        given = {key.removeprefix(f"{name}."): value for key, value in found.items()}
-        scales = _library().functional.QuantState.from_dict(given, weight.device)
-        if _way(scales) != _way(own):
+        packed = {key.removeprefix(f"{name}."): value for key, value in entries.items()}
+        scales = _library().functional.QuantState.from_dict(packed, weight.device)
+        if _way(scales) != _way(current):
             errors.append(
-                f"{name} is stored as {_way(own)} here, and as {_way(scales)} in the state dict"
+                f"{name} is stored as {_way(current)} here, and as {_way(scales)} in the state dict"
             )
             return
         with torch.no_grad():
-            own.absmax.copy_(scales.absmax)
-            if own.state2 is not None:
-                own.offset.copy_(scales.offset)
-                own.state2.absmax.copy_(scales.state2.absmax)
+            current.absmax.copy_(scales.absmax)
+            if current.state2 is not None:
+                current.offset.copy_(scales.offset)
+                current.state2.absmax.copy_(scales.state2.absmax)
 
 
 def _way(scales: Any) -> tuple[Any, ...]:
@@ -255,11 +255,11 @@ class _Layers(LibraryLayers):
 
     def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
         """See :class:`LibraryLayers`."""
-        found = _FORWARDS.get(cls.__qualname__)
-        return found if found is not None and self._is_known(cls) else None
+        function = _FORWARDS.get(cls.__qualname__)
+        return function if function is not None and self._is_known(cls) else None
 
     def setup(self, layer: nn.Module) -> tuple[Any, ...]:
-        """The scales of its weight are attributes of the layer, and differ from one to the next."""
+        """Return the storage of the weight, and the attributes of the layer that its forward reads."""
         state, bias = getattr(layer, "state", None), layer._parameters.get("bias")
         compute = getattr(layer, "compute_dtype", None)
         weight = quantization_of(layer._parameters["weight"])
@@ -272,17 +272,17 @@ class _Layers(LibraryLayers):
     def become(self, layer: nn.Module, how: Storage) -> None:
         """See :class:`LibraryLayers`."""
         weight: Any = layer._parameters["weight"]
-        made = _library().nn.Linear4bit(
+        template = _library().nn.Linear4bit(
             *(1, 1, False, how.compute_dtype, how.double, how.format, weight.quant_storage),
             device="meta",
         )
-        own = {k: v for k, v in made.__dict__.items() if k not in layer.__dict__}
-        layer.__class__ = type(made)
-        layer.__dict__.update(own, quant_state=weight.quant_state)
+        attributes = {k: v for k, v in template.__dict__.items() if k not in layer.__dict__}
+        layer.__class__ = type(template)
+        layer.__dict__.update(attributes, quant_state=weight.quant_state)
         self.settle(layer)
 
     def unfinished(self, layer: nn.Module, named: str) -> str | None:
-        """Its weight may not be quantized, though it has the class."""
+        """Return the remaining step if the weight of a quantized class is not quantized yet."""
         weight: Any = layer._parameters.get("weight")
         if not isinstance(layer, nn.Linear) or weight is None or not weight.is_floating_point():
             return None
@@ -304,30 +304,30 @@ class _Layers(LibraryLayers):
         return str(getattr(hook, "__module__", "")).startswith("bitsandbytes.")
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
-        """The state of an 8-bit layer is copied without its tensors, and its scales found at its weight."""
+        """Copy the state of an 8-bit layer without its tensors, and put the scales on its weight."""
         if isinstance(layer, torch.jit.ScriptModule):
             return
         weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
         if type(weight).__name__ != "Int8Params" or state is None:
             return
         memo[id(state)] = copy.copy(state)
-        twin, kept = memo[id(weight)], weight
+        twin, source = memo[id(weight)], weight
         # Its first call moves the scales from the weight to the state.
-        twin.CB = kept.CB if kept.CB is not None else state.CB  # type: ignore[union-attr]
-        twin.SCB = kept.SCB if kept.SCB is not None else state.SCB  # type: ignore[union-attr]
+        twin.CB = source.CB if source.CB is not None else state.CB  # type: ignore[union-attr]
+        twin.SCB = source.SCB if source.SCB is not None else state.SCB  # type: ignore[union-attr]
         twin.row_scales = twin.SCB
 
     def settle(self, layer: nn.Module) -> None:
         """Keep a 4-bit layer from a kernel of the CPU that rounds x and the scales to bfloat16.
 
-        The layer would pack its weight for it, in place, in its first call in eval mode; what runs in
-        training and in eval mode would not be the same model then.
+        The layer would pack its weight for that kernel, in place, in its first call in eval mode. The model
+        would then compute something else in eval mode than in training.
         """
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
     def renew(self, layer: nn.Module) -> None:
-        """Its own forward looks for them at itself, too."""
+        """Update the scales on the layer, where its own forward looks for them."""
         weight, state = layer._parameters.get("weight"), layer.__dict__.get("state")
         if _is_of_four_bits(weight):
             layer.__dict__["quant_state"] = weight.quant_state  # type: ignore[union-attr]
@@ -344,26 +344,26 @@ class _Layers(LibraryLayers):
     def describe_model(
         self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
     ) -> None:
-        """A model of transformers whose weights are all in layers gets a configuration.
+        """Give a model of transformers whose weights are all in layers a configuration.
 
-        With it ``from_pretrained`` loads what ``save_pretrained`` writes of the model. Of any other a line in
-        the log says that it does not.
+        With it ``from_pretrained`` loads a folder that ``save_pretrained`` has written of the model. For any
+        other model, log a warning that it cannot.
         """
         model.__dict__["is_loaded_in_4bit"] = True
         library: Any = sys.modules.get("transformers")
         if library is None or not isinstance(model, library.PreTrainedModel):
             return
         layers = _library().nn.Linear4bit
-        others = [
+        names = [
             site.name for site in sites if not isinstance(model.get_submodule(site.owner), layers)
         ]
-        if others:
+        if names:
             _log.warning(
                 "from_pretrained cannot load what save_pretrained writes of this %s: %s are no layers of "
                 "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
                 "quantized likewise",
                 type(model).__name__,
-                some(others, 3),
+                some(names, 3),
             )
             return
         model.config.quantization_config = library.BitsAndBytesConfig(
@@ -380,7 +380,7 @@ class _Layers(LibraryLayers):
 
 
 def _settings(state: Any) -> Any:
-    """A copy without its tensors: the graph of a layer holds for what else is in there."""
+    """Return a copy without tensors: the graph of a layer depends on the other attributes."""
     result = copy.copy(state)
     for name, value in vars(state).items():
         if isinstance(value, Tensor):
@@ -394,7 +394,7 @@ _QUANT_TYPES: Final = {"fp4": 0, "nf4": 1}
 
 
 def _matmul(build: OnnxBuilder, product: OnnxProduct) -> Any:
-    """ONNX Runtime's own, whose table is the library's."""
+    """Make the node of ONNX Runtime's own operator, which has the library's table."""
     kind = {"quant_type": _QUANT_TYPES[product.scheme], "transB": 1}
     inputs = [product.x, *product.arrays[:2]]
     return build.product("MatMulBnb4", inputs, {**packed_sizes(product), **kind}, domain=CONTRIB)
@@ -404,7 +404,7 @@ _MATMUL_BNB4: Final = OnnxOperator("MatMulBnb4", _matmul)
 
 
 def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
-    """Whether values are made as they are stored: kernels of the CPU begin a block with each row."""
+    """Return True if a weight's values match its codes: CPU kernels begin a new block in each row."""
     state = weight.quant_state
     if stored.shape[1] % int(state.blocksize) == 0:
         return True
@@ -418,14 +418,14 @@ def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
 
 
 class BitsandbytesFormat(WeightFormat):
-    """``Params4bit`` and ``Int8Params``."""
+    """The format of ``Params4bit`` and ``Int8Params``."""
 
     library = "bitsandbytes"
     names = ("nf4", "fp4")
     classes = frozenset({"Params4bit", "Int8Params"})
     kernel_packages = frozenset({"bitsandbytes"})
     blocks = BLOCKS
-    # They show those of their bytes.
+    # The weights report the dtype and the shape of their bytes.
     shows_values = False
     row_operators: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("gemm_4bit", "gemv_4bit", "int8_linear_matmul", "int8_scaled_mm"), "A"
@@ -459,11 +459,11 @@ class BitsandbytesFormat(WeightFormat):
                 1
             )
             return scaled
-        # In fp32 they are not rounded to the weight's own dtype first.
+        # In fp32 the values are not rounded to the weight's own dtype first.
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32 if dtype == torch.float64 else dtype
-        found: Tensor = _library().functional.dequantize_4bit(weight.data, state)
-        return found
+        dequantized: Tensor = _library().functional.dequantize_4bit(weight.data, state)
+        return dequantized
 
     def product(
         self,
@@ -476,20 +476,20 @@ class BitsandbytesFormat(WeightFormat):
         training: bool,
     ) -> Tensor | None:
         """See :class:`WeightFormat`."""
-        found: Tensor
+        output: Tensor
         if _is_of_four_bits(weight):
-            given = x if compute_dtype is None else x.to(compute_dtype)
-            # What its kernels compute in: in others they return other numbers, and no error.
-            if given.dtype not in FLOATS:
+            inputs = x if compute_dtype is None else x.to(compute_dtype)
+            # In any other dtype its kernels return wrong numbers without an error.
+            if inputs.dtype not in FLOATS:
                 return None
-            found = _library().matmul_4bit(given, weight, weight.quant_state, bias=bias)
-            return found.to(x.dtype)
+            output = _library().matmul_4bit(inputs, weight, weight.quant_state, bias=bias)
+            return output.to(x.dtype)
         state = _library().MatmulLtState()
         state.CB, state.SCB = weight.data, _row_scales(weight)
         state.threshold, state.use_pool = threshold, threshold > 0
         state.has_fp16_weights, state.is_training = False, training
-        found = _library().matmul(x, weight, bias=bias, state=state)
-        return found
+        output = _library().matmul(x, weight, bias=bias, state=state)
+        return output
 
     def storage(
         self,
@@ -518,41 +518,41 @@ class BitsandbytesFormat(WeightFormat):
 
     def device_objection(self, how: Storage, device: torch.device) -> str | None:
         """See :class:`WeightFormat`."""
-        known = self.load(how.format).supported_torch_devices
-        if device.type in known:
+        supported = self.load(how.format).supported_torch_devices
+        if device.type in supported:
             return None
         return (
             f"{how.format!r} does not run on {device.type}: bitsandbytes has kernels for "
-            f"{', '.join(sorted(known - {'npu', 'hpu'}))}. Use 'int8' or 'int4', or device='cpu'"
+            f"{', '.join(sorted(supported - {'npu', 'hpu'}))}. Use 'int8' or 'int4', or device='cpu'"
         )
 
-    # Blocks run on from row to row, but the CPU kernel (0.50) takes other blocks' scales: objection()
-    # refuses those that do not divide a row.
+    # Blocks continue from row to row, but the CPU kernel (0.50) reads the scales of other blocks then:
+    # objection() refuses sizes that do not divide a row.
 
     def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """See :class:`WeightFormat`."""
         assert how.block_size is not None
         values = math.prod(shape)
         scales = math.ceil(values / how.block_size)
-        # The code has 16 floats, that of the scales 256; 256 of those share a scale in their turn.
-        extra = 4 * (math.ceil(scales / 256) + 256 + 1) + scales if how.double else 4 * scales
-        return math.ceil(values / 2) + extra + 16 * 4
+        # The table has 16 floats, the table of the scales 256. Each 256 scales share a scale, too.
+        overhead = 4 * (math.ceil(scales / 256) + 256 + 1) + scales if how.double else 4 * scales
+        return math.ceil(values / 2) + overhead + 16 * 4
 
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
         """See :class:`WeightFormat`."""
         library = self.load(how.format)
         pickle_by_class(library.nn.Params4bit)
-        asked = {
+        options = {
             "blocksize": how.block_size,
             "compress_statistics": how.double,
             "quant_type": how.format,
             "quant_storage": torch.uint8,
         }
-        packed, state = library.functional.quantize_4bit(values, **asked)
-        found: nn.Parameter = library.nn.Params4bit(
-            packed, requires_grad=False, quant_state=state, bnb_quantized=True, **asked
+        packed, state = library.functional.quantize_4bit(values, **options)
+        parameter: nn.Parameter = library.nn.Params4bit(
+            packed, requires_grad=False, quant_state=state, bnb_quantized=True, **options
         )
-        return found
+        return parameter
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
         """See :class:`WeightFormat`."""
@@ -560,7 +560,7 @@ class BitsandbytesFormat(WeightFormat):
         return make(values, weight)
 
     def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
-        """The scales lie in objects beside it, which ``.to()`` and the layer's forward change in place."""
+        """Copy the objects that have the scales: ``.to()`` and the layer's forward change them in place."""
         pickle_by_class(type(parameter))
         plain = parameter.detach().as_subclass(torch.Tensor)
         twin: Any = torch_private.make_subclass(type(parameter), plain, False)
@@ -569,27 +569,27 @@ class BitsandbytesFormat(WeightFormat):
             twin.quant_state = _shallow(twin.quant_state, memo)
             if getattr(twin.quant_state, "packing_format_for_cpu", False):
                 twin.data, _ = _unpacked(plain, twin.quant_state)
-        # It would tell the layer of the original about a new state.
+        # It would set a new state on the layer of the original.
         if hasattr(twin, "module"):
             twin.module = None
         return twin  # type: ignore[no-any-return]
 
     def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks | None:
-        """``Linear4bit`` writes the scales by itself."""
+        """Return both hooks, or for a layer only the hook that loads: ``Linear4bit`` saves the scales."""
         return StateHooks(_Load(parameter), None if layer else _Save(parameter))
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
         """See :class:`WeightFormat`."""
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            state.dtype = torch.float32  # of the copy, which has a state of its own
+            state.dtype = torch.float32  # the copy has a separate state
         return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""
         plain = weight.detach().as_subclass(torch.Tensor)
         if not _is_of_four_bits(weight):
-            # The largest of a row is 127.
+            # The largest code of a row is 127.
             scales = _row_scales(weight).float().flatten() / 127
             return OnnxWeight(DEQUANTIZE_LINEAR, plain, scales, None, plain.shape[1])
         if not _blocks_in_order(weight, stored):

@@ -1,4 +1,4 @@
-"""Weights of torchao: tensor subclasses, which stand for dense ones in any code.
+"""Weights of torchao: tensor subclasses, which any code can use like dense tensors.
 
 ====== =========================== ==========================
 format scales                      source
@@ -7,11 +7,11 @@ int8   one for each row            ``Int8WeightOnlyConfig``
 int4   one for 32 values of a row  ``IntxWeightOnlyConfig``
 ====== =========================== ==========================
 
-``int4`` has the values of four bits, and a byte for each: torchao packs two into one only for kernels of
-CUDA that round activations to bfloat16, and PEFT refuses those tensors. ``nf4`` of bitsandbytes is what saves
-memory. Tensors that others made can be read, too: with zero points, NF4, four bits that are packed.
+``int4`` stores values of four bits in a byte each. torchao packs two into a byte only for kernels of CUDA
+that round activations to bfloat16, and PEFT refuses those tensors. Use ``nf4`` of bitsandbytes to save
+memory. Tensors from other sources can be read, too: with zero points, NF4, and packed four bits.
 
-The library is imported when a weight is stored; a model that has such a weight has done so.
+The library is imported when a weight is stored; a model that has such a weight has imported it already.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 __all__ = ["TorchaoFormat", "TorchaoName"]
 
 TorchaoName: TypeAlias = Literal["nf4", "int8", "int4"]
-"""What its formats are called."""
+"""Names of its formats."""
 
 
-# --- what a weight is, and its values ----------------------------------------------------------------
+# --- classes of weights ------------------------------------------------------------------------------
 
 
 _ACTIVATIONS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -49,55 +49,57 @@ _ACTIVATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "Int4Tensor": ("act_pre_scale",),
     "NF4Tensor": (),
 }
-"""What a class has where activations are quantized, too: the product is none with its matrix then."""
+"""Attributes of each class that are set if activations are quantized, too: a matrix is not enough then."""
 
 
 def _scheme(weight: Any) -> str | None:
-    """The name of the format of a weight; None where that is not known here."""
+    """Return the name of a weight's format; None if it is not supported."""
     kind = type(weight).__name__
     if kind == "IntxUnpackedToInt8Tensor":
         return {"torch.int4": "int4", "torch.int8": "int8"}.get(str(weight.target_dtype))
     return {"Int8Tensor": "int8", "Int4Tensor": "int4"}.get(kind, "nf4")
 
 
-# --- other values in the same form: made by the library's own arithmetic, in the dtype of the old ---
+# --- new values in the same form, by the library's own arithmetic, in the dtype of the old weight ---
 
 
 def _requantize_int8(values: Tensor, old: Any) -> nn.Parameter:
-    made = type(old).from_hp(
+    tensor = type(old).from_hp(
         values.to(old.dtype),
         _granularity(tuple(old.block_size), tuple(old.shape)),
         mapping_type=_mapping(old.zero_point),
         reduce_range=old.reduce_range,
     )
-    return nn.Parameter(made, requires_grad=False)
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _requantize_intx(values: Tensor, old: Any) -> nn.Parameter:
     values, sizes = values.to(old.dtype), tuple(old.block_size)
-    made = type(old).from_hp(values, sizes, old.target_dtype, mapping_type=_mapping(old.zero_point))
-    if made.scale.dtype != old.scale.dtype:
-        made = type(old).from_hp(
+    tensor = type(old).from_hp(
+        values, sizes, old.target_dtype, mapping_type=_mapping(old.zero_point)
+    )
+    if tensor.scale.dtype != old.scale.dtype:
+        tensor = type(old).from_hp(
             values,
             sizes,
             old.target_dtype,
             intx_choose_qparams_algorithm=None,
-            custom_scale=made.scale.to(old.scale.dtype),
-            custom_zero_point=made.zero_point,
+            custom_scale=tensor.scale.to(old.scale.dtype),
+            custom_zero_point=tensor.zero_point,
         )
-    return nn.Parameter(made, requires_grad=False)
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _requantize_int4(values: Tensor, old: Any) -> nn.Parameter:
-    made = type(old).from_hp(values.to(old.dtype), list(old.block_size))
-    return nn.Parameter(made, requires_grad=False)
+    tensor = type(old).from_hp(values.to(old.dtype), list(old.block_size))
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _requantize_nf4(values: Tensor, old: Any) -> nn.Parameter:
-    made = type(old).from_tensor(
+    tensor = type(old).from_tensor(
         values.to(old.dtype).contiguous(), old.block_size, old.scaler_block_size
     )
-    return nn.Parameter(made, requires_grad=False)
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Any:
@@ -108,7 +110,7 @@ def _granularity(block: tuple[int, ...], shape: tuple[int, ...]) -> Any:
 
 
 def _mapping(zero_point: Tensor | None) -> Any:
-    """Whether zero is a level of its own is not written down: zero points other than 0 say that it is not."""
+    """Return the mapping type of a weight, which it does not store: nonzero zero points are asymmetric."""
     kinds = sys.modules["torchao"].quantization.MappingType
     symmetric = zero_point is None or not zero_point.any()
     return kinds.SYMMETRIC if symmetric else kinds.ASYMMETRIC
@@ -129,17 +131,19 @@ _NO_OPERATOR: Final[Mapping[str, str]] = {
 
 
 class _Layers(LibraryLayers):
-    """torchao keeps ``nn.Linear``, and sets how it is printed."""
+    """Layers of torchao: ``nn.Linear`` with another ``extra_repr``."""
 
     def settle(self, layer: nn.Module) -> None:
-        """Take off how a layer is printed: a function of the layer copied from, which no pickle takes."""
-        told = getattr(layer.__dict__.get("extra_repr"), "__func__", None)
-        if str(getattr(getattr(told, "func", told), "__module__", "")).startswith("torchao."):
+        """Remove the ``extra_repr`` of a layer: it is bound to the original layer and cannot be pickled."""
+        function = getattr(layer.__dict__.get("extra_repr"), "__func__", None)
+        if str(getattr(getattr(function, "func", function), "__module__", "")).startswith(
+            "torchao."
+        ):
             del layer.__dict__["extra_repr"]
 
 
 class TorchaoFormat(WeightFormat):
-    """``Int8Tensor``, ``IntxUnpackedToInt8Tensor``, ``Int4Tensor`` and ``NF4Tensor``."""
+    """The format of ``Int8Tensor``, ``IntxUnpackedToInt8Tensor``, ``Int4Tensor`` and ``NF4Tensor``."""
 
     library = "torchao"
     names = ("int8", "int4")
@@ -155,10 +159,10 @@ class TorchaoFormat(WeightFormat):
 
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
-        scheme, asked = _scheme(weight), _ACTIVATIONS[type(weight).__name__]
+        scheme, activations = _scheme(weight), _ACTIVATIONS[type(weight).__name__]
         if scheme is None or weight.dim() != 2:
             return None
-        if any(getattr(weight, name) is not None for name in asked):
+        if any(getattr(weight, name) is not None for name in activations):
             return None
         shape, double = (int(weight.shape[0]), int(weight.shape[1])), scheme == "nf4"
         block = int(weight.block_size if double else weight.block_size[-1])
@@ -168,24 +172,24 @@ class TorchaoFormat(WeightFormat):
 
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
         """See :class:`WeightFormat`."""
-        found: Tensor
+        dequantized: Tensor
         kind = type(weight).__name__
         if kind == "NF4Tensor":
-            found = weight.get_original_weight()
+            dequantized = weight.get_original_weight()
         elif kind == "Int8Tensor":
-            # Its scales are fp32 whatever it stands for, and it knows nothing wider.
-            found = weight.dequantize(torch.float32 if dtype == torch.float64 else dtype)
+            # Its scales are fp32 whatever the dtype of its values, and it supports nothing wider.
+            dequantized = weight.dequantize(torch.float32 if dtype == torch.float64 else dtype)
         else:
-            found = weight.dequantize()
-        return found
+            dequantized = weight.dequantize()
+        return dequantized
 
     def multiplies(self, weight: Any, dtype: torch.dtype) -> bool:
         """See :class:`WeightFormat`."""
         name = type(weight).__name__
-        # torchao's own function for nf4 computes with its values, too, and cannot be compiled as a whole.
+        # torchao's own function for nf4 dequantizes, too, and breaks the graph under torch.compile.
         if name == "NF4Tensor":
             return False
-        # ``model.half()`` leaves its scales as they are, and its product wants one dtype.
+        # ``model.half()`` does not convert its scales, and its product needs a single dtype.
         return name != "IntxUnpackedToInt8Tensor" or bool(weight.dtype == dtype)
 
     def storage(
@@ -197,10 +201,10 @@ class TorchaoFormat(WeightFormat):
         compute_dtype: torch.dtype | None,
     ) -> Storage:
         """See :class:`WeightFormat`."""
-        given: dict[str, object] = {"double": double, "compute_dtype": compute_dtype}
+        options: dict[str, object] = {"double": double, "compute_dtype": compute_dtype}
         if name == "int8":
-            given["block_size"] = block_size
-        for key, value in given.items():
+            options["block_size"] = block_size
+        for key, value in options.items():
             if value is not None:
                 fits = "'nf4', 'fp4' and 'int4' take it" if key == "block_size" else "'nf4' does"
                 raise QuantizationError(f"{key}={value} means nothing for {name!r}: {fits}")
@@ -248,24 +252,28 @@ class TorchaoFormat(WeightFormat):
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
         """See :class:`WeightFormat`."""
-        held: Any = parameter.detach()
-        kind = type(held)
+        tensor: Any = parameter.detach()
+        kind = type(tensor)
         if kind.__name__ == "IntxUnpackedToInt8Tensor":
-            return nn.Parameter(held.to(torch.float32), requires_grad=False)
+            return nn.Parameter(tensor.to(torch.float32), requires_grad=False)
         if kind.__name__ == "Int8Tensor":  # its scales are fp32 in any case
-            wide = kind(held.qdata, held.scale, held.block_size, torch.float32, held.zero_point)
+            wide = kind(
+                tensor.qdata, tensor.scale, tensor.block_size, torch.float32, tensor.zero_point
+            )
             return nn.Parameter(wide, requires_grad=False)
         return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""
-        found = None
+        packed = None
         if type(weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
             block = int(weight.block_size[-1])
-            found = whole_numbers(weight.qdata, weight.scale, weight.zero_point, block, stored.bits)
-        if found is None:
+            packed = whole_numbers(
+                weight.qdata, weight.scale, weight.zero_point, block, stored.bits
+            )
+        if packed is None:
             return NoOperator(
                 f"is stored as {stored}, which no operator of ONNX Runtime has to the last digit: "
                 f"{_NO_OPERATOR[stored.scheme]}"
             )
-        return found
+        return packed

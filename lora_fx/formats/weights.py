@@ -1,10 +1,10 @@
-"""Quantized weights as all others see them: values, products, state dicts and pickles.
+"""Functions on quantized weights of any format: values, products, state dicts and pickles.
 
-What a weight is, its format says (:mod:`lora_fx.formats.base`). What the kernel of its library computes is
-that library's business (the operation is opaque). Here are its values (:func:`dense`), and ``x Wᵀ + b``
-(:func:`quantized_linear`), whose backward makes the values again and keeps none of them. A tensor subclass
-has its scales with it and takes the values of its like only: anything else in a state dict is refused in
-words. A format whose scales lie next to the weight has hooks of its own, which write and read them.
+The format of a weight describes its storage (:mod:`lora_fx.formats.base`), and the kernels of its library
+are opaque operations. This module has its values (:func:`dense`), and ``x Wᵀ + b``
+(:func:`quantized_linear`), whose backward recomputes the values instead of saving them. A tensor subclass
+carries its scales and loads only values of the same form from a state dict: anything else is an error. A
+format that stores its scales next to the weight has hooks that save and load them.
 
 No library is imported here: a model that has such a weight has loaded its library.
 """
@@ -44,30 +44,31 @@ __all__ = [
 
 
 def dense(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The values of a quantized weight, [out, in]; any other weight as it is, in its own shape.
+    """Return the values of a quantized weight, [out, in]; any other weight unchanged, in its own shape.
 
     Args:
-        weight: A parameter, or what it holds.
-        dtype: Of the result; the weight's own by default.
+        weight: A parameter, or its tensor.
+        dtype: The dtype of the result; the weight's own by default.
     """
-    found = quantization_of(weight)
-    if found is None:
+    quantization = quantization_of(weight)
+    if quantization is None:
         return weight if dtype is None else weight.to(dtype)
-    wanted = dtype or found.dtype
-    # As its kernel has them, and rounded to the type of the result after that.
-    return _known(weight).values(held(weight), wanted).to(wanted)
+    target = dtype or quantization.dtype
+    # First in the precision of its kernel, then rounded to the dtype of the result.
+    return _known(weight).values(held(weight), target).to(target)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KeptWeight:
-    """A quantized weight whose values a backward makes again.
+    """A quantized weight whose values the backward recomputes.
 
-    It is held as it is: ``save_for_backward`` would hand it to hooks that lose its scales. So what autograd
-    does for a tensor is done here, too: it notes the versions.
+    It keeps the weight itself, because ``save_for_backward`` would pass it to hooks that lose its scales. It
+    therefore also checks version counters, as autograd does for saved tensors.
 
     Attributes:
-        weight: A parameter, or what it holds.
-        versions: Of what it is made of; none where a compiler takes care of what it keeps.
+        weight: A parameter, or its tensor.
+        versions: The version counters of the weight and its inner tensors; none under a compiler, which
+            checks saved tensors itself.
     """
 
     weight: Tensor
@@ -75,17 +76,17 @@ class KeptWeight:
 
     @classmethod
     def of(cls, weight: Tensor) -> KeptWeight:
-        """A weight as it is now."""
+        """Return a weight with its current version counters."""
         return cls(weight, () if torch.compiler.is_compiling() else tuple(_versions(weight)))
 
     def values(self, dtype: torch.dtype) -> Tensor:
-        """The values, [out, in], in the backward.
+        """Return the values, [out, in], for the backward.
 
         Raises:
-            QuantizationError: If the weight was written into.
+            QuantizationError: If the weight was written into since the forward.
         """
-        known = self.versions and not torch.compiler.is_compiling()
-        if known and tuple(_versions(self.weight)) != self.versions:
+        checked = self.versions and not torch.compiler.is_compiling()
+        if checked and tuple(_versions(self.weight)) != self.versions:
             raise QuantizationError(
                 f"a {type(self.weight).__name__} of shape {tuple(self.weight.shape)} was written into "
                 "between forward and backward, which reads it again: write into weights before the forward, "
@@ -95,7 +96,7 @@ class KeptWeight:
 
 
 def _versions(tensor: Any) -> Iterator[int]:
-    """How often a tensor was written into, and those of which it is made."""
+    """Yield the version counters of a tensor and of its inner tensors."""
     if not isinstance(tensor, Tensor) or tensor.is_inference():
         return
     yield torch_private.version_counter(tensor)
@@ -105,29 +106,31 @@ def _versions(tensor: Any) -> Iterator[int]:
 
 
 def requantized(values: Tensor, weight: nn.Parameter) -> nn.Parameter:
-    """A frozen parameter that holds ``values`` as ``weight`` holds its own: what a merge puts in its place.
+    """Return a frozen parameter with ``values`` in the form of ``weight``, for a merge to replace it.
 
-    Nothing of the old scales is kept: they are those of the new values.
+    The scales are computed from the new values. Nothing of the old scales is kept.
 
     Args:
         values: [out, in].
         weight: A quantized parameter of that shape; it is not changed.
 
     Raises:
-        QuantizationError: If the format cannot hold the values, or its library cannot make it here.
+        QuantizationError: If the format cannot hold the values, or its library cannot make the weight here.
     """
-    found = quantization_of(weight)
-    if found is None:
+    quantization = quantization_of(weight)
+    if quantization is None:
         raise QuantizationError(f"a {type(weight).__name__} is no quantized weight that is known")
     try:
-        made = _known(weight).requantize(values, held(weight))
-    except Exception as error:  # whatever a library raises for what it has no kernel for
+        parameter = _known(weight).requantize(values, held(weight))
+    except Exception as error:  # libraries raise anything if a kernel is missing
         raise QuantizationError(
-            f"{found.library} cannot make {found} here ({type(error).__name__}: {error})"
+            f"{quantization.library} cannot make {quantization} here ({type(error).__name__}: {error})"
         ) from error
-    if not torch.isfinite(dense(made)).all():
-        raise QuantizationError(f"{found} cannot hold them: not all of them are finite there")
-    return made
+    if not torch.isfinite(dense(parameter)).all():
+        raise QuantizationError(
+            f"{quantization} cannot hold them: not all of them are finite there"
+        )
+    return parameter
 
 
 def quantized_linear(
@@ -139,66 +142,66 @@ def quantized_linear(
     training: bool = False,
     layout: str = "out_in",
 ) -> Tensor:
-    """``x Wᵀ + b`` by the kernel of the library that the weight is of; differentiable in x and b.
+    """Compute ``x Wᵀ + b`` by the kernel of the weight's library; differentiable in x and b.
 
-    Under the transforms of ``torch.func`` it is a product with the values of the weight.
+    Under the transforms of ``torch.func`` it multiplies with the values of the weight.
 
     Args:
         x: [..., in].
         weight: A quantized [out, in].
         bias: [out].
-        compute_dtype: In which the product is computed, for 4 bits (``bnb_4bit_compute_dtype`` of
-            bitsandbytes); x's by default. In fp64 it is a product with the values.
-        threshold: Of LLM.int8() (arXiv:2208.07339): features of x with larger elements are multiplied in half
-            precision.
-        training: Whether the model trains, which LLM.int8() asks: on the CPU it then dequantizes.
-        layout: How the weight was stored before it was quantized: what a merge gives back.
+        compute_dtype: The dtype of the product, for 4 bits (``bnb_4bit_compute_dtype`` of bitsandbytes); x's
+            by default. In fp64 it is a product with the values.
+        threshold: The threshold of LLM.int8() (arXiv:2208.07339): features of x with larger elements are
+            multiplied in half precision.
+        training: True if the model trains. LLM.int8() depends on it: on the CPU it then dequantizes.
+        layout: The layout of the weight before it was quantized, which a merge restores.
 
     Returns:
         [..., out], in the dtype of x.
     """
     stood_for: Any = weight
-    if not isinstance(stood_for, Tensor):  # a module of an export, which computes this by itself
-        found: Tensor = handle_torch_function(quantized_linear, (weight,), x, weight, bias)
-        return found
-    given = x if compute_dtype is None else x.to(compute_dtype)
-    bias = None if bias is None else bias.to(given.dtype)
+    if not isinstance(stood_for, Tensor):  # a module of an export, which overrides this function
+        output: Tensor = handle_torch_function(quantized_linear, (weight,), x, weight, bias)
+        return output
+    inputs = x if compute_dtype is None else x.to(compute_dtype)
+    bias = None if bias is None else bias.to(inputs.dtype)
     if torch_private.in_functorch():
         # The kernels know nothing of transforms.
-        return F.linear(given, dense(weight, given.dtype), bias).to(x.dtype)
+        return F.linear(inputs, dense(weight, inputs.dtype), bias).to(x.dtype)
     kernel = _known(weight).product(
         x, weight, bias, compute_dtype=compute_dtype, threshold=threshold, training=training
     )
     if kernel is not None:
         return kernel
-    made: Tensor = _Product.apply(given, weight, bias)  # type: ignore[no-untyped-call]
-    return made if compute_dtype is None else made.to(x.dtype)
+    product: Tensor = _Product.apply(inputs, weight, bias)  # type: ignore[no-untyped-call]
+    return product if compute_dtype is None else product.to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """The product of a tensor subclass, or with values: opaque to autograd, which would keep the values."""
+    """The product with a tensor subclass or its values, opaque to autograd, which would save the values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.with_bias = KeptWeight.of(weight), bias is not None
-        by_itself = _known(weight).multiplies(held(weight), x.dtype)
-        out = F.linear(x, weight if by_itself else dense(weight, x.dtype), bias)
-        # Some kernels return a view, into which a branch could not be added in place: it was made
-        # without gradients.
-        found: Tensor = torch_private.UNSAFE_VIEW(out, out.shape)
-        return found
+        direct = _known(weight).multiplies(held(weight), x.dtype)
+        out = F.linear(x, weight if direct else dense(weight, x.dtype), bias)
+        # Some kernels return a view that was made without gradients: a branch could not be added to it
+        # in place.
+        detached_view: Tensor = torch_private.UNSAFE_VIEW(out, out.shape)
+        return detached_view
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         to_x = grad @ ctx.weight.values(grad.dtype) if ctx.needs_input_grad[0] else None
-        wanted = ctx.with_bias and ctx.needs_input_grad[2]
-        return to_x, None, grad.flatten(0, -2).sum(0) if wanted else None
+        with_bias = ctx.with_bias and ctx.needs_input_grad[2]
+        return to_x, None, grad.flatten(0, -2).sum(0) if with_bias else None
 
 
 def _known(weight: object) -> WeightFormat:
-    found = format_of(weight)
-    assert found is not None
-    return found
+    weight_format = format_of(weight)
+    assert weight_format is not None
+    return weight_format
 
 
 REMEDY: Final = (
@@ -208,10 +211,10 @@ REMEDY: Final = (
 
 
 class FormatHook:
-    """A hook of a module that is there for a quantized parameter: a merge that makes it dense takes it off.
+    """A hook of a module for a quantized parameter. A merge that makes the parameter dense removes it.
 
     Attributes:
-        parameter: Its name.
+        parameter: The name of the parameter.
     """
 
     def __init__(self, parameter: str) -> None:
@@ -219,43 +222,43 @@ class FormatHook:
 
 
 class SaveHook(FormatHook, abc.ABC):
-    """Writes what lies beside a weight into a state dict."""
+    """A hook that writes the scales of a weight into a state dict."""
 
     @abc.abstractmethod
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
     ) -> None:
-        """Called once the module has written its own."""
+        """Write the scales, after the module has written its own entries."""
 
 
 class LoadHook(FormatHook, abc.ABC):
-    """Reads what lies beside a weight, or refuses a state dict that it cannot be read from."""
+    """A hook that reads the scales of a weight, or refuses a state dict without them."""
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Called before the module reads its own; the last argument is the list of errors."""
+        """Read the scales before the module reads its own entries; the last argument is a list of errors."""
         name = f"{prefix}{self.parameter}"
         if name in state:
             self.load(module._parameters.get(self.parameter), name, state, rest[-1])
 
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
-        """Reads what a state dict has for a weight.
+        """Read the scales of a weight from a state dict.
 
         Args:
             weight: The weight.
             name: Its name in the state dict.
-            state: The state dict; what is taken out of it is read.
-            errors: Takes what is wrong.
+            state: The state dict. The entries that were read are removed.
+            errors: The list to append error messages to.
         """
         raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StateHooks:
-    """What a format has for a parameter whose scales lie beside it.
+    """The hooks of a parameter whose scales are stored outside it.
 
     Attributes:
-        load: Reads them.
-        save: Writes them; None where the layer does.
+        load: Reads the scales.
+        save: Writes the scales; None if the layer does.
     """
 
     load: LoadHook
@@ -263,50 +266,52 @@ class StateHooks:
 
 
 def follow_state(module: nn.Module, parameter: str, *, layer: bool) -> None:
-    """Has a module write and read a quantized parameter, or refuse what it cannot read.
+    """Register the hooks by which a module saves and loads a quantized parameter.
 
     Args:
-        module: Whose parameter it is.
-        parameter: Its name there.
-        layer: Whether the module has become a layer of the format's library.
+        module: The module of the parameter.
+        parameter: Its name in the module.
+        layer: True if the module has become a layer of the format's library.
     """
-    found = format_of(module._parameters[parameter])
-    assert found is not None
-    hooks = found.state_hooks(parameter, layer=layer) or StateHooks(_Check(parameter))
+    weight_format = format_of(module._parameters[parameter])
+    assert weight_format is not None
+    hooks = weight_format.state_hooks(parameter, layer=layer) or StateHooks(_Check(parameter))
     if hooks.save is not None:
         module.register_state_dict_post_hook(hooks.save)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(hooks.load)  # type: ignore[no-untyped-call]
 
 
 class _Check(LoadHook):
-    """Looks at how a weight of a state dict is stored."""
+    """A hook that checks the storage of a weight in a state dict."""
 
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
-        own = quantization_of(weight)
-        if own is None:
+        current = quantization_of(weight)
+        if current is None:
             return
-        found = quantization_of(state[name])
-        if found is not None and _format(found) == _format(own):
+        loaded = quantization_of(state[name])
+        if loaded is not None and _format(loaded) == _format(current):
             return
-        there = "has its values there" if found is None else f"as {found} in the state dict"
-        errors.append(f"{name} is stored as {own} here and {there}: {REMEDY}")
-        # So that nothing else is said of it: it is not missing, and copying it changes nothing.
+        text = "has its values there" if loaded is None else f"as {loaded} in the state dict"
+        errors.append(f"{name} is stored as {current} here and {text}: {REMEDY}")
+        # Avoid a second error: then the key is not missing, and copying the weight changes nothing.
         state[name] = weight
 
 
-def _format(found: Quantization) -> tuple[Any, ...]:
-    return found.library, found.scheme, found.block_size
+def _format(quantization: Quantization) -> tuple[Any, ...]:
+    return quantization.library, quantization.scheme, quantization.block_size
 
 
 def is_format_hook(hook: Any) -> bool:
-    """Whether a hook of a module is there for a quantized weight: a library's, or one of those here."""
+    """Return True if a hook of a module is for a quantized weight: a library's hook or a FormatHook."""
     hook = getattr(hook, "hook", hook)  # torch wraps some
-    return isinstance(hook, FormatHook) or any(one.layers.owns_hook(hook) for one in formats())
+    return isinstance(hook, FormatHook) or any(
+        weight_format.layers.owns_hook(hook) for weight_format in formats()
+    )
 
 
 def pickle_by_class(cls: type[nn.Parameter]) -> None:
-    """Has all parameters of a class pickled as what they are.
+    """Make pickle keep the class and the attributes of all parameters of a class.
 
     Args:
         cls: A subclass of ``nn.Parameter`` whose attributes are its state.

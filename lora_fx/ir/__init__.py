@@ -1,4 +1,4 @@
-"""The values that passes hand to each other: captures, regions, sites, plans, records."""
+"""The values that passes exchange: captures, regions, sites, plans, records."""
 
 from __future__ import annotations
 

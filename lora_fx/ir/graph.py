@@ -1,4 +1,4 @@
-"""Captures and regions, what marks the nodes that passes add, and the contract of a pass."""
+"""Captures and regions, the tags of nodes that passes add, and the contract of a pass."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ __all__ = [
 ]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-"""The class of a user's model: verbs return what they were given."""
+"""The class of a user's model: functions such as ``rewrite`` return a model of the same class."""
 
 META_KEY = "lora_fx"
-"""The key of ``node.meta`` by which passes mark nodes; its value is always a :class:`Tag`."""
+"""The key of ``node.meta`` with which passes mark nodes; its value is always a :class:`Tag`."""
 
 
 BASE_READ: Final = "lora_fx_base"
-"""In the ``meta`` of a node that reads an adapted weight for the operation that its branch is beside."""
+"""Key in the ``meta`` of a node that reads an adapted weight for the base operation, not for a branch."""
 
 
 def join(*parts: str) -> str:
-    """Joins fully qualified names, leaving out empty parts (the root is ``""``)."""
+    """Join fully qualified names, leaving out empty parts (the root is ``""``)."""
     return ".".join(filter(None, parts))
 
 
@@ -59,7 +59,7 @@ def relative(name: str, region: str) -> str:
 
 
 class Role(StrEnum):
-    """What a node does for an adapter."""
+    """The purpose of a node in an adapter."""
 
     BASE = "base"
     FACTOR = "factor"
@@ -78,20 +78,20 @@ class Role(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FusedBranch:
-    """How one function computes an operation together with its branch; nodes are named, for copies.
+    """A function that computes an operation together with its branch. Nodes are named, so that copies work.
 
     Attributes:
         function: It takes input, weight, bias, A, B, the scale and ``more``.
-        quantized: The same over a quantized weight; None if nothing computes that.
+        quantized: The same function for a quantized weight; None if there is none.
         a, b: The nodes of A and B, in their own dtypes.
         scale: The factor of the branch.
         more: Names of nodes, and values.
-        dropout: The nodes of its probability, and of whether there is any now; None for none.
-        padding: How many output features come before and after those of the branch; None if it has all.
+        dropout: The nodes of its probability, and of the flag that enables it; None for no dropout.
+        padding: The number of output features before and after those of the branch; None if it has all.
         rows: The functions, plain and over a quantized weight, that compute the operation with the branches
-            of several adapters, each of which has rows of its own; None if nothing computes that.
-        first: Whether nothing comes between the operation and the branch.
-        less: Options of the function with which it keeps less for the backward, and computes more.
+            of several adapters, each for its own rows; None if no function does.
+        first: True if no node comes between the operation and the branch.
+        less: Options of the function with which it saves less for the backward, and computes more.
     """
 
     function: Callable[..., Any]
@@ -109,13 +109,14 @@ class FusedBranch:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tag:
-    """What ``node.meta["lora_fx"]`` holds.
+    """The value of ``node.meta["lora_fx"]``.
 
     Attributes:
         weight: The adapted weight, as a name *inside the region*: equal blocks have equal tags.
-        role: What the node does.
-        adapter: Whose branch it belongs to; empty for the base operation.
-        fused: On the sum of an operation and its branch: what computes both; None if nothing does.
+        role: The purpose of the node.
+        adapter: The adapter of the branch; empty for the base operation.
+        fused: The function that computes both, on the sum of an operation and its branch; None if there is
+            none.
     """
 
     weight: str
@@ -131,7 +132,7 @@ def tag_of(node: fx.Node) -> Tag | None:
 
 
 def role_of(node: fx.Node) -> Role | None:
-    """Return what a node does for an adapter; None if it does nothing for one."""
+    """Return the purpose of a node in an adapter; None if it is not part of one."""
     tag = tag_of(node)
     return None if tag is None else tag.role
 
@@ -144,13 +145,15 @@ def adapters_of(graph: fx.Graph) -> list[tuple[str, str]]:
 
 def sums_on(base: fx.Node) -> list[fx.Node]:
     """Return the nodes at which branches are added to an operation, one after the other."""
-    found: list[fx.Node] = []
+    sums: list[fx.Node] = []
     total: fx.Node | None = base
     while total is not None:
-        adding = (one for one in total.users if role_of(one) is Role.ADD and one.args[0] is total)
+        adding = (
+            user for user in total.users if role_of(user) is Role.ADD and user.args[0] is total
+        )
         total = next(adding, None)
-        found += [] if total is None else [total]
-    return found
+        sums += [] if total is None else [total]
+    return sums
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,12 +163,12 @@ class Region:
     Attributes:
         fqn: Name of the module in the model; ``""`` is the root.
         module: The module itself.
-        graph: What its ``forward`` computes. Names in it are relative to ``module``.
-        fallback: Whether the module's own forward runs in calls that the graph was not made for. False if it
-            does not know how a weight is stored.
-        not_run: Why the graph only shows which operations there are, and never runs; empty if it may.
-        written_out: Whether it was traced from what is written out in place of that forward.
-        edited: Whether a pass has changed the graph since it was captured: only such a graph is installed.
+        graph: The graph of its ``forward``. Names in it are relative to ``module``.
+        fallback: True if the module's own forward runs in calls that the graph does not cover. False if it
+            cannot read a weight in its format.
+        not_run: The reason why the graph only lists operations and never runs; empty if it may run.
+        written_out: True if the graph was traced from code that replaces that forward.
+        edited: True if a pass has changed the graph since the capture: only such a graph is installed.
     """
 
     fqn: str
@@ -188,12 +191,12 @@ class Region:
     def falls_back(self, sites: Iterable[Site]) -> bool:
         """Return True if the module's own forward is a fallback once the graph has branches at some sites.
 
-        It reads each weight with its adapters, unless a library has packed that.
+        The forward reads each weight with its adapters, unless a library has packed the weight.
         """
         return self.fallback and all(site.quantized is None for site in sites)
 
     def tensor(self, node: object) -> torch.Tensor | None:
-        """The tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
+        """Return the tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
         owner, _, leaf = str(node.target).rpartition(".")
@@ -204,30 +207,30 @@ class Region:
         return value if isinstance(value, torch.Tensor) else None
 
     def parameter(self, node: object) -> nn.Parameter | None:
-        """The parameter that a ``get_attr`` node reads, or None."""
+        """Return the parameter that a ``get_attr`` node reads, or None."""
         tensor = self.tensor(node)
         return tensor if isinstance(tensor, nn.Parameter) else None
 
     def submodule(self, node: fx.Node) -> nn.Module | None:
-        """The module that a ``call_module`` node calls, or None if ``node`` is anything else."""
+        """Return the module that a ``call_module`` node calls, or None if ``node`` is anything else."""
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Capture:
-    """A model as graphs, without any change of meaning.
+    """A model as graphs that compute the same as its code.
 
     Attributes:
-        model: A copy of the captured model that shares its parameters' storage. Its classes are the
-            user's own: the graphs are beside it, in ``regions``.
+        model: A copy of the captured model that shares its parameters' storage. Its classes are the user's
+            own: the graphs are in ``regions``, not in the model.
         regions: The regions by key, parents before children.
         frontend: The front-end that was used: ``symbolic``, ``export`` or ``regions``.
         notes: Why the other front-ends were not used.
         opaque: Modules that have parameters but no graph, with the reason.
-        begun: What was traced of some of those before it was given up. It says what their code does
-            first; it never runs.
-        matches: The linear operations, once they are found.
-        plan: Which of them are adapted and with what, once that is decided.
+        begun: Partial graphs of some of those modules, up to the point where tracing failed. They show the
+            first operations and never run.
+        matches: The linear operations, once they are matched.
+        plan: The plan for adapting them, once it is made.
     """
 
     model: nn.Module
@@ -248,7 +251,7 @@ class Capture:
 
     def _repr_html_(self) -> str:
         regions = [
-            (key or "(root)", str(len(one.graph.nodes))) for key, one in self.regions.items()
+            (key or "(root)", str(len(region.graph.nodes))) for key, region in self.regions.items()
         ]
         opaque = [(name or "(root)", reason) for name, reason in self.opaque.items()]
         table = html_folded(("region", "nodes"), regions, left=2)
@@ -277,11 +280,11 @@ Kind: TypeAlias = Literal["functional", "in place"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass returns.
+    """The result of a pass.
 
     Attributes:
-        capture: The result; the argument itself if nothing was modified.
-        modified: Whether anything was, true to fact.
+        capture: The new capture; the argument itself if nothing was modified.
+        modified: True only if something was modified.
     """
 
     capture: Capture
@@ -289,7 +292,7 @@ class PassResult:
 
     @classmethod
     def of(cls, capture: Capture, **fields: Any) -> PassResult:
-        """Return the capture with other values of some fields; the same object if it has them already."""
+        """Return a capture with new values of some fields; the same object if it has them already."""
         if all(getattr(capture, name) == value for name, value in fields.items()):
             return cls(capture, False)
         return cls(dataclasses.replace(capture, **fields), True)
@@ -298,15 +301,15 @@ class PassResult:
 class Pass(abc.ABC):
     """A frozen dataclass whose fields are its options; calling it runs it.
 
-    A functional pass returns a new capture and leaves its argument as it is. A pass that works in place edits
-    the model of the capture, which is the pipeline's own copy, and returns its argument. Running a pass a
-    second time modifies nothing. :func:`lora_fx.passes.pipeline.run_passes` enforces all of it.
+    A functional pass returns a new capture and does not change its argument. A pass that works in place
+    edits the model of the capture, which is the pipeline's own copy, and returns its argument. Running a
+    pass a second time modifies nothing. :func:`lora_fx.passes.pipeline.run_passes` enforces all of this.
 
     Attributes:
         name: Its name in errors, logs and on the command line, in kebab case.
-        kind: Whether it is functional or works in place.
-        needs: What the capture has to have, ``matches`` or ``plan``, unless the pass is given its own
-            (``plan``, ``rows``); empty for nothing.
+        kind: Either functional or in place.
+        needs: The field that the capture must have, ``matches`` or ``plan``, unless the pass has its own
+            (``plan``, ``rows``); empty for none.
     """
 
     kind: ClassVar[Kind] = "functional"
@@ -318,14 +321,14 @@ class Pass(abc.ABC):
         """The name of the pass; most define it on the class."""
 
     def requires(self, capture: Capture) -> str | None:
-        """Say what the capture lacks for the pass to run; None if nothing. This has to be cheap."""
-        given = getattr(self, "rows", None) is not None
-        if not self.needs or given or getattr(capture, self.needs) is not None:
+        """Return what the capture lacks for the pass to run; None if nothing. This must be cheap."""
+        has_rows = getattr(self, "rows", None) is not None
+        if not self.needs or has_rows or getattr(capture, self.needs) is not None:
             return None
         return "nothing is planned" if self.needs == "plan" else "no operations were looked for"
 
     def ensures(self, before: Capture, after: Capture) -> str | None:
-        """Say what is wrong with the result; None if nothing. This has to be cheap."""
+        """Return the error in a result; None if it is right. This must be cheap."""
         return None
 
     @abc.abstractmethod

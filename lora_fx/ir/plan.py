@@ -1,4 +1,4 @@
-"""Plans: which sites are adapted and with what, in numbers and in words."""
+"""Plans: the sites to adapt and their adapters, in numbers and in words."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _FUSED = "fused, and a part can be named alone"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedSite:
-    """A selected site and what it gets.
+    """A selected site and its adapter.
 
     Attributes:
         site: The operation.
-        rank, alpha, scale, dropout: The adapter's hyperparameters here; rank 0 and 1 for a kind without
-            factors.
+        rank, alpha, scale, dropout: The adapter's hyperparameters at this site; rank 0 and scale 1 for a
+            kind without factors.
         parameters: Trainable elements added.
         flops: Extra forward FLOPs for one token.
-        tied: Name of the site whose factors it has, transposed; empty for factors of its own.
-        saved: Bytes saved for backward for one token, beyond what the frozen model saves: the
-            input, the masked input with its mask if there is dropout, the rank-r activation, and what the
-            kind keeps.
+        tied: Name of the site whose factors it shares, transposed; empty if it has its own.
+        saved: Bytes saved for backward for one token, beyond those of the frozen model: the input, the
+            masked input with its mask if there is dropout, the rank-r activation, and the tensors of the
+            kind.
         kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
-        reason: What in the configuration selects it.
+        reason: The setting of the configuration that selects it.
     """
 
     site: Site
@@ -61,11 +61,11 @@ class PlannedSite:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedTokens:
-    """Rows of an embedding, or of a head, that are trained each as a whole.
+    """Rows of an embedding, or of a head, that are trained as whole rows.
 
     Attributes:
-        site: The lookup, or the product that makes a value for every token.
-        indices: Which rows, in the order in which they are stored.
+        site: The lookup, or the product that computes a logit for every token.
+        indices: The rows, in the order in which they are stored.
         tied: Name of the embedding whose rows they are, for a head that shares its weight; else empty.
     """
 
@@ -80,7 +80,7 @@ class PlannedTokens:
 
     @property
     def lookup(self) -> bool:
-        """Whether it is a lookup: a product otherwise."""
+        """True for a lookup, False for a product."""
         return self.site.family == "embedding"
 
     @property
@@ -91,42 +91,43 @@ class PlannedTokens:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
-    """A linear operation that the configuration does not select, and why."""
+    """A linear operation that the configuration does not select, with the reason."""
 
     site: Site
     reason: str
 
 
 class Kept(NamedTuple):
-    """What a training step with the example inputs keeps for its backward pass, in bytes.
+    """Bytes that a training step with the example inputs saves for its backward pass.
 
     Attributes:
-        frozen: The model without adapters, its gradient taken down to the embeddings.
-        adapted: With them, by ``memory=`` of :func:`lora_fx.rewrite`, without inputs given there.
+        frozen: The model without adapters, with its gradient computed down to the embeddings.
+        adapted: The model with adapters, by ``memory=`` of :func:`lora_fx.rewrite`, if no inputs are given
+            there.
     """
 
     frozen: int
     adapted: Mapping[str, int]
 
     def __str__(self) -> str:
-        each = ", ".join(
+        sizes = ", ".join(
             f"{size / 2**20:,.1f} with memory={name!r}" for name, size in self.adapted.items()
         )
         return (
-            f"a step with the example inputs keeps {each} (MiB; without adapters "
+            f"a step with the example inputs keeps {sizes} (MiB; without adapters "
             f"{self.frozen / 2**20:,.1f})"
         )
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Plan:
-    """The dry run: what ``rewrite`` would do, and why.
+    """The dry run: the changes that ``rewrite`` would make, with reasons.
 
-    ``str(plan)`` is a table, in which equal layers are one row; a notebook shows one that folds and sorts;
-    ``plan.to_json()`` has everything in it.
+    ``str(plan)`` is a table, in which equal layers are one row. A notebook shows a table that folds and
+    sorts. ``plan.to_json()`` has all the data.
 
     Attributes:
-        sites: What is adapted.
+        sites: The sites to adapt.
         skipped: Linear operations that are not selected, with the reason.
         rejections: Operations that cannot be adapted, with the reason.
         unmatched: Entries of the configuration that selected nothing.
@@ -138,15 +139,15 @@ class Plan:
         base_parameters: Elements of the model's own parameters, shared ones once.
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
         tokens: Rows of embeddings that are trained (``trainable_token_indices``).
-        kinds: The kinds of the sites that train more than A and B, by name, each with what in words.
-        sample_cost: Extra FLOPs and saved bytes for one sample, where sites differ in their positions; None
-            where that is not known, or nothing differs.
-        fresh: FQNs of modules of the base that start at random, since no checkpoint has them, and that
+        kinds: The kinds of the sites that train more than A and B, by name, each with those parts in words.
+        sample_cost: Extra FLOPs and saved bytes for one sample, if sites differ in their positions; None if
+            that is unknown, or they do not differ.
+        fresh: FQNs of modules of the base that start at random, because no checkpoint has them, and that
             nothing trains: a new classification head.
-        loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or why its logits are
-            computed all at once. None where that was not asked for.
-        kept: What a training step with the example inputs keeps. None without them, and where that cannot
-            be counted without values.
+        loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or the reason why its
+            logits are computed all at once. None without that option.
+        kept: Bytes that a training step with the example inputs saves. None without such inputs, and if the
+            bytes cannot be counted without values.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -176,8 +177,8 @@ class Plan:
     def unit(self) -> Literal["token", "sample", "position"]:
         """The unit of :attr:`flops` and :attr:`saved`.
 
-        Convolutions compute an output at each position, and layers differ in how many they have. Where those
-        of a sample are known, it is the sample.
+        Convolutions compute an output at each position, and layers differ in their number of positions. If
+        the positions of a sample are known, the unit is the sample.
         """
         if all(row.site.family != "conv" for row in self.sites):
             return "token"
@@ -190,16 +191,16 @@ class Plan:
 
     @property
     def saved(self) -> int:
-        """Bytes kept for backward for one :attr:`unit`, beyond what the frozen model keeps, at most.
+        """Bytes saved for backward for one :attr:`unit`, beyond those of the frozen model, at most.
 
-        It is the sum over the operations, each by itself: its input and ``x Aᵀ``, and with dropout what the
-        plain form keeps. What layers share, what is kept anyway and what ``memory="balanced"`` makes again is
-        not known of an operation by itself; :attr:`kept` counts a whole step.
+        It is the sum over separate operations: the input and ``x Aᵀ``, and with dropout the tensors of the
+        plain form. The sum does not know which tensors layers share, the base saves anyway, or
+        ``memory="balanced"`` recomputes. :attr:`kept` counts a whole step.
         """
         return self.sample_cost[1] if self.sample_cost else sum(row.saved for row in self.sites)
 
     def cost(self) -> str:
-        """What the adapters cost beyond the frozen model, in words."""
+        """Return the cost of the adapters beyond the frozen model, in words."""
         text = (
             f"each {self.unit} costs {self.flops:,} more FLOPs forward and {self.saved:,} bytes kept for "
             "backward"
@@ -228,13 +229,13 @@ class Plan:
         return self.base_parameters + self.added_parameters
 
     def totals(self) -> tuple[str, str]:
-        """Say how much is trained, and of how many parameters."""
+        """Return the number of trainable elements and that of all parameters, in words."""
         total, trained = self.total_parameters, self.trainable_parameters
         share = 100 * trained / total if total else 0.0
         return f"{trained:,} trainable", f" of {total:,} parameters ({share:.4f} %)"
 
     def remarks(self) -> list[str]:
-        """Say what the table of sites does not show: formats, kinds, and what else is trained."""
+        """Return facts that the table of sites does not show: formats, kinds, other trained parameters."""
         stored = Counter(str(row.site.quantized) for row in self.sites if row.site.quantized)
         lines = [f"the base's weight in {text}: {count} site(s)" for text, count in stored.items()]
         for kind, trains in self.kinds:
@@ -243,8 +244,8 @@ class Plan:
         if self.saved_modules:
             lines.append("trained in full: " + ", ".join(self.saved_modules))
         for row in self.tokens:
-            whose = f", those of {row.tied}" if row.tied else ""
-            lines.append(f"rows trained: {len(row.indices)} of {row.name}{whose}")
+            owner = f", those of {row.tied}" if row.tied else ""
+            lines.append(f"rows trained: {len(row.indices)} of {row.name}{owner}")
         if self.biases:
             lines.append(f"biases trained: {len(self.biases)}")
         if self.kept is not None:
@@ -253,19 +254,19 @@ class Plan:
 
     @property
     def losses_left(self) -> tuple[str, ...]:
-        """Reasons why no loss is computed in chunks, if that was asked for; empty if one may be."""
-        chunked = any(found == "chunked" for _, found in self.loss or ())
+        """The reasons why no loss is computed in chunks although requested; empty if one may be."""
+        chunked = any(outcome == "chunked" for _, outcome in self.loss or ())
         return () if self.loss is None or chunked else tuple(self._of_loss())
 
     def _of_loss(self) -> Iterator[str]:
-        """Say what happens to the logits of a training call, if that was asked for."""
-        for name, found in self.loss or ():
-            chunked = found == "chunked"
+        """Yield a line for each head about the logits of a training call, if chunks were requested."""
+        for name, outcome in self.loss or ():
+            chunked = outcome == "chunked"
             yield (
                 f"loss in chunks: {name}, where a call computes a cross entropy of its output, and then "
                 "holds no logits"
                 if chunked
-                else f"loss of all logits: {name}: {found}"
+                else f"loss of all logits: {name}: {outcome}"
             )
         if self.loss == ():
             yield (
@@ -274,13 +275,13 @@ class Plan:
             )
 
     def sections(self) -> dict[str, list[tuple[str, str]]]:
-        """Return what is listed below the table, by title: names, each with its remark."""
-        kept = {row.site.weight for row in self.sites if row.tied}
+        """Return the lists below the table, by title: names, each with its remark."""
+        tables = {row.site.weight for row in self.sites if row.tied}
         return {
             "tied weights, untied by a merge": [
                 (row.name, f"shared with {', '.join(row.site.tied_to)}")
                 for row in self.sites
-                if row.site.tied_to and not row.tied and not kept & set(row.site.tied_to)
+                if row.site.tied_to and not row.tied and not tables & set(row.site.tied_to)
             ],
             "tied weights that stay so": [
                 (row.name, f"the transposed adapter of {row.tied}")
@@ -298,42 +299,49 @@ class Plan:
                 if row.site.family != "conv"
                 and row.rank > (least := min(row.site.in_features, row.site.out_features))
             ],
-            "not selected": [(one.site.name, one.reason) for one in self.skipped],
-            "cannot be adapted": [(one.name or "(root)", one.reason) for one in self.rejections],
+            "not selected": [(skipped.site.name, skipped.reason) for skipped in self.skipped],
+            "cannot be adapted": [
+                (rejection.name or "(root)", rejection.reason) for rejection in self.rejections
+            ],
         }
 
     def why(self, name: str) -> dict[str, str]:
-        """Say for each operation that a name selects what happens to it, and why.
+        """Return the outcome, with its reason, for each operation that a name selects.
 
         Args:
             name: An FQN, the end of one (``q_proj``), or a module with operations inside.
 
         Raises:
-            ConfigError: If it means none; with the nearest names, if any is near.
+            ConfigError: If it selects none. The message has the nearest names, if any is near.
         """
-        told = {row.name: f"adapted: {row.reason}; {self._given(row)}" for row in self.sites}
-        told |= {one.site.name: f"not selected: {one.reason}" for one in self.skipped}
-        told |= {one.name: f"cannot be adapted: {one.reason}" for one in self.rejections}
-        told |= dict.fromkeys(self.saved_modules, "trained in full: modules_to_save")
-        told |= {
+        outcomes = {row.name: f"adapted: {row.reason}; {self._given(row)}" for row in self.sites}
+        outcomes |= {
+            skipped.site.name: f"not selected: {skipped.reason}" for skipped in self.skipped
+        }
+        outcomes |= {
+            rejection.name: f"cannot be adapted: {rejection.reason}"
+            for rejection in self.rejections
+        }
+        outcomes |= dict.fromkeys(self.saved_modules, "trained in full: modules_to_save")
+        outcomes |= {
             row.name: f"rows trained: {len(row.indices)} (trainable_token_indices)"
             for row in self.tokens
         }
-        meant = {
-            one: text
-            for one, text in told.items()
-            if f".{one}".endswith(f".{name}") or one.startswith(f"{name}.") or not name
+        selected = {
+            fqn: text
+            for fqn, text in outcomes.items()
+            if f".{fqn}".endswith(f".{name}") or fqn.startswith(f"{name}.") or not name
         }
-        if not meant:
-            ends = {one.rpartition(".")[2] for one in told}
-            near = hint(name, [*told, *ends], "; did you mean {}?", cutoff=0.6)
-            near = near or "; print the plan for the names of all"
-            raise ConfigError(f"no linear operation is called {name!r}{near}")
-        return meant
+        if not selected:
+            ends = {fqn.rpartition(".")[2] for fqn in outcomes}
+            nearest = hint(name, [*outcomes, *ends], "; did you mean {}?", cutoff=0.6)
+            nearest = nearest or "; print the plan for the names of all"
+            raise ConfigError(f"no linear operation is called {name!r}{nearest}")
+        return selected
 
     @staticmethod
     def _given(row: PlannedSite) -> str:
-        """Describe in a line what a site gets."""
+        """Describe the adapter of a site in a line."""
         size = f"{row.site.pattern} of {_stored(row.site)}"
         if not row.rank:
             return f"{size}, {row.kind}"
@@ -342,12 +350,12 @@ class Plan:
         return f"{size}, r {row.rank}, scale {row.scale:g}{drop}{kind}"
 
     def changes(self, other: Plan) -> dict[str, tuple[str, str]]:
-        """Return what differs in another plan of the same model: by name, what it gets here and there.
+        """Return the differences from another plan of the same model: by name, the adapter in each plan.
 
         Args:
             other: The other plan.
         """
-        here, there = (
+        own, theirs = (
             {row.name: self._given(row) for row in plan.sites}
             | dict.fromkeys(plan.saved_modules, "trained in full")
             | dict.fromkeys(plan.biases, "trained")
@@ -355,9 +363,9 @@ class Plan:
             for plan in (self, other)
         )
         return {
-            name: (here.get(name, "-"), there.get(name, "-"))
-            for name in {**here, **there}
-            if here.get(name) != there.get(name)
+            name: (own.get(name, "-"), theirs.get(name, "-"))
+            for name in {**own, **theirs}
+            if own.get(name) != theirs.get(name)
         }
 
     def __iter__(self) -> Iterator[PlannedSite]:
@@ -367,7 +375,7 @@ class Plan:
         return len(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON."""
+        """Return plain containers, ready for JSON."""
         return {
             "frontend": self.frontend,
             "notes": list(self.notes),
@@ -393,11 +401,11 @@ class Plan:
         }
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The plan as JSON."""
+        """Return the plan as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table of ``str(plan)`` as cells, under :attr:`columns`."""
+        """Return the cells of the table of ``str(plan)``, under :attr:`columns`."""
         return [
             (
                 row.site.name,
@@ -415,12 +423,12 @@ class Plan:
     @property
     def columns(self) -> tuple[str, ...]:
         """The headings of :meth:`rows`."""
-        each = "token" if self.unit == "token" else "position"
-        sizes = ("weight", "r", "scale", "trainable", f"FLOPs/{each}", f"saved B/{each}")
+        unit = "token" if self.unit == "token" else "position"
+        sizes = ("weight", "r", "scale", "trainable", f"FLOPs/{unit}", f"saved B/{unit}")
         return ("site", "pattern", *sizes)
 
     def warnings(self) -> list[str]:
-        """Return what is shown before the table: likely mistakes."""
+        """Return likely mistakes, which are shown before the table."""
         lines = [
             f"starts at random, and nothing trains it: {name}; it is in no checkpoint, so put it into "
             "modules_to_save (or set task_type, which does that for heads)"
@@ -429,7 +437,7 @@ class Plan:
         return [*lines, *(f"matched nothing: {target}" for target in self.unmatched)]
 
     def __str__(self) -> str:
-        """The table of the sites, equal layers in one row, the totals, and the sections under them."""
+        """Return the table of the sites, equal layers in one row, the totals, and the sections below."""
         lines = [f"captured by {self.frontend}"]
         lines += self.warnings()
         lines += [f"  {note}" for note in self.notes]
@@ -452,7 +460,7 @@ class Plan:
         )
 
     def _repr_html_(self) -> str:
-        """The plan as a notebook shows it: what is wrong first, then tables that fold and sort."""
+        """Return the plan for a notebook: warnings first, then tables that fold and sort."""
         marks = html_lines(self.warnings(), "⚠ ")
         counted = f"{len(self.sites)} site(s), {''.join(self.totals())}"
         facts = html_lines((counted, self.cost(), *self.remarks()))
@@ -472,10 +480,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
-    """Plans of one model side by side: ``str()`` is a table, a notebook shows one that sorts.
+    """Plans of one model side by side: ``str()`` is a table, and a notebook shows a table that sorts.
 
     Attributes:
-        plans: By name, in the order in which they were given.
+        plans: By name, in the order of the arguments.
     """
 
     plans: Mapping[str, Plan]
@@ -496,7 +504,7 @@ class Comparison:
         return ("config", "sites", "trainable", "%", f"FLOPs/{unit}", f"saved B/{unit}", "ranks")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table as cells, under :attr:`columns`."""
+        """Return the cells of the table, under :attr:`columns`."""
         return [
             (
                 name,
@@ -511,7 +519,7 @@ class Comparison:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON: each plan by its name."""
+        """Return plain containers, ready for JSON: each plan by its name."""
         return {name: plan.to_dict() for name, plan in self.plans.items()}
 
     def __str__(self) -> str:
@@ -545,5 +553,5 @@ def _site_dict(row: PlannedSite) -> dict[str, Any]:
     site = dataclasses.asdict(row.site)
     if row.site.quantized is not None:
         site["quantized"]["dtype"] = str(row.site.quantized.dtype).removeprefix("torch.")
-    rest = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
-    return {**site, **rest}
+    fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
+    return {**site, **fields}

@@ -1,4 +1,4 @@
-"""The record of a rewritten model: its adapters, and the model without them."""
+"""The record of a rewritten model: its adapters, and the graphs of the model without them."""
 
 from __future__ import annotations
 
@@ -35,32 +35,35 @@ __all__ = [
 
 
 Memory: TypeAlias = Literal["fast", "balanced"]
-"""What the backward of fused branches keeps; see :func:`lora_fx.rewrite`."""
+"""Which tensors fused branches save for their backward; see :func:`lora_fx.rewrite`."""
 
 DEFAULT_MEMORY: Memory = "fast"
 
 Loss: TypeAlias = Literal["whole", "chunked"]
-"""Of which logits a training step computes its loss: of all at once, or chunk by chunk."""
+"""The logits for the loss of a training step: all at once, or chunk by chunk."""
 
 DEFAULT_LOSS: Loss = "whole"
 
 
 class _Ref(str):
-    """A node in a pickled graph, by name."""
+    """A node of a pickled graph, by name."""
 
 
 class _Target(tuple[str, ...]):
-    """A function in a pickled graph, by where it is found."""
+    """A function in a pickled graph, as the path to import it."""
 
 
 def freeze(graph: fx.Graph) -> tuple[Any, ...]:
-    """A graph as picklable values: fx would trace its module again, which loses the tags."""
+    """Return a graph as picklable values, with its tags.
+
+    fx would pickle its module and trace it again, which loses the tags.
+    """
     nodes = [
         (
             node.op,
             node.name,
             _freeze_target(node.target),
-            *(_map(one, fx.Node, lambda n: _Ref(n.name)) for one in (node.args, node.kwargs)),
+            *(_map(values, fx.Node, lambda n: _Ref(n.name)) for values in (node.args, node.kwargs)),
             _written(tag_of(node)),
             BASE_READ in node.meta,
         )
@@ -70,24 +73,24 @@ def freeze(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def thaw(frozen: tuple[Any, ...]) -> fx.Graph:
-    """Return the graph that :func:`freeze` was given: same names, same tags."""
+    """Return the graph of a result of :func:`freeze`: same names, same tags."""
     nodes, codegen = frozen
     graph = fx.Graph()
     graph.set_codegen(codegen)
     named: dict[str, fx.Node] = {}
     for op, name, target, args, kwargs, tag, of_base in nodes:
-        args, kwargs = (_map(one, _Ref, named.__getitem__) for one in (args, kwargs))
-        found = graph.create_node(op, _thaw_target(target), args, kwargs, name=name)
-        named[name] = found
+        args, kwargs = (_map(values, _Ref, named.__getitem__) for values in (args, kwargs))
+        node = graph.create_node(op, _thaw_target(target), args, kwargs, name=name)
+        named[name] = node
         if isinstance(tag, Tag):
-            found.meta[META_KEY] = tag
+            node.meta[META_KEY] = tag
         if of_base:
-            found.meta[BASE_READ] = True
+            node.meta[BASE_READ] = True
     return graph
 
 
 def _written(tag: Tag | None) -> Tag | None:
-    """Return a tag without the part that only later passes need."""
+    """Return a tag without the field that only later passes need."""
     return None if tag is None else dataclasses.replace(tag, fused=None)
 
 
@@ -100,8 +103,8 @@ def _freeze_target(target: Any) -> Any:
     try:
         pickle.dumps(target)
     except Exception as error:
-        found: Any = getattr(importlib.import_module(target.__module__), target.__name__, None)
-        if found is not target:
+        imported: Any = getattr(importlib.import_module(target.__module__), target.__name__, None)
+        if imported is not target:
             raise pickle.PicklingError(f"cannot pickle a graph that calls {target!r}") from error
         return _Target(("function", target.__module__, target.__name__))
     return target
@@ -117,7 +120,7 @@ def _thaw_target(target: Any) -> Any:
 
 
 def _map(value: Any, cls: type, fn: Callable[[Any], Any]) -> Any:
-    """Replace each object of a class in the arguments of a node."""
+    """Replace each instance of a class in the arguments of a node."""
     # Not fx.map_arg: its containers are immutable subclasses that need torch to unpickle.
     if isinstance(value, cls):
         return fn(value)
@@ -139,17 +142,17 @@ class AdapterRecord:
 
     Attributes:
         config: Its configuration.
-        sites: Where it is.
+        sites: The sites that it adapts.
         saved_modules: Modules that it trains in full.
         biases: FQNs of the biases that it trains.
-        own: FQNs of the base's parameters in whose place it has others: those biases, what is in those
-            modules, and weights that its initialization has changed. They are in the model while the
-            adapter is active, and beside it otherwise (:mod:`lora_fx.passes.parameters.replacements`).
-        initialized: Whether it has the start that its configuration names; False for one that waits for
-            data.
+        own: FQNs of the base's parameters that it replaces: those biases, the parameters of those modules,
+            and weights that its initialization has changed. The replacements are in the model while the
+            adapter is active, and stored outside it otherwise
+            (:mod:`lora_fx.passes.parameters.replacements`).
+        initialized: True if it has the start that its configuration names; False if it waits for data.
         tokens: Rows of embeddings that it trains.
-        given: Those of ``own`` that came with its folder and that it does not train: weights of embeddings
-            and heads, and what was trained by hand.
+        given: The parameters of ``own`` that came with its folder and that it does not train: weights of
+            embeddings and heads, and parameters that were trained by hand.
     """
 
     config: LoraConfig
@@ -169,20 +172,20 @@ class AdapterRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The graphs of a model before any branch was put into them, and what was found in them.
+    """The graphs of a model before any branch was inserted, and the operations in them.
 
-    It is what adapters are added to and switched on: branches are inserted again into these graphs. It never
-    changes, so that copies of a model share it.
+    Adding or switching adapters inserts branches into these graphs again. It never changes, so that copies
+    of a model share it.
 
     Attributes:
         graphs: The graph of every region by key, parents first. Equal layers share one.
         classes: The names of the classes of their modules.
         fallback: :attr:`lora_fx.ir.graph.Region.fallback` of each.
-        not_run: :attr:`lora_fx.ir.graph.Region.not_run` of those that have a reason.
+        not_run: :attr:`lora_fx.ir.graph.Region.not_run` of the regions that have a reason.
         matches: Every linear operation.
         notes: Notes of the capture.
-        kept: FQNs of the modules that ran their graph in the model that was rewritten, too: their own code
-            does not know how their weights are stored (:func:`lora_fx.quantize`).
+        kept: FQNs of the modules that also ran their graph in the model before the rewrite: their own code
+            cannot read their weights in their format (:func:`lora_fx.quantize`).
         written_out: Keys of the regions with :attr:`lora_fx.ir.graph.Region.written_out`.
     """
 
@@ -196,7 +199,7 @@ class Base:
     written_out: frozenset[str] = frozenset()
 
     def region(self, key: str, module: nn.Module, frontend: str) -> Region:
-        """One of the regions, on a module of a rewritten model.
+        """Return a region on a module of a rewritten model.
 
         Args:
             key: Its key.
@@ -218,12 +221,12 @@ class Base:
     def __reduce__(self) -> tuple[Any, ...]:
         # Each graph once: equal layers share theirs, and have one class for it.
         distinct = {id(graph): graph for graph in self.graphs.values()}
-        places = {key: place for place, key in enumerate(distinct)}
-        where = {fqn: places[id(graph)] for fqn, graph in self.graphs.items()}
+        numbers = {key: number for number, key in enumerate(distinct)}
+        index_of = {fqn: numbers[id(graph)] for fqn, graph in self.graphs.items()}
         frozen = tuple(freeze(graph) for graph in distinct.values())
         flags = (dict(self.classes), dict(self.fallback), dict(self.not_run))
-        rest = (self.matches, self.notes, self.kept, self.written_out)
-        return _thawed, (frozen, where, *flags, *rest)
+        fields = (self.matches, self.notes, self.kept, self.written_out)
+        return _thawed, (frozen, index_of, *flags, *fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -232,10 +235,10 @@ class ActiveAdapters:
 
     Attributes:
         names: Their names, in the order in which they are added.
-        per_sample: Whether each sample of a batch has one of them, or none.
-        ids: The adapter of each sample, or None for the base; empty if none was given.
+        per_sample: True if each sample of a batch has one of them, or none.
+        ids: The adapter of each sample, or None for the base; empty if none was chosen.
         repeats: How many times in a row a batch may have each sample.
-        thread: The thread that is in the ``with`` block that says so; 0 where that was no block.
+        thread: The thread that is in the ``with`` block of this choice; 0 without a block.
     """
 
     names: tuple[str, ...] = ()
@@ -251,26 +254,25 @@ class Record:
 
     Attributes:
         adapters: By adapter name.
-        active: Names of those whose branches are in the graphs, in the order in which they are added.
-        per_sample: Whether each sample of a batch has one of the active adapters, or none.
+        active: Names of the adapters whose branches are in the graphs, in the order in which they are added.
+        per_sample: True if each sample of a batch has one of the active adapters, or none.
         frontend: The front-end that captured the model.
-        trainable: FQNs of the parameters that wanted a gradient before the rewrite: ``merge`` puts
-            this back.
-        buffers: A fingerprint of every persistent buffer at the rewrite: one that has changed since
-            is part of what was learned, and is saved.
+        trainable: FQNs of the parameters that required a gradient before the rewrite, which ``merge``
+            restores.
+        buffers: A fingerprint of every persistent buffer at the rewrite. A buffer that has changed since is
+            saved, because it was learned.
         base: The graphs without branches.
-        originals: The base's own value of every parameter in whose place an adapter has put another
-            (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model that was
-            rewritten.
-        optimize: Whether branches are fused with their operations.
-        chosen: What :func:`lora_fx.set_adapter` has chosen, while a ``with`` block says otherwise.
-        blocks: What the ``with`` blocks say that are open, in all threads and tasks, in the order in which
-            they were entered. A copy is in none.
+        originals: The base's own value of every parameter that an adapter has replaced
+            (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model before the rewrite.
+        optimize: True if branches are fused with their operations.
+        chosen: The choice of :func:`lora_fx.set_adapter`, while a ``with`` block overrides it.
+        blocks: The choices of the open ``with`` blocks, in all threads and tasks, in the order of entry. A
+            copy of a model has none.
         by_hand: FQNs of the base's parameters that were trained although no adapter trains them
             (:mod:`lora_fx.passes.parameters.rewritten`).
-        forwards: FQNs of the modules that had a ``forward`` of their instance at the rewrite.
-        memory: What the backward keeps, if branches are fused.
-        loss: Whether logits of a training call are computed all at once.
+        forwards: FQNs of the modules that had a ``forward`` on their instance at the rewrite.
+        memory: The tensors that fused branches save for their backward.
+        loss: How a training call computes its loss: from all logits at once, or in chunks.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -303,16 +305,16 @@ class Record:
 
     def __reduce__(self) -> tuple[Any, ...]:
         record = self._outside()
-        return Record, tuple(getattr(record, one.name) for one in dataclasses.fields(record))
+        return Record, tuple(getattr(record, field.name) for field in dataclasses.fields(record))
 
     def _outside(self) -> Record:
-        # Nobody leaves the block for a copy: it goes on with what it was copied with.
+        # No block ends for a copy: it continues with the adapters that were active when it was copied.
         return dataclasses.replace(self, chosen=None, blocks=()) if self.blocks else self
 
 
 def record_of(model: object) -> Record | None:
     """Return the record of a rewritten model, or None for any other model."""
-    # Its own alone: torch.compile's wrapper passes on what is asked of it, and keeps what is set.
+    # Not getattr: torch.compile's wrapper forwards reads to the model, but stores writes itself.
     record = getattr(model, "__dict__", {}).get("_lora_fx")
     return record if isinstance(record, Record) else None
 
@@ -322,7 +324,7 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
 
     Args:
         model: A rewritten model.
-        error: What is raised if it is none.
+        error: The class of the error to raise for any other model.
     """
     record = record_of(model)
     if record is None:
@@ -336,6 +338,6 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
     return record
 
 
-def _thawed(frozen: tuple[Any, ...], where: dict[str, int], *rest: Any) -> Base:
-    graphs = [thaw(one) for one in frozen]
-    return Base({fqn: graphs[place] for fqn, place in where.items()}, *rest)
+def _thawed(frozen: tuple[Any, ...], index_of: dict[str, int], *fields: Any) -> Base:
+    graphs = [thaw(graph) for graph in frozen]
+    return Base({fqn: graphs[number] for fqn, number in index_of.items()}, *fields)

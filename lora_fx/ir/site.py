@@ -1,4 +1,4 @@
-"""Sites: linear operations that were found, how their weights are stored, and the protocol of patterns."""
+"""Sites: the linear operations of a model, the storage of their weights, and the protocol of patterns."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ __all__ = [
 ]
 
 Layout = Literal["out_in", "in_out"]
-"""How a weight is stored: ``[out, in, ...]`` (``nn.Linear``) or ``[in, out]`` (``x @ W``)."""
+"""Layout of a weight: ``[out, in, ...]`` (``nn.Linear``) or ``[in, out]`` (``x @ W``)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Quantization:
-    """How a weight is stored.
+    """The storage of a quantized weight.
 
     Attributes:
-        scheme: Name of the format, as ``nf4`` or ``int8``.
+        scheme: Name of the format, such as ``nf4`` or ``int8``.
         bits: Bits of one value, without the scales.
-        library: Whose format it is: that of :class:`lora_fx.formats.WeightFormat`.
+        library: The library of the format, as in :class:`lora_fx.formats.WeightFormat`.
         shape: Rows and columns of the matrix, [out, in].
-        dtype: What its values are when they are needed.
-        block_size: Values that share a scale, along a row or along the flattened matrix; None for one
-            scale a row.
-        double: Whether the scales are quantized, too (arXiv:2305.14314, section 3).
+        dtype: The dtype of its dequantized values.
+        block_size: Values that share a scale, along a row or along the flattened matrix; None for one scale
+            a row.
+        double: True if the scales are quantized, too (arXiv:2305.14314, section 3).
     """
 
     scheme: str
@@ -65,19 +65,20 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """One place where a site's weight is applied.
+    """One application of a site's weight.
 
     Attributes:
         region: Key of the region (:attr:`Region.key`).
         input, output: Names of nodes in its graph.
-        pattern: Name of the pattern that found it.
-        cast: Whether the weight is cast before it is applied.
-        left: Whether it is the left operand of a product, so that the outputs are not the last dimension.
-        bias: Name of the node that the operation adds, empty for none: a vector of the output features
-            for a convolution, else anything that meets the output.
-        axes: Where the output features lie in the output, counted from its end; several where they are
-            taken apart, empty where nothing says.
-        sizes: Their sizes, where there are several.
+        pattern: Name of the pattern that matched it.
+        cast: True if the weight is cast before it is applied.
+        left: True if the weight is the left operand of a product, so that the outputs are not the last
+            dimension.
+        bias: Name of the node that the operation adds, empty for none: a vector of the output features for a
+            convolution, else anything that broadcasts against the output.
+        axes: The axes of the output features in the output, counted from its end. Several if the features
+            are split over axes, empty if unknown.
+        sizes: The sizes of the axes, if there are several.
     """
 
     region: str
@@ -95,37 +96,36 @@ class Call:
 class Site:
     """A linear operation that an adapter can be put on.
 
-    A weight that is applied in several places is one site with several calls.
+    A weight that is applied several times is one site with several calls.
 
     Attributes:
-        name: FQN: the module's, or the parameter's where no module stands for the operation.
-        pattern: Name of the pattern that found it.
+        name: FQN of the module, or of the parameter if no module represents the operation.
+        pattern: Name of the pattern that matched it.
         family: ``linear``, ``conv`` or ``embedding``; decides what ``target_modules=None`` selects.
         weight: FQN of the weight.
-        bias: FQN of the bias, if there is one that is a parameter.
-        in_features, out_features: Sizes of one input and one output vector (channels, for a
-            convolution; vocabulary and width, for an embedding).
-        layout: How the weight is stored.
+        bias: FQN of the bias, if it has one that is a parameter.
+        in_features, out_features: Sizes of one input and one output vector (channels, for a convolution;
+            vocabulary and width, for an embedding).
+        layout: The layout of the weight.
         weight_shape: Shape of the weight.
-        calls: Where it is applied.
+        calls: The applications of the weight.
         groups: Groups of a convolution.
         experts: Number of experts of a three-dimensional weight.
-        rows: Which rows of the weight it is (start, stop), for a weight that is applied in parts;
-            None for all of them.
-        view: The shape in which it is applied, where that is not the weight's own.
-        order: How the dimensions of the weight are permuted before it is viewed so; None for not at all.
-        parts: What its output is cut into, by name, with the rows (start, stop) that make it.
+        rows: The rows of the weight (start, stop), for a weight that is applied in parts; None for all.
+        view: The shape in which the weight is applied, if it is not the weight's own.
+        order: The permutation of the weight's dimensions before that view; None for no permutation.
+        parts: The parts into which its output is split, by name, each with its rows (start, stop).
         whole: The site of which this is such a part: the operation applies the whole weight.
         attention: FQN of the ``nn.MultiheadAttention`` of which this is a projection; empty for any other.
         tied_to: FQNs of other parameters over the same storage.
-        head: Where it makes the model's output: ``declared`` by the model or ``found`` in the
-            graph; empty for any other operation.
-        router: Whether its output decides which experts of a mixture see a token.
-        all_linear: Whether it is a layer that ``target_modules="all-linear"`` stands for.
-        quantized: How the weight is stored, if it is quantized; ``weight_shape`` and ``layout`` are
-            those of its values.
-        loss: Of a head: "chunked" if a loss of its output may be computed in chunks, else why it is not.
-            Empty where that was not looked for.
+        head: ``declared`` or ``found``, for the operation that computes the model's output: declared by the
+            model or found in the graph. Empty for any other operation.
+        router: True if its output decides which experts of a mixture process a token.
+        all_linear: True if ``target_modules="all-linear"`` includes it.
+        quantized: The storage of the weight, if it is quantized; ``weight_shape`` and ``layout`` are those
+            of its values.
+        loss: For a head: "chunked" if a loss of its output may be computed in chunks, else the reason why
+            not. Empty if that was not checked.
     """
 
     name: str
@@ -168,24 +168,24 @@ class Site:
         """FQN of the module that holds the factors: the owner, or a child of it for a parameter."""
         if self.parameter == "weight" and self.rows is None:
             return self.owner
-        # Of a part (``w.0_8``) the parameter's name, too: another parameter has a part of that name.
+        # For a part (``w.0_8``) add the parameter's name: other parameters may have a part of that name.
         part_of_parameter = self.name.rpartition(".")[0] == self.weight != self.owner
         leaf = self.name.split(".")[-2 if part_of_parameter else -1 :]
         return join(self.owner, f"{'_'.join(leaf)}_lora")
 
     @property
     def part_of(self) -> str:
-        """The name of :attr:`whole`; empty where there is none."""
+        """The name of :attr:`whole`; empty if there is none."""
         return "" if self.whole is None else self.whole.name
 
     @property
     def place(self) -> str:
-        """The weight, with the rows of it that the site covers."""
+        """The weight, with the rows that the site covers."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight, or of the rows of it that the site covers."""
+        """Shape of the weight, or of the rows that the site covers."""
         if self.rows is None:
             return self.weight_shape
         rows = self.rows[1] - self.rows[0]
@@ -195,16 +195,16 @@ class Site:
 
     @property
     def divisible(self) -> bool:
-        """Whether some of its output features can have an adapter of their own."""
+        """True if some of its output features can have a separate adapter."""
         plain = self.family == "linear" and self.rows is None and self.experts is None
         return plain and all(call.axes == (-1,) for call in self.calls)
 
     def part(self, name: str, rows: tuple[int, int]) -> Site:
-        """The site of some of the output features.
+        """Return the site of some of the output features.
 
         Args:
-            name: What it is called, after this site's name.
-            rows: Which (start, stop).
+            name: The end of its name, after this site's name.
+            rows: Its rows (start, stop).
         """
         return dataclasses.replace(
             self,
@@ -217,11 +217,11 @@ class Site:
 
     @property
     def applied_shape(self) -> tuple[int, ...]:
-        """Shape in which the weight is applied: its own, or that of a view of it."""
+        """Shape in which the weight is applied: its own, or that of a view."""
         return self.view or self.weight_shape
 
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
-        """A tensor of the weight's shape as it is applied: a view, or a copy where there is no such view."""
+        """Return a tensor of the weight's shape in the applied form: a view if possible, else a copy."""
         permuted = weight if self.order is None else weight.permute(self.order)
         return permuted.reshape(self.applied_shape)
 
@@ -237,20 +237,20 @@ class Site:
     def axis(self) -> int:
         """The axis of :attr:`applied_shape` along which a merge may go slice by slice.
 
-        The experts where there are any, else the output features. ``B`` has the slices along its first
-        axis, and so has ``A`` with experts.
+        It is the axis of the experts if the weight has any, else that of the output features. ``B`` has the
+        slices along its first axis, and so has ``A`` with experts.
         """
         return 0 if self.layout == "out_in" or self.experts else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rejection:
-    """An operation or a weight that cannot have an adapter, with the reason and the remedy.
+    """An operation or a weight that cannot have an adapter, with the reason and a remedy.
 
     Attributes:
-        name: FQN of the weight or module, or the node's name where there is none.
-        reason: Why not, and what would change it.
-        region: FQN of the region in which it was seen.
+        name: FQN of the weight or module, or the node's name if there is none.
+        reason: The reason, and a change that would help.
+        region: FQN of the region that contains it.
         node: Name of the node in that region's graph.
     """
 
@@ -270,7 +270,7 @@ Match = Site | Rejection | None
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """Every linear operation of a model, and the operations that were refused, with reasons."""
+    """Every linear operation of a model, and the refused operations, with reasons."""
 
     sites: tuple[Site, ...]
     rejections: tuple[Rejection, ...]
@@ -283,7 +283,7 @@ class Factors:
     Attributes:
         a: Shape of A, rank first.
         b: Shape of B, rank second.
-        stacked: Whether both have one more axis before those, for experts.
+        stacked: True if both have one more axis in front, for experts.
         name_a, name_b: Attribute names on the holder (PEFT's).
     """
 
@@ -300,7 +300,7 @@ class Factors:
 
     @property
     def fan_in(self) -> tuple[int, int]:
-        """How many terms an output of A sums, and one of B."""
+        """The number of terms that an output of A sums, and that of B."""
         first = 2 if self.stacked else 1
         return math.prod(self.a[first:]), math.prod(self.b[first:])
 
@@ -311,7 +311,7 @@ class Factors:
 
 
 class BranchBuilder(Protocol):
-    """What a pattern writes a branch with; every node that it makes is tagged."""
+    """The builder with which a pattern writes a branch. It tags every node."""
 
     @property
     def a(self) -> fx.Node:
@@ -325,34 +325,34 @@ class BranchBuilder(Protocol):
     def bias(self) -> fx.Node | None:
         """The bias of the operation that applies B, [out], or None.
 
-        A pattern that does not ask for it has it added to its branch.
+        If a pattern does not read it, the builder adds it to the branch.
         """
 
     def dropped(self, x: fx.Node) -> fx.Node:
-        """``x`` after the adapter's dropout."""
+        """Return ``x`` after the adapter's dropout."""
 
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A ``call_function`` node."""
+        """Write a ``call_function`` node."""
 
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
-        """``B (A drop(x))``, plus :attr:`bias`, for a product that reads ``x``: it can become one node."""
+        """Write ``B (A drop(x))``, plus :attr:`bias`, for a product that reads ``x``. It can be fused."""
 
     def item(self, letter: str, index: int) -> fx.Node:
-        """One expert's matrix of the factor ``a`` or ``b``."""
+        """Return one expert's matrix of the factor ``a`` or ``b``."""
 
 
 class OutputBuilder(BranchBuilder, Protocol):
-    """What an adapter kind writes the output of an adapted operation with.
+    """The builder with which an adapter kind writes the output of an adapted operation.
 
     Factors and slots are read where they are first used, once each.
 
     Attributes:
         site: The site, as its region sees it.
-        applied: Where its weight is applied.
+        applied: The call of its weight.
         base: The operation without any adapter.
-        total: The operation with the adapters that are there already; ``base`` if there are none.
+        total: The operation with the previous adapters; ``base`` if this is the first.
         scale: The factor of the branch.
-        padding: How many output features of the operation come before and after the site's; None if it
+        padding: The number of the operation's output features before and after the site's; None if the site
             has all.
     """
 
@@ -373,42 +373,42 @@ class OutputBuilder(BranchBuilder, Protocol):
 
     @property
     def bias_taken(self) -> bool:
-        """Whether the pattern has taken :attr:`bias` into its branch."""
+        """True if the pattern has used :attr:`bias` in its branch."""
 
     def factor(self, letter: str) -> fx.Node:
-        """A or B, rank where it belongs, in its own dtype."""
+        """Return A or B in its own dtype, with the rank as :class:`Factors` has it."""
 
     def cast_factor(self, letter: str) -> fx.Node:
-        """The same in the dtype in which the branch computes."""
+        """Return A or B in the dtype in which the branch computes."""
 
     def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
-        """A slot, as it is stored."""
+        """Return a slot as stored."""
 
     def cast_slot(self, name: str) -> fx.Node:
-        """A slot, in the dtype in which the branch computes."""
+        """Return a slot in the dtype in which the branch computes."""
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
-        """A slot, shaped to broadcast against the output and in its dtype.
+        """Return a slot in the dtype of the output, shaped to broadcast against it.
 
         Args:
             name: The slot.
-            outside: What output features get that are not the site's.
+            outside: The value for output features outside the site.
         """
 
     def read_weight(self, role: Role) -> fx.Node:
-        """The weight of the site."""
+        """Return the weight of the site."""
 
     def cast(self, node: fx.Node) -> fx.Node:
-        """A node in the dtype in which the branch computes."""
+        """Return a node in the dtype in which the branch computes."""
 
     def spread(self, vector: fx.Node) -> fx.Node:
-        """A vector of the output features, shaped to broadcast against the output."""
+        """Return a vector of the output features, shaped to broadcast against the output."""
 
     def padded(self, up: fx.Node) -> fx.Node:
-        """The output of a branch, with zeros for output features outside the site."""
+        """Return the output of a branch, with zeros for output features outside the site."""
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """What ``make`` writes; it is called once for each key."""
+        """Return the node that ``make`` writes; it is called once for each key."""
 
     def fuse_by(
         self,
@@ -418,23 +418,23 @@ class OutputBuilder(BranchBuilder, Protocol):
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
     ) -> None:
-        """Say which function computes an operation with its branch, where that is :meth:`low_rank`.
+        """Set the function that computes an operation with its branch, if the branch is :meth:`low_rank`.
 
         Args:
             function: It takes input, weight, bias, A, B and the scale.
-            more: What it takes after those: nodes and values.
-            quantized: The same over a quantized weight; None if nothing computes that.
-            rows: What computes the operation with the branches of several adapters, each of which has rows of
-                its own, and the same over a quantized weight. They take what
-                :func:`lora_fx.runtime.fused_rows.lora_rows` takes. None if nothing computes that.
-            less: Options with which ``function`` keeps less for the backward, and computes more: what
-                ``memory="balanced"`` takes.
+            more: Further arguments of it: nodes and values.
+            quantized: The same function for a quantized weight; None if there is none.
+            rows: The function that computes the operation with the branches of several adapters, each for
+                its own rows, and the same for a quantized weight. They take the arguments of
+                :func:`lora_fx.runtime.fused_rows.lora_rows`. None if there are no such functions.
+            less: Options with which ``function`` saves less for the backward, and computes more, for
+                ``memory="balanced"``.
         """
 
 
 @runtime_checkable
 class Pattern(Protocol):
-    """One kind of linear operation: how to find it and what its algebra is.
+    """One kind of linear operation: its match in a graph, and its algebra.
 
     Matching never edits. ``branch`` is the only method that writes into a graph, through a builder.
     """
@@ -447,29 +447,30 @@ class Pattern(Protocol):
         """Return a site, a refusal with its reason, or None if the node is not of this kind."""
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """Shapes and names of A and B."""
+        """Return the shapes and names of A and B."""
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Writes ``x -> dropout -> A -> B`` and returns its node; the caller scales and adds."""
+        """Write ``x -> dropout -> A -> B`` and return its node; the caller scales and adds."""
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``B A`` in the weight's layout, unscaled, in the factors' dtype.
+        """Return ``B A`` in the weight's layout, unscaled, in the factors' dtype.
 
-        With some rows of B only, the matching slice of the weight's output axis; with some experts
-        of both, those (a grouped convolution is never sliced). See :attr:`Site.axis`.
+        For a slice of the rows of B, return that slice of the weight's output axis. For a slice of the
+        experts of both factors, return those experts. A grouped convolution is never sliced. See
+        :attr:`Site.axis`.
         """
 
     def flops(self, site: Site, rank: int) -> int:
-        """Extra multiply-adds times two for one token, pixel or index."""
+        """Return the extra multiply-adds times two for one token, pixel or index."""
 
 
-# --- what a weight format tells an export ---------------------------------------------------------
-# What a weight format tells an export, in words that need no ONNX: arrays, an operator, and its
+# --- weights in an export -------------------------------------------------------------------------
+# A weight format describes an exported weight without importing ONNX: arrays, an operator, and its
 # nodes.
 
 
 class OnnxBuilder(Protocol):
-    """Makes the nodes of one product in an ONNX graph."""
+    """The builder of the nodes of one product in an ONNX graph."""
 
     def op(
         self,
@@ -482,7 +483,7 @@ class OnnxBuilder(Protocol):
         """Make a node of ONNX.
 
         Args:
-            name: Of its operator.
+            name: The operator's name.
             inputs: Values.
             attributes: By name.
             like: A value whose dtype the output has.
@@ -497,29 +498,29 @@ class OnnxBuilder(Protocol):
         domain: str = "",
         like: Any = None,
     ) -> Any:
-        """Make the node of the product, which gets the name of the operation."""
+        """Make the node of the product, which is named after the operation."""
 
     def ints(self, numbers: Sequence[int]) -> Any:
         """Make a constant of whole numbers."""
 
     def rank(self, value: Any) -> int:
-        """Number of dimensions."""
+        """Return the number of dimensions."""
 
     def same_dtype(self, one: Any, other: Any) -> bool:
-        """Whether two values have one dtype."""
+        """Return True if two values have the same dtype."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OnnxProduct:
-    """The product ``x Wᵀ`` that nodes are made for.
+    """The product ``x Wᵀ`` to make nodes for.
 
     Attributes:
         x: [..., in].
-        arrays: Codes, scales and, where there are some, zero points: values of the file.
-        rows: Of the matrix, [out, in].
-        columns: Likewise.
+        arrays: Codes, scales and, if there are any, zero points: values of the file.
+        rows: Rows of the matrix, [out, in].
+        columns: Its columns.
         block: Values that share a scale.
-        scheme: That of :class:`lora_fx.ir.Quantization`.
+        scheme: The scheme of :class:`lora_fx.ir.Quantization`.
     """
 
     x: Any
@@ -535,10 +536,10 @@ class OnnxOperator:
     """An operator that reads a quantized weight.
 
     Attributes:
-        name: What reports call it.
-        nodes: Makes the nodes of a product, and gives their value.
-        dequantizes: Whether it makes the values, which a product of its own reads: its scales keep all of
-            their digits then, and a block may be a whole row.
+        name: Its name in reports.
+        nodes: Makes the nodes of a product, and returns their value.
+        dequantizes: True if it computes the values, which a separate product reads. Its scales then keep all
+            their digits, and a block may be a whole row.
     """
 
     name: str
@@ -548,15 +549,15 @@ class OnnxOperator:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OnnxWeight:
-    """A matrix [out, in] as an operator reads it.
+    """A matrix [out, in] in the form that an operator reads.
 
     Attributes:
-        operator: Which one.
-        codes: uint8 or int8, in the shape that the operator asks for.
+        operator: The operator.
+        codes: uint8 or int8, in the shape that the operator needs.
         scales: fp32, one a block.
-        zeros: Zero points as the operator has them; None where all are in the middle.
+        zeros: Zero points as the operator has them; None if all are in the middle.
         block: Values that share a scale.
-        fresh: Whether the codes are in memory of their own, and not in the weight's.
+        fresh: True if the codes are in new memory, and not in the weight's.
     """
 
     operator: OnnxOperator
@@ -569,11 +570,11 @@ class OnnxWeight:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class NoOperator:
-    """Why a weight cannot be exported as it is stored.
+    """The reason why a weight cannot be exported in its format.
 
     Attributes:
-        reason: What is said after its name.
-        remedy: What to do; None for the dense export, which is always possible.
+        reason: The end of the message, after the weight's name.
+        remedy: A remedy; None for the dense export, which is always possible.
     """
 
     reason: str

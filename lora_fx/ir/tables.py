@@ -1,6 +1,6 @@
-"""Tables for reports, as text and as HTML, with rows of equal layers folded into one; and JSON.
+"""Tables for reports, as text and as HTML, which fold rows of equal layers into one row; and JSON.
 
-Plans, reports and status show themselves by what is in here, in a terminal and in a notebook.
+Plans, reports and status use it for their text and for their display in a notebook.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class FoldedRow:
 
     Attributes:
         name: Their common name, ``layers.{0-31}.self_attn.q_proj``.
-        count: How many they are.
+        count: The number of rows.
         cells: The other columns.
     """
 
@@ -46,12 +46,12 @@ class FoldedRow:
 
     @property
     def times(self) -> str:
-        """``×32``; empty for one."""
+        """The count, as ``×32``; empty for a single row."""
         return f"×{self.count}" if self.count > 1 else ""
 
 
 def folded(rows: Iterable[tuple[str, ...]]) -> list[FoldedRow]:
-    """Fold rows whose names differ only in numbers into one, in order of appearance.
+    """Fold rows whose names differ only in numbers into single rows, in order of appearance.
 
     Args:
         rows: Names, each with its cells.
@@ -65,7 +65,7 @@ def folded(rows: Iterable[tuple[str, ...]]) -> list[FoldedRow]:
 
 
 def folded_names(names: Sequence[str]) -> str:
-    """Give one name for names that differ in numbers: ``h.{0-11}.attn``, ``h.{0,2}.{1-3}``."""
+    """Return one name for names that differ in numbers: ``h.{0-11}.attn``, ``h.{0,2}.{1-3}``."""
     if len(names) == 1:
         return names[0]
     numbers = [_NUMBER.findall(name) for name in names]
@@ -91,7 +91,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int)
     Args:
         columns: The headings.
         rows: The cells.
-        left: How many columns are aligned left: names are, numbers are not.
+        left: The number of columns to align left, which have names. Numbers are aligned right.
     """
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
 
@@ -104,7 +104,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int)
     return [line(columns), "  ".join("-" * width for width in widths), *map(line, rows)]
 
 
-# A click on a heading sorts by that column, numbers as numbers, and the other way the next time.
+# A click on a heading sorts by that column, numbers as numbers, and the next click reverses it.
 _SORT = (
     "const h=this,i=h.cellIndex,b=h.closest('table').tBodies[0],u=h.dataset.up!=='1',"
     "v=r=>r.cells[i].textContent,n=t=>parseFloat(t.replace(/[,×]/g,''));h.dataset.up=u?1:0;"
@@ -120,7 +120,7 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int 
     Args:
         columns: The headings.
         rows: The cells.
-        left: How many columns are aligned left.
+        left: The number of columns to align left.
     """
 
     def cells(tag: str, texts: Sequence[str], more: str = "") -> str:
@@ -136,13 +136,13 @@ def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int 
 
 
 def html_lines(lines: Iterable[str], mark: str = "") -> str:
-    """Write lines of text in HTML, one below the other, each behind a mark."""
+    """Write lines of text in HTML, one below the other, each after a mark."""
     return "".join(f"<div>{mark}{escape(line)}</div>" for line in lines)
 
 
 def html_folded(columns: Sequence[str], rows: Iterable[tuple[str, ...]], left: int = 3) -> str:
-    """Lay out a table in HTML whose rows are folded: names, how often each, and cells of text."""
-    shown = [(one.name, one.times, *one.cells) for one in folded(rows)]
+    """Write an HTML table of folded rows: names, their counts, and cells of text."""
+    shown = [(row.name, row.times, *row.cells) for row in folded(rows)]
     return html_table((columns[0], "", *columns[1:]), shown, left)
 
 
@@ -152,22 +152,24 @@ def html_block(title: str, body: str, *, opened: bool = False) -> str:
     Args:
         title: Text.
         body: HTML.
-        opened: Whether it is open at first.
+        opened: True to open it at first.
     """
     return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{body}</details>"
 
 
 def plain(value: Any) -> Any:
-    """Turn dataclasses and containers into dicts and lists for JSON; a number that is not finite is None."""
+    """Convert dataclasses and containers to dicts and lists for JSON; a number that is not finite to None."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {
+            field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
-        return {key: plain(one) for key, one in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def json_text(value: object) -> str:
-    """Write a report as JSON text: paths and dtypes by their names, NaN and infinity as null."""
+    """Convert a report to JSON text: paths and dtypes by their names, NaN and infinity as null."""
     return json.dumps(plain(value), indent=2, allow_nan=False, default=str)

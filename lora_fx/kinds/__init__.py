@@ -1,4 +1,4 @@
-"""Adapter kinds: the protocol (what one trains at a site, computes, changes and costs), and the registry."""
+"""Adapter kinds: the protocol (what one trains, computes, changes and costs at a site), and the registry."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Costs:
-    """What a kind costs at a site, beside A and B.
+    """Costs of a kind at a site, in addition to A and B.
 
     Attributes:
         parameters: Trainable elements.
-        flops: Forward FLOPs for one token; what does not depend on the number of tokens is not in it.
+        flops: Forward FLOPs for one token. Work that does not depend on the number of tokens is left out.
         saved: Elements saved for backward for one token, if the next operation does not keep them anyway.
     """
 
@@ -50,18 +50,18 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """A vector of the output features that a kind trains beside A and B, or without them.
+    """A vector over the output features that a kind trains, in addition to A and B or without them.
 
     Attributes:
-        name: The attribute of the site's holder that has it for every adapter.
+        name: The attribute of the site's holder that stores the vectors of all adapters.
         key: Its key in an adapter folder, below the name of the module.
-        shape: As it is stored: the output features, and any axes of size 1.
-        what: What it is, in words that go on after "has": "a magnitude".
-        neutral: The value with which it changes nothing; None if that depends on the weight.
-        scaled: Whether the scale of the branch multiplies it.
-        multiplies: Whether it multiplies: otherwise it is added.
-        role: What it is in a file that takes adapters as inputs: "bias" or "gain"; empty if it cannot be one.
-        normed: Whether it is compared with the norm of the weight.
+        shape: The stored shape: the output features, and any axes of size 1.
+        what: A noun phrase for messages, which continue "has": "a magnitude".
+        neutral: The value with which the slot changes nothing; None if that depends on the weight.
+        scaled: True if the scale of the branch multiplies it.
+        multiplies: True if it multiplies, False if it is added.
+        role: Its input in a file that takes adapters as inputs: "bias" or "gain"; empty if it has none.
+        normed: True if it is compared with the norm of the weight.
     """
 
     name: str
@@ -77,14 +77,14 @@ class Slot:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Starting:
-    """What a slot may start from.
+    """The values from which a slot may compute its start.
 
     Attributes:
         row: The site.
-        weight: Its weight, as it is stored. It is not written.
-        a, b: The factors as they are stored; None without factors.
+        weight: Its weight as stored. Do not write to it.
+        a, b: The factors as stored; None without factors.
         config: The configuration.
-        generator: Gives a generator of random numbers of its own for a name.
+        generator: Returns a separate generator of random numbers for each name.
     """
 
     row: PlannedSite
@@ -96,33 +96,32 @@ class Starting:
 
 
 class AdapterKind:
-    """What is trained at a site. Subclass it, and register an object of it.
+    """The part of an adapter that is trained at a site. Subclass it, and register an instance.
 
-    A kind is **additive**, as LoRA is: its change is ``s · B A``, the product of two factors whose shapes
-    the pattern of the operation says (:attr:`low_rank`). Or it is **multiplicative**: it makes another weight
-    of the one that is there (:attr:`transforms`), with or without factors. What it trains beside A and B, or
-    without them, are slots, vectors of the output features.
+    A kind is **additive**, as LoRA is: it adds ``s · B A``, the product of two factors. The pattern of the
+    operation defines their shapes (:attr:`low_rank`). Or it is **multiplicative**: it computes a new weight
+    from the existing one (:attr:`transforms`), with or without factors. Everything else that it trains is
+    in slots, vectors over the output features.
 
-    At the least a kind has a name, :meth:`slots`, :meth:`costs` and what it computes: :meth:`joined` in a
-    graph, and the same in a merge, :meth:`transformed` and :meth:`bias_terms`. ``examples/custom_kind.py``
-    has one.
+    A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
+    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
+    ``examples/custom_kind.py`` has an example.
 
     Attributes:
         name: Unique, kebab-case.
-        low_rank: Whether it has the factors A and B. Without them it has no rank, no scale and no dropout.
-        transforms: Whether it makes another weight of the one that is there: :meth:`transformed`.
-        scales_bias: Whether it changes what the operation adds, too: that has to be a parameter then.
-        trains: What it trains beside A and B, in words for the dry run; empty for nothing.
-        keys: The keys of its slots in an adapter folder: of a kind without factors they say where it is.
-        field: The field of PEFT's configuration that chooses it; empty for one that
+        low_rank: True if it has the factors A and B. Without them it has no rank, no scale and no dropout.
+        transforms: True if it computes a new weight from the existing one: :meth:`transformed`.
+        scales_bias: True if it also changes the bias that the operation adds, which must be a parameter then.
+        trains: The parts that it trains in addition to A and B, in words for the dry run; empty for none.
+        keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
+        field: The field of PEFT's configuration that chooses it; empty for a kind that
             ``LoraConfig(kind=name)`` chooses.
-        does: What it does to each output feature, in words that go on so: "a bias on B adds to".
-        depends: Why no values can be made for a file that takes adapters as inputs without the base
-            weights, in words; empty if one can.
-        constants: Functions of parameters alone, in its graphs, whose values a file is to have in their
-            place.
-        handed: Functions whose first argument comes ready in a file that takes adapters as inputs.
-        in_parts: Whether its branch is right over a weight that processes hold in parts (tensor parallelism).
+        does: The effect on each output feature, in words that continue so: "a bias on B adds to".
+        depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
+            in words; empty if it does not need them.
+        constants: Functions of parameters alone, in its graphs, whose values a file stores instead.
+        handed: Functions whose first argument a file that takes adapters as inputs receives already computed.
+        in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
     """
 
     name: str = ""
@@ -138,21 +137,21 @@ class AdapterKind:
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
 
-    # --- what there is ----------------------------------------------------------------------------
+    # --- slots, costs, limits ---------------------------------------------------------------------
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """What it trains at a site beside A and B."""
+        """Return the slots that it trains at a site in addition to A and B."""
         return ()
 
     def costs(self, site: Site) -> Costs:
-        """What the slots cost at a site."""
+        """Return the costs of the slots at a site."""
         return Costs()
 
     def check(self, config: LoraConfig) -> None:
-        """Refuses a configuration that asks for what this kind does not have.
+        """Raise if a configuration sets fields that do not apply to this kind.
 
         Raises:
-            ConfigError: With the field, and what to do.
+            ConfigError: With the field and a remedy.
         """
         if self.low_rank:
             return
@@ -164,13 +163,13 @@ class AdapterKind:
                 )
 
     def objection(self, site: Site) -> str | None:
-        """Why a site cannot have it, and what would help; None if it can."""
+        """Return the reason why a site cannot have this kind, with a remedy; None if it can."""
         remedy = f"set {self.field}=False" if self.field else "choose another kind"
         for slot in self.slots(site):
-            what = slot.what.removeprefix("a ")
+            noun = slot.what.removeprefix("a ")
             if site.experts:
                 return (
-                    f"a weight with a matrix for each expert has no {what} (as in PEFT): leave it out, or "
+                    f"a weight with a matrix for each expert has no {noun} (as in PEFT): leave it out, or "
                     f"{remedy}"
                 )
             if not all(call.axes for call in site.calls):
@@ -187,11 +186,11 @@ class AdapterKind:
         return None
 
     def start(self, slot: Slot, given: Starting) -> Tensor:
-        """The values with which a slot starts, the output features in any shape and dtype.
+        """Return the initial values of a slot, over the output features, in any shape and dtype.
 
         Args:
             slot: One of :meth:`slots`.
-            given: What they may depend on.
+            given: The values that they may depend on.
         """
         if slot.neutral is None:
             raise NotImplementedError(f"the kind {self.name!r} does not say how {slot.name} starts")
@@ -200,46 +199,46 @@ class AdapterKind:
     # --- graphs -----------------------------------------------------------------------------------
 
     def factor_b(self, build: OutputBuilder) -> fx.Node:
-        """Writes B as the product with it takes it, and returns its node."""
+        """Write B in the form in which the product takes it, and return its node."""
         return build.cast_factor("b")
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
-        """Writes what the operation that applies B takes for its bias, [out]; None for nothing."""
+        """Write the bias [out] of the operation that applies B, and return its node; None for no bias."""
         return None
 
     def without_bias(self) -> AdapterKind:
-        """Return the kind of a product that code computes with a layer's weight, but without its bias."""
+        """Return the kind for a product that code computes with a layer's weight, but without its bias."""
         return self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """Writes what the operation gives with the adapter, and returns its node.
+        """Write the output of the operation with the adapter, and return its node.
 
-        The node has the role ``ADD`` and ``build.total`` for its first argument. Where that is not
-        ``build.base``, other adapters are in it, and what this one changes is added to it. A kind names its
-        fused function here (:meth:`lora_fx.ir.OutputBuilder.fuse_by`).
+        The node has the role ``ADD`` and ``build.total`` for its first argument. If that is not
+        ``build.base``, it already includes other adapters, and the change of this adapter is added to it. A
+        kind names its fused function here (:meth:`lora_fx.ir.OutputBuilder.fuse_by`).
 
         Args:
             build: Writes nodes.
-            up: What the pattern has written, ``B A x``; None without factors.
+            up: The node of ``B A x``, which the pattern has written; None without factors.
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what it computes (joined)")
 
     # --- merges -----------------------------------------------------------------------------------
 
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
-        """The adapted weight, a new tensor of the same shape.
+        """Return the adapted weight, a new tensor of the same shape.
 
-        It is called for slices along the output features (:attr:`lora_fx.ir.Site.axis`).
+        A merge calls it for slices along the output features (:attr:`lora_fx.ir.Site.axis`).
 
         Args:
-            weight: A part of ``W + s·BA``, or of W without factors, in the dtype in which it is computed.
+            weight: A slice of ``W + s·BA``, or of W without factors, in the dtype of the computation.
             site: The site.
-            values: The slots by name, flat, of the output features of that part.
+            values: The slots by name, flat, for the output features of the slice.
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what weight it makes")
 
     def bound(self, values: Mapping[str, Tensor]) -> float | None:
-        """What no element of :meth:`transformed` exceeds, whatever the weight is; None if nothing is known.
+        """Return an upper bound for the elements of :meth:`transformed`, for any weight; None if unknown.
 
         Args:
             values: The slots by name.
@@ -249,16 +248,16 @@ class AdapterKind:
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
     ) -> Sequence[tuple[Tensor, float]]:
-        """What a merge adds to the bias of the operation: vectors, each with a factor.
+        """Return the vectors that a merge adds to the bias of the operation, each with a factor.
 
         Args:
-            bias: That of these output features; None if there is none.
-            values: The slots by name, in its dtype.
+            bias: The bias of these output features; None if there is none.
+            values: The slots by name, in the dtype of the bias.
             scale: The factor of the branch.
 
         Returns:
-            Nothing for a kind that has no use for a bias. With terms and no bias to take them a merge is
-            refused.
+            Nothing for a kind that has no use for a bias. A merge is refused if there are terms and no bias
+            to add them to.
         """
         return ()
 
@@ -272,7 +271,7 @@ class AdapterKind:
         b: Tensor,
         values: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """What a file takes in the places of B and of the slots, by role.
+        """Return the inputs of a file for B and for the slots, by role.
 
         Args:
             row: The site.
@@ -281,21 +280,21 @@ class AdapterKind:
             b: B.
             values: The slots by name, flat.
         """
-        found = {"B": b.double() * row.scale}
+        inputs = {"B": b.double() * row.scale}
         for slot in self.slots(row.site):
             value = values[slot.name].double()
-            found[slot.role] = value * row.scale if slot.scaled else value
-        return found
+            inputs[slot.role] = value * row.scale if slot.scaled else value
+        return inputs
 
     def from_inputs(
         self, site: Site, weight: Tensor, given: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """B and the slots at a scale of 1, by role, for which :meth:`inputs` gives these.
+        """Return B and the slots, by role, from which :meth:`inputs` computes these inputs at a scale of 1.
 
         Args:
             site: The site.
             weight: The base's weight.
-            given: What a file takes, by role, with A.
+            given: The inputs of the file by role, including A.
         """
         return {}
 
@@ -311,26 +310,26 @@ _OF_FACTORS: Mapping[str, Any] = {
 
 
 def along(vector: Tensor, weight: Tensor, site: Site) -> Tensor:
-    """A vector of the output features in a shape in which it multiplies a weight of the site.
+    """Return a vector over the output features in a shape that multiplies a weight of the site.
 
     Args:
         vector: [out].
         weight: The weight, or some of its output features.
         site: The site.
     """
-    rest = [1] * (weight.dim() - 2)
+    ones = [1] * (weight.dim() - 2)
     if site.layout == "out_in":
-        return vector.reshape(-1, 1, *rest)
-    each = vector.reshape(site.groups, 1, -1, *rest)
-    return each.expand(-1, weight.shape[0] // site.groups, *each.shape[2:]).flatten(0, 1)
+        return vector.reshape(-1, 1, *ones)
+    grouped = vector.reshape(site.groups, 1, -1, *ones)
+    return grouped.expand(-1, weight.shape[0] // site.groups, *grouped.shape[2:]).flatten(0, 1)
 
 
 def _built_in() -> tuple[AdapterKind, ...]:
-    """The kinds of every file of this package: its ``KINDS``, those first that only add to the operation."""
+    """Return the kinds in the ``KINDS`` of every file of this package, additive kinds first."""
     files = pkgutil.iter_modules([str(Path(__file__).parent)])
     modules = (importlib.import_module(f"{__name__}.{file.name}") for file in files)
-    found = (kind for module in modules for kind in getattr(module, "KINDS", ()))
-    return tuple(sorted(found, key=lambda kind: bool(kind.transforms)))
+    built_in = (kind for module in modules for kind in getattr(module, "KINDS", ()))
+    return tuple(sorted(built_in, key=lambda kind: bool(kind.transforms)))
 
 
 _BUILT_IN = _built_in()
@@ -339,34 +338,40 @@ _registry: tuple[AdapterKind, ...] = _BUILT_IN
 
 
 def kinds() -> tuple[AdapterKind, ...]:
-    """All kinds, in the order in which they were registered."""
+    """Return all kinds, in the order in which they were registered."""
     return _registry
 
 
 def register_adapter_kind(kind: AdapterKind) -> None:
-    """Adds an adapter kind of your own: what is trained at a site, beside or instead of A and B.
+    """Register an adapter kind of your own: the parameters of a site, with or without A and B.
 
     A configuration chooses it by its name, ``LoraConfig(kind="ia3", target_modules=[...])``. All of PEFT's
-    fields keep their meaning: they say which operations are adapted and what is trained beside the adapters,
-    and fields that say something of A and B are refused by a kind that has none. PEFT's own variants have no
-    ``kind``: there their fields choose (``lora_bias`` and the like), so that PEFT reads what is saved.
-    An adapter folder has the name in ``adapter_config.json``, with a ``peft_type`` that PEFT does not take
-    for LoRA; it can be loaded where the kind is registered.
+    fields keep their meaning: they select the operations to adapt and the other parameters to train. A kind
+    without factors refuses fields about A and B. PEFT's own variants have no ``kind``: their fields choose
+    them (``lora_bias`` and the like), so that PEFT reads the saved folders.
+
+    An adapter folder stores the name in ``adapter_config.json``, with a ``peft_type`` that PEFT does not
+    accept as LoRA. It loads wherever the kind is registered.
 
     Args:
-        kind: An object of a subclass of :class:`lora_fx.kinds.AdapterKind`. Its options are attributes of it.
+        kind: An instance of a subclass of :class:`lora_fx.kinds.AdapterKind`. Its options are its
+            attributes.
 
     Raises:
-        ConfigError: If its name is empty or taken by another kind, or it says nothing of the weight it makes.
+        ConfigError: If its name is empty or belongs to another kind, or it has neither factors nor a weight
+            transform.
     """
     global _registry  # noqa: PLW0603  # one list for the process
-    given: object = kind
-    if not isinstance(given, AdapterKind) or not given.name:
+    candidate: object = kind
+    if not isinstance(candidate, AdapterKind) or not candidate.name:
         raise ConfigError(
-            f"{given!r} is no adapter kind with a name: subclass lora_fx.kinds.AdapterKind"
+            f"{candidate!r} is no adapter kind with a name: subclass lora_fx.kinds.AdapterKind"
         )
     # A cell of a notebook that is run again defines its class again.
-    if any(one.name == kind.name and _place(one) != _place(kind) for one in _registry):
+    if any(
+        registered.name == kind.name and _place(registered) != _place(kind)
+        for registered in _registry
+    ):
         raise ConfigError(f"the kind {kind.name!r} is registered already: give it another name")
     if not kind.low_rank and not kind.transforms:
         raise ConfigError(
@@ -377,7 +382,7 @@ def register_adapter_kind(kind: AdapterKind) -> None:
         raise ConfigError(
             f"the kind {kind.name!r} has no factors and says no keys, by which a folder could be read"
         )
-    _registry = (*(one for one in _registry if one.name != kind.name), kind)
+    _registry = (*(registered for registered in _registry if registered.name != kind.name), kind)
 
 
 def _place(kind: AdapterKind) -> tuple[str, str]:
@@ -390,10 +395,10 @@ class _Kinded(Protocol):
 
 
 def kind_of(row: _Kinded) -> AdapterKind:
-    """The kind of a planned site.
+    """Return the kind of a planned site.
 
     Raises:
-        ConfigError: If it was registered in another process and is not here.
+        ConfigError: If it was registered in another process and not in this one.
     """
     return _named(row.kind)
 
@@ -411,32 +416,32 @@ def _named(name: str) -> AdapterKind:
 
 
 def chosen_kind(config: LoraConfig) -> AdapterKind:
-    """The kind that a configuration chooses.
+    """Return the kind that a configuration chooses.
 
     Raises:
-        ConfigError: If it is not registered, is one that other fields choose, or lacks what they ask for.
+        ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
     if config.kind is None:
-        asked = (kind for kind in _BUILT_IN if kind.field and getattr(config, kind.field))
-        return next(asked, _PLAIN)
+        chosen = (kind for kind in _BUILT_IN if kind.field and getattr(config, kind.field))
+        return next(chosen, _PLAIN)
     kind = _named(config.kind)
     if kind in _BUILT_IN:
-        how = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
-        raise ConfigError(f"LoraConfig.kind: found {kind.name!r}; {how}: leave out kind")
+        reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
+        raise ConfigError(f"LoraConfig.kind: found {kind.name!r}; {reason}: leave out kind")
     kind.check(config)
     return kind
 
 
 def is_plain(config: LoraConfig) -> bool:
-    """Whether a configuration chooses A and B and nothing else: ``W' = W + s · B A``."""
+    """Return True if a configuration chooses A and B and nothing else: ``W' = W + s · B A``."""
     return chosen_kind(config) is _PLAIN
 
 
 def kind_objection(site: Site, config: LoraConfig) -> str | None:
-    """Why a selected site cannot have the configuration's kind; None if it can.
+    """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
-        ConfigError: If it cannot, and the configuration names it in a list: then it is what was asked for.
+        ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
     reason = chosen_kind(config).objection(site)
     if reason is not None and _is_named(site.name, config):
@@ -452,20 +457,20 @@ def _is_named(name: str, config: LoraConfig) -> bool:
 
 
 def union_of(names: Iterable[str], site: Site) -> str:
-    """The kind that trains at a site whatever any of these does.
+    """Return the name of the kind that trains everything that any of these kinds trains at a site.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If no registered kind does.
     """
-    several = [_named(name) for name in dict.fromkeys(names)]
-    return kind_with({slot.name for kind in several for slot in kind.slots(site)}, site)
+    members = [_named(name) for name in dict.fromkeys(names)]
+    return kind_with({slot.name for kind in members for slot in kind.slots(site)}, site)
 
 
 def kind_with(slots: Collection[str], site: Site) -> str:
-    """The kind that trains A, B and these slots at a site.
+    """Return the name of the kind that trains A, B and these slots at a site.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If no registered kind does.
     """
     for kind in _registry:
         if kind.low_rank and {slot.name for slot in kind.slots(site)} == set(slots):

@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353): a trained magnitude for each output feature of ``W + s·BA``.
 
-``W' = g ∘ (W + s·BA)`` with ``g = m / ‖W + s·BA‖``. What it computes in training is in
-:mod:`lora_fx.runtime.dora`; a bias of the operation stays as it is.
+``W' = g ∘ (W + s·BA)`` with ``g = m / ‖W + s·BA‖``. Its computation in training is in
+:mod:`lora_fx.runtime.dora`. A bias of the operation is not scaled.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ _LINEAR = (F.linear, torch.ops.aten.linear.default)
 
 
 def _makes_base_again(site: Site) -> bool:
-    """Whether a step that is to keep less makes the base product again for the gradient of a magnitude.
+    """Return True if a step that saves memory recomputes the base product for the gradient of the magnitude.
 
-    What a layer that widens gives is nearly always kept by the next one (an activation), and what one gives
-    that narrows is small beside its work: there the output is kept. docs/benchmarks.md has both costs.
+    The output of a layer that widens is nearly always saved by the next operation (an activation). The output
+    of a layer that narrows is small compared with its work. Both are saved: only square layers recompute.
+    docs/benchmarks.md has both costs.
     """
     square = site.in_features == site.out_features
     return site.pattern == "linear" and square and not site.part_of
@@ -38,8 +39,8 @@ def _makes_base_again(site: Site) -> bool:
 class Dora(AdapterKind):
     """Two factors and a magnitude.
 
-    With ``bias``, B has a trained bias as well. No configuration asks for that: it is what a file has that
-    takes adapters of both kinds.
+    With ``bias``, B has a trained bias as well. No configuration chooses that. It is for files that take
+    adapters of both kinds.
     """
 
     transforms = True
@@ -56,7 +57,7 @@ class Dora(AdapterKind):
         self.field = "" if bias else "use_dora"
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """The magnitude: [out], or [1, out, 1, ...] for a convolution, as PEFT stores it."""
+        """Return the magnitude: [out], or [1, out, 1, ...] for a convolution, as PEFT stores it."""
         shape: tuple[int, ...] = (site.out_features,)
         if site.family == "conv":
             shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
@@ -73,12 +74,12 @@ class Dora(AdapterKind):
         return (bias_slot(site), magnitude) if self.bias else (magnitude,)
 
     def costs(self, site: Site) -> Costs:
-        """A product and a sum for each output feature; the norm does not depend on the number of tokens."""
+        """Return a product and a sum per output feature. The norm is not a cost per token."""
         out = site.out_features
         return Costs(out, 2 * out, out)
 
     def start(self, slot: Slot, given: Starting) -> Tensor:
-        """``‖W + s·BA‖``: the gain is 1 to the last bit before training (equation 5)."""
+        """Return ``‖W + s·BA‖``: the gain is exactly 1 before training (equation 5)."""
         if slot.name == BIAS:
             return bias_start(given)
         row, site, a, b = given.row, given.row.site, given.a, given.b
@@ -92,66 +93,70 @@ class Dora(AdapterKind):
     # --- graphs -----------------------------------------------------------------------------------
 
     def factor_b(self, build: OutputBuilder) -> fx.Node:
-        """B, scaled and multiplied by the gain."""
+        """Write B, scaled and multiplied by the gain."""
         factor = build.factor("b")
         factor = build.call(Role.SCALE, dora.steered, factor, _constant(build), build.scale)
         return build.cast(factor)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
-        """The bias of the operation, less what the gain makes of it: only the products are scaled."""
-        own = build.cast_slot(BIAS) if self.bias else None
+        """Write ``(1 - g) ∘ bias`` plus B's bias: the gain must not scale the bias of the operation."""
+        bias = build.cast_slot(BIAS) if self.bias else None
         if not build.applied.bias or build.padding is not None:
-            return own
+            return bias
         shift = _shift(build, _constant(build), build.operand_bias)
-        return shift if own is None else build.call(Role.MAGNITUDE, operator.add, own, shift)
+        return shift if bias is None else build.call(Role.MAGNITUDE, operator.add, bias, shift)
 
     def without_bias(self) -> AdapterKind:
-        """Return plain DoRA: the bias of B is added to that of the layer."""
+        """Return plain DoRA: B's bias is added to that of the layer."""
         return KINDS[0]
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """``g ∘ (total - bias) + bias`` with the branch in it: see :func:`lora_fx.runtime.dora.rescaled`."""
+        """Write ``g ∘ (total - bias) + bias`` with the branch: see :func:`lora_fx.runtime.dora.rescaled`."""
         assert up is not None
         gains = _gain(build)
         if self.bias and not build.bias_taken:
             up = build.call(Role.UP, operator.add, up, build.spread(build.cast_slot(BIAS)))
         if not self.bias:
-            less = {"again": True} if _again(build) else None
-            build.fuse_by(fused_dora.dora_linear, gains, less=less)
+            options = {"again": True} if _again(build) else None
+            build.fuse_by(fused_dora.dora_linear, gains, less=options)
         if build.padding is not None:
             up = build.padded(up)
             gains = build.call(Role.PAD, F.pad, gains, build.padding, "constant", 1.0)
-        met = build.spread(gains)
+        spread_gains = build.spread(gains)
         bias = _met_bias(build) if build.applied.bias else None
         if bias is not None and (not build.bias_taken or (self.bias and build.padding is not None)):
             constant = _constant(build) if build.padding is None else gains
             shift = _shift(build, build.spread(constant), bias)
             up = build.call(Role.MAGNITUDE, operator.add, up, shift)
         if _again(build):
-            return build.call(Role.ADD, dora.recomputed, build.base, up, met, *build.operands)
+            return build.call(
+                Role.ADD, dora.recomputed, build.base, up, spread_gains, *build.operands
+            )
         if _from_output(build):
-            kept = (build.spread(_constant(build)), bias)
-            return build.call(Role.ADD, dora.rescaled, build.base, None, up, met, *kept)
+            operands = (build.spread(_constant(build)), bias)
+            return build.call(
+                Role.ADD, dora.rescaled, build.base, None, up, spread_gains, *operands
+            )
         base = None if build.total is build.base else build.base
-        return build.call(Role.ADD, dora.rescaled, build.total, base, up, met)
+        return build.call(Role.ADD, dora.rescaled, build.total, base, up, spread_gains)
 
     # --- merges -----------------------------------------------------------------------------------
 
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
-        """``m / ‖W + s·BA‖ ∘ (W + s·BA)``."""
+        """Return ``m / ‖W + s·BA‖ ∘ (W + s·BA)``."""
         norm = _norm(weight.detach(), site)  # a constant to the gradient (section 4.3)
-        # As in the forward: weights that are all zero have no direction, and stay.
+        # Weights that are all zero have no direction and stay zero, as in the forward.
         gain = torch.where(norm > 0, values[_MAGNITUDE] / torch.where(norm > 0, norm, 1), 1)
         return weight * along(gain, weight, site)
 
     def bound(self, values: Mapping[str, Tensor]) -> float | None:
-        """The largest magnitude: ``|W + s·BA|_ij ≤ ‖W + s·BA‖_i``."""
+        """Return the largest magnitude: ``|W + s·BA|_ij ≤ ‖W + s·BA‖_i``."""
         return max((abs(float(end)) for end in torch.aminmax(values[_MAGNITUDE])), default=0.0)
 
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
     ) -> Sequence[tuple[Tensor, float]]:
-        """``s`` times the bias of B, if there is one."""
+        """Return ``s`` times B's bias, if B has one."""
         return ((values[BIAS], scale),) if self.bias else ()
 
     # --- files that take adapters as inputs -------------------------------------------------------
@@ -159,18 +164,18 @@ class Dora(AdapterKind):
     def inputs(
         self, row: PlannedSite, weight: Tensor, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The gain in place of the magnitude; it is in B already."""
-        found = super().inputs(row, weight, a, b, values)
+        """Return the gain instead of the magnitude, and B multiplied by the gain."""
+        inputs = super().inputs(row, weight, a, b, values)
         site = row.site
         shape = (site.layout, site.groups, site.view, site.rows, site.order)
         gain = dora.gain(values[_MAGNITUDE], weight, a, b, row.scale, *shape).double()
-        up = found["B"]
-        return {**found, "gain": gain, "B": up * gain.view(-1, *(1 for _ in up.shape[1:]))}
+        up = inputs["B"]
+        return {**inputs, "gain": gain, "B": up * gain.view(-1, *(1 for _ in up.shape[1:]))}
 
     def from_inputs(
         self, site: Site, weight: Tensor, given: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """B and the magnitude that a site has whose gain, and whose B with the gain in it, are these."""
+        """Return B and the magnitude of the site from its gain and the B that includes the gain."""
         gain = given["gain"]
         b = given["B"] / gain.view(-1, *(1 for _ in given["B"].shape[1:])).to(given["B"])
         ones = torch.ones_like(gain)
@@ -202,7 +207,7 @@ def _new_gain(build: OutputBuilder) -> fx.Node:
 
 
 def _constant(build: OutputBuilder) -> fx.Node:
-    """The gain as the branch has it: held, where its gradient comes from the sum."""
+    """Write the gain for the branch, detached if its gradient comes from the sum."""
     if not _from_output(build):
         return _gain(build)
     return build.once("held", lambda: build.call(Role.MAGNITUDE, dora.held, _gain(build)))
@@ -217,8 +222,8 @@ def _is_first(build: OutputBuilder) -> bool:
 
 
 def _again(build: OutputBuilder) -> bool:
-    """Whether the base product is made again for the gradient of the magnitude."""
-    linear = any(build.base.target is one for one in _LINEAR)
+    """Return True if the base product is recomputed for the gradient of the magnitude."""
+    linear = any(build.base.target is function for function in _LINEAR)
     return _is_first(build) and _makes_base_again(build.site) and linear
 
 
@@ -232,7 +237,7 @@ def _shift(build: OutputBuilder, gains: fx.Node, bias: fx.Node) -> fx.Node:
 
 
 def _norm(weight: Tensor, site: Site) -> Tensor:
-    """By output feature, [out]."""
+    """Return the norms of a weight by output feature, [out]."""
     norm: Tensor
     if site.layout == "out_in":
         norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)

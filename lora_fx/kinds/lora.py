@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685): ``y + s · B A x``, and a trained bias on B if it is wanted."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): ``y + s · B A x``, and optionally a trained bias on B."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lora_fx.runtime import fused_lora, fused_rows
 __all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start"]
 
 BIAS: Final = "lora_bias"
-"""Where the bias of B is."""
+"""Name of the slot of B's bias."""
 
 
 def bias_slot(site: Site) -> Slot:
-    """The bias of B."""
+    """Return the slot of B's bias."""
     shape = (site.out_features,)
     return Slot(BIAS, "lora_B.bias", shape, "a bias on B", scaled=True, role="bias")
 
 
 def bias_start(given: Starting) -> Tensor:
-    """Zeros; uniform as the bias of a layer of this rank where B starts random, too."""
+    """Return zeros, or, if B starts random too, the uniform start of a layer's bias at this rank."""
     site = given.row.site
     bias = torch.zeros(site.out_features)
     if given.config.init_lora_weights is False:
@@ -37,7 +37,7 @@ def bias_start(given: Starting) -> Tensor:
 
 
 class Lora(AdapterKind):
-    """Two factors, and with ``bias`` a vector that is added to what B gives."""
+    """Two factors and, with ``bias``, a vector that is added to the output of B."""
 
     does = "a bias on B adds to"
     in_parts = True
@@ -49,15 +49,15 @@ class Lora(AdapterKind):
         self.trains = "a bias on B (lora_bias)" if bias else ""
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """The bias of B, if there is one."""
+        """Return the slot of B's bias, if B has one."""
         return (bias_slot(site),) if self.bias else ()
 
     def costs(self, site: Site) -> Costs:
-        """One addition for each output feature."""
+        """Return one addition for each output feature, if B has a bias."""
         return Costs(site.out_features, site.out_features) if self.bias else Costs()
 
     def objection(self, site: Site) -> str | None:
-        """A lookup has no product that a bias could follow."""
+        """Refuse a bias on B for an embedding: a lookup has no product that a bias could follow."""
         if self.bias and site.family == "embedding":
             return (
                 "an embedding has no bias on B (as in PEFT): leave it out, or set lora_bias=False"
@@ -65,19 +65,19 @@ class Lora(AdapterKind):
         return super().objection(site)
 
     def start(self, slot: Slot, given: Starting) -> Tensor:
-        """The start of the bias of B."""
+        """Return the start of B's bias."""
         return bias_start(given)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
-        """The bias of B."""
+        """Write B's bias, if B has one."""
         return build.cast_slot(BIAS) if self.bias else None
 
     def without_bias(self) -> AdapterKind:
-        """Return plain LoRA: the bias of B is added to that of the layer."""
+        """Return plain LoRA: B's bias is added to that of the layer."""
         return KINDS[0]
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """``total + pad(up · s)``."""
+        """Write ``total + pad(up · s)``."""
         assert up is not None
         if not self.bias:
             rows = (fused_rows.lora_rows, fused_rows.quantized_lora_rows)
@@ -94,7 +94,7 @@ class Lora(AdapterKind):
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
     ) -> Sequence[tuple[Tensor, float]]:
-        """``s`` times the bias of B."""
+        """Return ``s`` times B's bias, if B has one."""
         return ((values[BIAS], scale),) if self.bias else ()
 
 

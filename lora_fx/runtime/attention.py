@@ -1,14 +1,15 @@
-"""What attention layers do around and between their projections, where one call applies several weights.
+"""Operations of attention layers around and between their projections.
 
-No adapter can reach weights inside such a call, so that lora_fx writes it out, and its size-dependent parts
-are decided in here: one graph then holds for every call.
+Some layers apply several weights in a single call, which no adapter can reach. lora_fx replaces such a call
+with separate projections and the functions of this module. They decide everything that depends on sizes, so
+that one graph holds for every call.
 
-- ``nn.MultiheadAttention``: three projections in, :func:`attend`, one projection out; masks, ``need_weights``
-  and unbatched inputs are read here. Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.
+- ``nn.MultiheadAttention``: three input projections, :func:`attend`, the output projection. Masks,
+  ``need_weights`` and unbatched inputs are handled here. Vaswani et al. 2017 (arXiv:1706.03762), section 3.2.
 - The shifted windows of Swin: :func:`partition`, the projection to q, k and v, :func:`attend_in_windows`, the
-  projection out, :func:`reverse`; padding, shift and mask are worked out here. Liu et al. 2021
+  output projection, :func:`reverse`. Padding, shift and mask are computed here. Liu et al. 2021
   (arXiv:2103.14030), section 3.2; 2022 for v2 (arXiv:2111.09883); 2022 for video (arXiv:2106.13230). The
-  operations and their order are torchvision's, and so are the bits.
+  operations and their order are torchvision's, so that results match it bit for bit.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = [
 
 
 def canonical_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask to add to the scores: a boolean one becomes 0 and -inf, in the dtype of ``like``."""
+    """Return a mask to add to the scores. A boolean mask becomes 0 and -inf, in the dtype of ``like``."""
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype is not torch.bool:
@@ -65,28 +66,28 @@ def attend(
     bias_v: Tensor | None = None,
     add_zero_attn: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scaled dot-product attention over projected queries, keys and values.
+    """Compute scaled dot-product attention over projected queries, keys and values.
 
     Args:
         q: Queries, [L, N, E], [N, L, E] with ``batch_first``, or [L, E].
-        k: Keys, S in place of L.
-        v: Values.
-        key_padding_mask: [N, S] or [S]; like what follows, as ``nn.MultiheadAttention`` takes it.
-        need_weights: Whether the weights are returned.
+        k: Keys, with S instead of L.
+        v: Values, in the shape of the keys.
+        key_padding_mask: [N, S] or [S]. This and the next arguments are those of ``nn.MultiheadAttention``.
+        need_weights: True to return the attention weights.
         attn_mask: [L, S] or [N * heads, L, S].
-        average_attn_weights: Whether over the heads.
+        average_attn_weights: True to average the returned weights over the heads.
         is_causal: A hint that ``attn_mask`` is the causal mask.
         heads: Number of heads, which divides E.
-        batch_first: Whether the batch comes first.
-        dropout: Probability, on the weights, in training.
+        batch_first: True if the batch is the first axis.
+        dropout: Dropout probability of the weights in training.
         training: The layer's mode.
-        bias_k: One more key for every sequence, [1, 1, E].
-        bias_v: Its value.
-        add_zero_attn: Whether to add a key and a value of zeros.
+        bias_k: An additional key for every sequence, [1, 1, E].
+        bias_v: The value of that key, [1, 1, E].
+        add_zero_attn: True to add a key and a value of zeros.
 
     Returns:
-        The heads' outputs side by side, in the layout of ``q``, and the attention weights if they
-        are needed: [N, L, S], or [N, heads, L, S] when they are not averaged.
+        The concatenated outputs of the heads, in the layout of ``q``, and the attention weights if they are
+        needed: [N, L, S], or [N, heads, L, S] if they are not averaged.
     """
     batched = q.dim() == 3
     if not batched:
@@ -125,9 +126,9 @@ def attend(
 
 
 def sequence_first_in_memory(out: Tensor, training: bool) -> Tensor:
-    """Lay an output out in memory as PyTorch's layer does with ``batch_first``: its sequence first.
+    """Lay an output out in memory with its sequence first, as PyTorch's layer does with ``batch_first``.
 
-    A dropout behind the layer draws its mask in the order of memory: the same seed then gives the same mask.
+    A dropout after the layer draws its mask in memory order, so that the same seed gives the same mask.
 
     Args:
         out: [N, L, E], or [L, E].
@@ -139,7 +140,7 @@ def sequence_first_in_memory(out: Tensor, training: bool) -> Tensor:
 
 
 def _merged(mask: Tensor | None, padding: Tensor | None, batch: int, heads: int) -> Tensor | None:
-    """Both masks as one that broadcasts to [N, heads, L, S]."""
+    """Combine both masks into a mask that broadcasts to [N, heads, L, S]."""
     if mask is not None and mask.dim() == 3:
         mask = torch.unflatten(mask, 0, (batch, heads))
     if padding is None:
@@ -159,13 +160,13 @@ def _explicit(
 
 
 def causal_hint(x: Tensor, mask: Tensor | None, is_causal: bool | None, batch_first: bool) -> bool:
-    """What a stack of layers makes of ``is_causal=None``: whether the mask is the causal one.
+    """Return True if the mask is the causal mask, as PyTorch's layer stacks check for ``is_causal=None``.
 
     Args:
         x: [L, N, E], [N, L, E] with ``batch_first``, or [L, E].
         mask: The attention mask, [L, L].
-        is_causal: The caller's hint; it is believed.
-        batch_first: Whether the batch comes first.
+        is_causal: The caller's hint. It is returned without a check unless it is None.
+        batch_first: True if the batch is the first axis.
     """
     if is_causal is not None or mask is None:
         return bool(is_causal)
@@ -185,19 +186,19 @@ def zero_padding(
     mask_check: bool,
     training: bool,
 ) -> Tensor:
-    """Zeros where padding is, in those calls in which a stack of layers of PyTorch gives zeros there.
+    """Set padded positions to zero in the calls in which PyTorch's stack of layers does so.
 
-    That is where it computes with nested tensors: in evaluation, without gradients, with padding on the
-    right and no other mask. Whoever averages over all positions sees the difference.
+    These are calls that it computes with nested tensors: in evaluation, without gradients, with padding on
+    the right and no other mask. The difference shows in an average over all positions.
 
     Args:
-        out: What the layers gave, [N, S, E].
-        src: What they were given, [N, S, E].
+        out: The output of the layers, [N, S, E].
+        src: The input of the layers, [N, S, E].
         padding: The padding mask, [N, S].
         mask: The attention mask.
-        nested: Whether the stack may use nested tensors at all.
-        mask_check: Whether it looks first where the padding is.
-        training: Mode of its first layer.
+        nested: True if the stack may use nested tensors at all.
+        mask_check: True if the stack checks first that the padding is on the right.
+        training: The mode of its first layer.
     """
     if padding is None or mask is not None or not nested or training or src.dim() != 3:
         return out
@@ -212,17 +213,17 @@ def zero_padding(
 
 
 def fitted_window(x: Tensor, window: Sequence[int]) -> list[int]:
-    """The window, no larger than the input along any axis.
+    """Return the window, limited to the size of the input along each axis.
 
     Args:
         x: [N, *sizes, C].
-        window: Its size along every axis.
+        window: The size of the window along each axis.
     """
     return [min(size, wanted) for size, wanted in zip(x.shape[1:-1], window, strict=True)]
 
 
 def without_key_bias(bias: Tensor | None) -> Tensor | None:
-    """The bias of a fused q, k, v projection, [3 E], with that of k at zero."""
+    """Return the bias of a fused q, k, v projection, [3 E], with zeros for k."""
     if bias is None:
         return None
     third = bias.shape[0] // 3
@@ -232,15 +233,15 @@ def without_key_bias(bias: Tensor | None) -> Tensor | None:
 
 
 def partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Cuts an input into windows.
+    """Split an input into windows.
 
     Args:
-        x: [N, *sizes, C], padded here to whole windows.
-        window: The size of a window along every axis.
-        shift: By how much the windows are shifted, cyclically; not along an axis of one window.
+        x: [N, *sizes, C]. It is padded to whole windows.
+        window: The size of a window along each axis.
+        shift: The cyclic shift of the windows along each axis. An axis with a single window is not shifted.
 
     Returns:
-        [N * windows, volume of one, C].
+        [N * windows, volume of a window, C].
     """
     padded, shifts = _geometry(x, window, shift)
     pads = [0, 0]
@@ -250,13 +251,13 @@ def partition(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
 
 
 def reverse(windows: Tensor, like: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Puts windows together again.
+    """Undo :func:`partition`.
 
     Args:
-        windows: [N * windows, volume of one, C].
-        like: What :func:`partition` was given, [N, *sizes, C].
-        window: As it was given.
-        shift: As it was given.
+        windows: [N * windows, volume of a window, C].
+        like: The input of :func:`partition`, [N, *sizes, C].
+        window: The window of :func:`partition`.
+        shift: The shift of :func:`partition`.
 
     Returns:
         [N, *sizes, C].
@@ -284,18 +285,18 @@ def attend_in_windows(
     dropout: float,
     training: bool,
 ) -> Tensor:
-    """Attention within each window.
+    """Compute attention within each window.
 
     Args:
-        qkv: Projected queries, keys and values side by side, [N * windows, volume, 3 E].
-        position_bias: Added to the scores, [1, heads, volume, volume].
-        logit_scale: For cosine attention (v2): the logarithm of its scale, [heads, 1, 1].
-        like: What :func:`partition` was given.
-        window: As it was given.
-        shift: As it was given. Parts of a window that are no neighbors in the input do not see each
-            other.
+        qkv: Concatenated projected queries, keys and values, [N * windows, volume, 3 E].
+        position_bias: A bias to add to the scores, [1, heads, volume, volume].
+        logit_scale: For cosine attention (v2), the logarithm of its scale, [heads, 1, 1]. Otherwise None.
+        like: The input of :func:`partition`.
+        window: The window of :func:`partition`.
+        shift: The shift of :func:`partition`. Parts of a window that are not adjacent in the input are masked
+            from each other.
         heads: Number of heads, which divides E.
-        dropout: Probability, on the weights, in training.
+        dropout: Dropout probability of the weights in training.
         training: The layer's mode.
 
     Returns:
@@ -323,7 +324,7 @@ def attend_in_windows(
 def _geometry(
     x: Tensor, window: Sequence[int], shift: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Sizes after padding, and the shift along each axis."""
+    """Return the sizes after padding, and the shift along each axis."""
     sizes = x.shape[1:-1]
     padded = [size + (-size) % wanted for size, wanted in zip(sizes, window, strict=True)]
     shifts = [
@@ -339,7 +340,7 @@ def _rolled(x: Tensor, shifts: Sequence[int]) -> Tensor:
 
 
 def _cut(x: Tensor, window: Sequence[int]) -> Tensor:
-    """[N, *sizes, C], all of them multiples of the window's, to [N * windows, volume, C]."""
+    """Split [N, *sizes, C] into [N * windows, volume, C]. All sizes must be multiples of the window's."""
     axes = len(window)
     counts = [size // wanted for size, wanted in zip(x.shape[1:-1], window, strict=True)]
     pairs = [size for pair in zip(counts, window, strict=True) for size in pair]
@@ -352,7 +353,7 @@ def _cut(x: Tensor, window: Sequence[int]) -> Tensor:
 def _strangers(
     padded: Sequence[int], window: Sequence[int], shifts: Sequence[int], like: Tensor
 ) -> Tensor:
-    """-100 for each pair of a window that only the cyclic shift brought together, else 0.
+    """Return -100 for pairs of positions that are in a window only because of the cyclic shift, else 0.
 
     Returns:
         [windows, volume, volume], in the dtype of ``like``.

@@ -1,11 +1,11 @@
-"""Branches in which each row of a batch has its own factors, out of a stack of those of many adapters.
+"""Branches in which each row of a batch has its own factors, taken from stacked factors of many adapters.
 
-A *bank* is the factor A (or B, or a vector) of every adapter, [slots, in, out]; slot 0 changes nothing.
-``slots``, [rows], says for each row of the batch which of them it has. A batch whose samples have several
-rows each has them one after the other, [rows * t, in].
+A *bank* stacks the factors A (or B, or a vector) of all adapters, [slots, in, out]. Slot 0 changes nothing.
+``slots``, [rows], has the slot of each row of the batch. If samples have several rows each, those of a sample
+are adjacent, [rows * t, in].
 
-While a call is followed (:mod:`lora_fx.runtime.row_tracking`), each of these functions has it looked at
-whether its input has the samples as its rows.
+While a call is followed (:mod:`lora_fx.runtime.row_tracking`), each of these functions checks that the rows
+of its input are the samples.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ __all__ = [
 def banked_linear(
     x: Tensor, bank: Tensor, slots: Tensor, bias: Tensor | None = None, weight: str = ""
 ) -> Tensor:
-    """``x @ bank[slots]``, row by row of the batch.
+    """Return ``x @ bank[slots]``, row by row of the batch.
 
     Args:
         x: [rows, ..., in], or [rows * t, ..., in].
         bank: [slots, in, out].
         slots: [rows].
-        bias: What is added, in a shape that meets the result; None for nothing.
+        bias: A tensor to add, in a shape that broadcasts to the result, or None.
         weight: Name of the adapted weight in its module.
     """
     check_rows_followed(x, weight)
@@ -53,7 +53,7 @@ def banked_linear(
 
 
 def banked_embedding(x: Tensor, bank: Tensor, slots: Tensor, weight: str = "") -> Tensor:
-    """``bank[slots, x]``: each row looks up in the table of its own adapter.
+    """Return ``bank[slots, x]``: each row looks up the table of its adapter.
 
     Args:
         x: [rows, ...], or [rows * t, ...].
@@ -72,10 +72,10 @@ _CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 
 def banked_conv(x: Tensor, bank: Tensor, slots: Tensor, *geometry: Any, weight: str = "") -> Tensor:
-    """A convolution of each row with its own kernel.
+    """Compute a convolution of each row with its own kernel.
 
-    No operator takes a kernel for each row, so that those of all adapters are applied and each row's is
-    taken out. They are thin: ``slots * r`` channels.
+    No operator takes a kernel for each row. The kernels of all adapters are applied to all rows, and for
+    each row the result of its adapter is selected. The kernels have few channels: ``slots * r``.
 
     Args:
         x: [rows, in, ...], or [rows * t, in, ...].
@@ -90,7 +90,7 @@ def banked_conv(x: Tensor, bank: Tensor, slots: Tensor, *geometry: Any, weight: 
     check_rows_followed(x, weight)
     every: Tensor = _CONVOLUTIONS[x.dim()](x, bank.flatten(0, 1), None, *geometry)
     rows = torch.arange(x.shape[0], device=x.device)
-    # A single slot for all rows is spread over them.
+    # ``rows * 0`` broadcasts a single slot to all rows.
     each = every.reshape(x.shape[0], *bank.shape[:2], *every.shape[2:])
     return each[rows, _repeated(slots, x) + rows * 0]
 
@@ -98,13 +98,13 @@ def banked_conv(x: Tensor, bank: Tensor, slots: Tensor, *geometry: Any, weight: 
 def banked_pointwise(
     x: Tensor, bank: Tensor, slots: Tensor, bias: Tensor | None = None, weight: str = ""
 ) -> Tensor:
-    """A convolution of size 1 of each row with its own kernel.
+    """Compute a convolution of size 1 of each row with its own kernel.
 
     Args:
         x: [rows, r, ...], or [rows * t, r, ...].
         bank: [slots, out, r, 1, ...].
         slots: [rows].
-        bias: What is added, [out] or [rows, out]; None for nothing.
+        bias: A vector to add, [out] or [rows, out], or None.
         weight: Name of the adapted weight in its module.
     """
     check_rows_followed(x, weight)
@@ -114,20 +114,20 @@ def banked_pointwise(
 
 
 def spread_channels(vector: Tensor, like: Tensor) -> Tensor:
-    """A vector of channels, [out] or [rows, out], as it meets an output, [rows, out, ...]."""
+    """Reshape a vector of channels, [out] or [rows, out], to broadcast to ``like``, [rows, out, ...]."""
     for _ in range(like.dim() - 2):
         vector = vector.unsqueeze(-1)
     return vector
 
 
 def banked_vector(bank: Tensor, slots: Tensor, like: Tensor, channels: bool = False) -> Tensor:
-    """The vector of each row, as it meets an output.
+    """Return the vector of each row, in a shape that broadcasts to an output.
 
     Args:
         bank: [slots, out].
         slots: [rows].
         like: The output, [rows, ..., out], or [rows * t, ..., out].
-        channels: Whether the output is [rows, out, ...], so that :func:`spread_channels` is still to come.
+        channels: True if the output is [rows, out, ...], so that :func:`spread_channels` follows.
 
     Returns:
         [rows, 1, ..., out], or [rows * t, 1, ..., out]; [rows, out] for channels.
@@ -139,7 +139,7 @@ def banked_vector(bank: Tensor, slots: Tensor, like: Tensor, channels: bool = Fa
 
 
 def _beside(slots: Tensor, x: Tensor) -> Tensor:
-    """The slots in a shape that meets the whole of an activation."""
+    """Return the slots in a shape that broadcasts to an activation."""
     own = _repeated(slots, x)
     for _ in range(x.dim() - 1):
         own = own.unsqueeze(-1)
@@ -147,15 +147,15 @@ def _beside(slots: Tensor, x: Tensor) -> Tensor:
 
 
 def _repeated(slots: Tensor, x: Tensor) -> Tensor:
-    """The slots once for each row of an activation along its first axis."""
+    """Repeat the slots of samples for each row of an activation along its first axis."""
     if _is_equal(x.shape[0], slots.shape[0]):
         return slots
     times = x.shape[0] // slots.shape[0]
     return slots.unsqueeze(1).expand(slots.shape[0], times).flatten()
 
 
-def _is_equal(one: int, other: int) -> bool:
-    """Whether two sizes are the same, in a trace at every size."""
+def _is_equal(left: int, right: int) -> bool:
+    """Return True if two sizes are equal. In a trace, they must be equal for all inputs."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return bool(statically_known_true(one == other))
+    return bool(statically_known_true(left == right))

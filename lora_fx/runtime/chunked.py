@@ -1,12 +1,12 @@
 """A loss of the output of a head, computed a few rows at a time.
 
-A vocabulary is much wider than what a head reads, so that logits, their softmax and their gradient are the
-largest tensors of a training step. :class:`Job` takes a chunk of rows through the head, through what the
-model does with logits (:mod:`lora_fx.runtime.logits`) and into the loss, and goes back at once: what is kept
-is the gradient of what the head reads, and those of weights and factors that are trained.
+A vocabulary is much wider than the input of a head, so that logits, their softmax and their gradient are the
+largest tensors of a training step. :class:`Job` takes a chunk of rows through the head, the model's
+operations on logits (:mod:`lora_fx.runtime.logits`) and the loss, and runs the backward of the chunk at once.
+It keeps only the gradients of the head's input and of the trained weights and factors.
 
-``torch.nn.functional.linear_cross_entropy`` does not serve: it takes one dense weight, where a head has
-adapters, casts, caps and scales, and it computes the gradient of a frozen weight, too.
+``torch.nn.functional.linear_cross_entropy`` does not suffice. It takes a single dense weight, but a head has
+adapters, casts, caps and scales. It also computes the gradient of a frozen weight.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ __all__ = [
 ]
 
 CHUNK = 2**21
-"""Elements of a chunk of logits, where the head's input has no more: 8 MiB in fp32."""
+"""Elements of a chunk of logits: 8 MiB in fp32. A larger input of the head raises it to the input's size."""
 
 REMEDY = "rewrite without loss='chunked'"
-"""What to do where chunks are in the way."""
+"""The remedy in error messages about losses in chunks."""
 
 _local = threading.local()
 
 
 def is_running() -> bool:
-    """Whether the graph of a head runs: it holds the branches of its weight, whatever runs it."""
+    """Return True while the graph of a head runs. The graph contains the branches of its weight."""
     return getattr(_local, "running", 0) > 0
 
 
 @contextlib.contextmanager
 def running() -> Iterator[None]:
-    """Says so of what runs inside."""
+    """Make :func:`is_running` return True inside of the block."""
     _local.running = getattr(_local, "running", 0) + 1
     try:
         yield
@@ -68,10 +68,10 @@ class Step(NamedTuple):
     """An operation on rows of logits.
 
     Attributes:
-        function: What computes it.
-        args, kwargs: Of it; the rows are where :data:`ROWS` is, and tensors with a gradient where a
-            :class:`Given` is.
-        autocast: Puts autocast to what it was.
+        function: The function that computes it.
+        args, kwargs: The arguments. :data:`ROWS` stands for the rows, and a :class:`Given` for a tensor
+            with a gradient.
+        autocast: Returns a context that restores the autocast state of the original call.
     """
 
     function: Callable[..., Tensor]
@@ -80,67 +80,67 @@ class Step(NamedTuple):
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
 
     def __call__(self, rows: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """The result for some rows [n, outputs]."""
-        own = [
-            rows if one is ROWS else given[one.place] if isinstance(one, Given) else one
-            for one in self.args
+        """Return the result for some rows [n, outputs]."""
+        args = [
+            rows if arg is ROWS else given[arg.place] if isinstance(arg, Given) else arg
+            for arg in self.args
         ]
         with self.autocast():
-            return self.function(*own, **self.kwargs)
+            return self.function(*args, **self.kwargs)
 
 
 class Read(NamedTuple):
-    """Tensors that are read later, with their versions: nothing may write into them until then."""
+    """Tensors that are read later, with their version counters. Nothing may write into them until then."""
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, values: Any) -> Read:
-        """All plain tensors in some values."""
-        found = tuple(
-            one
-            for one in pytree.tree_leaves(values)
-            if type(one) in (Tensor, torch.nn.Parameter) and not one.is_inference()
+        """Record all plain tensors in some values."""
+        tensors = tuple(
+            tensor
+            for tensor in pytree.tree_leaves(values)
+            if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_inference()
         )
-        return cls(found, tuple(torch_private.version_counter(one) for one in found))
+        return cls(tensors, tuple(torch_private.version_counter(tensor) for tensor in tensors))
 
     @property
     def changed(self) -> bool:
-        """Whether one was written into."""
+        """Return True if any of the tensors was written into."""
         return any(
-            torch_private.version_counter(one) != old
-            for one, old in zip(self.tensors, self.versions, strict=True)
+            torch_private.version_counter(tensor) != old
+            for tensor, old in zip(self.tensors, self.versions, strict=True)
         )
 
 
 class Given(NamedTuple):
-    """The place of a tensor among those that a loss is given."""
+    """The index of a tensor among the inputs of a loss that require a gradient."""
 
     place: int
 
 
 ROWS: Any = object()
-"""Stands for the rows in the arguments of a step."""
+"""Placeholder for the rows in the arguments of a step."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A loss of rows.
+    """A loss of rows of the head's input.
 
     Attributes:
-        steps: What is computed of the rows of the head's input, the head first.
-        places: Which rows, [n].
-        target: The class of each, [n].
-        shape: Of the targets, and of a loss that is not reduced.
+        steps: The operations on the rows, the head first.
+        places: Indices of the rows, [n].
+        target: The class of each row, [n].
+        shape: The shape of the targets, and of a loss that is not reduced.
         function: ``cross_entropy`` or ``nll_loss``.
         reduction: "none", "mean" or "sum".
-        options: Of the function, the others.
-        autocast: Puts autocast to what it was where the loss was called.
-        length: Rows of a chunk.
-        again: Whether rows are computed again in the backward. Else their gradient is computed with the loss.
-        draws: Whether the head drops something at random.
-        read: What all of it reads.
+        options: The other arguments of the function.
+        autocast: Returns a context that restores the autocast state of the call of the loss.
+        length: The number of rows of a chunk.
+        again: True to recompute the rows in the backward. Else their gradient is computed with the loss.
+        draws: True if the head has dropout.
+        read: The tensors that the whole computation reads.
     """
 
     steps: tuple[Step, ...]
@@ -157,13 +157,13 @@ class Job:
     read: tuple[Read, ...]
 
     def chunks(self) -> Iterator[slice]:
-        """Which rows are computed together."""
-        # No row is a chunk, too: the mean of no loss is not a number.
+        """Yield the ranges of rows that are computed together."""
+        # Without rows there is one empty chunk, because the mean of no losses is NaN.
         for start in range(0, max(1, len(self.places)), self.length):
             yield slice(start, start + self.length)
 
     def of_rows(self, rows: Tensor, chunk: slice, given: Sequence[Tensor]) -> Tensor:
-        """The loss of each row of a chunk, or their sum."""
+        """Return the loss of each row of a chunk, or their sum."""
         value = rows
         with running():
             for step in self.steps:
@@ -173,7 +173,7 @@ class Job:
             return self.function(value, self.target[chunk], reduction=reduction, **self.options)
 
     def count(self) -> Tensor | None:
-        """What a mean divides by: how many rows count, or the sum of their weights."""
+        """Return the divisor of a mean: the number of counted rows, or the sum of their weights."""
         if self.reduction != "mean":
             return None
         counted = self.target != self.options["ignore_index"]
@@ -181,16 +181,16 @@ class Job:
         return counted.sum() if weight is None else weight[self.target[counted]].sum()
 
     def value(self, x: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """The loss alone."""
+        """Return the loss alone."""
         flat = x.reshape(-1, x.shape[-1])
-        found = [self.of_rows(flat[self.places[one]], one, given) for one in self.chunks()]
+        losses = [self.of_rows(flat[self.places[chunk]], chunk, given) for chunk in self.chunks()]
         if self.reduction == "none":
-            return torch.cat(found).view(self.shape)
-        return self._total(found)
+            return torch.cat(losses).view(self.shape)
+        return self._total(losses)
 
-    def _total(self, found: Sequence[Tensor]) -> Tensor:
-        count, dtype = self.count(), found[0].dtype
-        total = torch.stack([*found]).to(_exact(dtype)).sum()
+    def _total(self, losses: Sequence[Tensor]) -> Tensor:
+        count, dtype = self.count(), losses[0].dtype
+        total = torch.stack([*losses]).to(_exact(dtype)).sum()
         return (total if count is None else total / count.to(total.dtype)).to(dtype)
 
     def gradients(
@@ -200,55 +200,55 @@ class Job:
         wanted: Sequence[bool],
         grad: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss, and the gradients of what goes into it.
+        """Return the loss, and the gradients of its inputs.
 
         Args:
             x: The head's input, [..., in].
-            given: The other tensors that require a gradient.
-            wanted: Whether x and they do now.
-            grad: The gradient of the loss; None for 1.
+            given: The other inputs that require a gradient.
+            wanted: For x and each of ``given``, True if its gradient is needed now.
+            grad: The gradient of the loss. None means 1.
         """
         flat = x.detach().reshape(-1, x.shape[-1])
         tensors = [
-            one.detach().requires_grad_(on) for one, on in zip(given, wanted[1:], strict=True)
+            tensor.detach().requires_grad_(on) for tensor, on in zip(given, wanted[1:], strict=True)
         ]
         sums = [
-            torch.zeros_like(one, dtype=_exact(one.dtype)) if on else None
-            for one, on in zip((flat, *given), wanted, strict=True)
+            torch.zeros_like(tensor, dtype=_exact(tensor.dtype)) if on else None
+            for tensor, on in zip((flat, *given), wanted, strict=True)
         ]
-        count, found = self.count(), []
+        count, losses = self.count(), []
         for chunk in self.chunks():
-            places = self.places[chunk]
-            rows = flat[places].requires_grad_(wanted[0])
+            index = self.places[chunk]
+            rows = flat[index].requires_grad_(wanted[0])
             with torch.enable_grad(), kept_here():
                 loss = self.of_rows(rows, chunk, tensors)
-                inputs = [one for one in (rows, *tensors) if one.requires_grad]
+                inputs = [tensor for tensor in (rows, *tensors) if tensor.requires_grad]
                 start = self._start(loss, chunk, grad, count)
-                each = iter(torch.autograd.grad(loss, inputs, start, allow_unused=True))
-            found.append(loss.detach())
-            for place, total in enumerate(sums):
-                if total is not None and (one := next(each)) is not None:
-                    if place:
-                        total += one
+                grads = iter(torch.autograd.grad(loss, inputs, start, allow_unused=True))
+            losses.append(loss.detach())
+            for position, total in enumerate(sums):
+                if total is not None and (part := next(grads)) is not None:
+                    if position:
+                        total += part
                     else:
-                        total.index_add_(0, places, one.to(total.dtype))
-            del loss, each, one
-        own = (flat, *given)
+                        total.index_add_(0, index, part.to(total.dtype))
+            del loss, grads, part
+        sources = (flat, *given)
         results = [
-            None if total is None else total.to(one.dtype).view(one.shape)
-            for total, one in zip(sums, own, strict=True)
+            None if total is None else total.to(tensor.dtype).view(tensor.shape)
+            for total, tensor in zip(sums, sources, strict=True)
         ]
         if results[0] is not None:
             results[0] = results[0].view(x.shape)
         value = (
-            torch.cat(found).view(self.shape) if self.reduction == "none" else self._total(found)
+            torch.cat(losses).view(self.shape) if self.reduction == "none" else self._total(losses)
         )
         return value, results
 
     def _start(
         self, loss: Tensor, chunk: slice, grad: Tensor | None, count: Tensor | None
     ) -> Tensor:
-        """The gradient of the loss of a chunk."""
+        """Return the gradient of the loss of a chunk, from which its backward starts."""
         if self.reduction == "none":
             assert grad is not None
             return grad.reshape(-1)[chunk]
@@ -258,13 +258,13 @@ class Job:
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """In which chunks are added up."""
+    """Return the dtype in which chunks are summed."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @contextlib.contextmanager
 def kept_here() -> Iterator[None]:
-    """Keeps what a chunk keeps from hooks that are there for the model (checkpoints, offloading)."""
+    """Hide the saved tensors of a chunk from the model's hooks (checkpoints, offloading)."""
     if torch_private.saved_tensor_hooks() is None:
         yield
         return
@@ -273,17 +273,17 @@ def kept_here() -> Iterator[None]:
 
 
 def checkpoint_here() -> Any:
-    """What tells a checkpoint that computes again what runs now; None where there is none.
+    """Return the hook of the checkpoint that will recompute the current code, or None.
 
-    A reentrant one has no gradients then.
+    It identifies the checkpoint. A reentrant checkpoint has no hook, and runs its forward without gradients.
     """
     hooks = torch_private.saved_tensor_hooks()
-    found = None if hooks is None else hooks[0]
-    return found if getattr(found, "__module__", None) == checkpoint.__name__ else None
+    hook = None if hooks is None else hooks[0]
+    return hook if getattr(hook, "__module__", None) == checkpoint.__name__ else None
 
 
 class _Loss(torch.autograd.Function):
-    """A loss whose gradient is there when it is, or is computed by chunks in the backward."""
+    """A loss whose gradient is computed in chunks, together with the loss or in the backward."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, x: Tensor, *given: Tensor) -> Tensor:
@@ -304,21 +304,21 @@ class _Loss(torch.autograd.Function):
                 f"{REMEDY}"
             )
         if ctx.job.again:
-            if any(one.changed for one in ctx.job.read):
+            if any(read.changed for read in ctx.job.read):
                 raise LogitsError(
                     "what a loss in chunks was computed of was written into before its backward pass, which "
                     f"reads it once more: {REMEDY}"
                 )
-            x, *given = ctx.saved_tensors
+            x, *tensors = ctx.saved_tensors
             with _drawing(ctx.drawn, x.device):
-                found = ctx.job.gradients(x, given, ctx.needs_input_grad[1:], grads[0])[1]
+                results = ctx.job.gradients(x, tensors, ctx.needs_input_grad[1:], grads[0])[1]
         else:
-            found = [None if one is None else one * grads[0] for one in ctx.saved_tensors]
-        return None, *found
+            results = [None if grad is None else grad * grads[0] for grad in ctx.saved_tensors]
+        return None, *results
 
 
 def _generators(device: torch.device) -> tuple[Tensor, ...]:
-    """The states of the generators that masks are drawn from."""
+    """Return the states of the random generators that dropout draws from: CPU first, then the device."""
     if device.type == "cpu":
         return (torch.get_rng_state(),)
     module = getattr(torch, device.type)
@@ -327,7 +327,7 @@ def _generators(device: torch.device) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def _drawing(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
-    """Draws what was drawn from those states, and then goes on as if it had not."""
+    """Set random generators to saved states inside of the block, and restore them after it."""
     if states is None:
         yield
         return
@@ -340,16 +340,16 @@ def _drawing(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterato
 
 
 def loss_of(job: Job, x: Tensor, given: Sequence[Tensor]) -> Tensor:
-    """The loss, with its gradient.
+    """Compute a loss in chunks, with autograd.
 
     Args:
-        job: What is computed.
+        job: The loss and its steps.
         x: The head's input, [..., in].
-        given: The other tensors that require a gradient.
+        given: The other inputs that require a gradient.
 
     Raises:
         LoraFxError: In a second backward pass.
-        LogitsError: In a backward pass that computes rows again, if what it reads was written into.
+        LogitsError: In a backward pass that recomputes rows, if one of the inputs was written into.
     """
     loss: Tensor = _Loss.apply(job, x, *given)  # type: ignore[no-untyped-call]
     return loss

@@ -1,12 +1,12 @@
-"""Classes that are made at run time for modules that exist already, and what they take from the class below.
+"""Classes that are created at run time for existing modules.
 
-A library may make a subclass of such a class in turn, as FSDP2 does for every module that it shards. What it
-adds stays when the class below it is exchanged.
+Another library may subclass such a class in turn, as FSDP2 does for every module that it shards. The members
+that it adds stay when the class below it is exchanged.
 
-A trainer saves a rewritten model by the methods of its own class, which know nothing of adapters: members of
-ours (:data:`_MEMBERS`) take their place. Layers of transformers checkpoint their
-activations in a decorator of ``forward`` that compares itself with ``type(self).forward``: a new class gets a
-copy of it that knows itself as that class's (:func:`around`).
+A trainer saves a rewritten model with methods of the model's class, which do not know adapters. Our members
+replace them (:data:`_MEMBERS`). Layers of transformers checkpoint their activations in a decorator of
+``forward`` that compares itself with ``type(self).forward``. A new class therefore gets a copy of the
+decorator that refers to itself (:func:`around`).
 """
 
 from __future__ import annotations
@@ -35,39 +35,39 @@ __all__ = [
 ]
 
 BASE = "_lora_fx_base"
-"""Attribute of a class that was made at run time: the module's own class."""
+"""Attribute of a class that was created at run time: the module's original class."""
 
 OVER = "_lora_fx_over"
-"""Attribute of another library's subclass: the module's own class, which it is made of again."""
+"""Attribute of our copy of another library's subclass: the module's original class, below it."""
 
 
 class Blank:
-    """What a module without its state is made of: its class where it is copied, more where it is pickled.
+    """A stand-in for a module without its state, from which a copy or an unpickled module is created.
 
     Attributes:
-        cls: Its class, which was made at run time and has no name.
-        made_of: Gives the function, and its arguments, that make such a module in another process.
+        cls: The module's class, which was created at run time and cannot be imported.
+        made_of: Returns a function and its arguments, which create such a module in another process.
     """
 
     def __init__(self, cls: type, made_of: Callable[[], tuple[Any, ...]]) -> None:
         self.cls, self.made_of = cls, made_of
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Blank:
-        """Itself: a copy of a module has the same class."""
+        """Return itself, because a copy of a module has the same class."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the module that it stands for."""
+        """Pickle as a call that creates the module in another process."""
         return self.made_of()
 
 
 def blank(made: Any) -> Any:
-    """A module without its state: what ``__reduce_ex__`` of a class that was made at run time names.
+    """Return a module without its state. ``__reduce_ex__`` of classes created at run time refers to it.
 
     Args:
-        made: A :class:`Blank`, or the module that it was pickled as.
+        made: A :class:`Blank`, or the module that was created when the Blank was unpickled.
     """
-    # Not cls.__new__, which makes a class for each fx.GraphModule.
+    # Not cls.__new__, which creates a class for each fx.GraphModule.
     return object.__new__(made.cls) if isinstance(made, Blank) else made
 
 
@@ -75,23 +75,23 @@ _outer: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValue
 
 
 def inner_class(module: nn.Module) -> type[nn.Module]:
-    """The class that was made for a module, or its own, without what another library has made of it since."""
-    found: type[nn.Module] = type(module)
-    for cls in found.__mro__:
+    """Return the class that lora-fx created for a module, or its own, below subclasses of other libraries."""
+    inner: type[nn.Module] = type(module)
+    for cls in inner.__mro__:
         if BASE in cls.__dict__:
-            found = cls
+            inner = cls
             break
         if OVER in cls.__dict__:
-            found = cls.__dict__[OVER]
+            inner = cls.__dict__[OVER]
             break
-    return found
+    return inner
 
 
 def give_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Give a module another class in place of :func:`inner_class`."""
-    made = _made_over(type(module), inner_class(module), cls)
-    # Not by the module's own __setattr__, which may keep watch over this attribute, too.
-    object.__setattr__(module, "__class__", made)
+    outer = _made_over(type(module), inner_class(module), cls)
+    # Not with the module's own __setattr__, which may intercept this attribute, too.
+    object.__setattr__(module, "__class__", outer)
 
 
 def _made_over(outer: type, old: type, new: type) -> type:
@@ -111,34 +111,33 @@ def _made_over(outer: type, old: type, new: type) -> type:
 
 
 def _new_class(like: type, bases: tuple[type, ...], members: dict[str, Any]) -> type:
-    """Make a class without telling the metaclass of the user's, which may keep a register of its classes."""
+    """Create a class without running the user's metaclass, which may register its classes."""
     meta = type(like)
-    known: Any = next(one for one in type.mro(meta) if one.__module__ in ("builtins", "abc"))
-    made: type = known.__new__(meta, like.__name__, bases, members)
-    return made
+    known: Any = next(base for base in type.mro(meta) if base.__module__ in ("builtins", "abc"))
+    cls: type = known.__new__(meta, like.__name__, bases, members)
+    return cls
 
 
 def subclass(
     mixins: tuple[type, ...], cls: type[nn.Module], members: Mapping[str, Any]
 ) -> type[nn.Module]:
-    """Make a subclass of a module's class that a module of that class can be given.
+    """Create a subclass of a module's class that can be assigned to the module's ``__class__``.
 
-    Python compares the layouts of two classes along their first bases. Where ``nn.Module`` is not among
-    those of a class (an ``abc.ABC`` stands before it), a mixin would come first in another way, so that what
-    it defines is copied into the subclass instead.
+    Python then compares the layouts of both classes along their first bases. If ``nn.Module`` is not among
+    these, because an ``abc.ABC`` comes before it, a mixin as a base would change the layout. The members
+    of the mixins are copied into the subclass instead.
 
     Args:
-        mixins: What is added to the class, the most important first: modules without a state. They are in
-            the bases of each other, from the first to the last.
+        mixins: Stateless module classes to add, the most derived first. Each is a subclass of the next.
         cls: The module's class.
-        members: What the subclass defines itself.
+        members: Members that the subclass itself defines.
     """
     first: type | None = cls
     while first not in (nn.Module, None):
         first = first.__base__
     if first is nn.Module:
         return _new_class(cls, (mixins[0], cls), dict(members))
-    made: type = cls
+    result: type = cls
     for mixin in reversed(mixins):
         cell = CellType()
         copied = {
@@ -147,25 +146,25 @@ def subclass(
             if name not in ("__dict__", "__weakref__", "__module__", "__qualname__")
         }
         own = members if mixin is mixins[0] else {}
-        made = _new_class(cls, (made,), {**copied, **own})
-        cell.cell_contents = made
-    return made
+        result = _new_class(cls, (result,), {**copied, **own})
+        cell.cell_contents = result
+    return result
 
 
 def _copied(value: Any, cell: CellType) -> Any:
-    """A member for another class, whose ``super()`` begins there."""
+    """Copy a member for another class, so that ``super()`` in it starts at that class."""
     if isinstance(value, classmethod):
         return classmethod(_copied(value.__func__, cell))
     if not isinstance(value, FunctionType):
         return value
     cells = tuple(
-        cell if name == "__class__" else held
-        for name, held in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        cell if name == "__class__" else contents
+        for name, contents in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
     )
-    made = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
-    made.__defaults__, made.__kwdefaults__ = value.__defaults__, value.__kwdefaults__
-    made.__doc__ = value.__doc__
-    return made
+    copy = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
+    copy.__defaults__, copy.__kwdefaults__ = value.__defaults__, value.__kwdefaults__
+    copy.__doc__ = value.__doc__
+    return copy
 
 
 _MEMBERS = {
@@ -173,15 +172,15 @@ _MEMBERS = {
     "save_pretrained": "lora_fx.checkpoint.trainers:saves_adapter",
     "_keys_to_ignore_on_save": "lora_fx.checkpoint.trainers:ignores_base",
 }
-"""What makes the member that takes the place of one of this name: it is given what the class has.
+"""Factories of members that replace those of the same name, from which they are created.
 
-It is imported when a class with such a member is watched: then it is there, too, where a process has loaded a
-pickled model and nothing else of lora-fx.
+A factory is imported when a class with such a member is watched. It is therefore found even in a process that
+has unpickled a model and imported nothing else of lora-fx.
 """
 
 
 def members_of(cls: type) -> dict[str, Any]:
-    """The members that take the place of those of a class."""
+    """Return the members that replace those of a class."""
     return {
         name: pkgutil.resolve_name(maker)(getattr(cls, name))
         for name, maker in _MEMBERS.items()
@@ -190,10 +189,10 @@ def members_of(cls: type) -> dict[str, Any]:
 
 
 def inner_of(function: Any) -> Any:
-    """What a function decorates, if it is a decorator that asks whether a class has it; else the function.
+    """Return the function inside of decorators that refer to themselves, or the function if it has none.
 
     Args:
-        function: The function that a class has.
+        function: A member of a class.
     """
     while (inner := _decorated(function)) is not None:
         function = inner
@@ -201,48 +200,50 @@ def inner_of(function: Any) -> Any:
 
 
 def around(function: Any, inner: Any) -> Any:
-    """What a class has to have in place of a function, so that ``inner`` runs where that did.
+    """Copy the decorators of a function, with another function inside.
 
     Args:
-        function: The function that a class has.
-        inner: What takes the place of :func:`inner_of` it.
+        function: A member of a class.
+        inner: The function that replaces ``inner_of(function)``.
 
     Returns:
-        ``inner``, within copies of the decorators that :func:`inner_of` goes through.
+        ``inner``, inside of copies of the decorators that :func:`inner_of` goes through.
     """
     decorated = _decorated(function)
     if decorated is None:
         return inner
     below = around(decorated, inner)
-    made = FunctionType(
+    copy = FunctionType(
         function.__code__,
         function.__globals__,
         function.__name__,
         function.__defaults__,
         tuple(CellType() for _ in function.__closure__),
     )
-    instead = {id(function): made, id(decorated): below}
-    for cell, old in zip(made.__closure__ or (), function.__closure__, strict=True):
-        for held in held_in(old):
-            cell.cell_contents = instead.get(id(held), held)
-    made.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(made, function)
-    made.__dict__["__wrapped__"] = below
-    return made
+    instead = {id(function): copy, id(decorated): below}
+    for cell, old in zip(copy.__closure__ or (), function.__closure__, strict=True):
+        for value in held_in(old):
+            cell.cell_contents = instead.get(id(value), value)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(copy, function)
+    copy.__dict__["__wrapped__"] = below
+    return copy
 
 
 def _decorated(function: Any) -> Any:
-    """The function that a decorator holds, if the decorator holds itself as well."""
+    """Return the function that a decorator wraps, if the decorator refers to itself in its closure."""
     if not isinstance(function, FunctionType):
         return None
-    held = [one for cell in function.__closure__ or () for one in held_in(cell)]
+    contents = [value for cell in function.__closure__ or () for value in held_in(cell)]
     inner = vars(function).get("__wrapped__")
-    known = any(one is function for one in held) and any(one is inner for one in held)
+    known = any(value is function for value in contents) and any(
+        value is inner for value in contents
+    )
     return inner if known and isinstance(inner, FunctionType) else None
 
 
 def held_in(cell: CellType) -> tuple[Any, ...]:
-    """What a variable around a function has; nothing as long as it has no value."""
+    """Return the contents of a closure cell as a tuple, which is empty if the cell has no value yet."""
     try:
         return (cell.cell_contents,)
     except ValueError:

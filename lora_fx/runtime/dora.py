@@ -1,10 +1,10 @@
 """Weight-decomposed adapters at training time: ``y' = g ∘ x (W + s·BA)ᵀ + bias``, ``g = m / ‖W + s·BA‖``.
 
-DoRA (Liu et al. 2024, arXiv:2402.09353) trains a magnitude m for each output feature beside the direction
-that the factors turn. The norm is taken over all that a feature is a sum of, and is a constant for the
-gradient (section 4.3). What is added to the base output y is ``(g - 1) ∘ (y - bias) + g ∘ s·x AᵀBᵀ``: no
-second product with W. The gradient of m needs ``y - bias``, which no layer keeps: :func:`rescaled` and
-:func:`recomputed` say where it comes from.
+DoRA (Liu et al. 2024, arXiv:2402.09353) trains a magnitude m for each output feature, and with the factors
+its direction. The norm is taken over all weights of a feature, and is a constant for the gradient (section
+4.3). The term ``(g - 1) ∘ (y - bias) + g ∘ s·x AᵀBᵀ`` is added to the base output y, without a second product
+with W. The gradient of m needs ``y - bias``, which no layer saves. :func:`rescaled` and :func:`recomputed`
+are two ways to get it.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ __all__ = [
 ]
 
 
-_CHUNK = 1 << 20  # elements of a half-precision weight that are widened at a time, at least
-_BLOCK = 512  # numbers that are summed at once, at most
-_LEAST = 32  # and at least
-_PIECES = 16  # and into how many pieces a weight is cut at most
+_CHUNK = 1 << 20  # least number of elements of a half-precision weight to widen at a time
+_BLOCK = 512  # most numbers to sum at once
+_LEAST = 32  # least numbers to sum at once
+_PIECES = 16  # most pieces that a weight is split into
 
 
 @torch.no_grad()
 def weight_norm(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, layout: str = "out_in", groups: int = 1
 ) -> Tensor:
-    """The Euclidean norm of every output feature of ``W + s·BA``, over its inputs and kernel.
+    """Return the Euclidean norm of every output feature of ``W + s·BA``, over its inputs and kernel.
 
     Args:
         weight: [out, in/g, *k], or with the first two swapped ([in, out/g, *k]) for ``layout="in_out"``.
         a: [r, in/g, *k].
         b: [out, r/g, 1, ...].
         scale: s.
-        layout: How the weight is stored.
-        groups: g, of a convolution.
+        layout: "out_in" or "in_out", the order of the weight's first two axes.
+        groups: The groups g of a convolution.
 
     Returns:
         [out], detached, in fp32, or fp64 for an fp64 weight.
@@ -71,17 +71,17 @@ def weight_norm(
 
 
 def _norm_of(square: Tensor) -> Tensor:
-    # Where B A takes all of W away, what is left of the three sums may be below zero.
+    # If B A cancels W, rounding may leave the sum of the three terms below zero.
     return square.clamp_min_(0).sqrt_().flatten()
 
 
 def _squared_norm(
     weight: Tensor, a: Tensor, b: Tensor, scale: float, layout: str, groups: int
 ) -> Tensor:
-    """The square of :func:`weight_norm`: a sum over the inputs."""
+    """Return the square of :func:`weight_norm`, which is a sum over the inputs."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     up = b.detach().to(wide)
-    # Three dimensions only for groups: what an operation costs by itself is much beside a small weight.
+    # Three dimensions only for groups: the overhead of an operation matters for a small weight.
     up = up.reshape(groups, -1, b.shape[1]) if groups > 1 else up.flatten(1)
     sums: tuple[Tensor, ...] | None = None
     with _full_precision(weight):
@@ -89,7 +89,7 @@ def _squared_norm(
             products, squares = _against(matrix, down)
             parts = (squares, products, down @ down.mT)
             sums = parts if sums is None else tuple(map(torch.add, sums, parts))
-        assert sums is not None  # a kernel has a place
+        assert sums is not None  # a kernel has at least one position
         own, crossed, gram = sums
         add_product = torch.addmm if groups == 1 else torch.baddbmm
         mixed = add_product(crossed, up, gram, beta=2 * scale, alpha=scale**2)
@@ -99,19 +99,19 @@ def _squared_norm(
 def _matrices(
     weight: Tensor, a: Tensor, layout: str, groups: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The weight and A as [out, n] and [r, n], or [g, out/g, n] and [g, r/g, n]: views of the weight."""
+    """Yield views of the weight and A as [out, n] and [r, n], or as [g, out/g, n] and [g, r/g, n]."""
     if layout == "in_out" and weight.dim() == 2:
         yield weight.T, a
     elif layout == "in_out":
         kernels, downs = weight.flatten(2), a.flatten(2)
         if groups > 1:
             kernels, downs = (torch.unflatten(t, 0, (groups, -1)) for t in (kernels, downs))
-        for place in range(kernels.shape[-1]):
-            yield kernels[..., place].mT, downs[..., place]
+        for position in range(kernels.shape[-1]):
+            yield kernels[..., position].mT, downs[..., position]
     else:
         matrix, down = weight, a
         if weight.dim() > 2:
-            # A weight may be stored with its channels last: it is read in the order in which it lies.
+            # Read the weight in memory order, which may be channels last.
             strides = weight.stride()
             order = sorted(range(1, weight.dim()), key=lambda axis: -strides[axis])
             matrix, down = (t.permute(0, *order).flatten(1) for t in (weight, a))
@@ -121,7 +121,7 @@ def _matrices(
 
 
 def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """``W Aᵀ`` and ``‖W‖²`` by row; a half-precision weight is widened piece by piece."""
+    """Return ``W Aᵀ`` and ``‖W‖²`` by row. A half-precision weight is widened piece by piece."""
     if matrix.dtype == down.dtype:
         return matrix @ down.mT, _squares(matrix)
     count = min(_PIECES, -(-matrix.numel() // _CHUNK))
@@ -134,7 +134,7 @@ def _against(matrix: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _squares(matrix: Tensor) -> Tensor:
-    """``Σ w²`` by row, in blocks: a kernel may add up a long row one by one, and lose its last digits."""
+    """Return ``Σ w²`` by row, in blocks, because a kernel may lose digits in the sum of a long row."""
     length = matrix.shape[-1]
     if length <= _BLOCK:
         return _squared(matrix)
@@ -147,25 +147,25 @@ def _squares(matrix: Tensor) -> Tensor:
 
 @functools.cache
 def _block(length: int) -> int:
-    """A block that leaves nothing over where there is one: a matrix without gaps is read much faster."""
-    fitting = (one for one in range(_BLOCK, _LEAST - 1, -1) if length % one == 0)
+    """Return a block size that divides a length, if possible: matrices without gaps are read much faster."""
+    fitting = (size for size in range(_BLOCK, _LEAST - 1, -1) if length % size == 0)
     return next(fitting, _BLOCK)
 
 
 def _squared(matrix: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
-    return found.square_()
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    return norms.square_()
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Takes autocast off: its half types are too coarse for a sum of squares."""
+    """Return a context that disables autocast, whose half types are too coarse for a sum of squares."""
     kind = weight.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 
 
-_SMALLEST = 2**-3  # a gain below that is not divided by
+_SMALLEST = 2**-3  # outputs are not divided by smaller gains
 
 
 def gain(
@@ -180,10 +180,10 @@ def gain(
     rows: tuple[int, int] | None = None,
     order: Sequence[int] | None = None,
 ) -> Tensor:
-    """``g = m / ‖W + s·BA‖``, differentiable in m only.
+    """Return ``g = m / ‖W + s·BA‖``, differentiable in m only.
 
-    A feature whose weights are all zero has no direction, and no magnitude: its gain is 1, so that B can
-    give it one (m / 0 would make the output NaN).
+    A feature whose weights are all zero has no direction and no magnitude. Its gain is 1, so that B can train
+    (m / 0 would make the output NaN).
 
     Args:
         magnitude: m, with ``out`` elements.
@@ -191,11 +191,11 @@ def gain(
         a: A, [r, in/g, *k].
         b: B, [out, r/g, 1, ...].
         scale: s.
-        layout: How the weight is stored.
-        groups: Of a convolution.
-        view: The shape in which the weight is applied, where that is not its own.
-        rows: Which of its outputs (start, stop).
-        order: How the weight's dimensions are permuted before it is viewed.
+        layout: "out_in" or "in_out", the order of the weight's first two axes.
+        groups: The groups g of a convolution.
+        view: The shape in which the weight is applied, if it differs from the weight's own.
+        rows: The range of its outputs (start, stop), or None for all.
+        order: The permutation of the weight's dimensions before the view.
 
     Returns:
         [out], in fp32, or fp64 for an fp64 weight.
@@ -209,18 +209,18 @@ def gain(
 
 
 def _over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:
-    given = magnitude.flatten().to(norm.dtype)
+    magnitudes = magnitude.flatten().to(norm.dtype)
     if norm.device.type == "cpu" and _visible(norm) and norm.numel() and bool(norm.min() > 0):
-        return given / norm
-    # The gradient of what is divided by infinity is zero; what `where` leaves out of m / 0 would have NaN.
-    nothing = norm == 0
-    return given / norm.masked_fill(nothing, torch.inf) + nothing
+        return magnitudes / norm
+    # A division by infinity has a zero gradient, but `where` over m / 0 would have a gradient of NaN.
+    is_zero = norm == 0
+    return magnitudes / norm.masked_fill(is_zero, torch.inf) + is_zero
 
 
 def _gain_in_parts(
     magnitude: Any, weight: Tensor, a: Any, b: Any, scale: float, layout: str
 ) -> Tensor:
-    """The gain of a linear layer whose factors are in parts: it lies as the magnitude does."""
+    """Return the gain of a linear layer with sharded factors, as a DTensor placed as the magnitude."""
     from torch.distributed.tensor import DTensor
 
     with torch.no_grad():
@@ -245,14 +245,14 @@ def applied_weight(
     rows: tuple[int, int] | None = None,
     order: Sequence[int] | None = None,
 ) -> Tensor:
-    """The weight as it is applied: a view, or a copy where it is not contiguous and viewed otherwise.
+    """Return the weight as it is applied: a view, or a copy if its strides do not allow the view.
 
     Args:
         weight: The parameter.
-        layout: Which of its axes has the outputs.
-        view: The shape in which it is applied, where that is not its own.
-        rows: Which of its outputs (start, stop).
-        order: How its dimensions are permuted before it is viewed; None for not at all.
+        layout: "out_in" or "in_out", the order of its first two axes.
+        view: The shape in which it is applied, if it differs from its own.
+        rows: The range of its outputs (start, stop), or None for all.
+        order: The permutation of its dimensions before the view, or None.
     """
     if quantization_of(weight) is None:
         weight = weight.detach()
@@ -268,9 +268,10 @@ def applied_weight(
 
 
 def held(gains: Tensor) -> Tensor:
-    """The gains as :func:`rescaled` wants them to work from its output: constants, if it can divide by each.
+    """Return the gains as constants if an output can be divided by each of them, else ``gains`` itself.
 
-    Where it cannot, the result is ``gains`` itself, and :func:`rescaled` keeps the base output.
+    With constants, :func:`rescaled` computes the gradient of the gains from its output. Otherwise it saves
+    the base output.
     """
     if not gains.requires_grad or not torch.is_grad_enabled() or not divisible(gains):
         return gains
@@ -278,19 +279,19 @@ def held(gains: Tensor) -> Tensor:
 
 
 def divisible(gains: Tensor) -> bool:
-    """Whether an output can be divided by every gain: whether none is near 0.
+    """Return True if an output can be divided by every gain, because none is near 0.
 
-    Looking at the values waits for a GPU. Where they cannot be read (compilation, a CUDA graph, a transform
-    of ``torch.func``) the answer is no.
+    Reading the values synchronizes with a GPU. If they cannot be read (compilation, a CUDA graph, a transform
+    of ``torch.func``), return False.
     """
     if not _visible(gains):
         return False
-    # Without values nothing is computed, and what is kept is what ordinary gains keep.
+    # Without values, assume ordinary gains, so that the same tensors are saved.
     return gains.is_meta or not gains.numel() or not bool(gains.detach().abs().min() < _SMALLEST)
 
 
 def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
-    """``s · g ∘ B``: the branch is scaled where it is small.
+    """Return ``s · g ∘ B``. The branch is scaled at B, which is small.
 
     Args:
         b: [out, r] or [out, r, 1, ...].
@@ -301,9 +302,9 @@ def steered(b: Tensor, gains: Tensor, scale: float) -> Tensor:
 
 
 def shifted(bias: Tensor | None, gains: Tensor, like: Tensor) -> Tensor | None:
-    """``(1 - g) ∘ bias``: what the gain takes off the bias in a base output, in the dtype of ``like``.
+    """Return ``(1 - g) ∘ bias``, in the dtype of ``like``. It undoes the gain on the bias in a base output.
 
-    None where there is no bias: tensor parallelism may add it afterwards.
+    Return None without a bias: tensor parallelism may add it afterwards.
     """
     if bias is None:
         return None
@@ -321,22 +322,22 @@ def rescaled(
     constant: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``total + (g - 1) ∘ base + up``, which is ``g ∘ base + up`` for the first adapter.
+    """Return ``total + (g - 1) ∘ base + up``, which is ``g ∘ base + up`` for the first adapter.
 
-    The gradient of g is a sum over ``base``. That is kept for it, or, if ``constant`` is :func:`held`, worked
-    out from the result: a lazy copy of it, which costs nothing where the next layer keeps its input, as most
-    activations do, and nothing writes into it.
+    The gradient of g is a sum over ``base``, which is saved. If ``constant`` is from :func:`held`, ``base``
+    is instead computed from a saved lazy copy of the result. The copy costs nothing if the next layer saves
+    its input, as most activations do, and nothing writes into it.
 
     Args:
         total: The base output with the adapters before this one.
-        base: What the base operation gives; None if that is ``total``, for the first adapter.
-        up: The branch, gain, scale and ``(1 - g) ∘ bias`` in it already.
+        base: The output of the base operation, or None for the first adapter, if it is ``total``.
+        up: The branch, already with gain, scale and ``(1 - g) ∘ bias``.
         gains: g, in the shape of :func:`spread`.
-        constant: What the branch has for g.
-        bias: The base operation's bias, as it meets the output.
+        constant: The gains that the branch was computed with.
+        bias: The base operation's bias, in a shape that broadcasts to the output.
 
     Returns:
-        In the dtype of ``total``.
+        The output, in the dtype of ``total``.
     """
     up = up.to(total.dtype)
     if is_in_parts(gains):
@@ -348,7 +349,7 @@ def rescaled(
     if total.is_nested:
         out = _combined(total, up, constant)
         product = (out if bias is None else out - bias).detach()
-        # Nothing is added but a gradient.
+        # This adds zero, and gives the gains their gradient.
         return _with_product(out, product, ((gains - constant) / constant).to(out.dtype))
     result: Tensor = _FromOutput.apply(total, up, gains, bias)  # type: ignore[no-untyped-call]
     return result
@@ -362,9 +363,9 @@ def recomputed(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """As :func:`rescaled` for the first adapter of a linear layer, whose product is made again in backward.
+    """Do the same as :func:`rescaled` for a linear layer's first adapter, but recompute the base product.
 
-    It costs one more product, and no memory: the branch keeps ``x`` anyway.
+    The backward costs one more product, and no memory, because the branch saves ``x`` anyway.
     """
     up = up.to(base.dtype)
     if is_in_parts(gains):
@@ -376,7 +377,7 @@ def recomputed(
 
 
 def _rescaled_in_parts(total: Tensor, base: Tensor | None, up: Tensor, gains: Tensor) -> Tensor:
-    """As :func:`rescaled`, over what processes hold in parts; the base output is kept for the gain."""
+    """Do the same as :func:`rescaled` for sharded tensors. The base output is saved for the gain."""
     gains = factor_beside(gains, total)
     if not is_in_parts(total):
         return rescaled(total, base, up, gains)
@@ -386,10 +387,10 @@ def _rescaled_in_parts(total: Tensor, base: Tensor | None, up: Tensor, gains: Te
 
 
 def _visible(tensor: Tensor) -> bool:
-    """Whether Python may look at values, and save what it likes."""
+    """Return True if Python may read values of a tensor, and save any tensor for the backward."""
     if torch.compiler.is_compiling() or transformed():
         return False
-    # A fake tensor has no values; what other subclasses do with them is their own.
+    # A fake tensor has no values, and other subclasses may handle theirs differently.
     if type(tensor) is not Tensor:
         return False
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -398,12 +399,12 @@ def _visible(tensor: Tensor) -> bool:
 def _combined(base: Tensor, up: Tensor, gains: Tensor) -> Tensor:
     if gains.dtype == base.dtype:
         return _with_product(up, base, gains)
-    # A gain near 1 would lose its digits in a half type; what it has more or less than 1 does not.
+    # A gain near 1 would lose its digits in a half type, but its difference from 1 does not.
     return _with_product(base + up, base, (gains - 1).to(base.dtype))
 
 
 def _with_product(total: Tensor, base: Tensor, vector: Tensor) -> Tensor:
-    """``total + base ∘ vector``."""
+    """Return ``total + base ∘ vector``."""
     if not base.is_nested:
         return torch.addcmul(total, base, vector)
     if base.layout is not torch.jagged:
@@ -421,7 +422,7 @@ def _scaled(grad: Tensor, gains: Tensor) -> Tensor:
 
 
 def _summed(product: Tensor, like: Tensor) -> Tensor:
-    """The sum over all that ``like`` is broadcast along."""
+    """Sum a product over the axes along which ``like`` is broadcast."""
     behind = product.dim() - like.dim()
     axes = [
         axis for axis in range(product.dim()) if axis < behind or like.shape[axis - behind] == 1
@@ -442,7 +443,7 @@ class _FromOutput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            # The branch has the gain as a constant: second derivatives would be wrong without a word.
+            # The gain is a constant in the branch, so that second derivatives would be silently wrong.
             raise LoraFxError(
                 "the gradient of DoRA cannot be differentiated again (create_graph=True): take first "
                 "derivatives, or freeze the magnitudes (lora_magnitude_vector) for this step"
@@ -454,7 +455,7 @@ class _FromOutput(torch.autograd.Function):
 
 
 class _FromInput(torch.autograd.Function):
-    """``y = g ∘ base + up``; ``dL/dg = Σ dL/dy ∘ base``, and the base product is made again."""
+    """``y = g ∘ base + up``; ``dL/dg = Σ dL/dy ∘ base``, with a recomputed base product."""
 
     @staticmethod
     def forward(
@@ -473,7 +474,7 @@ class _FromInput(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gains, x, weight, bias = ctx.saved_tensors
         (grad,) = grads
-        # Autocast is off in a backward, and the base product may have been made under it.
+        # Autocast is off in a backward, but the base product may have run under it.
         bias = None if bias is None else bias.to(grad.dtype)
         base = F.linear(x.to(grad.dtype), weight.to(grad.dtype), bias)
         return _scaled(grad, gains), grad, _summed(grad * base, gains), None, None, None

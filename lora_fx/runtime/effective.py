@@ -1,11 +1,12 @@
-"""The weight that knows its adapters: what code reads as ``layer.weight`` of an adapted layer.
+"""Effective weights: the value of ``layer.weight`` of an adapted layer, with the adapters applied.
 
-An effective weight is a tensor without memory of its own, over the base's weight and the factors of the
-active adapters. Its shape, dtype and device are those of the base's weight; an operation on it computes with
-``W + s·BA``, and gradients reach the factors. So code that reads an adapted weight need not be found: a hook,
-a helper, another module's forward, or the forward of the layer itself.
+An effective weight is a wrapper tensor without memory, over the base weight and the factors of the active
+adapters. It has the shape, dtype and device of the base weight. Operations on it compute with ``W + s·BA``,
+and gradients reach the factors. So any code may read an adapted weight: a hook, a helper, the forward of
+another module, or of the layer itself.
 
-Graphs do not come here: they read the base's parameter from ``_parameters``, and run the fused product.
+Graphs do not use effective weights. They read the base parameter from ``_parameters``, and run the fused
+product.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ __all__ = [
 _NONE: Mapping[str, Any] = {}
 
 CHANGES = "_lora_fx_changes"
-"""Attribute of a module: what adapters change of its parameters, by the name of the parameter."""
+"""Attribute of a module: the :class:`Adapted` of each adapted parameter, by its name."""
 
 
 class Change(Protocol):
-    """What the active adapters change of one weight, with the factors that they have now.
+    """Change of one weight by the active adapters, bound to their current factors.
 
     Attributes:
         name: FQN of the weight.
-        factors: What the change is computed of, besides the weight.
-        transposed: Whether it is the change of the transposed weight.
+        factors: The tensors that the change is computed from, in addition to the weight.
+        transposed: Whether it changes the transposed weight.
     """
 
     name: str
@@ -55,35 +56,35 @@ class Change(Protocol):
     transposed: bool
 
     def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the adapted weight, differentiable by the weight and the factors.
+        """Return the adapted weight, differentiable with respect to the weight and the factors.
 
         Raises:
-            CaptureError: If only a product with it has a meaning.
+            CaptureError: If the adapted weight exists only as part of a product.
         """
 
     def note(self, place: str) -> None:
-        """Take note of a place in the user's code that has the whole adapted weight computed."""
+        """Record a location in the user's code that has the whole adapted weight computed."""
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Compute a product with the weight as a graph would; NotImplemented for what is no known product."""
+        """Compute a product with the weight like a graph. Return NotImplemented for an unknown ``func``."""
 
     def turned(self) -> Change | None:
-        """Return the change of the transposed weight; None if that is a view of the values."""
+        """Return the change of the transposed weight, or None if a transpose has to use the values."""
 
 
 class Adapted(Protocol):
-    """What the active adapters change of one weight, apart from a module."""
+    """Change of one weight by the active adapters, not bound to a module."""
 
     def at(self, owner: nn.Module) -> Change:
-        """Return the change with the factors that the module of the weight has."""
+        """Return the change with the factors of the module that owns the weight."""
 
 
 class EffectiveWeight(torch.Tensor):
-    """A weight with its adapters, computed when an operation needs its values.
+    """Weight with its adapters, which is computed when an operation needs its values.
 
     Attributes:
-        change: What adapters change.
-        base: The base's weight.
+        change: Change of the weight by the adapters.
+        base: The base weight.
     """
 
     change: Change
@@ -91,17 +92,17 @@ class EffectiveWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, change: Change, base: torch.Tensor) -> EffectiveWeight:
-        """Make a weight whose values are computed later."""
+        """Create a weight whose values are computed later."""
         form = base.mT if change.transposed else base
-        made: EffectiveWeight = torch_private.make_wrapper_subclass(
+        weight: EffectiveWeight = torch_private.make_wrapper_subclass(
             cls, form.shape, strides=form.stride(), dtype=base.dtype, device=base.device
         )
-        made.change, made.base = change, base
-        return made
+        weight.change, weight.base = change, base
+        return weight
 
     @property
     def data(self) -> Any:
-        """The same values, apart from autograd."""
+        """The same values, detached from autograd."""
         return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
     @data.setter
@@ -110,7 +111,7 @@ class EffectiveWeight(torch.Tensor):
 
     @property
     def grad(self) -> Any:
-        """The gradient of the base's weight, if that is trained, too."""
+        """Gradient of the base weight, if that is trained, too."""
         return self.base.grad
 
     @grad.setter
@@ -119,10 +120,10 @@ class EffectiveWeight(torch.Tensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        """The node of autograd that gives the factors their gradients.
+        """Autograd node that passes gradients to the factors.
 
         Raises:
-            ConfigError: If a module asks, which takes a parameter of its own.
+            ConfigError: If ``register_parameter`` reads it: no module can own an effective weight.
         """
         if sys._getframe(1).f_code.co_name == "register_parameter":
             name = self.change.name
@@ -134,7 +135,7 @@ class EffectiveWeight(torch.Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether the base's weight or a factor is trained."""
+        """True if the base weight or a factor is trained."""
         required: bool = torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined]
         return required
 
@@ -143,7 +144,7 @@ class EffectiveWeight(torch.Tensor):
         self.base.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Train the base's weight, or freeze it; the factors stay as they are."""
+        """Train or freeze the base weight. The factors are not affected."""
         self.base.requires_grad_(requires_grad)
         return self
 
@@ -151,10 +152,10 @@ class EffectiveWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run a product as a graph does, and everything else on the values."""
+        """Run a product like a graph, and other functions on the values."""
         kwargs = kwargs or {}
         if func in PRODUCTS:
-            weight = next(one for one in (*args, *kwargs.values()) if type(one) is cls)
+            weight = next(value for value in (*args, *kwargs.values()) if type(value) is cls)
             result = weight.change.product(func, args, kwargs)
             if result is not NotImplemented:
                 return result
@@ -175,7 +176,7 @@ class EffectiveWeight(torch.Tensor):
         """Run an operation on the values."""
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].change, args[0].base)  # also of .data
+            return cls(args[0].change, args[0].base)  # .data calls this, too
         _check_not_written(func, args, kwargs)
         parts = _parts(func, args, kwargs)
         if parts is not None:
@@ -184,13 +185,13 @@ class EffectiveWeight(torch.Tensor):
         return func(*args, **kwargs)
 
     def values(self) -> torch.Tensor:
-        """Compute the adapted weight; its gradient is that of the effective one."""
+        """Compute the adapted weight. The gradient of the result is that of the effective weight."""
         self.change.note(_place(sys._getframe(1)))
         with torch.no_grad():
             return self.change.applied(self.base, self.change.factors)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        """Return what it is; its values are not computed for that."""
+        """Return a description, without computing the values."""
         return f"EffectiveWeight({self.change.name}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
@@ -214,24 +215,25 @@ def _check_not_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
             _refuse_write(func, value)
 
 
-def _refuse_write(what: Any, weight: EffectiveWeight) -> NoReturn:
+def _refuse_write(func: Any, weight: EffectiveWeight) -> NoReturn:
     name = weight.change.name
     raise CaptureError(
-        f"{what} writes into {name}, which is computed from the base's weight and adapters: write into the "
+        f"{func} writes into {name}, which is computed from the base's weight and adapters: write into the "
         f"base's, model.get_parameter({name!r}), or merge the adapters first"
     )
 
 
 @dataclasses.dataclass(slots=True)
 class _Part:
-    """A view of an effective weight that autograd does not see: a :class:`Change` that changes it.
+    """:class:`Change` of a view of an effective weight, outside of autograd.
 
-    It is read like any tensor; writing into it is refused, where a computed copy would take it and be lost.
+    The view can be read like any tensor. Writing into it raises. A computed copy would accept the write and
+    lose it.
 
     Attributes:
-        whole: The weight.
-        view: Makes the views from the values of the weight.
-        index: Which of them.
+        whole: The effective weight.
+        view: Function that computes the views from the values of the weight.
+        index: Index of this view among the views.
         name: FQN of the weight.
     """
 
@@ -248,25 +250,27 @@ class _Part:
         return views[self.index]
 
     def note(self, place: str) -> None:
-        """Leave it to the weight to take note of the place."""
+        """Do nothing, because the weight records the location."""
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Leave products to the values."""
+        """Return NotImplemented, so that products use the values."""
         return NotImplemented
 
     def turned(self) -> None:
-        """Leave a transpose to the values."""
+        """Return None, so that a transpose uses the values."""
 
 
 def _parts(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the views of an effective weight that an operator makes; None where autograd follows them."""
+    """Return the views that an operator creates of an effective weight; None if autograd tracks them."""
     whole = args[0]
     if not isinstance(whole, EffectiveWeight) or torch.is_inference_mode_enabled():
         return None
     if whole.requires_grad and torch.is_grad_enabled():
         return None
     returns = torch_private.schema_of(func).returns
-    if not any(one.alias_info is not None and not one.alias_info.is_write for one in returns):
+    if not any(
+        output.alias_info is not None and not output.alias_info.is_write for output in returns
+    ):
         return None
 
     def view(weight: torch.Tensor) -> Any:
@@ -300,7 +304,7 @@ PRODUCTS = frozenset(
     for name in (*_WAYS, "__matmul__", "__rmatmul__")
     if (function := getattr(home, name, None)) is not None
 )
-"""Functions that may be a product with a weight, for which there are patterns."""
+"""Functions that may be a product with a weight, and that patterns support."""
 
 _READ_OUT = frozenset(
     getattr(torch.Tensor, name)
@@ -318,7 +322,7 @@ _SWAPS = frozenset((torch.transpose, torch.Tensor.transpose))
 
 
 def _turns(func: Any, args: Sequence[Any]) -> bool:
-    """Say whether a function transposes a matrix."""
+    """Return True if a function transposes a matrix."""
     if func not in _TURNS and func not in _SWAPS:
         return False
     swapped = func in _TURNS or {axis % 2 for axis in args[1:] if isinstance(axis, int)} == {0, 1}
@@ -326,7 +330,7 @@ def _turns(func: Any, args: Sequence[Any]) -> bool:
 
 
 class _Make(torch.autograd.Function):
-    """Makes an effective weight whose gradient goes on to the weight and the factors."""
+    """Autograd function of an effective weight, which passes gradients to the base and the factors."""
 
     @staticmethod
     def forward(ctx: Any, change: Change, base: torch.Tensor, *factors: torch.Tensor) -> Any:
@@ -344,7 +348,7 @@ class _Make(torch.autograd.Function):
         with torch.enable_grad():
             result = ctx.change.applied(inputs[0], inputs[1:])
         leaves = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
-        # For derivatives of a higher order it is computed from the tensors themselves.
+        # Higher derivatives need the graph of the saved tensors themselves.
         own = iter(
             torch.autograd.grad([result], leaves, gradients, create_graph=again, allow_unused=True)
         )
@@ -355,19 +359,19 @@ def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> 
     """Return a weight with its adapters.
 
     Args:
-        adapted: What adapters change of it.
-        owner: The module that has the weight.
-        base: The base's weight.
+        adapted: Change of the weight by the adapters.
+        owner: The module that owns the weight.
+        base: The base weight.
 
     Returns:
-        An :class:`EffectiveWeight`. The expression itself, which is computed at once, where a compiler, an
-        export or a transform of ``torch.func`` looks, or a subclass of tensors holds the base's weight.
+        An :class:`EffectiveWeight`. The adapted weight is computed at once under a compiler, an export or a
+        ``torch.func`` transform, or if the base weight is a tensor subclass.
     """
     change = adapted.at(owner)
     factors = change.factors
     kinds = {_kind_of(tensor) for tensor in (base, *factors)}
     if len(kinds) > 1:
-        return base  # a library exchanges them one after the other
+        return base  # a library is converting them one after the other
     if (
         torch.compiler.is_compiling()
         or kinds != {torch.Tensor}
@@ -376,21 +380,21 @@ def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> 
         or torch_private.in_jit_trace()
     ):
         return change.applied(base, factors)
-    with torch.enable_grad():  # as a parameter, which wants a gradient wherever it was read
+    with torch.enable_grad():  # a parameter requires gradients also if read under no_grad
         weight = _made(change, base)
     return torch_private.as_parameter(weight)  # isinstance(layer.weight, nn.Parameter) holds
 
 
 def _kind_of(tensor: torch.Tensor) -> type:
-    """Return the subclass of tensors that one is of."""
+    """Return the class of a tensor, with plain tensors and parameters as one class."""
     return torch.Tensor if type(tensor) is nn.Parameter else type(tensor)
 
 
 def _made(change: Change, base: torch.Tensor) -> torch.Tensor:
-    """Make an effective weight, with a gradient if the weight or a factor wants one."""
-    if torch.is_grad_enabled() and any(one.requires_grad for one in (base, *change.factors)):
-        made: torch.Tensor = _Make.apply(change, base, *change.factors)  # type: ignore[no-untyped-call]
-        return made
+    """Create an effective weight. It has a gradient if the weight or a factor requires one."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (base, *change.factors)):
+        weight: torch.Tensor = _Make.apply(change, base, *change.factors)  # type: ignore[no-untyped-call]
+        return weight
     return EffectiveWeight(change, base)
 
 
@@ -398,7 +402,7 @@ _LIBRARIES = frozenset({"torch", "lora_fx"})
 
 
 def _place(frame: FrameType | None) -> str:
-    """Say which line of code runs an operation, the innermost that is neither PyTorch's nor ours."""
+    """Return the innermost line of code outside of PyTorch and lora-fx that runs an operation."""
     while frame is not None:
         package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if package not in _LIBRARIES and not frame.f_code.co_filename.startswith("<lora_fx "):
@@ -408,16 +412,16 @@ def _place(frame: FrameType | None) -> str:
 
 
 def base_parameter(module: Any, name: str) -> Any:
-    """Return a parameter without adapters, or what a library has put in its place; None if there is none."""
-    held = vars(module)
-    base = _held(held, name) if name in held.get(CHANGES, _NONE) else None
+    """Return a parameter without adapters, or the view that a library has put in its place, or None."""
+    attributes = vars(module)
+    base = _held(attributes, name) if name in attributes.get(CHANGES, _NONE) else None
     return getattr(module, name, None) if base is None else base
 
 
-def _held(held: Mapping[str, Any], name: str) -> Any:
-    """Return what a module holds by a name: a view that a library has put before the parameter, or that."""
-    view = held.get(name)
-    base = held["_parameters"].get(name) if view is None else view
+def _held(attributes: Mapping[str, Any], name: str) -> Any:
+    """Return a base parameter, or the view that a library has set as an instance attribute over it."""
+    view = attributes.get(name)
+    base = attributes["_parameters"].get(name) if view is None else view
     if type(base) is EffectiveWeight:
         raise CaptureError(
             f"{base.change.name} was read with its adapters and given to a module that adds them (as by "
@@ -442,20 +446,20 @@ _MOVERS = (
         "transformers.modeling_utils",
     ),
 )
-"""Packages whose code moves, replaces, wraps or describes parameters, and computes nothing with them."""
+"""Packages whose code moves, replaces, wraps or describes parameters, without computing with them."""
 
 
 def assigned(module: nn.Module, name: str, value: Any) -> Any:
-    """Return what a module gets that is assigned a parameter in the place of an adapted one.
+    """Return the value to store when a parameter is assigned to an adapted attribute.
 
     Args:
         module: The module.
         name: The attribute.
-        value: Its new value; of an effective weight the base's is taken, which ties the two.
+        value: Its new value. For an effective weight, the base weight is stored, which ties the two.
 
     Raises:
-        ConfigError: If it is not assigned by code that moves parameters: what was read there before had the
-            adapters in it, and would get them twice.
+        ConfigError: If other code than that which moves parameters assigns it. A value that was read from the
+            attribute has the adapters already, and would get them twice.
     """
     if name not in module.__dict__.get(CHANGES, _NONE) or not isinstance(value, nn.Parameter):
         return value
@@ -470,7 +474,7 @@ def assigned(module: nn.Module, name: str, value: Any) -> Any:
 
 
 def _asked_by_mover() -> bool:
-    """Return True if code that moves parameters reads or sets an attribute, as FSDP2 and accelerate do."""
+    """Return True if code that moves parameters, such as FSDP2, accesses the attribute."""
     frame = sys._getframe(2)
     while frame.f_code.co_name == "__setattr__" and frame.f_back is not None:
         frame = frame.f_back
@@ -478,18 +482,18 @@ def _asked_by_mover() -> bool:
 
 
 def weight_property(name: str) -> property:
-    """Make the property of a class that gives a parameter with its adapters.
+    """Return a property for a module class that returns a parameter with its adapters.
 
     Args:
-        name: The parameter's name.
+        name: Name of the parameter.
     """
 
     def get(self: nn.Module) -> Any:
-        held = self.__dict__
-        base = _held(held, name)
+        attributes = self.__dict__
+        base = _held(attributes, name)
         if base is None:
             raise AttributeError(name)  # Python goes on with __getattr__
-        change = held.get(CHANGES, _NONE).get(name)
+        change = attributes.get(CHANGES, _NONE).get(name)
         if change is None or (not torch.compiler.is_compiling() and _asked_by_mover()):
             return base
         if torch_private.in_fx_trace():
@@ -500,7 +504,7 @@ def weight_property(name: str) -> property:
             )
         try:
             return effective_weight(change, self, base)
-        except AttributeError as error:  # Python would take that for "there is no such attribute"
+        except AttributeError as error:  # Python would treat it as a missing attribute
             raise RuntimeError(f"{name} of a {type(self).__name__}: {error}") from error
 
     def put(self: nn.Module, value: Any) -> None:

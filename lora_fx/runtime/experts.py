@@ -1,8 +1,9 @@
-"""What a mixture of experts does around and between the matrices of its experts.
+"""Operations of a mixture of experts around and between the matrices of its experts.
 
 A layer of experts applies, to each token, the matrices of the few experts that a router chose for it (Shazeer
-et al. 2017, arXiv:1701.06538). Everything that depends on how many tokens go where is in here, so that one
-graph holds for every call; the products themselves stay outside, where adapters are put.
+et al. 2017, arXiv:1701.06538). All code that depends on the number of tokens of each expert is in this
+module, so that one graph holds for every call. The products themselves stay in the graph, and get adapters
+there.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ __all__ = [
     "unsorted",
 ]
 
-_ALIGNMENT = 16  # bytes: what the grouped kernels of PyTorch want strides to be multiples of
+_ALIGNMENT = 16  # bytes: the grouped kernels of PyTorch need strides that are multiples of it
 
 
 def as_matrix(x: Tensor, column: bool) -> Tensor:
-    """A vector as a matrix of one row, or one column; anything else as it is.
+    """Return a vector as a matrix of one row or one column, and any other tensor as it is.
 
     Args:
-        x: What is multiplied with several matrices.
-        column: Whether it is the right operand.
+        x: An operand that is multiplied with several matrices.
+        column: True if it is the right operand.
     """
     return x if x.dim() > 1 else x.unsqueeze(-1 if column else 0)
 
 
 def as_before(out: Tensor, x: Tensor, column: bool) -> Tensor:
-    """A product without the dimension that :func:`as_matrix` has given to its operand.
+    """Remove from a product the dimension that :func:`as_matrix` has added to its operand.
 
     Args:
         out: The product.
-        x: The operand as it was before.
-        column: Whether it was the right one.
+        x: The operand before :func:`as_matrix`.
+        column: True if it was the right operand.
     """
     return out if x.dim() > 1 else out.squeeze(-1 if column else -2)
 
@@ -57,7 +58,7 @@ def as_before(out: Tensor, x: Tensor, column: bool) -> Tensor:
 def sorted_by_expert(
     hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Repeats tokens for each of their experts and sorts them, so that an expert's tokens lie together.
+    """Repeat tokens for each of their experts and sort them, so that an expert's tokens are contiguous.
 
     Args:
         hidden: [T, d].
@@ -66,8 +67,8 @@ def sorted_by_expert(
         experts: Number of experts E.
 
     Returns:
-        The tokens [T k, d], their weights [T k], their experts [T k], where each expert's tokens end [E]
-        (int32), and the permutation that sorts [T k].
+        The tokens [T k, d], their weights [T k], their experts [T k], the end of each expert's tokens [E]
+        (int32), and the sorting permutation [T k].
     """
     return unseen(_sorted, hidden, chosen, weights, experts)
 
@@ -76,7 +77,7 @@ def _sorted(
     hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     ids, order = torch.sort(chosen.reshape(-1))
-    # As transformers counts, for the same bits and without a synchronization: histc takes no integers on
+    # Count as transformers does, for the same bits and without a synchronization. histc takes no integers on
     # a CPU.
     counted = ids.float() if ids.device.type in ("cpu", "mps") else ids.int()
     counts = torch.histc(counted, bins=experts, min=0, max=experts - 1)
@@ -85,7 +86,7 @@ def _sorted(
 
 
 def unsorted(out: Tensor, order: Tensor) -> Tensor:
-    """Puts rows back where :func:`sorted_by_expert` took them from."""
+    """Undo the sort of :func:`sorted_by_expert`."""
     return unseen(_unsorted, out, order)
 
 
@@ -96,7 +97,7 @@ def _unsorted(out: Tensor, order: Tensor) -> Tensor:
 
 
 def repeated(hidden: Tensor, chosen: Tensor) -> Tensor:
-    """Each token once for each of its experts: [T, d] and [T, k] give [T k, d]."""
+    """Repeat each token for each of its experts: [T, d] and [T, k] give [T k, d]."""
     return unseen(_repeated, hidden, chosen.shape[-1])
 
 
@@ -105,11 +106,11 @@ def _repeated(hidden: Tensor, count: int) -> Tensor:
 
 
 def summed(out: Tensor, hidden: Tensor) -> Tensor:
-    """Sums what a token's experts say, weighted already.
+    """Sum the weighted outputs of the experts of each token.
 
     Args:
-        out: [T k, d], a token's experts together.
-        hidden: The layer's input, [T, d]: for its size and dtype.
+        out: [T k, d], with the outputs for one token adjacent.
+        hidden: The layer's input, [T, d], which gives the size and the dtype of the result.
     """
     return like_rows(unseen(_summed, out, hidden), hidden)
 
@@ -121,7 +122,7 @@ def _summed(out: Tensor, hidden: Tensor) -> Tensor:
 
 
 def tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens [T, k] chose an expert, and as which of their choices: (choice, token), both [n]."""
+    """Return (choice, token), [n] each, for the entries of ``chosen``, [T, k], that are this expert."""
     return unseen(_tokens_of, expert, chosen)
 
 
@@ -131,12 +132,12 @@ def _tokens_of(expert: int, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tokens_sorted(order: Tensor, chosen: Tensor) -> Tensor:
-    """The token of each row that :func:`sorted_by_expert` gives, [T k]."""
+    """Return the token of each row of the result of :func:`sorted_by_expert`, [T k]."""
     return unseen(torch.floor_divide, order, chosen.shape[-1])
 
 
 def tokens_repeated(chosen: Tensor) -> Tensor:
-    """The token of each row that :func:`repeated` gives, [T k]."""
+    """Return the token of each row of the result of :func:`repeated`, [T k]."""
     rows = torch.arange(chosen.numel(), device=chosen.device)
     return rows // chosen.shape[-1]
 
@@ -145,26 +146,28 @@ _MOE = "transformers.integrations.moe"
 
 
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The grouped product of transformers, which chooses a kernel for the device and the dtype.
+    """Compute the grouped product of transformers, which chooses a kernel for the device and the dtype.
 
     Args:
         x: [n, in], sorted by expert.
         weight: [E, in, out].
-        ends: Where each expert's rows end, [E].
+        ends: The end of each expert's rows, [E].
     """
-    # Only a model of transformers calls it, which has loaded the module. Dynamo of PyTorch 2.11 cannot trace
-    # the import of a part of a package that loads lazily.
+    # Only models of transformers call this, so that the module is loaded. Dynamo of PyTorch 2.11 cannot trace
+    # the import of a module of a package that loads lazily.
     product: Tensor = sys.modules[_MOE]._grouped_mm(x, weight, ends)
     return product
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows times the matrix of their expert: ``y[i] = weight[e(i)] x[i]``; no tensor of E matrices is made.
+    """Multiply rows with the matrix of their expert: ``y[i] = weight[e(i)] x[i]``.
+
+    The matrices are not gathered for each row.
 
     Args:
-        x: [n, in], sorted by expert; cast to the dtype of ``weight``.
+        x: [n, in], sorted by expert. It is cast to the dtype of ``weight``.
         weight: [E, out, in].
-        ends: Where each expert's rows end, [E]; rows after the last end give zeros.
+        ends: The end of each expert's rows, [E]. Rows after the last end give zeros.
 
     Returns:
         [n, out].
@@ -173,8 +176,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-# PyTorch's own grouped product wants sizes that are multiples of 16 bytes: most ranks are not. As operators
-# they are opaque to torch.compile, which knows no loop over the values of a tensor.
+# PyTorch's own grouped product needs sizes that are multiples of 16 bytes, which most ranks are not.
+# Operators are opaque to torch.compile, which does not support loops over the values of a tensor.
 
 
 @torch.library.custom_op("lora_fx::grouped_linear", mutates_args=())
@@ -183,7 +186,7 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         padded = _aligned(_aligned(weight, 1), 2)
         out = F.grouped_mm(_aligned(x, 1), padded.mT, offs=ends)[:, : weight.shape[1]]
         rows = torch.arange(x.shape[0], device=x.device)
-        # What the kernel leaves untouched is not zero.
+        # The kernel leaves rows after the last end uninitialized.
         return torch.where((rows < ends[-1])[:, None], out, 0).contiguous()
     out = x.new_zeros(x.shape[0], weight.shape[1])
     start = 0
@@ -201,15 +204,15 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 @torch.library.custom_op("lora_fx::grouped_outer", mutates_args=())
 def _outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    """``Σ left[i]ᵀ right[i]`` over the rows of each expert: [n, p] and [n, q] give [E, p, q]."""
+    """Return ``Σ left[i]ᵀ right[i]`` over the rows of each expert: [n, p] and [n, q] give [E, p, q]."""
     if _has_kernel(left):
         out = F.grouped_mm(_aligned(left, 1).T, _aligned(right, 1), offs=ends)
         return out[:, : left.shape[1], : right.shape[1]].contiguous()
     out = left.new_zeros(ends.shape[0], left.shape[1], right.shape[1])
     start = 0
-    for place, end in zip(out, ends.tolist(), strict=True):
+    for matrix, end in zip(out, ends.tolist(), strict=True):
         if end > start:
-            torch.mm(left[start:end].T, right[start:end], out=place)
+            torch.mm(left[start:end].T, right[start:end], out=matrix)
         start = end
     return out
 
@@ -248,15 +251,15 @@ _outer.register_autograd(_outer_backward, setup_context=_remember)
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Whether PyTorch has a grouped kernel that is no loop: half precision, on a card that has it."""
+    """Return True if PyTorch has a real grouped kernel, and no loop: for bf16, from capability 8.0 on."""
     if x.device.type != "cuda" or x.dtype is not torch.bfloat16:
         return False
     return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _aligned(tensor: Tensor, axis: int) -> Tensor:
-    """Zeros after the last along an axis, up to a multiple of 16 bytes."""
-    rest = -tensor.shape[axis] % (_ALIGNMENT // tensor.element_size())
-    if not rest:
+    """Pad an axis with zeros at its end, up to a multiple of 16 bytes."""
+    padding = -tensor.shape[axis] % (_ALIGNMENT // tensor.element_size())
+    if not padding:
         return tensor.contiguous()
-    return F.pad(tensor, (*(0, 0) * (tensor.dim() - 1 - axis), 0, rest))
+    return F.pad(tensor, (*(0, 0) * (tensor.dim() - 1 - axis), 0, padding))

@@ -1,11 +1,12 @@
 """A linear operation and its DoRA branch as one function: ``y = g ∘ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + bias``.
 
-The gain and the branch go into the output in place. For the backward pass it keeps x (or what it is made
-of), the product with A ([tokens, r]), the gain ([out]) and, under dropout, a bit for each element of x: what
-:mod:`lora_fx.runtime.fused_lora` keeps, and a vector. The gradient of the gain is a sum over ``y - bias``,
-which comes from elsewhere, as in :mod:`lora_fx.runtime.dora`: the product is made again, or the output,
-which the next layer often keeps anyway, is divided by the gain. It is a lazy copy of it, which no caller
-can write into.
+The gain and the branch are applied to the output in place. For the backward it saves the same tensors as
+:mod:`lora_fx.runtime.fused_lora`, and the gain ([out]): x (or the inputs that x is recomputed from), the
+product with A ([tokens, r]) and, with dropout, a bit for each element of x.
+
+The gradient of the gain is a sum over ``y - bias``, which is not saved, as in :mod:`lora_fx.runtime.dora`.
+Either the product is recomputed, or the output is divided by the gain. For the latter a lazy copy of the
+output is saved, which no caller can write into. Often the next layer saves the output anyway.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def dora_linear(
     training: bool = False,
     rows: _Rows | None = None,
 ) -> Tensor:
-    """A linear operation with a weight-decomposed branch (DoRA, Liu et al. 2024, arXiv:2402.09353).
+    """Compute a linear operation with a weight-decomposed branch (DoRA, Liu et al. 2024, arXiv:2402.09353).
 
-    Dtypes, autocast and the transforms of ``torch.func`` are as for
-    :func:`lora_fx.runtime.fused_lora.lora_linear`; a compiler sees plain operations, and decides by itself
-    what to keep. Dropout is on the branch only. Where nothing wants what x is for (the gradients of A and
-    W, and of the gain, if the product is made again), it is not kept.
+    Dtypes, autocast and the transforms of ``torch.func`` work as in
+    :func:`lora_fx.runtime.fused_lora.lora_linear`. A compiler sees plain operations, and decides which
+    tensors to save. Dropout is applied to the branch only. x is saved only for the gradients of A and W, and
+    for that of the gain if the product is recomputed.
 
     Args:
         x: [..., in].
@@ -63,22 +64,20 @@ def dora_linear(
         bias: [out], or None.
         a: A, [r, in].
         b: B, [n, r], with n the number of ``rows``.
-        scale: The factor s of the branch.
+        scale: The scale s of the branch.
         gains: g of :func:`lora_fx.runtime.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
-        again: Whether ``x Wᵀ`` is made again for the gradient of g, which costs a product and no memory.
-            Otherwise it is worked out from the output, which is kept; but not where a gain is near 0, where
-            its values cannot be read, or for some ``rows``, since the output has the others, too.
-        dropout: Probability with which an element of the branch's input is zero; rounded as
-            :func:`lora_fx.runtime.masks.kept` says.
-        training: Whether there is dropout now.
-        rows: Which of the outputs (start, stop) have the branch and the gain; None for all.
+        again: True to recompute ``x Wᵀ`` for the gradient of g, which costs a product and no memory.
+            Otherwise it is computed from the output, which is saved. It is recomputed anyway if a gain is
+            near 0, if the values of the gains cannot be read, or if only some ``rows`` have the branch.
+        dropout: Dropout probability of the branch's input, rounded as in :func:`lora_fx.runtime.masks.kept`.
+        training: True if dropout is active.
+        rows: The outputs (start, stop) that have the branch and the gain, or None for all.
 
     Returns:
         [..., out].
 
     Raises:
-        LoraFxError: In a second backward pass, where x was not kept and the first one was differentiated for
-            a gradient that needs it.
+        LoraFxError: In a second backward pass, if it needs x and x was not saved.
     """
     if x.is_nested:
         masked = F.dropout(x, dropout) if dropout and training else x
@@ -93,11 +92,11 @@ def dora_linear(
         mask = draw(x, dropout)
         scale = scale * recovery(dropout)
     options = _Options(scale, rows, again or rows is not None)
-    given = (x, mask, options, source, weight, bias, a, b, gains)
+    args = (x, mask, options, source, weight, bias, a, b, gains)
     with without_autocast(kind):
         if torch.compiler.is_compiling():
-            return _plain(*given)[0]
-        return apply(_DoraLinear, _plain, given)[0]
+            return _plain(*args)[0]
+        return apply(_DoraLinear, _plain, args)[0]
 
 
 class _Options(NamedTuple):
@@ -106,15 +105,15 @@ class _Options(NamedTuple):
     again: bool
 
     def part(self, matrix: Tensor) -> Tensor:
-        """Its columns that have the branch."""
+        """Return the columns of a matrix that have the branch."""
         return matrix if self.rows is None else matrix[:, self.rows[0] : self.rows[1]]
 
     def own(self, weight: Tensor) -> Tensor:
-        """The rows of a weight, or the elements of a bias, that have the branch."""
+        """Return the rows of a weight, or the elements of a bias, that have the branch."""
         return weight if self.rows is None else weight[self.rows[0] : self.rows[1]]
 
     def steered(self, b: Tensor, gains: Tensor, dtype: torch.dtype) -> Tensor:
-        """``s · g ∘ B``: the branch is scaled where it is small."""
+        """Return ``s · g ∘ B``. The branch is scaled at B, which is small."""
         return (b * (gains * self.scale)[:, None]).to(dtype)
 
 
@@ -131,11 +130,11 @@ def _plain(
 ) -> tuple[Tensor, ...]:
     own = x if mask is None else masked(x, mask)
     base = F.linear(x, weight, bias)
-    mine = base if options.rows is None else base[..., options.rows[0] : options.rows[1]]
+    part = base if options.rows is None else base[..., options.rows[0] : options.rows[1]]
     up = F.linear(F.linear(own, a.to(x.dtype)), options.steered(b, gains, x.dtype))
     if bias is not None:
         up = up + ((1 - gains) * options.own(bias)).to(x.dtype)
-    change = torch.addcmul(up, mine, (gains - 1).to(x.dtype))
+    change = torch.addcmul(up, part, (gains - 1).to(x.dtype))
     if options.rows is not None:
         change = F.pad(change, (options.rows[0], weight.shape[0] - options.rows[1]))
     return (base + change,)
@@ -151,22 +150,23 @@ def _nested(
     options: _Options,
     gains: Tensor,
 ) -> Tensor:
-    """For sequences of several lengths (``torch.nested``), which know products and sums, and few others.
+    """Compute the operation for ``torch.nested`` tensors, which support little but products and sums.
 
-    What scales outputs scales rows of what is multiplied with, which are few beside the tokens.
+    Gains scale the rows of the weights instead of the outputs, because the rows are few compared with the
+    tokens.
     """
     out = F.linear(x, weight, bias)
     turned = options.steered(b, gains, out.dtype)
     change = (options.own(weight) * (gains - 1)[:, None]).to(weight.dtype)
     if options.rows is not None:
-        rest = (0, 0, options.rows[0], weight.shape[0] - options.rows[1])
-        turned, change = F.pad(turned, rest), F.pad(change, rest)
+        padding = (0, 0, options.rows[0], weight.shape[0] - options.rows[1])
+        turned, change = F.pad(turned, padding), F.pad(change, padding)
     up = F.linear(F.linear(masked, a.to(out.dtype)), turned)
     return out + (F.linear(x, change) + up)
 
 
 class _DoraLinear(torch.autograd.Function):
-    """Its last output is the product with A: what is kept for the backward has to be an output."""
+    """The fused function. It also returns the product with A, since only inputs and outputs can be saved."""
 
     @staticmethod
     def forward(
@@ -183,12 +183,12 @@ class _DoraLinear(torch.autograd.Function):
         down = dropped_product(x, mask, a.to(x.dtype))
         out = F.linear(x, weight, bias)
         mine = options.part(flat(out))
-        # The bias is in the product, since only so no bit changes where all gains are 1.
+        # The product includes the bias, because only then gains of 1 leave every bit as it is.
         _scale(mine, gains)
         if bias is not None:
             mine.add_(((1 - gains) * options.own(bias)).to(x.dtype))
         mine.addmm_(down, options.steered(b, gains, x.dtype).T)
-        # As in lora_fx.runtime.fused_lora: a view that a function returns cannot be written into.
+        # As in lora_fx.runtime.fused_lora: callers cannot write in place into a view that a function returns.
         return torch_private.UNSAFE_VIEW(out, out.shape), down
 
     @staticmethod
@@ -201,7 +201,7 @@ class _DoraLinear(torch.autograd.Function):
         again = wants.gains and (options.again or not divisible(gains))
         divides = wants.gains and not again
         keep = wants.a or wants.weight or again
-        # Of what is made again, its own inputs: they are kept anyway.
+        # If x is recomputed, save the inputs that it is recomputed from: they are saved anyway.
         made_of = source.given if keep and source is not None else ()
         ctx.source = source.kept() if made_of else None
         ctx.save_for_backward(
@@ -224,14 +224,14 @@ class _DoraLinear(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(grad.device.type):
-            found = _gradients(ctx, grad)
+            results = _gradients(ctx, grad)
         if ctx.source is not None:
             ctx.source.done()
-        return found
+        return results
 
 
 class _Wants(NamedTuple):
-    """Which arguments of the function require a gradient."""
+    """Flags for the arguments of the function that require a gradient."""
 
     x: bool
     mask: bool
@@ -244,15 +244,15 @@ class _Wants(NamedTuple):
     gains: bool
 
 
-def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-    """Of every argument of forward."""
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of every argument of forward."""
     x, mask, down, out, weight, bias, a, b, gains, *made_of = ctx.saved_tensors
     options, wants = ctx.options, _Wants(*ctx.needs_input_grad)
-    # Differentiated twice, what is kept is no constant, and nothing may be written in place.
+    # In a double backward the saved tensors are not constants, and nothing may be written in place.
     again = torch.is_grad_enabled()
     x = _input(ctx, x, made_of)
-    grad = flat(given)
-    mine = options.part(grad)
+    grad = flat(grad_out)
+    part = options.part(grad)
     down_weight = a.to(grad.dtype)
     seed = None if again else seed_of(mask, down_weight)
     factor = None
@@ -268,23 +268,23 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         down = masked @ down_weight.T if again else down
     grad_x = grad_weight = grad_a = grad_b = grad_gains = None
     if wants_down:
-        crossed = (mine.T @ down).to(gains.dtype) * options.scale
+        crossed = (part.T @ down).to(gains.dtype) * options.scale
     if wants.b:
         grad_b = (crossed * gains[:, None]).to(b.dtype)
     product = None
     if wants.gains and divides:
-        product = flat(out) * mine if bias is None else (flat(out) - bias).mul_(mine)
+        product = flat(out) * part if bias is None else (flat(out) - bias).mul_(part)
         grad_gains = product.sum(0, dtype=gains.dtype) / gains
     elif wants.gains:
         base = flat(_known(x)) @ options.own(weight).T
-        product = base * mine if again else base.mul_(mine)
+        product = base * part if again else base.mul_(part)
         grad_gains = product.sum(0, dtype=gains.dtype) + (crossed * b).sum(1)
     if wants.a or wants.x:
-        inner = mine @ options.steered(b, gains, grad.dtype)
+        inner = part @ options.steered(b, gains, grad.dtype)
         if wants.a:
             grad_a = dropped_outer(inner, x, masked, seed).to(a.dtype)
     if wants.x or wants.weight:
-        # Its memory is taken again: to get new costs a CPU more than to compute.
+        # Reuse the memory of the product: on a CPU an allocation costs more than the computation.
         scaled = _scaled(grad, gains, options, None if again else product)
         if wants.weight:
             grad_weight = scaled.T @ flat(_known(x))
@@ -296,11 +296,11 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _input(ctx: Any, x: Tensor | None, made_of: list[Tensor]) -> Tensor | None:
-    """The input, as it was kept or made again."""
+    """Return the input, saved or recomputed."""
     if ctx.source is None:
         return x
-    made: Tensor = ctx.source.value(made_of, torch.is_grad_enabled()).to(ctx.dtype)
-    return made
+    value: Tensor = ctx.source.value(made_of, torch.is_grad_enabled()).to(ctx.dtype)
+    return value
 
 
 def _known(x: Tensor | None) -> Tensor:
@@ -313,22 +313,22 @@ def _known(x: Tensor | None) -> Tensor:
 
 
 def _scale(matrix: Tensor, gains: Tensor) -> None:
-    """``g ∘ matrix``, in place."""
+    """Compute ``g ∘ matrix`` in place."""
     if gains.dtype == matrix.dtype:
         matrix.mul_(gains)
     else:
-        # A gain near 1 would lose its digits in a half type; what it has more or less than 1 does not.
+        # A gain near 1 would lose its digits in a half type, but its difference from 1 does not.
         matrix.addcmul_(matrix, (gains - 1).to(matrix.dtype))
 
 
 def _scaled(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
-    """The gradient before the gain.
+    """Return the gradient before the gain.
 
     Args:
-        grad: That of the output.
+        grad: The gradient of the output.
         gains: g.
-        options: Which outputs have it.
-        space: What may be overwritten for it, if it is as large.
+        options: The options, with the outputs that have a gain.
+        space: A tensor that the result may overwrite, or None. It is used only if it has the same size.
     """
     change = gains - 1
     if options.rows is not None:

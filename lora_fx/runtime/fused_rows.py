@@ -1,13 +1,13 @@
 """A linear operation whose rows have different adapters: ``y = W x + bias + s_k · B_k A_k drop_k(x)``.
 
-The adapter k is that of the row. One call computes the base product of the whole batch and the two thin
-products of each adapter over the rows that it has, forward and backward: no adapter computes with rows of
-another one, whatever their ranks are, and nothing is padded. Where each adapter's rows lie together they are
-read and written where they are. Otherwise they are sorted by adapter first, once for all adapters.
+k is the adapter of the row. One call computes the base product of the whole batch, and the two thin products
+of each adapter over its own rows, forward and backward. Ranks may differ, and nothing is padded. If the rows
+of each adapter are contiguous, they are read and written in place. Otherwise they are sorted by adapter
+first, once for all adapters.
 
-For the backward it keeps what :mod:`lora_fx.runtime.fused_lora` keeps of one adapter: x, or what x is made
-of, the products with the A's, and masks of bits. An adapter without a row in the batch gets no gradient, as
-if it had not run.
+For the backward it saves the same tensors as :mod:`lora_fx.runtime.fused_lora` does for one adapter: x (or
+the inputs that x is recomputed from), the products with the A's, and bit masks. An adapter without a row in
+the batch gets no gradient, as if it had not run.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ from lora_fx.runtime.samples import (
 __all__ = ["lora_rows", "quantized_lora_rows"]
 
 _Dropout = tuple[float, bool] | None
-"""The probability of an adapter's dropout, and whether there is any now; None for none."""
+"""The dropout probability of an adapter, and True if it is active now. None without dropout."""
 
 
 class _Adapters(NamedTuple):
-    """What the adapters of a site have, one after the other, and how it is computed.
+    """The settings of the adapters of a site, in the order of the adapters, and of the base product.
 
     Attributes:
-        scales: The factors of the branches.
-        dropouts: Probabilities with which elements of a branch's input are zero.
-        parts: Which of the outputs each branch is added to; None for all.
-        kernel: Of a quantized base; None for any other.
-        dtype: In which the branches are computed.
+        scales: The scales of the branches.
+        dropouts: Dropout probabilities of the inputs of the branches.
+        parts: The range of outputs that each branch is added to, or None for all.
+        kernel: The kernel of a quantized base, else None.
+        dtype: The dtype in which the branches are computed.
     """
 
     scales: Sequence[float]
@@ -67,27 +67,27 @@ class _Adapters(NamedTuple):
     dtype: torch.dtype
 
     def base(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The output without adapters."""
+        """Return the output without adapters."""
         if self.kernel is not None:
             return self.kernel.product(x, bias)
         assert weight is not None
         return F.linear(x, weight, bias)
 
     def scale(self, place: int) -> float:
-        """The factor of a branch, with what makes up for its dropout."""
+        """Return the scale of a branch, multiplied by the rescaling of its dropout."""
         dropout = self.dropouts[place]
         return self.scales[place] * (recovery(dropout) if dropout else 1.0)
 
     def part(self, outputs: Tensor, place: int) -> Tensor:
-        """The outputs to which an adapter adds."""
+        """Return the columns of ``outputs`` that an adapter adds to, as a view."""
         part = self.parts[place]
         return outputs if part is None else outputs[:, part[0] : part[1]]
 
     @property
     def shared(self) -> float | None:
-        """The probability of all adapters; None if they differ."""
+        """Return the dropout probability of all adapters, or None if they differ."""
         first = self.dropouts[0]
-        return first if all(one == first for one in self.dropouts) else None
+        return first if all(dropout == first for dropout in self.dropouts) else None
 
 
 def lora_rows(
@@ -103,31 +103,31 @@ def lora_rows(
     parts: Sequence[Rows | None],
     name: str = "",
 ) -> Tensor:
-    """A linear operation with an adapter for each row of the batch.
+    """Compute a linear operation with an adapter for each row of the batch.
 
-    Dtypes, autocast, second derivatives and the transforms of ``torch.func`` are those of
+    Dtypes, autocast, second derivatives and the transforms of ``torch.func`` work as in
     :func:`lora_fx.runtime.fused_lora.lora_linear`. A compiler sees plain operations, so that one compilation
     serves all orders of the rows.
 
     Args:
-        x: [samples, ..., in], each sample repeated, or with the rows of a sample one after the other.
+        x: [samples, ..., in]. Samples may be repeated, or have several consecutive rows.
         weight: [out, in], of any strides.
         bias: [out], or None.
-        table: Says which samples each adapter has.
-        adapters: Names of the adapters, as the next five.
-        a: A, [r, in], of ranks that may differ.
-        b: B, [n, r].
-        scales: The factor of the branch.
-        dropouts: The dropout of its input.
-        parts: Which of the outputs (start, stop) it is added to; None for all.
+        table: The samples of each adapter.
+        adapters: Names of the adapters. The next five arguments are in the same order.
+        a: A, [r, in] each. Ranks may differ.
+        b: B, [n, r] each.
+        scales: The scale of each branch.
+        dropouts: The dropout of each branch's input.
+        parts: The outputs (start, stop) that each branch is added to, or None for all.
         name: Name of the adapted weight in its module.
 
     Returns:
         [..., out].
 
     Raises:
-        ConfigError: If it is not known which rows are whose.
-        LoraFxError: In a second backward pass, where every A is frozen.
+        ConfigError: If the adapters of the rows are unknown.
+        LoraFxError: In a second backward pass, if every A is frozen.
     """
     dtype = autocast_dtype(x.device.type)
     source = source_of(x)
@@ -154,9 +154,9 @@ def quantized_lora_rows(
     threshold: float = 0.0,
     base_training: bool = False,
 ) -> Tensor:
-    """:func:`lora_rows` over a quantized weight, which is frozen.
+    """Compute :func:`lora_rows` over a quantized weight, which is frozen.
 
-    The last arguments are those of :func:`lora_fx.runtime.fused_lora.quantized_lora_linear`.
+    The last three arguments are those of :func:`lora_fx.runtime.fused_lora.quantized_lora_linear`.
     """
     kernel, dtype = quantized_kernel(x, weight, compute_dtype, threshold, base_training)
     options = _Adapters(scales, _probabilities(dropouts), parts, kernel, dtype)
@@ -164,7 +164,7 @@ def quantized_lora_rows(
 
 
 def _probabilities(dropouts: Sequence[_Dropout]) -> tuple[float, ...]:
-    return tuple(one[0] if one is not None and one[1] else 0.0 for one in dropouts)
+    return tuple(dropout[0] if dropout is not None and dropout[1] else 0.0 for dropout in dropouts)
 
 
 def _applied(
@@ -188,15 +188,15 @@ def _applied(
         check_rows_followed(x, name)
         layout = table.lay_out(x, adapters)
         if torch.is_grad_enabled():
-            given = (x, weight, bias, layout, options, source, *a, *b)
-            out: Tensor = _LoraRows.apply(*given)  # type: ignore[no-untyped-call]
+            args = (x, weight, bias, layout, options, source, *a, *b)
+            out: Tensor = _LoraRows.apply(*args)  # type: ignore[no-untyped-call]
         else:
             out = _computed(x, weight, bias, layout, options, a, b)[0]
         return followed(out, table, name)
 
 
 _Drop = Callable[[Tensor, int, float], Tensor]
-"""What a branch reads, of its rows, the place of its adapter and the probability of its dropout."""
+"""Dropout of a branch's input: takes its rows, the index of its adapter and the dropout probability."""
 
 
 def _drawn(own: Tensor, _: int, dropout: float) -> Tensor:
@@ -213,60 +213,57 @@ def _composed(
     options: _Adapters,
     drop: _Drop,
 ) -> Tensor:
-    """The same of plain operations, none of which writes into anything.
+    """Compute the output with plain operations, none of which works in place.
 
     Args:
         x: [..., in].
-        weight: None with a kernel.
+        weight: [out, in], or None with a kernel.
         bias: [out], or None.
-        rows: Which of the rows of the matrix [tokens, in] each adapter has; None for none.
+        rows: For each adapter, the indices of its rows in the matrix [tokens, in], or None without rows.
         a: A of each adapter.
-        b: B of each.
-        options: What else there is of each adapter.
-        drop: Gives what a branch reads.
+        b: B of each adapter.
+        options: The other settings of the adapters.
+        drop: Returns the input of a branch after its dropout.
     """
     out = options.base(x, weight, bias)
     total, inputs = flat(out), flat(x).to(options.dtype)
-    for place, (index, down, up) in enumerate(zip(rows, a, b, strict=True)):
+    for k, (index, down, up) in enumerate(zip(rows, a, b, strict=True)):
         if index is None:
             continue
-        own = drop(inputs.index_select(0, index), place, options.dropouts[place])
+        own = drop(inputs.index_select(0, index), k, options.dropouts[k])
         thin = F.linear(own, down.to(own.dtype)).to(out.dtype)
-        delta = F.linear(thin, up.to(out.dtype)) * options.scale(place)
-        if (part := options.parts[place]) is not None:
+        delta = F.linear(thin, up.to(out.dtype)) * options.scale(k)
+        if (part := options.parts[k]) is not None:
             delta = F.pad(delta, (part[0], total.shape[1] - part[1]))
         total = total.index_add(0, index, delta)
     return total.reshape(out.shape)
 
 
 class _Masks:
-    """The dropout of a call: one mask for all rows where adapters drop alike, else one for each adapter."""
+    """The dropout masks of a call: a single one if all adapters have equal dropout, else one per adapter."""
 
     def __init__(self, bits: Sequence[Tensor], options: _Adapters, layout: Layout) -> None:
         self.bits, self._options, self._layout = bits, options, layout
 
     @classmethod
     def drawn(cls, rows: Tensor, options: _Adapters, layout: Layout) -> _Masks:
-        """Draws them for the rows that adapters read."""
+        """Draw the masks for the rows that adapters read."""
         shared = options.shared
         if shared is not None:
             return cls((draw(rows, shared),) if shared else (), options, layout)
         own = zip(layout.places, layout.cut(rows), strict=True)
-        found = [(rows, options.dropouts[place]) for place, rows in own]
-        return cls([draw(rows, dropout) for rows, dropout in found if dropout], options, layout)
+        branches = [(rows, options.dropouts[k]) for k, rows in own]
+        return cls([draw(rows, dropout) for rows, dropout in branches if dropout], options, layout)
 
     def factors(self, rows: Tensor) -> Sequence[Tensor | None]:
-        """What the rows of each adapter that has some are multiplied with; None for nothing."""
+        """Return the factors of the rows of each adapter that has rows, or None without dropout."""
         layout, options = self._layout, self._options
         if not self.bits:
             return [None] * len(layout.places)
         if options.shared is not None:
             return layout.cut(unpacked(self.bits[0], rows))
         waiting, own = iter(self.bits), zip(layout.places, layout.cut(rows), strict=True)
-        return [
-            unpacked(next(waiting), rows) if options.dropouts[place] else None
-            for place, rows in own
-        ]
+        return [unpacked(next(waiting), rows) if options.dropouts[k] else None for k, rows in own]
 
 
 def _computed(
@@ -278,26 +275,26 @@ def _computed(
     a: Sequence[Tensor],
     b: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """The output, the products with the A's, and the masks."""
+    """Return the output, the products with the A's, and the masks."""
     out = options.base(x, weight, bias)
     total = flat(out)
     downs: list[Tensor] = []
     with unfollowed():
         rows = layout.taken(flat(x)).to(options.dtype)
         masks = _Masks.drawn(rows, options, layout)
-        # Sorted rows have their branches in a matrix of their own, which is added once.
+        # The branches of sorted rows are written into a separate matrix, which is added once.
         moved = total if layout.order is None else total.new_zeros(rows.shape[0], total.shape[1])
         dtype = total.dtype
         each = (layout.places, layout.cut(rows), layout.cut(moved), masks.factors(rows))
-        for place, own, outputs, factor in zip(*each, strict=True):
-            own = own if factor is None else own * factor
-            down = F.linear(own, a[place].to(options.dtype))
-            up = b[place].to(dtype).T
-            options.part(outputs, place).addmm_(down.to(dtype), up, alpha=options.scale(place))
+        for k, inputs, outputs, factor in zip(*each, strict=True):
+            inputs = inputs if factor is None else inputs * factor
+            down = F.linear(inputs, a[k].to(options.dtype))
+            up = b[k].to(dtype).T
+            options.part(outputs, k).addmm_(down.to(dtype), up, alpha=options.scale(k))
             downs.append(down)
         if layout.order is not None:
             total.index_add_(0, layout.order, moved)
-    # It may be a view of a matrix, and autograd forbids to write into views that a function returns.
+    # ``total`` may be a view, and autograd forbids in-place writes into views that a function returns.
     return torch_private.UNSAFE_VIEW(total, out.shape), downs, masks.bits
 
 
@@ -318,9 +315,9 @@ class _LoraRows(torch.autograd.Function):
         out, downs, bits = _computed(x, weight, bias, layout, options, a, b)
         of_x, of_weight = ctx.needs_input_grad[:2]
         wanted = ctx.needs_input_grad[6:]
-        of_a = any(wanted[place] for place in layout.places)
-        of_b = any(wanted[count + place] for place in layout.places)
-        # A frozen A (LoRA-FA, arXiv:2308.03303) is there to save x.
+        of_a = any(wanted[k] for k in layout.places)
+        of_b = any(wanted[count + k] for k in layout.places)
+        # With a frozen A (LoRA-FA, arXiv:2308.03303) x need not be saved.
         keep = of_a or of_weight
         again = source.given if keep and source is not None else ()
         ctx.source = source.kept() if source is not None and again else None
@@ -344,14 +341,14 @@ class _LoraRows(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         with without_autocast(grad.device.type):
-            found = _again(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+            grads = _again(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
         if ctx.source is not None:
             ctx.source.done()
-        return found
+        return grads
 
 
 class _Kept(NamedTuple):
-    """What a backward has: masks and products of the adapters with rows, factors of all."""
+    """The saved tensors of a backward. Masks and products are those of the adapters that have rows."""
 
     x: Tensor | None
     weight: Tensor | None
@@ -363,25 +360,25 @@ class _Kept(NamedTuple):
 
 
 def _kept(ctx: Any, again: bool) -> _Kept:
-    x, weight, bias, *rest = ctx.saved_tensors
+    x, weight, bias, *tensors = ctx.saved_tensors
     count, bits, downs = ctx.counts
     ends = (count, 2 * count, 2 * count + bits, 2 * count + bits + downs)
-    a, b, masks, products = (rest[i:j] for i, j in zip((0, *ends), ends, strict=False))
+    a, b, masks, products = (tensors[i:j] for i, j in zip((0, *ends), ends, strict=False))
     if ctx.source is not None:
-        x = ctx.source.value(rest[ends[-1] :], again)
+        x = ctx.source.value(tensors[ends[-1] :], again)
     return _Kept(x, weight, bias, a, b, _Masks(masks, ctx.options, ctx.layout), products)
 
 
-def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
-    """Of every argument of forward."""
+def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradient of every argument of forward."""
     kept, layout, options = _kept(ctx, again=False), ctx.layout, ctx.options
     count, wanted = len(kept.a), ctx.needs_input_grad
-    exact = flat(given)
+    exact = flat(grad_out)
     grad = exact.to(options.dtype)
     rows = layout.taken(grad)
     of_a, of_b = wanted[6 : 6 + count], wanted[6 + count :]
-    found_a: list[Tensor | None] = [None] * count
-    found_b: list[Tensor | None] = [None] * count
+    grads_a: list[Tensor | None] = [None] * count
+    grads_b: list[Tensor | None] = [None] * count
     inputs = None if kept.x is None else layout.taken(flat(kept.x)).to(options.dtype)
     grad_x: Any = None
     moved: Any = None
@@ -401,18 +398,18 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         kept.masks.factors(like),
     )
     zero = rows.new_zeros(())
-    for place, outputs, own, target, down, factor in zip(*each, strict=True):
-        scale, mine = options.scale(place), options.part(outputs, place)
-        a, b = kept.a[place], kept.b[place]
-        if of_b[place]:
-            product = torch.addmm(zero, mine.T, down, beta=0, alpha=scale)
-            found_b[place] = product.to(b.dtype)
-        if not (of_a[place] or target is not None):
+    for k, outputs, own, target, down, factor in zip(*each, strict=True):
+        scale, part = options.scale(k), options.part(outputs, k)
+        a, b = kept.a[k], kept.b[k]
+        if of_b[k]:
+            product = torch.addmm(zero, part.T, down, beta=0, alpha=scale)
+            grads_b[k] = product.to(b.dtype)
+        if not (of_a[k] or target is not None):
             continue
-        inner = torch.addmm(zero, mine, b.to(options.dtype), beta=0, alpha=scale)
-        if of_a[place]:
+        inner = torch.addmm(zero, part, b.to(options.dtype), beta=0, alpha=scale)
+        if of_a[k]:
             own = own if factor is None else own * factor
-            found_a[place] = (inner.T @ own).to(a.dtype)
+            grads_a[k] = (inner.T @ own).to(a.dtype)
         if target is not None:
             add_product(target, inner, a.to(options.dtype), again=False, factor=factor)
     if grad_x is not None:
@@ -421,11 +418,18 @@ def _gradients(ctx: Any, given: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_x.view(ctx.shape)
     grad_weight = grad.T @ flat(kept.x).to(options.dtype) if wanted[1] else None  # type: ignore[arg-type]
     grad_bias = grad.sum(0) if wanted[2] else None
-    return grad_x, grad_weight, grad_bias, None, None, None, *found_a, *found_b
+    return grad_x, grad_weight, grad_bias, None, None, None, *grads_a, *grads_b
 
 
 def _to_input(weight: Tensor | None, options: _Adapters, grad: Tensor, exact: Tensor) -> Tensor:
-    """The base's gradient of x, [tokens, in]: in the dtype of ``grad``, of the gradient as it came."""
+    """Return the base's gradient of x, [tokens, in], in the dtype of ``grad``.
+
+    Args:
+        weight: [out, in], or None with a kernel.
+        options: The settings, with the kernel of a quantized base.
+        grad: The gradient of the output, in the dtype of the branches.
+        exact: The same gradient in its original dtype, which a kernel takes.
+    """
     if options.kernel is not None:
         return options.kernel.to_input(exact).to(grad.dtype)
     assert weight is not None
@@ -433,7 +437,7 @@ def _to_input(weight: Tensor | None, options: _Adapters, grad: Tensor, exact: Te
 
 
 def _again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients with a history of their own, for a second backward: of the plain operations."""
+    """Return the gradients with an autograd history, for a second backward, from plain operations."""
     kept, layout, options = _kept(ctx, again=True), ctx.layout, ctx.options
     if kept.x is None:
         raise LoraFxError(
@@ -447,16 +451,16 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     like = like.expand(layout.taken(rows).shape[0], ctx.shape[-1])
     drops = dict(zip(layout.places, kept.masks.factors(like), strict=True))
 
-    def drop(own: Tensor, place: int, _: float) -> Tensor:
-        factor = drops[place]
+    def drop(own: Tensor, k: int, _: float) -> Tensor:
+        factor = drops[k]
         return own if factor is None else own * factor
 
     out = _composed(kept.x, kept.weight, kept.bias, indices, kept.a, kept.b, options, drop)
-    given = (kept.x, kept.weight, kept.bias, None, None, None, *kept.a, *kept.b)
-    places = [place for place, want in enumerate(ctx.needs_input_grad) if want]
-    inputs: list[Any] = [given[place] for place in places]
-    found = torch.autograd.grad(out, inputs, grad, create_graph=True, allow_unused=True)
-    results: list[Tensor | None] = [None] * len(given)
-    for place, one in zip(places, found, strict=True):
-        results[place] = one
+    args = (kept.x, kept.weight, kept.bias, None, None, None, *kept.a, *kept.b)
+    positions = [position for position, want in enumerate(ctx.needs_input_grad) if want]
+    inputs: list[Any] = [args[position] for position in positions]
+    grads = torch.autograd.grad(out, inputs, grad, create_graph=True, allow_unused=True)
+    results: list[Tensor | None] = [None] * len(args)
+    for position, value in zip(positions, grads, strict=True):
+        results[position] = value
     return tuple(results)

@@ -1,16 +1,16 @@
-"""Products with ``drop(x)`` in one pass over x, and masks that are never stored: Triton kernels for GPUs.
+"""Triton kernels for products with ``drop(x)`` in one pass over x, with masks that are never stored.
 
-PyTorch on a GPU draws a number of four bytes for each element, compares it, multiplies x with the result into
-a matrix of its size, and keeps a byte for each element. Here a mask is a *seed*, eight bytes
-(:func:`lora_fx.runtime.masks.draw`): each kernel draws the elements of its tile, in registers, from Philox
-4x32-10 (Salmon et al. 2011, SC '11), whose outputs depend on the seed and the place in the matrix alone. So
-the forward, the backward and a checkpoint's recomputation have the same mask, whatever their tiles are.
-One call of Philox gives the bytes of sixteen neighbors in a row: element (i, j) is kept if byte ``j % 16`` of
-the call with the counter ``(j // 16, i, 0, 0)`` is at least the threshold.
+PyTorch on a GPU draws a number of four bytes for each element and compares it. It multiplies x with the
+result into a new matrix, and saves a byte for each element. Here a mask is a *seed* of eight bytes
+(:func:`lora_fx.runtime.masks.draw`). Each kernel draws the elements of its tile, in registers, from Philox
+4x32-10 (Salmon et al. 2011, SC '11). Its outputs depend only on the seed and the position in the matrix. So
+the forward, the backward and a checkpoint's recomputation have the same mask, whatever their tiles are. One
+call of Philox gives the bytes of sixteen neighbors in a row: element (i, j) is kept if byte ``j % 16`` of the
+call with the counter ``(j // 16, i, 0, 0)`` is at least the threshold.
 
-Sums over tokens or features are cut by the shapes alone, and added in a fixed order: nothing is atomic, and a
-run repeats bit for bit. The products are operators, ``lora_fx::…``, so that modes of PyTorch see them. This
-module alone imports Triton, and is imported when a mask is first drawn on a GPU
+Sums over tokens or features are split by the shapes alone, and added in a fixed order. No operation is
+atomic, and a run repeats bit for bit. The products are operators, ``lora_fx::…``, so that modes of PyTorch
+see them. No other module imports Triton. This module is imported when a mask is first drawn on a GPU
 (:func:`lora_fx.runtime.masks.has_kernels`).
 """
 
@@ -26,22 +26,22 @@ from torch import Tensor
 
 __all__ = ["add_dropped_", "check", "dropout_mask", "dropped_outer", "dropped_product"]
 
-# Programs that a grid should have: what is cut for it depends on shapes alone, and not on the GPU.
+# Programs that a grid should have. It is a constant, so that splits depend on shapes and not on the GPU.
 _PROGRAMS = 256
-# Tiles that a program should have to add up, where that can be cut.
+# Tiles that a program should add up at least, if a sum is split.
 _LEAST_STEPS = 4
-# Triton's own default, which it warns of.
+# This is Triton's default, but Triton warns unless it is set.
 _COMPILED = {"enable_fp_fusion": True}
 
 
 @triton.jit
 def _kept(packed, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What the mask keeps of a tile, [ROWS, COLUMNS]; its first column is a multiple of 16."""
+    """Return the mask of a tile, bool [ROWS, COLUMNS]. The tile's first column is a multiple of 16."""
     groups = first // 16 + tl.arange(0, COLUMNS // 16)
     zero = tl.zeros((ROWS, COLUMNS // 16), tl.int32)
     low, high = groups[None, :] + zero, rows[:, None] + zero
     w0, w1, w2, w3 = tl.philox(packed >> 8, low, high, zero, zero)
-    # Words, then their bytes, in the order of the columns.
+    # Order the words, then their bytes, as the columns.
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS // 4, 1))
     shifts = (8 * tl.arange(0, 4)).to(tl.uint32)
     numbers = tl.reshape((words >> shifts[None, None, :]) & 255, (ROWS, COLUMNS))
@@ -61,17 +61,19 @@ def _tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``drop(x)`` of a tile, with zeros outside of the matrix."""
+    """Return ``drop(x)`` of a tile, with zeros outside of the matrix."""
     columns = first + tl.arange(0, COLUMNS)
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    places = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    values = tl.load(x + places, mask=inside, other=0.0)
+    offsets = (
+        rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    )
+    values = tl.load(x + offsets, mask=inside, other=0.0)
     return tl.where(_kept(packed, rows, first, ROWS, COLUMNS), values, 0.0)
 
 
 @triton.jit
 def _plus(total, left, right, PRECISION: tl.constexpr, WIDE: tl.constexpr):
-    """``total + left @ right``, in fp32."""
+    """Return ``total + left @ right``, in fp32."""
     if WIDE:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
@@ -91,8 +93,8 @@ def _mask_kernel(
     first = tl.program_id(1) * COLUMNS
     columns = first + tl.arange(0, COLUMNS)
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    places = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
-    tl.store(out + places, _kept(packed, rows, first, ROWS, COLUMNS).to(tl.uint8), mask=inside)
+    offsets = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
+    tl.store(out + offsets, _kept(packed, rows, first, ROWS, COLUMNS).to(tl.uint8), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_count", "steps"])
@@ -113,7 +115,7 @@ def _product_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``out[part] = drop(x) Aᵀ`` over the columns of a part."""
+    """Compute ``out[part] = drop(x) Aᵀ`` over the columns of a part."""
     packed = tl.load(mask)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -140,8 +142,8 @@ def _product_kernel(
         )
         total = _plus(total, tile, factor, PRECISION, WIDE)
     inside = (rows[:, None] < row_count) & (ranks[None, :] < rank)
-    places = (part.to(tl.int64) * row_count + rows[:, None]) * rank + ranks[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    offsets = (part.to(tl.int64) * row_count + rows[:, None]) * rank + ranks[None, :]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_count", "steps"])
@@ -162,7 +164,7 @@ def _outer_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``out[part] = gradᵀ drop(x)`` over the rows of a part."""
+    """Compute ``out[part] = gradᵀ drop(x)`` over the rows of a part."""
     packed = tl.load(mask)
     first = tl.program_id(0) * COLUMNS
     part = tl.program_id(1)
@@ -183,13 +185,13 @@ def _outer_kernel(
             COLUMNS,
         )
         inside = (ranks[:, None] < rank) & (rows[None, :] < row_count)
-        places = rows.to(tl.int64)[None, :] * rank + ranks[:, None]
-        inner = tl.load(grad + places, mask=inside, other=0.0)
+        offsets = rows.to(tl.int64)[None, :] * rank + ranks[:, None]
+        inner = tl.load(grad + offsets, mask=inside, other=0.0)
         total = _plus(total, inner, tile, PRECISION, WIDE)
     columns = first + tl.arange(0, COLUMNS)
     inside = (ranks[:, None] < rank) & (columns[None, :] < column_count)
-    places = (part.to(tl.int64) * rank + ranks[:, None]) * column_count + columns[None, :]
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    offsets = (part.to(tl.int64) * rank + ranks[:, None]) * column_count + columns[None, :]
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -207,7 +209,7 @@ def _add_kernel(
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``total += mask ∘ (grad A)``, with RANK of the ranks at a time."""
+    """Compute ``total += mask ∘ (grad A)``, for RANK ranks at a time."""
     packed = tl.load(mask)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
@@ -216,8 +218,8 @@ def _add_kernel(
     for start in range(0, rank, RANK):
         ranks = start + tl.arange(0, RANK)
         inside = (rows[:, None] < row_count) & (ranks[None, :] < rank)
-        places = rows.to(tl.int64)[:, None] * rank + ranks[None, :]
-        inner = tl.load(grad + places, mask=inside, other=0.0)
+        offsets = rows.to(tl.int64)[:, None] * rank + ranks[None, :]
+        inner = tl.load(grad + offsets, mask=inside, other=0.0)
         inside = (ranks[:, None] < rank) & (columns[None, :] < column_count)
         factor = tl.load(
             a + ranks[:, None] * column_count + columns[None, :], mask=inside, other=0.0
@@ -225,26 +227,26 @@ def _add_kernel(
         change = _plus(change, inner, factor, PRECISION, WIDE)
     change = tl.where(_kept(packed, rows, first, ROWS, COLUMNS), change, 0.0)
     inside = (rows[:, None] < row_count) & (columns[None, :] < column_count)
-    places = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
-    before = tl.load(total + places, mask=inside, other=0.0)
+    offsets = rows.to(tl.int64)[:, None] * column_count + columns[None, :]
+    before = tl.load(total + offsets, mask=inside, other=0.0)
     after = (before.to(tl.float32) + change).to(total.dtype.element_ty)
-    tl.store(total + places, after, mask=inside)
+    tl.store(total + offsets, after, mask=inside)
 
 
 def _power(size: int) -> int:
-    """The power of two from a size on, and no less than the 16 of a matrix instruction."""
+    """Return the next power of two from a size on, but at least the 16 of a matrix instruction."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def _parts(programs: int, steps: int) -> tuple[int, int]:
-    """Into how many parts a sum of so many tiles is cut, and the tiles of each."""
+    """Return the number of parts that a sum of ``steps`` tiles is split into, and the tiles of each."""
     wanted = min(triton.cdiv(_PROGRAMS, programs), triton.cdiv(steps, _LEAST_STEPS))
     each = triton.cdiv(steps, max(1, wanted))
     return triton.cdiv(steps, each), each
 
 
 def _tiles(rank: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The sizes of a kernel's tiles, which have all ranks, and its options: such that registers suffice."""
+    """Return tile sizes and options of a kernel, so that registers suffice for tiles with all ranks."""
     wide = dtype == torch.float32
     return {
         **_COMPILED,
@@ -260,7 +262,7 @@ def _tiles(rank: int, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _precision() -> str:
-    """How products of fp32 are computed: as PyTorch is told to compute its own."""
+    """Return the precision of fp32 products, as PyTorch's setting for its own products has it."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -269,14 +271,14 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _operator(schema: str) -> Any:
-    """Registers a function as an operator, which runs on the device of its first argument."""
+    """Return a decorator that registers an operator, which runs on the device of its first argument."""
 
     def register(function: Any) -> Any:
         @functools.wraps(function)
-        def run(first: Tensor, *others: Any) -> Any:
+        def run(first: Tensor, *args: Any) -> Any:
             # Triton launches on the current device.
             with torch.cuda.device_of(first):  # type: ignore[no-untyped-call]
-                return function(first, *others)
+                return function(first, *args)
 
         name, bracket, arguments = schema.partition("(")
         torch.library.define(f"lora_fx::{name}", bracket + arguments)
@@ -288,12 +290,12 @@ def _operator(schema: str) -> Any:
 
 @_operator("dropout_mask(Tensor mask, SymInt rows, SymInt columns) -> Tensor")
 def dropout_mask(mask: Tensor, rows: int, columns: int) -> Tensor:
-    """What a mask keeps, bool [rows, columns].
+    """Return the mask of a seed, bool [rows, columns], which is True for the elements to keep.
 
     Args:
         mask: A seed of :func:`lora_fx.runtime.masks.draw`.
-        rows: Of the matrix.
-        columns: Likewise.
+        rows: The number of rows of the matrix.
+        columns: Its number of columns.
     """
     out = torch.empty(rows, columns, dtype=torch.uint8, device=mask.device)
     sizes = {"ROWS": 32, "COLUMNS": 128}
@@ -304,7 +306,7 @@ def dropout_mask(mask: Tensor, rows: int, columns: int) -> Tensor:
 
 @_operator("dropped_product(Tensor x, Tensor a, Tensor mask) -> Tensor")
 def dropped_product(x: Tensor, a: Tensor, mask: Tensor) -> Tensor:
-    """``drop(x) Aᵀ``, [tokens, r], not scaled.
+    """Return ``drop(x) Aᵀ``, [tokens, r], not scaled.
 
     Args:
         x: [..., in].
@@ -324,10 +326,10 @@ def dropped_product(x: Tensor, a: Tensor, mask: Tensor) -> Tensor:
 
 @_operator("dropped_outer(Tensor grad, Tensor x, Tensor mask) -> Tensor")
 def dropped_outer(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """``gradᵀ drop(x)``, [r, in], not scaled: the gradient of A.
+    """Return the gradient of A, ``gradᵀ drop(x)``, [r, in], not scaled.
 
     Args:
-        grad: That of the product with A, [tokens, r].
+        grad: The gradient of the product with A, [tokens, r].
         x: [..., in], in the same dtype.
         mask: A seed for the shape of x.
     """
@@ -344,17 +346,17 @@ def dropped_outer(grad: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 @_operator("add_dropped_(Tensor(a!) total, Tensor grad, Tensor a, Tensor mask) -> ()")
 def add_dropped_(total: Tensor, grad: Tensor, a: Tensor, mask: Tensor) -> None:
-    """``total += mask ∘ (grad A)``: the gradient of x.
+    """Add the gradient of x in place: ``total += mask ∘ (grad A)``.
 
     Args:
         total: [tokens, in], contiguous.
-        grad: That of the product with A, [tokens, r], in the same dtype.
-        a: A, [r, in], likewise.
+        grad: The gradient of the product with A, [tokens, r], in the same dtype.
+        a: A, [r, in], in the same dtype.
         mask: A seed for the shape of the total.
     """
     grad, a = grad.contiguous(), a.contiguous()
     (rows, columns), rank = total.shape, a.shape[0]
-    # Ranks are added up in turn.
+    # The kernel loops over blocks of ranks.
     tiles = {**_tiles(min(rank, 64), total.dtype), "ROWS": 64, "COLUMNS": 64, "num_stages": 2}
     grid = (triton.cdiv(rows, tiles["ROWS"]), triton.cdiv(columns, tiles["COLUMNS"]))
     _add_kernel[grid](total, grad, a, mask, rows, columns, rank, **tiles)
@@ -362,10 +364,10 @@ def add_dropped_(total: Tensor, grad: Tensor, a: Tensor, mask: Tensor) -> None:
 
 @functools.cache
 def check(device: torch.device) -> str:
-    """Compiles the kernels for a device and compares them there with operations of PyTorch, once.
+    """Compile the kernels for a device and compare their results with those of PyTorch, once.
 
     Returns:
-        What is wrong, or an empty string.
+        The problem in words, or an empty string.
     """
     values = torch.Generator().manual_seed(0)
     x, grad, a = (
@@ -381,10 +383,10 @@ def check(device: torch.device) -> str:
             "gradᵀ drop(x)": (dropped_outer(grad, x, mask), grad.T @ dropped),
             "the gradient of x": (total, (grad @ a) * (dropped != 0)),
         }
-        for name, (found, expected) in pairs.items():
-            if not torch.allclose(found, expected, rtol=0.01, atol=0.05):
+        for name, (result, expected) in pairs.items():
+            if not torch.allclose(result, expected, rtol=0.01, atol=0.05):
                 return f"{name} is not what PyTorch computes"
-    # No compiler, no headers of Python, a GPU that Triton does not know, …: all of it says what it lacks.
+    # No compiler, no Python headers, a GPU that Triton does not know: each error says what is missing.
     except Exception as error:  # noqa: BLE001
         return f"{type(error).__name__}: {error}"
     return ""

@@ -1,16 +1,15 @@
-"""Logits that never exist all at once: what a head gives in a training call, until a loss takes it.
+"""Lazy logits: a loss computes them a few rows at a time, so that they never exist all at once.
 
 With ``rewrite(..., loss="chunked")`` the graph of the head calls a :class:`Head`
-(:mod:`lora_fx.passes.optimize.chunk_loss`). In a training call of the model it computes nothing, and gives
-:class:`Logits`: a tensor that knows its shape and how it would be computed. What a model does with logits on
-the way to a loss is written down on them: views, slices, casts, a soft cap, a scale. A cross entropy takes a
-few rows at a time through the head and all of that, and their gradient with it
+(:mod:`lora_fx.passes.optimize.chunk_loss`). In a training call of the model the head computes nothing. It
+returns :class:`Logits`, a tensor that knows its shape and how to compute itself. It records the operations of
+the model between head and loss: views, slices, casts, a soft cap, a scale. A cross entropy then takes a few
+rows at a time through the head and these operations, and computes their gradient at once
 (:mod:`lora_fx.runtime.chunked`).
 
-Everything else that is done with them in the call computes them, all at once, as without the option: it is
-right, and saves nothing. When the model's forward ends, logits that no loss was computed of are computed.
-Others are gone: what the output holds in their place is :class:`Gone`, which raises a
-:class:`lora_fx.errors.LogitsError` when it is read.
+Any other operation of the call computes all logits, as without the option: the result is right, and no memory
+is saved. When the model's forward ends, logits that no loss has used are computed. In place of the other
+logits, the output holds a :class:`Gone`, which raises a :class:`lora_fx.errors.LogitsError` when it is read.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ _local = threading.local()
 
 
 def scoped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a rewritten model whose heads compute nothing while it trains.
+    """Wrap the forward of a rewritten model so that its heads compute no logits while it trains.
 
     Args:
-        forward: As a function of the module.
+        forward: The unbound forward, which takes the module first.
     """
 
     @functools.wraps(forward)
@@ -76,7 +75,7 @@ def _refuse_compiling() -> NoReturn:
     raise LoraFxError(f"torch.compile cannot see into loss='chunked': {REMEDY} to compile a model")
 
 
-# Dynamo leaves its trace for the call, so that the error is what it is.
+# Dynamo graph-breaks at this call, so that the user sees our error and not its own.
 torch_private.make_uncompilable(
     _refuse_compiling,
     f"torch.compile cannot see into loss='chunked' of lora_fx: {REMEDY} to compile a model",
@@ -94,11 +93,11 @@ def _inside(scope: _Scope | None) -> Iterator[None]:
 
 
 class _Scope:
-    """A call of the model: the logits that its heads have given.
+    """One call of the model, with the logits that its heads have returned.
 
     Attributes:
-        groups: Those of each call of a head.
-        checkpoint: What computes the whole call again in the backward; None for nothing.
+        groups: The logits of each call of a head.
+        checkpoint: The checkpoint that recomputes the whole call in the backward, or None.
     """
 
     def __init__(self) -> None:
@@ -107,17 +106,17 @@ class _Scope:
 
     @property
     def is_whole(self) -> bool:
-        """Whether no part of the call is computed again by itself, without the call around it, just now."""
+        """Return True unless a checkpoint is active that recomputes only a part of the call."""
         return chunked.checkpoint_here() is self.checkpoint
 
     def close(self, out: Any) -> Any:
-        """Ends the call.
+        """End the call.
 
         Args:
-            out: What the forward returns.
+            out: The output of the forward.
 
         Returns:
-            The same with no :class:`Logits` in it.
+            The output without any :class:`Logits` in it.
         """
         for group in self.groups:
             group.close()
@@ -125,13 +124,13 @@ class _Scope:
 
 
 def _settled(value: Any, seen: set[int]) -> Any:
-    """A value with tensors, or what says that there are none, in place of logits.
+    """Return a value with its logits replaced by computed tensors or by :class:`Gone`.
 
-    Mappings and records are changed as they are: an output of transformers is one.
+    Mappings and dataclasses are changed in place, such as the outputs of transformers.
 
     Args:
-        value: Any.
-        seen: The identities of what is looked at: a record may hold itself.
+        value: Any value, nested or not.
+        seen: Ids of the enclosing containers, because a container may hold itself.
     """
     if isinstance(value, Logits):
         return value._settled()
@@ -139,10 +138,10 @@ def _settled(value: Any, seen: set[int]) -> Any:
         return value
     seen = {*seen, id(value)}
     if isinstance(value, list | tuple):
-        found = [_settled(one, seen) for one in value]
-        if all(new is old for new, old in zip(found, value, strict=True)):
+        items = [_settled(item, seen) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
             return value
-        return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, MutableMapping):
         for key, old in list(value.items()):
             if (new := _settled(old, seen)) is not old:
@@ -159,11 +158,11 @@ def _settled(value: Any, seen: set[int]) -> Any:
 
 
 class Head(Subgraph):
-    """The last operation of a model with its branches, as a function of rows; :func:`head_of` makes it.
+    """The head of a model with its LoRA branches, as a function of rows. :func:`head_of` creates it.
 
     Attributes:
-        outputs: How many values it gives for a row.
-        draws: Whether a branch drops something at random.
+        outputs: The number of classes, which is the width of the logits.
+        draws: True if a branch has dropout.
     """
 
     def __init__(self, name: str, graph: fx.Graph, outputs: int, draws: bool) -> None:
@@ -174,11 +173,11 @@ class Head(Subgraph):
         return _thawed, (self.__name__, self.frozen, self.outputs, self.draws)
 
     def __call__(self, x: Tensor, *leaves: Any) -> Tensor:
-        """The logits, which are computed later in a training call of the model.
+        """Return the logits, which are lazy in a training call of the model.
 
         Args:
             x: [..., in].
-            leaves: What the graph reads besides: weights, factors, settings.
+            leaves: The other inputs of the graph: weights, factors, settings.
 
         Returns:
             [..., outputs].
@@ -192,18 +191,18 @@ class Head(Subgraph):
                 return self.run(None, x, *leaves)
         group = _Group(self, x, leaves, scope)
         scope.groups.append(group)
-        places = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
-        return group.logits(_Form(places, places.dim(), (), group.dtype), None)
+        rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(x.shape[:-1])
+        return group.logits(_Form(rows, rows.dim(), (), group.dtype), None)
 
 
 def _fits(x: Tensor, leaves: Sequence[Any]) -> bool:
-    """Whether rows can be computed apart: of plain tensors, of which some require a gradient."""
-    tensors = [one for one in leaves if isinstance(one, Tensor)]
+    """Return True if rows can be computed in chunks: all tensors are plain, and some require a gradient."""
+    tensors = [tensor for tensor in leaves if isinstance(tensor, Tensor)]
     return (
-        all(_is_plain(one) for one in (x, *tensors))
+        all(_is_plain(tensor) for tensor in (x, *tensors))
         and x.dim() > 1
         and x.numel() > 0
-        and any(one.requires_grad for one in (x, *tensors))
+        and any(tensor.requires_grad for tensor in (x, *tensors))
     )
 
 
@@ -221,17 +220,18 @@ _heads: weakref.WeakValueDictionary[Any, Head] = weakref.WeakValueDictionary()
 
 
 def head_of(name: str, graph: fx.Graph, outputs: int, draws: bool) -> Head:
-    """The head of a graph: one object for equal ones.
+    """Return the head of a graph. Equal graphs share one object.
 
     Args:
-        name: What code that calls it shows.
-        graph: Of its rows; the first placeholder is what it reads. It must not be edited afterwards.
-        outputs: As for :class:`Head`, as the last one.
-        draws: Whether a branch drops something at random.
+        name: The name that the code which calls the head shows.
+        graph: A graph that computes rows of logits. Its first placeholder is the head's input. It must not be
+            edited afterwards.
+        outputs: The number of classes.
+        draws: True if a branch has dropout.
     """
     key = (name, Subgraph.key(graph), outputs, draws)
-    found = _heads.get(key)
-    return found if found is not None else _heads.setdefault(key, Head(name, graph, outputs, draws))
+    head = _heads.get(key)
+    return head if head is not None else _heads.setdefault(key, Head(name, graph, outputs, draws))
 
 
 def _thawed(name: str, frozen: Any, outputs: int, draws: bool) -> Head:
@@ -242,14 +242,14 @@ def _thawed(name: str, frozen: Any, outputs: int, draws: bool) -> Head:
 
 
 class _Form(NamedTuple):
-    """What logits are.
+    """The layout of lazy logits, and the operations that compute them from the head's output.
 
     Attributes:
-        places: Which row of the head's input each row is: their shape without the classes.
-        axis: Where the classes are.
-        steps: What is computed of each row, after the head.
-        dtype: Of the numbers.
-        read: What the steps read besides.
+        places: Indices of the rows of the head's input, in the shape of the logits without the class axis.
+        axis: The class axis.
+        steps: The operations on each row after the head.
+        dtype: The dtype of the logits.
+        read: The other tensors that the steps read.
     """
 
     places: Tensor
@@ -260,7 +260,7 @@ class _Form(NamedTuple):
 
 
 class _Group:
-    """The logits of one call of a head, and what was made of them."""
+    """The logits of one call of a head, and the logits that were derived from them."""
 
     def __init__(self, head: Head, x: Tensor, leaves: tuple[Any, ...], scope: _Scope) -> None:
         self.head, self.x, self.leaves, self.scope = head, x, leaves, scope
@@ -275,29 +275,29 @@ class _Group:
         self.dtype = like.dtype
 
     def logits(self, form: _Form, made_by: _MadeBy | None) -> Logits:
-        """A tensor that stands for them."""
+        """Return a lazy tensor of this form."""
         shape = list(form.places.shape)
         shape.insert(form.axis, self.head.outputs)
-        anchor = next(one for one in (self.x, *self.leaves) if _wants(one))
-        found: Logits = _Unmade.apply(
+        anchor = next(tensor for tensor in (self.x, *self.leaves) if _wants(tensor))
+        logits: Logits = _Unmade.apply(
             anchor, functools.partial(Logits, shape, form.dtype, self.device)
         )  # type: ignore[no-untyped-call]
-        found._group, found._form, found._made_by, found._whole = self, form, made_by, None
-        self.wholes.append(weakref.ref(found))
-        return found
+        logits._group, logits._form, logits._made_by, logits._whole = self, form, made_by, None
+        self.wholes.append(weakref.ref(logits))
+        return logits
 
     def take(self, *others: Read) -> None:
-        """Says that they are about to be computed.
+        """Mark the logits as used. Call this before they are computed.
 
         Args:
-            others: What else is read then.
+            others: The tensors that the computation reads besides the head's inputs.
 
         Raises:
-            LogitsError: If they cannot be, or would be others than those of which a loss was computed.
+            LogitsError: If the logits cannot be computed any more, or would differ from those of the loss.
         """
         if self.gone:
             raise LogitsError(_words(self.head.__name__))
-        if any(one.changed for one in (self.read, *others)):
+        if any(read.changed for read in (self.read, *others)):
             raise LogitsError(
                 f"what {self.head.__name__} or an operation on its logits reads was written into before its "
                 f"loss was computed: {REMEDY}"
@@ -311,27 +311,27 @@ class _Group:
 
     @property
     def is_open(self) -> bool:
-        """Whether what is done with them can be written down."""
+        """Return True if operations on the logits can still be recorded."""
         return not self.closed and self.scope.is_whole
 
     def make(self) -> None:
-        """Computes all of them that are still held, in the order in which they were made."""
-        left = [found for one in self.wholes if (found := one()) is not None]
-        left = [one for one in left if one._whole is None]
-        self.take(*(one._made_by.read for one in left if one._made_by is not None))
-        # A checkpoint that begins after the head would look for what the head has kept.
+        """Compute all logits that are still referenced, in the order of their creation."""
+        left = [referent for ref in self.wholes if (referent := ref()) is not None]
+        left = [logits for logits in left if logits._whole is None]
+        self.take(*(logits._made_by.read for logits in left if logits._made_by is not None))
+        # Else a checkpoint that begins after the head would expect the tensors that the head has saved.
         kept = contextlib.nullcontext() if self.scope.is_whole else chunked.kept_here()
         with kept:
-            for one in left:
-                one._make()
+            for logits in left:
+                logits._make()
 
     def close(self) -> None:
-        """Ends the call of the model."""
-        left = [found for one in self.wholes if (found := one()) is not None]
+        """Compute unused logits at the end of the call, and drop the head's inputs."""
+        left = [referent for ref in self.wholes if (referent := ref()) is not None]
         if not self.taken and left:
             self.make()
         self.closed = True
-        self.gone = any(one._whole is None for one in left)
+        self.gone = any(logits._whole is None for logits in left)
         self.leaves = ()
         del self.x
 
@@ -341,7 +341,7 @@ def _wants(value: Any) -> bool:
 
 
 class _MadeBy(NamedTuple):
-    """The operation that has given logits, as it was called."""
+    """The call of the operation that derived logits from other logits."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -351,7 +351,7 @@ class _MadeBy(NamedTuple):
 
 
 class _Unmade(torch.autograd.Function):
-    """The history of logits that were not computed. What sees it has taken them for a tensor."""
+    """The autograd history of lazy logits. Its backward runs only if code took them for a real tensor."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor]) -> Tensor:
@@ -375,7 +375,7 @@ def _words(name: str) -> str:
 
 
 class Logits(Tensor):
-    """Logits that are not computed yet: a loss takes them in chunks, what else reads them gets all."""
+    """Logits that are not computed yet. A loss computes them in chunks, any other reader all at once."""
 
     _group: _Group
     _form: _Form
@@ -386,12 +386,14 @@ class Logits(Tensor):
     def __new__(
         cls: type[Logits], shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ) -> Logits:
-        """A tensor without memory."""
-        made: Logits = torch_private.make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        return made
+        """Return a tensor without memory."""
+        wrapper: Logits = torch_private.make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=device
+        )
+        return wrapper
 
     def __init__(self, *_: Any) -> None:
-        """It has no state before its group gives it one."""
+        """Do nothing. :meth:`_Group.logits` sets the state."""
 
     def __repr__(self) -> str:  # type: ignore[override]
         with torch_private.DisableTorchFunctionSubclass():
@@ -404,38 +406,38 @@ class Logits(Tensor):
             return Gone(self._group.head.__name__, tuple(self.shape))
 
     def _value(self) -> Tensor:
-        """All of them."""
+        """Return the computed logits."""
         if self._whole is None:
             self._group.make()
         assert self._whole is not None
         return self._whole
 
     def _make(self) -> None:
-        group, how = self._group, self._made_by
-        # As it was where they were made, whatever mode what reads them is in.
+        group, call = self._group, self._made_by
+        # The modes of the call of the head, because the reader may be in inference mode or under no_grad.
         with torch.inference_mode(False), torch.enable_grad():
-            if how is None:
+            if call is None:
                 with group.autocast(), running():
                     self._whole = group.head.run(None, group.x, *group.leaves)
             else:
-                with how.autocast():
-                    self._whole = how.function(*_whole(how.args), **_whole(how.kwargs))
+                with call.autocast():
+                    self._whole = call.function(*_whole(call.args), **_whole(call.kwargs))
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Writes the operation down if it is one on the way to a loss; else computes it as it is."""
+        """Record an operation that can be computed row by row. Run any other on the computed logits."""
         kwargs = kwargs or {}
         if _asks(func) and not any(
-            isinstance(one, Logits) and one._whole is not None for one in args
+            isinstance(arg, Logits) and arg._whole is not None for arg in args
         ):
             with torch_private.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if torch.is_grad_enabled():
-            found = _noted(func, args, kwargs)
-            if found is not None:
-                return found
+            result = _noted(func, args, kwargs)
+            if result is not None:
+                return result
         if _named(func) in _OF_GRADIENTS:
             _check_not_taken(args, kwargs)
         return func(*_whole(args), **_whole(kwargs))
@@ -444,7 +446,7 @@ class Logits(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Refuses what comes past the above.
+        """Refuse operations that did not pass through ``__torch_function__``.
 
         Raises:
             LogitsError: Always.
@@ -455,29 +457,29 @@ class Logits(Tensor):
 
 
 def _whole(values: Any) -> Any:
-    """The same with all logits computed."""
-    return pytree.tree_map_only(Logits, lambda one: one._value(), values)
+    """Return values with all logits computed."""
+    return pytree.tree_map_only(Logits, lambda logits: logits._value(), values)
 
 
 def _check_not_taken(*values: Any) -> None:
-    """Refuses to give, or to change, the gradient of logits that a loss has read in chunks.
+    """Refuse to return or to change the gradient of logits that a loss has computed in chunks.
 
     Raises:
-        LogitsError: If a loss has.
+        LogitsError: If any of the values are such logits.
     """
-    for one in pytree.tree_leaves(values):
-        if isinstance(one, Logits) and one._group.chunked:
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Logits) and leaf._group.chunked:
             raise LogitsError(
-                f"the loss of {one._group.head.__name__} was computed in chunks: its logits have no gradient "
-                f"to look at or to change. Ask for it before the loss is computed, or {REMEDY}"
+                f"the loss of {leaf._group.head.__name__} was computed in chunks: its logits have no "
+                f"gradient to look at or to change. Ask for it before the loss is computed, or {REMEDY}"
             )
 
 
 class Gone:
-    """What an output holds in place of logits that were not kept. It raises when it is read.
+    """A placeholder in the output for logits that were not kept. It raises when it is read.
 
-    ``hasattr`` is false of everything that a tensor has, so that code which looks for tensors in an output
-    passes it by.
+    ``hasattr`` returns False for all attributes of a tensor, so that code which looks for tensors in an
+    output skips it.
     """
 
     def __init__(self, name: str, shape: tuple[int, ...]) -> None:
@@ -487,7 +489,7 @@ class Gone:
         return f"<logits of {self._name}, {list(self._shape)}, not kept: loss='chunked'>"
 
     def __getattr__(self, name: str) -> NoReturn:
-        """Refuses to be read.
+        """Refuse to be read.
 
         Raises:
             LogitsError: Always.
@@ -505,7 +507,7 @@ def _refuse_function(
     cls: type[Gone], func: Any, types: Any, args: Any = (), kwargs: Any = None
 ) -> NoReturn:
     leaves = pytree.tree_leaves((args, kwargs))
-    raise LogitsError(_words(next(one._name for one in leaves if isinstance(one, Gone))))
+    raise LogitsError(_words(next(leaf._name for leaf in leaves if isinstance(leaf, Gone))))
 
 
 Gone.__torch_function__ = classmethod(_refuse_function)  # type: ignore[attr-defined]
@@ -514,14 +516,14 @@ for _name in (
     *("array", "bool", "contains", "float", "getitem", "int", "iter", "len", "setitem"),
     *("abs", "eq", "ge", "gt", "invert", "le", "lt", "ne", "neg", "index"),
     *_TWO,
-    *(f"r{one}" for one in _TWO),
-    *(f"i{one}" for one in _TWO),
+    *(f"r{operator}" for operator in _TWO),
+    *(f"i{operator}" for operator in _TWO),
 ):
     setattr(Gone, f"__{_name}__", _refuse)
 Gone.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
-# --- what is done with logits -----------------------------------------------------------------------------
+# --- operations on logits ---------------------------------------------------------------------------------
 
 _FACTS = {
     *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "names"),
@@ -536,29 +538,29 @@ _OF_GRADIENTS = {"register_hook", "retain_grad", "grad", "backward"}
 
 
 def _asks(func: Any) -> bool:
-    """Whether a function of a tensor tells what is known of logits that are not computed."""
+    """Return True if a function reads only metadata of a tensor, such as its shape."""
     if getattr(func, "__name__", "") == "__get__":
         return getattr(func.__self__, "__name__", "") in _FACTS
     return _named(func) in _ASKING
 
 
 def _named(func: Any) -> str:
-    """What a function is called: one word for a function, a method and an operator of ATen."""
+    """Return the bare name of a function, which is the same for a method and an operator of ATen."""
     if isinstance(func, torch_private.OpOverload):
         return str(torch_private.schema_of(func).name.partition("::")[2])
     name = str(getattr(func, "__name__", ""))
-    # What works in place ends with one underline.
+    # One trailing underscore stays: it marks an in-place operation.
     return name.strip("_") if name.startswith("__") else name
 
 
 class _Operation(NamedTuple):
-    """What is done with logits.
+    """A call of a function on logits.
 
     Attributes:
-        logits: Of what.
-        function: It takes them first; for sums and products of elements, where they are in ``args``.
-        name: What that is called.
-        args, kwargs: What it is given besides them; for sums and products, with them.
+        logits: The logits.
+        function: The function. It takes the logits first, or at any position if it is elementwise.
+        name: The bare name of the function.
+        args, kwargs: The other arguments. For elementwise functions, ``args`` includes the logits.
     """
 
     logits: Logits
@@ -569,69 +571,80 @@ class _Operation(NamedTuple):
 
     @property
     def form(self) -> _Form:
-        """Of the logits."""
+        """Return the form of the logits."""
         return self.logits._form
 
     @property
     def classes(self) -> int:
-        """How many there are."""
+        """Return the number of classes."""
         return self.logits._group.head.outputs
 
     def shape(self, shape: Sequence[int]) -> Sequence[int]:
-        """The shape of what it gives for a tensor of a shape; () if it takes none."""
-        try:  # one that takes no memory
-            given = torch.empty(()).expand(*shape)
-            return tuple(self.function(given, *self.args, **self.kwargs).shape)
+        """Return the shape of the result for an input of a shape, or () if the function refuses it."""
+        try:  # with a tensor that takes no memory
+            probe = torch.empty(()).expand(*shape)
+            return tuple(self.function(probe, *self.args, **self.kwargs).shape)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return ()
 
     def step(self, function: Any, *args: Any, **kwargs: Any) -> _Form | None:
-        """The form with one more operation on each row; None if that gives no row."""
+        """Return the form with one more step, or None if the step does not map a row to a row."""
         form, device = self.form, self.logits.device
         step = Step(function, args, kwargs, autocast_of(device.type))
         like = torch.empty((0, self.classes), dtype=form.dtype, device=device)
         try:
             with torch.no_grad():
-                found = step(like, ())
+                result = step(like, ())
         except (RuntimeError, TypeError, ValueError):
-            return None  # PyTorch says why when it is given all of them
-        if found.shape != like.shape or not found.is_floating_point():
+            return None  # PyTorch raises its own error on the computed logits
+        if result.shape != like.shape or not result.is_floating_point():
             return None
         read = (*form.read, Read.of(args))
-        return form._replace(steps=(*form.steps, step), dtype=found.dtype, read=read)
+        return form._replace(steps=(*form.steps, step), dtype=result.dtype, read=read)
 
 
 def _noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What an operation gives whose rows can be computed apart; None for any other."""
+    """Return the result of an operation that can be computed row by row, or None for any other."""
     for word in ("input", "self"):
         if word in kwargs and not args:
             args, kwargs = (kwargs[word],), {k: v for k, v in kwargs.items() if k != word}
     name = _named(func)
     note = _NOTED.get(name)
-    where = [place for place, one in enumerate(args) if isinstance(one, Logits)]
-    every = [one for one in pytree.tree_leaves((args, dict(kwargs))) if isinstance(one, Logits)]
-    if note is None or len(where) != 1 or len(every) != 1 or (where[0] and note is not _computed):
+    positions = [position for position, value in enumerate(args) if isinstance(value, Logits)]
+    lazy = [
+        value for value in pytree.tree_leaves((args, dict(kwargs))) if isinstance(value, Logits)
+    ]
+    if (
+        note is None
+        or len(positions) != 1
+        or len(lazy) != 1
+        or (positions[0] and note is not _computed)
+    ):
         return None
-    logits: Logits = args[where[0]]
+    logits: Logits = args[positions[0]]
     if logits._whole is not None or not logits._group.is_open:
         return None
     with torch_private.DisableTorchFunctionSubclass():
-        rest = args if note is _computed else args[1:]
-        found = note(_Operation(logits, func, name, rest, kwargs))
-    if not isinstance(found, _Form):
-        return found
+        operands = args if note is _computed else args[1:]
+        result = note(_Operation(logits, func, name, operands, kwargs))
+    if not isinstance(result, _Form):
+        return result
     autocast = autocast_of(logits.device.type)
     made_by = _MadeBy(func, args, kwargs, Read.of((args, kwargs)), autocast)
-    return logits if found is logits._form else logits._group.logits(found, made_by)
+    return logits if result is logits._form else logits._group.logits(result, made_by)
 
 
-def _computed(one: _Operation) -> _Form | None:
-    """A sum or a product of elements with what is the same for all rows."""
-    if one.kwargs.keys() - {"alpha"} or not all(map(_is_number, one.kwargs.values())):
+def _computed(call: _Operation) -> _Form | None:
+    """Return the form after an elementwise operation whose other operand is the same for all rows."""
+    if call.kwargs.keys() - {"alpha"} or not all(map(_is_number, call.kwargs.values())):
         return None
-    own = [ROWS if given is one.logits else _for_rows(one, given) for given in one.args]
+    operands = [
+        ROWS if operand is call.logits else _for_rows(call, operand) for operand in call.args
+    ]
     return (
-        None if any(given is None for given in own) else one.step(one.function, *own, **one.kwargs)
+        None
+        if any(operand is None for operand in operands)
+        else call.step(call.function, *operands, **call.kwargs)
     )
 
 
@@ -639,113 +652,114 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _for_rows(one: _Operation, operand: Any) -> Any:
-    """An operand that is the same for all rows, as rows take it; None for any other."""
+def _for_rows(call: _Operation, operand: Any) -> Any:
+    """Return an operand that is the same for all rows, shaped for [n, classes]. Return None for any other."""
     if _is_number(operand):
         return operand
-    if not _is_plain(operand) or operand.dim() > one.logits.dim():
+    if not _is_plain(operand) or operand.dim() > call.logits.dim():
         return None
     if operand.numel() == 1:
         return operand if operand.dim() < 2 else operand.reshape(1)
-    last = one.form.axis == one.logits.dim() - 1
-    fits = operand.shape[-1] == one.classes == operand.numel()
+    last = call.form.axis == call.logits.dim() - 1
+    fits = operand.shape[-1] == call.classes == operand.numel()
     return operand.reshape(-1) if last and fits else None
 
 
-def _cast(one: _Operation) -> _Form | None:
-    given = [*one.args, *one.kwargs.values()]
-    dtype: Any = _CASTS.get(one.name)
-    if dtype is None and len(given) == 1 and not one.kwargs.keys() - {"dtype", "device"}:
-        dtype = given.pop()
-    if given or dtype is None:
+def _cast(call: _Operation) -> _Form | None:
+    arguments = [*call.args, *call.kwargs.values()]
+    dtype: Any = _CASTS.get(call.name)
+    if dtype is None and len(arguments) == 1 and not call.kwargs.keys() - {"dtype", "device"}:
+        dtype = arguments.pop()
+    if arguments or dtype is None:
         return None
     if not isinstance(dtype, torch.dtype):
-        # A device: where they are they stay.
+        # A device: only the one of the logits changes nothing.
         named = isinstance(dtype, torch.device | str | int)
-        return one.form if named and torch.device(dtype) == one.logits.device else None
-    same = dtype == one.form.dtype and one.name != "_to_copy"
-    return one.form if same else one.step(Tensor.to, ROWS, dtype)
+        return call.form if named and torch.device(dtype) == call.logits.device else None
+    same = dtype == call.form.dtype and call.name != "_to_copy"
+    return call.form if same else call.step(Tensor.to, ROWS, dtype)
 
 
-def _normalized(one: _Operation) -> _Form | None:
-    words = ("dim", "half_to_float") if one.name == "_log_softmax" else ("dim", "dtype")
-    named = {**dict(zip(words, one.args, strict=False)), **one.kwargs}
+def _normalized(call: _Operation) -> _Form | None:
+    words = ("dim", "half_to_float") if call.name == "_log_softmax" else ("dim", "dtype")
+    named = {**dict(zip(words, call.args, strict=False)), **call.kwargs}
     named.pop("_stacklevel", None)
     dim, dtype = named.pop("dim", None), named.pop("dtype", None)
     dtype = torch.float32 if named.pop("half_to_float", False) else dtype
-    if named or not isinstance(dim, int) or dim % one.logits.dim() != one.form.axis:
+    if named or not isinstance(dim, int) or dim % call.logits.dim() != call.form.axis:
         return None
-    return one.step(torch.log_softmax, ROWS, -1, dtype=dtype)
+    return call.step(torch.log_softmax, ROWS, -1, dtype=dtype)
 
 
-def _reshaped(one: _Operation) -> _Form | None:
-    """Other axes for the rows; their order stays, so that classes do where the last axis has as many."""
-    form, shape = one.form, one.shape(one.logits.shape)
-    if form.axis != one.logits.dim() - 1 or any(
-        isinstance(given, torch.dtype) for given in (*one.args, *one.kwargs.values())
+def _reshaped(call: _Operation) -> _Form | None:
+    """Return the form after a reshape of the row axes.
+
+    Reshapes keep the order of elements, so that the classes stay together if the last axis keeps its size.
+    """
+    form, shape = call.form, call.shape(call.logits.shape)
+    if form.axis != call.logits.dim() - 1 or any(
+        isinstance(argument, torch.dtype) for argument in (*call.args, *call.kwargs.values())
     ):
         return None
-    if not shape or shape[-1] != one.classes:
+    if not shape or shape[-1] != call.classes:
         return None
     return form._replace(places=form.places.reshape(shape[:-1]), axis=len(shape) - 1)
 
 
-def _kept(one: _Operation) -> _Form:
-    # Not the same logits: the copy may be written into.
-    return one.form._replace()
+def _kept(call: _Operation) -> _Form:
+    # A new object, because the copy may be written into.
+    return call.form._replace()
 
 
-def _permuted(one: _Operation) -> _Form | None:
-    form = one.form
-    # Sizes that say where each axis goes.
-    order = [size - 1 for size in one.shape(range(1, one.logits.dim() + 1))]
+def _permuted(call: _Operation) -> _Form | None:
+    form = call.form
+    # Axis i has size i + 1, so that the resulting sizes are the order of the axes.
+    order = [size - 1 for size in call.shape(range(1, call.logits.dim() + 1))]
     if not order:
         return None
-    rest = [axis - (axis > form.axis) for axis in order if axis != form.axis]
-    return form._replace(places=form.places.permute(rest), axis=order.index(form.axis))
+    row_axes = [axis - (axis > form.axis) for axis in order if axis != form.axis]
+    return form._replace(places=form.places.permute(row_axes), axis=order.index(form.axis))
 
 
-def _picked(one: _Operation) -> _Form | None:
-    """Rows by their place on an axis."""
-    form = one.form
-    if not one.args or not isinstance(one.args[0], int) or one.kwargs:
+def _picked(call: _Operation) -> _Form | None:
+    """Return the form after rows were selected by their index on one axis."""
+    form = call.form
+    if not call.args or not isinstance(call.args[0], int) or call.kwargs:
         return None
-    axis = one.args[0] % one.logits.dim()
+    axis = call.args[0] % call.logits.dim()
     if axis == form.axis:
-        every = one.name == "slice" and _is_every(slice(*(*one.args[1:], None, None)[:3]), one)
-        return form if every else None
-    places = one.function(form.places, axis - (axis > form.axis), *one.args[1:])
-    return form._replace(
-        places=places, axis=form.axis - (form.axis > axis and one.name == "select")
-    )
+        is_full = call.name == "slice" and _is_every(slice(*(*call.args[1:], None, None)[:3]), call)
+        return form if is_full else None
+    rows = call.function(form.places, axis - (axis > form.axis), *call.args[1:])
+    return form._replace(places=rows, axis=form.axis - (form.axis > axis and call.name == "select"))
 
 
-def _is_every(index: Any, one: _Operation) -> bool:
-    """Whether an index takes all classes."""
-    return isinstance(index, slice) and index.indices(one.classes) == (0, one.classes, 1)
+def _is_every(index: Any, call: _Operation) -> bool:
+    """Return True if an index takes all classes."""
+    return isinstance(index, slice) and index.indices(call.classes) == (0, call.classes, 1)
 
 
-def _indexed(one: _Operation) -> _Form | None:
-    """Rows by an index that names no classes."""
-    form = one.form
-    if form.axis != one.logits.dim() - 1 or one.kwargs or len(one.args) != 1:
+def _indexed(call: _Operation) -> _Form | None:
+    """Return the form after indexing that selects rows and no classes."""
+    form = call.form
+    if form.axis != call.logits.dim() - 1 or call.kwargs or len(call.args) != 1:
         return None
-    index = one.args[0]
-    given = list(index) if isinstance(index, tuple | list) else [index]
-    if one.name == "index":  # of ATen: None stands for an axis
-        given = [slice(None) if each is None else each for each in given]
-    if not all(map(_picks_rows, given)) or (isinstance(index, list) and one.name != "index"):
+    index = call.args[0]
+    indices = list(index) if isinstance(index, tuple | list) else [index]
+    if call.name == "index":  # of ATen: None means a full slice, and not a new axis
+        indices = [slice(None) if each is None else each for each in indices]
+    if not all(map(_picks_rows, indices)) or (isinstance(index, list) and call.name != "index"):
         return None
     taken = sum(
         each.dim() if isinstance(each, Tensor) and each.dtype is torch.bool else 1
-        for each in given
+        for each in indices
         if each is not None and each is not Ellipsis
     )
-    after = any(each is Ellipsis for each in given) and given[-1] is not Ellipsis
-    if (taken >= one.logits.dim() or after) and not _is_every(given.pop(), one):
+    after = any(each is Ellipsis for each in indices) and indices[-1] is not Ellipsis
+    if (taken >= call.logits.dim() or after) and not _is_every(indices.pop(), call):
         return None
-    places = form.places[tuple(given)]
-    return form._replace(places=places, axis=places.dim())
+    rows = form.places[tuple(indices)]
+    return form._replace(places=rows, axis=rows.dim())
 
 
 def _picks_rows(index: Any) -> bool:
@@ -760,7 +774,7 @@ _WORDS = {
     True: "target weight size_average ignore_index reduce reduction label_smoothing",
     False: "target weight reduction ignore_index label_smoothing",
 }
-"""The arguments of PyTorch's functions, and of the operators below them."""
+"""Argument names of the loss functions in ``torch.nn.functional``, and of the operators that they call."""
 
 _NUMBERED: Any = {0: "none", 1: "mean", 2: "sum"}
 _CASTS = {
@@ -771,15 +785,15 @@ _CASTS = {
 }
 
 
-def _loss(one: _Operation) -> Tensor | None:
-    """A loss in chunks; None where it is computed of all logits: of probabilities, of other axes."""
-    logits, form = one.logits, one.form
-    words = _WORDS[one.function in (F.cross_entropy, F.nll_loss)].split()
-    named: dict[str, Any] = {**dict(zip(words, one.args, strict=False)), **one.kwargs}
+def _loss(call: _Operation) -> Tensor | None:
+    """Return the loss in chunks, or None if it needs all logits, as for class probabilities as targets."""
+    logits, form = call.logits, call.form
+    words = _WORDS[call.function in (F.cross_entropy, F.nll_loss)].split()
+    named: dict[str, Any] = {**dict(zip(words, call.args, strict=False)), **call.kwargs}
     target: Any = named.get("target")
     weight = named.get("weight")
-    # The functions of torch._C give the loss of each row where they are not told.
-    usual = "none" if isinstance(one.function, types.BuiltinFunctionType) else "mean"
+    # The functions of torch._C do not reduce by default.
+    usual = "none" if isinstance(call.function, types.BuiltinFunctionType) else "mean"
     reduction = named.get("reduction", usual)
     reduction = _NUMBERED.get(reduction, reduction)
     old = named.get("size_average") is not None or named.get("reduce") is not None
@@ -790,17 +804,17 @@ def _loss(one: _Operation) -> Tensor | None:
         or target.dtype is not torch.int64
     ):
         return None
-    if weight is not None and (weight.requires_grad or not _is_at(weight, (one.classes,), logits)):
+    if weight is not None and (weight.requires_grad or not _is_at(weight, (call.classes,), logits)):
         return None
     options: dict[str, Any] = {"weight": weight, "ignore_index": named.get("ignore_index", -100)}
     function: Any = F.nll_loss
-    if one.name.startswith("cross_entropy"):
+    if call.name.startswith("cross_entropy"):
         function, options["label_smoothing"] = F.cross_entropy, named.get("label_smoothing", 0.0)
     return _in_chunks(logits, target, function, reduction, options)
 
 
 def _is_at(value: Any, shape: Sequence[int], logits: Logits) -> bool:
-    """Whether a value is a tensor of a shape where the logits are."""
+    """Return True if a value is a plain tensor of a shape on the device of the logits."""
     return _is_plain(value) and value.shape == tuple(shape) and value.device == logits.device
 
 
@@ -818,7 +832,7 @@ _NOTED: dict[str, Callable[[_Operation], Any]] = {
     **dict.fromkeys(("getitem", "index"), _indexed),
     **dict.fromkeys(("cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"), _loss),
 }
-"""What is done with logits on the way to a loss, by the name of the function."""
+"""Handlers of the operations that are recorded on the way to a loss, by the bare name of the function."""
 
 
 def _in_chunks(
@@ -831,18 +845,18 @@ def _in_chunks(
     group, form = logits._group, logits._form
     group.take(*form.read)
     group.chunked = True
-    given: list[Tensor] = []
+    tensors: list[Tensor] = []
 
     def placed(value: Any) -> Any:
         if not _wants(value):
             return value
-        given.append(value)
-        return Given(len(given) - 1)
+        tensors.append(value)
+        return Given(len(tensors) - 1)
 
     leaves = tuple(map(placed, group.leaves))
     head = Step(group.head.run, (None, ROWS, *leaves), {}, group.autocast)
     job = Job(
-        steps=(head, *(one._replace(args=tuple(map(placed, one.args))) for one in form.steps)),
+        steps=(head, *(step._replace(args=tuple(map(placed, step.args))) for step in form.steps)),
         places=form.places.reshape(-1),
         target=target.reshape(-1),
         shape=target.shape,
@@ -851,9 +865,9 @@ def _in_chunks(
         options=options,
         autocast=autocast_of(logits.device.type),
         length=max(1, max(chunked.CHUNK, group.x.numel()) // group.head.outputs),
-        # Gradients of half precision need the scale that they come with.
+        # The loss scale is known only in the backward, and gradients in fp16 need it.
         again=reduction == "none" or torch.float16 in (group.x.dtype, group.dtype, form.dtype),
         draws=group.head.draws,
         read=(group.read, *form.read, Read.of((target, options))),
     )
-    return loss_of(job, group.x, given)
+    return loss_of(job, group.x, tensors)

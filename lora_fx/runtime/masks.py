@@ -1,16 +1,16 @@
-"""Dropout masks that cost little to draw and to keep: one bit for each element.
+"""Dropout masks that are cheap to draw and to save: one bit per element.
 
-PyTorch on a CPU draws one number for each element, which takes longer than a skinny product, and selects by
-a mask of bytes ten times slower than it multiplies. Here 64 elements share each random word, as bit slices:
-the numbers that are compared with the probability are never laid out.
+On a CPU, PyTorch draws one number per element, which takes longer than a skinny product. It also selects by a
+mask of bytes ten times slower than it multiplies. Here, 64 elements share each random word, as bit slices.
+The numbers that are compared with the probability never exist in memory.
 
-Inductor on a CPU draws one number for each element as well, without vector instructions. It gets the same
-words from an operator, ``lora_fx::mask_bits``, in an order in which it reads them with vector instructions:
-a byte has the bits of eight elements that are an eighth of a row apart (*planes*). The operator is a function
-of a number that the compiled code draws by itself: a compiler knows what to do with random numbers of
-PyTorch's, which it must not take for one, and has to draw once more alike for a checkpoint.
+Inductor on a CPU also draws one number per element, without vector instructions. It gets the same words from
+an operator, ``lora_fx::mask_bits``, in an order that vector instructions can read. A byte has the bits of
+eight elements that are an eighth of a row apart (*planes*). The operator is a function of a seed that the
+compiled code draws with PyTorch's generator. A compiler handles such draws: it does not merge two of them,
+and repeats them for a checkpoint.
 
-On a GPU with Triton a mask is a *seed*: the kernels of :mod:`lora_fx.runtime.kernels` draw what they read.
+On a GPU with Triton, a mask is a *seed*, from which the kernels of :mod:`lora_fx.runtime.kernels` draw bits.
 """
 
 from __future__ import annotations
@@ -46,30 +46,30 @@ __all__ = [
     "unpacked",
 ]
 
-# Elements below which a mask is drawn one by one: measured, with what reads it.
+# Masks with fewer elements are drawn element by element. Measured, including the code that reads the mask.
 FEW = 8192
 
-# Kinds of devices that kernels run on; in Triton's interpreter that may be a CPU.
+# Types of devices that kernels run on. Triton's interpreter allows a CPU, too.
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What a tile of all ranks leaves of a GPU's registers.
+# The largest rank whose tile fits into a GPU's registers.
 KERNEL_RANKS = 256
 
 _log = logging.getLogger("lora_fx")
 
 
 def kept(dropout: Any) -> int:
-    """How many of 256 elements a mask keeps on average.
+    """Return how many of 256 elements a mask keeps on average.
 
-    A mask compares random numbers of eight bits with a threshold, so that probabilities are multiples of
-    1/256: ``dropout`` is rounded to the nearest one from 1/256 to 255/256, so that it neither keeps nor drops
-    everything (0.0001 becomes 0.0039); only 0 and 1 themselves do.
+    A mask compares random numbers of eight bits with a threshold, so probabilities are multiples of 1/256.
+    ``dropout`` is rounded to the nearest multiple from 1/256 to 255/256 (0.0001 becomes 0.0039). Only 0 and 1
+    themselves keep or drop everything.
 
     Args:
         dropout: A probability.
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If it is not a number from 0 to 1.
     """
     if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
         raise ConfigError(
@@ -81,24 +81,24 @@ def kept(dropout: Any) -> int:
 
 
 def recovery(dropout: float) -> float:
-    """The factor of what a mask keeps, so that the mean is exact; 0 if it keeps nothing.
+    """Return the scale of the elements that a mask keeps, so that the mean is exact; 0 if it keeps none.
 
     Args:
-        dropout: As for :func:`kept`.
+        dropout: A probability, see :func:`kept`.
     """
     count = kept(dropout)
     return 256 / count if count else 0.0
 
 
 def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
-    """``torch.nn.functional.dropout`` for a CPU: the mask is drawn by :func:`draw`, and kept as bits.
+    """Apply dropout like ``torch.nn.functional.dropout``. On a CPU, :func:`draw` draws a mask of bits.
 
-    Elsewhere, in ``torch.export`` and under the transforms of ``torch.func`` it is PyTorch's own.
+    PyTorch's own dropout runs on other devices, in ``torch.export`` and under ``torch.func`` transforms.
 
     Args:
-        x: Of any shape.
-        dropout: The probability with which an element becomes zero; see :func:`kept`.
-        training: Whether there is dropout now.
+        x: A tensor of any shape.
+        dropout: Probability that an element becomes zero, see :func:`kept`.
+        training: Whether dropout is active.
     """
     if not (training and dropout):
         return x
@@ -113,17 +113,17 @@ def dropped(x: Tensor, dropout: float, training: bool) -> Tensor:
 
 
 def _dropped_parts(x: Any, dropout: float) -> Tensor:
-    """Dropout of a tensor in parts: the part of one mask for the whole.
+    """Apply dropout to a ``DTensor``, with the local part of one mask for the whole tensor.
 
-    Processes that draw alike (the same ``torch.manual_seed``) have the mask that one process would have.
+    Ranks with the same random state (``torch.manual_seed``) get the mask that a single process would draw.
 
     Args:
-        x: In parts.
-        dropout: The probability with which an element becomes zero; see :func:`lora_fx.runtime.masks.kept`.
+        x: A ``DTensor``.
+        dropout: Probability that an element becomes zero, see :func:`kept`.
     """
     from torch.distributed.tensor import distribute_tensor
 
-    if torch.compiler.is_compiling() or any(one.is_partial() for one in x.placements):
+    if torch.compiler.is_compiling() or any(placement.is_partial() for placement in x.placements):
         return F.dropout(x, dropout)
     like = torch_private.local_tensor(x).new_empty(()).expand(x.shape)
     mask = unpacked(draw(like, dropout), like).to(x.dtype)
@@ -137,7 +137,7 @@ class _Dropped(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, mask: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(mask)
         ctx.scale = scale
-        # Scaled afterwards: a half-precision factor would round the scale.
+        # Scaled afterwards, because a half-precision mask would round the scale.
         return (x * unpacked(mask, x)).mul_(scale)
 
     @staticmethod
@@ -147,28 +147,28 @@ class _Dropped(torch.autograd.Function):
 
 
 def draw(x: Tensor, dropout: float) -> Tensor:
-    """Draws a mask from the default generator of the device of ``x``.
+    """Draw a mask from the default generator of the device of ``x``.
 
-    ``torch.manual_seed`` repeats it, and so does a checkpointed block.
+    ``torch.manual_seed`` and activation checkpointing repeat the mask.
 
     Args:
-        x: A tensor of the shape of the mask.
-        dropout: The probability with which an element is dropped; see :func:`kept`.
+        x: A tensor with the shape of the mask.
+        dropout: Probability that an element is dropped, see :func:`kept`.
 
     Returns:
-        On a CPU the bits of what is dropped: [ceil(n / 8)], uint8, and under a compiler planes, int8, which
-        :func:`in_planes` tells apart. On a GPU with Triton a seed, a number of int64. Elsewhere, and in
-        ``torch.export``, what is kept: bool in the shape of ``x``. The same under the transforms of
-        ``torch.func``, where each sample of a batch may have a mask of its own, and for small tensors.
+        On a CPU, bits that are 1 for dropped elements: uint8 [ceil(n / 8)], or planes (int8, see
+        :func:`in_planes`) under a compiler. On a GPU with Triton, a seed: an int64 scalar. Otherwise bool in
+        the shape of ``x``, True for kept elements. The latter is also for ``torch.export``, small tensors and
+        ``torch.func`` transforms, under which each sample of a batch may have its own mask.
     """
     threshold = 256 - kept(dropout)
     if 0 < threshold < 256 and _takes_seed(x):
-        # One number says all of a mask, and the device need not be waited for: seed · 256 + threshold.
+        # One scalar encodes the mask without a synchronization of the device: seed · 256 + threshold.
         return torch.randint(2**55, (), device=x.device).mul_(256).add_(threshold)
     if _takes_planes(x):
         if threshold in (0, 256):
             return torch.full(x.shape, not threshold, dtype=torch.bool, device=x.device)
-        # The generator takes no more than 32 bits.
+        # The generator supports only 32 bits.
         seed = torch.randint(2**32, (), dtype=torch.int64, device=x.device)
         rows, columns = math.prod(x.shape[:-1]), (x.shape[-1] + 7) // 8
         planes: Tensor = torch.ops.lora_fx.mask_bits(seed, rows, columns, threshold)
@@ -184,14 +184,14 @@ def draw(x: Tensor, dropout: float) -> Tensor:
 def _bits(
     count: int, threshold: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Bytes of bits that are 1 with the probability ``threshold / 256``, uint8 [count]."""
-    # Bit by bit from the lowest that is set, the number below the threshold: an element is dropped with the
-    # probability 0.b7 b6 ... b0 in binary.
+    """Return bytes whose bits are 1 with the probability ``threshold / 256``, uint8 [count]."""
+    # Compares each random number with the threshold bit by bit, from the lowest bit of the threshold that is
+    # set. An element is dropped with the probability 0.b7 b6 ... b0 in binary.
     digits = [digit == "1" for digit in reversed(f"{threshold:08b}")]
     digits = digits[digits.index(True) :]
-    # With its device, since torch.set_default_device may name another one.
+    # The device is explicit, because torch.set_default_device may have set another one.
     words = torch.empty(len(digits), (count + 7) // 8, dtype=torch.int64, device=device)
-    # All 64 bits: from the lowest number, with no upper end.
+    # All 64 bits are random: the range starts at the least int64 and has no upper bound.
     words.random_(-(2**63), None, generator=generator)
     dropped = words[0]
     for digit, word in zip(digits[1:], words[1:], strict=True):
@@ -199,7 +199,7 @@ def _bits(
             dropped |= word
         else:
             dropped &= word
-    # A copy, so that the other words are not kept.
+    # Copied, so that the memory of the other words is freed.
     return dropped.view(torch.uint8)[:count].clone()
 
 
@@ -210,17 +210,17 @@ torch.library.define(
 
 @torch.library.impl("lora_fx::mask_bits", "CPU")
 def _planes(seed: Tensor, rows: int, columns: int, threshold: int) -> Tensor:
-    """Planes for rows of ``8 * columns`` elements, [rows, columns], int8.
+    """Draw planes for rows of ``8 * columns`` elements, [rows, columns], int8.
 
     Args:
-        seed: A number.
-        rows: Of the tensor.
-        columns: Bytes of a row: bit k of byte j belongs to element ``k * columns + j``.
-        threshold: As for :func:`_bits`.
+        seed: A scalar.
+        rows: Number of rows of the tensor.
+        columns: Bytes of a row. Bit k of byte j belongs to element ``k * columns + j``.
+        threshold: Probability in units of 1/256, see :func:`_bits`.
     """
     generator = torch.Generator("cpu").manual_seed(int(seed))
-    found = _bits(rows * columns, threshold, seed.device, generator)
-    return found.view(torch.int8).view(rows, columns)
+    bits = _bits(rows * columns, threshold, seed.device, generator)
+    return bits.view(torch.int8).view(rows, columns)
 
 
 @torch.library.register_fake("lora_fx::mask_bits")  # type: ignore[untyped-decorator]
@@ -229,7 +229,7 @@ def _fake_planes(seed: Tensor, rows: int, columns: int, threshold: int) -> Tenso
 
 
 def _takes_planes(x: Tensor) -> bool:
-    """Whether a mask is drawn for a compiler that makes code for a CPU."""
+    """Return True if a mask is drawn for a compiler that targets a CPU."""
     return (
         torch.compiler.is_compiling()
         and not torch_private.in_export()
@@ -241,7 +241,7 @@ def _takes_planes(x: Tensor) -> bool:
 
 
 def _takes_seed(x: Tensor) -> bool:
-    """Whether kernels draw and read the mask of a tensor."""
+    """Return True if kernels draw and read the mask of a tensor."""
     return (
         not torch.compiler.is_compiling()
         and not transformed()
@@ -256,13 +256,13 @@ def _takes_seed(x: Tensor) -> bool:
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Whether the kernels of :mod:`lora_fx.runtime.kernels` run on a device, and are right there.
+    """Return True if the kernels of :mod:`lora_fx.runtime.kernels` run correctly on a device.
 
-    They need Triton and a GPU of compute capability 8.0 (Ampere). Where there are both and they do not run,
-    the log says why, and masks and products are PyTorch's.
+    They need Triton and a GPU of compute capability 8.0 (Ampere). If both are present and the kernels fail,
+    log the reason. Masks and products then use PyTorch.
 
     Args:
-        device: Its kind is one of ``KERNEL_DEVICES``.
+        device: A device whose type is in ``KERNEL_DEVICES``.
     """
     if importlib.util.find_spec("triton") is None:
         return False
@@ -284,11 +284,11 @@ def _problem(device: torch.device) -> str:
 
 
 def seed_of(mask: Tensor | None, a: Tensor) -> Tensor | None:
-    """A mask, if kernels read it in their products with a factor; otherwise None.
+    """Return the mask if kernels read it in their products with a factor, otherwise None.
 
     Args:
-        mask: Of :func:`draw`, or None.
-        a: A, [r, in].
+        mask: A mask of :func:`draw`, or None.
+        a: The factor A, [r, in].
     """
     read = mask is not None and _is_seed(mask) and a.shape[0] <= KERNEL_RANKS
     return mask if read else None
@@ -299,23 +299,23 @@ def _is_seed(mask: Tensor) -> bool:
 
 
 def in_planes(mask: Tensor) -> bool:
-    """Whether a mask of :func:`draw` is planes, for a compiler."""
+    """Return True if a mask of :func:`draw` has the form of planes, for a compiler."""
     return mask.dtype == torch.int8
 
 
 def _kept_planes(mask: Tensor, backward: bool) -> Tensor:
-    """What planes keep, bool [rows, 8, columns].
+    """Unpack planes to a mask that is True for kept elements, bool [rows, 8, columns].
 
     Args:
-        mask: Planes.
-        backward: Whether it is read in a backward. A compiler that finds one expression in the forward and
-            in the backward keeps its value, which is eight times the planes, and reads it more slowly: so
-            there are two.
+        mask: The planes.
+        backward: Whether a backward reads it. The backward uses a different expression than the forward.
+            Otherwise a compiler would save the common value, which has eight times the size of the planes
+            and is slower to read.
     """
-    # Wider than a byte: inductor has no vector instructions for shifts of bytes.
+    # Wider than a byte, because inductor has no vector instructions for shifts of bytes.
     bits = mask.int()[:, None]
-    places = torch.arange(8, dtype=torch.int32, device=mask.device)[:, None]
-    return (bits << (31 - places)) >= 0 if backward else (bits & (1 << places)) == 0
+    shifts = torch.arange(8, dtype=torch.int32, device=mask.device)[:, None]
+    return (bits << (31 - shifts)) >= 0 if backward else (bits & (1 << shifts)) == 0
 
 
 def _times_planes(x: Tensor, mask: Tensor, backward: bool = False) -> Tensor:
@@ -327,7 +327,7 @@ def _times_planes(x: Tensor, mask: Tensor, backward: bool = False) -> Tensor:
 
 
 class _TimesPlanes(torch.autograd.Function):
-    """What a compiler sees outside of other functions of autograd."""
+    """Product of a tensor and a mask in planes, for compiled code outside of other autograd functions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
@@ -341,21 +341,21 @@ class _TimesPlanes(torch.autograd.Function):
 
 
 def _fits(x: Tensor) -> bool:
-    """Whether a row is eight planes without a rest, for all sizes that a compiler has in mind."""
+    """Return True if the row size is divisible by 8 for all sizes that a compiler assumes."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(x.shape[-1] % 8 == 0)
 
 
 def unpacked(mask: Tensor, x: Tensor) -> Tensor:
-    """What to multiply ``x`` with to drop what a mask drops.
+    """Unpack a mask to a multiplier of ``x``.
 
     Args:
-        mask: Of :func:`draw`.
-        x: A tensor of the shape for which it was drawn.
+        mask: A mask of :func:`draw`.
+        x: A tensor of the shape for which the mask was drawn.
 
     Returns:
-        0 or 1 in the shape of ``x``: in its dtype from bits, otherwise bool.
+        0 or 1 for each element of ``x``: in its dtype if the mask is bits, otherwise bool.
     """
     if mask.dtype == torch.bool:
         return mask.view(x.shape)
@@ -365,58 +365,59 @@ def unpacked(mask: Tensor, x: Tensor) -> Tensor:
         return matrix.view(x.shape)
     if in_planes(mask):
         return _kept_planes(mask, False).flatten(1)[:, : x.shape[-1]].reshape(x.shape)
-    # A table made under a FakeTensorMode has no values, and must not be found by those who come after.
+    # Under a FakeTensorMode the table has no values, and must not enter the cache.
     make = _rows if type(mask) is Tensor else _rows.__wrapped__
     rows = torch.index_select(make(x.dtype), 0, mask.int())
     return rows.flatten()[: x.numel()].view(x.shape)
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """``x`` without what a mask drops, not scaled: of a sparse tensor, numbers that it holds."""
+    """Zero the elements of ``x`` that a mask drops, without scaling. ``x`` may be sparse."""
     if in_planes(mask):
         if not (torch.is_grad_enabled() and x.requires_grad):
-            # Dynamo does not trace a function that has no gradient to compute.
+            # Dynamo does not trace an autograd function that computes no gradient.
             return _times_planes(x, mask)
         out: Tensor = _TimesPlanes.apply(x, mask)  # type: ignore[no-untyped-call]
         return out
     if x.layout not in (torch.strided, torch.sparse_coo):
-        # What else is sparse has no product with a dense tensor, or not on every device.
+        # Other sparse layouts have no product with a dense tensor, or not on every device.
         x = x.to_sparse(layout=torch.sparse_coo)
     return x * unpacked(mask, x)
 
 
 def masked_again(x: Tensor, mask: Tensor, total: Tensor | None = None) -> Tensor:
-    """``total + masked(x, mask)`` in a backward, where ``mask`` is in planes."""
+    """Return ``total + masked(x, mask)`` in a backward, for a mask in planes."""
     if total is None or not _fits(x):
-        found = _times_planes(x, mask, backward=True)
-        return found if total is None else total + found
+        masked_x = _times_planes(x, mask, backward=True)
+        return masked_x if total is None else total + masked_x
     shape = (mask.shape[0], 8, mask.shape[1])
     product = x.reshape(shape) * _kept_planes(mask, True)
     return (total.reshape(shape) + product).reshape(x.shape)
 
 
 def _few(x: Tensor) -> bool:
-    """Whether a number for each element costs less than the calls that bits take."""
+    """Return True if drawing a number per element costs less than the extra calls for bits."""
     return x.numel() < FEW
 
 
 def transformed() -> bool:
-    """Whether plain operations are called for: ``torch.func``, forward-mode AD or ``torch.jit.trace``.
+    """Return True under ``torch.func``, forward-mode AD or ``torch.jit.trace``, which need plain operations.
 
-    Also while Dynamo traces a transform. A function of autograd would be an opaque node of a recorded trace.
+    This includes a transform that Dynamo traces. In a recorded trace, an autograd function would be an opaque
+    node.
     """
     transform = torch_private.in_functorch() or torch_private.in_forward_ad()
     return transform or torch_private.in_jit_trace()
 
 
-# What torch.compiler.assume_constant_result sets; the decorator itself imports Dynamo, which takes seconds.
+# Same effect as torch.compiler.assume_constant_result, which would import Dynamo and take seconds.
 torch_private.make_constant(transformed)
 
 
 @functools.cache
 def _rows(dtype: torch.dtype) -> Tensor:
-    """For each byte its eight bits, lowest first: 1 where the bit is 0."""
-    # A tensor made under inference mode could not be used outside of it.
+    """Return a table [256, 8] of the inverted bits of each byte, lowest first."""
+    # A tensor that is created in inference mode could not be used outside of it.
     with torch.inference_mode(False):
         bits = torch.arange(256, device="cpu")[:, None] >> torch.arange(8, device="cpu") & 1
         return (1 - bits).to(dtype)

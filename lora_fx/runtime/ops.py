@@ -1,4 +1,4 @@
-"""What a rewritten model runs at training time, and the modules that hold its factors."""
+"""Operations of rewritten models at training time, and the modules that hold the adapters' factors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-# Of modules, and of lora_fx.runtime.samples.SampleRows.
+# Attributes of modules, and of lora_fx.runtime.samples.SampleRows.
 _TAKEN = (
     *(
         "training",
@@ -58,18 +58,18 @@ _TAKEN = (
 )
 
 
-_HOOK = "_hf_hook"  # where accelerate keeps its hook
+_HOOK = "_hf_hook"  # attribute with accelerate's hook
 
 
 class _NoLayer(ConfigError, AttributeError):
-    """Says that a module of an adapter is taken for a layer."""
+    """Error for code that treats a module of an adapter as a layer."""
 
 
 class AdapterModule(nn.Module):
-    """A module that lora_fx puts into a model: no part of the base."""
+    """Module that lora_fx adds to a model, and that the base does not have."""
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute. Styles of tensor parallelism ask every module in a layer for its ``weight``."""
+        """Return an attribute. Raise for ``weight``, which tensor parallelism reads from each module."""
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -82,16 +82,16 @@ class AdapterModule(nn.Module):
 
 
 class AdapterFactors(AdapterModule):
-    """One factor of a site, for every adapter: ``layer.lora_A.default`` is a parameter.
+    """One factor of a site for every adapter: ``layer.lora_A.default`` is a parameter.
 
-    It has no forward: the graph reads the parameters. Hooks that accelerate puts on it to load parameters
-    before a call never run, so that it then asks them itself.
+    It has no forward, because the graph reads the parameters. Thus accelerate's hooks, which load parameters
+    before a call, never run. :class:`OffloadedFactors` queries them instead.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute; with accelerate's hook it becomes one whose factors are somewhere else.
+        """Set an attribute. Accelerate's hook turns the module into :class:`OffloadedFactors`.
 
-        FSDP2 puts its parts in so.
+        FSDP2 registers its sharded parameters in this way, too.
         """
         if isinstance(value, nn.Parameter):
             note_whole(self, name, value)
@@ -100,10 +100,11 @@ class AdapterFactors(AdapterModule):
             object.__setattr__(self, "__class__", OffloadedFactors)
 
     def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> Any:
-        """Registers a hook.
+        """Register a hook.
 
         Raises:
-            ConfigError: If it is to compute gradients of single samples: no call of this module would run it.
+            ConfigError: If the hook is from Opacus, for per-sample gradients. This module is never called, so
+                it would not run.
         """
         library = type(getattr(getattr(hook, "func", hook), "__self__", None)).__module__
         if library.partition(".")[0] == "opacus":
@@ -117,29 +118,29 @@ class AdapterFactors(AdapterModule):
         return super().register_full_backward_hook(hook, prepend)
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
-        """Adds an adapter's factor, or puts another one in its place.
+        """Add or replace the factor of an adapter.
 
         Args:
-            adapter: The adapter's name.
-            value: A of shape [r, in, ...] or B of shape [out, r, ...]; a parameter is taken as it is.
+            adapter: Name of the adapter.
+            value: A of shape [r, in, ...] or B of shape [out, r, ...]. A parameter is registered as it is.
         """
         parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
         self.register_parameter(adapter, parameter)
 
     def extra_repr(self) -> str:
-        """Names and shapes."""
+        """Return the names and shapes of the factors."""
         shapes = ((name, tuple(p.shape)) for name, p in self.named_parameters())
         return ", ".join(f"{name}={shape}" for name, shape in shapes)
 
 
 class OffloadedFactors(AdapterFactors):
-    """Factors that accelerate has offloaded to a disk or to the CPU: each read loads one, to compute with."""
+    """Factors that accelerate has offloaded to the disk or the CPU. Each read loads the factor."""
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute; a factor with its values.
+        """Return an attribute. Load the values of a factor.
 
         Raises:
-            ConfigError: If it would be trained: the gradient of a loaded value reaches nothing.
+            ConfigError: If the factor would be trained. The gradient of a loaded value would be lost.
         """
         value = super().__getattr__(name)
         hook: Any = self.__dict__.get(_HOOK)
@@ -155,42 +156,42 @@ class OffloadedFactors(AdapterFactors):
         return nn.Parameter(loaded, requires_grad=False)
 
     def __delattr__(self, name: str) -> None:
-        """Deletes an attribute; without the hook it is as it was."""
+        """Delete an attribute. Without accelerate's hook, the module is an :class:`AdapterFactors` again."""
         super().__delattr__(name)
         if name == _HOOK:
             object.__setattr__(self, "__class__", AdapterFactors)
 
 
 class KeptIndices(AdapterFactors):
-    """Which rows of a weight an adapter trains: buffers that are no part of the state."""
+    """Indices of the rows of a weight that an adapter trains, as non-persistent buffers."""
 
     def add(self, adapter: str, value: torch.Tensor) -> None:
-        """Adds an adapter's indices.
+        """Add the indices of an adapter.
 
         Args:
-            adapter: The adapter's name.
+            adapter: Name of the adapter.
             value: Integers, [n].
         """
         self.register_buffer(adapter, value, persistent=False)
 
 
 class AdapterDropout(AdapterModule, nn.Dropout):
-    """The dropout of an adapter's branch at a site.
+    """Dropout of an adapter's branch at a site.
 
-    It is an ``nn.Dropout``, so that code that looks for these finds it (``model.eval()``, TRL's
-    ``disable_dropout``, a schedule of probabilities). The graph reads ``p`` and ``training`` at each call; it
-    never calls the module, whose hooks do not run.
+    It is an ``nn.Dropout``, so code that looks for these finds it (``model.eval()``, TRL's
+    ``disable_dropout``, a schedule of probabilities). The graph reads ``p`` and ``training`` at each call. It
+    never calls the module, so hooks on it do not run.
     """
 
 
 class AdapterDropouts(AdapterModule):
-    """The dropouts of a site, by adapter: ``layer.lora_dropout.default.p``, where PEFT has it."""
+    """Dropouts of a site by adapter, named like PEFT's: ``layer.lora_dropout.default.p``."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute.
+        """Set an attribute.
 
         Raises:
-            ConfigError: If another module would take the place of a dropout: the graph would not call it.
+            ConfigError: If another module would replace a dropout. The graph would not call it.
         """
         if isinstance(value, nn.Module) and not isinstance(value, AdapterDropout):
             raise ConfigError(
@@ -200,20 +201,20 @@ class AdapterDropouts(AdapterModule):
         super().__setattr__(name, value)
 
     def add(self, adapter: str, p: float) -> None:
-        """Adds an adapter's dropout, or puts another one in its place.
+        """Add or replace the dropout of an adapter.
 
         Args:
-            adapter: The adapter's name.
-            p: The probability that the graph begins with.
+            adapter: Name of the adapter.
+            p: The initial probability.
         """
         self.add_module(adapter, AdapterDropout(p).train(self.training))
 
 
 class Holder(AdapterModule):
-    """Holds the factors of a weight that no module stands for: it lies beside the weight."""
+    """Container for the factors of a bare parameter. It is a sibling of the parameter in its module."""
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        """Refuse to be called.
+        """Raise, because the container is not a layer.
 
         Raises:
             ConfigError: Always.
@@ -226,15 +227,15 @@ class Holder(AdapterModule):
 
 
 class KeptTensors(AdapterFactors):
-    """What an adapter keeps beside a parameter and does not train: it is no factor."""
+    """Tensors that an adapter stores for a parameter without training them. They are not factors."""
 
 
 def check_adapter_name(name: object) -> None:
-    """Refuses names that cannot be an attribute of :class:`AdapterFactors`.
+    """Raise if a name cannot be an attribute of :class:`AdapterFactors`.
 
     Raises:
         ConfigError: If the name is empty, has other characters than letters, digits, "_" and "-",
-            or is taken by Python or ``nn.Module``.
+            is a keyword of Python, or an attribute of ``nn.Module``.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"adapter_name must be a string that is not empty, found {name!r}")
@@ -248,12 +249,12 @@ def check_adapter_name(name: object) -> None:
 
 
 def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A factor in the dtype of an output, and in parts where that is.
+    """Cast a factor to the dtype of an output, and shard it like the output.
 
-    ``type_as`` would also want the layout of a nested tensor, which a factor cannot have.
+    ``type_as`` would also require the layout of a nested tensor, which a factor cannot have.
 
     Raises:
-        ConfigError: If a layer was parallelized after the rewrite.
+        ConfigError: If the layer was parallelized after the rewrite.
     """
     if is_in_parts(factor) or is_in_parts(like):
         factor = factor_beside(factor, like)
@@ -261,43 +262,43 @@ def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def pad_features(part: torch.Tensor, before: int, after: int) -> torch.Tensor:
-    """Zeros for the output features that a part of an operation does not have.
+    """Pad a slice of the output features with zeros for the other features.
 
     Args:
         part: [..., n].
-        before: How many come before it.
-        after: How many come after it.
+        before: Number of features before the slice.
+        after: Number of features after the slice.
     """
     if not part.is_nested:
         return F.pad(part, (before, after))
-    # What is nested cannot be padded, and can be multiplied.
+    # Nested tensors support products, but no padding.
     own = torch.eye(part.size(-1), dtype=part.dtype, device=part.device)
     return F.linear(part, F.pad(own, (0, 0, before, after)))
 
 
 def in_place(operation: str, left: Any, right: Any) -> Any:
-    """``left += right`` and the like: changes a tensor in place, and gives a new number.
+    """Run an augmented assignment such as ``left += right``. Tensors change in place, numbers do not.
 
     Args:
         operation: A name in :mod:`operator`, such as ``iadd``.
-        left: What stands on the left.
-        right: What stands on the right.
+        left: The left operand.
+        right: The right operand.
     """
     return getattr(operator, operation)(left, right)
 
 
 class _Omitted(enum.Enum):
-    """The default of an argument that tells whether it was given."""
+    """Sentinel type for arguments that a caller may omit."""
 
     OMITTED = "omitted"
 
 
 OMITTED = _Omitted.OMITTED
-"""What an argument is that was not given, where a decorator looks whether it was."""
+"""Default of an argument, so that a decorator can tell if the caller passed it."""
 
 
 def given(**named: Any) -> dict[str, Any]:
-    """The arguments that were given.
+    """Return the arguments that the caller passed.
 
     Args:
         named: Arguments by name.
@@ -309,19 +310,19 @@ _SIMPLE = (bool, int, float, complex, str, bytes)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Go through the tensors in arguments or results, in containers and objects, too, but not in modules."""
+    """Yield the tensors in arguments or results, also in containers and objects, but not in modules."""
     seen: set[int] = set()
 
-    def visit(one: Any, depth: int) -> Iterator[torch.Tensor]:
-        if isinstance(one, torch.Tensor):
-            yield one
-        elif depth and id(one) not in seen and not isinstance(one, (*_SIMPLE, nn.Module, type)):
-            seen.add(id(one))
-            if isinstance(one, Mapping):
-                one = one.values()
-            elif not isinstance(one, list | tuple | set):
-                one = getattr(one, "__dict__", {}).values()
-            for item in one:
+    def visit(obj: Any, depth: int) -> Iterator[torch.Tensor]:
+        if isinstance(obj, torch.Tensor):
+            yield obj
+        elif depth and id(obj) not in seen and not isinstance(obj, (*_SIMPLE, nn.Module, type)):
+            seen.add(id(obj))
+            if isinstance(obj, Mapping):
+                obj = obj.values()
+            elif not isinstance(obj, list | tuple | set):
+                obj = getattr(obj, "__dict__", {}).values()
+            for item in obj:
                 yield from visit(item, depth - 1)
 
     return visit(value, 8)
@@ -336,47 +337,47 @@ def output_padding(
     kernel_size: Sequence[int],
     dilation: Sequence[int],
 ) -> Sequence[int]:
-    """What a transposed convolution adds to its output, so that it has the size that a call asks for.
+    """Return the output padding with which a transposed convolution gets a requested output size.
 
     Args:
         x: The input.
         output_size: The size, with or without the dimensions before the spatial ones; or None.
-        default: What the layer adds if no size is asked for.
-        stride: Of the layer; what follows, too.
-        padding: Likewise.
-        kernel_size: Likewise.
-        dilation: Likewise.
+        default: The layer's output padding, for no requested size.
+        stride: The layer's stride.
+        padding: The layer's padding.
+        kernel_size: The layer's kernel size.
+        dilation: The layer's dilation.
 
     Raises:
-        ValueError: PyTorch's own, for a size that the layer cannot give.
+        ValueError: From PyTorch, for a size that the layer cannot produce.
     """
     if output_size is None:
         return default
     layer: Any = SimpleNamespace(output_padding=default)
     geometry: tuple[Any, ...] = (stride, padding, kernel_size, len(kernel_size), dilation)
     size: Any = output_size
-    found: Sequence[int] = torch_private.OUTPUT_PADDING(layer, x, size, *geometry)
-    return found
+    extra: Sequence[int] = torch_private.OUTPUT_PADDING(layer, x, size, *geometry)
+    return extra
 
 
 def spread(
     vector: torch.Tensor, like: torch.Tensor, axes: Sequence[int], sizes: Sequence[int]
 ) -> torch.Tensor:
-    """A vector of the output features in the shape in which it meets an output.
+    """Reshape a vector of the output features for broadcasting with an output.
 
     Args:
         vector: [out].
-        like: The output. A matrix times a vector has its features where a product has its rows.
-        axes: Where the features lie in an output, counted from its end.
-        sizes: Their sizes, where they are several dimensions.
+        like: The output. For a matrix times a vector, its features are on the axis of the rows of a product.
+        axes: Axes of the features in an output, counted from its end.
+        sizes: Sizes of these axes, if there are several.
 
     Returns:
-        A view with 1 for every other dimension behind the first of the axes.
+        A view with size 1 for every other dimension after the first of the axes.
     """
     if like.dim() < -min(axes):
         return vector
     if len(axes) > 1:
-        order = sorted(range(len(axes)), key=lambda place: axes[place])
+        order = sorted(range(len(axes)), key=lambda index: axes[index])
         vector = vector.view(tuple(sizes)).permute(order)
     kept = iter(vector.shape)
     first = min(axes)

@@ -1,15 +1,14 @@
-"""Branches over tensors that processes hold in parts (``DTensor``): of tensor parallelism, and of FSDP2.
+"""Adapter branches over sharded tensors (``DTensor``), for tensor parallelism and FSDP2.
 
-The factors lie as the weight does. Cut along its outputs, B is cut along its own, and A is whole in each
-process; cut along its inputs, A is cut along them, and B is whole. Then ``x Aᵀ Bᵀ`` comes out as ``x Wᵀ``
-does, in parts or as terms of a sum, and nothing more is sent in a forward. The gradient of a factor that is
-whole is a sum over the processes, or the mean over those that have other samples. What an adapter has for
-each output feature besides (a magnitude, a bias) is cut as B is. Norms of weights are sums over the inputs:
-where those are cut, each forward sums one vector over the processes.
+The factors are sharded like the weight. If the outputs of the weight are sharded, B is sharded along its
+outputs, and A is replicated. If the inputs are sharded, A is sharded along its inputs, and B is replicated.
+Then ``x Aᵀ Bᵀ`` has the placements of ``x Wᵀ``, sharded or partial, and a forward sends nothing more. The
+gradient of a replicated factor is a sum over the ranks, or a mean over ranks with different samples. Other
+vectors over the output features (a magnitude, a bias) are sharded like B. Norms of weights are sums over the
+inputs. If these are sharded, each forward all-reduces one vector.
 
-Before processes send parts, they tell each other what they are about to do, in the store by which they have
-found each other. So nothing is taken for anything else where one of them does something else, and the ones
-that are missing have names.
+Before ranks send shards, they announce the operation in the rendezvous store of the process group. Thus
+operations of different ranks are never mixed up, and errors name the missing ranks.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ __all__ = [
 
 
 def is_in_parts(tensor: Any) -> bool:
-    """Whether a tensor is a ``DTensor``."""
+    """Return True if a tensor is a ``DTensor``."""
     return torch_private.is_distributed(tensor)
 
 
@@ -54,24 +53,24 @@ _AFTERWARDS = (
 
 
 def check_not_in_parts(x: Any) -> None:
-    """Refuses the input of a layer that was whole when its branch was fused with it.
+    """Raise if the input of a layer is a ``DTensor``, although it was not when the branch was fused.
 
     Raises:
-        ConfigError: If it is in parts now.
+        ConfigError: If it is a ``DTensor``.
     """
     if is_in_parts(x):
         raise ConfigError(_AFTERWARDS)
 
 
 def factor_beside(factor: Any, like: Any) -> Any:
-    """A factor as it is multiplied beside a base product: in parts, or this process's own part.
+    """Return a factor in the form of the base product: as a ``DTensor``, or as the local tensor of this rank.
 
     Args:
-        factor: As it is stored.
-        like: What the base operation gives.
+        factor: The factor as it is stored.
+        like: Output of the base operation.
 
     Raises:
-        ConfigError: If one is in parts in a way in which the other one is not.
+        ConfigError: If the shardings of the two do not match.
     """
     if not is_in_parts(factor):
         if is_in_parts(like):
@@ -81,7 +80,7 @@ def factor_beside(factor: Any, like: Any) -> Any:
         return _Part.apply(factor, None, ()) if _wants_gradient(factor) else factor  # type: ignore[no-untyped-call]
     inner = like.device_mesh if is_in_parts(like) else None
     outer = _outer_dimensions(factor, inner)
-    if _wants_gradient(factor) and not all(factor.placements[one].is_replicate() for one in outer):
+    if _wants_gradient(factor) and not all(factor.placements[dim].is_replicate() for dim in outer):
         raise ConfigError(
             "the factors of an adapter are in parts, and the layer computes with whole tensors here: a style "
             "of tensor parallelism that computes so cannot be trained. Leave the layer out with "
@@ -93,69 +92,71 @@ def factor_beside(factor: Any, like: Any) -> Any:
 
 
 def slot_beside(slot: Any, a: Any, like: Any) -> Any:
-    """A vector of the output features, as it is added to a base product, in its dtype.
+    """Return a vector of the output features in the form and dtype of the base product.
 
-    Where processes compute terms of a sum, each by itself, the first of them adds it.
+    If each rank computes a local term of a sum, only the first rank gets the vector, and the others zeros.
 
     Args:
-        slot: As it is stored.
+        slot: The vector as it is stored.
         a: The factor A of the same adapter.
-        like: What the base operation gives.
+        like: Output of the base operation.
     """
-    found = factor_beside(slot, like) if is_in_parts(slot) or is_in_parts(like) else slot
+    vector = factor_beside(slot, like) if is_in_parts(slot) or is_in_parts(like) else slot
     if is_in_parts(a) and not is_in_parts(like):
         mine = a.device_mesh.get_coordinate()
-        cut = [place for place, one in enumerate(a.placements) if one.is_shard()]
-        if any(mine[place] for place in cut):
-            found = torch.zeros_like(found)
-    return found.to(like.dtype)
+        cut = [dim for dim, placement in enumerate(a.placements) if placement.is_shard()]
+        if any(mine[dim] for dim in cut):
+            vector = torch.zeros_like(vector)
+    return vector.to(like.dtype)
 
 
 def own_part(tensor: Any) -> Tensor:
-    """What this process holds of a tensor, detached; the tensor itself where it is whole."""
-    found = torch_private.local_tensor(tensor)
-    return found.detach()
+    """Return the detached local part of a tensor. This is the tensor itself unless it is a ``DTensor``."""
+    local = torch_private.local_tensor(tensor)
+    return local.detach()
 
 
 def summed_over_inputs(sums: Tensor, a: Any) -> Tensor:
-    """Sums that go over the inputs of a layer, from those over the inputs of each process.
+    """Return sums over all inputs of a layer, from the sums over the inputs of each rank.
 
     Args:
-        sums: [out], or this process's part of it.
-        a: The factor A, which is cut as the inputs are: nothing is sent where it is whole.
+        sums: [out], or the local part of it.
+        a: The factor A, which is sharded like the inputs. If it is not sharded, nothing is sent.
     """
-    for place, placement in enumerate(a.placements):
+    for dim, placement in enumerate(a.placements):
         if placement.is_shard():
-            sums = torch_private.all_reduce(sums, "sum", (a.device_mesh, place))
+            sums = torch_private.all_reduce(sums, "sum", (a.device_mesh, dim))
     return sums
 
 
 def compute_in_parts(
     function: Callable[..., Tensor], outputs: tuple[Any, ...], vector: Any
 ) -> Tensor:
-    """What a function that is linear in outputs makes of them: each process has it make its own part.
+    """Apply a function that is linear in ``outputs`` to the local tensors of each rank.
 
     Args:
-        function: Takes the parts of the outputs, and of the vector.
-        outputs: ``DTensor``s of one shape. The result lies as the first of them.
-        vector: Of the output features: over the same mesh.
+        function: Function of the local tensors of the outputs and of the vector.
+        outputs: ``DTensor``s of one shape. The result has the placements of the first.
+        vector: Vector of the output features, over the same mesh.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     first = outputs[0]
-    features = [one.is_shard(first.dim() - 1) for one in first.placements]
-    gradients = [Replicate() if one.is_partial() else one for one in first.placements]
+    features = [placement.is_shard(first.dim() - 1) for placement in first.placements]
+    gradients = [
+        Replicate() if placement.is_partial() else placement for placement in first.placements
+    ]
     parts = [
-        one.redistribute(placements=first.placements).to_local(grad_placements=gradients)
-        for one in outputs
+        output.redistribute(placements=first.placements).to_local(grad_placements=gradients)
+        for output in outputs
     ]
-    # Its gradient is a sum over all elements of a feature, wherever they are.
+    # The gradient of the vector is a sum over all elements of a feature, on all ranks.
     sums = [
-        Shard(0) if of_features else Replicate() if one.is_replicate() else Partial()
-        for of_features, one in zip(features, first.placements, strict=True)
+        Shard(0) if of_features else Replicate() if placement.is_replicate() else Partial()
+        for of_features, placement in zip(features, first.placements, strict=True)
     ]
-    there = [Shard(0) if of_features else Replicate() for of_features in features]
-    own = vector.redistribute(placements=there).to_local(grad_placements=sums)
+    vector_placements = [Shard(0) if of_features else Replicate() for of_features in features]
+    own = vector.redistribute(placements=vector_placements).to_local(grad_placements=sums)
     return DTensor.from_local(
         function(*parts, own),
         first.device_mesh,
@@ -171,17 +172,20 @@ def _wants_gradient(factor: Tensor) -> bool:
 
 
 def _outer_dimensions(factor: Any, inner: Any) -> tuple[int, ...]:
-    """The dimensions of a factor's mesh that the base product does not have."""
+    """Return the dimensions of a factor's mesh that the mesh of the base product does not have."""
     every = tuple(range(factor.device_mesh.ndim))
     if inner is None:
         return every
     names = factor.device_mesh.mesh_dim_names or ()
     known = inner.mesh_dim_names or ()
-    return tuple(one for one in every if one >= len(names) or names[one] not in known)
+    return tuple(dim for dim in every if dim >= len(names) or names[dim] not in known)
 
 
 class _Part(torch.autograd.Function):
-    """A factor over an inner mesh (None: no mesh), whose gradient lies as the factor does."""
+    """Autograd function that returns a factor over an inner mesh, or its local tensor if the mesh is None.
+
+    The gradient gets the placements of the factor.
+    """
 
     @staticmethod
     def forward(ctx: Any, factor: Any, inner: Any, outer: tuple[int, ...]) -> Any:
@@ -194,7 +198,9 @@ class _Part(torch.autograd.Function):
         local = torch_private.local_tensor(factor)
         if inner is None:
             return local.view_as(local)
-        placements = [one for place, one in enumerate(factor.placements) if place not in outer]
+        placements = [
+            placement for dim, placement in enumerate(factor.placements) if dim not in outer
+        ]
         shape, stride = ctx.size
         return DTensor.from_local(
             local, inner, placements, run_check=False, shape=shape, stride=stride
@@ -209,10 +215,10 @@ class _Part(torch.autograd.Function):
             return grad.redistribute(placements=ctx.placements), None, None
         inner = iter(grad.placements if is_in_parts(grad) else ())
         local = torch_private.local_tensor(grad)
-        # Those that have other samples: the mean, as FSDP and DDP take it.
-        local = local / math.prod(ctx.mesh.size(place) for place in ctx.outer)
+        # Ranks of these dimensions have different samples. Average over them, like FSDP and DDP.
+        local = local / math.prod(ctx.mesh.size(dim) for dim in ctx.outer)
         placements = [
-            Partial() if place in ctx.outer else next(inner) for place in range(len(ctx.placements))
+            Partial() if dim in ctx.outer else next(inner) for dim in range(len(ctx.placements))
         ]
         shape, stride = ctx.size
         whole = DTensor.from_local(
@@ -221,29 +227,29 @@ class _Part(torch.autograd.Function):
         return whole.redistribute(placements=ctx.placements), None, None
 
 
-# --- what processes tell each other --------------------------------------------------------------------
+# --- agreement of ranks --------------------------------------------------------------------------------
 
 _calls: Counter[str] = Counter()
-_SHORTEST, _LONGEST = 0.001, 0.1  # seconds between two looks
+_SHORTEST, _LONGEST = 0.001, 0.1  # seconds between two polls of the store
 _NOTES = "_lora_fx_whole"
 
 
 def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[int, str]:
-    """Waits until every process that holds parts of some tensors has come here, too.
+    """Wait until every rank that holds parts of some tensors has made this call, too.
 
-    What one process sends alone the others would take for something else. Nothing is asked where all tensors
-    are whole.
+    Otherwise a collective of one rank could be matched with a different one of another rank. Return at once
+    if no tensor is sharded.
 
     Args:
-        tensors: What is gathered afterwards.
-        what: What that is for, for an error.
-        word: What this process tells the others.
+        tensors: The tensors that are gathered afterwards.
+        what: Purpose of the call, for the error message.
+        word: Text that this rank sends to the others.
 
     Returns:
-        What each of them has told, by its rank.
+        The text of each rank, by rank.
 
     Raises:
-        ProcessError: With the ranks that have not come within the timeout of the process group.
+        ProcessError: If ranks are missing after the timeout of the process group. It names them.
     """
     ranks = _holders(tensors)
     if len(ranks) < 2:
@@ -251,15 +257,15 @@ def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[
     import torch.distributed as dist
 
     store = torch_private.group_store()
-    place = f"lora_fx {what} {ranks}"
-    number = _calls[place]
-    keys = {rank: f"{place} {number} {rank}" for rank in ranks}
+    prefix = f"lora_fx {what} {ranks}"
+    number = _calls[prefix]
+    keys = {rank: f"{prefix} {number} {rank}" for rank in ranks}
     mine = dist.get_rank()
     store.set(keys[mine], word)
     end, pause = time.monotonic() + store.timeout.total_seconds(), _SHORTEST
     while missing := [rank for rank, key in keys.items() if not store.check([key])]:
         if time.monotonic() > end:
-            # A later call begins where the others are.
+            # A later call must start from the same state as on the other ranks.
             store.delete_key(keys[mine])
             raise ProcessError(
                 f"{what}: every process that holds a part has to call this, and rank "
@@ -269,16 +275,16 @@ def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[
             )
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST)
-    told = {rank: bytes(store.get(key)).decode() for rank, key in keys.items()} if word else {}
-    _calls[place] = number + 1
+    words = {rank: bytes(store.get(key)).decode() for rank, key in keys.items()} if word else {}
+    _calls[prefix] = number + 1
     if number:
-        # All have passed the call before this one.
-        store.delete_key(f"{place} {number - 1} {mine}")
-    return told
+        # All ranks have left the previous call.
+        store.delete_key(f"{prefix} {number - 1} {mine}")
+    return words
 
 
 def _holders(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """The ranks of the processes that hold parts of some tensors; none where nothing can be sent."""
+    """Return the ranks that hold parts of some tensors; none if there is no real process group."""
     import torch.distributed as dist
 
     if not dist.is_available() or not dist.is_initialized() or dist.get_backend() == "fake":
@@ -286,14 +292,14 @@ def _holders(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     meshes: dict[int, Any] = {}
     groups: dict[int, Any] = {}
     for tensor in tensors:
-        one: Any = tensor
-        if _is_cut(one):
-            meshes[id(one.device_mesh)] = one.device_mesh
-        elif hasattr(one, "ds_process_group"):  # of DeepSpeed's ZeRO-3
-            groups[id(one.ds_process_group)] = one.ds_process_group
-    found = {rank for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist()}
-    found |= {rank for one in groups.values() for rank in dist.get_process_group_ranks(one)}
-    return tuple(sorted(found))
+        value: Any = tensor
+        if _is_cut(value):
+            meshes[id(value.device_mesh)] = value.device_mesh
+        elif hasattr(value, "ds_process_group"):  # of DeepSpeed's ZeRO-3
+            groups[id(value.ds_process_group)] = value.ds_process_group
+    ranks = {rank for mesh in meshes.values() for rank in mesh.mesh.flatten().tolist()}
+    ranks |= {rank for group in groups.values() for rank in dist.get_process_group_ranks(group)}
+    return tuple(sorted(ranks))
 
 
 def _is_cut(value: Any) -> bool:
@@ -301,12 +307,12 @@ def _is_cut(value: Any) -> bool:
 
 
 def note_whole(module: nn.Module, name: str, value: Any) -> None:
-    """Notes what a factor was when it is cut into parts (``fully_shard``), for :func:`check_equal`.
+    """Record a digest of a factor that is about to be sharded (``fully_shard``), for :func:`check_equal`.
 
     Args:
-        module: Holds the factor.
-        name: The factor's.
-        value: What is about to take its place.
+        module: The module with the factor.
+        name: Name of the factor.
+        value: The ``DTensor`` that will replace it.
     """
     if not _is_cut(value):
         return
@@ -318,34 +324,34 @@ def note_whole(module: nn.Module, name: str, value: Any) -> None:
 
 
 def _digest(whole: Tensor) -> str:
-    found = hashlib.blake2b(f"{list(whole.shape)} {whole.dtype}".encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{list(whole.shape)} {whole.dtype}".encode(), digest_size=8)
     try:
         values = whole.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-    except (NotImplementedError, RuntimeError):  # on the meta device, or fake: there are none
+    except (NotImplementedError, RuntimeError):  # meta and fake tensors have no values
         return _UNKNOWN
-    found.update(values.tobytes())
-    return found.hexdigest()
+    digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 _UNKNOWN = "?"
 
 
 def _version(value: Any) -> int:
-    """How often a tensor was written into: what is done to the whole is not counted for the part."""
+    """Return a count of writes to a tensor. A ``DTensor`` and its local tensor have separate counters."""
     return torch_private.version_counter(value) + torch_private.version_counter(
         torch_private.local_tensor(value)
     )
 
 
 def check_equal(model: nn.Module) -> None:
-    """Refuses a model whose factors were not the same in all processes when FSDP2 has cut them, once.
+    """Raise if ranks had different factors when FSDP2 sharded them. Runs once.
 
-    Each process has kept its part of its own, and all of them would train a mixture. Factors that were
-    written into since are taken for equal, and so are those that had no values.
+    Each rank cuts its shard from its values, so training would use a mixture. Factors that were modified
+    since, or had no values, count as equal.
 
     Raises:
-        ConfigError: In every process, with the first factor that differs.
-        ProcessError: If a process does not come here.
+        ConfigError: On every rank, with the first factor that differs.
+        ProcessError: If a rank does not make this call.
     """
     noted = list(_noted(model))
     if not noted:
@@ -358,14 +364,14 @@ def check_equal(model: nn.Module) -> None:
         (value for _, (_, value, _) in noted), "the first use", json.dumps(mine)
     )
     for module in model.modules():
-        # The names stay: a factor that is cut is put in again at each call.
+        # Keep the names: FSDP2 registers a sharded factor again at each call.
         for name in vars(module).get(_NOTES, ()):
             vars(module)[_NOTES][name] = None
-    told = {rank: json.loads(word) for rank, word in several.items()}
-    first = min(told, default=0)
-    for rank, theirs in told.items():
-        for name in (*told[first], *theirs):
-            pair = told[first].get(name), theirs.get(name)
+    digests = {rank: json.loads(word) for rank, word in several.items()}
+    first = min(digests, default=0)
+    for rank, theirs in digests.items():
+        for name in (*digests[first], *theirs):
+            pair = digests[first].get(name), theirs.get(name)
             if pair[0] != pair[1] and _UNKNOWN not in pair:
                 raise ConfigError(
                     f"{name}: on rank {rank} it was another one than on rank {first} when fully_shard cut "

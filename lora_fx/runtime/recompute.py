@@ -1,18 +1,18 @@
-"""Cheap operations whose result is made again in the backward pass instead of being kept.
+"""Cheap operations whose outputs are recomputed in the backward pass instead of being saved.
 
-A :class:`Chain` is a few operations that cost little beside a product: a norm, an activation, or
-``silu(g) * u``. The graph calls it in their place (:mod:`lora_fx.passes.optimize.recompute`). It computes the
-same to the last bit, and for the backward it keeps its inputs alone.
+A :class:`Chain` is a few operations that are cheap compared with a matrix product: a norm, an activation, or
+``silu(g) * u``. The graph calls the chain in their place (:mod:`lora_fx.passes.optimize.recompute`). It gives
+the same bits, and saves only its inputs for the backward.
 
-A product that wants its input for the gradient of A asks :func:`source_of` whether that is the output of a
-chain. If so, it keeps the inputs of the chain, which the chain keeps anyway, and makes its own input again.
-All products over one output, and the chain itself, make it once in a backward. A function that is written out
-as many operations, and that PyTorch has a kernel for, is made again by the kernel.
+A product needs its input for the gradient of A, and asks :func:`source_of` whether a chain computed it. If
+so, the product saves the inputs of the chain, which the chain saves anyway, and recomputes its own input. All
+products that read one output, and the chain itself, share one recomputation in a backward. If a chain spells
+out a function that PyTorch has a kernel for, the kernel recomputes it.
 
-The way from a chain to the products that read its output is a table of weak references, since they are in
-graphs of different modules. An entry says which version the output has, and where it is: what was written
-into, or replaced by a hook, has none. The inputs are kept by ``save_for_backward``, so that writing into them
-is PyTorch's own error.
+Chains and the products that read their outputs are in graphs of different modules, so a table of weak
+references connects them. Its entry holds the version counter and the address of the output. An output that
+was written into or replaced by a hook has no valid entry. The inputs are kept by ``save_for_backward``, so
+PyTorch itself raises if they are modified.
 """
 
 from __future__ import annotations
@@ -48,50 +48,50 @@ __all__ = [
 ]
 
 ACTIVATION, PARAMETER, MODULE = "activation", "parameter", "module"
-"""What an input of a chain is. A parameter is small beside the output; a module has none, and is called."""
+"""Kinds of inputs of a chain. A parameter is small compared with the output. A module is called."""
 
-_SMALL = 8  # how often a parameter has to go into an output to be small beside it
+_SMALL = 8  # an activation has at least this many times the elements of a small parameter
 
-_SHARING = ("cpu", "cuda")  # devices on which memory is shared until it is written to
-_RECIPES = (*_SHARING, "meta")  # which has nothing to write into
+_SHARING = ("cpu", "cuda")  # devices with copy-on-write memory
+_RECIPES = (*_SHARING, "meta")  # meta tensors have no memory to write into
 
 
 def lazy_copy(tensor: Tensor) -> Tensor:
-    """The same values, which cannot be changed through ``tensor`` or a view of it.
+    """Return a copy-on-write copy, which does not change when ``tensor`` or a view of it is written to.
 
-    It is PyTorch's copy-on-write: both share memory, and the first access that may write into either gives
-    that one a memory of its own, whatever it comes through. Kernels that ask for their operand as if they
-    would write (oneDNN's batched product of bf16) cause a copy that was not needed, and nothing else.
+    Both share memory until the first access that may write into either tensor. That tensor then gets its own
+    memory. Some kernels ask for write access to operands that they only read (oneDNN's batched product of
+    bf16). These cause a needless copy, and nothing else.
 
     Args:
-        tensor: Any. On other devices than a CPU or CUDA, as a subclass, or in memory that is not of PyTorch's
-            own allocator, it is copied at once.
+        tensor: Any tensor. It is copied at once if it is on a device other than CPU or CUDA, is a subclass,
+            or has memory from another allocator than PyTorch's.
 
     Returns:
-        Detached, in the same shape.
+        A detached tensor of the same shape.
     """
-    given = tensor.detach()
-    if type(given) is Tensor and given.is_meta:
-        return given  # it has no values
-    if type(given) is not Tensor or given.device.type not in _SHARING:
-        return given.clone()
+    detached = tensor.detach()
+    if type(detached) is Tensor and detached.is_meta:
+        return detached  # a meta tensor has no values
+    if type(detached) is not Tensor or detached.device.type not in _SHARING:
+        return detached.clone()
     try:
-        return torch_private.lazy_clone(given)
-    except RuntimeError:  # its storage is not one that can be shared so
-        return given.clone()
+        return torch_private.lazy_clone(detached)
+    except RuntimeError:  # its storage does not support copy-on-write
+        return detached.clone()
 
 
 class Subgraph:
-    """A function of a few operations, made of a graph, that a graph calls. Copies are itself.
+    """Function that is compiled from a small graph, as a call target in other graphs. Copying returns itself.
 
     Attributes:
-        graph: Its operations.
-        run: Computes them: a function of None and the placeholders.
+        graph: The graph with its operations.
+        run: The compiled code: a function of None and the placeholders.
     """
 
     def __init__(self, name: str, graph: fx.Graph, filename: str) -> None:
         self.graph = graph
-        # fx writes a call by the name and the module of what is called.
+        # fx writes a call with the name and the module of the target.
         self.__name__ = self.__qualname__ = name
         code = graph.python_code("self")
         namespace = dict(code.globals)
@@ -100,7 +100,7 @@ class Subgraph:
 
     @staticmethod
     def key(graph: fx.Graph) -> Any:
-        """What equal graphs have in common."""
+        """Return a key that is equal for graphs with the same code and globals."""
         code = graph.python_code("self")
         return code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
 
@@ -117,11 +117,12 @@ class Subgraph:
 
 
 class Called(NamedTuple):
-    """A module that a chain calls, and whose operations it has for the backward.
+    """Module that a chain calls in the forward, and replaces by its operations in the backward.
 
     Attributes:
-        cls: Its own class.
-        unchanged: Whether it computes what these operations do; it can be pickled, and equal ones are equal.
+        cls: The module's original class.
+        unchanged: Predicate that is True if the module still computes these operations. It can be pickled,
+            and equal predicates compare equal.
     """
 
     cls: type[nn.Module]
@@ -129,15 +130,15 @@ class Called(NamedTuple):
 
 
 class Chain(Subgraph):
-    """A function of cheap operations; :func:`chain_of` makes it.
+    """Function of cheap operations. Create one with :func:`chain_of`.
 
     Attributes:
-        kinds: What each placeholder is. A module is called by :func:`called`.
-        modules: The modules among them.
-        saves: Whether autograd would keep more than the inputs. Otherwise the operations run as they are, and
-            only the products that read the output make it again.
-        again: The operations of the backward, where they are others: those of the modules in their place,
-            which may be another thing by then, and kernels that compute the same but for rounding.
+        kinds: The kind of each placeholder. A module is called by :func:`called`.
+        modules: The modules among the placeholders.
+        saves: Whether autograd would save more than the inputs. If not, the operations run as they are, and
+            only the products that read the output recompute it.
+        again: The graph of the backward, if it differs from the forward. It has the operations of the
+            modules, which may have changed by then, and kernels that agree up to rounding.
     """
 
     def __init__(
@@ -161,30 +162,29 @@ class Chain(Subgraph):
         return _thawed, (self.__name__, self.frozen, self.kinds, self.modules, self.saves, again)
 
     def __call__(self, *leaves: Any) -> Tensor:
-        """The output.
+        """Compute the output, and register its recipe if the inputs allow one.
 
         Args:
-            leaves: Activations, parameters (or None) and modules, as ``kinds`` says. With a gradient to
-                compute and plain tensors their output has a recipe; with any other it is what the operations
-                give.
+            leaves: Activations, parameters (or None) and modules, in the order of ``kinds``. The output gets
+                a recipe if the tensors are plain and need gradients. Otherwise the operations just run.
         """
         if torch.compiler.is_compiling() or not self._applies(leaves):
             return self.run(None, *leaves)
         recipe = _Recipe(self, leaves)
-        given = recipe.given(leaves)
+        saved = recipe.given(leaves)
         if self.saves:
-            out: Tensor = _Made.apply(recipe, leaves, *given)  # type: ignore[no-untyped-call]
+            out: Tensor = _Made.apply(recipe, leaves, *saved)  # type: ignore[no-untyped-call]
         else:
             out = self.run(None, *leaves)
         if type(out) is Tensor and out.device.type in _RECIPES:
-            entry = _Entry(recipe, _held(given), out)
-            # What cannot be shared lazily was copied, and is of no use.
+            entry = _Entry(recipe, _held(saved), out)
+            # A copy at another address was made at once: its address cannot tell of later writes.
             if entry.address == torch_private.data_address(entry.copy):
                 _known[out] = entry
         return out
 
     def _applies(self, leaves: Sequence[Any]) -> bool:
-        """Whether a recipe of the output is right, and worth it."""
+        """Return True if a recipe for the output is correct and saves memory."""
         if not torch.is_grad_enabled() or transformed():
             return False
         most, modules = 0, iter(self.modules)
@@ -194,7 +194,7 @@ class Chain(Subgraph):
                 if not (_is_bare(leaf, cls) and unchanged(leaf)):
                     return False
             elif kind == ACTIVATION:
-                # What has no gradient is kept by nothing.
+                # Autograd does not save an activation without a gradient.
                 if not _is_plain(leaf, (Tensor,)) or not leaf.requires_grad:
                     return False
                 most = max(most, leaf.numel())
@@ -206,7 +206,7 @@ class Chain(Subgraph):
 
 
 def called(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module gives."""
+    """Return the output of a module."""
     out: Tensor = module(x)
     return out
 
@@ -222,29 +222,29 @@ def chain_of(
     saves: bool,
     again: fx.Graph | None = None,
 ) -> Chain:
-    """The chain of a graph: one object for equal ones, so that equal layers share their code.
+    """Return the chain of a graph. Equal graphs get one object, so that equal layers share their code.
 
     Args:
-        name: What code that calls it shows.
-        graph: As for :class:`Chain`, as the others; it must not be edited afterwards.
+        name: Name of the function in generated code.
+        graph: Operations of the forward. The graph must not be edited afterwards.
         kinds: :data:`ACTIVATION`, :data:`PARAMETER` or :data:`MODULE` for each placeholder.
-        modules: The modules among them.
-        saves: Whether autograd would keep more than the inputs.
-        again: The operations of the backward, or None for the same.
+        modules: The modules among the placeholders.
+        saves: Whether autograd would save more than the inputs.
+        again: Operations of the backward, or None for those of the forward.
     """
-    others = None if again is None else Subgraph.key(again)
-    key = (name, Subgraph.key(graph), kinds, modules, saves, others)
-    found = _chains.get(key)
-    if found is None:
-        found = _chains.setdefault(key, Chain(name, graph, kinds, modules, saves, again))
-    return found
+    again_key = None if again is None else Subgraph.key(again)
+    key = (name, Subgraph.key(graph), kinds, modules, saves, again_key)
+    chain = _chains.get(key)
+    if chain is None:
+        chain = _chains.setdefault(key, Chain(name, graph, kinds, modules, saves, again))
+    return chain
 
 
 def _thawed(
     name: str, frozen: Any, kinds: Any, modules: Any, saves: bool, again: Any = None
 ) -> Chain:
-    others = None if again is None else thaw(again)
-    return chain_of(name, thaw(frozen), kinds, modules, saves, others)
+    again_graph = None if again is None else thaw(again)
+    return chain_of(name, thaw(frozen), kinds, modules, saves, again_graph)
 
 
 def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
@@ -258,10 +258,10 @@ def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
 
 
 def _is_small(parameter: Any, elements: int) -> bool:
-    """Whether a parameter may be copied into a recipe, or kept as it is."""
+    """Return True if a recipe may hold a copy of this parameter, or the parameter itself."""
     if not _is_plain(parameter, (Tensor, nn.Parameter)) or parameter.numel() * _SMALL > elements:
         return False
-    # One that trains is kept itself. A sharded one has values only while the module runs that has it.
+    # A recipe keeps a trained parameter itself. FSDP frees its values once the forward of its module is over.
     return not (parameter.requires_grad and _is_distributed())
 
 
@@ -270,7 +270,7 @@ def _is_distributed() -> bool:
 
 
 def _is_bare(module: Any, cls: type[nn.Module]) -> bool:
-    """Whether a call of a module is its class's forward and nothing else."""
+    """Return True if a call of a module runs only the forward of its class, without hooks or patches."""
     inner: Any = inner_class(module)
     attributes = vars(module)
     return (
@@ -282,9 +282,9 @@ def _is_bare(module: Any, cls: type[nn.Module]) -> bool:
 
 
 class _Recipe:
-    """How an output of a chain is made again: everything but the tensors that autograd keeps.
+    """Recomputation of one output of a chain, without the tensors that autograd saves.
 
-    It holds no activation, but in a backward, from the first reader of the output to the last.
+    It holds activations only during a backward, from the first reader of the output to the last.
     """
 
     __slots__ = (
@@ -300,75 +300,75 @@ class _Recipe:
     def __init__(self, chain: Chain, leaves: Sequence[Any]) -> None:
         self.chain = chain
         kept = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-        self._places = [place for place, one in enumerate(kept) if one]
-        # A copy: what shards parameters frees them when the module that has them is done.
+        self._places = [index for index, is_kept in enumerate(kept) if is_kept]
+        # Copied because FSDP frees parameters once the forward of their module is over.
         self._leaves = [
-            leaf.detach().clone() if isinstance(leaf, Tensor) and not one else None
-            for leaf, one in zip(leaves, kept, strict=True)
+            leaf.detach().clone() if isinstance(leaf, Tensor) and not is_kept else None
+            for leaf, is_kept in zip(leaves, kept, strict=True)
         ]
         self._autocast = autocast_of(leaves[self._places[0]].device.type)
         self._readers = self._waiting = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
 
     def given(self, leaves: Sequence[Any]) -> list[Tensor]:
-        """What is kept of the inputs: those with a gradient."""
-        return [leaves[place] for place in self._places]
+        """Return the inputs that autograd saves: those that require a gradient."""
+        return [leaves[index] for index in self._places]
 
-    def run(self, given: Sequence[Tensor]) -> Tensor:
-        """The output of other tensors in the places of those."""
+    def run(self, saved: Sequence[Tensor]) -> Tensor:
+        """Compute the output from saved tensors, in the order of :meth:`given`."""
         leaves = list(self._leaves)
-        for place, one in zip(self._places, given, strict=True):
-            leaves[place] = one
+        for index, tensor in zip(self._places, saved, strict=True):
+            leaves[index] = tensor
         with self._autocast():
             return self.chain.run_again(None, *leaves)
 
-    def made(self, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The output once more, and the inputs that it has a graph to; once for all who ask."""
-        found = self._made
-        if found is None:
+    def made(self, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Return the recomputed output and the inputs of its autograd graph. Readers share the result."""
+        result = self._made
+        if result is None:
             with torch.set_grad_enabled(self.chain.saves):
-                inputs = [one.detach().requires_grad_(self.chain.saves) for one in given]
-                found = self._made = (self.run(inputs), inputs)
-        return found
+                inputs = [tensor.detach().requires_grad_(self.chain.saves) for tensor in saved]
+                result = self._made = (self.run(inputs), inputs)
+        return result
 
     def forget(self) -> None:
-        """Lets go of what was made: it is not asked for again in this backward."""
+        """Drop the recomputed output. No reader of this backward needs it any more."""
         self._made, self._waiting = None, self._readers
 
     def read(self) -> None:
-        """Counts a reader of the output."""
+        """Count one more reader of the output."""
         self._readers += 1
         self._waiting += 1
 
     def done(self) -> None:
-        """A reader has had it; the last one is the chain itself, where that has a backward of its own."""
+        """Note that a reader is done. If the chain has its own backward, the chain is the last reader."""
         self._waiting -= 1
         if self._waiting <= 0 and not self.chain.saves:
             self.forget()
 
 
 class _Made(torch.autograd.Function):
-    """A chain that keeps its inputs, and makes its graph again in the backward."""
+    """Autograd function of a chain. It saves the inputs, and rebuilds its graph in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, leaves: Sequence[Any], *given: Tensor) -> Tensor:
-        ctx.save_for_backward(*given)
+    def forward(ctx: Any, recipe: _Recipe, leaves: Sequence[Any], *saved: Tensor) -> Tensor:
+        ctx.save_for_backward(*saved)
         ctx.recipe = recipe
         return recipe.chain.run(None, *leaves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        recipe, given = ctx.recipe, ctx.saved_tensors
+        recipe, saved = ctx.recipe, ctx.saved_tensors
         again = torch.is_grad_enabled()
-        out, inputs = (recipe.run(given), given) if again else recipe.made(given)
-        found = torch.autograd.grad(out, inputs, grads[0], create_graph=again)
+        out, inputs = (recipe.run(saved), saved) if again else recipe.made(saved)
+        input_grads = torch.autograd.grad(out, inputs, grads[0], create_graph=again)
         if not again:
             recipe.forget()
-        return None, None, *found
+        return None, None, *input_grads
 
 
 def autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Puts autocast of a kind of device to what it is now."""
+    """Return a function whose context manager restores the current autocast state of a device type."""
     if not torch.amp.is_autocast_available(kind):
         return contextlib.nullcontext
     if torch.is_autocast_enabled(kind):
@@ -386,63 +386,66 @@ def _without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
 _Held = tuple[Callable[[], Tensor | None], ...]
 
 
-def _held(given: Sequence[Tensor]) -> _Held:
-    """The inputs, for as long as autograd keeps them.
+def _held(saved: Sequence[Tensor]) -> _Held:
+    """Return references to the inputs, which live as long as autograd saves them.
 
-    Where hooks put something else in their place (checkpointing, offloading), for as long as the output is
-    there: which tensors a product keeps must not depend on who else holds them.
+    Saved-tensor hooks (checkpointing, offloading) replace the saved tensors. The references are strong then,
+    and last as long as the output: a product must save the same tensors, whoever else holds them.
     """
     if torch_private.saved_tensor_hooks() is None:
-        return tuple(map(TensorWeakRef, given))
-    return tuple((lambda one=one: one) for one in given)
+        return tuple(map(TensorWeakRef, saved))
+    return tuple((lambda tensor=tensor: tensor) for tensor in saved)
 
 
 class _Entry:
-    """What is known of an output while it is there.
+    """State of an output at the time that the chain computed it. The entry lives as long as the output.
 
-    The lazy copy shares its memory until that is written to, also past the version counter (``.data``, a
-    NumPy array): then the output is at another address.
+    The lazy copy detects writes that do not bump the version counter (``.data``, a NumPy array). Such a write
+    ends the sharing of memory, and the output gets another address.
     """
 
     __slots__ = ("address", "copy", "held", "recipe", "version", "versions")
 
-    def __init__(self, recipe: _Recipe, held: _Held, out: Tensor) -> None:
-        self.recipe, self.held = recipe, held
+    def __init__(self, recipe: _Recipe, references: _Held, out: Tensor) -> None:
+        self.recipe, self.held = recipe, references
         self.copy = lazy_copy(out)
         self.version, self.address = (
             torch_private.version_counter(out),
             torch_private.data_address(out),
         )
-        self.versions = [torch_private.version_counter(one) for one in self._inputs() or ()]
+        self.versions = [torch_private.version_counter(tensor) for tensor in self._inputs() or ()]
 
     def _inputs(self) -> list[Tensor] | None:
-        found = [one() for one in self.held]
-        return None if any(one is None for one in found) else found  # type: ignore[return-value]
+        tensors = [reference() for reference in self.held]
+        return None if any(tensor is None for tensor in tensors) else tensors  # type: ignore[return-value]
 
     def inputs(self, out: Tensor) -> list[Tensor] | None:
-        """The inputs, if they and the output are what they were."""
+        """Return the inputs, or None if they or the output were modified or freed."""
         if (torch_private.version_counter(out), torch_private.data_address(out)) != (
             self.version,
             self.address,
         ):
             return None
-        found = self._inputs()
-        if found is None or [torch_private.version_counter(one) for one in found] != self.versions:
+        tensors = self._inputs()
+        if (
+            tensors is None
+            or [torch_private.version_counter(tensor) for tensor in tensors] != self.versions
+        ):
             return None
-        return found
+        return tensors
 
 
 _known: MutableMapping[Tensor, _Entry] = WeakTensorKeyDictionary()
 
 
 class Source(NamedTuple):
-    """How the input of a product is made again.
+    """Recipe for the input of a product.
 
     Attributes:
-        recipe: It makes the output of a chain.
-        given: What the product has to keep for that, by ``save_for_backward``.
-        shape: Of the product's input, which has the elements of that output in their order.
-        whole: The input itself, while it is there.
+        recipe: Recomputes the output of a chain.
+        given: The tensors that the product has to save for it, by ``save_for_backward``.
+        shape: Shape of the product's input, which has the elements of the chain's output in the same order.
+        whole: Weak reference to the input itself.
     """
 
     recipe: _Recipe
@@ -451,17 +454,18 @@ class Source(NamedTuple):
     whole: TensorWeakRef
 
     def kept(self) -> Source:
-        """What a product has as an attribute when it keeps ``given`` apart."""
+        """Count a reader, and return the source without ``given``, which the product saves itself."""
         self.recipe.read()
         return self._replace(given=())
 
     def value(self, given: Sequence[Tensor], again: bool) -> Tensor:
-        """The input: bit for bit, or but for rounding where the chain has a shorter form.
+        """Return the input: the same bits, or equal up to rounding if the chain has a shorter backward graph.
 
         Args:
-            given: The tensors, as autograd has kept them.
-            again: Whether it is differentiated again: then it has their history. Somebody who still has the
-                input itself may ask for the gradient of that.
+            given: The tensors that autograd has saved.
+            again: Whether it is differentiated again (double backward). The result then has the history of
+                ``given``. If the input itself is alive and unmodified, it is returned: a caller may ask for
+                its gradient.
         """
         if again:
             whole = self.whole()
@@ -471,7 +475,7 @@ class Source(NamedTuple):
         return out.detach().reshape(self.shape)
 
     def done(self) -> None:
-        """Says that the product's backward has had it."""
+        """Note that the backward of the product no longer needs the input."""
         self.recipe.done()
 
 
@@ -479,27 +483,30 @@ _VIEWS = ("ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0")
 
 
 def source_of(x: Tensor) -> Source | None:
-    """How a tensor is made again of what autograd keeps anyway; None where that is not known to be right.
+    """Return the recipe that recomputes a tensor from tensors that autograd saves anyway.
 
     Args:
-        x: The output of a chain, or a view of it that has the same elements in the same order.
+        x: The output of a chain, or a view with the same elements in the same order.
+
+    Returns:
+        The source, or None if the recomputation might be wrong.
     """
     if torch.compiler.is_compiling() or not _known or not torch.is_grad_enabled():
-        return None  # a compiler decides by itself what it keeps
+        return None  # a compiler chooses itself what it saves
     if type(x) is not Tensor or not x.requires_grad:
         return None
     whole = torch_private.view_base(x)
     entry = _known.get(whole) if type(whole) is Tensor else None
     if entry is None or not (whole is x or _is_reshaped(x, whole)):
         return None
-    given = entry.inputs(whole)
-    if given is None:
+    inputs = entry.inputs(whole)
+    if inputs is None:
         return None
-    return Source(entry.recipe, tuple(given), x.shape, TensorWeakRef(x))
+    return Source(entry.recipe, tuple(inputs), x.shape, TensorWeakRef(x))
 
 
 def _is_reshaped(x: Tensor, whole: Tensor) -> bool:
-    """Whether a view has the elements of what it is of, in their order, and nothing stands between."""
+    """Return True if ``x`` is a plain reshape of ``whole``: the same elements in order, one view apart."""
     step: Any = x.grad_fn
     return (
         step.name() in _VIEWS

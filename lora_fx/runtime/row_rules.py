@@ -1,12 +1,12 @@
-"""Says to which samples of a batch the results of an operator belong, given that of its arguments.
+"""Rules that compute the samples of an operator's results from the samples of its arguments.
 
-The samples that an element was computed from are an interval: the least number and the negated greatest, so
-that the union of two is their elementwise minimum, for both. Nothing at all is ``(EMPTY, EMPTY)``. The
-intervals of a tensor of shape ``[...]`` are one of shape ``[channels, ...]``, and reductions, products and
-broadcasts of the tensor are minima of that.
+The samples that an element was computed from are stored as an interval: the least sample number, and the
+negated greatest. The union of two intervals is then their elementwise minimum. An element without samples has
+``(EMPTY, EMPTY)``. A tensor of shape ``[...]`` has intervals of shape ``[channels, ...]``. Reductions,
+products and broadcasts of the tensor become minima of the intervals.
 
-A rule may give more samples than there are, never fewer. So an operator that has none gives each result the
-samples of all its arguments.
+A rule may report too many samples, never too few. An operator without a rule gives each result the samples of
+all its arguments.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ __all__ = [
 
 
 class Reader(Protocol):
-    """What a rule asks of what is known so far."""
+    """Interface through which a rule reads the samples of tensors."""
 
     empty: int
     dtype: torch.dtype
 
     def read(self, tensor: Any) -> Tensor | None:
-        """The samples of each element, [channels, *shape]; None if no element has one."""
+        """Return the samples of each element, [channels, *shape]; None if no element has one."""
 
     def placed(self) -> None:
-        """Notes that values of the batch decide where an element lies."""
+        """Record that values of the batch decide the position of an element."""
 
 
 Sets = Tensor | None
@@ -50,10 +50,10 @@ Sets = Tensor | None
 
 
 class Operation(NamedTuple):
-    """A call of an operator.
+    """Call of an operator.
 
     Attributes:
-        reader: What is known so far.
+        reader: The samples of tensors.
         func: The operator.
         named: Its arguments by name, with defaults.
         outs: Its results.
@@ -66,44 +66,44 @@ class Operation(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The operator's name."""
+        """Name of the operator, without its overload."""
         return str(self.func.overloadpacket.__name__)
 
     def sets(self, name: str) -> Sets:
-        """The samples of an argument, which the operator has to have."""
+        """Return the samples of a required argument."""
         return self.reader.read(self.named[name])
 
     def sets_if_any(self, name: str) -> Sets:
-        """The samples of an argument that it may have."""
+        """Return the samples of an optional argument."""
         return self.reader.read(self.named.get(name))
 
     def all_of(self, values: Iterable[Any]) -> Sets:
-        """The samples of everything in some arguments."""
-        return union(*(_all(self.reader.read(one)) for one in tensors_in(list(values))))
+        """Return the union over all elements of some arguments."""
+        return union(*(_all(self.reader.read(tensor)) for tensor in tensors_in(list(values))))
 
     def but(self, names: Sequence[str]) -> Sets:
-        """The samples of everything in the arguments but some."""
+        """Return the union over all elements of the arguments, except for ``names``."""
         return self.all_of(value for name, value in self.named.items() if name not in names)
 
     def functional(self) -> Operation:
-        """The same with the operator of a new result that one in place has."""
+        """Replace an in-place operator by its out-of-place variant."""
         if not self.name.endswith("_"):
             return self
         packet = getattr(torch.ops.aten, self.name[:-1])
         return self._replace(func=getattr(packet, torch_private.overload_name(self.func)))
 
     def results(self, rule: Rule) -> Sequence[Sets]:
-        """The samples of each result by a rule."""
-        found = rule(self)
-        return found if isinstance(found, list) else [found] * len(self.outs)
+        """Return the samples of each result by a rule."""
+        sets = rule(self)
+        return sets if isinstance(sets, list) else [sets] * len(self.outs)
 
 
 Rule = Callable[[Operation], "Sets | list[Sets]"]
-"""Gives the samples of each result of an operation, or those that all of them have."""
+"""Function that returns the samples of each result of an operation, or one value for all results."""
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors among arguments or results, in lists, too."""
+    """Yield the tensors among arguments or results, also in lists and tuples."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple):
@@ -112,26 +112,26 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def union(*sets: Tensor | None) -> Tensor | None:
-    """The samples of elements that meet by broadcasting."""
+    """Return the union of samples, broadcast like the elements of their tensors."""
     result: Tensor | None = None
-    for one in sets:
-        if one is None:
+    for tensor in sets:
+        if tensor is None:
             continue
         if result is None:
-            result = one
+            result = tensor
             continue
-        dims = max(one.dim(), result.dim())
-        result = torch.minimum(_aligned(one, dims), _aligned(result, dims))
+        dims = max(tensor.dim(), result.dim())
+        result = torch.minimum(_aligned(tensor, dims), _aligned(result, dims))
     return result
 
 
 def _aligned(sets: Tensor, dims: int) -> Tensor:
-    """The same with axes of one element behind the channels, as broadcasting adds them."""
+    """Insert axes of size 1 after the channels, like broadcasting to ``dims`` dimensions."""
     return sets.reshape(sets.shape[0], *[1] * (dims - sets.dim()), *sets.shape[1:])
 
 
 def _over(sets: Tensor | None, dims: Sequence[int], keep: bool = True) -> Tensor | None:
-    """The union along axes of the tensor."""
+    """Return the union along axes of the tensor."""
     if sets is None or not dims:
         return sets
     count = sets.dim() - 1
@@ -143,7 +143,7 @@ def _all(sets: Tensor | None) -> Tensor | None:
 
 
 def _leading(sets: Tensor | None, dims: int) -> Tensor | None:
-    """The union of all but the first axis, for a result of some number of axes with the same first axis."""
+    """Return the union over all but the first axis, for a result of ``dims`` dimensions."""
     if sets is None or sets.dim() < 2:
         return sets
     if sets.dim() > 2:
@@ -155,21 +155,21 @@ def _leading(sets: Tensor | None, dims: int) -> Tensor | None:
 
 
 def _everything(op: Operation) -> Sets | list[Sets]:
-    """Each result may be computed from everything."""
+    """Give each result the samples of all arguments."""
     return op.all_of(op.named.values())
 
 
 def _nothing(op: Operation) -> Sets | list[Sets]:
-    """Values that do not depend on the arguments: zeros of the same shape, random numbers."""
+    """Return None: the results do not depend on values (zeros of the same shape, random numbers)."""
     return None
 
 
 def _pointwise(op: Operation) -> Sets | list[Sets]:
-    return union(*(op.reader.read(one) for one in tensors_in(list(op.named.values()))))
+    return union(*(op.reader.read(tensor) for tensor in tensors_in(list(op.named.values()))))
 
 
 def _same(op: Operation) -> Sets | list[Sets]:
-    """The first argument's elements in their order, in whatever shape; other results are not of the batch."""
+    """Reshape the samples of the first argument to the first result. Other results have no samples."""
     sets = op.reader.read(next(tensors_in(list(op.named.values()))))
     if sets is not None:
         sets = sets.reshape(sets.shape[0], *op.outs[0].shape)
@@ -178,7 +178,7 @@ def _same(op: Operation) -> Sets | list[Sets]:
 
 def _reduced(op: Operation) -> Sets | list[Sets]:
     if torch.Tag.pointwise in op.func.tags:
-        return _pointwise(op)  # the greater of two tensors
+        return _pointwise(op)  # max or min of two tensors
     sets = op.sets("self")
     dims = op.named.get("dim")
     if sets is None or dims is None or dims == []:
@@ -188,14 +188,14 @@ def _reduced(op: Operation) -> Sets | list[Sets]:
 
 
 def _along(op: Operation) -> Sets | list[Sets]:
-    """Every element along some axes may be computed from all of these axes, which may change their sizes."""
+    """Return the union along the axes of an operator like softmax or sort, which may change their sizes."""
     dims = op.named.get("dim", -1)
     dims = [dims] if isinstance(dims, int) else list(dims)
     return _over(op.sets("self"), dims)
 
 
 def _product(first: str, second: str, *added: str) -> Rule:
-    """A matrix product, or one of each of a batch."""
+    """Return the rule of a matrix product, batched or not."""
 
     def rule(op: Operation) -> Sets | list[Sets]:
         left = _over(op.sets(first), [-1])
@@ -206,7 +206,7 @@ def _product(first: str, second: str, *added: str) -> Rule:
 
 
 def _rows(*names: str) -> Rule:
-    """A function of each vector along the last axis, and of everything in the other arguments."""
+    """Return the rule of a function of each vector along the last axis, and of all other arguments."""
 
     def rule(op: Operation) -> Sets | list[Sets]:
         met = union(*(_over(op.sets(name), [-1]) for name in names), op.but(names))
@@ -216,7 +216,7 @@ def _rows(*names: str) -> Rule:
 
 
 def _each_first(*names: str) -> Rule:
-    """A function of each slice along the first axis, and of everything in the other arguments."""
+    """Return the rule of a function of each slice along the first axis, and of all other arguments."""
 
     def rule(op: Operation) -> Sets | list[Sets]:
         other = op.but(names)
@@ -234,7 +234,7 @@ def _normalized(op: Operation) -> Sets | list[Sets]:
 
 
 def batch_normalized(op: Operation) -> Sets | list[Sets]:
-    """In training the statistics are of the whole batch; the elements are still those of their samples."""
+    """Keep the samples of each element, although batch statistics mix all samples in training."""
     return [op.sets("input"), *[None] * (len(op.outs) - 1)]
 
 
@@ -242,18 +242,18 @@ def _attention(op: Operation) -> Sets | list[Sets]:
     mask = "attn_bias" if op.named.get("attn_mask") is None else "attn_mask"
     met = union(
         _over(op.sets("query"), [-1]),
-        # Heads of keys may be fewer.
+        # There may be fewer heads of keys than of queries.
         _over(op.sets("key"), [1, 2, 3]),
         _over(op.sets("value"), [1, 2, 3]),
         _over(op.sets_if_any(mask), [-1]),
     )
     batch = len(op.outs[0])
-    # Beside the output are sums that the backward needs, of the same samples, and states of generators.
-    rest = [
+    # Other results are sums for the backward, with the same samples, and states of random generators.
+    auxiliary = [
         _leading(met, out.dim()) if out.dim() > 1 and len(out) == batch else None
         for out in op.outs[1:]
     ]
-    return [met, *rest]
+    return [met, *auxiliary]
 
 
 def _embedded(op: Operation) -> Sets | list[Sets]:
@@ -262,7 +262,10 @@ def _embedded(op: Operation) -> Sets | list[Sets]:
 
 
 def _recurrent(op: Operation) -> Sets | list[Sets]:
-    """A layer of [time, sample, feature], or [sample, time, feature], and states [.., sample, feature]."""
+    """Return the samples of a recurrent layer.
+
+    Its input is [time, sample, feature] or [sample, time, feature], its states are [.., sample, feature].
+    """
     if op.named.get("batch_sizes"):
         return _everything(op)
     first = bool(op.named.get("batch_first")) and op.name == "_cudnn_rnn"
@@ -289,9 +292,9 @@ def _recurrent(op: Operation) -> Sets | list[Sets]:
 
 
 def _channels(op: Operation, moved: Sequence[str]) -> int:
-    given = (one for name in moved for one in tensors_in(op.named.get(name)))
-    found = (op.reader.read(one) for one in given)
-    return max((len(sets) for sets in found if sets is not None), default=0)
+    tensors = (tensor for name in moved for tensor in tensors_in(op.named.get(name)))
+    known = (op.reader.read(tensor) for tensor in tensors)
+    return max((len(sets) for sets in known if sets is not None), default=0)
 
 
 def _full(reader: Reader, tensor: Tensor, channels: int) -> Tensor:
@@ -303,24 +306,24 @@ def _full(reader: Reader, tensor: Tensor, channels: int) -> Tensor:
 
 
 def _moved(*moved: str, fill: str = "") -> Callable[[Operation], Sets]:
-    """An operator that does with the samples what it does with the elements."""
+    """Return the rule of an operator that moves elements: apply the operator to the samples."""
 
     def rule(op: Operation) -> Sets:
         count = _channels(op, moved)
         if not count:
             return None
-        given = dict(op.named)
+        arguments = dict(op.named)
         if fill:
-            given[fill] = op.reader.empty
+            arguments[fill] = op.reader.empty
         results = []
         for channel in range(count):
             for name in moved:
                 value = op.named[name]
                 if isinstance(value, Tensor):
-                    given[name] = _full(op.reader, value, count)[channel]
+                    arguments[name] = _full(op.reader, value, count)[channel]
                 elif isinstance(value, list | tuple):
-                    given[name] = [_full(op.reader, one, count)[channel] for one in value]
-            results.append(_called(op.func, given))
+                    arguments[name] = [_full(op.reader, item, count)[channel] for item in value]
+            results.append(_called(op.func, arguments))
         return torch.stack(results)
 
     return rule
@@ -328,14 +331,14 @@ def _moved(*moved: str, fill: str = "") -> Callable[[Operation], Sets]:
 
 def _called(func: Any, named: Mapping[str, Any]) -> Tensor:
     arguments = torch_private.schema_of(func).arguments
-    args = [named[one.name] for one in arguments if not one.kwarg_only]
-    only = (one.name for one in arguments if one.kwarg_only)
+    args = [named[argument.name] for argument in arguments if not argument.kwarg_only]
+    only = (argument.name for argument in arguments if argument.kwarg_only)
     result: Tensor = func(*args, **{name: named[name] for name in only if name in named})
     return result
 
 
 def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
-    """Notes if other values of the batch in the indices would give the elements of other samples."""
+    """Record if indices that depend on the batch choose between elements of different samples."""
     sets = reader.read(x)
     if sets is None:
         return
@@ -351,7 +354,7 @@ def _note_placed(reader: Reader, x: Any, indices: Mapping[int, Tensor]) -> None:
 
 
 def _where_empty(reader: Reader, sets: Sets, other: Sets) -> Sets:
-    """What was chosen has the samples of its elements, or, where it has none, those of the choice."""
+    """Return ``sets``, with ``other`` for elements that have no samples."""
     if sets is None or other is None:
         return other if sets is None else sets
     dims = max(sets.dim(), other.dim())
@@ -361,7 +364,7 @@ def _where_empty(reader: Reader, sets: Sets, other: Sets) -> Sets:
 
 
 def _selected(op: Operation) -> Sets | list[Sets]:
-    """index_select and gather."""
+    """Return the samples of index_select and gather."""
     index, dim = op.named["index"], op.named["dim"]
     if not op.named["self"].dim():
         return _everything(op)
@@ -377,23 +380,23 @@ def _selected(op: Operation) -> Sets | list[Sets]:
 
 
 def _indexed(op: Operation) -> Sets | list[Sets]:
-    """``x[i, j]``."""
+    """Return the samples of ``x[i, j]``."""
     indices = op.named["indices"]
-    places: dict[int, Tensor] = {}
+    by_dim: dict[int, Tensor] = {}
     dim = 0
-    for one in indices:
-        if one is not None:
-            places[dim] = one
-        masks = one is not None and one.dtype in (torch.bool, torch.uint8)
-        dim += one.dim() if masks else 1
-    _note_placed(op.reader, op.named["self"], places)
+    for index in indices:
+        if index is not None:
+            by_dim[dim] = index
+        masks = index is not None and index.dtype in (torch.bool, torch.uint8)
+        dim += index.dim() if masks else 1
+    _note_placed(op.reader, op.named["self"], by_dim)
     sets = _moved("self")(op)
-    chosen = union(*(op.reader.read(one) for one in places.values()))
+    chosen = union(*(op.reader.read(index) for index in by_dim.values()))
     if chosen is None:
         return sets
-    if any(one.dtype in (torch.bool, torch.uint8) for one in places.values()):
+    if any(index.dtype in (torch.bool, torch.uint8) for index in by_dim.values()):
         return _where_empty(op.reader, sets, _all(chosen))
-    numbers = list(places)
+    numbers = list(by_dim)
     together = numbers == list(range(numbers[0], numbers[-1] + 1))
     before = numbers[0] if together else 0
     after = op.outs[0].dim() - before - (chosen.dim() - 1)
@@ -402,7 +405,7 @@ def _indexed(op: Operation) -> Sets | list[Sets]:
 
 
 def _accumulated(op: Operation) -> Sets | list[Sets]:
-    """index_add and scatter_add: what meets in one place has the samples of all of it."""
+    """Return the samples of index_add and scatter_add: the union of all values that are added."""
     name = op.name.removesuffix("_")
     source = "source" if name == "index_add" else "src"
     count = _channels(op, ("self", source))
@@ -413,7 +416,7 @@ def _accumulated(op: Operation) -> Sets | list[Sets]:
     )
     if not count or not op.named["self"].dim():
         return _everything(op)
-    x, more = (_full(op.reader, op.named[one], count) for one in ("self", source))
+    x, more = (_full(op.reader, op.named[argument], count) for argument in ("self", source))
     dim, index = op.named["dim"] % op.named["self"].dim(), op.named["index"]
     if name == "index_add":
         index = index.reshape([-1 if axis == dim else 1 for axis in range(more.dim() - 1)])
@@ -425,16 +428,16 @@ def _accumulated(op: Operation) -> Sets | list[Sets]:
 
 
 def _put(op: Operation) -> Sets | list[Sets]:
-    """``x[i, j] = values``."""
+    """Return the samples of ``x[i, j] = values``."""
     if op.named.get("accumulate"):
         return _everything(op)
-    if any(op.reader.read(one) is not None for one in op.named["indices"] if one is not None):
+    if any(op.reader.read(index) is not None for index in op.named["indices"] if index is not None):
         op.reader.placed()
     return _moved("self", "values")(op.functional())
 
 
 def _copied_to(source: str) -> Rule:
-    """index_copy, scatter and masked_scatter: elements of the source in some places of x."""
+    """Return the rule of index_copy, scatter and masked_scatter, which copy elements of ``source``."""
 
     def rule(op: Operation) -> Sets | list[Sets]:
         index = op.named.get("index", op.named.get("mask"))
@@ -448,7 +451,7 @@ def _copied_to(source: str) -> Rule:
 
 
 def _data_dependent(op: Operation) -> Sets | list[Sets]:
-    """Results whose very shape follows the values."""
+    """Return the samples of results whose shape depends on values."""
     met = op.all_of(op.named.values())
     if met is not None:
         op.reader.placed()
@@ -546,7 +549,7 @@ _FAMILIES: tuple[tuple[Rule, str], ...] = (
 )
 _RULES = {name: rule for rule, names in _FAMILIES for name in names.split()}
 
-# In place, with numbers for parameters.
+# Operators that fill a tensor in place, with numbers as parameters.
 _FILLED = {
     *("fill_", "bernoulli_", "uniform_", "normal_"),
     *("random_", "exponential_", "cauchy_", "log_normal_"),
@@ -554,7 +557,7 @@ _FILLED = {
 
 
 def rule_of(func: Any) -> Rule:
-    """The rule for an operator, in place or not."""
+    """Return the rule of an operator, in-place or not."""
     name = func.overloadpacket.__name__
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]

@@ -1,8 +1,8 @@
-"""Follows which sample of a batch each element of a tensor was computed from, while a model runs.
+"""Dispatch mode that tracks which samples of a batch each element of a tensor was computed from.
 
-Below autograd every operator of a call is seen, whatever code it comes from. Beside each storage lies another
-one with the samples of its elements, so that views and writes need no rule: they have the geometry of the
-tensor. What an operator makes of them is in :mod:`lora_fx.runtime.row_rules`.
+A dispatch mode sees every operator of a call, whatever code runs it. Each storage has a shadow, which holds
+the samples of its elements. A tensor and its samples have the same geometry, so views and writes need no
+rule. The rules of the other operators are in :mod:`lora_fx.runtime.row_rules`.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from lora_fx.runtime.row_rules import Operation, batch_normalized, rule_of, tens
 __all__ = ["Follower", "caller"]
 
 _READS = frozenset(("numpy", "tolist", "__array__", "__dlpack__", "data_ptr"))
-# What these ask of a batch's values decides about masks, and about when to stop.
+# These modules read values of a batch only to choose masks, and to decide when to stop.
 _ASK_OF_MASKS = ("transformers.masking_utils", "transformers.modeling_attn_mask_utils")
 
 
 class _Shadow:
-    """The samples of the elements of a storage, from some place on.
+    """Samples of the elements of a storage, or of a part of it.
 
     Attributes:
-        sets: [channels, elements]; None if none has any.
-        start: First element, counted in elements of ``size`` bytes.
+        sets: [channels, elements]; None if no element has samples.
+        start: Offset of the first element, in elements of ``size`` bytes.
         size: Bytes of an element.
     """
 
@@ -44,21 +44,21 @@ class _Shadow:
 
 
 class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Follows the samples of one call.
+    """Dispatch mode that tracks the samples of one call.
 
-    Two things are known of an element: the samples that it was computed from, and those that a site has taken
-    its row for although it was computed from none (learned queries, positions). The second is a presumption:
-    it stands if such an element only ever meets elements of that sample, and ends the call otherwise.
+    An element has the samples that it was computed from. It may also have a presumed sample: a site treated
+    its row as one of that sample, although it was computed from none (learned queries, positions). Such an
+    element may only meet elements of its presumed sample. Anything else ends the call with an error.
 
     Attributes:
         samples: Number of samples.
-        repeats: How many times in a row the batch may have each.
-        by_values: Whether values of the batch have decided which rows are whose, so that another batch of the
-            same shapes may be laid out otherwise.
-        folded: Whether a site has seen several rows for each sample.
+        repeats: How many times in a row the batch may repeat each sample.
+        by_values: Whether values of the batch have decided which sample a row has. Another batch of the same
+            shapes may then have another layout.
+        folded: Whether a site has read several rows per sample.
         begin_with: Sizes of the first axes of the call's arguments.
         mixed_by: The first operator whose result belongs to several samples.
-        paused: Whether operators run unseen: those of a site, which says itself whose rows it writes.
+        paused: Whether to ignore operators: those of a site, which reports the samples of its rows itself.
     """
 
     def __init__(self, model: nn.Module, samples: int, repeats: int) -> None:
@@ -74,14 +74,14 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         self.paused = False
         self.error: BaseException | None = None
         self._presumed_at: list[str] = []
-        # By storage, for as long as something else holds it.
+        # Keyed weakly by storage.
         self._shadows: Any = WeakIdKeyDictionary()
         self._reads = _Reads(self)
 
-    # --- what is known of tensors ---------------------------------------------------------------------
+    # --- samples of tensors ---------------------------------------------------------------------------
 
     def read(self, tensor: Any) -> Tensor | None:
-        """The samples of each element, [channels, *shape]; None if no element has one."""
+        """Return the samples of each element, [channels, *shape]; None if no element has one."""
         if not isinstance(tensor, Tensor):
             return None
         shadow = self._shadow(tensor)
@@ -93,7 +93,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return view if bool((view != self.empty).any()) else None
 
     def write(self, tensor: Tensor, sets: Tensor | None) -> None:
-        """Says what the samples of each element are, up to broadcasting."""
+        """Set the samples of each element. ``sets`` is broadcast; None clears them."""
         shadow = self._shadow(tensor)
         if sets is None and (shadow is None or shadow.sets is None):
             return
@@ -111,7 +111,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         view.copy_(sets.reshape(len(sets), *[1] * (view.dim() - sets.dim()), *sets.shape[1:]))
 
     def enter(self, tensor: Tensor) -> None:
-        """Takes an argument of the call for one of the batch if its first axis has the batch's size."""
+        """Give the rows of an argument their samples if its first axis has the size of the batch."""
         rows = tensor.shape[0] if tensor.dim() else 0
         self.begin_with.add(rows)
         if rows not in (self.samples, self.samples * self.repeats) or not tensor.stride(0):
@@ -122,16 +122,16 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         self.write(tensor, sets.reshape(2, rows, *[1] * (tensor.dim() - 1)))
 
     def placed(self) -> None:
-        """Notes that values of the batch decide where an element lies."""
+        """Record that values of the batch decide the position of an element."""
         self.by_values = True
 
     def _shadow(self, tensor: Tensor) -> _Shadow | None:
         storage = _storage(tensor)
-        found: _Shadow | None = None if storage is None else self._shadows.get(storage)
-        return found
+        shadow: _Shadow | None = None if storage is None else self._shadows.get(storage)
+        return shadow
 
     def _new(self, tensor: Tensor) -> _Shadow:
-        """A shadow for a tensor that has samples."""
+        """Create the shadow of a tensor's storage."""
         storage = _storage(tensor)
         if storage is None:
             self._refuse(
@@ -141,7 +141,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return shadow
 
     def _open(self, shadow: _Shadow, tensor: Tensor) -> None:
-        """Makes room for the samples of a storage, or of the part of it that a large one's tensor spans."""
+        """Allocate a shadow for a storage. For a large one, cover only the part that the tensor spans."""
         shadow.size = tensor.element_size()
         total = tensor.untyped_storage().nbytes() // shadow.size
         start = int(tensor.storage_offset())
@@ -157,7 +157,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         shadow.sets = torch.full(shape, self.empty, dtype=self.dtype, device=tensor.device)
 
     def _view(self, shadow: _Shadow, tensor: Tensor) -> Tensor:
-        """A tensor's part of what is known of its storage."""
+        """Return the samples of a tensor, as a view of the shadow where element sizes allow."""
         sets, size = shadow.sets, tensor.element_size()
         assert sets is not None
         if self._presumed_at and len(sets) == 2:
@@ -168,7 +168,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             shadow.start, shadow.size = shadow.start * parts, size
         parts = size // shadow.size
         total = tensor.untyped_storage().nbytes() // shadow.size
-        shape, stride = list(tensor.shape), [one * parts for one in tensor.stride()]
+        shape, stride = list(tensor.shape), [step * parts for step in tensor.stride()]
         if parts > 1:
             shape, stride = [*shape, parts], [*stride, 1]
         first = tensor.storage_offset() * parts
@@ -186,14 +186,14 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     # --- operators ------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator, and works out whose its results are."""
+        """Run the operator, and compute the samples of its results."""
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        given = list(tensors_in((*args, *kwargs.values())))
+        inputs = list(tensors_in((*args, *kwargs.values())))
         result = func(*args, **kwargs)
         try:
-            self._note(func, args, kwargs, given, result)
+            self._note(func, args, kwargs, inputs, result)
         except BaseException as error:
             self.error = self.error or error
             raise
@@ -204,74 +204,76 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         func: Any,
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-        given: Sequence[Tensor],
+        inputs: Sequence[Tensor],
         result: Any,
     ) -> None:
         outs = list(tensors_in(result if isinstance(result, list | tuple) else [result]))
         name = func.overloadpacket.__name__
-        if not any((known := self._shadow(one)) and known.sets is not None for one in given):
+        if not any((known := self._shadow(tensor)) and known.sets is not None for tensor in inputs):
             return
         schema = torch_private.schema_of(func)
-        named = {one.name: one.default_value for one in schema.arguments}
-        named |= {one.name: value for one, value in zip(schema.arguments, args, strict=False)}
+        named = {argument.name: argument.default_value for argument in schema.arguments}
+        named |= {
+            argument.name: value for argument, value in zip(schema.arguments, args, strict=False)
+        }
         named |= kwargs
         if name in ("_local_scalar_dense", "is_nonzero", "equal"):
-            self._asked(given)
+            self._asked(inputs)
             return
         written = [
             tensor
-            for one in schema.arguments
-            if one.alias_info is not None and one.alias_info.is_write
-            for tensor in tensors_in(named[one.name])
+            for argument in schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in tensors_in(named[argument.name])
         ]
-        into = {_key(one) for one in written}
-        of = {_key(one) for one in given}
+        into = {_key(tensor) for tensor in written}
+        of = {_key(tensor) for tensor in inputs}
         rule = rule_of(func)
-        views = [(key := _key(one)) in of and key not in into for one in outs]
+        views = [(key := _key(out)) in of and key not in into for out in outs]
         if (all(views) and not written) or torch.Tag.inplace_view in func.tags:
             return
         with torch.no_grad():
             try:
-                found = Operation(self, func, named, outs).results(rule)
+                result_sets = Operation(self, func, named, outs).results(rule)
             except ConfigError:
                 raise
-            except Exception:  # noqa: BLE001  an operator of another form than its rule knows
-                found = [self._union(given)] * len(outs)
+            except Exception:  # noqa: BLE001  the rule does not support this form of the operator
+                result_sets = [self._union(inputs)] * len(outs)
             if written and not outs:
                 outs, views = written, [False] * len(written)
-                found = [self._union(given)] * len(written)
-            for out, view, sets in zip(outs, views, found, strict=True):
+                result_sets = [self._union(inputs)] * len(written)
+            for out, view, sets in zip(outs, views, result_sets, strict=True):
                 if not view:
                     self.write(out, self._settled(sets, str(func)))
             if rule is not batch_normalized:
-                done = {_key(one) for one in outs}
-                for one in written:
-                    if _key(one) not in done:
-                        self.write(one, self._settled(self._union(given), str(func)))
+                done = {_key(out) for out in outs}
+                for tensor in written:
+                    if _key(tensor) not in done:
+                        self.write(tensor, self._settled(self._union(inputs), str(func)))
 
     def __enter__(self) -> Any:
-        """Begins to follow."""
+        """Start tracking."""
         self._reads.__enter__()  # type: ignore[no-untyped-call]  # of torch
         return super().__enter__()  # type: ignore[no-untyped-call]  # of torch
 
     def __exit__(self, *error: Any) -> None:
-        """Ends it."""
+        """Stop tracking."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
         self._reads.__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
 
     def asked(self, tensors: Sequence[Tensor]) -> None:
-        """Notes that values were read past all operators."""
+        """Record a read of values that no operator shows."""
         with torch_private.disable_dispatch_modes():
-            if any(self.read(one) is not None for one in tensors):
+            if any(self.read(tensor) is not None for tensor in tensors):
                 self.by_values = True
 
     def _union(self, tensors: Iterable[Tensor]) -> Tensor | None:
-        found = [self.read(one) for one in tensors]
-        return union(*(one.flatten(1).amin(1) for one in found if one is not None))
+        known = [self.read(tensor) for tensor in tensors]
+        return union(*(sets.flatten(1).amin(1) for sets in known if sets is not None))
 
-    def _asked(self, given: Sequence[Tensor]) -> None:
-        """Notes a question about values of the batch, whose answer may decide what is computed."""
-        if all(self.read(one) is None for one in given):
+    def _asked(self, tensors: Sequence[Tensor]) -> None:
+        """Record that code reads values of the batch as numbers, and may branch on them."""
+        if all(self.read(tensor) is None for tensor in tensors):
             return
         frame: FrameType | None = sys._getframe(2)
         while frame is not None and frame.f_globals.get("__name__", "").startswith(
@@ -282,7 +284,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             self.by_values = True
 
     def _settled(self, sets: Tensor | None, name: str) -> Tensor | None:
-        """What an operator has made, after a look at what was presumed."""
+        """Check presumed samples against the result of an operator, and return the updated samples."""
         if sets is None:
             return None
         if not self.mixed_by and bool(_mixed(sets, self.empty).any()):
@@ -303,10 +305,10 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     # --- sites and results -----------------------------------------------------------------------------
 
     def check_site(self, x: Tensor, weight: str) -> None:
-        """Refuses an activation whose rows are not those of sample after sample.
+        """Raise if the rows of an activation are not those of the samples in their order.
 
         Args:
-            x: What the branch of an adapter reads.
+            x: Input of the branch of an adapter.
             weight: Name of the adapted weight in the module that is running.
 
         Raises:
@@ -328,7 +330,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         self.folded = self.folded or not self._exact(x)
 
     def copy_rows(self, result: Tensor, x: Tensor) -> None:
-        """Takes the rows of a result for those of x, each by itself: [T, ...] both."""
+        """Give each row of ``result`` the samples of the same row of ``x``. Both are [T, ...]."""
         with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(x)
             if sets is not None:
@@ -336,7 +338,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
                 self.write(result, by_row.reshape(*by_row.shape, *[1] * (result.dim() - 1)))
 
     def has_rows(self, result: Tensor) -> bool:
-        """Whether the rows of a result are those of sample after sample, each of that sample alone."""
+        """Return True if each row of a result has one sample, and the samples are in order."""
         with torch_private.disable_dispatch_modes():
             return self._has_rows(result, self.read(result))
 
@@ -344,28 +346,28 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return x.shape[0] in (self.samples, self.samples * self.repeats)
 
     def _has_rows(self, x: Tensor, sets: Tensor | None) -> bool:
-        """Whether the rows of an activation are those of sample after sample, as far as they have any."""
+        """Return True if the rows of an activation have the samples in order. Rows may also have none."""
         if not x.dim() or not x.shape[0] or x.shape[0] % self.samples:
             return False
         if sets is None:
             return self._exact(x)
         by_row = self._by_sample(sets[:2])
         if len(sets) == 4:
-            # Rows that an earlier site has taken for those of samples.
+            # Include samples that an earlier site has presumed.
             by_row = torch.minimum(by_row, self._by_sample(sets[2:]))
         numbers = torch.arange(self.samples, device=by_row.device, dtype=self.dtype)
         fits = (by_row[0] == numbers) & (by_row[1] == -numbers)
         return bool((fits | (by_row == self.empty).all(0)).all())
 
     def presume(self, total: Tensor, weight: str) -> None:
-        """Takes the rows of a site's output for those of the samples, also where its input had none."""
+        """Give the rows of a site's output the samples in order. They are presumed if the input had none."""
         with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(total)
             numbers = torch.arange(self.samples, device=total.device, dtype=self.dtype)
             numbers = numbers.repeat_interleave(total.shape[0] // self.samples)
             rows = torch.stack([numbers, -numbers]).reshape(2, -1, *[1] * (total.dim() - 1))
             if sets is not None and bool((self._by_sample(sets[:2]) != self.empty).all()):
-                # Elements that all samples share, class tokens for instance, lie among those of a sample.
+                # Elements that all samples share, such as class tokens, are among those of each sample.
                 self.write(total, torch.minimum(sets[:2], rows))
                 return
             if self.by_values:
@@ -381,32 +383,32 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             self.write(total, torch.cat([own, taken]))
 
     def _by_sample(self, sets: Tensor) -> Tensor:
-        """What the rows of each sample have, [channels, samples]."""
+        """Return the union over the rows of each sample, [channels, samples]."""
         return sets.reshape(len(sets), self.samples, -1).amin(2)
 
     def check_results(self, results: Any) -> None:
-        """Refuses results that mix samples, or that are not known to be those of samples.
+        """Raise if a result mixes samples, or has only presumed samples.
 
-        A number (a loss), and a matrix of each sample with each (similarities), may.
+        A single number (a loss) and a matrix of all pairs of samples (similarities) may mix samples.
 
         Raises:
             ConfigError: If there is such a result.
         """
         if self.error is not None:
             raise self.error
-        for one in results:
-            sets = self.read(one)
+        for out in results:
+            sets = self.read(out)
             if sets is None:
                 continue
             if bool((sets[2:] != self.empty).any()):
                 self._refuse(
                     f"{self._presuming()}: its input has no samples of its own on the first axis "
                     "(positions or queries that all samples share), and nothing shows that the rows of "
-                    f"its output are samples: a result of shape {tuple(one.shape)} has met none"
+                    f"its output are samples: a result of shape {tuple(out.shape)} has met none"
                 )
-            if one.numel() > 1 and bool(_mixed(sets, self.empty).any()) and not self._pairs(sets):
+            if out.numel() > 1 and bool(_mixed(sets, self.empty).any()) and not self._pairs(sets):
                 self._refuse(
-                    f"a result of shape {tuple(one.shape)} belongs to several samples at once{self._mixer()}"
+                    f"a result of shape {tuple(out.shape)} belongs to several samples at once{self._mixer()}"
                 )
 
     def _pairs(self, sets: Tensor) -> bool:
@@ -423,10 +425,10 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     def _not_rows(self, sets: Tensor | None) -> str:
         if sets is None:
             if not self.begin_with & {self.samples, self.samples * self.repeats}:
-                found = " and ".join(map(str, sorted(self.begin_with - {0}))) or "nothing"
+                sizes = " and ".join(map(str, sorted(self.begin_with - {0}))) or "nothing"
                 return (
                     f"does not begin with the {self.samples} samples that adapter_ids names: the arguments "
-                    f"of the call begin with {found}"
+                    f"of the call begin with {sizes}"
                 )
             return (
                 "does not begin with the samples of adapter_ids: it is the same for all of them, or its "
@@ -442,8 +444,8 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         if where == [0]:
             return "has the samples on its first axis, but not one after the other"
         axes = " and ".join(map(str, where))
-        places = f"on axis {axes}" if where else "on none of its axes: it belongs to one of them"
-        return f"does not begin with the {self.samples} samples of adapter_ids: they lie {places}"
+        position = f"on axis {axes}" if where else "on none of its axes: it belongs to one of them"
+        return f"does not begin with the {self.samples} samples of adapter_ids: they lie {position}"
 
     def _presuming(self) -> str:
         return ", ".join(dict.fromkeys(self._presumed_at))
@@ -451,9 +453,9 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     def _fqn(self, weight: str) -> str:
         return caller(self.model, weight)
 
-    def _refuse(self, what: str) -> NoReturn:
+    def _refuse(self, reason: str) -> NoReturn:
         error = ConfigError(
-            f"{what}. adapter_ids needs the samples on the first axis of what an adapted operation reads, "
+            f"{reason}. adapter_ids needs the samples on the first axis of what an adapted operation reads, "
             "one after the other: give one adapter for each sample of this batch, or repeats=, where "
             "generate() repeats each sample (num_beams, num_return_sequences), or choose one adapter for the "
             "whole batch"
@@ -463,32 +465,32 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
 
 def caller(model: nn.Module, weight: str) -> str:
-    """The FQN of a weight, by its name in the innermost module of the model that is running."""
+    """Return the FQN of a weight from its name in the innermost running module of the model."""
     names = {id(module): name for name, module in model.named_modules()}
     frame: FrameType | None = sys._getframe(1)
-    found: str | None = None
-    while frame is not None and found is None:
-        found = names.get(id(frame.f_locals.get("self")))
+    fqn: str | None = None
+    while frame is not None and fqn is None:
+        fqn = names.get(id(frame.f_locals.get("self")))
         frame = frame.f_back
-    return ".".join(part for part in (found or "", weight) if part)
+    return ".".join(part for part in (fqn or "", weight) if part)
 
 
 class _Reads(TorchFunctionMode):
-    """Sees values that become something else than tensors, of which operators know nothing."""
+    """Function mode that catches conversions of tensors to other types, which no operator shows."""
 
     def __init__(self, follower: Follower) -> None:
         super().__init__()
         self._follower = follower
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the function."""
+        """Run the function, and report reads of its arguments."""
         if getattr(func, "__name__", "") in _READS:
             self._follower.asked(list(tensors_in(args)))
         return func(*args, **(kwargs or {}))
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    """A tensor's storage, which is one object while anything holds it; None for a tensor that has none."""
+    """Return the storage of a tensor, or None. It is one Python object while anything references it."""
     try:
         return tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):

@@ -1,12 +1,12 @@
-"""Decides, for each call with an adapter for each sample, whether it is known which rows are whose.
+"""Calls with one adapter per sample: which rows of an activation belong to which sample.
 
-A call of a form that has not been seen is followed (:mod:`lora_fx.runtime.row_tracking`) while it runs, and
-refused where a site reads rows that are not those of the samples. Calls of the same form run as they are
-then.
+The first call of each form is followed while it runs (:mod:`lora_fx.runtime.row_tracking`). It raises if a
+site reads rows that are not those of the samples in their order. Later calls of that form run without the
+follower.
 
-Threads and asyncio tasks may share a model. A ``with`` block keeps the samples in a context variable, so that
-they hold for the thread or task that is in the block. A call runs in one thread from its beginning to its
-end, and has its state in a thread-local object, which a compiler can read as well.
+Threads and asyncio tasks may share a model. A ``with`` block keeps the samples in a context variable, so they
+apply to the thread or task that is in the block. A call runs in one thread from start to end. Its state is in
+a thread-local object, which a compiler can read, too.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ __all__ = [
 _T = TypeVar("_T")
 
 CLOSED, TRUSTED, FOLDED, FOLLOWED = range(4)
-"""What is known of the call that is running: there is none; one whose sites have the samples as their rows;
-one with several rows for each sample, too; one that is followed to find out."""
+"""States of a thread: no call is running; every row of the call is a sample; a sample may have several
+consecutive rows; the call is being followed to find out."""
 
 COLUMNS = -1
-"""The axis of the samples where a weight is on the left of its product: they are the columns of a matrix, or
-lie before both dimensions of a product."""
+"""Axis of the samples for a weight that is the left operand of its product. Samples are the columns of a
+matrix, or the batch dimension before the two matrix dimensions."""
 
 
 class _Following(threading.local):
-    """The followers of the calls that this thread is in, the innermost last."""
+    """Followers of the running calls of this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.followers: list[Follower] = []
@@ -83,16 +83,16 @@ class _Following(threading.local):
 _following = _Following()
 
 IDS = "adapter_ids"
-"""The argument of a call by which each sample of it is given an adapter."""
+"""Name of the call argument that gives each sample its adapter."""
 
 
 class _Assigned(NamedTuple):
-    """Which samples of a batch each adapter has.
+    """Assignment of the samples of a batch to adapters.
 
     Attributes:
-        samples: Number of samples in the batch; 0 while that is not known.
-        repeats: How many times in a row the batch may have each sample.
-        places: For each adapter that has some, the numbers of its samples.
+        samples: Number of samples in the batch; 0 while it is unknown.
+        repeats: How many times in a row the batch may repeat each sample.
+        places: Indices of the samples of each adapter that has any.
     """
 
     samples: int = 0
@@ -101,14 +101,13 @@ class _Assigned(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Where the rows of each adapter are in a matrix, [rows, features].
+    """Layout of the adapters' rows in a matrix, [rows, features].
 
     Attributes:
-        places: The adapters that have some, by their places among those of the site, in the order of the
-            rows.
-        sizes: Into how many rows each what :meth:`taken` gives is cut.
-        pieces: Which of these cuts are those of the adapters; the others have none.
-        order: Which rows :meth:`taken` takes; None if it takes all, in their order.
+        places: Indices of the adapters that have rows, among those of the site, in the order of their rows.
+        sizes: Number of rows of each piece that :meth:`cut` splits the matrix into.
+        pieces: Indices of the pieces that belong to adapters. The remaining pieces have no adapter.
+        order: Indices of the rows that :meth:`taken` gathers; None if it keeps the matrix as it is.
     """
 
     places: Sequence[int]
@@ -117,44 +116,44 @@ class Layout(NamedTuple):
     order: Tensor | None
 
     def taken(self, matrix: Tensor) -> Tensor:
-        """The rows of a matrix so that those of each adapter lie together."""
+        """Gather the rows of a matrix so that those of each adapter are contiguous."""
         return matrix if self.order is None else matrix.index_select(0, self.order)
 
     def cut(self, taken: Tensor) -> list[Tensor]:
-        """The rows of each adapter, as views of what was taken."""
+        """Return the rows of each adapter, as views of the output of :meth:`taken`."""
         cuts = taken.split_with_sizes(self.sizes)
         return [cuts[piece] for piece in self.pieces]
 
     def indices(self, count: int, rows: Tensor) -> list[Tensor | None]:
-        """The rows of each of ``count`` adapters; None for one that has none.
+        """Return the row indices of each of ``count`` adapters; None for an adapter without rows.
 
         Args:
-            count: How many adapters the site has.
-            rows: The numbers of all rows of the matrix.
+            count: Number of adapters of the site.
+            rows: Indices of all rows of the matrix.
         """
-        found: list[Tensor | None] = [None] * count
-        for place, own in zip(self.places, self.cut(self.taken(rows)), strict=True):
-            found[place] = own
-        return found
+        row_indices: list[Tensor | None] = [None] * count
+        for index, own in zip(self.places, self.cut(self.taken(rows)), strict=True):
+            row_indices[index] = own
+        return row_indices
 
 
 class _ThreadState:
-    """The samples of the calls that one thread makes of a model, and the state of the call that is running.
+    """State of one thread for one model: the samples of its calls, and the running call.
 
     Attributes:
-        assigned: Which samples each adapter has.
-        samples, repeats: Those of ``assigned``.
-        alike: Whether all samples have the same adapter, so that it does not matter which row is whose.
-        rows: The numbers of each adapter's samples, [n], by its name.
-        layouts: Where they put the rows of matrices that sites have read.
-        shared: Whether several tasks that take turns in this thread are inside blocks. Between calls the
-            thread then has no samples.
+        assigned: The samples of each adapter.
+        samples, repeats: The same fields of ``assigned``.
+        alike: Whether all samples have the same adapter. Then the order of the rows does not matter.
+        rows: Indices of each adapter's samples, [n], by its name.
+        layouts: Cache of :meth:`SampleRows.lay_out` for these samples.
+        shared: Whether several asyncio tasks of this thread are inside blocks. Between calls the thread then
+            has no samples.
         state: One of the constants above.
-        opened_by: The name of the module whose call is running, "" for the model; None if there is no call.
-        depth: How many calls of that module are inside each other.
-        follower, form, sizes, failing: If the call is followed: its follower, its form and sizes, and the
-            exception that was being handled when it began.
-        call: The entry of the call, which ends it if neither a return nor an error has.
+        opened_by: Name of the module whose call is running, "" for the model; None if there is no call.
+        depth: Nesting depth of the calls of that module.
+        follower, form, sizes, failing: Follower of the call, its form and sizes, and the exception that was
+            being handled when it began. They are set only while a call is followed.
+        call: Entry hook of the call. It ends a call that neither returned nor raised.
     """
 
     def __init__(self) -> None:
@@ -174,9 +173,9 @@ class _ThreadState:
 
 
 class _Threads(threading.local):
-    """The state of the running thread.
+    """Thread-local holder of a :class:`_ThreadState`.
 
-    Writes go to an object in it: Dynamo leaves out those to a thread-local object itself.
+    Writes go to the inner object, because Dynamo drops writes to a thread-local object itself.
     """
 
     def __init__(self) -> None:
@@ -184,19 +183,19 @@ class _Threads(threading.local):
 
 
 _blocks: ContextVar[Mapping[_Threads, _Assigned]] = ContextVar("lora_fx_samples")
-"""The samples that the ``with`` blocks around the running code have assigned, for each model's table."""
+"""Samples that the enclosing ``with`` blocks have assigned, by the table of each model."""
 
 
 class SampleRows(AdapterModule):
-    """Which samples of the batch each adapter has. All sites of a model share one.
+    """Table of the samples of each adapter. All sites of a model share one table.
 
-    Each adapter has a buffer without elements, which is on the device where its rows are needed.
+    Each adapter has an empty buffer, which is on the device where its sample indices are needed.
 
     Attributes:
         threads: The state of each thread.
-        inherited: The samples outside of all blocks: of a copy, those that held where it was copied.
-        proofs: The forms of call that were followed and have the samples as their rows.
-        folded: Those with several rows for each sample, and the sizes of each.
+        inherited: The samples outside of all blocks. A copy has those that applied where it was copied.
+        proofs: Forms of calls that were followed, and whose rows are the samples.
+        folded: Forms and sizes of calls with several rows per sample.
     """
 
     def __init__(self, adapters: Sequence[str], device: torch.device) -> None:
@@ -210,7 +209,7 @@ class SampleRows(AdapterModule):
             self.register_buffer(name, empty, persistent=False)
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute: for the name of an adapter, the numbers of its samples in this call, [n]."""
+        """Return an attribute. The name of an adapter gives the indices of its samples in this call, [n]."""
         value = super().__getattr__(name)
         if name in self._buffers:
             rows = self.thread.rows
@@ -224,36 +223,36 @@ class SampleRows(AdapterModule):
 
     @property
     def samples(self) -> int:
-        """Number of samples in the batch; 0 while that is not known."""
+        """Number of samples in the batch; 0 while it is unknown."""
         return self.thread.samples
 
     @property
     def repeats(self) -> int:
-        """The number of times that the batch may have each sample, one after the other."""
+        """Number of times in a row that the batch may repeat each sample."""
         return self.thread.repeats
 
     @property
     def state(self) -> int:
-        """The state of the running call, one of the constants above."""
+        """State of the running call: one of the constants above."""
         return self.thread.state
 
     @property
     def assigned(self) -> _Assigned:
-        """The samples of each adapter in the running call."""
+        """Samples of each adapter in the running call."""
         return self.thread.assigned
 
     def assign(self, ids: Sequence[str | None], repeats: int = 1, *, shared: bool = False) -> None:
-        """Says which sample has which adapter in the calls of this thread or task.
+        """Set the adapter of each sample for the calls of this thread or task.
 
         Args:
-            ids: The name of each sample's adapter, or None; nothing at all if that is not known.
-            repeats: How many times in a row the batch may have each sample.
-            shared: Whether another task of this thread is inside a block of this model.
+            ids: Adapter name of each sample, or None for the base. Empty if the samples are unknown.
+            repeats: How many times in a row the batch may repeat each sample.
+            shared: Whether another asyncio task of this thread is inside a block of this model.
         """
         if self.thread.call is not None:
             self.thread.call.abandon()
-        places = _places(ids)
-        assigned = _Assigned(len(ids), repeats, places) if len(ids) else _Assigned()
+        numbers = _places(ids)
+        assigned = _Assigned(len(ids), repeats, numbers) if len(ids) else _Assigned()
         self.inherited = _Assigned()
         blocks = {**_blocks.get({}), self.threads: assigned}
         if not assigned.samples:
@@ -263,33 +262,33 @@ class SampleRows(AdapterModule):
         self.settle()
 
     def settle(self) -> None:
-        """Ends what a call, or a backward, has assigned in this thread: what the blocks say holds again."""
+        """Drop the samples that a call or a backward set in this thread, and restore those of the blocks."""
         self.reassign(_Assigned() if self.thread.shared else self.of_blocks())
 
     def of_blocks(self) -> _Assigned:
-        """Return the samples that the ``with`` blocks around the running code have assigned."""
+        """Return the samples that the enclosing ``with`` blocks have assigned."""
         return _blocks.get({}).get(self.threads, self.inherited)
 
     def reassign(self, assigned: _Assigned) -> None:
-        """Let the sites that run in this thread read other samples."""
+        """Set the samples that sites read in this thread."""
         thread = self.thread
         if assigned == thread.assigned:
             return
-        samples, repeats, places = assigned
+        samples, repeats, numbers = assigned
         thread.assigned, thread.layouts = assigned, {}
         thread.samples, thread.repeats = samples, repeats
-        thread.alike = not places or any(len(own) == samples for own in places.values())
+        thread.alike = not numbers or any(len(own) == samples for own in numbers.values())
         thread.rows = {
-            name: torch.tensor(places.get(name, ()), dtype=torch.long).to(marker.device)
+            name: torch.tensor(numbers.get(name, ()), dtype=torch.long).to(marker.device)
             for name, marker in self._buffers.items()
             if marker is not None
         }
 
     def lay_out(self, x: Tensor, adapters: tuple[str, ...]) -> Layout:
-        """Where the rows of some adapters are in what a site reads.
+        """Return the layout of the adapters' rows in the input of a site.
 
         Args:
-            x: [samples, ..., in], each sample repeated, or with the rows of a sample one after the other.
+            x: [samples, ..., in]. Samples may be repeated, or have several consecutive rows.
             adapters: The adapters of the site.
 
         Raises:
@@ -304,63 +303,63 @@ class SampleRows(AdapterModule):
         return layouts[key]
 
     def _laid_out(self, adapters: tuple[str, ...], each: int, device: torch.device) -> Layout:
-        """The same for samples that have ``each`` rows."""
-        known = [(self.assigned.places.get(name, ()), place) for place, name in enumerate(adapters)]
-        known = sorted(one for one in known if one[0])
-        places = [place for _, place in known]
+        """Return the layout for samples with ``each`` rows."""
+        known = [(self.assigned.places.get(name, ()), index) for index, name in enumerate(adapters)]
+        known = sorted(pair for pair in known if pair[0])
+        indices = [index for _, index in known]
         if any(own[-1] - own[0] + 1 != len(own) for own, _ in known):
-            samples = torch.tensor([one for own, _ in known for one in own])
+            samples = torch.tensor([sample for own, _ in known for sample in own])
             sizes = [len(own) * each for own, _ in known]
             order = _of_samples(samples, each).to(device)
-            return Layout(places, sizes, range(len(sizes)), order)
+            return Layout(indices, sizes, range(len(sizes)), order)
         sizes, pieces, end = [], [], 0
         for own, _ in known:
-            # Before it, samples without one of these adapters.
+            # The samples between two runs have none of these adapters.
             sizes += [(own[0] - end) * each, len(own) * each]
             pieces.append(len(sizes) - 1)
             end = own[-1] + 1
-        return Layout(places, [*sizes, (self.samples - end) * each], pieces, None)
+        return Layout(indices, [*sizes, (self.samples - end) * each], pieces, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy is in no call, and may become another model: nothing is known of its calls."""
+        """Drop the calls and their proofs: a copy is in no call, and may become a different model."""
         state = {**self.__dict__, "proofs": Sizes(), "folded": set(), "inherited": self.of_blocks()}
         del state["threads"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Begin without a call, with the samples that held where it was copied."""
+        """Begin without a call, with the samples that applied where the table was copied."""
         super().__setstate__({**state, "threads": _Threads()})  # type: ignore[no-untyped-call]
         self.settle()
 
 
 def _places(ids: Sequence[str | None]) -> dict[str, list[int]]:
-    """The numbers of each adapter's samples."""
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(ids):
+    """Return the indices of the samples of each adapter."""
+    numbers: dict[str, list[int]] = {}
+    for index, name in enumerate(ids):
         if name is not None:
-            places.setdefault(name, []).append(place)
-    return places
+            numbers.setdefault(name, []).append(index)
+    return numbers
 
 
 def follow(follower: Follower) -> None:
-    """Lets a follower see what the sites of the running call read and add to."""
+    """Make a follower the innermost of this thread, so that sites report to it."""
     _following.followers.append(follower)
 
 
 def unfollow() -> None:
-    """Ends what :func:`follow` began."""
+    """Remove the innermost follower of this thread."""
     _following.followers.pop()
 
 
 def check_rows_followed(x: Tensor, weight: str) -> None:
-    """Lets the follower of the running call, if there is one, look at what a branch reads.
+    """Check the input of a branch, if a follower is watching the running call.
 
     Args:
-        x: What it reads.
+        x: Input of the branch.
         weight: Name of the adapted weight in its module.
 
     Raises:
-        ConfigError: If its first axis does not have the samples in their order.
+        ConfigError: If the first axis of ``x`` does not have the samples in their order.
     """
     if _following.followers:
         _following.followers[-1].check_site(x, weight)
@@ -376,30 +375,30 @@ def select_rows(
     axis: int = 0,
     least: int = 0,
 ) -> Tensor:
-    """The part of an activation that belongs to some samples.
+    """Return the part of an activation that belongs to some samples.
 
     Args:
-        x: [samples, ...], each sample repeated, [samples * repeats, ...], or with the rows of a sample one
-            after the other, [samples * t, ...].
+        x: [samples, ...]; [samples * repeats, ...] with repeated samples; or [samples * t, ...] with t
+            consecutive rows per sample.
         rows: Indices of samples, [n].
         samples: Number of samples in the batch.
-        repeats: How many times in a row the batch may have each sample.
-        state: What is known of the call.
+        repeats: How many times in a row the batch may repeat each sample.
+        state: State of the call, one of the constants above.
         weight: Name of the adapted weight in its module.
-        axis: Which axis has the samples, if it is not the first one; or :data:`COLUMNS`.
-        least: How many dimensions x has if it has one of samples.
+        axis: The axis of the samples, or :data:`COLUMNS`.
+        least: Least number of dimensions of an activation that has an axis of samples.
 
     Returns:
         [n, ...], [n * repeats, ...] or [n * t, ...].
 
     Raises:
-        ConfigError: If that dimension is not that of the samples.
+        ConfigError: If that axis is not that of the samples.
     """
     x, axis = _led_by(x, axis, least, weight)
     if state == FOLLOWED:
         _following.followers[-1].check_site(x, weight)
-    found = x.index_select(0, _expanded(x, rows, samples, repeats, state))
-    return found.movedim(0, axis) if axis else found
+    selected = x.index_select(0, _expanded(x, rows, samples, repeats, state))
+    return selected.movedim(0, axis) if axis else selected
 
 
 def add_rows(
@@ -413,18 +412,18 @@ def add_rows(
     axis: int = 0,
     least: int = 0,
 ) -> Tensor:
-    """Adds to the rows of some samples, in place.
+    """Add to the rows of some samples, in place.
 
     Args:
-        total: [samples, ...], repeated or with several rows, as for :func:`select_rows`.
+        total: [samples, ...], repeated or with several rows, see :func:`select_rows`.
         rows: Indices of samples, [n].
-        delta: What :func:`select_rows` would give of ``total``.
+        delta: The summand, in the shape that :func:`select_rows` returns for ``total``.
         samples: Number of samples in the batch.
-        repeats: How many times in a row the batch may have each sample.
-        state: What is known of the call.
+        repeats: How many times in a row the batch may repeat each sample.
+        state: State of the call, one of the constants above.
         weight: Name of the adapted weight in its module.
-        axis: As for :func:`select_rows`, as the next one.
-        least: See there.
+        axis: The axis of the samples, see :func:`select_rows`.
+        least: Least number of dimensions, see :func:`select_rows`.
     """
     led, axis = _led_by(total, axis, least, weight)
     delta = delta.movedim(axis, 0) if axis else delta
@@ -445,7 +444,7 @@ def put_rows(
     axis: int = 0,
     least: int = 0,
 ) -> Tensor:
-    """Replaces the rows of some samples, in place; as :func:`add_rows`, with what they are to be."""
+    """Replace the rows of some samples by ``values``, in place. Arguments are those of :func:`add_rows`."""
     led, axis = _led_by(total, axis, least, weight)
     values = values.movedim(axis, 0) if axis else values
     result = led.index_copy_(0, _expanded(led, rows, samples, repeats, state), values)
@@ -455,7 +454,7 @@ def put_rows(
 
 
 def _led_by(x: Tensor, axis: int, least: int, weight: str) -> tuple[Tensor, int]:
-    """A view whose first axis is that of the samples, and which axis that was."""
+    """Return a view whose first axis is that of the samples, and the original axis."""
     if x.dim() < least:
         raise ConfigError(
             f"{weight}: an activation of shape {tuple(x.shape)} has no dimension of samples, only those that "
@@ -467,15 +466,15 @@ def _led_by(x: Tensor, axis: int, least: int, weight: str) -> tuple[Tensor, int]
 
 
 def rows_of(x: Tensor, table: SampleRows, adapter: str) -> Tensor:
-    """Which rows an adapter has in the matrix of an activation, [rows, features].
+    """Return the row indices of an adapter in an activation that is flattened to [rows, features].
 
     Args:
-        x: As for :func:`select_rows`.
-        table: Says which samples it has.
-        adapter: The adapter.
+        x: The activation, see :func:`select_rows`.
+        table: The table of the samples.
+        adapter: Name of the adapter.
 
     Raises:
-        ConfigError: As :func:`select_rows`.
+        ConfigError: If the first axis is not that of the samples.
     """
     _check(x, table.samples, table.repeats, table.state)
     samples: Tensor = getattr(table, adapter)
@@ -491,19 +490,19 @@ def rows_of_tokens(
     state: int = FOLDED,
     weight: str = "",
 ) -> Tensor:
-    """Which rows of what experts read belong to some samples: a row is of the sample of its token.
+    """Return the rows of an expert input that belong to some samples. A row has the sample of its token.
 
     Args:
-        tokens: The token of each row, [n].
-        hidden: The tokens, [T, d], those of a sample one after the other.
+        tokens: Token index of each row, [n].
+        hidden: The tokens, [T, d]. Those of a sample are consecutive.
         rows: Indices of samples.
-        samples: As for :func:`select_rows`, as the next three.
+        samples: See :func:`select_rows`, also for the arguments below.
         repeats: See there.
         state: See there.
         weight: See there.
 
     Returns:
-        Indices of rows, in their order.
+        Row indices in ascending order.
 
     Raises:
         ConfigError: If the tokens are not those of the samples.
@@ -519,30 +518,30 @@ def _rows_of_tokens(tokens: Tensor, each: int, rows: Tensor) -> Tensor:
 
 
 def rows_selected(x: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of what experts read."""
+    """Return some rows of an expert input."""
     return x.index_select(0, rows)
 
 
 def ends_selected(ends: Tensor, rows: Tensor) -> Tensor:
-    """Where each expert's rows end among some rows, [E].
+    """Return the end offset of each expert among the selected rows, [E].
 
     Args:
-        ends: Where they end among all, [E].
-        rows: Indices of rows, in their order.
+        ends: End offset of each expert among all rows, [E].
+        rows: Indices of the selected rows, ascending.
     """
     return torch.searchsorted(rows, ends, out_int32=True)
 
 
 def rows_added(total: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
-    """Adds to some rows of what experts give, in place."""
+    """Add to some rows of an expert output, in place."""
     return total.index_add_(0, rows, delta)
 
 
 def unseen(function: Callable[..., _T], *given: Any) -> _T:
-    """Runs a function that the follower of the running call, if there is one, does not see.
+    """Run a function with the follower of the running call paused, if there is one.
 
-    Experts are given the rows of tokens in an order that their values decide, and put what they make of them
-    back. What they read has no samples for the follower, and says itself whose it is.
+    Routing orders the rows of experts by values, and scatters the outputs back. A follower cannot track such
+    rows. The code of the experts knows itself which sample each row has.
     """
     if not _following.followers:
         return function(*given)
@@ -551,7 +550,7 @@ def unseen(function: Callable[..., _T], *given: Any) -> _T:
 
 
 def like_rows(result: Tensor, x: Tensor) -> Tensor:
-    """Tells the follower of the running call that the rows of a result are those of x."""
+    """Tell the follower of the running call that the rows of ``result`` have the samples of ``x``."""
     if _following.followers:
         _following.followers[-1].copy_rows(result, x)
     return result
@@ -559,7 +558,7 @@ def like_rows(result: Tensor, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def unfollowed() -> Iterator[None]:
-    """Lets operators run that the follower of the running call, if there is one, does not see."""
+    """Pause the follower of the running call, if there is one."""
     follower = _following.followers[-1] if _following.followers else None
     if follower is not None:
         follower.paused = True
@@ -571,7 +570,7 @@ def unfollowed() -> Iterator[None]:
 
 
 def followed(result: Tensor, table: SampleRows, weight: str) -> Tensor:
-    """What a site gives, whose rows are those of the samples: the follower of the call is told."""
+    """Return the output of a site, and tell the follower that its rows are those of the samples."""
     if table.state == FOLLOWED:
         _following.followers[-1].presume(result, weight)
     return result
@@ -583,13 +582,13 @@ def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -
 
 
 def _of_samples(samples: Tensor, each: int) -> Tensor:
-    """The rows of some samples, each of which has so many, one after the other."""
+    """Return the row indices of some samples that have ``each`` consecutive rows."""
     inner = torch.arange(each, device=samples.device)
     return (samples[:, None] * each + inner).flatten()
 
 
 def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
-    """Refuses an activation of which it is not known which rows are whose."""
+    """Raise if it is unknown which rows of an activation belong to which sample."""
     if not samples:
         raise ConfigError(
             "the model is prepared for an adapter of its own for each sample (per_sample=True), and this "
@@ -616,7 +615,7 @@ def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
 
 
 def in_backward() -> bool:
-    """Whether a checkpoint computes a part of a call again, whose rows were known when it ran first."""
+    """Return True in a backward, where a checkpoint recomputes a part of a call that was checked before."""
     if torch.compiler.is_compiling():
         return False
     return torch_private.in_backward()
@@ -624,41 +623,41 @@ def in_backward() -> bool:
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Its methods call parts of a model, the encoder for instance, with what the caller gave.
+# Its methods call parts of a model, such as the encoder, with the arguments of the user.
 _GENERATION = "transformers.generation."
 
 
 def watch_calls(model: nn.Module, table: SampleRows) -> None:
-    """Looks at every call of a model, and of the modules that it consists of, from outside.
+    """Register hooks that open and close each call of a model, or of one of its children, from outside.
 
     Args:
         model: A model whose sites read ``table``.
-        table: What says which sample has which adapter.
+        table: The samples of each adapter.
     """
     for name, module in _entered(model):
         entry = _Entry(name, model, table)
         if isinstance(module, torch.jit.ScriptModule):
-            continue  # it has no adapter, and takes no such hook
+            continue  # it has no adapter, and does not support these hooks
         module.register_forward_pre_hook(entry, prepend=True, with_kwargs=True)
         module.register_forward_hook(_Exit(entry), with_kwargs=True, always_call=True)
 
 
 def ignore_ids(model: nn.Module) -> None:
-    """Lets calls of a model name adapters although it runs without any, until :func:`unwatch_calls`."""
+    """Make calls of a model ignore ``adapter_ids`` until :func:`unwatch_calls`. No adapter is active."""
     if _takes_ids(model):
         model.register_forward_pre_hook(_Ignored(), prepend=True, with_kwargs=True)
 
 
 def _takes_ids(model: nn.Module) -> bool:
-    """Whether calls of a model may say which adapters its samples have."""
+    """Return True if ``adapter_ids`` is ours: the model's own forward has no such parameter."""
     return IDS not in inspect.signature(model.forward).parameters
 
 
 def refuse_ids(model: nn.Module) -> None:
-    """Refuses adapters that a call has named, and that nothing has taken out of it: ``**kwargs`` hide them.
+    """Raise for an ``adapter_ids`` that no hook has consumed: ``**kwargs`` of a model would swallow it.
 
     Raises:
-        ConfigError: If the model has no such argument of its own.
+        ConfigError: If the model's own forward has no such parameter.
     """
     if _takes_ids(model):
         raise ConfigError(
@@ -669,21 +668,21 @@ def refuse_ids(model: nn.Module) -> None:
 
 
 class _Ignored:
-    """What takes the adapters out of a call of the base."""
+    """Forward pre-hook that removes ``adapter_ids`` from a call of the base."""
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Leaves the other arguments."""
+        """Return the arguments without ``adapter_ids``."""
         return args, {name: value for name, value in kwargs.items() if name != IDS}
 
 
 def unwatch_calls(model: nn.Module) -> None:
-    """Ends what :func:`watch_calls` or :func:`ignore_ids` began."""
+    """Remove the hooks of :func:`watch_calls` and :func:`ignore_ids`."""
     for module in model.modules():
         torch_private.remove_forward_hooks(module, _Entry, _Ignored, _Exit)
 
 
 def _entered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model, and the modules that it calls itself: its children, and what containers hold."""
+    """Yield the model and the modules that it calls directly: children, and children of containers."""
     seen = {id(model)}
     yield "", model
     waiting = [(name, child) for name, child in model.named_children()]
@@ -698,15 +697,15 @@ def _entered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class _Entry:
-    """What runs before a call."""
+    """Forward pre-hook that opens a call."""
 
     def __init__(self, name: str, model: nn.Module, table: SampleRows) -> None:
         self.name, self.model, self.table = name, model, table
-        # A model that has such an argument itself gets it.
+        # If the model's own forward has a parameter of this name, it gets the argument.
         self.takes_ids = not name and _takes_ids(model)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Opens a call, if none is open, and takes out of it what it says of adapters."""
+        """Open a call, if none is open, and remove ``adapter_ids`` from its arguments."""
         if IDS not in kwargs or not self.takes_ids:
             self._open(module, args, kwargs, None)
             return None
@@ -718,7 +717,7 @@ class _Entry:
         kwargs = {name: value for name, value in kwargs.items() if name != IDS}
         self._open(module, args, kwargs, _Assigned(len(ids), 1, _places(ids)))
         if in_backward():
-            # Of a checkpoint around the whole model, which opens no call.
+            # A checkpoint around the whole model recomputes it here, and opens no call.
             torch_private.after_backward(self.table.settle)
         return args, kwargs
 
@@ -736,7 +735,7 @@ class _Entry:
         if thread.state != CLOSED:
             return
         if torch.compiler.is_compiling():
-            # What the thread has is what the blocks say: a compiler cannot read context variables.
+            # A compiler cannot read context variables. The thread already has the samples of the blocks.
             if not thread.samples:
                 return
         else:
@@ -758,7 +757,7 @@ class _Entry:
             raise
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Trust a call whose form is known, and follow any other one."""
+        """Trust a call of a known form, and follow any other call."""
         table, thread = self.table, self.table.thread
         if thread.alike:
             thread.state = FOLDED
@@ -768,7 +767,7 @@ class _Entry:
         if self.name and not torch.compiler.is_compiling():
             self._check_callers(module)
         if torch.compiler.is_compiling() or torch_private.in_jit_trace():
-            # A question about sizes would be one compilation for each; and a trace is for one batch.
+            # A compiler would recompile for each size that is compared. A trace is for one batch only.
             known = form in table.proofs.forms
         else:
             known = table.proofs.knows(form, tuple(sizes))
@@ -801,7 +800,7 @@ class _Entry:
         follower.__enter__()
 
     def abandon(self) -> None:
-        """Ends a call that was never closed: what ended it was no error."""
+        """End a call that was never closed, although it raised no error."""
         thread = self.table.thread
         follower, thread.follower = thread.follower, None
         thread.opened_by, thread.depth, thread.state, thread.call = None, 0, CLOSED, None
@@ -812,10 +811,10 @@ class _Entry:
                 follower.__exit__(None, None, None)
 
     def close(self, results: Any) -> None:
-        """Closes the call, and notes what was seen of it.
+        """Close the call, and remember its form if it was followed.
 
         Raises:
-            ConfigError: If its results do not belong to the samples.
+            ConfigError: If the results do not belong to the samples.
         """
         thread = self.table.thread
         if thread.opened_by != self.name:
@@ -849,13 +848,13 @@ class _Entry:
             table.proofs.add(thread.form, thread.sizes)
 
     def _check_callers(self, module: nn.Module) -> None:
-        """Refuses a call by another method of the model: what that did to the batch before was not seen."""
+        """Raise if another method of the model makes the call: it may have changed the batch unseen."""
         inside: set[int] = set()
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             owner = frame.f_locals.get("self")
             if owner is not module and isinstance(owner, nn.Module):
-                inside = inside or {id(one) for one in self.model.modules()}
+                inside = inside or {id(submodule) for submodule in self.model.modules()}
                 if id(owner) in inside and not str(frame.f_globals.get("__name__")).startswith(
                     _GENERATION
                 ):
@@ -868,21 +867,21 @@ class _Entry:
 
 
 class _Exit:
-    """What runs behind a call, also behind one that has failed."""
+    """Forward hook that closes a call, also after an error."""
 
     def __init__(self, entry: _Entry) -> None:
         self.entry = entry
 
     def __call__(self, _: nn.Module, __: Any, ___: Any, results: Any) -> None:
-        """Closes it."""
+        """Close the call."""
         self.entry.close(results)
 
 
 def _named(ids: Any, table: SampleRows) -> list[str | None]:
-    """The adapters that a call names: by their names, or by their numbers among those that are active.
+    """Return the adapter names of a call, whose ids are names or indices into the active adapters.
 
     Raises:
-        ConfigError: If they are none of these, or a compiler would have to know them.
+        ConfigError: If an id is neither, or the call is being compiled.
     """
     if torch.compiler.is_compiling():
         raise ConfigError(
@@ -899,29 +898,29 @@ def _named(ids: Any, table: SampleRows) -> list[str | None]:
         ids = ids.tolist()
     if isinstance(ids, str) or not isinstance(ids, list | tuple) or not ids:
         raise ConfigError(f"{IDS} needs one name or number for each sample, found {ids!r}")
-    found: list[str | None] = []
-    for one in ids:
-        if isinstance(one, int) and not isinstance(one, bool) and -1 <= one < len(names):
-            found.append(names[one] if one >= 0 else None)
-        elif one is None or one in names:
-            found.append(one)
+    adapters: list[str | None] = []
+    for value in ids:
+        if isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(names):
+            adapters.append(names[value] if value >= 0 else None)
+        elif value is None or value in names:
+            adapters.append(value)
         else:
             raise ConfigError(
-                f"{IDS}: there is no adapter {one!r} in this model's batches: it has "
+                f"{IDS}: there is no adapter {value!r} in this model's batches: it has "
                 f"{', '.join(map(repr, names))}, numbered from 0, and -1 or None for the base"
             )
-    return found
+    return adapters
 
 
 def _remember(table: SampleRows, results: Any) -> None:
-    """Lets the backward of a call have its samples again: a checkpoint computes parts of it there."""
+    """Restore the samples in the backward of a call by hooks: checkpoints recompute parts of it there."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
         return
     hook = functools.partial(_replay, table, table.assigned)
-    one: Any
-    for one in tensors_in(results):
-        if one.requires_grad and not one.is_leaf:
-            one.register_hook(hook)
+    tensor: Any
+    for tensor in tensors_in(results):
+        if tensor.requires_grad and not tensor.is_leaf:
+            tensor.register_hook(hook)
 
 
 def _replay(table: SampleRows, assigned: _Assigned, _: Tensor) -> None:
@@ -931,62 +930,62 @@ def _replay(table: SampleRows, assigned: _Assigned, _: Tensor) -> None:
 
 
 def _form(value: Any, table: SampleRows, sizes: list[int]) -> Any:
-    """What of a call's arguments may decide which axis is that of the samples, but for how large they are.
+    """Return a key of the properties of arguments that may decide which axis has the samples.
 
     Args:
-        value: The arguments, or one.
-        table: Says how many samples there are: a size counts by whether it is theirs.
-        sizes: Takes all sizes.
+        value: The arguments, or a single argument.
+        table: The samples. The key has only whether a size is their number, or is 0, 1 or more.
+        sizes: List to which the sizes of all tensors are appended.
     """
     if isinstance(value, Tensor):
         sizes.extend(value.shape)
         whole = table.samples * table.repeats
         return tuple(
-            "batch" if one == whole else "samples" if one == table.samples else min(one, 2)
-            for one in value.shape
+            "batch" if size == whole else "samples" if size == table.samples else min(size, 2)
+            for size in value.shape
         )
     if isinstance(value, list | tuple):
-        return (type(value), *[_form(one, table, sizes) for one in value])
+        return (type(value), *[_form(item, table, sizes) for item in value])
     if isinstance(value, Mapping):
-        return (type(value), *[(key, _form(one, table, sizes)) for key, one in value.items()])
+        return (type(value), *[(key, _form(item, table, sizes)) for key, item in value.items()])
     if isinstance(value, _SIMPLE):
         return (type(value), value)
     if hasattr(value, "__dataclass_fields__"):
-        return (type(value), *[_form(one, table, sizes) for one in vars(value).values()])
+        return (type(value), *[_form(item, table, sizes) for item in vars(value).values()])
     return type(value)
 
 
 def _unseen(tensors: list[Tensor]) -> str:
-    """Why a call cannot be followed, or nothing."""
+    """Return the reason why a call cannot be followed, or an empty string."""
     if torch.compiler.is_compiling():
         return "a compiler sees no values"
     if torch_private.in_jit_trace():
         return "torch.jit.trace sees one batch only"
     if torch_private.in_functorch_level():
         return "a transform of torch.func hides axes"
-    if any(torch_private.is_fake(one) or one.is_meta for one in tensors):
+    if any(torch_private.is_fake(tensor) or tensor.is_meta for tensor in tensors):
         return "tensors without values have no samples"
     return ""
 
 
 # --- sizes ----------------------------------------------------------------------------------------
-# Which sizes a form of call was looked at with: code may do something else at others.
+# Sizes at which each form of call was followed: code may behave differently at other sizes.
 
 
-_EACH = 4  # sizes of a form that are looked at one by one
-_REMEMBERED = 1000  # of those that were let through by their ranges
+_EACH = 4  # so many sizes of a form are checked one by one
+_REMEMBERED = 1000  # so many sizes that passed by their ranges are kept
 
 
 class Sizes:
-    """Forms of calls, with the sizes that each was looked at with.
+    """Forms of calls that were checked, with the sizes of each check.
 
-    The first few sizes of a form are all looked at. Later ones only where one of them is in another range
-    than before: powers of two, which code likes to compare with, and the numbers between two of them. A text
-    that grows is then looked at a few times, and not at each token.
+    The first few sizes of a form are all checked. Later sizes are checked only if they are in a new range.
+    Ranges are the powers of two, which code likes to compare with, and the numbers between two of them. A
+    text that grows is then checked a few times, and not at each token.
 
     Attributes:
-        known: Forms with the sizes that are known, as pairs: what is in here needs no other question.
-        forms: How many sizes of each were looked at.
+        known: Pairs of a form and sizes that need no check.
+        forms: Number of sizes that were checked, by form.
     """
 
     __slots__ = ("_ranges", "_remembered", "forms", "known")
@@ -998,14 +997,14 @@ class Sizes:
         self._remembered = 0
 
     def add(self, form: Hashable, sizes: tuple[Hashable, ...]) -> None:
-        """Notes that a call was looked at."""
+        """Add a form with the sizes at which it was checked."""
         if (form, sizes) not in self.known:
             self.known.add((form, sizes))
             self.forms[form] = self.forms.get(form, 0) + 1
         self._ranges.add((form, _ranges(sizes)))
 
     def knows(self, form: Hashable, sizes: tuple[Hashable, ...]) -> bool:
-        """Whether a call need not be looked at."""
+        """Return True if a call of this form and these sizes needs no check."""
         if (form, sizes) in self.known:
             return True
         if self.forms.get(form, 0) < _EACH or (form, _ranges(sizes)) not in self._ranges:
@@ -1020,12 +1019,12 @@ class Sizes:
 
 
 def _ranges(sizes: Iterable[object]) -> tuple[object, ...]:
-    """A number for the range of each size."""
+    """Return the number of the range of each size. Other values stay."""
     return tuple(
-        2 * one.bit_length() + (one & (one - 1) == 0)
-        if isinstance(one, int)
-        else _ranges(one)
-        if isinstance(one, tuple)
-        else one
-        for one in sizes
+        2 * size.bit_length() + (size & (size - 1) == 0)
+        if isinstance(size, int)
+        else _ranges(size)
+        if isinstance(size, tuple)
+        else size
+        for size in sizes
     )

@@ -1,15 +1,15 @@
-"""The first eager call of each form is watched: who reads an adapted weight past its adapters is found there.
+"""Check of the first eager call of each form: does code use an adapted weight without its adapters?
 
-Code that reads ``layer.weight`` gets it with its adapters (:mod:`lora_fx.runtime.effective`). Some ways lead
-past that: ``named_parameters()``, ``state_dict()``, ``vars(layer)``, a layer of the original model that a
-closure holds. So each way into a rewritten model (:func:`entry`) runs once under a mode below autograd
-(:class:`_Watch`), which knows the bytes of the adapted weights and what is computed from them. Where such a
-value meets data in code that is not lora-fx's own, the call ends with an error.
+Code that reads ``layer.weight`` gets it with its adapters (:mod:`lora_fx.runtime.effective`). Some reads
+bypass that: ``named_parameters()``, ``state_dict()``, ``vars(layer)``, or a layer of the original model in a
+closure. So each entry point of a rewritten model (:func:`entry`) runs once under a dispatch mode
+(:class:`_Watch`). The mode knows the bytes of the adapted weights, and the values that are computed from
+them. If such a value meets data in code outside of lora-fx, the call ends with an error. A call under this
+mode is "watched".
 
-A way in is the forward of a module, in training or not, with or without gradients, with arguments of these
-classes and sizes (:mod:`lora_fx.runtime.samples`). What has been watched costs a look into a set later on.
-Compilers do not see the watch, and what they run stays pending, as does what runs without real values
-(:func:`_blind`).
+An entry point is the forward of a module. A form is its training and gradient mode, and the classes and sizes
+of its arguments (:mod:`lora_fx.runtime.samples`). Later calls of a form cost one set lookup. Compiled calls
+and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
 """
 
 from __future__ import annotations
@@ -85,21 +85,21 @@ CODE = "_lora_fx_code"
 """Attribute of a region's class: the code that runs its graph."""
 
 STATE = "_lora_fx_watch"
-"""Attribute of a module: what was watched of it."""
+"""Attribute of a module: the forms of its calls that were watched."""
 
 _MADE = "_lora_fx_made_of"
 _SCOPED = "_lora_fx_scoped"
 _WEIGHTS = "_lora_fx_weights"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
-# What lora-fx computes itself, apart from the modules that run code of the model inside of a call of theirs.
+# Modules of lora-fx's own operations, and those among them that call code of the model.
 _OPERATIONS = ("lora_fx.runtime.", "lora_fx.passes.effective", "lora_fx.formats.")
 _AROUND = frozenset(
     f"lora_fx.runtime.{name}"
     for name in ("chunked", "logits", "recompute", "row_tracking", "samples", "watch")
 )
 
-# Values as they were, in other places. Views, and what PyTorch tags as a copy of one, are known by that.
+# Operators that move values without changing them. Views and their copies are recognized by schema and tag.
 _MOVES = frozenset(
     {
         *("_reshape_copy", "_to_copy", "_unsafe_index", "_unsafe_view", "as_strided_scatter"),
@@ -110,9 +110,9 @@ _MOVES = frozenset(
         "triu",
     }
 )
-# Of these, those that look rows up: what an embedding does.
+# Operators among these that look rows up, like an embedding.
 _LOOKUPS = frozenset({"_unsafe_index", "gather", "index", "index_select", "take"})
-# Their results depend on the form of what they are given, or are a number that stands for all of it.
+# Operators whose result depends only on the form of their input, or is a single number for all of it.
 _ASKS = frozenset(
     {
         *("_local_scalar_dense", "bernoulli", "count_nonzero", "empty_like", "equal"),
@@ -124,15 +124,15 @@ _ASKS = frozenset(
 
 
 _NONE: frozenset[str] = frozenset()
-_PLACES = 8  # of one weight
+_PLACES = 8  # at most, for one weight
 
 
 class _Now:
-    """What is so in the whole process.
+    """State of the whole process.
 
     Attributes:
-        epoch: Counted up when everything is to be watched again.
-        active: Number of watches that run.
+        epoch: Counter whose increase makes every form be watched again.
+        active: Number of watches that are running.
     """
 
     __slots__ = ("active", "epoch")
@@ -149,20 +149,20 @@ _public: weakref.WeakKeyDictionary[type, frozenset[str]] = weakref.WeakKeyDictio
 _classes: weakref.WeakValueDictionary[Any, type[nn.Module]] = weakref.WeakValueDictionary()
 
 
-# --- what was watched ---------------------------------------------------------------------------------
+# --- state of models and modules ----------------------------------------------------------------------
 
 
 class _Model:
-    """What the modules of one model share.
+    """State that the modules of one model share.
 
     Attributes:
-        root: Gives the model, as long as it lives.
-        setting: A number for the adapters that run. Others are watched again.
-        checked: The settings under which a call of the whole model was watched to its end.
-        read: Takes the names of weights that are applied; None if they are not asked for.
-        copied: The weights of which those of this model are copies: code that holds on to a layer by a global
-            or a closure computes with them, whatever is copied.
-        places: Where code has an adapted weight computed as a whole, by the name of the weight.
+        root: Weak reference to the model.
+        setting: Number of the set of active adapters. Each set is watched on its own.
+        checked: Pairs of epoch and setting for which a call of the whole model was watched to its end.
+        read: Set that collects the names of weights that are applied; None if nobody wants them.
+        copied: Adapted weights of the model that this one is a copy of. Code that keeps a layer in a global
+            or a closure still computes with them.
+        places: Code locations that have a whole adapted weight computed, by the name of the weight.
     """
 
     def __init__(self) -> None:
@@ -175,17 +175,19 @@ class _Model:
         self.places: dict[str, list[str]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Model:
-        made = _Model()
-        made.copied = [
-            one for one in (*self.copied, *_weights(self, every=True)) if one.alive() is not None
+        clone = _Model()
+        clone.copied = [
+            weight
+            for weight in (*self.copied, *_weights(self, every=True))
+            if weight.alive() is not None
         ]
-        return made
+        return clone
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Model, ()
 
     def choose(self, *setting: Any) -> None:
-        """Notes which adapters run: the same ones as before have the number that they had."""
+        """Set the active adapters. A set that was active before keeps its number."""
         for number, known in enumerate(self.settings, 1):
             if len(known) == len(setting) and all(map(operator.is_, known, setting)):
                 self.setting = number
@@ -195,7 +197,7 @@ class _Model:
 
 
 class _Entries:
-    """What has been watched of one module. A copy starts from nothing."""
+    """Forms of the calls of one module that were watched. A copy starts empty."""
 
     __slots__ = ("done", "model")
 
@@ -211,10 +213,10 @@ class _Entries:
 
 
 def arm(model: nn.Module) -> None:
-    """Have the ways into a rewritten model watched, as far as they have not been with these adapters.
+    """Watch the entry points of a rewritten model, except for forms that were watched with these adapters.
 
     Args:
-        model: The root. Classes of modules may change; they keep name, module and ancestors.
+        model: The root. Modules may get a new class with the same name, module and ancestors.
     """
     record = record_of(model)
     if record is None:
@@ -222,7 +224,7 @@ def arm(model: nn.Module) -> None:
     known = model.__dict__.get(STATE)
     state: _Model = known.model if known is not None else _Model()
     state.root = weakref.ref(model)
-    # The sites of an adapter are made once, and stand for it.
+    # The sites of an adapter are created once, so that they identify it.
     state.choose(record.per_sample, *(record.adapters[name].sites for name in record.active))
     owners = {row.site.owner for name in record.active for row in record.adapters[name].places}
     above = _above(owners)
@@ -246,7 +248,7 @@ def _of_torch(module: nn.Module) -> bool:
 
 
 def note_place(module: nn.Module, weight: str, place: str) -> bool:
-    """Keep a place where code has an adapted weight computed; return False for one that is known.
+    """Record a code location that has an adapted weight computed. Return False if it is known.
 
     Args:
         module: The module that has the weight.
@@ -256,26 +258,26 @@ def note_place(module: nn.Module, weight: str, place: str) -> bool:
     known = module.__dict__.get(STATE)
     if known is None:
         return False
-    places: list[str] = known.model.places.setdefault(weight, [])
-    if place in places or len(places) >= _PLACES:
+    locations: list[str] = known.model.places.setdefault(weight, [])
+    if place in locations or len(locations) >= _PLACES:
         return False
-    places.append(place)
+    locations.append(place)
     return True
 
 
 def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return the places where code of a rewritten model has adapted weights computed, by weight."""
+    """Return the code locations that have adapted weights of a rewritten model computed, by weight."""
     known = model.__dict__.get(STATE)
     return {} if known is None else {name: tuple(at) for name, at in known.model.places.items()}
 
 
 def is_scoped(model: nn.Module) -> bool:
-    """Whether the calls of a model are known to a loss that is computed in chunks."""
+    """Return True if a chunked loss tracks the calls of this model."""
     return bool(inner_class(model).__dict__.get(_SCOPED))
 
 
 def disarm(module: nn.Module) -> None:
-    """Takes the watch off a module, which keeps its graph if it has one."""
+    """Stop watching a module. Its graph stays, if it has one."""
     module.__dict__.pop(STATE, None)
     module.__dict__.pop(CHANGES, None)
     made_of = inner_class(module).__dict__.get(_MADE)
@@ -284,29 +286,29 @@ def disarm(module: nn.Module) -> None:
 
 
 def arm_again() -> None:
-    """Has everything watched again: a module has another forward now, or a hook."""
+    """Watch every form again, because a forward was replaced or a hook added."""
     with _lock:
         _now.epoch += 1
 
 
 @contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[set[str]]:
-    """Gives the names of the weights that are read in the graphs that hold their branches, as it happens.
+    """Yield a set that collects the names of weights that graphs read together with their branches.
 
     Args:
-        model: A rewritten model, of which nothing has been watched yet.
+        model: A rewritten model, of which no call has been watched yet.
     """
-    found: set[str] = set()
+    names: set[str] = set()
     state: _Model = model.__dict__[STATE].model
-    state.read = found
+    state.read = names
     try:
-        yield found
+        yield names
     finally:
         state.read = None
 
 
 def is_checked(model: nn.Module) -> bool:
-    """Whether a call of a rewritten model, with the adapters that it has now, was watched to its end."""
+    """Return True if a call of a rewritten model with its current adapters was watched to the end."""
     record, known = record_of(model), model.__dict__.get(STATE)
     if record is not None and not record.active:
         return True
@@ -314,39 +316,39 @@ def is_checked(model: nn.Module) -> bool:
 
 
 def root_of(module: nn.Module) -> nn.Module | None:
-    """The rewritten model that a watched module is in, as far as that is known."""
+    """Return the rewritten model that a watched module belongs to, or None if it is unknown."""
     known = module.__dict__.get(STATE)
     return None if known is None else known.model.root()
 
 
 def mark_checked(model: nn.Module) -> None:
-    """Notes that a model was compared with the dense one."""
+    """Mark a model as checked: its outputs were compared with those of the dense model."""
     known = model.__dict__.get(STATE)
     if known is not None:
         known.model.checked.add((_now.epoch, known.model.setting))
 
 
 def _above(owners: set[str]) -> set[str]:
-    """Return the FQNs of the modules that others are in; the root is always one."""
-    found = {""}
+    """Return the FQNs of the ancestors of these modules, including the root."""
+    fqns = {""}
     for owner in owners:
         above = owner.rpartition(".")[0]
-        while above not in found:
-            found.add(above)
+        while above not in fqns:
+            fqns.add(above)
             above = above.rpartition(".")[0]
-    return found
+    return fqns
 
 
-# --- the ways in --------------------------------------------------------------------------------------
+# --- entry points -------------------------------------------------------------------------------------
 
 
 def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
-    """A method whose first call of each form is watched.
+    """Return a method whose first call of each form is watched.
 
     Args:
-        name: What tells it from other methods of the module.
-        cls: The class that has the method. What it has at a call is run.
-        method: The method's name; by default ``name``.
+        name: Key that distinguishes it from other methods of the module.
+        cls: The class with the method. The method is looked up again at each call.
+        method: Name of the method; by default ``name``.
     """
     method = method or name
     known = getattr(cls, method)
@@ -355,13 +357,13 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         now = getattr(cls, method)
         function = own if now is known else now
-        # The first of these is a constant to a compiler, which then sees nothing of the rest.
+        # This condition is constant to a compiler, which then ignores the code below.
         if torch.compiler.is_compiling():
             return function(self, *args, **kwargs)
         entries = self.__dict__.get(STATE)
         if entries is None:
             return function(self, *args, **kwargs)
-        given = (*args, *kwargs.values()) if kwargs else args
+        values = (*args, *kwargs.values()) if kwargs else args
         key = (
             (
                 name,
@@ -370,15 +372,15 @@ def entry(name: str, cls: type, method: str = "") -> Callable[..., Any]:
                 _now.epoch,
                 entries.model.setting,
                 *kwargs,
-                *[value if value.__class__ is bool else value.__class__ for value in given],
+                *[value if value.__class__ is bool else value.__class__ for value in values],
             ),
-            tuple([v.shape for v in given if v.__class__ is torch.Tensor and not v.is_nested]),
+            tuple([v.shape for v in values if v.__class__ is torch.Tensor and not v.is_nested]),
         )
         if _now.active or key not in entries.done.known:
             return _first(self, entries, key, function, args, kwargs)
         return function(self, *args, **kwargs)
 
-    # A compiler counts recompilations, and gives up, by code: each class counts by itself.
+    # A compiler limits recompilations per code object, so each class gets its own.
     watched.__code__ = watched.__code__.replace(co_name=method)
     return functools.wraps(own)(watched)
 
@@ -391,7 +393,7 @@ def _first(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    if torch.compiler.is_compiling():  # it has given up on the caller, and begins here
+    if torch.compiler.is_compiling():  # it gave up on the caller, and starts a graph here
         return function(module, *args, **kwargs)
     if IDS in kwargs and key[0][0] == "forward":
         root = entries.model.root()
@@ -399,7 +401,7 @@ def _first(
             refuse_ids(root)
     running: _Watch | None = getattr(_local, "watch", None)
     if running is not None and running.model is entries.model:
-        # It is a part of what is watched, or was watched before: then it need not be again.
+        # The call is a part of a watched one. Its operators are skipped if its form was watched before.
         done = entries.done.knows(*key)
         before, running.paused = running.paused, done
         try:
@@ -430,7 +432,7 @@ _told: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _warn_of_waiting(model: nn.Module) -> None:
-    """Warns, once a model, of an active adapter that is trained before it has the start that it names."""
+    """Warn, once per model, if an active adapter trains before its data-driven initialization has run."""
     record = record_of(model)
     if record is None or model in _told:
         return
@@ -473,27 +475,27 @@ def _watched(
 
 
 def _leave_to(watch: _Watch) -> None:
-    """Ends modes that a call has begun and not ended: an interrupt passes hooks by that would do so."""
+    """Exit dispatch modes that a call has left active. An interrupt skips the hooks that exit them."""
     while (mode := torch_private.dispatch_mode()) is not None and mode is not watch:
         mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # of torch
 
 
 def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
-    """Whether a call cannot be watched now: something records it, or it runs without values."""
+    """Return True if a call cannot be watched now: it is being traced, or runs without values."""
     if model.root() is None and record_of(module) is not None:
-        model.root = weakref.ref(module)  # a copy, or one that was read from a file
+        model.root = weakref.ref(module)  # a copy, or unpickled
     root = model.root()
-    # A replica of DataParallel has weights of its own, which are not those of the model.
-    if root is None or not any(module is one for one in root.modules()):
+    # A replica of DataParallel has copies of the weights of the model.
+    if root is None or not any(module is child for child in root.modules()):
         return True
     if torch_private.in_jit_trace() or torch_private.in_functorch():
         return True
     if torch_private.in_backward():
-        return True  # a checkpoint makes it again in a backward pass
+        return True  # a checkpoint recomputes the call
     if any(mode.is_infra_mode() for mode in torch_private.dispatch_modes()):
         return True
-    if any(torch_private.is_flattened(one) for one in root.modules()):
-        return True  # FSDP1: parameters are views of memory that comes and goes
+    if any(torch_private.is_flattened(child) for child in root.modules()):
+        return True  # FSDP1: parameters are views of memory that is freed and reallocated
     if any(not _plain(leaf) for leaf in pytree.tree_leaves(inputs)):
         return True
     if "torch._dynamo" in sys.modules:
@@ -501,15 +503,15 @@ def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
             return True
         wrapper = torch_private.compiled_module_class()
         compiled = (
-            isinstance(one, wrapper) or torch_private.COMPILED_CALL in one.__dict__
-            for one in root.modules()
+            isinstance(child, wrapper) or torch_private.COMPILED_CALL in child.__dict__
+            for child in root.modules()
         )
         return any(compiled)
     return False
 
 
 def _plain(value: Any) -> bool:
-    """Whether a value is no stand-in for a tensor."""
+    """Return True unless a value stands for a tensor: a proxy, or a meta, fake or distributed tensor."""
     if isinstance(value, torch.fx.Proxy):
         return False
     if not isinstance(value, torch.Tensor):
@@ -524,13 +526,13 @@ def _plain(value: Any) -> bool:
 def watched_class(
     cls: type[nn.Module], whole: bool, scoped: bool = False, weights: tuple[str, ...] = ()
 ) -> type[nn.Module]:
-    """Make a subclass of a module's class whose calls are watched.
+    """Create a subclass of a module's class whose calls are watched.
 
     Args:
-        cls: The class, a region's or the module's own.
-        whole: Whether calls of the module are watched; otherwise only its weights are effective.
+        cls: The class of the module, or of its region.
+        whole: Whether to watch calls of the module. If not, it only gets properties for effective weights.
         scoped: Whether heads in it may leave their output to a loss (:func:`lora_fx.runtime.logits.scoped`).
-        weights: Names of its parameters that may have adapters in them.
+        weights: Names of the parameters whose attribute reads apply adapters.
     """
     key = (cls, whole, scoped, weights)
     known = _classes.get(key)
@@ -541,7 +543,7 @@ def watched_class(
         entries = {name: entry(name, cls) for name in ("__call__", "forward")}
         inner = logits.scoped(entries["forward"]) if scoped else entries["forward"]
         entries["forward"] = around(cls.forward, inner)
-    made = subclass(
+    watched_cls = subclass(
         (_Watched, Hooked),
         cls,
         {
@@ -559,8 +561,8 @@ def watched_class(
             _WEIGHTS: weights,
         },
     )
-    _classes[key] = made
-    return made
+    _classes[key] = watched_cls
+    return watched_cls
 
 
 def _watch(module: nn.Module, *, whole: bool, scoped: bool, weights: tuple[str, ...]) -> None:
@@ -572,7 +574,7 @@ def _watch(module: nn.Module, *, whole: bool, scoped: bool, weights: tuple[str, 
         cls = cls.__dict__[_MADE]
     if not whole and not weights:
         return
-    # They are made by their own means, and torch looks at the parents of their class.
+    # These modules create their classes themselves, and torch inspects the bases of the class.
     if cls.__module__ == "torch.nn.utils.parametrize" or isinstance(module, torch.fx.GraphModule):
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
@@ -587,17 +589,17 @@ def _pickles_plainly(cls: type) -> bool:
 
 
 class Hooked(nn.Module):
-    """Has hooks watched that are registered later, and modules that replace others.
+    """Mixin that watches a model again after a hook is registered or a submodule replaced.
 
-    It is a module, and has no ``__slots__``: Python sees another layout otherwise, and refuses to change the
-    class of a module that has it.
+    It derives from ``nn.Module`` and has no ``__slots__``. With another layout, Python would refuse to assign
+    ``__class__`` of a module.
     """
 
     @property
     def peft_config(self) -> Any:
-        """Configurations of the adapters as PEFT's, which asks for them before it adapts a model again."""
+        """Configurations of the adapters for PEFT, which reads them before it adapts a model again."""
         if "peft_config" in self.__dict__:
-            return self.__dict__["peft_config"]  # the user's own
+            return self.__dict__["peft_config"]  # set by the user
         if record_of(self) is None:
             raise AttributeError("peft_config")  # Python goes on with __getattr__
         return pkgutil.resolve_name("lora_fx.checkpoint:peft_configs")(self)
@@ -607,33 +609,33 @@ class Hooked(nn.Module):
         self.__dict__["peft_config"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute. A call that was watched is watched again with another module in it."""
+        """Set an attribute. If it replaces a submodule, all calls are watched again."""
         if isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ()):
             arm_again()
         super().__setattr__(name, assigned(self, name, value))
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Registers a hook, which is watched when it first runs."""
+        """Register a hook, which is watched when it first runs."""
         arm_again()
         return super().register_forward_hook(*args, **kwargs)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Registers a hook, which is watched when it first runs."""
+        """Register a hook, which is watched when it first runs."""
         arm_again()
         return super().register_forward_pre_hook(*args, **kwargs)
 
 
 class _Watched(Hooked):
-    """What the class of a watched module adds to the one that it is made of, besides entries."""
+    """Mixin of the classes of watched modules, for pickling and subclassing."""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Keeps from the module's own class that it has a subclass: it may register them."""
+        """Hide the subclass from the module's own class, which may register its subclasses."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As the class that it is made of, and watched again."""
+        """Reduce to the original class, and to its conversion into a watched class at unpickling."""
         cls: Any = type(self)
-        made: Any = super().__reduce_ex__(protocol)
-        make, made_of, *state = made
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, made_of, *state = reduced
         how = (cls.__dict__["_lora_fx_whole"], cls.__dict__[_SCOPED], cls.__dict__[_WEIGHTS])
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
             again: Any = (_remade, (how, object.__new__, cls.__dict__[_MADE]))
@@ -656,12 +658,12 @@ def _remade(
 
 
 class _Weight(NamedTuple):
-    """An adapted weight.
+    """Bytes of an adapted weight.
 
     Attributes:
-        site: Where it is adapted.
-        start, stop: Its bytes.
-        alive: Gives its storage, whose address no other has for as long as there is one.
+        site: The site that adapts it.
+        start, stop: Addresses of its first byte and past its last one.
+        alive: Weak reference to its storage. The addresses are valid while the storage lives.
     """
 
     site: Site
@@ -671,12 +673,12 @@ class _Weight(NamedTuple):
 
 
 def _weights(model: _Model, every: bool = False) -> list[_Weight]:
-    """The weights that are adapted now, or ever, by address; none where there are no values to watch."""
+    """Return the weights of the active adapters, or of all, by address; none if values are not local."""
     root = model.root()
     record = record_of(root)
     if root is None or record is None:
         return []
-    found: dict[tuple[int, int], _Weight] = {}
+    by_address: dict[tuple[int, int], _Weight] = {}
     lost: list[_Weight] = []
     names = record.adapters if every else record.active
     for row in (row for name in names for row in record.adapters[name].places):
@@ -686,29 +688,29 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
         try:
             weight = root.get_parameter(site.weight)
         except AttributeError:
-            # Its layer was deleted or replaced. What was computed from it before may be there.
+            # The layer was deleted or replaced. Values that were computed from its weight may still exist.
             lost.append(_Weight(site, 0, 0, lambda: None))
             continue
         for tensor in (weight, record.originals.get(site.weight)):
             if not _plain(tensor):
-                return []  # a part of it is here, and it is put together somewhere else
+                return []  # this process has only a part of it
             for part in _parts(tensor):
                 if not _plain(part):
                     return []
                 start = torch_private.data_address(part)
                 if not start and part.numel():
-                    return []  # it is somewhere else
+                    return []  # its memory is not in this process
                 stop, alive = start + _span(part), weakref.ref(part.untyped_storage())
-                found.setdefault((start, stop), _Weight(site, start, stop, alive))
-    adapted = {weight.site.weight for weight in found.values()}
-    for one in model.copied:
-        if one.site.weight in adapted and one.alive() is not None:
-            found.setdefault((one.start, one.stop), one)
-    return [*lost, *(found[place] for place in sorted(found))]
+                by_address.setdefault((start, stop), _Weight(site, start, stop, alive))
+    adapted = {weight.site.weight for weight in by_address.values()}
+    for original in model.copied:
+        if original.site.weight in adapted and original.alive() is not None:
+            by_address.setdefault((original.start, original.stop), original)
+    return [*lost, *(by_address[key] for key in sorted(by_address))]
 
 
 def _parts(value: Any) -> Iterator[torch.Tensor]:
-    """The strided tensors of which a tensor is made: those inside a subclass that wraps some."""
+    """Yield the strided tensors inside a tensor. A wrapper subclass may contain several."""
     if not isinstance(value, torch.Tensor):
         return
     value = torch_private.unwrap_functorch(value)
@@ -731,15 +733,15 @@ def _span(tensor: torch.Tensor) -> int:
 
 
 class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Looks at every operation of a call for values of adapted weights.
+    """Dispatch mode that checks every operator of a call for values of adapted weights.
 
-    It holds nothing alive: a value that is computed from a weight is known by its storage, which is one
-    object in Python for as long as anything holds it.
+    It keeps no tensor alive. Values that are computed from a weight are identified by their storage, which is
+    one Python object for as long as anything references it.
 
     Attributes:
-        model: Of which model.
-        paused: Whether what runs now has been watched before.
-        error: What was found first.
+        model: State of the model.
+        paused: Whether to skip operators: the innermost running call has a form that was watched before.
+        error: The first error.
     """
 
     def __init__(self, model: _Model, weights: list[_Weight]) -> None:
@@ -754,34 +756,34 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Lets what is compiled inside of a call run compiled: the mode changes no numbers."""
+        """Let functions that are compiled inside a call run compiled: the mode does not change values."""
         return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run the operator, and look at what it is given."""
+        """Run the operator, and check its inputs."""
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        given = list(_tensors((*args, *kwargs.values()) if kwargs else args))
-        origins = [self._past(tensor) for tensor in given]
+        inputs = list(_tensors((*args, *kwargs.values()) if kwargs else args))
+        origins = [self._past(tensor) for tensor in inputs]
         if not any(origins):
             return func(*args, **kwargs)
         kind, names = _kind(func), _NONE.union(*origins)
-        meets = self._meets(func, kind, given, origins)
+        meets = self._meets(func, kind, inputs, origins)
         if meets:
             self._check(func, names)
         result = func(*args, **kwargs)
         if not meets and kind not in ("ask", "reduce"):
-            written = [given[0]] if torch_private.schema_of(func).is_mutable and given else []
+            written = [inputs[0]] if torch_private.schema_of(func).is_mutable and inputs else []
             for tensor in (*_tensors((result,)), *written):
                 self._note(tensor, names)
         return result
 
     def _note(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
-        """Note what a value is made of."""
-        # The answer to a comparison is none, and a tensor without elements holds nothing.
+        """Record the weights that a value was computed from."""
+        # Results of comparisons, indices and empty tensors carry no values of a weight.
         if tensor.dtype not in (torch.bool, torch.int64):
             for part in _parts(tensor):
                 if part.numel() and not self._at(part):
@@ -789,7 +791,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
                     self._derived[storage] = names | self._derived.get(storage, _NONE)
 
     def _past(self, tensor: torch.Tensor) -> frozenset[str]:
-        """Return the names of the weights whose bytes a tensor has, or of which it was computed."""
+        """Return the names of the weights whose bytes a tensor shares, or that it was computed from."""
         names = _NONE
         for part in _parts(tensor):
             if part.device.type != "meta":
@@ -799,55 +801,55 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         return names
 
     def _at(self, tensor: torch.Tensor) -> frozenset[str]:
-        """Return the names of the weights among whose bytes a tensor begins, or which begin among its own."""
+        """Return the names of the weights whose memory overlaps that of a tensor."""
         start = torch_private.data_address(tensor)
         stop = start + _span(tensor)
-        place = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        index = max(bisect.bisect_right(self._starts, start) - 1, 0)
         names: set[str] = set()
-        while place < len(self._starts) and self._starts[place] < stop:
-            if start < self._weights[place].stop:
-                names.add(self._weights[place].site.weight)
-            place += 1
+        while index < len(self._starts) and self._starts[index] < stop:
+            if start < self._weights[index].stop:
+                names.add(self._weights[index].site.weight)
+            index += 1
         return frozenset(names)
 
     def _meets(
-        self, func: Any, kind: str, given: list[torch.Tensor], origins: list[frozenset[str]]
+        self, func: Any, kind: str, inputs: list[torch.Tensor], origins: list[frozenset[str]]
     ) -> bool:
-        """Say whether an operator brings a weight together with data, or with another weight in a product."""
-        others = [
+        """Return True if an operator combines a weight with data, or with another weight in a product."""
+        data = [
             tensor
-            for tensor, origin in zip(given, origins, strict=True)
-            # A single number is a gain, unless a product or a lookup takes it: a batch can be that small.
+            for tensor, origin in zip(inputs, origins, strict=True)
+            # A single number counts as a gain. In a product or a lookup it may be a batch of one element.
             if not origin
             and (tensor.numel() > 1 or (kind != "pointwise" and not self._of_model(tensor)))
         ]
         if kind == "move":
             names = _NONE.union(*origins)
             lookup = any(self._sites[name].family == "embedding" for name in names)
-            return lookup and _name(func) in _LOOKUPS and bool(others) and bool(origins[0])
+            return lookup and _name(func) in _LOOKUPS and bool(data) and bool(origins[0])
         if kind in ("ask", "reduce"):
             return False
         if kind == "pointwise":
-            return not all(map(self._of_model, others))
-        return bool(others) or len({origin for origin in origins if origin}) > 1
+            return not all(map(self._of_model, data))
+        return bool(data) or len({origin for origin in origins if origin}) > 1
 
     def _check(self, func: Any, names: frozenset[str]) -> None:
-        """End the call if code reads an adapted weight past its adapters.
+        """Raise if code of the model or the user runs this operator on a weight without its adapters.
 
         Raises:
             CaptureError: If it does.
         """
         if torch_private.in_backward():
-            return  # a gradient that the forward computes
-        # The graph of a head has its branches, whatever runs it.
-        place = "" if chunked.is_running() else _foreign(sys._getframe(2))
-        if not place:
+            return  # a backward inside the forward
+        # The graph of a head contains its branches, also if a chunked loss runs it.
+        location = "" if chunked.is_running() else _foreign(sys._getframe(2))
+        if not location:
             if self.model.read is not None:
                 self.model.read |= names
             return
         site = self._sites[min(names)]
         self.error = self.error or CaptureError(
-            f"{site.name}: its weight {site.weight} is read by {_name(func)} at {place}, without its "
+            f"{site.name}: its weight {site.weight} is read by {_name(func)} at {location}, without its "
             "adapters. Read the attribute of the layer, which has them, or call the layer (code that holds "
             "on to a layer of the original model has to be given that of the rewritten model), or name "
             f"{site.name!r} in exclude_modules"
@@ -855,7 +857,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
         raise self.error
 
     def _of_model(self, tensor: torch.Tensor) -> bool:
-        """Say whether it is a parameter or a buffer: a gain, or a mask."""
+        """Return True if a tensor is a parameter or a buffer of the model, such as a gain or a mask."""
         root = self.model.root()
         storages = {torch_private.storage_key(part.untyped_storage()) for part in _parts(tensor)}
         values = (*root.parameters(), *root.buffers()) if root is not None else ()
@@ -867,29 +869,29 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
 
 
 def _foreign(frame: FrameType | None) -> str:
-    """Say which code has an operation run, if that is not lora-fx's own, or a graph's; empty if it is."""
+    """Return the code location that runs an operation, or "" for a graph and for lora-fx's own code."""
     called: CodeType | None = None
-    place = ""
+    location = ""
     while frame is not None:
         code, name = frame.f_code, str(frame.f_globals.get("__name__", ""))
         root = name.partition(".")[0]
         if code.co_filename.startswith("<eval_with_key>"):
-            return ""  # a compiler has made it of code that reads weights with their adapters
+            return ""  # compiled from code that reads weights with their adapters
         if code.co_filename.startswith(_GENERATED):
-            # A function of the user's is one operation of the graph where a pattern says so.
-            return "" if not place or _is_node(frame.f_locals.get("self"), called) else place
+            # A pattern may turn a function of the user into one node of the graph.
+            return "" if not location or _is_node(frame.f_locals.get("self"), called) else location
         if name.startswith(_OPERATIONS) and name not in _AROUND:
             return ""
-        if not place and not _is_library(root):
-            place = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
+        if not location and not _is_library(root):
+            location = f"{code.co_filename}:{frame.f_lineno} in {code.co_qualname}"
         if root != "torch" and name not in _AROUND:
             called = code
         frame = frame.f_back
-    return place
+    return location
 
 
 def _is_node(module: Any, code: CodeType | None) -> bool:
-    """Say whether the graph of a module calls a function with this code, or one that decorates it."""
+    """Return True if the graph of a module calls a function with this code, decorated or not."""
     graph = getattr(type(module), GRAPH, None)
     return graph is not None and any(
         getattr(function, "__code__", None) is code
@@ -905,7 +907,7 @@ def _name(func: Any) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _kind(func: Any) -> str:
-    """What an operator does with a weight: ``move``, ``pointwise``, ``reduce``, ``ask``, or ``product``."""
+    """Classify an operator on a weight: ``move``, ``pointwise``, ``reduce``, ``ask`` or ``product``."""
     namespace, name = func.namespace, _name(func)
     if namespace in ("c10d", "_c10d_functional", "fsdp"):
         return "move"
@@ -914,8 +916,8 @@ def _kind(func: Any) -> str:
     if name in _ASKS or name.startswith("_foreach"):
         return "ask"
     views = any(
-        one.alias_info is not None and not one.alias_info.is_write
-        for one in torch_private.schema_of(func).returns
+        output.alias_info is not None and not output.alias_info.is_write
+        for output in torch_private.schema_of(func).returns
     )
     if name in _MOVES or views or torch.Tag.view_copy in func.tags:
         return "move"
@@ -933,9 +935,9 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 
 def _is_library(root: str) -> bool:
-    """Whether code of a package is a part of the operation that calls it."""
+    """Return True if code of a package counts as a part of the operation that calls it."""
     return (
         root in _LIBRARIES
         or root in sys.stdlib_module_names
-        or any(root in one.kernel_packages for one in formats())
+        or any(root in format_.kernel_packages for format_ in formats())
     )
