@@ -1,4 +1,4 @@
-"""Which weights of a rewritten model have adapters in them, for code that reads them outside of graphs."""
+"""Adapted weights of a rewritten model, for code that reads them outside of graphs."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """A site of a weight.
+    """Site of a weight.
 
     Attributes:
         planned: The site, or rows of an embedding that are trained.
         adapter: The name of its adapter.
-        parameters: Names of its parameters, seen from the module that has the weight.
-        dropout: The name of the adapter's dropout, seen from there; empty if it has none.
+        parameters: Names of its parameters, relative to the module that has the weight.
+        dropout: Name of the adapter's dropout, relative to that module; empty if it has none.
     """
 
     planned: PlannedSite | PlannedTokens
@@ -67,13 +67,13 @@ class _Row:
 
 @dataclasses.dataclass(frozen=True)
 class _Adapted:
-    """What the active adapters change of a weight: a :class:`lora_fx.runtime.effective.Adapted`.
+    """Changes of the active adapters to a weight: a :class:`lora_fx.runtime.effective.Adapted`.
 
     Attributes:
         name: FQN of the weight.
         rows: Its sites. Rows of an embedding that are trained come last.
         record: The record of the model.
-        products: The functions of products with it, by the way in which each is called.
+        products: The functions of products with it, by the form of the call.
     """
 
     name: str
@@ -84,25 +84,25 @@ class _Adapted:
     )
 
     def __reduce__(self) -> Any:
-        """Pickle and copy it without the functions of products, which a copy makes for itself."""
+        """Reduce to the other fields. A copy generates its own functions of products."""
         return type(self), (self.name, self.rows, self.record)
 
     def at(self, owner: nn.Module) -> _Change:
-        """Return the change with the factors that the module of the weight has."""
+        """Return the change with the factors that the module of the weight has now."""
         names = (name for row in self.rows for name in row.parameters)
         factors = tuple(_held(owner, name) for name in names)
         return _Change(self, owner, factors)
 
 
 def _held(owner: nn.Module, name: str) -> torch.Tensor:
-    """Return what is in the place of a factor now: the parameter, or what a library computes with."""
+    """Return the present value of a factor: the parameter, or a tensor that a library has put there."""
     holder, _, leaf = name.rpartition(".")
-    held: torch.Tensor = getattr(module_at(owner, holder), leaf)
-    return held
+    factor: torch.Tensor = getattr(module_at(owner, holder), leaf)
+    return factor
 
 
 class _Change(NamedTuple):
-    """A :class:`lora_fx.runtime.effective.Change`."""
+    """Implementation of :class:`lora_fx.runtime.effective.Change`."""
 
     adapted: _Adapted
     owner: nn.Module
@@ -111,7 +111,7 @@ class _Change(NamedTuple):
 
     @property
     def name(self) -> str:
-        """FQN of the weight."""
+        """Return the FQN of the weight."""
         return self.adapted.name
 
     def turned(self) -> _Change:
@@ -138,18 +138,18 @@ class _Change(NamedTuple):
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Compute a product with the weight by the functions that graphs call.
 
-        The graph of this one operation is matched, gets its branches and is fused like any other, once for
-        each way in which it is called.
+        A graph of this one operation is matched, gets its branches and is fused like any other graph, once
+        for each form of the call.
         """
         if torch.compiler.is_compiling():
             return NotImplemented
         values, spec = pytree.tree_flatten((args, dict(kwargs)))
-        places = [place for place, value in enumerate(values) if isinstance(value, torch.Tensor)]
-        weights = [place for place in places if isinstance(values[place], EffectiveWeight)]
+        indices = [index for index, value in enumerate(values) if isinstance(value, torch.Tensor)]
+        weights = [index for index in indices if isinstance(values[index], EffectiveWeight)]
         if len(weights) != 1 or not self._is_current(values[weights[0]]):
             return NotImplemented
         constants = tuple(
-            None if place in places else repr(value) for place, value in enumerate(values)
+            None if index in indices else repr(value) for index, value in enumerate(values)
         )
         key = (func, spec, constants, weights[0], self.transposed)
         known = self.adapted.products
@@ -158,17 +158,17 @@ class _Change(NamedTuple):
         run = known[key]
         if run is None:
             return NotImplemented
-        return run(self.owner, *(values[place] for place in places if place != weights[0]))
+        return run(self.owner, *(values[index] for index in indices if index != weights[0]))
 
     def _is_current(self, weight: EffectiveWeight) -> bool:
-        """Return True if the module computes the same: a weight may be detached, or of another moment."""
+        """Return True unless the weight was detached, or the module's weight was replaced since."""
         if base_parameter(self.owner, self.name.rpartition(".")[2]) is not weight.base:
             return False
         wanted = any(factor.requires_grad for factor in self.factors)
         return weight.requires_grad or not (wanted and torch.is_grad_enabled())
 
     def _check_means_something(self) -> None:
-        """Refuse what only a product with the weight can do."""
+        """Raise if only a product with the weight has a meaning: with dropout or adapters per sample."""
         if self.adapted.record.per_sample:
             raise CaptureError(
                 f"{self.name} is read where each sample of a batch has its own adapter, and then only a "
@@ -184,7 +184,7 @@ class _Change(NamedTuple):
                 )
 
     def note(self, place: str) -> None:
-        """Take note of a place that has the whole adapted weight computed."""
+        """Note a place in the code that computes the whole adapted weight."""
         if watch.note_place(self.owner, self.name, place):
             _log.info(
                 "%s is computed with its adapters as a whole at %s: right, and slower than a product",
@@ -194,16 +194,16 @@ class _Change(NamedTuple):
 
 
 def _product_of(
-    change: _Change, func: Any, values: list[Any], spec: Any, place: int
+    change: _Change, func: Any, values: list[Any], spec: Any, position: int
 ) -> Callable[..., Any] | None:
-    """Make the function of a product with a weight; None if no pattern knows it.
+    """Return the function of a product with a weight, or None if no pattern matches it.
 
     Args:
-        change: The weight's.
+        change: The change of the weight.
         func: The function of PyTorch.
         values: Its arguments, flat.
-        spec: How they are nested.
-        place: Which of them is the weight.
+        spec: Their tree structure.
+        position: Index of the weight among them.
 
     Returns:
         A function of the module and the other tensors.
@@ -211,30 +211,30 @@ def _product_of(
     adapted, owner = change.adapted, change.owner
     root = watch.root_of(owner)
     planned = [(row.planned, row.adapter) for row in adapted.rows]
-    if root is None or not all(isinstance(one, PlannedSite) for one, _ in planned):
+    if root is None or not all(isinstance(row, PlannedSite) for row, _ in planned):
         return None
     fqn, _, leaf = adapted.name.rpartition(".")
     graph = fx.Graph()
     nodes = list(values)
     for index, value in enumerate(values):
-        if isinstance(value, torch.Tensor) and index != place:
+        if isinstance(value, torch.Tensor) and index != position:
             nodes[index] = graph.placeholder(f"x{index}")
-    weight = nodes[place] = graph.get_attr(leaf)
+    weight = nodes[position] = graph.get_attr(leaf)
     if change.transposed:
-        nodes[place] = graph.call_method("t", (weight,))
-    given, named = pytree.tree_unflatten(nodes, spec)
-    graph.output(graph.call_function(func, given, named))
+        nodes[position] = graph.call_method("t", (weight,))
+    args, named = pytree.tree_unflatten(nodes, spec)
+    graph.output(graph.call_function(func, args, named))
     region = Region(fqn, owner, graph)
     site = next((seen for node in graph.nodes if isinstance(seen := ask(node, region), Site)), None)
     if site is None or site.weight != adapted.name:
         return None
     rows: dict[str, list[PlannedSite]] = defaultdict(list)
-    for one, adapter in planned:
-        assert isinstance(one, PlannedSite)
-        if one.site.rows is not None or site.rows is not None or not _is_like(one.site, site):
+    for row, adapter in planned:
+        assert isinstance(row, PlannedSite)
+        if row.site.rows is not None or site.rows is not None or not _is_like(row.site, site):
             return None
-        moved = dataclasses.replace(one.site, calls=site.calls)
-        rows[adapter].append(dataclasses.replace(one, site=moved))
+        moved = dataclasses.replace(row.site, calls=site.calls)
+        rows[adapter].append(dataclasses.replace(row, site=moved))
     capture = Capture(root, {fqn: region}, "regions")
     for step in _branch_passes(adapted.record, rows):
         capture = step(capture).capture
@@ -243,15 +243,15 @@ def _product_of(
     return function
 
 
-def _is_like(one: Site, other: Site) -> bool:
-    """Return True if one operation applies a weight as the other does."""
-    asked = ("family", "layout", "view", "order", "experts", "groups")
-    return all(getattr(one, name) == getattr(other, name) for name in asked)
+def _is_like(first: Site, second: Site) -> bool:
+    """Return True if two operations apply a weight in the same way."""
+    fields = ("family", "layout", "view", "order", "experts", "groups")
+    return all(getattr(first, name) == getattr(second, name) for name in fields)
 
 
 def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Iterator[Pass]:
     """Yield the passes that give an operation its branches."""
-    yield from (Insert(tuple(several), adapter) for adapter, several in rows.items())
+    yield from (Insert(tuple(planned), adapter) for adapter, planned in rows.items())
     if record.per_sample:
         yield FuseRows()
         yield SelectRows(frozenset())
@@ -260,7 +260,7 @@ def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Ite
 
 
 def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return what a site adds to the rows of the weight that it covers."""
+    """Return the change of a site to the rows of the weight that it covers."""
     site, kind, names = row.site, kind_of(row), factor_names(row)
     values = dict(zip(names.present, tensors, strict=True))
     before = rows_of(site, base)
@@ -288,13 +288,13 @@ def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.T
 def is_effective(site: Site) -> bool:
     """Return True if code that reads the weight of a site gets it with its adapters.
 
-    The layers of a quantized weight have a forward of their own over packed values, which nothing else reads.
+    Layers with a quantized weight have their own forward over packed values, which no other code reads.
     """
     return site.quantized is None
 
 
 def arm(model: nn.Module) -> None:
-    """Give the adapted weights of a rewritten model to code that reads them, and watch what goes past."""
+    """Give the adapted weights to code that reads them in a rewritten model, and watch other reads."""
     record = record_of(model)
     if record is not None:
         _place_changes(model, record)

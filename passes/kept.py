@@ -1,9 +1,9 @@
-"""Counts what a training step keeps for its backward, before anything is trained.
+"""Count of the memory that a training step keeps for its backward, before anything is trained.
 
-The model is copied onto the meta device, where tensors have shapes and no memory, rewritten there, and called
-with the shapes of the example inputs. What autograd keeps is then counted storage by storage, as it is when
-the step is real: which layers share an input, what attention keeps anyway, what ``memory="balanced"`` makes
-again, the masks of dropout. Nothing is computed.
+The model is copied onto the meta device, where tensors have shapes but no memory. There it is rewritten,
+and called with the shapes of the example inputs. The storages that autograd keeps are counted one by one,
+as in a real step. So the count includes shared inputs of layers, tensors kept by attention, dropout masks,
+and the recomputation of ``memory="balanced"``. Nothing is computed.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ def with_kept(
     loss: Loss = DEFAULT_LOSS,
     frontend: Frontend = "auto",
 ) -> Plan:
-    """Return a plan that says what a step with these inputs keeps for its backward.
+    """Return a plan with the memory that a step with these inputs keeps for its backward.
 
     Args:
         plan: The plan.
         model: The user's model, which is not touched.
-        config: What to adapt.
-        example_inputs: As for :func:`lora_fx.plan`. With None nothing is counted.
-        loss: As for :func:`lora_fx.rewrite`.
-        frontend: As for :func:`lora_fx.capture`; what ``auto`` chooses without inputs is counted.
+        config: The configuration of the adapter.
+        example_inputs: Same as for :func:`lora_fx.plan`. With None nothing is counted.
+        loss: Same as for :func:`lora_fx.rewrite`.
+        frontend: Same as for :func:`lora_fx.capture`. ``auto`` chooses as it does without inputs.
     """
     if example_inputs is None:
         return plan
     before = State(model)
     try:
-        found = _counted(model, config, example_inputs, loss, frontend)
+        kept = _counted(model, config, example_inputs, loss, frontend)
     except Exception as error:  # noqa: BLE001  whatever the user's code raises without values
         _log.debug("what a step keeps is not counted: %s: %s", type(error).__name__, error)
         return plan
     finally:
-        before.restore()  # random numbers that were drawn on the way
-    return dataclasses.replace(plan, kept=found)
+        before.restore()  # the state of the random number generators
+    return dataclasses.replace(plan, kept=kept)
 
 
 def _counted(
@@ -71,24 +71,24 @@ def _counted(
     if base is None:
         return None
 
-    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
     def meta(value: Any) -> Any:
         return value.detach().to("meta") if isinstance(value, Tensor) else value
 
     args, kwargs = pytree.tree_map(meta, normalize(example_inputs))
-    found: dict[str, int] = {}
+    totals: dict[str, int] = {}
     for memory in get_args(Memory):
-        # As a graph of these inputs, what is counted would be that of the exported model.
+        # With "export" the count would be that of the exported model.
         own: Frontend = "auto" if frontend == "export" else frontend
         adapted = rewrite_model(base, config, memory=memory, loss=loss, frontend=own, quiet=True)
-        found[memory] = _kept(adapted.train(), device, args, kwargs)
+        totals[memory] = _kept(adapted.train(), device, args, kwargs)
     frozen = take_gradient_to_embeddings(base.requires_grad_(False).train())
-    return Kept(_kept(frozen, device, args, kwargs), found)
+    return Kept(_kept(frozen, device, args, kwargs), totals)
 
 
 def _without_memory(model: nn.Module) -> nn.Module | None:
-    """A copy on the meta device; None if a weight is more than its numbers (quantized, sharded)."""
+    """Copy a model onto the meta device. Return None if a weight is no plain tensor (quantized, sharded)."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         if type(tensor.data) is not Tensor:
@@ -101,34 +101,34 @@ def _without_memory(model: nn.Module) -> nn.Module | None:
 
 
 def take_gradient_to_embeddings(model: nn.Module) -> nn.Module:
-    """Have a model compute gradients from its embeddings on, as it does with adapters, and return it."""
+    """Make a model compute gradients from its embeddings on, as it does with adapters, and return it."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if isinstance(embeddings, nn.Module):
         embeddings.register_forward_hook(_wants_gradient)
     return model
 
 
-def _wants_gradient(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+def _wants_gradient(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
 def _kept(model: nn.Module, device: torch.device, args: Any, kwargs: Any) -> int:
-    """Bytes that autograd keeps of a call, each storage once, without the model's own."""
+    """Return the bytes that autograd keeps for a call, each storage once, without the model's tensors."""
     with _Attention(device):
         own = (*model.parameters(), *model.buffers())
-        found = saved_storages(own, lambda: model(*args, **kwargs))
-    return sum(storage.nbytes() for _, storage in found)
+        storages = saved_storages(own, lambda: model(*args, **kwargs))
+    return sum(storage.nbytes() for _, storage in storages)
 
 
 def saved_storages(
     own: Iterable[Tensor], forward: Callable[[], Any], kind: Callable[[Tensor], str] = lambda _: ""
 ) -> list[tuple[str, torch.UntypedStorage]]:
-    """Run a forward, and find what autograd keeps for the backward when it is done.
+    """Run a forward, and return the storages that autograd keeps for the backward at its end.
 
     Args:
-        own: Tensors whose storages do not count: they are there anyway.
-        forward: Gives what the backward starts from.
-        kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
+        own: Tensors whose storages do not count, because they exist anyway.
+        forward: Returns the outputs from which the backward starts.
+        kind: Names the kind of a tensor. A storage gets the kind of its first tensor that is kept.
 
     Returns:
         Each storage once, with its kind.
@@ -140,29 +140,30 @@ def saved_storages(
         storage = tensor.untyped_storage()
         key = torch_private.storage_key(storage)
         if key not in known and key not in seen:
-            # What is let go of before the forward ends (a result that is detached) is not kept, and
-            # another storage can take its address.
+            # A storage that is freed before the forward ends (of a detached result) is not kept, and
+            # another storage may get its address.
             seen[key] = kind(tensor), weakref.ref(storage)
             weakref.finalize(storage, seen.pop, key)
-        # A node that keeps its own result as it is would keep itself, too, for ever.
+        # Without detach, a node that keeps its own result would keep itself alive forever.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = forward()
     for tensor in _attributes(outputs):
         pack(tensor)
-    found = [(name, held()) for name, held in tuple(seen.values())]
+    storages = [(name, reference()) for name, reference in tuple(seen.values())]
     del outputs
-    return [(name, storage) for name, storage in found if storage is not None]
+    return [(name, storage) for name, storage in storages if storage is not None]
 
 
 _ATTENTION = F.scaled_dot_product_attention
 
 
 class _Attention(Listener):
-    """Runs the kernel of attention that the device of the model would: another one keeps another amount.
+    """Listener that runs the attention kernel of the model's device, because kernels keep different amounts.
 
-    Flash attention is known. Others that a GPU may choose count as the plain operations, which keep scores.
+    Flash attention is supported. Other kernels that a GPU may choose count as plain operations, which keep
+    scores.
     """
 
     _FLASH: ClassVar[Mapping[str, Any]] = {
@@ -175,7 +176,7 @@ class _Attention(Listener):
         self._device = device
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answers for attention."""
+        """Return the result of attention, or NotImplemented for other functions."""
         return self._attend(*args, **kwargs) if func is _ATTENTION else NotImplemented
 
     def _attend(
@@ -188,33 +189,33 @@ class _Attention(Listener):
         is_causal: bool = False,
         **more: Any,
     ) -> Tensor:
-        given = (query, key, value, attn_mask, dropout_p, is_causal)
+        inputs = (query, key, value, attn_mask, dropout_p, is_causal)
         flash = self._FLASH.get(self._device.type)
-        if flash is None or more.get("enable_gqa") or not self._chooses_flash(*given, **more):
-            return _ATTENTION(*given, **more)
+        if flash is None or more.get("enable_gqa") or not self._chooses_flash(*inputs, **more):
+            return _ATTENTION(*inputs, **more)
         options = {"scale": more.get("scale")}
         if self._device.type == "cpu":
             options["attn_mask"] = attn_mask
         out: Tensor = flash(query, key, value, dropout_p, is_causal, **options)[0]
         return out
 
-    def _chooses_flash(self, *given: Any, **more: Any) -> bool:
-        def there(one: Any) -> Any:
-            if not isinstance(one, Tensor):
-                return one
-            made = torch.empty_strided(
-                one.shape, one.stride(), dtype=one.dtype, device=self._device
+    def _chooses_flash(self, *inputs: Any, **more: Any) -> bool:
+        def there(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            empty = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=self._device
             )
-            return made.requires_grad_(one.requires_grad)
+            return empty.requires_grad_(value.requires_grad)
 
-        # It looks at shapes and flags; the memory is not touched.
-        chosen = torch_private.attention_choice(*map(there, given), **more)
+        # The choice depends on shapes and flags only; the memory is not touched.
+        chosen = torch_private.attention_choice(*map(there, inputs), **more)
         return bool(chosen == SDPBackend.FLASH_ATTENTION.value)
 
 
 def _attributes(outputs: Any) -> Iterator[Tensor]:
-    """What the nodes of a graph hold that were written in Python."""
-    waiting = [getattr(one, "grad_fn", None) for one in pytree.tree_leaves(outputs)]
+    """Yield the tensors in attributes of the autograd nodes that were written in Python."""
+    waiting = [getattr(output, "grad_fn", None) for output in pytree.tree_leaves(outputs)]
     known = set()
     while waiting:
         node = waiting.pop()
@@ -226,7 +227,7 @@ def _attributes(outputs: Any) -> Iterator[Tensor]:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value, in what it holds, and in the fields of records."""
+    """Yield the tensors in a value: in containers and in the fields of records, at any depth."""
     inner: Sequence[Any] = ()
     if isinstance(value, Tensor):
         yield value
@@ -238,5 +239,5 @@ def tensors(value: Any) -> Iterator[Tensor]:
         inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
     elif type(value).__name__ == "QuantState":
         inner = [*vars(value).values()]
-    for one in inner:
-        yield from tensors(one)
+    for item in inner:
+        yield from tensors(item)

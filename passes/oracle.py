@@ -1,8 +1,8 @@
-"""Compares an adapted model with the dense one: ``W' = W + s · BA`` in place of W, on given inputs.
+"""Comparison of an adapted model with the dense one, whose weights are ``W' = W + s · BA``.
 
-Both are copies, with random factors and random values where the base has nothing but zeros, which would hide
-what is behind them. One forward of each and one backward judge all sites: which did not run, which have no
-gradient, and whether the outputs are those of the dense weights.
+Both are copies with random factors. Parameters of the base that are all zero get random values, because
+zeros would hide the sites before them. One forward of each and one backward test all sites: which did not
+run, which have no gradient, and if the outputs are those of the dense weights.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ __all__ = ["CheckReport", "check", "check_rewritten"]
 
 _log = logging.getLogger("lora_fx")
 
-# Relative to the largest value of an output: what a few layers make of one rounding.
+# Relative to the largest value of an output: the effect of one rounding after a few layers.
 _TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
     torch.bfloat16: 8e-2,
 }
-_QUANTIZED = 5e-2  # kernels of 8 bits round what they are given, too
-_CHANGE = 0.2  # of a weight's size
-_LIMIT = 1 << 28  # elements of adapted weights that a rewrite makes dense on its own account
+_QUANTIZED = 5e-2  # kernels of 8 bits round their inputs, too
+_CHANGE = 0.2  # of the root mean square of a weight
+_LIMIT = 1 << 28  # elements of adapted weights up to which a rewrite runs the check unasked
 _BLAMED = 64
 _SEED = 0
-# Choices by size, with which of their results is the choice.
+# Operators that select by size, each with the index of the result that has the selection.
 _CHOICES: Mapping[str, int] = {
     "argmax": 0,
     "argmin": 0,
@@ -64,21 +64,21 @@ _CHOICES: Mapping[str, int] = {
 }
 
 
-# By site and adapter: modules that hold its parameters, their names in them, and what was there.
+# By site and adapter: modules that hold its parameters, their names there, and the former parameters.
 _Places = dict[tuple[str, str], list[tuple[nn.Module, str, nn.Parameter]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckReport:
-    """What :func:`check` has found.
+    """Result of :func:`check`.
 
     Attributes:
         sites: Number of sites of the active adapters.
         error: Largest difference from the dense model, relative to the largest value of the output.
-        tolerance: What it may be.
+        tolerance: Largest error allowed.
         not_run: Sites whose adapter did not run on these inputs.
-        no_gradient: Sites that ran, and whose factors got no gradient: their output is detached.
-        no_effect: Sites whose gradient is zero: nothing that the model returns depends on them.
+        no_gradient: Sites that ran but whose factors got no gradient, because their output is detached.
+        no_effect: Sites whose gradient is zero, because no output of the model depends on them.
     """
 
     sites: int
@@ -101,28 +101,28 @@ class CheckReport:
 
 
 class _CannotTell(Exception):
-    """Why a model cannot be compared; the message is for a log or an error."""
+    """Reason why a model cannot be compared, for a log or an error."""
 
 
 @inside
 def check(model: nn.Module, example_inputs: Any) -> CheckReport:
-    """Compares an adapted model with the dense one, in which each weight is ``W' = W + s · BA``.
+    """Compare an adapted model with the dense one, in which each weight is ``W' = W + s · BA``.
 
-    It runs on copies in evaluation mode, with random factors; the argument is not changed. Where a mixture of
-    experts chooses, both choose the same. ``rewrite`` does this when it is given example inputs, for models
-    that are not large; a large one takes the memory of its adapted weights once more.
+    Both run as copies in evaluation mode, with random factors. The argument is not changed. Both select the
+    same experts in a mixture of experts. ``rewrite`` runs this check on its example inputs, unless the
+    model is large. It takes the memory of the adapted weights once more.
 
     Args:
         model: A rewritten model with active adapters.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor: one call of the model.
 
     Returns:
-        The report; ``str()`` has a line for what is to be looked at.
+        The report. Its ``str()`` has a line for each finding.
 
     Raises:
         ConfigError: If the model is not rewritten, or has no active adapter for the whole batch.
-        CaptureError: If the outputs are others, with the sites that make them so; if code reads an adapted
-            weight past its adapter; or if the model does not run on the inputs twice with equal results.
+        CaptureError: If the outputs differ, with the sites that cause it; if code reads an adapted
+            weight past its adapter; or if two runs on the same inputs differ.
         MergeError: If an adapter cannot be made dense (a bias on B without one in the base).
     """
     record = require_record(model)
@@ -138,7 +138,7 @@ def check(model: nn.Module, example_inputs: Any) -> CheckReport:
 
 
 def check_rewritten(model: nn.Module, example_inputs: Any) -> None:
-    """:func:`check` for a model that was just rewritten: one that cannot be compared stays unchecked.
+    """Run :func:`check` on a model that was just rewritten, unless it cannot be compared.
 
     Raises:
         CaptureError: If the outputs are not those of the dense weights, or the inputs do not fit.
@@ -188,41 +188,43 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
             factor.requires_grad_()
     arm(adapted)
     with torch.enable_grad(), watch.reading(adapted) as read, choices.replayed():
-        found = _floats(run_once(adapted, example_inputs))
+        actual = _floats(run_once(adapted, example_inputs))
     tolerance = _tolerance(adapted, expected)
-    error = relative_difference(found, expected)
+    error = relative_difference(actual, expected)
     if not error <= tolerance:
         with torch.no_grad():
             error, tolerance = _look_again(
-                adapted, dense, start, example_inputs, (found, expected), tolerance
+                adapted, dense, start, example_inputs, (actual, expected), tolerance
             )
     watch.mark_checked(model)
-    return _report(adapted, rows, read, found, error, tolerance)
+    return _report(adapted, rows, read, actual, error, tolerance)
 
 
 def _report(
     adapted: nn.Module,
     rows: Sequence[tuple[PlannedSite, str]],
     read: frozenset[str] | set[str],
-    found: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
     error: float,
     tolerance: float,
 ) -> CheckReport:
     generator = torch.Generator().manual_seed(_SEED)
-    wanting = [one for one in found if one.requires_grad]
+    wanting = [output for output in outputs if output.requires_grad]
     if wanting:
-        ones = [torch.randn(one.shape, generator=generator).to(one) for one in wanting]
-        torch.autograd.backward(wanting, ones)
+        gradients_in = [
+            torch.randn(output.shape, generator=generator).to(output) for output in wanting
+        ]
+        torch.autograd.backward(wanting, gradients_in)
     not_run, without, idle = [], [], []
     for row, name in rows:
         gradients = [factor.grad for factor in factors_of(adapted, row, name).present]
         if row.site.weight not in read:
             not_run.append(row.name)
-        elif all(one is None for one in gradients):
+        elif all(gradient is None for gradient in gradients):
             without.append(row.name)
-        elif not any(one is not None and bool(one.any()) for one in gradients):
+        elif not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
             idle.append(row.name)
-    names = (tuple(dict.fromkeys(one)) for one in (not_run, without, idle))
+    names = (tuple(dict.fromkeys(group)) for group in (not_run, without, idle))
     return CheckReport(len(rows), error, tolerance, *names)
 
 
@@ -230,9 +232,9 @@ def _report(
 
 
 def _own_zeros(model: nn.Module) -> None:
-    """Gives parameters of the base that are all zero random values: nothing behind them would be seen."""
+    """Replace all-zero parameters of the base by random ones: zeros would hide the sites before them."""
     generator = torch.Generator().manual_seed(_SEED)
-    made: dict[int, nn.Parameter] = {}
+    replacements: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, AdapterModule):
             continue
@@ -241,40 +243,40 @@ def _own_zeros(model: nn.Module) -> None:
                 continue
             if quantization_of(old) is not None or not old.numel() or bool(old.any()):
                 continue
-            if id(old) not in made:
+            if id(old) not in replacements:
                 values = 0.1 * torch.randn(old.shape, generator=generator)
-                made[id(old)] = nn.Parameter(values.to(old), requires_grad=False)
-            module._parameters[name] = made[id(old)]
+                replacements[id(old)] = nn.Parameter(values.to(old), requires_grad=False)
+            module._parameters[name] = replacements[id(old)]
 
 
 def _randomize(model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]) -> _Places:
-    """Gives every site factors of its own whose product is a fraction of the weight.
+    """Replace the factors of every site by random ones, whose product is a fraction of the weight.
 
     Returns:
-        By site and adapter: where the factors that there were have to go back to.
+        The former factors and their modules, by site and adapter.
     """
     generator = torch.Generator().manual_seed(_SEED)
     before: _Places = {}
-    made: dict[int, nn.Parameter] = {}
+    replacements: dict[int, nn.Parameter] = {}
     for row, adapter in rows:
         holder, names = model.get_submodule(row.site.holder), factor_names(row)
         slots = {slot.name: slot for slot in kind_of(row).slots(row.site)}
         weight = model.get_parameter(row.site.weight)
         size = 1.0 if quantization_of(weight) is not None else _size(weight)
         parts = [holder.get_submodule(name) for name in names.present]
-        before[row.name, adapter] = [(one, adapter, one.get_parameter(adapter)) for one in parts]
+        before[row.name, adapter] = [(part, adapter, part.get_parameter(adapter)) for part in parts]
         for name, part in zip(names.present, parts, strict=True):
             old = part.get_parameter(adapter)
-            if id(old) not in made:
+            if id(old) not in replacements:
                 noise = torch.randn(old.shape, generator=generator).to(old)
                 moved = _moved(slots.get(name), old.detach(), noise, row, size)
-                made[id(old)] = nn.Parameter(moved, requires_grad=False)
-            part._parameters[adapter] = made[id(old)]
+                replacements[id(old)] = nn.Parameter(moved, requires_grad=False)
+            part._parameters[adapter] = replacements[id(old)]
     return before
 
 
 def _randomize_tokens(model: nn.Module, record: Record) -> _Places:
-    """Moves the rows of embeddings that adapters train; returns as :func:`_randomize` does."""
+    """Add noise to the embedding rows that adapters train. Returns the same as :func:`_randomize`."""
     generator = torch.Generator().manual_seed(_SEED)
     before: _Places = {}
     for adapter in record.active:
@@ -299,7 +301,7 @@ def _moved(
         return old * (1 + _CHANGE * noise.clamp(-2, 2))
     if slot is not None:
         return old + _CHANGE * noise * max(size, 1e-2)
-    # Both factors are of one size, whatever they were: what a start has put into them stays in.
+    # The noise has the same size in both factors. The values of the initialization stay in.
     each = math.sqrt(_CHANGE * max(size, 1e-3) / (abs(row.scale) or 1.0) / math.sqrt(row.rank))
     return old + noise * each
 
@@ -314,25 +316,25 @@ def _check_merge(
     rows: Sequence[tuple[PlannedSite, str]],
     record: Record,
 ) -> None:
-    """Compares merged weights with those that each site's pattern gives, where that is all there is."""
+    """Compare merged weights with W + s · BA, if plain branches are all that changes them."""
     every: dict[str, list[tuple[PlannedSite, str]]] = {}
     for row, name in rows:
         every.setdefault(row.site.weight, []).append((row, name))
-    for weight, several in every.items():
-        own = any(weight in record.adapters[name].own for _, name in several)
+    for weight, adapters in every.items():
+        own = any(weight in record.adapters[name].own for _, name in adapters)
         old = adapted.get_parameter(weight)
-        plain = all(not kind_of(row).transforms and row.site.rows is None for row, _ in several)
+        plain = all(not kind_of(row).transforms and row.site.rows is None for row, _ in adapters)
         if own or not plain or quantization_of(old) is not None:
             continue
         total = old.detach().double()
-        for row, name in several:
+        for row, name in adapters:
             change = delta_weight(adapted, row, name, torch.float64)
             total = total + row.site.stored(change.reshape(row.site.applied_shape))
         merged = dense.get_parameter(weight).detach().double()
         allowed = 4 * torch.finfo(old.dtype).eps * float(total.abs().max())
         if float((merged - total).abs().max()) > allowed:
             raise CaptureError(
-                f"{several[0][0].name}: the merged weight is not W + s · BA. Please report this"
+                f"{adapters[0][0].name}: the merged weight is not W + s · BA. Please report this"
             )
 
 
@@ -347,13 +349,13 @@ def _look_again(
     outputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     tolerance: float,
 ) -> tuple[float, float]:
-    """Tells a difference from what roundings make of themselves, and names the sites that make it.
+    """Estimate the effect of rounding, and raise with the sites to blame if the difference is larger.
 
     Raises:
         CaptureError: If the outputs are not those of the dense weights.
     """
-    found, expected = outputs
-    error = relative_difference(found, expected)
+    actual, expected = outputs
+    error = relative_difference(actual, expected)
     choices = _Choices()
     with choices:
         again = _floats(run_once(dense, example_inputs))
@@ -363,7 +365,7 @@ def _look_again(
         if parameter.is_floating_point() and quantization_of(parameter) is None:
             signs = torch.randint(0, 2, parameter.shape, device=parameter.device) * 2 - 1
             step = torch.finfo(parameter.dtype).eps * signs.to(parameter.dtype)
-            # Not in place: the memory is the user's.
+            # Not in place, because the memory is shared with the user's model.
             parameter.data = parameter.data * (1 + step)
     with choices.replayed():
         rounded = relative_difference(_floats(run_once(dense, example_inputs)), expected)
@@ -385,17 +387,17 @@ def _blamed(
     example_inputs: Any,
     tolerance: float,
 ) -> list[str]:
-    """The sites each of which makes a difference alone."""
+    """Return the sites whose adapter alone causes a difference."""
     if len(start) > _BLAMED:
         return []
     random = {
-        key: [(module, leaf, module.get_parameter(leaf)) for module, leaf, _ in held]
-        for key, held in start.items()
+        key: [(module, leaf, module.get_parameter(leaf)) for module, leaf, _ in parameters]
+        for key, parameters in start.items()
     }
-    found = []
+    blamed = []
     for alone in start:
-        for key, held in start.items():
-            for module, leaf, value in random[key] if key == alone else held:
+        for key, parameters in start.items():
+            for module, leaf, value in random[key] if key == alone else parameters:
                 module._parameters[leaf] = value
         choices = _Choices()
         with choices:
@@ -403,12 +405,12 @@ def _blamed(
         with choices.replayed():
             outputs = _floats(run_once(adapted, example_inputs))
         if not relative_difference(outputs, expected) <= tolerance / 10:
-            found.append(alone[0])
-    return found
+            blamed.append(alone[0])
+    return blamed
 
 
 def _tolerance(model: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
-    dtypes = {one.dtype for one in outputs}
+    dtypes = {output.dtype for output in outputs}
     dtypes |= {p.dtype for p in model.parameters() if p.dtype in _TOLERANCE}
     worst = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     quantized = any(quantization_of(parameter) is not None for parameter in model.parameters())
@@ -416,15 +418,15 @@ def _tolerance(model: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
 
 
 def _floats(output: Any) -> list[torch.Tensor]:
-    """The floating-point tensors of an output, in whatever it holds them."""
-    strided = (one for one in ops.tensors_in(output) if one.layout is torch.strided)
-    return [one for one in strided if one.is_floating_point()]
+    """Return the floating-point tensors of an output, at any depth."""
+    strided = (tensor for tensor in ops.tensors_in(output) if tensor.layout is torch.strided)
+    return [tensor for tensor in strided if tensor.is_floating_point()]
 
 
 class _Choices(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Notes which elements the largest were, and chooses the same ones when it is replayed.
+    """Dispatch mode that records selections such as top-k, and replays them in a second run.
 
-    The router of a mixture of experts chooses by size, where two sizes may be as good as equal.
+    The router of a mixture of experts selects by size, and two sizes may be almost equal.
     """
 
     def __init__(self) -> None:
@@ -434,13 +436,13 @@ class _Choices(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Chooses as it has noted, as long as choices come in the same order."""
+        """Replay the recorded selections, while the operators come in the same order."""
         self._next = 0
         with self:
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator, or chooses."""
+        """Run the operator, and record or replay its selection."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name not in _CHOICES or (_CHOICES[name] and not isinstance(result, tuple)):
@@ -468,10 +470,10 @@ class _Choices(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
 
 def _dim(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    for place, argument in enumerate(torch_private.schema_of(func).arguments):
+    for index, argument in enumerate(torch_private.schema_of(func).arguments):
         if argument.name == "dim":
-            given = (
-                args[place] if place < len(args) and not argument.kwarg_only else kwargs.get("dim")
+            dim = (
+                args[index] if index < len(args) and not argument.kwarg_only else kwargs.get("dim")
             )
-            return -1 if given is None else int(given)
+            return -1 if dim is None else int(dim)
     return -1

@@ -1,7 +1,7 @@
-"""The passes of a rewrite, in order, and what runs them.
+"""Passes of a rewrite, in order, and the functions that run them.
 
-A rewrite is a capture (:mod:`lora_fx.passes.capture`) and then the passes of :func:`rewrite_passes`, from the
-first to the last. A dry run stops after ``plan``.
+A rewrite is a capture (:mod:`lora_fx.passes.capture`), followed by the passes of :func:`rewrite_passes`. A
+dry run stops after ``plan``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ __all__ = [
 _log = logging.getLogger("lora_fx")
 
 Callback: TypeAlias = Callable[[str, Capture], None]
-"""What is shown the capture after each pass, with the name of the pass; the first is ``capture``."""
+"""Function that gets the name of each pass and the capture after it. The first name is ``capture``."""
 
 
 def rewrite_passes(
@@ -92,15 +92,15 @@ def rewrite_passes(
     loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
 ) -> tuple[Pass, ...]:
-    """Return the passes of a rewrite: this is the order in which they run.
+    """Return the passes of a rewrite, in the order in which they run.
 
     Args:
-        config: What to adapt.
+        config: The configuration of the adapter.
         adapter: The adapter's name.
-        optimize: Whether branches are fused with their operations.
-        memory: What the backward keeps; see :func:`lora_fx.rewrite`.
-        loss: Of which logits a loss is computed; see there, too.
-        strict: Whether an entry of the configuration that selects nothing is an error.
+        optimize: True to fuse branches with their operations.
+        memory: Memory setting for the backward; see :func:`lora_fx.rewrite`.
+        loss: Computation of the loss, at once or in chunks; see :func:`lora_fx.rewrite`.
+        strict: True to raise for entries of the configuration that select nothing.
     """
     return (
         *_find_passes(loss),
@@ -127,7 +127,7 @@ def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
 
 
 def _cheaper_passes(memory: Memory) -> tuple[Pass, ...]:
-    """What is cheaper for one adapter, and for one in each row alike."""
+    """Return the passes that save memory, both for one adapter and for one adapter per row."""
     return CheapDropout(), *((Recompute(),) if memory == "balanced" else ())
 
 
@@ -143,20 +143,20 @@ def branch_passes(
     loss: Loss = DEFAULT_LOSS,
     per_sample: bool = False,
 ) -> tuple[Pass, ...]:
-    """Return the passes that make graphs with the branches of these adapters of graphs without.
+    """Return the passes that insert the branches of these adapters.
 
     Args:
-        adapters: Whose branches, by name, in the order in which they are added.
-        optimize: Whether branches are fused with their operations.
-        memory: What the backward keeps; see :func:`lora_fx.rewrite`.
-        loss: Of which logits a loss is computed; see there, too.
-        per_sample: Whether each sample of a batch has one of the adapters, or none.
+        adapters: The adapters by name, in the order in which their branches are added.
+        optimize: True to fuse branches with their operations.
+        memory: Memory setting for the backward; see :func:`lora_fx.rewrite`.
+        loss: Computation of the loss, at once or in chunks; see :func:`lora_fx.rewrite`.
+        per_sample: True if each sample of a batch has one of the adapters, or none.
     """
-    inserted = [Insert(one.sites, name) for name, one in adapters.items()]
-    trained = [TrainTokens(one.tokens, name) for name, one in adapters.items()]
+    inserted = [Insert(record.sites, name) for name, record in adapters.items()]
+    trained = [TrainTokens(record.tokens, name) for name, record in adapters.items()]
     if per_sample:
-        places = (row.site for one in adapters.values() for row in one.sites)
-        select = SelectRows(frozenset(site.weight for site in places if site.experts))
+        sites = (row.site for record in adapters.values() for row in record.sites)
+        select = SelectRows(frozenset(site.weight for site in sites if site.experts))
         if not optimize:
             return (*inserted, *trained, select)
         return (*inserted, *trained, FuseRows(), select, *_cheaper_passes(memory))
@@ -167,44 +167,48 @@ def branch_passes(
 def run_passes(
     capture: Capture, passes: Sequence[Pass], callback: Callback | None = None
 ) -> Capture:
-    """Run passes one after the other, and hold each to its contract.
+    """Run passes one after the other, and check the contract of each.
 
     Raises:
         LoraFxError: As the pass raised it, with a note that names the pass.
         CaptureError: For any other failure inside a pass, chained, and for a pass that breaks its contract;
             both name the pass.
     """
-    for one in passes:
-        if lack := one.requires(capture):
-            raise CaptureError(f"pass {one.name!r} cannot run: {lack}")
+    for pass_ in passes:
+        if lack := pass_.requires(capture):
+            raise CaptureError(f"pass {pass_.name!r} cannot run: {lack}")
         before = _sizes(capture)
         try:
-            result = one(capture)
+            result = pass_(capture)
         except LoraFxError as error:
-            error.add_note(f"in pass {one.name!r}")
+            error.add_note(f"in pass {pass_.name!r}")
             raise
         except Exception as error:
             raise CaptureError(
-                f"pass {one.name!r} failed: {type(error).__name__}: {error}"
+                f"pass {pass_.name!r} failed: {type(error).__name__}: {error}"
             ) from error
-        if broken := _broken(one, capture, before, result) or one.ensures(capture, result.capture):
-            raise CaptureError(f"pass {one.name!r} broke its contract: {broken}")
-        _log.debug("pass %s: %s", one.name, "modified" if result.modified else "nothing to do")
+        if broken := _broken(pass_, capture, before, result) or pass_.ensures(
+            capture, result.capture
+        ):
+            raise CaptureError(f"pass {pass_.name!r} broke its contract: {broken}")
+        _log.debug("pass %s: %s", pass_.name, "modified" if result.modified else "nothing to do")
         capture = result.capture
         if callback is not None:
-            callback(one.name, capture)
+            callback(pass_.name, capture)
     return capture
 
 
 def _sizes(capture: Capture) -> dict[str, tuple[int, int]]:
-    """Return which graph each region has, and how many nodes that has."""
-    return {key: (id(one.graph), len(one.graph.nodes)) for key, one in capture.regions.items()}
+    """Return the id and the number of nodes of each region's graph."""
+    return {
+        key: (id(region.graph), len(region.graph.nodes)) for key, region in capture.regions.items()
+    }
 
 
 def _broken(
-    one: Pass, capture: Capture, before: Mapping[str, tuple[int, int]], result: PassResult
+    pass_: Pass, capture: Capture, before: Mapping[str, tuple[int, int]], result: PassResult
 ) -> str | None:
-    if one.kind == "functional":
+    if pass_.kind == "functional":
         if _sizes(capture) != before:
             return "it is functional, and edited a graph of its argument"
         same = result.capture is capture
@@ -219,14 +223,14 @@ def _broken(
 
 @dataclasses.dataclass(frozen=True)
 class _Install(Pass):
-    """Lets the modules of the model run their graphs."""
+    """Pass that makes the modules of the model run their graphs."""
 
     name: ClassVar[str] = "install"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Give each region its graph."""
+        """Install the graph of each region."""
         assert capture.plan is not None
         rows: tuple[PlannedSite | PlannedTokens, ...] = (*capture.plan.sites, *capture.plan.tokens)
         install(regions_to_install(capture, rows))
@@ -243,7 +247,7 @@ def plan_model(
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> tuple[Capture, Plan]:
-    """Captures a model and plans its rewrite.
+    """Capture a model and plan its rewrite.
 
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
@@ -264,8 +268,8 @@ def plan_all(
     """Capture a model once, and plan its rewrite by each configuration.
 
     Raises:
-        ConfigError: If one is no :class:`LoraConfig`, or the model is rewritten already.
-        NoMatchError: If one selects nothing.
+        ConfigError: If a value is no :class:`LoraConfig`, or the model is rewritten already.
+        NoMatchError: If a configuration selects nothing.
     """
     for config in configs.values():
         check_config(config)
@@ -301,24 +305,24 @@ def _captured(
 def plan_capture(
     capture: Capture, config: LoraConfig, *, loss: Loss = DEFAULT_LOSS, strict: bool = False
 ) -> Plan:
-    """Run the passes up to the plan: everything that looks and nothing that edits."""
+    """Run the passes up to the plan, which edit nothing."""
     plan = run_passes(capture, (*_find_passes(loss), MakePlan(config, strict, loss))).plan
     assert plan is not None
     return plan
 
 
 def find_operations(capture: Capture) -> Matches:
-    """Find every linear operation of a capture, the head and the parts of fused weights marked."""
+    """Find every linear operation of a capture, and mark the head and the parts of fused weights."""
     matches = run_passes(capture, _find_passes()).matches
     assert matches is not None
     return matches
 
 
 def check_config(config: object) -> None:
-    """Refuses what is no configuration of lora_fx.
+    """Raise unless `config` is a configuration of lora_fx.
 
     Raises:
-        ConfigError: If it is something else, PEFT's for instance.
+        ConfigError: If it is anything else, such as a configuration of PEFT.
     """
     if isinstance(config, str):
         raise ConfigError(
@@ -331,9 +335,9 @@ def check_config(config: object) -> None:
             "one of it"
         )
     if not isinstance(config, LoraConfig):
-        found = f"{type(config).__module__}.{type(config).__qualname__}"
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
         raise ConfigError(
-            f"config must be a lora_fx.LoraConfig, found {found}; "
+            f"config must be a lora_fx.LoraConfig, found {kind}; "
             "lora_fx.LoraConfig.from_dict(config.to_dict()) takes over PEFT's"
         )
 
@@ -355,7 +359,7 @@ def rewrite_model(
 ) -> nn.Module:
     """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`.
 
-    With ``quiet`` nothing is logged of entries that select nothing.
+    With ``quiet``, entries that select nothing are not logged.
     """
     check_adapter_name(adapter_name)
     _check_option("memory", memory)
@@ -374,13 +378,13 @@ def rewrite_model(
     except CaptureError:
         if example_inputs is None or frontend != "auto":
             raise
-    # One of the graphs may compute something else than its module: without that one it may be right.
+    # A graph may compute something else than its module. With verify=True such graphs are dropped.
     return made(verify=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """What a rewrite does and records."""
+    """Options of a rewrite, which its record keeps."""
 
     adapter: str
     optimize: bool
@@ -412,11 +416,11 @@ def _rewritten(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
         classes={fqn: class_name(region.module) for fqn, region in capture.regions.items()},
         fallback={fqn: region.fallback for fqn, region in capture.regions.items()},
-        not_run={fqn: one.not_run for fqn, one in capture.regions.items() if one.not_run},
+        not_run={fqn: region.not_run for fqn, region in capture.regions.items() if region.not_run},
         matches=matches,
         notes=capture.notes,
         kept=frozenset(name for name, module in model.named_modules() if kept_graph(module)),
-        written_out=frozenset(key for key, one in capture.regions.items() if one.written_out),
+        written_out=frozenset(key for key, region in capture.regions.items() if region.written_out),
     )
     trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
     record = Record(
@@ -441,7 +445,7 @@ def _rewritten(
     if options.loss == "chunked":
         _check_scoped(result)
     if example_inputs is not None and not any(p.is_meta for p in model.parameters()):
-        # What would be refused or wrong when it is called: better now than later.
+        # Find errors now that would otherwise appear in a later call.
         check_rewritten(result, example_inputs)
     return result
 
@@ -465,7 +469,7 @@ def _check_option(name: str, value: object) -> None:
 
 
 def _check_scoped(model: nn.Module) -> None:
-    """Refuses a model whose class cannot be exchanged, so that nothing sees where a call of it ends."""
+    """Raise if the model's class cannot be replaced, because the end of a call would go unnoticed."""
     if not watch.is_scoped(model):
         raise CaptureError(
             f"loss='chunked' needs another class for the whole model, and {type(model).__qualname__} makes "
@@ -476,14 +480,14 @@ def _check_scoped(model: nn.Module) -> None:
 def _stages(
     passes: Sequence[Pass],
 ) -> tuple[Sequence[Pass], Sequence[Pass], Sequence[Pass]]:
-    """Cut the passes where the record of the model is made: after the plan, and before the branches."""
-    names = [one.name for one in passes]
+    """Split the passes into those up to the plan, those that add parameters, and the rest."""
+    names = [pass_.name for pass_ in passes]
     planned, inserted = names.index(MakePlan.name) + 1, names.index(Insert.name)
     return passes[:planned], passes[planned:inserted], passes[inserted:]
 
 
 def check_trains(plan: Plan) -> None:
-    """Refuses a plan by which nothing would be trained: looking at one is all that it is for.
+    """Raise for a plan that trains nothing. Such a plan is only good for inspection.
 
     Raises:
         NoMatchError: If it has no site, module, bias or row of an embedding.
@@ -496,7 +500,7 @@ def check_trains(plan: Plan) -> None:
 
 
 def warn_of_idle_entries(plan: Plan) -> None:
-    """Log what a dry run would show first: entries that select nothing, and modules that nothing trains."""
+    """Log warnings for entries that select nothing, and for random modules that nothing trains."""
     if plan.unmatched:
         _log.warning(
             "part of the configuration selects nothing (strict=True makes that an error): %s",
@@ -518,18 +522,18 @@ def add_adapter_parameters(
     """Give the model of a capture the parameters of one more adapter.
 
     Args:
-        capture: A model in which no other adapter has replaced a parameter of the base; its plan
-            says what the adapter is.
-        record: What is known of the model.
+        capture: A model in which no other adapter has replaced a parameter of the base. Its plan
+            describes the adapter.
+        record: The record of the model.
         adapter_name: The adapter's name.
-        passes: What adds them; those of a rewrite by default.
-        callback: Is shown the capture after each of them.
+        passes: Passes that add the parameters; by default, those of a rewrite.
+        callback: Called after each pass.
 
     Returns:
-        The record with the adapter, which is not active yet: no graph is changed.
+        The record with the adapter. It is not active yet, because no graph is changed.
 
     Raises:
-        ConfigError: If it would have its own value of a parameter that is trained by hand.
+        ConfigError: If the adapter would train a parameter of the base that the user has unfrozen.
     """
     plan = capture.plan
     assert plan is not None
@@ -556,7 +560,7 @@ def add_adapter_parameters(
 
 
 def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
-    """Refuses to train as part of an adapter what is trained by hand: an optimizer has the base's own."""
+    """Raise if the adapter would train a parameter that the user has unfrozen for an optimizer."""
     inside = tuple(f"{name}." for name in plan.saved_modules)
     for name, parameter in parameters.items():
         if parameter.requires_grad and (name in plan.biases or name.startswith(inside)):
@@ -572,10 +576,10 @@ def regions_to_install(
 ) -> Iterator[Region]:
     """Yield the regions that run their graph: those that a pass has changed, and those of quantized weights.
 
-    What was written out in place of a forward runs so only where an adapter is. Elsewhere a layer keeps its
-    own forward, with its fast paths, unless they would read quantized weights.
+    A written-out graph replaces a forward only in modules with an adapter and their parents. Other layers
+    keep their own forward, with its fast paths, unless it would read quantized weights.
     """
-    calling: set[str] = set()  # where branches are, and the modules above
+    calling: set[str] = set()  # modules with branches, and their parents
     for name in [call.region for row in rows for call in row.site.calls]:
         while name and name not in calling:
             calling.add(name)
@@ -583,7 +587,7 @@ def regions_to_install(
     for region in capture.regions.values():
         adapted = not region.fqn or region.fqn in calling
         stored = not region.fallback or (region.written_out and holds_quantized(region.module))
-        # A GraphModule is copied in its own way, which would lose what else is in it.
+        # A GraphModule has its own __deepcopy__, which would lose the other contents of the module.
         edited = region.edited or isinstance(region.module, fx.GraphModule)
         changed = adapted if region.written_out else edited
         if (changed or stored) and not region.not_run:

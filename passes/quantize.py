@@ -1,18 +1,18 @@
-"""Quantizes the weights of linear operations, and lets the operations read them as they are stored.
+"""Passes that quantize the weights of linear operations, which then read them in the stored format.
 
-The weights of matrix products are chosen, apart from that of the output head. Each operation that is left as
-it is has a reason. The choice looks, and edits nothing.
+The weights of matrix products are selected, except the output head's. A reason is given for each operation
+that is left as it is. Planning edits nothing.
 
-A layer that is ``nn.Linear`` becomes the library's own, if it has one, and stays ``nn.Linear`` over the
-library's tensor if not. Everywhere else the operation becomes one node,
-:func:`lora_fx.formats.weights.quantized_linear`, in the graph of the module that applies the weight, and that
-graph is the module's forward from then on. A weight that is stored [in, out] is stored [out, in] then.
+An ``nn.Linear`` layer becomes the library's own layer, if it has one. Otherwise it stays ``nn.Linear`` over
+the library's tensor. Any other operation becomes one node,
+:func:`lora_fx.formats.weights.quantized_linear`, in the graph of the module that applies the weight. That
+graph is the module's forward from then on. A weight of shape [in, out] is then stored as [out, in].
 
 At most one weight at a time is dense.
 
 A model on the meta device gets its values in the same way. A buffer that no file has (the frequencies of
-rotary embeddings, positions) is what the model's code makes: a model of transformers can make it again, since
-its own loader needs that, too.
+rotary embeddings, positions) is computed by the model's code. A transformers model can compute it again,
+because its own loader needs that, too.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlannedWeight:
-    """A weight that is to be quantized.
+    """Weight that will be quantized.
 
     Attributes:
         site: The operation.
         shape: Rows and columns of the matrix as it will be stored, [out, in].
-        dtype: Of its values.
-        bytes: What it will take, scales and all.
+        dtype: Dtype of its values.
+        bytes: Size when quantized, scales included.
     """
 
     site: Site
@@ -73,22 +73,22 @@ class PlannedWeight:
 
     @property
     def name(self) -> str:
-        """FQN of the operation."""
+        """Return the FQN of the operation."""
         return self.site.name
 
     @property
     def dense_bytes(self) -> int:
-        """What it takes before."""
+        """Return the size in bytes before."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationPlan:
-    """What :func:`lora_fx.quantize` would do; print it.
+    """Plan of a :func:`lora_fx.quantize` call, which can be printed.
 
     Attributes:
         storage: The format.
-        weights: What would be stored in it.
+        weights: The weights to store in it.
         left: Names of operations and weights that stay as they are, each with the reason.
     """
 
@@ -98,13 +98,13 @@ class QuantizationPlan:
 
     @property
     def bytes(self) -> int:
-        """What the weights will take, scales and all."""
-        return sum(one.bytes for one in self.weights)
+        """Return the size of the quantized weights, scales included."""
+        return sum(row.bytes for row in self.weights)
 
     @property
     def dense_bytes(self) -> int:
-        """What they take before."""
-        return sum(one.dense_bytes for one in self.weights)
+        """Return the size of the weights before, in bytes."""
+        return sum(row.dense_bytes for row in self.weights)
 
     def __iter__(self) -> Iterator[PlannedWeight]:
         return iter(self.weights)
@@ -113,7 +113,7 @@ class QuantizationPlan:
         return len(self.weights)
 
     def summary(self) -> str:
-        """The weights in one line, and what is left, each reason once."""
+        """Return one line for the weights, and one for each reason to leave operations as they are."""
         sizes = f"{_mib(self.dense_bytes)} become {_mib(self.bytes)}"
         reasons = Counter(reason for _, reason in self.left)
         first = {reason: name for name, reason in reversed(self.left)}
@@ -124,7 +124,7 @@ class QuantizationPlan:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON."""
+        """Return plain containers, ready for JSON."""
         return {
             "format": self.storage.format,
             "library": self.storage.library,
@@ -133,18 +133,18 @@ class QuantizationPlan:
             "bytes": self.bytes,
             "dense_bytes": self.dense_bytes,
             "weights": [
-                {"name": one.name, "shape": list(one.shape), "bytes": one.bytes}
-                for one in self.weights
+                {"name": row.name, "shape": list(row.shape), "bytes": row.bytes}
+                for row in self.weights
             ],
             "left": [{"name": name, "reason": reason} for name, reason in self.left],
         }
 
     def __str__(self) -> str:
-        width = max(len(one.name) for one in self.weights)
+        width = max(len(row.name) for row in self.weights)
         lines = [self.summary().splitlines()[0]]
         lines += [
-            f"  {one.name:{width}}  {one.shape[0]}x{one.shape[1]}  {_mib(one.bytes)}"
-            for one in self.weights
+            f"  {row.name:{width}}  {row.shape[0]}x{row.shape[1]}  {_mib(row.bytes)}"
+            for row in self.weights
         ]
         lines += [f"  as it is: {name}: {reason}" for name, reason in self.left]
         return "\n".join(lines)
@@ -162,25 +162,27 @@ _PRODUCTS = ("linear", "matmul")
 def plan_quantization(
     capture: Capture, matches: Matches, how: Storage, exclude: Sequence[str] | str | None = None
 ) -> QuantizationPlan:
-    """Says what :class:`Quantize` would store, and what it leaves, and why.
+    """Plan which weights :class:`Quantize` stores, and which it leaves and why.
 
     Args:
         capture: The model.
         matches: Its linear operations, the head marked.
         how: The format.
-        exclude: Operations that are left as they are, by the rules of ``exclude_modules``.
+        exclude: Operations to leave as they are, by the rules of ``exclude_modules``.
 
     Raises:
-        QuantizationError: If the model is quantized already, ``exclude`` is no list of names and no regular
-            expression, a weight does not fit the format, or there is nothing to quantize.
+        QuantizationError: If the model is quantized already, ``exclude`` is neither a list of names nor a
+            regular expression, a weight does not fit the format, or there is nothing to quantize.
     """
     _check_plain(capture.model)
     config = _exclusion(exclude)
-    asked = _asked(capture)
+    inspected = _asked(capture)
     left: dict[str, str] = {}
     rows: list[PlannedWeight] = []
     for site in matches.sites:
-        reason = f"exclude={exclude!r}" if excluded(site.name, config) else _left(site, how, asked)
+        reason = (
+            f"exclude={exclude!r}" if excluded(site.name, config) else _left(site, how, inspected)
+        )
         if reason is not None:
             left[site.name] = reason
             continue
@@ -192,7 +194,7 @@ def plan_quantization(
                 f"{site.name}: {objection}. Or leave it as it is: exclude=[{site.name!r}]"
             )
         rows.append(PlannedWeight(site, shape, dtype, how.bytes(shape, dtype)))
-    left |= {one.name: one.reason for one in matches.rejections}
+    left |= {rejection.name: rejection.reason for rejection in matches.rejections}
     _warn_of_idle(matches, config)
     if not rows:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
@@ -205,10 +207,10 @@ def plan_quantization(
 
 def _check_plain(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        found = quantization_of(parameter)
-        if found is not None:
+        storage = quantization_of(parameter)
+        if storage is not None:
             raise QuantizationError(
-                f"{name} is quantized already, {found}: quantize the model that it was made of, which has "
+                f"{name} is quantized already, {storage}: quantize the model that it was made of, which has "
                 "all of the bits, or give this one to lora_fx.rewrite as it is"
             )
 
@@ -217,19 +219,19 @@ def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
     try:
         return LoraConfig(exclude_modules=exclude)
     except ConfigError as error:
-        # It names the field that has the same rules, which is not set.
-        told = str(error).partition(": ")[2]
-        raise QuantizationError(f"exclude: {told}") from error
+        # The message names exclude_modules, which the user did not set
+        problem = str(error).partition(": ")[2]
+        raise QuantizationError(f"exclude: {problem}") from error
 
 
-# What code asks of a weight to decide something else.
+# Attributes of a weight that code reads for other decisions than the product.
 _FORM = frozenset({"dtype", "shape", "size", "dim", "ndim", "numel", "element_size", "stride"})
 
 
 def _asked(capture: Capture) -> dict[str, str]:
-    """Return the weights that code names beside a question about dtypes or shapes, with that function.
+    """Return the weights whose dtype or shape a method may read, each with the name of that method.
 
-    A layer of T5 casts its input to the dtype of the next layer's weight, for example.
+    For example, a layer of T5 casts its input to the dtype of the next layer's weight.
     """
     return {
         join(fqn, name): method.__qualname__
@@ -244,22 +246,26 @@ def _asked(capture: Capture) -> dict[str, str]:
 
 
 def _methods(module: nn.Module) -> Iterator[FunctionType]:
-    """Yield the functions of a module's class and of those above it, short of ``nn.Module``."""
+    """Yield the functions of a module's class and its base classes, up to ``nn.Module``."""
     for cls in original_class(module).__mro__:
         if cls is nn.Module:
             return
-        yield from (inspect.unwrap(one) for one in vars(cls).values() if inspect.isfunction(one))
+        yield from (
+            inspect.unwrap(function)
+            for function in vars(cls).values()
+            if inspect.isfunction(function)
+        )
 
 
-def _left(site: Site, how: Storage, asked: Mapping[str, str]) -> str | None:
-    """Why a site's weight stays as it is; None if it need not."""
+def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
+    """Return the reason why a site's weight is not quantized, or None if it can be."""
     if site.head:
         return "it is the output head"
     reason = next(_objections(site, how), None)
     shown = how.made_by.shows_values and site.layout == "out_in"
-    if reason is None and site.weight in asked and not shown:
+    if reason is None and site.weight in inspected and not shown:
         return (
-            f"{asked[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
+            f"{inspected[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
             "which it is stored"
         )
     return reason
@@ -267,8 +273,8 @@ def _left(site: Site, how: Storage, asked: Mapping[str, str]) -> str | None:
 
 def _objections(site: Site, how: Storage) -> Iterator[str]:
     if site.family != "linear":
-        what = "a lookup" if site.family == "embedding" else "a convolution"
-        yield f"it is {what}: the formats are of matrix products"
+        operation = "a lookup" if site.family == "embedding" else "a convolution"
+        yield f"it is {operation}: the formats are of matrix products"
     if site.experts is not None:
         yield "its weight has a matrix for each expert: the formats hold one"
     if site.tied_to:
@@ -284,10 +290,12 @@ def _objections(site: Site, how: Storage) -> Iterator[str]:
 
 
 def _warn_of_idle(matches: Matches, config: LoraConfig) -> None:
-    names = [site.name for site in matches.sites] + [one.name for one in matches.rejections]
+    names = [site.name for site in matches.sites] + [
+        rejection.name for rejection in matches.rejections
+    ]
     for entry in unmatched(names, config).excludes:
         near = nearest_names(entry, names)
-        # Nothing looks like it: what names look like.
+        # No name is similar: show examples of names instead.
         some = near or tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))[:5]
         _log.warning(
             "exclude names no operation with %r; %s: %s",
@@ -298,18 +306,18 @@ def _warn_of_idle(matches: Matches, config: LoraConfig) -> None:
 
 
 Values = Callable[[str], torch.Tensor]
-"""Gives the values of a parameter by its name."""
+"""Function that returns the values of a parameter by its name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(Pass):
-    """Stores weights of the model of the capture in a format, and edits copies of its graphs.
+    """Pass that stores weights of the captured model in a format, and edits copies of its graphs.
 
     Attributes:
-        rows: Which weights.
+        rows: The weights.
         how: The format.
-        values: Where they come from; by default, from the model.
-        device: Where they are stored; by default, where they lie.
+        values: Source of their values; the model by default.
+        device: Device on which they are stored; their present device by default.
         progress: Called with (done, total, name) before each weight, and once when all are done.
     """
 
@@ -321,7 +329,7 @@ class Quantize(Pass):
     progress: Callable[[int, int, str], None] | None = None
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Edits the graphs, then stores one weight after the other."""
+        """Edit the graphs, then store one weight after the other."""
         if not self.rows:
             return PassResult(capture, False)
         regions = self._regions(capture)
@@ -344,7 +352,7 @@ class Quantize(Pass):
         regions, known = dict(capture.regions), {}
         for fqn, nodes in work.items():
             region = regions[fqn]
-            # Equal layers share their graph before the pass, and after it.
+            # Equal layers share their graph before and after the pass.
             key = (id(region.graph), *sorted(nodes))
             if key not in known:
                 known[key] = self._edited(region, nodes)
@@ -371,11 +379,11 @@ class Quantize(Pass):
         bias: Any = seen.bias if own else None
         operands: Any = (seen.x, seen.view.source, *(() if bias is None else (bias,)))
         with region.graph.inserting_before(node):
-            made = region.graph.call_function(quantized_linear, operands, options)
+            result = region.graph.call_function(quantized_linear, operands, options)
             if not own:
-                added: Any = (made, seen.bias)
-                made = region.graph.call_function(operator.add, added)
-        node.replace_all_uses_with(made)
+                added: Any = (result, seen.bias)
+                result = region.graph.call_function(operator.add, added)
+        node.replace_all_uses_with(result)
         region.graph.erase_node(node)
         erase_unread(region.graph, seen.operand)
 
@@ -405,7 +413,7 @@ class Quantize(Pass):
 
 
 def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
-    """Puts what is stored wherever lists, objects and functions of the model held the dense weight."""
+    """Replace the dense weights by the quantized ones in lists, objects and functions of the model."""
     try:
         exchange(model, before)
     except MergeError as error:
@@ -417,25 +425,25 @@ def _hand_on(model: nn.Module, before: list[tuple[str, nn.Parameter]]) -> None:
 
 
 def _is_layer(model: nn.Module, site: Site) -> bool:
-    """Whether an operation is all that an ``nn.Linear`` does, and nothing else applies its weight."""
+    """Return True if an operation is an ``nn.Linear``, and nothing else applies its weight."""
     exact = original_class(model.get_submodule(site.owner)) is nn.Linear
     own = all(call.region == site.owner for call in site.calls)
     return exact and own and relative(site.weight, site.owner) == "weight"
 
 
 def _is_bias(region: Region, bias: object, site: Site) -> bool:
-    found = region.parameter(bias)
-    return found is not None and tuple(found.shape) == (site.out_features,)
+    parameter = region.parameter(bias)
+    return parameter is not None and tuple(parameter.shape) == (site.out_features,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Materialize(Pass):
-    """Puts the values of parameters and buffers into a model on the meta device.
+    """Pass that fills the parameters and buffers of a model on the meta device.
 
     Attributes:
-        but: Weights that are left on the meta device, by FQN.
-        values: Gives a parameter or buffer by its name.
-        device: Where to put them.
+        but: FQNs of weights that stay on the meta device.
+        values: Returns a parameter or buffer by its name.
+        device: Device to put them on.
     """
 
     name: ClassVar[str] = "materialize"
@@ -445,17 +453,17 @@ class Materialize(Pass):
     device: torch.device
 
     def __call__(self, capture: Capture) -> PassResult:
-        """One tensor after the other; a tied parameter once."""
-        made: dict[int, nn.Parameter] = {}
+        """Fill one tensor after the other, and each tied parameter once."""
+        parameters: dict[int, nn.Parameter] = {}
         for fqn, module in capture.model.named_modules(remove_duplicate=False):
             for key, parameter in module._parameters.items():
                 name = join(fqn, key)
                 if parameter is None or name in self.but or not parameter.is_meta:
                     continue
-                if id(parameter) not in made:
-                    # The old one is kept alive by the tie, or its identity would be free for the next.
-                    made[id(parameter)] = nn.Parameter(self._own(name), requires_grad=False)
-                module._parameters[key] = made[id(parameter)]
+                if id(parameter) not in parameters:
+                    # The tied modules keep the old parameter alive, so its id is not reused.
+                    parameters[id(parameter)] = nn.Parameter(self._own(name), requires_grad=False)
+                module._parameters[key] = parameters[id(parameter)]
             for key in module._buffers.keys() - torch_private.transient_buffers(module):
                 if module._buffers[key] is not None:
                     module._buffers[key] = self._own(join(fqn, key))
@@ -464,11 +472,11 @@ class Materialize(Pass):
         return PassResult(capture, True)
 
     def _own(self, name: str) -> torch.Tensor:
-        # Copied in any case: what is read may lie in a file.
+        # Always copied, because the source may be mapped from a file.
         return self.values(name).to(self.device, copy=True)
 
     def _computed(self, model: nn.Module, module: nn.Module, fqn: str) -> None:
-        """Buffers that are not saved, made by the code that makes them for transformers' own loader."""
+        """Compute unsaved buffers with the code that transformers' own loader runs for them."""
         empty = [k for k, b in module._buffers.items() if b is not None and b.is_meta]
         if not empty:
             return
@@ -487,18 +495,18 @@ class Materialize(Pass):
 
 
 def _initializer(model: nn.Module, fqn: str) -> Callable[[nn.Module], Any] | None:
-    """``_init_weights`` of the model of transformers that a module is in; None where it is in none."""
+    """Return ``_init_weights`` of the innermost transformers model around a module, or None."""
     path = fqn.split(".") if fqn else []
     for length in range(len(path), -1, -1):
         owner = model.get_submodule(".".join(path[:length]))
-        found = getattr(type(owner), "_init_weights", None)
-        if found is not None:
-            return lambda module: found(owner, module)
+        initialize = getattr(type(owner), "_init_weights", None)
+        if initialize is not None:
+            return lambda module: initialize(owner, module)
     return None
 
 
 def _blank(like: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """A tensor in which one sees what was never written."""
+    """Return a tensor filled with a value that marks elements never written."""
     assert like is not None
     fill: Any = True
     if like.is_floating_point() or like.is_complex():

@@ -1,4 +1,4 @@
-"""From a module to graphs: three front-ends, and the checks of what they give."""
+"""Capture of a module as graphs: three front-ends, and checks of their results."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Chooses the front-end.
+"""Choice of the front-end.
 
-``symbolic`` if everything traces, else ``export`` where it sees more, else ``regions``.
+``symbolic`` if everything can be traced, else ``export`` if it sees more, else ``regions``.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def capture(
 ) -> Capture:
     """Capture a model as graphs and check them; see :func:`lora_fx.capture`.
 
-    Without ``verify`` the graphs are not compared with the model: a rewrite compares the result.
+    Without ``verify`` the graphs are not compared with the model, because a rewrite compares its result.
 
-    In the place of parameters that ZeRO-3 has partitioned are others of the true shapes, without values,
+    Parameters that ZeRO-3 has partitioned are replaced by meta parameters of the full shape,
     until :func:`lora_fx.passes.graph.put_partitions_back`.
     """
     if example_inputs is not None and any(map(is_partitioned, model.parameters())):
@@ -60,7 +60,7 @@ def capture(
     if frontend == "export" and example_inputs is None:
         return _from_made_up_inputs(model, dynamic_shapes)
     result = _captured(model, example_inputs, frontend, dynamic_shapes)
-    # On the meta device there are no values to compare, and transformers asks for some.
+    # On the meta device there are no values to compare, and code of transformers reads values.
     if example_inputs is None or any(p.is_meta for p in model.parameters()):
         return result
     if not verify or all(region.not_run for region in result.regions.values()):
@@ -70,7 +70,7 @@ def capture(
     except CaptureError as error:
         if frontend not in ("auto", "export"):
             raise
-        # What a trace has fixed cannot be seen before it runs.
+        # A value that a trace has fixed shows only when the graph runs.
         _log.warning("not captured by %s: %s", result.frontend, error)
         notes = (*result.notes, f"not {result.frontend}: {error}")
         return _that_holds(model, result, example_inputs, notes)
@@ -80,7 +80,7 @@ def capture(
 def _that_holds(
     model: nn.Module, result: Capture, example_inputs: Any, notes: tuple[str, ...]
 ) -> Capture:
-    """Keep the graphs of PyTorch's own layers alone: another one computes something else than its module."""
+    """Keep only the graphs of PyTorch's own layers, because another graph computes something else."""
     kept = {
         fqn: region
         for fqn, region in result.regions.items()
@@ -89,22 +89,24 @@ def _that_holds(
     reason = "a graph in the model computes something else than the original on the example inputs"
     opaque = {**result.opaque, **dict.fromkeys(result.regions.keys() - kept.keys(), reason)}
     frontend = "export" if result.frontend == "export" else "regions"
-    held = dataclasses.replace(result, regions=kept, opaque=opaque, notes=notes, frontend=frontend)
-    check_unchanged(model, held, example_inputs)
-    return held
+    reduced = dataclasses.replace(
+        result, regions=kept, opaque=opaque, notes=notes, frontend=frontend
+    )
+    check_unchanged(model, reduced, example_inputs)
+    return reduced
 
 
 def _from_made_up_inputs(model: nn.Module, dynamic_shapes: Any) -> Capture:
     check_model(model)
-    made = synthesise(model)
-    if made.inputs is None:
+    synthesis = synthesise(model)
+    if synthesis.inputs is None:
         raise CaptureError(
             "frontend='export' needs example_inputs (a tuple, a dict or a tensor that forward takes), "
-            f"and none can be made up: {made.words}"
+            f"and none can be made up: {synthesis.words}"
         )
-    words = f"example inputs made up from {made.words}: {describe(made.inputs)}"
+    words = f"example inputs made up from {synthesis.words}: {describe(synthesis.inputs)}"
     try:
-        result = capture(model, made.inputs, frontend="export", dynamic_shapes=dynamic_shapes)
+        result = capture(model, synthesis.inputs, frontend="export", dynamic_shapes=dynamic_shapes)
     except CaptureError as error:
         raise CaptureError(
             f"{error} ({words}; if the model takes others, give example_inputs)"
@@ -150,7 +152,7 @@ def _captured(
     except CaptureError as error:
         if frontend == "export":
             raise
-        # The export has run it: iterators and generators of random numbers have gone on.
+        # The export has run the copy, and so advanced its iterators and random generators.
         traced = find_regions(show_shapes(share_copy(model)))
         return dataclasses.replace(
             traced, frontend=whole.frontend, notes=(*notes, f"not export: {error}")
@@ -160,7 +162,7 @@ def _captured(
 def _why_regions(
     model: nn.Module, traced: Capture, example_inputs: Any, stored: Quantization | None
 ) -> str | None:
-    """Why the regions do without an export; None if one would see more."""
+    """Return the reason why the regions need no export, or None if an export would see more."""
     if example_inputs is None:
         return "there are no example_inputs"
     if stored is not None:
@@ -177,7 +179,7 @@ def _why_regions(
         if is_matrix(parameter) and name not in seen
     }
     read = {storage_of(traced.model.get_parameter(name)) for name in seen & _names(traced.model)}
-    # An export takes long: only where something is multiplied that no graph reads.
+    # An export is slow, so it only runs if the model multiplies with a weight that no graph reads.
     if unread <= read:
         return "the regions see every weight"
     count = watch_reference(model, example_inputs)
@@ -191,7 +193,7 @@ def _names(model: nn.Module) -> set[str]:
 
 
 def _not_symbolic(capture: Capture) -> str | None:
-    """Why not everything is a graph, or None."""
+    """Return the reason why a module has no graph, or None if everything has one."""
     if "" in capture.opaque:
         return f"{type(capture.model).__name__}: {capture.opaque['']}"
     for fqn, reason in capture.opaque.items():

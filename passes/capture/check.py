@@ -1,4 +1,4 @@
-"""Compares a capture with the model that it was made from, on the example inputs."""
+"""Comparison of a capture with the original model on the example inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-# Which arguments of an operator can be weights; every one of the list where one is a list.
+# Indices of the arguments of an operator that can be weights, or lists of weights.
 _OPERANDS: dict[str, tuple[int, ...]] = {
     "addbmm": (1, 2),
     "addmm": (1, 2),
@@ -59,21 +59,21 @@ _OPERANDS: dict[str, tuple[int, ...]] = {
     "rnn_relu": (2, 3),
     "rnn_tanh": (2, 3),
 }
-_VECTORS = {"addmv", "dot", "mv"}  # elsewhere a vector is a bias
-# What these give holds the first argument's values, whatever chose them.
+_VECTORS = {"addmv", "dot", "mv"}  # in other operators a vector is a bias
+# The results of these have values of the first argument, whatever selects them.
 _SELECT = {"gather", "index", "index_select", "take", "_unsafe_index"}
-# Values as they were, in other storage.
+# The results of these have the same values in other storage.
 _COPY = {"_to_copy", "cat", "clone", "constant_pad_nd", "contiguous", "copy", "stack"}
 
 
 @dataclass(frozen=True)
 class Count:
-    """What was counted.
+    """Weights of the linear operations that a call ran.
 
     Attributes:
-        direct: Parameters that are a weight of a linear operation as they are, or reshaped, cast
-            or in parts. Each entry is all the names of one parameter.
-        computed: Weights that are computed: the parameters that each is computed from.
+        direct: Parameters that are a weight directly, or reshaped, cast
+            or in parts. Each entry has all the names of one parameter.
+        computed: Computed weights. Each entry has the names of the parameters that it is computed from.
     """
 
     direct: tuple[frozenset[str], ...]
@@ -81,15 +81,15 @@ class Count:
 
 
 def count_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Count:
-    """Runs the model once, as it is, and counts.
+    """Run the model once, and count its weights.
 
     Args:
-        model: Any module; a call must leave it as it was.
+        model: Any module. A call must not change it.
         args: Positional arguments of one call.
         kwargs: Its keyword arguments.
     """
     watch = _Watch(model, (args, kwargs))
-    # With gradients: the fast paths of nn.MultiheadAttention, one operator each, are then off.
+    # Gradients turn off the fast paths of nn.MultiheadAttention, which are one operator each.
     with torch.enable_grad(), watch:
         model(*args, **kwargs)
     direct = tuple(frozenset(names) for names in sorted(map(sorted, watch.direct)))
@@ -99,22 +99,24 @@ def count_weights(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a value is made of, if it is made of parameters alone."""
+    """Origin of a value that is computed from parameters only."""
 
     names: frozenset[frozenset[str]]
     direct: bool
 
 
 class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Follows values by storage: a parameter's, computed from parameters, data, or neither."""
+    """Dispatch mode that classifies storages: parameter, computed from parameters, data, or neither."""
 
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self.direct: set[frozenset[str]] = set()
         self.computed: set[frozenset[str]] = set()
-        # By what holds the values, for as long as something else holds that.
+        # Weak keys: an entry lives as long as the storage.
         self._origin: Any = WeakIdKeyDictionary()
-        self._data: Any = WeakIdKeyDictionary({holder_of(one): True for one in _tensors(inputs)})
+        self._data: Any = WeakIdKeyDictionary(
+            {holder_of(tensor): True for tensor in _tensors(inputs)}
+        )
         names: dict[int, set[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(storage_of(parameter), set()).add(name)
@@ -124,7 +126,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
             self._origin[holder_of(parameter)] = _Origin(frozenset({group}), direct=True)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operator and notes what its results are made of."""
+        """Run the operator, and note the origin of its results."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
@@ -132,11 +134,11 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
             self._note(name, args)
             self._becomes_data(result)
             return result
-        given = list(_tensors(args[:1])) if name in _SELECT else list(_tensors((args, kwargs)))
-        if any(holder_of(tensor) in self._data for tensor in given):
+        operands = list(_tensors(args[:1])) if name in _SELECT else list(_tensors((args, kwargs)))
+        if any(holder_of(tensor) in self._data for tensor in operands):
             self._becomes_data(result)
             return result
-        origins = [o for t in given if (o := self._origin.get(holder_of(t))) is not None]
+        origins = [o for t in operands if (o := self._origin.get(holder_of(t))) is not None]
         if origins:
             copied = name in _SELECT or name in _COPY
             self._becomes(result, origins, copied and all(o.direct for o in origins))
@@ -154,7 +156,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
             if i < len(args)
         ]
         if name in ("mm", "addmm", "bmm", "baddbmm") and all(operands):
-            # Both are parameters: a learned query through a layer, say. The layer's comes second.
+            # Both are parameters, such as a learned query and a layer's weight. The weight comes second.
             operands = operands[1:] if any(o.direct for o in operands[1]) else operands[:1]
         for origin in (origin for group in operands for origin in group):
             if origin.direct:
@@ -171,7 +173,7 @@ class _Watch(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call] 
     def _becomes(self, result: Any, origins: list[_Origin], direct: bool) -> None:
         merged = _Origin(frozenset().union(*(o.names for o in origins)), direct)
         for tensor in _tensors((result,)):
-            # A view has the storage, and with it the origin, of what it is a view of.
+            # A view shares the storage of its base, and so its origin.
             self._origin.setdefault(holder_of(tensor), merged)
 
 
@@ -185,9 +187,10 @@ _TOLERANCE = 1e-6
 
 
 def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> float:
-    """Runs the model and its capture in eval mode and compares the outputs.
+    """Run the model and its capture in eval mode, and compare the outputs.
 
-    Both are called twice where a call leaves something behind: a graph may have fixed what it read of that.
+    Both are called twice if a call changes state, because a graph may have fixed the state of the first
+    call.
 
     Returns:
         The largest difference, relative to the largest value of its output; 0.0 for equal bits.
@@ -198,7 +201,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
     reference, left = _reference(model, example_inputs, _run_with_what_is_left)
     runs = _runnable(capture.model, capture.regions.values())
     try:
-        found = [_run_with_inputs(runs, example_inputs) for _ in reference]
+        outputs = [_run_with_inputs(runs, example_inputs) for _ in reference]
     except CaptureError:
         raise
     except Exception as error:
@@ -206,7 +209,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
             f"the captured model ({capture.frontend}) fails where the original runs ({type(error).__name__}: "
             f"{error}). Try another frontend, and please report this"
         ) from error
-    differences = [_difference(a, b) for a, b in zip(reference, found, strict=True)]
+    differences = [_difference(a, b) for a, b in zip(reference, outputs, strict=True)]
     difference = max(differences)
     if difference > _TOLERANCE:
         second = f" in a second call ({left})" if differences[0] <= _TOLERANCE else ""
@@ -221,7 +224,7 @@ def check_unchanged(model: nn.Module, capture: Capture, example_inputs: Any) -> 
 
 
 def _runnable(model: nn.Module, regions: Iterable[Region]) -> nn.Module:
-    """A copy that runs the graphs: what a forward writes is not part of the capture."""
+    """Return a copy that runs the graphs, so that state written by a forward stays out of the capture."""
     regions = [region for region in regions if not region.not_run]
     install(regions)
     try:
@@ -232,7 +235,7 @@ def _runnable(model: nn.Module, regions: Iterable[Region]) -> nn.Module:
 
 
 def run_reference(model: nn.Module, example_inputs: Any) -> Any:
-    """The model's output in eval mode. The model is not touched: a copy over its weights runs.
+    """Return the model's output in eval mode. A copy over its weights runs, so the model is not touched.
 
     Raises:
         CaptureError: If the inputs do not fit the model.
@@ -241,9 +244,9 @@ def run_reference(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def run_once(model: nn.Module, example_inputs: Any) -> Any:
-    """The output of the model itself in eval mode, with gradients where the caller has them on.
+    """Return the output of the model itself in eval mode, with gradients if the caller has them enabled.
 
-    Every run begins with the same random numbers and uses none up.
+    Every run starts from the same random state, and leaves it unchanged.
 
     Raises:
         CaptureError: If the inputs do not fit the model.
@@ -252,7 +255,7 @@ def run_once(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def watch_reference(model: nn.Module, example_inputs: Any) -> Count:
-    """What the model multiplies with its data on the example inputs; a copy over its weights runs.
+    """Count the weights that the model applies to the example inputs. A copy over its weights runs.
 
     Raises:
         CaptureError: If the inputs do not fit the model.
@@ -289,21 +292,21 @@ def _devices(model: nn.Module) -> set[torch.device]:
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
-    """The output in eval mode; every run begins with the same random numbers and uses none up."""
+    """Return the output in eval mode. Every run starts from the same random state, and keeps it."""
     with torch.no_grad():
         return _called(model, example_inputs)
 
 
 def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[torch.Tensor]]:
-    """The output, and what the tensors among the inputs are after the call, which may write into them."""
-    given = pytree.tree_map(_own, normalize(example_inputs))
+    """Return the output, and the input tensors after the call, which may write into them."""
+    inputs = pytree.tree_map(_own, normalize(example_inputs))
     with torch.no_grad():
-        output = _called_with(model, *given)
-    return output, [one for one in pytree.tree_leaves(given) if isinstance(one, torch.Tensor)]
+        output = _called_with(model, *inputs)
+    return output, [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
 
 
 def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
-    """The output, and that of a second call where the first has left something behind; in words what."""
+    """Return the output, a second one if the first call changed state, and the change in words or None."""
     before, versions = State(model), _versions(model)
     outputs = [_run_with_inputs(model, example_inputs)]
     left = before.changed()
@@ -323,7 +326,7 @@ def _versions(model: nn.Module) -> list[int]:
 
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:
-    # A forward may write into what it is given: tensors, and caches more so.
+    # A forward may write into its inputs: into tensors, and often into caches.
     return _called_with(model, *pytree.tree_map(_own, normalize(example_inputs)))
 
 
@@ -333,12 +336,12 @@ def _called_with(model: nn.Module, args: Any, kwargs: Any) -> Any:
         with torch.random.fork_rng(devices=_devices(model)), _without_fast_path():
             return model.eval()(*args, **kwargs)
     finally:
-        before.restore()  # the random numbers of Python and NumPy
+        before.restore()  # the random state of Python and NumPy
 
 
 @contextlib.contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """Attention in the operations that a graph has; the fast path writes zeros where padding is."""
+    """Disable the fast path of attention, which graphs do not have, and which writes zeros into padding."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -351,9 +354,9 @@ def _own(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
-def _difference(reference: Any, found: Any) -> float:
+def _difference(reference: Any, captured: Any) -> float:
     left, left_spec = pytree.tree_flatten(reference)
-    right, right_spec = pytree.tree_flatten(found)
+    right, right_spec = pytree.tree_flatten(captured)
     if left_spec != right_spec:
         raise CaptureError(f"the captured model returns {right_spec}, the original {left_spec}")
     pairs = []
@@ -367,27 +370,30 @@ def _difference(reference: Any, found: Any) -> float:
 
 
 def relative_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest difference, each relative to the largest value of its expected tensor.
+    """Return the largest difference, relative to the largest value of the expected tensor.
 
     Returns:
-        0.0 for equal values; infinity where shapes differ, or only one value is finite.
+        0.0 for equal values; infinity if shapes differ, or only one of two values is finite.
     """
-    if [one.shape for one in found] != [one.shape for one in expected]:
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
         return math.inf
     pairs = [largest_difference(a, b) for a, b in zip(found, expected, strict=True)]
     return max((error / max(scale, 1e-30) for error, scale in pairs), default=0.0)
 
 
 def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """The largest absolute difference of two tensors of one shape, and the largest finite expected value.
+    """Return the largest absolute difference of two tensors, and the largest finite expected value.
 
-    Equal infinities are no difference, nor is NaN in both; one that is in one of them only is infinite.
+    The shapes must be equal. Equal infinities, and NaN in both, are no difference. A NaN in only one of the
+    tensors is an infinite difference.
     """
     if not found.numel():
         return 0.0, 0.0
     a, b = (
-        (torch.view_as_real(one.resolve_conj()) if one.is_complex() else one).detach().double()
-        for one in (found.to(expected.device), expected)
+        (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor)
+        .detach()
+        .double()
+        for tensor in (found.to(expected.device), expected)
     )
     same = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)

@@ -1,14 +1,14 @@
-"""Modules of ``torch.nn`` that apply several weights inside one call, written out.
+"""Written-out forwards of library modules that apply several weights inside one call.
 
-Their own ``forward`` branches on how it is called and has fast paths in C++, for which each adapted weight
-would be computed as a whole. What is here computes the same from operations that can be seen: one projection
-each for q, k and v, the attention (:func:`lora_fx.runtime.attention.attend`), one projection out. A
-transposed convolution takes the size of its output from its caller. Each function has the signature of the
-``forward`` that it stands for, and its graph holds for every call.
+The original ``forward`` branches on its arguments, and has fast paths in C++ that would need each adapted
+weight as a whole. The functions here compute the same from visible operations. For attention: one
+projection each for q, k and v, the attention (:func:`lora_fx.runtime.attention.attend`), and one output
+projection. A transposed convolution gets the size of its output from its caller. Each function has the
+signature of the ``forward`` that it replaces, and its graph holds for every call.
 
-A library of quantized weights may have modules of its own, whose forward changes them as they run: what its
-format writes out stands for it, over the same weight and kernels. ``nn.Linear`` and other code stay as they
-are, and their products with such a weight are hidden from autograd.
+A library of quantized weights may have its own layers, whose forward changes them as they run. Their
+format provides a written-out forward over the same weight and kernels. ``nn.Linear`` and other code stay as
+they are, and their products with such a weight become one opaque node for autograd.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ __all__ = [
 
 
 def _written_out_of_torchvision(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """What to trace in place of a class's ``forward``; None if it is none of torchvision's."""
-    found = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
-    # A class of the same name may be another one.
-    return _WINDOWED.get((cls.__module__, cls.__qualname__)) if found is cls else None
+    """Return the written-out ``forward`` of a torchvision class, or None for other classes."""
+    original = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None)
+    # Another class may have the same name.
+    return _WINDOWED.get((cls.__module__, cls.__qualname__)) if original is cls else None
 
 
 def _swin(self: Any, x: torch.Tensor) -> Any:
@@ -102,7 +102,7 @@ _FLAGS = ("num_experts", "has_gate", "has_bias", "has_post_expert_norm", "is_tra
 
 
 def experts_implementation(module: nn.Module) -> str | None:
-    """How a layer of experts of transformers is set to apply them; None for any other module."""
+    """Return the experts implementation set for a layer of transformers, or None for other modules."""
     if "transformers.integrations.moe" not in sys.modules:
         return None
     config = module.__dict__.get("config")
@@ -112,18 +112,18 @@ def experts_implementation(module: nn.Module) -> str | None:
 
 
 def _written_out_of_transformers(module: nn.Module) -> Callable[..., Any] | None:
-    """What to trace in place of a module's ``forward``; None if that is its own."""
-    found = _EXPERTS.get(experts_implementation(module) or "")
-    if found is None or getattr(module, "_is_expert_parallel", False):
+    """Return the written-out ``forward`` of a transformers layer of experts, or None for other modules."""
+    forward = _EXPERTS.get(experts_implementation(module) or "")
+    if forward is None or getattr(module, "_is_expert_parallel", False):
         return None
-    return _with_signature(found, original_class(module).forward)
+    return _with_signature(forward, original_class(module).forward)
 
 
 @functools.cache
 def _with_signature(
     forward: Callable[..., Any], original: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """The names of the arguments are those of the class."""
+    """Return the forward with the argument names of the original."""
 
     @functools.wraps(forward)
     def wrapped(*args: Any) -> Any:
@@ -136,9 +136,9 @@ def _with_signature(
 def _eager(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
     out = torch.zeros_like(hidden)
     for expert in range(self.num_experts):
-        # An expert that no token chose works on no rows.
-        found = _node(experts.tokens_of, expert, chosen)
-        choice, token = found[0], found[1]
+        # An expert that no token chose computes on zero rows.
+        tokens = _node(experts.tokens_of, expert, chosen)
+        choice, token = tokens[0], tokens[1]
         x = _projected(self, hidden[token], "up", expert)
         x = _projected(self, _activated(self, x), "down", expert)
         x = _normed(self, x) * weights[token, choice, None]
@@ -169,8 +169,8 @@ def _gathered(self: Any, x: Any, which: str, ids: Any) -> Any:
 
 
 def _grouped(self: Any, hidden: torch.Tensor, chosen: Any, weights: Any) -> Any:
-    found = _node(experts.sorted_by_expert, hidden, chosen, weights, self.num_experts)
-    x, sorted_weights, ids, ends, order = found[0], found[1], found[2], found[3], found[4]
+    batch = _node(experts.sorted_by_expert, hidden, chosen, weights, self.num_experts)
+    x, sorted_weights, ids, ends, order = batch[0], batch[1], batch[2], batch[3], batch[4]
     x = _sorted(self, x, "up", ids, ends)
     x = _sorted(self, _activated(self, x), "down", ids, ends)
     x = _node(experts.unsorted, _normed(self, x) * sorted_weights.unsqueeze(-1), order)
@@ -367,7 +367,7 @@ _FORWARDS = frozenset(cls.forward for cls in _TRANSPOSED)
 
 
 def _written_out_convolution(cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """What computes as a transposed convolution of torch, also as a subclass that changes none of it."""
+    """Return the written-out ``forward`` of a transposed convolution, or None for other classes."""
     if not issubclass(cls, _TRANSPOSED) or cls.forward not in _FORWARDS:
         return None
     return (
@@ -393,11 +393,11 @@ WRITTEN_OUT: Mapping[type[nn.Module], Callable[..., Any]] = {
     nn.TransformerDecoderLayer: _decoder_layer,
     nn.TransformerDecoder: _decoder,
 }
-"""By exact class: a subclass may have changed what it computes."""
+"""Written-out forwards by exact class, because a subclass may compute something else."""
 
 
 def written_out(module: nn.Module) -> Callable[..., Any] | None:
-    """What to trace in place of a module's own ``forward``, or None."""
+    """Return the function to trace instead of a module's own ``forward``, or None."""
     cls = original_class(module)
     return (
         WRITTEN_OUT.get(cls)
@@ -409,7 +409,7 @@ def written_out(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def written_conditions(module: nn.Module) -> tuple[str, ...]:
-    """Return code that is true of ``self`` where what was written out does not hold any more."""
+    """Return expressions of ``self`` that are true if the written-out forward does not apply any more."""
     chosen = experts_implementation(module)
     if chosen is None:
         return ()
@@ -417,7 +417,7 @@ def written_conditions(module: nn.Module) -> tuple[str, ...]:
 
 
 def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., Any] | None:
-    """What to trace in place of a quantized layer's ``forward``; None if it is no library's own.
+    """Return the function to trace for a library's quantized layer, or None for other modules.
 
     Args:
         module: The layer.
@@ -431,13 +431,13 @@ def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., 
 
 
 def holds_quantized(module: nn.Module) -> bool:
-    """Whether a module below has a quantized weight: code that reads it past that module would be wrong."""
+    """Return True if a child has a quantized weight, which code outside of that child would misread."""
     below = (p for child in module.children() for p in child.parameters())
     return any(quantization_of(p) is not None for p in below)
 
 
 def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
-    """All that the graph of a quantized layer of a library depends on; None for any other module."""
+    """Return the settings that the graph of a library's quantized layer depends on, or None."""
     if written_out_layer(module, original_class(module)) is None:
         return None
     known = format_of(module._parameters["weight"])
@@ -445,12 +445,12 @@ def setup_of(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
-    """Puts :func:`quantized_linear` in place of products with a tensor that holds few bits.
+    """Replace products with a quantized weight by :func:`quantized_linear`.
 
-    What multiplies such a weight in another way (rows of it, its transpose) stays, and is refused by name.
+    Other products with such a weight (with rows of it, its transpose) stay, and are refused by name.
 
     Args:
-        graph: The module's; it is edited.
+        graph: The graph of the module. It is edited.
         module: The module.
     """
     if not any(quantization_of(p) for p in module.parameters()):
@@ -472,8 +472,8 @@ def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
             continue
         with graph.inserting_before(node):
             operands: Any = (seen.x, view.source, seen.bias)
-            made = graph.call_function(quantized_linear, operands)
-        node.replace_all_uses_with(made)
+            replacement = graph.call_function(quantized_linear, operands)
+        node.replace_all_uses_with(replacement)
         graph.erase_node(node)
         erase_unread(graph, seen.operand)
     return graph

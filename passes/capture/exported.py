@@ -1,6 +1,6 @@
-"""Finds operations with ``torch.export``: one graph of ATen operations for the whole model, which never runs.
+"""Capture with ``torch.export``: one graph of ATen operations for the whole model, which never runs.
 
-It sees operations that no symbolic trace reaches, in code that branches on values of Python or takes
+It shows operations that a symbolic trace cannot reach, in code that branches on Python values or takes
 ``**kwargs``. The modules run their own code, which reads each adapted weight with its adapters.
 """
 
@@ -28,12 +28,12 @@ from lora_fx.torch_private import pytree
 __all__ = ["MODULE_STACK", "ONE_AT_A_TIME", "add_exported"]
 
 MODULE_STACK = "nn_module_stack"
-"""The key of ``node.meta`` with the FQNs of the modules that a node comes from, the outermost first."""
+"""Key of ``node.meta`` with the FQNs of the modules that a node comes from, the outermost first."""
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while ``torch.export`` or the ONNX exporter runs: both keep what they are at in global state.
+"""Lock held while ``torch.export`` or the ONNX exporter runs, because both use global state.
 
-An export to ONNX may capture in between, in the same thread.
+It is reentrant, because an export to ONNX may capture in the same thread.
 """
 
 
@@ -43,15 +43,15 @@ def add_exported(capture: Capture, example_inputs: Any, dynamic_shapes: Any = No
     Args:
         capture: The model with its regions.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
-        dynamic_shapes: As ``torch.export.export`` takes it, by name; by default all shapes are fixed.
+        dynamic_shapes: Same as for ``torch.export.export``, by name. By default all shapes are fixed.
 
     Raises:
         CaptureError: If the model cannot be exported, with the reason.
     """
-    # Of a copy: the export runs the model, which may leave something behind.
+    # Export a copy, because the export runs the model, which may change its state.
     model = share_copy(capture.model)
     inputs = named_inputs(model, example_inputs)
-    # Attention is exported as the regions have it, so that both show the same operations.
+    # Written-out modules (attention) are exported as such, so that both captures show the same operations.
     for region in capture.regions.values():
         if region.written_out:
             module = model.get_submodule(region.fqn)
@@ -62,11 +62,11 @@ def add_exported(capture: Capture, example_inputs: Any, dynamic_shapes: Any = No
     result: Any = graph.graph_copy(module.graph, {})
     for node in reversed(graph.nodes):
         if not node.users and torch_private.is_assertion(node.target):
-            graph.erase_node(node)  # it checks a value, and reads nothing of it
+            graph.erase_node(node)  # it only checks a value
     _name_tensors(graph, model)
     _name_placeholders(graph, inputs)
     leaves = pytree.tree_leaves(result)
-    # One value where it gives several, as a class of outputs is one.
+    # Several outputs are joined into one value, like a class of outputs.
     graph.output(leaves[0] if len(leaves) == 1 else graph.call_function(_outputs, tuple(leaves)))
     _keep_module_stacks(graph, model)
     below = {fqn: region for fqn, region in capture.regions.items() if fqn}
@@ -78,16 +78,18 @@ def add_exported(capture: Capture, example_inputs: Any, dynamic_shapes: Any = No
 
 
 def _outputs(*values: Any) -> Any:
-    """Stand for the class of what a model returns."""
+    """Stand for the class of a model's output."""
     return values
 
 
 def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
-    # Export takes one object that is passed twice for one input.
-    given = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    # Clone tensors, because export merges an object that is passed twice into one input.
+    arguments = {
+        k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()
+    }
     try:
-        with ONE_AT_A_TIME, _named_arguments(model, given):
-            return torch.export.export(model, (), given, dynamic_shapes=dynamic_shapes)
+        with ONE_AT_A_TIME, _named_arguments(model, arguments):
+            return torch.export.export(model, (), arguments, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         text = str(error).strip().splitlines() or [type(error).__name__]
         hint = (
@@ -102,9 +104,9 @@ def _exported(model: nn.Module, inputs: dict[str, Any], dynamic_shapes: Any) -> 
 
 @contextmanager
 def _named_arguments(model: nn.Module, inputs: dict[str, Any]) -> Iterator[None]:
-    """Give what ``**kwargs`` takes a place in the signature: ``torch.export`` loses it otherwise.
+    """Add the arguments of ``**kwargs`` to the signature, because ``torch.export`` would lose them.
 
-    What the forward writes into Python objects is put back.
+    State of Python objects that the forward changes is restored.
     """
     before, own = State(model), model.forward
 
@@ -128,7 +130,7 @@ def _module_of(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
     try:
         module: fx.GraphModule = program.module(check_guards=False)
     except Exception as error:
-        # A weight in a child that has the name of an attribute of its own: "code".
+        # For example, a weight in a child whose name is an attribute of fx.GraphModule: "code".
         raise CaptureError(
             f"torch.export gives a program of {type(model).__name__} that PyTorch makes no module of "
             f"({error}): use frontend='regions'"
@@ -137,7 +139,7 @@ def _module_of(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
 
 
 def _name_tensors(graph: fx.Graph, model: nn.Module) -> None:
-    """Call a module with two names by the first, as everywhere else; refuse graphs within the graph."""
+    """Use the first name of a module with two names, as everywhere else. Raise for nested graphs."""
     first = {module: name for name, module in model.named_modules()}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -172,7 +174,7 @@ def _name_placeholders(graph: fx.Graph, inputs: dict[str, Any]) -> None:
 
 
 def _keep_module_stacks(graph: fx.Graph, model: nn.Module) -> None:
-    """Drop what ``torch.export`` says of a node but the modules that it comes from, which pictures show."""
+    """Drop the metadata of ``torch.export``, except the modules of each node, which pictures show."""
     known = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
     for node in graph.nodes:
         stack = node.meta.get(MODULE_STACK)

@@ -1,4 +1,4 @@
-"""Hears the functions of PyTorch that code calls, for those who count or answer them."""
+"""Mode that passes calls of PyTorch functions to subclasses, which count or answer them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ __all__ = ["Listener"]
 
 
 class Listener(TorchFunctionMode):
-    """Hears every function of PyTorch that is called while it is entered, and may answer in its stead."""
+    """Mode that gets every call of a PyTorch function while it is active, and may return another result."""
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Give the result of a call that is not to run; NotImplemented for one that is."""
+        """Return the result of a call instead of running it, or NotImplemented to run it."""
         return NotImplemented
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Take note of a call that has run."""
+        """Note a call that has run."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer a call, or run it and hear its result."""
+        """Answer a call, or run it and pass its result to :meth:`hear`."""
         kwargs = kwargs or {}
         result = self.answer(func, args, kwargs)
         if result is NotImplemented:

@@ -1,6 +1,6 @@
-"""Stand-ins for what is known only when the graph runs.
+"""Proxies of values that are known only when the graph runs.
 
-Operations on them are recorded. A question that a stand-in cannot answer (how long it is, what number)
+Operations on them are recorded. A question that a proxy cannot answer (its length, its number)
 ends the trace with the reason.
 """
 
@@ -31,13 +31,13 @@ _ABOUT_SHAPE: dict[str, Callable[..., Any]] = {
 
 
 class TracedValue(fx.Proxy):
-    """A value that is not known yet."""
+    """Proxy of a value that is not known yet."""
 
     tracer: Recorder
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """Say to ``isinstance`` that it is a tensor; functions of C that ask would take it for one."""
+        """Return Tensor to ``isinstance`` in model code. C functions would treat the proxy as a tensor."""
         return Tensor if _is_isinstance(sys._getframe(1)) else type(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -89,20 +89,20 @@ class TracedValue(fx.Proxy):
 
 
 class _Attribute(TracedValue):
-    """``x.name``: a read if it is used, a method call if it is called."""
+    """Proxy of ``x.name``: an attribute read if it is used, a method call if it is called."""
 
     def __init__(self, root: TracedValue, name: str) -> None:
         self.__dict__.update(tracer=root.tracer, _root=root, _name=name, _read=None)
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
-        """The read; it is made when it is asked for."""
+        """Return the node of the read, created at the first use."""
         own = self.__dict__
         if own["_read"] is None:
             args = (own["_root"], own["_name"])
             own["_read"] = self.tracer.create_proxy("call_function", getattr, args, {}).node
-        made: fx.Node = own["_read"]
-        return made
+        read: fx.Node = own["_read"]
+        return read
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         own = self.__dict__
@@ -114,38 +114,41 @@ class _Attribute(TracedValue):
 
 
 class ModeProxy(TracedValue):
-    """``module.training``, read when the graph runs. The node is made when it is asked for."""
+    """Proxy of ``module.training``, which the graph reads when it runs."""
 
     def __init__(self, tracer: Recorder, target: str) -> None:
         self.__dict__.update(tracer=tracer, _target=target, _read=None)
 
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
-        """The read; it is made when it is asked for."""
+        """Return the node of the read, created at the first use."""
         own = self.__dict__
         if own["_read"] is None:
             own["_read"] = self.tracer.create_node("get_attr", own["_target"], (), {})
-        made: fx.Node = own["_read"]
-        return made
+        read: fx.Node = own["_read"]
+        return read
 
 
 def _is_isinstance(frame: FrameType) -> bool:
-    """Say whether the call that a frame is in is one of ``isinstance``, by the code of a model."""
+    """Return True if a frame of model code is in a call of ``isinstance``."""
     if str(frame.f_globals.get("__name__", "")).startswith("torch."):
         return False
     called = ""
-    for one in dis.get_instructions(frame.f_code):
-        if one.offset >= frame.f_lasti:
+    for instruction in dis.get_instructions(frame.f_code):
+        if instruction.offset >= frame.f_lasti:
             break
-        if one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval == "isinstance":
+        if (
+            instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+            and instruction.argval == "isinstance"
+        ):
             called = "isinstance"
-        elif one.opname.startswith("CALL"):
+        elif instruction.opname.startswith("CALL"):
             called = ""
     return called == "isinstance"
 
 
 def holds_traced(value: Any) -> bool:
-    """Return True if a value is traced, or a container that holds one that is."""
+    """Return True if a value is a traced value or a container of one."""
     if issubclass(type(value), TracedValue):
         return True
     if isinstance(value, list | tuple | set | frozenset):

@@ -1,4 +1,4 @@
-"""The classes that modules have while a forward is traced: they take notes of what is read of them."""
+"""Classes of modules during a trace, which record the attributes that code reads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _classes: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDict
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Have a recorder take note of what is read of its modules."""
+    """Make a recorder note the attributes that code reads from its modules."""
     before = [(module, type(module)) for module in recorder.names]
     try:
         for module, cls in before:
@@ -56,18 +56,18 @@ def _recorded(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 class _Recorded(nn.Module):
-    """What a class is while a forward is traced."""
+    """Base class of modules during a trace."""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Keep from a class that it has a subclass: it may register them."""
+        """Hide the subclass from the module's own class, which may register its subclasses."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """The module's own class, for code that asks."""
+        """Return the module's own class, for code that reads ``__class__``."""
         return type(self).__mro__[_place_of_own(type(self))]  # type: ignore[arg-type]
 
     def __getattribute__(self, name: str) -> Any:
-        """Return an attribute, and note it."""
+        """Return an attribute, and note the read."""
         value = super().__getattribute__(name)
         if name in _OF_MODULES or name.startswith("__"):
             return _internal(self, name, value)
@@ -79,7 +79,7 @@ class _Recorded(nn.Module):
         return _noted(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """Return a parameter, a buffer or a module."""
+        """Return a parameter, a buffer or a module, and note the read."""
         try:
             value = super().__getattr__(name)
         except AttributeError:
@@ -89,28 +89,28 @@ class _Recorded(nn.Module):
         return _noted(self, name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute, which a graph would not."""
+        """Set an attribute, which a graph would not do."""
         _recorders[self].doubts(
             f"its forward writes to {_path(self, name)}, an attribute of a module"
         )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        """Delete an attribute, which a graph would not."""
+        """Delete an attribute, which a graph would not do."""
         _recorders[self].doubts(
             f"its forward deletes {_path(self, name)}, an attribute of a module"
         )
         super().__delattr__(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Record a call."""
+        """Record a call of a child."""
         return _recorders[self].call_child(self, args, kwargs)
 
 
 @functools.lru_cache(maxsize=1024)
 def _place_of_own(cls: type) -> int:
     mro = cls.__mro__
-    return next(place for place, one in enumerate(mro) if place and one is not _Recorded)
+    return next(index for index, base in enumerate(mro) if index and base is not _Recorded)
 
 
 def _path(module: nn.Module, name: str) -> str:
@@ -119,7 +119,7 @@ def _path(module: nn.Module, name: str) -> str:
 
 
 def _internal(module: nn.Module, name: str, value: Any) -> Any:
-    """Note that code goes through the modules in a container, or through all attributes."""
+    """Note that code iterates over the modules in a container, or over all attributes."""
     caller = str(sys._getframe(2).f_globals.get("__name__", "")).partition(".")[0]
     recorder = _recorders.get(module)
     if recorder is None:
@@ -146,7 +146,7 @@ def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -
 
 
 def _is_settings(value: Any) -> bool:
-    """Return True for a class of the user's, whose attributes code may read and change."""
+    """Return True for a class of user code, whose attributes may be read and changed."""
     return isinstance(value, type) and value.__module__.partition(".")[0] not in _PACKAGES
 
 

@@ -1,8 +1,8 @@
-"""Walks the module tree and gives a graph to every module whose ``forward`` traces.
+"""Capture by regions: a graph for every module of the tree whose ``forward`` can be traced.
 
-A module without a graph keeps its own ``forward``, and its children are looked at one by one: in
-the worst case each linear layer is a region of one operation. Modules over no matrix are left
-alone.
+A module without a graph keeps its own ``forward``, and its children are traced separately. In
+the worst case each linear layer is a region of one operation. Modules without matrices are
+skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lora_fx.passes.patterns import patterns
 
 __all__ = ["Graphs", "find_regions"]
 
-# Modules of torch.nn that are one linear operation: their forward is worth a graph.
+# Modules of torch.nn that are one linear operation, and get a graph.
 _OPERATIONS = (
     nn.Linear,
     nn.Bilinear,
@@ -50,14 +50,14 @@ _OPERATIONS = (
 
 
 def find_regions(model: nn.Module) -> Capture:
-    """Captures every module that can be captured.
+    """Capture every module that can be captured.
 
     Args:
         model: The model, from :func:`share_copy`.
 
     Returns:
-        The regions by FQN, parents before children; for every other module that holds a matrix the
-        reason why it has none, and what was traced of it until then.
+        The regions by FQN, parents before children. For every other module that holds a matrix, the
+        reason why it has no graph, and its partial graph.
     """
     regions: dict[str, Region] = {}
     opaque: dict[str, str] = {}
@@ -65,7 +65,7 @@ def find_regions(model: nn.Module) -> Capture:
     seen: set[nn.Module] = set()
     holders = _holders(model)
     graphs = Graphs()
-    kept = {module: found for module in model.modules() if (found := kept_graph(module))}
+    kept = {module: graph for module in model.modules() if (graph := kept_graph(module))}
     for module in kept:
         uninstall(module)
 
@@ -103,7 +103,7 @@ def find_regions(model: nn.Module) -> Capture:
 
 
 class Graphs:
-    """Traces modules; those that agree in all that a trace depends on get the same graph."""
+    """Traced graphs of modules. Modules that are equal to a trace share a graph."""
 
     def __init__(self) -> None:
         self._known: dict[Any, tuple[fx.Graph, str]] = {}
@@ -111,7 +111,7 @@ class Graphs:
         self._failed: dict[Any, Untraceable] = {}
 
     def of(self, module: nn.Module) -> tuple[fx.Graph, str]:
-        """Return the graph of a module's forward, and why it must not run; empty if it may.
+        """Return the graph of a module's forward, and the reason why it must not run (empty if it may).
 
         Raises:
             Untraceable: With the reason in words.
@@ -119,7 +119,7 @@ class Graphs:
         if "forward" in module.__dict__ and not wraps_own_forward(module):
             raise Untraceable("its forward was replaced on the instance")
         kind = _kind(module)
-        # What agrees in everything is of one kind: of others the structure need not be looked at.
+        # Modules of equal structure have the same kind, so a new kind needs no look-up of its structure.
         if kind in self._kinds and (known := self._known.get(_structure(module))) is not None:
             return known
         if kind in self._failed:
@@ -134,19 +134,19 @@ class Graphs:
         except Untraceable as reason:
             self._failed[kind] = reason
             raise
-        made = make_opaque(graph, module), doubt
+        result = make_opaque(graph, module), doubt
         layer = self.as_layer(module) if _computes_with_its_weight(module, graph) else None
         if layer is not None:
-            made = layer, "it computes with its weight before it applies it"
-        # A trace leaves the module as it was.
-        self._known[_structure(module)] = made
+            result = layer, "it computes with its weight before it applies it"
+        # The trace has restored the module, so its structure is the same as before.
+        self._known[_structure(module)] = result
         self._kinds.add(kind)
-        return made
+        return result
 
     def as_layer(self, module: nn.Module) -> fx.Graph | None:
-        """Return the graph of the layer of PyTorch that a module is a subclass of, which shows its operation.
+        """Return the graph of the PyTorch layer that a module subclasses, to show its operation, or None.
 
-        Its own forward may do anything else, too: it reads the weight with its adapters.
+        The module's own forward may do more, and reads the weight with its adapters.
         """
         for cls in type(module).__mro__:
             if cls in _OPERATIONS and _has_its_own_forward(module, cls):
@@ -158,7 +158,7 @@ class Graphs:
 
 
 def _computes_with_its_weight(module: nn.Module, graph: fx.Graph) -> bool:
-    """Return True for a layer of another class that reads its weight, and does not apply it as it is."""
+    """Return True for a subclass of a layer that computes with its weight before it applies it."""
     if not any(
         cls in _OPERATIONS and _has_its_own_forward(module, cls) for cls in type(module).__mro__
     ):
@@ -174,25 +174,25 @@ def _computes_with_its_weight(module: nn.Module, graph: fx.Graph) -> bool:
 
 
 def _has_its_own_forward(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Return True if a layer does not run the forward of a class, but its own or one on the instance."""
+    """Return True if a module does not run the forward of a class, but another one."""
     return "forward" in module.__dict__ or type(module).forward is not cls.forward
 
 
 def _holders(model: nn.Module) -> set[nn.Module]:
-    """The modules with a parameter of two or more dimensions anywhere below them."""
-    found: set[nn.Module] = set()
+    """Return the modules with a parameter of two or more dimensions, in themselves or below."""
+    holders: set[nn.Module] = set()
 
     def holds(module: nn.Module) -> bool:
         own = any(map(is_matrix, module._parameters.values())) or _is_uninitialized(module)
-        # All of them are asked, also after one has answered.
+        # A list, so that all children are visited.
         below = [holds(child) for child in module.children()]
         if own or any(below):
-            found.add(module)
+            holders.add(module)
             return True
         return False
 
     holds(model)
-    return found
+    return holders
 
 
 _OWN = frozenset(nn.Module().__dict__)
@@ -201,11 +201,11 @@ _COMMON = frozenset({bool, int, str, type(None)})
 
 
 def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[Any, ...]:
-    """All that a trace can depend on: modules that agree in it are traced once and share their graph.
+    """Return a key of all that a trace can depend on. Modules with equal keys share their graph.
 
-    An attribute that cannot be compared stands for itself, so that only the very same object
-    agrees.
-    What occurs twice within the module is numbered: a graph calls it by the first of its names.
+    An attribute that cannot be compared is represented by its id, so that only the same object
+    is equal.
+    Modules and tensors are numbered to show repeats: a graph uses the first name of each.
     """
     seen = {} if seen is None else seen
     number = seen.setdefault(id(module), len(seen))
@@ -222,7 +222,7 @@ def _structure(module: nn.Module, seen: dict[int, int] | None = None) -> tuple[A
         type(module),
         number,
         tensors(module._parameters),
-        # The shape of a parameter is a number to a trace.
+        # A trace may use the shape of a parameter as a constant.
         tuple(_shape(p) for p in module._parameters.values() if p is not None),
         tensors(module._buffers),
         tuple((name, _value(v)) for name, v in module.__dict__.items() if name not in _OWN),
@@ -242,7 +242,7 @@ def _value(value: Any) -> Any:
     if type(value) in _COMMON:
         return (type(value), value)
     if isinstance(value, float):
-        # 0.0 == -0.0, and what divides by them tells them apart.
+        # 0.0 == -0.0, but a division distinguishes them.
         return (type(value), value.hex())
     if isinstance(value, _SIMPLE):
         return (type(value), value)
@@ -252,10 +252,10 @@ def _value(value: Any) -> Any:
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
-    """What decides whether a module traces: where one failed, its like is not tried again.
+    """Return a key of modules that likely all fail to trace if one fails, so that they are not tried again.
 
-    Coarser than :func:`_structure` (numbers do not count). To be wrong here costs a graph, never a
-    weight: the children of a module without a graph are looked at one by one.
+    Coarser than :func:`_structure` (numbers do not count). An error here costs a graph, never a
+    weight, because the children of a module without a graph are traced separately.
     """
     switches = (
         (n, v)
@@ -267,7 +267,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _why_sealed(module: nn.Module) -> str | None:
-    """Why nothing in a module can be looked at; None for most."""
+    """Return the reason why nothing in a module can be traced, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module: use the module that it was made from"
     if _is_uninitialized(module):
@@ -278,17 +278,17 @@ def _why_sealed(module: nn.Module) -> str | None:
 
 
 def _sealed(module: nn.Module) -> bool:
-    """Whether a module of torch.nn uses its weights, and those of its children, by itself."""
+    """Return True if a module of torch.nn applies its weights, and its children's, in one opaque call."""
     open_ones = (*_OPERATIONS, nn.Sequential, nn.Transformer)
     written = written_out(module) is not None
     return not (written or isinstance(module, open_ones) or _container(module))
 
 
 def _container(module: nn.Module) -> bool:
-    # A subclass that defines no forward is never called, whatever its class.
+    # A subclass without a forward is never called.
     return type(module).forward is nn.Module.forward
 
 
 def _is_uninitialized(module: nn.Module) -> bool:
-    """Whether the shapes of a lazy layer's own parameters are not known yet."""
+    """Return True if a lazy layer has parameters whose shapes are not known yet."""
     return any(is_lazy(p) for p in module._parameters.values())

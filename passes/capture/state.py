@@ -1,7 +1,7 @@
-"""What a forward can change while it is traced, and putting it back.
+"""Snapshot of the state that a forward can change during a trace, to restore it.
 
-A graph has no side effects on Python objects: a forward that appends to a list, counts its calls or keeps
-a result would do so once, while it is traced, and never again.
+A graph has no side effects on Python objects. A forward that appends to a list, counts its calls or keeps
+a result would do so once, during the trace, and never again.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from torch import nn
 
 __all__ = ["State"]
 
-# Others compute what they hold, as the table of activations of transformers does.
+# Exact classes, because subclasses may compute items, as transformers' table of activations does.
 _CONTAINERS = frozenset((list, dict, set, deque, OrderedDict, defaultdict, Counter))
 _OPAQUE = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
 _MISSING = object()
 
 
 class State:
-    """A record of a module's attributes, of what they hold, and of the random generators."""
+    """Snapshot of a module's attributes, of their contents, and of the random generators."""
 
     def __init__(self, module: nn.Module, others: Iterable[Any] = ()) -> None:
-        """Records.
+        """Record the state.
 
         Args:
-            module: Everything in it and below it.
+            module: The module. Modules below are included.
             others: Further objects: defaults of parameters.
         """
         self._attributes = [
             (name, owner, dict(owner.__dict__))
             for name, owner in module.named_modules()
-            # They fill their own __dict__ as they are used.
+            # These fill their __dict__ when they are used.
             if not isinstance(owner, torch.jit.ScriptModule)
         ]
         self._containers: dict[int, tuple[str, Any, Any]] = {}
@@ -55,8 +55,8 @@ class State:
         self._record(name, value)
 
     def restore(self) -> str | None:
-        """Puts everything back, and says in words what the first change was."""
-        # Both, whatever the first one says.
+        """Restore everything, and return the first change in words, or None."""
+        # Evaluate both, even if the first one has changed.
         attributes, containers = self._attributes_changed(True), self._containers_changed(True)
         changed = attributes or containers
         if self._restore_generators():
@@ -64,7 +64,7 @@ class State:
         return changed
 
     def changed(self) -> str | None:
-        """As :meth:`restore`, but puts nothing back, and does not look at generators of random numbers."""
+        """Return the first change in words, or None, without restoring it. Random generators are ignored."""
         return self._attributes_changed(False) or self._containers_changed(False)
 
     def _record(self, name: str, value: Any) -> None:

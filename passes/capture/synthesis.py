@@ -1,8 +1,8 @@
-"""Example inputs: in what form they come, and made up for a model that says what it takes.
+"""Example inputs: normalization of their forms, and synthesis for models that describe their inputs.
 
-They are a tuple of arguments, a dict of keyword arguments, or a single tensor. Models of transformers say
-what they take by their configuration, those of timm by ``pretrained_cfg``. No library is imported: who made
-such a model has imported it.
+They are a tuple of arguments, a dict of keyword arguments, or a single tensor. Models of transformers
+describe their inputs in their configuration, those of timm in ``pretrained_cfg``. No library is imported,
+because the code that created such a model has imported it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["CACHE", "by_place", "describe", "named_inputs", "normalize", "synthe
 
 
 CACHE = "use_cache"
-"""The argument by which a caller of a transformers model says whether it wants a cache back."""
+"""Argument by which a caller of a transformers model asks for a cache in the output."""
 
 
 def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as ``(args, kwargs)``.
+    """Return example inputs as ``(args, kwargs)``.
 
     Raises:
-        CaptureError: If they are something else.
+        CaptureError: If they have another form.
     """
     if isinstance(example_inputs, torch.Tensor):
         return (example_inputs,), {}
@@ -48,20 +48,20 @@ def normalize(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-    """The call that a graph of the whole model is made for: every argument by its name.
+    """Return the arguments, by name, of the call for which the whole model is captured as a graph.
 
-    A model of transformers that is not told otherwise returns a cache. No graph does, so the call is
-    one with ``use_cache=False``, unless the example inputs say something else.
+    A transformers model returns a cache by default. No graph does, so the call has
+    ``use_cache=False``, unless the example inputs set it.
 
     Args:
         model: The model.
-        example_inputs: As for :func:`normalize`.
+        example_inputs: Same as for :func:`normalize`.
 
     Returns:
-        The arguments, those that ``**kwargs`` takes among them.
+        The arguments, including those for ``**kwargs``.
 
     Raises:
-        CaptureError: If they do not fit, or hold what ``torch.export`` cannot follow.
+        CaptureError: If they do not fit, or contain values that ``torch.export`` cannot follow.
     """
     args, kwargs = normalize(example_inputs)
     signature = inspect.signature(model.forward)
@@ -95,17 +95,17 @@ def named_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
 def by_place(
     model: nn.Module, example_inputs: Any, named: dict[str, Any]
 ) -> tuple[Any, ...] | None:
-    """The same call with arguments by place, where code can tell it from the one by name.
+    """Return the positional arguments of the same call, if code can distinguish it from the call by name.
 
-    A decorator that takes ``*args, **kwargs`` can. A graph has one forward for both.
+    A decorator with ``*args, **kwargs`` can. A graph has one forward for both.
 
     Args:
         model: The model.
-        example_inputs: As for :func:`normalize`.
+        example_inputs: Same as for :func:`normalize`.
         named: :func:`named_inputs` of them.
 
     Returns:
-        Those arguments that have a place; None if nothing can tell, or there are none.
+        The arguments that can be positional, or None if the calls are equal or no argument can be.
     """
     code = getattr(getattr(model.forward, "__func__", model.forward), "__code__", None)
     if code is not None and not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
@@ -114,15 +114,15 @@ def by_place(
     if args:
         return args
     parameters = inspect.signature(model.forward).parameters.values()
-    # Up to the first that is not given; what only a keyword can give is left out.
-    places = itertools.takewhile(
+    # Up to the first missing argument. Keyword-only arguments are left out.
+    names = itertools.takewhile(
         named.__contains__, (p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
     )
-    return tuple(named[name] for name in places) or None
+    return tuple(named[name] for name in names) or None
 
 
 def describe(inputs: Any) -> str:
-    """Names, dtypes and shapes of example inputs, in a line."""
+    """Return names, dtypes and shapes of example inputs in one line."""
     args, kwargs = normalize(inputs)
     named = [("", value) for value in args] + [(f"{key} ", value) for key, value in kwargs.items()]
     return ", ".join(
@@ -133,19 +133,19 @@ def describe(inputs: Any) -> str:
     )
 
 
-_BATCH = 2  # torch.export takes a batch of one for the only size there is
+_BATCH = 2  # torch.export would specialize a batch of one
 _LENGTH, _DECODER_LENGTH = 12, 7
-# In a configuration: placeholders in the text, which have to fit the images.
+# Fields of a configuration: ids of placeholders in the text, which have to fit the images.
 _IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Synthesis:
-    """Inputs that were made up, or why there are none.
+    """Synthesized inputs, or the reason why they are missing.
 
     Attributes:
         inputs: Keyword arguments or a tensor, on the model's device; None if nothing is known.
-        words: What they were made from, or what was looked for.
+        words: The source of the inputs, or the reason.
     """
 
     inputs: Any
@@ -153,19 +153,19 @@ class _Synthesis:
 
 
 def synthesise(model: nn.Module) -> _Synthesis:
-    """Makes example inputs of two random samples: integers in range, the rest in the model's dtype.
+    """Create example inputs of two random samples: integers in range, floats in the model's dtype.
 
     Args:
         model: Any module.
 
     Returns:
-        The inputs; they may still not fit, where a model takes another form than it says.
+        The inputs. They may not fit, if the model does not take the inputs that it describes.
     """
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
-        found = _of_transformers(model)
+        synthesis = _of_transformers(model)
     else:
-        found = _of_timm(model)
-    return dataclasses.replace(found, inputs=_placed(model, found.inputs))
+        synthesis = _of_timm(model)
+    return dataclasses.replace(synthesis, inputs=_placed(model, synthesis.inputs))
 
 
 def _of_timm(model: Any) -> _Synthesis:
@@ -175,11 +175,11 @@ def _of_timm(model: Any) -> _Synthesis:
         words = "the model has neither the config of transformers nor the pretrained_cfg of timm"
         return _Synthesis(None, words)
     channels, height, width = size
-    # Both may have been chosen when the model was made; the settings are those of the weights.
+    # Channels and size may differ from the settings, which are those of the pretrained weights.
     first = str(settings.get("first_conv"))
-    found = {name: module for name, module in model.named_modules() if name}
-    channels = getattr(found.get(first), "in_channels", channels)
-    chosen = getattr(found.get(first.rpartition(".")[0]), "img_size", None)
+    modules = {name: module for name, module in model.named_modules() if name}
+    channels = getattr(modules.get(first), "in_channels", channels)
+    chosen = getattr(modules.get(first.rpartition(".")[0]), "img_size", None)
     height, width = chosen or (height, width)
     return _Synthesis(_random(channels, height, width), "pretrained_cfg['input_size']")
 
@@ -204,7 +204,7 @@ def _of_transformers(model: Any) -> _Synthesis:
         return _Synthesis(
             None, f"main_input_name is {main}, of which config does not tell the size"
         )
-    # A classifier makes them out of the text.
+    # A classifier derives the decoder's inputs from the text.
     classifies = type(model).__name__.endswith("ForSequenceClassification")
     decodes = "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False)
     if decodes and not classifies:
@@ -216,7 +216,7 @@ def _text(config: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
     ids = _ids(config, _LENGTH)
     end = getattr(config, "eos_token_id", None)
     if getattr(config, "is_encoder_decoder", False) and isinstance(end, int):
-        ids[:, -1] = end  # what a classifier of sequences looks for
+        ids[:, -1] = end  # a classifier of sequences searches for it
     inputs = {"input_ids": ids}
     if "attention_mask" in takes:
         inputs["attention_mask"] = torch.ones_like(ids)
@@ -226,7 +226,7 @@ def _text(config: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
 def _ids(config: Any, length: int) -> torch.Tensor:
     text = config.get_text_config()
     length = min(length, getattr(text, "max_position_embeddings", None) or length)
-    # The first ids are padding, end of text and their kind.
+    # The first ids are special tokens: padding, end of text.
     low = min(10, text.vocab_size - 1)
     ids = torch.randint(low, text.vocab_size, (_BATCH, length), generator=_generator())
     for name in _IMAGE_TOKENS:
@@ -242,7 +242,7 @@ def _pixels(config: Any) -> torch.Tensor:
 
 
 def _sound(config: Any) -> torch.Tensor | None:
-    """A spectrogram, or samples of a wave that are a few frames long."""
+    """Return a spectrogram, or a waveform of a few frames, or None."""
     bins = getattr(config, "num_mel_bins", None)
     if bins and hasattr(config, "max_source_positions"):  # Whisper
         return _random(bins, 2 * config.max_source_positions)
@@ -250,7 +250,7 @@ def _sound(config: Any) -> torch.Tensor | None:
         return _random(config.max_length, bins)
     if getattr(config, "input_feat_per_channel", None):  # Speech2Text
         return _random(64, config.input_feat_per_channel)
-    if getattr(config, "conv_stride", None):  # wav2vec 2.0 and its kin
+    if getattr(config, "conv_stride", None):  # wav2vec 2.0 and similar models
         return _random(20 * math.prod(config.conv_stride))
     return None
 

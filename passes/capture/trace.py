@@ -1,15 +1,15 @@
-"""Traces the ``forward`` of one module with ``torch.fx``: to find operations, and to run where that is sure.
+"""Trace of one module's ``forward`` with ``torch.fx``, to find operations, and to run it if that is safe.
 
-Child modules stay calls: hooks, wrapping policies and checkpointing go on working, and a child that does not
-trace costs only its own graph. The forward runs on stand-ins that record what is done with them. Meanwhile,
-the modules have a class that takes notes (:mod:`.recorded`): each value that the code reads of them becomes a
-guard of the graph, and ``self.training`` a read of the graph itself, so that ``train()`` and ``eval()`` keep
-their meaning.
+Child modules stay calls. So hooks, wrapping policies and checkpointing go on working, and a child that does
+not trace costs only its own graph. The forward runs on proxies that record the operations on them. During
+the trace, the modules have a recording class (:mod:`.recorded`). Each value that the code reads from them
+becomes a guard of the graph. ``self.training`` becomes a read in the graph itself, so that ``train()`` and
+``eval()`` keep their meaning.
 
-Two things can go wrong. A trace *ends* where a stand-in cannot answer. A trace is *in doubt* where the code
-does something that a graph would not do again: it reads a global, switches gradients off, sets an attribute.
-Such a graph still shows which operations there are, and never runs: the module runs its own forward, which
-reads its weights with their adapters. So doubt costs speed, and nothing else.
+Two things can go wrong. A trace *ends* if a proxy cannot answer. A trace is *in doubt* if the code
+does something that a graph would not repeat: it reads a global, disables gradients, sets an attribute.
+Such a graph still shows the operations, but never runs. The module runs its own forward, which
+reads its weights with their adapters. So doubt costs only speed.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ from lora_fx.runtime import inner_of
 __all__ = ["Recorder", "Untraceable", "trace"]
 
 
-# What generated code calls by these names: a parameter of the same name would hide it.
+# Names that generated code uses. A parameter of the same name would hide them.
 _TAKEN = frozenset({"torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree"})
-# What code calls by these names, no node of a graph stands for.
+# Names of functions and attributes that no node of a graph can represent.
 _LOST = frozenset(
     {
         *("autocast", "is_autocast_enabled", "custom_fwd", "record_function", "checkpoint"),
@@ -71,11 +71,11 @@ _BUILTINS = frozenset(
         *("vars", "locals", "globals"),
     }
 )
-# Where PyTorch has its contexts and decorators that switch modes.
+# Modules of PyTorch with contexts and decorators that switch modes.
 _SWITCHES = ("torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.utils._contextlib")
-# What bytecode does without asking a stand-in, or with a context that a graph does not enter.
+# Bytecode that does not reach a proxy, or enters a context that a graph would not enter.
 _UNHEARD = ("IS_OP", "BEFORE_WITH", "LOAD_SPECIAL", "PUSH_EXC_INFO", "CHECK_EXC_MATCH")
-# What would change something outside of the model.
+# Bytecode that changes something outside of the model.
 _WRITING = ("STORE_GLOBAL", "DELETE_GLOBAL")
 _RUNNING_ON = (random.Random, contextvars.ContextVar)
 _LIBRARIES = frozenset({"torch", "numpy", "lora_fx"}) | sys.stdlib_module_names
@@ -83,10 +83,10 @@ _one_at_a_time = threading.RLock()
 
 
 class Untraceable(Exception):
-    """Why a module's forward cannot be captured; the message is a row of the dry run.
+    """Reason why a module's forward cannot be captured. The message is shown in a dry run.
 
     Attributes:
-        begun: What was recorded until then.
+        begun: The partial graph.
     """
 
     begun: fx.Graph | None = None
@@ -103,15 +103,16 @@ def trace(
     """Trace one module's own ``forward``.
 
     Args:
-        module: The module. It is left as it was.
-        fixed: Values of parameters that are not inputs of the graph. By default every parameter that
-            has a default is fixed to it.
+        module: The module. It is not changed.
+        fixed: Values of parameters that are not inputs of the graph. By default every parameter with a
+            default value is fixed to it.
         check_none: See :class:`GuardedCodeGen`.
-        forward: What to trace instead of the module's own forward; it has the same signature.
-        conditions: Code that is true of ``self`` where the graph does not apply.
+        forward: Function to trace instead of the module's own forward, with the same signature.
+        conditions: Expressions of ``self`` that are true if the graph does not apply.
 
     Returns:
-        A graph with the names of ``module`` and a guarded signature, and why it must not run (or nothing).
+        A graph with the names of ``module`` and a guarded signature, and the reason why it must not run
+        (empty if it may).
 
     Raises:
         Untraceable: With the reason in words.
@@ -132,12 +133,14 @@ def trace(
         failure = Untraceable(recorder.ended)
         failure.begun = recorder.graph
         raise failure
-    # What lora-fx has written out, or fx has made of a graph, holds for every call.
+    # Forwards written out by lora-fx, or generated by fx, hold for every call.
     certain = forward is not None or isinstance(module, fx.GraphModule)
     doubt = "" if certain else recorder.doubt
     doubt = doubt or _unspeakable(parameters, recorder.graph)
-    asked = (Read(path, "present", None) for path, times in recorder.looked_at.items() if times > 0)
-    reads = (*recorder.reads.values(), *asked)
+    presence = (
+        Read(path, "present", None) for path, times in recorder.looked_at.items() if times > 0
+    )
+    reads = (*recorder.reads.values(), *presence)
     recorder.graph.set_codegen(GuardedCodeGen(parameters, check_none, conditions, reads))
     return recorder.graph, doubt
 
@@ -148,7 +151,7 @@ def _check_parameters(parameters: tuple[Parameter, ...]) -> None:
 
 
 def _unspeakable(parameters: tuple[Parameter, ...], graph: fx.Graph) -> str:
-    """Say why generated code could not run the graph; empty if it could."""
+    """Return the reason why generated code cannot run the graph, or an empty string."""
     for p in parameters:
         if not p.traced and isinstance(p.default, list | dict | set):
             return f"the default of its argument {p.name} can change between calls"
@@ -166,17 +169,17 @@ def _unspeakable(parameters: tuple[Parameter, ...], graph: fx.Graph) -> str:
 
 
 class Recorder(fx.Tracer):
-    """Records one module's forward.
+    """Tracer that records one module's forward.
 
     Attributes:
         root: The module.
-        ended: Why the trace has ended early. Code that is traced may catch the exception.
-        doubt: The first reason why the graph must not run; empty as long as there is none.
-        reads: What the code has read, by its path.
-        names: The modules below by their names.
+        ended: Reason why the trace has ended early. Code that is traced may catch the exception.
+        doubt: The first reason why the graph must not run; empty without one.
+        reads: Values that the code has read, by path and kind.
+        names: Names of the modules below.
         fixed: Arguments of the forward that are not traced.
         code: The code of the forward.
-        looked_at: How many times more a module below was read than called.
+        looked_at: Number of reads minus number of calls of each module below.
     """
 
     proxy_buffer_attributes = True
@@ -191,9 +194,9 @@ class Recorder(fx.Tracer):
         self.code: CodeType | None = None
         self.reads: dict[tuple[str, str], Read] = {}
         self.looked_at: Counter[str] = Counter()
-        self.names: dict[nn.Module, str] = {one: name for name, one in module.named_modules()}
-        self._modules = {name: one for one, name in self.names.items()}
-        # Of fx.Tracer.
+        self.names: dict[nn.Module, str] = {child: name for name, child in module.named_modules()}
+        self._modules = {name: child for child, name in self.names.items()}
+        # Attributes of fx.Tracer.
         self.submodule_paths = self.names
         self.root_module_name = type(module).__name__
         self.tensor_attrs = {}
@@ -219,14 +222,14 @@ class Recorder(fx.Tracer):
     # --- the trace
 
     def record(self, forward: Any, parameters: tuple[Parameter, ...]) -> None:
-        """Run a forward on stand-ins."""
+        """Run a forward on proxies."""
         positional: list[Any] = [self.root]
         keywords: dict[str, Any] = {}
-        for place, p in enumerate(parameters, start=1):
+        for position, p in enumerate(parameters, start=1):
             if p.variadic or (not p.traced and p.value is p.default):
-                continue  # a caller who wants the default gives nothing
+                continue  # left out, as by a caller who wants the default
             value = self.create_proxy("placeholder", p.name, (), {}) if p.traced else p.value
-            if p.kind != inspect.Parameter.KEYWORD_ONLY and len(positional) == place:
+            if p.kind != inspect.Parameter.KEYWORD_ONLY and len(positional) == position:
                 positional.append(value)
             else:
                 keywords[p.name] = value
@@ -240,7 +243,7 @@ class Recorder(fx.Tracer):
         if hasattr(forward, "__wrapped__"):
             self.doubts("its forward is decorated")
         try:
-            # Whatever the caller's modes are, those of the trace have to be known.
+            # The modes of the trace must not depend on the caller's.
             with (
                 _one_at_a_time,
                 torch.inference_mode(False),
@@ -262,7 +265,7 @@ class Recorder(fx.Tracer):
     # --- where values come from
 
     def read(self, read: Read) -> None:
-        """Note what was read."""
+        """Note a value that was read."""
         self.reads.setdefault((read.path, read.kind), read)
 
     def copied(self, value: Any) -> Any:
@@ -275,11 +278,11 @@ class Recorder(fx.Tracer):
         return self._copies[id(value)][1]
 
     def owned(self, tensor: torch.Tensor) -> TracedValue | None:
-        """Return the read of a parameter or buffer of the module; None for any other tensor."""
+        """Return the proxy of a parameter or buffer of the module, or None for any other tensor."""
         name = self._tensors.get(id(tensor))
         if name is None:
             return None
-        # A buffer is read each time: it may be replaced.
+        # A buffer is read each time, because it may be replaced.
         if not isinstance(tensor, nn.Parameter):
             return self._attribute(name)
         if name not in self._known:
@@ -298,7 +301,7 @@ class Recorder(fx.Tracer):
         return self._known[target]
 
     def known_shape(self, value: fx.Proxy) -> torch.Size | None:
-        """Return the shape of a parameter, which does not depend on the input; None for any other value."""
+        """Return the shape of a parameter, which is the same for all inputs, or None for any other value."""
         node = value.__dict__.get("node")
         if not isinstance(node, fx.Node) or node.op != "get_attr":
             return None
@@ -313,7 +316,7 @@ class Recorder(fx.Tracer):
     # --- nodes
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a value that refuses questions."""
+        """Return a proxy that refuses questions."""
         return TracedValue(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -340,7 +343,7 @@ class Recorder(fx.Tracer):
         name: Any = None,
         type_expr: Any = None,
     ) -> fx.Node:
-        """Make a node, without type annotation: generated code does not need to know the name."""
+        """Create a node, without type annotation: generated code might not know the name of the type."""
         if _modes() != self._modes:
             self.doubts("its forward switches gradients or autocast, which a graph would lose")
         # A child, or a parameter, named "self" would hide the module in generated code.
@@ -349,7 +352,7 @@ class Recorder(fx.Tracer):
         )
 
     def create_arg(self, a: Any) -> Any:
-        """Return an argument of a node; a tensor that the code has made is an unknown value."""
+        """Return an argument of a node. A tensor that the code has created becomes an unknown value."""
         if issubclass(type(a), fx.Proxy):
             return a.node
         if isinstance(a, torch.Tensor):
@@ -375,12 +378,12 @@ class Recorder(fx.Tracer):
 
 
 def _unknown() -> NoReturn:
-    """Stand for a tensor that code has made; a graph with it never runs."""
+    """Stand for a tensor that the code has created. A graph with it never runs."""
     raise NotImplementedError
 
 
 class _Followed:
-    """Looks at the code of each function that a trace calls, with ``sys.setprofile``."""
+    """Context that inspects the code of each function that a trace calls, with ``sys.setprofile``."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -391,7 +394,7 @@ class _Followed:
     def __enter__(self) -> None:
         self._before = sys.getprofile()
         self._collects = gc.isenabled()
-        gc.disable()  # it may run any code, which is none of the forward's
+        gc.disable()  # it may run any code, which does not belong to the forward
         sys.setprofile(self._called)
 
     def __exit__(self, *_: object) -> None:
@@ -418,18 +421,18 @@ class _Followed:
             self._recorder.doubts(f"{code.co_qualname} {reason}")
 
     def _reason(self, code: CodeType, names: Mapping[str, Any]) -> str:
-        """Say why a graph does not stand for code that was executed; empty if it does."""
+        """Return the reason why a graph cannot replace code that was executed, or an empty string."""
         lost = next((name for name in code.co_names if name in _LOST), None)
         if lost is not None:
             return f"uses {lost}, which a graph would lose"
         named = _globals_of(code)
-        if any(one.opname in _WRITING for one in dis.get_instructions(code)):
+        if any(instruction.opname in _WRITING for instruction in dis.get_instructions(code)):
             self._recorder.end(f"{code.co_qualname} sets a global")
         if _is_unheard(code, self._recorder.fixed if code is self._recorder.code else frozenset()):
             return "compares by identity, enters a context manager or catches an error"
-        asked = next((name for name in named if name in _BUILTINS), None)
-        if asked is not None:
-            return f"asks {asked}(), which a graph would not ask again"
+        builtin = next((name for name in named if name in _BUILTINS), None)
+        if builtin is not None:
+            return f"asks {builtin}(), which a graph would not ask again"
         free = [name for name in code.co_freevars if name != "__class__"]
         if free and not any(code in outer.co_consts for outer in self._seen):
             return f"reads {free[0]}, a variable around it"
@@ -441,8 +444,10 @@ class _Followed:
                 return reason
         return ""
 
-    def _reason_of_global(self, name: str, value: Any, home: ModuleType | None, asked: bool) -> str:
-        """Say why a graph does not stand for code that reads a global; note what can be asked again."""
+    def _reason_of_global(
+        self, name: str, value: Any, home: ModuleType | None, has_attribute_read: bool
+    ) -> str:
+        """Return the reason why a graph cannot replace a read of a global. Add guards for other reads."""
         package = str(getattr(value, "__module__", None) or "").partition(".")[0]
         if isinstance(value, ModuleType):
             known = value.__name__.partition(".")[0] in _LIBRARIES
@@ -454,7 +459,9 @@ class _Followed:
             self._recorder.end(f"its forward reads {name}, which goes on with each call")
         if isinstance(value, BuiltinFunctionType | type | FunctionType) and package in _LIBRARIES:
             return ""
-        if (isinstance(value, FunctionType | type) and not asked) or is_constant(value):
+        if (isinstance(value, FunctionType | type) and not has_attribute_read) or is_constant(
+            value
+        ):
             if home is None:
                 return f"reads {name}, a global"
             read = Read(name, "global", (home.__name__, copy.deepcopy(value)))
@@ -464,7 +471,7 @@ class _Followed:
 
 
 def _is_import(frame: FrameType | None) -> bool:
-    """Say whether an import runs a function, or a module of Python that loads what is asked of it."""
+    """Return True if an import, or the lazy loading of a Python module, runs a function."""
     first = frame.f_code.co_varnames[:1] if frame is not None else ()
     if first and frame is not None and isinstance(frame.f_locals.get(first[0]), ModuleType):
         return True
@@ -477,35 +484,35 @@ def _is_import(frame: FrameType | None) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _globals_of(code: CodeType) -> dict[str, bool]:
-    """Return the globals and builtins that code reads, and whether it asks each for an attribute."""
-    found: dict[str, bool] = {}
+    """Return the globals and builtins that code reads, each with True if it reads an attribute of it."""
+    names: dict[str, bool] = {}
     instructions = list(dis.get_instructions(code))
-    for one, following in itertools.pairwise(instructions):
-        if one.opname == "LOAD_GLOBAL":
-            asked = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            found[one.argval] = found.get(one.argval, False) or asked
-    return found
+    for instruction, following in itertools.pairwise(instructions):
+        if instruction.opname == "LOAD_GLOBAL":
+            has_attribute_read = following.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            names[instruction.argval] = names.get(instruction.argval, False) or has_attribute_read
+    return names
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_unheard(code: CodeType, known: frozenset[str]) -> bool:
-    """Say whether code does something that no stand-in hears of.
+    """Return True if code does something that proxies cannot see.
 
     Args:
         code: The code.
-        known: Names of its arguments that are not traced, which it may compare with None.
+        known: Names of its arguments that are not traced. It may compare these with None.
     """
     before: dis.Instruction | None = None
-    for one in dis.get_instructions(code):
-        if one.opname in _UNHEARD:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in _UNHEARD:
             return True
-        if one.opname.endswith("_NONE") and not (
+        if instruction.opname.endswith("_NONE") and not (
             before is not None and (before.argval in known or before.opname == "LOAD_ATTR")
         ):
             return True
-        if one.opname == "STORE_FAST" and one.argval in known:
+        if instruction.opname == "STORE_FAST" and instruction.argval in known:
             return True
-        before = one
+        before = instruction
     return False
 
 
@@ -525,7 +532,7 @@ def _words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
-    """Record calls of the functions that ``fx.wrap`` was told of as one node each."""
+    """Record calls of functions registered with ``fx.wrap`` as one node each."""
 
     def recorded(function: Any) -> Any:
         @functools.wraps(function)
@@ -538,26 +545,26 @@ def _wrapped_functions(recorder: Recorder) -> Iterator[None]:
 
         return call
 
-    places = [
+    functions = [
         (names, name, names[name])
         for (_, name), names in torch_private.wrapped_functions().items()
         if name in names and "__name__" in names
     ]
     try:
-        for names, name, function in places:
+        for names, name, function in functions:
             names[name] = recorded(function)
         yield
     finally:
-        for names, name, function in places:
+        for names, name, function in functions:
             names[name] = function
 
 
-# What does not depend on anything that may change between a trace and a call.
+# Functions whose results do not change between a trace and a call.
 _FIXED = frozenset({"shape", "size", "dim", "ndim", "numel", "nelement", "is_floating_point"})
 
 
 class _Eager(TorchFunctionMode):
-    """Hears of computations without traced values: a graph would have their results for good."""
+    """Mode that notes computations without traced values, whose results would be constants of the graph."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()

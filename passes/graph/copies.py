@@ -1,8 +1,8 @@
-"""A copy of a model over the same weights: what every front-end works on.
+"""Copies of models over the same weights, which every front-end works on.
 
 Structure, buffers and plain attributes are copied; each parameter becomes a new frozen parameter
-over the same storage. So nothing that happens to the copy can reach the original, and a model of 7
-billion parameters is not held twice.
+over the same storage. So no change to the copy can reach the original, and the weights of a model of 7
+billion parameters are in memory only once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
     *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format, torch.Generator),
 )
-"""Classes of what leads nowhere."""
+"""Classes of values that hold no references to follow."""
 
 _KEYED, _LISTED, _FIXED = dict, (list, deque), (tuple, frozenset)
 _SEQUENCES = (*_LISTED, *_FIXED, set)
@@ -55,24 +55,26 @@ _APART = (sys.stdlib_module_names | {"torch", "numpy", "lora_fx", "deepspeed"}) 
     "collections",
     "argparse",
 }
-"""Packages, most of them Python's own, whose objects are no part of a model, and lead everywhere."""
+"""Packages, most of them of the standard library, whose objects are no part of a model."""
 
 
 def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) -> None:
-    """Makes whatever the copy of a model reaches that of the copy.
+    """Replace references to the original model, in everything that its copy reaches, by those to the copy.
 
     Args:
         result: The copy. It is changed.
-        memo: What ``copy.deepcopy`` noted for it: copies by the id of what they are copies of.
+        memo: The memo of ``copy.deepcopy``: copies by the id of their originals.
         originals: Modules and parameters of the model that was copied.
 
     Raises:
-        CaptureError: If something of the original is still reached. Globals of modules and attributes of
-            classes are not looked at.
+        CaptureError: If the copy still reaches a part of the original. Globals of modules and attributes of
+            classes are not checked.
     """
-    apart = {id(one): one for one in originals}
-    # Whatever deepcopy has copied: a setting that is changed in the copy is one for its functions, too.
-    copied = {id(one): one for one in memo.get(id(memo), ()) if memo.get(id(one), one) is not one}
+    apart = {id(item): item for item in originals}
+    # Everything that deepcopy has copied: the copy's functions must see settings that change in the copy.
+    copied = {
+        id(item): item for item in memo.get(id(memo), ()) if memo.get(id(item), item) is not item
+    }
     _Following(memo, {**copied, **apart}).within(result)
     path = _Following(memo, apart).path(result)
     if path is not None:
@@ -84,14 +86,14 @@ def follow(result: nn.Module, memo: dict[int, Any], originals: Iterable[Any]) ->
 
 
 def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Puts the parameters that a model has now wherever it holds those that it had before.
+    """Replace all references of a model to its former parameters by those to its present parameters.
 
     Args:
         model: Parameters of its modules were replaced. Its lists, objects and functions are changed.
-        before: Name and value of each parameter that it had.
+        before: Name and value of each former parameter.
 
     Raises:
-        MergeError: If one parameter has become several, and something else than a module holds it.
+        MergeError: If one parameter has become several, and something other than a module holds it.
     """
     now = dict(model.named_parameters(remove_duplicate=False))
     became: dict[int, tuple[str, nn.Parameter, dict[int, nn.Parameter]]] = {}
@@ -100,7 +102,7 @@ def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> No
             became.setdefault(id(old), (name, old, {}))[2][id(now[name])] = now[name]
     became = {key: row for key, row in became.items() if row[2].keys() != {key}}
     split = {key: row for key, row in became.items() if len(row[2]) > 1}
-    own = {id(module): module for module in model.modules()}  # hooks are methods of theirs
+    own = {id(module): module for module in model.modules()}  # hooks are often their methods
     for key, (name, old, _) in split.items():
         for module in model.modules():
             if any(_Following({}, {key: old}, own).reaches(value) for value in _beside(module)):
@@ -121,16 +123,16 @@ def exchange(model: nn.Module, before: Iterable[tuple[str, nn.Parameter]]) -> No
 
 
 def _beside(module: nn.Module) -> list[Any]:
-    """What a module holds beside its parameters and its children."""
+    """Return the attributes of a module except its parameters and children."""
     apart = ("_parameters", "_modules")
     return [value for key, value in module.__dict__.items() if key not in apart]
 
 
 class _Following:
-    """Follows references from a value, and exchanges those to what is not its own.
+    """Walk over the references of a value that replaces references to originals by those to copies.
 
     Attributes:
-        all_its_own: Whether whatever is reached belongs to the model, and nothing has to be copied first.
+        all_its_own: True if everything reached belongs to the model, so that nothing must be copied first.
     """
 
     def __init__(
@@ -139,25 +141,25 @@ class _Following:
         originals: dict[int, Any],
         apart: Mapping[int, Any] | None = None,
     ) -> None:
-        """Begin with nothing followed.
+        """Create a walk that has visited nothing yet.
 
         Args:
-            memo: That of ``copy.deepcopy``.
-            originals: What is exchanged, by identity.
-            apart: What is not followed, by identity.
+            memo: The memo of ``copy.deepcopy``.
+            originals: Objects to replace, by id.
+            apart: Objects that are not followed, by id.
         """
         self._memo = memo
         self._originals = originals
-        self._copies = {id(one) for key, one in memo.items() if key != id(memo)}
+        self._copies = {id(item) for key, item in memo.items() if key != id(memo)}
         self.all_its_own = False
-        # They reach nothing of the original; held, so that ids stay theirs.
+        # Objects that reach no original. A reference is kept so that their ids are not reused.
         self._none: dict[int, Any] = dict(apart or {})
-        self._atoms: dict[type, bool] = {}  # by class: torch asks at length for some
+        self._atoms: dict[type, bool] = {}  # by class: a cache of isinstance
         self._done: dict[int, Any] = {}
         self._made: dict[int, Any] = {}
 
     def reaches(self, value: Any) -> bool:
-        """Whether a value leads to something of the original."""
+        """Return True if a value reaches a part of the original."""
         originals, none = self._originals, self._none
         seen: dict[int, Any] = {id(value): value}
         pending, atoms = [value], self._atoms
@@ -171,7 +173,7 @@ class _Following:
                 atom = atoms.get(cls)
                 if atom is None:
                     atom = isinstance(child, ATOMS)
-                    if child.__class__ is cls:  # a proxy has that of another object
+                    if child.__class__ is cls:  # a proxy has the class of another object
                         atoms[cls] = atom
                 if atom:
                     continue
@@ -182,14 +184,14 @@ class _Following:
         return False
 
     def path(self, value: Any) -> str | None:
-        """Where something of the original is, or None."""
+        """Return the path to a part of the original that a value reaches, or None."""
         if not self.reaches(value):
             return None
         seen: dict[int, Any] = {id(value): value}
         pending: deque[tuple[str, Any]] = deque([("the model", value)])
         while pending:
-            path, one = pending.popleft()
-            for label, child in children(one):
+            path, parent = pending.popleft()
+            for label, child in children(parent):
                 if id(child) in self._originals:
                     return path + label
                 if id(child) not in seen:
@@ -198,7 +200,7 @@ class _Following:
         return None
 
     def within(self, value: Any) -> None:
-        """Puts what belongs to the copy into a value that belongs to it."""
+        """Replace the references to originals in a value that belongs to the copy."""
         if id(value) in self._done:
             return
         self._done[id(value)] = value
@@ -206,27 +208,27 @@ class _Following:
             for key, item in list(value.items()):
                 self._put(value.__setitem__, key, item)
         elif isinstance(value, _LISTED):
-            for place, item in enumerate(list(value)):
-                self._put(value.__setitem__, place, item)
+            for index, item in enumerate(list(value)):
+                self._put(value.__setitem__, index, item)
         elif isinstance(value, set):
-            found = [self.followed(item) for item in value]
-            if any(new is not old for new, old in zip(found, value, strict=True)):
+            items = [self.followed(item) for item in value]
+            if any(new is not old for new, old in zip(items, value, strict=True)):
                 value.clear()
-                value.update(found)
+                value.update(items)
         else:
-            held = _attributes(value)
-            for key, item in list(held.items()):
-                self._put(held.__setitem__, key, item)
+            attributes = _attributes(value)
+            for key, item in list(attributes.items()):
+                self._put(attributes.__setitem__, key, item)
             for key, item in _slots(value):
                 self._put(functools.partial(object.__setattr__, value), key, item)
 
     def _put(self, put: Any, key: Any, item: Any) -> None:
-        found = self.followed(item)
-        if found is not item:
-            put(key, found)
+        replacement = self.followed(item)
+        if replacement is not item:
+            put(key, replacement)
 
     def followed(self, value: Any) -> Any:
-        """What stands for a value in the copy: the value itself if it reaches nothing of the original."""
+        """Return the counterpart of a value in the copy: the value itself if it reaches no original."""
         if isinstance(value, ATOMS) or id(value) in self._none:
             return value
         if id(value) in self._originals:
@@ -234,7 +236,7 @@ class _Following:
         if id(value) in self._made:
             return self._made[id(value)][1]
         if isinstance(value, nn.Module | torch.Tensor) and not self._is_its_own(value):
-            return value  # of another model
+            return value  # it belongs to another model
         if not self.reaches(value):
             return value
         return self._made.setdefault(id(value), (value, self._anew(value)))[1]
@@ -258,9 +260,11 @@ class _Following:
             items = [self.followed(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if not self._is_its_own(value):
-            # It is the original's, too. What is not copied stays, and is refused in the end.
+            # The original has it, too. Parts that deepcopy leaves uncopied are refused at the end.
             value = _copied(value, self._memo)
-            self._copies.update(id(one) for key, one in self._memo.items() if key != id(self._memo))
+            self._copies.update(
+                id(item) for key, item in self._memo.items() if key != id(self._memo)
+            )
         if self._is_its_own(value):
             self.within(value)
         return value
@@ -270,28 +274,28 @@ class _Following:
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:
         cells = tuple(types.CellType() for _ in value.__closure__ or ())
-        made = types.FunctionType(
+        result = types.FunctionType(
             value.__code__, value.__globals__, value.__name__, None, cells or None
         )
-        # One that calls itself is in its own closure.
-        self._made[id(value)] = (value, made)
+        # A recursive function is in its own closure.
+        self._made[id(value)] = (value, result)
         for cell, old in zip(cells, value.__closure__ or (), strict=True):
-            for held in held_in(old):
-                cell.cell_contents = self.followed(held)
-        made.__defaults__ = self.followed(value.__defaults__)
-        made.__kwdefaults__ = _mapped(self.followed, value.__kwdefaults__)
-        made.__dict__.update(_mapped(self.followed, value.__dict__) or {})
-        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
-        made.__doc__, made.__annotations__ = value.__doc__, value.__annotations__
-        return made
+            for content in held_in(old):
+                cell.cell_contents = self.followed(content)
+        result.__defaults__ = self.followed(value.__defaults__)
+        result.__kwdefaults__ = _mapped(self.followed, value.__kwdefaults__)
+        result.__dict__.update(_mapped(self.followed, value.__dict__) or {})
+        result.__qualname__, result.__module__ = value.__qualname__, value.__module__
+        result.__doc__, result.__annotations__ = value.__doc__, value.__annotations__
+        return result
 
 
-def _mapped(follow_one: Any, held: dict[str, Any] | None) -> dict[str, Any] | None:
-    return None if held is None else {key: follow_one(item) for key, item in held.items()}
+def _mapped(follow_one: Any, items: dict[str, Any] | None) -> dict[str, Any] | None:
+    return None if items is None else {key: follow_one(item) for key, item in items.items()}
 
 
 def _held(value: Any) -> Iterable[Any]:
-    """What a value holds: what :func:`children` names, without a word for the most common."""
+    """Return the objects that a value holds, as :func:`children` does, without labels and faster."""
     if isinstance(value, nn.Module):
         return value.__dict__.values()
     if isinstance(value, _KEYED):
@@ -304,10 +308,10 @@ def _held(value: Any) -> Iterable[Any]:
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """What a value holds, each with what leads there."""
-    for kind, held in _WAYS:
+    """Yield the objects that a value holds, each with a label for the path to it."""
+    for kind, contents in _WAYS:
         if isinstance(value, kind):
-            yield from held(value)
+            yield from contents(value)
             return
     for key, item in (*_attributes(value).items(), *_slots(value)):
         yield f".{key}", item
@@ -315,8 +319,8 @@ def children(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-        for held in held_in(cell):
-            yield f" -> {value.__qualname__} (its {name})", held
+        for content in held_in(cell):
+            yield f" -> {value.__qualname__} (its {name})", content
     defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
     for item in (*defaults, *value.__dict__.values()):
         yield f" -> {value.__qualname__} (a default or an attribute)", item
@@ -352,19 +356,19 @@ _WAYS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
     (weakref.ReferenceType, lambda value: [("()", value())]),
     (_CACHED, lambda value: [(".__wrapped__", value.__wrapped__)]),
     (_KEYED, _of_mapping),
-    (_SEQUENCES, lambda value: ((f"[{place}]", item) for place, item in enumerate(value))),
+    (_SEQUENCES, lambda value: ((f"[{index}]", item) for index, item in enumerate(value))),
 )
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    """The ``__dict__`` of a module, a tensor or an object that may be a part of a model."""
+    """Return the ``__dict__`` of a module, a tensor or an object that may be a part of a model."""
     if not isinstance(value, nn.Module | torch.Tensor) and _is_apart(value):
         return {}
     try:
-        found = object.__getattribute__(value, "__dict__")
+        attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _slots(value: Any) -> Iterator[tuple[str, Any]]:
@@ -381,13 +385,13 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_apart(value: Any) -> bool:
-    if type(value).__name__ == torch_private.HOOK_WRAPPER:  # torch's, around a hook
+    if type(value).__name__ == torch_private.HOOK_WRAPPER:  # torch's wrapper around a hook
         return False
     return stands_apart(type(value).__module__)
 
 
 def stands_apart(module: str | None) -> bool:
-    """Whether a module is of a library whose objects are no part of a model."""
+    """Return True if a Python module is of a library whose objects are no part of a model."""
     return (module or "").partition(".")[0] in _APART
 
 
@@ -398,16 +402,16 @@ _PLAIN = (bool, int, float, str, type(None))
 def share_copy(
     model: nn.Module, left_out: Iterable[Any] = (), *, sharded: bool = False
 ) -> nn.Module:
-    """Copies a model, sharing its parameters' storage.
+    """Copy a model, sharing its parameters' storage.
 
     Args:
         model: Any module. It is not touched.
-        left_out: Values of attributes that the copies of its modules do not have.
-        sharded: Whether FSDP2 may shard the model. The copy has the same shards then, and no units.
+        left_out: Values of attributes that the copies of its modules do not get.
+        sharded: True if FSDP2 may shard the model. The copy then has the same shards, and no units.
 
     Returns:
-        A module of the same class, with every parameter frozen and ties kept. Buffers have storage
-        of their own. What ZeRO-3 partitions is partitioned in the copy, over the same parts, without hooks.
+        A module of the same class, with every parameter frozen and ties kept. Buffers are copied.
+        Parameters that ZeRO-3 partitions are partitioned in the copy, over the same parts, without hooks.
 
     Raises:
         CaptureError: If the model cannot be copied, or the copy would still use parts of the original.
@@ -419,7 +423,7 @@ def share_copy(
     memo: dict[int, Any] = {id(value): absent for value in left}
     modules = list(model.modules())
     parameters: list[nn.Parameter] = []
-    libraries = [one.layers for one in formats()]
+    libraries = [format_.layers for format_ in formats()]
     # Tensors made under inference mode could not be trained on.
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
@@ -436,7 +440,7 @@ def share_copy(
                 layers.share(module, memo)
             for value in (*module.__dict__.values(), *module._buffers.values()):
                 if type(value) in _EMPTY and not value and not getattr(value, "__dict__", None):
-                    # What modules have most of: deepcopy takes the long way for each.
+                    # Modules have many empty dicts, and deepcopy is slow for them.
                     memo[id(value)] = type(value)()
                 elif type(value) not in _PLAIN:
                     _detach_results(value, memo)
@@ -445,7 +449,7 @@ def share_copy(
         result: nn.Module = _copied(model, memo)
         fill()
         clean(result)
-    # From Python 3.14 on, deepcopy looks for no function in the memo.
+    # From Python 3.14 on, deepcopy does not look up functions in the memo.
     _leave_out(result, {id(absent), *map(id, left)})
     follow(result, memo, (*modules, *parameters))
     for module in result.modules():
@@ -460,7 +464,7 @@ def _leave_out(model: nn.Module, absent: Collection[int]) -> None:
 
 
 def _check_whole(model: nn.Module) -> None:
-    """Refuses a model that FSDP2 shards: a copy would have parts, which nothing puts together."""
+    """Raise for a model that FSDP2 shards: nothing would gather the shards of a copy."""
     for name, module in model.named_modules():
         if is_unit(module):
             raise CaptureError(
@@ -474,7 +478,7 @@ def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
     for layers in libraries:
         layers.settle(module)
     for own in module._parameters.values():
-        # A module that copies itself in its own way may have made new ones.
+        # A module with its own __deepcopy__ may have created new parameters.
         if own is not None:
             own.requires_grad = False
 
@@ -490,10 +494,10 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
 
 
 def check_model(model: object) -> None:
-    """Refuses what cannot be captured at all.
+    """Raise for objects that cannot be captured at all.
 
     Raises:
-        CaptureError: If it is not a module, or lies on several devices.
+        CaptureError: If `model` is no module, is compiled or scripted, or lies on several devices.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, found {type(model).__name__}")
@@ -519,7 +523,7 @@ def check_model(model: object) -> None:
 
 
 def _twin(parameter: nn.Parameter, memo: dict[int, Any], *, own: bool) -> nn.Parameter:
-    """A frozen parameter over the same memory, or over memory of its own."""
+    """Return a frozen parameter over the same memory or, with `own`, over a copy."""
     if is_partitioned(parameter):
         return partitioned_twin(parameter, own=own)
     known = format_of(parameter)
@@ -537,7 +541,7 @@ def _frozen(parameter: nn.Parameter, own: bool = False) -> nn.Parameter:
 
 
 def _detach_results(value: Any, memo: dict[int, Any]) -> None:
-    """Prepares copies of what deepcopy refuses: results of autograd that a forward left behind."""
+    """Copy tensors that deepcopy refuses: non-leaf results of autograd that a forward left behind."""
     if isinstance(value, torch.Tensor):
         if not value.is_leaf:
             memo[id(value)] = value.detach().clone()
@@ -550,9 +554,9 @@ def _detach_results(value: Any, memo: dict[int, Any]) -> None:
 
 
 def holder_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:
-    """The storage of a tensor, which is one object for all views of it and for as long as anything holds it.
+    """Return the storage of a tensor, the same object for all of its views while a reference to it exists.
 
-    A sparse tensor has none, nor has one that is not initialized: they hold their values themselves.
+    Sparse and uninitialized tensors have no storage, and are returned themselves.
     """
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return tensor
@@ -560,12 +564,12 @@ def holder_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tells storages apart while they are held: the identity of :func:`holder_of`."""
+    """Return the id of :func:`holder_of`, which identifies a storage while it is alive."""
     return id(holder_of(tensor))
 
 
 def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What two tensors that are tied have in common: not only a storage, but the same place in it."""
+    """Return a key that is equal for tied tensors: storage, offset, shape and strides."""
     if is_lazy(tensor) or tensor.layout is not torch.strided:
         return (id(tensor),)
     own = _own_part(tensor)
@@ -573,7 +577,7 @@ def memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
 
 
 def _own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The part that this process holds of a tensor that has no memory of its own; or the tensor."""
+    """Return the local part of a partitioned or distributed tensor, or the tensor itself."""
     if is_partitioned(tensor):
         tensor = getattr(tensor, "ds_tensor", tensor)
     return torch_private.local_tensor(tensor)

@@ -1,7 +1,7 @@
-"""Low-level work on ``fx`` graphs: what would be ``node.args[1]`` elsewhere.
+"""Low-level helpers for ``fx`` graphs, such as arguments by name instead of ``node.args[1]``.
 
-Also the loop of every pass that edits graphs one by one, and questions about parameters of lazy layers that
-have not run yet: these have no shape, and refuse every question about it.
+Also the loop of every pass that edits graphs one by one, and helpers for parameters of lazy layers that
+have not run yet. These have no shape, and raise if code reads it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 def target_of(node: fx.Node) -> Any:
-    """What a node calls: a function, or for ``call_method`` the method of ``torch.Tensor``."""
+    """Return the function that a node calls, or for ``call_method`` the method of ``torch.Tensor``."""
     if node.op == "call_function":
         return node.target
     if node.op == "call_method":
@@ -48,53 +48,53 @@ def target_of(node: fx.Node) -> Any:
 
 
 def arguments(node: fx.Node, names: str) -> dict[str, Any]:
-    """A node's arguments by name.
+    """Return a node's arguments by name.
 
     Args:
         node: A ``call_function`` or ``call_method`` node.
         names: The parameters in order, separated by spaces, each with ``=default`` if it has one
-            (a Python literal). ``input|self`` is one parameter with several names, the first of which
-            counts here; what comes after ``*`` is passed by keyword only.
+            (a Python literal). ``input|self`` is one parameter with several names, of which the result has
+            the first. Parameters after ``*`` are keyword-only.
 
     Returns:
-        Every parameter's value; a missing one without a default is None.
+        The value of every parameter. A missing parameter without a default is None.
     """
     result: dict[str, Any] = {}
     positional, keyword = _declared(names)
     for index, declared in enumerate([*positional, *keyword]):
         known, _, default = declared.partition("=")
-        several = known.split("|")
-        passed = [name for name in several if name in node.kwargs]
+        spellings = known.split("|")
+        passed = [name for name in spellings if name in node.kwargs]
         if index < len(node.args) and index < len(positional):
-            result[several[0]] = node.args[index]
+            result[spellings[0]] = node.args[index]
         elif passed:
-            result[several[0]] = node.kwargs[passed[0]]
+            result[spellings[0]] = node.kwargs[passed[0]]
         else:
-            result[several[0]] = eval(default, {}) if default else None
+            result[spellings[0]] = eval(default, {}) if default else None
     return result
 
 
 def known_arguments(node: fx.Node, names: str) -> dict[str, Any] | None:
-    """What :func:`arguments` gives, or None where the node passes something that is not among the names.
+    """Return :func:`arguments`, or None if the node passes an argument that is not among the names.
 
-    A question about what a node computes has no answer where an argument is not known (``out=``).
+    An unknown argument (``out=``) may change what the node computes.
     """
     return None if unknown_arguments(node, names) else arguments(node, names)
 
 
 def unknown_arguments(node: fx.Node, names: str) -> list[str]:
-    """What a node passes that is not among these parameters, by name or as ``#3`` by its place.
+    """Return the arguments of a node that are not among these parameters, by name or position (``#3``).
 
     Args:
-        node: As for :func:`arguments`.
-        names: Likewise. None is what an optional argument is by default, whatever its name.
+        node: Same as for :func:`arguments`.
+        names: Likewise. Unknown arguments that are None are ignored, because None is their default.
     """
     positional, keyword = _declared(names)
-    declared = [one.partition("=")[0].split("|") for one in (*positional, *keyword)]
-    known = {name for several in declared for name in several}
+    declared = [parameter.partition("=")[0].split("|") for parameter in (*positional, *keyword)]
+    known = {name for spellings in declared for name in spellings}
     extra = enumerate(node.args[len(positional) :], len(positional) + 1)
     return [
-        *(f"#{place}" for place, value in extra if value is not None),
+        *(f"#{position}" for position, value in extra if value is not None),
         *(name for name, value in node.kwargs.items() if name not in known and value is not None),
     ]
 
@@ -105,11 +105,11 @@ def _declared(names: str) -> tuple[list[str], list[str]]:
 
 
 def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
-    """Takes out how an operand was made, node by node upwards, where nothing else reads it.
+    """Erase an unread operand and the chain of first inputs that only it reads.
 
     Args:
-        graph: It is edited.
-        operand: What an operation has read that is gone.
+        graph: The graph. It is edited.
+        operand: Former operand of an operation that was erased.
     """
     while not operand.users:
         above = operand.all_input_nodes
@@ -120,25 +120,25 @@ def erase_unread(graph: fx.Graph, operand: fx.Node) -> None:
 
 
 def erase_dead(graph: fx.Graph) -> None:
-    """Removes the nodes that nothing reads from a graph that may call modules.
+    """Erase nodes without readers from a graph that may call modules.
 
     Args:
-        graph: It is edited. Calls of modules stay.
+        graph: The graph. It is edited. Calls of modules stay.
     """
     graph.eliminate_dead_code(_stays)
 
 
 def _stays(node: fx.Node) -> bool:
-    # fx asks the module of a call what it does, and a graph by itself has none: such a call stays.
+    # fx would look up the module of a call, which a bare graph does not have. So such calls stay.
     return node.op == "call_module" or node.is_impure()
 
 
 def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> PassResult:
-    """Edits each graph of a capture once: equal layers share theirs before and after.
+    """Edit each graph of a capture once. Equal layers share their graph before and after.
 
     Args:
-        capture: What to edit. It stays as it is.
-        edit: Gives an edited copy of a region's graph, or None where there is nothing to do.
+        capture: The capture. It is not changed.
+        edit: Returns an edited copy of a region's graph, or None if there is nothing to do.
     """
     known: dict[int, fx.Graph | None] = {}
     regions = dict(capture.regions)
@@ -152,35 +152,35 @@ def edit_graphs(capture: Capture, edit: Callable[[Region], fx.Graph | None]) -> 
 
 
 class GraphPass(Pass):
-    """A pass that edits graphs one by one."""
+    """Base class of passes that edit graphs one by one."""
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Edit each graph in which there is something to do."""
+        """Edit each graph once."""
         return edit_graphs(capture, self.edited)
 
     @abc.abstractmethod
     def edited(self, region: Region) -> fx.Graph | None:
-        """Return an edited copy of a region's graph, or None where there is nothing to do."""
+        """Return an edited copy of a region's graph, or None if there is nothing to do."""
 
 
 UNINITIALIZED = "its weights are not initialized yet: run the model once, then rewrite it"
 
 
 def is_lazy(parameter: Tensor | None) -> bool:
-    """Whether the shape of a parameter is not known yet. Unlike torch's, it narrows no type."""
-    # torch asks at length for the rest.
+    """Return True if the shape of a parameter is not known yet. Unlike torch's, it narrows no type."""
+    # A fast path, because isinstance is slow for these classes of torch.
     return type(parameter) is not nn.Parameter and isinstance(
         parameter, UninitializedParameter | UninitializedBuffer
     )
 
 
 def is_matrix(parameter: nn.Parameter | None) -> bool:
-    """Whether a parameter has two or more dimensions, as far as one knows."""
+    """Return True if a parameter is known to have two or more dimensions."""
     return parameter is not None and not is_lazy(parameter) and parameter.dim() > 1
 
 
 def elements(parameter: Tensor) -> int:
-    """Number of elements, of values for a quantized weight; 0 where it is not known yet."""
+    """Return the number of elements (of values for a quantized weight), or 0 if it is not known yet."""
     if is_lazy(parameter):
         return 0
     stored = quantization_of(parameter)
@@ -202,7 +202,7 @@ def may_write(node: fx.Node) -> bool:
     if isinstance(target, torch_private.OpOverload):
         return bool(torch_private.schema_of(target).is_mutable)
     name = getattr(target, "__name__", "")
-    # torch says so by the name, or by a flag; of other functions that is not known.
+    # torch marks writes by the name or a flag. For other functions they are not known.
     known = (getattr(target, "__module__", None) or "torch").split(".")[0] in _KNOWN
     flags = any(value is True for value in (*node.args, *node.kwargs.values()))
     writes = name.rstrip("_") != name or "out" in node.kwargs or target is in_place

@@ -1,8 +1,8 @@
-"""What a trace took for granted of its module: compared again whenever the graph is called.
+"""Values that a trace read from its module, which are compared again whenever the graph is called.
 
-A trace sees one value of everything that the code reads of ``self``: a number, a setting of a config object,
-the layers in a list. It becomes a constant of the graph, or decides which way the code goes. So the generated
-``forward`` asks whether each would still be the same, and runs the module's own forward if one is not.
+A trace sees one value of everything that the code reads from ``self``: a number, a setting of a config
+object, the layers in a list. The value becomes a constant of the graph, or decides a branch. So the
+generated ``forward`` compares each value, and runs the module's own forward if one has changed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 FORWARD = "_lora_fx_forward"
-"""Global name of the forward that a class had when the graph was installed, in generated code."""
+"""Global name, in generated code, of the forward that a class had when the graph was installed."""
 
 BASE_OF = "_lora_fx_parameter"
-"""Global name of :func:`lora_fx.runtime.base_parameter` in generated code."""
+"""Global name of :func:`lora_fx.runtime.base_parameter`, in generated code."""
 
 CHILDREN_OF = "_lora_fx_children"
-"""Global name of :func:`children_of` in generated code."""
+"""Global name of :func:`children_of`, in generated code."""
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _IDENTICAL = (enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -47,15 +47,15 @@ _MOST = 64  # values in a container
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """Something that was read.
+    """Value that a trace read.
 
     Attributes:
         path: Attribute names from the module, as ``config.scale``; empty for the module itself.
-        kind: How it is compared: by ``value``, by ``identity``, whether it is ``present`` (a module or a
-            parameter), by the ``shape`` of a parameter, by the names of the ``children`` of a container of
-            modules, as the ``forward`` or another ``method`` of the module's own class, or as a ``global`` of
-            that name.
-        expected: What it was; None where that follows from the kind. For a global, its module and value.
+        kind: Form of the comparison. ``value`` and ``identity`` compare the value itself, ``shape`` that of
+            a parameter. ``present`` checks that a module or parameter exists. ``children`` compares the
+            names in a container of modules. ``forward`` and ``method`` compare functions of the module's
+            own class, ``global`` a global of that name.
+        expected: The value; None if it follows from the kind. For a global, its module and value.
     """
 
     path: str
@@ -65,15 +65,15 @@ class Read:
     expected: Any
 
     def condition(self, constant: str) -> str:
-        """Return code that is true if it is something else now.
+        """Return an expression that is true if the value has changed.
 
         Args:
             constant: The global name of ``expected`` in that code.
         """
         owner, _, leaf = self.path.rpartition(".")
-        here, owner = _spelled(self.path), _spelled(owner)
+        attribute, owner = _spelled(self.path), _spelled(owner)
         if self.kind == "children":
-            return f"{CHILDREN_OF}({here}._modules) != {self.expected!r}"
+            return f"{CHILDREN_OF}({attribute}._modules) != {self.expected!r}"
         if self.kind == "present":
             return f"{BASE_OF}({owner}, {leaf!r}) is None"
         if self.kind == "shape":
@@ -85,11 +85,13 @@ class Read:
         if self.kind == "global":
             return f"{constant}[0].get({self.path!r}) != {constant}[1]"
         if self.kind == "identity" or isinstance(self.expected, _IDENTICAL):
-            return f"{here} is not {constant}"
+            return f"{attribute} is not {constant}"
         if self.expected is None or isinstance(self.expected, bool):
-            return f"{here} is not {self.expected!r}"
+            return f"{attribute} is not {self.expected!r}"
         return (
-            f"{here} != {self.expected!r}" if _literal(self.expected) else f"{here} != {constant}"
+            f"{attribute} != {self.expected!r}"
+            if _literal(self.expected)
+            else f"{attribute} != {constant}"
         )
 
     def constant(self) -> Any:
@@ -101,7 +103,7 @@ class Read:
 
 
 def _spelled(path: str) -> str:
-    """Return the code that gets to an attribute; layers in lists have numbers for names."""
+    """Return an expression for an attribute. Layers in lists have numbers as names."""
     code = "self"
     for name in path.split(".") if path else ():
         code = f"{code}.{name}" if name.isidentifier() else f"getattr({code}, {name!r})"
@@ -110,12 +112,12 @@ def _spelled(path: str) -> str:
 
 def conditions_of(reads: Iterable[Read]) -> Iterator[str]:
     """Yield the condition of each read, in terms of the names of :func:`constants_of`."""
-    return (read.condition(f"_lora_fx_value_{place}") for place, read in enumerate(reads))
+    return (read.condition(f"_lora_fx_value_{index}") for index, read in enumerate(reads))
 
 
 def constants_of(reads: Iterable[Read]) -> dict[str, Any]:
     """Return the globals that the conditions of some reads need."""
-    named = [(f"_lora_fx_value_{place}", read) for place, read in enumerate(reads)]
+    named = [(f"_lora_fx_value_{index}", read) for index, read in enumerate(reads)]
     known = {name: read.constant() for name, read in named if name in read.condition(name)}
     text = " ".join(read.condition(name) for name, read in named)
     helpers = {BASE_OF: base_parameter, CHILDREN_OF: children_of}
@@ -132,17 +134,17 @@ def children_of(modules: Mapping[str, nn.Module | None]) -> tuple[str, ...]:
 
 
 class Unchanged:
-    """A function of a module that says whether everything that was read of it would be the same now.
+    """Predicate that is true if all values that were read from a module are unchanged.
 
-    It can be pickled. Equal functions ask the same.
+    It can be pickled. Equal predicates check the same values.
     """
 
     def __init__(self, cls: type[nn.Module], reads: Iterable[Read]) -> None:
-        """Take what was read.
+        """Compile the comparison of the values.
 
         Args:
             cls: The module's own class.
-            reads: What was read of such a module.
+            reads: The values that were read.
         """
         self.cls, self._forward = cls, cls.forward
         self.reads = tuple(read for read in reads if read.kind not in ("forward", "method"))
@@ -154,7 +156,7 @@ class Unchanged:
         self._key = cls, source, tuple((name, repr(value)) for name, value in constants.items())
 
     def __call__(self, module: Any) -> bool:
-        """Ask a module."""
+        """Return True if the values of a module are unchanged."""
         return self.cls.forward is self._forward and self._asked(module)
 
     def __eq__(self, other: object) -> bool:
@@ -168,7 +170,7 @@ class Unchanged:
 
 
 def is_constant(value: Any) -> bool:
-    """Return True for a simple value, or a container of so few simple values that it can be compared."""
+    """Return True for a simple value, or a container with few enough of them to compare."""
     return _size(value) <= _MOST
 
 

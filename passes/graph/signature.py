@@ -1,14 +1,14 @@
-"""The signature of a region's ``forward``, and the guard that keeps a specialized graph honest.
+"""Signature of a region's ``forward``, with the guard of a specialized graph.
 
-A trace fixes what the caller passed: ``mask=None`` takes the branch without a mask. Instead of
-forbidding other calls, the generated ``forward`` looks first::
+A trace fixes arguments: ``mask=None`` takes the branch without a mask. Instead of
+forbidding other calls, the generated ``forward`` checks its arguments first::
 
     def forward(self, x, mask=None, **kwargs):
         if x is None or mask is not None or kwargs:
             return fallback(self, x, mask, **kwargs)
         ...the graph...
 
-The fallback is the module's own ``forward``, which is always right as long as every adapter sits in a
+The fallback is the module's own ``forward``, which is always right if every adapter is in a
 module that it calls.
 """
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 FALLBACK = "_lora_fx_fallback"
-"""Global name of the fallback in generated code."""
+"""Global name of the fallback, in generated code."""
 
 _SIMPLE = (type(None), bool, int, float, str)
 _STARS: dict[int, str] = {
@@ -48,15 +48,15 @@ _OMITTED, _GIVEN = "_lora_fx_omitted", "_lora_fx_given"
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter of ``forward``.
+    """Parameter of ``forward``.
 
     Attributes:
         name: Its name.
         kind: ``inspect.Parameter.kind`` as an integer.
-        traced: Whether it is an input of the graph; otherwise it was fixed to ``value``.
-        value: What it was fixed to.
+        traced: True if it is an input of the graph; otherwise it was fixed to ``value``.
+        value: The fixed value.
         default: The default, or ``inspect.Parameter.empty``.
-        omitted: Whether its default tells that nothing was given, for a decorator that looks.
+        omitted: True if its default marks a missing argument, which a decorator may check for.
     """
 
     name: str
@@ -68,21 +68,21 @@ class Parameter:
 
     @property
     def variadic(self) -> bool:
-        """Whether it is ``*args`` or ``**kwargs``."""
+        """Return True if it is ``*args`` or ``**kwargs``."""
         return bool(self.stars)
 
     @property
     def stars(self) -> str:
-        """What is before its name: ``*``, ``**`` or nothing."""
+        """Return the prefix of its name: ``*``, ``**`` or an empty string."""
         return _STARS.get(self.kind, "")
 
 
 def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Parameter, ...]:
-    """Reads a ``forward`` method's signature, without ``self``.
+    """Return the parameters of a ``forward`` method, without ``self``.
 
     Args:
         forward: The unbound method.
-        fixed: Values to fix parameters to. By default those that have a default are fixed to it.
+        fixed: Values to fix parameters to. By default, parameters with a default value are fixed to it.
 
     Returns:
         The parameters in order. ``*args`` and ``**kwargs`` are fixed to empty.
@@ -106,11 +106,11 @@ def parameters_of(forward: Any, fixed: dict[str, Any] | None = None) -> tuple[Pa
 
 
 def wrapped_forward(forward: Any) -> Any:
-    """The function that says what a ``forward`` takes.
+    """Return the function whose signature applies to a ``forward``, under decorators that pass arguments on.
 
-    A decorator that takes ``*args`` and ``**kwargs`` and nothing by name hands them on, as far as one sees
-    from outside. Any other one has parameters and defaults of its own, which may not be those of the
-    function that it wraps.
+    A decorator with only ``*args`` and ``**kwargs`` passes them on, as far as its signature shows. Any
+    other decorator has its own parameters and defaults, which may differ from those of the function that it
+    wraps.
 
     Args:
         forward: The unbound method.
@@ -131,23 +131,24 @@ def wrapped_forward(forward: Any) -> Any:
 
 
 def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
-    """Code of a ``forward`` that hands its arguments on as they were given, and the globals of that code.
+    """Return code of a ``forward`` that passes its arguments on unchanged, and the globals of that code.
 
-    What the caller leaves out is left out of the call, too: a decorator may look whether it is there.
+    Arguments that the caller leaves out are left out of the call, too, because a decorator may check for
+    them.
 
     Args:
-        forward: The unbound method whose signature it has.
-        chosen: The global name of a function that gives the method to call, for a module.
+        forward: The unbound method whose signature the code has.
+        chosen: The global name of a function that returns the method to call, for a module.
     """
     parameters = parameters_of(forward, {})
     spread = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    # What comes before *args cannot be left out where those are given.
-    by_place: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
-    by_place += [inspect.Parameter.POSITIONAL_OR_KEYWORD] if spread else []
+    # Parameters before *args cannot be left out, because positional arguments follow.
+    positional: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
+    positional += [inspect.Parameter.POSITIONAL_OR_KEYWORD] if spread else []
     left_out = [
         p.name
         for p in parameters
-        if not p.variadic and p.kind not in by_place and p.default is not inspect.Parameter.empty
+        if not p.variadic and p.kind not in positional and p.default is not inspect.Parameter.empty
     ]
     code = GuardedCodeGen(
         tuple(dataclasses.replace(p, omitted=p.name in left_out) for p in parameters)
@@ -158,14 +159,14 @@ def forwarding_source(forward: Any, chosen: str) -> tuple[str, dict[str, Any]]:
 
 
 class GuardedCodeGen(fx.graph.CodeGen):
-    """Generates ``forward`` with the original signature and the guard of this module.
+    """Code generator of a ``forward`` with the original signature and a guard.
 
     Attributes:
         parameters: The original signature.
-        check_none: Whether to send a ``None`` for a traced parameter to the fallback. A module of
-            ``torch.nn`` that is one operation makes do without.
-        extra: Code that is true where the graph does not apply for another reason.
-        reads: What the trace read, and took for granted; asked last of all.
+        check_none: True to run the fallback if a traced parameter is ``None``. Not needed for a module of
+            ``torch.nn`` that is one operation.
+        extra: Expressions that are true if the graph does not apply for another reason.
+        reads: Values that the trace read, which the guard checks last.
     """
 
     def __init__(
@@ -194,9 +195,10 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return f"{head}\n    if {test}:\n        return {FALLBACK}({call})"
 
     def constants(self) -> dict[str, Any]:
-        """Return the globals of the generated code: defaults and fixed values that have no literal form.
+        """Return the globals of the generated code: defaults and fixed values without a literal form.
 
-        Not ``additional_globals`` of fx: that gives one object one name, and drops those of torch.
+        ``additional_globals`` of fx does not work: it gives one name to one object, and drops those of
+        torch.
         """
         known = constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
@@ -211,12 +213,12 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return known
 
     def _argument_conditions(self) -> Iterator[str]:
-        """Yield what sends a call to the fallback, in the order in which it is asked."""
+        """Yield the conditions on arguments under which a call runs the fallback, in order."""
         for p in self.parameters:
             if p.variadic:
                 yield p.name
             elif p.traced:
-                # A trace takes every "is not None" branch: a None has to go to the module's own forward.
+                # A trace takes every "is not None" branch, so a None must run the module's own forward.
                 if self.check_none:
                     yield f"{p.name} is None"
             elif p.value is None or isinstance(p.value, bool):
@@ -240,13 +242,13 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return declared
 
     def _passed(self) -> list[str]:
-        """Arguments of the fallback: by name where that can be.
+        """Return the arguments of the fallback, by name if possible.
 
-        Decorators of transformers give ``use_cache`` by name if it is not among the keywords.
+        Decorators of transformers add ``use_cache`` by name if it is not among the keywords.
         """
-        by_place: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
+        positional: list[int] = [inspect.Parameter.POSITIONAL_ONLY]
         if any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in self.parameters):
-            by_place.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            positional.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
         omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted]
         for p in self.parameters:
@@ -254,7 +256,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
                 if omitted and p.kind != inspect.Parameter.VAR_POSITIONAL:
                     passed.append(f"**{_GIVEN}({', '.join(omitted)})")
                     omitted = []
-            elif p.variadic or p.kind in by_place:
+            elif p.variadic or p.kind in positional:
                 passed.append(f"{p.stars}{p.name}")
             else:
                 passed.append(f"{p.name}={p.name}")
@@ -262,7 +264,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
 
 
 def _literal(value: Any) -> bool:
-    """Whether ``repr`` gives an expression for it: not for members of an enumeration, or infinity."""
+    """Return True if ``repr`` of a value is an expression, as it is not for enum members or infinity."""
     return type(value) in _SIMPLE and (not isinstance(value, float) or math.isfinite(value))
 
 

@@ -1,7 +1,7 @@
-"""The units of a model that FSDP2 shards: what they are, a copy without them, and the same units again.
+"""Units of a model that FSDP2 shards: how to list them, copy a model without them, and shard the copy.
 
-FSDP2 makes a subclass of the class of each unit, and keeps its state in hooks. Neither can be copied. So a
-copy has the modules' own classes, over the same shards, and is sharded as the original was once it is done.
+FSDP2 creates a subclass of the class of each unit, and keeps its state in hooks. Neither can be copied. So
+a copy has the modules' original classes over the same shards, and is sharded in the same way at the end.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ __all__ = ["ShardedUnit", "copy_units", "is_unit", "shard_again", "units_of"]
 
 
 def is_unit(module: nn.Module) -> bool:
-    """Whether FSDP2 shards a module as a unit."""
+    """Return True if FSDP2 shards a module as a unit."""
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardedUnit:
-    """One call of ``fully_shard``.
+    """Arguments of one call of ``fully_shard``.
 
     Attributes:
-        modules: FQNs of the modules that are a unit together.
+        modules: FQNs of the modules that form the unit.
         options: The arguments of the call.
-        parts: How each parameter is cut, by FQN.
+        parts: Shard layout of each parameter, by FQN.
     """
 
     modules: tuple[str, ...]
@@ -43,12 +43,13 @@ class ShardedUnit:
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """How FSDP2 cuts a parameter.
+    """Shard layout of a parameter under FSDP2.
 
     Attributes:
-        placement: Along which dimension.
-        spec: How the parameter lies over the processes of tensor parallelism; None where it is whole there.
-        size: Of what is cut: the parameter, or the part of it that this process holds there.
+        placement: Placement with the dimension that is sharded.
+        spec: Layout of the parameter under tensor parallelism, or None if that does not shard it.
+        size: Size of the tensor that FSDP2 shards: the parameter, or its local part under tensor
+            parallelism.
     """
 
     placement: Any
@@ -56,7 +57,7 @@ class _Part:
     size: torch.Size
 
     def stand_in(self, like: torch.Tensor) -> nn.Parameter:
-        """The parameter before it is cut, on the meta device."""
+        """Return the unsharded parameter, on the meta device."""
         local = torch.empty(self.size, dtype=like.dtype, device="meta")
         if self.spec is not None:
             from torch.distributed.tensor import DTensor
@@ -73,7 +74,7 @@ class _Part:
 
 
 def units_of(model: nn.Module) -> tuple[ShardedUnit, ...]:
-    """The units of a model, inner ones first, as ``fully_shard`` has to be called.
+    """Return the units of a model, inner units first, in the order of the ``fully_shard`` calls.
 
     Raises:
         CaptureError: If a unit is sharded in a way that cannot be repeated.
@@ -84,29 +85,31 @@ def units_of(model: nn.Module) -> tuple[ShardedUnit, ...]:
         if is_unit(module):
             states.setdefault(id(torch_private.fsdp_state(module)), []).append(module)
     groups = [
-        group for several in states.values() for group in torch_private.fsdp_groups(several[0])
+        group for modules in states.values() for group in torch_private.fsdp_groups(modules[0])
     ]
-    found = []
-    # Names go from the top down: a unit comes after all units that begin behind it.
-    for several in reversed(states.values()):
-        mine = torch_private.fsdp_groups(several[0])
+    units = []
+    # named_modules goes from the top down, so the reversed order has inner units first.
+    for modules in reversed(states.values()):
+        mine = torch_private.fsdp_groups(modules[0])
         parts = {
             name: _Part(
-                held.fsdp_placement, torch_private.fsdp_spec(held), torch_private.fsdp_size(held)
+                parameter.fsdp_placement,
+                torch_private.fsdp_spec(parameter),
+                torch_private.fsdp_size(parameter),
             )
             for group in mine
-            for held in group.fsdp_params
-            for name in _names(held, names)
+            for parameter in group.fsdp_params
+            for name in _names(parameter, names)
         }
-        fqns = tuple(names[module] for module in several)
-        options = _options(several[0], fqns[0], mine or groups[:1])
-        found.append(ShardedUnit(fqns, options, parts))
-    return tuple(found)
+        fqns = tuple(names[module] for module in modules)
+        options = _options(modules[0], fqns[0], mine or groups[:1])
+        units.append(ShardedUnit(fqns, options, parts))
+    return tuple(units)
 
 
-def _names(held: Any, names: Mapping[nn.Module, str]) -> Iterator[str]:
-    """The FQNs of a parameter, which several modules may have."""
-    info = torch_private.fsdp_owner(held)
+def _names(parameter: Any, names: Mapping[nn.Module, str]) -> Iterator[str]:
+    """Yield the FQNs of a parameter, which several modules may share."""
+    info = torch_private.fsdp_owner(parameter)
     yield join(names[info.module], info.param_name)
     for module, name in zip(info.shared_modules, info.shared_param_names, strict=True):
         yield join(names[module], name)
@@ -115,7 +118,8 @@ def _names(held: Any, names: Mapping[nn.Module, str]) -> Iterator[str]:
 def _options(unit: nn.Module, name: str, groups: list[Any]) -> dict[str, Any]:
     meshes = [group.mesh_info for group in groups]
     if not meshes or any(
-        one.mesh != meshes[0].mesh or getattr(one, "spmd_mesh", None) is not None for one in meshes
+        mesh.mesh != meshes[0].mesh or getattr(mesh, "spmd_mesh", None) is not None
+        for mesh in meshes
     ):
         raise CaptureError(
             f"{name or 'the model'} is sharded over several meshes, or by the names of a mesh's dimensions "
@@ -124,37 +128,37 @@ def _options(unit: nn.Module, name: str, groups: list[Any]) -> dict[str, Any]:
         )
     first = groups[0]
     after, size = first.post_forward_mesh_info, first.mesh_info.shard_mesh_size
-    again: bool | int | None = None
+    reshard: bool | int | None = None
     chosen = not torch_private.fsdp_chose_resharding(unit)
     if chosen and after is None:
-        again = False
+        reshard = False
     elif chosen:
-        again = True if after.shard_mesh_size == size else after.shard_mesh_size
+        reshard = True if after.shard_mesh_size == size else after.shard_mesh_size
     return {
         "mesh": first.mesh_info.mesh,
         "mp_policy": torch_private.fsdp_precision(unit),
         "offload_policy": first.offload_policy,
-        "reshard_after_forward": again,
+        "reshard_after_forward": reshard,
     }
 
 
 def shard_again(model: nn.Module, units: tuple[ShardedUnit, ...]) -> None:
-    """Has FSDP2 shard a model as it has sharded the one that this is a copy of; no values are moved.
+    """Shard a copy of a model with FSDP2 as the original is sharded. No values are moved.
 
     Args:
-        model: A copy, whose parameters are in parts already. It is changed.
-        units: Those of the original. Parameters that the copy does not have any more are passed over.
+        model: A copy, whose parameters are sharded already. It is changed.
+        units: The units of the original. Parameters that the copy does not have are skipped.
     """
     from torch.distributed.fsdp import fully_shard
 
     for unit in units:
         modules = [model.get_submodule(name) for name in unit.modules]
-        places: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
+        parameters: dict[str, nn.Parameter] = dict(model.named_parameters(remove_duplicate=False))
         stand_ins: dict[int, nn.Parameter] = {}
         placements: dict[int, Any] = {}
         moved: list[tuple[nn.Module, str, nn.Parameter]] = []
         for name, part in unit.parts.items():
-            real = places.get(name)
+            real = parameters.get(name)
             if real is None:
                 continue
             if id(real) not in stand_ins:
@@ -173,7 +177,7 @@ def shard_again(model: nn.Module, units: tuple[ShardedUnit, ...]) -> None:
         fully_shard(
             modules[0] if len(modules) == 1 else modules,
             **unit.options,
-            shard_placement_fn=lambda given, known=placements: known.get(id(given)),
+            shard_placement_fn=lambda parameter, known=placements: known.get(id(parameter)),
             ignored_params=ignored,
         )
         for module, leaf, real in moved:
@@ -183,44 +187,44 @@ def shard_again(model: nn.Module, units: tuple[ShardedUnit, ...]) -> None:
 def copy_units(
     model: nn.Module, memo: dict[int, Any], copied: Callable[[Any, dict[int, Any]], Any]
 ) -> Callable[[], None]:
-    """Prepares a copy of a sharded model in which nothing of FSDP2 is left.
+    """Prepare a copy of a sharded model without anything of FSDP2.
 
     Args:
         model: The model; it is not touched.
-        memo: That of ``copy.deepcopy``: it gets what stands for the units, and for hooks.
+        memo: The memo of ``copy.deepcopy``. It gets replacements for the units and for dicts of hooks.
         copied: Copies a value with the memo.
 
     Returns:
-        What is called after the model was copied: it fills in the modules that were units.
+        Function to call after the model was copied. It fills in the modules that were units.
     """
     units = [module for module in model.modules() if is_unit(module)]
-    made = {}
+    copies = {}
     for unit in units:
         own = _without_fsdp(type(unit))
-        made[unit] = memo[id(unit)] = object.__new__(own)
+        copies[unit] = memo[id(unit)] = object.__new__(own)
     for module in model.modules() if units else ():
         hooks = [value for key, value in vars(module).items() if key.endswith("_hooks")]
         for value in hooks:
             if isinstance(value, dict) and any(map(_is_hook_of_fsdp, value.values())):
-                rest = type(value)(
-                    (key, one) for key, one in value.items() if not _is_hook_of_fsdp(one)
+                kept = type(value)(
+                    (key, hook) for key, hook in value.items() if not _is_hook_of_fsdp(hook)
                 )
-                memo[id(value)] = copied(rest, memo)
+                memo[id(value)] = copied(kept, memo)
 
     def fill() -> None:
-        left = torch_private.unit_attributes() if made else ()
-        for unit, new in made.items():
-            held = {key: value for key, value in vars(unit).items() if key not in left}
-            new.__dict__.update(copied(held, memo))
+        left = torch_private.unit_attributes() if copies else ()
+        for unit, new in copies.items():
+            attributes = {key: value for key, value in vars(unit).items() if key not in left}
+            new.__dict__.update(copied(attributes, memo))
 
     return fill
 
 
 def _without_fsdp(cls: type) -> type[nn.Module]:
-    """The class of a unit before it was one."""
-    place = next(place for place, one in enumerate(cls.__mro__) if one.__name__ == "FSDPModule")
-    found: type[nn.Module] = cls.__mro__[place + 1]
-    return found
+    """Return the class that a unit had before ``fully_shard``."""
+    index = next(index for index, base in enumerate(cls.__mro__) if base.__name__ == "FSDPModule")
+    result: type[nn.Module] = cls.__mro__[index + 1]
+    return result
 
 
 def _is_hook_of_fsdp(hook: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Puts factors into a model and branches into its graphs."""
+"""Passes that add factors to a model and branches to its graphs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Gives every planned site its factors: parameters beside the weight that they adapt.
+"""Pass that gives every planned site its factors: parameters next to the weight that they adapt.
 
-The model of the capture is the pipeline's own. The names of its base parameters do not change. Some
-initializations (:mod:`lora_fx.passes.insert.starts`) change the base: the weight of the site is then a new
-parameter, and the one that the argument of the rewrite has is not written.
-What is tied to it elsewhere keeps the old one.
+The model of the capture is the pipeline's own copy. The names of its base parameters do not change. Some
+initializations (:mod:`lora_fx.passes.insert.starts`) change the base. Then the site gets a new
+weight parameter, and the user's model is not changed.
+Tied weights elsewhere keep the old parameter.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass(frozen=True)
 class AddFactors(Pass):
-    """Gives the sites of the plan the parameters of an adapter.
+    """Pass that gives the sites of the plan the parameters of an adapter.
 
     Attributes:
         adapter: The adapter's name.
@@ -66,11 +66,11 @@ class AddFactors(Pass):
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Adds what is not there yet."""
+        """Add the parameters that are missing."""
         plan = capture.plan
         assert plan is not None
         rows = [row for row in plan.sites if not _there(capture.model, row, self.adapter)]
-        # Those that are tied to the factors of another site come after that one.
+        # Sites that are tied to the factors of another site come after that site.
         for row in sorted(rows, key=lambda row: bool(row.tied)):
             if row.tied:
                 _tie_factors(capture.model, row, plan, self.adapter)
@@ -78,9 +78,11 @@ class AddFactors(Pass):
                 _add_factors(capture.model, row, plan.config, self.adapter)
             _add_dropout(capture.model, row, self.adapter)
         for kind in kinds():
-            here = [row for row in rows if row.kind == kind.name and row.site.bias is None]
+            without_bias = [row for row in rows if row.kind == kind.name and row.site.bias is None]
             if alone := [
-                row.name for row in here if any(one.scaled for one in kind.slots(row.site))
+                row.name
+                for row in without_bias
+                if any(slot.scaled for slot in kind.slots(row.site))
             ]:
                 _log.warning(
                     "no merge can fold the bias on B (%s) of these, which have none of their own: %s",
@@ -103,7 +105,8 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
     if not kind_of(row).low_rank:
         place_slots(model, row, adapter, config)
         return
-    # What the parts of one weight change adds up: each sees the weight as the one before it left it.
+    # The changes of the parts of one weight add up: each part starts from the weight left by the one
+    # before.
     reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
     weight = gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
@@ -111,8 +114,8 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
-    """Registers the factors of an embedding a second time, at the head that shares its weight."""
-    source = next(one.site for one in plan.sites if one.name == row.tied)
+    """Register the factors of an embedding a second time, at the head that shares its weight."""
+    source = next(other.site for other in plan.sites if other.name == row.tied)
     names = factor_names(row)
     for name in (names.a, names.b):
         value = model.get_submodule(source.holder).get_submodule(name).get_parameter(adapter)
@@ -138,39 +141,39 @@ def slot_start(
     pair: tuple[torch.Tensor, torch.Tensor] | None,
     config: LoraConfig,
 ) -> torch.Tensor:
-    """What a slot of the site's kind starts with, as it is stored.
+    """Return the initial value of a slot of the site's kind, as it is stored.
 
     Args:
         row: The site.
-        slot: What it trains besides its factors.
+        slot: The trained parameter besides the factors.
         weight: Its weight.
-        pair: Its A and B, as they are stored; None without factors.
+        pair: Its A and B as they are stored, or None without factors.
         config: The configuration.
     """
     dtype = adapter_dtype(weight)
     if weight.device.type == "meta":
         return torch.empty(slot.shape, dtype=dtype, device="meta")
     a, b = pair or (None, None)
-    given = Starting(row, weight, a, b, config, lambda name: site_generator(name, config))
-    return kind_of(row).start(slot, given).reshape(slot.shape).to(weight.device, dtype)
+    starting = Starting(row, weight, a, b, config, lambda name: site_generator(name, config))
+    return kind_of(row).start(slot, starting).reshape(slot.shape).to(weight.device, dtype)
 
 
 _START_A: Final = "lora_A_start"
-"""Holds what A was at the start, where that was taken out of the base: saving needs it."""
+"""Name of the module with the initial A, if that was subtracted from the base. Saving needs it."""
 
 _START_B: Final = "lora_B_start"
-"""Likewise for B."""
+"""Name of the module with the initial B, likewise."""
 
 
 def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) -> None:
-    """Puts a start in, in place of the adapter's former one if there is one."""
+    """Set the factors of a site to a start, replacing the adapter's former factors if it has any."""
     names = factor_names(row)
     start = _where_the_weight_is(model, row, start)
     for name, value in ((names.a, start.a), (names.b, start.b)):
         _put(model, row.site, name, adapter, value)
     if start.subtracted:
         for name, value in ((_START_A, start.a), (_START_B, start.b)):
-            # Copies: training writes into the others.
+            # Copies, because training writes into the factors.
             kept = nn.Parameter(value.clone(), requires_grad=False)
             _factors_module(model, row.site, name).add(adapter, kept)
     if start.weight is not None:
@@ -186,7 +189,7 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
 
 
 def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> Start:
-    """Gives each process its parts of a start, where the weight is cut into parts."""
+    """Return the local shards of a start, if the weight is sharded."""
     weight = weight_at(model, row.site.weight)
     if not is_sharded(weight):
         return start
@@ -201,7 +204,7 @@ def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> St
 
 
 def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
-    """Puts in what the kind trains beside the factors: a tied site has its own, too."""
+    """Set the slots of the kind, which are trained besides the factors. A tied site has its own slots."""
     kind, names = kind_of(row), factor_names(row)
     if not names.slots:
         return
@@ -220,7 +223,7 @@ def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraCo
 
 
 def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:
-    """A new parameter, trained if the one in whose place it is was: that of an inactive adapter is not."""
+    """Set a parameter, frozen if the former one was (that of an inactive adapter is)."""
     factors = _factors_module(model, site, name)
     former = factors._parameters.get(adapter)
     trained = former is None or former.requires_grad
@@ -232,29 +235,31 @@ def computed_starts(
     rows: Iterable[PlannedSite],
     make: Callable[[PlannedSite, torch.Tensor], Start],
 ) -> list[tuple[PlannedSite, Start]]:
-    """The starts of sites; nothing is placed yet, so that an error leaves the model as it was.
+    """Return the starts of sites. The model is not changed yet, so that an error leaves it intact.
 
     Args:
         model: A rewritten model.
         rows: The sites.
-        make: The start of one, from its weight. Of several parts of one weight, each sees the weight as
-            the one before left it.
+        make: Returns the start of a site from its weight. If several sites are parts of one weight, each
+            gets the weight left by the one before.
     """
     now: dict[str, torch.Tensor] = {}
-    made: list[tuple[PlannedSite, Start]] = []
+    starts: list[tuple[PlannedSite, Start]] = []
     for row in rows:
         name = row.site.weight
         start = make(row, now.get(name, gathered(base_weight(model, row.site))))
         if start.weight is not None:
             now[name] = start.weight
-        made.append((row, dataclasses.replace(start, weight=None)))
-    return [(row, dataclasses.replace(one, weight=now.get(row.site.weight))) for row, one in made]
+        starts.append((row, dataclasses.replace(start, weight=None)))
+    return [
+        (row, dataclasses.replace(start, weight=now.get(row.site.weight))) for row, start in starts
+    ]
 
 
 def start_factors(
     model: nn.Module, row: PlannedSite, adapter: str
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The A and B that were taken out of the base; None if nothing was."""
+    """Return the A and B that were subtracted from the base, or None."""
     holder = model.get_submodule(row.site.holder)
     kept = holder._modules.get(_START_A)
     if kept is None or adapter not in kept._parameters:
@@ -264,7 +269,7 @@ def start_factors(
 
 
 def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
-    """Forgets what an adapter has at one site."""
+    """Remove the parameters of an adapter at one site."""
     holder = model.get_submodule(row.site.holder)
     for name in (*factor_names(row).present, _START_A, _START_B):
         factors = holder._modules.get(name)
@@ -282,7 +287,7 @@ def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
 
 
 def _factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
-    """The module that holds a factor of a site for every adapter; made if it is not there."""
+    """Return the module that holds a factor of a site for all adapters, and create it if needed."""
     holder = _holder(model, site)
     if name not in holder._modules:
         kept = name in (_START_A, _START_B)
@@ -304,9 +309,9 @@ def _holder(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _base_like(model: nn.Module, site: Site) -> torch.Tensor:
-    """What :func:`base_weight` gives, where its values are not asked for.
+    """Return a tensor with dtype, shape and device of :func:`base_weight`, for use without values.
 
-    Few bits stay few, and parts are not put together.
+    Nothing is dequantized or gathered.
     """
     weight = weight_at(model, site.weight)
     if site.quantized is None and not is_partitioned(weight):

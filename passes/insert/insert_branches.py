@@ -1,11 +1,11 @@
-"""Inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
+"""Pass that inserts the canonical branch at every planned site: ``x -> dropout -> A -> B -> scale -> add``.
 
-What comes between A, B and the sum, or in their place, is what the adapter kind says.
+The adapter kind may add or replace nodes between A, B and the sum.
 
-Where an operation has a branch already, that of another adapter, the new one is added to their sum.
+If an operation has a branch of another adapter already, the new branch is added to their sum.
 
-Graphs are copied before they are edited. The factors that a branch reads are there already
-(:mod:`lora_fx.passes.insert.add_factors`): nothing of the model is changed.
+Graphs are copied before they are edited. The factors that a branch reads exist already
+(:mod:`lora_fx.passes.insert.add_factors`), so the model itself is not changed.
 """
 
 from __future__ import annotations
@@ -50,21 +50,20 @@ __all__ = ["Branch", "Insert", "See", "Writer", "observed", "read_base"]
 
 @dataclasses.dataclass(frozen=True)
 class _Wiring:
-    """What a branch is made of, in names of the region.
+    """Description of a branch, with names relative to the region.
 
     Attributes:
-        site: The site, as the region sees it.
-        call: Where its weight is applied.
-        a, b: The factors; empty for a kind that has none.
+        site: The site, with names relative to the region.
+        call: The call that applies its weight.
+        a, b: Names of the factors; empty for a kind without factors.
         kind: Name of the adapter kind.
-        slots: What it trains besides the factors: names, and where they are.
+        slots: Other trained parameters: their slot names, and their names in the region.
         scale: The factor of the branch.
-        dropout: The module that says with which probability the branch's input is dropped, and whether it
-            is now; empty for none.
-        cast: Whether the factors are cast to the base output's dtype, or brought to where it is.
-        in_parts: Whether processes hold the weight in parts.
-        transposed: Whether the factors are stored transposed.
-        padding: How many output features of the base operation come before and after those of the
+        dropout: The module with the dropout probability and the training mode; empty for none.
+        cast: True to cast the factors to the base output's dtype, or bring them to its layout.
+        in_parts: True if the weight is sharded over processes.
+        transposed: True if the factors are stored transposed.
+        padding: Numbers of output features of the base operation before and after those of the
             branch; None if it has them all.
     """
 
@@ -83,10 +82,10 @@ class _Wiring:
 
 
 class Writer:
-    """Writes tagged nodes right after one that is there.
+    """Writer of tagged nodes right after a given node.
 
     Attributes:
-        made: The nodes.
+        made: The nodes written so far.
     """
 
     def __init__(self, graph: fx.Graph, after: fx.Node, tag: Callable[[Role], Tag]) -> None:
@@ -94,7 +93,7 @@ class Writer:
         self.made: list[fx.Node] = []
 
     def make(self, role: Role, op: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A tagged node."""
+        """Create a tagged node."""
         with self._graph.inserting_before(self._next):
             node = self._graph.create_node(op, target, args, kwargs)
         node.meta[META_KEY] = self._tag(role)
@@ -103,20 +102,20 @@ class Writer:
         return node
 
     def call(self, role: Role, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A tagged ``call_function`` node."""
+        """Create a tagged ``call_function`` node."""
         return self.make(role, "call_function", target, *args, **kwargs)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Has all others read one of the nodes instead of another node."""
+        """Replace `old` by `new` in all nodes except those of this writer."""
         mine = set(self.made)
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in mine)
 
 
 class Branch(Writer):
-    """Writes the nodes of one adapter's branch, right after what it is added to.
+    """Writer of one adapter's branch, right after the node that it is added to.
 
-    It is what a pattern writes a branch with, and what a kind puts it into the graph with
-    (:class:`lora_fx.ir.OutputBuilder`). The factors are read where they are first used.
+    Patterns write the branch with it, and adapter kinds join it with the output
+    (:class:`lora_fx.ir.OutputBuilder`). A factor is read right before its first use.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class Branch(Writer):
         wiring: _Wiring,
         items: dict[str, fx.Node] | None = None,
     ) -> None:
-        # What others read: the operation with all branches that are added to it so far.
+        # The total is the operation with all branches added so far, which the other nodes read.
         self.base, self.total = base, [base, *sums_on(base)][-1]
         super().__init__(graph, self.total, tag)
         self._wiring = wiring
@@ -145,46 +144,46 @@ class Branch(Writer):
 
     @property
     def a(self) -> fx.Node:
-        """A, in the dtype in which the branch computes."""
+        """Return A, in the dtype in which the branch computes."""
         return self.once("a", lambda: self.cast_factor("a"))
 
     @property
     def b(self) -> fx.Node:
-        """B, as the kind wants it in the branch."""
+        """Return B, in the form that the kind needs."""
         return self.once("b", lambda: self._kind.factor_b(self))
 
     @property
     def bias(self) -> fx.Node | None:
-        """What the operation that applies B takes for its bias."""
+        """Return the bias of the operation that applies B, or None."""
         if "bias" not in self._known:
-            made = self._kind.branch_bias(self)
-            if made is None:
+            bias = self._kind.branch_bias(self)
+            if bias is None:
                 return None
-            self._known["bias"] = made
+            self._known["bias"] = bias
         return self._known["bias"]
 
     @property
     def bias_taken(self) -> bool:
-        """Whether the pattern has asked for :attr:`bias`, and there was one."""
+        """Return True if the pattern has read :attr:`bias`, and it was not None."""
         return "bias" in self._known
 
     @property
     def operand_bias(self) -> fx.Node:
-        """What the operation adds."""
+        """Return the bias node of the base operation."""
         names = {node.name: node for node in self.base.all_input_nodes}
         return names[self.applied.bias]
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
-        """Input, weight and bias of a linear operation."""
+        """Return input, weight and bias of a linear operation."""
         named = arguments(self.base, "input weight bias=None")
         return named["input"], named["weight"], named["bias"]
 
     def item(self, letter: str, index: int) -> fx.Node:
-        """One expert's matrix of a factor.
+        """Return one expert's matrix of a factor.
 
-        All branches of a graph take it from one ``unbind``: the gradient of a selection is as large as
-        what is selected from, and there would be one for each expert.
+        All branches of a graph use one ``unbind``. Separate selections would each have a gradient as large
+        as the whole factor, one for each expert.
         """
         name = self._names[letter]
         if name not in self._items:
@@ -193,7 +192,7 @@ class Branch(Writer):
         return self.call(Role.FACTOR, operator.getitem, self._items[name], index)
 
     def dropped(self, x: fx.Node) -> fx.Node:
-        """``x`` after the adapter's dropout, as it is at each call; ``x`` itself where there is none."""
+        """Return ``x`` after the dropout, whose settings are read at each call, or ``x`` itself."""
         dropout = self._wiring.dropout
         if not dropout:
             return x
@@ -202,7 +201,7 @@ class Branch(Writer):
         return self.call(Role.DROPOUT, F.dropout, x, p, training)
 
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
-        """``B (A drop(x))``, plus :attr:`bias` where it is wanted, for a product that reads ``x``."""
+        """Return ``B (A drop(x))`` for a product that reads ``x``, with :attr:`bias` if `with_bias`."""
         self._low_rank = True
         down = self.call(Role.DOWN, F.linear, self.dropped(x), self.a)
         bias = self.bias if with_bias else None
@@ -216,7 +215,7 @@ class Branch(Writer):
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
     ) -> None:
-        """Note which function computes the operation with its branch."""
+        """Note the function that computes the operation with its branch."""
         if not self._low_rank:
             return
         self._fused = FusedBranch(
@@ -225,7 +224,7 @@ class Branch(Writer):
             self.factor("a").name,
             self.factor("b").name,
             self.scale,
-            tuple(one.name if isinstance(one, fx.Node) else one for one in more),
+            tuple(value.name if isinstance(value, fx.Node) else value for value in more),
             self._dropout,
             self.padding,
             rows,
@@ -234,10 +233,10 @@ class Branch(Writer):
         )
 
     def finish(self, up: fx.Node | None) -> fx.Node:
-        """Has the kind join the branch with what is there, and puts the result in its place.
+        """Let the kind join the branch with the output, and replace the output by the result.
 
         Args:
-            up: What the pattern has written; None for a kind without factors.
+            up: The output node of the pattern's branch; None for a kind without factors.
         """
         total = self._kind.joined(self, up)
         total.meta[META_KEY] = dataclasses.replace(self._tag(Role.ADD), fused=self._fused)
@@ -245,7 +244,7 @@ class Branch(Writer):
         return total
 
     def factor(self, letter: str) -> fx.Node:
-        """A factor, rank where it belongs, in its own dtype."""
+        """Return a factor in its own dtype, transposed back if it is stored transposed."""
         name = self._names[letter]
         factor = self._read(name)
         if not self._wiring.transposed:
@@ -253,16 +252,16 @@ class Branch(Writer):
         return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, factor))
 
     def cast_factor(self, letter: str) -> fx.Node:
-        """A factor in the dtype in which the branch computes."""
-        # The factors are small: they follow the activation, never the other way round.
+        """Return a factor in the dtype in which the branch computes."""
+        # Cast the factors, which are small, and never the activation.
         return self.cast(self.factor(letter))
 
     def read_slot(self, name: str, role: Role = Role.FACTOR) -> fx.Node:
-        """A slot of the kind, as it is stored."""
+        """Return a slot of the kind, as it is stored."""
         return self._read(self._slots[name], role)
 
     def cast_slot(self, name: str) -> fx.Node:
-        """A slot in the dtype in which the branch computes."""
+        """Return a slot in the dtype in which the branch computes."""
         return self.once(f"cast {name}", lambda: self._new_cast_slot(name))
 
     def _new_cast_slot(self, name: str) -> fx.Node:
@@ -272,38 +271,38 @@ class Branch(Writer):
         return self.call(Role.CAST, parts.slot_beside, slot, a, self.base)
 
     def spread_slot(self, name: str, outside: float) -> fx.Node:
-        """A slot as it meets the output: where the site is a part, a value for the rest is beside it."""
+        """Return a slot that broadcasts over the output. For a part, other features get `outside`."""
         vector, padding = self.cast_slot(name), self.padding
         if padding is not None:
             vector = self.call(Role.PAD, F.pad, vector, padding, "constant", outside)
         return self.spread(vector)
 
     def read_weight(self, role: Role) -> fx.Node:
-        """The weight of the site."""
+        """Return the weight of the site."""
         return self.make(role, "get_attr", self.site.weight)
 
     def cast(self, node: fx.Node) -> fx.Node:
-        """A node in the dtype of what the operation gives, where that is another one."""
+        """Return a node cast to the dtype of the operation's output, if that differs."""
         return self.call(Role.CAST, ops.cast_like, node, self.base) if self._wiring.cast else node
 
     def padded(self, up: fx.Node) -> fx.Node:
-        """The output of a branch, with zeros for the output features that are not the site's."""
+        """Return the output of a branch, with zeros for output features outside the site."""
         if self.padding is None:
             return up
         return self.call(Role.PAD, ops.pad_features, up, *self.padding)
 
     def spread(self, vector: fx.Node) -> fx.Node:
-        """A vector of the output features as it meets the output."""
+        """Return a vector of the output features, reshaped to broadcast over the output."""
         call = self.applied
         if call.axes == (-1,):
             return vector
-        made = (vector, self.base, call.axes, call.sizes)
+        operands = (vector, self.base, call.axes, call.sizes)
         return self.once(
-            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, ops.spread, *made)
+            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, ops.spread, *operands)
         )
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
-        """What ``make`` writes, the first time that it is asked for."""
+        """Return the node of a key, which ``make`` writes the first time."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
@@ -314,10 +313,10 @@ class Branch(Writer):
 
 @dataclasses.dataclass(frozen=True)
 class Insert(Pass):
-    """Adds the branch of an adapter to each operation of the plan.
+    """Pass that adds the branch of an adapter to each operation of the plan.
 
     Attributes:
-        rows: Where, and with what; None for the sites of the capture's plan.
+        rows: The planned sites; None for those of the capture's plan.
         adapter: The adapter's name.
     """
 
@@ -327,7 +326,7 @@ class Insert(Pass):
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Adds branches where the plan wants some and there are none yet."""
+        """Add the planned branches that are not in the graphs yet."""
         planned = self.rows
         if planned is None:
             assert capture.plan is not None
@@ -340,7 +339,7 @@ class Insert(Pass):
         for name, work in _by_region(rows, capture.regions).items():
             region = regions[name]
             jobs = tuple(self._job(capture, region, row, index) for row, index in work)
-            # Equal layers share their graph before the pass, and after it.
+            # Equal layers share their graph before and after the pass.
             key = (id(region.graph), jobs)
             if key not in known:
                 known[key] = self._edited(region, jobs)
@@ -394,12 +393,12 @@ class Insert(Pass):
 
 
 def read_base(region: Region, operation: fx.Node, weight: str) -> None:
-    """Have an operation read the base's weight: what else reads it gets the adapted one."""
+    """Make an operation read the base's weight. Its other readers get the adapted weight."""
     graph = region.graph
     paths = {value: path_to_weight(value, region) for value in operation.all_input_nodes}
     paths = {value: path for value, path in paths.items() if path and path[-1].target == weight}
     if not paths:
-        # It is read in a way that this does not follow: then every read in the graph is the base's.
+        # The path to the weight is unknown, so every read in the graph must be of the base.
         for node in graph.nodes:
             if node.op == "get_attr" and node.target == weight:
                 node.meta[BASE_READ] = True
@@ -417,7 +416,7 @@ def read_base(region: Region, operation: fx.Node, weight: str) -> None:
 
 
 def _copy_of(graph: fx.Graph, path: tuple[fx.Node, ...]) -> fx.Node:
-    """Copy the nodes of a path, of which the last reads the base's weight, and return the first one."""
+    """Copy the nodes of a path, whose last node reads the base's weight, and return the first copy."""
     copies: dict[fx.Node, fx.Node] = {}
     for node in reversed(path):
         copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
@@ -427,21 +426,21 @@ def _copy_of(graph: fx.Graph, path: tuple[fx.Node, ...]) -> fx.Node:
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One branch to write, in names of the region: equal jobs on equal graphs give equal graphs."""
+    """Branch to write, with names relative to the region. Equal jobs on equal graphs give equal graphs."""
 
     part: str
     wiring: _Wiring
 
 
 def _padding(site: Site) -> tuple[int, int] | None:
-    """The output features of the operation before and after those of a part that is cut out of them."""
+    """Return the numbers of output features before and after those of a part, or None for a whole site."""
     if not site.part_of or site.rows is None:
         return None
     return site.rows[0], site.applied_shape[site.axis] - site.rows[1]
 
 
 def _local(site: Site, region: str) -> Site:
-    """The site as its region sees it, alike in layers that are alike."""
+    """Return the site with names relative to its region, so that equal layers have equal sites."""
     return dataclasses.replace(
         site,
         name=relative(site.name, region),
@@ -461,7 +460,7 @@ def _tag(part: str, adapter: str, role: Role) -> Tag:
 
 
 def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
-    """Whether the adapter's branch is in the graph already."""
+    """Return True if the adapter's branch is in the graph already."""
     for call in row.site.calls:
         if call.region in capture.regions:
             region = capture.regions[call.region]
@@ -474,7 +473,7 @@ def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
 def _by_region(
     rows: Iterable[PlannedSite], regions: Mapping[str, Region]
 ) -> dict[str, list[tuple[PlannedSite, int]]]:
-    """Return what to insert where. A graph that lay over other regions may have been removed since."""
+    """Return the rows and call indices to insert, by region. Calls in regions removed since are skipped."""
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
     for row in rows:
         for index, call in enumerate(row.site.calls):
@@ -484,36 +483,36 @@ def _by_region(
 
 
 # --- observers ------------------------------------------------------------------------------------
-# Shows what sites read: a node beside each operation hands its input to a function.
+# Shows the inputs of sites: a node before each operation passes its input to a function.
 #
 # A site need not have a module: it may be a functional call, or rows of a weight. A hook would not
-# see it; a node in the graph does.
+# see it, but a node in the graph does.
 
 
 See = Callable[[PlannedSite, torch.Tensor], None]
-"""Takes a site and the vectors that it reads, [n, in]."""
+"""Function that gets a site and the vectors that it reads, [n, in]."""
 
 
 def observed(capture: Capture, rows: Iterable[PlannedSite], see: See) -> Iterator[Region]:
-    """The regions of sites, with graphs that show what these read.
+    """Yield the regions of sites, with graphs that pass the inputs of the sites to a function.
 
     Args:
-        capture: A model as graphs; neither is changed.
+        capture: A captured model, which is not changed.
         rows: The sites: products of vectors with a matrix.
-        see: Called whenever one is run.
+        see: Called whenever a site runs.
     """
     work: dict[str, list[tuple[PlannedSite, Call]]] = defaultdict(list)
     for row in rows:
         for call in row.site.calls:
             if call.region in capture.regions:
                 work[call.region].append((row, call))
-    for key, several in work.items():
+    for key, sites in work.items():
         region = capture.regions[key]
         graph = copy_graph(region.graph)
         nodes = {node.name: node for node in graph.nodes}
-        for row, call in several:
+        for row, call in sites:
             _show(graph, nodes[call.input], nodes[call.output], _observer(row, call, see))
-        safe = region.falls_back(row.site for row, _ in several)
+        safe = region.falls_back(row.site for row, _ in sites)
         yield region.with_graph(graph, fallback=safe)
 
 

@@ -1,11 +1,10 @@
-"""Lets each adapter's branch compute with the rows of its own samples, for batches of several adapters.
+"""Pass that restricts each adapter's branch to the rows of its samples, for batches of several adapters.
 
-It comes after the branches: each activation that a branch reads is cut down to those rows, and its result is
-added to them. What a branch computes, and how, stays as the pattern wrote it.
+It runs after the branches are inserted. It selects those rows of each activation that a branch reads, and
+adds the result of the branch to them. The computation of the branch itself stays as the pattern wrote it.
 
-The rows of experts are tokens, in an order that a router decides. A row carries its token as it carries its
-expert: it is of the sample that the token is of. The gather that gave an expert its rows is in the same
-graph, and what it took them by says which token each row is.
+The rows of experts are tokens, in an order that a router decides. Each row belongs to the sample of its
+token. The gather of an expert's rows is in the same graph, and its index tells the token of each row.
 """
 
 from __future__ import annotations
@@ -44,33 +43,33 @@ from lora_fx.runtime import (
 __all__ = ["ROWS", "SelectRows"]
 
 ROWS = "lora_rows"
-"""Name of the :class:`lora_fx.runtime.samples.SampleRows` beside the factors of a site."""
+"""Name of the :class:`lora_fx.runtime.samples.SampleRows` next to the factors of a site."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectRows(GraphPass):
-    """Has each branch compute the rows of a batch that have its adapter, and no others.
+    """Pass that makes each branch compute only the rows of a batch that have its adapter.
 
     Attributes:
-        experts: FQNs of the weights that have a matrix for each expert.
+        experts: FQNs of the weights with a matrix for each expert.
     """
 
     name: ClassVar[str] = "select-rows"
     experts: frozenset[str] = frozenset()
 
     def edited(self, region: Region) -> fx.Graph | None:
-        """Cut down every branch of a graph to its rows.
+        """Restrict every branch of a graph to its rows.
 
         Raises:
-            ConfigError: For experts whose rows are not known to be tokens, and for einsums all of whose axes
-                the weight has, too.
+            ConfigError: For experts whose rows are not known to be tokens, and for einsums without an axis
+                for the samples.
         """
         if not any(_adapter_of(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
         work = _Work(region.with_graph(graph), self.experts)
         tagged = [(node, node.meta[META_KEY]) for node in graph.nodes if _adapter_of(node)]
-        # First, since dropout comes before the factors are read.
+        # A separate loop, because dropout comes before the factors are read.
         for node, tag in tagged:
             work.note(node, tag)
         for node, tag in tagged:
@@ -88,11 +87,12 @@ def _adapter_of(node: fx.Node) -> str:
 
 
 class _Axes(NamedTuple):
-    """Where the rows are in what an operation reads and gives.
+    """Axes of the rows in the input and the output of an operation.
 
     Attributes:
-        given, result: The axis in each; :data:`lora_fx.runtime.samples.COLUMNS` for a weight on the left.
-        least: How many dimensions what it reads has at least; 0 where that is not asked.
+        given, result: The axis in the input and the output. :data:`lora_fx.runtime.samples.COLUMNS` for a
+            weight on the left.
+        least: Smallest number of dimensions of the input; 0 for no minimum.
         base: The operation.
     """
 
@@ -106,7 +106,7 @@ _FIRST = _Axes()
 
 
 def _axes(node: fx.Node, region: Region) -> _Axes:
-    """Where the rows of an operation are.
+    """Return the axes of an operation's rows.
 
     Raises:
         ConfigError: If it is an einsum without an axis for them.
@@ -114,24 +114,24 @@ def _axes(node: fx.Node, region: Region) -> _Axes:
     product = product_of(node, region)
     if isinstance(product, Product):
         return _Axes(COLUMNS, COLUMNS, 2) if product.left else _FIRST
-    found = rows_of_einsum(node, region)
-    if isinstance(found, str):
+    axes = rows_of_einsum(node, region)
+    if isinstance(axes, str):
         tag: Tag = node.meta[META_KEY]
         raise ConfigError(
-            f"{join(region.fqn, tag.weight)}: no axis of the activation of einsum {found!r} can be that of "
+            f"{join(region.fqn, tag.weight)}: no axis of the activation of einsum {axes!r} can be that of "
             "the samples, since it sums over all of them or the weight has them, too: choose one adapter for "
             "the whole batch"
         )
-    return _FIRST if found is None else _Axes(*found)
+    return _FIRST if axes is None else _Axes(*axes)
 
 
 class _Gather(NamedTuple):
-    """What gives experts their rows.
+    """Gather of tokens as rows of experts.
 
     Attributes:
         hidden: The tokens.
-        function, given: What gives the token of each row, and its arguments; the function may be None, and
-            the tokens are the one argument.
+        function, given: Function that computes the token of each row, and its arguments. If it is None, the
+            only argument is the tokens.
     """
 
     hidden: fx.Node
@@ -140,7 +140,7 @@ class _Gather(NamedTuple):
 
 
 def _gather(node: fx.Node) -> _Gather | None:
-    """What a node is as a gather of tokens for experts."""
+    """Return the gather of tokens for experts that a node computes, or None."""
     if node.target is experts.sorted_by_expert:
         hidden, chosen = node.args[:2]
         for user in node.users:
@@ -152,40 +152,43 @@ def _gather(node: fx.Node) -> _Gather | None:
     if node.target is operator.getitem:
         hidden, token = node.args
         if isinstance(token, fx.Node) and token.target is operator.getitem:
-            source, place = token.args
-            if isinstance(source, fx.Node) and source.target is experts.tokens_of and place == 1:
+            source, index = token.args
+            if isinstance(source, fx.Node) and source.target is experts.tokens_of and index == 1:
                 return _Gather(hidden, None, (token,))  # type: ignore[arg-type]
     return None
 
 
-_ORDER = 4  # of what sorted_by_expert gives
+_ORDER = 4  # index of the order in the results of sorted_by_expert
 
 
 def _gather_behind(node: fx.Node) -> _Gather | None:
-    """The one gather that a value comes from; None if there is none, or several."""
-    found: set[_Gather] = set()
+    """Return the gather that a value comes from, or None if there is none or several."""
+    gathers: set[_Gather] = set()
     waiting, seen = [node], {node}
     while waiting:
-        one = waiting.pop()
-        gather = _gather(one)
+        current = waiting.pop()
+        gather = _gather(current)
         if gather is not None:
-            found.add(gather)
+            gathers.add(gather)
             continue
-        new = [above for above in one.all_input_nodes if above not in seen]
+        new = [above for above in current.all_input_nodes if above not in seen]
         seen.update(new)
         waiting += new
-    return found.pop() if len(found) == 1 else None
+    return gathers.pop() if len(gathers) == 1 else None
 
 
 def _gather_of(node: fx.Node) -> _Gather | None:
-    """The gather of a node of a branch: of a factor, which reads which expert alone, that of its product."""
-    found = _gather_behind(node)
-    users = () if found is not None else node.users
-    return next((one for user in users if (one := _gather_of(user)) is not None), found)
+    """Return the gather of a node of a branch. A factor has that of its product, which reads it."""
+    gather = _gather_behind(node)
+    users = () if gather is not None else node.users
+    return next(
+        (gather_of_user for user in users if (gather_of_user := _gather_of(user)) is not None),
+        gather,
+    )
 
 
 class _Work:
-    """One graph that is being edited."""
+    """Graph that is being edited, with the rows and selections inserted so far."""
 
     def __init__(self, region: Region, weights: frozenset[str]) -> None:
         self._region = region
@@ -195,8 +198,8 @@ class _Work:
         self._axes = self._axes_of_branches()
 
     def _axes_of_branches(self) -> dict[fx.Node, _Axes]:
-        """Where the rows are for each node of a branch: what it is added to, behind it, says that."""
-        found: dict[fx.Node, _Axes] = {}
+        """Return the axes of the rows for each node of a branch, from the operation that it is added to."""
+        axes: dict[fx.Node, _Axes] = {}
         ahead: dict[tuple[str, str], _Axes] = {}
         for node in reversed(self._region.graph.nodes):
             if not _adapter_of(node) or self._of_experts(tag := node.meta[META_KEY]):
@@ -207,22 +210,22 @@ class _Work:
                 while role_of(base) is Role.ADD:
                     base = base.args[0]
                 ahead[key] = _axes(base, self._region)._replace(base=base)
-            found[node] = ahead.get(key, _FIRST)
-        return found
+            axes[node] = ahead.get(key, _FIRST)
+        return axes
 
     def note(self, node: fx.Node, tag: Tag) -> None:
-        """Remembers where the factors of a branch are: the rows lie beside them."""
+        """Note the module that holds the factors of a branch, and its rows."""
         if tag.role is Role.FACTOR and node.op == "get_attr":
             holder = str(node.target).rpartition(".")[0].rpartition(".")[0]
             self._holders.setdefault((tag.weight, tag.adapter), holder)
 
     def select(self, node: fx.Node, tag: Tag, *, results: bool = False) -> None:
-        """Lets a node of a branch read the adapter's rows of whatever activation comes from outside.
+        """Make a node of a branch read only the adapter's rows of activations from outside.
 
         Args:
             node: The node.
             tag: Its tag.
-            results: Whether it reads what the operation gives, and not what that reads.
+            results: True if it reads the operation's output, and not its input.
         """
         if self._of_experts(tag):
             self._select_of_experts(node, tag)
@@ -233,8 +236,8 @@ class _Work:
             if self._stays(read):
                 return read
             if read.target is output_padding:
-                return read  # numbers that all samples share
-            # Both are read by what spreads a vector over the features of the output.
+                return read  # the same for all samples
+            # A node that spreads a vector over the output features reads both input and output.
             axes = _Axes(own.result) if results or read is own.base else own
             key = ("select", read, axes.given, axes.least, tag)
             return self._call(key, node, tag, select_rows, read, axes=axes)
@@ -243,7 +246,7 @@ class _Work:
         node.kwargs = fx.map_arg(node.kwargs, cut)
 
     def add(self, node: fx.Node, tag: Tag) -> None:
-        """Adds a branch to the adapter's rows of the sum, or puts there what a variant makes of them."""
+        """Add a branch to the adapter's rows of the sum, or replace them by the result of a variant."""
         total = node.args[0]
         if self._of_experts(tag):
             rows = self._rows_of_experts(node.args[1], tag)  # type: ignore[arg-type]
@@ -265,7 +268,7 @@ class _Work:
             node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
     def _stays(self, read: fx.Node) -> bool:
-        """Whether what a branch reads is its own, or the same for all samples."""
+        """Return True if a value that a branch reads is internal to it, or the same for all samples."""
         if _adapter_of(read) and role_of(read) is not Role.ADD:
             return True
         return read.op == "get_attr" or constant_of(read, self._region) is not None
@@ -293,7 +296,7 @@ class _Work:
         node.kwargs = fx.map_arg(node.kwargs, cut)
 
     def _rows_of_experts(self, node: fx.Node, tag: Tag) -> fx.Node:
-        """The rows of an adapter among those that the experts of a node read: one node for each gather."""
+        """Return the node of an adapter's rows among those of the experts, one node for each gather."""
         gather = _gather_of(node)
         if gather is None:
             raise ConfigError(
@@ -322,7 +325,7 @@ class _Work:
         axes: _Axes = _FIRST,
     ) -> fx.Node:
         if isinstance(key[-1], Tag):
-            # One selection for all nodes of a branch.
+            # All nodes of a branch share one selection.
             key = (*key[:-1], tag.weight, tag.adapter)
         if key not in self._made:
             graph = self._region.graph
@@ -335,13 +338,13 @@ class _Work:
                 known: tuple[Any, ...] = (samples, repeats, state, tag.weight)
                 if (axes.given, axes.least) != (0, 0):
                     known = (*known, axes.given, axes.least)
-                given = (
+                operands = (
                     (args[0], rows, *args[1:]) if function is not rows_of_tokens else (*args, rows)
                 )
-                call = graph.call_function(function, (*given, *known))
+                call = graph.call_function(function, (*operands, *known))
             role = Role.ROWS if function in (select_rows, rows_of_tokens) else Role.ADD
-            for one in (rows, samples, repeats, state, call):
-                one.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
+            for node in (rows, samples, repeats, state, call):
+                node.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             call.meta[META_KEY] = Tag(tag.weight, role, tag.adapter)
             self._made[key] = call
         return self._made[key]

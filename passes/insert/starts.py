@@ -1,4 +1,4 @@
-"""Starting values of the factors of a site, and what they change in the base weight."""
+"""Initial values of the factors of a site, and their changes to the base weight."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ __all__ = [
 def with_seed(config: LoraConfig) -> LoraConfig:
     """Give a configuration without a seed one from PyTorch's global generator.
 
-    The processes of a group get that of the first one, also where each has seeded its generator otherwise:
-    they are to have the same factors. A process that is not the first waits for it.
+    All processes of a group get the seed of the first one, so that they have the same factors. This holds
+    even if their generators are seeded differently. The other processes wait for the first one.
     """
     if config.seed is not None:
         return config
@@ -66,8 +66,8 @@ _drawn = itertools.count()
 
 
 def _of_first_process(seed: int) -> int:
-    """The seed that the first process of the default group has drawn, as many draws after its start."""
-    # Of a "fake" group the other processes do not exist.
+    """Return the seed that rank 0 of the default group has drawn, at the same number of draws."""
+    # The other processes of a "fake" group do not exist.
     if torch.distributed.get_world_size() == 1 or torch.distributed.get_backend() == "fake":
         return seed
     store, key = torch_private.group_store(), f"lora_fx/seed/{next(_drawn)}"
@@ -84,7 +84,7 @@ def _of_first_process(seed: int) -> int:
 
 
 def site_generator(name: str, config: LoraConfig) -> torch.Generator:
-    """A generator on the CPU, seeded with the configuration's seed (None: 0) and the site's name."""
+    """Return a generator on the CPU, seeded with the configuration's seed (None: 0) and the site's name."""
     digest = hashlib.blake2b(f"{config.seed or 0}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
@@ -92,9 +92,9 @@ def site_generator(name: str, config: LoraConfig) -> torch.Generator:
 def plain(
     site: Site, shapes: Factors, start: bool | str, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """True: A uniform, B zero. ``"gaussian"``: A normal. False: both random.
+    """Return A and B. True: A uniform, B zero. ``"gaussian"``: A normal, B zero. False: both random.
 
-    An embedding has a lookup in A, which is the factor that is zero there.
+    For an embedding, A is zero instead of B, because A is looked up.
     """
     a, b = shapes.a, shapes.b
 
@@ -116,9 +116,9 @@ def plain(
 def orthogonal(
     site: Site, shapes: Factors, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both factors random and ``B A = 0``: what A maps to is orthogonal to what B reads.
+    """Return random factors with ``B A = 0``.
 
-    The rows of an orthogonal matrix [r, r] are dealt out to the two in turn. The scale of a tenth is
+    A and B take alternate rows of an orthogonal matrix [r, r]. The scale of a tenth is
     PEFT's, which names https://datta0.github.io/posts/rethink-lora-init as its source. In half precision
     the product is zero up to rounding only.
     """
@@ -141,14 +141,14 @@ def pissa(
     iterations: int | None,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [n, r, in] and B [n, out, r] of matrices [n, out, in].
+    """Return A [n, r, in] and B [n, out, r] from matrices [n, out, in].
 
     Args:
         matrices: The weight.
-        rank: Their rank.
-        scale: What the branch is scaled by.
+        rank: Rank of the factors.
+        scale: The scale of the branch.
         iterations: For the fast decomposition, which is approximate; None for the exact one.
-        generator: For the fast one's random projection.
+        generator: Random numbers for the projection of the fast decomposition.
     """
     if iterations is None:
         u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
@@ -159,13 +159,15 @@ def pissa(
 
 
 def olora(matrices: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [n, r, in] and B [n, out, r] of matrices [n, out, in]."""
+    """Return A [n, r, in] and B [n, out, r] from matrices [n, out, in]."""
     q, r = torch.linalg.qr(matrices)
     return r[:, :rank], q[:, :, :rank]
 
 
 def signs(directions: torch.Tensor) -> torch.Tensor:
-    """What makes the largest entry of each direction positive: a decomposition leaves the sign open.
+    """Return signs that make the largest entry of each direction positive.
+
+    A decomposition does not determine the sign.
 
     Args:
         directions: [..., in].
@@ -180,16 +182,16 @@ def signs(directions: torch.Tensor) -> torch.Tensor:
 def low_rank_svd(
     matrices: torch.Tensor, size: int, iterations: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The leading singular triples by subspace iteration (Halko et al. 2009, arXiv:0909.4061, 4.4 and 5.1).
+    """Return leading singular triples by subspace iteration (Halko et al. 2009, arXiv:0909.4061, 4.4, 5.1).
 
-    What :func:`torch.svd_lowrank` computes, from a generator of one's own: the same on every device, and
-    whatever was drawn before.
+    Same as :func:`torch.svd_lowrank`, but with its own generator. So the result is the same on every
+    device, and independent of earlier random draws.
 
     Args:
         matrices: [n, rows, columns].
-        size: Dimension of the subspace; with all there is, the result is exact.
-        iterations: How often the subspace is multiplied through.
-        generator: On the CPU.
+        size: Dimension of the subspace. With the full dimension the result is exact.
+        iterations: Number of iterations.
+        generator: A generator on the CPU.
 
     Returns:
         U [n, rows, size], S [n, size], Vᴴ [n, size, columns].
@@ -212,20 +214,20 @@ def low_rank_svd(
 
 _BLOCK: Final = 64
 _TAIL: Final = (
-    0.9677083  # Where the outermost level lies, as a quantile of the normal distribution.
+    0.9677083  # Position of the outermost level, as a quantile of the normal distribution.
 )
 
 
 def loftq(
     row: PlannedSite, weight: torch.Tensor, bits: int, iterations: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A [n, r, in], B [n, out, r], and the changed weight.
+    """Return A [n, r, in], B [n, out, r], and the changed weight.
 
     Args:
         row: The site.
-        weight: Its whole weight; what is not the site's stays as it is.
+        weight: The whole weight. Parts outside the site do not change.
         bits: 2, 4 or 8.
-        iterations: How often both steps are done.
+        iterations: Number of times that both steps are done.
     """
     site = row.site
     exact = wide(part_of(site, weight.detach())).clone()
@@ -242,9 +244,9 @@ def loftq(
 
 
 def quantized(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return a weight after quantizing, with its shape and dtype."""
+    """Quantize and dequantize a weight. Shape and dtype stay."""
     quantize: Callable[[torch.Tensor], torch.Tensor] = (
-        _whole_numbers if bits == 8 else lambda one: _normal_floats(one, bits)
+        _whole_numbers if bits == 8 else lambda tensor: _normal_floats(tensor, bits)
     )
     return quantize(values.contiguous())
 
@@ -260,7 +262,7 @@ def _normal_floats(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _whole_numbers(values: torch.Tensor) -> torch.Tensor:
-    # bitsandbytes reads the weight in half precision: with it, so that both have the same rows.
+    # Round to half precision first, as bitsandbytes does, so that the results are equal.
     halves = values.to(torch.float16).to(values.dtype)
     largest = halves.abs().amax(-1, keepdim=True)
     steps = torch.round(halves * (127 / largest.clamp_min(torch.finfo(values.dtype).tiny)))
@@ -268,16 +270,16 @@ def _whole_numbers(values: torch.Tensor) -> torch.Tensor:
 
 
 def levels(bits: int) -> torch.Tensor:
-    """The 2ᵇ levels of a normal float between -1 and 1, in order: quantiles of a normal distribution.
+    """Return the 2ᵇ sorted levels of a normal float in [-1, 1]: quantiles of a normal distribution.
 
-    There is one more above zero than below, and zero itself is a level.
+    Zero is a level. There is one more level above zero than below.
     """
     half = 2 ** (bits - 1)
     above = torch.linspace(_TAIL, 0.5, half + 1, dtype=torch.float64)[:-1]
     below = torch.linspace(_TAIL, 0.5, half, dtype=torch.float64)[:-1]
     zero = torch.zeros(1, dtype=torch.float64)
-    found = torch.cat([torch.special.ndtri(above), zero, -torch.special.ndtri(below)])
-    return found.sort().values / found.max()
+    values = torch.cat([torch.special.ndtri(above), zero, -torch.special.ndtri(below)])
+    return values.sort().values / values.max()
 
 
 _DAMPING: Final = 0.01
@@ -288,13 +290,15 @@ _ITERATIONS: Final = 4
 def corda(
     matrix: torch.Tensor, moments: torch.Tensor, rank: int, scale: float, method: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CorDA (Yang et al. 2024, arXiv:2406.05223): ``W = (U S Vᵀ) C⁻¹`` of ``W C = U S Vᵀ``.
+    """Return the factors of CorDA (Yang et al. 2024, arXiv:2406.05223): ``W = (U S Vᵀ) C⁻¹``.
+
+    The decomposition is ``W C = U S Vᵀ``.
 
     Args:
         matrix: W, [out, in].
         moments: C, the second moments of the inputs, [in, in].
         rank: The rank.
-        scale: What the branch is scaled by.
+        scale: The scale of the branch.
         method: ``ipm`` takes the largest singular values, ``kpm`` the smallest.
 
     Returns:
@@ -311,14 +315,14 @@ def corda(
 
 
 def _inverted(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The moments with as much of a multiple of the identity as they need, and the inverse of that."""
-    one = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    """Return the moments, damped by a multiple of the identity until they are invertible, and the inverse."""
+    identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     mean = moments.diagonal().mean()
     damping = _DAMPING
     while damping < 1e6 and mean > 0:
-        damped = moments + one * (mean * damping)
+        damped = moments + identity * (mean * damping)
         inverse, failed = torch.linalg.inv_ex(damped)
-        if not failed and torch.dist(damped @ inverse, one) < _INVERSE_ERROR:
+        if not failed and torch.dist(damped @ inverse, identity) < _INVERSE_ERROR:
             return damped, inverse
         damping *= 2
     raise ConfigError(
@@ -335,25 +339,25 @@ def lora_ga(
     options: Mapping[str, Any],
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """LoRA-GA (Wang et al. 2024, arXiv:2407.05000): the first step is close to that of full training.
+    """Return the factors of LoRA-GA (Wang et al. 2024, arXiv:2407.05000).
 
-    With ``G = U S Vᵀ``, A has r of the first 2r rows of Vᵀ and B r of the first 2r columns of ``U S``;
-    ``direction`` says which.
+    Its first step is close to that of full training. With ``G = U S Vᵀ``, A has r of the first 2r rows of
+    Vᵀ and B r of the first 2r columns of ``U S``. ``direction`` selects them.
 
     Args:
         weight: W, [n, out, in].
-        gradient: G, the gradient of the loss, likewise.
+        gradient: G, the gradient of the loss, in the same shape.
         rank: The rank.
-        scale: What the branch is scaled by.
+        scale: The scale of the branch.
         options: ``lora_ga_config``.
-        generator: For the decomposition, and for the direction ``random``.
+        generator: Random numbers for the decomposition, and for the direction ``random``.
 
     Returns:
         A [n, r, in] and B [n, out, r].
     """
     size = min(4 * rank, *gradient.shape[1:])
     u, s, vh = low_rank_svd(gradient, size, _ITERATIONS, generator)
-    # A and B have other triples, so that their product depends on the signs.
+    # A and B use different triples, so that their product depends on the signs.
     sign = signs(vh)
     u, vh = u * sign[:, None], vh * sign[:, :, None]
     of_a, of_b = _directions(options["direction"], rank, generator)
@@ -372,7 +376,7 @@ def lora_ga(
 def _directions(
     direction: str, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the first 2r singular triples A takes, and which B."""
+    """Return the indices, in the first 2r singular triples, of those for A and for B."""
     every = torch.arange(2 * rank)
     if direction == "random":
         some = torch.randperm(2 * rank, generator=generator)[:rank]
@@ -387,12 +391,12 @@ def _directions(
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a site starts with.
+    """Initial values of a site.
 
     Attributes:
-        a, b: What the factors hold.
-        weight: What becomes of the whole weight, a new tensor; None if it stays as it is.
-        subtracted: Whether that is ``W - s · B A``, so that the sum of both is W still.
+        a, b: Values of the factors.
+        weight: New value of the whole weight; None if it stays as it is.
+        subtracted: True if that is ``W - s · B A``, so that the adapted weight is still W.
     """
 
     a: torch.Tensor
@@ -402,12 +406,12 @@ class Start:
 
 
 def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> Start:
-    """The start from the weight alone. One that needs data is a plain one until it has some.
+    """Return the start from the weight alone. An initialization that needs data gets a plain start first.
 
     Args:
         row: The site.
-        weight: Its weight; it is not written.
-        config: Which start; random numbers come from a generator of the site's own.
+        weight: Its weight. It is not changed.
+        config: The configuration. Random numbers come from a generator for each site.
 
     Raises:
         ConfigError: If the weight has values that are not finite.
@@ -425,7 +429,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
 def _with_values(
     row: PlannedSite, weight: torch.Tensor, config: LoraConfig, start: Any, shapes: Any
 ) -> Start:
-    """The start from a weight that has values."""
+    """Return the start from a weight that has values."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
         return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
@@ -442,14 +446,14 @@ def _with_values(
 def data_start(
     row: PlannedSite, weight: torch.Tensor, config: LoraConfig, seen: torch.Tensor
 ) -> Start:
-    """The start from data, for the initializations that want some.
+    """Return the start from data, for the initializations that need it.
 
     Args:
         row: The site.
-        weight: Its weight; it is not written.
-        config: Which start.
-        seen: For ``eva`` the components [r, in]; for ``corda`` the second moments of the inputs
-            [in, in]; for ``lora_ga`` the gradient of the weight, in its shape.
+        weight: Its weight. It is not changed.
+        config: The configuration.
+        seen: Statistics of the data: for ``eva`` the components [r, in], for ``corda`` the second moments
+            of the inputs [in, in], for ``lora_ga`` the gradient of the weight, in its shape.
 
     Raises:
         ConfigError: If the statistics do not allow a start.
@@ -509,7 +513,7 @@ def _without_values(shapes: Factors, weight: torch.Tensor, start: bool | str) ->
 def _subtracted(
     row: PlannedSite, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor
 ) -> torch.Tensor:
-    """``W - s · B A`` as a new tensor, rounded once; rows that are not the site's are as they were."""
+    """Return ``W - s · B A`` as a new tensor, rounded once. Rows outside the site do not change."""
     part = wide(part_of(row.site, weight.detach()))
     delta = pattern_of(row.site).delta(row.site, wide(a), wide(b))
     return replaced(row.site, weight, part - delta * row.scale)

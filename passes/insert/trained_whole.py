@@ -1,12 +1,12 @@
-"""Decides what is trained whole: rows of embeddings, biases, and modules.
+"""Passes for parameters that are trained in full: rows of embeddings, biases, and modules.
 
-What training writes into gets storage of its own, so that the model that was given to ``rewrite`` does not
-change with it.
+Trained parameters get separate storage, so that training does not change the model that was passed to
+``rewrite``.
 
-Rows of embeddings: at a lookup ``y' = where(place[i] >= 0, T[place[i]], W[i])`` and, where a head has the
-same weight or is named itself, ``y'ᵢ = yᵢ + x (T - W[i])ᵀ`` for the trained outputs ``i``. Both leave the
-output as it is to the last bit while ``T`` is ``W[i]``, and nothing of the size of the weight is made. The
-rows are parameters next to the weight, and start as the base's.
+For rows of embeddings, a lookup becomes ``y' = where(place[i] >= 0, T[place[i]], W[i])``. If a head has the
+same weight or is named itself, its trained outputs ``i`` become ``y'ᵢ = yᵢ + x (T - W[i])ᵀ``. Both keep the
+output to the last bit while ``T`` is ``W[i]``, and create no tensor of the size of the weight. The
+rows are parameters next to the weight, and start as copies of the base's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class AddTokens(Pass):
-    """Gives the rows of embeddings that the plan names storage of their own.
+    """Pass that adds parameters for the embedding rows of the plan.
 
     Attributes:
         adapter: The adapter's name.
@@ -67,7 +67,7 @@ class AddTokens(Pass):
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Adds what is not there yet; a head that is tied to an embedding has the same parameter."""
+        """Add the parameters that are missing. A head that is tied to an embedding shares its parameter."""
         model, changed = capture.model, False
         assert capture.plan is not None
         rows = capture.plan.tokens
@@ -83,7 +83,7 @@ class AddTokens(Pass):
                     f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
                     "it; give the model its weights first"
                 )
-            source = next((one for one in rows if one.name == row.tied), None)
+            source = next((candidate for candidate in rows if candidate.name == row.tied), None)
             if source is not None:
                 add_tokens(model, row, self.adapter, tokens_of(model, source, self.adapter))
             else:
@@ -94,10 +94,10 @@ class AddTokens(Pass):
 
 @dataclasses.dataclass(frozen=True)
 class TrainTokens(Pass):
-    """Puts trained rows of embeddings in place of those of the base, in every graph that reads them.
+    """Pass that replaces embedding rows of the base by trained rows, in every graph that reads them.
 
     Attributes:
-        rows: Which rows of what; None for those of the capture's plan.
+        rows: The trained rows by weight; None for those of the capture's plan.
         adapter: The adapter's name.
     """
 
@@ -107,7 +107,7 @@ class TrainTokens(Pass):
     adapter: str = "default"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Edits the graphs that apply one of the weights, once."""
+        """Edit each graph that applies one of the weights, once."""
         rows, regions = self.rows, dict(capture.regions)
         if rows is None:
             assert capture.plan is not None
@@ -120,16 +120,16 @@ class TrainTokens(Pass):
                 graph = copy_graph(region.graph)
                 safe = region.falls_back([row.site])
                 edited = region.with_graph(graph, fallback=safe)
-                for one in row.site.calls:
-                    if one.region == call.region:
-                        _Edit(capture, edited, row, one, self.adapter).apply()
+                for other in row.site.calls:
+                    if other.region == call.region:
+                        _Edit(capture, edited, row, other, self.adapter).apply()
                 graph.lint()
                 regions[call.region] = edited
         return PassResult.of(capture, regions=regions)
 
 
 class _Edit(Writer):
-    """What is written after one application of the weight."""
+    """Writer of the nodes after one application of the weight."""
 
     def __init__(
         self, capture: Capture, region: Region, row: PlannedTokens, call: Call, adapter: str
@@ -148,22 +148,22 @@ class _Edit(Writer):
         self._cast = adapter_dtype(weight) != weight.dtype or call.cast
 
     def apply(self) -> None:
-        """Writes it and replaces the base operation's output by it."""
+        """Write the nodes, and replace the base operation's output by their result."""
         read_base(self._region, self._base, self._names["weight"])
         result = self._lookup() if self._row.lookup else self._product()
         self.replace(self._base, result)
 
     def _lookup(self) -> fx.Node:
-        place = self._call(operator.getitem, self._read("indices"), self._x)
-        hit = self._call(torch.unsqueeze, self._call(operator.ge, place, 0), -1)
+        position = self._call(operator.getitem, self._read("indices"), self._x)
+        hit = self._call(torch.unsqueeze, self._call(operator.ge, position, 0), -1)
         rows = self._typed(self._read("rows"))
         _, padding, _ = lookup(self._base)
         if padding is not None:
             padding %= self._row.site.in_features
         # The row of the padding index gets no gradient, as in the base's own lookup.
         own = self._row.indices.index(padding) if padding in self._row.indices else None
-        found = self._call(F.embedding, self._call(torch.clamp, place, 0), rows, own)
-        return self._call(torch.where, hit, found, self._base)
+        trained = self._call(F.embedding, self._call(torch.clamp, position, 0), rows, own)
+        return self._call(torch.where, hit, trained, self._base)
 
     def _product(self) -> fx.Node:
         indices = self._read("indices")
@@ -178,7 +178,7 @@ class _Edit(Writer):
         return self.make(Role.TOKENS, "call_method", "type_as", node, self._base)
 
     def _read_now(self) -> fx.Node:
-        """What the operation reads: in front of it there may be a branch, which its call does not know."""
+        """Return the present input of the operation. A branch before it may have changed it."""
         base = self._base
         if self._row.lookup:
             return lookup(base)[0]
@@ -188,8 +188,8 @@ class _Edit(Writer):
         x: fx.Node = arguments(base, ARGUMENTS)["x"]
         return x
 
-    def _read(self, what: str) -> fx.Node:
-        return self.make(Role.TOKENS, "get_attr", self._names[what])
+    def _read(self, key: str) -> fx.Node:
+        return self.make(Role.TOKENS, "get_attr", self._names[key])
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
         return self.call(Role.TOKENS, target, *args)
@@ -205,14 +205,14 @@ def _tag(row: PlannedTokens, region: Region, adapter: str) -> Tag:
 
 @dataclasses.dataclass(frozen=True)
 class Unfreeze(Pass):
-    """Has the biases and the modules that the plan names trained in full."""
+    """Pass that trains the biases and the modules of the plan in full."""
 
     name: ClassVar[str] = "unfreeze"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Replaces frozen, shared parameters with trainable copies; what is trainable stays."""
+        """Replace frozen, shared parameters by trainable copies. Trainable parameters stay."""
         copies: dict[nn.Parameter, nn.Parameter] = {}
         done = []
         plan = capture.plan
@@ -226,14 +226,14 @@ class Unfreeze(Pass):
 
 
 def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) -> bool:
-    """Trains a module in full: a weight tied to one outside is trained here, frozen there.
+    """Make all parameters of a module trainable. A weight tied to one outside stays frozen there.
 
     Args:
         root: The module.
-        copies: What stands for which parameter; extended.
+        copies: The trainable copy of each parameter. It is extended.
     """
     changed = False
-    # What other adapters have inside is theirs: their starts, and what they have in place of a weight.
+    # Skip the modules of other adapters inside: their starts, and their replacements of weights.
     for _, module in base_modules(root):
         for name, parameter in module._parameters.items():
             if parameter is None or parameter.requires_grad or not parameter.is_floating_point():
@@ -246,7 +246,7 @@ def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) 
 
 
 def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
-    """Trains a bias, everywhere where it is used."""
+    """Make a bias trainable, in all modules that use it."""
     old = model.get_parameter(fqn)
     if old.requires_grad:
         return False
@@ -259,11 +259,11 @@ def _unfreeze_bias(model: nn.Module, fqn: str) -> bool:
 
 
 def _trained_copy(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter that requires a gradient, with the same values in memory of its own."""
+    """Return a parameter that requires a gradient, with a copy of the values."""
     if is_partitioned(parameter):
-        made = partitioned_twin(parameter, own=True)
-        made.requires_grad_(True)
-        return made
+        twin = partitioned_twin(parameter, own=True)
+        twin.requires_grad_(True)
+        return twin
     trained = nn.Parameter(parameter.detach().clone())
-    vars(trained).update(vars(parameter))  # transformers notes on it that a checkpoint has it
+    vars(trained).update(vars(parameter))  # transformers marks loaded parameters
     return trained

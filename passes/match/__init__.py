@@ -1,4 +1,4 @@
-"""Finds linear operations, the output head, routers, parts of fused weights, and readers of weights."""
+"""Passes that find linear operations, output head, routers, parts of fused weights, readers of weights."""
 
 from __future__ import annotations
 

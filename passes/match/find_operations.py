@@ -1,12 +1,12 @@
-"""Finds every linear operation: asks the patterns about every node of every region.
+"""Pass that finds every linear operation, by matching the patterns against every node of every region.
 
-Nothing is edited and nothing is chosen here. A weight that is applied in several places is one
-site. A weight that something else reads as well is refused: folding an adapter into it would change
-that, too.
+It edits and selects nothing. A weight that is applied several times is one
+site. A weight that other code reads as well is refused, because folding an adapter into it would change
+the result of that code, too.
 
 A merge writes ``W + s·BA`` back into the weight. That needs a dense weight of real floating-point numbers,
-and one that is not computed from others before each call. Every other weight is refused, whatever a graph
-does with it.
+and one that is not computed from others before each call. Every other weight is refused, regardless of its
+use in a graph.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["FindOperations", "ask", "match"]
 
 @dataclasses.dataclass(frozen=True)
 class FindOperations(Pass):
-    """Asks every pattern about every node."""
+    """Pass that matches every pattern against every node."""
 
     name: ClassVar[str] = "match"
 
@@ -51,19 +51,23 @@ class FindOperations(Pass):
 
 
 def match(capture: Capture) -> Matches:
-    """Matches the patterns of :func:`lora_fx.passes.patterns.patterns` against all regions.
+    """Match the patterns of :func:`lora_fx.passes.patterns.patterns` against all regions.
 
     Returns:
         Sites in the order of the model's parameters, with ties marked.
     """
-    found, rejections = _asked(capture)
+    applied, rejections = _asked(capture)
     read, one_of_several = readers(capture), nameless(capture)
     sites: dict[str, list[Site]] = {}
-    for weight, several in found.items():
-        several, others = _first_way(several)
-        reads = [*read.pop(weight, ()), *others]
-        mixed = [one for one in reads if not _has_its_own(one, several, capture)]
-        joined = one_of_several.get(weight) or _joined(several, mixed)
+    for weight, applications in applied.items():
+        applications, other_reads = _first_way(applications)
+        reads = [*read.pop(weight, ()), *other_reads]
+        mixed = [
+            weight_read
+            for weight_read in reads
+            if not _has_its_own(weight_read, applications, capture)
+        ]
+        joined = one_of_several.get(weight) or _joined(applications, mixed)
         if isinstance(joined, Rejection):
             rejections[joined.name] = joined
         else:
@@ -81,21 +85,21 @@ def match(capture: Capture) -> Matches:
 
 
 def _asked(capture: Capture) -> tuple[dict[str, list[Site]], dict[str, Rejection]]:
-    """Ask the patterns about all nodes: return sites by weight, refusals by name."""
-    found: dict[str, list[Site]] = defaultdict(list)
+    """Match the patterns against all nodes. Return the sites by weight, and the refusals by name."""
+    sites: dict[str, list[Site]] = defaultdict(list)
     rejections: dict[str, Rejection] = {}
     for region in capture.regions.values():
         for node in region.graph.nodes:
             seen = ask(node, region)
             if isinstance(seen, Site):
-                found[seen.weight].append(seen)
+                sites[seen.weight].append(seen)
             elif isinstance(seen, Rejection):
                 rejections.setdefault(seen.name, seen)
-    return found, rejections
+    return sites, rejections
 
 
 def ask(node: fx.Node, region: Region) -> Match:
-    """Ask every pattern about a node."""
+    """Return the first match of a pattern with a node, or None."""
     for pattern in patterns():
         try:
             seen = pattern.match(node, region)
@@ -111,10 +115,10 @@ def ask(node: fx.Node, region: Region) -> Match:
     return None
 
 
-def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Site] | Rejection:
-    """The sites of one weight: one for all of it, or one for each of its parts."""
-    whole = site_name(several[0].weight)
-    own = {(call.region, call.output) for site in several for call in site.calls}
+def _joined(sites: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Site] | Rejection:
+    """Join the sites of one weight into a site of the whole weight, or one for each of its parts."""
+    whole = site_name(sites[0].weight)
+    own = {(call.region, call.output) for site in sites for call in site.calls}
     for read in reads:
         if (read.region, read.node) not in own:
             reason = (
@@ -123,7 +127,7 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
             )
             return Rejection(whole, reason, read.region, read.node)
     parts: dict[tuple[int, int] | None, Site] = {}
-    for site in several:
+    for site in sites:
         known = parts.get(site.rows)
         if known is None:
             parts[site.rows] = site
@@ -132,33 +136,33 @@ def _joined(several: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[S
             known, bias=known.bias or site.bias, calls=known.calls + site.calls
         )
     ordered = sorted(parts.values(), key=lambda site: site.rows or (0, 0))
-    for one, other in itertools.pairwise(ordered):
-        if one.rows is None or other.rows is None or one.rows[1] > other.rows[0]:
+    for first, second in itertools.pairwise(ordered):
+        if first.rows is None or second.rows is None or first.rows[1] > second.rows[0]:
             reason = "its weight is applied in parts that overlap"
-            return Rejection(whole, reason, other.calls[0].region, other.calls[0].output)
+            return Rejection(whole, reason, second.calls[0].region, second.calls[0].output)
     return ordered
 
 
-def _first_way(several: list[Site]) -> tuple[list[Site], list[Read]]:
-    """Return the operations that share factors, and the others, which read the weight with its adapters.
+def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
+    """Return the operations that share factors, and reads of the adapted weight by the other operations.
 
-    Those of the layer that holds the weight come first, and of the others those that apply all of it.
+    Operations of the layer with the weight have precedence, then those that apply the whole weight.
     """
 
     def order(site: Site) -> tuple[bool, bool]:
         return site.calls[0].region != site.owner, site.rows is not None
 
-    first = min(several, key=order)
+    first = min(sites, key=order)
     whole = first.rows is None
-    same = [s for s in several if _way(s) == _way(first) and (s.rows is None) == whole]
-    calls = [call for site in several if site not in same for call in site.calls]
+    same = [s for s in sites if _way(s) == _way(first) and (s.rows is None) == whole]
+    calls = [call for site in sites if site not in same for call in site.calls]
     return same, [Read(call.region, call.output, call.pattern) for call in calls]
 
 
 def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
-    """Whether a read of a weight gets it with its adapters, apart from the operations that have branches.
+    """Return True if a read gets the adapted weight, separately from the operations with branches.
 
-    A graph has nodes of its own for it where those operations read the weight by views that are known.
+    This needs separate nodes in the graph, so those operations must read the weight by known views.
     """
     if sites[0].quantized is not None:
         return False
@@ -173,14 +177,14 @@ def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
 
 
 def _way(site: Site) -> tuple[object, ...]:
-    """What applications of one weight have to agree in to share their factors."""
+    """Return a key that is equal for applications of a weight that can share their factors."""
     return (site.family, site.layout, site.view, site.order, site.experts, site.groups)
 
 
 def _opaque(
     capture: Capture, known: dict[str, Rejection], applied: Collection[str]
 ) -> dict[str, Rejection]:
-    """Return the modules without a graph that hold a matrix of their own which nothing is seen to apply."""
+    """Return refusals for modules without a graph that own a matrix which no operation applies."""
     result = {}
     for fqn, reason in capture.opaque.items():
         module = capture.model.get_submodule(fqn)
@@ -193,7 +197,7 @@ def _opaque(
 
 
 def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
-    """Sites in parameter order, each with what shares its storage and with its attention layer."""
+    """Yield the sites in parameter order, each with its tied weights and its attention layer."""
     tied: dict[int, list[str]] = defaultdict(list)
     layers = {
         name
@@ -209,13 +213,13 @@ def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
         tied[storage_of(parameter)].append(name)
     for name, parameter in named:
         sharing = tied[storage_of(parameter)]
-        # A module under two names is one module.
-        others = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
+        # A module with two names is not tied to itself.
+        ties = tuple(n for n in sharing if n != name and owner(n) is not owner(name))
         for site in sites.get(name, ()):
-            # in_proj_weight and the three weights of unequal widths are the layer's own, out_proj is a child.
+            # in_proj_weight and the three separate weights belong to the layer itself, out_proj to a child.
             owners = (site.owner, site.owner.rpartition(".")[0])
-            attention = next((one for one in owners if one in layers), "")
-            yield dataclasses.replace(site, tied_to=others, attention=attention)
+            attention = next((owner_name for owner_name in owners if owner_name in layers), "")
+            yield dataclasses.replace(site, tied_to=ties, attention=attention)
 
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -224,7 +228,7 @@ _REMEDY = "adapt the model before it is quantized, merge, and quantize the resul
 
 
 def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
-    """Yield refusals by the FQN of the weight (of the module, where its weight has no name)."""
+    """Yield refusals by the FQN of the weight (or of the module, if its weight has no name)."""
     for fqn, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
@@ -249,7 +253,7 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
 
 
 def _contained(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the own matrices of a list of layers, in which what holds an adapter would be a layer."""
+    """Yield refusals for matrices of a container, in which the module of an adapter would be a layer."""
     holder = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
     if holder and not isinstance(module, parametrize.ParametrizationList):
         for name, parameter in module._parameters.items():
@@ -261,12 +265,12 @@ def _contained(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:
-    """The layers that a class is one of."""
-    return next((one.layers for one in formats() if one.layers.owns(cls)), None)
+    """Return the library whose layers include a class, or None."""
+    return next((format_.layers for format_ in formats() if format_.layers.owns(cls)), None)
 
 
 def _holds_weights(module: nn.Module) -> bool:
-    """Whether a quantized module is a layer, not the holder of packed weights in one."""
+    """Return True if a quantized module is a layer, and not the holder of its packed weights."""
     return "Packed" not in original_class(module).__name__
 
 
@@ -280,7 +284,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:
         elif is_matrix(parameter) and (reason := _reason(parameter)):
             yield name, reason
     for name, buffer in module._buffers.items():
-        # Other buffers of integers are positions and masks.
+        # Integer buffers with other names are positions and masks.
         if buffer is not None and buffer.dim() > 1 and "weight" in name:
             small = buffer.dtype not in _FLOATS and not buffer.is_complex()
             if small and (reason := _reason(buffer)):
@@ -298,15 +302,15 @@ def _reason(weight: torch.Tensor) -> str | None:
     if weight.is_complex():
         return f"its weight is {weight.dtype}, and an adapter is real"
     if weight.dtype not in _FLOATS:
-        what = "a quantized format" if weight.is_floating_point() else "not floating point"
-        return f"its weight is {weight.dtype}, {what}: {_REMEDY}"
-    held: Any = weight.data if isinstance(weight, nn.Parameter) else weight
-    if torch_private.is_traceable_wrapper_subclass(held):
-        parts = [getattr(held, name) for name in held.__tensor_flatten__()[0]]
+        remark = "a quantized format" if weight.is_floating_point() else "not floating point"
+        return f"its weight is {weight.dtype}, {remark}: {_REMEDY}"
+    tensor: Any = weight.data if isinstance(weight, nn.Parameter) else weight
+    if torch_private.is_traceable_wrapper_subclass(tensor):
+        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         inner = [part for part in parts if isinstance(part, torch.Tensor)]
         if any(t.dtype not in _FLOATS and t.dim() > 1 for t in inner):
             return (
-                f"its weight is a {type(held).__name__}, which holds quantized numbers: {_REMEDY}"
+                f"its weight is a {type(tensor).__name__}, which holds quantized numbers: {_REMEDY}"
             )
     return None
 
@@ -328,7 +332,7 @@ def _parametrized(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _hooked(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Weights that a hook computes before each call: the older weight_norm, spectral_norm, pruning."""
+    """Yield weights that a hook computes before each call: old weight_norm, spectral_norm, pruning."""
     for hook in torch_private.forward_pre_hooks(module).values():
         name = getattr(hook, "name", getattr(hook, "_tensor_name", None))
         if not isinstance(name, str) or name in module._parameters:

@@ -1,27 +1,27 @@
-"""Marks what was matched: the output head, linear layers, routers of experts, and parts of fused weights.
+"""Passes that mark matched sites: output head, linear layers, routers of experts, parts of fused weights.
 
-The head is the linear operation that every path to the output goes through last. In a graph that is the first
-linear operation on the chain of dominators that leads from an output back to the input
-(`networkx.immediate_dominators`): a residual connection around an operation means that it is not the head. A
-block that repeats is never searched: its last layer is a layer like the others. Where a model names its head
-itself (``get_output_embeddings`` of transformers, ``get_classifier`` of timm), that is believed. A
-transformers model without a graph of its own has its head next to its base model.
+The head is the linear operation that every path to the output goes through last. In a graph that is the
+first linear operation on the chain of dominators that leads from an output back to the input
+(`networkx.immediate_dominators`): a residual connection around an operation means that it is not the head.
+A block that repeats is never searched, because its last layer is a layer like any other. If a model names
+its head (``get_output_embeddings`` of transformers, ``get_classifier`` of timm), that answer is used. If
+the root of a transformers model has no graph, the head is a sibling of its base model.
 
-A router's output decides a top-k of experts. It goes through operations that keep the score of each
-expert apart (a softmax, a bias, the best of each group) into a choice along its last axis, and it has one
-feature for each expert. It is followed from graph to graph: a router is often a module of its own, and
-the choice is in the module around it. Where that module runs code without a graph,
-the operation counts as any other.
+A router's output selects the top-k experts, and has one feature for each expert. It passes only operations
+that keep the scores of the experts apart: a softmax, a bias, the best of each group. A choice along its
+last axis follows. The output is followed from graph to graph, because a router is often a separate module
+and the choice is in its parent. If the parent has no graph, the router is not recognized.
 
 A fused weight is one product whose output is cut into q, k and v, or into gate and up. The whole stays one
-site. Its parts can be named instead (``qkv.q``), each with factors and a rank of its own; a merge touches
-their rows only. How an output is divided is read off what is done with it: off the graphs of the regions,
-and off what a trace had seen before it gave up on a module.
+site. Its parts can be named instead (``qkv.q``), each with separate factors and rank. A merge changes
+their rows only. The users of an output show how it is divided. They are read from the graphs of the
+regions, and from the partial graphs of modules whose trace failed.
 
-``target_modules="all-linear"`` goes by classes, as in PEFT: it stands for every ``nn.Linear``, and Conv1D of
-transformers, but the output embeddings of a transformers model.
+``target_modules="all-linear"`` selects by class, as in PEFT: every ``nn.Linear`` and Conv1D of
+transformers, except the output embeddings of a transformers model.
 
-In the same way a head is followed to a cross entropy, where a loss may be computed in chunks.
+A head's output is followed to a cross entropy in the same way, to see if the loss can be computed in
+chunks.
 """
 
 from __future__ import annotations
@@ -73,47 +73,47 @@ _HEAD_NAMES = frozenset(
 
 
 _MAIN_OUTPUTS = ("logits", "last_hidden_state", "sample", "prediction_logits")
-"""What libraries call the part of an output that its head gives."""
+"""Names that libraries give to the part of an output that the head computes."""
 
 
 def find_head(capture: Capture, matches: Matches) -> Matches:
-    """Marks the output head among the sites of a model.
+    """Mark the output head among the sites of a model.
 
     Args:
         capture: The model.
         matches: Its linear operations.
 
     Returns:
-        The same with ``Site.head`` set.
+        The matches with ``Site.head`` set.
     """
     declared = frozenset(_declared(capture.model))
-    found: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
     if not declared:
         outputs = {
             (call.region, call.output): site.weight for site in matches.sites for call in site.calls
         }
         with_sites = {region for region, _ in outputs}
-        found = frozenset(
+        heads = frozenset(
             weight
             for region in _last_regions(capture)
             for weight in _descend(capture, region, outputs, with_sites)
         )
 
-        if not found and ("" not in capture.regions or capture.frontend == "export"):
-            # An exported graph ends in what the model does with the output of its head.
+        if not heads and ("" not in capture.regions or capture.frontend == "export"):
+            # An exported graph goes on after the head, with whatever the model does to its output.
             names = [name for name, _ in capture.model.named_children()]
-            found = frozenset(_named(names, matches.sites))
+            heads = frozenset(_named(names, matches.sites))
 
     def marked(site: Site) -> Site:
         if site.weight in declared:
             return dataclasses.replace(site, head="declared")
-        return dataclasses.replace(site, head="found") if site.weight in found else site
+        return dataclasses.replace(site, head="found") if site.weight in heads else site
 
     return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
 
 
 def _named(layers: list[str], sites: tuple[Site, ...]) -> Iterator[str]:
-    """The last layer of a root without a graph, if it is called what such a layer is called."""
+    """Yield the last layer of a root without a graph, if its name is that of a head."""
     last = layers[-1:]
     for site in sites:
         if site.family == "linear" and [site.owner] == last and last[0] in _HEAD_NAMES:
@@ -127,9 +127,9 @@ def _declared(model: nn.Module) -> Iterator[str]:
             head = getattr(model, method, lambda: None)()
         except Exception:  # noqa: BLE001, S112  a model's own method may fail in any way
             continue
-        for one in head if isinstance(head, tuple | list) else (head,):
-            if isinstance(one, nn.Module) and id(one) in names:
-                yield join(names[id(one)], "weight")
+        for module in head if isinstance(head, tuple | list) else (head,):
+            if isinstance(module, nn.Module) and id(module) in names:
+                yield join(names[id(module)], "weight")
 
 
 def find_linear_layers(capture: Capture, matches: Matches) -> Matches:
@@ -140,7 +140,7 @@ def find_linear_layers(capture: Capture, matches: Matches) -> Matches:
         matches: Its linear operations.
 
     Returns:
-        The same with ``Site.all_linear`` set.
+        The matches with ``Site.all_linear`` set.
     """
     embeddings = _output_embeddings(capture.model)
     layers = frozenset(
@@ -150,7 +150,7 @@ def find_linear_layers(capture: Capture, matches: Matches) -> Matches:
     )
 
     def is_selected(site: Site) -> bool:
-        # PEFT takes the names of the layers for ends of names, too: "proj" means "embed.proj" as well.
+        # PEFT also matches the names of the layers as suffixes: "proj" selects "embed.proj" as well.
         parts = site.owner.split(".")
         ends = (".".join(parts[start:]) for start in range(len(parts)))
         return site.parameter == "weight" and any(end in layers for end in ends)
@@ -160,7 +160,7 @@ def find_linear_layers(capture: Capture, matches: Matches) -> Matches:
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The output embeddings of a model of transformers, which PEFT leaves out."""
+    """Return the output embeddings of a transformers model, which PEFT leaves out."""
     if not any(cls.__name__ == "PreTrainedModel" for cls in original_class(model).__mro__):
         return None
     embeddings = model.get_output_embeddings()  # type: ignore[operator]
@@ -168,7 +168,7 @@ def _output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def _last_regions(capture: Capture) -> list[Region]:
-    """The root, or where it has no graph, what a transformers model has beside its base model."""
+    """Return the root, or, if it has no graph, the siblings of a transformers model's base model."""
     if "" in capture.regions:
         return [capture.regions[""]]
     base = getattr(capture.model, "base_model_prefix", "")
@@ -176,7 +176,7 @@ def _last_regions(capture: Capture) -> list[Region]:
     if base not in names:
         return []
     beside = [name for name in names if name != base and name in capture.regions]
-    # A pooler comes before the layer that is called what a head is called.
+    # Prefer a layer with the name of a head: a pooler may come before it.
     named = [name for name in beside if name in _HEAD_NAMES]
     return [capture.regions[name] for name in named or beside]
 
@@ -204,7 +204,7 @@ def _descend(
 
 
 def _is_beside(node: fx.Node) -> bool:
-    """Return True for a part of a module's output that is not its first: states and features."""
+    """Return True for any part of a module's output but the first: states and features."""
     of_module = bool(node.args) and getattr(node.args[0], "op", "") == "call_module"
     part = node.args[1] if of_module and len(node.args) > 1 else None
     return node.target in (getattr, operator.getitem) and (
@@ -224,8 +224,8 @@ def _dominators(graph: fx.Graph) -> dict[fx.Node, fx.Node | str]:
         for user in node.users:
             if node.op != "get_attr":
                 flow.add_edge(node, user)
-    found: dict[fx.Node, fx.Node | str] = nx.immediate_dominators(flow, _SOURCE)
-    return found
+    dominators: dict[fx.Node, fx.Node | str] = nx.immediate_dominators(flow, _SOURCE)
+    return dominators
 
 
 def _leaves(graph: fx.Graph) -> list[fx.Node]:
@@ -237,13 +237,13 @@ def _is_block(model: nn.Module, fqn: str) -> bool:
     module = model.get_submodule(fqn)
     parent, _, _ = fqn.rpartition(".")
     if isinstance(module, nn.Sequential) and fqn.rpartition(".")[2] in _HEAD_NAMES:
-        # What it is made of says nothing, its name does.
+        # The children of a Sequential tell nothing, but its name does.
         return False
     kinds = Counter(type(child) for child in model.get_submodule(parent).children())
     return kinds[type(module)] > 1 and any(True for _ in module.children())
 
 
-# Names of functions, of methods and of ATen operators alike; what they are called with comes in args.
+# Names of functions, methods and ATen operators, each with its parameters as `arguments` reads them.
 _CHOICES = {
     "topk": "input|self k=None dim=-1",
     "argmax": "input|self dim=None",
@@ -282,7 +282,7 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
         matches: Its linear operations.
 
     Returns:
-        The same with ``Site.router`` set.
+        The matches with ``Site.router`` set.
     """
     experts = _experts(capture.model)
     if not experts:
@@ -305,21 +305,21 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
 
 
 def _experts(model: nn.Module) -> dict[str, set[int]]:
-    """How many experts there may be below a module, by its FQN: lengths of lists, and of stacked weights."""
-    found: dict[str, set[int]] = defaultdict(set)
+    """Return the possible numbers of experts by FQN: lengths of lists and of stacked weights."""
+    counts: dict[str, set[int]] = defaultdict(set)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            found[name.rpartition(".")[0]].add(len(module))
-            found[name].add(len(module))
+            counts[name.rpartition(".")[0]].add(len(module))
+            counts[name].add(len(module))
         for value in module._parameters.values():
             if value is not None and not is_lazy(value) and value.dim() == 3:
-                found[name].add(value.shape[0])
-                found[name.rpartition(".")[0]].add(value.shape[0])
-    return found
+                counts[name].add(value.shape[0])
+                counts[name.rpartition(".")[0]].add(value.shape[0])
+    return counts
 
 
 def _above(owner: str) -> Iterator[str]:
-    """The module that owns the weight, its parent and that one's parent."""
+    """Yield the FQNs of the module that owns the weight, its parent and grandparent."""
     for _ in range(3):
         yield owner
         if not owner:
@@ -328,9 +328,9 @@ def _above(owner: str) -> Iterator[str]:
 
 
 def find_losses(capture: Capture, matches: Matches) -> Matches:
-    """Say of each head whether a loss of its output may be computed in chunks.
+    """Mark the heads whose loss may be computed in chunks, and note the reason for the others.
 
-    Whether a call computes such a loss is seen when it runs. Here it is asked what no call can change.
+    Only reasons that hold for every call are found here. Each call is checked again when it runs.
 
     Args:
         capture: The model.
@@ -349,31 +349,33 @@ def find_losses(capture: Capture, matches: Matches) -> Matches:
     if "" not in capture.regions and not known:
         # The last layer of all that have weights: after it come a loss, metrics, a dropout.
         children = capture.model.named_children()
-        known.update(_named([name for name, one in children if _has_weights(one)], matches.sites))
+        known.update(
+            _named([name for name, child in children if _has_weights(child)], matches.sites)
+        )
 
     def marked(site: Site) -> Site:
         is_head = site.weight in known
         if site.family != "linear" or site.experts is not None or not (is_head or losses):
             return site
-        found = _why_whole(capture, site)
+        reason = _why_whole(capture, site)
         paths = [
             flow.follow(call.region, call.output, flow.takes_loss, _TO_LOSS) for call in site.calls
         ]
         arrives = any(path.arrives for path in paths)
         if not (is_head or arrives):
             return site
-        others = sorted({name for path in paths for name in path.others})
-        if found is None and arrives and others:
-            found = f"they are read by {others[0]}, too"
-        if found is None and not arrives and _has_one_form(capture):
-            found = "no cross entropy of them is computed in the model's forward"
-        return dataclasses.replace(site, loss=found or "chunked")
+        readers = sorted({name for path in paths for name in path.others})
+        if reason is None and arrives and readers:
+            reason = f"they are read by {readers[0]}, too"
+        if reason is None and not arrives and _has_one_form(capture):
+            reason = "no cross entropy of them is computed in the model's forward"
+        return dataclasses.replace(site, loss=reason or "chunked")
 
     return dataclasses.replace(matches, sites=tuple(map(marked, matches.sites)))
 
 
 def _why_whole(capture: Capture, site: Site) -> str | None:
-    """Why logits of a head are computed all at once; None if nothing is known against chunks."""
+    """Return the reason why logits cannot be computed in chunks, or None if no reason is known."""
     if site.quantized is not None:
         return "the head's weight is quantized"
     if site.out_features <= site.in_features:
@@ -384,17 +386,20 @@ def _why_whole(capture: Capture, site: Site) -> str | None:
     if any(call.left or call.axes != (-1,) for call in site.calls) or site.rows is not None:
         return "the head's outputs are not the last axis"
     regions = [capture.regions[call.region] for call in site.calls]
-    if any("forward" in vars(one.module) for one in regions):
+    if any("forward" in vars(region.module) for region in regions):
         return "the forward of the head was set on the instance"
     return None
 
 
 def _has_one_form(capture: Capture) -> bool:
-    """Whether every call of a model does what its graph does: it has no argument that may be left out."""
+    """Return True if the root has a graph and its forward has no optional arguments."""
     if "" not in capture.regions:
         return False
     parameters = inspect.signature(capture.model.forward).parameters.values()
-    return all(one.default is one.empty and one.kind is not one.VAR_KEYWORD for one in parameters)
+    return all(
+        parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        for parameter in parameters
+    )
 
 
 _LOSSES = frozenset({"cross_entropy", "cross_entropy_loss", "nll_loss", "nll_loss_nd"})
@@ -404,11 +409,11 @@ _TO_LOSS = _KEEPING | {
 
 
 class _Path(NamedTuple):
-    """Where a value goes.
+    """Result of following a value.
 
     Attributes:
-        arrives: Whether to what was looked for.
-        others: What reads it on the way and is not known to keep its last axis.
+        arrives: True if the value reaches the node that was searched for.
+        others: Names of its readers that are not known to keep the last axis.
     """
 
     arrives: bool
@@ -416,7 +421,7 @@ class _Path(NamedTuple):
 
 
 class _Flow:
-    """Follows an output along operations that keep its last axis, from graph to graph."""
+    """Search that follows an output from graph to graph, along operations that keep its last axis."""
 
     def __init__(self, capture: Capture) -> None:
         self._regions: dict[str, Region] = dict(capture.regions)
@@ -437,13 +442,14 @@ class _Flow:
         arrives: Callable[[Region, fx.Node, fx.Node], bool],
         through: frozenset[str],
     ) -> _Path:
-        """Where the value goes that a node gives.
+        """Follow the output of a node.
 
         Args:
-            key: Of the region.
-            name: Of the node.
-            arrives: Whether a node (the last argument but one: who reads, what is read) is looked for.
-            through: What keeps the last axis.
+            key: Key of the region.
+            name: Name of the node.
+            arrives: Returns True for the target. It gets a region, a node that reads the value, and the
+                value.
+            through: Names of the operations that keep the last axis.
         """
         region = self._regions.get(key)
         if region is None:
@@ -451,36 +457,36 @@ class _Flow:
         start = next((node for node in region.graph.nodes if node.name == name), None)
         pending = [] if start is None else [(region, start)]
         seen: set[tuple[str, fx.Node]] = set()
-        found, others = False, set()
+        reaches_target, unknown = False, set()
         while pending:
             region, node = pending.pop()
             for user in node.users:
                 if arrives(region, user, node):
-                    found = True
+                    reaches_target = True
                     continue
                 if _asks_for_shape(user):
                     continue
                 record = isinstance(user.target, type)  # of outputs
                 known = record or user.op in ("output", "call_module") or _name(user) in through
-                others |= set() if known else {_name(user)}
+                unknown |= set() if known else {_name(user)}
                 for reached in self._reached(region, node, user, through):
-                    place = (reached[0].fqn, reached[1])
-                    if place not in seen:
-                        seen.add(place)
+                    visited = (reached[0].fqn, reached[1])
+                    if visited not in seen:
+                        seen.add(visited)
                         pending.append(reached)
-        return _Path(found, frozenset(others))
+        return _Path(reaches_target, frozenset(unknown))
 
     def ends_in_loss(self, region: Region, node: fx.Node) -> bool:
-        """Whether a node computes a cross entropy."""
+        """Return True if a node computes a cross entropy."""
         if node.op == "call_module":
             module = region.submodule(node)
             return isinstance(module, nn.CrossEntropyLoss | nn.NLLLoss)
         return _name(node) in _LOSSES
 
     def takes_loss(self, region: Region, user: fx.Node, node: fx.Node) -> bool:
-        """Whether a node computes a cross entropy of a value."""
-        given = (*user.args[:1], user.kwargs.get("input"))
-        return any(one is node for one in given) and self.ends_in_loss(region, user)
+        """Return True if `user` computes a cross entropy of the value of `node`."""
+        inputs = (*user.args[:1], user.kwargs.get("input"))
+        return any(value is node for value in inputs) and self.ends_in_loss(region, user)
 
     def _reached(
         self, region: Region, node: fx.Node, user: fx.Node, through: frozenset[str]
@@ -500,11 +506,11 @@ class _Flow:
             if value is node:
                 yield caller, call
             elif isinstance(value, tuple | list):
-                places = [place for place, one in enumerate(value) if one is node]
+                indices = [index for index, item in enumerate(value) if item is node]
                 yield from (
                     (caller, user)
                     for user in call.users
-                    if _name(user) == "getitem" and user.args[1] in places
+                    if _name(user) == "getitem" and user.args[1] in indices
                 )
 
     def _entered(
@@ -512,17 +518,17 @@ class _Flow:
     ) -> Iterator[tuple[Region, fx.Node]]:
         name = join(region.fqn, str(call.target))
         for inner in self._of_module[name]:
-            inputs = [one for one in inner.graph.nodes if one.op == "placeholder"]
-            for one in _passed(inputs, call, node):
-                yield inner, one
+            inputs = [candidate for candidate in inner.graph.nodes if candidate.op == "placeholder"]
+            for placeholder in _passed(inputs, call, node):
+                yield inner, placeholder
         module = self._modules.get(name)
         if not self._of_module[name] and module is not None and not _has_weights(module):
-            # An activation or a dropout, left whole.
+            # An activation or a dropout, which has no graph.
             yield region, call
 
 
 def _asks_for_shape(node: fx.Node) -> bool:
-    """Whether a node says of a tensor what does not depend on its values."""
+    """Return True if a node reads only the shape, dtype or device of a tensor."""
     if _name(node) == "getattr":
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     return _name(node) in ("size", "sym_size", "dim", "numel", "len")
@@ -530,12 +536,12 @@ def _asks_for_shape(node: fx.Node) -> bool:
 
 def _passed(inputs: Iterable[fx.Node], call: fx.Node, node: fx.Node) -> Iterator[fx.Node]:
     inputs = list(inputs)
-    for one, value in zip(inputs, call.args, strict=False):
+    for placeholder, value in zip(inputs, call.args, strict=False):
         if value is node:
-            yield one
-    for one in inputs:
-        if call.kwargs.get(str(one.target)) is node:
-            yield one
+            yield placeholder
+    for placeholder in inputs:
+        if call.kwargs.get(str(placeholder.target)) is node:
+            yield placeholder
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -559,8 +565,8 @@ def _chooses(_: Region, user: fx.Node, value: fx.Node) -> bool:
         return False
     if _name(user) in ("argmax", "argsort"):
         return True
-    # The largest values alone choose nothing: where they are matters.
-    return any(_is_index(one) and one.users for one in user.users)
+    # The largest values alone choose nothing: their indices do.
+    return any(_is_index(part) and part.users for part in user.users)
 
 
 def _is_index(node: fx.Node) -> bool:
@@ -581,21 +587,21 @@ _UNBIND = (torch.unbind, _T.unbind, _aten.unbind.int)
 _SELECT = (torch.select, _T.select, _aten.select.int)
 _PERMUTE = (torch.permute, _T.permute, _aten.permute.default)
 _TRANSPOSE = (torch.transpose, _T.transpose, _aten.transpose.int)
-# The features are last. Counted from the front they are for [batch, sequence, features].
+# The features are the last dimension, which is 2 of [batch, sequence, features].
 _LAST = (-1, 2)
 
 _Rows = tuple[int, int]
 
 
 def find_parts(capture: Capture, matches: Matches) -> Matches:
-    """Marks the sites whose output is divided.
+    """Mark the parts of the sites whose output is divided.
 
     Args:
         capture: The model.
         matches: Its linear operations.
 
     Returns:
-        The same with ``Site.parts`` set.
+        The matches with ``Site.parts`` set.
     """
     callers = _callers(capture)
 
@@ -614,25 +620,25 @@ def find_parts(capture: Capture, matches: Matches) -> Matches:
 
 
 def _callers(capture: Capture) -> dict[int, list[fx.Node]]:
-    """By module: the nodes that call it, in graphs and in what was begun of one."""
-    found: dict[int, list[fx.Node]] = defaultdict(list)
+    """Return the nodes that call each module, by its id, in complete and in partial graphs."""
+    callers: dict[int, list[fx.Node]] = defaultdict(list)
     graphs = {fqn: region.graph for fqn, region in capture.regions.items()}
     modules = dict(capture.model.named_modules(remove_duplicate=False))
     for fqn, graph in {**capture.begun, **graphs}.items():
         for node in graph.nodes:
             if node.op == "call_module":
                 module = modules.get(join(fqn, str(node.target)))
-                found[id(module)].append(node)
-    return found
+                callers[id(module)].append(node)
+    return callers
 
 
 def _outputs(capture: Capture, site: Site, callers: dict[int, list[fx.Node]]) -> Iterator[fx.Node]:
-    """The nodes whose value is the output of a site."""
+    """Yield the nodes whose value is the output of a site."""
     for call in site.calls:
         region = capture.regions[call.region]
         node = next(node for node in region.graph.nodes if node.name == call.output)
         yield node
-        # Conv1D of GPT-2 puts another shape on it.
+        # Conv1D of GPT-2 reshapes its output.
         final = next(iter(node.users), node)
         for last in (node, final):
             if any(user.op == "output" and user.args[0] is last for user in last.users):
@@ -640,7 +646,7 @@ def _outputs(capture: Capture, site: Site, callers: dict[int, list[fx.Node]]) ->
 
 
 def _division(node: fx.Node, size: int) -> tuple[_Rows, ...]:
-    """How the last dimension of a value is divided among those that use it; () if it is not."""
+    """Return the ranges into which its users divide the last dimension of a value, () if they do not."""
     cuts: set[_Rows] = set()
     for user in node.users:
         cuts.update(_cuts(user, size))
@@ -688,15 +694,15 @@ def _sliced(index: Any, size: int) -> Iterator[_Rows]:
 
 
 def _viewed(user: fx.Node, size: int) -> Iterator[_Rows]:
-    """``reshape(batch, length, 3, heads, -1)``, taken apart along the three: parts side by side.
+    """Yield the parts of ``reshape(batch, length, 3, heads, -1)`` that is split along the three.
 
-    Heads before the three are another matter: then no part is a range of rows.
+    If the heads come before the three, no part is a range of rows, and none is yielded.
     """
-    rest: tuple[Any, ...] = user.args[1:]
+    shape: tuple[Any, ...] = user.args[1:]
     before = 0
     if target_of(user) in (_T.unflatten, torch.unflatten):
-        rest, before = (rest[1:], 2) if rest[0] in _LAST else ((), 0)
-    sizes = list(rest[0]) if rest and isinstance(rest[0], list | tuple) else list(rest)
+        shape, before = (shape[1:], 2) if shape[0] in _LAST else ((), 0)
+    sizes = list(shape[0]) if shape and isinstance(shape[0], list | tuple) else list(shape)
     for first, count in enumerate(sizes):
         if not isinstance(count, int) or count < 1:
             continue
@@ -710,29 +716,29 @@ def _viewed(user: fx.Node, size: int) -> Iterator[_Rows]:
 
 
 def _taken_apart(node: fx.Node, axis: int, dims: int) -> bool:
-    """Whether a value is indexed or unbound along an axis, perhaps after dimensions were permuted."""
+    """Return True if a value is indexed or unbound along an axis, before or after a permutation."""
     for user in node.users:
         target = target_of(user)
-        rest: tuple[Any, ...] = user.args[1:]
+        operands: tuple[Any, ...] = user.args[1:]
         if target in _UNBIND or splits(user):
             names = "input dim=0" if target in _UNBIND else SPLIT
             if arguments(user, names)["dim"] in (axis, axis - dims):
                 return True
         elif target is operator.getitem:
-            index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+            index = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
             if Ellipsis not in index and len(index) > axis and isinstance(index[axis], int):
                 return True
         elif target in _SELECT:
-            if rest[0] in (axis, axis - dims):
+            if operands[0] in (axis, axis - dims):
                 return True
         elif target in _PERMUTE:
-            order = rest[0] if isinstance(rest[0], list | tuple) else rest
+            order = operands[0] if isinstance(operands[0], list | tuple) else operands
             wanted = [d % dims for d in order if isinstance(d, int)]
             if axis in wanted and _taken_apart(user, wanted.index(axis), dims):
                 return True
-        elif target in _TRANSPOSE and all(isinstance(d, int) for d in rest):
-            one, other = (d % dims for d in rest)
-            moved = {one: other, other: one}.get(axis, axis)
+        elif target in _TRANSPOSE and all(isinstance(d, int) for d in operands):
+            axis_a, axis_b = (d % dims for d in operands)
+            moved = {axis_a: axis_b, axis_b: axis_a}.get(axis, axis)
             if _taken_apart(user, moved, dims):
                 return True
     return False
@@ -743,11 +749,11 @@ def _taken_apart(node: fx.Node, axis: int, dims: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Mark(Pass):
-    """A pass that marks some of the operations.
+    """Pass that marks some of the operations.
 
     Attributes:
-        what: Which.
-        find: Gives the operations with the marks.
+        what: The operations that it marks, in words.
+        find: Returns the matches with the marks.
     """
 
     needs: ClassVar[str] = "matches"
@@ -757,11 +763,11 @@ class Mark(Pass):
 
     @property
     def name(self) -> str:
-        """Its name in errors, logs and on the command line."""
+        """Return the name for errors, logs and the command line."""
         return f"mark-{self.what}"
 
     def __call__(self, capture: Capture) -> PassResult:
-        """Mark them."""
+        """Mark the operations."""
         assert capture.matches is not None
         return PassResult.of(capture, matches=self.find(capture, capture.matches))
 
@@ -772,7 +778,7 @@ MARKS = (
     Mark("routers", find_routers),
     Mark("parts", find_parts),
 )
-"""In the order in which they run."""
+"""The marks, in the order in which they run."""
 
 LOSSES = Mark("losses", find_losses)
-"""Runs after those, where losses are to be computed in chunks."""
+"""Mark that runs after `MARKS`, if losses are to be computed in chunks."""

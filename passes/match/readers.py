@@ -1,6 +1,6 @@
-"""Who reads a weight, apart from the operation that it is matched with.
+"""Readers of a weight other than the operation that it is matched with.
 
-An adapter changes one use of a weight, a merge all of them: what else reads it decides whether it can be
+An adapter changes one use of a weight, a merge all of them. So other readers decide if it can be
 adapted at all.
 """
 
@@ -19,16 +19,16 @@ from lora_fx.passes.patterns import itemised, site_name, splits, weight_of
 __all__ = ["Read", "nameless", "no_product", "readers"]
 
 
-# Asked of a weight, these do not depend on its values.
+# Attributes of a weight that do not depend on its values.
 _METADATA = frozenset({"shape", "dtype", "device", "ndim", "requires_grad", "layout"})
 _METADATA_METHODS = frozenset(
     {"size", "dim", "numel", "element_size", "is_floating_point", "stride"}
 )
-# What gives a weight another form, and says nothing about what is done with it.
+# Operations that only change the form of a weight.
 _FORMS = frozenset(
     {"view", "reshape", "expand", "expand.default", "repeat", "unsqueeze", "squeeze", "clone", "to"}
 )
-# What is done with tables, tokens and biases of two dimensions: nothing that a low-rank factor stands for.
+# Operations on tables, tokens and biases of two dimensions, to which low-rank factors do not apply.
 _NO_PRODUCTS = frozenset(
     {"add", "iadd", "add_", "add.Tensor", "cat", "concat", "cat.default", "stack", "attend"}
 )
@@ -36,7 +36,7 @@ _NO_PRODUCTS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """A node that reads the values of a weight, and what it does."""
+    """Node that reads the values of a weight, with the name of its operation."""
 
     region: str
     node: str
@@ -44,7 +44,7 @@ class Read:
 
 
 def readers(capture: Capture) -> dict[str, list[Read]]:
-    """By FQN of each matrix: the nodes that read its values, transposes passed over."""
+    """Return the nodes that read the values of each matrix, by its FQN. Transposes are skipped."""
     result: dict[str, list[Read]] = defaultdict(list)
     for region in capture.regions.values():
         for node in region.graph.nodes:
@@ -60,7 +60,7 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
 
 
 def no_product(weight: str, reads: list[Read]) -> Rejection | None:
-    """Return the reason for a weight without a matching operation; None where none is expected."""
+    """Return the refusal of a weight without a matching operation, or None if none is expected."""
     # A bias for each expert is a table, too.
     if all(read.what in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
         return None
@@ -69,9 +69,9 @@ def no_product(weight: str, reads: list[Read]) -> Rejection | None:
 
 
 def nameless(capture: Capture) -> dict[str, Rejection]:
-    """Tied weights that a graph reads without saying by which of their names.
+    """Return refusals of tied weights that a graph reads by an ambiguous name.
 
-    A trace calls every one of them by the first. Merging unties, so that it would matter.
+    A trace uses the first name for each of them. A merge unties the weights, so the name would matter.
     """
     result = {}
     everywhere = _places(capture.model)
@@ -81,11 +81,11 @@ def nameless(capture: Capture) -> dict[str, Rejection]:
             "." in str(node.target) or len(region.module._parameters) > 1 for node, _ in read
         ):
             continue
-        places = _places(region.module)
+        names_in_region = _places(region.module)
         for node, parameter in read:
-            names = {join(region.fqn, name) for name in places[id(parameter)].values()}
-            # A module under two names: its own graph has the first, one that reads it, the other.
-            names.update(everywhere[id(parameter)][place] for place in places[id(parameter)])
+            names = {join(region.fqn, name) for name in names_in_region[id(parameter)].values()}
+            # The graphs of a module with two names, and of a module that reads it, may use different names.
+            names.update(everywhere[id(parameter)][slot] for slot in names_in_region[id(parameter)])
             if len(names) == 1 or not is_matrix(parameter):
                 continue
             reason = (
@@ -98,13 +98,13 @@ def nameless(capture: Capture) -> dict[str, Rejection]:
 
 
 def _places(module: nn.Module) -> dict[int, dict[tuple[int, str], str]]:
-    """By parameter: where it is registered, with a name for each place."""
-    places: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
+    """Return the registrations of each parameter, by its id: owner and key, with a name for each."""
+    names: dict[int, dict[tuple[int, str], str]] = defaultdict(dict)
     for fqn, owner in module.named_modules():
         for key, parameter in owner._parameters.items():
             if parameter is not None:
-                places[id(parameter)][id(owner), key] = join(fqn, key)
-    return places
+                names[id(parameter)][id(owner), key] = join(fqn, key)
+    return names
 
 
 def _consumers(node: fx.Node, region: Region) -> Iterator[fx.Node]:

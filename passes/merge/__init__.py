@@ -1,4 +1,4 @@
-"""Folds adapters into weights, and gives the user's own class back."""
+"""Fold adapters into weights, and return a model of the user's own class."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The base model of a rewritten one again: its own classes, and dense weights for those of few bits.
+"""Restore the base model of a rewritten one: its own classes, and dense weights for quantized ones.
 
-A library's own layer becomes one of torch, of the same name and with the same hooks; it stays the same
-object, so that other holders of it (a second parent, a closure) see the dense one. A tensor that shows
-its values stands for a dense one in any code, and a weight that only the graph read as quantized goes back
-into the layout in which the model's own code reads it.
+A library's own layer becomes a layer of torch, with the same name and hooks. It stays the same object, so
+that other references to it (a second parent, a closure) see the dense layer. A tensor that shows its values
+is used like a dense one by any code. A weight that only the graph read as quantized gets back the layout in
+which the model's own code reads it.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ __all__ = [
 ]
 
 
-# transformers computes rotary angles in fp32 whatever the model's dtype: it keeps these out of
-# half precision when it loads a model, since position * frequency has no digits to spare.
+# transformers computes rotary angles in fp32 whatever the model's dtype. It keeps these buffers in fp32
+# when it loads a model, because position * frequency would lose too many digits in half precision.
 KEPT_IN_FP32 = ("inv_freq", "original_inv_freq")
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def check_dtype(dtype: object) -> None:
-    """Refuses what is no dtype of weights.
+    """Raise for anything but a dtype of weights, or None.
 
     Raises:
         MergeError: If it is something else.
@@ -89,20 +89,20 @@ def cast_model(
     *,
     buffers: bool = True,
 ) -> None:
-    """Casts parameters and buffers, as ``nn.Module.to`` does; parameters are new, and tied ones stay tied.
+    """Cast parameters and buffers, as ``nn.Module.to`` does. Parameters are new, and tied ones stay tied.
 
     Rotary frequencies stay in fp32, as transformers loads them.
 
     Args:
         model: A model that is used nowhere else, over weights that may be shared.
-        dtype: What to cast to.
-        keep: Given each new weight, returns one of the same values to use in its place.
-        buffers: Whether buffers are cast, too.
+        dtype: The new dtype.
+        keep: Called with each new weight, returns a tensor of the same values to use instead.
+        buffers: True to cast buffers, too.
 
     Raises:
         MergeError: If a number overflows.
     """
-    made: dict[tuple[object, ...], nn.Parameter] = {}
+    new: dict[tuple[object, ...], nn.Parameter] = {}
     for fqn, module in model.named_modules():
         for leaf, old in module._parameters.items():
             if old is None or old.dtype == dtype or not old.is_floating_point():
@@ -110,9 +110,9 @@ def cast_model(
             if _stored(old) is not None or is_lazy(old):
                 continue
             key = memory_of(old)
-            if key not in made:
-                made[key] = _cast_parameter(old, dtype, f"{fqn}.{leaf}", keep)
-            module._parameters[leaf] = made[key]
+            if key not in new:
+                new[key] = _cast_parameter(old, dtype, f"{fqn}.{leaf}", keep)
+            module._parameters[leaf] = new[key]
         for leaf, buffer in module._buffers.items() if buffers else ():
             if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
                 module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
@@ -126,11 +126,11 @@ def _cast_parameter(
 ) -> nn.Parameter:
     if is_partitioned(old):
         value = distributed_as(_cast(gathered(old, name), dtype, name), old)
-        made = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+        parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
     else:
-        made = nn.Parameter(keep(_cast(old.detach(), dtype, name)))
-    made.requires_grad_(old.requires_grad)
-    return made
+        parameter = nn.Parameter(keep(_cast(old.detach(), dtype, name)))
+    parameter.requires_grad_(old.requires_grad)
+    return parameter
 
 
 def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
@@ -143,7 +143,7 @@ def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
 _log = logging.getLogger("lora_fx")
 
-# What transformers sets on a model that it has quantized, and accelerate.
+# Attributes that transformers and accelerate set on a quantized model.
 _OF_MODELS = (
     "hf_quantizer",
     "is_4bit_serializable",
@@ -159,11 +159,10 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def dtype_of_all(model: nn.Module) -> torch.dtype | None:
-    """In which dtype a dense model runs wherever one over quantized weights did; None if none is quantized.
+    """Return the dtype in which a dense model runs wherever the quantized one ran; None if not quantized.
 
-    The weights that are not quantized say what it computes in, whatever the quantized ones stand for: the
-    widest of them, and among several dtypes one that holds all. Without any, the values of the quantized
-    ones say it.
+    It is the dtype of the weights that are not quantized, in which the model computes. Several dtypes are
+    promoted to one that holds all. Without such weights, it is the dtype of the quantized weights' values.
     """
     stored = quantized_weights(model)
     if not stored:
@@ -173,41 +172,43 @@ def dtype_of_all(model: nn.Module) -> torch.dtype | None:
         for parameter in model.parameters()
         if _stored(parameter) is None and parameter.dtype in _DTYPES
     }
-    return functools.reduce(torch.promote_types, plain or {one.dtype for one in stored.values()})
+    return functools.reduce(
+        torch.promote_types, plain or {quantization.dtype for quantization in stored.values()}
+    )
 
 
 def quantized_weights(model: nn.Module) -> dict[str, Quantization]:
-    """Every quantized weight, by each of its names."""
+    """Return every quantized weight, by each of its names."""
     stored = (
         (name, _stored(parameter))
         for name, parameter in model.named_parameters(remove_duplicate=False)
     )
-    return {name: found for name, found in stored if found is not None}
+    return {name: quantization for name, quantization in stored if quantization is not None}
 
 
 def _stored(weight: torch.Tensor) -> Quantization | None:
-    """How a weight is quantized, or the part of it that this process has."""
+    """Return the storage of a quantized weight, or of this process's part of it."""
     return quantization_of(torch_private.local_tensor(weight))
 
 
 def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
-    """How the weights of sites were laid out before they were quantized, by FQN."""
+    """Return the layouts that the weights of sites had before they were quantized, by FQN."""
     return {site.weight: site.layout for site in sites if site.quantized is not None}
 
 
 def values_of(
     model: nn.Module, name: str, layouts: Mapping[str, Layout], dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """A weight as the model's own code reads it: its memory, or values that are made of few bits.
+    """Return a weight as the model's own code reads it: its memory, or its dequantized values.
 
-    Where FSDP2 has cut a quantized weight, each process makes the values of its own part.
+    If FSDP2 has split a quantized weight, each process dequantizes its own part.
 
     Args:
         model: A model that has it.
         name: Its FQN.
-        layouts: :func:`layouts_of`.
-        dtype: In which the model will compute with them. For fp32 and fp64, values are made in fp32, as the
-            kernels have them for such inputs; else in the weight's own, so that they are rounded once.
+        layouts: The result of :func:`layouts_of`.
+        dtype: The dtype in which the model will compute. For fp32 and fp64, values are dequantized to fp32,
+            as the kernels do for such inputs; else to the weight's own dtype, so that they are rounded once.
     """
     weight = model.get_parameter(name)
     stored = _stored(weight)
@@ -227,15 +228,15 @@ def make_dense(
     layouts: Mapping[str, Layout],
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> None:
-    """Replaces what is quantized yet, weight by weight; the model is changed.
+    """Replace the remaining quantized weights, one by one; the model is changed.
 
     Args:
         model: A model that is used nowhere else; the weights of adapted sites are dense in it already.
-        dtype: Of the new weights.
-        layouts: :func:`layouts_of`.
-        keep: Given each new weight, returns one of the same values to use in its place.
+        dtype: The dtype of the new weights.
+        layouts: The result of :func:`layouts_of`.
+        keep: Called with each new weight, returns a tensor of the same values to use instead.
     """
-    made: dict[int, nn.Parameter] = {}
+    new: dict[int, nn.Parameter] = {}
     left: list[str] = []
     for fqn, module in list(model.named_modules()):
         for leaf, weight in list(module._parameters.items()):
@@ -245,10 +246,10 @@ def make_dense(
             if not _is_known(module, weight, name, layouts):
                 left.append(name)
                 continue
-            if id(weight) not in made:
+            if id(weight) not in new:
                 values = values_of(model, name, layouts, dtype).to(dtype).contiguous()
-                made[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
-            module._parameters[leaf] = made[id(weight)]
+                new[id(weight)] = nn.Parameter(keep(values), requires_grad=False)
+            module._parameters[leaf] = new[id(weight)]
         _make_plain(module)
         if kept_graph(module) is not None and not left:
             _drop_graph(module)
@@ -262,31 +263,31 @@ def make_dense(
 
 
 def _make_plain(module: nn.Module) -> None:
-    """Makes a layer whose weight is dense again one of torch; nothing happens to any other module."""
+    """Turn a library's layer with a dense weight into a layer of torch; leave any other module unchanged."""
     if not any(quantization_of(parameter) for parameter in module._parameters.values()):
         for hooks in (torch_private.load_hooks(module), torch_private.state_hooks(module)):
             for key in [key for key, hook in hooks.items() if is_format_hook(hook)]:
                 del hooks[key]
     weight = module._parameters.get("weight")
-    # A library's layers may hold dense weights, too, in a class of their own.
+    # A library's layers may hold dense weights, too, in the library's own parameter class.
     if type(weight) is not nn.Parameter or quantization_of(weight) is not None:
         return
-    found = _plain(module)
-    if found is None:
+    entry = _plain(module)
+    if entry is None:
         return
-    layers, plain = found
+    layers, plain = entry
     for name in layers.attributes:
         module.__dict__.pop(name, None)
     module.__class__ = plain
     bias = module._parameters.get("bias")
-    # The layer cast it to what it was given.
+    # The layer cast its bias to the dtype of the input.
     if bias is not None and bias.dtype != weight.dtype:
         cast = bias.detach().to(weight.dtype)
         module._parameters["bias"] = nn.Parameter(cast, requires_grad=bias.requires_grad)
 
 
 def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:
-    """The layers that a module is one of, and the class of torch that it is with a dense weight in it."""
+    """Return the layers of a module's library, and torch's class for such a layer with a dense weight."""
     for known in formats():
         plain = known.layers.plain(type(module))
         if plain is not None:
@@ -297,16 +298,16 @@ def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:
 def _is_known(
     module: nn.Module, weight: nn.Parameter, name: str, layouts: Mapping[str, Layout]
 ) -> bool:
-    """Whether the code that reads a weight can read a dense one in its place."""
+    """Return True if the code that reads a weight can read a dense one instead."""
     known = format_of(torch_private.local_tensor(weight))
     return bool(known and known.shows_values) or name in layouts or _plain(module) is not None
 
 
 def make_savable(model: nn.Module) -> None:
-    """Lets transformers write a model that it has read quantized.
+    """Let transformers save a model that it has loaded quantized.
 
-    It undoes the conversions of a load as it saves, and refuses those that cannot be undone (5.24): the
-    values that they have made are in the model, and need nothing.
+    When it saves, it reverses the conversions of the load, and fails for those that cannot be reversed
+    (5.24). The model has the converted values, so that those conversions can be dropped.
 
     Args:
         model: A model that is used nowhere else.
@@ -326,7 +327,7 @@ def _reverses(conversion: Any) -> bool:
 
 
 def _forget(model: nn.Module) -> None:
-    """Takes off what says to transformers that a model is quantized: it would write and load it so."""
+    """Remove the marks of a quantized model: otherwise transformers would save and load it as quantized."""
     for module in model.modules():
         for name in _OF_MODELS:
             module.__dict__.pop(name, None)
@@ -336,13 +337,13 @@ def _forget(model: nn.Module) -> None:
 
 
 def stripped(model: nn.Module, record: Record) -> nn.Module:
-    """A copy of the base model: its own classes, no factors, ``requires_grad`` as it was.
+    """Return a copy of the base model: its own classes, no factors, ``requires_grad`` as before.
 
-    Modules that ran a graph before the rewrite, over quantized weights, run it again. What trainers have set
-    since is left out.
+    Modules that ran a graph before the rewrite, over quantized weights, run it again. Attributes that
+    trainers have set since are left out.
 
     Raises:
-        MergeError: If that cannot be told from what other code has set.
+        MergeError: If those cannot be told from attributes that other code has set.
     """
     by_hand = trained_by_hand(model, record)
     result = copy_without_trainers(model, record.forwards, MergeError)
@@ -361,7 +362,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
             if isinstance(child, AdapterModule):
                 del module._modules[name]
     for name, parameter in result.named_parameters():
-        # What was put into the model since was not there before.
+        # Parameters that were put into the model since are not in record.trainable.
         new = name in by_hand and by_hand[name].requires_grad
         parameter.requires_grad = name in record.trainable or new
     mark_adapted(result, adapted=False)
@@ -374,8 +375,8 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
 
 
 def _drop_graph(module: nn.Module) -> None:
-    """Has a module run its own forward, without what only its graph has read."""
+    """Make a module run its own forward, and remove the buffers that only its graph has read."""
     uninstall(module)
-    # A script module has its buffers in something that says their names by no iteration.
+    # The buffers of a script module are in a container that cannot be iterated without keys().
     for name in [name for name in module._buffers.keys() if name.startswith(CONSTANT)]:  # noqa: SIM118
         del module._buffers[name]

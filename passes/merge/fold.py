@@ -1,8 +1,8 @@
-"""Folds what adapters change of weights and biases into them: accumulated in fp64, by slices, rounded once.
+"""Fold the changes of adapters into weights and biases: accumulated in fp64, by slices, rounded once.
 
-A merged weight in fp64 is the sum itself, rounded once (:mod:`lora_fx.passes.merge.rounding`). A kind that
-makes another weight of that sum rounds, too: that leaves a few units in the last place.
-Trained rows of an embedding are written into it as they are.
+A merged weight in fp64 is the exact sum, rounded once (:mod:`lora_fx.passes.merge.rounding`). A kind that
+transforms that sum rounds, too, with an error of a few units in the last place. Trained rows of an embedding
+are copied into it unchanged.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-# Patterns may replace what ΔW is: these are the plain products.
+# Patterns may override delta: these are the plain products.
 _PRODUCTS = (LinearPattern.delta, EmbeddingPattern.delta)
 _OURS = "lora_fx.passes.patterns."
 
@@ -62,13 +62,13 @@ _OURS = "lora_fx.passes.patterns."
 def delta_weight(
     model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW of an additive kind.
+    """Return ``s · B A`` of one site, in the weight's layout and in ``dtype``: all of ΔW of an additive kind.
 
     Args:
         model: The rewritten model.
         row: The site.
         adapter: The adapter's name.
-        dtype: In which it is computed.
+        dtype: The dtype of the computation.
     """
     a, b = _wide_factors(model, row, adapter, dtype)
     return pattern_of(row.site).delta(row.site, a, b)
@@ -81,14 +81,14 @@ def _wide_factors(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and ``s · B`` in another dtype: B has far fewer elements to scale than the product has.
+    """Return A and ``s · B`` in another dtype: B has far fewer elements to scale than the product.
 
     Args:
         model: The rewritten model.
         row: The site.
         adapter: The adapter's name.
-        dtype: In which they are wanted.
-        device: Where; where they are by default.
+        dtype: The dtype of the result.
+        device: The device of the result; by default that of the factors.
     """
     a, b = _pair(model, row, adapter, device, dtype)
     return a, b * row.scale
@@ -101,14 +101,14 @@ def _pair(
     device: torch.device | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B as the site's own: those of a head that is tied to an embedding are transposed."""
+    """Return A and B in the site's own roles: those of a head that is tied to an embedding are transposed."""
     pair = factors_of(model, row, adapter).pair
     a, b = (gathered(factor).to(device, dtype) for factor in pair)
     return (a.T, b.T) if row.tied else (a, b)
 
 
 def _sums_over_rank(row: PlannedSite) -> bool:
-    """Whether each element of ΔW is a sum over the rank: a registered pattern may say anything."""
+    """Return True if each element of ΔW is a sum over the rank, which a registered pattern need not be."""
     return type(pattern_of(row.site)).delta.__module__.startswith(_OURS)
 
 
@@ -118,16 +118,16 @@ _Slices = tuple[list[torch.Tensor], list[torch.Tensor]]
 def _sliced_factors(
     model: nn.Module, row: PlannedSite, adapter: str, device: torch.device
 ) -> _Slices | None:
-    """A and ``s · B`` in fp64, as slices whose products are exact.
+    """Return A and ``s · B`` in fp64, as slices whose products are exact.
 
     Args:
         model: The rewritten model.
         row: The site.
         adapter: The adapter's name.
-        device: Where they are wanted.
+        device: The device of the result.
 
     Returns:
-        None if numbers are too large for that, or ΔW is what a registered pattern says.
+        None if numbers are too large for that, or a registered pattern computes ΔW.
     """
     if not _sums_over_rank(row):
         return None
@@ -142,12 +142,12 @@ def _sliced_factors(
 
 
 def _exact_terms(row: PlannedSite, slices: _Slices, shape: torch.Size) -> Iterator[torch.Tensor]:
-    """``s·BA`` as tensors whose sum it is.
+    """Yield tensors whose sum is ``s·BA``.
 
     Args:
         row: The site.
-        slices: Of A and ``s · B``, for some part of the weight.
-        shape: Of that part.
+        slices: Slices of A and ``s · B``, for a part of the weight.
+        shape: The shape of that part.
     """
     pattern = pattern_of(row.site)
     for a in slices[0]:
@@ -163,54 +163,54 @@ def _add_change(
     base: torch.Tensor,
     slices: _Slices | None = None,
 ) -> None:
-    """Adds ``ΔW``: ``s·BA``, or what the kind makes of ``W + s·BA``, less W.
+    """Add ``ΔW``: ``s·BA``, or the difference between the kind's transform of ``W + s·BA`` and W.
 
     Args:
-        total: A part of the weight, in the dtype in which it is computed.
+        total: A part of the weight, in the dtype of the computation.
         row: The site.
         pair: A and ``s · B`` for that part; None without factors.
         values: The slots of the kind for that part.
-        base: What the unadapted weight has there, for a kind that makes another of it.
-        slices: Of A and ``s · B`` for that part, where ``W + s·BA`` is to be rounded once.
+        base: That part of the unadapted weight, for a kind that transforms it.
+        slices: Slices of A and ``s · B`` for that part, if ``W + s·BA`` is to be rounded once.
     """
     pattern, site, kind = pattern_of(row.site), row.site, kind_of(row)
     if not kind.transforms:
         assert pair is not None
         a, b = pair
         if type(pattern).delta in _PRODUCTS:
-            # In place: the memory of a product that is new each time takes longer than the product.
+            # In place: allocating a product each time would take longer than computing it.
             transposed = type(pattern).delta is EmbeddingPattern.delta or site.layout != "out_in"
             (total.mT if transposed else total).addmm_(b, a)
             return
         total.add_(pattern.delta(site, a, b).reshape(total.shape))
         return
-    turned = base.clone()
+    adapted = base.clone()
     if pair is not None and slices is None:
-        turned += pattern.delta(site, *pair).reshape(total.shape)
+        adapted += pattern.delta(site, *pair).reshape(total.shape)
     elif slices is not None:
-        shape = turned.shape
-        sum_exactly(turned, lambda: (Term(values) for values in _exact_terms(row, slices, shape)))
-    turned = kind.transformed(turned, site, values)
-    # Written over the weight itself, it loses nothing to a difference.
+        shape = adapted.shape
+        sum_exactly(adapted, lambda: (Term(values) for values in _exact_terms(row, slices, shape)))
+    adapted = kind.transformed(adapted, site, values)
+    # Overwriting the weight avoids the rounding error of a difference.
     if total.data_ptr() == base.data_ptr():
-        total.copy_(turned)
+        total.copy_(adapted)
     else:
-        total.add_(turned - base)
+        total.add_(adapted - base)
 
 
 def cannot_overflow(
     model: nn.Module, rows: Sequence[tuple[PlannedSite, str]], dtype: torch.dtype
 ) -> bool:
-    """Whether a weight that is finite stays so, whatever it holds; False if that is not known.
+    """Return True if a finite weight stays finite whatever its values are; False if that is unknown.
 
-    ``|s (BA)_ij| ≤ |s| · r · max|A| · max|B|``, and less than half a unit in the last place of the largest
-    number of a dtype rounds away when it is added to that number. What a kind makes of a weight it has to
-    bound itself.
+    ``|s (BA)_ij| ≤ |s| · r · max|A| · max|B|``. A change of less than half a unit in the last place of a
+    dtype's largest number rounds away when it is added to that number. A kind that transforms the weight
+    must provide its own bound.
 
     Args:
         model: The rewritten model.
         rows: Sites of one weight, each with the name of its adapter.
-        dtype: Of the merged weight.
+        dtype: The dtype of the merged weight.
     """
     largest, change = torch.finfo(dtype), 0.0
     for row, adapter in rows:
@@ -220,11 +220,11 @@ def cannot_overflow(
                 return False
             change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
         if kind.transforms:
-            bound = kind.bound({name: gathered(one) for name, one in factors.slots.items()})
-            # What it makes of a weight has that bound only if nothing else is added to it.
+            bound = kind.bound({name: gathered(slot) for name, slot in factors.slots.items()})
+            # The bound holds only if nothing else is added to the transformed weight.
             if bound is None or len(rows) > 1 or not bound <= largest.max / 2:
                 return False
-    # Half a unit is max · eps / 4; the rest is for the rounding of what is computed here.
+    # Half a unit is max · eps / 4; the other half of that covers the rounding of this computation.
     return change < largest.max * largest.eps / 8
 
 
@@ -232,35 +232,35 @@ def _largest(values: torch.Tensor) -> float:
     return max((abs(float(end)) for end in torch.aminmax(gathered(values))), default=0.0)
 
 
-# Elements of a weight that are widened to fp64 at a time: what is done to them stays in a core's cache.
+# Elements of a weight that are widened to fp64 at a time: few enough to stay in a core's cache.
 _CHUNK = 1 << 18
 
 
 class Workspace:
-    """Memory that all folds of a merge compute in, one after the other.
+    """Memory for the folds of a merge, which reuse it one after the other.
 
-    What is new to the process takes longer to get than what is computed in it.
+    Allocating new memory takes longer than the computation in it.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
 
     def take(self, use: str, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for some numbers, with any values in it: the same one each time that a use is named."""
+        """Return memory for some numbers, uninitialized: the same memory each time for the same use."""
         key = (use, dtype, device)
-        found = self._kept.get(key)
-        if found is None or len(found) < count:
-            found = self._kept[key] = torch.empty(count, dtype=dtype, device=device)
-        return found[:count]
+        memory = self._kept.get(key)
+        if memory is None or len(memory) < count:
+            memory = self._kept[key] = torch.empty(count, dtype=dtype, device=device)
+        return memory[:count]
 
 
 class _Part(NamedTuple):
-    """What a site adds.
+    """The change of a site.
 
     Attributes:
         pair: A and ``s · B``; None without factors.
-        values: The slots of a kind that makes another weight, by name.
-        slices: A and ``s · B`` in slices whose products are exact; None where nothing is summed exactly.
+        values: The slots of a kind that transforms the weight, by name.
+        slices: A and ``s · B`` in slices whose products are exact; None if nothing is summed exactly.
     """
 
     pair: tuple[torch.Tensor, torch.Tensor] | None
@@ -268,18 +268,18 @@ class _Part(NamedTuple):
     slices: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def rows(self, first: int, last: int, *, experts: bool) -> _Part:
-        """That of some output features, or experts."""
+        """Return the change of some output features, or experts."""
         sliced = self.slices
         if sliced is not None:
             a, b = sliced
             sliced = (
-                [one[first:last] for one in a] if experts else a,
-                [one[first:last] for one in b],
+                [part[first:last] for part in a] if experts else a,
+                [part[first:last] for part in b],
             )
         pair = self.pair
         if pair is not None:
             pair = (pair[0][first:last] if experts else pair[0], pair[1][first:last])
-        values = {name: one[first:last] for name, one in self.values.items()}
+        values = {name: slot[first:last] for name, slot in self.values.items()}
         return _Part(pair, values, sliced)
 
 
@@ -301,13 +301,13 @@ class _Folded:
 
 @dataclasses.dataclass(frozen=True)
 class Fold(_Folded):
-    """Everything that is folded into one weight.
+    """All changes that are folded into one weight.
 
     Attributes:
         model: The rewritten model.
         record: Its record.
         rows: Sites of the weight, each with the name of its adapter.
-        workspace: What it computes in.
+        workspace: The memory for its computation.
     """
 
     model: nn.Module
@@ -316,7 +316,7 @@ class Fold(_Folded):
     workspace: Workspace = dataclasses.field(default_factory=Workspace, compare=False, repr=False)
 
     def check(self, old: torch.Tensor) -> None:
-        """Finds what :meth:`fold_into` cannot undo; nothing of the weight's size is made.
+        """Raise for errors that :meth:`fold_into` cannot undo, without memory of the weight's size.
 
         Raises:
             MergeError: If the merged weight overflows.
@@ -325,11 +325,11 @@ class Fold(_Folded):
             self._run(old, None)
 
     def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The merged weight; no second weight in fp64 is made.
+        """Return the merged weight, without a second weight in fp64.
 
         Args:
             old: The weight before.
-            dtype: Of the result; that of the old one by default.
+            dtype: The dtype of the result; that of the old one by default.
 
         Raises:
             MergeError: If it overflows.
@@ -341,7 +341,7 @@ class Fold(_Folded):
         return merged
 
     def fold_into(self, out: torch.Tensor) -> None:
-        """Writes the merged weight over the old one, which :meth:`check` has passed.
+        """Overwrite the old weight, which :meth:`check` has accepted, with the merged one.
 
         Args:
             out: The old weight, contiguous.
@@ -349,11 +349,11 @@ class Fold(_Folded):
         self._run(out, out, checked=True)
 
     def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The merged weight in fp64.
+        """Return the merged weight in fp64.
 
         Args:
             old: The weight before.
-            dtype: What it is compared with or stored in; that of the old one by default.
+            dtype: The dtype in which it will be compared or stored; that of the old one by default.
         """
         site = self.rows[0][0].site
         total = site.applied(old).to(torch.float64, copy=True)
@@ -362,12 +362,12 @@ class Fold(_Folded):
         return site.stored(total)
 
     def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
-        """Goes through the slices of a weight: each depends on the same slice of the old one only.
+        """Fold a weight slice by slice: each slice depends only on the same slice of the old weight.
 
         Args:
             old: The weight before.
-            out: Takes the merged weight; may be the old one. None if it is only checked.
-            checked: Whether it is known not to overflow.
+            out: Takes the merged weight; may be the old one. None to check only.
+            checked: True if it is known not to overflow.
         """
         wide = torch.float32 if old.device.type == "mps" else torch.float64
         site = self.rows[0][0].site
@@ -383,7 +383,7 @@ class Fold(_Folded):
         rehearsed = take("rehearsal", 0 if out is not None else step * size, dtype, device)
         merged = out
         if out is not None:
-            # Dimensions that are permuted and joined have memory of their own until they are put back.
+            # Permuted and joined dimensions need separate memory until they are permuted back.
             merged = out.view(old.shape) if site.order is None else out.new_empty(old.shape)
         parts = self._parts(wide, old.device, exactly=dtype is torch.float64)
         finite = True
@@ -405,18 +405,18 @@ class Fold(_Folded):
             )
 
     def _cannot_overflow(self, dtype: torch.dtype) -> bool:
-        """Whether that is known without a look at the weight."""
+        """Return True if overflow is ruled out without reading the weight."""
         return not self._moved and cannot_overflow(self.model, self.rows, dtype)
 
     def _parts(
         self, dtype: torch.dtype, device: torch.device, *, exactly: bool = False
     ) -> list[_Part]:
-        """What every site adds.
+        """Return the change of every site.
 
         Args:
-            dtype: In which it is computed.
-            device: Where.
-            exactly: Whether sums are to be rounded once only.
+            dtype: The dtype of the computation.
+            device: Its device.
+            exactly: True to round sums only once.
         """
         parts: list[_Part] = []
         for row, adapter in self.rows:
@@ -430,7 +430,7 @@ class Fold(_Folded):
         return parts
 
     def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
-        """Adds everything to a slice of the weight that begins at ``start``."""
+        """Add all changes to a slice of the weight that begins at ``start``."""
         plain = self._plain
         if plain and all(part.slices is not None for part in parts):
             sum_exactly(total, lambda: self._terms(total, start, parts))
@@ -439,28 +439,28 @@ class Fold(_Folded):
         moved = self._moved
         before = total.clone() if several and len(moved) > 1 else total
         self._add_moves(total, start, moved)
-        # What such a kind adds depends on the unadapted weight, whatever else is added to it.
+        # The change of a transforming kind depends on the unadapted weight, not on other changes.
         base = total.clone() if several else total
         for row, adapter, part, low, high in self._here(total, start, parts):
             seen = base
             if kind_of(row).transforms and adapter in moved and len(moved) > 1:
-                # Never active together: each was trained on the base that its own start has left.
+                # Adapters that are never active together: each was trained on the base after its own start.
                 seen = before.clone()
                 self._add_moves(seen, start, (adapter,))
-            here = (row.site.axis, low, high - low)
+            window = (row.site.axis, low, high - low)
             _add_change(
-                total.narrow(*here),
+                total.narrow(*window),
                 row,
                 part.pair,
                 part.values,
-                seen.narrow(*here),
+                seen.narrow(*window),
                 part.slices,
             )
 
     def _here(
         self, total: torch.Tensor, start: int, parts: list[_Part]
     ) -> Iterator[tuple[PlannedSite, str, _Part, int, int]]:
-        """The sites in a slice of the weight: what they add there, and where in the slice."""
+        """Yield the sites in a slice of the weight: their changes to it, and their range in the slice."""
         for (row, adapter), part in zip(self.rows, parts, strict=True):
             axis = row.site.axis
             first, last = row.site.rows or (0, row.site.applied_shape[axis])
@@ -472,7 +472,7 @@ class Fold(_Folded):
             yield row, adapter, part, low - start, high - start
 
     def _terms(self, total: torch.Tensor, start: int, parts: list[_Part]) -> Iterator[Term]:
-        """Everything that is added to a slice of the weight, in terms that are exact."""
+        """Yield all changes to a slice of the weight, as exact terms."""
         site = self.rows[0][0].site
         for value, sign in self._moves(self._moved):
             moved = value.narrow(site.axis, start, total.shape[site.axis])
@@ -485,7 +485,7 @@ class Fold(_Folded):
 
     @functools.cached_property
     def _plain(self) -> bool:
-        """Whether no kind makes another weight of the sum."""
+        """True if no kind transforms the sum."""
         return not any(kind_of(row).transforms for row, _ in self.rows)
 
     @functools.cached_property
@@ -496,14 +496,14 @@ class Fold(_Folded):
         return tuple(name for name in owners if weight in self.record.adapters[name].own)
 
     def _add_moves(self, total: torch.Tensor, start: int, adapters: tuple[str, ...]) -> None:
-        """Adds what initializations did to the weight itself."""
+        """Add the changes that initializations made to the weight itself."""
         site = self.rows[0][0].site
         for value, sign in self._moves(adapters):
             part = value.narrow(site.axis, start, total.shape[site.axis])
             total.add_(part.to(total), alpha=sign)
 
     def _moves(self, adapters: tuple[str, ...]) -> Iterator[tuple[torch.Tensor, int]]:
-        """The weight as initializations have left it, and what to take off for each: the base's own."""
+        """Yield the weights that initializations have left, with sign 1, and the base's own, with sign -1."""
         site = self.rows[0][0].site
         for adapter in adapters:
             moved = gathered(own_value(self.model, adapter, site.weight))
@@ -512,20 +512,20 @@ class Fold(_Folded):
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no element is infinite or NaN, in one pass without a temporary.
+    """Return True if no element is infinite or NaN, in one pass without a temporary.
 
-    A minimum and a maximum take over what is not a number.
+    A minimum and a maximum propagate NaN.
     """
     return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
 
 
 _TokenWeight = list[tuple[PlannedTokens, str]]
-"""Rows of one weight that are trained, and whose they are."""
+"""Trained rows of one weight, each with the name of its adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenFold(_Folded):
-    """All rows that are trained of one weight, used as :class:`lora_fx.passes.merge.fold.Fold` is.
+    """All trained rows of one weight, with the interface of :class:`lora_fx.passes.merge.fold.Fold`.
 
     Attributes:
         model: The rewritten model.
@@ -536,64 +536,64 @@ class TokenFold(_Folded):
     rows: tuple[tuple[PlannedTokens, str], ...]
 
     def check(self, old: torch.Tensor) -> None:
-        """Nothing can fail: :func:`token_weights` has looked at the values."""
+        """Do nothing: :func:`token_weights` has checked the values."""
 
     def folded(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A copy of the weight with the rows in it, in another dtype if one is given."""
+        """Return a copy of the weight with the rows in it, optionally in another dtype."""
         merged = old.to(dtype or old.dtype, copy=True)
         self.fold_into(merged)
         return merged
 
     def fold_into(self, out: torch.Tensor) -> None:
-        """Writes the rows into the weight."""
+        """Write the rows into the weight."""
         for row, adapter in self.rows:
             _put_tokens(out, row, gathered(tokens_of(self.model, row, adapter)))
 
     def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The merged weight in fp64, in whatever dtype it is stored."""
+        """Return the merged weight in fp64."""
         return self.folded(old.double())
 
 
 def token_weights(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> dict[str, _TokenWeight]:
-    """The trained rows by weight.
+    """Return the trained rows by weight.
 
     Args:
         model: A rewritten model.
-        record: What it knows of itself.
+        record: Its record.
         names: The adapters to merge.
 
     Raises:
         MergeError: If two of the adapters have the same row, one has rows of a weight that another one
             adapts, or a row is not finite.
     """
-    found: dict[str, _TokenWeight] = {}
+    by_weight: dict[str, _TokenWeight] = {}
     for name in names:
         for row in record.adapters[name].tokens:
-            found.setdefault(row.site.weight, []).append((row, name))
+            by_weight.setdefault(row.site.weight, []).append((row, name))
             if not torch.isfinite(gathered(tokens_of(model, row, name))).all():
                 raise MergeError(
                     f"{row.name}: adapter {name!r} has rows that are not finite; nothing was merged"
                 )
-    for weight, several in found.items():
+    for weight, several in by_weight.items():
         indices = [index for row, _ in several for index in row.indices]
         if len(set(indices)) < len(indices):
             raise MergeError(
                 f"several of the adapters have their own value of a row of {weight} "
                 "(trainable_token_indices): merge one"
             )
-    for name, place in _adapted(record, names):
-        if place in found:
+    for name, fqn in _adapted(record, names):
+        if fqn in by_weight:
             raise MergeError(
-                f"{found[place][0][1]!r} has rows of its own in {place} (trainable_token_indices), and "
+                f"{by_weight[fqn][0][1]!r} has rows of its own in {fqn} (trainable_token_indices), and "
                 f"{name!r} adapts it: merge one"
             )
-    return found
+    return by_weight
 
 
 def tied_tokens(tokens: Mapping[str, _TokenWeight]) -> dict[str, str]:
-    """Heads whose rows are those of an embedding, with the weight of that."""
+    """Return heads that share the rows of an embedding, each with the embedding's weight."""
     weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
     return {
         weight: weights[rows[0][0].tied]
@@ -609,7 +609,7 @@ def _adapted(record: Record, names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _put_tokens(weight: torch.Tensor, row: PlannedTokens, rows: torch.Tensor) -> None:
-    """Writes trained rows in their places into a weight, rounded to its dtype."""
+    """Write trained rows into a weight at their indices, rounded to its dtype."""
     indices = torch.tensor(row.indices, device=weight.device)
     weight.index_copy_(0, indices, rows.detach().to(weight))
 
@@ -621,17 +621,17 @@ def merged_biases(
     trained: Mapping[str, nn.Parameter],
     dtype: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The biases with ``s`` times those of B in them, by FQN; nothing is changed.
+    """Return the biases with ``s`` times those of B added, by FQN; nothing is changed.
 
     Args:
         model: The rewritten model.
-        result: The model that is merged into.
-        rows: Sites and adapters; those whose kind changes no bias are passed over.
-        trained: What adapters train in full, by FQN: these values count there, not those of ``result``.
-        dtype: Of the biases; their own by default.
+        result: The model to merge into.
+        rows: Sites and adapters. Those whose kind changes no bias are skipped.
+        trained: Parameters that adapters train in full, by FQN. They replace the values of ``result``.
+        dtype: The dtype of the biases; their own by default.
 
     Raises:
-        MergeError: If a site has no bias that could take it.
+        MergeError: If a site has no bias to add to.
     """
     terms: dict[str, list[Term]] = {}
     for row, adapter in rows:
@@ -643,14 +643,16 @@ def merged_biases(
         device = next(iter(slots.values())).device if source is None else source.device
         wide = torch.float32 if device.type == "mps" else torch.float64
         part = source[start:stop].to(wide) if source is not None and source.dim() == 1 else None
-        values = {name: gathered(one).flatten().to(device, wide) for name, one in slots.items()}
-        made = kind.bias_terms(part, values, row.scale)
-        if not made:
+        values = {name: gathered(slot).flatten().to(device, wide) for name, slot in slots.items()}
+        vectors = kind.bias_terms(part, values, row.scale)
+        if not vectors:
             continue
         if site.bias is None or source is None:
-            what = next((one for one in kind.slots(site) if one.scaled), kind.slots(site)[0]).what
+            noun = next(
+                (slot for slot in kind.slots(site) if slot.scaled), kind.slots(site)[0]
+            ).what
             raise MergeError(
-                f"{row.name}: adapter {adapter!r} has {what} ({kind.field or kind.name}), and the operation "
+                f"{row.name}: adapter {adapter!r} has {noun} ({kind.field or kind.name}), and the operation "
                 "has none that could take it. Give it one (zeros) before the rewrite, or keep the adapter "
                 "unmerged"
             )
@@ -662,15 +664,15 @@ def merged_biases(
             )
         terms.setdefault(site.bias, [Term(source.to(wide, copy=True))]).extend(
             Term(term, start=start)
-            for vector, factor in made
+            for vector, factor in vectors
             for term in two_products(vector, factor)
         )
     merged = {}
-    for name, (first, *rest) in terms.items():
+    for name, (first, *changes) in terms.items():
         if first.values.dtype is torch.float64:
-            sum_exactly(first.values, lambda rest=rest: iter(rest))  # type: ignore[misc]
+            sum_exactly(first.values, lambda changes=changes: iter(changes))  # type: ignore[misc]
         else:
-            for term in rest:
+            for term in changes:
                 term.within(first.values).add_(term.values)
         merged[name] = rounded(first.values, dtype or result.get_parameter(name).dtype)
     return merged
@@ -679,16 +681,16 @@ def merged_biases(
 def _own_bias(
     result: nn.Module, row: PlannedSite, trained: Mapping[str, nn.Parameter]
 ) -> tuple[torch.Tensor | None, int, int]:
-    """The bias of the operation, if it has one that is a parameter, and where the site's is in it."""
+    """Return the bias of the operation, if it is a parameter, and the site's range in it."""
     site = row.site
     start, stop = site.rows or (0, site.out_features)
     if site.bias is None:
         return None, start, stop
     owner, _, leaf = site.bias.rpartition(".")
     if getattr(result.get_submodule(owner), leaf, None) is None:
-        return None, start, stop  # it was taken off since
-    found = trained[site.bias] if site.bias in trained else weight_at(result, site.bias)
-    return gathered(found), start, stop
+        return None, start, stop  # it was removed since the rewrite
+    bias = trained[site.bias] if site.bias in trained else weight_at(result, site.bias)
+    return gathered(bias), start, stop
 
 
 _REMOVED_BY = {
@@ -696,11 +698,11 @@ _REMOVED_BY = {
     "SpectralNorm": ("torch.nn.utils.spectral_norm", "remove_spectral_norm"),
     "": ("torch.nn.utils.prune", "prune.remove"),
 }
-"""What computes a weight before each call, and makes it permanent, by the class of its hook."""
+"""The utility that computes a weight before each call, and its inverse, by the class of the hook."""
 
 
 def check_stored(model: nn.Module, name: str) -> None:
-    """Refuses a parameter that is none any more: something computes it before each call, or at each read.
+    """Raise if a former parameter is now computed before each call, or at each read.
 
     Raises:
         MergeError: With the way to make it permanent.

@@ -1,11 +1,11 @@
-"""Folds adapters into the weights and gives the user's own class back: ``W' = W + s · B A``.
+"""Fold adapters into the weights and return a model of the user's own class: ``W' = W + s · B A``.
 
-Where the initialization of an adapter has replaced W by W₀, ``W' = W + (W₀ - W) + s · B A``.
+If the initialization of an adapter has replaced W by W₀, ``W' = W + (W₀ - W) + s · B A``.
 
-Each weight is accumulated in fp64, slice by slice, and rounded once. The result has parameters of
-its own where something was folded or trained and shares all others, which are frozen: an optimizer would
-write into the user's own model. A tied weight is untied first.
-A model that is given is written over, where nothing else sees the memory of its weights.
+Each weight is accumulated in fp64, slice by slice, and rounded once. The result has new parameters for
+folded or trained ones. It shares all others and freezes them, because an optimizer would write into the
+user's own model. A tied weight is untied first. If the caller passes a model to fold into, its weights are
+overwritten, unless something else uses their memory.
 
 A quantized weight is made dense, layer by layer, adapted or not; or it is stored in its format again.
 """
@@ -92,35 +92,35 @@ __all__ = [
     "untie_config",
 ]
 
-# --- merged weights put in place ------------------------------------------------------------------
-# Puts what was merged or trained into a model of the base class.
+# --- storing merged weights -----------------------------------------------------------------------
+# Store merged and trained parameters in a model of the base class.
 #
-# A weight that was quantized may go back into its format: what that loses is measured.
+# A merged weight may be quantized again: the error is measured.
 
 
 def unshared(model: nn.Module) -> frozenset[str]:
-    """FQNs of the parameters that can be written over, since nothing else sees their memory.
+    """Return the FQNs of the parameters that can be overwritten, because nothing else uses their memory.
 
-    Not one that is in several places, nor one whose storage other tensors have, too: those of the adapted
-    model that was made of this one, a ``state_dict`` that is kept. Nor one that is no plain tensor.
+    Left out are parameters with several names or of another type, and those that share storage with other
+    tensors. Such tensors may be in the adapted model that was made from this one, or in a ``state_dict``.
     """
-    places = _places(model)
-    alone = torch_private.storage_users(torch.empty(1))
+    counts = _places(model)
+    single_use = torch_private.storage_users(torch.empty(1))
     return frozenset(
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if places[id(parameter)] == 1
+        if counts[id(parameter)] == 1
         and type(parameter) is nn.Parameter
         and parameter.layout is torch.strided
         and parameter.is_contiguous()
         and not parameter.is_inference()
         and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
-        and torch_private.storage_users(parameter) == alone
+        and torch_private.storage_users(parameter) == single_use
     )
 
 
 def _places(model: nn.Module) -> Counter[int]:
-    """In how many places each parameter is, by its identity."""
+    """Count the modules' references to each parameter, by its identity."""
     return Counter(
         id(parameter)
         for module in model.modules()
@@ -135,20 +135,20 @@ def place_merged(
     tied: Mapping[str, str],
     over: Collection[str] = (),
 ) -> tuple[str, ...]:
-    """Puts the merged weights in and says which of them were tied to something, and are not now.
+    """Store the merged weights, and return the names of weights that are not tied any more.
 
     Args:
-        result: The model that they are put into.
+        result: The model to store them in.
         merged: New tensors, by FQN.
-        tied: Weights that are one parameter with another one, by FQN.
-        over: Parameters that are written over.
+        tied: Weights that are the same parameter as another one, by FQN.
+        over: Parameters to overwrite.
     """
-    places = _places(result)
-    together = Counter(id(result.get_parameter(name)) for name in (*tied, *set(tied.values())))
+    counts = _places(result)
+    tied_counts = Counter(id(result.get_parameter(name)) for name in (*tied, *set(tied.values())))
     untied = tuple(
         name
         for name in merged
-        if places[own := id(result.get_parameter(name))] > max(1, together[own])
+        if counts[identity := id(result.get_parameter(name))] > max(1, tied_counts[identity])
     )
     for name, weight in merged.items():
         if name not in tied:
@@ -162,22 +162,22 @@ def place_merged(
 def place_biases(
     result: nn.Module, biases: Mapping[str, torch.Tensor], over: Collection[str] = ()
 ) -> None:
-    """Puts the merged biases in; others that they shared a parameter with keep it."""
+    """Store the merged biases. Other biases that shared a parameter with them keep it."""
     for name, bias in biases.items():
         _set_parameter(result, name, distributed_as(bias, result.get_parameter(name)), over)
 
 
 def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
-    """The value in a parameter that is written over, or a new one in place of one that others share."""
+    """Overwrite a parameter, or replace it by a new one if others share it."""
     owner, _, key = name.rpartition(".")
     module = model.get_submodule(owner)
     old = module._parameters[key]
     assert old is not None
-    # What is scripted is copied with its memory, and none of its parameters can be exchanged.
+    # A scripted module was copied with its memory, and its parameters cannot be replaced.
     if name in over or isinstance(module, torch.jit.ScriptModule):
         old.detach().copy_(value)
         return
-    # One that was quantized again is a parameter of its library, and so is one in parts.
+    # A value that is quantized, or partitioned, is already a parameter of its library.
     if isinstance(value, nn.Parameter) and is_partitioned(value):
         value.requires_grad_(old.requires_grad)
     elif not isinstance(value, nn.Parameter) or quantization_of(value) is None:
@@ -189,13 +189,13 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Colle
 def trained(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what was trained besides the factors, under each of its names: by adapters, and by hand."""
+    """Yield parameters trained besides the factors, under each of their names: by adapters, and by hand."""
     for name in names:
         adapter = record.adapters[name]
         weights = {row.site.weight for row in adapter.sites}
-        for own in adapter.own:
-            if own not in weights:
-                yield own, own_value(model, name, own)
+        for fqn in adapter.own:
+            if fqn not in weights:
+                yield fqn, own_value(model, name, fqn)
     yield from trained_by_hand(model, record).items()
 
 
@@ -206,7 +206,7 @@ def place_trained(
     names: Sequence[str],
     over: Collection[str] = (),
 ) -> None:
-    """Copies what was trained beside the factors: the model may be trained further."""
+    """Copy the parameters that were trained besides the factors: training of the model may continue."""
     copies: dict[int, nn.Parameter] = {}
     for name, parameter in trained(model, record, names):
         if id(parameter) not in copies:
@@ -228,7 +228,7 @@ def place_trained(
 
 
 def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[str, ...]:
-    """Freezes what a merged model shares with the adapted one, whose base others have, and says what that is.
+    """Freeze the parameters that a merged model shares with the adapted one, and return their names.
 
     An optimizer writes in place: it would train the user's own model.
 
@@ -244,7 +244,7 @@ def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[
 
 
 def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Module:
-    """Gives a merged model storage of its own for all that it shares; what is tied stays tied.
+    """Give a merged model separate storage for all shared parameters; tied weights stay tied.
 
     Args:
         result: The merged model; it is changed.
@@ -252,20 +252,20 @@ def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Modul
         record: Its record.
 
     Returns:
-        The merged model; a copy of it where something is quantized, since its scales are shared, too.
+        The merged model, or a copy of it if something is quantized, because its scales are shared, too.
     """
     if any(quantization_of(parameter) is not None for parameter in result.parameters()):
         return copy.deepcopy(result)
     shared = {id(_parameter(result, name)) for name in _shared(result, model, record)}
-    made: dict[tuple[object, ...], nn.Parameter] = {}
+    copies: dict[tuple[object, ...], nn.Parameter] = {}
     for module in result.modules():
         for key, old in module._parameters.items():
             if old is None or id(old) not in shared:
                 continue
             memory = memory_of(old)
-            if memory not in made:
-                made[memory] = _own_copy(old)
-            module._parameters[key] = made[memory]
+            if memory not in copies:
+                copies[memory] = _own_copy(old)
+            module._parameters[key] = copies[memory]
     return result
 
 
@@ -274,34 +274,34 @@ def _own_copy(parameter: nn.Parameter) -> nn.Parameter:
         twin = partitioned_twin(parameter, own=True)
         twin.requires_grad_(parameter.requires_grad)
         return twin
-    made = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    made.__dict__.update(parameter.__dict__)
-    return made
+    clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    clone.__dict__.update(parameter.__dict__)
+    return clone
 
 
 def _shared(result: nn.Module, model: nn.Module, record: Record) -> Iterator[str]:
-    """FQNs of the parameters of a merged model whose memory the adapted one, or its base, has, too."""
-    seen = {storage_of(one) for one in (*model.parameters(), *record.originals.values())}
+    """Yield the FQNs of a merged model's parameters whose memory the adapted one, or its base, shares."""
+    seen = {storage_of(tensor) for tensor in (*model.parameters(), *record.originals.values())}
     for name, parameter in result.named_parameters():
         if storage_of(parameter) in seen or _has_no_storage(parameter):
             yield name
 
 
 def _has_no_storage(parameter: nn.Parameter) -> bool:
-    """Whether it is sparse: its parts are shared, and nothing tells."""
+    """Return True for a sparse parameter: its parts may be shared, which cannot be detected."""
     return not is_lazy(parameter) and parameter.layout is not torch.strided
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    found = parameter_of(model, name)
-    assert found is not None
-    return found
+    parameter = parameter_of(model, name)
+    assert parameter is not None
+    return parameter
 
 
 def untie_config(model: nn.Module) -> None:
-    """Says in the configuration of a transformers model that its embeddings are not tied any more.
+    """Set in the configuration of a transformers model that its embeddings are not tied any more.
 
-    Otherwise saving and loading ties them again and loses one of the two.
+    Otherwise saving and loading would tie them again and lose one of the two.
     """
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
@@ -317,10 +317,10 @@ def untie_config(model: nn.Module) -> None:
 def requantized_site(
     change: Fold, old: torch.Tensor, weight: nn.Parameter
 ) -> tuple[nn.Parameter, MergedSite]:
-    """The merged weight in the old one's format; one matrix in fp64 is made for it.
+    """Return the merged weight in the old weight's format, with a single matrix in fp64 in between.
 
     Args:
-        change: What is folded in.
+        change: The changes to fold in.
         old: The values of the weight, in the layout of its site.
         weight: The quantized weight.
 
@@ -332,29 +332,31 @@ def requantized_site(
     """
     exact = change.exact(old)
     before = old.double()
-    moved = _relative(exact - before, before)
+    relative_change = _relative(exact - before, before)
     del before
     values = exact if change.rows[0][0].site.layout == "out_in" else exact.T
     try:
-        made = requantized(values, weight)
+        parameter = requantized(values, weight)
     except QuantizationError as error:
         raise MergeError(
             f"{change.name}: the merged weight cannot be quantized as it was: {error}. "
             "Merge without requantize=True: the result is dense then"
         ) from error
-    lost = _relative(dense(made, torch.float64) - values, values)
-    return made, MergedSite(change.name, change.adapters, math.nan, moved, lost)
+    rounding_loss = _relative(dense(parameter, torch.float64) - values, values)
+    return parameter, MergedSite(
+        change.name, change.adapters, math.nan, relative_change, rounding_loss
+    )
 
 
 def _renew_layer(layer: nn.Module) -> None:
-    """Has a library's layer use the scales of the weight that was put into it."""
+    """Make a library's layer use the scales of its new weight."""
     known = format_of(layer._parameters.get("weight"))
     if known is not None:
         known.layers.renew(layer)
 
 
 def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:
-    """The Frobenius norm of a difference, relative to another's."""
+    """Return the Frobenius norm of a difference, relative to that of another tensor."""
     tiny = torch.finfo(torch.float64).tiny
     return float(difference.norm() / to.norm().clamp_min(tiny))
 
@@ -373,17 +375,17 @@ def _fold_all(
     progress: Progress,
     keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], tuple[MergedSite, ...]]:
-    """Folds weights. Everything that can fail is done before one of them is written over.
+    """Fold weights. Everything that can fail is done before the first weight is overwritten.
 
     Args:
-        changes: What is folded into each weight, by FQN.
-        old_of: Gives a weight as it is.
-        over: Those that are written over.
-        dtypes: Of the merged weights; where there is none, the old weight's.
+        changes: The changes of each weight, by FQN.
+        old_of: Returns a weight before the merge.
+        over: The weights to overwrite.
+        dtypes: The dtypes of the merged weights; by default the old weight's.
         formats: The quantized weights in whose formats merged ones are stored again.
-        measure: Whether to compare every merged element with fp64.
-        progress: Is told (done, total, site name) before each weight.
-        keep: Given each new tensor, returns the one to use in its place.
+        measure: True to compare every merged element with fp64.
+        progress: Called with (done, total, site name) before each weight.
+        keep: Called with each new tensor, returns the tensor to use instead.
 
     Returns:
         The merged weights that are new tensors, by FQN, and the row of each weight in the report.
@@ -391,7 +393,7 @@ def _fold_all(
     Raises:
         MergeError: If a merged weight overflows; nothing has been written then.
     """
-    # In the order of all processes: they gather parts together, and a set has another one in each.
+    # All processes need the same order to gather parts together; the order of a set may differ.
     for weight, change in changes.items():
         if weight in over:
             change.check(old_of(weight))
@@ -400,7 +402,7 @@ def _fold_all(
 
     def fold(weight: str) -> None:
         change, stored = changes[weight], old_of(weight)
-        # Where processes hold parts of it, the whole of one weight at a time is in each of them.
+        # If processes hold parts, each of them gathers only one whole weight at a time.
         old = gathered(stored, weight)
         if weight in formats and isinstance(change, Fold):
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight])
@@ -414,7 +416,7 @@ def _fold_all(
             merged[weight] = distributed_as(new, stored)
         sites[weight] = compared(change.name, change.adapters, before, new, exact)
 
-    # A stable sort: those that may fail yet come first.
+    # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
         for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
             tell(done, len(changes), changes[weight].name)
@@ -426,9 +428,9 @@ _log = logging.getLogger("lora_fx")
 
 
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
-    """Refuse weights that are not stored: a hook computes them before each call, or loads them.
+    """Raise for weights that are not stored: a hook computes them before each call, or loads them.
 
-    Also to quantize again what each process has a part of: no format puts parts together.
+    With ``requantize``, raise also for quantized weights in parts: no format can put parts together.
     """
     for name, parameter in model.named_parameters() if requantize else ():
         if (
@@ -461,35 +463,35 @@ def merge(
     progress: Progress = False,
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
 ) -> tuple[nn.Module, MergeReport]:
-    """Folds adapters into the weights.
+    """Fold adapters into the weights.
 
     Args:
         model: A rewritten model; it is not changed.
-        adapter_names: Which adapters; those that are active by default.
-        into: Fold into this model instead of a copy of the base: a model of the original class. Its
-            weights are written over slice by slice; one that shares its memory, as the model that was
-            rewritten does, gets a new parameter. Over a quantized base it is a dense model, and the change
-            is added to its weights.
-        dtype: Of everything in the result; by default each weight's own. Over a quantized base that becomes
-            dense all parameters have :func:`dtype_of_all`.
-        requantize: Whether merged weights that were quantized are stored in the same format again; by
-            default everything that is quantized becomes dense.
-        own: Whether the result has storage of its own for everything, and ``requires_grad`` of the original.
-            By default what is not folded is shared and frozen.
-        measure: Whether to compare every merged element with fp64.
-        progress: Likewise, before each weight, as in :func:`lora_fx.merge`.
-        keep: Given each merged weight that is a new tensor, returns one of the same values to use in
-            its place: a caller that is short of memory can put it elsewhere.
+        adapter_names: The adapters; by default the active ones.
+        into: Fold into this model instead of a copy of the base: a model of the original class. Its weights
+            are overwritten slice by slice. A weight that shares its memory, as those of the model before the
+            rewrite do, gets a new parameter. Over a quantized base it is a dense model, and the change is
+            added to its weights.
+        dtype: The dtype of everything in the result; by default each weight's own. Over a quantized base
+            that becomes dense all parameters have :func:`dtype_of_all`.
+        requantize: True to store merged weights that were quantized in the same format again. By default all
+            quantized weights become dense.
+        own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
+            By default unfolded parameters are shared and frozen.
+        measure: True to compare every merged element with fp64.
+        progress: Called before each weight, as in :func:`lora_fx.merge`.
+        keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
+            instead. A caller that is short of memory can store it elsewhere.
 
     Returns:
         The merged model, and the report.
 
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
-        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, arguments
-            exclude each other, a format cannot hold a merged weight, or a factor or a result is not finite.
-            ``into`` is then as it was; an interruption, or an error that ``progress`` raises, may leave some
-            of its weights merged.
+        MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, or
+            arguments exclude each other. Also if a format cannot hold a merged weight, or a factor or a
+            result is not finite. ``into`` is then unchanged. An interruption, or an error that ``progress``
+            raises, may leave some of its weights merged.
     """
     record = require_record(model, MergeError)
     check_intact(model, record)
@@ -527,10 +529,10 @@ def merge(
     over = frozenset() if into is None else _written_over(into, full)
     layouts = layouts_of(record.base.matches.sites)
     again = {name: result.get_parameter(name) for name in stored if requantize}
-    dtypes = {name: found.dtype for name, found in stored.items()}
+    dtypes = {name: quantization.dtype for name, quantization in stored.items()}
     if common is not None:
         dtypes |= dict.fromkeys(changes, common)
-    # The last that can fail, before its first write: `into` is changed as a whole or not at all.
+    # The last step that can fail, before its first write: `into` changes completely or not at all.
     merged, sites = _fold_all(
         changes,
         lambda weight: _unadapted(
@@ -547,7 +549,7 @@ def merge(
     place_biases(result, biases, over)
     tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
     tied |= tied_tokens(tokens)
-    # One end that is trained in full without the other is another weight.
+    # If only one of two tied weights is trained in full, they are different weights.
     tied = {weight: to for weight, to in tied.items() if full.get(weight) is full.get(to)}
     untied = place_merged(result, merged, tied, over)
     if untied:
@@ -559,7 +561,7 @@ def merge(
         if stored:
             make_dense(result, common, layouts, keep)
         cast_model(result, common, keep, buffers=dtype is not None)
-    # Lists, objects and functions of the model may hold weights, too.
+    # Lists, objects and functions of the model may refer to weights, too.
     exchange(result, before)
     shared: tuple[str, ...] = ()
     if own:
@@ -573,7 +575,7 @@ def merge(
 
 
 def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
-    """The adapters that are meant."""
+    """Return the adapters that ``adapter_names`` selects."""
     if isinstance(adapter_names, str):
         adapter_names = (adapter_names,)
     names = tuple(record.active if adapter_names is None else adapter_names)
@@ -591,11 +593,11 @@ def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[
         raise MergeError(f"an adapter is named twice: {', '.join(map(repr, names))}")
     weights = {row.site.weight for name in names for row in record.adapters[name].sites}
     owned = (own for name in names for own in record.adapters[name].own)
-    places = Counter(own for own in owned if own not in weights)
-    for place, count in places.items():
+    counts = Counter(own for own in owned if own not in weights)
+    for fqn, count in counts.items():
         if count > 1:
             raise MergeError(
-                f"several of the adapters have their own {place} (modules_to_save, bias): merge one"
+                f"several of the adapters have their own {fqn} (modules_to_save, bias): merge one"
             )
     return names
 
@@ -617,16 +619,16 @@ def _sites_by_weight(
 
 
 def _written_over(into: nn.Module, trained: Mapping[str, nn.Parameter]) -> frozenset[str]:
-    """Parameters of a model that are written over. What was trained as one is one again, and new."""
+    """Return the parameters of a model to overwrite. Those trained as one parameter are replaced instead."""
     ends = Counter(map(id, trained.values()))
     return unshared(into) - {name for name, value in trained.items() if ends[id(value)] > 1}
 
 
 def _check_not_units(into: nn.Module) -> None:
-    """Refuses to write into a model that FSDP2 shards: its parameters are the library's.
+    """Refuse to write into a model that FSDP2 shards: its parameters are the library's.
 
     Raises:
-        MergeError: If it does.
+        MergeError: If FSDP2 shards the model.
     """
     if any(map(is_unit, into.modules())):
         raise MergeError(
@@ -667,7 +669,7 @@ def _check_storage(
 
 
 def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter]) -> torch.Tensor:
-    """What adapters are folded into: the base's weight, or the one that another adapter trains in full."""
+    """Return the weight to fold into: the base's, or that of another adapter that trains it in full."""
     if name not in trained:
         return base
     return gathered(trained[name], name).to(base.device, base.dtype)
@@ -676,9 +678,9 @@ def _unadapted(base: torch.Tensor, name: str, trained: Mapping[str, nn.Parameter
 def _stay_tied(
     head: Sequence[tuple[PlannedSite, str]], table: Sequence[tuple[PlannedSite, str]]
 ) -> bool:
-    """Whether a head and an embedding have the same merged weight: both have the same factors.
+    """Return True if a head and an embedding have the same merged weight: both have the same factors.
 
-    A magnitude scales the columns of the one and the rows of the other.
+    A magnitude scales the columns of one and the rows of the other.
     """
     if any(kind_of(row).transforms for row, _ in (*head, *table)) or not all(
         row.tied for row, _ in head

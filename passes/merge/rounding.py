@@ -1,4 +1,4 @@
-"""Rounding once, measuring how well, and the report: every merged element against fp64."""
+"""Rounding once, its error, and the report: every merged element compared with fp64."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ __all__ = [
     "ulp",
 ]
 
-# Digits of fp64.
+# Bits of an fp64 significand.
 _BITS = 53
 # Below the first, products of two slices need not be exact; above the second, splitting may overflow.
 _LEAST, _LARGEST = 2.0**-450, 2.0**450
-# Dekker's constant: what halves the digits of a number.
+# Dekker's constant, which splits a number into two halves of its digits.
 _HALVES = 2.0**27 + 1
 
 
 class Term(NamedTuple):
-    """What is added to a part of a tensor.
+    """A summand for a part of a tensor.
 
     Attributes:
-        values: Of the size of that part.
-        axis, start: Where the part begins; it is as long as ``values`` along that axis.
+        values: The values to add, of the size of that part.
+        axis, start: The start of the part; it is as long as ``values`` along that axis.
     """
 
     values: torch.Tensor
@@ -47,90 +47,90 @@ class Term(NamedTuple):
     start: int = 0
 
     def within(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor that this is added to."""
+        """Return the part of a tensor to which this is added."""
         return whole.narrow(self.axis, self.start, self.values.shape[self.axis])
 
 
 def two_products(values: torch.Tensor, factor: float) -> list[torch.Tensor]:
-    """``factor · values`` as two tensors whose sum it is, apart from underflow; one where that is exact."""
+    """Return two tensors whose sum is ``factor · values``, apart from underflow; one if that is exact."""
     product = values * factor
     if math.frexp(factor)[0] == 0.5:
         return [product]
     (high, low), (first, second) = _halved(values), _halved(values.new_tensor(factor))
-    rest = ((high * first - product) + high * second + low * first) + low * second
-    return [product, rest] if rest.any() else [product]
+    error = ((high * first - product) + high * second + low * first) + low * second
+    return [product, error] if error.any() else [product]
 
 
 def slices_of(values: torch.Tensor, terms: int) -> list[torch.Tensor] | None:
-    """Tensors whose sum is the one given, and of which two multiply exactly in fp64.
+    """Return tensors with the sum ``values``, of which any two multiply exactly in fp64.
 
     Args:
         values: fp64.
         terms: The number of products that are added up to one element.
 
     Returns:
-        The last one may have what is left below 2^-450, of which products are rounded. None if a number is
-        too large to be taken apart.
+        The tensors. The last one may have a remainder below 2^-450, whose products are rounded. None if a
+        number is too large to be split.
     """
     bits = (_BITS - math.ceil(math.log2(max(1, terms)))) // 2
-    rest, found = values.clone(), []
-    while values.numel() and (largest := float(rest.abs().max())):
+    remainder, slices = values.clone(), []
+    while values.numel() and (largest := float(remainder.abs().max())):
         if largest >= _LARGEST:
             return None
         if largest <= _LEAST:
-            found.append(rest)
+            slices.append(remainder)
             break
-        # Adding and subtracting this rounds to multiples of 2^(exponent - bits).
+        # Adding and subtracting the ruler rounds to multiples of 2^(exponent - bits).
         exponent = math.frexp(largest)[1]
         ruler = 1.5 * 2.0 ** (exponent - bits + _BITS - 1)
-        part = (rest + ruler) - ruler
-        rest -= part
-        found.append(part)
-    return found
+        part = (remainder + ruler) - ruler
+        remainder -= part
+        slices.append(part)
+    return slices
 
 
 def sum_exactly(total: torch.Tensor, terms: Callable[[], Iterator[Term]]) -> None:
-    """Adds terms to a tensor of fp64, each element rounded once: within half a unit in the last place.
+    """Add terms to a tensor of fp64, each element rounded once: within half a unit in the last place.
 
     Args:
-        total: What they are added to, in place.
-        terms: Gives the terms, the same each time.
+        total: The tensor, which is changed in place.
+        terms: Returns the terms, the same each time.
     """
     low, slack = torch.zeros_like(total), torch.zeros_like(total)
     high = total.clone()
     for term in terms():
-        at_high, at_low, at_slack = (term.within(one) for one in (high, low, slack))
+        at_high, at_low, at_slack = (term.within(whole) for whole in (high, low, slack))
         error = _add(at_high, term.values)
         at_slack += _add(at_low, error).abs_()
     nearest = high.clone()
-    rest = _add(nearest, low)
-    # What the bound itself has lost in rounding.
-    slack = slack * (1 + 2.0**-20) + rest.abs() * 2.0**-51 * (slack > 0)
+    remainder = _add(nearest, low)
+    # Add the rounding error of the bound itself.
+    slack = slack * (1 + 2.0**-20) + remainder.abs() * 2.0**-51 * (slack > 0)
     unsure = (slack > 0) & (
-        (nearest + (rest + slack) != nearest) | (nearest + (rest - slack) != nearest)
+        (nearest + (remainder + slack) != nearest) | (nearest + (remainder - slack) != nearest)
     )
     finite = nearest.isfinite()
     nearest = torch.where(finite, nearest, high)
-    places = (unsure & finite).nonzero(as_tuple=True)
-    if len(places[0]):
-        nearest[places] = _summed(total, terms, places)
+    indices = (unsure & finite).nonzero(as_tuple=True)
+    if len(indices[0]):
+        nearest[indices] = _summed(total, terms, indices)
     total.copy_(nearest)
 
 
 def _summed(
-    total: torch.Tensor, terms: Callable[[], Iterator[Term]], places: tuple[torch.Tensor, ...]
+    total: torch.Tensor, terms: Callable[[], Iterator[Term]], indices: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:
-    """The elements at some places, one by one."""
-    columns = [total[places].tolist()]
+    """Return exact sums for the elements at some indices, one by one."""
+    columns = [total[indices].tolist()]
     for term in terms():
         whole = torch.zeros_like(total)
         term.within(whole).copy_(term.values)
-        columns.append(whole[places].tolist())
+        columns.append(whole[indices].tolist())
     return total.new_tensor([math.fsum(column) for column in zip(*columns, strict=True)])
 
 
 def _add(total: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Adds in place, and returns what rounding has left out of each sum (Knuth's two-sum)."""
+    """Add in place, and return the rounding error of each sum (Knuth's two-sum)."""
     before = total.clone()
     total += values
     seen = total - before
@@ -144,7 +144,7 @@ def _halved(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds once, as :func:`round_into`."""
+    """Round once, as :func:`round_into`."""
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
     round_into(result, values)
     return result
@@ -153,17 +153,17 @@ def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def round_into(
     result: torch.Tensor, values: torch.Tensor, scratch: torch.Tensor | None = None
 ) -> None:
-    """Rounds once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
+    """Round once. PyTorch casts fp64 to a half type by way of fp32, which would round twice.
 
-    A value lies between the two neighbors of what it is in fp32. Where both round to the same number,
-    so does the value; the few others are close to half-way between two numbers, and are rounded to odd
-    on the way.
+    A value lies between the two neighbors of its fp32 rounding. If both neighbors round to the same number,
+    so does the value. The few others are close to half-way between two numbers, and are rounded to odd in
+    fp32 first.
 
     Args:
-        result: What is written.
+        result: The tensor to write.
         values: The values, of the same shape.
-        scratch: As many fp32 numbers as :func:`rounding_memory` says, for callers that round many slices:
-            new memory takes longer than the rounding itself.
+        scratch: As many fp32 numbers as :func:`rounding_memory` returns, for callers that round many slices:
+            allocating memory takes longer than the rounding itself.
     """
     needed = rounding_memory(result.dtype, values)
     if not needed or not values.numel():
@@ -172,26 +172,26 @@ def round_into(
     if scratch is None:
         scratch = torch.empty(needed, dtype=torch.float32, device=values.device)
     size, values = values.numel(), values.reshape(-1)
-    near, rest = scratch[:size], scratch[size : 2 * size].view(result.dtype)
-    low, high = rest[:size], rest[size:]
+    near, neighbors = scratch[:size], scratch[size : 2 * size].view(result.dtype)
+    low, high = neighbors[:size], neighbors[size:]
     bits = near.copy_(values).view(torch.int32)
     low.copy_(bits.sub_(1).view(torch.float32))
     high.copy_(bits.add_(2).view(torch.float32))
-    # Numbers are compared by their bits, several at a time where the size allows it.
+    # Compare numbers by their bits, several at a time if the size allows it.
     word = torch.int64 if size % 4 == 0 else torch.int16
-    found = low.view(word)
-    unsure = torch.ne(found, high.view(word)).nonzero().squeeze(1)
+    words = low.view(word)
+    unsure = torch.ne(words, high.view(word)).nonzero().squeeze(1)
     if len(unsure):
-        groups = values.view(len(found), -1)[unsure]
-        found[unsure] = _by_odd(groups).to(result.dtype).view(word).squeeze(1)
+        groups = values.view(len(words), -1)[unsure]
+        words[unsure] = _by_odd(groups).to(result.dtype).view(word).squeeze(1)
     result.copy_(low.view(result.shape))
 
 
 def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> int:
-    """How many fp32 numbers :func:`round_into` works in: two for a value, or none.
+    """Return how many fp32 numbers :func:`round_into` needs: two for a value, or none.
 
     Args:
-        dtype: What is rounded to.
+        dtype: The dtype to round to.
         values: The values, or as many as are rounded at a time.
     """
     if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
@@ -200,7 +200,7 @@ def rounding_memory(dtype: torch.dtype, values: torch.Tensor) -> int:
 
 
 def _by_odd(values: torch.Tensor) -> torch.Tensor:
-    """fp64 to fp32, to odd: a second rounding to a half type is then the only one that counts.
+    """Round fp64 to fp32, to odd: a second rounding to a half type then gives the correct result.
 
     Boldo and Melquiond, "When double rounding is odd", 2005.
     """
@@ -212,7 +212,7 @@ def _by_odd(values: torch.Tensor) -> torch.Tensor:
 
 
 def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Distance between neighbors of ``dtype`` around each fp64 value."""
+    """Return the distance between neighbors of ``dtype`` around each fp64 value."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(values)
     size = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
@@ -225,13 +225,13 @@ class MergedSite:
 
     Attributes:
         name: FQN of the site.
-        adapters: What was folded in.
-        max_ulp: Largest error of a merged element against fp64, in units in the last place of the
-            weight's dtype; a correctly rounded weight has at most 0.5. NaN if it was not measured.
+        adapters: The folded adapters.
+        max_ulp: Largest error of a merged element against fp64, in units in the last place of the weight's
+            dtype. A correctly rounded weight has at most 0.5. NaN if it was not measured.
         relative_change: ``‖ΔW‖ / ‖W‖``; NaN if it was not measured.
-        requantization_error: ``‖Q(W') - W'‖ / ‖W'‖`` for a weight that was quantized again, with W' the exact
-            merged weight; NaN for any other. Where it is not below ``relative_change``, what the adapter
-            has learned is lost in it.
+        requantization_error: ``‖Q(W') - W'‖ / ‖W'‖`` for a weight that was quantized again, with W' the
+            exact merged weight; NaN for any other. If it is not below ``relative_change``, quantizing has
+            lost what the adapter learned.
     """
 
     name: str
@@ -251,7 +251,7 @@ class MergedSite:
 
     @property
     def requantized(self) -> bool:
-        """Whether it was quantized again."""
+        """True if it was quantized again."""
         return not math.isnan(self.requantization_error)
 
 
@@ -262,7 +262,7 @@ class OutputError:
     Attributes:
         relative_error: ``‖y_q - y‖ / ‖y‖``, with y of the adapted model and y_q of the merged one.
         largest: ``max |y_q - y|``.
-        relative_change: ``‖y - y_0‖ / ‖y‖``, with y_0 of the base: what the adapters do.
+        relative_change: ``‖y - y_0‖ / ‖y‖``, with y_0 of the base: the effect of the adapters.
     """
 
     relative_error: float
@@ -282,9 +282,9 @@ class MergeReport:
 
     Attributes:
         sites: One row a weight.
-        untied: FQNs that shared their storage with another parameter and do not any more.
-        outputs: What quantizing again does to the outputs; None if that was not measured.
-        shared: FQNs of the parameters that are shared with the model that was rewritten, and frozen.
+        untied: FQNs that shared their storage with another parameter before the merge, but not after it.
+        outputs: The effect of quantizing again on the outputs; None if that was not measured.
+        shared: FQNs of the frozen parameters that are shared with the model before the rewrite.
     """
 
     sites: tuple[MergedSite, ...]
@@ -294,17 +294,17 @@ class MergeReport:
 
     @property
     def max_ulp(self) -> float:
-        """The largest error of all that were rounded to a dtype."""
+        """The largest error of the weights that were rounded to a dtype."""
         return max((site.max_ulp for site in self.sites if not site.requantized), default=0.0)
 
     @property
     def requantization_error(self) -> float:
-        """The largest of all that were quantized again; NaN if none was."""
+        """The largest error of the weights that were quantized again; NaN without any."""
         errors = [site.requantization_error for site in self.sites if site.requantized]
         return max(errors, default=math.nan)
 
     def to_json(self) -> str:
-        """The report as JSON text; what was not measured is null."""
+        """Return the report as JSON text; values that were not measured are null."""
         return json_text(self)
 
     def __repr__(self) -> str:
@@ -331,13 +331,13 @@ class MergeReport:
 
     def _summary(self) -> str:
         again = [site for site in self.sites if site.requantized]
-        said = [f"{len(self.sites)} weight(s) merged"]
+        parts = [f"{len(self.sites)} weight(s) merged"]
         if len(again) < len(self.sites) or not again:
-            said.append(f"largest error {self.max_ulp:.4f} units in the last place")
+            parts.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
             worst = self.requantization_error
-            said.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
-        return ", ".join(said)
+            parts.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
+        return ", ".join(parts)
 
     def __str__(self) -> str:
         lines = [self._summary()]
@@ -365,14 +365,14 @@ def compared(
     merged: torch.Tensor,
     exact: torch.Tensor | None,
 ) -> MergedSite:
-    """The row of one weight.
+    """Return the row of one weight.
 
     Args:
         name: FQN of the site.
-        adapters: What was folded in.
+        adapters: The folded adapters.
         old: The weight before.
         merged: The weight after.
-        exact: What it would be in fp64; None if that is not measured.
+        exact: The merged weight in fp64; None if the error is not measured.
     """
     if exact is None:
         return MergedSite(name, adapters, math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""Makes steps cheap: fused operations, shared inputs, cheap dropout, inputs made again, loss in chunks."""
+"""Passes that make steps cheap: fusion, shared inputs, cheap dropout, recomputation, loss in chunks."""
 
 from __future__ import annotations
 

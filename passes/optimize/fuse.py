@@ -1,14 +1,15 @@
-"""Makes fewer nodes of linear operations and their branches, and cheaper ones of what is left.
+"""Passes that fuse linear operations with their branches, and make the other branches cheaper.
 
-- :class:`Fuse`: one node of an operation and its branch. The adapter kind has named the function
-  (:meth:`lora_fx.ir.OutputBuilder.fuse_by`), and ``insert`` has left it on the sum of both. Whether the
-  operation is a product that the function computes is looked at here.
-- Then one node of fused operations that read the same input (:func:`lora_fx.runtime.lora_linears`): q, k and
-  v of an attention layer have one product with all their A's, and one gradient of what they read. Operations
-  are in one graph where that was captured whole, by ``export``, or where a module applies several weights.
-- For a batch whose rows have different adapters, one node of an operation and the branches of all of them
-  (:class:`FuseRows`).
-- Branches that stay plain get dropout that costs little (:func:`lora_fx.runtime.masks.dropped`).
+- :class:`Fuse` turns an operation and its branch into one node. The adapter kind has named the function
+  (:meth:`lora_fx.ir.OutputBuilder.fuse_by`), and ``insert`` has stored it on the sum of both. This pass
+  checks that the function computes the operation.
+- :class:`ShareInputs` then joins fused operations that read the same input
+  (:func:`lora_fx.runtime.lora_linears`). q, k and v of an attention layer get one product with all their
+  A's, and one gradient of their input. The operations must be in one graph: ``export`` captured the model
+  as a whole, or one module applies several weights.
+- :class:`FuseRows` serves a batch whose rows have different adapters. It turns an operation and the
+  branches of all adapters into one node.
+- :class:`CheapDropout` gives the other branches a cheap dropout (:func:`lora_fx.runtime.masks.dropped`).
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A linear operation that a fused function can compute.
+    """Linear operation that a fused function can compute.
 
     Attributes:
         x: The node that it reads.
         weight: The node of its weight, as it is multiplied with.
         bias: The node of the bias, or None.
-        turned: Whether the weight is [in, out].
-        outputs: How many features it gives.
-        kernel: How a product with a quantized weight is computed: arguments of
-            :func:`lora_fx.runtime.fused_lora.quantized_lora_linear`. None for any other.
+        turned: True if the weight is [in, out].
+        outputs: Number of output features.
+        kernel: For a quantized weight, the options of its product: arguments of
+            :func:`lora_fx.runtime.fused_lora.quantized_lora_linear`. None for any other weight.
     """
 
     x: fx.Node
@@ -74,27 +75,27 @@ class Base:
 
 
 def _base_of(node: fx.Node, region: Region) -> Base | None:
-    """The operation of a node, if a fused function can compute it."""
+    """Return the operation of a node, or None if no fused function can compute it."""
     return _quantized(node, region) or _multiplied(node, region)
 
 
 def _quantized(node: fx.Node, region: Region) -> Base | None:
-    """A product with a quantized weight."""
+    """Return the product with a quantized weight that a node computes, or None."""
     if target_of(node) is not quantized_linear:
         return None
     named: dict[str, Any] = arguments(node, ARGUMENTS)
-    found = quantization_of(region.parameter(named["weight"]))
-    if found is None:
+    quantization = quantization_of(region.parameter(named["weight"]))
+    if quantization is None:
         return None
     names = {"compute_dtype": None, "threshold": None, "training": "base_training"}
-    # What is as by default is not written.
+    # Options with their default value are left out.
     kernel = {ours or name: named[name] for name, ours in names.items() if named[name]}
-    given = (named["x"], named["weight"], named["bias"])
-    return Base(*given, turned=False, outputs=found.shape[0], kernel=kernel)
+    operands = (named["x"], named["weight"], named["bias"])
+    return Base(*operands, turned=False, outputs=quantization.shape[0], kernel=kernel)
 
 
 def _multiplied(node: fx.Node, region: Region) -> Base | None:
-    """A matrix product with a weight of numbers."""
+    """Return the product with a plain weight that a node computes, or None."""
     product = product_of(node, region)
     if not isinstance(product, Product) or not _fits(product, region):
         return None
@@ -104,24 +105,24 @@ def _multiplied(node: fx.Node, region: Region) -> Base | None:
 
 
 def _fits(product: Product, region: Region) -> bool:
-    """Whether the fused functions compute what the operation does."""
+    """Return True if the fused functions can compute a product."""
     view, weight = product.view, region.parameter(product.view.source)
     if product.left or view.indexed or len(view.shape) != 2 or weight is None:
         return False
-    # A quantized weight has a product of its own.
+    # Products with quantized weights are separate functions.
     if type(weight.data) is not torch.Tensor:
         return False
     bias = product.bias
     if bias is None:
         return True
-    # What addmm adds may be anything.
+    # addmm may add any tensor, not only a bias.
     source = weight_of(bias, region)
     return source is not None and len(source.shape) == 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Fuse(GraphPass):
-    """Puts one node in place of each operation and its branch, where a function computes both.
+    """Pass that replaces each operation and its branch by one node, if a function computes both.
 
     Attributes:
         memory: With "balanced", a function that can keep less for the backward does so.
@@ -131,26 +132,26 @@ class Fuse(GraphPass):
     name: ClassVar[str] = "fuse"
 
     def edited(self, region: Region) -> fx.Graph | None:
-        """Fuse every branch that can be."""
+        """Fuse every branch that can be fused."""
         if not any(_offer(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
         copied = region.with_graph(graph)
         nodes = {node.name: node for node in graph.nodes}
-        # One after the other, as values flow: what one operation gives may be what the next one reads.
+        # In the order of the graph, because an operation may read the output of an earlier one.
         fused = [_fuse(node, copied, nodes, self.memory) for node in nodes.values() if _offer(node)]
         graph.lint()
         return graph if any(fused) else None
 
 
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory) -> bool:
-    """Puts one node in place of an operation and its branch; False where that is not possible."""
+    """Replace an operation and its branch by one node. Return False if that is not possible."""
     tag: Tag = total.meta[META_KEY]
     base: Any = total.args[0]
-    branch, found = tag.fused, _base_of(base, region)
-    if branch is None or found is None or not branch.first or not _only_inside(base, tag):
+    branch, product = tag.fused, _base_of(base, region)
+    if branch is None or product is None or not branch.first or not _only_inside(base, tag):
         return False
-    function = branch.function if found.kernel is None else branch.quantized
+    function = branch.function if product.kernel is None else branch.quantized
     if function is None:
         return False
     graph, fused = region.graph, dataclasses.replace(tag, role=Role.FUSED, fused=None)
@@ -159,32 +160,32 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: 
         p, training = branch.dropout
         options = {"dropout": nodes[p], "training": nodes[training]}
     if branch.padding is not None:
-        options["rows"] = (branch.padding[0], found.outputs - branch.padding[1])
-    if memory == "balanced" and found.kernel is None:
+        options["rows"] = (branch.padding[0], product.outputs - branch.padding[1])
+    if memory == "balanced" and product.kernel is None:
         options |= branch.less
-    options |= found.kernel or {}
+    options |= product.kernel or {}
     with graph.inserting_before(total):
-        weight = found.weight
-        if found.turned:
+        weight = product.weight
+        if product.turned:
             weight = graph.call_function(torch.t, (weight,))
             weight.meta[META_KEY] = fused
-        a, b, *more = (nodes.get(one, one) for one in (branch.a, branch.b, *branch.more))
-        given = (found.x, weight, found.bias, a, b, branch.scale, *more)
-        node = graph.call_function(function, given, options)
+        a, b, *more = (nodes.get(name, name) for name in (branch.a, branch.b, *branch.more))
+        operands = (product.x, weight, product.bias, a, b, branch.scale, *more)
+        node = graph.call_function(function, operands, options)
     node.meta[META_KEY] = fused
     total.replace_all_uses_with(node)
     for old in _from(total, base):
         if not old.users and _is_of(old, tag) and old is not node:
             graph.erase_node(old)
     for user in tuple(base.users):
-        # A cast to the dtype of the output, of another adapter's factors.
+        # A cast of another adapter's factors to the dtype of the output.
         user.replace_input_with(base, node)
     graph.erase_node(base)
     return True
 
 
 def _from(last: fx.Node, first: fx.Node) -> Iterator[fx.Node]:
-    """The nodes after one up to another, backwards; each may be erased."""
+    """Yield the nodes from `last` back to `first`, which is left out. The caller may erase them."""
     while last is not first:
         before = last.prev
         yield last
@@ -198,32 +199,32 @@ def _offer(node: fx.Node) -> FusedBranch | None:
 
 
 def _is_of(node: fx.Node, branch: Tag) -> bool:
-    """Whether a node belongs to a branch."""
+    """Return True if a node belongs to a branch."""
     tag = tag_of(node)
     return tag is not None and (tag.weight, tag.adapter) == (branch.weight, branch.adapter)
 
 
 def _only_inside(base: fx.Node, branch: Tag) -> bool:
-    """Whether nothing but the branch needs the output without it, except for its dtype."""
+    """Return True if only the branch reads the output of the base operation, except for its dtype."""
     return all(_is_of(user, branch) or role_of(user) is Role.CAST for user in base.users)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheapDropout(GraphPass):
-    """Gives branches that stay plain a dropout whose mask takes a bit for each element."""
+    """Pass that gives unfused branches a dropout whose mask takes one bit for each element."""
 
     name: ClassVar[str] = "cheap-dropout"
 
     def edited(self, region: Region) -> fx.Graph | None:
-        """Exchange the dropout of each branch that has one of its own."""
+        """Replace the dropout of each branch that has one as a separate node."""
         if not any(_drops(node) for node in region.graph.nodes):
             return None
         graph = copy_graph(region.graph)
         for node in graph.nodes:
             if _drops(node):
-                given: dict[str, Any] = arguments(node, "input p=0.5 training=True")
+                values: dict[str, Any] = arguments(node, "input p=0.5 training=True")
                 node.target, node.kwargs = masks.dropped, {}
-                node.args = (given["input"], given["p"], given["training"])
+                node.args = (values["input"], values["p"], values["training"])
         graph.lint()
         return graph
 
@@ -234,7 +235,7 @@ def _drops(node: fx.Node) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class ShareInputs(GraphPass):
-    """Puts one node in place of fused operations that read the same input."""
+    """Pass that replaces fused operations that read the same input by one node."""
 
     name: ClassVar[str] = "share-inputs"
 
@@ -250,26 +251,26 @@ class ShareInputs(GraphPass):
 
 
 def _groups(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Fused operations without dropout that read the same input, in the order of the graph."""
+    """Group fused operations without dropout that read the same input, in the order of the graph."""
     groups: dict[Any, list[fx.Node]] = defaultdict(list)
     writes = 0
     for node in graph.nodes:
         writes += may_write(node)
         if node.target is fused_lora.lora_linear and "dropout" not in node.kwargs:
-            # What is written into between two operations is not the same for both.
+            # A write between two operations may change the input of the second.
             groups[node.args[0], _parent(node), writes].append(node)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _parent(node: fx.Node) -> str:
-    """The module that applies an operation.
+    """Return the FQN of the module that applies an operation.
 
-    What reads the same elsewhere stays where it is: the keys of every layer of a decoder, for instance, which
-    all read what the encoder gives.
+    Readers of the same input in other modules are not joined: in a decoder, for instance, the keys of
+    every layer read the encoder's output.
     """
     tag: Tag = node.meta[META_KEY]
     path = tag.weight.split(".")
-    # The weight of a layer, whose parent it is then, or a parameter of the module itself.
+    # The weight of a layer (the module is the layer's parent), or a parameter of the module itself.
     return ".".join(path[: -2 if path[-1] == "weight" else -1])
 
 
@@ -284,8 +285,8 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
     with graph.inserting_before(first):
         joint = graph.call_function(fused_lora.lora_linears, (first.args[0], *columns, rows))
         joint.meta[META_KEY] = first.meta[META_KEY]
-        for place, node in enumerate(group):
-            item = graph.call_function(operator.getitem, (joint, place))
+        for index, node in enumerate(group):
+            item = graph.call_function(operator.getitem, (joint, index))
             item.meta[META_KEY] = node.meta[META_KEY]
             node.replace_all_uses_with(item)
     for node in group:
@@ -293,7 +294,7 @@ def _join(graph: fx.Graph, group: list[fx.Node]) -> None:
 
 
 def _move(node: fx.Node, before: fx.Node) -> None:
-    """Reads a parameter, and what is made of it, earlier."""
+    """Move a parameter, and the nodes computed from it, before another node."""
     if node < before:
         return
     for source in node.all_input_nodes:
@@ -303,17 +304,18 @@ def _move(node: fx.Node, before: fx.Node) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class FuseRows(GraphPass):
-    """Puts one node in place of each operation and the branches of several adapters, each for its own rows.
+    """Pass that replaces each operation and the branches of several adapters by one node.
 
-    The adapter kind has named what computes several of its branches together, each over rows of its own.
-    Branches of other kinds stay behind the node, and are cut down to their rows by
-    :class:`lora_fx.passes.insert.SelectRows`. Their order is free, since no row has two adapters.
+    Each adapter applies to its own rows. The adapter kind has named the function that computes several of
+    its branches together. Branches of other kinds stay after the node, and
+    :class:`lora_fx.passes.insert.SelectRows` restricts them to their rows. Their order is free, because no
+    row has two adapters.
     """
 
     name: ClassVar[str] = "fuse-rows"
 
     def edited(self, region: Region) -> fx.Graph | None:
-        """Fuse what can be joined."""
+        """Fuse the operations whose branches a function computes together."""
         if not _joints(region):
             return None
         graph = copy_graph(region.graph)
@@ -326,13 +328,13 @@ class FuseRows(GraphPass):
 
 
 class _Joint(NamedTuple):
-    """Branches of one operation that a function computes together.
+    """Operation, with branches that a function computes together.
 
     Attributes:
-        node: The operation.
-        base: What it computes.
+        node: The node of the operation.
+        base: The operation.
         function: The function.
-        sums: Where each branch is added.
+        sums: Nodes that add the branches.
     """
 
     node: fx.Node
@@ -342,8 +344,8 @@ class _Joint(NamedTuple):
 
 
 def _joints(region: Region) -> list[_Joint]:
-    """What can be joined, in the order of the graph."""
-    found = []
+    """Return the operations whose branches a function computes together, in the order of the graph."""
+    joints = []
     for node in region.graph.nodes:
         if role_of(node) is not Role.BASE:
             continue
@@ -357,19 +359,19 @@ def _joints(region: Region) -> list[_Joint]:
                 by_function[branch.rows[base.kernel is not None]].append(total)
         if by_function:
             function, sums = max(by_function.items(), key=lambda item: len(item[1]))
-            found.append(_Joint(node, base, function, sums))
-    return found
+            joints.append(_Joint(node, base, function, sums))
+    return joints
 
 
 def _only_adapters(base: fx.Node) -> bool:
-    """Whether nothing but adapters reads the output without them."""
+    """Return True if only adapters read the output of the base operation."""
     return all((tag := tag_of(user)) is not None and tag.adapter for user in base.users)
 
 
 def _fuse_joint(joint: _Joint, region: Region, nodes: Mapping[str, fx.Node]) -> None:
     graph, base, old = region.graph, joint.base, joint.node
-    tags: list[Tag] = [one.meta[META_KEY] for one in joint.sums]
-    branches = [branch for one in joint.sums if (branch := _offer(one)) is not None]
+    tags: list[Tag] = [total.meta[META_KEY] for total in joint.sums]
+    branches = [branch for total in joint.sums if (branch := _offer(total)) is not None]
     whole = Tag(old.meta[META_KEY].weight, Role.FUSED)
     for branch in branches:
         for name in (branch.a, branch.b, *(branch.dropout or ())):
@@ -381,13 +383,19 @@ def _fuse_joint(joint: _Joint, region: Region, nodes: Mapping[str, fx.Node]) -> 
             weight.meta[META_KEY] = whole
         table = graph.get_attr(join(_holder(nodes[branches[0].a]), ROWS))
         table.meta[META_KEY] = whole
-        given = (
+        groups = (
             (base.x, weight, base.bias, table, tuple(tag.adapter for tag in tags)),
-            (tuple(nodes[one.a] for one in branches), tuple(nodes[one.b] for one in branches)),
-            (tuple(one.scale for one in branches), tuple(_dropout(one, nodes) for one in branches)),
-            (tuple(_part(one, base) for one in branches), whole.weight),
+            (
+                tuple(nodes[branch.a] for branch in branches),
+                tuple(nodes[branch.b] for branch in branches),
+            ),
+            (
+                tuple(branch.scale for branch in branches),
+                tuple(_dropout(branch, nodes) for branch in branches),
+            ),
+            (tuple(_part(branch, base) for branch in branches), whole.weight),
         )
-        arguments = tuple(one for several in given for one in several)
+        arguments = tuple(argument for group in groups for argument in group)
         fused = graph.call_function(joint.function, arguments, dict(base.kernel or {}))
     fused.meta[META_KEY] = whole
     for total in joint.sums:
@@ -400,18 +408,18 @@ def _fuse_joint(joint: _Joint, region: Region, nodes: Mapping[str, fx.Node]) -> 
 
 
 def _dropout(branch: FusedBranch, nodes: Mapping[str, fx.Node]) -> tuple[fx.Node, ...] | None:
-    return None if branch.dropout is None else tuple(nodes[one] for one in branch.dropout)
+    return None if branch.dropout is None else tuple(nodes[name] for name in branch.dropout)
 
 
 def _part(branch: FusedBranch, base: Base) -> tuple[int, int] | None:
-    """Which of the outputs a branch is added to."""
+    """Return the range of outputs that a branch is added to, or None for all."""
     if branch.padding is None:
         return None
     return branch.padding[0], base.outputs - branch.padding[1]
 
 
 def _holder(factor: fx.Node) -> str:
-    """Where the factors of a site are: the table of rows is next to them."""
+    """Return the FQN of the module that holds the factors of a site, and the table of rows."""
     while factor.op != "get_attr":
         (factor,) = factor.all_input_nodes
     return str(factor.target).rpartition(".")[0].rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Where the parameters of adapters are in a model, and which of the base's they replace."""
+"""The parameters of adapters in a model, and the parameters of the base that they replace."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Where the parameters of a planned site are, and its weight as matrices [n, out, in].
+"""The parameters of a planned site, and its weight as matrices [n, out, in].
 
 A linear weight is one matrix, a weight of experts one for each expert. A convolution with g groups is g
-matrices [out/g, in/g · kernel], of which each gets r/g of the rank: what its A and B compute is their
-product (see :mod:`lora_fx.passes.patterns.conv`).
+matrices [out/g, in/g · kernel], each with r/g of the rank: A and B together compute the product of their
+matrices (see :mod:`lora_fx.passes.patterns.conv`).
 
-Trained rows of an embedding are next to it, under PEFT's names.
+Trained rows of an embedding are stored next to it, under PEFT's names.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ __all__ = [
 
 
 DROPOUT: Final = "lora_dropout"
-"""The attribute of a site's holder that has the dropout of each adapter, where it has any."""
+"""The attribute of a site's holder that has the dropouts of its adapters, if there are any."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FactorNames:
-    """The attributes of a site's holder that have what it trains.
+    """The attributes of a site's holder that have its trained parameters.
 
     Attributes:
-        a, b: The factors; empty where the kind has none.
-        slots: What the kind trains besides them.
+        a, b: The factors; empty for a kind without factors.
+        slots: The other parameters of the kind.
     """
 
     a: str
@@ -71,17 +71,17 @@ class FactorNames:
 
     @property
     def present(self) -> tuple[str, ...]:
-        """The names that are not None."""
+        """The names that are not empty."""
         return tuple(name for name in (self.a, self.b, *self.slots) if name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SiteFactors:
-    """What a site trains for one adapter, as it is stored.
+    """The trained parameters of a site for one adapter, as stored.
 
     Attributes:
-        names: Where it is.
-        values: By those names.
+        names: Their names.
+        values: The parameters by those names.
     """
 
     names: FactorNames
@@ -94,7 +94,7 @@ class SiteFactors:
 
     @property
     def b(self) -> nn.Parameter:
-        """B, likewise."""
+        """B, of a kind that has factors."""
         return self.values[self.names.b]
 
     @property
@@ -104,25 +104,25 @@ class SiteFactors:
 
     @property
     def slots(self) -> dict[str, nn.Parameter]:
-        """What the kind trains beside them, by name."""
+        """The other parameters of the kind, by name."""
         return {name: self.values[name] for name in self.names.slots}
 
     @property
     def present(self) -> tuple[nn.Parameter, ...]:
-        """The tensors that are not None, in the order of :attr:`FactorNames.present`."""
+        """The parameters, in the order of :attr:`FactorNames.present`."""
         return tuple(self.values.values())
 
 
 def adapter_dtype(weight: torch.Tensor) -> torch.dtype:
-    """The factors' dtype: that of the weight, or fp32 for a weight of less precision."""
+    """Return the factors' dtype: that of the weight, or fp32 for a weight of less precision."""
     return weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def factor_names(row: PlannedSite) -> FactorNames:
-    """Where A, B and the slots of the kind are.
+    """Return the names of A, B and the slots of the kind.
 
-    A head whose weight is tied to an embedding has the embedding's factors, and they change places: what
-    is ``B`` there is, transposed, its A.
+    A head whose weight is tied to an embedding has the embedding's factors in exchanged roles: the
+    embedding's ``B``, transposed, is the head's A.
     """
     kind = kind_of(row)
     slots = tuple(slot.name for slot in kind.slots(row.site))
@@ -134,7 +134,7 @@ def factor_names(row: PlannedSite) -> FactorNames:
 
 
 def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
-    """Return the parameters of :func:`factor_names`.
+    """Return the parameters named by :func:`factor_names`.
 
     Raises:
         CaptureError: If FSDP1 has them in shards.
@@ -152,7 +152,7 @@ def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """The factors of an adapter, and whatever else it trains beside them, each once."""
+    """Yield the factors of an adapter, and its other parameters next to them, each once."""
     seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, AdapterFactors) and not isinstance(module, KeptTensors):
@@ -163,7 +163,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
 
 
 def drop_factors(model: nn.Module, adapter: str) -> None:
-    """Forgets all that an adapter has in a model; what holds nothing any more goes, too."""
+    """Remove all parameters of an adapter from a model, and holders that become empty."""
     for module in reversed(list(model.modules())):
         for name, child in list(module.named_children()):
             if isinstance(child, AdapterFactors):
@@ -178,12 +178,12 @@ def drop_factors(model: nn.Module, adapter: str) -> None:
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In the dtype in which starts are computed: fp32, or fp64 where it is that already."""
+    """Return a tensor in the dtype in which starts are computed: fp64 if it has that already, else fp32."""
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
 
 
 def matrix_shape(site: Site) -> tuple[int, int, int]:
-    """How many matrices a weight is, and their shape: (n, out, in)."""
+    """Return the number and the shape of a weight's matrices: (n, out, in)."""
     if site.family == "conv":
         kernel = math.prod(site.weight_shape[2:])
         groups = site.groups
@@ -192,38 +192,38 @@ def matrix_shape(site: Site) -> tuple[int, int, int]:
 
 
 def part_of(site: Site, weight: torch.Tensor) -> torch.Tensor:
-    """What of a weight is the site's, as it is applied: a view where the weight can be viewed so."""
+    """Return the site's part of a weight, in its applied shape: a view if possible."""
     return rows_of(site, site.applied(weight))
 
 
 def rows_of(site: Site, applied: torch.Tensor) -> torch.Tensor:
-    """The rows that are the site's of a weight in the shape in which it is applied."""
+    """Return the site's rows of a weight that has its applied shape already."""
     if site.rows is None:
         return applied
     return applied.narrow(site.axis, site.rows[0], site.rows[1] - site.rows[0])
 
 
 def as_matrices(site: Site, part: torch.Tensor) -> torch.Tensor:
-    """Brings :func:`part_of` a weight into the form [n, out, in]."""
+    """Convert the result of :func:`part_of` to the shape [n, out, in]."""
     count, out, inner = matrix_shape(site)
     if site.family != "conv":
         return (part if site.layout == "out_in" else part.mT).reshape(count, out, inner)
     if site.layout == "out_in":
         return part.reshape(count, out, inner)
     # A transposed convolution stores [in, out/g, *k].
-    apart = part.reshape(count, site.in_features // count, out, -1)
-    return apart.transpose(1, 2).reshape(count, out, inner)
+    split = part.reshape(count, site.in_features // count, out, -1)
+    return split.transpose(1, 2).reshape(count, out, inner)
 
 
 def as_factors(
     shapes: Factors, a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The site's A and B of [n, r/g, in] and [n, out, r/g]."""
+    """Return the site's A and B from [n, r/g, in] and [n, out, r/g]."""
     return a.reshape(shapes.a).contiguous(), b.reshape(shapes.b).contiguous()
 
 
 def replaced(site: Site, weight: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A weight as a new tensor, with other values of what :func:`part_of` gives."""
+    """Return a new weight with another value of its :func:`part_of`."""
     changed = site.applied(weight.detach()).clone(memory_format=torch.contiguous_format)
     rows_of(site, changed).copy_(part)
     return site.stored(changed).contiguous()
@@ -235,50 +235,50 @@ _INDICES = "token_indices"
 
 
 def rows_name(row: PlannedTokens, adapter: str) -> str:
-    """FQN of the trained rows, [n, width]."""
+    """Return the FQN of the trained rows, [n, width]."""
     return join(row.site.holder, _HOLDER, _ROWS, adapter)
 
 
 def indices_name(row: PlannedTokens, adapter: str) -> str:
-    """FQN of what says which rows these are.
+    """Return the FQN of the indices of the trained rows.
 
-    For a lookup it is [vocabulary]: the place of each token among the trained ones, -1 for any other.
-    For a product it is [n]: the tokens.
+    For a lookup it is [vocabulary]: the index of each token among the trained ones, -1 for any other. For a
+    product it is [n]: the tokens.
     """
     return join(row.site.holder, _HOLDER, _INDICES, adapter)
 
 
 def tokens_of(model: nn.Module, row: PlannedTokens, adapter: str) -> nn.Parameter:
-    """The trained rows, [n, width]: what stands in place of those of the weight."""
+    """Return the trained rows, [n, width], which replace those of the weight."""
     return model.get_parameter(rows_name(row, adapter))
 
 
 def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.Tensor) -> None:
-    """Puts rows, and which ones they are, beside a weight.
+    """Store trained rows, and their indices, next to a weight.
 
     Args:
-        model: The pipeline's own.
-        row: Which rows of what.
+        model: The pipeline's own model.
+        row: The planned rows.
         adapter: The adapter's name.
-        rows: [n, width]; a parameter is taken as it is.
+        rows: [n, width]; a parameter is stored itself, without a copy.
     """
     indices = torch.tensor(row.indices, device=rows.device)
     if row.lookup:
-        places = torch.full((row.site.in_features,), -1, device=rows.device)
-        places[indices] = torch.arange(len(indices), device=rows.device)
-        indices = places
+        positions = torch.full((row.site.in_features,), -1, device=rows.device)
+        positions[indices] = torch.arange(len(indices), device=rows.device)
+        indices = positions
     holder = _made(model, join(row.site.holder, _HOLDER), Holder)
     factors = _made(model, rows_name(row, adapter).rpartition(".")[0], AdapterFactors)
-    kept = _made(model, indices_name(row, adapter).rpartition(".")[0], ops.KeptIndices)
+    kept_indices = _made(model, indices_name(row, adapter).rpartition(".")[0], ops.KeptIndices)
     assert isinstance(factors, AdapterFactors)
-    assert isinstance(kept, ops.KeptIndices)
+    assert isinstance(kept_indices, ops.KeptIndices)
     factors.add(adapter, rows)
-    kept.add(adapter, indices)
+    kept_indices.add(adapter, indices)
     holder.train(model.get_submodule(row.site.owner).training)
 
 
 def _made(model: nn.Module, fqn: str, kind: type[nn.Module]) -> nn.Module:
-    """The module of a name; it is put there, and holders on the way to it, if there is none."""
+    """Return the module of a name; insert it, and the holders above it, if it does not exist."""
     parent_name, _, leaf = fqn.rpartition(".")
     try:
         parent = model.get_submodule(parent_name)

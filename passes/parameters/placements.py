@@ -1,8 +1,8 @@
-"""How the factors of a site lie over processes: as its weight does, which each process holds a part of.
+"""The placements of a site's factors over processes, which follow those of its weight.
 
-Tensor parallelism cuts a weight along its outputs (colwise) or its inputs (rowwise), FSDP2 cuts all of it for
-the time between two calls. The factors of an adapter that is added to an FSDP2 model are whole in every
-process, and small.
+Tensor parallelism splits a weight along its outputs (colwise) or its inputs (rowwise). FSDP2 splits all
+weights between calls. The factors of an adapter that is added to an FSDP2 model are small, and whole in
+every process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FactorLayout:
-    """Where the parts of A and B lie.
+    """The placements of A and B.
 
     Attributes:
         mesh: The processes (a ``DeviceMesh``).
@@ -53,15 +53,15 @@ class FactorLayout:
 
     @property
     def slot(self) -> tuple[Any, ...]:
-        """Placements of what has an element for each output feature: as B has them."""
+        """Placements of a vector with an element for each output feature: those of B."""
         return self.b
 
 
 def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
-    """Refuses sites whose weight lies so that no factors can lie beside it.
+    """Raise for sites whose weight has placements that no factors can follow.
 
     Raises:
-        ConfigError: With the first of them, in every process alike.
+        ConfigError: With the first such site, the same in every process.
     """
     for row in rows:
         if is_sharded(weight_at(model, row.site.weight)):
@@ -69,9 +69,9 @@ def check_layouts(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
 
 
 def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -> None:
-    """Refuses an adapter that is not the same in all processes that hold parts of the model.
+    """Raise if an adapter is not the same in all processes that hold parts of the model.
 
-    Nothing is sent where no parameter is in parts, and else a few bytes.
+    Nothing is sent if no parameter is in parts, and only a few bytes otherwise.
 
     Args:
         model: The model with the adapter.
@@ -79,7 +79,7 @@ def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -
         adapter: The adapter's name.
 
     Raises:
-        ConfigError: If it is another one somewhere: in every process, with the first site that differs.
+        ConfigError: In every process, with the first site that differs.
         ProcessError: If a process does not answer.
     """
     parts: list[Any] = [p for _, p in model.named_parameters() if is_sharded(p) and not p.is_meta]
@@ -87,68 +87,70 @@ def check_alike(model: nn.Module, rows: tuple[PlannedSite, ...], adapter: str) -
     if not meshes:
         return
     called_by_all(parts, f"the adapter {adapter!r}")
-    mine = {row.name: _digest(model, row, adapter) for row in rows}
+    digests = {row.name: _digest(model, row, adapter) for row in rows}
     for mesh in meshes:
-        for place in range(mesh.ndim):
+        for dimension in range(mesh.ndim):
             with answering(f"the adapter {adapter!r}"):
-                several = _from_all(mine, mesh.get_group(place))
-            _compare(several, adapter)
+                gathered = _from_all(digests, mesh.get_group(dimension))
+            _compare(gathered, adapter)
 
 
 def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
-    """What is equal in all processes at a site: shapes, and values that are whole."""
-    found = hashlib.sha256(f"{row.kind} {row.scale} {row.dropout}".encode())
+    """Return a digest of a site's shapes and whole values, which must be equal in all processes."""
+    digest = hashlib.sha256(f"{row.kind} {row.scale} {row.dropout}".encode())
     for name, value in factors_of(model, row, adapter).values.items():
-        found.update(f"{name} {tuple(value.shape)}".encode())
-        own: Any = value.detach()
-        if not is_sharded(own) or all(one.is_replicate() for one in own.placements):
-            found.update(
-                torch_private.local_tensor(own)
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        values: Any = value.detach()
+        if not is_sharded(values) or all(
+            placement.is_replicate() for placement in values.placements
+        ):
+            digest.update(
+                torch_private.local_tensor(values)
                 .contiguous()
                 .cpu()
                 .view(torch.uint8)
                 .numpy()
                 .tobytes()
             )
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
-def _from_all(mine: dict[str, str], group: Any) -> list[dict[str, str]]:
-    """Gather a dict from each process of a group; digests alone are sent where they agree."""
+def _from_all(digests: dict[str, str], group: Any) -> list[dict[str, str]]:
+    """Gather a dict from each process of a group. If all agree, only digests are sent."""
     import torch.distributed as dist
 
-    several: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(several, hashlib.sha256(repr(mine).encode()).hexdigest(), group)
-    if len(set(several)) == 1:
-        return [mine]
-    dist.all_gather_object(several, mine, group)
-    return several
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, hashlib.sha256(repr(digests).encode()).hexdigest(), group)
+    if len(set(gathered)) == 1:
+        return [digests]
+    dist.all_gather_object(gathered, digests, group)
+    return gathered
 
 
-def _compare(several: list[dict[str, str]], adapter: str) -> None:
-    first = several[0]
-    for place, other in enumerate(several):
+def _compare(gathered: list[dict[str, str]], adapter: str) -> None:
+    first = gathered[0]
+    for index, other in enumerate(gathered):
         names = (*first, *(name for name in other if name not in first))
         for name in names:
             if first.get(name) != other.get(name):
                 raise ConfigError(
-                    f"{name}: the adapter {adapter!r} is another one in process {place} than in process 0 of "
+                    f"{name}: the adapter {adapter!r} is another one in process {index} than in process 0 of "
                     "those that hold parts of the model: give every process the same configuration, and "
                     "load the same folder"
                 )
 
 
 def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> None:
-    """Refuses an adapter that would have parameters which nothing keeps equal in all processes.
+    """Raise for an adapter with parameters that nothing would keep equal in all processes.
 
     Args:
         model: A rewritten model.
         adapter: The adapter's name.
-        beside_weights: Whether it has only what lies beside the weights that it adapts: that is whole in each
-            process of an FSDP2 model, and gets the mean of all gradients.
+        beside_weights: True if it has only parameters next to the weights that it adapts. Those are whole in
+            each process of an FSDP2 model, and get the mean of all gradients.
 
     Raises:
-        ConfigError: If FSDP2 or ZeRO shards the model, and it is another one.
+        ConfigError: If FSDP2 or ZeRO shards the model, and the adapter has other parameters.
     """
     if is_owned(model) or (
         not beside_weights and any(is_unit(module) for module in model.modules())
@@ -163,7 +165,7 @@ def check_can_add(model: nn.Module, adapter: str, *, beside_weights: bool) -> No
 
 
 def check_sharded_alike(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None:
-    """Refuses to adapt what FSDP2 has left out of a model that it shards.
+    """Raise for sites that FSDP2 has left out of a model that it shards.
 
     Raises:
         ConfigError: With the first such site.
@@ -180,69 +182,69 @@ def check_sharded_alike(model: nn.Module, rows: tuple[PlannedSite, ...]) -> None
 
 
 def factor_layout(model: nn.Module, row: PlannedSite) -> FactorLayout:
-    """Where the factors of a site lie whose weight is a ``DTensor``.
+    """Return the placements of the factors of a site whose weight is a ``DTensor``.
 
     Args:
         model: The model.
         row: The site.
 
     Raises:
-        ConfigError: If they cannot follow the weight.
+        ConfigError: If the factors cannot follow the weight.
     """
     from torch.distributed.tensor import Replicate, Shard
 
     weight: Any = weight_at(model, row.site.weight)
     if not kind_of(row).in_parts:
-        right = " or ".join(one.name for one in kinds() if one.in_parts)
+        names = " or ".join(kind.name for kind in kinds() if kind.in_parts)
         raise ConfigError(
             f"{row.name}: its weight is cut over {weight.device_mesh.size()} processes, and the kind "
-            f"{row.kind!r} does not say that its branch is right over parts (in_parts): use {right} "
+            f"{row.kind!r} does not say that its branch is right over parts (in_parts): use {names} "
             "here; or shard the rewritten model, which FSDP2 alone can"
         )
-    mesh, between = weight.device_mesh, _between_calls(model, row.site.owner)
+    mesh, fsdp_dimensions = weight.device_mesh, _between_calls(model, row.site.owner)
     out, inner = (0, 1) if row.site.layout == "out_in" else (1, 0)
     a: list[Any] = []
     b: list[Any] = []
-    for place, placement in enumerate(weight.placements):
-        if placement.is_replicate() or place in between:
+    for dimension, placement in enumerate(weight.placements):
+        if placement.is_replicate() or dimension in fsdp_dimensions:
             a.append(Replicate())
             b.append(Replicate())
             continue
-        _check_cut(row, weight, mesh.size(place), placement)
-        # Where FSDP has cut a part once more, the part itself is cut as parallelize_module has left it.
+        _check_cut(row, weight, mesh.size(dimension), placement)
+        # If FSDP has split a part again, the part itself has the placement of parallelize_module.
         a.append(Shard(1) if placement.dim % 2 == inner else Replicate())
         b.append(Shard(0) if placement.dim % 2 == out else Replicate())
     return FactorLayout(mesh, tuple(a), tuple(b))
 
 
 def _check_cut(row: PlannedSite, weight: torch.Tensor, size: int, placement: Any) -> None:
-    """Refuses a way of cutting a weight that no branch can follow."""
-    site, why = row.site, ""
-    plain = site.family == "linear" and len(site.weight_shape) == 2
-    if not plain or site.rows is not None or site.view is not None or site.part_of or row.tied:
-        why = "only a linear layer that applies the whole of its weight can be adapted so"
+    """Raise for a placement of a weight that no branch can follow."""
+    site, reason = row.site, ""
+    is_matrix = site.family == "linear" and len(site.weight_shape) == 2
+    if not is_matrix or site.rows is not None or site.view is not None or site.part_of or row.tied:
+        reason = "only a linear layer that applies the whole of its weight can be adapted so"
     elif not placement.is_shard():
-        why = f"in parts that are interleaved ({placement})"
+        reason = f"in parts that are interleaved ({placement})"
     elif weight.shape[placement.dim] % size:
-        why = f"its {weight.shape[placement.dim]} elements there do not divide by {size}"
-    if why:
+        reason = f"its {weight.shape[placement.dim]} elements there do not divide by {size}"
+    if reason:
         raise ConfigError(
             f"{site.name}: its weight {list(weight.shape)} is cut over {size} processes along dimension "
-            f"{getattr(placement, 'dim', '?')}, and {why}; or leave it out with exclude_modules"
+            f"{getattr(placement, 'dim', '?')}, and {reason}; or leave it out with exclude_modules"
         )
 
 
 def _between_calls(model: nn.Module, owner: str) -> tuple[int, ...]:
-    """The dimensions of a weight's mesh over which FSDP2 cuts it between two calls."""
-    layer, above = module_at(model, owner), owner
+    """Return the dimensions of a weight's mesh over which FSDP2 splits it between calls."""
+    layer, fqn = module_at(model, owner), owner
     while True:
-        module = module_at(model, above)
+        module = module_at(model, fqn)
         if is_unit(module):
             groups = torch_private.fsdp_groups(module)
-            managed = (held for group in groups for held in group.fsdp_params)
-            if any(torch_private.fsdp_owner(held).module is layer for held in managed):
-                # In the mesh of a parameter those dimensions come first.
+            managed = (parameter for group in groups for parameter in group.fsdp_params)
+            if any(torch_private.fsdp_owner(parameter).module is layer for parameter in managed):
+                # In the mesh of a parameter FSDP's dimensions come first.
                 return tuple(range(groups[0].mesh_info.mesh.ndim))
-        if not above:
+        if not fqn:
             return ()
-        above = above.rpartition(".")[0]
+        fqn = fqn.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The values of a site's weight, whatever it is stored in: replaced, quantized, or held in parts."""
+"""The values of a site's weight in any form: replaced by an adapter, quantized, or split over processes."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ __all__ = [
 ]
 
 KEPT = "lora_own_"
-"""What is before the name of a parameter in that of the module that has adapters' values of it."""
+"""Prefix of the name of the module that stores adapters' values of a parameter."""
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's parameters by each of their names: what belongs to adapters is left out."""
-    found: dict[str, nn.Parameter] = {}
+    """Return the base's parameters by each of their names, without those of adapters."""
+    parameters: dict[str, nn.Parameter] = {}
     for fqn, module in base_modules(model, every_name=True):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[join(fqn, name)] = parameter
-    return found
+                parameters[join(fqn, name)] = parameter
+    return parameters
 
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
-    """The base's modules, by their first name or by each of them."""
-    # As named_modules does, which asks every module above for each of those below it.
+    """Yield the base's modules, by their first name or by each of them."""
+    # Like named_modules, which is slower: it yields each module through the generators of all parents.
     seen: set[nn.Module] = set()
     pending = [("", model)]
     while pending:
@@ -86,18 +86,18 @@ def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tupl
 
 
 def module_at(model: nn.Module, fqn: str) -> nn.Module:
-    """As ``get_submodule``, which asks several questions at each step."""
-    found: nn.Module | None = model
+    """Return a submodule, like ``get_submodule``, but with fewer checks at each step."""
+    module: nn.Module | None = model
     for atom in fqn.split(".") if fqn else ():
-        below = found._modules if found is not None else {}
+        below = module._modules if module is not None else {}
         if atom not in below:
             return model.get_submodule(fqn)
-        found = below[atom]
-    return model.get_submodule(fqn) if found is None else found
+        module = below[atom]
+    return model.get_submodule(fqn) if module is None else module
 
 
 def weight_at(model: nn.Module, name: str) -> torch.Tensor:
-    """As ``get_parameter``, likewise; also a weight that is computed of one: :func:`is_computed`."""
+    """Return a parameter, like ``get_parameter``, or a weight computed from one: see :func:`is_computed`."""
     owner, _, leaf = name.rpartition(".")
     module = module_at(model, owner)
     if not is_computed(module, leaf):
@@ -107,7 +107,7 @@ def weight_at(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def is_computed(module: nn.Module, leaf: str) -> bool:
-    """Whether a module computes a tensor where it had a parameter (torch.nn.utils.prune, or parametrize)."""
+    """Return True if a module computes a tensor that was a parameter (torch.nn.utils.prune, parametrize)."""
     if leaf in module.__dict__:
         return isinstance(module.__dict__[leaf], torch.Tensor)
     if leaf in module._parameters:
@@ -116,66 +116,66 @@ def is_computed(module: nn.Module, leaf: str) -> bool:
 
 
 def in_adapter(model: nn.Module, name: str) -> bool:
-    """Whether a parameter belongs to an adapter, and not to the base."""
+    """Return True if a parameter belongs to an adapter, and not to the base."""
     owner, _, _ = name.rpartition(".")
     return isinstance(module_at(model, owner), AdapterModule)
 
 
 def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
-    """What an adapter has in place of a parameter, wherever it is now."""
+    """Return an adapter's value of a parameter, whether it is active or stored."""
     owner, leaf = _owner(model, name)
-    beside = owner._modules.get(KEPT + leaf)
-    if beside is not None and adapter in beside._parameters:
-        return beside.get_parameter(adapter)
+    stored = owner._modules.get(KEPT + leaf)
+    if stored is not None and adapter in stored._parameters:
+        return stored.get_parameter(adapter)
     return owner.get_parameter(leaf)
 
 
 @contextmanager
 def computed_as_parameters(model: nn.Module) -> Iterator[None]:
-    """Has weights that a hook computes before each call (torch.nn.utils.prune) as parameters, for a while.
+    """Register weights that a hook computes before each call (torch.nn.utils.prune) as parameters.
 
     Passes look for the weights of a graph among the parameters of its module.
     """
-    held = [
+    computed = [
         (module, leaf, value)
         for _, module in base_modules(model)
         for leaf, value in list(vars(module).items())
         if isinstance(value, torch.Tensor) and f"{leaf}_orig" in module._parameters
     ]
-    for module, leaf, value in held:
+    for module, leaf, value in computed:
         del vars(module)[leaf]
         module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=False)
     try:
         yield
     finally:
-        for module, leaf, value in held:
+        for module, leaf, value in computed:
             del module._parameters[leaf]
             vars(module)[leaf] = value
 
 
 def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
-    """As ``get_parameter``, which sees none in a module that is scripted; None if there is none."""
+    """Return a parameter, like ``get_parameter``, also of a scripted module; None if there is none."""
     owner, _, leaf = name.rpartition(".")
     try:
-        held = module_at(model, owner)._parameters
+        parameters = module_at(model, owner)._parameters
     except AttributeError:
         return None
-    # What holds those of a module that is scripted has no get().
-    return held[leaf] if leaf in held else None  # noqa: SIM401
+    # The container of a scripted module's parameters has no get().
+    return parameters[leaf] if leaf in parameters else None  # noqa: SIM401
 
 
 def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
-    """Puts what an adapter has beside the base into it."""
+    """Replace parameters of the base by the stored values of an adapter."""
     for _, owner, leaf in _places(model, names):
-        beside = owner._modules[KEPT + leaf]
-        assert isinstance(beside, KeptTensors)
-        kept, here = beside._parameters.pop(adapter), owner._parameters[leaf]
-        assert kept is not None
-        if here is not None and (is_sharded(here) or is_partitioned(here)):
-            write(here, kept)
+        stored = owner._modules[KEPT + leaf]
+        assert isinstance(stored, KeptTensors)
+        value, current = stored._parameters.pop(adapter), owner._parameters[leaf]
+        assert value is not None
+        if current is not None and (is_sharded(current) or is_partitioned(current)):
+            write(current, value)
         else:
-            owner._parameters[leaf] = kept
-        if not beside._parameters:
+            owner._parameters[leaf] = value
+        if not stored._parameters:
             del owner._modules[KEPT + leaf]
 
 
@@ -187,14 +187,14 @@ def place_base(
     *,
     keep: bool = True,
 ) -> None:
-    """Puts the base's own parameters back in, and what the adapter has beside them.
+    """Put the base's own parameters back, and store the adapter's values.
 
     Args:
         model: A rewritten model.
         adapter: The adapter.
-        names: FQNs of what it has there.
-        originals: The base's values. What shares its memory is one parameter again.
-        keep: Whether the adapter's values are kept.
+        names: FQNs of the parameters that the adapter has replaced.
+        originals: The base's values. Values that share memory become one parameter again.
+        keep: True to store the adapter's values.
     """
     names = set(names)
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
@@ -207,34 +207,34 @@ def place_base(
             owner._parameters[leaf] = live[memory]
             continue
         if not keep and (is_sharded(old) or is_partitioned(old)):
-            # Of a copy, whose parts another model has, too.
+            # The parameter of a copy, whose parts another model shares.
             value = distributed_as(original.detach().to(old.dtype), old)
-            here = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
-            owner._parameters[leaf] = here
+            parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+            owner._parameters[leaf] = parameter
             continue
         if is_sharded(old) or is_partitioned(old):
-            # Its values are exchanged: the parameter is the library's, and the optimizer's.
+            # Exchange only the values: the library and the optimizer use the parameter itself.
             if keep:
-                own = (gathered(old, name) if is_partitioned(old) else old.detach()).clone()
-                _beside(owner, leaf).add(adapter, nn.Parameter(own))
+                values = (gathered(old, name) if is_partitioned(old) else old.detach()).clone()
+                _beside(owner, leaf).add(adapter, nn.Parameter(values))
             write(old, original)
             continue
         memory = memory_of(original)
         if memory not in live:
             value = original.detach().to(old.device, old.dtype)
             live[memory] = nn.Parameter(value, requires_grad=False)
-            vars(live[memory]).update(vars(old))  # as what transformers has noted on it
+            vars(live[memory]).update(vars(old))  # for example marks of transformers
         owner._parameters[leaf] = live[memory]
         if keep:
             _beside(owner, leaf).add(adapter, old)
 
 
 def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
-    """Undoes replacements.
+    """Undo replacements.
 
     Args:
         model: A rewritten model.
-        before: Its :func:`base_parameters` at some time.
+        before: An earlier result of :func:`base_parameters` for the model.
     """
     for name, owner, leaf in _places(model, before):
         owner._parameters[leaf] = before[name]
@@ -243,13 +243,13 @@ def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
 def _beside(owner: nn.Module, leaf: str) -> KeptTensors:
     if KEPT + leaf not in owner._modules:
         owner.add_module(KEPT + leaf, KeptTensors().train(owner.training))
-    beside = owner.get_submodule(KEPT + leaf)
-    assert isinstance(beside, KeptTensors)
-    return beside
+    stored = owner.get_submodule(KEPT + leaf)
+    assert isinstance(stored, KeptTensors)
+    return stored
 
 
 def _places(model: nn.Module, names: Iterable[str]) -> Iterable[tuple[str, nn.Module, str]]:
-    """Each place once, also that in a module that the model holds several times."""
+    """Yield each parameter once, also in a module that the model contains several times."""
     seen: set[tuple[int, str]] = set()
     for name in names:
         owner, leaf = _owner(model, name)
@@ -264,7 +264,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
-    """The weight in the layout of the site: the parameter's own memory, or values made of few bits."""
+    """Return the weight in the layout of the site: the parameter's own memory, or dequantized values."""
     weight = weight_at(model, site.weight)
     if site.quantized is None:
         return detached(weight)
@@ -281,55 +281,55 @@ def base_dtype(model: nn.Module, site: Site) -> torch.dtype:
 
 
 # --- parameters that processes hold in parts ------------------------------------------------------
-# Parameters that a library has cut into parts: each process holds one, and the library owns the
+# Parameters that a library has split: each process has one part, and the library owns the
 # parameter.
 #
-# FSDP2 puts the whole parameter in before a call and its own part afterwards, whatever is there in
-# between. So such a parameter is not exchanged: values are copied into it.
+# FSDP2 registers the whole parameter before a call and its own part afterwards, and overwrites any other.
+# So such a parameter is not replaced: values are copied into it.
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is cut into parts (a DTensor)."""
+    """Return True if a tensor is split over processes (a DTensor)."""
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "placements")
 
 
 def detached(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor without its gradient; the parameter itself where ZeRO-3 finds the values by its attributes."""
+    """Return a tensor without its gradient. ZeRO-3 needs the parameter itself, with its attributes."""
     return tensor if is_partitioned(tensor) else tensor.detach()
 
 
 def gathered(tensor: torch.Tensor, name: str = "a parameter") -> torch.Tensor:
-    """All of a tensor, which FSDP2 shards (a DTensor) or ZeRO-3: then every rank has to call this.
+    """Return the whole of a tensor. If FSDP2 shards it (a DTensor), or ZeRO-3, every rank must call this.
 
     Args:
         tensor: Any.
-        name: What it is, for an error.
+        name: Its name, for an error.
 
     Raises:
         ProcessError: If another process that holds a part of it does not answer.
     """
     if is_partitioned(tensor) and tensor.shape != whole_shape(tensor):
         return _from_partitions(tensor, name)
-    found: Any = tensor.detach()
-    whole: torch.Tensor = found
-    if is_sharded(found):
+    value: Any = tensor.detach()
+    whole: torch.Tensor = value
+    if is_sharded(value):
         with answering(name):
-            whole = found.full_tensor()
+            whole = value.full_tensor()
     return whole
 
 
 def _from_partitions(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """A copy of what the processes of ZeRO-3 hold of a parameter: the parameter itself is empty again."""
+    """Return a copy of a parameter that ZeRO-3 partitions: the parameter itself is empty again."""
     with answering(name), put_together(tensor):
         return tensor.detach().clone()
 
 
 @contextmanager
 def answering(name: str) -> Iterator[None]:
-    """Says what was being sent where another process does not answer.
+    """Raise with the name of the sent tensor if another process does not answer.
 
     Raises:
-        ProcessError: If that is so.
+        ProcessError: In that case.
     """
     try:
         yield
@@ -342,37 +342,37 @@ def answering(name: str) -> Iterator[None]:
 
 
 def distributed(value: torch.Tensor, mesh: Any, placements: tuple[Any, ...]) -> torch.Tensor:
-    """This process's part of a value that every process has: nothing is sent.
+    """Return this process's part of a value that every process has, without communication.
 
     Args:
-        value: The whole.
+        value: The whole value.
         mesh: The processes (a ``DeviceMesh``).
-        placements: How it is cut, one for each dimension of the mesh.
+        placements: The placements, one for each dimension of the mesh.
     """
     # The package loads with the first DTensor, not with lora_fx.
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    made = distribute_tensor(value, mesh, placements, src_data_rank=None)
-    part: torch.Tensor = made.to_local()
+    tensor = distribute_tensor(value, mesh, placements, src_data_rank=None)
+    part: torch.Tensor = tensor.to_local()
     if part.untyped_storage().nbytes() == part.nbytes:
-        return made
-    # Not a view, which would keep the memory of the whole.
-    own = part.detach().clone(memory_format=torch.contiguous_format)
+        return tensor
+    # Not a view, which would keep the memory of the whole value.
+    copy = part.detach().clone(memory_format=torch.contiguous_format)
     return DTensor.from_local(
-        own, mesh, placements, run_check=False, shape=made.shape, stride=made.stride()
+        copy, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
 def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """A tensor that is cut as another one is, of this process's part; nothing is sent."""
+    """Return a tensor split like another one, from this process's part, without communication."""
     from torch.distributed.tensor import DTensor
 
-    there: Any = like
+    reference: Any = like
     stride = torch.empty(like.shape, device="meta").stride()
     return DTensor.from_local(
         part,
-        there.device_mesh,
-        there.placements,
+        reference.device_mesh,
+        reference.placements,
         run_check=False,
         shape=like.shape,
         stride=stride,
@@ -380,39 +380,39 @@ def with_part(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 def distributed_as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A whole value as another tensor lies; the value itself where that one is whole.
+    """Return a whole value split like another tensor; the value itself if that tensor is whole.
 
-    Of a tensor that ZeRO-3 partitions it is a parameter, which ZeRO-3 knows.
+    For a tensor that ZeRO-3 partitions the result is a parameter that ZeRO-3 manages.
     """
     if is_partitioned(like):
         return value if is_partitioned(value) else partition_of(value, like)
     if not is_sharded(like) or is_sharded(value):
         return value
-    there: Any = like
-    return distributed(value.to(like.device), there.device_mesh, there.placements)
+    reference: Any = like
+    return distributed(value.to(like.device), reference.device_mesh, reference.placements)
 
 
 def agreed(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A value that each process has drawn for itself, as the first of those that share a tensor has it.
+    """Return the value of the first process that shares a tensor; each process has drawn its own.
 
     Args:
-        value: The whole.
-        like: A tensor that they hold in parts; nothing is sent where it is whole.
+        value: The whole value.
+        like: A tensor that the processes hold in parts. If it is whole, nothing is sent.
     """
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    there: Any = like
-    everywhere = [Replicate()] * there.device_mesh.ndim
-    found: torch.Tensor = distribute_tensor(value, there.device_mesh, everywhere).to_local()
-    return found
+    reference: Any = like
+    everywhere = [Replicate()] * reference.device_mesh.ndim
+    shared: torch.Tensor = distribute_tensor(value, reference.device_mesh, everywhere).to_local()
+    return shared
 
 
 def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a whole value into a tensor of a model, into this rank's part of it where it is sharded.
+    """Copy a whole value into a tensor of a model, or into this rank's part of it if it is sharded.
 
-    Every rank has to call this where it is: what the first one has is taken.
+    Every rank must call this if it is sharded. With ZeRO-3 the value of the first rank is used.
     """
     if is_partitioned(tensor):
         value = gathered(value)
@@ -425,7 +425,7 @@ def write(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Has FSDP2 put its parts of all parameters in, also where it keeps whole ones after a call."""
+    """Make FSDP2 register its parts of all parameters, also if it keeps whole ones after a call."""
     for module in model.modules():
         if is_unit(module):
             owner: Any = module
@@ -433,11 +433,11 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_whole(named: Iterable[tuple[str, torch.Tensor]], error: type[LoraFxError]) -> None:
-    """Refuses parameters that DeepSpeed's ZeRO-3 owns, for what runs the model outside of its engine.
+    """Raise for parameters that DeepSpeed's ZeRO-3 owns, in code that runs the model outside its engine.
 
     Args:
         named: Parameters by name.
-        error: What is raised.
+        error: The class of the error.
     """
     for name, tensor in named:
         if is_partitioned(tensor):

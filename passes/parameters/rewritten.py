@@ -1,8 +1,7 @@
-"""The state of a rewritten model: what is trained by hand in it, what changed, and what it has lost.
+"""The state of a rewritten model: parameters trained by hand, changed buffers, and lost parameters.
 
-A frozen parameter shares its memory with the model that was rewritten: it gets memory of its own before an
-optimizer could write into it. Buffers that training changed (batch-norm statistics) are part of what was
-learned.
+A frozen parameter shares its memory with the model before the rewrite. It gets separate memory before an
+optimizer can write into it. Buffers that training changed (batch-norm statistics) were learned, too.
 """
 
 from __future__ import annotations
@@ -57,21 +56,21 @@ __all__ = [
 ]
 
 
-# Storages are copied from an address that every dtype can begin at.
+# Storages are copied from an address that is aligned for every dtype.
 _ALIGNED = 16
 
 
 def protect(model: nn.Module) -> None:
-    """Has every frozen parameter of the base get storage of its own with its first gradient.
+    """Give every frozen parameter of the base separate storage once it gets its first gradient.
 
     Args:
-        model: A copy over the weights of another model. What is protected already is left as it is.
+        model: A copy over the weights of another model. Parameters that are protected already are skipped.
     """
     root = weakref.ref(model)
     for parameter in _distinct(model):
         if parameter.requires_grad or is_guarded(parameter) or not _can_train(parameter):
             continue
-        # Autograd takes hooks of what requires a gradient only, and keeps them afterwards.
+        # Autograd accepts hooks only of tensors that require a gradient, and keeps them afterwards.
         parameter.requires_grad_(True)
         parameter.register_hook(_Guard(parameter, root))  # type: ignore[no-untyped-call]
         parameter.requires_grad_(False)
@@ -81,20 +80,20 @@ def protect(model: nn.Module) -> None:
 
 
 def unprotect(model: nn.Module) -> None:
-    """Takes off what :func:`protect` has put on modules, of a copy: none of its parameters has a hook."""
+    """Remove the module hooks of :func:`protect` from a copy, whose parameters have no hooks."""
     for module in model.modules():
         for key in list(_load_hooks(module)):
             del torch_private.load_hooks(module)[key]
 
 
 def is_guarded(parameter: torch.Tensor) -> bool:
-    """Whether :func:`protect` has seen a parameter. A copy of it, which shares nothing, is not guarded."""
+    """Return True if :func:`protect` has guarded a parameter. A copy shares no memory and is not guarded."""
     hooks = torch_private.parameter_hooks(parameter)
     return any(isinstance(hook, _Guard) for hook in hooks.values())
 
 
 def claim(parameter: torch.Tensor) -> None:
-    """Gives a parameter storage of its own, before it is written into; nothing if it has that."""
+    """Give a parameter separate storage before it is written into; do nothing if it has that already."""
     hooks = torch_private.parameter_hooks(parameter)
     for hook in list(hooks.values()):
         if isinstance(hook, _Guard):
@@ -102,44 +101,44 @@ def claim(parameter: torch.Tensor) -> None:
 
 
 def claim_unfrozen(model: nn.Module) -> None:
-    """Gives storage of its own to what has been unfrozen by hand, before it has a gradient."""
+    """Give separate storage to parameters that were unfrozen by hand, before they have a gradient."""
     for parameter in _distinct(model):
         if parameter.requires_grad:
             claim(parameter)
 
 
 def _note_by_hand(model: nn.Module) -> None:
-    """Notes in the record of a rewritten model what is trained by hand now, so that it stays known."""
+    """Add to the record of a rewritten model the parameters that are trained by hand now."""
     record = record_of(model)
     if record is None:
         return
-    found = frozenset(trained_by_hand(model, record))
-    if found != record.by_hand:
-        model.__dict__["_lora_fx"] = dataclasses.replace(record, by_hand=found)
+    names = frozenset(trained_by_hand(model, record))
+    if names != record.by_hand:
+        model.__dict__["_lora_fx"] = dataclasses.replace(record, by_hand=names)
 
 
 def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]:
-    """The base's parameters that are, or were, trained and that no adapter trains, by each of their names.
+    """Return the base's parameters that are, or were, trained by no adapter, under each of their names.
 
-    Those of a module that has replaced one of the base are among them.
+    It includes the parameters of modules that have replaced one of the base.
 
     Args:
         model: A rewritten model.
         record: Its record.
     """
     owned = {name for adapter in record.active for name in record.adapters[adapter].own}
-    there = base_parameters(model)
+    parameters = base_parameters(model)
     replaced = tuple(f"{name}." for name in _replaced_modules(model, record))
     return {
         name: parameter
-        for name, parameter in there.items()
+        for name, parameter in parameters.items()
         if name not in owned
         and (parameter.requires_grad or name in record.by_hand or name.startswith(replaced))
     }
 
 
 def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]]:
-    """Weights that require a gradient where an initialization has put them, and the adapter of each."""
+    """Yield weights that an initialization has replaced and that require a gradient, with their adapters."""
     for adapter in record.active:
         entry = record.adapters[adapter]
         weights = {row.site.weight for row in entry.sites} - set(entry.given)
@@ -149,20 +148,20 @@ def trained_starts(model: nn.Module, record: Record) -> Iterator[tuple[str, str]
 
 
 def _replaced_modules(model: nn.Module, record: Record) -> Iterator[str]:
-    """FQNs of the modules that were put where there was a region at the rewrite."""
+    """Yield the FQNs of modules that have replaced a region of the rewrite."""
     if not any(is_guarded(parameter) for parameter in _distinct(model)):
-        return  # it is a copy, in which nothing tells what is new
+        return  # it is a copy, in which new modules cannot be recognized
     for fqn, module in base_modules(model):
         if fqn in record.base.graphs and not any(_load_hooks(module)):
-            held = [p for p in module.parameters() if type(p) is nn.Parameter]
-            if held and not any(is_guarded(p) or p.is_meta for p in held):
+            parameters = [p for p in module.parameters() if type(p) is nn.Parameter]
+            if parameters and not any(is_guarded(p) or p.is_meta for p in parameters):
                 yield fqn
 
 
 class _Guard:
-    """The hook of one parameter."""
+    """The hook of one parameter, which gives it separate storage."""
 
-    # What goes to another process needs no hook, since it shares nothing with the user's model there.
+    # A parameter in another process needs no hook, because it shares no memory with the user's model.
     __torch_unserializable__ = True
 
     def __init__(self, parameter: nn.Parameter, root: weakref.ref[nn.Module]) -> None:
@@ -176,21 +175,21 @@ class _Guard:
             return
         self.claimed = True
         record = None if root is None else record_of(root)
-        there = {} if root is None else base_parameters(root)
-        group = _together(parameter, there.values())
+        parameters = {} if root is None else base_parameters(root)
+        group = _together(parameter, parameters.values())
         if not is_partitioned(parameter):
             _give_storage(group)
         elif root is None or not is_owned(root):
-            # In an engine, what is trained has parts of its own already.
+            # In an engine, trained parameters have separate parts already.
             own_partition(parameter)
         if root is not None and record is not None:
-            members = {id(one) for one in group}
-            names = frozenset(name for name, one in there.items() if id(one) in members)
+            members = {id(member) for member in group}
+            names = frozenset(name for name, value in parameters.items() if id(value) in members)
             root.__dict__["_lora_fx"] = dataclasses.replace(record, by_hand=record.by_hand | names)
 
 
 def _load_hooks(module: nn.Module) -> Iterator[int]:
-    """Keys of the hook in a module."""
+    """Yield the keys of this file's load hook in a module."""
     for key, hook in torch_private.load_hooks(module).items():
         # torch wraps it.
         if getattr(hook, "hook", hook) is _claim_loaded:
@@ -200,9 +199,9 @@ def _load_hooks(module: nn.Module) -> Iterator[int]:
 def _claim_loaded(
     module: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any
 ) -> None:
-    """Before a module is loaded: what a state dict has other values for gets storage of its own."""
+    """Give parameters separate storage before a state dict with other values is loaded into their module."""
     if metadata.get("assign_to_params_buffers"):
-        return  # nothing is written: parameters are exchanged
+        return  # nothing is written: the parameters are replaced
     for name, parameter in module._parameters.items():
         value = state.get(prefix + name)
         if parameter is None or not isinstance(value, torch.Tensor) or not is_guarded(parameter):
@@ -216,7 +215,7 @@ def _claim_loaded(
 def _distinct(model: nn.Module) -> Iterator[nn.Parameter]:
     seen: set[int] = set()
     for _, module in base_modules(model):
-        # What is scripted was copied, and shares nothing.
+        # A scripted module was copied, and shares no memory.
         if isinstance(module, torch.jit.ScriptModule):
             continue
         for parameter in module._parameters.values():
@@ -234,23 +233,27 @@ def _can_train(parameter: nn.Parameter) -> bool:
     )
 
 
-def _together(parameter: nn.Parameter, others: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """A parameter and those that have bytes in common with it: what is tied by its storage stays tied."""
+def _together(parameter: nn.Parameter, candidates: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return a parameter and those that share bytes with it, so that tied parameters stay tied."""
     group = {id(parameter): parameter}
     if not _is_plain(parameter) or is_partitioned(parameter):
         return [parameter]
     storage = storage_of(parameter)
-    same = {id(one): one for one in others if _is_plain(one) and storage_of(one) == storage}
+    same = {
+        id(candidate): candidate
+        for candidate in candidates
+        if _is_plain(candidate) and storage_of(candidate) == storage
+    }
     while True:
         low, high = _span(group.values())
-        found = {
-            key: one
-            for key, one in same.items()
-            if _extent(one)[0] < high and low < _extent(one)[1]
+        overlapping = {
+            key: candidate
+            for key, candidate in same.items()
+            if _extent(candidate)[0] < high and low < _extent(candidate)[1]
         }
-        if found.keys() <= group.keys():
+        if overlapping.keys() <= group.keys():
             return list(group.values())
-        group |= found
+        group |= overlapping
 
 
 def _give_storage(group: list[nn.Parameter]) -> None:
@@ -262,10 +265,12 @@ def _give_storage(group: list[nn.Parameter]) -> None:
         low -= low % _ALIGNED
         old = torch.empty(0, dtype=torch.uint8, device=group[0].device)
         whole = old.set_(group[0].untyped_storage(), low, (high - low,), (1,)).clone()
-        for one in group:
-            place = (_extent(one)[0] - low) // one.element_size()
-            view = torch.empty(0, dtype=one.dtype, device=one.device)
-            one.data = view.set_(whole.untyped_storage(), place, one.shape, one.stride())
+        for parameter in group:
+            offset = (_extent(parameter)[0] - low) // parameter.element_size()
+            view = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            parameter.data = view.set_(
+                whole.untyped_storage(), offset, parameter.shape, parameter.stride()
+            )
 
 
 def _is_plain(parameter: torch.Tensor) -> bool:
@@ -273,12 +278,12 @@ def _is_plain(parameter: torch.Tensor) -> bool:
 
 
 def _span(group: Iterable[torch.Tensor]) -> tuple[int, int]:
-    ends = [_extent(one) for one in group]
+    ends = [_extent(tensor) for tensor in group]
     return min(low for low, _ in ends), max(high for _, high in ends)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First and last byte of a tensor in its storage, the last one excluded."""
+    """Return the first and last byte of a tensor in its storage, the last one excluded."""
     start = int(tensor.storage_offset())
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = start + sum((int(size) - 1) * int(stride) for size, stride in steps)
@@ -287,28 +292,28 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a state dict has, by FQN.
+    """Return the buffers that a state dict would have, by FQN.
 
-    No state dict is made for it: quantized embeddings of bitsandbytes refuse that.
+    No state dict is made, because quantized embeddings of bitsandbytes refuse that.
     """
-    kept = {
+    persistent = {
         join(fqn, key)
         for fqn, module in model.named_modules(remove_duplicate=False)
-        # A script module has them in something that says its keys by no iteration.
+        # The buffers of a script module are in a container that cannot be iterated without keys().
         for key in module._buffers.keys()  # noqa: SIM118
         if key not in torch_private.transient_buffers(module)
     }
-    return {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def buffer_digests(model: nn.Module) -> dict[str, str]:
-    """A fingerprint of every persistent buffer, by FQN."""
-    found = persistent_buffers(model).items()
-    return {name: digest_of(buffer) for name, buffer in found if buffer.device.type != "meta"}
+    """Return a fingerprint of every persistent buffer, by FQN."""
+    buffers = persistent_buffers(model).items()
+    return {name: digest_of(buffer) for name, buffer in buffers if buffer.device.type != "meta"}
 
 
 def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, torch.Tensor]]:
-    """The persistent buffers that are not what they were at the rewrite, or whose module is new."""
+    """Yield the persistent buffers that have changed since the rewrite, or whose module is new."""
     buffers = dict(model.named_buffers())
     new = tuple(f"{name}." for name in _replaced_modules(model, record))
     for name, digest in buffer_digests(model).items():
@@ -317,11 +322,11 @@ def changed_buffers(model: nn.Module, record: Record) -> Iterator[tuple[str, tor
 
 
 def digest_of(tensor: torch.Tensor) -> str:
-    """The values of a tensor in few digits, whatever its shape and its layout."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return a short digest of a tensor's values, whatever its shape and its layout."""
+    digest = hashlib.blake2b(digest_size=16)
     for part in _strided_parts(tensor.detach()):
-        found.update(part.to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(part.to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 _COMPRESSED = ("values", "crow_indices", "col_indices"), ("values", "ccol_indices", "row_indices")
@@ -330,7 +335,7 @@ _PARTS = {
     **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), _COMPRESSED[0]),
     **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), _COMPRESSED[1]),
 }
-"""The methods that give what a sparse tensor holds."""
+"""The methods that return the parts of a sparse tensor."""
 
 
 def _strided_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -342,22 +347,22 @@ def _strided_parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
 
 
 def check_intact(model: nn.Module, record: Record) -> None:
-    """Refuses a model in which a layer that has an adapter was deleted or replaced after the rewrite.
+    """Raise if a layer that has an adapter was deleted or replaced after the rewrite.
 
     Args:
         model: A rewritten model.
         record: Its record.
 
     Raises:
-        CaptureError: With every such place, and what to do.
+        CaptureError: With every such layer, and a remedy.
     """
-    lost = list(dict.fromkeys(_lost(model, record)))
-    if not lost:
+    losses = list(dict.fromkeys(_lost(model, record)))
+    if not losses:
         return
     raise CaptureError(
         f"this {type(model).__name__} has lost what the rewrite put into it: layers were deleted or replaced "
         "since:\n  "
-        + some(lost, 5, "\n  ")
+        + some(losses, 5, "\n  ")
         + "\nPut the layers back, or make the change in the original model and rewrite that "
         "(lora_fx.load_adapter gives it what was saved before)"
     )
@@ -371,13 +376,13 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
         for tokens in entry.tokens:
             name = rows_name(tokens, adapter)
             if not _has(modules, name):
-                found = _found(modules, tokens.site.holder)
-                yield f"{tokens.name}: it has no trained rows of adapter {adapter!r}{found}"
+                replacement = _found(modules, tokens.site.holder)
+                yield f"{tokens.name}: it has no trained rows of adapter {adapter!r}{replacement}"
         for name in entry.own:
             owner, _, leaf = name.rpartition(".")
-            # That of an active adapter has replaced the base's.
-            kept = name if adapter in record.active else join(owner, KEPT + leaf, adapter)
-            if not _has(modules, kept):
+            # The value of an active adapter has replaced the base's.
+            stored = name if adapter in record.active else join(owner, KEPT + leaf, adapter)
+            if not _has(modules, stored):
                 yield f"{name}: adapter {adapter!r} has its own value of it, and it is not there"
     for fqn in record.base.kept:
         if fqn not in modules:
@@ -391,15 +396,15 @@ def _lost_at_site(modules: dict[str, nn.Module], row: PlannedSite, adapter: str)
         return
     for attribute in factor_names(row).present:
         if not _has(modules, join(site.holder, attribute, adapter)):
-            found = _found(modules, site.holder)
-            yield f"{row.name}: it has no {attribute} of adapter {adapter!r}{found}"
+            replacement = _found(modules, site.holder)
+            yield f"{row.name}: it has no {attribute} of adapter {adapter!r}{replacement}"
             return
     if row.dropout and join(site.holder, DROPOUT, adapter) not in modules:
         yield f"{row.name}: it has no {DROPOUT} of adapter {adapter!r}{_found(modules, site.holder)}"
 
 
 def _found(modules: dict[str, nn.Module], fqn: str) -> str:
-    """Say which module is where an adapter's parameters were."""
+    """Say which module is at the name where an adapter's parameters were."""
     module = modules.get(fqn)
     if module is None:
         return f" (there is no module {fqn})"
@@ -410,7 +415,7 @@ def _found(modules: dict[str, nn.Module], fqn: str) -> str:
 
 
 def _has(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether there is such a parameter or buffer."""
+    """Return True if there is such a parameter or buffer."""
     owner, _, leaf = name.rpartition(".")
     module = modules.get(owner)
     if module is None:
@@ -421,12 +426,12 @@ def _has(modules: dict[str, nn.Module], name: str) -> bool:
 
 _COMPILED, _CHECKPOINTED = torch_private.ORIGINAL_MODULE, torch_private.CHECKPOINTED_MODULE
 _locks: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-"""For each rewritten model, what a thread holds while it changes it."""
+"""The lock of each rewritten model, which a thread holds while it changes the model."""
 _Verb = TypeVar("_Verb", bound=Callable[..., Any])
 
 
 class AroundModel:
-    """A module that is an interface of a rewritten model: verbs work on that."""
+    """A module that wraps a rewritten model: verbs work on the model inside."""
 
     def get_base_model(self) -> nn.Module:
         """Return the rewritten model."""
@@ -434,16 +439,16 @@ class AroundModel:
 
 
 def inside(verb: _Verb) -> _Verb:
-    """Let a verb see through compiled models, and through compiled or checkpointed layers.
+    """Make a verb work through compiled models, and through compiled or checkpointed layers.
 
-    What the verb returns is what it was given, where that is what it would return. Layers of a model that it
-    makes of one that is not rewritten have the wrappers that they had in that.
+    If the verb would return the model itself, the wrapped verb returns its own argument. If the verb
+    rewrites a model, the new model gets the layer wrappers of the original.
 
-    A transform of ``torch.func`` around the call does not reach what the verb computes.
+    A transform of ``torch.func`` around the call does not reach the computation of the verb.
 
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
-        ConfigError: If parameters of the model are those that such a transform differentiates.
+        ConfigError: If such a transform differentiates parameters of the model.
     """
 
     @functools.wraps(verb)
@@ -462,7 +467,7 @@ def inside(verb: _Verb) -> _Verb:
 
 
 def _check_not_transformed(verb: str, model: Any) -> None:
-    """Refuse a model whose parameters a transform differentiates: it would not reach the result."""
+    """Raise if a transform differentiates parameters of a model: it would not reach the result."""
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if torch_private.is_transformed(parameter):
             raise ConfigError(
@@ -474,14 +479,14 @@ def _check_not_transformed(verb: str, model: Any) -> None:
 def _in_original(verb: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a verb on a model that is not rewritten, without the wrappers that checkpoint its layers."""
     inner = _unwrapped(model, (_CHECKPOINTED,))
-    with without_zero_init(), _layers_unwrapped(inner, (_CHECKPOINTED,)) as places:
+    with without_zero_init(), _layers_unwrapped(inner, (_CHECKPOINTED,)) as wrapped:
         result = verb(inner, *args, **kwargs)
         names = {id(module): name for name, module in inner.named_modules()}
-        wrappers = {join(names[id(parent)], name): child for parent, name, child in places}
+        wrappers = {join(names[id(parent)], name): child for parent, name, child in wrapped}
     if result is inner:
         return model
     if isinstance(result, nn.Module) and record_of(result) is not None:
-        # Those of layers inside other ones first.
+        # Wrap inner layers first.
         for name, wrapper in sorted(wrappers.items(), reverse=True):
             result.set_submodule(name, _wrapped_again(wrapper, result.get_submodule(name)))
         return result if inner is model else _wrapped_again(model, result)
@@ -501,15 +506,15 @@ def _wrapped_again(wrapper: nn.Module, inner: nn.Module) -> nn.Module:
 
 @contextmanager
 def without_wrappers(model: Any, *, leaving: bool = False) -> Iterator[Any]:
-    """Give the module inside of wrappers, with its layers as they are without theirs.
+    """Yield the module inside of wrappers, with the wrappers of its layers removed.
 
     These are the wrappers of ``torch.compile``, of FSDP1, and those that checkpoint or offload activations
-    (``apply_activation_checkpointing``). They are in their places again when the context ends, and go by what
-    the module inside is then. One thread at a time is in such a context of a model.
+    (``apply_activation_checkpointing``). When the context ends, they are put back around the current inner
+    modules. One thread at a time is in such a context of a model.
 
     Args:
-        model: A rewritten model; anything else is given back as it is.
-        leaving: Whether a ``with`` block is left, which has to end whatever has become of the model.
+        model: A rewritten model; anything else is yielded unchanged.
+        leaving: True if a ``with`` block ends, which must succeed in whatever state the model is.
 
     Raises:
         CaptureError: If a layer that has an adapter was deleted or replaced.
@@ -535,36 +540,36 @@ _WRAPPERS = (_COMPILED, _CHECKPOINTED, torch_private.FLATTENED_MODULE)
 def _layers_unwrapped(
     model: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS
 ) -> Iterator[list[_Place]]:
-    """Take the wrappers off layers, for as long as the context lasts.
+    """Remove the wrappers of layers while the context lasts.
 
     Yields:
-        The places: a module, a name in it, and the wrapper that it has there otherwise.
+        The wrapped layers: a parent module, the name in it, and the wrapper.
     """
-    places = [
+    wrapped = [
         (parent, name, child)
         for parent in model.modules()
         if _inside_of(parent, wrappers) is None
         for name, child in parent._modules.items()
         if child is not None and _inside_of(child, wrappers) is not None
     ]
-    for parent, name, child in places:
+    for parent, name, child in wrapped:
         parent._modules[name] = _unwrapped(child, wrappers)
     try:
-        yield places
+        yield wrapped
     finally:
-        for parent, name, child in places:
+        for parent, name, child in wrapped:
             if parent._modules.get(name) is _unwrapped(child, wrappers):
                 parent._modules[name] = child
 
 
 def _inside_of(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.Module | None:
-    """The module that a wrapper is around; None for any other module."""
+    """Return the module inside a wrapper; None for any other module."""
     if isinstance(module, torch.jit.ScriptModule):
         return None  # its modules cannot be looked up by name
     if isinstance(module, AroundModel):
         return module.get_base_model()
-    found = (module._modules.get(name) for name in wrappers)
-    return next((inner for inner in found if inner is not None), None)
+    children = (module._modules.get(name) for name in wrappers)
+    return next((inner for inner in children if inner is not None), None)
 
 
 def _unwrapped(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.Module:
@@ -574,11 +579,11 @@ def _unwrapped(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.M
 
 
 def mark_adapted(model: nn.Module, *, adapted: bool) -> None:
-    """Writes ``is_quantized`` where transformers has quantized: whether weights are all that there is.
+    """Set ``is_quantized`` on modules that transformers has quantized: True if the model has no adapters.
 
     Args:
         model: A model of lora_fx's own.
-        adapted: Whether it has adapters.
+        adapted: True if it has adapters.
     """
     for module in model.modules():
         if module.__dict__.get("hf_quantizer") is not None:

@@ -1,4 +1,4 @@
-"""The linear operations that lora_fx knows, and the registry of them, most specific first."""
+"""Patterns of linear operations, and their registry, most specific first."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _registry: tuple[Pattern, ...] = (
 
 
 def patterns() -> tuple[Pattern, ...]:
-    """The patterns in the order in which they are asked."""
+    """Return the patterns in the order in which they are matched."""
     return _registry
 
 
@@ -75,10 +75,10 @@ class _Named(Protocol):
 
 
 def pattern_of(seen: _Named) -> Pattern:
-    """The pattern that knows the algebra of a site, or of one of its calls.
+    """Return the pattern with the algebra of a site, or of one of its calls.
 
     Raises:
-        ConfigError: If it was registered in another process and is not here.
+        ConfigError: If it was registered in another process, but not in this one.
     """
     for pattern in _registry:
         if seen.pattern == pattern.name:
@@ -90,7 +90,7 @@ def pattern_of(seen: _Named) -> Pattern:
 
 
 def register_pattern(pattern: Pattern) -> None:
-    """Adds a linear-like operation of your own, asked before those that are known.
+    """Register a new linear-like operation, which is matched before the existing patterns.
 
     Args:
         pattern: An object with ``name``, ``match``, ``factors``, ``branch``, ``delta`` and
@@ -98,9 +98,9 @@ def register_pattern(pattern: Pattern) -> None:
             ``match`` only.
 
     Raises:
-        ConfigError: If it lacks one of those, or its name is taken.
+        ConfigError: If it lacks one of these attributes, or its name is taken.
     """
-    global _registry  # noqa: PLW0603  to register is to change what every later match asks
+    global _registry  # noqa: PLW0603  registration changes every later match
     parts = ("name", "match", "factors", "branch", "delta", "flops")
     lacking = [name for name in parts if not hasattr(pattern, name)]
     if lacking:

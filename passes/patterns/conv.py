@@ -1,10 +1,10 @@
-"""Convolutions, ``y' = conv(x, W) + s · conv₁(conv(x, A), B)``, and transposed ones.
+"""Patterns of convolutions, ``y' = conv(x, W) + s · conv₁(conv(x, A), B)``, and transposed convolutions.
 
 A [r, in, *k] has the base operation's stride, padding and dilation, and B [out, r, 1, ...] is a 1 x 1
-convolution. The weight of a transposed one is stored [in, out, *k], and A is read with its first two
-dimensions swapped. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
+convolution. The weight of a transposed convolution is stored [in, out, *k], and A is read with its first
+two dimensions swapped. So ΔW[i, o] = s · Σᵣ B[o, r] A[r, i], kernel by kernel.
 
-With g groups W is [in, out/g, *k], and both factors are grouped as those of other convolutions are:
+With g groups W is [in, out/g, *k], and both factors are grouped as for other convolutions:
 A [r, in/g, *k], B [out, r/g, 1, ...], so that ΔW has the shape of W and can be merged.
 """
 
@@ -48,7 +48,7 @@ _TRANSPOSED_SIGNATURE = (
 
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
-    """What convolutions and transposed ones have in common.
+    """Base class of the patterns of convolutions and transposed convolutions.
 
     Attributes:
         dims: Number of spatial dimensions: 1, 2 or 3.
@@ -62,34 +62,34 @@ class _Convolution:
 
     @property
     def name(self) -> str:
-        """``conv1d``, ``conv-transpose1d`` and the like."""
+        """Return the name: ``conv1d``, ``conv-transpose1d`` and so on."""
         return f"{self.called}{self.dims}d"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
+        """Match a node; see :class:`lora_fx.ir.site.Pattern`."""
         if target_of(node) not in self.functions[self.dims]:
             return None
         named = known_arguments(node, self.signature)
         if named is None:
             return unknown(region, node, self.signature)
-        found = weight_of(named["weight"], region)
-        if found is None or not found.plain:
+        view = weight_of(named["weight"], region)
+        if view is None or not view.plain:
             return computed(region, node, named["weight"])
-        parameter = region.parameter(found.source)
+        parameter = region.parameter(view.source)
         assert parameter is not None
         if parameter.dim() != self.dims + 2:
             reason = f"its weight has {parameter.dim()} dimensions; that of {self.name} has {self.dims + 2}"
-            return reject(region, node, found.source, reason)
+            return reject(region, node, view.source, reason)
         groups = named["groups"]
         if not isinstance(groups, int):
-            return reject(region, node, found.source, "its number of groups depends on the input")
+            return reject(region, node, view.source, "its number of groups depends on the input")
         first, second = parameter.shape[:2]
         forward = self.layout == "out_in"
         return make_site(
             region,
             pattern=self.name,
             family="conv",
-            weight=found,
+            weight=view,
             bias=named["bias"],
             x=named["input"],
             output=node,
@@ -100,18 +100,18 @@ class _Convolution:
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """A [r, in/g, *k], B [out, r/g, 1, ...]."""
+        """Return the shapes of A [r, in/g, *k] and B [out, r/g, 1, ...]."""
         kernel = site.weight_shape[2:]
         a = (rank, site.in_features // site.groups, *kernel)
         return Factors(a, (site.out_features, rank // site.groups, *(1 for _ in kernel)))
 
     def flops(self, site: Site, rank: int) -> int:
-        """Twice the elements of both factors, for one output position."""
+        """Return twice the number of elements of both factors, for one output position."""
         return 2 * self.factors(site, rank).numel
 
 
 class ConvPattern(_Convolution):
-    """``conv1d``, ``conv2d`` or ``conv3d``, with groups, dilation and any padding."""
+    """Pattern of ``conv1d``, ``conv2d`` or ``conv3d``, with groups, dilation and any padding."""
 
     called = "conv"
     functions = _FUNCTIONS
@@ -119,7 +119,7 @@ class ConvPattern(_Convolution):
     layout = "out_in"
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """The base convolution's geometry with A, then a 1 x 1 convolution with B."""
+        """Write a convolution with A and the base geometry, then a 1 x 1 convolution with B."""
         named = arguments(node, _SIGNATURE)
         conv = _FUNCTIONS[self.dims][0]
         geometry = (named["stride"], named["padding"], named["dilation"], site.groups)
@@ -127,7 +127,7 @@ class ConvPattern(_Convolution):
         return build.call(Role.UP, conv, down, build.b, build.bias, 1, 0, 1, site.groups)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``B A`` group by group, in W's shape."""
+        """Return ``B A`` group by group, in W's shape."""
         g = site.groups
         grouped_a = a.reshape(g, a.shape[0] // g, -1)
         grouped_b = b.reshape(g, b.shape[0] // g, -1)
@@ -135,7 +135,7 @@ class ConvPattern(_Convolution):
 
 
 class ConvTransposePattern(_Convolution):
-    """``conv_transpose1d``, ``2d`` or ``3d``, with groups, dilation and output padding."""
+    """Pattern of ``conv_transpose1d``, ``2d`` or ``3d``, with groups, dilation and output padding."""
 
     called = "conv-transpose"
     functions = _TRANSPOSED
@@ -143,7 +143,7 @@ class ConvTransposePattern(_Convolution):
     layout = "in_out"
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """The base operation's geometry with A, then a 1 x 1 convolution with B."""
+        """Write a transposed convolution with A and the base geometry, then a 1 x 1 convolution with B."""
         named = arguments(node, _TRANSPOSED_SIGNATURE)
         geometry = [named[key] for key in ("stride", "padding", "output_padding")]
         down = build.call(
@@ -162,14 +162,14 @@ class ConvTransposePattern(_Convolution):
         return build.call(Role.UP, pointwise, down, build.b, build.bias, 1, 0, 1, site.groups)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``Σᵣ B[o, r] A[r, i]``, group by group, [in, out/g, *k]."""
+        """Return ``Σᵣ B[o, r] A[r, i]``, group by group, [in, out/g, *k]."""
         grouped_a = a.reshape(site.groups, -1, *a.shape[1:])
         grouped_b = b.reshape(site.groups, -1, b.shape[1])
         return torch.einsum("gor,gri...->gio...", grouped_b, grouped_a).flatten(0, 1)
 
 
 def _turned(site: Site, build: BranchBuilder) -> fx.Node:
-    """A as a transposed convolution takes it: [in, r/g, *k]."""
+    """Return A in the layout of a transposed convolution: [in, r/g, *k]."""
     if site.groups == 1:
         return build.call(Role.DOWN, torch.transpose, build.a, 0, 1)
     grouped = build.call(Role.DOWN, torch.unflatten, build.a, 0, (site.groups, -1))

@@ -1,11 +1,11 @@
-"""``torch.einsum`` of an activation with a parameter: ``bsi,oi->bso`` and whatever else people write.
+"""Pattern of ``torch.einsum`` of an activation with a parameter, such as ``bsi,oi->bso``.
 
 The letters of the parameter are of three kinds: summed (in x and not in the output), kept (in the output
-and not in x) and shared (in both). With some summed and some kept it is a linear operation from the first
-to the second, ``y = Σᵢ x[… i …] W[o, i]``, and shared letters count experts, which have a matrix each. The
-branch is two einsums with a letter r of its own: ``Σᵢ x[… i …] A[r, i]``, which has r where the output has o,
-and then ``Σᵣ … B[o, r]``. Several kept letters are one dimension of B, in the order of the weight, and
-several summed ones are one of A, wherever they lie in the weight.
+and not in x) and shared (in both). With summed and kept letters it is a linear operation from the summed to
+the kept dimensions, ``y = Σᵢ x[… i …] W[o, i]``. Shared letters count experts, which have a matrix each.
+The branch is two einsums with a new letter r. The first is ``Σᵢ x[… i …] A[r, i]``, with r at the position
+of o in the output. The second is ``Σᵣ … B[o, r]``. Several kept letters are one dimension of B, in the
+order of the weight. Several summed letters are one dimension of A, at any position in the weight.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _MATRIX, _EXPERTS = LinearPattern(), ExpertsPattern()
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """An einsum of two operands, one of them a parameter.
+    """Einsum of two operands, one of them a parameter.
 
     Attributes:
         x: The activation.
-        view: The parameter, and how it is read.
+        view: The view of the parameter.
         terms: The letters of the activation, of the parameter and of the output.
     """
 
@@ -48,7 +48,7 @@ class _Seen:
 
     @property
     def letters(self) -> tuple[str, str, str] | None:
-        """The shared, the kept and the summed letters of the parameter; None if it is no product."""
+        """Return the shared, kept and summed letters of the parameter, or None if it is no product."""
         x, weight, out = self.terms
         shared = "".join(letter for letter in weight if letter in x and letter in out)
         kept = "".join(letter for letter in weight if letter not in x and letter in out)
@@ -59,12 +59,12 @@ class _Seen:
 
 
 class EinsumPattern:
-    """An einsum with one parameter operand; the algebra is that of a product, or of experts."""
+    """Pattern of an einsum with one parameter operand. Its algebra is that of a product, or of experts."""
 
     name = "einsum"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
+        """Match a node; see :class:`lora_fx.ir.site.Pattern`."""
         seen = _see(node, region)
         if not isinstance(seen, _Seen):
             return seen
@@ -82,10 +82,10 @@ class EinsumPattern:
             )
         shared, kept, summed = seen.letters
         sizes = _sizes(seen)
-        # A transposed parameter has its letters in the order in which it is stored.
+        # The letters are in the order of storage, also for a transposed parameter.
         stored = seen.terms[1]
         out_in = stored != shared + summed + kept
-        # Letters that do not lie side by side are brought together first.
+        # Letters that are not adjacent are permuted first.
         order = tuple(map(stored.index, shared + kept + summed)) if out_in else None
         if order == tuple(range(len(stored))):
             order = None
@@ -114,19 +114,19 @@ class EinsumPattern:
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """A [r, in] and B [out, r], or [E, r, in] and [E, out, r]."""
+        """Return the shapes of A [r, in] and B [out, r], or [E, r, in] and [E, out, r]."""
         return _algebra(site).factors(site, rank)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``B A``, transposed where the weight is."""
+        """Return ``B A``, transposed if the weight is."""
         return _algebra(site).delta(site, a, b)
 
     def flops(self, site: Site, rank: int) -> int:
-        """``2 r (in + out)``."""
+        """Return ``2 r (in + out)``."""
         return _algebra(site).flops(site, rank)
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Two einsums, through a letter that the equation does not use."""
+        """Write two einsums, through a letter that the equation does not use."""
         seen = _see(node, region)
         assert isinstance(seen, _Seen)
         assert seen.letters is not None
@@ -158,7 +158,7 @@ def _sizes(seen: _Seen) -> dict[str, int]:
 
 
 def _axes(kept: str, out: str) -> tuple[int, ...]:
-    """Where the kept letters are, counted from the end; empty if an ellipsis comes after one."""
+    """Return the axes of the kept letters, counted from the end, or () if an ellipsis follows one."""
     behind = out.rpartition("...")[2]
     if not set(kept) <= set(behind):
         return ()
@@ -200,22 +200,22 @@ def _see(node: fx.Node, region: Region) -> _Seen | Match:
 
 
 def rows_of_einsum(node: fx.Node, region: Region) -> tuple[int, int, int] | str | None:
-    """Where the rows of an einsum's activation are: on its first axis that the weight does not have.
+    """Return the axis of the rows of an einsum's activation, its first axis that the weight does not have.
 
     Returns:
-        The axis in the activation, that in the output, and how many dimensions the activation has at
-        least; the equation where it has no such axis. None for any other operation.
+        The axis in the activation, the axis in the output, and the smallest number of dimensions of the
+        activation. The equation if it has no such axis. None for any other operation.
     """
     seen = _see(node, region)
     if not isinstance(seen, _Seen):
         return None
     x, weight, out = (_letters(term) for term in seen.terms)
-    for place, letter in enumerate(x):
+    for axis, letter in enumerate(x):
         if letter in weight or (x.count(letter), out.count(letter)) != (1, 1):
             continue
-        at = out.index(letter)
-        if _MANY not in x[:place] and _MANY not in out[:at]:
-            return place, at, len(x)
+        out_axis = out.index(letter)
+        if _MANY not in x[:axis] and _MANY not in out[:out_axis]:
+            return axis, out_axis, len(x)
     return "{},{}->{}".format(*seen.terms)
 
 
@@ -223,13 +223,13 @@ _MANY = "..."
 
 
 def _letters(term: str) -> list[str]:
-    """The letters of a term, and its ellipsis as one of them."""
+    """Return the letters of a term, with its ellipsis as one item."""
     before, many, behind = term.partition(_MANY)
     return [*before, *([many] if many else []), *behind]
 
 
 def _implicit(terms: list[str]) -> str:
-    """The output that einsum means without an arrow: letters that occur once, in their order."""
+    """Return the output term of an einsum without an arrow: letters that occur once, sorted."""
     text = "".join(terms)
     ellipsis = "..." if "..." in text else ""
     once = {letter for letter in text if letter.isalpha() and text.count(letter) == 1}

@@ -1,7 +1,7 @@
-"""Embedding lookups: ``y' = W[i] + s · (Aᵀ[i]) Bᵀ``.
+"""Pattern of embedding lookups: ``y' = W[i] + s · (Aᵀ[i]) Bᵀ``.
 
-A is [r, vocabulary] and starts at zero, B is [width, r] and starts random: a lookup in Aᵀ is as
-cheap as one in W. The factors are named as PEFT names them, ``lora_embedding_A`` and
+A is [r, vocabulary] and starts at zero, B is [width, r] and starts random. A lookup in Aᵀ is as
+cheap as one in W. The factors have the names of PEFT, ``lora_embedding_A`` and
 ``lora_embedding_B``.
 """
 
@@ -18,7 +18,7 @@ from lora_fx.passes.patterns.weights import weight_of
 
 __all__ = ["EmbeddingPattern", "lookup"]
 
-# A gradient that is sparse is that of the weight, which is frozen.
+# sparse is ignored, because it concerns the gradient of the weight, which is frozen.
 _FUNCTIONAL = (
     "input weight padding_idx=None max_norm=None norm_type=2.0 scale_grad_by_freq=False "
     "sparse=False"
@@ -27,7 +27,7 @@ _ATEN = "weight input|indices padding_idx=-1 scale_grad_by_freq=False sparse=Fal
 
 
 def lookup(node: fx.Node) -> tuple[fx.Node, int | None, bool]:
-    """What a lookup reads, its padding index, and whether its gradient is scaled by frequency."""
+    """Return the input of a lookup, its padding index, and True if its gradient is scaled by frequency."""
     named = arguments(node, _FUNCTIONAL if node.target is F.embedding else _ATEN)
     padding = named["padding_idx"]
     if node.target is not F.embedding and padding == -1:
@@ -36,17 +36,17 @@ def lookup(node: fx.Node) -> tuple[fx.Node, int | None, bool]:
 
 
 class EmbeddingPattern:
-    """``F.embedding`` and ``aten.embedding``."""
+    """Pattern of ``F.embedding`` and ``aten.embedding``."""
 
     name = "embedding"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
+        """Match a node; see :class:`lora_fx.ir.site.Pattern`."""
         target = target_of(node)
         if target is F.embedding_bag:
-            found = weight_of(arguments(node, "input weight")["weight"], region)
+            view = weight_of(arguments(node, "input weight")["weight"], region)
             return reject(
-                region, node, found.source if found else None, "embedding bags have no adapter yet"
+                region, node, view.source if view else None, "embedding bags have no adapter yet"
             )
         if target not in (F.embedding, torch.ops.aten.embedding.default):
             return None
@@ -54,24 +54,24 @@ class EmbeddingPattern:
         named = known_arguments(node, names)
         if named is None:
             return unknown(region, node, names)
-        found = weight_of(named["weight"], region)
-        if found is None or not found.plain or not isinstance(named["input"], fx.Node):
+        view = weight_of(named["weight"], region)
+        if view is None or not view.plain or not isinstance(named["input"], fx.Node):
             return None
         if named.get("max_norm") is not None:
             return reject(
-                region, node, found.source, "max_norm renormalizes the weight at every lookup"
+                region, node, view.source, "max_norm renormalizes the weight at every lookup"
             )
-        parameter = region.parameter(found.source)
+        parameter = region.parameter(view.source)
         assert parameter is not None
         if parameter.dim() != 2:
             reason = f"its weight has {parameter.dim()} dimensions; a table of embeddings has 2"
-            return reject(region, node, found.source, reason)
+            return reject(region, node, view.source, reason)
         vocabulary, width = parameter.shape
         return make_site(
             region,
             pattern=self.name,
             family="embedding",
-            weight=found,
+            weight=view,
             bias=None,
             x=named["input"],
             output=node,
@@ -80,7 +80,7 @@ class EmbeddingPattern:
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """A [r, vocabulary], B [width, r]."""
+        """Return the shapes of A [r, vocabulary] and B [width, r]."""
         return Factors(
             (rank, site.in_features),
             (site.out_features, rank),
@@ -89,16 +89,16 @@ class EmbeddingPattern:
         )
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """A lookup in Aᵀ, then a product with B. Indices have no dropout."""
+        """Write a lookup in Aᵀ, then a product with B. Indices have no dropout."""
         x, padding, by_frequency = lookup(node)
         table = build.call(Role.DOWN, torch.t, build.a)
         down = build.call(Role.DOWN, F.embedding, x, table, padding, None, 2.0, by_frequency)
         return build.call(Role.UP, F.linear, down, build.b)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``(B A)ᵀ``: [vocabulary, width]."""
+        """Return ``(B A)ᵀ``, [vocabulary, width]."""
         return (b @ a).mT
 
     def flops(self, site: Site, rank: int) -> int:
-        """``2 r width``: the lookup is free."""
+        """Return ``2 r width``, because the lookup is free."""
         return 2 * rank * site.out_features

@@ -1,7 +1,8 @@
-"""Weights of three dimensions, a matrix for each expert: ``y = x W[e]ᵀ``, one low-rank branch for each.
+"""Patterns of weights with a matrix for each expert, ``y = x W[e]ᵀ``, with a low-rank branch for each.
 
-A is [E, r, in] and B is [E, out, r], so that ΔW[e] = s · B[e] A[e]. Both are read the way the weight is: for
-one expert, for the expert of each row, for all at once, or for rows sorted by expert. ΔW is never built.
+A is [E, r, in] and B is [E, out, r], so that ΔW[e] = s · B[e] A[e]. Both are read in the same way as the
+weight: for one expert, for the expert of each row, for all at once, or for rows sorted by expert. ΔW is
+never built.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _GROUPED_NAMES = ("transformers.grouped_mm_fallback.default", "transformers.grou
 
 
 class ExpertsPattern:
-    """``matmul``, ``bmm`` and ``linear`` with a weight of three dimensions, or with one matrix of it."""
+    """Pattern of ``matmul``, ``bmm`` and ``linear`` with a weight of three dimensions, or a matrix of it."""
 
     name = "experts"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
+        """Match a node; see :class:`lora_fx.ir.site.Pattern`."""
         seen = self._see(node, region)
         if not isinstance(seen, Product):
             return seen
@@ -58,31 +59,31 @@ class ExpertsPattern:
         )
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """A [E, r, in], B [E, out, r]."""
+        """Return the shapes of A [E, r, in] and B [E, out, r]."""
         count = site.experts or 1
         return Factors(
             (count, rank, site.in_features), (count, site.out_features, rank), stacked=True
         )
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Two products in place of the base one's, with the factors read as the weight is."""
+        """Write two products, with the factors indexed in the same way as the weight."""
         seen = self._see(node, region)
         assert isinstance(seen, Product)
         x = build.dropped(seen.x)
         if isinstance(seen.view.index, int):
             return _products(seen, x, build)
-        # A vector has a product with each of the matrices, which a second product takes for one matrix.
+        # A vector gives one row for each matrix, which the second product would read as one matrix.
         matrix = build.call(Role.DOWN, experts.as_matrix, x, seen.left)
         up = _products(seen, matrix, build)
         return build.call(Role.UP, experts.as_before, up, seen.x, seen.left)
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``B[e] A[e]`` for each expert that there are rows of."""
+        """Return ``B[e] A[e]`` for each expert."""
         product = b @ a
         return product if site.layout == "out_in" else product.mT
 
     def flops(self, site: Site, rank: int) -> int:
-        """``2 r (in + out)`` for one row of one expert."""
+        """Return ``2 r (in + out)``, for one row of one expert."""
         return 2 * rank * (site.in_features + site.out_features)
 
     def _see(self, node: fx.Node, region: Region) -> Product | Match:
@@ -90,17 +91,17 @@ class ExpertsPattern:
 
 
 class GroupedPattern(ExpertsPattern):
-    """A grouped product: rows that are sorted by expert, and where each expert's rows end."""
+    """Pattern of a grouped product, with rows sorted by expert and the end of each expert's rows."""
 
     name = "grouped-mm"
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Two grouped products."""
+        """Write two grouped products."""
         seen = self._see(node, region)
         assert isinstance(seen, Product)
         ends = arguments(node, _GROUPED_ARGUMENTS)["offs"]
         if ends is None:
-            # A batch for each expert.
+            # Without offsets, each expert has a batch.
             return super().branch(site, node, region, build)
         down = build.call(Role.DOWN, experts.grouped_linear, build.dropped(seen.x), build.a, ends)
         return build.call(Role.UP, experts.grouped_linear, down, build.b, ends)
@@ -112,12 +113,12 @@ class GroupedPattern(ExpertsPattern):
         named = known_arguments(node, _GROUPED_ARGUMENTS)
         if named is None:
             return unknown(region, node, _GROUPED_ARGUMENTS)
-        found = applied(node, region, named["x"], named["weight"], "in_out")
-        if isinstance(found, Product) and (named["bias"] is not None or found.view.indexed):
+        product = applied(node, region, named["x"], named["weight"], "in_out")
+        if isinstance(product, Product) and (named["bias"] is not None or product.view.indexed):
             return reject(
-                region, node, found.view.source, "a grouped product with a bias of its own"
+                region, node, product.view.source, "a grouped product with a bias of its own"
             )
-        return found
+        return product
 
 
 def _products(seen: Product, x: fx.Node, build: BranchBuilder) -> fx.Node:
@@ -129,7 +130,7 @@ def _products(seen: Product, x: fx.Node, build: BranchBuilder) -> fx.Node:
 
 
 def _read(build: BranchBuilder, letter: str, view: WeightView) -> fx.Node:
-    """A factor, indexed as the weight is."""
+    """Return a factor, indexed in the same way as the weight."""
     if not view.indexed:
         return build.a if letter == "a" else build.b
     if isinstance(view.index, int):

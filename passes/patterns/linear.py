@@ -1,7 +1,7 @@
-"""Matrix products with a weight, in all the ways in which people write them: ``y = x Wᵀ + b``.
+"""Patterns of matrix products with a weight, ``y = x Wᵀ + b``, in all their spellings.
 
-``y' = x Wᵀ + b + s · (x Aᵀ) Bᵀ``, with W [out, in] or, where it is stored the other way round
-(``x @ W``, Conv1D of GPT-2), [in, out]. With the weight on the left, ``y = W x`` and the branch is
+The adapted product is ``y' = x Wᵀ + b + s · (x Aᵀ) Bᵀ``. W is [out, in], or [in, out] if it is stored
+transposed (``x @ W``, Conv1D of GPT-2). With the weight on the left, ``y = W x`` and the branch is
 ``s · B (A x)``. A is [r, in] and B [out, r] in every case, so that ΔW = s · B A.
 
 With a quantized weight the operation is opaque: ``y' = q(x) + s · (x Aᵀ) Bᵀ``, where q is the kernel of the
@@ -53,17 +53,17 @@ _MATMUL_NAMES = "input|self other|mat2|tensor2|vec"
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A matrix product in a graph: ``x`` times a weight.
+    """Matrix product in a graph: ``x`` times a weight.
 
     Attributes:
         x: The activation.
-        view: The weight, and how it is read.
-        layout: How its last two dimensions are stored, as :class:`lora_fx.ir.site.Site` has it.
-        left: Whether the weight is the left operand, so that the activation's columns are its inputs.
-        bias: What is added to the product, or None.
-        family: ``linear`` where a bias is the operation's own, ``matmul`` for a bare product.
-        operand: The node that the operation multiplies with: the weight as it is read.
-        operand_layout: How that lies: [out, in] (``linear``) or [in, out] (``x @ operand``).
+        view: The weight, and the view that is read.
+        layout: Storage order of its last two dimensions, as in :class:`lora_fx.ir.site.Site`.
+        left: True if the weight is the left operand, so that the activation's columns are its inputs.
+        bias: The node added to the product, or None.
+        family: ``linear`` if the operation itself adds a bias, ``matmul`` for a bare product.
+        operand: The node that the operation multiplies with: the view of the weight.
+        operand_layout: Layout of the operand: [out, in] (``linear``) or [in, out] (``x @ operand``).
     """
 
     x: fx.Node
@@ -77,7 +77,7 @@ class Product:
 
 
 def product_of(node: fx.Node, region: Region) -> Product | Match:
-    """The matrix product with a weight that a node is; a refusal, or None if it is something else."""
+    """Return the matrix product with a weight that a node computes, a refusal, or None for other nodes."""
     target = target_of(node)
     if target in _LINEAR:
         named = known_arguments(node, _LINEAR_NAMES)
@@ -98,13 +98,13 @@ def product_of(node: fx.Node, region: Region) -> Product | Match:
         left, right, bias = named["input"], named["other"], None
     else:
         return None
-    found = applied(node, region, left, right, "in_out", bias)
-    if found is None:
-        found = applied(node, region, right, left, "out_in", bias, left=True)
-    if isinstance(found, Product) and any(named.get(k, 1) != 1 for k in ("alpha", "beta")):
-        what = getattr(target, "__name__", str(target)).partition(".")[0]
-        return reject(region, node, found.view.source, f"{what} with alpha or beta other than 1")
-    return found
+    product = applied(node, region, left, right, "in_out", bias)
+    if product is None:
+        product = applied(node, region, right, left, "out_in", bias, left=True)
+    if isinstance(product, Product) and any(named.get(k, 1) != 1 for k in ("alpha", "beta")):
+        name = getattr(target, "__name__", str(target)).partition(".")[0]
+        return reject(region, node, product.view.source, f"{name} with alpha or beta other than 1")
+    return product
 
 
 def applied(
@@ -118,7 +118,7 @@ def applied(
     *,
     left: bool = False,
 ) -> Product | Match:
-    """``x`` times ``weight`` if one is an activation and the other a parameter."""
+    """Return ``x`` times ``weight`` if one is an activation and the other a parameter."""
     view = weight_of(weight, region)
     if view is None:
         if not isinstance(weight, fx.Node) or constant_of(x, region) is not None:
@@ -136,26 +136,26 @@ def applied(
 
 
 class LinearPattern:
-    """``F.linear`` and ``aten.linear``: what ``nn.Linear`` and affine subclasses come down to."""
+    """Pattern of ``F.linear`` and ``aten.linear``, which ``nn.Linear`` and affine subclasses call."""
 
     name = "linear"
     _family = "linear"
 
     def factors(self, site: Site, rank: int) -> Factors:
-        """A [r, in], B [out, r]."""
+        """Return the shapes of A [r, in] and B [out, r]."""
         return Factors((rank, site.in_features), (site.out_features, rank))
 
     def delta(self, site: Site, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``B A``, transposed for a weight that is stored [in, out]."""
+        """Return ``B A``, transposed for a weight that is stored [in, out]."""
         product = b @ a
         return product if site.layout == "out_in" else product.mT
 
     def flops(self, site: Site, rank: int) -> int:
-        """``2 r (in + out)``."""
+        """Return ``2 r (in + out)``."""
         return 2 * rank * (site.in_features + site.out_features)
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Two products beside the base one."""
+        """Write the two products of the branch."""
         seen = product_of(node, region)
         assert isinstance(seen, Product)
         if seen.left:
@@ -166,7 +166,7 @@ class LinearPattern:
         return build.low_rank(seen.x, with_bias=seen.family == "linear")
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
+        """Match a node; see :class:`lora_fx.ir.site.Pattern`."""
         seen = product_of(node, region)
         if not isinstance(seen, Product):
             return seen
@@ -201,23 +201,23 @@ class LinearPattern:
 
 
 class MatmulPattern(LinearPattern):
-    """``x @ W``, ``matmul``, ``mm``, ``addmm``: the weight as it is stored or transposed."""
+    """Pattern of ``x @ W``, ``matmul``, ``mm`` and ``addmm``, with the weight as stored or transposed."""
 
     name = "matmul"
     _family = "matmul"
 
 
 ARGUMENTS = "x weight bias=None compute_dtype=None threshold=0.0 training=False layout='out_in'"
-"""Those of :func:`lora_fx.formats.weights.quantized_linear`."""
+"""Parameters of :func:`lora_fx.formats.weights.quantized_linear`."""
 
 
 class QuantizedPattern(LinearPattern):
-    """:func:`lora_fx.formats.weights.quantized_linear`, which capture writes where a weight is quantized."""
+    """Pattern of :func:`lora_fx.formats.weights.quantized_linear`, which capture inserts for such weights."""
 
     name = "quantized"
 
     def match(self, node: fx.Node, region: Region) -> Match:
-        """See :class:`lora_fx.ir.site.Pattern`."""
+        """Match a node; see :class:`lora_fx.ir.site.Pattern`."""
         if target_of(node) is not quantized_linear:
             return None
         named = known_arguments(node, ARGUMENTS)
@@ -226,10 +226,10 @@ class QuantizedPattern(LinearPattern):
         weight: Any = named["weight"]
         layout: Layout = named["layout"]
         parameter = region.parameter(weight)
-        found = quantization_of(parameter)
-        if found is None:
+        quantization = quantization_of(parameter)
+        if quantization is None:
             return reject(region, node, weight, "its quantized weight is not initialized")
-        out_features, in_features = found.shape
+        out_features, in_features = quantization.shape
         site = make_site(
             region,
             pattern=self.name,
@@ -241,9 +241,9 @@ class QuantizedPattern(LinearPattern):
             sizes=(in_features, out_features),
             layout=layout,
         )
-        shape = found.shape if layout == "out_in" else found.shape[::-1]
-        return dataclasses.replace(site, weight_shape=shape, quantized=found)
+        shape = quantization.shape if layout == "out_in" else quantization.shape[::-1]
+        return dataclasses.replace(site, weight_shape=shape, quantized=quantization)
 
     def branch(self, site: Site, node: fx.Node, region: Region, build: BranchBuilder) -> fx.Node:
-        """Two products beside the base one."""
+        """Write the two products of the branch."""
         return build.low_rank(arguments(node, ARGUMENTS)["x"])

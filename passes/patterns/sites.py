@@ -1,4 +1,4 @@
-"""What patterns share: naming a site after its weight, and one way of making a Site."""
+"""Helpers of patterns: names of sites and parts, construction of a Site, and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-# What the parts of a fused weight are called, where its name says what it is fused of.
+# Names of the parts of a fused weight, by substrings of its name.
 _PARTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
     2: (("gate", "up"), ("gate_up", "gate_and_up", "w12", "w13")),
     3: (("q", "k", "v"), ("qkv", "in_proj", "c_attn", "query_key_value")),
@@ -33,9 +33,9 @@ _PARTS: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def site_name(weight: str) -> str:
-    """A site's FQN: the module's, or the parameter's where it is not the module's ``weight``.
+    """Return a site's FQN: that of the module, or of the parameter if that is not called ``weight``.
 
-    The weight of a root module has no module name to go by and keeps its own.
+    The weight of a root module has no module name, and keeps its own.
     """
     owner, _, name = weight.rpartition(".")
     return owner if name == "weight" and owner else weight
@@ -58,24 +58,24 @@ def make_site(
     axes: tuple[int, ...] = (-1,),
     out_sizes: tuple[int, ...] = (),
 ) -> Site:
-    """A site with one call.
+    """Return a site with one call.
 
     Args:
-        region: Where it was found.
+        region: The region of the node.
         pattern: The pattern's name.
         family: ``linear``, ``conv`` or ``embedding``.
-        weight: The ``get_attr`` node of the weight, or how it is read.
-        bias: The bias argument, whatever it is.
+        weight: The ``get_attr`` node of the weight, or the view of it.
+        bias: The bias argument of the call.
         x: The input node.
-        output: The node that makes the output.
+        output: The output node.
         sizes: ``(in_features, out_features)``.
-        layout: How the weight is stored.
+        layout: Storage order of the weight.
         groups: Groups of a convolution.
         experts: Number of matrices of a weight of three dimensions.
-        left: Whether the weight is the left operand of a product.
-        axes: Where the output features lie in the output, counted from its end; empty where nothing
-            says.
-        out_sizes: Their sizes, where they are several dimensions.
+        left: True if the weight is the left operand of a product.
+        axes: Axes of the output features, counted from the end of the output; empty if they are not
+            known.
+        out_sizes: Their sizes, if they are several dimensions.
     """
     view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
     assert view is not None, f"{weight} reads no parameter"
@@ -114,7 +114,7 @@ def make_site(
 
 
 def _bias_parameter(bias: object, rows: tuple[int, int] | None, region: Region) -> fx.Node | None:
-    """The node of the parameter that a bias is, or is the same rows of as the weight."""
+    """Return the parameter node of a bias, which may be cut to the same rows as the weight, or None."""
     if not isinstance(bias, fx.Node):
         return None
     if region.parameter(bias) is not None:
@@ -126,7 +126,7 @@ def _bias_parameter(bias: object, rows: tuple[int, int] | None, region: Region) 
 
 
 def _part_name(weight: str, rows: tuple[int, int], size: int) -> str:
-    """The name of some rows: ``qkv.q``, ``gate_up_proj.up``, ``attn.k``, or their range."""
+    """Return the name of a range of rows: ``qkv.q``, ``gate_up_proj.up``, ``attn.k``, or the numbers."""
     width = rows[1] - rows[0]
     if size % width or rows[0] % width:
         return join(_fused_name(weight), f"{rows[0]}_{rows[1]}")
@@ -136,12 +136,12 @@ def _part_name(weight: str, rows: tuple[int, int], size: int) -> str:
 
 def _fused_name(weight: str) -> str:
     owner, _, key = weight.rpartition(".")
-    # nn.MultiheadAttention has one weight for the three; "attn.q" says all.
+    # nn.MultiheadAttention has one weight for q, k and v, and "attn.q" is clear.
     return owner if key == "in_proj_weight" else site_name(weight)
 
 
 def part_names(weight: str, ranges: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-    """What the parts of a fused weight are called: q, k, v or gate, up where its name says so."""
+    """Return the names of the parts of a fused weight: q, k, v or gate, up if its name tells, else ranges."""
     names, hints = _PARTS.get(len(ranges), ((), ()))
     if any(hint in weight.lower() for hint in hints):
         return names
@@ -149,7 +149,7 @@ def part_names(weight: str, ranges: Sequence[tuple[int, int]]) -> tuple[str, ...
 
 
 def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -> Rejection:
-    """A refusal that is named after the weight where there is one."""
+    """Return a refusal, named after the weight or else after the node."""
     name = (
         site_name(join(region.fqn, str(weight.target))) if weight else join(region.fqn, node.name)
     )
@@ -157,7 +157,7 @@ def reject(region: Region, node: fx.Node, weight: fx.Node | None, reason: str) -
 
 
 def not_floating(region: Region, node: fx.Node, weight: fx.Node) -> Rejection | None:
-    """A refusal of a weight of integers, or of few bits; None for any other."""
+    """Return a refusal of an integer or quantized weight, or None for any other."""
     parameter = region.parameter(weight)
     assert parameter is not None
     stored = quantization_of(parameter)
@@ -176,7 +176,7 @@ _CUTS = frozenset({"detach", "detach_", "detach.default"})
 
 
 def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
-    """A refusal where the weight is made of a parameter before it is applied; None if it is not."""
+    """Return a refusal if the weight is computed from a parameter before it is applied, or None."""
     source = constant_of(weight, region)
     if source is None:
         return None
@@ -190,32 +190,32 @@ def computed(region: Region, node: fx.Node, weight: Any) -> Rejection | None:
 
 
 def unknown(region: Region, node: fx.Node, names: str) -> Rejection | None:
-    """A refusal of an operation that is called with an argument that is not known here.
+    """Return a refusal of an operation that is called with an unknown argument.
 
     Args:
-        region: Where it was seen.
+        region: The region of the node.
         node: The operation.
-        names: The arguments that are known, as in :func:`lora_fx.passes.graph.nodes.arguments`.
+        names: The known arguments, as in :func:`lora_fx.passes.graph.nodes.arguments`.
 
     Returns:
-        None if all are known, or if no parameter is among what it reads.
+        The refusal, or None if all arguments are known, or the operation reads no parameter.
     """
     passed = unknown_arguments(node, names)
     source = _weight_read(node, region) if passed else None
     if source is None:
         return None
-    what = itemised(target_of(node)).partition(".")[0]
+    name = itemised(target_of(node)).partition(".")[0]
     return reject(
         region,
         node,
         source,
-        f"{what} is called with {', '.join(passed)}, and nothing says what that does to the product: call it "
+        f"{name} is called with {', '.join(passed)}, and nothing says what that does to the product: call it "
         "without",
     )
 
 
 def _weight_read(node: fx.Node, region: Region) -> fx.Node | None:
-    """The matrix among what an operation reads."""
+    """Return the matrix that an operation reads, or None."""
     for read in node.all_input_nodes:
         view = weight_of(read, region)
         source = constant_of(read, region) if view is None else view.source
@@ -225,5 +225,5 @@ def _weight_read(node: fx.Node, region: Region) -> fx.Node | None:
 
 
 def itemised(value: Any) -> str:
-    """A short name for what a node calls, for refusals."""
+    """Return a short name of a node's target, for refusals."""
     return getattr(value, "__name__", str(value))

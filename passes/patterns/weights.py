@@ -1,7 +1,7 @@
-"""How the nodes of a graph read a weight: as it is, or through operations that only look at it otherwise.
+"""Views of weights in a graph: reads of a parameter through operations that only change its view.
 
-What is passed over: casts and copies, transposes, views as another shape, rows that are cut out, and one
-expert, or one for each token, of a weight that holds a matrix for each expert.
+These operations are casts and copies, transposes, views as another shape, and ranges of rows. If a weight
+has a matrix for each expert, they include the selection of one expert, or of one for each token.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
-# What cuts a tensor into a number of parts; the other splits say how long each is.
+# Splits by the number of parts. The other splits give the length of each part.
 _CHUNKS: tuple[Any, ...] = (torch.chunk, torch.Tensor.chunk, _aten.chunk.default)
 
 SPLIT = "input|self|tensor size|split_size_or_sections|split_size|split_sizes|chunks dim=0"
-"""The arguments of all of these, as :func:`lora_fx.passes.graph.nodes.arguments` takes them."""
+"""Parameters of all split functions, in the notation of :func:`lora_fx.passes.graph.nodes.arguments`."""
 
 _SPLITS: tuple[Any, ...] = (
     *_CHUNKS,
@@ -48,18 +48,18 @@ _SPLITS: tuple[Any, ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class WeightView:
-    """How a node reads a parameter.
+    """View of a parameter that a node reads.
 
     Attributes:
         source: The ``get_attr`` node of the parameter.
-        shape: As which shape it is read, before rows are cut and matrices transposed.
-        viewed: Whether that is another shape than the parameter's own.
-        order: How its dimensions are permuted before it is read so; None for not at all.
-        transposed: Whether the last two dimensions are swapped.
-        rows: Which of its rows (start, stop); None for all.
-        indexed: Whether ``index`` says which of the matrices along the first of three dimensions.
+        shape: The shape of the view, before rows are cut and matrices transposed.
+        viewed: True if that is not the parameter's own shape.
+        order: Permutation of the dimensions before the view; None for none.
+        transposed: True if the last two dimensions are swapped.
+        rows: Range of its rows (start, stop); None for all.
+        indexed: True if ``index`` selects matrices along the first of three dimensions.
         index: A number, or the node of a tensor of numbers.
-        cast: Whether it is read in another dtype.
+        cast: True if it is read in another dtype.
     """
 
     source: fx.Node
@@ -74,19 +74,19 @@ class WeightView:
 
     @property
     def plain(self) -> bool:
-        """Whether it is the parameter itself, apart from a cast."""
+        """Return True if it is the parameter itself, apart from a cast."""
         return dataclasses.replace(self, cast=False) == WeightView(self.source, self.shape)
 
     @property
     def dim(self) -> int | None:
-        """The number of dimensions; None where the number of indices decides it."""
+        """Return the number of dimensions, or None if it depends on the shape of the index."""
         if not self.indexed:
             return len(self.shape)
         return len(self.shape) - 1 if isinstance(self.index, int) else None
 
 
 def weight_of(node: object, region: Region) -> WeightView | None:
-    """The parameter that a node reads, and how; None if it computes with it, or there is none."""
+    """Return the view of a parameter that a node reads, or None if it is no mere view of one."""
     if not isinstance(node, fx.Node):
         return None
     parameter = region.parameter(node)
@@ -108,7 +108,7 @@ def weight_of(node: object, region: Region) -> WeightView | None:
 
 
 def _is_written(copy: fx.Node) -> bool:
-    """Return True if code may write into a copy of a weight, which is another weight then."""
+    """Return True if code may write into a copy of a weight, which then is another weight."""
     return any(
         _is_written(user) if target_of(user) in _STEPS or splits(user) else may_write(user)
         for user in copy.users
@@ -117,7 +117,7 @@ def _is_written(copy: fx.Node) -> bool:
 
 
 def path_to_weight(value: fx.Node, region: Region) -> tuple[fx.Node, ...]:
-    """Return the nodes from a view of a weight to the one that reads it; none for any other value."""
+    """Return the nodes from a view of a weight to its ``get_attr`` node, or () for any other value."""
     view = weight_of(value, region)
     if view is None:
         return ()
@@ -130,14 +130,16 @@ def path_to_weight(value: fx.Node, region: Region) -> tuple[fx.Node, ...]:
 
 
 def splits(node: fx.Node) -> bool:
-    """Whether a node only cuts its operand into parts, for others to take one each."""
+    """Return True if a node splits a tensor into parts."""
     return target_of(node) in _SPLITS
 
 
 def part_lengths(node: fx.Node, size: int) -> list[int]:
-    """How long the parts are into which a split divides so many elements; none if that is not known."""
+    """Return the lengths of the parts of a split of `size` elements, or [] if they are not known."""
     how = arguments(node, SPLIT)["size"]
-    if not all(isinstance(one, int) for one in (how if isinstance(how, list | tuple) else (how,))):
+    if not all(
+        isinstance(length, int) for length in (how if isinstance(how, list | tuple) else (how,))
+    ):
         return []
     function = torch.chunk if target_of(node) in _CHUNKS else torch.split
     try:
@@ -147,8 +149,8 @@ def part_lengths(node: fx.Node, size: int) -> list[int]:
 
 
 def constant_of(node: object, region: Region) -> fx.Node | None:
-    """A parameter under an expression that reads no input; None if it reads one, or none."""
-    found: fx.Node | None = None
+    """Return a parameter that an expression without inputs reads, or None for other expressions."""
+    parameter: fx.Node | None = None
     pending, seen = [node], set()
     while pending:
         current = pending.pop()
@@ -158,18 +160,18 @@ def constant_of(node: object, region: Region) -> fx.Node | None:
         if current.op in ("placeholder", "call_module"):
             return None
         if region.parameter(current) is not None:
-            found = current
+            parameter = current
         pending.extend(current.all_input_nodes)
-    return found
+    return parameter
 
 
-# --- one step each: what a node makes of the view that it is given, or None -----------------------------
+# --- one function per kind of operation: the view after the operation, or None --------------------------
 
 
 def _cast(node: fx.Node, inner: WeightView) -> WeightView | None:
-    given = (*node.args[1:], *node.kwargs.values())
-    dtypes = [one for one in given if isinstance(one, torch.dtype)]
-    # `type` may also be told the name or the class of a tensor.
+    operands = (*node.args[1:], *node.kwargs.values())
+    dtypes = [operand for operand in operands if isinstance(operand, torch.dtype)]
+    # `type` also takes the name or the class of a tensor.
     unsaid = target_of(node) is _T.type and not dtypes
     if unsaid or not all(dtype.is_floating_point for dtype in dtypes):
         return None
@@ -186,10 +188,11 @@ def _getattr(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 
 def _permuted(node: fx.Node, inner: WeightView) -> WeightView | None:
-    """The last two dimensions swapped, or nothing: PyTorch itself says which goes where."""
-    # With a tensor of indices the number of dimensions is not known: what holds for all of these does.
-    several = (2, 3, 4) if inner.dim is None else (inner.dim,)
-    orders = [(_order(node, dims), tuple(range(dims))) for dims in several]
+    """Return the view with the last two dimensions swapped or as before. A meta tensor shows which."""
+    # With a tensor of indices the number of dimensions is unknown, so the result must hold for each of
+    # these.
+    dim_counts = (2, 3, 4) if inner.dim is None else (inner.dim,)
+    orders = [(_order(node, dims), tuple(range(dims))) for dims in dim_counts]
     if all(order == before for order, before in orders):
         return inner
     swaps = all(order == (*before[:-2], *before[:-3:-1]) for order, before in orders)
@@ -197,23 +200,23 @@ def _permuted(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 
 def _order(node: fx.Node, dims: int) -> tuple[int, ...] | None:
-    """Where the dimensions of its result come from; None if an operation does more than permute."""
+    """Return the permutation of dimensions that an operation does, or None if it is no permutation."""
     shape = _shaped(node, tuple(range(dims)))
     return shape if shape is not None and sorted(shape) == list(range(dims)) else None
 
 
 def _shaped(node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The shape that an operation makes of another; None if PyTorch refuses, or it makes none."""
+    """Return the result shape of an operation on a shape, or None if PyTorch raises or the dtype changes."""
     if len(node.all_input_nodes) != 1:
         return None
     tensor = torch.empty(shape, device="meta")
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: tensor)
     try:
-        found = target_of(node)(*args, **kwargs)
+        result = target_of(node)(*args, **kwargs)
     except (IndexError, RuntimeError, TypeError):
         return None
-    same = isinstance(found, torch.Tensor) and found.dtype == tensor.dtype
-    return tuple(found.shape) if same else None
+    same = isinstance(result, torch.Tensor) and result.dtype == tensor.dtype
+    return tuple(result.shape) if same else None
 
 
 def _swapped(inner: WeightView) -> WeightView | None:
@@ -223,7 +226,7 @@ def _swapped(inner: WeightView) -> WeightView | None:
 
 
 def _reshape(node: fx.Node, inner: WeightView) -> WeightView | None:
-    """The shape that a view of the parameter has."""
+    """Return the reshaped view of the parameter."""
     whole = dataclasses.replace(inner, cast=False, viewed=False)
     if whole != WeightView(inner.source, inner.shape):
         return None
@@ -236,9 +239,9 @@ def _reshape(node: fx.Node, inner: WeightView) -> WeightView | None:
 def _getitem(node: fx.Node, inner: WeightView) -> WeightView | None:
     index = node.args[1]
     if isinstance(index, tuple):
-        # What comes after the first takes everything in `w[1, :, :]`.
-        rest = index[1:]
-        if not index or any(one is not Ellipsis and one != slice(None) for one in rest):
+        # In `w[1, :, :]` the further indices take everything.
+        further = index[1:]
+        if not index or any(item is not Ellipsis and item != slice(None) for item in further):
             return None
         index = index[0]
     if isinstance(index, slice):
@@ -281,12 +284,12 @@ def _gather(node: fx.Node, inner: WeightView) -> WeightView | None:
 
 
 def _is_first(dim: object, inner: WeightView) -> bool:
-    """Whether a number means the first dimension of a weight."""
+    """Return True if a number is the first dimension of a weight."""
     return isinstance(dim, int) and inner.dim is not None and dim in (0, -inner.dim)
 
 
 def _indexed(inner: WeightView, index: object) -> WeightView | None:
-    """One matrix of several, or one for each of a tensor of indices."""
+    """Return the view of one of several matrices, or of one for each element of an index tensor."""
     if inner.dim != 3 or isinstance(index, bool) or not isinstance(index, int | fx.Node):
         return None
     if isinstance(index, int):
@@ -295,7 +298,7 @@ def _indexed(inner: WeightView, index: object) -> WeightView | None:
 
 
 def _rows(inner: WeightView, start: Any, stop: Any) -> WeightView | None:
-    """Rows of a matrix as it is stored."""
+    """Return the view of a range of rows, if the matrix is read as it is stored."""
     if not inner.plain or inner.dim != 2:
         return None
     if not all(isinstance(bound, int | None) for bound in (start, stop)):
@@ -305,7 +308,7 @@ def _rows(inner: WeightView, start: Any, stop: Any) -> WeightView | None:
 
 
 def _split(cut: fx.Node, index: Any, region: Region) -> WeightView | None:
-    """One part of a weight that is cut into several."""
+    """Return the view of one part of a weight that is split."""
     named = known_arguments(cut, SPLIT)
     inner = None if named is None else weight_of(named["input"], region)
     if named is None or inner is None or not _is_first(named["dim"], inner):

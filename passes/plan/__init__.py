@@ -1,4 +1,4 @@
-"""Decides which sites are adapted and with what: the dry run."""
+"""The dry run: decide which sites are adapted, and with which adapters."""
 
 from __future__ import annotations
 

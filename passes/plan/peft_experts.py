@@ -1,9 +1,9 @@
-"""The parameters that PEFT adapts where a target has the name of an expert that transformers 5 has fused.
+"""The parameters that PEFT adapts if a target has the name of an expert that transformers 5 has fused.
 
-transformers 5 keeps the projections of all experts of a layer in two parameters. PEFT 0.21 still takes the
-names that they had as modules (``peft/utils/transformers_weight_conversion.py``): in models of some types it
-adapts the parameters instead. The gate and up projections are one of them, which gets twice the rank and
-alpha.
+transformers 5 keeps the projections of all experts of a layer in two parameters. PEFT 0.21 still accepts
+their old names as modules (``peft/utils/transformers_weight_conversion.py``): in models of some types it
+adapts the parameters instead. The gate and up projections are a single parameter, which gets twice the rank
+and alpha.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
         "down_proj": "down_proj",
     },
 }
-"""For each form of checkpoints that transformers converts: names of modules, and of their parameters."""
+"""Names of modules and of their parameters, for each form of checkpoints that transformers converts."""
 
 
 def expert_names(model: nn.Module) -> Mapping[str, str]:
-    """Give the names that PEFT takes for parameters of experts in a model.
+    """Return the names that PEFT replaces by parameters of experts in a model.
 
     Returns:
         By the last part of a module's name, the end of the name of the parameter that PEFT adapts instead.
@@ -52,10 +52,10 @@ def expert_names(model: nn.Module) -> Mapping[str, str]:
 
 
 def with_experts(config: LoraConfig, model: nn.Module, sites: Iterable[Site]) -> LoraConfig:
-    """Give the targets that PEFT has for ``"all-linear"`` in a model with such experts.
+    """Return a configuration with PEFT's targets for ``"all-linear"`` in a model with such experts.
 
     Args:
-        config: Any configuration. It is returned as it is for other targets, and for other models.
+        config: Any configuration. It is returned unchanged for other targets, and for other models.
         model: The model.
         sites: Its linear operations, of which linear layers are marked.
     """

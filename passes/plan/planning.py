@@ -1,8 +1,8 @@
-"""Decides which sites are adapted and with what: the dry run.
+"""The dry run: decide which sites are adapted, and with which adapters.
 
-Names are judged by PEFT's rules (:mod:`lora_fx.config.selection`), operations by what was matched.
-With ``target_modules=None`` every matrix product and convolution is selected but the output head and the
-routers of mixtures; these, and lookups in an embedding, are adapted when they are named.
+Names are selected by PEFT's rules (:mod:`lora_fx.config.selection`), operations by their matches. With
+``target_modules=None`` every matrix product and convolution is selected except the output head and the
+routers of mixtures. These, and lookups in an embedding, are adapted if they are named.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ __all__ = [
 
 
 def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
-    """Say why a site cannot have its starting values; None if it can.
+    """Return the reason why a site cannot have its starting values; None if it can.
 
-    PEFT gives such sites a plain start, most of the time without a word, or fails.
+    PEFT gives such sites a plain start, most of the time silently, or fails.
     """
     start = config.init_lora_weights
     if not isinstance(start, str) or start == "gaussian":
@@ -103,7 +103,7 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
 
 
 def _reads_vectors(site: Site) -> bool:
-    """Whether the input features are the last dimension, or the one before for a left factor."""
+    """Return True if the input features are the last dimension, or, for a left factor, the one before."""
     return not site.experts and {call.pattern for call in site.calls} <= {
         "linear",
         "matmul",
@@ -112,23 +112,23 @@ def _reads_vectors(site: Site) -> bool:
 
 
 def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) -> str | None:
-    each = f" (for each of {groups} groups)" if groups > 1 else ""
+    note = f" (for each of {groups} groups)" if groups > 1 else ""
     if start == "orthogonal":
         if rank % 2 == 0:
             return None
-        return f"init_lora_weights={start!r} needs an even rank{each}, not {rank}: set one with rank_pattern"
-    wanted = 2 * rank if start == "lora_ga" else rank
+        return f"init_lora_weights={start!r} needs an even rank{note}, not {rank}: set one with rank_pattern"
+    needed = 2 * rank if start == "lora_ga" else rank
     most = inner if start == "eva" else min(inner, out)
-    if wanted <= most:
+    if needed <= most:
         return None
     return (
-        f"init_lora_weights={start!r} at rank {rank}{each} takes {wanted} directions of a matrix "
+        f"init_lora_weights={start!r} at rank {rank}{note} takes {needed} directions of a matrix "
         f"[{out}, {inner}]: set a smaller rank with rank_pattern"
     )
 
 
 def _start_note(config: LoraConfig) -> tuple[str, ...]:
-    """Return what a plan notes about the starting values."""
+    """Return the note of a plan about the starting values."""
     if not needs_data(config.init_lora_weights):
         return ()
     note = (
@@ -141,23 +141,23 @@ def _start_note(config: LoraConfig) -> tuple[str, ...]:
 def _refuse_quantized(
     model: nn.Module, config: LoraConfig, saved: Iterable[str], sites: Iterable[Site]
 ) -> None:
-    """Refuses to train quantized weights in full, and starts that would write into them.
+    """Refuse to train quantized weights in full, and starts that would write into them.
 
     Args:
         model: The model.
-        config: What is asked for.
-        saved: The modules that are to be trained in full.
-        sites: The sites that are to be adapted.
+        config: The configuration.
+        saved: The modules to train in full.
+        sites: The sites to adapt.
 
     Raises:
-        ConfigError: With the name of the weight, and what to do.
+        ConfigError: With the name of the weight, and a remedy.
     """
     for name in saved:
         for leaf, parameter in model.get_submodule(name).named_parameters():
-            found = quantization_of(parameter)
-            if found is not None:
+            stored = quantization_of(parameter)
+            if stored is not None:
                 raise ConfigError(
-                    f"modules_to_save names {name}, and {leaf} in it is stored as {found}, which cannot be "
+                    f"modules_to_save names {name}, and {leaf} in it is stored as {stored}, which cannot be "
                     f"trained: leave it out, or quantize the model with exclude=[{name!r}]"
                 )
     start = config.init_lora_weights
@@ -186,12 +186,12 @@ _TIED = Verdict(True, "tied to an embedding that is adapted")
 
 @dataclasses.dataclass(frozen=True)
 class MakePlan(Pass):
-    """Decides which operations are adapted and with what.
+    """The pass that decides which operations are adapted, and with which adapters.
 
     Attributes:
-        config: What to adapt.
-        strict: Whether an entry of the configuration that selects nothing is an error.
-        loss: Whether the plan says of which logits a loss is computed.
+        config: The configuration.
+        strict: True if an entry of the configuration that selects nothing is an error.
+        loss: With "chunked", the plan lists the heads and how their loss is computed.
     """
 
     name: ClassVar[str] = "plan"
@@ -205,7 +205,7 @@ class MakePlan(Pass):
         assert capture.matches is not None
         plan = make_plan(capture, capture.matches, self.config, strict=self.strict)
         if self.loss == "chunked":
-            heads = tuple((one.name, one.loss) for one in capture.matches.sites if one.loss)
+            heads = tuple((site.name, site.loss) for site in capture.matches.sites if site.loss)
             plan = dataclasses.replace(plan, loss=heads)
         return PassResult.of(capture, plan=plan)
 
@@ -213,21 +213,21 @@ class MakePlan(Pass):
 def make_plan(
     capture: Capture, matches: Matches, config: LoraConfig, *, strict: bool = False
 ) -> Plan:
-    """Plans a rewrite. Nothing is changed.
+    """Plan a rewrite. Nothing is changed.
 
     Args:
         capture: The model as graphs.
         matches: Its linear operations, the head marked.
-        config: What to adapt.
-        strict: Whether an entry of the configuration that selects nothing is an error.
+        config: The configuration.
+        strict: True if an entry of the configuration that selects nothing is an error.
 
     Raises:
-        NoMatchError: If nothing at all is selected, or an entry of a list of targets selects
-            only what cannot be adapted.
+        NoMatchError: If nothing at all is selected, or an entry of a list of targets selects only operations
+            that cannot be adapted.
         PartialMatchError: With ``strict``, if an entry selects nothing.
         CaptureError: If the model has adapters of another library.
-        ConfigError: If ``trainable_token_indices`` names what has no such rows, or a quantized weight or a
-            scripted module is to be trained in full or changed by a start.
+        ConfigError: If ``trainable_token_indices`` names a module without such rows, or a quantized weight
+            or a scripted module is to be trained in full or changed by a start.
     """
     _refuse_adapters(capture.model)
     config = with_experts(config, capture.model, matches.sites)
@@ -278,11 +278,11 @@ def make_plan(
 
 
 _LOADED = "_is_hf_initialized"
-"""Attribute that transformers gives the parameters that it has read from a checkpoint."""
+"""Attribute that transformers sets on the parameters that it has read from a checkpoint."""
 
 
 def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Iterator[str]:
-    """Modules that no checkpoint has, and that nothing trains: the outermost ones, by FQN."""
+    """Yield the FQNs of the outermost modules that no checkpoint has and that nothing trains."""
     loaded = {name: hasattr(p, _LOADED) for name, p in base_parameters(model).items()}
     if not any(loaded.values()) or all(loaded.values()):
         return
@@ -299,8 +299,8 @@ def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Ite
 
 
 def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
-    present = {row.kind for row in rows}
-    return tuple((one.name, one.trains) for one in kinds() if one.trains and one.name in present)
+    names = {row.kind for row in rows}
+    return tuple((kind.name, kind.trains) for kind in kinds() if kind.trains and kind.name in names)
 
 
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
@@ -350,7 +350,7 @@ def _keep_tied(
     rows: list[PlannedSite],
     skipped: list[Skipped],
 ) -> tuple[list[PlannedSite], list[Skipped]]:
-    """Gives heads that share the weight of an adapted embedding its factors, transposed."""
+    """Give heads that share the weight of an adapted embedding the embedding's factors, transposed."""
     sites = {site.weight: site for site in matches.sites}
     tied: dict[str, PlannedSite] = {}
     for source in rows:
@@ -363,19 +363,19 @@ def _keep_tied(
                 row, rank=source.rank, alpha=source.alpha, scale=source.scale, tied=source.name
             )
             tied[head.name] = priced(capture.model, like)
-    order = {site.name: place for place, site in enumerate(matches.sites)}
-    kept = [row for row in rows if row.name not in tied]
-    kept = sorted([*kept, *tied.values()], key=lambda row: order.get(row.name, -1))
-    return kept, [one for one in skipped if one.site.name not in tied]
+    order = {site.name: index for index, site in enumerate(matches.sites)}
+    planned = [row for row in rows if row.name not in tied]
+    planned = sorted([*planned, *tied.values()], key=lambda row: order.get(row.name, -1))
+    return planned, [operation for operation in skipped if operation.site.name not in tied]
 
 
 def foreign_factors(model: nn.Module) -> Iterator[str]:
-    """FQNs of the modules that hold LoRA factors of another library (PEFT, loralib)."""
+    """Yield the FQNs of the modules that hold LoRA factors of another library (PEFT, loralib)."""
     for name, module in base_modules(model):
-        # Not hasattr: a module may answer to every name.
-        own = (*module.named_children(), *module.named_parameters(recurse=False))
-        theirs = {key for key, value in own if not isinstance(value, AdapterFactors)}
-        if {"lora_A", "lora_embedding_A"} & theirs:
+        # Not hasattr: a module may have a __getattr__ that accepts every name.
+        members = (*module.named_children(), *module.named_parameters(recurse=False))
+        names = {key for key, value in members if not isinstance(value, AdapterFactors)}
+        if {"lora_A", "lora_embedding_A"} & names:
             yield name
 
 
@@ -398,37 +398,37 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> Iterator[str]:
 
 
 def _tied_modules(model: nn.Module, saved: list[str]) -> Iterator[str]:
-    """Modules that share a parameter with one that is trained in full."""
+    """Yield the modules that share a parameter with a module that is trained in full."""
     inside = tuple(f"{name}." for name in saved)
     named = list(base_parameters(model).items())
     storages = {storage_of(p) for name, p in named if name.startswith(inside)}
-    others = {
+    owners = {
         name.rpartition(".")[0]: None
         for name, p in named
         if not name.startswith(inside) and storage_of(p) in storages
     }
-    yield from others
+    yield from owners
 
 
 def _biases(
     model: nn.Module, config: LoraConfig, rows: list[PlannedSite], saved: tuple[str, ...]
 ) -> Iterator[str]:
-    wanted = {row.site.bias for row in rows}
+    adapted = {row.site.bias for row in rows}
     for name, _ in _named_once(model):
         inside = any(name.startswith(f"{module}.") for module in saved)
-        every = config.bias == "all" and name.rpartition(".")[2] == "bias"
-        if not inside and (every or (config.bias == "lora_only" and name in wanted)):
+        is_bias = config.bias == "all" and name.rpartition(".")[2] == "bias"
+        if not inside and (is_bias or (config.bias == "lora_only" and name in adapted)):
             yield name
 
 
 def _refuse_scripted(model: nn.Module, saved: Iterable[str], biases: Iterable[str]) -> None:
-    """Refuses to train what is scripted: no parameter of a TorchScript module can be exchanged."""
-    scripted = [n for n, one in base_modules(model) if isinstance(one, torch.jit.ScriptModule)]
+    """Refuse to train scripted modules: no parameter of a TorchScript module can be replaced."""
+    scripted = [n for n, m in base_modules(model) if isinstance(m, torch.jit.ScriptModule)]
     inside = tuple(f"{name}." for name in scripted)
     named = [(f"modules_to_save: {name}", f"{name}.") for name in saved]
     named += [(f"bias: {name}", name) for name in biases]
     for entry, name in named:
-        if name.startswith(inside) or any(one.startswith(name) for one in inside):
+        if name.startswith(inside) or any(prefix.startswith(name) for prefix in inside):
             raise ConfigError(
                 f"{entry} is, or holds, a TorchScript module, whose parameters cannot be exchanged: leave it "
                 "out of the configuration, or put the module that it was scripted from into the model"
@@ -436,7 +436,7 @@ def _refuse_scripted(model: nn.Module, saved: Iterable[str], biases: Iterable[st
 
 
 def _named_once(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's parameters, each by its first name."""
+    """Yield the base's parameters, each by its first name."""
     seen: set[int] = set()
     for name, parameter in base_parameters(model).items():
         if id(parameter) not in seen:
@@ -452,10 +452,10 @@ def _extra_parameters(model: nn.Module, saved: tuple[str, ...], biases: tuple[st
 
 
 def _ties(capture: Capture, config: LoraConfig, rows: list[PlannedSite]) -> bool:
-    """Whether ``ensure_weight_tying`` changes anything."""
-    alone = dataclasses.replace(config, ensure_weight_tying=False)
-    both = (list(_saved_modules(capture.model, one)) for one in (config, alone))
-    return any(row.tied for row in rows) or len(next(both)) > len(next(both))
+    """Return True if ``ensure_weight_tying`` changes the plan."""
+    untied = dataclasses.replace(config, ensure_weight_tying=False)
+    modules = (list(_saved_modules(capture.model, variant)) for variant in (config, untied))
+    return any(row.tied for row in rows) or len(next(modules)) > len(next(modules))
 
 
 def _check(
@@ -482,7 +482,7 @@ def _check(
 
 
 def _check_holders(model: nn.Module, plan: Plan) -> None:
-    """Raise if two sites, or a site and a module of the user, would have the same name for their factors."""
+    """Raise if two sites, or a site and a module of the user, would store factors under the same name."""
     taken: dict[str, str] = {}
     for row in plan.sites:
         holder = row.site.holder
@@ -490,34 +490,36 @@ def _check_holders(model: nn.Module, plan: Plan) -> None:
             _check_names(module_at(model, holder), row)
             continue
         outer, _, leaf = holder.rpartition(".")
-        there = getattr(module_at(model, outer), leaf, None)
+        existing = getattr(module_at(model, outer), leaf, None)
         other = taken.setdefault(holder, row.name)
-        if other != row.name or not (there is None or isinstance(there, Holder)):
-            whose = f"those of {other}" if other != row.name else f"a {type(there).__name__}"
+        if other != row.name or not (existing is None or isinstance(existing, Holder)):
+            owner = f"those of {other}" if other != row.name else f"a {type(existing).__name__}"
             raise CaptureError(
-                f"{row.name}: its factors are kept in {holder!r}, which is the name of {whose}; rename "
+                f"{row.name}: its factors are kept in {holder!r}, which is the name of {owner}; rename "
                 "the attribute, or leave one of them out of target_modules"
             )
 
 
 def _check_names(holder: nn.Module, row: PlannedSite) -> None:
-    """Raise if a layer has an attribute of its own with the name of a factor."""
+    """Raise if a layer has another attribute with the name of a factor."""
     for name in (*factor_names(row).present, *([DROPOUT] if row.dropout else [])):
-        there = getattr(holder, name, None)
-        if not (there is None or isinstance(there, AdapterFactors | AdapterDropouts)):
+        existing = getattr(holder, name, None)
+        if not (existing is None or isinstance(existing, AdapterFactors | AdapterDropouts)):
             raise CaptureError(
                 f"{row.name}: its factors are kept in {join(row.site.holder, name)!r}, which is the name of "
-                f"a {type(there).__name__}; rename the attribute, or name {row.name!r} in exclude_modules"
+                f"a {type(existing).__name__}; rename the attribute, or name {row.name!r} in exclude_modules"
             )
 
 
 def _nothing(plan: Plan, matches: Matches) -> str:
     lines = ["the configuration selects no operation of the model"]
     lines += [f"  {entry}" for entry in plan.unmatched]
-    lines += _first_lines([f"{one.site.name}: {one.reason}" for one in plan.skipped])
+    lines += _first_lines([f"{skipped.site.name}: {skipped.reason}" for skipped in plan.skipped])
     if not matches.sites:
         lines.append("  the model has no linear operation that lora_fx can see")
-    lines += _first_lines([f"{one.name or '(root)'}: {one.reason}" for one in matches.rejections])
+    lines += _first_lines(
+        [f"{rejection.name or '(root)'}: {rejection.reason}" for rejection in matches.rejections]
+    )
     return "\n".join(lines)
 
 
@@ -525,45 +527,45 @@ def _first_lines(lines: Sequence[str]) -> list[str]:
     return ["  " + some(lines, 8, "\n  ")] if lines else []
 
 
-# --- what selects nothing -------------------------------------------------------------------------
+# --- entries that select nothing ------------------------------------------------------------------
 
 
 def _named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) -> list[Rejection]:
-    """Return the refusals that an entry of ``target_modules`` selects, but for those that are excluded.
+    """Return the refusals that an entry of ``target_modules`` selects, without excluded ones.
 
     Args:
         target: The entry: a full name, or the end of one, of a module or of its weight.
-        rejections: All of them.
-        config: What excludes, saves in full, or is for some layers only.
+        rejections: All refusals.
+        config: The configuration, which may exclude modules, save them in full, or select some layers only.
     """
     return [
-        one
-        for one in rejections
-        if any(_named(target, name) and judge(name, config).selected for name in one.names)
+        rejection
+        for rejection in rejections
+        if any(_named(target, name) and judge(name, config).selected for name in rejection.names)
     ]
 
 
 def refusals(
     targets: Iterable[str], rejections: tuple[Rejection, ...], config: LoraConfig
 ) -> Iterator[str]:
-    """A line for each entry that selects refused weights and nothing else.
+    """Yield a line for each entry that selects only refused weights.
 
     Args:
         targets: Entries of ``target_modules``, a list, that selected no site.
-        rejections: All that was refused.
+        rejections: All refusals.
         config: The configuration.
     """
     for target in targets:
-        found = _named_by(target, rejections, config)
+        selected = _named_by(target, rejections, config)
         reasons: dict[str, list[str]] = {}
-        for rejection in found:
+        for rejection in selected:
             reasons.setdefault(rejection.reason, []).append(rejection.name)
         for reason, names in reasons.items():
             yield f"{target!r}: {some(names, 3)} cannot be adapted: {reason}"
 
 
 def target_names(matches: Matches, chosen: Iterable[Choice]) -> list[str]:
-    """Return names that an entry of ``target_modules`` can select: sites, their parts, attention layers."""
+    """Return names that an entry of ``target_modules`` can select: sites, parts, attention layers."""
     names = [site.name for site in matches.sites]
     names += [f"{site.name}.{part}" for site in matches.sites for part, _ in site.parts]
     names += [choice.site.name for choice in chosen if choice.site.part_of]
@@ -578,17 +580,17 @@ def idle_entries(
     *,
     tied: bool,
 ) -> Iterator[str]:
-    """A line for each entry that selects nothing.
+    """Yield a line for each entry that selects nothing.
 
     Args:
         capture: The model.
-        config: What the user asks for.
-        matches: All that can be adapted, and what cannot.
-        chosen: What is adapted.
-        tied: Whether ``ensure_weight_tying`` found something to tie.
+        config: The configuration.
+        matches: The linear operations, and the refusals.
+        chosen: The adapted sites.
+        tied: True if ``ensure_weight_tying`` tied something.
     """
     names = target_names(matches, chosen)
-    selected = [name for one in chosen for name in (one.site.name, *one.names)]
+    selected = [name for choice in chosen for name in (choice.site.name, *choice.names)]
     idle = unmatched(names, config, selected=selected)
     as_expression = isinstance(config.target_modules, str)
     for target in idle.targets:
@@ -625,38 +627,42 @@ def idle_entries(
 def idle_parameters(
     model: nn.Module, config: LoraConfig, matches: Matches, chosen: Iterable[Choice]
 ) -> Iterator[tuple[str, bool, str]]:
-    """Entries of ``target_parameters`` by which nothing is adapted: whether it cannot be, and why.
+    """Yield entries of ``target_parameters`` that adapt nothing, each with a flag and a reason.
+
+    The flag is True if the entry's weight cannot be adapted at all.
 
     Args:
         model: The model.
-        config: What the user asks for.
-        matches: All that can be adapted, and what cannot.
-        chosen: What is adapted.
+        config: The configuration.
+        matches: The linear operations, and the refusals.
+        chosen: The adapted sites.
     """
     used = {parameter_entry(choice.site.weight, config) for choice in chosen}
     weights = [site.weight for site in matches.sites]
     for target in config.target_parameters or ():
         if target in used:
             continue
-        alone = dataclasses.replace(config, target_parameters=(target,))
-        if any(parameter_entry(weight, alone) for weight in weights):
-            # Also under a longer entry, which then counts in its place.
-            if not any(parameter_entry(choice.site.weight, alone) for choice in chosen):
+        single = dataclasses.replace(config, target_parameters=(target,))
+        if any(parameter_entry(weight, single) for weight in weights):
+            # A longer entry may have selected the same weight: then this one is not idle.
+            if not any(parameter_entry(choice.site.weight, single) for choice in chosen):
                 yield target, False, "all that it names is left out (see 'not selected')"
             continue
-        refused = [one for one in matches.rejections if _names_weight(target, one)]
+        refused = [
+            rejection for rejection in matches.rejections if _names_weight(target, rejection)
+        ]
         if refused:
-            one = refused[0]
-            yield target, True, f"{one.name} cannot be adapted: {one.reason}"
+            first = refused[0]
+            yield target, True, f"{first.name} cannot be adapted: {first.reason}"
             continue
-        found = [(n, p) for n, p in base_parameters(model).items() if parameter_entry(n, alone)]
-        if found:
-            name, parameter = found[0]
+        named = [(n, p) for n, p in base_parameters(model).items() if parameter_entry(n, single)]
+        if named:
+            name, parameter = named[0]
             shape = list(parameter.shape)
             yield target, True, f"{name} {shape} is the weight of no linear operation that was seen"
             continue
-        near = nearest_names(target, weights)
-        yield target, False, "matches nothing" + _nearest(near)
+        nearest = nearest_names(target, weights)
+        yield target, False, "matches nothing" + _nearest(nearest)
 
 
 def _names_weight(target: str, rejection: Rejection) -> bool:
@@ -664,7 +670,7 @@ def _names_weight(target: str, rejection: Rejection) -> bool:
 
 
 def _filtered(target: str, chosen: Iterable[Choice] | Iterable[PlannedSite]) -> str:
-    whole = next((one.site.name for one in chosen if _part_of(target, one.site)), None)
+    whole = next((choice.site.name for choice in chosen if _part_of(target, choice.site)), None)
     if whole:
         return f"part of {whole}, which is adapted as a whole"
     return "all that it names is left out (see 'not selected')"
@@ -696,8 +702,8 @@ def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> s
     return "matches nothing" + _nearest(nearest_names(target, names))
 
 
-def _nearest(near: Sequence[str]) -> str:
-    return f"; nearest: {', '.join(map(repr, near))}" if near else ""
+def _nearest(names: Sequence[str]) -> str:
+    return f"; nearest: {', '.join(map(repr, names))}" if names else ""
 
 
 def _named(target: str, name: str) -> bool:
