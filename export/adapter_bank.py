@@ -1,4 +1,4 @@
-"""Banks of adapters, out of which each row of a batch has its own: the model, and those of an open file."""
+"""Banks of adapters, which let each row of a batch use its own adapter: the model, and the open file."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ __all__ = [
 
 
 _SLOTS = "lora_slots"
-"""Name of the buffer beside the factors of a site that says which slot each row has."""
+"""Name of the buffer, next to the factors of a site, that holds the slot of each row."""
 
 _aten = torch.ops.aten
 _LINEAR = (F.linear,)
@@ -68,19 +68,19 @@ _CONVOLUTIONS = (
 
 
 def check_bank_sites(rows: Sequence[PlannedSite]) -> None:
-    """Refuse sites at which rows cannot have factors of their own.
+    """Raise if the rows of a batch cannot each have their own factors at a site.
 
     Raises:
-        ExportError: With the sites, and what to do.
+        ExportError: It names the sites and what to do.
     """
-    why: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
     for row in rows:
         for reason in _objections(row):
-            why.setdefault(reason, []).append(row.name)
-    if why:
-        found = "; ".join(f"{some(names)}: {reason}" for reason, names in why.items())
+            refused.setdefault(reason, []).append(row.name)
+    if refused:
+        reasons = "; ".join(f"{some(names)}: {reason}" for reason, names in refused.items())
         raise ExportError(
-            f"no bank of adapters can be at {found}. Leave them out of target_modules, or export with "
+            f"no bank of adapters can be at {reasons}. Leave them out of target_modules, or export with "
             "adapters='inputs', which runs one adapter for the whole batch"
         )
 
@@ -99,16 +99,16 @@ def _objections(row: PlannedSite) -> Iterator[str]:
 def check_ranks(
     manifest: Manifest, values: Mapping[str, Tensor], what: str, max_rank: int | None = None
 ) -> None:
-    """Refuse an adapter whose rank is above that of the bank.
+    """Raise if the rank of an adapter is above the rank of the bank.
 
     Args:
-        manifest: What the file takes.
-        values: The adapter, by the names of the inputs.
-        what: What it is, for the message.
-        max_rank: The highest rank that a session takes, if that is lower.
+        manifest: The manifest of the file.
+        values: The values of the adapter by input name.
+        what: Description of the adapter for the message.
+        max_rank: The highest rank that the session accepts, if it is lower.
 
     Raises:
-        CheckpointError: With the places, and what to do.
+        CheckpointError: It names the sites and what to do.
     """
     bank = manifest.bank
     assert bank is not None
@@ -118,38 +118,38 @@ def check_ranks(
     high = {site: rank for site, rank in ranks.items() if rank > bank.rank}
     if high:
         most = max(high.values())
-        places = some([f"{site} has rank {rank}" for site, rank in high.items()])
+        sites = some([f"{site} has rank {rank}" for site, rank in high.items()])
         raise CheckpointError(
-            f"{what} does not fit the bank, which has rank {bank.rank}: {places}. Export the model again "
+            f"{what} does not fit the bank, which has rank {bank.rank}: {sites}. Export the model again "
             f"with max_rank={most} or more"
         )
 
 
 def stacked(manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The banks of some adapters, by the names of the inputs, [slots, ...].
+    """Stack adapters into banks, by input name, [slots, ...].
 
     Args:
-        manifest: What the file takes.
-        adapters: Values by name; what an adapter does not have changes nothing.
+        manifest: The manifest of the file.
+        adapters: Values by input name. An input that an adapter lacks gets its neutral value.
 
     Returns:
-        Slot 0 changes nothing; the others follow in order. Factors are filled up with zeros.
+        Slot 0 is neutral; the adapters follow in order. Factors are padded with zeros to the bank's rank.
     """
     bank = manifest.bank
     assert bank is not None
-    found = {}
-    for one in manifest.inputs.values():
-        shape = (1 + len(adapters), *one.sized(bank.rank))
-        whole = torch.full(shape, one.neutral, dtype=getattr(torch, one.dtype))
+    stacks = {}
+    for entry in manifest.inputs.values():
+        shape = (1 + len(adapters), *entry.sized(bank.rank))
+        whole = torch.full(shape, entry.neutral, dtype=getattr(torch, entry.dtype))
         for slot, values in enumerate(adapters, start=1):
-            if one.name in values:
-                put(whole[slot], one, values[one.name])
-        found[one.name] = whole
-    return found
+            if entry.name in values:
+                put(whole[slot], entry, values[entry.name])
+        stacks[entry.name] = whole
+    return stacks
 
 
 def put(slot: Tensor, one: AdapterInput, value: Tensor | None) -> None:
-    """Write an adapter's value, or what changes nothing, into its slot of a bank."""
+    """Write an adapter's value into its slot of a bank, or the neutral value if it is None."""
     slot.fill_(one.neutral)
     if value is not None:
         axis = one.rank_axis
@@ -163,11 +163,11 @@ def put(slot: Tensor, one: AdapterInput, value: Tensor | None) -> None:
 def row_editor(
     model: nn.Module, rows: Sequence[PlannedSite]
 ) -> Callable[[Region], fx.Graph | None]:
-    """What makes branches take stacks of factors, and read the slots of the rows.
+    """Return a function that edits a region: branches take stacks of factors and the slots of the rows.
 
     Args:
-        model: A copy with one adapter. It gets a buffer with slots beside the factors of every site.
-        rows: Where the adapter is.
+        model: A copy with one adapter. A buffer of slots is added next to the factors of each site.
+        rows: The sites of the adapter.
     """
     for row in rows:
         device = model.get_parameter(row.site.weight).device
@@ -191,13 +191,13 @@ def row_editor(
 
 
 def _tag(node: fx.Node) -> Tag | None:
-    """What a node of a branch does; None for any other."""
+    """Return the tag of a node of a branch, or None for any other node."""
     tag = tag_of(node)
     return tag if tag is not None and tag.adapter else None
 
 
 class _Work:
-    """One graph that is being edited."""
+    """The state of editing one graph."""
 
     def __init__(self, graph: fx.Graph, fqn: str, vectors: Collection[str]) -> None:
         self._graph, self._fqn, self._vectors = graph, fqn, vectors
@@ -210,18 +210,18 @@ class _Work:
                 self._holders.setdefault(tag.weight, holder)
 
     def edit(self, node: fx.Node) -> None:
-        """Replace a node of a branch, if it reads a factor or a vector of one adapter."""
+        """Replace a node of a branch if it reads a factor or a vector of one adapter."""
         tag = _tag(node)
         assert tag is not None
         target = target_of(node)
-        if tag.role in (Role.DOWN, Role.UP) and any(target is one for one in _LINEAR):
+        if tag.role in (Role.DOWN, Role.UP) and any(target is operation for operation in _LINEAR):
             x, factor, *bias = node.args
             self._replace(node, banked.banked_linear, x, factor, self._read_slots(node), *bias)
-        elif tag.role is Role.DOWN and any(target is one for one in _CONVOLUTIONS):
+        elif tag.role is Role.DOWN and any(target is operation for operation in _CONVOLUTIONS):
             x, kernel, _, *geometry = node.args
             taken = (x, kernel, self._read_slots(node), *geometry[:3])
             self._replace(node, banked.banked_conv, *taken)
-        elif tag.role is Role.UP and any(target is one for one in _CONVOLUTIONS):
+        elif tag.role is Role.UP and any(target is operation for operation in _CONVOLUTIONS):
             taken = (*node.args[:2], self._read_slots(node), node.args[2])
             self._replace(node, banked.banked_pointwise, *taken)
         elif target is ops.spread and self._has_channels(node):
@@ -231,38 +231,38 @@ class _Work:
             assert isinstance(table, fx.Node)
             self._replace(node, banked.banked_embedding, x, table.args[0], self._read_slots(node))
         elif tag.role is Role.DOWN and target is torch.t:
-            pass  # of an embedding: the stack is read as it is
+            pass  # an embedding reads the stack without the transpose
         elif node.op == "get_attr" and self._is_vector(node):
             self._spread(node)
         elif tag.role in (Role.DOWN, Role.UP) and target is not operator.add:
-            place = join(self._fqn, tag.weight)
+            site = join(self._fqn, tag.weight)
             raise ExportError(
-                f"no bank of adapters can be at {place}: its branch has "
+                f"no bank of adapters can be at {site}: its branch has "
                 f"{getattr(target, '__name__', target)}, which has no form with factors for each row. Leave "
                 "it out of target_modules, or export with adapters='inputs'"
             )
 
     def _is_vector(self, node: fx.Node) -> bool:
-        """Whether a node reads a slot of the kind: a bias or a gain."""
+        """Return True if a node reads a vector of the adapter kind: a bias or a gain."""
         return str(node.target).rpartition(".")[0].rpartition(".")[2] in self._vectors
 
     def _spread(self, node: fx.Node) -> None:
-        """Read a stack of vectors as those of the rows."""
+        """Replace the read of a vector by a read of each row's vector from the stack."""
         base = self._base_of(node)
         with self._graph.inserting_after(node):
-            made = self._graph.call_function(banked.banked_vector)
+            rows = self._graph.call_function(banked.banked_vector)
         slots = self._read_slots(node)
-        node.replace_all_uses_with(made)
-        made.args = (node, slots, base, self._has_channels(node))
-        made.meta[META_KEY] = node.meta[META_KEY]
+        node.replace_all_uses_with(rows)
+        rows.args = (node, slots, base, self._has_channels(node))
+        rows.meta[META_KEY] = node.meta[META_KEY]
 
     def _has_channels(self, node: fx.Node) -> bool:
-        """Whether a node belongs to a convolution, whose outputs have their features second."""
+        """Return True if a node belongs to a convolution, whose outputs have channels second."""
         target = target_of(self._base_of(node))
-        return any(target is one for one in _CONVOLUTIONS)
+        return any(target is operation for operation in _CONVOLUTIONS)
 
     def _base_of(self, node: fx.Node) -> fx.Node:
-        """The nearest operation before a node to which it belongs."""
+        """Return the base operation of a node's branch, the nearest one before the node."""
         wanted = node.meta[META_KEY].weight
         before = node.prev
         while before.op != "root":
@@ -273,25 +273,25 @@ class _Work:
         raise AssertionError(node.format_node())
 
     def _read_slots(self, node: fx.Node) -> fx.Node:
-        """The slots beside the factors of a branch, read where they are first used."""
+        """Return the node that reads the slots of a branch. It is inserted at the first use."""
         tag = node.meta[META_KEY]
         if tag.weight not in self._slots:
             base = self._base_of(node)
             with self._graph.inserting_after(base):
-                made = self._graph.get_attr(join(self._holders[tag.weight], _SLOTS))
-            made.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
-            self._slots[tag.weight] = made
+                slots = self._graph.get_attr(join(self._holders[tag.weight], _SLOTS))
+            slots.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
+            self._slots[tag.weight] = slots
         return self._slots[tag.weight]
 
     def _replace(
         self, node: fx.Node, function: Callable[..., Tensor], *args: Any, named: bool = True
     ) -> None:
         tag = node.meta[META_KEY]
-        more = {"weight": tag.weight} if named else {}
+        keywords = {"weight": tag.weight} if named else {}
         with self._graph.inserting_before(node):
-            made = self._graph.call_function(function, tuple(args), more)
-        made.meta[META_KEY] = tag
-        node.replace_all_uses_with(made)
+            replacement = self._graph.call_function(function, tuple(args), keywords)
+        replacement.meta[META_KEY] = tag
+        node.replace_all_uses_with(replacement)
         self._graph.erase_node(node)
 
 
@@ -302,15 +302,15 @@ class BankModel(FactorModel):
     """A flat model that takes ids of adapters and their stacks after the tensors of the call.
 
     Args:
-        made: What :func:`lora_fx.export.factor_model.swappable` has made with a bank.
-        model: It again, or a copy that was cast.
-        arguments: The call.
-        call: How the model is called.
-        bank: How large the bank is.
+        made: The result of :func:`lora_fx.export.factor_model.swappable` with a bank.
+        model: The model of ``made``, or a copy in another dtype.
+        arguments: The arguments of the call.
+        call: The function that calls the model.
+        bank: The size of the bank.
         single: The same model with one adapter at a time.
 
     Attributes:
-        bank: How large the bank is.
+        bank: The size of the bank.
         single: The same model with one adapter at a time.
     """
 
@@ -326,57 +326,57 @@ class BankModel(FactorModel):
         super().__init__(made, model, arguments, call)
         self.bank = bank
         self.manifest = dataclasses.replace(self.manifest, bank=bank)
-        self.__dict__["single"] = single  # no module of this one
+        self.__dict__["single"] = single  # not a submodule of this module
         self._slots = tuple(join(row.site.holder, _SLOTS) for row in made.rows)
 
     single: FactorModel
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-        """The outputs with their names.
+        """Return the outputs with their names.
 
         Args:
-            tensors: Those of the call, the ids, [rows], and the banks in the order of the inputs.
+            tensors: The tensors of the call, the ids, [rows], and the banks in the order of the inputs.
         """
         own = len(self.arguments.tensors)
         args, kwargs = self.arguments.fill(tensors[:own])
         ids, banks = tensors[own], tensors[own + 1 :]
         same = ids.shape[0] == tensors[self.batched].shape[0]
         torch_private.assert_true(same)
-        # Whatever is negative means none. Other providers count from the end, or read anything.
+        # Any negative id means no adapter. Some providers would count from the end or read garbage.
         slots = ids.clamp(min=-1) + 1
         values = dict.fromkeys((f"model.{name}" for name in self._slots), slots)
-        values |= {f"model.{name}": one for name, one in zip(self._places, banks, strict=True)}
+        values |= {f"model.{name}": stack for name, stack in zip(self._places, banks, strict=True)}
         return named_outputs(self._called(values, self.call, *args, **kwargs))
 
     @property
     def batched(self) -> int:
-        """Which tensor of the call has the batch first: the first one that has axes."""
-        return next(i for i, one in enumerate(self.arguments.tensors) if one.dim())
+        """Index of the tensor whose first axis is the batch: the first tensor with axes."""
+        return next(i for i, tensor in enumerate(self.arguments.tensors) if tensor.dim())
 
     def over(self, model: nn.Module) -> BankModel:
-        """The same call of another copy of its model."""
-        made = BankModel(self._made, model, self.arguments, self.call, self.bank, self.single)
-        made.eval()
-        return made
+        """Return the same call of another copy of the model."""
+        bank_model = BankModel(self._made, model, self.arguments, self.call, self.bank, self.single)
+        bank_model.eval()
+        return bank_model
 
     def extras(self) -> tuple[Extra, ...]:
-        """The ids and the banks as torch.export sees them."""
+        """Return the ids and the banks as inputs for torch.export."""
         rows = self.arguments.tensors[self.batched].shape[0]
         ids = torch.full((rows,), -1, dtype=torch.long, device=self.device)
-        found = [Extra(SLOTS_INPUT, ids, {0: Dim.AUTO}, (ROWS_AXIS,), None)]
+        extras = [Extra(SLOTS_INPUT, ids, {0: Dim.AUTO}, (ROWS_AXIS,), None)]
         slots = Dim(SLOTS_AXIS, min=1)
-        for one in self.adapter_inputs:
-            shape = one.sized(self.bank.rank)
+        for entry in self.adapter_inputs:
+            shape = entry.sized(self.bank.rank)
             dims: dict[int, object] = {0: slots}
             dims |= {axis + 1: Dim.STATIC for axis in range(len(shape))}
             example = torch.full(
                 (_SLOTS_IN_EXAMPLE, *shape),
-                one.neutral,
-                dtype=getattr(torch, one.dtype),
+                entry.neutral,
+                dtype=getattr(torch, entry.dtype),
                 device=self.device,
             )
-            found.append(Extra(one.name, example, dims, (SLOTS_AXIS, *shape), 0))
-        return tuple(found)
+            extras.append(Extra(entry.name, example, dims, (SLOTS_AXIS, *shape), 0))
+        return tuple(extras)
 
 
 _SLOTS_IN_EXAMPLE = 3
@@ -384,12 +384,12 @@ _SLOTS_IN_EXAMPLE = 3
 
 @torch.no_grad()
 def prove_rows(model: BankModel) -> None:
-    """Refuse a model of which it cannot be seen that each row of its batch stays by itself.
+    """Raise unless a run of the example shows that the rows of the batch stay independent.
 
-    The call of the example is followed, as inside :func:`lora_fx.adapter_ids`.
+    The example call runs with its rows followed, as inside :func:`lora_fx.adapter_ids`.
 
     Raises:
-        ExportError: With the place, and what to do.
+        ExportError: It gives the reason and what to do.
     """
     tensors, name = model.arguments.tensors, type(model.model).__name__
     if SLOTS_INPUT in model.arguments.names:
@@ -398,7 +398,7 @@ def prove_rows(model: BankModel) -> None:
             "adapters='inputs'"
         )
     instead = "Export with adapters='inputs', which runs one adapter for the whole batch"
-    if not any(one.dim() for one in tensors):
+    if not any(tensor.dim() for tensor in tensors):
         raise ExportError(f"{name} takes no batch, so that no row can have its adapter. {instead}")
     rows = tensors[model.batched].shape[0]
     if rows < 2:
@@ -409,8 +409,8 @@ def prove_rows(model: BankModel) -> None:
     extras = [extra.example for extra in model.extras()]
     follower = Follower(model.model, rows, 1)
     try:
-        for one in (*tensors, extras[0]):
-            follower.enter(one)
+        for tensor in (*tensors, extras[0]):
+            follower.enter(tensor)
         follow(follower)
         try:
             with follower:
@@ -419,8 +419,8 @@ def prove_rows(model: BankModel) -> None:
             unfollow()
         follower.check_results([value for _, value in outputs])
     except ConfigError as error:
-        found = str(error).partition(". adapter_ids needs")[0]
-        raise ExportError(f"{name} takes no bank of adapters: {found}. {instead}") from error
+        reason = str(error).partition(". adapter_ids needs")[0]
+        raise ExportError(f"{name} takes no bank of adapters: {reason}. {instead}") from error
     if follower.by_values:
         raise ExportError(
             f"{name} takes no bank of adapters: values of the batch decide which rows are whose, so that "
@@ -445,11 +445,11 @@ def make_bank_overridable(
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
-        adapters: Values by name, in the order of the manifest's bank.
-        batched: Name of an input that has the batch first.
+        adapters: Values by input name, one mapping for each adapter of the manifest's bank, in order.
+        batched: Name of an input whose first axis is the batch.
 
     Raises:
-        ExportError: The graph reads the number of ids in a way that says nothing of the batch.
+        ExportError: The graph reads the number of ids in a way that cannot be replaced by the batch size.
     """
     import onnx_ir as ir
 
@@ -470,36 +470,42 @@ def make_bank_overridable(
 
 
 def _part_rows_from_batch(
-    model: ir.Model, rows: ir.Value, batched: ir.Value, given: set[ir.Value]
+    model: ir.Model, rows: ir.Value, batched: ir.Value, adapter_inputs: set[ir.Value]
 ) -> None:
-    """Let the ids have one element for the whole batch as well as one for each row.
+    """Allow the ids to have one element for the whole batch as well as one for each row.
 
-    In the trace both axes have one size. Here the size of the batch is read from an input that has it, and
-    what is computed of ids and banks alone has an axis of another name: ONNX Runtime takes memory of one
-    value for another where their axes have one name.
+    In the trace both axes have one size. Reads of the number of ids become reads of the batch size.
+    Values computed from ids and banks alone get an axis of another name. ONNX Runtime would
+    otherwise share memory between values whose axes have the same name.
     """
     import onnx_ir as ir
 
-    known = set(given)
-    of_ids = {rows}
+    known = set(adapter_inputs)
+    from_ids = {rows}
     for node in model.graph:
-        if not any(value in of_ids for value in node.inputs):
+        if not any(value in from_ids for value in node.inputs):
             continue
         if node.op_type in ("Shape", "Size"):
             _read_size(node, batched)
             continue
-        fixed = [value is None or value.const_value is not None for value in node.inputs]
-        if not all(value in known or one for value, one in zip(node.inputs, fixed, strict=True)):
+        constant = [value is None or value.const_value is not None for value in node.inputs]
+        if not all(
+            value in known or fixed for value, fixed in zip(node.inputs, constant, strict=True)
+        ):
             continue
         known.update(node.outputs)
-        of_ids.update(node.outputs)
+        from_ids.update(node.outputs)
         for output in node.outputs:
             if output.shape is not None and len(output.shape):
                 output.shape = ir.Shape([ROWS_AXIS, *list(output.shape)[1:]])
 
 
 def _read_size(node: ir.Node, batched: ir.Value) -> None:
-    """Have a node that reads the number of ids read that of the batch."""
+    """Change a node that reads the number of ids to read the size of the batch.
+
+    Raises:
+        ExportError: The node reads other sizes too.
+    """
     import onnx_ir as ir
 
     whole = node.inputs[0].shape if node.inputs[0] is not None else None
@@ -521,8 +527,8 @@ def _read_size(node: ir.Node, batched: ir.Value) -> None:
 class AdapterBank(AdapterStore):
     """Adapters by name, in one stack for each factor. Threads may use, load and unload them at once.
 
-    A stack is never written after it was handed out: an adapter that is loaded or unloaded makes new ones,
-    and runs that have begun end with what they have. Until then the stacks of the file are used.
+    A stack is never written after it was handed out. Loading or unloading an adapter creates new stacks,
+    and runs that have begun finish with the old ones. Before the first change the file's stacks are used.
 
     Args:
         path: The file, whose adapters are in the bank from the start.
@@ -542,49 +548,49 @@ class AdapterBank(AdapterStore):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names, in the order in which they were loaded."""
+        """Names of the adapters, in the order in which they were loaded."""
         with self._lock:
             return tuple(self._names)
 
     def load(self, name: str, values: Mapping[str, Tensor], what: str) -> None:
-        """Put an adapter into the bank. It replaces one of the same name.
+        """Put an adapter into the bank. It replaces an adapter of the same name.
 
         Raises:
-            CheckpointError: The values are no adapter of the file, or do not fit into its bank. What was
-                there still is.
+            CheckpointError: The values do not match the inputs of the file, or do not fit into its bank. The
+                bank is then unchanged.
             ConfigError: The bank is full.
         """
         check_values(self.manifest, values, what)
         check_ranks(self.manifest, values, what, self.max_rank)
         with self._lock:
-            others = {key: slot for key, slot in self._names.items() if key != name}
-            if len(others) >= self._size.capacity:
+            slots = {key: slot for key, slot in self._names.items() if key != name}
+            if len(slots) >= self._size.capacity:
                 raise ConfigError(
-                    f"the bank of {self.file} is full, it has {some(list(map(repr, others)))}: unload one "
+                    f"the bank of {self.file} is full, it has {some(list(map(repr, slots)))}: unload one "
                     f"(unload_adapter), or export the model again with max_adapters above "
                     f"{self._size.capacity}"
                 )
-            free = next(n for n in range(1, len(others) + 2) if n not in others.values())
-            self._write(free, values, {**others, name: free})
+            free = next(n for n in range(1, len(slots) + 2) if n not in slots.values())
+            self._write(free, values, {**slots, name: free})
             self._ranks[name] = ranks_of(self.manifest, values)
 
     def unload(self, name: str) -> None:
-        """Take an adapter out of the bank. A run that uses it ends with it.
+        """Remove an adapter from the bank. A run that uses it already finishes with it.
 
         Raises:
             ConfigError: There is no such adapter.
         """
         with self._lock:
             slot = self._slot(name)
-            others = {key: one for key, one in self._names.items() if key != name}
-            self._write(slot, {}, others)
+            remaining = {key: index for key, index in self._names.items() if key != name}
+            self._write(slot, {}, remaining)
             self._ranks.pop(name, None)
 
     def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
-        """The adapters to run with. What is held is returned as it is, also after others were loaded.
+        """Return the adapters to run with. A :class:`HeldAdapter` is returned unchanged.
 
         Args:
-            choice: A name or None for all rows, or a list with one for each row.
+            choice: A name or None for all rows, or a list with a name or None for each row.
 
         Raises:
             ConfigError: There is no such adapter, or it is a weighted sum.
@@ -601,7 +607,7 @@ class AdapterBank(AdapterStore):
         if not rows:
             raise ConfigError("adapter is an empty list: give a name, or None, for each row")
         with self._lock:
-            ids = torch.tensor([self._slot(one) - 1 for one in rows])
+            ids = torch.tensor([self._slot(name) - 1 for name in rows])
             bound = self._bound
         fed = self._placed({SLOTS_INPUT: ids})
         return HeldAdapter({}, bound, {}, len(rows) if several else None, fed)
@@ -618,26 +624,27 @@ class AdapterBank(AdapterStore):
         return self._names[name]
 
     def _write(self, slot: int, values: Mapping[str, Tensor], names: dict[str, int]) -> None:
-        """Make new stacks with something else in a slot."""
+        """Create new stacks with the values of an adapter in a slot."""
         count = 1 + max(names.values(), default=0)
         before = self._file_banks() if self._banks is None else self._banks
         banks = {}
-        for one in self.manifest.inputs.values():
-            old = before[one.name]
-            new = torch.full((count, *old.shape[1:]), one.neutral, dtype=old.dtype)
-            kept = min(count, len(old))
-            new[:kept] = old[:kept]
+        for entry in self.manifest.inputs.values():
+            old = before[entry.name]
+            new = torch.full((count, *old.shape[1:]), entry.neutral, dtype=old.dtype)
+            shared = min(count, len(old))
+            new[:shared] = old[:shared]
             if slot < count:
-                put(new[slot], one, values.get(one.name))
-            banks[one.name] = new
+                put(new[slot], entry, values.get(entry.name))
+            banks[entry.name] = new
         self._bound = Bound(self._placed(banks))
         self._banks, self._names = banks, names
 
     def _file_banks(self) -> dict[str, Tensor]:
-        """The stacks in the file, which ONNX Runtime does not give out.
+        """Read the stacks from the file, because ONNX Runtime does not expose them.
 
         Raises:
-            ExportError: onnx is not installed, or the file is gone.
+            ExportError: onnx is not installed, or the file cannot be read.
+            CheckpointError: The file lacks a stack.
         """
         assert self.path is not None
         purpose = f"reading the adapters in {self.file}"
@@ -649,23 +656,23 @@ class AdapterBank(AdapterStore):
         try:
             proto = onnx.load(str(self.path), load_external_data=False)
             wanted = self.manifest.inputs
-            found = {}
+            tensors = {}
             for tensor in proto.graph.initializer:
                 if tensor.name in wanted:
                     if uses_external_data(tensor):
                         load_external_data_for_tensor(tensor, str(self.path.parent))
-                    found[tensor.name] = _read(tensor)
+                    tensors[tensor.name] = _read(tensor)
         except Exception as error:
             raise ExportError(
                 f"{self.path} cannot be read again: were its files moved or changed while the session was "
                 f"open? {error}"
             ) from error
-        lost = [name for name in wanted if name not in found]
+        lost = [name for name in wanted if name not in tensors]
         if lost:
             raise CheckpointError(
                 f"{self.file} lacks {some(lost)}: a tool took them for constants. Export the model again"
             )
-        return found
+        return tensors
 
 
 def _read(tensor: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""``save_onnx_adapter`` and the way back: files that ONNX Runtime reads as ``onnxruntime.LoraAdapter``."""
+"""Writing and reading of ``.onnx_adapter`` files, which ONNX Runtime reads as ``onnxruntime.LoraAdapter``."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ _KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES
 
 @torch.no_grad()
 def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
-    """Values by the names of the inputs, in the dtype of the weights that they adapt.
+    """Return the values of an adapter by input name, in the dtype of the weights that they adapt.
 
     Args:
         model: A rewritten model.
-        adapter_name: Which adapter; by default the only one, or the only active one.
+        adapter_name: Name of the adapter; by default the only one, or the only active one.
 
     Raises:
-        ConfigError: The model has no such adapter, or several could be meant.
-        ExportError: The adapter trains something that has no factors.
+        ConfigError: The model has no such adapter, or the choice is ambiguous.
+        ExportError: The adapter trains parameters that are not factors.
         CheckpointError: The model is on the meta device.
     """
     adapter = the_adapter(model, adapter_name)
@@ -74,14 +74,14 @@ def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[s
             adapter,
             some(by_hand),
         )
-    own = {}
+    slots = {}
     for row in record.sites:
         for name in factor_names(row).present:
-            place = join(row.site.holder, name, adapter)
-            own[place] = Slot(place, place, model.get_parameter(place))
-    if any(slot.tensor.is_meta for slot in own.values()):
+            fqn = join(row.site.holder, name, adapter)
+            slots[fqn] = Slot(fqn, fqn, model.get_parameter(fqn))
+    if any(slot.tensor.is_meta for slot in slots.values()):
         raise CheckpointError("the model is on the meta device: there are no values to write")
-    whole = converted(model, record, adapter, own)
+    whole = converted(model, record, adapter, slots)
     tensors = {slot.name: gathered(slot.tensor) for slot in whole.slots.values()}
     values: dict[str, Tensor] = {}
     for row in whole.record.sites:
@@ -94,33 +94,35 @@ def _site_values(
 ) -> dict[str, Tensor]:
     names, site = factor_names(row), row.site
     a, b = (tensors[join(site.holder, name, adapter)] for name in names.pair)
-    if row.tied:  # the embedding's factors, which change places
+    if row.tied:  # the factors belong to the embedding, so A and B are swapped
         a, b = a.T, b.T
-    # The base's own weight: a start that changed it is part of the factors here.
+    # The original weight of the base, because the factors here include a change by the initialization.
     weight = require_record(model).originals.get(site.weight)
     weight = model.get_parameter(site.weight) if weight is None else weight
-    if names.slots and site.quantized is None:  # else it has scales, too, and is no plain tensor
+    if names.slots and site.quantized is None:  # a quantized weight is not a plain tensor
         weight = gathered(weight)
     slots = {name: tensors[join(site.holder, name, adapter)].flatten() for name in names.slots}
-    found = {"A": a.double(), **kind_of(row).inputs(row, weight, a, b, slots)}
+    by_role = {"A": a.double(), **kind_of(row).inputs(row, weight, a, b, slots)}
     inputs = site_inputs(model, row).inputs()
     return {
-        one.name: flip(one, found[one.role]).to("cpu", getattr(torch, one.dtype)).contiguous()
-        for one in inputs
+        adapter_input.name: flip(adapter_input, by_role[adapter_input.role])
+        .to("cpu", getattr(torch, adapter_input.dtype))
+        .contiguous()
+        for adapter_input in inputs
     }
 
 
 def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[str, Tensor]:
-    """Values by the names of the inputs, in the dtype of the folder.
+    """Read the values of an adapter folder by input name, in the dtype of the folder.
 
     Args:
-        folder: An adapter folder of PEFT or lora_fx. Nothing else is needed where PEFT's names are those
-            of the sites.
-        manifest: What the file takes, if it is known.
+        folder: An adapter folder of PEFT or lora_fx. It suffices if PEFT's names are the names of the
+            sites.
+        manifest: The manifest of the file, if it is known.
 
     Raises:
-        CheckpointError: The folder is missing or damaged, or holds something that is no input of low
-            rank, or that depends on the base weights.
+        CheckpointError: The folder is missing or damaged, or has values that are not low-rank inputs, or
+            that depend on the base weights.
         ConfigError: The adapter needs a feature that lora_fx does not have.
     """
     if not folder.is_dir():
@@ -131,13 +133,13 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
     problems = [*_unfit(config)]
     sites: dict[str, dict[Role, Tensor]] = {}
     for key, value in tensors.items():
-        found = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key)
         names = key.split(".")
-        # "in_lora" is what PEFT has no name for, and lora_fx calls so beside its operation.
-        if found is None or _WRAPPED in names or (found["site"] or "").endswith("_lora"):
+        # PEFT has no name for the factors of a parameter. lora_fx keeps them in "<name>_lora".
+        if match is None or _WRAPPED in names or (match["site"] or "").endswith("_lora"):
             problems.append(f"{key} is no factor of an operation")
         else:
-            sites.setdefault(found["site"] or "", {})[_ROLES[found["kind"]]] = value
+            sites.setdefault(match["site"] or "", {})[_ROLES[match["kind"]]] = value
     if not sites and not problems:
         problems.append("it holds no tensor")
     if problems:
@@ -159,7 +161,7 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
 def _refuse_trained_in_full(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
 ) -> None:
-    """What no way leads into a file as an input, so that loading it onto the model is no advice."""
+    """Raise if a folder has tensors trained in full, which cannot be inputs even from a model."""
     full = [key.replace(f".{_WRAPPED}", "") for key in tensors if "lora_" not in key]
     if not full:
         return
@@ -168,9 +170,11 @@ def _refuse_trained_in_full(
         "bias": config.bias != "none",
         "trainable_token_indices": config.trainable_token_indices,
     }
-    by = ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
+    causes = (
+        ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
+    )
     raise CheckpointError(
-        f"{folder} trains {some(full)} in full ({by}), and only "
+        f"{folder} trains {some(full)} in full ({causes}), and only "
         "factors can be inputs of a file. Merge it into a file of its own: export_onnx("
         f"lora_fx.load_adapter(model, {str(folder)!r}), ..., adapters='merge'), or on the command line "
         f"`lora-fx export MODEL FILE --adapter {folder}`"
@@ -178,7 +182,7 @@ def _refuse_trained_in_full(
 
 
 def _unfit(config: LoraConfig) -> Iterator[str]:
-    """What makes a folder depend on its model."""
+    """Yield the reasons why a folder cannot be converted without its model."""
     kind = chosen_kind(config)
     if kind.depends:
         yield kind.depends
@@ -205,7 +209,7 @@ def _folder_site(
             a = _grouped(name, a, groups)
     values = {}
     for role, value in {**parts, "A": a}.items():
-        # In double precision, so that the scale costs one rounding.
+        # In double precision, so that the scaled value is rounded only once.
         scaled = value if role == "A" else (value.double() * scale).to(value.dtype)
         turned = scaled if conv or role == "bias" else scaled.T
         values[join(name, SUFFIXES[role])] = turned.contiguous()
@@ -222,7 +226,7 @@ def _check_pair(name: str, a: Tensor, b: Tensor) -> None:
 
 
 def _grouped(name: str, a: Tensor, groups: int) -> Tensor:
-    """A of a grouped convolution from PEFT's, which is dense."""
+    """Convert PEFT's dense A of a convolution to A of a grouped convolution."""
     try:
         return Dense(groups).decode(a)
     except CheckpointError as error:
@@ -243,30 +247,31 @@ def save_onnx_adapter(
 ) -> Path:
     """Write an adapter as an ``.onnx_adapter`` file, for exports with ``adapters="inputs"``.
 
-    The file is whole or not there at all, also after an error. ONNX Runtime's own ``LoraAdapter`` reads
-    it, too. The format has no place for a checksum: a truncated file is seen when it is loaded, and so
-    are values that are not finite, but a number that changed on its way is a number like others.
+    The file is written completely or not at all, even after an error. ONNX Runtime's own ``LoraAdapter``
+    reads it, too. The format has no checksum: loading detects a truncated file and values that are not
+    finite, but no other corrupted values.
 
     Args:
-        source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder is enough by itself
-            but for what depends on the base weights: kinds with a magnitude, adapted parameters and attention
-            layers, and starts that changed the base. Load those onto the model and give that.
+        source: A rewritten model, or an adapter folder of PEFT or lora_fx. A folder does not suffice if the
+            adapter depends on the base weights: kinds with a magnitude, adapted parameters and attention
+            layers, and initializations that changed the base. Load such a folder onto the model, and pass
+            the model.
         path: The file to write, with the suffix ``.onnx_adapter``.
-        adapter_name: Which adapter of a model; by default the only one, or the only active one.
-        base: The ``.onnx`` file that the adapter is for: it is checked against that, and has its dtypes.
-        dtype: "fp32", "fp16" or "bf16", where there is no ``base``; by default that of the weights that a
+        adapter_name: Name of the adapter of a model; by default the only one, or the only active one.
+        base: The ``.onnx`` file for the adapter. The adapter is checked against it, and gets its dtypes.
+        dtype: "fp32", "fp16" or "bf16", if there is no ``base``. By default the dtype of the weights that a
             model adapts, or of the tensors of a folder.
         force: Replace an existing file.
 
     Returns:
-        The file that was written.
+        The written file.
 
     Raises:
-        CheckpointError: The folder is damaged or cannot be converted by itself, or the adapter is none
-            for ``base``, or holds values that are not finite.
+        CheckpointError: The folder is damaged or needs its model, the adapter does not fit ``base``, or it
+            has values that are not finite.
         ConfigError: An argument is not valid, or the model has no such adapter.
-        ExportError: The file exists or cannot be written (with the bytes that it takes, if the disk is
-            full), or ``base`` takes no adapters.
+        ExportError: The file exists or cannot be written (with the required bytes, if the disk is full), or
+            ``base`` takes no adapters.
         OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ONNX Runtime, which has the format, is not installed.
     """
@@ -284,7 +289,7 @@ def save_onnx_adapter(
     if manifest is not None:
         check_values(manifest, values, _named(source))
     elif dtype is not None:
-        # A gain near 1 would lose its digits.
+        # A gain keeps its dtype, because half precision cannot hold small differences from 1.
         values = {
             name: value if name.endswith(f".{SUFFIXES['gain']}") else value.to(DTYPES[dtype])
             for name, value in values.items()
@@ -310,7 +315,7 @@ def save_onnx_adapter(
 
 
 def _write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
-    """ONNX Runtime does not say why it cannot write."""
+    """Return the error of a failed write. ONNX Runtime gives no reason, so check for a full disk."""
     full = shutil.disk_usage(folder).free < size
     return OSError(errno.ENOSPC if full else errno.EIO, f"ONNX Runtime fails: {reason_of(error)}")
 
@@ -318,15 +323,17 @@ def _write_error(error: RuntimeError, folder: Path, size: int) -> OSError:
 def values_of(
     source: Any, adapter_name: str | None = None, manifest: Manifest | None = None
 ) -> dict[str, Tensor]:
-    """The values of an adapter, wherever it is, in the dtypes of ``manifest`` where those may be chosen.
+    """Return the values of an adapter from any source.
+
+    Values of a model or a folder are cast to the dtypes of ``manifest``. All others keep their dtypes.
 
     Args:
         source: A rewritten model, an adapter folder, an ``.onnx_adapter`` file, or values by name.
-        adapter_name: Which adapter of a model.
-        manifest: What they are for, if it is known.
+        adapter_name: Name of the adapter of a model.
+        manifest: The manifest of the file for the adapter, if it is known.
 
     Raises:
-        CheckpointError, ConfigError, ExportError: As :func:`save_onnx_adapter`.
+        CheckpointError, ConfigError, ExportError: As in :func:`save_onnx_adapter`.
     """
     if adapter_name is not None and not isinstance(source, nn.Module):
         raise ConfigError(
@@ -336,7 +343,7 @@ def values_of(
     if isinstance(source, nn.Module):
         values = values_of_model(unwrapped(source), adapter_name)
     elif isinstance(source, Mapping):
-        # Not what the caller may write into later.
+        # Copied, because the caller may write into the tensors later.
         return {str(name): torch.as_tensor(value).clone() for name, value in source.items()}
     elif not isinstance(source, str | os.PathLike):
         raise ConfigError(
@@ -351,10 +358,10 @@ def values_of(
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:
-    """The values of an ``.onnx_adapter`` file, on the CPU, with storage of their own.
+    """Read the values of an ``.onnx_adapter`` file as copies on the CPU.
 
     Raises:
-        CheckpointError: It is missing, damaged, or no such file.
+        CheckpointError: The file is missing, damaged, or not an ``.onnx_adapter`` file.
         ProviderError: ONNX Runtime is not installed.
     """
     runtime = import_onnxruntime()
@@ -363,8 +370,8 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
             f"there is no adapter at {path}: lora_fx.save_onnx_adapter writes one"
         )
     try:
-        read = runtime.AdapterFormat.read_adapter(str(path))  # the values lie in what it has mapped
-        return {name: to_tensor(value).clone() for name, value in read.get_parameters().items()}
+        adapter = runtime.AdapterFormat.read_adapter(str(path))  # it owns the memory of the values
+        return {name: to_tensor(value).clone() for name, value in adapter.get_parameters().items()}
     except Exception as error:
         raise CheckpointError(
             f"{path} is truncated, damaged or no .onnx_adapter file: write it again with "
@@ -373,10 +380,10 @@ def read_adapter(path: Path) -> dict[str, Tensor]:
 
 
 def manifest_of_file(path: Path) -> Manifest:
-    """The adapter inputs of an ``.onnx`` file; its weights are not loaded.
+    """Read the manifest of adapter inputs from an ``.onnx`` file. Its weights are not loaded.
 
     Raises:
-        ExportError: It is missing, damaged, or takes no adapters.
+        ExportError: The file is missing, damaged, or takes no adapters.
     """
     manifest = Manifest.from_metadata(metadata_of(read_file(path)))
     if manifest is None:

@@ -1,4 +1,4 @@
-"""Whether values are an adapter of a file: every way in which they are not, in words."""
+"""Manifest of the adapter inputs of a file, and the check of values against it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ __all__ = [
 MANIFEST_KEY = "lora_fx.adapters"
 
 _FORMAT = 1
-_BANK_FORMAT = 2  # what versions before banks do not read
+_BANK_FORMAT = 2  # versions from before banks refuse it
 
 SLOTS_INPUT = "adapter_ids"
-"""Input of a file with a bank: which adapter each row of the batch has, negative for none."""
+"""Input of a file with a bank: the id of the adapter of each row of the batch, negative for none."""
 ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
-"""Its axis: that of the batch, or 1, where all rows have the same adapter. And the first axis of a bank."""
+"""Axis of that input, the batch or 1 if all rows have the same adapter; and the first axis of a bank."""
 
 Role = Literal["A", "B", "bias", "gain"]
 SUFFIXES: dict[Role, str] = {
@@ -54,13 +54,13 @@ class AdapterInput:
     """One input that is part of an adapter.
 
     Attributes:
-        name: Its name in the file.
-        site: The site that it belongs to.
+        name: Name of the input in the file.
+        site: Name of its site.
         role: "A", "B", "bias" (of B) or "gain" (of the output).
-        shape: Its axes; None for that of the rank.
+        shape: Sizes of its axes; None for the axis of the rank.
         dtype: torch's name of its dtype.
-        multiple: What the rank is a multiple of: the rank itself is that times the size of the axis.
-        conv: Whether it is a factor of a convolution, which has A as [r, ...] and not as [..., r].
+        multiple: The rank divided by the size of the rank axis.
+        conv: True for a factor of a convolution, which has A as [r, ...] and not as [..., r].
     """
 
     name: str
@@ -73,24 +73,24 @@ class AdapterInput:
 
     @property
     def rank_axis(self) -> int | None:
-        """The axis that is the rank, or a part of it; None for a bias and a gain."""
+        """Index of the axis with the rank, or a part of it; None for a bias and a gain."""
         return self.shape.index(None) if None in self.shape else None
 
     @property
     def neutral(self) -> float:
-        """What it is filled with where there is no adapter."""
+        """The number that fills the input if there is no adapter: 1 for a gain, otherwise 0."""
         return 1.0 if self.role == "gain" else 0.0
 
     def sized(self, rank: int) -> tuple[int, ...]:
-        """The shape at a rank."""
+        """Return the shape at a rank."""
         return tuple(rank // self.multiple if size is None else size for size in self.shape)
 
     def rank_of(self, shape: tuple[int, ...]) -> int:
-        """The rank of a value of this shape; 0 for one that has none."""
+        """Return the rank of a value of this shape, or 0 for a bias and a gain."""
         return 0 if self.rank_axis is None else shape[self.rank_axis] * self.multiple
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether a value may have this shape."""
+        """Return True if a value may have this shape."""
         return len(shape) == len(self.shape) and all(
             want is None or want == size for want, size in zip(self.shape, shape, strict=True)
         )
@@ -107,15 +107,15 @@ class SiteInputs:
     Attributes:
         name: FQN of the site.
         family: ``linear``, ``conv`` or ``embedding``.
-        dtype: torch's name of the dtype of its inputs. A gain is of fp32 at least: half precision has
-            no digits for what it has more or less than 1.
-        a: Shape of A as the file takes it, None for the rank: [in, r], [E, in, r], or, for a
-            convolution, [r, in/g, *k].
-        b: Shape of B, into which the scale is folded: [r, out], [E, r, out] or [out, r/g, 1, ...].
+        dtype: torch's name of the dtype of its inputs. A gain is in fp32 at least, because half precision
+            cannot hold small differences from 1.
+        a: Shape of A in the file, None for the rank: [in, r], [E, in, r], or [r, in/g, *k] for a
+            convolution.
+        b: Shape of B, which includes the scale: [r, out], [E, r, out] or [out, r/g, 1, ...].
         out_features: Length of a bias and a gain.
-        groups: Of a convolution.
-        bias: Whether B has a bias.
-        gain: Whether the output is multiplied by a gain.
+        groups: Number of groups of a convolution.
+        bias: True if B has a bias.
+        gain: True if the output is multiplied by a gain.
     """
 
     name: str
@@ -129,7 +129,7 @@ class SiteInputs:
     gain: bool = False
 
     def inputs(self) -> Iterator[AdapterInput]:
-        """A, B, and what else there is."""
+        """Yield A, B, and the bias and the gain if the site has them."""
         yield self._input("A", self.a)
         yield self._input("B", self.b, self.groups)
         if self.bias:
@@ -139,10 +139,10 @@ class SiteInputs:
 
     @property
     def least_rank(self) -> int:
-        """The lowest rank that an adapter has here, and that of the zeros which stand for no adapter.
+        """Lowest rank of an adapter at this site, and the rank of the zeros that stand for no adapter.
 
-        It is never 0. ONNX Runtime does not promise a product over nothing: its Einsum ends the process, its
-        MatMul with the weight on the left gives back whatever was in memory.
+        It is never 0. ONNX Runtime does not support products over an empty axis: its Einsum aborts the
+        process, its MatMul with the weight on the left returns uninitialized memory.
         """
         return self.groups
 
@@ -159,16 +159,16 @@ class SiteInputs:
 class Manifest:
     """The adapter inputs of a file.
 
-    In a file with a bank each of them has one axis more, in front: that of the adapters. Slot 0 changes
-    nothing, the adapter of id n has slot n + 1.
+    In a file with a bank each input has one more axis in front, the slots of adapters. Slot 0 is neutral,
+    and the adapter of id n has slot n + 1.
 
     Attributes:
-        base: What the file was made from: the class of the model, and its name if it has one.
-        sites: In the order of the model.
-        runs_alone: Whether the defaults in the file are zeros of :attr:`SiteInputs.least_rank`. Earlier
+        base: The class of the exported model, and its name if it has one.
+        sites: The inputs of each site, in the order of the model.
+        runs_alone: True if the defaults in the file are zeros of :attr:`SiteInputs.least_rank`. Earlier
             versions of lora_fx wrote defaults of rank 0, which should not be run.
-        bank: For a file in which each row of the batch has its own adapter; None for one that takes one
-            adapter at a time.
+        bank: The size of the bank, if each row of the batch has its own adapter. None for a file that takes
+            one adapter at a time.
     """
 
     base: str
@@ -178,21 +178,27 @@ class Manifest:
 
     @property
     def inputs(self) -> dict[str, AdapterInput]:
-        """Every adapter input by name."""
-        return {one.name: one for site in self.sites for one in site.inputs()}
+        """All adapter inputs by name."""
+        return {
+            adapter_input.name: adapter_input
+            for site in self.sites
+            for adapter_input in site.inputs()
+        }
 
     def no_adapter(self) -> dict[str, Tensor]:
-        """Values that change nothing, by the names of the inputs: zeros of the least rank, gains of 1."""
+        """Return neutral values by input name: zeros of the least rank, and gains of 1."""
         return {
-            one.name: torch.full(
-                one.sized(site.least_rank), one.neutral, dtype=getattr(torch, one.dtype)
+            adapter_input.name: torch.full(
+                adapter_input.sized(site.least_rank),
+                adapter_input.neutral,
+                dtype=getattr(torch, adapter_input.dtype),
             )
             for site in self.sites
-            for one in site.inputs()
+            for adapter_input in site.inputs()
         }
 
     def to_json(self) -> str:
-        """What the metadata of the file hold."""
+        """Return the manifest as text for the metadata of the file."""
         sites = [dataclasses.asdict(site) for site in self.sites]
         data = {"format": _FORMAT, "base": self.base, "runs_alone": self.runs_alone, "sites": sites}
         if self.bank is not None:
@@ -201,10 +207,10 @@ class Manifest:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Manifest | None:
-        """The manifest of a file; None for one whose adapters are merged.
+        """Read the manifest of a file. Return None if the adapters of the file are merged.
 
         Raises:
-            ExportError: It was written by a newer lora_fx, or is damaged.
+            ExportError: The manifest was written by a newer lora_fx, or is damaged.
         """
         text = metadata.get(MANIFEST_KEY)
         if text is None:
@@ -234,17 +240,17 @@ class Manifest:
 def check_values(
     manifest: Manifest, values: Mapping[str, Tensor], what: str, max_rank: int | None = None
 ) -> None:
-    """Refuse what a file cannot run with, or would run with and give nonsense.
+    """Raise unless values are a valid adapter of a file.
 
     Args:
-        manifest: What the file takes.
-        values: By the names of the inputs.
-        what: What they are of, for the message.
-        max_rank: The highest rank that there is room for, if there is a limit.
+        manifest: The manifest of the file.
+        values: The values by input name.
+        what: Description of the adapter for the message.
+        max_rank: The highest allowed rank, if there is a limit.
 
     Raises:
-        CheckpointError: A value is no input of the file, has another shape or dtype, is not finite, or
-            stands without its partner; a rank is above ``max_rank``; or there is no value at all.
+        CheckpointError: There are no values, or a value is not an input of the file. A shape or dtype is
+            wrong, or a number is not finite. A site lacks A or B, or its rank is above ``max_rank``.
     """
     problems = list(dict.fromkeys(_problems(manifest, values, max_rank)))
     if problems:
@@ -255,16 +261,16 @@ def check_values(
 
 
 def ranks_of(manifest: Manifest, values: Mapping[str, Tensor]) -> dict[str, int]:
-    """Site to rank, for the sites that an adapter is at."""
+    """Map each site of an adapter to its rank."""
     return {
-        one.site: one.rank_of(tuple(values[name].shape))
-        for name, one in manifest.inputs.items()
-        if one.role == "A" and name in values
+        adapter_input.site: adapter_input.rank_of(tuple(values[name].shape))
+        for name, adapter_input in manifest.inputs.items()
+        if adapter_input.role == "A" and name in values
     }
 
 
 def cast_to(manifest: Manifest, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Values in the dtypes of a file: a model's or a folder's may be others."""
+    """Cast values to the dtypes of the inputs of a file. Other values stay unchanged."""
     inputs = manifest.inputs
     return {
         name: value.to(getattr(torch, inputs[name].dtype)) if name in inputs else value
@@ -282,67 +288,71 @@ def _problems(
         if name not in inputs:
             yield _unknown(name, manifest)
     for site in manifest.sites:
-        given = {one.role: one for one in site.inputs() if one.name in values}
-        for one in given.values():
-            yield from _value_problems(one, values[one.name])
-        if given:
-            yield from _site_problems(site, given, values, max_rank)
+        by_role = {
+            adapter_input.role: adapter_input
+            for adapter_input in site.inputs()
+            if adapter_input.name in values
+        }
+        for adapter_input in by_role.values():
+            yield from _value_problems(adapter_input, values[adapter_input.name])
+        if by_role:
+            yield from _site_problems(site, by_role, values, max_rank)
 
 
 def _unknown(name: str, manifest: Manifest) -> str:
-    """Of a value that the file has no input for: where it belongs, and how to get it there."""
+    """Describe a value that is not an input of the file, and how to fix it."""
     near = hint(name, manifest.inputs, " (the nearest that there is: {})", count=1)
-    suffix = next((one for one in SUFFIXES.values() if name.endswith(f".{one}")), None)
+    suffix = next((ending for ending in SUFFIXES.values() if name.endswith(f".{ending}")), None)
     if suffix is None:
         return f"{name}: the file has no such input{near}"
-    own = name.removesuffix(suffix).removesuffix(".")
-    sites = {one.name: one for one in manifest.sites}
-    again = "Export the model again with an adapter that has it"
-    if own in sites:
-        has = ", ".join(one.name for one in sites[own].inputs())
-        return f"{name}: the file takes {has} there. {again}"
-    parts = [site for site in sites if own and site.startswith(f"{own}.")]
+    fqn = name.removesuffix(suffix).removesuffix(".")
+    sites = {site.name: site for site in manifest.sites}
+    advice = "Export the model again with an adapter that has it"
+    if fqn in sites:
+        names = ", ".join(adapter_input.name for adapter_input in sites[fqn].inputs())
+        return f"{name}: the file takes {names} there. {advice}"
+    parts = [site for site in sites if fqn and site.startswith(f"{fqn}.")]
     if parts:
         return (
-            f"{own}: the file takes its parts one by one ({', '.join(parts)}). If this is from a folder, "
+            f"{fqn}: the file takes its parts one by one ({', '.join(parts)}). If this is from a folder, "
             "load that onto the model (lora_fx.load_adapter(model, folder)) and give the model"
         )
-    whole = own.rpartition(".")[0]
+    whole = fqn.rpartition(".")[0]
     if whole in sites:
         return (
-            f"{own}: the file takes {whole} as a whole. Save the adapter (lora_fx.save_adapter) and give "
+            f"{fqn}: the file takes {whole} as a whole. Save the adapter (lora_fx.save_adapter) and give "
             "its folder, which has it as a whole"
         )
-    return f"{own}: the file takes no adapter there{near}. {again}, if it is of this model"
+    return f"{fqn}: the file takes no adapter there{near}. {advice}, if it is of this model"
 
 
-def _value_problems(one: AdapterInput, value: Tensor) -> Iterator[str]:
-    if not one.fits(tuple(value.shape)):
-        yield f"{one.name}: it has shape {list(value.shape)}, the file takes {one}"
+def _value_problems(expected: AdapterInput, value: Tensor) -> Iterator[str]:
+    if not expected.fits(tuple(value.shape)):
+        yield f"{expected.name}: it has shape {list(value.shape)}, the file takes {expected}"
     dtype = str(value.dtype).removeprefix("torch.")
-    if dtype != one.dtype:
+    if dtype != expected.dtype:
         yield (
-            f"{one.name}: it is {dtype}, the file takes {one.dtype}: convert the adapter with "
+            f"{expected.name}: it is {dtype}, the file takes {expected.dtype}: convert the adapter with "
             "lora_fx.save_onnx_adapter(..., base=FILE)"
         )
     if not bool(value.isfinite().all()):
-        yield f"{one.name}: it holds values that are not finite"
+        yield f"{expected.name}: it holds values that are not finite"
 
 
 def _site_problems(
     site: SiteInputs,
-    given: Mapping[Role, AdapterInput],
+    by_role: Mapping[Role, AdapterInput],
     values: Mapping[str, Tensor],
     max_rank: int | None,
 ) -> Iterator[str]:
-    if not {"A", "B"} <= given.keys():
-        there = ", ".join(given)
-        yield f"{site.name}: it has {there} only: an adapter has A and B wherever it is"
+    if not {"A", "B"} <= by_role.keys():
+        roles = ", ".join(by_role)
+        yield f"{site.name}: it has {roles} only: an adapter has A and B wherever it is"
         return
-    a, b = given["A"], given["B"]
+    a, b = by_role["A"], by_role["B"]
     shapes = tuple(values[a.name].shape), tuple(values[b.name].shape)
     if not a.fits(shapes[0]) or not b.fits(shapes[1]):
-        return  # said already
+        return  # reported by _value_problems
     rank, other = a.rank_of(shapes[0]), b.rank_of(shapes[1])
     if rank != other:
         yield f"{site.name}: A has rank {rank}, B has rank {other}"

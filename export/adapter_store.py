@@ -1,4 +1,4 @@
-"""The adapters of a session: held where it runs, handed out by name or as weighted sums."""
+"""Adapters of a session: stored on its device, and chosen by name or as weighted sums."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lora_fx.export.ort import Bound, placed
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 
 AdapterChoice: TypeAlias = str | Mapping[str, Any] | Sequence[str | None] | None
-"""One adapter by name, several with weights, a name or None for each row of the batch where the file has a
-bank, or None for the base model."""
+"""Choice of adapters: one by name, several with weights, or None for the base model. A file with a bank
+also takes a name or None for each row of the batch."""
 
 _CACHED_SUMS = 8
 
 
 @dataclass(frozen=True, eq=False)
 class HeldAdapter:
-    """An adapter that is ready to run; two are the same only if they are one object.
+    """An adapter that is ready to run. It is compared by identity.
 
     Attributes:
-        values: On the CPU, by the names of the inputs.
-        bound: The same where the session runs, as ONNX Runtime has them, and of a file whose defaults have
-            rank 0 those of its other inputs.
-        ranks: Site to rank.
-        rows: How many rows the batch has to have, None for any number.
-        fed: Inputs that say which of what is bound runs.
+        values: Values on the CPU, by input name.
+        bound: The same values as ONNX Runtime values on the session's device. If the defaults of the file
+            have rank 0, neutral values for its other adapter inputs too.
+        ranks: Map from site to rank.
+        rows: Required number of rows of the batch, or None for any number.
+        fed: Inputs that choose among the bound adapters for each row.
     """
 
     values: Mapping[str, Tensor]
@@ -45,10 +45,10 @@ class HeldAdapter:
     fed: Mapping[str, Any] = field(default_factory=dict)
 
     def check_rows(self, batch: int, file: str) -> None:
-        """Refuse a batch of another size than that for which adapters were chosen.
+        """Raise if the size of a batch differs from the number of chosen adapters.
 
         Raises:
-            ConfigError: It has another size.
+            ConfigError: The batch has another size.
         """
         if self.rows is not None and self.rows != batch:
             raise ConfigError(
@@ -63,10 +63,10 @@ class AdapterStore:
 
     Args:
         runtime: The onnxruntime module.
-        takes: The inputs of the file; None for one that takes no adapters.
-        device: Where the session runs.
-        file: Its name, for messages.
-        max_rank: The highest rank that there is room for, if there is a limit.
+        takes: The adapter inputs of the file, or None if it takes no adapters.
+        device: Device of the session.
+        file: Name of the file for messages.
+        max_rank: Highest allowed rank, if there is a limit.
     """
 
     runtime: Any
@@ -77,19 +77,19 @@ class AdapterStore:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        # The defaults of the file run where there is no adapter, unless they have rank 0.
+        # Without an adapter the defaults of the file run, unless they have rank 0.
         alone = self.takes is None or self.takes.runs_alone
-        own = {} if alone else self.manifest.no_adapter()
-        self._none = HeldAdapter({}, Bound(self._placed(own)), {})
+        neutral = {} if alone else self.manifest.no_adapter()
+        self._none = HeldAdapter({}, Bound(self._placed(neutral)), {})
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
 
     @property
     def manifest(self) -> Manifest:
-        """What the file takes.
+        """Manifest of the adapter inputs of the file.
 
         Raises:
-            ConfigError: It takes no adapters.
+            ConfigError: The file takes no adapters.
         """
         if self.takes is None:
             raise ConfigError(
@@ -100,24 +100,24 @@ class AdapterStore:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names, in the order in which they were loaded."""
+        """Names of the adapters, in the order in which they were loaded."""
         with self._lock:
             return tuple(self._held)
 
     def load(self, name: str, values: Mapping[str, Tensor], what: str) -> None:
-        """Hold an adapter. It replaces one of the same name.
+        """Add an adapter. It replaces an adapter of the same name.
 
         Raises:
-            CheckpointError: The values are no adapter of the file. What was held still is.
+            CheckpointError: The values do not match the inputs of the file. The store is then unchanged.
         """
         check_values(self.manifest, values, what, self.max_rank)
-        held = self._hold(values)
+        adapter = self._hold(values)
         with self._lock:
             self._forget(name)
-            self._held[name] = held
+            self._held[name] = adapter
 
     def unload(self, name: str) -> None:
-        """Hold an adapter no longer. A run that uses it ends with it.
+        """Remove an adapter. A run that uses it already finishes with it.
 
         Raises:
             ConfigError: There is no such adapter.
@@ -128,17 +128,17 @@ class AdapterStore:
             del self._held[name]
 
     def chosen(self, choice: AdapterChoice | HeldAdapter) -> HeldAdapter:
-        """The adapter to run with. A held one is returned as it is, also after others were loaded.
+        """Return the adapter to run with. A :class:`HeldAdapter` is returned unchanged.
 
         Raises:
-            ConfigError: There is no such adapter, a weight is no finite number, or the weighted ranks do
-                not fit into the room for them.
+            ConfigError: There is no such adapter, a weight is not a finite number, or the ranks add up to
+                more than the session's maximum.
         """
         if choice is None:
             return self._none
         if isinstance(choice, HeldAdapter):
             return choice
-        _ = self.manifest  # a file that takes no adapters says so
+        _ = self.manifest  # raises if the file takes no adapters
         if isinstance(choice, str):
             with self._lock:
                 return self._known(choice)
@@ -153,7 +153,7 @@ class AdapterStore:
             if parts in self._sums:
                 self._sums.move_to_end(parts)
                 return self._sums[parts]
-        summed = weighted_sum(self.manifest, [(one.values, w) for one, w in parts])
+        summed = weighted_sum(self.manifest, [(adapter.values, w) for adapter, w in parts])
         if not all(bool(value.isfinite().all()) for value in summed.values()):
             raise ConfigError(
                 f"the weights {dict(weights)} are too large: the weighted sum has values that are not finite"
@@ -161,21 +161,21 @@ class AdapterStore:
         total = self._hold(summed)
         self._check_room(weights, total)
         with self._lock:
-            # An adapter that was unloaded meanwhile must not be kept alive by a sum.
-            held = list(self._held.values())
-            if all(one in held for one, _ in parts):
+            # A sum must not keep an adapter alive that was unloaded in the meantime.
+            loaded = list(self._held.values())
+            if all(adapter in loaded for adapter, _ in parts):
                 self._sums[parts] = total
                 while len(self._sums) > _CACHED_SUMS:
                     self._sums.popitem(last=False)
         return total
 
     def _hold(self, values: Mapping[str, Tensor]) -> HeldAdapter:
-        own = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-        bound = Bound({**self._none.bound.values, **self._placed(own)})
-        return HeldAdapter(own, bound, ranks_of(self.manifest, own))
+        cpu_values = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+        bound = Bound({**self._none.bound.values, **self._placed(cpu_values)})
+        return HeldAdapter(cpu_values, bound, ranks_of(self.manifest, cpu_values))
 
     def _placed(self, values: Mapping[str, Tensor]) -> dict[str, Any]:
-        return {name: placed(self.runtime, one, self.device) for name, one in values.items()}
+        return {name: placed(self.runtime, value, self.device) for name, value in values.items()}
 
     def _known(self, name: str) -> HeldAdapter:
         if name not in self._held:
@@ -186,9 +186,9 @@ class AdapterStore:
         return self._held[name]
 
     def _forget(self, name: str) -> None:
-        """Drops the sums that an adapter is in."""
-        gone = self._held.get(name)
-        for parts in [key for key in self._sums if any(one is gone for one, _ in key)]:
+        """Drop the cached sums that use an adapter."""
+        removed = self._held.get(name)
+        for parts in [key for key in self._sums if any(adapter is removed for adapter, _ in key)]:
             del self._sums[parts]
 
     def _check_room(self, weights: Mapping[str, float], total: HeldAdapter) -> None:
@@ -203,37 +203,42 @@ class AdapterStore:
 def weighted_sum(
     manifest: Manifest, parts: list[tuple[Mapping[str, Tensor], float]]
 ) -> dict[str, Tensor]:
-    """One adapter that changes the model as several do together: exact, since the ranks add up.
+    """Return one adapter equal to a weighted sum of adapters. It is exact, because the ranks add up.
 
     Args:
-        manifest: The inputs.
-        parts: Values by name, and the weight of each.
+        manifest: The manifest of the file.
+        parts: For each adapter its values by input name, and its weight.
 
     Returns:
-        The A of all, concatenated along the rank; the B as well, multiplied by the weights.
+        Values by input name. The A are concatenated along the rank, and the B too, after multiplication by
+        the weights.
     """
-    found = {}
+    summed = {}
     for site in manifest.sites:
-        for one in site.inputs():
-            given = [(values[one.name], weight) for values, weight in parts if one.name in values]
-            if given:
-                found[one.name] = _joined(one, given, site.groups)
-    return found
+        for adapter_input in site.inputs():
+            terms = [
+                (values[adapter_input.name], weight)
+                for values, weight in parts
+                if adapter_input.name in values
+            ]
+            if terms:
+                summed[adapter_input.name] = _joined(adapter_input, terms, site.groups)
+    return summed
 
 
-def _joined(one: AdapterInput, parts: list[tuple[Tensor, float]], groups: int) -> Tensor:
+def _joined(adapter_input: AdapterInput, parts: list[tuple[Tensor, float]], groups: int) -> Tensor:
     dtype = parts[0][0].dtype
-    if one.rank_axis is None:
-        # Of a gain, what counts is what it has more or less than 1.
-        total = sum((value.double() - one.neutral) * weight for value, weight in parts)
-        return (torch.as_tensor(total) + one.neutral).to(dtype)
-    if one.role == "B":
+    if adapter_input.rank_axis is None:
+        # The weight of a gain applies to its difference from 1.
+        total = sum((value.double() - adapter_input.neutral) * weight for value, weight in parts)
+        return (torch.as_tensor(total) + adapter_input.neutral).to(dtype)
+    if adapter_input.role == "B":
         scaled = [(value.double() * weight).to(dtype) for value, weight in parts]
-        return torch.cat(scaled, one.rank_axis)
+        return torch.cat(scaled, adapter_input.rank_axis)
     tensors = [value for value, _ in parts]
     if groups == 1:
-        return torch.cat(tensors, one.rank_axis)
-    # A of a grouped convolution: the rank is that of one group after the other.
+        return torch.cat(tensors, adapter_input.rank_axis)
+    # A of a grouped convolution: its rank axis holds one group after the other.
     by_group = [value.unflatten(0, (groups, -1)) for value in tensors]  # type: ignore[no-untyped-call]
     return torch.cat(by_group, 1).flatten(0, 1)
 
@@ -245,11 +250,11 @@ def _checked_weights(choice: Mapping[str, Any]) -> dict[str, float]:
         )
     weights = {}
     for name, weight in choice.items():
-        # What NumPy and PyTorch take for a number is one, too.
+        # Scalars of NumPy and PyTorch count as numbers, too.
         number = not isinstance(weight, bool | str) and hasattr(weight, "__float__")
         try:
             value = float(weight) if number else math.nan
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # of several, or too large
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # no scalar, or too large
             value = math.nan
         if not math.isfinite(value):
             raise ConfigError(f"the weight of adapter {name!r} is {weight!r}: give a finite number")

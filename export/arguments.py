@@ -1,4 +1,4 @@
-"""A call on which a file is compared with PyTorch."""
+"""Arguments, axes and outputs of a call, and the calls on which a file is compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class _Slot:
 
 @dataclass(frozen=True)
 class Arguments:
-    """One call of a model, its tensors apart from the structure around them.
+    """One call of a model, with its tensors separated from the structure around them.
 
     Attributes:
         args: Positional arguments with a slot in place of each tensor.
         kwargs: Keyword arguments, likewise.
-        names: Name of each tensor: that of the parameter, with ``_0``, ``_1``, … inside a list and
+        names: Name of each tensor: the name of the parameter, with ``_0``, ``_1``, … inside a list and
             ``.key`` inside a mapping.
         tensors: The tensors, in the order of the slots.
-        baked: Name to value of the arguments that are neither tensors nor None.
+        baked: Map from name to value of the arguments that are neither tensors nor None.
     """
 
     args: tuple[Any, ...]
@@ -57,57 +57,57 @@ class Arguments:
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: object) -> Arguments:
-        """Take apart ``example_inputs``: a tuple or list (args), a mapping (kwargs) or a tensor.
+        """Separate tensors from ``example_inputs``: a tuple or list (args), a mapping (kwargs) or a tensor.
 
         Raises:
-            ExportError: It is something else or holds no tensor.
+            ExportError: ``example_inputs`` is something else or holds no tensor.
         """
-        found: list[tuple[str, Tensor]] = []
+        named_tensors: list[tuple[str, Tensor]] = []
         baked: dict[str, str] = {}
         args: tuple[Any, ...] = ()
         kwargs: dict[str, Any] = {}
         if isinstance(example_inputs, Mapping):
             kwargs = {
-                str(key): _hollow(value, str(key), found, baked)
+                str(key): _hollow(value, str(key), named_tensors, baked)
                 for key, value in example_inputs.items()
             }
             if kwargs.get("use_cache"):
-                kwargs["use_cache"] = False  # a key-value cache is nothing ONNX could return
+                kwargs["use_cache"] = False  # ONNX cannot return a key-value cache
         elif isinstance(example_inputs, (Tensor, tuple, list)):
-            given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-            names = _parameter_names(model, len(given))
-            pairs = zip(given, names, strict=True)
-            args = tuple(_hollow(value, name, found, baked) for value, name in pairs)
+            positional = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+            names = _parameter_names(model, len(positional))
+            pairs = zip(positional, names, strict=True)
+            args = tuple(_hollow(value, name, named_tensors, baked) for value, name in pairs)
         else:
             raise ExportError(
                 f"example_inputs is a {type(example_inputs).__name__}: give a tensor, a tuple of "
                 f"positional arguments or a dict of keyword arguments"
             )
-        if not found:
+        if not named_tensors:
             raise ExportError("example_inputs holds no tensor: the ONNX graph would have no input")
-        found_names, tensors = zip(*found, strict=True)
-        return cls(args, kwargs, tuple(found_names), tuple(tensors), baked)
+        tensor_names, tensors = zip(*named_tensors, strict=True)
+        return cls(args, kwargs, tuple(tensor_names), tuple(tensors), baked)
 
     def fill(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with ``tensors`` in its slots: positional and keyword arguments."""
+        """Return positional and keyword arguments with ``tensors`` in the slots."""
         args = tuple(_refill(value, tensors) for value in self.args)
         return args, {key: _refill(value, tensors) for key, value in self.kwargs.items()}
 
     def replace(self, tensors: Sequence[Tensor]) -> Arguments:
-        """The same call with other tensors."""
+        """Return the same call with other tensors."""
         return dataclasses.replace(self, tensors=tuple(tensors))
 
 
 @dataclass(frozen=True)
 class Extra:
-    """A tensor that a flat model takes in addition to those of the call.
+    """A tensor that a flat model takes in addition to the tensors of the call.
 
     Attributes:
-        name: Its name in the file.
+        name: Name in the file.
         example: A value to trace with.
-        dims: What torch.export is told of each axis.
-        labels: What the file says of each axis.
-        named_axis: The axis whose symbol is what its label says; None if there is none.
+        dims: The dimension of each axis for torch.export.
+        labels: The size or name of each axis in the file.
+        named_axis: The axis whose symbol gets the name in its label, or None.
     """
 
     name: str
@@ -123,7 +123,7 @@ class FlatModel(nn.Module):
     Args:
         model: The model. The FQN of a weight is ``PREFIX`` and its FQN in the model.
         arguments: The call.
-        call: How the model is called: ``call(model, *args, **kwargs)``; by default its forward.
+        call: Function that calls the model, ``call(model, *args, **kwargs)``; by default its forward.
     """
 
     PREFIX = "model."
@@ -144,7 +144,7 @@ class FlatModel(nn.Module):
         return tuple(tensor for _, tensor in self.named(tensors))
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-        """The outputs of the model with their names."""
+        """Return the outputs of the model with their names."""
         args, kwargs = self.arguments.fill(tensors)
         return named_outputs(self.run(self.call, *args, **kwargs))
 
@@ -153,22 +153,22 @@ class FlatModel(nn.Module):
         return call(self.model, *args, **kwargs)
 
     def over(self, model: nn.Module) -> FlatModel:
-        """The same call of another model."""
+        """Return the same call of another model."""
         return FlatModel(model, self.arguments, self.call).eval()
 
     def extras(self) -> tuple[Extra, ...]:
-        """What it takes after the tensors of the call."""
+        """Return the extra tensors that the model takes after the tensors of the call."""
         return ()
 
 
 def named_outputs(value: object, name: str = "") -> list[tuple[str, Tensor]]:
-    """Flatten what a model returns.
+    """Flatten the return value of a model to tensors with names.
 
-    Names are the keys of mappings and dataclasses (of a transformers ``ModelOutput``) and the
-    positions of sequences; a lone tensor is called ``output``.
+    Names are the keys of mappings and dataclasses (such as a transformers ``ModelOutput``) and the
+    positions in sequences. A single tensor is called ``output``.
 
     Raises:
-        ExportError: Something in it is neither a tensor nor None nor a container of them.
+        ExportError: The value contains an object that is neither a tensor nor None nor a container of them.
     """
     if isinstance(value, Tensor):
         return [(name or "output", value)]
@@ -218,14 +218,21 @@ def _parameter_names(model: nn.Module, count: int) -> list[str]:
     return names[:count]
 
 
-def _hollow(value: Any, name: str, found: list[tuple[str, Tensor]], baked: dict[str, str]) -> Any:
+def _hollow(
+    value: Any, name: str, named_tensors: list[tuple[str, Tensor]], baked: dict[str, str]
+) -> Any:
     if isinstance(value, Tensor):
-        found.append((name, value.detach()))
-        return _Slot(len(found) - 1)
+        named_tensors.append((name, value.detach()))
+        return _Slot(len(named_tensors) - 1)
     if isinstance(value, Mapping):
-        return {key: _hollow(item, f"{name}.{key}", found, baked) for key, item in value.items()}
+        return {
+            key: _hollow(item, f"{name}.{key}", named_tensors, baked) for key, item in value.items()
+        }
     if isinstance(value, (tuple, list)):
-        items = [_hollow(item, f"{name}_{index}", found, baked) for index, item in enumerate(value)]
+        items = [
+            _hollow(item, f"{name}_{index}", named_tensors, baked)
+            for index, item in enumerate(value)
+        ]
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return type(value)(items)
@@ -246,7 +253,7 @@ def _refill(value: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def cast_floating(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors with every floating one in ``dtype``."""
+    """Cast the floating-point tensors to ``dtype``, and return all tensors."""
     return [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
 
 
@@ -255,11 +262,11 @@ class Axis:
     """One axis of one input.
 
     Attributes:
-        size: Its size in the example.
-        name: Its name in the file if it is dynamic, else None.
-        symbol: What torch.export calls it if it is dynamic; equal symbols are equal sizes.
-        high: The largest size the model takes, None if there is no limit.
-        reason: Why it is fixed, "" if it is not.
+        size: Size in the example.
+        name: Name in the file if the axis is dynamic, otherwise None.
+        symbol: Symbol of torch.export if the axis is dynamic. Equal symbols are equal sizes.
+        high: Largest size that the model takes, None if there is no limit.
+        reason: Reason why the axis is fixed, "" if it is not.
     """
 
     size: int
@@ -270,19 +277,19 @@ class Axis:
 
     @property
     def label(self) -> int | str:
-        """What the file says: the name of a dynamic axis, the size of a fixed one."""
+        """Label in the file: the name of a dynamic axis, or the size of a fixed axis."""
         return self.size if self.name is None else self.name
 
 
 def given_names(dynamic_shapes: object, arguments: Arguments) -> list[Mapping[int, str]]:
-    """What a caller names: for each input its axes, by position, to their names.
+    """Return the axis names that the caller gave: a map from axis to name for each input.
 
     Args:
-        dynamic_shapes: As ``export_onnx`` takes it; None for nothing.
+        dynamic_shapes: The argument of ``export_onnx``; None for no names.
         arguments: The call.
 
     Raises:
-        ExportError: It names inputs or axes that are not there.
+        ExportError: ``dynamic_shapes`` names inputs or axes that do not exist.
     """
     names = arguments.names
     if dynamic_shapes is None:
@@ -294,15 +301,15 @@ def given_names(dynamic_shapes: object, arguments: Arguments) -> list[Mapping[in
                 f"dynamic_shapes names {', '.join(map(repr, unknown))}, but the inputs are "
                 f"{', '.join(names)}"
             )
-        given = [dynamic_shapes.get(name) for name in names]
+        specs = [dynamic_shapes.get(name) for name in names]
     elif isinstance(dynamic_shapes, (tuple, list)) and len(dynamic_shapes) == len(names):
-        given = list(dynamic_shapes)
+        specs = list(dynamic_shapes)
     else:
         raise ExportError(
             f"dynamic_shapes has to be a dict by input name or a sequence of {len(names)} dicts, "
             f"one for each of {', '.join(names)}"
         )
-    pairs = zip(given, names, arguments.tensors, strict=True)
+    pairs = zip(specs, names, arguments.tensors, strict=True)
     return [_label(spec, name, tensor) for spec, name, tensor in pairs]
 
 
@@ -320,17 +327,17 @@ def _label(spec: object, name: str, tensor: Tensor) -> dict[int, str]:
         if label is None or label is Dim.STATIC:
             continue
         axis %= tensor.ndim
-        own = label if isinstance(label, str) else getattr(label, "__name__", "")
-        labels[axis] = own or axis_name(name, axis, tensor)
+        chosen_name = label if isinstance(label, str) else getattr(label, "__name__", "")
+        labels[axis] = chosen_name or axis_name(name, axis, tensor)
     return labels
 
 
 def axis_name(name: str, axis: int, tensor: Tensor) -> str:
-    """The default name of a dynamic axis.
+    """Return the default name of a dynamic axis.
 
     Args:
-        name: Of the input.
-        axis: Its position.
+        name: Name of the input.
+        axis: Position of the axis.
         tensor: The input in the example.
     """
     if axis == 0:
@@ -343,22 +350,22 @@ def axis_name(name: str, axis: int, tensor: Tensor) -> str:
 
 
 Sizes: TypeAlias = tuple[tuple[int, ...], ...]
-"""The shapes of all inputs."""
+"""Shapes of all inputs."""
 
 Outputs: TypeAlias = list[tuple[str, Tensor]]
-"""What a call gives, by name and in order."""
+"""Outputs of a call with their names, in order."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call, with what PyTorch makes of it.
+    """One call with the outputs of PyTorch.
 
     Attributes:
         inputs: The tensors, in the order of the inputs and in the dtypes of the file.
-        expected: The outputs by name, in order.
-        valid: Name of an output to what of it counts, a mask that can be expanded to its shape;
-            outputs that are not named count everywhere.
-        note: What there is to say of the values, "" for fresh ones.
+        expected: The outputs of PyTorch by name, in order.
+        valid: Map from an output to a mask of the elements to compare, which expands to its shape. Outputs
+            without a mask are compared everywhere.
+        note: Remark on the values, "" for new random values.
     """
 
     inputs: Sequence[Tensor]
@@ -368,19 +375,19 @@ class Case:
 
 
 class Checked(Protocol):
-    """What a file is compared with: a model under the call that it is exported for."""
+    """The reference that a file is compared with: a model under the exported call."""
 
     @property
     def model(self) -> nn.Module:
         """The model itself."""
 
     def named(self, tensors: Sequence[Tensor], /) -> Outputs:
-        """The outputs of the call by name."""
+        """Return the outputs of the call by name."""
 
     def run(self, call: Callable[..., object], /, *args: Any, **kwargs: Any) -> Any:
-        """``call(model, *args, **kwargs)``."""
+        """Return ``call(model, *args, **kwargs)``."""
 
 
 Cases: TypeAlias = Callable[[Checked], Iterator[Case]]
-"""Calls of a model. What comes out of one and goes into the next has the dtype of the file's input:
-the model may compute with more digits."""
+"""Function that yields calls of a model. An output that is fed to the next call is cast to the dtype of the
+file's input, because the model may compute in higher precision."""

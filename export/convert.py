@@ -1,4 +1,4 @@
-"""From an exported program to an ONNX graph that is fit to ship."""
+"""Conversion of an exported program to an ONNX graph that is ready to ship."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import lora_fx.export.copy  # noqa: F401  # both register operators that are translated here
+import lora_fx.export.copy  # noqa: F401  # it registers operators that are translated here
 from lora_fx import torch_private
 from lora_fx.errors import ExportError
 from lora_fx.export.adapter_bank import make_bank_overridable
@@ -49,12 +49,12 @@ __all__ = [
 ]
 
 # --- operators that torch.onnx lacks --------------------------------------------------------------
-# Translations of operators that torch.onnx lacks, and the nodes of lora-fx that go through it.
+# Translations of operators that torch.onnx lacks, and of lora-fx's own nodes.
 #
-# torch.onnx has no translation of a grouped product, and its optimizer would make a dense constant
-# of a ``DequantizeLinear`` over a small weight. So both become one node of lora-fx, which is taken
-# apart afterwards. The format of a quantized weight says which nodes its product becomes
-# (:class:`lora_fx.ir.OnnxOperator`).
+# torch.onnx has no translation of a grouped product, and its optimizer would fold a
+# ``DequantizeLinear`` over a small weight into a dense constant. So both become one node of lora-fx,
+# which is expanded afterwards. The format of a quantized weight decides which nodes its product
+# becomes (:class:`lora_fx.ir.OnnxOperator`).
 
 
 _DOMAIN = "lora_fx"
@@ -66,12 +66,12 @@ _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(doubl
 
 
 def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Operator of PyTorch to its translation, for ``torch.onnx.export``.
+    """Map operators of PyTorch to their translations, for ``torch.onnx.export``.
 
-    Operators of libraries are in it if the library has registered them.
+    An operator of a library is included if the library has registered it.
 
     Args:
-        program: What is translated: torch.onnx keeps its own translation of what it can translate.
+        program: The program to translate. Attention is included only if torch.onnx cannot translate it.
     """
     table: dict[Callable[..., Any], Callable[..., Any]] = {
         torch.ops.aten.histc.default: _histc,
@@ -84,7 +84,7 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
     attention = torch.ops.aten.scaled_dot_product_attention.default
     if any(node.meta["val"].ndim != 4 for node in program.graph.nodes if node.target is attention):
         table[attention] = _attention
-    # What transformers calls in place of aten._grouped_mm where a compiler cannot have that.
+    # transformers calls this operator if a compiler cannot use aten._grouped_mm.
     fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
     if fallback is not None:
         table[fallback.default] = _grouped_mm_fallback
@@ -96,7 +96,7 @@ def _grouped_mm_fallback(input: Any, weight: Any, offs: Any) -> Any:  # noqa: A0
 
 
 def _grouped_linear(x: Any, weight: Any, ends: Any) -> Any:
-    """The factors of experts, which are stored [E, out, in]."""
+    """Translate a product with the factors of experts, which are stored [E, out, in]."""
     from onnxscript import opset18 as op
 
     return _grouped(x, op.Transpose(weight, perm=[0, 2, 1]), ends)
@@ -140,7 +140,7 @@ def _quantized_product(
     block: int,
     scheme: str,
 ) -> Any:
-    """A product with a quantized weight, which :func:`expand_quantized` takes apart."""
+    """Translate a product with a quantized weight to a node that :func:`expand_quantized` expands."""
     import onnx
     from onnxscript import values
 
@@ -199,7 +199,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``F.scaled_dot_product_attention`` with any number of axes: softmax(scale · q kᵀ + mask) v."""
+    """Translate ``F.scaled_dot_product_attention`` over any axes: softmax(scale · q kᵀ + mask) v."""
     from onnxscript import opset18 as op
     from onnxscript.function_libs.torch_lib.ops import nn
 
@@ -228,7 +228,7 @@ def _attention(
 
 
 def _histc(input: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> Any:  # noqa: A002
-    """``torch.histc`` with fixed limits: the last bin has its upper edge, what is outside is not counted."""
+    """Translate ``torch.histc`` with fixed limits. The last bin includes its upper edge."""
     from onnxscript import opset18 as op
 
     if min == max:
@@ -236,21 +236,21 @@ def _histc(input: Any, bins: int = 100, min: float = 0.0, max: float = 0.0) -> A
     flat = op.Reshape(input, op.Constant(value_ints=[-1]))
     wide = op.Cast(flat, to=_FLOAT)
     low, high = op.Constant(value_float=float(min)), op.Constant(value_float=float(max))
-    place = op.Floor(op.Mul(op.Sub(wide, low), op.Constant(value_float=bins / (max - min))))
-    place = op.Min(place, op.Constant(value_float=float(bins - 1)))
+    bin_index = op.Floor(op.Mul(op.Sub(wide, low), op.Constant(value_float=bins / (max - min))))
+    bin_index = op.Min(bin_index, op.Constant(value_float=float(bins - 1)))
     inside = op.And(op.GreaterOrEqual(wide, low), op.LessOrEqual(wide, high))
-    place = op.Where(inside, place, op.Constant(value_float=-1.0))
-    every = op.Constant(value_floats=[float(index) for index in range(bins)])
-    column = op.Unsqueeze(place, op.Constant(value_ints=[1]))
-    hits = op.CastLike(op.Equal(column, every), input)
+    bin_index = op.Where(inside, bin_index, op.Constant(value_float=-1.0))
+    all_bins = op.Constant(value_floats=[float(index) for index in range(bins)])
+    column = op.Unsqueeze(bin_index, op.Constant(value_ints=[1]))
+    hits = op.CastLike(op.Equal(column, all_bins), input)
     return op.ReduceSum(hits, op.Constant(value_ints=[0]), keepdims=0)
 
 
 def expand_grouped(model: ir.Model) -> None:
-    """Replace every grouped product.
+    """Replace every grouped product by a split and a product for each group.
 
     Args:
-        model: Changed in place; its weights have their names.
+        model: Changed in place. Its weights have their final names.
     """
     nodes = [
         node
@@ -280,7 +280,7 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
     tape = ir.tape.Tape()
     if ends not in sizes:
         sizes[ends] = _sizes(tape, rows, ends)
-    # What is behind the last group belongs to no expert: zero, as PyTorch has it.
+    # Rows after the last group belong to no expert. Their result is zero, as in PyTorch.
     parts = tape.op_multi_out(
         "Split", [rows, sizes[ends]], {"axis": 0}, num_outputs=groups + 1, name=node.name
     )
@@ -293,8 +293,8 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
     count = tape.op("Shape", [parts[-1]], {"start": 0, "end": 1})
     shape = tape.op("Concat", [count, _size(tape, weight, 2)], {"axis": 0})
     nothing = tape.op("CastLike", [_constant(tape, 0.0), rows])
-    rest = tape.op("Expand", [nothing, shape])
-    joined = tape.op("Concat", [*products, rest], {"axis": 0})
+    tail = tape.op("Expand", [nothing, shape])
+    joined = tape.op("Concat", [*products, tail], {"axis": 0})
     for value in (joined, *products):
         value.dtype = rows.dtype
     for value in products:
@@ -304,19 +304,19 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
     _replace(node, tape, joined)
 
 
-def _replace(node: ir.Node, tape: ir.tape.Tape, made: ir.Value) -> None:
-    """Replaces a node by the nodes of a tape, whose output is ``made``."""
+def _replace(node: ir.Node, tape: ir.tape.Tape, output: ir.Value) -> None:
+    """Replace a node by the nodes of a tape and its output by ``output``."""
     import onnx_ir as ir
 
-    for one in tape.nodes:
-        one.metadata_props.update(node.metadata_props)
+    for tape_node in tape.nodes:
+        tape_node.metadata_props.update(node.metadata_props)
     ir.convenience.replace_nodes_and_values(
-        node.graph, node, [node], tape.nodes, node.outputs, [made]
+        node.graph, node, [node], tape.nodes, node.outputs, [output]
     )
 
 
 def _sizes(tape: Any, rows: ir.Value, ends: ir.Value) -> ir.Value:
-    """Rows in each group, and those behind the last."""
+    """Count the rows in each group and the rows after the last group."""
     wide = tape.op("Cast", [ends], {"to": 7})
     count = tape.op("Shape", [rows], {"start": 0, "end": 1})
     stops = tape.op("Concat", [wide, count], {"axis": 0})
@@ -346,7 +346,7 @@ def _matrices(tape: Any, weight: ir.Value, groups: int) -> list[ir.Value]:
 
 
 def _size(tape: Any, value: ir.Value, axis: int) -> Any:
-    """A size as a tensor: a number, or, of a factor whose rank is not known, what it is then."""
+    """Return a size as a tensor: a constant, or a ``Shape`` if the size is known only at run time."""
     assert value.shape is not None
     size = value.shape[axis]
     if isinstance(size, int):
@@ -364,7 +364,7 @@ def _constant(tape: Any, value: float) -> Any:
 
 
 def expand_quantized(model: ir.Model) -> None:
-    """Replaces every product with a quantized weight.
+    """Replace every product with a quantized weight by the nodes of its format.
 
     Args:
         model: Changed in place.
@@ -378,21 +378,21 @@ def expand_quantized(model: ir.Model) -> None:
         x, *arrays = node.inputs
         product = OnnxProduct(
             x,
-            tuple(one for one in arrays if one is not None),
+            tuple(array for array in arrays if array is not None),
             rows=_int(node, "rows"),
             columns=_int(node, "columns"),
             block=_int(node, "block"),
             scheme=_text(node, "scheme"),
         )
         operator = operator_named(_text(node, "operator"))
-        made = operator.nodes(_Builder(tape, node.name), product)
-        _replace(node, tape, made)
+        output = operator.nodes(_Builder(tape, node.name), product)
+        _replace(node, tape, output)
     if any(node.domain == CONTRIB for node in model.graph.all_nodes()):
         model.opset_imports[CONTRIB] = 1
 
 
 class _Builder:
-    """Makes nodes on a tape: an :class:`lora_fx.ir.OnnxBuilder`."""
+    """Builder of nodes on a tape: an :class:`lora_fx.ir.OnnxBuilder`."""
 
     def __init__(self, tape: ir.tape.Tape, name: str | None) -> None:
         self._tape = tape
@@ -407,8 +407,8 @@ class _Builder:
         like: Any = None,
     ) -> Any:
         """See :class:`lora_fx.ir.OnnxBuilder`."""
-        made = self._tape.op(name, inputs, attributes)
-        return made if like is None else _typed(made, like)
+        value = self._tape.op(name, inputs, attributes)
+        return value if like is None else _typed(value, like)
 
     def product(
         self,
@@ -420,8 +420,8 @@ class _Builder:
         like: Any = None,
     ) -> Any:
         """See :class:`lora_fx.ir.OnnxBuilder`."""
-        made = self._tape.op(name, inputs, attributes, domain=domain, name=self._name)
-        return made if like is None else _typed(made, like)
+        value = self._tape.op(name, inputs, attributes, domain=domain, name=self._name)
+        return value if like is None else _typed(value, like)
 
     def ints(self, numbers: Sequence[int]) -> Any:
         """See :class:`lora_fx.ir.OnnxBuilder`."""
@@ -453,18 +453,18 @@ def _text(node: ir.Node, name: str) -> str:
 # --- the conversion -------------------------------------------------------------------------------
 
 
-# The names in an exported file: those that the user knows, and nothing of the build machine.
+# An exported file has names that the user knows, and nothing about the build machine.
 #
 # torch.onnx calls a weight by its FQN until it folds a transpose into it, and leaves stack traces
 # with absolute paths on every node. Here inputs, outputs, weights and axes get the names that a user
-# would look for, in that order of precedence, and what is not needed is removed.
+# would look for, in that order of precedence. Other metadata is removed.
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def _weight_aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """FQN of every parameter and buffer to all FQNs of the same tensor, itself among them."""
+    """Map the FQN of every parameter and buffer to all FQNs of the same tensor, itself included."""
     names: dict[int, list[str]] = {}
     parameters = model.named_parameters(remove_duplicate=False)
     for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False)):
@@ -481,22 +481,22 @@ def _name_values(
 ) -> None:
     """Give inputs and outputs their names and every weight its FQN.
 
-    A weight that is stored transposed has the FQN too; where it is stored both ways (a tied one),
-    the other takes another of its names, or the FQN with ``.T``. Where a name is taken by an input
-    or output, the weight gets a number behind it.
+    A weight that is stored transposed gets the FQN too. If a tied weight is stored both ways, the
+    transposed one gets another of its FQNs, or the FQN with ``.T``. If an input or output already has
+    the name, the weight gets a number as a suffix.
 
     Args:
         model: Changed in place.
         inputs: Names of the inputs, in order.
         outputs: Names of the outputs, in order; made unique if they are not.
-        aliases: What ``weight_aliases`` says of the exported model.
-        prefix: What the FQNs in ``model`` have in front.
+        aliases: The result of ``_weight_aliases`` for the exported model.
+        prefix: Prefix of the FQNs in ``model``.
     """
     from onnx_ir.passes.common import NameFixPass
 
     graph = model.graph
     wanted = _weight_names(graph, aliases, prefix)
-    # Two steps: a name can only be given away once its present owner has let go of it.
+    # Two steps, because a name is free only after its current owner is renamed.
     for index, initializer in enumerate(list(graph.initializers.values())):
         wanted.setdefault(initializer, initializer.name or "constant")
         initializer.name = f"__lora_fx_{index}"
@@ -517,8 +517,8 @@ def _name_axes(
 
     Args:
         model: Changed in place.
-        shapes: For each input its sizes and axis names.
-        symbols: torch's symbol to the name of the axis.
+        shapes: Sizes and axis names of each input.
+        symbols: Map from torch's symbol to the name of the axis.
     """
     import onnx_ir as ir
 
@@ -536,7 +536,7 @@ def _strip_build_traces(model: ir.Model, prefix: str) -> None:
 
     Args:
         model: Changed in place.
-        prefix: What the scopes have in front, removed too.
+        prefix: Prefix of the scopes, removed too.
     """
     model.doc_string = None
     model.metadata_props.clear()
@@ -554,7 +554,7 @@ def _strip_build_traces(model: ir.Model, prefix: str) -> None:
         value.metadata_props.clear()
         if value.const_value is not None:
             value.const_value.metadata_props.clear()
-            if value.const_value.doc_string:  # those that are read from a proto cannot be set
+            if value.const_value.doc_string:  # read-only on a tensor that is read from a proto
                 value.const_value.doc_string = None
 
 
@@ -609,7 +609,7 @@ def _renamed(
 ) -> int | str | None:
     if isinstance(dim, int):
         return dim
-    return known.sub(lambda found: symbols[found[0]], dim.value) if dim.value else None
+    return known.sub(lambda match: symbols[match[0]], dim.value) if dim.value else None
 
 
 def _graphs(model: ir.Model) -> list[Any]:
@@ -627,8 +627,8 @@ def _values(model: ir.Model) -> list[ir.Value]:
     return list(values)
 
 
-# The first warns of empty lists that torchlib itself writes, the last that it has no advice on a branch
-# on values.
+# The first logger warns of empty lists that torchlib itself writes. The last one warns that it has no
+# advice on a branch on values.
 _LOGGERS = (
     "onnx_ir._convenience",
     *torch_private.CHATTY_LOGGERS,
@@ -637,13 +637,13 @@ _LOGGERS = (
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Silence printed graphs, and warnings that a user cannot act on, inside the block."""
+    """Silence printed graphs and warnings that a user cannot act on, inside the block."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    # It prints the graph so far, once for each of its wrappers. The name is that module's alone, and
-    # exports run one at a time.
+    # The tracer prints the graph so far, once for each of its wrappers. The replacement affects only
+    # that module, and exports run one at a time.
     tracer = vars(torch_private.export_tracer())
     tracer["print"] = _nothing
     try:
@@ -655,14 +655,14 @@ def _without_chatter() -> Iterator[None]:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Replaces ``print``."""
+    """Do nothing, in place of ``print``."""
 
 
 def _repaired(program: ExportedProgram) -> ExportedProgram:
-    """Write what has no translation as something that has one and is the same.
+    """Rewrite operations that torch.onnx cannot translate as equivalent ones that it can.
 
     Args:
-        program: As ``torch.export`` made it; its graph is changed in place.
+        program: Result of ``torch.export``. Its graph is changed in place.
 
     Returns:
         The program.
@@ -705,52 +705,54 @@ _REMEDY = (
 
 
 def _refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
-    """Refuse a program with operations that train although the model is in eval mode.
+    """Raise if a program has train-mode operations although the model is in eval mode.
 
     Args:
-        program: What the model was traced to.
-        prefix: What the FQNs of its modules have in front.
+        program: The trace of the model.
+        prefix: Prefix of the FQNs of its modules.
 
     Raises:
-        ExportError: With the operation, its module and its line.
+        ExportError: It names the operation, its module and its line.
     """
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in _DROPOUTS and _argument(node, 2) is True and _argument(node, 1) != 0.0:
-            place = place_of(node, prefix)
-            raise ExportError(f"the model is random in eval mode: Dropout: {place}. {_REMEDY}")
-        # One without running statistics takes those of the batch in either mode.
+            location = place_of(node, prefix)
+            raise ExportError(f"the model is random in eval mode: Dropout: {location}. {_REMEDY}")
+        # A batch norm without running statistics uses those of the batch in either mode.
         if (
             node.target is _ATEN.batch_norm.default
             and _argument(node, 5) is True
             and _argument(node, 3) is not None
         ):
-            place = place_of(node, prefix)
-            raise ExportError(f"the model trains its batch norm in eval mode: {place}. {_REMEDY}")
+            location = place_of(node, prefix)
+            raise ExportError(
+                f"the model trains its batch norm in eval mode: {location}. {_REMEDY}"
+            )
 
 
 def _refuse_randomness(model: ir.Model, prefix: str) -> None:
-    """Refuse a converted graph with random operations.
+    """Raise if a converted graph has random operations.
 
     Args:
         model: The graph, with the traces that torch.onnx leaves on its nodes.
-        prefix: What the FQNs of its modules have in front.
+        prefix: Prefix of the FQNs of its modules.
 
     Raises:
-        ExportError: With the operation, its module and its line.
+        ExportError: It names the operation, its module and its line.
     """
     for node in model.graph.all_nodes():
         if node.op_type not in _RANDOM_OPS:
             continue
         traces = node.metadata_props
         scopes = ast.literal_eval(traces.get("pkg.torch.onnx.name_scopes", "[]"))
-        place = SourceLocation(
+        location = SourceLocation(
             str(node.op_type),
-            inner_module(scopes[:-1], prefix),  # the last one is the operation
+            inner_module(scopes[:-1], prefix),  # the last scope is the operation
             user_line(traces.get("pkg.torch.onnx.stack_trace", "")),
         )
-        raise ExportError(f"the model is random in eval mode: {place}. {_REMEDY}")
+        raise ExportError(f"the model is random in eval mode: {location}. {_REMEDY}")
 
 
 def _argument(node: fx.Node, position: int) -> object:
@@ -761,8 +763,8 @@ def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
     """Give every adapter input a default, so that the file alone is the base model.
 
     The default is zeros of rank 1 (a gain of 1), see :attr:`SiteInputs.least_rank`: a product with them is
-    zero and costs next to nothing. Only these inputs are initializers: what is both is no constant to an
-    optimizer, and the weights have to stay that.
+    zero and costs next to nothing. No other initializer is an input, because an optimizer does not treat
+    such a value as a constant, and the weights must stay constants.
 
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
@@ -772,21 +774,23 @@ def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
 
     inputs = {value.name: value for value in model.graph.inputs}
     for site in manifest.sites:
-        for one in site.inputs():
-            value = inputs[one.name]
+        for adapter_input in site.inputs():
+            value = inputs[adapter_input.name]
             dtype = value.dtype
             assert dtype is not None
-            neutral = np.full(one.sized(site.least_rank), one.neutral, dtype.numpy())
-            value.const_value = ir.tensor(neutral, dtype=dtype, name=one.name)
+            neutral = np.full(
+                adapter_input.sized(site.least_rank), adapter_input.neutral, dtype.numpy()
+            )
+            value.const_value = ir.tensor(neutral, dtype=dtype, name=adapter_input.name)
             model.graph.register_initializer(value)
             _feed_as_stored(value)
 
 
 def _input_with_rows(trace: Trace) -> str:
-    """The name of the first input with a batch, which a bank needs to be of any size.
+    """Return the name of the first input with a batch. A bank needs a batch of any size.
 
     Raises:
-        ExportError: It is fixed, with the reason why.
+        ExportError: The size of the batch is fixed. The message has the reason.
     """
     pairs = zip(trace.arguments.names, trace.axes, strict=True)
     name, first = next((name, axes[0]) for name, axes in pairs if axes)
@@ -799,27 +803,27 @@ def _input_with_rows(trace: Trace) -> str:
 
 
 def _feed_as_stored(value: ir.Value) -> None:
-    """Let a Gemm read a factor as it is given, where it read the transpose of its transpose."""
+    """Let a Gemm read a factor directly instead of through a ``Transpose``, by flipping its flag."""
     import onnx_ir as ir
 
     for node, _ in list(value.uses()):
         if node.op_type != "Transpose" or list(node.attributes.get_ints("perm", (1, 0))) != [1, 0]:
             continue
-        for gemm, place in list(node.outputs[0].uses()):
-            if gemm.op_type == "Gemm" and place < 2:
-                flag = ("transA", "transB")[place]
+        for gemm, position in list(node.outputs[0].uses()):
+            if gemm.op_type == "Gemm" and position < 2:
+                flag = ("transA", "transB")[position]
                 turned = 1 - gemm.attributes.get_int(flag, 0)
                 gemm.attributes.add(ir.AttrInt64(flag, turned))
-                gemm.replace_input_with(place, value)
+                gemm.replace_input_with(position, value)
         if not list(node.outputs[0].uses()) and not node.outputs[0].is_graph_output():
             node.graph.remove(node, safe=True)
 
 
 def shield_half_inputs(model: ir.Model) -> None:
-    """Let every adapter input in fp16 be read through a Reshape to its own shape.
+    """Read every adapter input in fp16 through a Reshape to its own shape.
 
-    Where a CPU has no kernel in fp16, ONNX Runtime casts the operator's inputs to fp32. Its versions 1.23 to
-    1.28 take a cast initializer for a constant, and end the process at one that is an input as well
+    If a CPU has no kernel in fp16, ONNX Runtime casts the operator's inputs to fp32. Its versions 1.23 to
+    1.28 treat a cast initializer as a constant, and abort the process if it is an input as well
     (``FuseFp16InitializerToFp32NodeTransformer``; microsoft/onnxruntime#32143). A Reshape has a kernel in
     fp16 and copies nothing.
 
@@ -839,27 +843,27 @@ def shield_half_inputs(model: ir.Model) -> None:
             shapes[rank] = ir.Value(name=same.name, const_value=same)
             shapes[rank].shape, shapes[rank].dtype = ir.Shape([rank]), ir.DataType.INT64
             graph.register_initializer(shapes[rank])
-        held = ir.node("Reshape", [value, shapes[rank]])
-        out = held.outputs[0]
+        reshape = ir.node("Reshape", [value, shapes[rank]])
+        out = reshape.outputs[0]
         out.name, out.dtype, out.shape = f"{value.name}.held", value.dtype, value.shape
-        for user, place in list(value.uses()):
-            if user is not held:
-                user.replace_input_with(place, out)
-        graph.insert_before(graph[0], held)
+        for user, position in list(value.uses()):
+            if user is not reshape:
+                user.replace_input_with(position, out)
+        graph.insert_before(graph[0], reshape)
 
 
 _FAILED_NODE = re.compile(r"Error when translating node %(?P<name>\w+)")
 
 
 class ConversionError(ExportError):
-    """An exported program that becomes no file which ONNX Runtime runs: another one may."""
+    """Error for an exported program that cannot become a runnable ONNX file. Another export may work."""
 
 
 def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
-    """Translate ``trace`` and give everything in the result its proper name.
+    """Translate a trace to ONNX, and name the inputs, outputs, weights and axes of the result.
 
     Args:
-        trace: What ``trace()`` made of the model.
+        trace: The result of ``trace()`` for the model.
         prepared: The model, for the FQNs of its weights and the names of its outputs.
         opset: ONNX opset to write.
 
@@ -891,18 +895,18 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
 
 @contextmanager
 def torch_export_context() -> Iterator[None]:
-    """What ``trace`` and ``convert`` both have to run in."""
-    # MATH: the attention of the other backends has strides that are gone once it is decomposed,
-    # after which torch refuses views that it recorded itself (T5). The ONNX nodes are the same.
+    """Set the attention backend, warnings and loggers that ``trace`` and ``convert`` both need."""
+    # MATH: attention of the other backends has strides that decomposition loses. torch then refuses
+    # views that it recorded itself (T5). The ONNX nodes are the same.
     with warnings.catch_warnings(), sdpa_kernel([SDPBackend.MATH]), _without_chatter():
-        # torch's own use of its own deprecated names, on every export.
+        # torch uses its own deprecated names on every export.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|onnxscript")
         yield
 
 
 def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
-    # Neutral names on the way: an output named like a parameter would give an invalid model.
+    # Neutral names for now, because an output named like a parameter would give an invalid model.
     count = len(trace.input_names)
     try:
         with torch_export_context():
@@ -922,25 +926,25 @@ def _translate(trace: Trace, outputs: int, opset: int) -> ir.Model:
 
 
 def _failure(trace: Trace, error: Exception) -> str:
-    """What torch.onnx says, with the operation, the module and the line that it says it of."""
+    """Return the message of a torch.onnx error, with the operation, module and line that it concerns."""
     chain = [error]
     while isinstance(chain[-1].__cause__, Exception):
         chain.append(chain[-1].__cause__)
-    found = (_FAILED_NODE.search(str(one)) for one in chain)
-    node = next((_decomposed(trace, one["name"]) for one in found if one is not None), None)
-    what = "the model" if node is None else str(place_of(node, FlatModel.PREFIX))
+    matches = (_FAILED_NODE.search(str(link)) for link in chain)
+    node = next((_decomposed(trace, match["name"]) for match in matches if match is not None), None)
+    subject = "the model" if node is None else str(place_of(node, FlatModel.PREFIX))
     return (
-        f"torch.onnx cannot convert {what}: {headline(chain[-1])}. Compute it with other operations, "
+        f"torch.onnx cannot convert {subject}: {headline(chain[-1])}. Compute it with other operations, "
         f"or leave it out of what is exported"
     )
 
 
 def _decomposed(trace: Trace, name: str) -> fx.Node | None:
-    # torch.onnx names a node of what it made of the program, which it does not give out.
+    # torch.onnx names a node of its own decomposition of the program, which it does not return.
     for program in (trace.program, trace.program.run_decompositions()):
-        found: list[fx.Node] = [node for node in program.graph.nodes if node.name == name]
-        if found:
-            return found[0]
+        nodes: list[fx.Node] = [node for node in program.graph.nodes if node.name == name]
+        if nodes:
+            return nodes[0]
     return None
 
 

@@ -1,7 +1,7 @@
-"""A model to export in place of the caller's: same weights, own modules, in eval mode.
+"""The copy of a model that is exported: same weights, its own modules, in eval mode.
 
-Export switches modes, turns caches off and changes dtypes. All of it happens on a copy of the
-module structure that shares the parameters, so that the argument is untouched also after an error.
+Export switches modes, turns caches off and changes dtypes. All of this happens on a copy of the
+module structure that shares the parameters, so the caller's model stays unchanged even after an error.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _DENSE_INSTEAD = (
 
 
 class StandIn(nn.Module):
-    """The replacement of a quantized parameter [out, in].
+    """Replacement of a quantized parameter [out, in].
 
     Attributes:
         where: FQN of the parameter.
-        stored: How its library has stored it.
-        dtype: What code that asks the parameter for its dtype is told.
+        stored: The format in which its library stores it.
+        dtype: The dtype that code sees when it reads the parameter's dtype.
     """
 
     def __init__(self, where: str, stored: Quantization, dtype: torch.dtype) -> None:
@@ -64,36 +64,40 @@ class StandIn(nn.Module):
         self.dtype = dtype
 
     def product(self, x: Tensor) -> Tensor:
-        """``x Wᵀ`` in the dtype of x: [..., in] gives [..., out]."""
+        """Return ``x Wᵀ`` in the dtype of x: [..., in] to [..., out]."""
         raise NotImplementedError
 
     @property
     def shape(self) -> torch.Size:
-        """That of the matrix."""
+        """Shape of the matrix, [out, in]."""
         return torch.Size(self.stored.shape)
 
     @property
     def device(self) -> torch.device:
-        """Where its values are."""
+        """Device of the values."""
         return next(self.parameters()).device
 
     @property
-    def T(self) -> _Turned:  # a tensor's name for it
-        """The matrix as [in, out], for a product from the right."""
+    def T(self) -> _Turned:  # named as on a tensor
+        """Transpose of the matrix, [in, out], for a product from the right."""
         return _Turned(self)
 
     def t(self) -> _Turned:
-        """See ``T``."""
+        """Return ``T``."""
         return _Turned(self)
 
     def transpose(self, first: int, second: int) -> _Turned:
-        """See ``T``."""
+        """Return ``T``. The two axes must differ."""
         if {first % 2, second % 2} != {0, 1}:
             raise self.refusal("transpose")
         return _Turned(self)
 
     def refusal(self, name: str) -> ExportError:
-        """What to raise where it is read in another way than in a product."""
+        """Return the error for a use of the weight other than a product.
+
+        Args:
+            name: Name of the function that reads the weight.
+        """
         return ExportError(
             f"'{self.where}' is stored as {self.stored}, and {name} reads it: products x Wᵀ with quantized "
             f"weights can be exported, nothing else; {_DENSE_INSTEAD}"
@@ -110,7 +114,7 @@ class StandIn(nn.Module):
 
 
 class _Turned:
-    """A stand-in as [in, out]."""
+    """Transpose of a stand-in, [in, out]."""
 
     def __init__(self, weight: StandIn) -> None:
         self.weight = weight
@@ -129,7 +133,7 @@ class _Turned:
 
 
 class HeldWeight(StandIn):
-    """The parameter itself, as its library has it.
+    """Stand-in that keeps the parameter as its library stores it.
 
     Attributes:
         held: The parameter.
@@ -141,18 +145,18 @@ class HeldWeight(StandIn):
 
     def product(self, x: Tensor) -> Tensor:
         """See :class:`StandIn`."""
-        # Few bits in few digits would be rounded twice.
+        # In fp32, because dequantizing in the dtype of x could round twice.
         return F.linear(x, dense(self.held, torch.float32).to(x.dtype))
 
 
 def _hold_quantized(twin: nn.Module) -> None:
-    """Replaces every quantized parameter by a stand-in.
+    """Replace every quantized parameter by a stand-in.
 
     Args:
-        twin: A copy of a model, over the same memory. It is changed.
+        twin: A copy of a model that shares its memory. It is changed.
 
     Raises:
-        ExportError: A weight is one of these libraries, but in no form that is known.
+        ExportError: A weight belongs to a quantization library, but its form is unknown.
     """
     known: dict[int, HeldWeight] = {}
     for prefix, module in list(twin.named_modules()):
@@ -167,26 +171,26 @@ def _hold_quantized(twin: nn.Module) -> None:
                 _refuse_foreign(where, parameter)
                 continue
             if id(parameter) not in known:
-                own = format_of(parameter)
-                assert own is not None
-                known[id(parameter)] = HeldWeight(where, stored, own.widened(parameter))
+                weight_format = format_of(parameter)
+                assert weight_format is not None
+                known[id(parameter)] = HeldWeight(where, stored, weight_format.widened(parameter))
             _release(module)
             del module._parameters[name]
             module.add_module(name, known[id(parameter)])
 
 
 def _release(module: nn.Module) -> None:
-    """Makes a plain layer of a library's own, and drops what it remembers of its weight."""
-    own = written_out_layer(module, type(module)) is not None
-    for known in formats():
-        known.layers.release(module)
-    if own and not is_region(module):
+    """Turn a layer of a quantization library into ``nn.Linear``, and drop its state for the weight."""
+    is_quantized_layer = written_out_layer(module, type(module)) is not None
+    for weight_format in formats():
+        weight_format.layers.release(module)
+    if is_quantized_layer and not is_region(module):
         object.__setattr__(module, "__class__", nn.Linear)
 
 
 def _refuse_foreign(where: str, parameter: nn.Parameter) -> None:
     kind = type(parameter)
-    if any(known.owns(kind) for known in formats()):
+    if any(weight_format.owns(kind) for weight_format in formats()):
         raise ExportError(
             f"'{where}' is a {kind.__name__} in a form that has no counterpart in a file (is it quantized "
             f"already? does it quantize activations?); {_DENSE_INSTEAD}"
@@ -198,11 +202,11 @@ def _sum(product: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _first(cls: type, values: Sequence[Any]) -> Any:
-    """The first of its instances among values, or in a list among them."""
+    """Return the first instance of a class among values, or in lists among them."""
     flat = [
-        one for value in values for one in (value if isinstance(value, list | tuple) else [value])
+        item for value in values for item in (value if isinstance(value, list | tuple) else [value])
     ]
-    return next(one for one in flat if isinstance(one, cls))
+    return next(item for item in flat if isinstance(item, cls))
 
 
 def _name(func: Any) -> str:
@@ -211,56 +215,60 @@ def _name(func: Any) -> str:
 
 @torch.no_grad()
 def _onnx_weight_of(weight: HeldWeight) -> OnnxWeight:
-    """Asks the format of a weight for the form that an operator reads.
+    """Convert a weight to the form that an ONNX operator reads.
 
     Raises:
-        ExportError: There is none that has its values, or its scales are not finite.
+        ExportError: No operator can represent its values, or its scales are not finite.
     """
-    known = format_of(weight)
-    assert known is not None
-    found = known.onnx_weight(held(weight), weight.stored)
-    if isinstance(found, NoOperator):
-        instead = f"; {_DENSE_INSTEAD}" if found.remedy is None else f". {found.remedy}"
-        raise ExportError(f"'{weight.where}' {found.reason}{instead}")
-    if not bool(found.scales.isfinite().all()):
+    weight_format = format_of(weight)
+    assert weight_format is not None
+    onnx_weight = weight_format.onnx_weight(held(weight), weight.stored)
+    if isinstance(onnx_weight, NoOperator):
+        instead = f"; {_DENSE_INSTEAD}" if onnx_weight.remedy is None else f". {onnx_weight.remedy}"
+        raise ExportError(f"'{weight.where}' {onnx_weight.reason}{instead}")
+    if not bool(onnx_weight.scales.isfinite().all()):
         raise ExportError(
             f"'{weight.where}' has scales that are not finite: it was quantized from a broken model"
         )
-    return found
+    return onnx_weight
 
 
 class PackedWeight(StandIn):
-    """A quantized weight as ``weight.codes``, ``weight.scales`` and, where there are some, ``weight.zeros``.
+    """A quantized weight as ``weight.codes``, ``weight.scales`` and, for some formats, ``weight.zeros``.
 
     Args:
-        weight: What it is made of.
-        dtype: Of the model. Scales are in it where they lose nothing but digits, else in fp32.
-        keep: Takes each tensor that is created, see ``Scratch.keep``.
+        weight: The quantized weight.
+        dtype: Dtype of the model. Scales are cast to it if they stay in its range, otherwise fp32.
+        keep: Called with each new tensor, see ``Scratch.keep``.
 
     Attributes:
-        operator: Of ONNX, which reads it.
-        block: Values that share a scale there.
+        operator: The ONNX operator that reads the weight.
+        block: Number of values that share a scale in the operator.
     """
 
     def __init__(
         self, weight: HeldWeight, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
     ) -> None:
         super().__init__(weight.where, weight.stored, weight.dtype)
-        found = _onnx_weight_of(weight)
-        self.operator, self.block = found.operator, found.block
-        scales = found.scales
-        # Values that an operator makes are rounded after it: its scales may have all digits.
+        onnx_weight = _onnx_weight_of(weight)
+        self.operator, self.block = onnx_weight.operator, onnx_weight.block
+        scales = onnx_weight.scales
+        # The values of a dequantizing operator are rounded afterwards, so its scales may stay in fp32.
         if not self.operator.dequantizes and _in_range(scales, dtype):
             scales = scales.to(dtype)
-        # Two codes a byte are new where the library has one; others lie where they lay.
-        codes = keep(found.codes) if found.fresh else found.codes
+        # Codes repacked to two a byte are new memory. Other codes share the memory of the weight.
+        codes = keep(onnx_weight.codes) if onnx_weight.fresh else onnx_weight.codes
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(keep(scales), requires_grad=False)
-        zeros = None if found.zeros is None else nn.Parameter(found.zeros, requires_grad=False)
+        zeros = (
+            None
+            if onnx_weight.zeros is None
+            else nn.Parameter(onnx_weight.zeros, requires_grad=False)
+        )
         self.register_parameter("zeros", zeros)
 
     def product(self, x: Tensor) -> Tensor:
-        """See :class:`StandIn`: to be traced, not run."""
+        """See :class:`StandIn`. It can be traced, but not run."""
         product: Tensor = torch.ops.lora_fx.quantized_product(
             x if self.operator.dequantizes else x.to(self.scales.dtype),
             self.codes,
@@ -275,20 +283,20 @@ class PackedWeight(StandIn):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in a file."""
+        """Size in a file, in bytes."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
 
 def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]) -> None:
-    """Replaces quantized weights by arrays.
+    """Replace quantized weights by the arrays of their ONNX operators.
 
     Args:
-        twin: A copy that is exported. It is changed.
-        dtype: What most of its weights are in.
-        keep: Takes each tensor that is created, see ``Scratch.keep``.
+        twin: The copy that is exported. It is changed.
+        dtype: Dtype of most of its weights.
+        keep: Called with each new tensor, see ``Scratch.keep``.
 
     Raises:
-        ExportError: No operator has the values of a weight.
+        ExportError: No operator can represent the values of a weight.
     """
     known: dict[int, PackedWeight] = {}
     for module in list(twin.modules()):
@@ -301,32 +309,32 @@ def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor],
 
 
 def stored_formats(model: nn.Module, names: Container[str]) -> tuple[StoredFormat, ...]:
-    """What of :func:`pack_quantized` is in a file, one entry a form.
+    """Return an entry for each quantized format in a file.
 
     Args:
-        model: The model that was traced: a file may have a part of it.
-        names: Those of the file's weights.
+        model: The traced model after :func:`pack_quantized`. A file may have only a part of it.
+        names: Names of the weights in the file.
     """
-    found: dict[tuple[str, str, int | None], StoredFormat] = {}
+    entries: dict[tuple[str, str, int | None], StoredFormat] = {}
     seen: set[PackedWeight] = set()
-    for name, one in model.named_modules(remove_duplicate=False):
-        if not isinstance(one, PackedWeight) or one in seen or f"{name}.codes" not in names:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, PackedWeight) or module in seen or f"{name}.codes" not in names:
             continue
-        seen.add(one)
-        by_row = one.operator.dequantizes and one.block == one.shape[1]
-        key = (one.stored.scheme, one.operator.name, None if by_row else one.block)
-        before = found.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
-        found[key] = dataclasses.replace(
+        seen.add(module)
+        by_row = module.operator.dequantizes and module.block == module.shape[1]
+        key = (module.stored.scheme, module.operator.name, None if by_row else module.block)
+        before = entries.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
+        entries[key] = dataclasses.replace(
             before,
             weights=before.weights + 1,
-            values=before.values + one.shape.numel(),
-            bytes=before.bytes + one.nbytes,
+            values=before.values + module.shape.numel(),
+            bytes=before.bytes + module.nbytes,
         )
-    return tuple(found.values())
+    return tuple(entries.values())
 
 
 def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
-    """Whether scales keep the leading digits of a dtype: none is too small for them, none too large."""
+    """Return True if all scales are zero or normal numbers in a dtype: none too small, none too large."""
     limits, sizes = torch.finfo(dtype), scales.abs()
     normal = (sizes == 0) | ((sizes >= limits.tiny) & (sizes <= limits.max))
     return bool(normal.all())
@@ -355,21 +363,21 @@ def _(
 
 
 class Casts:
-    """Casts parameters; those over the same memory become one parameter.
+    """Cache of cast parameters. Parameters over the same memory become one parameter.
 
-    So tied weights stay tied, and copies of one model that share its weights share the cast ones, too.
+    So tied weights stay tied. Copies of a model that share its weights share the cast weights too.
 
     Args:
-        keep: Takes each tensor that is made, see ``Scratch.keep``.
+        keep: Called with each new tensor, see ``Scratch.keep``.
     """
 
     def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
         self.keep = keep
-        # The source is held so that no other tensor comes to lie at its address.
+        # A reference to the source prevents another tensor from being allocated at its address.
         self._made: dict[Hashable, tuple[Tensor, nn.Parameter]] = {}
 
     def __call__(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-        """A frozen parameter of ``dtype`` with the values of ``parameter``."""
+        """Return a frozen parameter of ``dtype`` with the values of ``parameter``."""
         if parameter.dtype == dtype:
             return parameter
         key = (memory_of(parameter), parameter.dtype, dtype)
@@ -382,20 +390,19 @@ class Casts:
 def exportable_twin(
     model: nn.Module, dtype: str | None, casts: Casts, *, to_rewrite: bool = False
 ) -> nn.Module:
-    """Copy the modules of ``model``, share its parameters, and make the copy fit for export.
+    """Copy the modules of ``model``, share its parameters, and prepare the copy for export.
 
     Args:
         model: Any module.
         dtype: One of ``DTYPES`` to cast to (only then are parameters copied), None to keep.
-        casts: Makes the parameters that are cast.
-        to_rewrite: Whether quantized weights stay what their libraries make, which a rewrite knows.
+        casts: Cache of the cast parameters.
+        to_rewrite: True keeps quantized weights as their libraries store them, as a rewrite expects.
 
     Returns:
-        The copy, in eval mode, without key-value caches, mixtures of experts as grouped
-        products.
+        The copy, in eval mode, without key-value caches, and with experts as grouped products.
 
     Raises:
-        ExportError: The weights are on the meta device or on several, or a module holds
+        ExportError: The weights are on the meta device or on several devices, or a module holds
             something that cannot be copied.
     """
     _check_devices(model)
@@ -414,15 +421,15 @@ def exportable_twin(
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr]
         if getattr(config, "_experts_implementation", None) is not None:
-            # The others loop over what the input chose, or copy a matrix for each row.
+            # Other implementations loop over the chosen experts, or copy a matrix for each row.
             config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
     return twin
 
 
 def dtype_name(model: nn.Module) -> str:
-    """What most weights are in: a key of ``DTYPES``, or torch's name ("int8").
+    """Return the dtype of most weights: a key of ``DTYPES``, or torch's name ("int8").
 
-    Adapters do not count, nor do weights whose values are made when they are needed: these follow the others.
+    Adapters and quantized weights do not count. The values of quantized weights follow the other dtypes.
     """
     counts: dict[torch.dtype, int] = {}
     for parameter in _plain_parameters(model):
@@ -445,7 +452,7 @@ def _plain_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what ``torch.compile`` and DDP wrap around it."""
+    """Return the model inside the wrappers of ``torch.compile`` and DDP."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -470,12 +477,12 @@ def _check_devices(model: nn.Module) -> None:
 
 
 def _compute_parametrized(twin: nn.Module) -> None:
-    """Make constants of weights that are computed from others (``torch.nn.utils.parametrize``)."""
+    """Replace weights that are computed from others by constants (``torch.nn.utils.parametrize``)."""
     for module in twin.modules():
         if not parametrize.is_parametrized(module):
             continue
-        # Not remove_parametrizations: it writes into the originals and edits the class, and both are the
-        # caller's. Graphs of ours call what computes the weight, as the class does.
+        # Not remove_parametrizations, because it writes into the originals and edits the class, and both
+        # belong to the caller. Our graphs call the module that computes the weight, as the class does.
         computed: Any = module.parametrizations
         for name in list(computed):
             with torch.no_grad():
@@ -483,7 +490,7 @@ def _compute_parametrized(twin: nn.Module) -> None:
 
 
 class _Computed(nn.Module):
-    """A constant weight, instead of the parametrization that computes it."""
+    """A constant weight in place of the parametrization that computes it."""
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()
@@ -501,14 +508,14 @@ def cast_model(
     of: Collection[torch.dtype] = (*DTYPES.values(), torch.float64),
     kept: Container[str] = (),
 ) -> None:
-    """Casts parameters and buffers in floating point; quantized weights stay as they are.
+    """Cast parameters and buffers in floating point. Quantized weights stay unchanged.
 
     Args:
         model: A copy. It is changed.
-        dtype: What they become.
-        casts: Makes the parameters.
-        of: What is cast.
-        kept: Names of buffers that become fp32 all the same.
+        dtype: The new dtype.
+        casts: Cache of the cast parameters.
+        of: Dtypes that are cast.
+        kept: Names of buffers that are cast to fp32 instead.
     """
     for module in model.modules():
         if not isinstance(module, StandIn):

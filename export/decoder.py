@@ -1,7 +1,7 @@
-"""A decoder over a session, step by step: bound once for a text, its cache in buffers that stay.
+"""Decoder that runs a session step by step, with one binding for each text and its cache in fixed buffers.
 
-What no step changes is bound when the text begins: the factors of an adapter, what the encoder gave. A step
-binds its tokens and the mask, and where the cache is read and written.
+Constant inputs are bound once when a text begins: the factors of an adapter, and the outputs of the encoder.
+Each step binds its tokens, the mask, and the buffers of the cache.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _CROSS = ".encoder."
 _LOGITS = "logits"
 
 _ROOM = 256
-"""Positions that buffers have beyond the prompt at first, if the text may become so long."""
+"""Initial number of positions beyond the prompt in buffers, if the text may become that long."""
 
 
 class Decodes:
-    """What a decoder needs of a session.
+    """Interface of a session that a decoder uses.
 
     Attributes:
-        path: Where the file is.
-        inputs: What it takes.
-        outputs: What it gives.
-        metadata: What the file remembers of its export.
-        encoder: The session of the encoder, of an encoder-decoder.
+        path: Path of the file.
+        inputs: Inputs of the file.
+        outputs: Outputs of the file.
+        metadata: Metadata entries of the file.
+        encoder: The session of the encoder, for an encoder-decoder.
     """
 
     path: Path
@@ -55,35 +55,35 @@ class Decodes:
     _cache_place: torch.device | Place
 
     def _hold(self, adapter: AdapterChoice) -> Any:
-        """Return an adapter as every file of the model has it at this moment."""
+        """Return the adapter in each file of the model, all from the same moment."""
         raise NotImplementedError
 
     def _value(self, port: Port, value: Tensor) -> Any:
-        """Put a tensor where the file runs, as what an input takes."""
+        """Convert a tensor to the value of an input on the device of the session."""
         raise NotImplementedError
 
-    def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
-        """Run the file once. Everything comes out where the file runs."""
+    def _run_held(self, feeds: Mapping[str, Any], adapters: Any) -> list[Any]:
+        """Run the file once. Outputs are on the device of the session."""
         raise NotImplementedError
 
-    def _binding(self, held: Any, rows: int) -> Any:
-        """Make a binding for a batch of so many rows that has an adapter."""
+    def _binding(self, adapters: Any, rows: int) -> Any:
+        """Make a binding for a batch of ``rows`` rows with an adapter."""
         raise NotImplementedError
 
     def _run_bound(self, binding: Any, shapes: Callable[[], Mapping[str, Sequence[int]]]) -> None:
-        """Run what is bound; ``shapes`` are asked for the message of an error."""
+        """Run a binding. ``shapes`` is called for the message of an error."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """The keys or the values of one layer.
+    """Keys or values of one layer.
 
     Attributes:
         past: The input.
-        present: The name of the output.
-        heads: Of both.
-        width: Of both.
+        present: Name of the output.
+        heads: Number of heads of both.
+        width: Width of a head of both.
     """
 
     past: Port
@@ -93,10 +93,10 @@ class _Entry:
 
     @classmethod
     def of(cls, port: Port) -> _Entry:
-        """Read an input.
+        """Return the entry of an input.
 
         Raises:
-            ExportError: Its heads or width are not fixed.
+            ExportError: The heads or the width are not fixed.
         """
         _, heads, _, width = port.shape
         if not isinstance(heads, int) or not isinstance(width, int):
@@ -106,25 +106,24 @@ class _Entry:
         return cls(port, _PRESENT + port.name.removeprefix(_PAST), heads, width)
 
     def shape(self, batch: int, length: int) -> list[int]:
-        """Of a cache of so many positions."""
+        """Return the shape of a cache of ``length`` positions."""
         return [batch, self.heads, length, self.width]
 
 
 @dataclass(eq=False)
 class _BufferCache:
-    """A cache in buffers where the file runs.
+    """Cache in buffers on the device of the session.
 
-    A step reads the buffers of one set and writes those of another, by turns. A file whose attention leaves
-    what is there where it is (``shared``) has one set, with room for more positions than are filled, and
-    only appends to it.
+    Two sets of buffers are read and written in turn. A file whose attention appends in place (``shared``) has
+    a single set, with room for more positions than are filled.
 
     Args:
         runtime: The onnxruntime module.
-        entries: What it holds.
+        entries: Keys and values of all layers.
         batch: Number of texts.
-        limit: Positions that there are at most.
-        place: Where the file runs.
-        shared: Whether what is read is also what is written.
+        limit: Largest number of positions.
+        place: Device of the session.
+        shared: True if a step reads and writes the same buffers.
     """
 
     runtime: Any
@@ -137,30 +136,30 @@ class _BufferCache:
     _room: int = 0
 
     def bind(self, binding: Any, past: int, total: int) -> None:
-        """Bind a step that reads ``past`` positions and leaves ``total``."""
+        """Bind a step that reads ``past`` positions and writes ``total``."""
         grows = total > self._room
-        before = self._sets
+        old = self._sets
         if grows:
             self._room = min(self.limit, max(total + _ROOM, 2 * self._room))
             self._sets = [self._buffers() for _ in range(1 if self.shared else 2)]
             if self.shared and past:
                 for name, buffer in self._sets[0].items():
-                    ort.to_tensor(buffer)[:, :, :past] = ort.to_tensor(before[0][name])[:, :, :past]
+                    ort.to_tensor(buffer)[:, :, :past] = ort.to_tensor(old[0][name])[:, :, :past]
         if self.shared:
             if grows:
                 self._bind(binding, self._sets[0], self._sets[0], self._room, self._room)
             return
-        # What was written last is read from where it is, also where that is too small by now.
-        source = before[0] if grows and past else self._sets[0]
+        # The last written buffers are read where they are, even if they are too small now.
+        source = old[0] if grows and past else self._sets[0]
         self._bind(binding, source, self._sets[1], past, total)
         self._kept = source
         self._sets.reverse()
 
     def taken(self, binding: Any) -> None:
-        """Take what a step has written: it is there."""
+        """Do nothing: a step has written into the buffers."""
 
     def reorder(self, rows: Tensor, past: int) -> None:
-        """Let row i go on from row ``rows[i]``."""
+        """Make row i continue from row ``rows[i]``."""
         if self.place.type != "cpu" and not torch.cuda.is_available():
             raise ExportError(
                 f"beam search reorders a cache on {self.place.type} with PyTorch, and this PyTorch has no "
@@ -208,13 +207,13 @@ class _BufferCache:
 
 @dataclass(eq=False)
 class _ReturnedCache:
-    """A cache in memory that ONNX Runtime allocates at each step, where PyTorch has no buffers.
+    """Cache in memory that ONNX Runtime allocates at each step, for devices without PyTorch.
 
     Args:
         runtime: The onnxruntime module.
-        entries: What it holds.
+        entries: Keys and values of all layers.
         batch: Number of texts.
-        place: Where outputs are to lie.
+        place: Device of the outputs.
     """
 
     runtime: Any
@@ -224,7 +223,7 @@ class _ReturnedCache:
     _values: dict[str, Any] = field(default_factory=dict)
 
     def bind(self, binding: Any, past: int, total: int) -> None:
-        """Bind a step that reads ``past`` positions and leaves ``total``."""
+        """Bind a step that reads ``past`` positions and writes ``total``."""
         for entry in self.entries:
             if not past:
                 empty = torch.zeros(
@@ -235,28 +234,28 @@ class _ReturnedCache:
             binding.bind_output(entry.present, self.place.type, self.place.index)
 
     def taken(self, binding: Any) -> None:
-        """Take what a step has written."""
-        # They come in the order in which they were bound, and the logits after them.
+        """Keep the outputs of a step."""
+        # Outputs come in the order in which they were bound, with the logits last.
         for entry, value in zip(self.entries, binding.get_outputs(), strict=False):
             self._values[entry.past.name] = value
 
     def reorder(self, rows: Tensor, past: int) -> None:
-        """Let row i go on from row ``rows[i]``, by way of the CPU."""
+        """Make row i continue from row ``rows[i]``, with a copy through the CPU."""
         for name, value in self._values.items():
             moved = torch.from_numpy(value.numpy())[rows]
             self._values[name] = ort.to_runtime(self.runtime, moved)
 
 
 class Decoder:
-    """A decoder and where it is in a batch of texts.
+    """Decoder and its state in a batch of texts.
 
     Args:
-        session: The decoder's file.
-        mask: Which tokens of the prompts count, [batch, sequence]; those that follow do.
-        source: What the encoder takes, by name, for an encoder-decoder.
-        adapter: What runs with the model.
-        length: Tokens that a text has at most, the prompt included.
-        copies: How many rows of ``mask`` in a row continue one text of ``source``.
+        session: Session of the decoder's file.
+        mask: Mask of the prompts, [batch, sequence]. Later tokens always count.
+        source: Inputs of the encoder by name, for an encoder-decoder.
+        adapter: The adapter to run with.
+        length: Largest number of tokens of a text, the prompt included.
+        copies: Number of consecutive rows of ``mask`` that continue one text of ``source``.
 
     Raises:
         ExportError: The file has no cache, the session replays graphs, or ``source`` does not fit
@@ -296,7 +295,7 @@ class Decoder:
         self._past = 0
         self._entries = [_Entry.of(port) for port in cached if _CROSS not in port.name]
         self._cache = self._made(batch, length)
-        # One for the whole text, also if another is loaded by its name meanwhile.
+        # The same for the whole text, even if another adapter is loaded under its name meanwhile.
         self._held = session._hold(adapter)
         self._binding = session._binding(self._held, batch)
         self._fixed: dict[str, Any] = {}
@@ -304,10 +303,11 @@ class Decoder:
             self._fixed = self._encoded(session.encoder, source, copies)
         for name, value in self._fixed.items():
             self._binding.bind_ortvalue_input(name, value)
-        self._given: dict[str, Tensor] = {}  # a binding holds no memory
-        # A binding for the CPU reads memory when it runs, others when it is bound.
+        self._given: dict[str, Tensor] = {}  # a binding does not own memory
+        # A CPU session reads bound memory when it runs. On other devices it is copied when it is bound.
         self._rereads = session._cache_place == ort.CPU
-        self._logits: Tensor | None = None  # of the last step; None if not known before
+        # Logits of the last step, or None if their shape is unknown before it.
+        self._logits: Tensor | None = None
         self._new = 0  # tokens of the last step
 
     def step(self, ids: Tensor) -> Tensor:
@@ -317,15 +317,15 @@ class Decoder:
             ids: The next tokens of each text, [batch, sequence].
 
         Returns:
-            Logits after the last of them, [batch, vocabulary], fp32, on the CPU, in memory of their own.
+            Logits after the last token, [batch, vocabulary], fp32, on the CPU, as a copy.
 
         Raises:
             ExportError: ONNX Runtime fails, or a fixed axis of the file has another size.
         """
         new = ids.shape[1]
         past, total = self._past, self._past + new
-        # A token is read from a cold cache, after all weights: each call of PyTorch or of a binding costs
-        # about ten microseconds here.
+        # Reading all weights empties the CPU's caches in each step. So each call of PyTorch or of a binding
+        # costs about ten microseconds here.
         if self._rereads and new == self._new:
             self._given["input_ids"].copy_(ids)
         else:
@@ -345,21 +345,21 @@ class Decoder:
         return last.to(torch.float32, copy=True)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let text i go on from what text ``rows[i]`` has read. Both have the same mask and source."""
+        """Make text i continue from text ``rows[i]``. Both must have the same mask and source."""
         self._cache.reorder(rows, self._past)
 
     def forget(self) -> None:
-        """Go back to before the first token: the next step reads the whole text."""
+        """Drop the cache. The next step has to read the whole text."""
         self._past = 0
 
     def _made(self, batch: int, length: int) -> _BufferCache | _ReturnedCache:
-        place = self._session._cache_place
+        cache_place = self._session._cache_place
         entries, runtime = self._entries, self._session._runtime
-        if isinstance(place, Place):
-            return _ReturnedCache(runtime, entries, batch, place)
-        # On CUDA nobody has seen it append in place.
-        shared = SHARED_CACHE_KEY in self._session.metadata and place.type != "cuda"
-        return _BufferCache(runtime, entries, batch, length, place, shared)
+        if isinstance(cache_place, Place):
+            return _ReturnedCache(runtime, entries, batch, cache_place)
+        # On CUDA, appending in place is untested.
+        shared = SHARED_CACHE_KEY in self._session.metadata and cache_place.type != "cuda"
+        return _BufferCache(runtime, entries, batch, length, cache_place, shared)
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self._ports[name].dtype)
@@ -372,7 +372,7 @@ class Decoder:
         self._binding.bind_input(name, "cpu", 0, element, list(value.shape), value.data_ptr())
 
     def _shapes(self) -> dict[str, list[int]]:
-        """The shapes of the inputs of this step, by name."""
+        """Return the shapes of the inputs of this step by name."""
         batch = len(self._given["input_ids"])
         return {
             **{name: value.shape() for name, value in self._fixed.items()},
@@ -381,7 +381,7 @@ class Decoder:
         }
 
     def _check(self) -> None:
-        """Refuse shapes that the file does not take, as each call of a session does."""
+        """Raise for shapes that the file does not take, as each call of a session does."""
         session, shapes = self._session, self._shapes()
         for name, shape in shapes.items():
             ort.check_shape(self._ports[name], shape)
@@ -392,8 +392,8 @@ class Decoder:
     def _bind_logits(self) -> None:
         port = self._logits_port
         sizes: dict[str, int] = {}
-        for name, given in self._shapes().items():
-            labels = zip(self._ports[name].shape, given, strict=True)
+        for name, input_shape in self._shapes().items():
+            labels = zip(self._ports[name].shape, input_shape, strict=True)
             sizes.update((label, size) for label, size in labels if isinstance(label, str))
         shape = [ort.size_of(axis, sizes) for axis in port.shape]
         known = [size for size in shape if size is not None]
@@ -413,9 +413,9 @@ class Decoder:
         self, encoder: Decodes, source: Mapping[str, Tensor], copies: int
     ) -> dict[str, Any]:
         names = [port.name for port in encoder.outputs]
-        taken = [port.name for port in encoder.inputs]
-        given = ort.inputs_by_name(source, taken, encoder.path.name)
-        feeds = {port.name: encoder._value(port, given[port.name]) for port in encoder.inputs}
+        input_names = [port.name for port in encoder.inputs]
+        inputs = ort.inputs_by_name(source, input_names, encoder.path.name)
+        feeds = {port.name: encoder._value(port, inputs[port.name]) for port in encoder.inputs}
         values = encoder._run_held(feeds, self._held)
         fixed = {
             _PAST + name.removeprefix(_PRESENT): value
@@ -435,9 +435,9 @@ class Decoder:
 def last_logits(
     session: Decodes, ids: Tensor, mask: Tensor, adapter: AdapterChoice = None
 ) -> Tensor:
-    """The logits after the last token of each text, [batch, vocabulary], fp32, on the CPU.
+    """Return the logits after the last token of each text, [batch, vocabulary], fp32, on the CPU.
 
-    Texts may be padded on the right, by the mask: each is read by itself.
+    Texts may have padding on the right, because each text runs alone, without its masked tokens.
     """
     rows = []
     for tokens, counts in zip(ids, mask, strict=True):

@@ -1,4 +1,4 @@
-"""The key-value cache of transformers as plain tensors, and what a file remembers for generation."""
+"""The key-value cache of transformers as plain tensors, and the metadata of a file for generation."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ __all__ = [
 ]
 
 
-# The key-value cache of transformers as plain tensors, and back.
+# Conversion of the key-value cache of transformers to plain tensors, and back.
 #
 # A cache in a file is one key and one value for each attention layer, of shape
-# ``[batch, heads, length, width]``. Every layer keeps all positions, those with a sliding window, too:
-# the mask leaves out what is beyond the window, and all layers have one length.
+# ``[batch, heads, length, width]``. Layers with a sliding window keep all positions, too. The mask excludes
+# positions beyond the window, and all layers have the same length.
 
 Past: TypeAlias = Mapping[int, Mapping[str, Tensor]]
-"""Number of a layer to its "key" and its "value"."""
+"""Key and value tensors, under "key" and "value", by number of the layer."""
 
-_NAMES = ("cache", "past_key_values")  # of transformers since and before 5.24
+_NAMES = ("cache", "past_key_values")  # in transformers from 5.24 on, and before
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a model, without its values.
+    """Layout of the cache of a model, without its values.
 
     Attributes:
-        layers: Number of each layer that has a cache to heads and width of its "key" and its "value".
-        dtype: Of both.
-        device: Of both.
+        layers: Heads and width of "key" and "value", by number of each layer that has a cache.
+        dtype: The dtype of all tensors.
+        device: The device of all tensors.
     """
 
     layers: Mapping[int, Mapping[str, tuple[int, int]]]
@@ -56,7 +56,7 @@ class CacheLayout:
 
     @classmethod
     def of(cls, past: Past) -> CacheLayout:
-        """The layout of a cache."""
+        """Return the layout of a cache."""
         first = next(iter(past.values()))["key"]
         layers = {
             index: {kind: (tensor.shape[1], tensor.shape[3]) for kind, tensor in layer.items()}
@@ -65,7 +65,7 @@ class CacheLayout:
         return cls(layers, first.dtype, first.device)
 
     def zeros(self, batch: int, length: int) -> dict[int, dict[str, Tensor]]:
-        """A cache of zeros for ``length`` positions."""
+        """Return a cache of zeros for ``length`` positions."""
         options: Any = {"dtype": self.dtype, "device": self.device}
         return {
             index: {
@@ -76,7 +76,7 @@ class CacheLayout:
         }
 
     def taken(self, past: Past) -> dict[int, dict[str, Tensor]]:
-        """``past`` as an input of the file: what was computed with more digits is rounded."""
+        """Cast ``past`` to the dtype of the file's inputs."""
         return {
             index: {kind: tensor.to(self.dtype) for kind, tensor in layer.items()}
             for index, layer in past.items()
@@ -84,18 +84,18 @@ class CacheLayout:
 
 
 def cache_argument(model: nn.Module) -> str | None:
-    """What the model calls the argument for its cache; None if it takes none."""
+    """Return the name of the model's argument for the cache; None if it takes none."""
     parameters = inspect.signature(model.forward).parameters
     return next((name for name in _NAMES if name in parameters), None)
 
 
 def cache_of(outputs: Any) -> Any:
-    """The cache among the outputs of a model, or None."""
+    """Return the cache among the outputs of a model, or None."""
     return next((outputs[name] for name in _NAMES if name in outputs), None)
 
 
 def filled_cache(past: Past) -> Any:
-    """A cache of transformers whose layers hold ``past`` and keep every position."""
+    """Return a cache of transformers whose layers have ``past`` and keep every position."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     cache = DynamicCache()
@@ -104,21 +104,21 @@ def filled_cache(past: Past) -> Any:
         if index in past:
             key, value = past[index]["key"], past[index]["value"]
             layer.lazy_initialization(key, value)
-            # Not by update(): its concatenation with an empty tensor of one axis is no ONNX.
+            # update() would concatenate an empty tensor with one axis, which ONNX does not allow.
             layer.keys, layer.values = key, value
         cache.layers.append(layer)
     return cache
 
 
 def read_cache(cache: Any, owner: str) -> dict[int, dict[str, Tensor]]:
-    """The tensors of a cache of transformers.
+    """Return the tensors of a cache of transformers.
 
     Args:
-        cache: What the model returned.
+        cache: The cache that the model returned.
         owner: Class of the model, for the message.
 
     Raises:
-        ExportError: It has layers that are no keys and values, as those of state-space models.
+        ExportError: A layer of the cache has no keys and values, as in state-space models.
     """
     past: dict[int, dict[str, Tensor]] = {}
     for index, layer in enumerate(getattr(cache, "layers", ())):
@@ -129,7 +129,7 @@ def read_cache(cache: Any, owner: str) -> dict[int, dict[str, Tensor]]:
                 f"caches of attention can be inputs of a file. Export it without task="
             )
         if key is None or value is None:
-            continue  # a layer that reads the keys and values of another one
+            continue  # a layer that reads the keys and values of another layer
         if key.ndim != 4 or value.ndim != 4:
             raise ExportError(
                 f"layer {index} of {owner} caches keys of shape {list(key.shape)}: expected "
@@ -145,19 +145,19 @@ TASK_KEY = "lora_fx.task"
 GENERATION_KEY = "lora_fx.generation"
 ENCODER_KEY = "lora_fx.encoder"
 
-# Largest number of positions, by the names that configurations of decoders have for it.
+# Names of the largest number of positions in configurations of decoders.
 _LIMITS = ("max_target_positions", "max_position_embeddings", "n_positions", "max_seq_len")
 
 _READING_ANEW = ("phi3", "phimoe", "phi4_multimodal")
 
 
 def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
-    """The metadata of the file of a decoder.
+    """Return the metadata of the file of a decoder.
 
-    ``lora_fx.generation`` is JSON: ``defaults`` has the fields of the model's ``generation_config``
-    that are set, ``limit`` the number of positions that it has, prompt included, or null, and
-    ``prepends_start`` says whether a decoder's prompt has to begin with its first token, and
-    ``reads_anew_after`` is the length beyond which a cache is of no use any more, or null.
+    ``lora_fx.generation`` is JSON. ``defaults`` has the fields that are set in the model's
+    ``generation_config``. ``limit`` is its number of positions, prompt included, or null.
+    ``prepends_start`` is true if a decoder's prompt has to begin with its first token.
+    ``reads_anew_after`` is the length beyond which a cache cannot be used any more, or null.
     """
     config: Any = model.config
     freely = config.model_type == "whisper" or "donut" in type(model).__name__.lower()
@@ -171,10 +171,10 @@ def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
 
 
 def position_limit(model: nn.Module) -> int | None:
-    """How many tokens a decoder has positions for; None where there is no limit."""
+    """Return the number of positions of a decoder; None if there is no limit."""
     config: Any = model.config
     if getattr(config, "relative_attention_num_buckets", None) is not None:
-        return None  # T5's distances have no end; its n_positions says what it was trained on
+        return None  # T5's distances are unlimited; its n_positions is the length of its training texts
     decoder = config.get_text_config(decoder=True)
     for name in _LIMITS:
         value = getattr(decoder, name, None)
@@ -184,10 +184,10 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def _reads_anew_after(model: nn.Module) -> int | None:
-    """Where transformers gives the cache up: its keys were turned by the frequencies of short texts.
+    """Return the length at which transformers drops a cache, because of rotary frequencies for short texts.
 
-    Others than the Phi family go on with such keys under LongRoPE (2402.13753), in transformers and in
-    the file alike.
+    Only the Phi family does so. Other models with LongRoPE (arXiv 2402.13753) keep such keys, both in
+    transformers and in the file.
     """
     config: Any = model.config
     decoder = config.get_text_config(decoder=True)
@@ -202,10 +202,10 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "generation_config", None)
     if config is None:
         return {}
-    found: Mapping[str, Any] = config.to_dict()
+    fields: Mapping[str, Any] = config.to_dict()
     return {
         name: value
-        for name, value in found.items()
+        for name, value in fields.items()
         if value is not None and not name.startswith("_") and _is_json(value)
     }
 

@@ -1,4 +1,4 @@
-"""A model that is handed its factors: the adapter inputs of a file, as torch.export sees them."""
+"""Model that takes its factors as arguments: the adapter inputs of a file, as torch.export sees them."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ _NAME = "base_model_name_or_path"
 
 
 def origin_metadata(model: nn.Module, adapters: str = "merged") -> dict[str, str]:
-    """Metadata entries about a model: nothing of the machine that it is on.
+    """Return metadata entries about a model, without anything about the machine.
 
     Args:
         model: A rewritten model, or any other.
-        adapters: Where the active adapters are: "merged" into weights, or "inline" in the graph.
+        adapters: Location of the active adapters: "merged" into weights, or "inline" in the graph.
 
     Returns:
-        ``lora_fx.base``: its class, and the name of its configuration if it has one, as JSON.
-        ``lora_fx.merged`` or ``lora_fx.inline``, for a rewritten model: name to configuration of the
-        adapters that are active, as JSON, without the fields that have their default value.
+        ``lora_fx.base``: the class, and the name in its configuration if there is one, as JSON.
+        ``lora_fx.merged`` or ``lora_fx.inline``, for a rewritten model: configurations of the active
+        adapters by name, as JSON, without fields that have their default value.
     """
     kind = original_class(model)
     base = {"class": f"{kind.__module__}.{kind.__qualname__}"}
@@ -96,7 +96,7 @@ def origin_metadata(model: nn.Module, adapters: str = "merged") -> dict[str, str
 
 
 def _base_name(model: nn.Module) -> str:
-    """The same in short, for people: ``LlamaForCausalLM (meta-llama/Llama-3.2-1B)``."""
+    """Return class and name for people to read: ``LlamaForCausalLM (meta-llama/Llama-3.2-1B)``."""
     kind, name = original_class(model).__name__, _loaded_from(model)
     return f"{kind} ({name})" if name else kind
 
@@ -123,23 +123,23 @@ def _changed(config: LoraConfig) -> dict[str, object]:
 
 
 def _public(name: str) -> str:
-    """The name of a model as it is; of a folder, no more than its own name."""
+    """Return the name of a model, reduced to the last component if it is a path to a folder."""
     path = PureWindowsPath(name) if "\\" in name else PurePosixPath(name)
     return path.name if path.is_absolute() or name[0] in ".~" else name
 
 
 _ADAPTER = "inputs"
-"""What the one adapter is called."""
+"""Name of the only adapter."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Swappable:
-    """A copy of a model over the same weights, with the one adapter.
+    """Copy of a model that shares its weights and has one adapter.
 
     Attributes:
         model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
-        rows: Where the adapter is.
-        record: What is known of the copy, which does not carry it.
+        rows: The sites of the adapter.
+        record: The record of the copy, which does not carry it.
     """
 
     model: nn.Module
@@ -152,15 +152,15 @@ def swappable(
     editor: Callable[[nn.Module, Sequence[PlannedSite]], Callable[[Region], fx.Graph | None]]
     | None = None,
 ) -> Swappable:
-    """Makes the copy.
+    """Return a copy of a model with one adapter whose factors are inputs.
 
     Args:
         model: A plain or a rewritten model. It is not changed.
-        editor: Takes the copy and its sites, and gives what edits each graph at the end.
+        editor: Takes the copy and its sites, and returns a function that edits each graph at the end.
 
     Raises:
         ExportError: An adapter trains something that has no factors.
-        NoMatchError: A plain model has no operation to adapt, with what to do.
+        NoMatchError: A plain model has no operation to adapt. The message says what to do.
         CaptureError: As :func:`lora_fx.rewrite`, for a plain model.
     """
     record = record_of(model)
@@ -188,31 +188,30 @@ def swappable(
     install(regions_to_install(capture, rows))
     _check_without_graphs(capture, rows, in_rows=editor is not None)
     twin.__dict__["_lora_fx"] = dataclasses.replace(bare, active=(_ADAPTER,))
-    arm(twin)  # code without a graph reads the weights with the given factors
-    del twin.__dict__[
-        "_lora_fx"
-    ]  # it is no longer a rewritten model, whose adapters could be switched
+    arm(twin)  # code without a graph reads weights to which the factor inputs are applied
+    # The copy is no longer a rewritten model, so nobody can switch its adapters.
+    del twin.__dict__["_lora_fx"]
     return Swappable(twin, rows, bare)
 
 
 def _check_without_graphs(capture: Capture, rows: Sequence[PlannedSite], *, in_rows: bool) -> None:
-    """Refuse what only a graph can do with given factors.
+    """Raise if a site without a graph needs one for factors that are inputs.
 
     Args:
         capture: The model.
         rows: Its sites.
-        in_rows: Whether each row of a batch has its own adapter.
+        in_rows: True if each row of a batch has its own adapter.
 
     Raises:
-        ExportError: With the site and the reason why it has no graph.
+        ExportError: The message has the site and the reason why it has no graph.
     """
     for row in rows:
         reasons = [capture.regions[call.region].not_run for call in row.site.calls]
         reason = next(filter(None, reasons), "")
         if reason and (in_rows or any(kind_of(row).slots(row.site))):
-            what = "one adapter for each row" if in_rows else f"the kind {row.kind!r}"
+            feature = "one adapter for each row" if in_rows else f"the kind {row.kind!r}"
             raise ExportError(
-                f"{row.name} runs without a graph ({reason}), and {what} needs one: export with "
+                f"{row.name} runs without a graph ({reason}), and {feature} needs one: export with "
                 "adapters='merge', or name it in exclude_modules of the rewrite"
             )
 
@@ -230,13 +229,13 @@ def _rewritten(model: nn.Module) -> nn.Module:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model without adapters: a copy over the same weights, or the model itself if it is a plain one."""
+    """Return the model without adapters: a copy that shares its weights, or a plain model itself."""
     record = record_of(model)
     return model if record is None else stripped(model, record)
 
 
 def with_adapter(model: nn.Module, name: str) -> nn.Module:
-    """A copy of a rewritten model over the same weights in which one adapter is active."""
+    """Return a copy of a rewritten model that shares its weights, with one adapter active."""
     twin = share_copy(model)
     record = require_record(twin)
     run_with(
@@ -246,10 +245,10 @@ def with_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_swappable(name: str, adapter: AdapterRecord) -> None:
-    """Refuses an adapter that does more than add a product of low rank.
+    """Raise if an adapter does more than add a low-rank product.
 
     Raises:
-        ExportError: With everything that is more.
+        ExportError: The message lists everything else that it does.
     """
     more = list(dict.fromkeys(_more(adapter)))
     if more:
@@ -281,40 +280,40 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
 
 
 def _union(record: Record) -> tuple[PlannedSite, ...]:
-    """Every site of any adapter, once, with the union of their kinds."""
-    found: dict[str, PlannedSite] = {}
+    """Return each site of any adapter once, with the union of the kinds at it."""
+    sites: dict[str, PlannedSite] = {}
     for row in (row for adapter in record.adapters.values() for row in adapter.sites):
-        before = found.get(row.name, row)
-        found[row.name] = dataclasses.replace(
+        previous = sites.get(row.name, row)
+        sites[row.name] = dataclasses.replace(
             row,
             rank=row.site.groups,
             alpha=1.0,
             scale=1.0,
             dropout=0.0,
-            # A tied head gets the embedding's factors as values of its own.
+            # A tied head gets its own inputs for the embedding's factors.
             tied="",
-            kind=union_of((before.kind, row.kind), row.site),
+            kind=union_of((previous.kind, row.kind), row.site),
         )
-    return tuple(found.values())
+    return tuple(sites.values())
 
 
 def _with_given_gains(region: Region) -> fx.Graph | None:
-    """A graph in which gains are inputs: what computes them from magnitudes is removed."""
-    handed = [one for kind in kinds() for one in kind.handed]
+    """Return a graph whose gains are inputs, without the calls that compute them from magnitudes."""
+    handed = [function for kind in kinds() for function in kind.handed]
     if not calls_of(region.graph, handed):
         return None
     return replace_calls(region.graph, handed, lambda _, node: node.args[0])
 
 
 def calls_of(graph: fx.Graph, targets: Sequence[object]) -> list[fx.Node]:
-    """The nodes that call one of these functions."""
-    return [node for node in graph.nodes if any(target_of(node) is one for one in targets)]
+    """Return the nodes that call one of these functions."""
+    return [node for node in graph.nodes if any(target_of(node) is target for target in targets)]
 
 
 def replace_calls(
     graph: fx.Graph, targets: Sequence[object], make: Callable[[fx.Graph, fx.Node], Any]
 ) -> fx.Graph:
-    """A copy of a graph in which ``make`` gives what replaces each call of these functions."""
+    """Return a copy of a graph in which the result of ``make`` replaces each call of these functions."""
     graph = copy_graph(graph)
     for node in calls_of(graph, targets):
         with graph.inserting_before(node):
@@ -325,17 +324,17 @@ def replace_calls(
 
 
 class FactorModel(FlatModel):
-    """A flat model that takes all adapter inputs of its manifest after the tensors of the call.
+    """Flat model that takes all adapter inputs of its manifest after the tensors of the call.
 
     Args:
-        made: What :func:`lora_fx.export.factor_model.swappable` has made.
-        model: It again, or a copy that was cast.
+        made: Result of :func:`lora_fx.export.factor_model.swappable`.
+        model: Its model, or a cast copy of it.
         arguments: The call.
-        call: How the model is called.
+        call: Function that calls the model.
 
     Attributes:
         manifest: The adapter inputs.
-        adapter_inputs: The same in order.
+        adapter_inputs: The same inputs in order.
     """
 
     def __init__(
@@ -355,10 +354,10 @@ class FactorModel(FlatModel):
         self._places = tuple(name for row in made.rows for name in _parameters(row))
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
-        """The outputs with their names.
+        """Return the outputs with their names.
 
         Args:
-            tensors: Those of the call, and then the adapter inputs.
+            tensors: Tensors of the call, followed by the adapter inputs.
         """
         own = len(self.arguments.tensors)
         args, kwargs = self.arguments.fill(tensors[:own])
@@ -367,9 +366,9 @@ class FactorModel(FlatModel):
     def handed(
         self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
-        """``call(model, *args, **kwargs)`` with values for the adapter inputs."""
-        given = zip(self._places, self.adapter_inputs, factors, strict=True)
-        values = {f"model.{name}": flip(one, tensor) for name, one, tensor in given}
+        """Return ``call(model, *args, **kwargs)`` with values for the adapter inputs."""
+        bindings = zip(self._places, self.adapter_inputs, factors, strict=True)
+        values = {f"model.{name}": flip(input_, tensor) for name, input_, tensor in bindings}
         return self._called(values, call, *args, **kwargs)
 
     def _called(
@@ -379,46 +378,48 @@ class FactorModel(FlatModel):
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Callable[[Tensor], Tensor]) -> FlatModel:
-        """The same call of the model with values for the adapter inputs folded into its weights.
+        """Return the same call of a model whose weights have the adapter inputs folded in.
 
-        Nothing of what runs in the file is in it: no branch, no graph, no product of low rank. The values of
+        It shares no code with the file: it has no branch, no graph and no low-rank product. The values of
         :meth:`loose_biases` are left out.
 
         Args:
             factors: The values, in the order of the inputs.
-            keep: Takes each folded weight, see ``Scratch.keep``.
+            keep: Called with each folded weight, see ``Scratch.keep``.
 
         Raises:
             MergeError: Something cannot be folded.
         """
         twin = share_copy(self.model)
-        values = dict(zip((one.name for one in self.adapter_inputs), factors, strict=True))
+        values = dict(zip((input_.name for input_ in self.adapter_inputs), factors, strict=True))
         for row, site in zip(self._made.rows, self.manifest.sites, strict=True):
-            given: dict[str, Tensor] = {
-                one.role: flip(one, values[one.name]) for one in site.inputs()
+            by_role: dict[str, Tensor] = {
+                input_.role: flip(input_, values[input_.name]) for input_ in site.inputs()
             }
             weight = twin.get_parameter(row.site.weight)
-            own = kind_of(row).from_inputs(row.site, weight, given)
-            given = {one.role: own.get(one.role, given[one.role]) for one in site.inputs()}
-            for name, one in zip(_parameters(row), site.inputs(), strict=True):
+            own = kind_of(row).from_inputs(row.site, weight, by_role)
+            by_role = {
+                input_.role: own.get(input_.role, by_role[input_.role]) for input_ in site.inputs()
+            }
+            for name, input_ in zip(_parameters(row), site.inputs(), strict=True):
                 owner, _, leaf = name.rpartition(".")
-                value = nn.Parameter(given[one.role], requires_grad=False)
+                value = nn.Parameter(by_role[input_.role], requires_grad=False)
                 twin.get_submodule(owner)._parameters[leaf] = value
         twin.__dict__["_lora_fx"] = self._foldable()
         dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
         return FlatModel(dense, self.arguments, self.call).eval()
 
     def loose_biases(self) -> set[str]:
-        """Inputs that are a bias on B of an operation without a bias: no weight can take them."""
+        """Return the inputs for a bias on B of an operation that has no bias: no weight can take them."""
         return {
-            one.name
+            input_.name
             for row, site in zip(self._made.rows, self.manifest.sites, strict=True)
-            for one in site.inputs()
-            if one.role == "bias" and row.site.bias is None
+            for input_ in site.inputs()
+            if input_.role == "bias" and row.site.bias is None
         }
 
     def _foldable(self) -> Record:
-        """The record, without biases that no weight can take."""
+        """Return the record without biases that no weight can take."""
         record = self._made.record
         adapter = record.adapters[_ADAPTER]
         rows = tuple(
@@ -430,35 +431,35 @@ class FactorModel(FlatModel):
         )
 
     def over(self, model: nn.Module) -> FactorModel:
-        """The same call of another copy of its model."""
+        """Return the same call of another copy of the model."""
         return FactorModel(self._made, model, self.arguments, self.call).eval()
 
     def extras(self) -> tuple[Extra, ...]:
-        """The adapter inputs as torch.export sees them.
+        """Return the adapter inputs as torch.export sees them.
 
-        Both factors of a site share the rank, and no two sites do: each may have its own.
+        Both factors of a site share one rank. Each site has its own rank.
         """
-        found = []
+        extras = []
         for index, site in enumerate(self.manifest.sites):
             rank = f"lora_rank_{index}"
             dim = Dim(rank, min=1)
-            for one in site.inputs():
-                # A of a grouped convolution has the rank of all groups, B that of one.
-                times = site.groups // one.multiple
-                dims: dict[int, object] = dict.fromkeys(range(len(one.shape)), Dim.STATIC)
-                if one.rank_axis is not None:
-                    dims[one.rank_axis] = dim * times if times > 1 else dim
+            for input_ in site.inputs():
+                # A of a grouped convolution has the rank of all groups, B the rank of a single group.
+                times = site.groups // input_.multiple
+                dims: dict[int, object] = dict.fromkeys(range(len(input_.shape)), Dim.STATIC)
+                if input_.rank_axis is not None:
+                    dims[input_.rank_axis] = dim * times if times > 1 else dim
                 label = f"{times}*{rank}" if times > 1 else rank
-                labels = tuple(label if size is None else size for size in one.shape)
-                plain = one.rank_axis if times == 1 else None
-                shape, dtype = one.sized(2 * site.groups), getattr(torch, one.dtype)
+                labels = tuple(label if size is None else size for size in input_.shape)
+                plain = input_.rank_axis if times == 1 else None
+                shape, dtype = input_.sized(2 * site.groups), getattr(torch, input_.dtype)
                 example = torch.zeros(shape, dtype=dtype, device=self.device)
-                found.append(Extra(one.name, example, dims, labels, plain))
-        return tuple(found)
+                extras.append(Extra(input_.name, example, dims, labels, plain))
+        return tuple(extras)
 
 
 class _Called(nn.Module):
-    """A model under a way to call it, since ``functional_call`` takes a module."""
+    """Module that calls a model through a function, because ``functional_call`` takes a module."""
 
     def __init__(self, model: nn.Module, call: Callable[..., object]) -> None:
         super().__init__()
@@ -470,47 +471,49 @@ class _Called(nn.Module):
 
 
 def flip(one: AdapterInput, tensor: Tensor) -> Tensor:
-    """From an adapter input to the parameter that it stands for, or back: a view.
+    """Return a view that converts an adapter input to its parameter, or back.
 
-    Matrices of a file are multiplied as they are, A being [in, r] and B [r, out]; parameters are the other
-    way round. What a convolution takes is the same in both.
+    A file multiplies matrices as they are: A is [in, r] and B is [r, out]. Parameters are transposed. The
+    factors of a convolution are the same in both.
     """
     matrix = one.role in ("A", "B") and not one.conv
     return tensor.mT if matrix else tensor
 
 
 def random_factors(manifest: Manifest, rank: int, seed: int = 0) -> dict[str, Tensor]:
-    """A random adapter: it shows whether a file computes what the model does.
+    """Return a random adapter, to check that a file computes the same as the model.
 
     Args:
-        manifest: What the file takes.
-        rank: Its lowest rank; sites differ by up to 2, and grouped convolutions need a multiple of their
-            groups. None is above the rank of a bank.
-        seed: Of the draws.
+        manifest: The adapter inputs of the file.
+        rank: The lowest rank. Sites differ by up to 2, and grouped convolutions need a multiple of their
+            groups. The rank of a bank is the upper limit.
+        seed: Seed of the random numbers.
 
     Returns:
-        Values by the names of the inputs. A keeps the size of what it is applied to, B is a tenth of that.
+        Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth.
     """
     draw = torch.Generator().manual_seed(seed)
     most = None if manifest.bank is None else manifest.bank.rank
-    found = {}
+    values = {}
     for index, site in enumerate(manifest.sites):
-        # Not the same everywhere: that shows a rank which was taken for another one.
+        # Ranks differ between sites, which reveals ranks that were mixed up.
         ranked = site.groups * max(1, (rank + index % 3) // site.groups)
         ranked = ranked if most is None else min(ranked, most)
-        for one in site.inputs():
-            shape = one.sized(ranked)
+        for input_ in site.inputs():
+            shape = input_.sized(ranked)
             value = torch.randn(shape, generator=draw)
-            if one.role == "A" and site.family != "embedding":
-                value /= max(1, value[..., 0].numel() if not one.conv else value[0].numel()) ** 0.5
-            elif one.role in ("B", "gain"):
-                value *= 0.1 / ranked**0.5 if one.role == "B" else 0.1
-            found[one.name] = (one.neutral + value).to(getattr(torch, one.dtype))
-    return found
+            if input_.role == "A" and site.family != "embedding":
+                value /= (
+                    max(1, value[..., 0].numel() if not input_.conv else value[0].numel()) ** 0.5
+                )
+            elif input_.role in ("B", "gain"):
+                value *= 0.1 / ranked**0.5 if input_.role == "B" else 0.1
+            values[input_.name] = (input_.neutral + value).to(getattr(torch, input_.dtype))
+    return values
 
 
 def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
-    """What a file takes for a site of a rewritten model."""
+    """Return the inputs of a file for one site of a rewritten model."""
     site, conv = row.site, row.site.family == "conv"
     roles = {slot.role for slot in kind_of(row).slots(site)}
     shapes = pattern_of(site).factors(site, site.groups)
@@ -520,7 +523,7 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
         a, b = (shapes.a[0], shapes.a[2], None), (shapes.b[0], None, shapes.b[1])
     if site.quantized is None:
         dtype = model.get_parameter(site.weight).dtype
-    else:  # its values are in the dtype of what it is multiplied by
+    else:  # its values are in the dtype of the activations
         dtype = DTYPES.get(dtype_name(model), torch.float32)
     return SiteInputs(
         row.name,
@@ -536,11 +539,11 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
 
 
 def _unbiased(row: PlannedSite) -> str:
-    """The kind of a site without what its bias would have to take."""
+    """Return the kind of a site without its bias on B."""
     slots = kind_of(row).slots(row.site)
     return kind_with([slot.name for slot in slots if slot.role != "bias"], row.site)
 
 
 def _parameters(row: PlannedSite) -> list[str]:
-    """FQNs of the parameters of a site, in the order of its inputs."""
+    """Return the FQNs of the parameters of a site, in the order of its inputs."""
     return [join(row.site.holder, name, _ADAPTER) for name in factor_names(row).present]

@@ -1,4 +1,4 @@
-"""Why ``torch.export`` refused a model, in words of the caller's: inputs, axes, modules and lines."""
+"""Reasons why ``torch.export`` refused a model, in terms of inputs, axes, modules and source lines."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ __all__ = [
 ]
 
 
-# Lines in here are no lines of the user's; "<" begins the names of generated code.
+# Code in these paths is not the user's. "<" begins the names of generated code.
 _NOT_THEIRS = (
     *(str(Path(torch.__file__).parent), str(Path(__file__).parent)),
     *(inspect.getfile(Listener), "<"),
 )
-# Where the call of the model begins: what lies further out is the caller of the export.
+# File in which the call of the model begins. Frames further out are the caller of the export.
 _ENTRY = str(Path(__file__).with_name("arguments.py"))
 _FRAME = re.compile(r'File "(?P<file>.+)", line (?P<line>\d+), in ')
 
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """A place in a model.
+    """Source location in a model.
 
     Attributes:
         op: The operation ("aten.conv2d"), "" for plain Python.
@@ -64,11 +64,11 @@ class SourceLocation:
 
 
 def place_of(node: fx.Node, prefix: str) -> SourceLocation:
-    """Where a node of an exported program comes from.
+    """Return the source location of a node of an exported program.
 
     Args:
         node: The node.
-        prefix: What the FQNs of its modules have in front.
+        prefix: Prefix of the FQNs of its modules.
     """
     stack = list(node.meta.get("nn_module_stack", {}).values())
     modules = [str(entry[0]) for entry in stack]
@@ -77,7 +77,7 @@ def place_of(node: fx.Node, prefix: str) -> SourceLocation:
 
 
 def user_line(stack: str) -> str:
-    """The innermost line of a stack trace that is the user's: ``nets.py:12``, or ""."""
+    """Return the innermost line of user code in a stack trace, such as ``nets.py:12``, or ""."""
     frames = _FRAME.findall(stack)
     lines = [
         f"{Path(file).name}:{line}" for file, line in frames if not file.startswith(_NOT_THEIRS)
@@ -86,24 +86,24 @@ def user_line(stack: str) -> str:
 
 
 def inner_module(names: list[str], prefix: str) -> str:
-    """The innermost of the modules in ``names``, without the prefix of all of them."""
+    """Return the innermost module of ``names`` without their common prefix."""
     root = prefix.removesuffix(".")
     inner = [name for name in names if name and name != root]
     return inner[-1].removeprefix(prefix) if inner else ""
 
 
 def here(modules: Mapping[int, str]) -> SourceLocation:
-    """Where the model is that is being traced, read off the stack of this thread.
+    """Return the current source location in a traced model, from the stack of this thread.
 
     Args:
-        modules: ``id`` of every module to its FQN.
+        modules: FQNs of all modules by ``id``.
     """
     op, line, module = "", "", None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (module is None or not line):
         values, file = frame.f_locals, frame.f_code.co_filename
         if module is None and frame.f_code.co_name == "__torch_dispatch__":
-            # The outermost is what the model called; what that is made of lies further in.
+            # The last assignment wins: the outermost operation is the one that the model called.
             op = _op_name(values.get("func"))
         if module is None:
             module = modules.get(id(values.get("self")))
@@ -116,14 +116,14 @@ def here(modules: Mapping[int, str]) -> SourceLocation:
 
 
 def _op_name(target: Any) -> str:
-    """``aten.add`` for ``aten.add.Tensor``, and a name for everything else."""
+    """Return ``aten.add`` for ``aten.add.Tensor``, and a name for any other target."""
     if isinstance(target, torch_private.OpOverload):
         return str(target.overloadpacket)
     return str(getattr(target, "__name__", target or ""))
 
 
 class Witness:
-    """What became of the symbols while a model was traced."""
+    """Record of the symbols that were replaced while a model was traced."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -132,19 +132,19 @@ class Witness:
         self._symbols: dict[str, str] = {}
 
     def place(self, dim: Any) -> SourceLocation | None:
-        """Where an axis became a number; None if that is not known.
+        """Return the location where an axis became a number; None if it is unknown.
 
         Args:
-            dim: Its size in the shape of a traced input.
+            dim: Size of the axis in the shape of a traced input.
         """
         return self._found(str(getattr(getattr(dim, "node", None), "_expr", "")))
 
     def place_of(self, source: str) -> SourceLocation | None:
-        """The same for an axis as torch.export calls it."""
+        """Return the same for an axis by torch.export's name of it."""
         return self._found(self._symbols.get(source, ""))
 
     def fault(self, error: BaseException) -> SourceLocation:
-        """Where in the model an error was raised, read off its traceback."""
+        """Return the location in the model where an error was raised, from its traceback."""
         line, module = "", ""
         trace = error.__traceback__
         while trace is not None:
@@ -163,7 +163,7 @@ class Witness:
         return self._places.get(symbol)
 
     def note(self, symbol: object, value: Any, sources: Iterable[Any] = ()) -> None:
-        """A symbol, of the axes ``sources``, is replaced by a number or by another symbol."""
+        """Record that a symbol of the axes ``sources`` was replaced by a number or by another symbol."""
         self._symbols.update((source.name, str(symbol)) for source in sources)
         if getattr(value, "is_Integer", False):
             self._places.setdefault(str(symbol), here(self._modules))
@@ -173,7 +173,7 @@ class Witness:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Witness]:
-    """Watch the traces that begin inside the block."""
+    """Record the symbols of traces that begin inside the block."""
     witness = Witness(model)
     original = getattr(ShapeEnv, torch_private.REPLACEMENT_METHOD)
 
@@ -188,12 +188,12 @@ def watched(model: nn.Module) -> Iterator[Witness]:
         setattr(ShapeEnv, torch_private.REPLACEMENT_METHOD, original)
 
 
-# What torch.export calls an axis of a ``FlatModel``, whose one argument is a tuple.
+# torch.export's name of an axis of a ``FlatModel``, whose only argument is a tuple.
 _AXIS = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 
 
 def headline(error: Exception) -> str:
-    """The first line of what an error says."""
+    """Return the first line of the message of an error, cut to 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
@@ -202,18 +202,18 @@ def headline(error: Exception) -> str:
 def reason_of_failure(
     error: Exception, witness: Witness, names: Sequence[str], tensors: Sequence[Tensor]
 ) -> str:
-    """What one trace failed for.
+    """Return the reason why a trace failed.
 
     Args:
-        error: What torch.export has raised.
-        witness: Of that trace.
-        names: Of the inputs.
+        error: The error that torch.export raised.
+        witness: Record of that trace.
+        names: Names of the inputs.
         tensors: The inputs of the call that was traced.
     """
-    place = witness.fault(error)
+    location = witness.fault(error)
     if isinstance(error, GuardOnDataDependentSymNode):
         return (
-            f"{place} is data-dependent: a graph cannot branch on values. Write both sides and choose "
+            f"{location} is data-dependent: a graph cannot branch on values. Write both sides and choose "
             "with torch.where, or capture a model without that branch"
         )
     if "Constraints violated" in str(error):
@@ -221,14 +221,14 @@ def reason_of_failure(
         fixed = [_fixed(i, axis, witness, names, tensors) for i, axis in axes if i < len(names)]
         if fixed:
             return "; ".join(fixed)
-    return f"{headline(error)}, at {place}" if place.line else headline(error)
+    return f"{headline(error)}, at {location}" if location.line else headline(error)
 
 
 def _fixed(
     index: int, axis: int, witness: Witness, names: Sequence[str], tensors: Sequence[Tensor]
 ) -> str:
-    place = witness.place_of(f"L['tensors'][{index}].size()[{axis}]")
-    because = "" if place is None else f": {place}"
+    location = witness.place_of(f"L['tensors'][{index}].size()[{axis}]")
+    because = "" if location is None else f": {location}"
     size = tensors[index].shape[axis]
     return (
         f"axis {axis} of '{names[index]}' is fixed, the model works with size {size} only{because}"
@@ -236,7 +236,7 @@ def _fixed(
 
 
 def together(failures: Iterable[str]) -> str:
-    """What came of several ways, ``way: reason`` each, with equal reasons once."""
+    """Join failures of the form ``attempt: reason``, with equal reasons once."""
     ways: dict[str, list[str]] = {}
     for failure in failures:
         way, _, reason = failure.partition(": ")

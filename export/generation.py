@@ -1,4 +1,4 @@
-"""The part of a session that generates: what its arguments mean, and the loop over tokens."""
+"""Text generation of a session: reading the arguments, and the loop over tokens."""
 
 from __future__ import annotations
 
@@ -28,20 +28,19 @@ __all__ = ["BeamSearch", "Criterion", "Generates", "Streamer"]
 
 
 class Streamer(Protocol):
-    """Told of tokens as they come; transformers' streamers are such."""
+    """Receiver of tokens as they are generated, such as a streamer of transformers."""
 
     def put(self, value: Tensor) -> None:
-        """Takes the prompt, [batch, length], then each new token, [batch]."""
+        """Take the prompt, [batch, length], then each new token, [batch]."""
 
     def end(self) -> None:
-        """There will be no more."""
+        """Finish: no more tokens come."""
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    """What a ``GenerationConfig`` of transformers, or a dict of its fields, changes.
+    """Return the fields that are set in a ``GenerationConfig`` of transformers, or in a dict of its fields.
 
-    As in transformers: what an object leaves None was not set, and what a caller gives by name counts
-    with None as well.
+    As in transformers, None in an object means not set, but None in a dict counts as a value.
     """
     if config is None:
         return {}
@@ -84,7 +83,7 @@ def _tokens(name: str, value: Tensor) -> Tensor:
             f"give whole numbers of shape [batch, sequence], at least one of them"
         )
     if int(value.min()) < 0:
-        # ONNX counts them from the end, and would answer.
+        # ONNX would index from the end, without an error.
         raise ExportError(
             f"'{name}' holds {int(value.min())}, which is no token: are those the labels (-100)?"
         )
@@ -92,13 +91,13 @@ def _tokens(name: str, value: Tensor) -> Tensor:
 
 
 def _prompt(
-    given: Mapping[str, Tensor], settings: GenerationSettings, file: str
+    inputs: Mapping[str, Tensor], settings: GenerationSettings, file: str
 ) -> tuple[Tensor, Tensor]:
-    _refuse_unknown(given, ["input_ids", "attention_mask"], file)
-    if "input_ids" not in given:
+    _refuse_unknown(inputs, ["input_ids", "attention_mask"], file)
+    if "input_ids" not in inputs:
         raise ExportError(f"{file} takes input_ids: there are none")
-    ids = _tokens("input_ids", given["input_ids"])
-    mask = given.get("attention_mask")
+    ids = _tokens("input_ids", inputs["input_ids"])
+    mask = inputs.get("attention_mask")
     if mask is None:
         return ids, _inferred_mask(ids, settings)
     if mask.shape != ids.shape:
@@ -116,7 +115,7 @@ def _prompt(
 
 
 def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
-    """As transformers does: pad tokens are padding if they are no end-of-sequence tokens too."""
+    """Mask pad tokens, unless they are also end-of-sequence tokens, as transformers does."""
     pad = settings.pad_token_id
     if pad is None or pad in settings.eos_token_id:
         return torch.ones_like(ids)
@@ -124,12 +123,12 @@ def _inferred_mask(ids: Tensor, settings: GenerationSettings) -> Tensor:
 
 
 def _source(
-    given: Mapping[str, Tensor], settings: GenerationSettings, session: Decodes, prepends: bool
+    inputs: Mapping[str, Tensor], settings: GenerationSettings, session: Decodes, prepends: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     assert session.encoder is not None
     names = [port.name for port in session.encoder.inputs]
-    _refuse_unknown(given, [*names, "decoder_input_ids"], session.path.name)
-    source = {name: value for name, value in given.items() if name in names}
+    _refuse_unknown(inputs, [*names, "decoder_input_ids"], session.path.name)
+    source = {name: value for name, value in inputs.items() if name in names}
     if "input_ids" in source:
         source["input_ids"] = _tokens("input_ids", source["input_ids"])
         if "attention_mask" in names:
@@ -140,7 +139,7 @@ def _source(
     batch = next(iter(source.values())).shape[0]
     start = settings.decoder_start_token_id
     start = settings.bos_token_id if start is None else start
-    prompt = given.get("decoder_input_ids")
+    prompt = inputs.get("decoder_input_ids")
     if prompt is not None:
         prompt = _tokens("decoder_input_ids", prompt)
         if len(prompt) != batch:
@@ -157,32 +156,35 @@ def _source(
     return first if prompt is None else torch.cat([first, prompt], dim=1), source
 
 
-def _refuse_unknown(given: Mapping[str, Tensor], names: list[str], file: str) -> None:
-    for name in given:
+def _refuse_unknown(inputs: Mapping[str, Tensor], names: list[str], file: str) -> None:
+    for name in inputs:
         if name not in names:
             near = hint(name, names, " (did you mean '{}'?)", count=1)
             raise ExportError(f"{file} takes {', '.join(names)}, not '{name}'{near}")
 
 
 Criterion: TypeAlias = Callable[[Tensor, Any], Any]
-"""From tokens [batch, length] and scores to True where a text has ended; those of transformers are such."""
+"""Function of tokens [batch, length] and scores that returns True for texts that have ended.
+
+The stopping criteria of transformers have this form.
+"""
 
 
 @dataclass
 class _Call:
-    """One call, its arguments read.
+    """One call of generation, with its arguments read.
 
     Attributes:
-        ids: The prompts, each as often as it is continued, [rows, sequence].
-        length: Tokens that a text has at most.
-        settings: How to go on.
-        chain: What scores go through.
-        criteria: What ends a text, end-of-sequence tokens and the length apart.
-        generator: For the draws.
-        decoder: The file, before its first step.
-        anew_after: The length beyond which the cache is of no use any more.
-        arrays: Whether arrays were given, and are wanted.
-        device: Where tensors were given.
+        ids: The prompts, each repeated for every continuation of it, [rows, sequence].
+        length: The largest number of tokens of a text.
+        settings: The settings of generation.
+        chain: Processors of scores, in order.
+        criteria: Stopping criteria besides end-of-sequence tokens and the length.
+        generator: Random numbers of the draws.
+        decoder: The decoder of the file, before its first step.
+        anew_after: The length beyond which the cache cannot be used any more.
+        arrays: True if the inputs are arrays, so that the result is one, too.
+        device: Device of the input tensors.
     """
 
     ids: Tensor
@@ -201,7 +203,7 @@ class _Call:
         self._ends = torch.tensor(self.settings.eos_token_id, dtype=torch.long)
 
     def scores(self, ids: Tensor) -> Tensor:
-        """Logits after all of ``ids``, of which the decoder reads what is new to it."""
+        """Return the logits after ``ids``. The decoder reads only the tokens that it has not read yet."""
         total = ids.shape[1]
         if self.anew_after is not None and 0 < self._read <= self.anew_after < total:
             self.decoder.forget()
@@ -211,11 +213,11 @@ class _Call:
         return self.decoder.step(unread)
 
     def ended(self, tokens: Tensor) -> Tensor:
-        """Which of the newest tokens, [rows], end their text by themselves."""
+        """Return a mask of the newest tokens, [rows], that are end-of-sequence tokens."""
         return (tokens[:, None] == self._ends).any(dim=1)
 
     def sampled(self) -> Iterator[Tensor]:
-        """Go on token by token, [rows] each. ``ids`` are all tokens so far, the one that is given too."""
+        """Yield the next tokens, [rows], until all texts end. ``ids`` includes those already yielded."""
         settings = self.settings
         count = self.ids.shape[1]
         whole = torch.empty(len(self.ids), self.length, dtype=torch.long)
@@ -233,7 +235,7 @@ class _Call:
                 over = not unfinished.any()
             whole[:, count] = tokens
             count += 1
-            # Of one row it is contiguous as it is; others' functions may want that.
+            # A caller's functions may need contiguous tensors. A single row is contiguous without a copy.
             self.ids = ids = whole[:, :count].contiguous()
             yield tokens
             for criterion in self.criteria:
@@ -241,15 +243,15 @@ class _Call:
                 over = not unfinished.any()
 
     def searched(self) -> Tensor:
-        """The texts of beam search, [batch · num_return_sequences, length]."""
+        """Return the texts of beam search, [batch · num_return_sequences, length]."""
 
         def ends(ids: Tensor) -> Tensor:
-            found = torch.full((len(ids),), ids.shape[1] >= self.length)
+            ended = torch.full((len(ids),), ids.shape[1] >= self.length)
             if self.settings.eos_token_id:
-                found = found | self.ended(ids[:, -1])
+                ended = ended | self.ended(ids[:, -1])
             for criterion in self.criteria:
-                found = found | torch.as_tensor(criterion(ids, None)).bool()
-            return found
+                ended = ended | torch.as_tensor(criterion(ids, None)).bool()
+            return ended
 
         search = BeamSearch(self.ids, self.length, self.settings, ends, self.generator)
         while not search.over:
@@ -258,12 +260,12 @@ class _Call:
         return search.result()
 
     def given_back(self, ids: Tensor) -> Any:
-        """As the prompts were given."""
+        """Return ``ids`` in the form of the inputs: as an array, or as a tensor on their device."""
         return ids.numpy() if self.arrays else ids.to(self.device)
 
 
 def _stop_criteria(settings: GenerationSettings, tokenizer: Any) -> list[Criterion]:
-    """What ends texts at ``stop_strings``: the criterion of transformers, whose tokenizers it reads."""
+    """Return the criterion of transformers that ends texts at ``stop_strings``, if there are any."""
     strings = settings.stop_strings
     if strings is None:
         return []
@@ -296,7 +298,7 @@ def _check_tokenizer(tokenizer: object) -> None:
 
 
 def _pieces(call: _Call, tokenizer: Any, decode: Mapping[str, Any]) -> Iterator[str]:
-    """Text as transformers' streamers cut it: what later tokens do not change any more."""
+    """Yield pieces of text that later tokens cannot change, as transformers' streamers do."""
     _transformers("a stream of text")
     from transformers import TextStreamer
 
@@ -319,11 +321,11 @@ _CHANGES = (
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences", "stop_strings",
 )  # fmt: skip
-"""Settings that are arguments of their own."""
+"""Settings that have their own argument."""
 
 
 class Generates(Decodes):
-    """A session, if the file is for generation."""
+    """Generation of a session, for files that were exported for it."""
 
     def generate(
         self,
@@ -351,56 +353,54 @@ class Generates(Decodes):
         adapter: AdapterChoice = None,
         **inputs: Any,
     ) -> Any:
-        """Continue texts: token for token what ``model.generate`` of transformers gives.
+        """Continue texts. The tokens are the same as from ``model.generate`` of transformers.
 
-        For files of ``export_onnx(..., task=...)``. What is not given is as in the model's
-        ``generation_config``, which the file remembers, and else as in transformers.
+        For files of ``export_onnx(..., task=...)``. Defaults come from the model's ``generation_config``,
+        which is stored in the file, and else from transformers.
 
         Args:
-            input_ids: The prompts, whole numbers of shape [batch, sequence], padded on the left; for
-                an encoder-decoder the texts that its encoder reads.
-            attention_mask: Of the same shape, 0 for padding. Without it pad tokens are padding.
-            max_new_tokens: Tokens to generate at most; 20 if nothing says otherwise.
+            input_ids: The prompts, integers of shape [batch, sequence], padded on the left. For an
+                encoder-decoder they are the texts that its encoder reads.
+            attention_mask: Mask of the same shape, 0 for padding. Without it pad tokens are padding.
+            max_new_tokens: The largest number of tokens to generate; 20 if no configuration sets it.
             do_sample: Draw each token, else take the likeliest.
-            temperature: What logits are divided by before a draw.
-            top_k: Draw from so many tokens only; 0 for all.
+            temperature: Divisor of the logits before a draw.
+            top_k: Number of likeliest tokens to draw from; 0 for all.
             top_p: Draw from the likeliest tokens that have this probability together.
-            min_p: Draw from tokens that have this share of the likeliest one's probability.
-            repetition_penalty: What the logits of tokens that were there are divided by.
+            min_p: Draw from tokens with at least this share of the highest probability.
+            repetition_penalty: Divisor of the logits of tokens that are already in the text.
             eos_token_id: The token or tokens that end a text; an empty list for none.
-            pad_token_id: What follows in rows that end before others.
-            num_beams: How many beginnings of each text beam search goes on with; 1 for none.
-            num_return_sequences: How many texts each prompt is continued to, by draws or of the beams.
+            pad_token_id: Token that fills rows which end before others.
+            num_beams: Number of beams of beam search; 1 for no beam search.
+            num_return_sequences: Number of texts for each prompt, from draws or from the beams.
             stop_strings: Texts that end a row, which keeps them. They need ``tokenizer``.
-            tokenizer: The model's, of transformers, for ``stop_strings``.
-            generation_config: A ``GenerationConfig``, or a dict of its fields. What an object leaves None,
-                or a dict leaves out, is as in the file; None in a dict switches a setting off, as it does
-                among the arguments of ``model.generate``. The arguments here come before it. What it
-                asks for is done or refused: a field that is not supported and not at its default is an
-                error that names it, and so is an unknown one.
-            generator: For the draws. Without it they come from torch's own, as in transformers.
-            logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary], tensors
-                on the CPU, to scores; those of transformers are such.
-            stopping_criteria: Functions from tokens and scores to True where a text has ended. In beam
-                search the scores are None.
-            streamer: Told of the prompt, each token, and the end, as transformers' are; not of beams.
+            tokenizer: The model's tokenizer, of transformers, for ``stop_strings``.
+            generation_config: A ``GenerationConfig``, or a dict of its fields. A field that is None in an
+                object or missing in a dict is as in the file. None in a dict switches a setting off, as in
+                the arguments of ``model.generate``. The arguments here take precedence. A field that is
+                unknown, or unsupported and not at its default, is an error that names it.
+            generator: Random numbers of the draws. The default is torch's generator, as in transformers.
+            logits_processor: Functions from tokens [batch, length] and scores [batch, vocabulary] to scores,
+                as in transformers. The tensors are on the CPU.
+            stopping_criteria: Functions of tokens and scores that return True for texts that have ended. In
+                beam search the scores are None.
+            streamer: Receiver of the prompt, each token, and the end, as in transformers; not for beams.
             adapter: As for :meth:`run`.
-            **inputs: ``input_features`` and the like, what an encoder takes instead of ids, and
+            **inputs: ``input_features`` and the like, which an encoder takes instead of ids, and
                 ``decoder_input_ids``, with which its decoder begins.
 
         Returns:
-            The prompts and what follows, [batch · num_return_sequences, length]: a tensor, or an array if
-            all that was given are arrays. For an encoder-decoder what its decoder says.
+            The prompts with their continuations, [batch · num_return_sequences, length]: a tensor, or an
+            array if all inputs are arrays. For an encoder-decoder, the texts of its decoder.
 
         Raises:
             ExportError: The file is not for generation; inputs, settings or lengths do not fit or
-                contradict each other; the settings, the model's or the caller's, ask for what is not
-                supported.
+                contradict each other; a setting of the model or the caller is not supported.
         """
-        given = locals()
+        arguments = locals()
         call = self._call(
             {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
-            {name: given[name] for name in _CHANGES},
+            {name: arguments[name] for name in _CHANGES},
             tokenizer=tokenizer,
             generation_config=generation_config,
             generator=generator,
@@ -439,29 +439,29 @@ class Generates(Decodes):
         adapter: AdapterChoice = None,
         **options: Any,
     ) -> Iterator[Any]:
-        """Continue one text, and give what follows as it comes: ``for token in session.stream(ids)``.
+        """Continue one text and yield each token when it is generated: ``for token in session.stream(ids)``.
 
-        Arguments are read, and refused, before the first token is asked for. To stop early, leave the loop.
+        Arguments are checked at the call, before the first token. To stop early, leave the loop.
 
         Args:
-            input_ids: As for :meth:`generate`, one row.
-            attention_mask: As there.
-            tokenizer: The model's, of transformers: pieces of text come instead of tokens. They are those of
-                ``TextIteratorStreamer(tokenizer, skip_prompt=True)``.
-            text: False for tokens although there is a tokenizer, for ``stop_strings``.
-            decode: What ``tokenizer.decode`` is told, as ``{"skip_special_tokens": True}``.
-            generation_config: As there.
-            generator: As there.
-            logits_processor: As there.
-            stopping_criteria: As there.
-            adapter: As there.
+            input_ids: As for :meth:`generate`, with one row.
+            attention_mask: As for :meth:`generate`.
+            tokenizer: The model's tokenizer, of transformers. With it, pieces of text come instead of tokens,
+                the same as from ``TextIteratorStreamer(tokenizer, skip_prompt=True)``.
+            text: False to get tokens although there is a tokenizer, for ``stop_strings``.
+            decode: Arguments of ``tokenizer.decode``, such as ``{"skip_special_tokens": True}``.
+            generation_config: As for :meth:`generate`.
+            generator: As for :meth:`generate`.
+            logits_processor: As for :meth:`generate`.
+            stopping_criteria: As for :meth:`generate`.
+            adapter: As for :meth:`generate`.
             **options: Other settings and inputs of :meth:`generate`.
 
         Returns:
-            An iterator of tokens, whole numbers, the end-of-sequence token among them; or of pieces of text.
+            An iterator of tokens as ints, the end-of-sequence token included, or of pieces of text.
 
         Raises:
-            ExportError: As for :meth:`generate`; and there are several rows, beams, or a streamer.
+            ExportError: As for :meth:`generate`, and for several rows, beams, or a streamer.
         """
         if "streamer" in options:
             raise ExportError("stream takes no streamer: it gives tokens itself, or use generate")
@@ -503,11 +503,11 @@ class Generates(Decodes):
         own = remembered["defaults"]
         settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
         criteria = [*_stop_criteria(settings, tokenizer), *stopping_criteria]
-        given = {name: value for name, value in inputs.items() if value is not None}
-        arrays = bool(given) and all(isinstance(value, np.ndarray) for value in given.values())
-        tensors = {name: _tensor(name, value) for name, value in given.items()}
+        present = {name: value for name, value in inputs.items() if value is not None}
+        arrays = bool(present) and all(isinstance(value, np.ndarray) for value in present.values())
+        tensors = {name: _tensor(name, value) for name, value in present.items()}
         device = next(
-            (v.device for v in given.values() if isinstance(v, Tensor)), torch.device("cpu")
+            (v.device for v in present.values() if isinstance(v, Tensor)), torch.device("cpu")
         )
         source: dict[str, Tensor] = {}
         if self.encoder is None:
@@ -518,11 +518,11 @@ class Generates(Decodes):
         if alone:
             _check_alone(len(ids), settings)
         copies = settings.copies
-        ids, mask = (one.repeat_interleave(copies, dim=0) for one in (ids, mask))
+        ids, mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
         chosen: Any = adapter
         if isinstance(chosen, (list, tuple)) and copies > 1:
-            # A choice for each row: the encoder has to have them, too.
-            chosen = [one for one in chosen for _ in range(copies)]
+            # Each row has its own adapter, so the rows of the encoder are repeated, too.
+            chosen = [name for name in chosen for _ in range(copies)]
             source = {name: v.repeat_interleave(copies, dim=0) for name, v in source.items()}
             copies = 1
         length = ids.shape[1] + settings.new_tokens(ids.shape[1], remembered["limit"])
@@ -542,12 +542,12 @@ class Generates(Decodes):
 
 
 def _check_alone(rows: int, settings: GenerationSettings) -> None:
-    found = {
+    counts = {
         "rows": rows,
         "num_beams": settings.num_beams,
         "num_return_sequences": settings.num_return_sequences,
     }
-    several = [f"{name}={count}" for name, count in found.items() if count > 1]
+    several = [f"{name}={count}" for name, count in counts.items() if count > 1]
     if several:
         raise ExportError(
             f"stream continues one text, and {', '.join(several)} are several: stream each by itself, in "
@@ -559,18 +559,18 @@ def _check_alone(rows: int, settings: GenerationSettings) -> None:
 
 
 _NEVER = -1e9
-"""The score of what must not be chosen. Not -inf: a sum of two of them still orders."""
+"""Score of a candidate that must not be chosen. It is not -inf, so that sums of it still have an order."""
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """The candidates of running beams, the best first.
+    """Candidates of the running beams, the best first.
 
     Attributes:
         scores: Sums of log-probabilities, [batch, candidates].
-        texts: [batch, candidates, length].
-        beams: The beam that each goes on from, [batch, candidates].
-        ended: Which of them are whole, [batch, candidates].
+        texts: Tokens, [batch, candidates, length].
+        beams: The beam that each candidate continues, [batch, candidates].
+        ended: Mask of the complete candidates, [batch, candidates].
     """
 
     scores: Tensor
@@ -580,14 +580,14 @@ class _Candidates:
 
 
 class BeamSearch:
-    """The beams of a batch of prompts, and the best whole texts so far.
+    """Beams of a batch of prompts, and the best complete texts so far.
 
     Args:
         ids: The prompts, each ``num_beams`` times, [batch · num_beams, sequence].
-        length: Tokens that a text has at most.
-        settings: How to search.
-        ends: From tokens [rows, length] to which rows have ended.
-        generator: For the draws of ``do_sample``.
+        length: The largest number of tokens of a text.
+        settings: The settings of the search.
+        ends: Function of tokens [rows, length] that returns a mask of the rows that have ended.
+        generator: Random numbers of ``do_sample``.
     """
 
     def __init__(
@@ -602,7 +602,7 @@ class BeamSearch:
         beams = settings.num_beams
         self._prompt = self._now = ids.shape[1]
         self._length = length
-        # transformers takes a pad token of 0 for none.
+        # transformers treats a pad token of 0 as no pad token.
         fill = -1
         if settings.eos_token_id:
             fill = padding_of(settings) or settings.eos_token_id[0]
@@ -610,7 +610,7 @@ class BeamSearch:
         self._running = torch.full((batch, beams, length), fill)
         self._running[:, :, : self._now] = ids.view(batch, beams, -1)
         self._scores = torch.zeros(batch, beams)
-        self._scores[:, 1:] = _NEVER  # the beams of a prompt are equal as yet
+        self._scores[:, 1:] = _NEVER  # the beams of a prompt are still equal
         self._whole = self._running.clone()
         self._whole_scores = torch.full((batch, beams), _NEVER)
         self._whole_lengths = torch.zeros(batch, beams, dtype=torch.long)
@@ -620,41 +620,41 @@ class BeamSearch:
 
     @property
     def over(self) -> bool:
-        """Whether nothing better can come."""
+        """True once no running text can become better than the complete texts."""
         return self._over
 
     @property
     def ids(self) -> Tensor:
-        """The running texts, [batch · num_beams, length so far]."""
+        """Tokens of the running texts, [batch · num_beams, length so far]."""
         return self._running[:, :, : self._now].flatten(0, 1)
 
     def advance(self, logits: Tensor, chain: Sequence[Processor]) -> Tensor:
-        """Go on by a token.
+        """Extend the running texts by one token.
 
         Args:
-            logits: After the running texts, [batch · num_beams, vocabulary].
-            chain: What log-probabilities go through.
+            logits: Logits after the running texts, [batch · num_beams, vocabulary].
+            chain: Processors of the log-probabilities, in order.
 
         Returns:
-            The row that each running text has gone on from, [batch · num_beams].
+            The previous row that each running text continues, [batch · num_beams].
         """
         scores, ids = logits.log_softmax(dim=-1), self.ids
         for process in chain:
             scores = process(ids, scores)
-        found = self._candidates(scores)
-        running = found.scores + found.ended.float() * _NEVER
+        candidates = self._candidates(scores)
+        running = candidates.scores + candidates.ended.float() * _NEVER
         best = running.topk(self._settings.num_beams)[1]
-        self._keep_whole(found)
-        self._running = _gathered(found.texts, best)
+        self._keep_whole(candidates)
+        self._running = _gathered(candidates.texts, best)
         self._scores = running.gather(1, best)
         self._now += 1
-        self._update(found.ended)
+        self._update(candidates.ended)
         batch, beams = best.shape
         first = torch.arange(batch)[:, None] * beams
-        return (found.beams.gather(1, best) + first).flatten()
+        return (candidates.beams.gather(1, best) + first).flatten()
 
     def result(self) -> Tensor:
-        """The best texts, [batch · num_return_sequences, length of the longest]."""
+        """Return the best texts, [batch · num_return_sequences, length of the longest]."""
         count = self._settings.num_return_sequences
         longest = self._prompt + int(self._whole_lengths[:, :count].max())
         return self._whole[:, :count, :longest].flatten(0, 1)
@@ -663,7 +663,7 @@ class BeamSearch:
         settings, beams = self._settings, self._settings.num_beams
         vocabulary, batch = scores.shape[1], len(self._scores)
         total = (scores.view(batch, beams, -1) + self._scores[:, :, None]).view(batch, -1)
-        # Enough to go on with, also if the best all end here.
+        # Enough candidates to continue, even if the best of them all end here.
         count = max(2, 1 + len(settings.eos_token_id)) * beams
         if settings.do_sample:
             shares = total.softmax(dim=-1)
@@ -678,13 +678,13 @@ class BeamSearch:
         ended = self._ends(texts[:, :, : self._now + 1].flatten(0, 1)).view(batch, count)
         return _Candidates(best, texts, sources, ended)
 
-    def _keep_whole(self, found: _Candidates) -> None:
-        """Keep the best of the whole texts that were there and those that ended just now."""
+    def _keep_whole(self, candidates: _Candidates) -> None:
+        """Keep the best complete texts, out of the previous ones and the candidates that ended now."""
         settings, beams = self._settings, self._settings.num_beams
-        leading = torch.arange(found.scores.shape[1]) < beams
-        ended = found.ended & leading
+        leading = torch.arange(candidates.scores.shape[1]) < beams
+        ended = candidates.ended & leading
         length = self._now + 1 - self._prompt
-        scores = found.scores / length**settings.length_penalty
+        scores = candidates.scores / length**settings.length_penalty
         full = self._found.all(dim=-1, keepdim=True) & (settings.early_stopping is True)
         scores = scores + full.float() * _NEVER
         scores = scores + (~self._may_improve).float() * _NEVER
@@ -692,13 +692,13 @@ class BeamSearch:
         merged = torch.cat([self._whole_scores, scores], dim=1)
         best = merged.topk(beams)[1]
         self._whole_scores = merged.gather(1, best)
-        self._whole = _gathered(torch.cat([self._whole, found.texts], dim=1), best)
-        lengths = torch.full_like(found.beams, length)
+        self._whole = _gathered(torch.cat([self._whole, candidates.texts], dim=1), best)
+        lengths = torch.full_like(candidates.beams, length)
         self._whole_lengths = torch.cat([self._whole_lengths, lengths], dim=1).gather(1, best)
         self._found = torch.cat([self._found, ended], dim=1).gather(1, best)
 
     def _update(self, ended: Tensor) -> None:
-        """Find out whether a running text may still become better than the worst whole one."""
+        """Check if a running text may still become better than the worst complete text."""
         settings = self._settings
         longest = settings.early_stopping == "never" and settings.length_penalty > 0
         length = (self._length if longest else self._now) - self._prompt
@@ -712,5 +712,5 @@ class BeamSearch:
 
 
 def _gathered(values: Tensor, indices: Tensor) -> Tensor:
-    """The rows ``indices`` [batch, count] of ``values`` [batch, rows, length]."""
+    """Return the rows ``indices`` [batch, count] of ``values`` [batch, rows, length]."""
     return values.take_along_dim(indices[:, :, None], dim=1)

@@ -1,4 +1,4 @@
-"""How to generate: the model's own defaults, and what a caller changes."""
+"""Settings of text generation, from the model's defaults and the caller's changes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lora_fx.errors import ExportError, hint
 __all__ = ["GenerationSettings", "Processor", "next_tokens", "padding_of", "processors"]
 
 
-# Settings that are not supported and change the tokens or the return value, with the values at which
-# they have no effect: transformers' defaults. None has no effect for any key.
+# Unsupported settings that change the tokens or the return value, with their values that have no effect:
+# the defaults of transformers. None has no effect for any key.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "num_beam_groups": (1,), "constraints": (), "diversity_penalty": (0,),
     "force_words_ids": (), "penalty_alpha": (0,), "dola_layers": (), "guidance_scale": (1,),
@@ -38,14 +38,14 @@ _NEUTRAL_IN_SAMPLING: Mapping[str, tuple[object, ...]] = {
     "top_h": (),
 }
 
-# Of beam search alone. Without beams they do nothing, which is what a model's own configuration
-# may well say; a caller who asks for them expects something.
+# Settings of beam search alone. They do nothing without beams, and a model's own configuration may set them.
+# A caller who sets them without beams expects an effect.
 _OF_BEAMS: Mapping[str, tuple[object, ...]] = {
     "early_stopping": (False,),
     "length_penalty": (1,),
 }
 
-# How fast, and not what: the cache, compilation, and how an assistant model would be used.
+# Settings of speed that do not change results: cache, compilation, and assistant models.
 _WITHOUT_EFFECT = {
     "use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config",
     "disable_compile", "continuous_batching_config", "prefill_chunk_size", "low_memory",
@@ -58,34 +58,34 @@ _WITHOUT_EFFECT = {
 def _refuse_unsupported(
     values: Mapping[str, Any], done: Collection[str], model: Mapping[str, Any]
 ) -> None:
-    """Refuse keys that ask for something which ``generate`` does not do.
+    """Raise for settings that ``generate`` does not support.
 
     Args:
-        values: What a call asks for, without what is None.
-        done: The keys that are done.
-        model: The model's own ``generation_config``. A key of it that is none of transformers' is what
-            ``GenerationMixin.generate`` does not look at, either.
+        values: Settings of a call, without values that are None.
+        done: The supported keys.
+        model: The model's own ``generation_config``. Its keys that transformers does not know are allowed,
+            because ``GenerationMixin.generate`` ignores them, too.
 
     Raises:
-        ExportError: It names all of them.
+        ExportError: The message names all of them.
     """
     refused = dict(_NEUTRAL)
     if values.get("do_sample"):
         refused.update(_NEUTRAL_IN_SAMPLING)
     if values.get("cache_implementation") == "quantized":
         refused["cache_implementation"] = ()
-    asked = [name for name in refused if name in values and values[name] not in refused[name]]
+    unsupported = [name for name in refused if name in values and values[name] not in refused[name]]
     own = _plain(model)
     extra = {name: value for name, value in values.items() if _plain(value) != own.get(name)}
     if values.get("num_beams", 1) == 1:
-        asked += [
+        unsupported += [
             name for name in _OF_BEAMS if name in extra and extra[name] not in _OF_BEAMS[name]
         ]
-    if asked:
-        without = {name: next(iter({**refused, **_OF_BEAMS}[name]), None) for name in asked}
+    if unsupported:
+        without = {name: next(iter({**refused, **_OF_BEAMS}[name]), None) for name in unsupported}
         raise ExportError(
             f"the generation_config (the model's, or the one that was passed) asks for "
-            f"{', '.join(f'{name}={values[name]!r}' for name in asked)}, which generate does not do: "
+            f"{', '.join(f'{name}={values[name]!r}' for name in unsupported)}, which generate does not do: "
             f"what comes back would be other than what model.generate gives. Pass "
             f"generation_config={without} to generate all the same"
         )
@@ -103,39 +103,39 @@ def _named(name: str, values: Mapping[str, Any], known: Collection[str]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a file remembers it: JSON has no tuples, and its keys are texts."""
+    """Return a value as it is stored in a file: JSON has no tuples, and its keys are strings."""
     return json.loads(json.dumps(value, default=str))
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Names and meaning are those of transformers' ``GenerationConfig``; so are the defaults.
+    """Settings with the names, meanings and defaults of transformers' ``GenerationConfig``.
 
     Attributes:
-        max_new_tokens: Tokens to generate at most, without the prompt.
-        max_length: The same with the prompt; counts where ``max_new_tokens`` is None.
-        min_new_tokens: Tokens before which no end-of-sequence token comes.
+        max_new_tokens: Largest number of tokens to generate, without the prompt.
+        max_length: The same with the prompt; used if ``max_new_tokens`` is None.
+        min_new_tokens: Number of tokens before the first possible end-of-sequence token.
         min_length: The same with the prompt.
         do_sample: Draw the next token, else take the likeliest.
-        temperature: What logits are divided by.
-        top_k: Draw from so many tokens only; 0 for all.
+        temperature: Divisor of the logits.
+        top_k: Number of likeliest tokens to draw from; 0 for all.
         top_p: Draw from the likeliest tokens that have this probability together.
-        min_p: Draw from tokens that have this share of the likeliest one's probability.
-        repetition_penalty: What the logits of tokens that were there are divided by.
-        no_repeat_ngram_size: Length of the sequences that do not come twice; 0 for none.
+        min_p: Draw from tokens with at least this share of the highest probability.
+        repetition_penalty: Divisor of the logits of tokens that are already in the text.
+        no_repeat_ngram_size: Length of sequences that may not repeat; 0 for no limit.
         eos_token_id: Tokens that end a sequence.
-        pad_token_id: What follows in rows that have ended before others.
+        pad_token_id: Token that fills rows which end before others.
         bos_token_id: First token of a text.
         decoder_start_token_id: First token of the decoder of an encoder-decoder.
         forced_bos_token_id: Token after the first one.
-        forced_eos_token_id: Last token where the length ends the sequence.
-        suppress_tokens: Tokens that never come.
-        begin_suppress_tokens: Tokens that do not come first.
-        num_beams: How many beginnings beam search goes on with; 1 for none.
-        early_stopping: Whether beam search ends with ``num_beams`` whole texts; "never" if it goes on as long
-            as a better one may come.
-        length_penalty: Exponent of the length that the score of a beam is divided by.
-        num_return_sequences: How many texts each prompt is continued to.
+        forced_eos_token_id: Last token of a sequence that reaches its largest length.
+        suppress_tokens: Tokens that are never generated.
+        begin_suppress_tokens: Tokens that are never generated first.
+        num_beams: Number of beams of beam search; 1 for no beam search.
+        early_stopping: True to end beam search at ``num_beams`` complete texts; "never" to go on as long
+            as a better text is possible.
+        length_penalty: Exponent of the length in the divisor of a beam's score.
+        num_return_sequences: Number of texts for each prompt.
         stop_strings: Texts that end a sequence.
     """
 
@@ -203,28 +203,27 @@ class GenerationSettings:
 
     @property
     def copies(self) -> int:
-        """How many rows go on with one prompt."""
+        """Number of rows that continue one prompt."""
         return max(self.num_beams, self.num_return_sequences)
 
     @classmethod
     def of(
         cls, defaults: Mapping[str, Any], changes: Mapping[str, Any], model: Mapping[str, Any]
     ) -> GenerationSettings:
-        """The settings of one call.
+        """Return the settings of one call.
 
         Args:
-            defaults: Fields of a ``GenerationConfig``, those of beam search, output and the like
-                among them; None is for a setting that is off.
-            changes: What the caller gives; None leaves the default.
-            model: The model's own ``GenerationConfig``, as its file remembers it.
+            defaults: Fields of a ``GenerationConfig``, also those of beam search, output and the like.
+                None switches a setting off.
+            changes: Settings of the caller; None leaves the default.
+            model: The model's own ``GenerationConfig``, as it is stored in the file.
 
         Raises:
-            ExportError: A value is not valid, or ``defaults`` asks for what is not supported or has an
-                unknown key.
+            ExportError: A value is not valid, or ``defaults`` has an unsupported setting or an unknown key.
         """
         values = {**defaults, **{k: v for k, v in changes.items() if v is not None}}
         if "top_k" in values and values["top_k"] is None:
-            values["top_k"] = 0  # the one setting that is on by itself
+            values["top_k"] = 0  # the only setting that is on by default
         values = {name: value for name, value in values.items() if value is not None}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         _refuse_unsupported(values, fields, model)
@@ -235,14 +234,14 @@ class GenerationSettings:
         return cls(**own)
 
     def new_tokens(self, prompt: int, limit: int | None) -> int:
-        """How many tokens to generate at most after ``prompt`` of them.
+        """Return the largest number of tokens to generate after a prompt.
 
         Args:
-            prompt: Tokens that are there.
-            limit: Positions that the model has.
+            prompt: Number of tokens of the prompt.
+            limit: Number of positions of the model; None for no limit.
 
         Raises:
-            ExportError: The model has not so many positions, or ``max_length`` leaves no room.
+            ExportError: The model has too few positions, or ``max_length`` leaves no room.
         """
         if limit is not None and prompt > limit:
             raise ExportError(
@@ -268,7 +267,7 @@ class GenerationSettings:
 
 
 def padding_of(settings: GenerationSettings) -> int:
-    """The token that follows in rows that have ended; only where some token ends a row."""
+    """Return the token that fills ended rows. There must be a pad or end-of-sequence token."""
     pad = settings.pad_token_id
     return settings.eos_token_id[0] if pad is None else pad
 
@@ -283,7 +282,7 @@ def _tokens(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _whole(value: Any) -> bool:
-    """Whether something is a whole number, of NumPy too."""
+    """Return True for an integer of Python or NumPy, but not for a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
@@ -291,12 +290,12 @@ def _real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-# From logits to the next token, in transformers' order, so that equal seeds give equal tokens.
+# Processing of logits to the next token, in the order of transformers, so that equal seeds give equal tokens.
 #
-# Everything takes the tokens so far, [batch, length], and scores in fp32, [batch, vocabulary].
+# All functions take the tokens so far, [batch, length], and scores in fp32, [batch, vocabulary].
 
 Processor: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""From tokens and scores to scores; those of transformers (``LogitsProcessor``) are such."""
+"""Function of tokens and scores that returns scores, such as a ``LogitsProcessor`` of transformers."""
 
 
 def processors(
@@ -306,45 +305,45 @@ def processors(
     length: int,
     own: Sequence[Processor] = (),
 ) -> list[Processor]:
-    """What scores go through, in order.
+    """Return the processors of scores in order.
 
     Args:
-        settings: What to do.
-        prompt: The tokens that are there, [batch, length].
-        mask: Which of them count, of the same shape; None for all.
-        length: Of the sequence when it is full.
-        own: The caller's, between those that forbid and those that narrow down a draw.
+        settings: The settings of generation.
+        prompt: Tokens of the prompts, [batch, length].
+        mask: Mask of the prompts, of the same shape; None if all tokens count.
+        length: The largest length of a sequence.
+        own: The caller's processors. They run after processors that forbid tokens and before sampling.
     """
-    found: list[Processor] = []
+    chain: list[Processor] = []
     if settings.repetition_penalty != 1:
-        found.append(_repetition(settings.repetition_penalty, mask))
+        chain.append(_repetition(settings.repetition_penalty, mask))
     if settings.no_repeat_ngram_size:
-        found.append(_no_repeat(settings.no_repeat_ngram_size))
+        chain.append(_no_repeat(settings.no_repeat_ngram_size))
     least = settings.min_length
     if settings.min_new_tokens is not None:
         least = prompt.shape[1] + settings.min_new_tokens
     if least and settings.eos_token_id:
-        found.append(_at(range(least), _forbid(settings.eos_token_id)))
+        chain.append(_at(range(least), _forbid(settings.eos_token_id)))
     if settings.forced_bos_token_id is not None:
-        found.append(_at(range(1, 2), _force((settings.forced_bos_token_id,))))
+        chain.append(_at(range(1, 2), _force((settings.forced_bos_token_id,))))
     if settings.forced_eos_token_id:
-        found.append(_at(range(length - 1, length), _force(settings.forced_eos_token_id)))
+        chain.append(_at(range(length - 1, length), _force(settings.forced_eos_token_id)))
     if settings.suppress_tokens:
-        found.append(_forbid(settings.suppress_tokens))
+        chain.append(_forbid(settings.suppress_tokens))
     if settings.begin_suppress_tokens:
         first = prompt.shape[1]
         first += first == 1 and settings.forced_bos_token_id is not None
-        found.append(_at(range(first, first + 1), _forbid(settings.begin_suppress_tokens)))
-    found += own
+        chain.append(_at(range(first, first + 1), _forbid(settings.begin_suppress_tokens)))
+    chain += own
     if settings.do_sample:
-        found += _warpers(settings)
-    return found
+        chain += _warpers(settings)
+    return chain
 
 
 def next_tokens(
     scores: Tensor, settings: GenerationSettings, generator: torch.Generator | None
 ) -> Tensor:
-    """One token for each row, [batch]."""
+    """Return one token for each row, [batch]."""
     if not settings.do_sample:
         return scores.argmax(dim=-1)
     drawn = torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=generator)
@@ -352,28 +351,28 @@ def next_tokens(
 
 
 def _warpers(settings: GenerationSettings) -> list[Processor]:
-    # As in transformers: a beam that may end needs another token to go on with.
+    # As in transformers: if all end tokens are kept, one more is needed to continue the beam.
     least = 1 if settings.num_beams == 1 else max(2, len(settings.eos_token_id) + 1)
-    found: list[Processor] = []
+    warpers: list[Processor] = []
     if settings.temperature != 1:
-        found.append(lambda ids, scores: scores / settings.temperature)
+        warpers.append(lambda ids, scores: scores / settings.temperature)
     if settings.top_k:
-        found.append(_top_k(max(settings.top_k, least)))
+        warpers.append(_top_k(max(settings.top_k, least)))
     if settings.top_p < 1:
-        found.append(_top_p(settings.top_p, least))
+        warpers.append(_top_p(settings.top_p, least))
     if settings.min_p is not None:
-        found.append(_min_p(settings.min_p, least))
-    return found
+        warpers.append(_min_p(settings.min_p, least))
+    return warpers
 
 
 def _at(lengths: range, processor: Processor) -> Processor:
-    """Only while the sequence has one of ``lengths``."""
+    """Return a processor that runs only while the length of the sequence is in ``lengths``."""
     return lambda ids, scores: processor(ids, scores) if ids.shape[1] in lengths else scores
 
 
 def _forbid(tokens: Sequence[int]) -> Processor:
     def forbid(ids: Tensor, scores: Tensor) -> Tensor:
-        # isin, not indexing: a configuration may name tokens beyond the vocabulary.
+        # isin instead of indexing, because a configuration may name tokens beyond the vocabulary.
         chosen = torch.isin(torch.arange(scores.shape[1]), torch.tensor(tokens))
         return scores.masked_fill(chosen, -torch.inf)
 
@@ -390,7 +389,7 @@ def _force(tokens: Sequence[int]) -> Processor:
 
 
 def _repetition(penalty: float, mask: Tensor | None) -> Processor:
-    """Divides positive and multiplies negative logits of tokens that were there (1909.05858)."""
+    """Divide positive and multiply negative logits of earlier tokens (arXiv 1909.05858)."""
     padding = None if mask is None else (mask != 0).int().argmax(dim=1)
 
     def penalize(ids: Tensor, scores: Tensor) -> Tensor:
@@ -428,7 +427,7 @@ def _top_k(count: int) -> Processor:
 
 
 def _top_p(share: float, least: int) -> Processor:
-    """Nucleus sampling (1904.09751)."""
+    """Return a processor for nucleus sampling (arXiv 1904.09751)."""
 
     def narrow(ids: Tensor, scores: Tensor) -> Tensor:
         ascending, order = scores.sort(descending=False)
@@ -440,7 +439,7 @@ def _top_p(share: float, least: int) -> Processor:
 
 
 def _min_p(share: float, least: int) -> Processor:
-    """Min-p sampling (2407.01082)."""
+    """Return a processor for min-p sampling (arXiv 2407.01082)."""
 
     def narrow(ids: Tensor, scores: Tensor) -> Tensor:
         probabilities = scores.softmax(dim=-1)

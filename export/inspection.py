@@ -1,4 +1,4 @@
-"""What an ONNX file holds: its graph as plain data, whether it is whole, and what its adapter inputs do."""
+"""Inspection of an ONNX file: its graph as plain data, and checks of its weights and adapter inputs."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class FileNode:
-    """A node of a file.
+    """Node of a file.
 
     Attributes:
         name: Its name in the file.
-        operator: What it computes, with the domain where that is not ONNX's own.
-        scope: FQNs of the modules that it comes from, the outermost first; empty where the file does not say.
+        operator: Its operator, with the domain if that is not ONNX's own.
+        scope: FQNs of its modules, the outermost first; empty if the file does not have them.
         inputs, outputs: Names of values; absent inputs are left out.
     """
 
@@ -52,13 +52,13 @@ class FileNode:
 
 @dataclasses.dataclass(frozen=True)
 class FileGraph:
-    """The graph of a file.
+    """Graph of a file.
 
     Attributes:
-        inputs, outputs: Name of a value to what it is, in words: ``[batch, 3] float32``.
-        weights: Name of a stored tensor to its shape and dtype.
-        nodes: In the order in which they can run.
-        metadata: What the file says of itself.
+        inputs, outputs: Shapes and dtypes by name of the value: ``[batch, 3] float32``.
+        weights: Shapes and dtypes of stored tensors by name.
+        nodes: The nodes in an order in which they can run.
+        metadata: Metadata entries of the file.
     """
 
     inputs: Mapping[str, str]
@@ -69,10 +69,10 @@ class FileGraph:
 
 
 def read_file(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file; weights stay where they are.
+    """Read an ONNX file without its external data.
 
     Raises:
-        ExportError: It is missing or damaged, or the package onnx is.
+        ExportError: The file is missing or damaged, or the package onnx is missing.
     """
     onnx = load_optional("onnx", "reading an ONNX file", "lora-fx[onnx]", error=ExportError)
     if not path.is_file():
@@ -84,22 +84,24 @@ def read_file(path: Path) -> onnx.ModelProto:
 
 
 def metadata_of(model: onnx.ModelProto) -> dict[str, str]:
-    """What a file says of itself."""
-    return {one.key: one.value for one in model.metadata_props}
+    """Return the metadata entries of a file."""
+    return {entry.key: entry.value for entry in model.metadata_props}
 
 
 def read_graph(path: Path) -> FileGraph:
-    """Reads the graph of an ONNX file; weights stay where they are.
+    """Read the graph of an ONNX file without its external data.
 
     Raises:
-        ExportError: It is missing or damaged, or the package onnx is.
+        ExportError: The file is missing or damaged, or the package onnx is missing.
     """
     model = read_file(path)
     graph = model.graph
-    weights = {one.name: (tuple(one.dims), _dtype(one.data_type)) for one in graph.initializer}
+    weights = {
+        tensor.name: (tuple(tensor.dims), _dtype(tensor.data_type)) for tensor in graph.initializer
+    }
     return FileGraph(
-        inputs={one.name: _value(one) for one in graph.input if one.name not in weights},
-        outputs={one.name: _value(one) for one in graph.output},
+        inputs={value.name: _value(value) for value in graph.input if value.name not in weights},
+        outputs={value.name: _value(value) for value in graph.output},
         weights=weights,
         nodes=tuple(map(_node, graph.node)),
         metadata=metadata_of(model),
@@ -107,22 +109,19 @@ def read_graph(path: Path) -> FileGraph:
 
 
 def _node(node: onnx.NodeProto) -> FileNode:
-    told = {one.key: one.value for one in node.metadata_props}
+    properties = {entry.key: entry.value for entry in node.metadata_props}
     operator = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
     return FileNode(
         node.name,
         operator,
-        _scope(told.get("pkg.torch.onnx.name_scopes", "")),
+        _scope(properties.get("pkg.torch.onnx.name_scopes", "")),
         tuple(filter(None, node.input)),
         tuple(filter(None, node.output)),
     )
 
 
-# What torch.export says of a node that is in no module.
-
-
 def _scope(text: str) -> tuple[str, ...]:
-    """The modules of a node: a list of names, of which the last is that of the node in its graph."""
+    """Parse the modules of a node from a list of names. The last name is the node's own and is dropped."""
     try:
         names = ast.literal_eval(text) if text else []
     except (SyntaxError, ValueError):
@@ -140,15 +139,15 @@ def _dtype(kind: int) -> str:
 
 def _value(value: onnx.ValueInfoProto) -> str:
     tensor = value.type.tensor_type
-    sizes = [one.dim_param or str(one.dim_value) for one in tensor.shape.dim]
+    sizes = [dim.dim_param or str(dim.dim_value) for dim in tensor.shape.dim]
     return f"[{', '.join(sizes)}] {_dtype(tensor.elem_type)}"
 
 
-# --- whether it is whole --------------------------------------------------------------------------
+# --- checks of a file -----------------------------------------------------------------------------
 
 
 class State(StrEnum):
-    """How serious a finding is."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
@@ -160,11 +159,11 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        topic: Under which heading it stands.
-        name: What was looked at.
-        state: ``problem`` where something is broken, ``note`` where something is only absent.
-        detail: What was found.
-        remedy: What to do about it, if anything.
+        topic: Heading that the line belongs to.
+        name: The item that was checked.
+        state: ``problem`` if something is broken, ``note`` if something is only absent.
+        detail: Result of the check.
+        remedy: Remedy of a problem, or "".
     """
 
     topic: str
@@ -181,22 +180,22 @@ _FOLDED = (
 
 
 def examine_file(path: Path) -> list[Finding]:
-    """Looks at an ONNX file: its weights, its operators, and whether its adapter inputs still do something.
+    """Check an ONNX file: its weights, its operators, and if its adapter inputs still have an effect.
 
     Raises:
-        ExportError: It is missing, damaged, or of a newer lora_fx.
+        ExportError: The file is missing, damaged, or from a newer lora_fx.
     """
     load_optional("onnx_ir", "examining an ONNX file", "lora-fx[onnx]", error=ExportError)
     model = read_file(path)
     if not model.graph.output:
-        # No bytes at all are a message without fields.
+        # An empty file parses as a message without fields.
         raise ExportError(f"{path} is empty, a model without outputs: export it again")
     return [*_operators(model), *_weights(model, path), *_adapter_inputs(model)]
 
 
 def _operators(model: onnx.ModelProto) -> Iterator[Finding]:
     topic = "file"
-    opsets = {one.domain or "ai.onnx": one.version for one in model.opset_import}
+    opsets = {opset.domain or "ai.onnx": opset.version for opset in model.opset_import}
     yield Finding(topic, "opset", State.OK, ", ".join(f"{k} {v}" for k, v in opsets.items()))
     other = Counter(
         f"{node.domain}.{node.op_type}"
@@ -233,7 +232,7 @@ def _weights(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
             ends[info.location] = max(ends.get(info.location, 0), start + length)
     for name, end in sorted(ends.items()):
         data = path.parent / name
-        # By name: the file may be a link to elsewhere, as in caches of downloads.
+        # Links are not resolved, because download caches link to files in other folders.
         if not Path(os.path.normpath(data.absolute())).is_relative_to(path.parent.absolute()):
             detail = f"outside {path.parent}, where runtimes do not read"
             remedy = f"copy it next to {path.name}, and export it again"
@@ -249,7 +248,7 @@ def _weights(model: onnx.ModelProto, path: Path) -> Iterator[Finding]:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """The constants of all graphs, as initializers and as attributes."""
+    """Yield the constants of all graphs, both initializers and attributes."""
     for graph in _graphs(model.graph):
         yield from graph.initializer
         for node in graph.node:
@@ -270,7 +269,7 @@ def _bytes_of(tensor: onnx.TensorProto) -> int:
 def _adapter_inputs(model: onnx.ModelProto) -> Iterator[Finding]:
     topic = "adapters"
     manifest = Manifest.from_metadata(metadata_of(model))
-    inputs = {one.name for one in model.graph.input}
+    inputs = {value.name for value in model.graph.input}
     read = {name for graph in _graphs(model.graph) for node in graph.node for name in node.input}
     if manifest is None:
         ends = tuple(f".{end}" for end in SUFFIXES.values())

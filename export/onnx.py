@@ -1,4 +1,4 @@
-"""``export_onnx``: capture, convert, name, write, compare, move into place.
+"""Function ``export_onnx``: capture, convert, write, compare, and move into place.
 
 Nothing here imports onnx or ONNX Runtime before an export begins.
 """
@@ -72,10 +72,10 @@ _log = logging.getLogger("lora_fx")
 
 
 class _Stages:
-    """One stage is open at a time.
+    """Clock of the stages of an export. One stage is open at a time.
 
     Attributes:
-        seconds: Wall-clock seconds of each stage, in order; one that came twice has both.
+        seconds: Wall-clock seconds of each stage, in order, summed over its runs.
     """
 
     def __init__(self, progress: Callable[[str], None] | None) -> None:
@@ -103,7 +103,7 @@ _PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime",
 
 
 def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any]:
-    """The fields of an ``ExportReport`` that say what is in the file and how it was checked."""
+    """Return the fields of an ``ExportReport`` about the contents of the file and its comparison."""
 
     def by_name(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         return dict(zip(trace.arguments.names, sizes, strict=True))
@@ -143,17 +143,17 @@ def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any
 
 
 def node_count(path: Path) -> int:
-    """How many nodes a file has, those inside of others included."""
+    """Return the number of nodes of a file, nodes in subgraphs included."""
     import onnx_ir as ir
 
     return sum(1 for _ in ir.load(path).graph.all_nodes())
 
 
 def check_operators(path: Path) -> None:
-    """Ask ONNX's checker, and its strict inference of shapes, about a file.
+    """Check a file with ONNX's checker and its strict shape inference.
 
     Raises:
-        Exception: What onnx raises where one of them refuses the file.
+        Exception: Any error of onnx, if one of them refuses the file.
     """
     import onnx
 
@@ -169,13 +169,13 @@ def _axes_of(value: ir.Value) -> tuple[int | str, ...]:
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for package in _PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 _DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
@@ -201,23 +201,23 @@ def _build(
 
     Args:
         prepared: The model.
-        stage: Where to. It is not moved into place.
-        dynamic_shapes: The user's; None for the task's, or for every axis that can be dynamic.
-        opset: ONNX opset; None for that of the dtype.
-        verify: Whether to compare the file with PyTorch.
-        external_data_bytes: Bytes of weights from which they go into files of their own.
+        stage: The staging folder. The file is not moved into place.
+        dynamic_shapes: Dynamic axes from the user; None for those of the task, or for all possible axes.
+        opset: ONNX opset; None for the default of the dtype.
+        verify: True to compare the file with PyTorch.
+        external_data_bytes: Total bytes of weights above which they go into separate files.
         shard_bytes: Bytes of one such file.
-        optimize: How much to fuse.
-        provider: What the operators of ONNX Runtime are chosen for.
-        adapt: Makes of the finished graph what a runtime takes; None where any takes it.
-        keep: Takes each weight that is created, see ``Scratch.keep``.
-        clock: What says and times the stages.
+        optimize: Level of fusion.
+        provider: Provider that the operators of ONNX Runtime are chosen for.
+        adapt: Changes the finished graph for a runtime; None for any runtime.
+        keep: Called with each new weight, see ``Scratch.keep``.
+        clock: Clock of the stages.
 
     Returns:
-        The report of this file, without the stages and what the whole export knows.
+        The report of this file, without the stages and other facts of the whole export.
 
     Raises:
-        ParityError: The file computes something else.
+        ParityError: The outputs of the file differ.
         ExportError: The model cannot be captured or converted, or the disk is full.
     """
     why = "asked for"
@@ -245,12 +245,12 @@ def _build(
             clock.start("converting to ONNX")
             converted = convert(traced, prepared, opset)
             target = Target(optimize, provider, prepared.dtype)
-            made = _write_fused(converted, target, stage, store, partial(prove, traced), clock)
+            written = _write_fused(converted, target, stage, store, partial(prove, traced), clock)
             break
         except PrecisionError:
             raise
         except (ConversionError, ParityError) as error:
-            # What a model does with sizes may be no ONNX: with fewer dynamic axes it may be one.
+            # ONNX may not be able to compute with the sizes of the model, but with fewer dynamic axes it may.
             failures.append(f"{traced.description}: {headline(error)}")
             stage.discard()
             clock.start("capturing the model with fewer dynamic axes")
@@ -260,7 +260,7 @@ def _build(
             _log.warning("export with fewer dynamic axes: %s", failures[-1])
     return ExportReport(
         path=str(stage.target),
-        files=made.files,
+        files=written.files,
         opset=opset,
         opset_reason=why,
         dtype=prepared.dtype,
@@ -268,24 +268,24 @@ def _build(
         seconds={},
         swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
         bank=prepared.manifest.bank if prepared.manifest else None,
-        optimize=made.target.level,
-        fused=dict(made.fused.done),
-        not_fused={**made.fused.refused, **made.fallbacks},
-        **_graph_facts(traced, made.model, made.parity),
+        optimize=written.target.level,
+        fused=dict(written.fused.done),
+        not_fused={**written.fused.refused, **written.fallbacks},
+        **_graph_facts(traced, written.model, written.parity),
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """A file that was written and compared.
+    """File that was written and compared.
 
     Attributes:
-        model: The graph in it.
-        files: Name to bytes of every file.
-        parity: The comparison.
-        target: What it was fused for in the end.
-        fused: What was fused.
-        fallbacks: Level of fusions that did not hold to what was wrong with their file.
+        model: The graph of the file.
+        files: Sizes of all files by name, in bytes.
+        parity: Result of the comparison.
+        target: Target of the fusions in the end.
+        fused: The fusions.
+        fallbacks: Errors of files with more fusions, by level of fusion.
     """
 
     model: ir.Model
@@ -304,19 +304,19 @@ def _write_fused(
     prove: Callable[[], Parity],
     clock: _Stages,
 ) -> _Written:
-    """Write a graph with its fusions, or with fewer of them where the file is not equal to the model.
+    """Write a graph with its fusions, or with fewer fusions if the file does not match the model.
 
     Args:
         converted: The graph. It is not changed.
-        target: What it is fused for.
-        stage: Where it is written.
-        store: Writes a graph there.
-        prove: Compares what was written with the model.
-        clock: What says and times the stages.
+        target: Target of the fusions.
+        stage: The staging folder.
+        store: Writes a graph into it.
+        prove: Compares the written file with the model.
+        clock: Clock of the stages.
 
     Raises:
-        ParityError: The file computes something else without fusions, too.
-        ConversionError: ONNX Runtime refuses it.
+        ParityError: The outputs of the file differ even without fusions.
+        ConversionError: ONNX Runtime refuses the file.
     """
     fallbacks: dict[str, str] = {}
     while True:
@@ -348,11 +348,11 @@ def _traced(
 
 @contextlib.contextmanager
 def _without_ambient_autocast(model: nn.Module) -> Iterator[None]:
-    """Autocast off wherever the model is: it would be traced, and the dtype of a file is an argument.
+    """Switch autocast off on the model's devices, because it would be traced.
 
-    Autocast that the model enters by itself stays as it is.
+    The dtype of a file is an argument. Autocast inside of the model's forward is not affected.
     """
-    # On the CPU in any case: that is where weights are merged and cast.
+    # The CPU is always included, because weights are merged and cast on it.
     kinds = {"cpu", *(tensor.device.type for tensor in model.parameters())}
     with contextlib.ExitStack() as stack:
         for kind in sorted(kinds):
@@ -364,12 +364,12 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _refuse_nan(model: nn.Module) -> None:
-    """Refuse a model with parameters or buffers that are not numbers: every output would be equal to them.
+    """Raise if a parameter or buffer has NaN, because outputs with NaN cannot be compared.
 
-    Infinite values pass: masks are filled with them.
+    Infinite values are allowed, because masks contain them.
 
     Raises:
-        ExportError: With the names of those that hold NaN.
+        ExportError: The message names the tensors with NaN.
     """
     named = (*model.named_parameters(), *model.named_buffers())
     broken = [name for name, value in named if _has_nan(value)]
@@ -385,7 +385,7 @@ def _has_nan(value: Tensor) -> bool:
     plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
     if not plain or value.is_meta or value.dtype not in _DTYPES or not value.numel():
         return False
-    return bool(value.amax().isnan())  # NaN is the largest of all
+    return bool(value.amax().isnan())  # amax returns NaN if there is any
 
 
 _OPSETS = (18, 19, 20, 21, 22, 24)
@@ -415,80 +415,79 @@ def export_onnx(
 ) -> ExportReport:
     """Write ``model`` as an ONNX file that was checked against PyTorch.
 
-    The file appears at ``path`` only after the check; until then, and after any error, what was
-    there before is still there. The model is not changed, its modes included. Autocast around the call
-    counts for nothing: ``dtype`` says what the file computes in.
+    The file appears at ``path`` only after the check. Until then, and after any error, an earlier file at
+    ``path`` stays. The model and its modes are not changed. Autocast around the call has no effect: ``dtype``
+    sets the precision of the file.
 
     Args:
-        model: Any module. Adapters of lora_fx in it are merged first, or become inputs; those of PEFT and
-            others stay products of their own in the file, with a warning in the log.
+        model: Any module. Its adapters of lora_fx are merged first, or become inputs. Adapters of PEFT
+            and of other libraries stay separate products in the file, with a warning in the log.
         path: The file to write, with the suffix ``.onnx``.
-        example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter: the
-            check draws its own from their range. Sizes of 1 cannot become dynamic, but a batch of
-            one is widened.
-        task: What the file is for. None to export the model as it is called, or for what its target runs;
+        example_inputs: A tuple (args), a dict (kwargs) or a single tensor. Values matter,
+            because the check draws fresh values from their range. Sizes of 1 cannot become dynamic, but a
+            batch of one is widened.
+        task: Purpose of the file. None to export the model as it is called, or for the task of its target.
             "text-generation" for a decoder with its key-value cache as inputs and outputs, which
-            ``OnnxSession.generate`` runs; "text2text-generation" for an encoder-decoder, whose
+            ``OnnxSession.generate`` runs. "text2text-generation" for an encoder-decoder, whose
             encoder goes into a second file ``STEM.xxxxxxxx.encoder.onnx``. The example is token
-            ids (or what the encoder takes); mask, cache and dynamic axes come with the task.
+            ids (or inputs of the encoder). The task adds mask, cache and dynamic axes.
             ``{"input_ids": ids, "logits_to_keep": 0}`` asks for the logits of all positions
             instead of the last one.
-        target: The runtime that is to load it, where that wants more than a file: then ``path`` is a folder.
+        target: Runtime that needs more than one file; ``path`` is then a folder.
             "genai" for onnxruntime-genai (``og.Model(path)``), with ``genai_config.json``, the tokenizer, and
-            with ``adapters="inputs"`` each adapter of the model in ``adapters/NAME.onnx_adapter``;
+            with ``adapters="inputs"`` each adapter of the model in ``adapters/NAME.onnx_adapter``.
             "transformers.js" for a browser or Node, with ``onnx/model.onnx``, ``config.json`` and the
             tokenizer. None for one file, which ``OnnxSession`` and any other runtime load.
-        tokenizer: What goes into the folder of a target: an object with ``save_pretrained``, or the folder
+        tokenizer: Tokenizer for the folder of a target: an object with ``save_pretrained``, or the folder
             that it was saved in.
         adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. "inline"
-            to keep those that are active in the file, as products of their own.
-            "inputs" to keep them apart: the file is the base model, and takes an adapter of any rank at
-            every place where one of the model's is (for a model without adapters: at every linear
-            operation but the head; rewrite it to choose others). ``save_onnx_adapter`` writes adapters
-            for it, and ``OnnxSession`` runs them.
-            "bank" for the same with many of them at once: the file has the model's adapters, takes more, and
-            is told by ``adapter_ids``, [batch], which one each row of the batch has, -1 for none. None for
-            "inline" where an active adapter is at a quantized weight, else for "merge".
-        max_adapters: With "bank", how many adapters there may be; None for those of the model, and 8 at
-            least.
-        max_rank: With "bank", the highest rank of one, to which all are filled up; None for the highest of
-            the model's, and 16 for a model without adapters.
+            to keep active adapters in the file as separate products.
+            "inputs" for a file of the base model that takes an adapter of any rank at every site of the
+            model's adapters. For a model without adapters, the sites are all linear operations but the head;
+            rewrite it to choose other sites. ``save_onnx_adapter`` writes adapters for the file, and
+            ``OnnxSession`` runs them.
+            "bank" for the same with many adapters at once. The file has the model's adapters and takes more.
+            Its input ``adapter_ids``, [batch], selects the adapter of each row, -1 for none. None for
+            "inline" if an active adapter is at a quantized weight, else for "merge".
+        max_adapters: With "bank", the largest number of adapters; None for the number in the model, and at
+            least 8.
+        max_rank: With "bank", the highest rank, to which all adapters are padded; None for the highest in
+            the model, and 16 for a model without adapters.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
-            None to keep what it has. A half-precision file is compared with the model in fp32, its
-            weights rounded to half precision; the tolerance is that of the dtype.
-        dynamic_shapes: None to make every axis dynamic that can be, or where that gives no file which
-            is equal to the model, the first axis, or none; else input name to a mapping
-            of axis to a name, all other axes being fixed.
-        opset: ONNX opset, 18 to 22 or 24. None for the one that the providers run best: 20, and 22
-            for bf16, the first in which convolutions and pooling take it. 23 is refused: a file of it
-            has rotary embeddings that ONNX Runtime rejects for batches of more than one.
-        optimize: How much of the graph is fused. "standard" for operators of ONNX alone, in forms that are
-            right and fast on every provider; "runtime" for operators of ONNX Runtime as well, where
-            ``provider`` has kernels for them in the file's dtype; "none" for the graph as PyTorch gives it.
-            Where a fused file is not equal to the model, the export falls back to fewer fusions, and the
+            None to keep the model's dtypes. A half-precision file is compared with the model in fp32, its
+            weights rounded to half precision. The tolerance is that of the dtype.
+        dynamic_shapes: None to make all possible axes dynamic. If that file does not match the model, only
+            the first axis or none is dynamic. Else names of axes by input name and axis, with all other
+            axes fixed.
+        opset: ONNX opset, 18 to 22 or 24. None for the opset that providers run best: 20, and 22
+            for bf16, the first with bf16 in convolutions and pooling. 23 is refused, because its files
+            have rotary embeddings that ONNX Runtime rejects for batches of more than one.
+        optimize: Level of fusion. "standard" for operators of ONNX alone, in forms that are right and fast
+            on every provider. "runtime" for operators of ONNX Runtime as well, if ``provider`` has kernels
+            for them in the file's dtype. "none" for the graph of PyTorch.
+            If a fused file does not match the model, the export falls back to fewer fusions, and the
             report says why.
-        provider: What ``optimize="runtime"`` is for: "cpu" (None), "cuda" or "webgpu".
+        provider: Provider for ``optimize="runtime"``: "cpu" (None), "cuda" or "webgpu".
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: Replace an existing file.
         progress: Called with the name of each stage as it begins.
-        external_data_bytes: Bytes of weights from which they are written to files of their
-            own, next to ``path``: 256 MiB by default.
+        external_data_bytes: Total bytes of weights above which they are written to separate files next to
+            ``path``: 256 MiB by default.
         shard_bytes: Bytes of one such file: 4 GB by default.
 
     Returns:
-        What was written, which axes are dynamic and why others are not, and how close it is.
+        The report of the files, the dynamic and fixed axes, and the differences from PyTorch.
 
     Raises:
         CaptureError: A layer that has an adapter was deleted or replaced after the rewrite.
-        ParityError: The file computes something else.
+        ParityError: The outputs of the file differ.
         OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ``verify=True`` without ONNX Runtime.
         NoMatchError: ``adapters="inputs"`` or ``"bank"`` of a model that has neither adapters nor an
             operation to adapt.
-        ExportError: Anything else: arguments that mean nothing, an existing file, a model that
-            cannot be captured or is random, a folder that cannot be written to, a full disk (with
-            the bytes that the file takes).
+        ExportError: All other errors: invalid arguments, an existing file, a model that cannot be captured
+            or is random, a folder without write permission. Also a full disk, with the size of the file.
     """
     _check_arguments(model, adapters, dtype, opset)
     _check_bank_arguments(adapters, max_adapters, max_rank)
@@ -513,19 +512,19 @@ def export_onnx(
     if runtime is None:
         if tokenizer is not None:
             raise ExportError("tokenizer= goes into the folder of a target: give target= as well")
-        place = output_file(path, (".onnx",))
+        file_path = output_file(path, (".onnx",))
     else:
         runtime.check(task=task, adapters=adapters, dtype=dtype)
-        place = runtime.file(Path(path), dtype)
-        data, example_inputs = runtime.data_name(place), runtime.example(example_inputs)
-        # The runtime knows one file of weights.
+        file_path = runtime.file(Path(path), dtype)
+        data, example_inputs = runtime.data_name(file_path), runtime.example(example_inputs)
+        # The runtime reads a single file of weights.
         shard_bytes = sys.maxsize if data is not None else shard_bytes
-    check_target(place, force=force)
+    check_target(file_path, force=force)
     _require_packages()
     clock = _Stages(progress)
 
     model = _without_trainers(model)
-    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(place, data) as stage:
+    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(file_path, data) as stage:
         keep = Scratch(stage).keep
         build = partial(
             _build,
@@ -543,28 +542,28 @@ def export_onnx(
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        how: dict[str, Callable[..., tuple[Prepared, ...]]] = {
+        preparations: dict[str, Callable[..., tuple[Prepared, ...]]] = {
             "merge": prepare,
             "inline": partial(prepare, merged=False),
             "inputs": prepare_swappable,
             "bank": partial(prepare_bank, capacity=max_adapters, rank=max_rank),
         }
-        *beside, main = how[adapters](model, example_inputs, dtype, keep, task)
+        *companions, main = preparations[adapters](model, example_inputs, dtype, keep, task)
         encoder: ExportReport | None = None
-        for prepared in beside:
+        for prepared in companions:
             companion = stage.companion(prepared.name)
             encoder = build(prepared, companion)
             main = main.with_companion(prepared.name, companion.target.name)
             clock.start("capturing the model")
         report = build(main, stage, dynamic_shapes)
         if runtime is not None:
-            made = runtime.finish(
+            file_names = runtime.finish(
                 Written(model, report, stage.model, stage.folder, Path(path), tokenizer)
             )
-            stage.extras = {file: Path(path, name) for file, name in made.items()}
-            sizes_made = {name: file.stat().st_size for file, name in made.items()}
+            stage.extras = {file: Path(path, name) for file, name in file_names.items()}
+            companion_sizes = {name: file.stat().st_size for file, name in file_names.items()}
             report = dataclasses.replace(
-                _renamed(report, runtime.axes), target=target, companions=sizes_made
+                _renamed(report, runtime.axes), target=target, companions=companion_sizes
             )
         clock.start("moving into place")
         stage.commit(force=force)
@@ -575,13 +574,13 @@ def export_onnx(
 
 
 def _renamed(report: ExportReport, axes: Mapping[str, str]) -> ExportReport:
-    """A report with other names for some axes."""
+    """Return a report with some axes renamed."""
 
     def named(
         values: Mapping[str, tuple[int | str, ...]],
     ) -> dict[str, tuple[int | str, ...]]:
         return {
-            name: tuple(axes.get(one, one) if isinstance(one, str) else one for one in row)
+            name: tuple(axes.get(axis, axis) if isinstance(axis, str) else axis for axis in row)
             for name, row in values.items()
         }
 
@@ -590,7 +589,7 @@ def _renamed(report: ExportReport, axes: Mapping[str, str]) -> ExportReport:
         inputs=named(report.inputs),
         outputs=named(report.outputs),
         dynamic_axes={
-            name: {place: axes.get(one, one) for place, one in row.items()}
+            name: {index: axes.get(axis, axis) for index, axis in row.items()}
             for name, row in report.dynamic_axes.items()
         },
         axis_limits={axes.get(name, name): size for name, size in report.axis_limits.items()},
@@ -629,7 +628,7 @@ def _check_bank_arguments(adapters: str | None, *sizes: object) -> None:
 
 
 def _without_trainers(model: nn.Module) -> nn.Module:
-    """Give a rewritten model without what trainers have set on it, a copy where there is something."""
+    """Return a rewritten model without attributes that trainers set, as a copy if there are any."""
     inner = unwrapped(model)
     record = record_of(inner)
     if record is None or instance_forwards(inner) <= record.forwards:
@@ -638,6 +637,6 @@ def _without_trainers(model: nn.Module) -> nn.Module:
 
 
 def _require_packages() -> None:
-    # All three now: torch.onnx asks for some of them only halfway through.
+    # All three are checked first, because torch.onnx imports some of them only halfway through.
     for package in ("onnx", "onnx_ir", "onnxscript"):
         load_optional(package, "the export", "lora-fx[gpu]", "lora-fx[cpu]", error=ExportError)

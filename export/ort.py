@@ -1,4 +1,4 @@
-"""Values of ONNX Runtime and runs over them: inputs and outputs, bindings, axes, and empty axes."""
+"""Values of ONNX Runtime and runs on them: inputs and outputs, bindings, axes, and empty axes."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ __all__ = [
 ]
 
 
-# Running a session with values that stay where they are: a binding for each adapter and run at a time.
+# Runs of a session on values that are not copied. Each adapter has a binding for each concurrent run.
 #
-# ONNX Runtime ignores an adapter that is active in its run options here, without a word. Adapters are
-# bound by the names of their inputs instead, like every other value.
+# ONNX Runtime silently ignores an adapter in the options of such a run. So adapters are bound by the names of
+# their inputs, like every other value.
 
-BF16 = 16  # onnx.TensorProto.BFLOAT16, which numpy has no type for
+BF16 = 16  # onnx.TensorProto.BFLOAT16, which has no numpy type
 _SAME_NAMES = ("float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 _DTYPES = {
     "tensor(float)": "float32",
@@ -73,11 +73,11 @@ CPU = torch.device("cpu", 0)
 
 @dataclass(frozen=True)
 class Place:
-    """Memory that ONNX Runtime knows and PyTorch does not; what has both is a ``torch.device``.
+    """Device of ONNX Runtime that PyTorch does not have. Devices that both have are a ``torch.device``.
 
     Attributes:
         type: ONNX Runtime's name of the kind of device: "webgpu".
-        index: Which of them.
+        index: Index of the device among those of its kind.
     """
 
     type: str
@@ -86,12 +86,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of a file.
+    """Input or output of a file.
 
     Attributes:
         name: Its name.
         dtype: torch's name of its dtype ("float32").
-        shape: Its axes: a size for a fixed one, a name (or None) for a dynamic one.
+        shape: A size for each fixed axis, a name (or None) for each dynamic axis.
     """
 
     name: str
@@ -103,27 +103,27 @@ class Port:
 
 
 AXES_KEY = "lora_fx.axes"
-"""In the metadata: JSON of the names of axes in a file for a runtime, and what lora_fx calls them."""
+"""Metadata key: JSON that maps names of axes in a file for a runtime to names of lora_fx."""
 
 
 def port_of(value: Any, axes: Mapping[str, str] | None = None) -> Port:
-    """From what ONNX Runtime says of an input or output, the axes called as :data:`AXES_KEY` says."""
+    """Convert an input or output of ONNX Runtime, with axes renamed by the entry of :data:`AXES_KEY`."""
     own = axes or {}
     shape = tuple(own.get(axis, axis) if isinstance(axis, str) else axis for axis in value.shape)
     return Port(value.name, _DTYPES.get(value.type, value.type), shape)
 
 
 def feed(runtime: Any, port: Port, value: Any, device: torch.device = CPU) -> Any:
-    """A value for an input, as ONNX Runtime takes it. What lies where the session runs is not copied.
+    """Convert an input to a value of ONNX Runtime. A tensor on the device of the session is not copied.
 
     Args:
         runtime: The onnxruntime module.
         port: The input.
-        value: An array or tensor. It has to stay as it is until the run is over.
-        device: Where the session runs.
+        value: An array or tensor. It must not change until the run is over.
+        device: Device of the session.
 
     Raises:
-        ExportError: It is something else, or its dtype, rank or a fixed size does not fit.
+        ExportError: The value has another type, or its dtype, rank or a fixed size does not fit.
     """
     if not isinstance(value, (Tensor, np.ndarray)):
         raise ExportError(
@@ -140,8 +140,8 @@ def feed(runtime: Any, port: Port, value: Any, device: torch.device = CPU) -> An
     shape = tuple(value.shape)
     check_shape(port, shape)
     if isinstance(value, Tensor):
-        here = value.device.type != "cpu" and device.type == value.device.type
-        return to_runtime(runtime, value.to(device) if here else value.cpu())
+        on_device = value.device.type != "cpu" and device.type == value.device.type
+        return to_runtime(runtime, value.to(device) if on_device else value.cpu())
     values = runtime.OrtValue
     if dtype == "bfloat16":
         raw = np.ascontiguousarray(value).view(np.uint16)
@@ -150,10 +150,10 @@ def feed(runtime: Any, port: Port, value: Any, device: torch.device = CPU) -> An
 
 
 def check_shape(port: Port, shape: Sequence[int]) -> None:
-    """Refuse a shape that an input does not take.
+    """Raise if a shape does not fit an input.
 
     Raises:
-        ExportError: The rank is another one, or a fixed size.
+        ExportError: The rank or a fixed size differs.
     """
     fits = len(shape) == len(port.shape) and all(
         not isinstance(axis, int) or axis == size
@@ -164,9 +164,9 @@ def check_shape(port: Port, shape: Sequence[int]) -> None:
 
 
 def unwrap(result: Any, device: torch.device | None) -> Any:
-    """A value of ONNX Runtime as a tensor on ``device``, or as an array where that is None.
+    """Convert a value of ONNX Runtime to a tensor on ``device``, or to an array if that is None.
 
-    It is copied only where it lies on another device.
+    It is copied only from another device.
     """
     if result.data_type() not in _DTYPES:
         return result.numpy()  # strings: there are no tensors of them
@@ -183,7 +183,7 @@ def unwrap(result: Any, device: torch.device | None) -> Any:
 
 
 def to_runtime(runtime: Any, tensor: Tensor) -> Any:
-    """A tensor as a value of ONNX Runtime, over the same memory where it is contiguous."""
+    """Convert a tensor to a value of ONNX Runtime. A contiguous tensor shares its memory."""
     tensor = tensor.detach().contiguous()
     values = runtime.OrtValue
     if tensor.device.type != "cpu":
@@ -194,44 +194,44 @@ def to_runtime(runtime: Any, tensor: Tensor) -> Any:
 
 
 def empty_value(runtime: Any, port: Port, shape: Sequence[int], device: torch.device) -> Any:
-    """A value of ONNX Runtime without an element, for an output."""
+    """Return a value of ONNX Runtime without elements, for an output."""
     return allocate(runtime, shape, element_named(port.dtype), device)
 
 
 def element_named(dtype: str) -> Any:
-    """A dtype by torch's name of it, as ONNX Runtime takes it."""
+    """Return the element type of ONNX Runtime for torch's name of a dtype."""
     if dtype == "bfloat16":
         return BF16
     return getattr(np, "bool_" if dtype == "bool" else dtype)
 
 
 def allocate(runtime: Any, shape: Sequence[int], element: Any, device: torch.device) -> Any:
-    """A value of ONNX Runtime with memory of its own, not yet written."""
+    """Return a value of ONNX Runtime with new, uninitialized memory."""
     return runtime.OrtValue.ortvalue_from_shape_and_type(
         list(shape), element, device.type, device.index
     )
 
 
 def to_tensor(value: Any) -> Tensor:
-    """A value of ONNX Runtime as a tensor over the same memory.
+    """Convert a value of ONNX Runtime to a tensor that shares its memory.
 
-    Memory of ONNX Runtime's own lives as long as the tensor. What was made of an array or a tensor of
-    the CPU (:func:`to_runtime`) does not own its memory: keep the value itself for as long.
+    Memory that ONNX Runtime allocated lives as long as the tensor. A value from an array or a CPU tensor
+    (:func:`to_runtime`) does not own its memory: keep the value as long as the tensor.
     """
     tensor: Tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
-    # ONNX Runtime hands bool over as bytes.
+    # ONNX Runtime exports bool as bytes.
     return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
 
 
 def on_host(value: Any) -> Tensor:
-    """A value of ONNX Runtime as a tensor on the CPU; over the same memory where it lies there."""
+    """Convert a value of ONNX Runtime to a tensor on the CPU. A value on the CPU shares its memory."""
     if value.device_name().lower() == "cpu" or torch.cuda.is_available():
         return to_tensor(value).cpu()
     return torch.from_numpy(value.numpy())
 
 
 class _Bytes:
-    """A tensor of bool as ONNX Runtime takes it through DLPack: bytes that are said to be bool."""
+    """Wrapper of a bool tensor for DLPack of ONNX Runtime, which takes bytes that are declared as bool."""
 
     dtype = torch.bool
 
@@ -244,25 +244,25 @@ class _Bytes:
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """Inputs that many runs of one session have, and bindings that have them.
+    """Inputs that many runs of a session share, and bindings with these inputs.
 
     Attributes:
-        values: By name.
-        spare: Bindings that no run uses. Runs at the same time have one each.
+        values: The inputs by name.
+        spare: Bindings that no run uses. Concurrent runs have separate bindings.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     spare: list[Any] = field(default_factory=list)
 
     def binding(self, session: Any) -> Any:
-        """A binding with these inputs, and whatever else a run before this one has bound."""
+        """Return a binding with these inputs, which may also have inputs of an earlier run."""
         try:
             return self.spare.pop()
         except IndexError:
             return self.fresh(session)
 
     def fresh(self, session: Any) -> Any:
-        """A binding with these inputs and nothing else."""
+        """Return a new binding with only these inputs."""
         binding = session.io_binding()
         for name, value in self.values.items():
             binding.bind_ortvalue_input(name, value)
@@ -278,36 +278,36 @@ def bound_run(
     *,
     take: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
-    """Run once. Nothing is shared with other runs at the same time but the values, which are only read.
+    """Run once. Concurrent runs share only the values, which are only read.
 
     Args:
-        session: Of ONNX Runtime.
+        session: Session of ONNX Runtime.
         feeds: Values for the inputs of the model, by name.
-        bound: Values for other inputs, of an adapter; those that are not there are the file's defaults.
+        bound: Values for the inputs of an adapter; missing ones have the file's defaults.
         outputs: The outputs of the file.
-        device: Where the results are to lie.
-        take: Makes of a value what does not need it any more. The binding then serves further runs.
+        device: Device of the results.
+        take: Converts a value to a result that does not need its memory. The binding is then reused.
 
     Returns:
-        In the order of the outputs what ``take`` made; without it the values.
+        Results of ``take`` in the order of the outputs; without it the values.
 
     Raises:
-        ExportError: ONNX Runtime fails, with the shapes that it failed on.
+        ExportError: ONNX Runtime fails. The message has the shapes.
     """
     with run_errors(lambda: feeds):
         binding = bound.fresh(session) if take is None else bound.binding(session)
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
-        # Each time: what is bound is written to, and the results of the run before may be in use.
+        # Outputs are bound for each run, because the results of the last run may still be in use.
         for port in outputs:
             binding.bind_output(port.name, device.type, device.index)
         session.run_with_iobinding(binding)
         if take is None:
             results: list[Any] = binding.get_outputs()
-            # The results keep the binding alive, and it the inputs: a cache would be held twice.
+            # The results keep the binding alive. With its inputs, a cache would be in memory twice.
             binding.clear_binding_inputs()
             return results
-        # The values are the binding's own. It must keep neither their memory nor that of the inputs.
+        # The binding owns the values. It must not keep their memory or that of the inputs.
         taken = [take(value) for value in binding.get_outputs()]
         binding.clear_binding_outputs()
         for name, value in feeds.items():
@@ -317,16 +317,16 @@ def bound_run(
 
 
 _NOTHING = np.zeros(1, np.float32)
-"""What a binding has for an input between two runs."""
+"""Placeholder for the inputs of a binding between two runs."""
 
 
 @contextmanager
 def run_errors(feeds: Callable[[], Mapping[str, Any]], where: str = "") -> Iterator[None]:
-    """Turns an error of ONNX Runtime into an ``ExportError`` that names the shapes of the run.
+    """Turn an error of ONNX Runtime into an ``ExportError`` that names the shapes of the run.
 
     Args:
-        feeds: Gives values of ONNX Runtime, or shapes, by the names of the inputs.
-        where: Stands after the shapes.
+        feeds: Returns values of ONNX Runtime, or shapes, by the names of the inputs.
+        where: Text that follows the shapes.
     """
     try:
         yield
@@ -342,7 +342,7 @@ def _shape(value: Any) -> list[int]:
 
 
 def placed(runtime: Any, tensor: Tensor, device: torch.device) -> Any:
-    """A value of ONNX Runtime on a device, copied there once."""
+    """Copy a tensor to a device, as a value of ONNX Runtime."""
     if device.type == "cpu":
         return to_runtime(runtime, tensor)
     if torch.cuda.is_available():
@@ -355,12 +355,12 @@ def placed(runtime: Any, tensor: Tensor, device: torch.device) -> Any:
 
 
 def element_of(tensor: Tensor) -> Any:
-    """The dtype of a tensor on the CPU, as ONNX Runtime takes it."""
+    """Return the element type of ONNX Runtime for a tensor on the CPU."""
     return BF16 if tensor.dtype == torch.bfloat16 else tensor.contiguous().numpy().dtype
 
 
 def write(buffer: Any, value: Tensor) -> None:
-    """Copies a tensor into a value of ONNX Runtime of its shape and dtype."""
+    """Copy a tensor into a value of ONNX Runtime of the same shape and dtype."""
     if not value.numel():
         return
     if value.is_cuda:
@@ -368,42 +368,42 @@ def write(buffer: Any, value: Tensor) -> None:
         settle([value])
         return
     value = value.contiguous()
-    # The bytes are copied as they are, and numpy has no bf16.
+    # Only bytes are copied, so uint16 can stand for bf16, which numpy lacks.
     raw = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
     buffer.update_inplace(raw.numpy())
 
 
 def settle(values: Sequence[Any], device: torch.device = CPU) -> None:
-    """Wait for what PyTorch still computes on a GPU: ONNX Runtime has streams of its own.
+    """Wait for PyTorch's pending work on a GPU, because ONNX Runtime has separate streams.
 
     Args:
-        values: What it may still write.
-        device: Where the session runs. Results that were handed out and let go of may still be read
-            there, and the next run takes their memory.
+        values: Tensors that PyTorch may still write.
+        device: Device of the session. PyTorch may still read freed results there, and the next run
+            reuses their memory.
     """
     if not values and device.type == "cpu":
         return
     devices = {value.device for value in values if isinstance(value, Tensor) and value.is_cuda}
     if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices.add(device)
-    for one in devices:
-        torch.cuda.current_stream(one).synchronize()
+    for cuda_device in devices:
+        torch.cuda.current_stream(cuda_device).synchronize()
 
 
 AXIS_LIMITS_KEY = "lora_fx.axis_limits"
-"""In the metadata: JSON of the largest size of each axis that has one."""
+"""Metadata key: JSON of the largest sizes of axes, for axes with a limit."""
 
 
 def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, Any]:
-    """Arrays or tensors by name, however they were given.
+    """Return the inputs of a call by name.
 
     Args:
-        inputs: By name, in the order of ``names``, or a single one.
+        inputs: Arrays or tensors by name, in the order of ``names``, or a single one.
         names: The inputs of the file.
-        file: Its name, for messages.
+        file: Name of the file, for messages.
 
     Raises:
-        ExportError: One is missing or unknown, with the nearest name that there is.
+        ExportError: An input is missing or unknown. The message has the nearest name.
     """
     if isinstance(inputs, (Tensor, np.ndarray)):
         inputs = (inputs,)
@@ -426,33 +426,35 @@ def inputs_by_name(inputs: Any, names: Sequence[str], file: str) -> dict[str, An
 
 
 def with_empty_caches(inputs: Any, ports: Sequence[Port]) -> Any:
-    """Adds what a text begins with to the inputs of a decoder: empty caches, a mask that covers all tokens.
+    """Add the inputs of a decoder that begins a text: empty caches, and a mask that covers all tokens.
 
     Args:
-        inputs: As the caller gave them. Caches are added where they are named and none is among them.
+        inputs: Inputs of the caller. Caches are added if inputs are a mapping without any cache.
         ports: The inputs of the file.
     """
     caches = [port for port in ports if _MAY_BE_EMPTY in port.shape]
     if not isinstance(inputs, Mapping) or any(port.name in inputs for port in caches):
         return inputs
-    given = {port.name: inputs[port.name] for port in ports if port.name in inputs}
+    present = {port.name: inputs[port.name] for port in ports if port.name in inputs}
     sizes: dict[int | str | None, int] = {
         axis: size
         for port in ports
-        for axis, size in zip(port.shape, getattr(given.get(port.name), "shape", ()), strict=False)
+        for axis, size in zip(
+            port.shape, getattr(present.get(port.name), "shape", ()), strict=False
+        )
     }
     sizes |= {_MAY_BE_EMPTY: 0}
     sizes.setdefault(_TOTAL, sizes.get(_NEW, 0))
-    device = next((one.device for one in given.values() if isinstance(one, Tensor)), None)
+    device = next((value.device for value in present.values() if isinstance(value, Tensor)), None)
     added = {}
     for port in ports:
-        shape = [one if isinstance(one, int) else sizes.get(one, -1) for one in port.shape]
+        shape = [axis if isinstance(axis, int) else sizes.get(axis, -1) for axis in port.shape]
         wanted = port in caches or _TOTAL in port.shape
-        if port.name in given or not wanted or min(shape) < 0:
+        if port.name in present or not wanted or min(shape) < 0:
             continue
-        made = torch.ones(shape, dtype=getattr(torch, port.dtype), device=device)
-        plain = device is None and made.dtype is not torch.bfloat16
-        added[port.name] = made.numpy() if plain else made
+        tensor = torch.ones(shape, dtype=getattr(torch, port.dtype), device=device)
+        plain = device is None and tensor.dtype is not torch.bfloat16
+        added[port.name] = tensor.numpy() if plain else tensor
     return {**inputs, **added}
 
 
@@ -464,35 +466,35 @@ def check_axes(
     *,
     task: bool = False,
 ) -> None:
-    """Refuse sizes that the file does not take, which ONNX Runtime may answer with other values.
+    """Raise for sizes that the file does not take. ONNX Runtime may compute wrong values for them.
 
-    It takes memory of one value for another where their axes have one name.
+    It lets values share memory if their axes have the same names.
 
     Args:
         ports: The inputs.
         given: Arrays or tensors by name, of the right ranks.
         limits: The largest size of an axis, by its name.
-        file: Its name, for messages.
-        task: Whether the axes are those of a decoder with its cache.
+        file: Name of the file, for messages.
+        task: True for the axes of a decoder with its cache.
 
     Raises:
-        ExportError: Two axes of one name have two sizes, or an axis is too long.
+        ExportError: Axes of the same name have different sizes, or an axis is too long.
     """
     seen: dict[str, tuple[int, str]] = {}
     for port in ports:
         for index, (axis, size) in enumerate(zip(port.shape, given[port.name].shape, strict=True)):
             if not isinstance(axis, str):
                 continue
-            place = f"axis {index} of '{port.name}'"
-            known, where = seen.setdefault(axis, (size, place))
+            label = f"axis {index} of '{port.name}'"
+            known, where = seen.setdefault(axis, (size, label))
             if size != known:
                 raise ExportError(
-                    f"{file} has one '{axis}' for {where} and {place}, and they have {known} and {size}: "
+                    f"{file} has one '{axis}' for {where} and {label}, and they have {known} and {size}: "
                     "give both the same size"
                 )
             if size > limits.get(axis, size):
                 raise ExportError(
-                    f"{place} has {size}, and the model takes at most {limits[axis]} ('{axis}'): give less, "
+                    f"{label} has {size}, and the model takes at most {limits[axis]} ('{axis}'): give less, "
                     "or cut it"
                 )
     if task and _TOTAL in seen:
@@ -517,25 +519,25 @@ def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[
     return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"
 
 
-# Calls in which an axis has size 0: one of the inputs, or one inside the model (``x[:, 2:]`` of two tokens).
+# Calls in which an axis of an input has size 0, or one inside the model (``x[:, 2:]`` of two tokens).
 #
-# ONNX Runtime promises nothing for them: Einsum, LSTM and GRU end the process, Reshape divides by zero, a
-# product over nothing is whatever was in memory, a mean of nothing is a number. So it is never asked. Where
-# every output is empty, too, there is nothing to compute: its shape follows from the shapes in the file.
-# Everything else is refused.
+# ONNX Runtime guarantees nothing for them: Einsum, LSTM and GRU end the process, Reshape divides by zero, a
+# product over an empty axis returns uninitialized memory, and a mean over it returns a number. So such calls
+# never reach ONNX Runtime. If every output is empty, too, nothing needs to be computed, because its shape
+# follows from the shapes in the file. All other such calls raise.
 
 INNER_SIZES_KEY = "lora_fx.inner_sizes"
-"""In the metadata: JSON of the expressions that have to be positive, see :func:`inner_sizes`."""
+"""Metadata key: JSON of the expressions that have to be positive, see :func:`inner_sizes`."""
 
 _MAY_BE_EMPTY = "past_length"
-"""The one axis that is compared with PyTorch at size 0, in the files of decoders: a prefill has no past."""
+"""Axis of decoders that is compared with PyTorch at size 0, because a prefill has no past."""
 
 _NEW, _TOTAL = "sequence", "total_length"
-"""The axis of what a decoder reads now, and that of its past and this together."""
+"""Axes of a decoder: the new tokens, and the past and the new tokens together."""
 
 
 def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent not in range(9):  # a file may ask for a number that no memory holds
+    if exponent not in range(9):  # a file may have a power that is too large for memory
         raise ValueError(f"no size is a power of {exponent}")
     return base ** int(exponent)
 
@@ -559,7 +561,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Fraction | int]] = {
 }
 
 
-# What each operator does to every element, or to none: nothing goes wrong where there is none.
+# Operators that are safe on empty tensors, because they treat each element separately.
 _SAFE = frozenset([
     "Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Clip", "Concat", "Constant",
     "ConstantOfShape", "Cos", "Div", "Equal", "Erf", "Exp", "Expand", "Floor", "Gelu", "Greater",
@@ -571,39 +573,39 @@ _SAFE = frozenset([
 
 
 class EmptyAxisError(ExportError):
-    """A call in which an axis has size 0, although the outputs have elements."""
+    """Error for a call in which an axis has size 0, although the outputs have elements."""
 
 
 def inner_sizes(model: ir.Model) -> list[str]:
-    """Sizes inside a file that are 0 for some calls, where ONNX Runtime does not bear that.
+    """Return sizes inside a file that are 0 for some calls, at operators that are unsafe on empty tensors.
 
     Args:
-        model: Its axes have their names.
+        model: The model, with named axes.
 
     Returns:
-        Expressions of the names of axes, as "sequence - 2". The axes themselves are not among them.
+        Expressions of the names of axes, such as "sequence - 2". Plain names are not included.
     """
-    found: dict[str, None] = {}
+    sizes: dict[str, None] = {}
     for node in model.graph.all_nodes():
         if node.op_type in _SAFE:
             continue
-        for place, value in enumerate(node.inputs):
+        for index, value in enumerate(node.inputs):
             if value is None or value.shape is None:
                 continue
             axes = list(value.shape)
-            if node.op_type == "MatMul":  # what it sums over is all that it does not bear
-                axes = axes[-1:] if place == 0 else []
+            if node.op_type == "MatMul":  # only the axis that it sums over must not be empty
+                axes = axes[-1:] if index == 0 else []
             texts = [axis.value for axis in axes if not isinstance(axis, int)]
-            found.update(dict.fromkeys(text for text in texts if text and not _positive(text)))
-    return list(found)
+            sizes.update(dict.fromkeys(text for text in texts if text and not _positive(text)))
+    return list(sizes)
 
 
 def _positive(text: str) -> bool:
-    """Whether an expression is positive wherever its axes are: one without a difference or a quotient."""
+    """Return True if an expression is positive for positive axes: it has no difference and no quotient."""
     try:
         nodes = list(ast.walk(ast.parse(text, mode="eval").body))
     except SyntaxError:
-        return True  # a name that a user gave, or nothing that could be computed
+        return True  # a name from the user, or something that cannot be computed
     plain = (ast.Name, ast.Load, ast.BinOp, ast.Add, ast.Mult, ast.Pow, ast.Constant)
     return all(isinstance(node, plain) for node in nodes)
 
@@ -617,21 +619,21 @@ def empty_outputs(
     inner: Sequence[str] = (),
     task: bool = False,
 ) -> list[tuple[int, ...]] | None:
-    """What a call with an axis of size 0 gives, without running it.
+    """Return the output shapes of a call with an axis of size 0, without running it.
 
     Args:
         inputs: The inputs of the file.
-        outputs: Its outputs.
-        shapes: Those of the values that were given, by the name of the input.
-        file: Its name, for messages.
+        outputs: The outputs of the file.
+        shapes: Shapes of the input values by name.
+        file: Name of the file, for messages.
         inner: :func:`inner_sizes` of the file.
-        task: Whether it is a decoder with its cache.
+        task: True for a decoder with its cache.
 
     Returns:
-        The shapes of the outputs, none of which has an element; None if the call is an ordinary one.
+        The shapes of the outputs, all without elements; None if no axis of the call is empty.
 
     Raises:
-        EmptyAxisError: An output would have elements, or its shape does not follow from those of the inputs.
+        EmptyAxisError: An output would have elements, or its shape does not follow from the input shapes.
     """
     sizes: dict[str, int] = {}
     empty = ""
@@ -639,18 +641,18 @@ def empty_outputs(
         for axis, (label, size) in enumerate(zip(port.shape, shapes[port.name], strict=True)):
             if isinstance(label, str):
                 sizes[label] = size
-            # A fixed axis of size 0 has it in the example, with which the file was compared.
+            # A fixed axis of size 0 is the same in the example, which the file was compared on.
             fine = label == 0 or (task and label == _MAY_BE_EMPTY)
             if size == 0 and not fine:
                 empty = empty or f"axis {axis} of '{port.name}' has size 0"
     for text in inner:
         inside = size_of(text, sizes)
         if inside is not None and inside <= 0:
-            given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            empty = empty or f"an axis inside the model has size {inside} ({text}) on {given}"
+            listing = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+            empty = empty or f"an axis inside the model has size {inside} ({text}) on {listing}"
     if not empty:
         return None
-    found = []
+    empty_shapes = []
     for port in outputs:
         shape = [size_of(axis, sizes) for axis in port.shape]
         known = [size for size in shape if size is not None]
@@ -659,19 +661,19 @@ def empty_outputs(
                 f"{empty}, and output {port} of {file} has elements all the same, or may have: ONNX Runtime "
                 "gives arbitrary values for sums over nothing, or ends the process. Give more"
             )
-        found.append(tuple(known))
-    return found
+        empty_shapes.append(tuple(known))
+    return empty_shapes
 
 
 def size_of(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
-    """The size of an axis of an output.
+    """Compute the size of an axis of an output.
 
     Args:
         axis: A size, the name of an axis, or an expression of such names: "2*sequence + 1".
         sizes: The sizes of the named axes of the inputs.
 
     Returns:
-        Its size; None if it does not follow.
+        The size; None if it does not follow from the inputs.
     """
     if not isinstance(axis, str):
         return axis
@@ -687,11 +689,11 @@ def size_of(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
-    """Computes an expression.
+    """Compute an expression.
 
     Raises:
-        ValueError: It has something else than sizes and arithmetic.
-        KeyError: It names an axis that is not known.
+        ValueError: The expression has more than sizes and arithmetic.
+        KeyError: The expression names an unknown axis.
     """
     if isinstance(node, ast.Constant) and type(node.value) is int:
         return Fraction(node.value)
@@ -703,5 +705,7 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
         left, right = _value(node.left, sizes), _value(node.right, sizes)
         return Fraction(_OPERATORS[type(node.op)](left, right))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        return Fraction(_FUNCTIONS[node.func.id](*(_value(one, sizes) for one in node.args)))
+        return Fraction(
+            _FUNCTIONS[node.func.id](*(_value(argument, sizes) for argument in node.args))
+        )
     raise ValueError(ast.dump(node))

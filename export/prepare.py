@@ -1,4 +1,4 @@
-"""From the caller's model and example to a model and a call that can be traced."""
+"""Preparation of a model and an example call for tracing."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ from lora_fx.runtime import AdapterFactors, base_parameter
 __all__ = ["Prepared", "over_quantized", "prepare", "prepare_bank", "prepare_swappable"]
 
 
-# Adapters that stay separate from their operations in a file, as constants.
+# Adapters that stay separate branches in a file, as constants.
 #
-# Over a quantized weight that is what keeps it quantized: a merge would make it dense. The branches are those
-# of the model's own graphs. What would need the dense weight at every run, as the gain
-# ``m / ‖W + s·BA‖``, is computed here once.
+# This keeps a quantized weight quantized, because a merge would make it dense. The branches are those of the
+# model's own graphs. A value that needs the dense weight, such as the gain ``m / ‖W + s·BA‖``, is computed
+# here once instead of in every run.
 
 _MAGNITUDE, _GAIN = "lora_magnitude_vector", SUFFIXES["gain"]
 
 
 def over_quantized(model: nn.Module) -> bool:
-    """Whether an active adapter of a model is at a quantized weight."""
+    """Return True if an active adapter of a model is at a quantized weight."""
     record = record_of(model)
     if record is None:
         return False
@@ -69,16 +69,16 @@ def over_quantized(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _fix_gains(model: nn.Module) -> None:
-    """Makes constants of the gains, ``layer.lora_gain.NAME`` in fp32.
+    """Replace gains by constants ``layer.lora_gain.NAME`` in fp32.
 
     Args:
-        model: A copy of a rewritten model. Its graphs are replaced.
+        model: Copy of a rewritten model. Its graphs are replaced.
     """
     install(list(_fixed(model)))
 
 
 def _constants() -> list[object]:
-    return [one for kind in kinds() for one in kind.constants]
+    return [function for kind in kinds() for function in kind.constants]
 
 
 def _fixed(model: nn.Module) -> Iterator[Region]:
@@ -94,7 +94,7 @@ def _fixed(model: nn.Module) -> Iterator[Region]:
             _factors(module, path).add(adapter, _value(module, node))
         if id(graph) not in edited:
             edited[id(graph)] = replace_calls(graph, constants, _constant)
-        # Its own forward would leave the adapter out.
+        # No fallback, because the module's own forward would leave the adapter out.
         yield Region(key, module, edited[id(graph)], fallback=False)
 
 
@@ -103,9 +103,9 @@ def _factors(module: nn.Module, path: str) -> AdapterFactors:
     holder = module.get_submodule(owner)
     if name not in holder._modules:
         holder.add_module(name, AdapterFactors())
-    found = holder.get_submodule(name)
-    assert isinstance(found, AdapterFactors)
-    return found
+    factors = holder.get_submodule(name)
+    assert isinstance(factors, AdapterFactors)
+    return factors
 
 
 def _constant(graph: fx.Graph, gain: fx.Node) -> fx.Node:
@@ -113,22 +113,24 @@ def _constant(graph: fx.Graph, gain: fx.Node) -> fx.Node:
 
 
 def _target(node: fx.Node) -> str:
-    """Where a gain is kept: next to the magnitude from which it is computed."""
+    """Return the FQN for a gain, next to the magnitude that it is computed from."""
     magnitude = node.args[0]
     assert isinstance(magnitude, fx.Node)
     return str(magnitude.target).replace(_MAGNITUDE, _GAIN)
 
 
 def _value(module: nn.Module, node: Any) -> Any:
-    """What a node computes of parameters alone."""
+    """Evaluate a node that depends only on parameters."""
     if not isinstance(node, fx.Node):
         return node
-    args = [_value(module, one) for one in node.args]
+    args = [_value(module, argument) for argument in node.args]
     if node.op == "get_attr":
         owner, _, leaf = str(node.target).rpartition(".")
         return base_parameter(module.get_submodule(owner), leaf)
     assert target_of(node) is not None, node.format_node()
-    return target_of(node)(*args, **{key: _value(module, one) for key, one in node.kwargs.items()})
+    return target_of(node)(
+        *args, **{key: _value(module, argument) for key, argument in node.kwargs.items()}
+    )
 
 
 _log = logging.getLogger("lora_fx")
@@ -136,22 +138,22 @@ _log = logging.getLogger("lora_fx")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is traced, and what the file is compared with.
+    """Model and call to trace, and the model that the file is compared with.
 
     Attributes:
         model: The model in eval mode, tensors in and out.
         arguments: The call that is traced.
         outputs: Names of the outputs, in order.
-        dtype: What most weights are stored in: "fp32", "fp16", "bf16", or torch's name.
+        dtype: Storage dtype of most weights: "fp32", "fp16", "bf16", or torch's name.
         origin: Metadata entries about the base model and the adapters that are merged into it.
-        dynamic_shapes: Input name to its dynamic axes where a task says so, else None.
-        name: What the file holds; "" for the one that a session opens.
+        dynamic_shapes: Dynamic axes by input name, if a task sets them, else None.
+        name: Name of the part in the file; "" for the file that a session opens.
         cases: The calls on which the file is compared, None to draw them by axis.
-        metadata: What the file remembers of its task.
-        base: What the file computes by itself: ``model``, or the model without its adapters.
+        metadata: Metadata entries of the task.
+        base: The model that the file computes without an adapter.
         manifest: The adapter inputs; None for a model whose adapters are merged.
-        adapters: The adapters that the model has, by name: each makes a model in which it is active.
-        source: The rewritten model that has them.
+        adapters: Functions by adapter name, each of which returns a model with that adapter active.
+        source: The rewritten model that has the adapters.
     """
 
     model: FlatModel
@@ -169,11 +171,11 @@ class Prepared:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def with_companion(self, name: str, file: str) -> Prepared:
-        """The same with the file ``file``, which holds ``name``, in its metadata."""
+        """Return a copy whose metadata says that ``file`` holds the part ``name``."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
 
     def banked(self) -> list[dict[str, Tensor]]:
-        """The values of the adapters that lie in the file's bank, in its order.
+        """Return the values of the adapters in the file's bank, in its order.
 
         Raises:
             CheckpointError, ExportError: As ``values_of_model``.
@@ -187,20 +189,21 @@ class Prepared:
         ]
 
     def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
-        """The same with a model that torch.export and torch.onnx see through.
+        """Return a copy with a model that torch.export and torch.onnx can trace.
 
         Args:
-            keep: Takes each tensor that is created, see ``Scratch.keep``.
+            keep: Called with each new tensor, see ``Scratch.keep``.
 
         Raises:
-            ExportError: No operator has the values of a quantized weight.
+            ExportError: No operator can represent the values of a quantized weight.
         """
         model = self.model.model
         gains = any(calls_of(graph, _constants()) for graph in graphs_of(model).values())
         if not gains and not any(isinstance(module, StandIn) for module in model.modules()):
             return self
         twin = share_copy(model)
-        _fix_gains(twin)  # of the weights as their libraries have them
+        # Before packing, because gains need the weights in the format of their libraries.
+        _fix_gains(twin)
         pack_quantized(twin, DTYPES.get(self.dtype, torch.float32), keep)
         return dataclasses.replace(self, model=self.model.over(twin))
 
@@ -212,20 +215,20 @@ def prepare_swappable(
     keep: Callable[[Tensor], Tensor],
     task: str | None = None,
 ) -> tuple[Prepared, ...]:
-    """:func:`prepare` for files whose adapters are inputs.
+    """Prepare files whose adapters are inputs, as :func:`prepare` does.
 
     Raises:
         ExportError: As :func:`prepare`, and if an adapter trains something that has no factors.
         NoMatchError: A plain model has no linear operation.
     """
     model = unwrapped(model)
-    casts = Casts(keep)  # one for all copies: they have the same weights
-    # A plain model is made fit for export first: what is written out of it is fixed by a rewrite.
+    casts = Casts(keep)  # shared, because all copies have the same weights
+    # A plain model is made exportable first, because the rewrite captures its code.
     fit = model if record_of(model) else exportable_twin(model, None, casts, to_rewrite=True)
-    made = swappable(fit)
+    swap_copy = swappable(fit)
     bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
-    twin = exportable_twin(made.model, dtype, casts)
-    return tuple(_with_inputs(base, model, made, twin, dtype, casts) for base in bases)
+    twin = exportable_twin(swap_copy.model, dtype, casts)
+    return tuple(_with_inputs(base, model, swap_copy, twin, dtype, casts) for base in bases)
 
 
 def prepare_bank(
@@ -238,20 +241,20 @@ def prepare_bank(
     capacity: int | None = None,
     rank: int | None = None,
 ) -> tuple[Prepared, ...]:
-    """:func:`prepare` for files in which each row of a batch has its own adapter.
+    """Prepare files in which each row of a batch has its own adapter, as :func:`prepare` does.
 
     Args:
         model: A plain or a rewritten model. It is not changed.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
-        dtype: "fp32", "fp16", "bf16", or None to keep what it has.
-        keep: Takes each weight that is created, see ``Scratch.keep``.
-        task: What it is exported for, None to export it as it is called.
-        capacity: How many adapters there may be; None for those of the model, and 8 at least.
-        rank: Their highest rank; None for that of the model's, and 16 for a model without adapters.
+        dtype: "fp32", "fp16", "bf16", or None to keep the model's dtypes.
+        keep: Called with each new weight, see ``Scratch.keep``.
+        task: The task of the export, None to export the model as it is called.
+        capacity: Largest number of adapters; None for the number in the model, and at least 8.
+        rank: Their highest rank; None for the highest in the model, and 16 for a model without adapters.
 
     Raises:
-        ExportError: As :func:`prepare_swappable`; if a site is of a kind that takes one adapter at a time, if
-            it cannot be seen that rows stay by themselves, or if the model's own adapters do not fit.
+        ExportError: As :func:`prepare_swappable`. Also if the kind of a site takes one adapter at a time, if
+            rows may depend on each other, or if the model's own adapters do not fit.
         NoMatchError: A plain model has no linear operation.
     """
     model = unwrapped(model)
@@ -272,18 +275,18 @@ def prepare_bank(
     fit = model if record else exportable_twin(model, None, casts, to_rewrite=True)
     single = swappable(fit)
     check_bank_sites(single.rows)
-    made = swappable(fit, row_editor)
+    batched = swappable(fit, row_editor)
     bases = _prepared(base_of(model), example_inputs, dtype, casts, task)
-    twins = [exportable_twin(one.model, dtype, casts) for one in (single, made)]
-    found = []
+    twins = [exportable_twin(swap_copy.model, dtype, casts) for swap_copy in (single, batched)]
+    prepared = []
     for base in bases:
         alone = _with_inputs(base, model, single, twins[0], dtype, casts)
         assert isinstance(alone.model, FactorModel)
-        flat = BankModel(made, twins[1], base.arguments, base.model.call, size, alone.model)
+        flat = BankModel(batched, twins[1], base.arguments, base.model.call, size, alone.model)
         flat.eval()
         prove_rows(flat)
-        found.append(dataclasses.replace(alone, model=flat, manifest=flat.manifest))
-    return tuple(found)
+        prepared.append(dataclasses.replace(alone, model=flat, manifest=flat.manifest))
+    return tuple(prepared)
 
 
 _CAPACITY, _RANK = 8, 16
@@ -295,7 +298,7 @@ def _check_size(size: BankSize, ranks: Mapping[tuple[str, str], int]) -> None:
             raise ExportError(f"{name}={value!r}: give a whole number of at least 1")
     if len(size.adapters) > size.capacity:
         raise ExportError(
-            f"the model has {len(size.adapters)} adapters ({some([repr(one) for one in size.adapters])}), "
+            f"the model has {len(size.adapters)} adapters ({some([repr(name) for name in size.adapters])}), "
             f"and max_adapters={size.capacity}: give {len(size.adapters)} or more, or delete some"
         )
     high = [
@@ -311,13 +314,13 @@ def _check_size(size: BankSize, ranks: Mapping[tuple[str, str], int]) -> None:
 def _with_inputs(
     base: Prepared,
     model: nn.Module,
-    made: Swappable,
+    swap_copy: Swappable,
     twin: nn.Module,
     dtype: str | None,
     casts: Casts,
 ) -> Prepared:
     call = base.model.call
-    flat = FactorModel(made, twin, base.arguments, call).eval()
+    flat = FactorModel(swap_copy, twin, base.arguments, call).eval()
     record = record_of(model)
 
     def active(name: str) -> FlatModel:
@@ -347,13 +350,13 @@ def prepare(
     Args:
         model: Any module. It is not changed.
         example_inputs: A tuple (args), a dict (kwargs) or a tensor.
-        dtype: "fp32", "fp16", "bf16", or None to keep what it has.
-        keep: Takes each weight that is created, see ``Scratch.keep``.
-        task: What it is exported for, None to export it as it is called.
-        merged: Whether to merge; else the branches of the active adapters stay in the graph.
+        dtype: "fp32", "fp16", "bf16", or None to keep the model's dtypes.
+        keep: Called with each new weight, see ``Scratch.keep``.
+        task: The task of the export, None to export the model as it is called.
+        merged: True to merge; else the branches of the active adapters stay in the graph.
 
     Returns:
-        One for each file, that which a session opens last.
+        One for each file. The last is for the file that a session opens.
 
     Raises:
         ExportError: The model cannot be copied, does not run on the inputs, or does not do the task.
@@ -363,15 +366,15 @@ def prepare(
     whole = _merged(model, keep) if merged else model
     origin = origin_metadata(model, "merged" if merged else "inline")
     return tuple(
-        dataclasses.replace(one, origin=origin)
-        for one in _prepared(whole, example_inputs, dtype, casts, task)
+        dataclasses.replace(prepared, origin=origin)
+        for prepared in _prepared(whole, example_inputs, dtype, casts, task)
     )
 
 
 def _prepared(
     model: nn.Module, example_inputs: object, dtype: str | None, casts: Casts, task: str | None
 ) -> tuple[Prepared, ...]:
-    """The files of a model without adapters."""
+    """Prepare the files of a model as it is, without merging."""
     twin, origin = exportable_twin(model, dtype, casts), origin_metadata(model)
     arguments = Arguments.of(twin, example_inputs)
     if dtype is not None:
@@ -425,7 +428,7 @@ def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
 
 
 def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
-    """Run once: on a widened batch if the model takes it, else on the examples as they are."""
+    """Run once, on a widened batch if the model takes it, else on the example inputs."""
     arguments = flat.eval().arguments
     failure: Exception | None = None
     for candidate in (widen_batch(arguments), arguments):
@@ -435,20 +438,20 @@ def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
             raise
         except Exception as error:  # noqa: BLE001  # whatever a model raises; re-raised below
             failure = error
-    given = ", ".join(
+    shapes = ", ".join(
         f"{name} {list(tensor.shape)}"
         for name, tensor in zip(arguments.names, arguments.tensors, strict=True)
     )
     raise ExportError(
-        f"{type(flat.model).__name__} does not run on the example inputs ({given}): {failure}"
+        f"{type(flat.model).__name__} does not run on the example inputs ({shapes}): {failure}"
     ) from failure
 
 
 def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
-    """Runs a model once, and again if that has left something behind in its objects.
+    """Run a model once, and again if the call has changed its state. Return the names of outputs.
 
     Raises:
-        ExportError: If the second call returns other values: a file has no such state.
+        ExportError: The second call returns other values. A file cannot have such state.
     """
     before = State(flat.model)
     drawn = torch.get_rng_state()

@@ -1,7 +1,7 @@
-"""Loading a file on the provider that was asked for, or not at all.
+"""Loader of a file on exactly the requested provider.
 
-ONNX Runtime answers a request for CUDA that it cannot meet with a session on the CPU and a line on
-stderr. Here such a session is never handed out: what is missing is found out and raised.
+If CUDA does not work, ONNX Runtime opens a session on the CPU and prints a line to stderr. Such a session is
+never returned here: an error names the missing part.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ _log = logging.getLogger("lora_fx")
 
 
 class Optimizer(NamedTuple):
-    """An optimization of ONNX Runtime that a session goes without.
+    """Optimization of ONNX Runtime that is switched off in sessions.
 
     Attributes:
-        name: Its name there.
-        providers: Where.
-        since: The first version of ONNX Runtime, (major, minor).
-        before: The first version after that where it is fine; None if there is none.
-        mark: Bytes that such a file has; b"" for every file.
-        reason: What was measured.
+        name: Its name in ONNX Runtime.
+        providers: Providers on which it is switched off.
+        since: The first affected version of ONNX Runtime, (major, minor).
+        before: The first later version that is fine; None if there is none.
+        mark: Bytes that an affected file has; b"" for every file.
+        reason: The measurement.
     """
 
     name: str
@@ -93,27 +93,27 @@ SLOW_OR_BROKEN = (
         "it ends the process on adapter inputs in fp16, from 1.23.2 to 1.28.0",
     ),
 )
-"""Measured on the versions that ``reason`` names."""
+"""Optimizations that sessions switch off, measured on the versions in ``reason``."""
 
 
 def optimizers_off(version: str, provider: str, path: Path) -> list[str]:
-    """Names of the optimizations that a session of a file goes without.
+    """Return the names of the optimizations to switch off for a file.
 
     Args:
-        version: Of ONNX Runtime.
+        version: Version of ONNX Runtime.
         provider: "cuda", "cpu" or "webgpu".
         path: The file.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    number = (int(found[1]), int(found[2])) if found else (0, 0)
+    match = re.match(r"(\d+)\.(\d+)", version)
+    number = (int(match[1]), int(match[2])) if match else (0, 0)
     chosen = [
-        one
-        for one in SLOW_OR_BROKEN
-        if provider in one.providers
-        and number >= one.since
-        and (one.before is None or number < one.before)
+        optimizer
+        for optimizer in SLOW_OR_BROKEN
+        if provider in optimizer.providers
+        and number >= optimizer.since
+        and (optimizer.before is None or number < optimizer.before)
     ]
-    return [one.name for one in chosen if _contains(path, one.mark)]
+    return [optimizer.name for optimizer in chosen if _contains(path, optimizer.mark)]
 
 
 def _contains(path: Path, mark: bytes) -> bool:
@@ -124,16 +124,16 @@ def _contains(path: Path, mark: bytes) -> bool:
 
 
 def import_onnxruntime() -> Any:
-    """The onnxruntime module.
+    """Import and return the onnxruntime module.
 
     Raises:
-        ProviderError: It is not installed, with the extra to install.
+        ProviderError: It is not installed. The message names the extra to install.
     """
     onnxruntime = load_optional(
         "onnxruntime", "running an ONNX file", "lora-fx[gpu]", "lora-fx[cpu]", error=ProviderError
     )
     if not hasattr(onnxruntime, "InferenceSession"):
-        # What is left of the shared folder after one of two wheels was uninstalled.
+        # The shared folder is incomplete after one of two wheels was uninstalled.
         raise ProviderError(
             "the installation of ONNX Runtime is damaged (no InferenceSession in it): pip "
             "uninstall onnxruntime onnxruntime-gpu, then pip install 'lora-fx[gpu]' or "
@@ -151,14 +151,14 @@ _REMEDIES = {
 
 
 def check_provider(runtime: Any, provider: str) -> None:
-    """Refuse a provider that cannot work on this machine.
+    """Raise if a provider cannot work on this machine.
 
     Args:
         runtime: The onnxruntime module.
         provider: "cuda", "cpu" or "webgpu".
 
     Raises:
-        ProviderError: With what is missing and what to do about it.
+        ProviderError: The message names the missing part and a remedy.
     """
     if provider not in PROVIDERS:
         near = hint(str(provider).lower(), PROVIDERS, " Did you mean '{}'?", count=1, cutoff=0.7)
@@ -177,21 +177,21 @@ def check_provider(runtime: Any, provider: str) -> None:
 
 
 def wheel_conflict() -> str:
-    """What to do about both ONNX Runtime wheels being installed; "" if they are not."""
-    found = []
+    """Return advice if several wheels of ONNX Runtime are installed, else ""."""
+    wheels = []
     for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-webgpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name} {importlib.metadata.version(name)}")
-    if len(found) < 2:
+            wheels.append(f"{name} {importlib.metadata.version(name)}")
+    if len(wheels) < 2:
         return ""
     return (
-        f"{' and '.join(found)} are both installed and overwrite each other: pip uninstall both, "
+        f"{' and '.join(wheels)} are both installed and overwrite each other: pip uninstall both, "
         f"then pip install 'lora-fx[gpu]', or the one that has the provider"
     )
 
 
 def cuda_library(runtime: Any) -> Path:
-    """Return where the CUDA provider of this ONNX Runtime lies, if it has one."""
+    """Return the path of the CUDA provider's library in this ONNX Runtime. The file may not exist."""
     name = (
         "onnxruntime_providers_cuda.dll"
         if sys.platform == "win32"
@@ -201,9 +201,9 @@ def cuda_library(runtime: Any) -> Path:
 
 
 def missing_cuda_libraries(runtime: Any) -> list[str]:
-    """Return the shared libraries that the CUDA provider asks for and the loader does not find.
+    """Return the shared libraries that the CUDA provider needs and the loader does not find.
 
-    What a library of Windows asks for is not read: there ONNX Runtime says it when a session begins.
+    On Windows the dependencies are not read, because ONNX Runtime reports them when a session starts.
     """
     library = cuda_library(runtime)
     if not library.is_file():
@@ -234,7 +234,7 @@ def _needed(library: Path) -> list[str]:
 
 def _check_cuda(runtime: Any, available: list[str]) -> None:
     words = io.StringIO()
-    # It prints what it cannot load instead of raising; the libraries are tried below.
+    # It prints the libraries that it cannot load instead of raising. They are tried below.
     with contextlib.redirect_stdout(words):
         runtime.preload_dlls()
     for line in filter(None, map(str.strip, words.getvalue().splitlines())):
@@ -272,13 +272,13 @@ def _loads(name: str) -> bool:
 
 
 def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], settings: Any) -> Any:
-    """A session of ONNX Runtime.
+    """Open a session of ONNX Runtime.
 
     Args:
         runtime: The onnxruntime module.
         path: The ``.onnx`` file.
         provider: "cuda", "cpu" or "webgpu".
-        options: Of the provider.
+        options: Options of the provider.
         settings: ``SessionOptions``, see ``session_settings``.
 
     Raises:
@@ -288,7 +288,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
     """
     check_provider(runtime, provider)
     if path.is_dir():
-        inside = ", ".join(sorted(one.name for one in path.glob("*.onnx"))) or "no .onnx file"
+        inside = ", ".join(sorted(file.name for file in path.glob("*.onnx"))) or "no .onnx file"
         raise ExportError(f"{path} is a folder, which holds {inside}: give the file")
     if not path.is_file():
         raise ExportError(f"there is no file {path}: export a model to it first")
@@ -296,7 +296,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
     # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.
     wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]
     try:
-        # enable_fallback=0: else ONNX Runtime retries on the CPU by itself.
+        # With fallback, ONNX Runtime would silently retry on the CPU.
         session = runtime.InferenceSession(
             str(path),
             settings,
@@ -341,31 +341,33 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
 
 
 def _has_bf16(path: Path) -> bool:
-    """Whether a file has weights in bf16; False also where the onnx package is not there to look."""
+    """Return True if a file has weights in bf16. False may also mean that onnx cannot read it."""
     try:
         import onnx
 
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception:  # noqa: BLE001  # the reason of ONNX Runtime is there without this
+    except Exception:  # noqa: BLE001  # the error of ONNX Runtime is raised in any case
         return False
-    return any(one.data_type == onnx.TensorProto.BFLOAT16 for one in graph.initializer)
+    return any(
+        initializer.data_type == onnx.TensorProto.BFLOAT16 for initializer in graph.initializer
+    )
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of ONNX Runtime says, without its codes."""
+    """Return the message of an error of ONNX Runtime, without its codes."""
     # "[ONNXRuntimeError] : 7 : INVALID_PROTOBUF : Load model from x.onnx failed:Protobuf parsing …"
     text = str(error).strip().splitlines()
     return text[0].split(" : ", 3)[-1] if text else type(error).__name__
 
 
 _RECORD_KEY = "session.record_ep_graph_assignment_info"
-"""The entry of the session's options without which ONNX Runtime does not say."""
+"""Config entry of a session that makes ONNX Runtime record the providers of nodes."""
 
 _ASK = "get_provider_graph_assignment_info"
 _CPU = "CPUExecutionProvider"
 
-# What ONNX Runtime itself moves from a GPU to the CPU, because it is arithmetic on a few sizes.
-# CUDA has a kernel for each of these, so that nothing else brings them there.
+# Operators that ONNX Runtime moves from a GPU to the CPU for arithmetic on a few sizes. CUDA has a kernel for
+# each of them, so they have no other reason to be on the CPU.
 _SHAPE_OPERATORS = frozenset(
     {
         *("Abs", "Add", "And", "Cast", "Ceil", "Concat", "Constant", "ConstantOfShape", "Div"),
@@ -379,12 +381,12 @@ _SHAPE_OPERATORS = frozenset(
 
 @dataclass(frozen=True)
 class NodePlacement:
-    """Where one node runs.
+    """Provider of one node.
 
     Attributes:
-        name: Its name, after ONNX Runtime's first optimizations.
-        operator: What it computes.
-        provider: The execution provider.
+        name: Name of the node after ONNX Runtime's first optimizations.
+        operator: Operator of the node.
+        provider: Execution provider of the node.
     """
 
     name: str
@@ -394,11 +396,11 @@ class NodePlacement:
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """Where the nodes of a session run.
+    """Providers of the nodes of a session.
 
     Attributes:
-        nodes: Each of them.
-        provider: The provider that was asked for.
+        nodes: All nodes.
+        provider: The requested provider.
     """
 
     nodes: tuple[NodePlacement, ...]
@@ -406,14 +408,14 @@ class PlacementReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Provider to number of nodes."""
+        """Number of nodes by provider."""
         return dict(Counter(node.provider for node in self.nodes))
 
     @property
     def elsewhere(self) -> tuple[NodePlacement, ...]:
-        """Nodes that do real work, and not on the provider that was asked for.
+        """Nodes that do real work on another provider than the requested one.
 
-        Data goes to another device and back for each. Arithmetic on sizes does not count.
+        Each copies its data to another device and back. Arithmetic on sizes does not count.
         """
         return tuple(
             node
@@ -424,22 +426,24 @@ class PlacementReport:
 
     def __str__(self) -> str:
         lines = [f"{count} nodes on {provider}" for provider, count in self.counts.items()]
-        found = self.elsewhere
-        if found:
-            lines.append(f"{len(found)} of them do work on another device than {self.provider}:")
-            lines += [f"  {node.operator} {node.name} on {node.provider}" for node in found]
+        elsewhere = self.elsewhere
+        if elsewhere:
+            lines.append(
+                f"{len(elsewhere)} of them do work on another device than {self.provider}:"
+            )
+            lines += [f"  {node.operator} {node.name} on {node.provider}" for node in elsewhere]
         return "\n".join(lines)
 
 
 def read_placement(session: Any, provider: str) -> PlacementReport:
-    """What a session of ONNX Runtime says of its nodes.
+    """Read the providers of nodes from a session of ONNX Runtime.
 
     Args:
-        session: Made with :data:`_RECORD_KEY` set to "1".
-        provider: Full name of the provider that was asked for.
+        session: Session that was opened with :data:`_RECORD_KEY` set to "1".
+        provider: Full name of the requested provider.
 
     Raises:
-        ExportError: This ONNX Runtime does not say.
+        ExportError: This ONNX Runtime does not report them.
     """
     if not hasattr(session, _ASK):
         raise ExportError("this onnxruntime does not say where nodes run: update it (1.31 does)")
@@ -452,23 +456,23 @@ def read_placement(session: Any, provider: str) -> PlacementReport:
 
 
 def warn_of_work(session: Any, provider: str, file: str) -> None:
-    """Log a warning for nodes that run elsewhere than was asked for.
+    """Log a warning if nodes run on another provider than the requested one.
 
     Args:
-        session: As for :func:`read_placement`; one that does not say is taken to have none.
-        provider: Full name of the provider that was asked for.
-        file: What runs, for the message.
+        session: As for :func:`read_placement`. There is no warning if it does not report placements.
+        provider: Full name of the requested provider.
+        file: Name of the file, for the message.
     """
     report = read_placement(session, provider) if hasattr(session, _ASK) else None
-    found = report.elsewhere if report else ()
-    if found:
-        kinds = Counter(node.operator for node in found)
+    elsewhere = report.elsewhere if report else ()
+    if elsewhere:
+        kinds = Counter(node.operator for node in elsewhere)
         shown = ", ".join(f"{count} {operator}" for operator, count in kinds.most_common(5))
         _log.warning(
             "%s: %d nodes have no kernel on %s and run on the CPU, with copies there and back (%s): "
             "OnnxSession.placement() lists them",
             file,
-            len(found),
+            len(elsewhere),
             provider,
             shown,
         )
@@ -482,10 +486,10 @@ def check_arguments(
     tf32: bool,
     cuda_graph: bool,
 ) -> None:
-    """Refuse arguments of ``OnnxSession`` that would be ignored or mean nothing.
+    """Raise for arguments of ``OnnxSession`` that would be ignored or have no meaning.
 
     Raises:
-        ConfigError: It names them.
+        ConfigError: The message names the argument.
     """
     if cuda_graph and provider != "cuda":
         raise ConfigError(f"cuda_graph=True is for provider='cuda', found {provider!r}")
@@ -501,16 +505,16 @@ def check_arguments(
 
 
 def session_settings(runtime: Any, given: Any, *, low_memory: bool) -> Any:
-    """The ``SessionOptions`` of a session.
+    """Return the ``SessionOptions`` of a session.
 
     Args:
         runtime: The onnxruntime module.
-        given: The caller's, which are added to, since ONNX Runtime cannot copy them; None for those of
-            ONNX Runtime, which then says errors only.
-        low_memory: Whether to leave weights where they are.
+        given: The caller's options, which are changed in place because ONNX Runtime cannot copy them. None
+            for the defaults, with only errors logged.
+        low_memory: True to leave weights in their files.
 
     Raises:
-        ConfigError: ``given`` is something else.
+        ConfigError: ``given`` has another type.
     """
     if given is None:
         settings = runtime.SessionOptions()
@@ -523,10 +527,10 @@ def session_settings(runtime: Any, given: Any, *, low_memory: bool) -> Any:
         )
     settings.add_session_config_entry(_RECORD_KEY, "1")
     if low_memory:
-        # Fusions beyond the basic ones join weights, and widen those in half precision.
+        # Fusions beyond the basic ones create joined weights, and widen weights in half precision.
         settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        settings.enable_cpu_mem_arena = False  # it keeps what was needed once
-        # By default all half weights are widened first, then each is used.
+        settings.enable_cpu_mem_arena = False  # the arena keeps memory after its use
+        # By default all half-precision weights are widened before the first is used.
         settings.execution_order = runtime.ExecutionOrder.PRIORITY_BASED
         settings.add_session_config_entry("session.disable_prepacking", "1")
     return settings

@@ -1,4 +1,4 @@
-"""Reports of exports: what was written and how it was checked, as plain data without onnx and torch."""
+"""Reports of exports about files and their checks, as plain data that needs neither onnx nor torch."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class StoredFormat:
     """Quantized weights in a file.
 
     Attributes:
-        scheme: Name of the format, as ``nf4`` or ``int8``.
-        operator: What reads them: the name of an operator, as "MatMulNBits" or "DequantizeLinear".
-        block_size: Values that share a scale; None for one scale a row.
-        weights: How many matrices.
-        values: How many values they have together.
-        bytes: What they take, scales included.
+        scheme: Name of the format, such as ``nf4`` or ``int8``.
+        operator: Operator that reads them, such as "MatMulNBits" or "DequantizeLinear".
+        block_size: Number of values that share a scale; None for one scale a row.
+        weights: Number of matrices.
+        values: Number of values of all matrices.
+        bytes: Size of all matrices, scales included.
     """
 
     scheme: str
@@ -46,12 +46,12 @@ class StoredFormat:
 
     @property
     def bits(self) -> float:
-        """Bits a value takes, with its part of a scale."""
+        """Bits of a value, with its share of a scale."""
         return 8 * self.bytes / self.values
 
     @property
     def of_fp16(self) -> float:
-        """Their size over that in fp16."""
+        """Ratio of their size to the size in fp16."""
         return self.bytes / (2 * self.values)
 
     def __str__(self) -> str:
@@ -65,12 +65,12 @@ class StoredFormat:
 
 @dataclass(frozen=True)
 class BankSize:
-    """How many adapters a file runs in one batch.
+    """Size of a bank: the adapters that a file can run in one batch.
 
     Attributes:
-        adapters: Those in the file, by name: the first has id 0.
-        capacity: How many there may be.
-        rank: What all are filled up to.
+        adapters: Names of the adapters in the file; the first has id 0.
+        capacity: Largest number of adapters.
+        rank: Rank that all are padded to.
     """
 
     adapters: tuple[str, ...]
@@ -82,7 +82,7 @@ class BankSize:
 
 
 def size_text(size: int) -> str:
-    """Bytes, for people."""
+    """Return a number of bytes as text, in kB or MB."""
     return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size / 1e3:.1f} kB"
 
 
@@ -92,16 +92,16 @@ _LAYER = re.compile(r"^(past_key_values|present)\.\d+\.")
 
 @dataclass(frozen=True)
 class OutputParity:
-    """How far one output was from PyTorch's, the worst over every shape that was tried.
+    """Largest difference of one output from PyTorch's, over every shape that was tried.
 
     Attributes:
         name: Name of the output in the file.
         max_abs_error: Largest absolute difference.
-        max_rel_error: That difference over the largest magnitude of the output.
-        tolerance: What ``max_rel_error`` may be; 0 for outputs that must be equal.
-        pytorch_rel_error: For a half-precision file, how far PyTorch in that precision is from the
-            reference, else None. Where it is far over the tolerance, providers that round after
-            each operation will be, too.
+        max_rel_error: Ratio of that difference to the largest magnitude of the output.
+        tolerance: Limit of ``max_rel_error``; 0 for outputs that must be equal.
+        pytorch_rel_error: For a half-precision file, the difference of PyTorch in that precision from
+            the reference, else None. If it is far over the tolerance, so are providers that round
+            after each operation.
     """
 
     name: str
@@ -113,50 +113,49 @@ class OutputParity:
 
 @dataclass(frozen=True, repr=False)
 class ExportReport:
-    """The result of ``export_onnx``. Print it to see all of it; a notebook shows tables.
+    """Result of ``export_onnx``. Print it to see all of it; a notebook shows tables.
 
     Attributes:
-        path: The file that was written.
-        files: Name to bytes of every file of this model: the model, and after it those of its
-            weights, if they are not inside. They all have to stay in one folder.
+        path: Path of the file.
+        files: Sizes in bytes of the files of this model by name. The first is the model; files of its
+            weights follow, if they are separate. All of them have to stay in one folder.
         opset: ONNX opset of the file.
-        dtype: "fp32", "fp16", "bf16" or the torch name of what most weights are stored in.
+        dtype: Storage dtype of most weights: "fp32", "fp16", "bf16" or torch's name.
         nodes: Number of nodes of the graph.
-        operators: Operator to the number of its nodes, the most frequent first.
+        operators: Number of nodes by operator, the most frequent first.
         initializers: Number of stored tensors.
-        inputs: Input name to its axes: a name for a dynamic one, a size for a fixed one.
+        inputs: Axes by input name: a name for each dynamic axis, a size for each fixed axis.
         outputs: The same for outputs.
-        dynamic_axes: Input name to its dynamic axes, by position.
-        axis_limits: Name of a dynamic axis to its largest size, where the model has one.
-        fixed_axes: ``input[axis]`` to the reason why it is fixed.
-        baked_arguments: Arguments that are no tensors, hence constants of the file.
-        verified: Whether the file was compared with PyTorch.
-        unverified_reason: Why not, else "".
-        parity: The comparison, one row an output.
-        shapes_tried: The input shapes on which it was made.
-        values_tried: What there is to say of the values on which it was made, "" for fresh ones.
-        shapes_skipped: Shapes that PyTorch itself refused, with its words.
+        dynamic_axes: Names of dynamic axes by input name and position.
+        axis_limits: Largest sizes of dynamic axes by name, for axes with a limit.
+        fixed_axes: Reasons of fixed axes by ``input[axis]``.
+        baked_arguments: Arguments that are not tensors, and so are constants of the file.
+        verified: True if the file was compared with PyTorch.
+        unverified_reason: Reason why it was not, else "".
+        parity: Result of the comparison, one row an output.
+        shapes_tried: Input shapes of the comparison.
+        values_tried: Remark on the input values of the comparison, "" for fresh values.
+        shapes_skipped: Shapes that PyTorch itself refused, with its error messages.
         provider: Execution provider of the comparison, else "".
-        reference: What the file was compared with, else "".
+        reference: Reference of the comparison in words, else "".
         seconds: Wall-clock seconds of each stage, in order.
-        metadata: What the file says of itself: version, base model, adapters and their configurations.
-        versions: Version of each package that had a part in it.
-        task: What it was exported for, None if as the model is called.
-        encoder: Of the file with the encoder, which has to stay in the same folder; None if there is
-            none.
-        swappable: Sites that take an adapter when the file is run; none if adapters were merged.
-        opset_reason: Why the file has its opset.
-        finite: Places where the model asks whether values are finite and does something else if they
-            are not: a file has no such branch, and does what is done with finite values.
-        quantized: Quantized weights, one entry for each form; empty if there are none.
-        adapters: Where the adapters are: "merge", "inline", "inputs" or "bank", as ``export_onnx`` takes it.
-        bank: Of a file with a bank, how many adapters it has and takes, and of which rank; else None.
-        target: The runtime whose folder it lies in; None for a file by itself.
-        companions: Name to bytes of what else is in that folder.
-        optimize: How much was fused, as ``export_onnx`` takes it: less than was asked for where a file with
-            more fusions was not equal to the model.
-        fused: Name of a fusion to how often it was applied.
-        not_fused: Name of a fusion, or of a level of them, to why it was not, everywhere or at some places.
+        metadata: Metadata entries: version, base model, adapters and their configurations.
+        versions: Versions of the packages that were used.
+        task: Task of the export, None if the model was exported as it is called.
+        encoder: Report of the file with the encoder, which has to stay in the same folder, or None.
+        swappable: Sites that take an adapter when the file runs; empty if adapters were merged.
+        opset_reason: Reason for the opset.
+        finite: Locations where the model branches on values being finite. The file has only the branch for
+            finite values.
+        quantized: Quantized weights, one entry for each format; empty without quantized weights.
+        adapters: Form of the adapters: "merge", "inline", "inputs" or "bank", as in ``export_onnx``.
+        bank: Size of the bank of a file that has one, else None.
+        target: The runtime that the folder is for; None for a file without a folder.
+        companions: Sizes in bytes of the other files in that folder by name.
+        optimize: Level of fusion, as in ``export_onnx``. It is lower than requested if a file with more
+            fusions did not match the model.
+        fused: Number of applications of each fusion by name.
+        not_fused: Reasons why a fusion or a level of fusions was not applied, everywhere or at some nodes.
     """
 
     path: str
@@ -204,17 +203,17 @@ class ExportReport:
 
     @property
     def data_files(self) -> tuple[str, ...]:
-        """Names of the files of the weights; none where they are in the model file."""
+        """Names of the files of the weights; empty if weights are in the model file."""
         return tuple(self.files)[1:]
 
     @property
     def max_abs_error(self) -> float:
-        """Largest absolute difference over all outputs; 0 where nothing was compared."""
+        """Largest absolute difference over all outputs; 0 if nothing was compared."""
         return max((row.max_abs_error for row in self._rows()), default=0.0)
 
     @property
     def max_rel_error(self) -> float:
-        """Largest difference over all outputs, each over its output's largest magnitude."""
+        """Largest difference over all outputs, each relative to its output's largest magnitude."""
         return max((row.max_rel_error for row in self._rows()), default=0.0)
 
     def _rows(self) -> tuple[OutputParity, ...]:
@@ -226,7 +225,7 @@ class ExportReport:
         return sum(self.seconds.values())
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json_text(self)
 
     def __repr__(self) -> str:
@@ -236,8 +235,8 @@ class ExportReport:
     def _repr_html_(self) -> str:
         ports = [
             (kind, name, ", ".join(map(str, axes)))
-            for kind, found in (("input", self.inputs), ("output", self.outputs))
-            for name, axes in short(found).items()
+            for kind, entries in (("input", self.inputs), ("output", self.outputs))
+            for name, axes in short(entries).items()
         ]
         parity = [
             (
@@ -283,12 +282,12 @@ class ExportReport:
         lines += [f"  output {name}{_axes(axes)}" for name, axes in short(self.outputs).items()]
         lines += [f"  {axis} is at most {size}" for axis, size in self.axis_limits.items()]
         if self.task is None:
-            # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+            # With a task, the user did not choose the fixed axes, so they are not listed.
             lines += [f"  fixed: {axis}: {reason}" for axis, reason in self.fixed_axes.items()]
         lines += [f"  baked in: {name} = {value}" for name, value in self.baked_arguments.items()]
         if self.finite:
-            others = f" and {len(self.finite) - 1} more" if len(self.finite) > 1 else ""
-            lines.append(f"  values are taken to be finite, at {self.finite[0]}{others}")
+            more = f" and {len(self.finite) - 1} more" if len(self.finite) > 1 else ""
+            lines.append(f"  values are taken to be finite, at {self.finite[0]}{more}")
         lines += [f"  {form}" for form in self.quantized]
         if self.fused:
             lines.append(f"  fused ({self.optimize}): {fusions_text(self.fused)}")
@@ -297,11 +296,11 @@ class ExportReport:
             lines.append("  adapters stay beside the operations, as products of their own")
         if self.swappable:
             sites = len(self.swappable)
-            places = f"at {sites} place{'s'[: sites > 1]}"
+            sites_text = f"at {sites} place{'s'[: sites > 1]}"
             lines.append(
-                f"  adapters of any rank are inputs, {places}"
+                f"  adapters of any rank are inputs, {sites_text}"
                 if self.bank is None
-                else f"  each row of a batch has its own adapter, {places}: {self.bank}"
+                else f"  each row of a batch has its own adapter, {sites_text}: {self.bank}"
             )
         lines += self._parity_lines()
         if self.encoder is not None:
@@ -321,27 +320,27 @@ class ExportReport:
 
 
 def short(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
-    """One entry for all layers of a cache, whose names differ in a number."""
-    found: dict[str, _Entry] = {}
+    """Keep one entry for all layers of a cache, whose names differ only in a number."""
+    by_name: dict[str, _Entry] = {}
     for name, entry in entries.items():
-        found.setdefault(_LAYER.sub(r"\1.*.", name), entry)
-    return found
+        by_name.setdefault(_LAYER.sub(r"\1.*.", name), entry)
+    return by_name
 
 
 def fusions_text(fused: Mapping[str, int]) -> str:
-    """The fusions of a file, for people: their names and how often they were applied."""
+    """Return the fusions of a file as text: their names and numbers of applications."""
     return ", ".join(f"{name} {count}×" for name, count in fused.items())
 
 
 def worse(one: OutputParity, other: OutputParity) -> OutputParity:
-    """The row of two comparisons of one output."""
+    """Return the worse row of two comparisons of one output."""
     row = max(one, other, key=lambda entry: entry.max_rel_error)
     narrow = [r.pytorch_rel_error for r in (one, other) if r.pytorch_rel_error is not None]
     return dataclasses.replace(row, pytorch_rel_error=max(narrow, default=None))
 
 
 def worst_by_layer(rows: Iterable[OutputParity]) -> list[OutputParity]:
-    """One row for all layers of a cache."""
+    """Return the worst row over all layers of a cache, and all other rows."""
     worst: dict[str, OutputParity] = {}
     for row in rows:
         row = dataclasses.replace(row, name=_LAYER.sub(r"\1.*.", row.name))

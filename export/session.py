@@ -1,4 +1,4 @@
-"""Running an exported file."""
+"""Sessions that run an exported file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lora_fx.export.generation import Generates
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
 
 
-# Running at fixed shapes and fixed addresses, which is what a CUDA graph is captured from.
+# Runs at fixed shapes and fixed addresses, which a CUDA graph needs.
 #
-# A captured graph repeats its kernels on the memory that they saw. So every input, output and factor has
-# a buffer that never moves: a run writes its inputs into theirs, and a switch of adapters writes the
-# factors, filled up with zeros to the highest rank that there may be.
+# A captured graph replays its kernels on the same memory. So every input, output and factor has a buffer
+# that never moves. A run copies its inputs into their buffers. A switch of adapters copies the factors,
+# padded with zeros to the highest rank.
 
 MAX_SHAPES = 16
-"""How many combinations of input shapes have a graph, and buffers, of their own."""
+"""Largest number of combinations of input shapes that get their own graph and buffers."""
 
 _GRAPH_ID = "gpu_graph_id"
 _NO_CAPTURE = "-1"
@@ -43,7 +43,7 @@ _NO_CAPTURE = "-1"
 
 @dataclass(frozen=True)
 class _Graph:
-    """The buffers and the binding of one combination of shapes."""
+    """Buffers and binding of one combination of shapes."""
 
     inputs: Mapping[str, Any]
     outputs: tuple[Any, ...]
@@ -53,15 +53,15 @@ class _Graph:
 
 @dataclass(eq=False)
 class StaticRunner:
-    """Runs a session from buffers, one run at a time.
+    """Runner of a session on fixed buffers, one run at a time.
 
     Args:
         runtime: The onnxruntime module.
         session: Its session.
         outputs: The outputs of the file.
-        manifest: The adapter inputs; None for a file without.
-        max_rank: The rank that factors are filled up to.
-        device: Where the session runs.
+        manifest: The adapter inputs; None for a file without adapters.
+        max_rank: The rank that factors are padded to.
+        device: Device of the session.
     """
 
     runtime: Any
@@ -87,11 +87,11 @@ class StaticRunner:
 
         Args:
             feeds: Values for the inputs of the model.
-            adapter: What to run with.
-            device: Where the results are to lie.
+            adapter: The adapter to run with.
+            device: Device of the results.
 
         Returns:
-            Values with memory of their own, in the order of the outputs.
+            Values that own their memory, in the order of the outputs.
 
         Raises:
             ExportError: ONNX Runtime fails, or there are too many shapes.
@@ -105,16 +105,16 @@ class StaticRunner:
             return [self._taken(value, device) for value in graph.outputs]
 
     def _switch(self, adapter: HeldAdapter) -> None:
-        """Writes the factors of an adapter, unless they are there already."""
+        """Copy the factors of an adapter into the buffers, unless they already hold them."""
         if self._loaded is adapter:
             return
-        self._loaded = None  # what an error leaves half written is written again
+        self._loaded = None  # after an error, incomplete buffers are written again
         for site in self.manifest.sites if self.manifest else ():
-            for one in site.inputs():
-                value = filled_up(site, one, adapter.values.get(one.name), self.max_rank)
-                if one.name not in self._factors:
-                    self._factors[one.name] = self._buffer(value.shape, ort.element_of(value))
-                ort.write(self._factors[one.name], value)
+            for input_ in site.inputs():
+                value = filled_up(site, input_, adapter.values.get(input_.name), self.max_rank)
+                if input_.name not in self._factors:
+                    self._factors[input_.name] = self._buffer(value.shape, ort.element_of(value))
+                ort.write(self._factors[input_.name], value)
         self._loaded = adapter
 
     def _graph(self, feeds: Mapping[str, Any]) -> _Graph:
@@ -134,7 +134,7 @@ class StaticRunner:
         }
         for name, value in feeds.items():
             ort.write(inputs[name], ort.to_tensor(value))
-        # A first run says how large the outputs are. It must not be captured: they move.
+        # A first run tells the sizes of the outputs. It must not be captured, because their memory moves.
         binding = self._bound(inputs)
         for port in self.outputs:
             binding.bind_output(port.name, self.device.type, self.device.index)
@@ -162,7 +162,7 @@ class StaticRunner:
         return ort.allocate(self.runtime, shape, element, self.device)
 
     def _taken(self, buffer: Any, device: torch.device) -> Any:
-        """A copy that owns its memory: the next run writes into the buffer."""
+        """Return a copy that owns its memory, because the next run writes into the buffer."""
         taken = ort.allocate(self.runtime, buffer.shape(), buffer.element_type(), device)
         if self.device.type == "cpu" or torch.cuda.is_available():
             value = ort.to_tensor(buffer)
@@ -173,13 +173,13 @@ class StaticRunner:
 
 
 def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_rank: int) -> Tensor:
-    """A factor at the highest rank: what is beyond its own rank is zero, and so adds nothing.
+    """Return a factor padded to the highest rank. The padding is zero, and so adds nothing.
 
     Args:
-        site: Where it is.
-        one: Which factor, bias or gain.
-        value: It, or None for an adapter that is not at this site.
-        max_rank: That rank; for a grouped convolution the next multiple of its groups.
+        site: The site of the factor.
+        one: The input: a factor, bias or gain.
+        value: The value, or None for an adapter that is not at this site.
+        max_rank: The highest rank. A grouped convolution takes the next multiple of its groups.
     """
     groups = site.groups
     rank = -(-max_rank // groups) * groups
@@ -190,7 +190,7 @@ def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_ran
     if axis is None:
         return value
     if one.role == "A" and groups > 1:
-        # The ranks of one group come after those of another.
+        # The ranks are ordered by group, so each group is padded separately.
         size = len(value) // groups
         whole.view(groups, -1, *whole.shape[1:])[:, :size] = value.view(
             groups, size, *value.shape[1:]
@@ -201,30 +201,30 @@ def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_ran
 
 
 class OnnxSession(Generates):
-    """An exported model, loaded and ready to run.
+    """Exported model, loaded and ready to run.
 
-    Threads may share it: runs at the same time have a binding each. An adapter is bound once, not at each
-    run.
+    Threads may share a session, because concurrent runs have separate bindings. An adapter is bound once and
+    not for each run.
 
     Args:
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
             lie in the same folder.
-        provider: "cuda", "cpu" or "webgpu". What runs is this provider or nothing.
+        provider: "cuda", "cpu" or "webgpu". There is no fallback to another provider.
         provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
-        session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. The session
-            adds to it what it needs, so give each its own where they differ.
-        low_memory: Whether to leave weights in their files, mapped into memory, although that is slower.
-        tf32: Whether CUDA may compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
+        session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. Each
+            session adds its own settings to it, so sessions that differ need separate objects.
+        low_memory: True to leave weights in their files and map them into memory, which is slower.
+        tf32: True to let CUDA compute fp32 products in TF32, with ten bits of mantissa. PyTorch does
             not by default either.
-        cuda_graph: Whether to capture a CUDA graph for each combination of input shapes and replay it:
-            for models that wait for launches more than for kernels. Runs are one at a time then.
-        max_rank: The highest rank of an adapter, or of a weighted sum. CUDA graphs need one where the
-            file takes adapters: every adapter runs at this rank.
+        cuda_graph: True to capture a CUDA graph for each combination of input shapes and replay it. This
+            helps models that are bound by kernel launches. Runs then go one at a time.
+        max_rank: The highest rank of an adapter, or of a weighted sum. CUDA graphs need it if the file
+            takes adapters: every adapter then runs at this rank.
 
     Attributes:
-        inputs: What ``run`` takes.
-        outputs: What it gives.
-        metadata: What the file remembers of its export.
+        inputs: Inputs of ``run``.
+        outputs: Outputs of ``run``.
+        metadata: Metadata entries of the file.
         encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.
 
     Raises:
@@ -263,27 +263,29 @@ class OnnxSession(Generates):
         manifest = Manifest.from_metadata(self.metadata)
         self._limits: dict[str, int] = json.loads(self.metadata.get(ort.AXIS_LIMITS_KEY, "{}"))
         self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))
-        self._swapping = threading.Lock()  # two files never have adapters of two loads
-        held = self._runtime, manifest, self._device, self.path.name, max_rank
+        # Both files of a model always have the same adapters.
+        self._swapping = threading.Lock()
+        store_args = self._runtime, manifest, self._device, self.path.name, max_rank
         banked = manifest is not None and manifest.bank is not None
-        self._store = AdapterBank(*held, self.path) if banked else AdapterStore(*held)
+        self._store = AdapterBank(*store_args, self.path) if banked else AdapterStore(*store_args)
         axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
-        self.inputs = tuple(ort.port_of(one, axes) for one in self._session.get_inputs())
-        self.outputs = tuple(ort.port_of(one, axes) for one in self._session.get_outputs())
+        self.inputs = tuple(ort.port_of(value, axes) for value in self._session.get_inputs())
+        self.outputs = tuple(ort.port_of(value, axes) for value in self._session.get_outputs())
         cache = next(
-            (one.dtype for one in self.inputs if one.name.startswith("past_key_values.")), ""
+            (value.dtype for value in self.inputs if value.name.startswith("past_key_values.")), ""
         )
         check_attention(self.metadata, provider, self._runtime.__version__, cache, self.path.name)
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
-            beside = self.path.with_name(self.metadata[ENCODER_KEY])
-            if not beside.is_file():
+            encoder_path = self.path.with_name(self.metadata[ENCODER_KEY])
+            if not encoder_path.is_file():
                 raise ExportError(
-                    f"{self.path.name} is the decoder of a model whose encoder is {beside.name}, and that "
-                    f"is not in {beside.parent}: keep both files, and their data, in one folder"
+                    f"{self.path.name} is the decoder of a model whose encoder is {encoder_path.name}, "
+                    f"and that is not in {encoder_path.parent}: keep both files, and their data, "
+                    "in one folder"
                 )
             self.encoder = OnnxSession(
-                beside,
+                encoder_path,
                 provider,
                 provider_options=provider_options,
                 session_options=session_options,
@@ -306,16 +308,16 @@ class OnnxSession(Generates):
         )
 
     def placement(self) -> providers.PlacementReport:
-        """Which provider runs which node.
+        """Return which provider runs which node.
 
         Raises:
-            ExportError: This ONNX Runtime does not say.
+            ExportError: This ONNX Runtime does not report it.
         """
         return providers.read_placement(self._session, providers.PROVIDERS[self.provider])
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of the adapters that are loaded."""
+        """Names of the loaded adapters."""
         return self._store.names
 
     def load_adapter(
@@ -325,32 +327,32 @@ class OnnxSession(Generates):
         *,
         adapter_name: str | None = None,
     ) -> None:
-        """Load an adapter onto the device. It runs when :meth:`run` is told so.
+        """Load an adapter onto the device. Calls of :meth:`run` choose it by its name.
 
         Args:
-            name: What to call it. One of this name that is there already is replaced; runs that have
-                begun end with that.
+            name: Its name. An adapter of the same name is replaced; runs that have begun end with the old
+                one.
             source: An ``.onnx_adapter`` file, an adapter folder of PEFT, a rewritten model, or values by
                 the names of the inputs.
-            adapter_name: Which adapter of a model; by default the only one, or the only active one.
+            adapter_name: Name of the adapter in a model; by default the only one, or the only active one.
 
         Raises:
-            CheckpointError: It is missing or damaged, is for another model, has another dtype, lacks one
-                of two factors, or holds values that are not finite. The session is as it was.
+            CheckpointError: The adapter is missing, damaged or for another model, has another dtype, lacks
+                one of two factors, or has values that are not finite. The session is unchanged.
             ConfigError: The file takes no adapters, or an argument is not valid.
         """
         manifest = self._store.manifest
-        given: object = name
-        if not isinstance(given, str) or not given:
+        untyped: object = name
+        if not isinstance(untyped, str) or not untyped:
             raise ConfigError(f"the name of an adapter is {name!r}: give a text")
         values = values_of(source, adapter_name, manifest)
-        what = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
+        description = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
         with self._swapping:
             for part in self._parts():
-                part._store.load(name, values, what)
+                part._store.load(name, values, description)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter and free its memory.
+        """Remove an adapter and free its memory.
 
         Raises:
             ConfigError: There is no adapter of this name.
@@ -368,66 +370,67 @@ class OnnxSession(Generates):
         """Run the model once.
 
         Args:
-            inputs: Arrays or tensors by name, or in the order of ``self.inputs``. What lies on the
-                session's device is not copied. A decoder that is given no cache begins a text: its caches
-                are empty, and its mask, if that is not given either, covers all tokens.
+            inputs: Arrays or tensors by name, or in the order of ``self.inputs``. Tensors on
+                the session's device are not copied. A decoder without a cache in ``inputs`` begins a text:
+                its caches are empty, and a missing mask covers all tokens.
             adapter: The name of a loaded adapter, a dict of names to weights, or None for the base
-                model. Weighted changes are added up exactly; the last few sums are kept. For a file with a
-                bank also a list with a name, or None, for each row of the batch.
+                model. Weighted changes are added up exactly, and the last few sums are cached. A file with a
+                bank also takes a list with a name, or None, for each row of the batch.
 
         Returns:
-            Outputs by name: tensors, on the device of the first one given, if any of the inputs is
-            a tensor, else numpy arrays.
+            Outputs by name. They are tensors on the device of the first tensor among the inputs, or numpy
+            arrays if there is none.
 
         Raises:
-            ExportError: Names, dtypes, ranks or sizes do not fit (also those of two axes that have one
-                name), an axis has size 0 and the outputs would have elements all the same, or the model
-                fails.
+            ExportError: Names, dtypes, ranks or sizes do not fit, or two axes of one name have different
+                sizes. An axis has size 0, but the outputs would not be empty. The model fails.
             ConfigError: There is no such adapter, or a weight is no finite number.
         """
         names = [port.name for port in self.inputs]
         generates = TASK_KEY in self.metadata
-        begun = ort.with_empty_caches(inputs, self.inputs) if generates else inputs
-        given = ort.inputs_by_name(begun, names, self.path.name)
+        complete = ort.with_empty_caches(inputs, self.inputs) if generates else inputs
+        arguments = ort.inputs_by_name(complete, names, self.path.name)
         feeds = {
-            port.name: ort.feed(self._runtime, port, given[port.name], self._device)
+            port.name: ort.feed(self._runtime, port, arguments[port.name], self._device)
             for port in self.inputs
         }
-        ort.check_axes(self.inputs, given, self._limits, self.path.name, task=generates)
-        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        ort.check_axes(self.inputs, arguments, self._limits, self.path.name, task=generates)
+        tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
         ort.settle(tensors)
         device = tensors[0].device if tensors else None
-        if self._takes_one_row(given):
-            return self._run_rows(given, adapter)
+        if self._takes_one_row(arguments):
+            return self._run_rows(arguments, adapter)
         stays = device is not None and device.type == self._device.type
-        place = self._device if stays else ort.CPU
-        results = self._execute(feeds, adapter, place, take=partial(ort.unwrap, device=device))
+        target = self._device if stays else ort.CPU
+        results = self._execute(feeds, adapter, target, take=partial(ort.unwrap, device=device))
         return {port.name: result for port, result in zip(self.outputs, results, strict=True)}
 
-    def _takes_one_row(self, given: Mapping[str, Any]) -> bool:
-        """Whether a call is one that ONNX Runtime's attention takes a row at a time.
+    def _takes_one_row(self, arguments: Mapping[str, Any]) -> bool:
+        """Return True for a call that ONNX Runtime's attention can only run row by row.
 
-        It has a past and several new tokens in several rows, which only a caller of :meth:`run` gives:
-        :meth:`generate` reads a prompt at once and then a token at a time.
+        Such a call has a past and several new tokens in several rows. Only a direct caller of :meth:`run`
+        makes one: :meth:`generate` reads a prompt at once and then one token at a time.
         """
         if ONE_ROW_CHUNKS_KEY not in self.metadata:
             return False
         sizes: dict[int | str | None, int] = {}
         for port in self.inputs:
-            sizes.update(zip(port.shape, given[port.name].shape, strict=True))
+            sizes.update(zip(port.shape, arguments[port.name].shape, strict=True))
         several = sizes.get("batch", 1) > 1 and sizes.get("sequence", 1) > 1
         return several and sizes.get("past_length", 0) > 0
 
-    def _run_rows(self, given: Mapping[str, Any], adapter: AdapterChoice) -> dict[str, Any]:
-        """Run each row alone. Every input and output of such a file has the batch first."""
-        count = len(given[self.inputs[0].name])
-        each = adapter if isinstance(adapter, (list, tuple)) else [adapter] * count
+    def _run_rows(self, arguments: Mapping[str, Any], adapter: AdapterChoice) -> dict[str, Any]:
+        """Run each row alone. The first axis of every input and output of such a file is the batch."""
+        count = len(arguments[self.inputs[0].name])
+        choices = adapter if isinstance(adapter, (list, tuple)) else [adapter] * count
         self._store.chosen(adapter).check_rows(count, self.path.name)
-        with self._swapping:  # all rows have adapters of one moment
-            held: list[Any] = [self._store.chosen(one) for one in each]
+        with self._swapping:  # so that no adapter changes between rows
+            adapters: list[Any] = [self._store.chosen(choice) for choice in choices]
         rows = [
-            self.run({name: value[row : row + 1] for name, value in given.items()}, adapter=one)
-            for row, one in enumerate(held)
+            self.run(
+                {name: value[row : row + 1] for name, value in arguments.items()}, adapter=choice
+            )
+            for row, choice in enumerate(adapters)
         ]
         joined: dict[str, Any] = {}
         for port in self.outputs:
@@ -439,13 +442,13 @@ class OnnxSession(Generates):
     def _value(self, port: ort.Port, value: Tensor) -> Any:
         return ort.feed(self._runtime, port, value, self._device)
 
-    def _run_held(self, feeds: Mapping[str, Any], held: Any) -> list[Any]:
-        return self._execute(feeds, held[self], self._device)
+    def _run_held(self, feeds: Mapping[str, Any], adapters: Any) -> list[Any]:
+        return self._execute(feeds, adapters[self], self._device)
 
-    def _binding(self, held: Any, rows: int) -> Any:
-        held[self].check_rows(rows, self.path.name)
-        binding = held[self].bound.fresh(self._session)
-        for name, value in held[self].fed.items():
+    def _binding(self, adapters: Any, rows: int) -> Any:
+        adapters[self].check_rows(rows, self.path.name)
+        binding = adapters[self].bound.fresh(self._session)
+        for name, value in adapters[self].fed.items():
             binding.bind_ortvalue_input(name, value)
         return binding
 
@@ -466,15 +469,17 @@ class OnnxSession(Generates):
         device: torch.device = ort.CPU,
         take: Callable[[Any], Any] | None = None,
     ) -> list[Any]:
-        """From values of ONNX Runtime, by name, to values on ``device``, in the order of the outputs.
+        """Run on values of ONNX Runtime by name. Return values on ``device`` in the order of the outputs.
 
-        ``take`` is applied to each of them.
+        ``take`` is applied to each returned value.
         """
-        held = self._store.chosen(adapter)
+        held_adapter = self._store.chosen(adapter)
         shapes = {name: value.shape() for name, value in feeds.items()}
-        if held.rows is not None:
-            held.check_rows(next(shape[0] for shape in shapes.values() if shape), self.path.name)
-        nothing = ort.empty_outputs(
+        if held_adapter.rows is not None:
+            held_adapter.check_rows(
+                next(shape[0] for shape in shapes.values() if shape), self.path.name
+            )
+        empty_shapes = ort.empty_outputs(
             self.inputs,
             self.outputs,
             shapes,
@@ -482,18 +487,20 @@ class OnnxSession(Generates):
             inner=self._inner_sizes,
             task=TASK_KEY in self.metadata,
         )
-        if nothing is not None:
+        if empty_shapes is not None:
             values = [
                 ort.empty_value(self._runtime, port, shape, device)
-                for port, shape in zip(self.outputs, nothing, strict=True)
+                for port, shape in zip(self.outputs, empty_shapes, strict=True)
             ]
             return values if take is None else list(map(take, values))
         ort.settle((), self._device)
         if self._static is not None:
-            values = self._static.run(feeds, held, device)
+            values = self._static.run(feeds, held_adapter, device)
             return values if take is None else list(map(take, values))
-        feeds = {**feeds, **held.fed}
-        return ort.bound_run(self._session, feeds, held.bound, self.outputs, device, take=take)
+        feeds = {**feeds, **held_adapter.fed}
+        return ort.bound_run(
+            self._session, feeds, held_adapter.bound, self.outputs, device, take=take
+        )
 
     def _static_runner(self, manifest: Manifest | None, max_rank: int | None) -> StaticRunner:
         if manifest is not None and manifest.bank is not None:
@@ -510,19 +517,19 @@ class OnnxSession(Generates):
         return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
 
     def _hold(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
-        """An adapter as every file of the model has it at this moment."""
+        """Return the adapter in each file of the model, all from the same moment."""
         with self._swapping:
             return {part: part._store.chosen(adapter) for part in self._parts()}
 
     def _parts(self) -> tuple[OnnxSession, ...]:
-        # Both files of an encoder-decoder name every place of an adapter, whichever applies it.
+        # Both files of an encoder-decoder list every site of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
 
 
 def _places(provider: str, index: int) -> tuple[torch.device, torch.device | ort.Place]:
-    """Where inputs and factors of a session lie, and where its caches do.
+    """Return the device of inputs and factors of a session, and the place of its caches.
 
-    PyTorch has no memory on WebGPU: what a caller gives goes there with each run, and a cache stays there.
+    PyTorch has no memory on WebGPU. Inputs are copied to it with each run, and a cache stays on it.
     """
     if provider == "webgpu":
         return ort.CPU, ort.Place(provider, index)

@@ -1,9 +1,8 @@
-"""The folder in which an export is written, and memory for the weights that it creates.
+"""The staging folder of an export, and memory for its new weights.
 
-These are merged weights and those of another precision. A model that fills the machine's memory leaves no
-room for a second one. So what goes beyond a small allowance is kept in files in the staging folder,
-mapped into memory: the system writes them out when memory runs short and reads them back when they are
-used.
+New weights are merged weights and weights of another precision. A model may fill the machine's memory and
+leave no room for a second one. So weights beyond a small allowance go into files in the staging folder that
+are mapped into memory. The system writes them out when memory runs short and reads them back on use.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ __all__ = [
 
 try:
     import fcntl as _fcntl
-except ImportError:  # Windows: folders of processes that died stay there
+except ImportError:  # Windows: folders of dead processes are not removed
     _locks: Any = None
 else:
     _locks = _fcntl
@@ -62,11 +61,11 @@ _LOCK = "in-use.lock"
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which no other process uses."""
+    """Hold the lock of ``folder``, which belongs to this process alone."""
     if _locks is None:
         yield
         return
-    # It gets its name when it is locked: under that name it is never free while its owner lives.
+    # The file is renamed after it is locked. So a file of the final name is locked while its owner lives.
     unnamed = folder / f"{_LOCK}.new"
     with unnamed.open("wb") as file:
         _locks.flock(file, _locks.LOCK_EX)
@@ -75,13 +74,13 @@ def owned(folder: Path) -> Iterator[None]:
 
 
 def abandoned(folder: Path) -> bool:
-    """Whether the process that held the lock of ``folder`` is gone; False for one without a lock."""
+    """Return True if the process that held the lock of ``folder`` is gone. False if there is no lock."""
     if _locks is None:
         return False
     try:
         with (folder / _LOCK).open("rb+") as file:
             _locks.flock(file, _locks.LOCK_EX | _locks.LOCK_NB)
-    except OSError:  # held, or no such file
+    except OSError:  # locked, or no such file
         return False
     return True
 
@@ -92,91 +91,92 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 class Staging:
-    """A temporary folder next to ``target``, in which the new file is written.
+    """Temporary folder next to ``target``, in which the new file is written.
 
     Attributes:
-        target: Where the model file goes.
+        target: Destination of the model file.
         folder: The temporary folder.
-        model: The model file to write, under the name it will have.
-        data: The external data file to write, if there is to be one; several have
-            ``-00001-of-00003`` before the suffix.
-        companions: What is moved along, before the model file.
-        extras: Other files of the folder to the place of each; made by the code that fills it in.
+        model: The model file to write, under its final name.
+        data: The external data file to write, if any. Several files have ``-00001-of-00003`` before the
+            suffix.
+        companions: Further model files, which are moved before this one.
+        extras: Destinations of other files in the folder. A target's code sets it.
     """
 
     def __init__(self, target: Path, folder: Path, data: str | None = None) -> None:
         self.target = target
         self.folder = folder
         self.model = folder / target.name
-        # A digit first: onnx-ir would put the number of a file before what looks like a suffix.
+        # The token begins with a digit. Else onnx-ir takes it for a suffix, and puts the number of a file
+        # before it.
         token = f"{secrets.randbelow(10)}{secrets.token_hex(4)[1:]}"
         self.data = folder / (data or f"{target.name}.{token}.data")
         self.companions: list[Staging] = []
         self.extras: dict[Path, Path] = {}
 
     def companion(self, name: str) -> Staging:
-        """A further model file that belongs to this one: ``STEM.xxxxxxxx.NAME.onnx`` in the same folder."""
+        """Add a model file that belongs to this one: ``STEM.xxxxxxxx.NAME.onnx`` in the same folder."""
         file = f"{self.target.stem}.{secrets.token_hex(4)}.{name}{self.target.suffix}"
         staged = Staging(self.target.with_name(file), self.folder)
         self.companions.append(staged)
         return staged
 
     def written(self) -> list[Path]:
-        """The files of this model that are there: the model first, then its data."""
+        """Return the written files of this model: the model first, then its data."""
         data = self.folder.glob(f"{glob.escape(self.data.stem)}*{self.data.suffix}")
         return [self.model, *sorted(data)]
 
     def belonging(self) -> list[Path]:
-        """All files that are there but the model: those of its companions, and its data."""
+        """Return the files of the companions and the data files of this model, but not the model."""
         _, *data = self.written()
-        return [file for one in self.companions for file in one.written()] + data
+        return [file for companion in self.companions for file in companion.written()] + data
 
     def has_data(self) -> bool:
-        """Whether weights of this model or of a companion are in files of their own."""
+        """Return True if weights of this model or of a companion are in separate files."""
         return any(file.suffix == self.data.suffix for file in self.belonging())
 
     def discard(self) -> None:
-        """Delete what was written of this model, so that it can be written again."""
+        """Delete the written files of this model, so that it can be written again."""
         for file in self.written():
             file.unlink(missing_ok=True)
 
     def commit(self, *, force: bool) -> None:
-        """Move what was written into place and delete the files that it replaces.
+        """Move the written files to their destinations and delete the files that they replace.
 
         Raises:
-            ExportError: The target came into being meanwhile, or cannot be written.
+            ExportError: The target was created meanwhile, or cannot be written.
         """
         check_target(self.target, force=force)
         self._check_extras(force=force)
         stale = self._replaced()
         folder = self.target.parent
-        beside = [*self.belonging(), *self.extras]
-        moved = [self.extras.get(file, folder / file.name) for file in beside]
+        files = [*self.belonging(), *self.extras]
+        destinations = [self.extras.get(file, folder / file.name) for file in files]
         kept: dict[Path, Path] = {}
         with write_errors(self.target):
             try:
-                # On the disk before anything refers to it: a crash of the machine soon after a
-                # move can otherwise leave a file of the right name and no content.
-                for file in (self.model, *beside):
+                # Flush before the move. Otherwise a crash of the machine soon after it can leave a
+                # file of the right name without content.
+                for file in (self.model, *files):
                     flush(file)
-                for number, (file, place) in enumerate(zip(beside, moved, strict=True)):
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    if place.exists():
-                        kept[place] = self.folder / f"kept-{number}"
-                        shutil.copy2(place, kept[place])
-                    file.replace(place)
+                for number, (file, destination) in enumerate(zip(files, destinations, strict=True)):
+                    destination.parent.mkdir(parents=True, exist_ok=True)
+                    if destination.exists():
+                        kept[destination] = self.folder / f"kept-{number}"
+                        shutil.copy2(destination, kept[destination])
+                    file.replace(destination)
                 _flush_folder(folder)
                 self.model.replace(self.target)
             except BaseException:
-                # Interrupts, too. Once the model has moved, the others belong to it.
+                # Interrupts are handled, too. Once the model has moved, its other files must stay.
                 if self.model.exists():
-                    for place in moved:
-                        if place in kept:
-                            kept[place].replace(place)
+                    for destination in destinations:
+                        if destination in kept:
+                            kept[destination].replace(destination)
                         else:
-                            place.unlink(missing_ok=True)
+                            destination.unlink(missing_ok=True)
                 raise
-        # The new model is there: what fails from here on is no failure of the export.
+        # The new model is in place, so errors from here on do not fail the export.
         for path in stale:
             try:
                 path.unlink(missing_ok=True)
@@ -185,16 +185,16 @@ class Staging:
         _flush_folder(folder)
 
     def _check_extras(self, *, force: bool) -> None:
-        """Without ``force`` a file beside the model may be one more of the same content, and no other."""
-        other = [
-            place
-            for file, place in self.extras.items()
-            if place.exists() and not (place.is_file() and filecmp.cmp(file, place, shallow=False))
+        """Raise without ``force`` if an extra file would replace a file of different content."""
+        different = [
+            path
+            for file, path in self.extras.items()
+            if path.exists() and not (path.is_file() and filecmp.cmp(file, path, shallow=False))
         ]
-        if other and not force:
+        if different and not force:
             raise ExportError(
-                f"{some([str(one) for one in other])} exists with another content: pass force=True (--force) "
-                "to replace it, or give another folder"
+                f"{some([str(path) for path in different])} exists with another content: pass force=True "
+                "(--force) to replace it, or give another folder"
             )
 
     def _replaced(self) -> list[Path]:
@@ -207,10 +207,10 @@ class Staging:
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Refuse a target that has become a folder, or that exists unless ``force`` is given.
+    """Raise if a target is a folder, or exists without ``force``.
 
     Raises:
-        ExportError: With the path and the remedy.
+        ExportError: The message has the path and the remedy.
     """
     if target.is_dir():
         raise ExportError(f"{target} is a folder: give the name of the file to write in it")
@@ -222,18 +222,18 @@ def check_target(target: Path, *, force: bool) -> None:
 
 @contextmanager
 def staging(target: Path, data: str | None = None) -> Iterator[Staging]:
-    """A folder next to ``target``, which is deleted afterwards in any case.
+    """Create a staging folder next to ``target``, and always delete it at the end.
 
     Args:
         target: The model file.
-        data: The name of its file of weights; None for one that no other file has.
+        data: Name of its file of weights; None for a unique name.
 
     Raises:
-        ExportError: The folder of the target cannot be made or written to.
+        ExportError: The folder of the target cannot be created or written to.
     """
-    # The same folder, hence the same file system: only there is a move atomic.
+    # The same folder is on the same file system, where a move is atomic.
     prefix = f".{target.name}."
-    missing = [one for one in target.parents if not one.exists()]
+    missing = [parent for parent in target.parents if not parent.exists()]
     with write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         for folder in target.parent.glob(f"{glob.escape(prefix)}*"):
@@ -245,19 +245,19 @@ def staging(target: Path, data: str | None = None) -> Iterator[Staging]:
             yield Staging(target, folder, data)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        # Folders that were made for a file that was not written.
-        for one in missing:
-            if one.is_dir() and not any(one.iterdir()):
-                one.rmdir()
+        # Delete folders that were created for a file that was not written.
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
 
 
 @contextmanager
 def write_errors(target: Path, size: int | None = None) -> Iterator[None]:
-    """Turn an ``OSError`` of the file system into an ExportError that says what is still there.
+    """Turn an ``OSError`` of the file system into an ExportError that says if the old file still exists.
 
     Args:
-        target: The file being written.
-        size: Bytes that it takes, for the message.
+        target: The file that is written.
+        size: Its size in bytes, for the message.
 
     Raises:
         ExportError: Chained from the ``OSError``.
@@ -284,23 +284,24 @@ def _is_full(error: OSError) -> bool:
 
 
 def _flush_folder(path: Path) -> None:
-    # Windows opens no folders, and some network file systems flush none: a move is as safe there
-    # as they make it.
+    # Windows cannot open folders, and some network file systems cannot flush them. A move there has only
+    # their own guarantees.
     try:
         flush(path)
     except OSError as error:
         _log.debug("cannot flush %s: %s", path, error)
 
 
-# Bytes of weights from which they go into a file of their own. A model file with weights inside is
-# put together in memory, twice over; weights in files of their own are written one by one.
+# Total size of weights above which they go into separate files. A model file with weights inside is built in
+# memory and takes twice their size. Weights in separate files are written one by one.
 EXTERNAL_DATA_BYTES = 256 * 1024**2
 
-# Bytes of one file of weights: what every file system and download takes.
+# Size of one file of weights that every file system and download supports.
 SHARD_BYTES = 4_000_000_000
 
-_PROTO_BYTES = 2**31 - 1  # what a protobuf message can hold
-_PAGE = 65536  # of every system: weights on page boundaries can be mapped into memory
+_PROTO_BYTES = 2**31 - 1  # the limit of a protobuf message
+# A multiple of the page size of every system, so that weights can be mapped into memory.
+_PAGE = 65536
 
 
 def write(
@@ -308,21 +309,21 @@ def write(
 ) -> dict[str, int]:
     """Write the files of a model.
 
-    Weights in files of their own are written one after the other: beside the weights themselves,
-    which are the model's, no more than one of them is in memory.
+    Weights in separate files are written one after the other. So memory holds at most one copied weight, in
+    addition to the model.
 
     Args:
         model: The graph with its weights.
-        stage: Where to.
-        limit: Bytes of weights from which they go into files of their own.
-        shard: Bytes of one such file. A weight that is larger has a file for itself.
+        stage: The staging folder.
+        limit: Total bytes of weights above which they go into separate files.
+        shard: Bytes of one such file. A larger weight has a separate file.
 
     Returns:
-        Name to bytes of every file, the model first.
+        Sizes in bytes of all files by name, the model first.
 
     Raises:
-        ExportError: The disk is full or cannot be written to, or the weights fit in no model file
-            and ``limit`` asks for that.
+        ExportError: The disk is full or cannot be written to, or ``limit`` puts more weights into the model
+            file than it can hold.
     """
     import onnx_ir as ir
 
@@ -353,10 +354,10 @@ _ALLOWANCE_BYTES = 256 * 1024**2
 
 @dataclass
 class Scratch:
-    """Takes tensors out of memory.
+    """Storage that moves new tensors out of memory.
 
     Args:
-        stage: Whose folder the files go to.
+        stage: The stage whose folder gets the files.
         allowance: Bytes that may stay in memory.
     """
 
@@ -364,7 +365,7 @@ class Scratch:
     allowance: int = _ALLOWANCE_BYTES
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor, or once the allowance is used up its values in a mapped file.
+        """Return the tensor itself, or a copy in a mapped file if it exceeds the rest of the allowance.
 
         Raises:
             ExportError: The disk is full or cannot be written to.
@@ -381,13 +382,13 @@ class Scratch:
 def _mapped(tensor: Tensor, folder: Path) -> Tensor:
     descriptor, name = tempfile.mkstemp(dir=folder)
     try:
-        # The blocks first: where the disk has none left, writing to the map would kill the process.
+        # Reserve disk blocks first, because writing to a map on a full disk would kill the process.
         _reserve(descriptor, tensor.nbytes)
         storage = torch.UntypedStorage.from_file(name, True, tensor.nbytes)
     finally:
         os.close(descriptor)
-        # What is mapped stays until the last tensor is gone. Windows deletes no open file: there
-        # the staging folder goes later.
+        # The mapping lives until the last tensor is gone. Windows cannot delete an open file, so the
+        # file goes with the staging folder.
         with contextlib.suppress(PermissionError):
             Path(name).unlink()
     values: Tensor = torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""What a model is exported for: which files, called how, and on which calls they are checked."""
+"""Tasks of an export: the files, the calls that are traced, and the calls that check them."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ __all__ = ["Part", "Task", "find_task"]
 
 @dataclass(frozen=True)
 class Part:
-    """One file.
+    """One file of a task.
 
     Attributes:
-        name: "" for the file that a session opens, else what it holds ("encoder").
-        call: How the model is called: ``call(model, **inputs)``.
+        name: "" for the file that a session opens, else the name of the part ("encoder").
+        call: Function that calls the model: ``call(model, **inputs)``.
         inputs: The example call; its nested mappings become names with dots.
-        dynamic_shapes: Input name to its dynamic axes; None to find out which can be.
+        dynamic_shapes: Dynamic axes by input name; None to find the axes that can be dynamic.
         cases: Calls to check, or None to draw them by axis.
-        metadata: Goes into the file.
+        metadata: Metadata entries of the file.
     """
 
     name: str
@@ -51,20 +51,20 @@ class Part:
 
 # ``task="text-generation"``: a decoder with its key-value cache as inputs and outputs.
 #
-# One file does both kinds of step. A prefill has a past of length 0, a decoding step a sequence of
-# length 1; the attention mask covers past and sequence.
+# One file runs both kinds of step. A prefill has a past of length 0, and a decoding step has a sequence of
+# length 1. The attention mask covers past and sequence.
 
 _TEXT_GENERATION = "text-generation"
 _TAKEN = ("input_ids", "attention_mask", "logits_to_keep")
-_PAST = 5  # positions of the past in the call that is traced; any number from 2 does
+_PAST = 5  # positions of the past in the traced call; any number from 2 works
 
 
 def _text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple[Part, ...]:
-    """The file of a decoder.
+    """Return the file of a decoder.
 
     Args:
-        model: In eval mode.
-        example: ``input_ids`` of shape [batch, sequence] and what else a user gave.
+        model: The model in eval mode.
+        example: ``input_ids`` of shape [batch, sequence] and any other inputs of the user.
 
     Raises:
         ExportError: The model is no decoder of transformers with a cache of keys and values, or
@@ -115,10 +115,10 @@ def _prompt(model: nn.Module, example: Mapping[str, Any], owner: str) -> Tensor:
     unknown = [name for name in example if name not in _TAKEN]
     ids = example.get("input_ids")
     if unknown or not isinstance(ids, Tensor):
-        given = ", ".join(example) or "nothing"
+        names = ", ".join(example) or "nothing"
         raise ExportError(
             f"task='text-generation' takes example_inputs with input_ids (and logits_to_keep, a "
-            f"number), and makes the mask and the cache by itself: {given} were given"
+            f"number), and makes the mask and the cache by itself: {names} were given"
         )
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise ExportError(
@@ -146,7 +146,7 @@ def _decoder_layout(model: nn.Module, ids: Tensor, owner: str) -> CacheLayout:
 def _decode(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, past_key_values: Past, *, keep: int
 ) -> dict[str, object]:
-    """One step: ``logits`` of the last ``keep`` positions (0: of all), and the ``present`` cache."""
+    """Run one step. Return ``logits`` of the last ``keep`` positions (0: all) and the ``present`` cache."""
     first = next(iter(past_key_values.values()))["key"]
     steps = torch.arange(input_ids.shape[1], device=input_ids.device) + first.shape[2]
     outputs = model(
@@ -162,7 +162,7 @@ def _decode(
 
 
 def _positions(model: nn.Module, attention_mask: Tensor, steps: Tensor) -> dict[str, Tensor]:
-    """As transformers counts: padding has no position, the first token that counts has 0."""
+    """Count positions as transformers does: padding has none, and the first real token has 0."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     positions = attention_mask.cumsum(-1) - 1
@@ -177,10 +177,10 @@ def _logits_kept(model: nn.Module, keep: int) -> dict[str, int]:
 
 @torch.no_grad()
 def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterator[Case]:
-    """A prompt with padding on the left, two tokens more, then single ones; and a lone prompt.
+    """Yield steps of texts: prompts, some with padding on the left, and then more tokens.
 
-    The logits that are expected are those of a forward over the whole text without a cache, so that
-    what the cache does is checked along with the file.
+    The expected logits come from a forward over the whole text without a cache. So the cache is checked
+    along with the file.
     """
     decoder: Any = model.model
     embedding = decoder.get_input_embeddings()
@@ -201,14 +201,14 @@ def _decoder_cases(model: Checked, *, layout: CacheLayout, keep: int) -> Iterato
             seen = mask[:, :total]
             inputs = [ids[:, done:total].contiguous(), seen.contiguous()]
             inputs += [layer[kind] for layer in past.values() for kind in ("key", "value")]
-            found = dict(model.named(inputs))
-            found["logits"] = model.run(_without_cache, ids[:, :total], seen)[:, done:][:, -keep:]
-            valid = {name: seen[:, None, :, None] for name in found if name != "logits"}
+            outputs = dict(model.named(inputs))
+            outputs["logits"] = model.run(_without_cache, ids[:, :total], seen)[:, done:][:, -keep:]
+            valid = {name: seen[:, None, :, None] for name in outputs if name != "logits"}
             valid["logits"] = seen[:, done:][:, -keep:, None]
-            yield Case(inputs, list(found.items()), valid)
+            yield Case(inputs, list(outputs.items()), valid)
             past = layout.taken(
                 {
-                    index: {kind: found[f"present.{index}.{kind}"] for kind in layer}
+                    index: {kind: outputs[f"present.{index}.{kind}"] for kind in layer}
                     for index, layer in layout.layers.items()
                 }
             )
@@ -227,7 +227,7 @@ def _without_cache(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 def _drawn(
     model: Any, embedding: Any, shape: tuple[int, int], generator: torch.Generator, device: Any
 ) -> Tensor:
-    """Tokens of a text, without the one that pads: some models do not count it as a position."""
+    """Draw tokens of a text, without the pad token, because some models give it no position."""
     known = len(embedding.weight)
     ids = torch.randint(0, known, shape, generator=generator)
     pad = getattr(model.config, "pad_token_id", None)
@@ -237,22 +237,22 @@ def _drawn(
 
 # ``task="text2text-generation"``: an encoder-decoder as two files.
 #
-# The encoder's file gives the keys and values that the decoder's cross-attention reads, so that they
-# are computed once. The decoder's file has them among its inputs, with the cache of its own
-# attention; decoding steps neither return nor copy them.
+# The encoder's file returns the keys and values for the decoder's cross-attention, so that they are computed
+# once. They are inputs of the decoder's file, together with the cache of its self-attention. Decoding steps
+# neither return nor copy them.
 
 _TEXT2TEXT_GENERATION = "text2text-generation"
 
 
 @dataclass(frozen=True)
 class _Example:
-    """What an export is made from.
+    """Example inputs and cache layouts of an encoder-decoder.
 
     Attributes:
         source: The inputs of the encoder, by name.
         start: Token that the decoder begins with.
-        own: The cache of the decoder's attention to itself.
-        cross: That of its attention to the encoder.
+        own: Cache layout of the decoder's self-attention.
+        cross: Cache layout of the decoder's cross-attention.
         width: Size of a hidden state of the encoder.
     """
 
@@ -264,31 +264,31 @@ class _Example:
 
     @property
     def masked(self) -> bool:
-        """Whether the inputs have an attention mask."""
+        """True if the inputs have an attention mask."""
         return "input_ids" in self.source
 
 
 def _text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple[Part, ...]:
-    """The files of an encoder-decoder, the decoder's last.
+    """Return the files of an encoder-decoder, the decoder's last.
 
     Args:
-        model: In eval mode.
-        example: What the encoder takes: ``input_ids`` (and ``attention_mask``), ``input_features``.
+        model: The model in eval mode.
+        example: Inputs of the encoder: ``input_ids`` (and ``attention_mask``), ``input_features``.
 
     Raises:
         ExportError: The model is no encoder-decoder of transformers with a cache of keys and
             values, or does not run on ``example``.
     """
-    found = _example(model, example)
-    states = _crossed(model, **found.source)["present"]
-    batch = len(next(iter(found.source.values())))
-    own = found.own.zeros(batch, _PAST)
+    setup = _example(model, example)
+    states = _crossed(model, **setup.source)["present"]
+    batch = len(next(iter(setup.source.values())))
+    own = setup.own.zeros(batch, _PAST)
     past = {index: {"decoder": own[index], **states[index]} for index in own}
     shapes: dict[str, dict[int, str]] = {"input_ids": {0: "batch", 1: "sequence"}}
-    ids = torch.full((batch, 3), found.start, dtype=torch.int64, device=found.own.device)
+    ids = torch.full((batch, 3), setup.start, dtype=torch.int64, device=setup.own.device)
     inputs: dict[str, Any] = {"input_ids": ids}
-    if found.masked:
-        inputs["encoder_attention_mask"] = found.source["attention_mask"]
+    if setup.masked:
+        inputs["encoder_attention_mask"] = setup.source["attention_mask"]
         shapes["encoder_attention_mask"] = {0: "batch", 1: "encoder_sequence"}
     inputs["past_key_values"] = past
     for index in past:
@@ -297,13 +297,13 @@ def _text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple
             shapes[f"{name}.decoder.{kind}"] = {0: "batch", 2: "past_length"}
             shapes[f"{name}.encoder.{kind}"] = {0: "batch", 2: "encoder_sequence"}
     return (
-        Part("encoder", _crossed, found.source, metadata={TASK_KEY: _TEXT2TEXT_GENERATION}),
+        Part("encoder", _crossed, setup.source, metadata={TASK_KEY: _TEXT2TEXT_GENERATION}),
         Part(
             name="",
-            call=functools.partial(_decode_encoded, width=found.width),
+            call=functools.partial(_decode_encoded, width=setup.width),
             inputs=inputs,
             dynamic_shapes=shapes,
-            cases=functools.partial(_encoded_cases, found=found),
+            cases=functools.partial(_encoded_cases, found=setup),
             metadata=generation_metadata(model, _TEXT2TEXT_GENERATION),
         ),
     )
@@ -365,7 +365,7 @@ def _start_token(model: nn.Module) -> int:
 
 
 def _run_first(model: nn.Module, source: Mapping[str, Tensor]) -> Any:
-    """The whole model with one token for the decoder."""
+    """Run the whole model with one token for the decoder."""
     value = next(iter(source.values()))
     token = torch.full(
         (value.shape[0], 1), _start_token(model), dtype=torch.int64, device=value.device
@@ -374,9 +374,8 @@ def _run_first(model: nn.Module, source: Mapping[str, Tensor]) -> Any:
 
 
 def _crossed(model: nn.Module, **source: Tensor) -> dict[str, dict[int, dict[str, Any]]]:
-    """The encoder: ``present.N.encoder.key`` and ``.value`` of each layer N of the decoder."""
-    # The decoder runs along, since only it knows its projections; what nothing reads of it is not
-    # in the file.
+    """Run the encoder. Return ``present.N.encoder.key`` and ``.value`` of each layer N of the decoder."""
+    # The decoder runs, too, because it has the projections. Its unused operations are not in the file.
     cache = cache_of(_run_first(model, source)).cross_attention_cache
     states = read_cache(cache, type(model).__name__)
     return {"present": {index: {"encoder": layer} for index, layer in states.items()}}
@@ -390,7 +389,7 @@ def _decode_encoded(
     *,
     width: int,
 ) -> dict[str, object]:
-    """One step: ``logits`` of the last position, and the ``present`` cache of the decoder."""
+    """Run one step. Return ``logits`` of the last position and the ``present`` cache of the decoder."""
     from transformers.cache_utils import EncoderDecoderCache
     from transformers.modeling_outputs import BaseModelOutput
 
@@ -399,7 +398,7 @@ def _decode_encoded(
     cache = EncoderDecoderCache(filled_cache(own), filled_cache(cross))
     cache.is_updated = dict.fromkeys(own, True)
     key = next(iter(cross.values()))["key"]
-    # Nothing reads its values: what they would give is in the cache.
+    # Its values are never read, because the cache already has the keys and values from them.
     states = key.new_zeros(key.shape[0], key.shape[2], width)
     outputs = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=states),
@@ -415,10 +414,10 @@ def _decode_encoded(
 
 @torch.no_grad()
 def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
-    """The first token, two more, and single ones, for several batches.
+    """Yield steps of the decoder with one or several tokens, for several batches.
 
-    The logits that are expected are those of the whole model without a cache, so that what the cache
-    and the encoder's file do is checked along with this one.
+    The expected logits come from the whole model without a cache. So the cache and the encoder's file are
+    checked along with the decoder's file.
     """
     whole: Any = model.model
     head = whole.get_output_embeddings()
@@ -446,15 +445,15 @@ def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
             for index, layer in own.items():
                 inputs += [layer["key"], layer["value"], *states[index].values()]
             outputs = dict(model.named(inputs))
-            begun = {"decoder_input_ids": ids[:, :total], "use_cache": False}
-            plain = model.run(nn.Module.__call__, **source, **begun)
+            decoder_inputs = {"decoder_input_ids": ids[:, :total], "use_cache": False}
+            plain = model.run(nn.Module.__call__, **source, **decoder_inputs)
             outputs["logits"] = plain.logits[:, -1:]
             yield Case(inputs, list(outputs.items()))
-            given = {
+            cache = {
                 index: {kind: outputs[f"present.{index}.decoder.{kind}"] for kind in layer}
                 for index, layer in own.items()
             }
-            own = found.own.taken(given)
+            own = found.own.taken(cache)
             done = total
 
 
@@ -463,7 +462,10 @@ def _rows(value: Tensor, batch: int) -> Tensor:
 
 
 Task: TypeAlias = Callable[[nn.Module, Mapping[str, Any]], tuple[Part, ...]]
-"""From a model in eval mode and example inputs by name to the files, that of the session last."""
+"""Function of a model in eval mode and example inputs by name that returns the files.
+
+The last file is the one that a session opens.
+"""
 
 _TASKS: Mapping[str, Task] = {
     _TEXT_GENERATION: _text_generation,
@@ -472,10 +474,10 @@ _TASKS: Mapping[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of that name.
+    """Return the task of that name.
 
     Raises:
-        ExportError: There is none, with the nearest names.
+        ExportError: There is no such task. The message has the nearest name.
     """
     if name in _TASKS:
         return _TASKS[name]

@@ -1,8 +1,8 @@
-"""From a model and one call to an exported program whose axes are dynamic wherever they can be.
+"""Export of a model and one call to a program with as many dynamic axes as possible.
 
-Every axis of every input is offered to ``torch.export`` as dynamic; it keeps those that the model
-treats as such and fixes the rest (channels that meet a weight, a grid of patches). Each axis that
-stays fixed carries its reason.
+Every axis of every input is offered to ``torch.export`` as dynamic. It keeps the axes that the model
+treats as dynamic. It fixes the rest, such as channels that meet a weight, or a grid of patches. Each
+fixed axis has a reason.
 """
 
 from __future__ import annotations
@@ -46,61 +46,61 @@ _TESTS: Mapping[Any, bool] = {
     torch.isnan: False,
     Tensor.isnan: False,
 }
-"""What each of them says of a finite number."""
+"""Result of each test for a finite number."""
 
 _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
-"""Those of a test whose answer is that for one finite number."""
+"""Reductions of a test, with the result that they keep if all values are finite."""
 
 
 class _FiniteValues(Listener):
-    """Answers conditions of the kind ``torch.isfinite(x).all()`` in a trace: all values are finite.
+    """Listener that answers conditions such as ``torch.isfinite(x).all()`` in a trace: all values are finite.
 
     Args:
-        model: What is traced.
+        model: The model that is traced.
 
     Attributes:
-        places: Where that was answered, in order and each once.
+        places: Source locations of the conditions, in order and each once.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.places: dict[str, None] = {}
         self._modules = {id(module): name for name, module in model.named_modules()}
-        # By identity, and alive: another tensor must not get the id of one that is gone.
+        # By id. The tensors are kept alive, so that no other tensor gets the same id.
         self._tests: dict[int, tuple[Tensor, bool]] = {}
         self._answers: dict[int, tuple[Tensor, bool]] = {}
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answers where a reduced test is a condition."""
+        """Answer a condition that is a reduced test."""
         if func is not Tensor.__bool__ or id(args[0]) not in self._answers:
             return NotImplemented
         self.places.setdefault(str(here(self._modules)))
         return self._answers[id(args[0])][1]
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Remembers tests and what they are reduced to."""
+        """Record tests and their reductions."""
         if func in _TESTS:
             self._tests[id(result)] = result, _TESTS[func]
         elif func in _REDUCTIONS and len(args) == 1 and not kwargs and id(args[0]) in self._tests:
-            found = self._tests[id(args[0])][1]
-            if _REDUCTIONS[func] == found:
-                self._answers[id(result)] = result, found
+            answer = self._tests[id(args[0])][1]
+            if _REDUCTIONS[func] == answer:
+                self._answers[id(result)] = result, answer
 
 
 _LONGEST = 32
-"""Operations of the longest formula for a size that an offered axis may lead to, in normal form.
+"""Largest number of operations in the formula of a size, in normal form.
 
-Those of convolutions, of windows that fit and of patches have fewer than 10. Padding stage after stage can
-double the formula each time, and with it the time of every question that torch.export asks: one with 40
-operations takes seconds, one with 180 minutes.
+Convolutions, patches and windows that fit have fewer than 10. Padding at each stage can double the formula,
+and with it the time of every question that torch.export asks. A formula with 40 operations takes seconds, and
+one with 180 takes minutes.
 """
 
 
 class _ShortFormulas(Listener):
-    """Has sizes in normal form in a trace, and ends one in which a size is too long even so.
+    """Listener that puts sizes into normal form, and ends a trace in which a formula is still too long.
 
     Args:
-        longest: Operations that a formula has at most; None for any number.
+        longest: Largest number of operations in a formula; None for no limit.
     """
 
     def __init__(self, longest: int | None = _LONGEST) -> None:
@@ -109,7 +109,7 @@ class _ShortFormulas(Listener):
         self._known: set[Any] = set()
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Looks at the sizes of what comes out."""
+        """Check the sizes of the results."""
         for tensor in pytree.tree_leaves(result):
             sizes: Any = tensor.shape if isinstance(tensor, Tensor) else ()
             for size in sizes:
@@ -131,24 +131,24 @@ class _ShortFormulas(Listener):
 
 
 _PATIENCE = 100
-"""Functions of PyTorch after which a question of sizes that no file can ask again ends a trace.
+"""Number of PyTorch functions after which an open question about sizes ends a trace.
 
-What is asked early may be settled soon after, where the sizes turn out to be fixed. Reasoning about windows
-of an unknown number costs half the time of an export, to be thrown away for that question in the end.
+An early question may be settled soon after, if the sizes turn out to be fixed. But reasoning about an
+unknown number of windows takes half the time of an export, which is wasted if the question stays open.
 """
 
 
 class _AnswerableQuestions(Listener):
-    """Ends a trace that will be thrown away: for a question of sizes that stays open."""
+    """Listener that ends a trace early if a question about sizes stays open."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._read = 0  # guards that were looked at
+        self._read = 0  # number of guards that were checked
         self._open: list[Any] = []
-        self._since = 0  # functions since the first of those
+        self._since = 0  # functions since the first open question
 
     def hear(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Counts functions, and looks at what was asked before them."""
+        """Count functions, and check the questions that came before them."""
         environment = _environment(pytree.tree_leaves(result))
         if environment is not None:
             new = environment.guards[self._read :]
@@ -164,34 +164,34 @@ class _AnswerableQuestions(Listener):
 
 
 class _UnansweredError(ExportError):
-    """A question of sizes that no file can ask."""
+    """Error for a question about sizes that no file can ask."""
 
     def __init__(self, question: Any) -> None:
         super().__init__(f"the forward asks of its sizes whether {question}, which a file cannot")
 
 
 class _NormalSizes(ShapeEnv):
-    """What torch.export knows of the sizes in a program, with every formula in normal form."""
+    """Shape environment of torch.export with every formula in normal form."""
 
     def replace(self, expr: Any) -> Any:  # type: ignore[override]  # torch caches its own
-        """What torch reads of each size, and asks questions about."""
+        """Return the formula of a size, which torch reads and asks questions about."""
         return normal_size(super().replace(expr))
 
 
 @lru_cache(maxsize=4096)
 def normal_size(formula: Any) -> Any:
-    """A formula of sizes as a sum of products of axes and of quotients that are rounded down.
+    """Return a formula of sizes as a sum of products of axes and of quotients that are rounded down.
 
-    ``ceil(x / 2)`` becomes ``(x + 1) // 2``, a remainder what it is short of the quotient, a quotient of a
-    quotient one; of ``max`` and ``min`` what is always the larger or the smaller. So that of padding to whole
-    windows or strides, and back, there stays what it comes to.
+    ``ceil(x / 2)`` becomes ``(x + 1) // 2`` and ``x % 2`` becomes ``x - 2 * (x // 2)``. Nested quotients
+    become one. ``max`` and ``min`` drop arguments that another argument always exceeds, or undercuts. So
+    padding to whole windows or strides and the cut that undoes it cancel out.
 
     Args:
-        formula: Of sympy; its symbols are not negative.
+        formula: Formula of sympy; its symbols are not negative.
     """
     if formula.is_Atom:
         return formula
-    args = [normal_size(one) for one in formula.args]
+    args = [normal_size(arg) for arg in formula.args]
     first = args[0]
     kind = formula.func
     if kind in (_sizes.CeilToInt, _sizes.FloorToInt) and isinstance(first, _sizes.IntTrueDiv):
@@ -205,47 +205,48 @@ def normal_size(formula: Any) -> Any:
     if kind in (_sizes.Max, _sizes.Min):
         sign = 1 if kind is _sizes.Max else -1
         kept: list[Any] = []
-        for one in args:
-            if any(_never_negative(sign * (other - one)) for other in kept):
+        for arg in args:
+            if any(_never_negative(sign * (other - arg)) for other in kept):
                 continue
-            kept = [other for other in kept if not _never_negative(sign * (one - other))]
-            kept.append(one)
+            kept = [other for other in kept if not _never_negative(sign * (arg - other))]
+            kept.append(arg)
         return kept[0] if len(kept) == 1 else kind(*kept)
-    found = formula if tuple(args) == formula.args else kind(*args)
-    return found.expand() if found.is_integer and (found.is_Add or found.is_Mul) else found
+    result = formula if tuple(args) == formula.args else kind(*args)
+    return result.expand() if result.is_integer and (result.is_Add or result.is_Mul) else result
 
 
 def _quotient(above: Any, below: Any) -> Any:
-    """``above // below``, for a positive number below."""
+    """Return ``above // below``, for a positive number ``below``."""
     terms = above.expand().as_coefficients_dict()
-    # What is divisible needs no rounding.
+    # Divisible terms need no rounding.
     whole = sum(term * (factor // below) for term, factor in terms.items() if not factor % below)
-    rest = {term: factor for term, factor in terms.items() if factor % below}
-    constant = rest.pop(sympy.S.One, 0)
-    if rest and all(factor < 0 for factor in rest.values()):  # rounded up, the other way round
-        total = sum(term * -factor for term, factor in rest.items())
+    indivisible = {term: factor for term, factor in terms.items() if factor % below}
+    constant = indivisible.pop(sympy.S.One, 0)
+    if indivisible and all(factor < 0 for factor in indivisible.values()):
+        # The floor of a negative number is a negated ceiling.
+        total = sum(term * -factor for term, factor in indivisible.items())
         return (whole - _quotient(total - constant + below - 1, below)).expand()
     whole, constant = whole + constant // below, constant % below
-    if len(rest) == 1:
-        [(term, factor)] = rest.items()
+    if len(indivisible) == 1:
+        [(term, factor)] = indivisible.items()
         if isinstance(term, _sizes.FloorDiv) and factor == 1 and term.args[1].is_Integer:
             inner, times = term.args
             return (whole + _quotient(inner + constant * times, below * times)).expand()
-    total = sum(term * factor for term, factor in rest.items()) + constant
+    total = sum(term * factor for term, factor in indivisible.items()) + constant
     return (whole + _sizes.FloorDiv(total, below)).expand()
 
 
 def _never_negative(formula: Any) -> bool:
-    """Whether a formula in normal form is at least 0 whatever the sizes are; False if that is not seen."""
+    """Return True if a formula in normal form is at least 0 for all sizes. False means that it is unknown."""
     terms = formula.expand().as_coefficients_dict()
     for term, factor in terms.items():
         if isinstance(term, _sizes.FloorDiv) and term.args[1].is_Integer:
             above, below = term.args
-            # It is above / below, less something under 1.
+            # The rounding subtracts less than 1 from above / below.
             least = above / below if factor < 0 else (above - below + 1) / below
             return _never_negative(formula - factor * term + factor * least)
     return all(
-        factor >= 0 and all(one.is_Integer or one.is_Symbol for one in term.args or (term,))
+        factor >= 0 and all(part.is_Integer or part.is_Symbol for part in term.args or (term,))
         for term, factor in terms.items()
         if term != sympy.S.One or factor < 0
     )
@@ -256,18 +257,18 @@ _log = logging.getLogger("lora_fx")
 
 @dataclass(frozen=True)
 class Trace:
-    """An exported program and what is known about its inputs.
+    """Exported program and facts about its inputs.
 
     Attributes:
         program: The program of a ``FlatModel``.
         arguments: The call that was traced.
         axes: The axes of each input.
-        symbols: Symbol of torch.export to the name of the axis.
-        description: Which axes were offered as dynamic.
-        attempt: Its number among the ways that there are, from most to fewest dynamic axes.
-        extras: What the program takes after the tensors of the call.
-        extra_symbols: The same as ``symbols`` for the axes of those.
-        finite: Places with a branch that was traced as for finite values.
+        symbols: Names of axes by symbol of torch.export.
+        description: The axes that were offered as dynamic, in words.
+        attempt: Number of the attempt, counted from most to fewest dynamic axes.
+        extras: Inputs of the program after the tensors of the call.
+        extra_symbols: The same as ``symbols``, for the axes of ``extras``.
+        finite: Source locations of branches that were traced as for finite values.
     """
 
     program: ExportedProgram
@@ -286,19 +287,19 @@ class Trace:
         return (*self.arguments.names, *(extra.name for extra in self.extras))
 
     def labels(self) -> list[list[int | str]]:
-        """For each input of the program its sizes and axis names."""
+        """Return the sizes and axis names of each input of the program."""
         own = [[axis.label for axis in axes] for axes in self.axes]
         return own + [list(extra.labels) for extra in self.extras]
 
     def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Input name to its dynamic axes, by position."""
+        """Return the dynamic axes of each input, by name of the input and position of the axis."""
         return {
             name: {index: axis.name for index, axis in enumerate(axes) if axis.name is not None}
             for name, axes in zip(self.arguments.names, self.axes, strict=True)
         }
 
     def axis_limits(self) -> dict[str, int]:
-        """Name of a dynamic axis to its largest size, where the model has one."""
+        """Return the largest sizes of dynamic axes by name, for axes with a limit."""
         return {
             axis.name: axis.high
             for axis in itertools.chain(*self.axes)
@@ -307,7 +308,7 @@ class Trace:
 
 
 def widen_batch(arguments: Arguments) -> Arguments:
-    """Repeat a batch of one, where all tensors share it: a size of 1 cannot become dynamic."""
+    """Repeat a batch of one if all tensors share it, because a size of 1 cannot become dynamic."""
     batched = [tensor for tensor in arguments.tensors if tensor.ndim]
     if not batched or any(tensor.shape[0] != 1 for tensor in batched):
         return arguments
@@ -326,20 +327,20 @@ def trace(
     """Export ``model`` with as many dynamic axes as it allows.
 
     Args:
-        model: In eval mode.
+        model: The model in eval mode.
         arguments: The call to trace.
         dynamic_shapes: None for every axis; else input name to a mapping of axis to a name (or to
             a ``torch.export.Dim``), or a sequence of such mappings in the order of the inputs.
             Axes that it leaves out are fixed; those that it names have to be dynamic.
-        failed: What came of the ways that were tried already: reasons of the axes that stay fixed.
-        first: Which way to try first.
-        task: Whether a task has made ``dynamic_shapes``, not the user.
+        failed: Failures of earlier attempts, which are the reasons of axes that stay fixed.
+        first: Number of the attempt to begin with.
+        task: True if ``dynamic_shapes`` comes from a task and not from the user.
 
     Returns:
-        The first that works; None if ``first`` is beyond the last.
+        The first attempt that works; None if ``first`` is beyond the last.
 
     Raises:
-        ExportError: torch.export cannot capture the model, with its reason.
+        ExportError: torch.export cannot capture the model. The message has its reason.
     """
     labels = given_names(dynamic_shapes, arguments)
     extras = model.extras()
@@ -353,7 +354,7 @@ def trace(
                 torch.no_grad(),
                 watched(model.model) as witness,
                 _FiniteValues(model.model) as values,
-                # Who names an axis wants it, whatever it takes.
+                # A user who names an axis accepts the time that it takes.
                 _ShortFormulas(_LONGEST if dynamic_shapes is None else None),
                 nullcontext() if task else _AnswerableQuestions(),
             ):
@@ -363,7 +364,7 @@ def trace(
                     dynamic_shapes=((*specs, *(extra.dims for extra in extras)),),
                     strict=False,
                 )
-            # Sizes of a task depend on each other: a mask is as long as what was and what is given.
+            # Sizes of a task depend on each other: a mask covers the past and the new tokens.
             if not task and (questions := _unanswered(program)):
                 raise _UnansweredError(questions[0])
         except _UnansweredError as error:
@@ -375,12 +376,12 @@ def trace(
             failures.append(f"{description}: {reason}")
             last = error
             continue
-        if len(failures) > len(failed):  # who has those before has told of them
+        if len(failures) > len(failed):  # the caller has already logged the earlier ones
             _log.warning("export with fewer dynamic axes: %s", together(failures[len(failed) :]))
         reason_of = partial(_reason, failures, witness, task)
-        found = _read(program, arguments, specs, labels, extras, reason_of)
+        result = _read(program, arguments, specs, labels, extras, reason_of)
         return dataclasses.replace(
-            found, description=description, attempt=attempt, finite=tuple(values.places)
+            result, description=description, attempt=attempt, finite=tuple(values.places)
         )
     raise ExportError(
         f"torch.export cannot capture {type(model.model).__name__} ({together(failures)})"
@@ -390,14 +391,15 @@ def trace(
 def _asked_of_sizes(
     program: ExportedProgram, counts: Callable[[Any], bool] = lambda guard: True
 ) -> list[Any]:
-    """Return what code, or an operation, asked of sizes in an export: the graph has the way of a yes.
+    """Return the conditions on sizes that an export assumed to be true, from code or from operations.
 
     Args:
         program: The exported program.
-        counts: Which guards of its ``ShapeEnv`` are wanted.
+        counts: Filter of the guards of its ``ShapeEnv``.
 
     Returns:
-        Formulas of sympy over the symbols of the sizes, each once and in order, without what always holds.
+        Formulas of sympy over the symbols of the sizes, each once and in order. Formulas that always hold are
+        left out.
     """
     sizes = (
         size
@@ -408,37 +410,41 @@ def _asked_of_sizes(
     environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
     if environment is None:
         return []
-    asked = (environment.simplify(guard.expr) for guard in environment.guards if counts(guard))
-    return [one for one in dict.fromkeys(asked) if one != sympy.true]
+    questions = (environment.simplify(guard.expr) for guard in environment.guards if counts(guard))
+    return [question for question in dict.fromkeys(questions) if question != sympy.true]
 
 
 def _unanswered(program: ExportedProgram) -> list[str]:
-    """What a trace asked of its dynamic sizes, and no file asks again: it has the branch of the example.
+    """Return the conditions on dynamic sizes that the file cannot check: it has only the example's branch.
 
-    Limits of one size are left out, which the file's metadata has. So is what operations ask, which compute
-    the same either way.
+    Limits of a single size are left out, because the file's metadata has them. So are conditions of
+    operations, which compute the same either way.
     """
-    return [str(one) for one in _open(_asked_of_sizes(program, _is_of_code))]
+    return [str(question) for question in _open(_asked_of_sizes(program, _is_of_code))]
 
 
-def _open(asked: Iterable[Any]) -> list[Any]:
-    """Those of the questions to which what is known of the sizes is no answer."""
-    return [one for one in asked if not _is_limit(one) and not _always_holds(one)]
+def _open(questions: Iterable[Any]) -> list[Any]:
+    """Return the questions that the known facts about the sizes do not answer."""
+    return [
+        question
+        for question in questions
+        if not _is_limit(question) and not _always_holds(question)
+    ]
 
 
 def _environment(values: Iterable[Any]) -> ShapeEnv | None:
-    """What torch.export knows of the sizes of tensors; None if all of them are fixed."""
+    """Return the shape environment of the first dynamic size in tensors; None if all sizes are fixed."""
     sizes: Iterator[Any] = itertools.chain.from_iterable(
-        one.shape for one in values if isinstance(one, Tensor)
+        value.shape for value in values if isinstance(value, Tensor)
     )
-    found: ShapeEnv | None = next(
+    environment: ShapeEnv | None = next(
         (size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None
     )
-    return found
+    return environment
 
 
 def _is_of_code(guard: Any) -> bool:
-    """Whether the code of a module has asked, of the model or of ``torch.nn``, and no operation."""
+    """Return True if code of the model or of ``torch.nn`` asked the question, and not an operation."""
     where = getattr(getattr(guard, "sloc", None), "framework_loc", None)
     path = Path(getattr(where, "filename", None) or "unknown")
     return not path.is_relative_to(_TORCH) or path.is_relative_to(_TORCH / "nn")
@@ -448,7 +454,7 @@ _TORCH = Path(torch.__file__).parent
 
 
 def _is_limit(question: Any) -> bool:
-    """Whether a question is for a limit of one size."""
+    """Return True if a question is a limit of a single size."""
     if not isinstance(question, sympy.core.relational.Relational):
         return False
     left, right = question.args
@@ -459,21 +465,23 @@ def _is_limit(question: Any) -> bool:
 
 
 def _always_holds(question: Any) -> bool:
-    """Whether a question has the same answer for all sizes from 2 on, as far as a grid of them shows.
+    """Return True if a question holds on a grid of sizes from 2 on.
 
-    The grid has small sizes and those next to every number in the question.
+    The grid has small sizes and the sizes next to every number in the question.
     """
-    near = [int(one) for one in question.atoms(sympy.Integer)]
+    near = [int(number) for number in question.atoms(sympy.Integer)]
     sizes = sorted({*range(2, 18), *(n + d for n in near for d in (-1, 0, 1) if n + d > 1)})
     symbols = sorted(question.free_symbols, key=str)
     picks = random.Random(0)
     grid = [[size] * len(symbols) for size in sizes]
     grid += [
-        [size if one is symbol else picks.choice(sizes) for one in symbols]
+        [size if other is symbol else picks.choice(sizes) for other in symbols]
         for symbol in symbols
         for size in sizes
     ]
-    return all(question.subs(list(zip(symbols, one, strict=True))) == sympy.true for one in grid)
+    return all(
+        question.subs(list(zip(symbols, point, strict=True))) == sympy.true for point in grid
+    )
 
 
 def _attempts(
@@ -481,7 +489,7 @@ def _attempts(
 ) -> list[tuple[str, tuple[dict[int, Any], ...]]]:
     tensors = arguments.tensors
     if dynamic_shapes is not None:
-        # Named axes are a demand: Dim.DYNAMIC fails where Dim.AUTO would quietly fix the axis.
+        # Named axes are required: Dim.DYNAMIC fails where Dim.AUTO would silently fix the axis.
         wanted = tuple(
             {axis: Dim.DYNAMIC if axis in named else Dim.STATIC for axis in range(tensor.ndim)}
             for tensor, named in zip(tensors, labels, strict=True)
@@ -504,21 +512,21 @@ def _attempts(
 def _reason(
     failures: Sequence[str], witness: Witness, task: bool, size: int, dim: Any, spec: object
 ) -> str:
-    """Why an axis is fixed.
+    """Return the reason why an axis is fixed.
 
     Args:
-        failures: What came of the ways to trace with more dynamic axes.
-        witness: What became of those that were offered.
-        task: Whether a task has said which are dynamic.
-        size: Its size in the example.
-        dim: Its size in the program.
-        spec: What it was offered as.
+        failures: Failures of attempts with more dynamic axes.
+        witness: Record of the symbols of the trace.
+        task: True if a task chose the dynamic axes.
+        size: Size of the axis in the example.
+        dim: Size of the axis in the program.
+        spec: The ``Dim`` that was offered for the axis.
     """
     if spec is not Dim.STATIC:
         if size == 1:
             return "the example has size 1 here, which torch.export takes for a constant"
-        place = witness.place(dim)
-        because = "" if place is None else f": {place}"
+        location = witness.place(dim)
+        because = "" if location is None else f": {location}"
         return f"the model works with size {size} only{because}"
     if failures:
         return f"the export failed {together(failures)}"
@@ -559,9 +567,11 @@ def _read(
                 symbols[symbol] = f"{name}_{wanted}" if taken else wanted
             row.append(Axis(size, symbols[symbol], symbol, highs.get(symbol)))
         rows.append(tuple(row))
-    others = {
+    extra_symbols = {
         str(shape[extra.named_axis]): str(extra.labels[extra.named_axis])
         for extra, shape in zip(extras, shapes[len(own) :], strict=True)
         if extra.named_axis is not None
     }
-    return Trace(program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=others)
+    return Trace(
+        program, arguments, tuple(rows), symbols, extras=extras, extra_symbols=extra_symbols
+    )

@@ -1,4 +1,4 @@
-"""Compares a written file with PyTorch, alone and with adapters: with which model, and how closely."""
+"""Comparison of a written file with PyTorch: alone and with adapters, against a reference and tolerances."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ _Resize: TypeAlias = Callable[[Axis, int], int]
 
 
 def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iterator[Case]:
-    """Calls that PyTorch takes, with what it makes of them.
+    """Yield calls that PyTorch accepts, with its outputs.
 
-    Where there is an attention mask, only positions that it admits count: what a model returns for
-    padding is arbitrary.
+    If there is an attention mask, only the positions that it admits are compared, because the outputs at
+    padding are arbitrary.
 
     Args:
-        model: In eval mode.
-        trace: Which axes are dynamic.
-        skipped: Takes up the shapes that PyTorch refuses, with its words.
+        model: The model in eval mode.
+        trace: The trace, which has the dynamic axes.
+        skipped: Receives the shapes that PyTorch refuses, with its error messages.
 
     Raises:
         ParityError: PyTorch refuses fresh values at the shapes of the example.
@@ -79,7 +79,7 @@ def drawn_cases(model: Checked, trace: Trace, skipped: dict[Sizes, str]) -> Iter
 
 @dataclass
 class _Draw:
-    """Fresh inputs of the shapes that PyTorch takes, with what it makes of them."""
+    """Fresh inputs of shapes that PyTorch accepts, with its outputs."""
 
     model: Checked
     trace: Trace
@@ -87,7 +87,7 @@ class _Draw:
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        # By name: axes of one name have one size in the file, whether they were traced as one or not.
+        # By name: axes with the same name have the same size in the file, even if they were traced apart.
         self.order = {
             name: index for index, name in enumerate(dict.fromkeys(self.trace.symbols.values()))
         }
@@ -95,10 +95,9 @@ class _Draw:
         self.note = ""
 
     def accepted(self, resize: _Resize) -> tuple[list[Tensor], Outputs]:
-        """All dynamic axes resized, else one by one those that PyTorch lets be resized."""
+        """Resize all dynamic axes at once. If PyTorch refuses, resize each axis that it accepts."""
         every = set(self.order)
-        # Sizes that no other axis has show an axis that was taken for another; a model may still
-        # need equal ones.
+        # Distinct sizes reveal two axes that were mixed up, but a model may need equal sizes.
         apart = self.run(self.sizes(every, resize, self.order))
         result = apart or self.run(self.sizes(every, resize, {}))
         if result is not None:
@@ -116,7 +115,7 @@ class _Draw:
         return result
 
     def keep_more(self) -> None:
-        """Use whole numbers of the example: first without the masks, then these, too."""
+        """Take integer inputs from the example: first all but the masks, then the masks, too."""
         names, tensors = self.trace.arguments.names, self.trace.arguments.tensors
         pairs = zip(names, tensors, strict=True)
         whole = [name for name, tensor in pairs if not tensor.is_floating_point()]
@@ -190,18 +189,18 @@ def _fresh(name: str, like: Tensor, size: tuple[int, ...], generator: torch.Gene
 
 
 def _rows(example: Tensor, size: tuple[int, ...]) -> Tensor:
-    """The rows of the example, moved by one, repeated for a larger batch.
+    """Return the rows of the example, shifted by one row and repeated for a larger batch.
 
-    Shorter ones lose their end, longer ones repeat their last entry: which is mostly text, where
-    markers come first.
+    Shorter rows lose their end and longer rows repeat their last entry, which is mostly text: markers
+    come first.
     """
     if example.ndim == 0 or example.numel() == 0:
         return example.new_zeros(size) if example.ndim else example
-    for axis, wanted in enumerate(size):
-        places = torch.arange(wanted, device=example.device)
-        have = example.shape[axis]
-        places = (places + 1) % have if axis == 0 else places.clamp(max=have - 1)
-        example = example.index_select(axis, places)
+    for axis, length in enumerate(size):
+        indices = torch.arange(length, device=example.device)
+        available = example.shape[axis]
+        indices = (indices + 1) % available if axis == 0 else indices.clamp(max=available - 1)
+        example = example.index_select(axis, indices)
     return example
 
 
@@ -210,12 +209,12 @@ def _mask(example: Tensor, size: tuple[int, ...], generator: torch.Generator) ->
         return None
     fresh = torch.ones(size)
     if len(size) == 2 and size[0] > 1:
-        # Padding on the right, and no row that is nothing but padding.
+        # Padding is on the right, and no row is all padding.
         lengths = torch.randint(1, size[1] + 1, (size[0], 1), generator=generator)
         lengths[0] = size[1]
         fresh = (torch.arange(size[1])[None] < lengths).float()
     if example.is_floating_point() and not bool(example.any()):
-        return torch.zeros(size)  # an additive mask, in which 0 is what admits a position
+        return torch.zeros(size)  # an additive mask, where 0 admits a position
     return fresh
 
 
@@ -244,7 +243,7 @@ def _values(example: Tensor, size: tuple[int, ...], generator: torch.Generator) 
 def _admitted(
     names: Sequence[str], inputs: Sequence[Tensor], expected: Outputs
 ) -> dict[str, Tensor]:
-    """Of each output the positions that all attention masks admit."""
+    """Return by output the positions that all attention masks admit."""
     valid: dict[str, Tensor] = {}
     for name, mask in zip(names, inputs, strict=True):
         if not name.endswith("attention_mask") or mask.ndim != 2:
@@ -261,29 +260,29 @@ def _admitted(
 
 _log = logging.getLogger("lora_fx")
 
-# Over the largest magnitude of the output. Half precision: twenty roundings to 11 and to 8 digits
-# (2⁻¹¹ and 2⁻⁸), what a deep network adds up when each operation rounds once. Single precision has
-# room to spare (2⁻²⁴): there, the order of a long sum decides.
+# Relative to the largest magnitude of the output. Half precision: about twenty roundings to 11 or 8 bits
+# (2⁻¹¹ and 2⁻⁸), which is the sum over a deep network whose operations each round once. Single precision
+# has room to spare (2⁻²⁴): there, the order of a long sum decides.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
-# Below it an output is taken for zero and the difference is compared with this instead.
+# An output with a smaller magnitude counts as zero, and its difference is divided by this instead.
 _SMALLEST_SCALE = 1e-3
 
 
 class PrecisionError(ParityError):
-    """The model itself is not what it was in the precision that it is to be exported in."""
+    """Error for a model whose outputs are wrong in the precision of the export."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One output of one call, twice.
+    """One output of one call: the reference and the result to judge.
 
     Attributes:
-        name: Of the output.
+        name: Name of the output.
         want: The reference.
-        got: What is judged by it, of the same shape.
+        got: The result that is judged, of the same shape.
         precision: The coarsest dtype in which ``got`` was computed.
-        valid: What of it counts, a mask that can be expanded to its shape; None for all.
+        valid: Mask of the positions that count, expandable to the shape; None for all.
     """
 
     name: str
@@ -294,19 +293,19 @@ class Compared:
 
     @property
     def admitted(self) -> Tensor:
-        """``got`` with ``want`` in the positions that do not count."""
+        """Tensor ``got``, with the values of ``want`` at the positions that do not count."""
         if self.valid is None:
             return self.got
         return torch.where(self.valid.bool(), self.got, self.want.to(self.got.dtype))
 
 
 def difference(output: Compared) -> OutputParity:
-    """The differences, with the tolerance of the precision; 0 for what is no floating number."""
+    """Return the differences, with the tolerance of the precision. It is 0 for integers and booleans."""
     want, got = output.want, output.admitted
     tolerance = TOLERANCES[output.precision] if want.is_floating_point() else 0.0
     left, right = want.detach().double(), got.double()
     if got.is_floating_point():
-        # The lowest number of a dtype, with which masks are filled, is not that of another one.
+        # Masks are filled with the lowest number of their dtype, which differs between dtypes.
         limit = torch.finfo(got.dtype).max
         left = torch.where(left.isfinite(), left.clamp(-limit, limit), left)
     error, scale = largest_difference(right, left)
@@ -314,29 +313,29 @@ def difference(output: Compared) -> OutputParity:
 
 
 def overflows(output: Compared) -> bool:
-    """Whether ``got`` is inf or nan at a position that counts where ``want`` is a finite number."""
+    """Return True if ``got`` is inf or nan at a position that counts and ``want`` is finite there."""
     if not output.got.is_floating_point():
         return False
     return bool((output.want.isfinite() & ~output.admitted.isfinite()).any())
 
 
 def _judged(row: OutputParity, output: Compared, narrow: Tensor, shapes: str) -> OutputParity:
-    """Tell what half precision does to a model from what is wrong with its file.
+    """Tell errors of half precision from errors of the file.
 
-    ONNX Runtime's CPU provider computes half operations in fp32 and leaves out roundings between
-    them, so that PyTorch shows what a GPU will do.
+    ONNX Runtime's CPU provider computes half operations in fp32 and skips roundings between them. PyTorch
+    rounds each operation, as a GPU does.
 
     Args:
-        row: How far the file is from the reference.
-        output: The same in full; its precision is fp16 or bf16.
-        narrow: What PyTorch gave in that precision.
-        shapes: Those of the inputs, for the message.
+        row: Differences of the file from the reference.
+        output: The compared tensors; the precision is fp16 or bf16.
+        narrow: Output of PyTorch in that precision.
+        shapes: Shapes of the inputs, for the message.
 
     Returns:
-        The row, with how far PyTorch is from the reference.
+        The row, with the difference of PyTorch from the reference.
 
     Raises:
-        PrecisionError: One of the two overflows, or both are further off than the tolerance.
+        PrecisionError: The file or PyTorch overflows, or both exceed the tolerance.
     """
     name, precision = output.name, output.precision
     short = "fp16" if precision is torch.float16 else "bf16"
@@ -364,33 +363,33 @@ def _judged(row: OutputParity, output: Compared, narrow: Tensor, shapes: str) ->
 
 
 def _described(row: OutputParity) -> str:
-    """The differences of a row in words."""
+    """Return the differences of a row in words."""
     return (
         f"{row.max_abs_error:.2e} ({row.max_rel_error:.2e} of its largest value, allowed "
         f"{row.tolerance:.0e})"
     )
 
 
-# What a file is compared with: the model, or for a half-precision one the same model in fp32.
+# The reference of a file: the model, or for a half-precision model the same model in fp32.
 #
-# A half model run by PyTorch is no measure of a half model run by ONNX Runtime: both are off, by as
-# much as either may be. So the weights, as rounded to half precision, are widened again, exactly, and
-# the model computes with them in fp32. What then differs is the arithmetic of the file, which the
-# tolerance of its precision has to cover; the rounding of the weights is what the caller asked for.
+# A half-precision model in PyTorch is a poor reference for one in ONNX Runtime, because both have rounding
+# errors of the same size. So the weights, already rounded to half precision, are widened exactly, and the
+# model computes with them in fp32. Only the arithmetic of the file then differs, which the tolerance of its
+# precision has to cover. The caller asked for the rounding of the weights.
 
 _HALF = (torch.bfloat16, torch.float16)  # the coarser one first
 
 
 class Reference:
-    """The model to compare with.
+    """Model that a file is compared with.
 
     Args:
         exported: The model that was exported, alone or with an adapter.
         casts: Makes the widened weights.
 
     Attributes:
-        precision: The coarsest floating dtype of the model: it sets the tolerance.
-        description: What it is, for the report.
+        precision: The coarsest floating dtype of the model, which sets the tolerance.
+        description: The reference in words, for the report.
     """
 
     def __init__(self, exported: FlatModel, casts: Casts) -> None:
@@ -428,17 +427,17 @@ class Reference:
 
     @property
     def model(self) -> nn.Module:
-        """The model that computes what is expected."""
+        """Model that computes the expected outputs."""
         return (self._wide or self._exported).model
 
     def named(self, tensors: Sequence[Tensor]) -> Outputs:
-        """The outputs with their names. What is no floating number comes from the model as it is."""
+        """Return outputs with their names. Integers and booleans come from the model in its own precision."""
         if self._wide is None:
             return self._exported.named(tensors)
         wide = self._wide.named(cast_floating(tensors, torch.float32))
         if all(value.is_floating_point() for _, value in wide):
             return wide
-        # An argmax over values that are rounded is another one: fp32 is no measure of it.
+        # An argmax over rounded values may differ, so fp32 is no reference for it.
         own = self._exported.named(tensors)
         return [
             (name, exact if exact.is_floating_point() else narrow)
@@ -446,14 +445,14 @@ class Reference:
         ]
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
-        """``call(model, *args, **kwargs)`` in the precision of ``named``."""
+        """Return ``call(model, *args, **kwargs)`` in the precision of ``named``."""
         if self._wide is None:
             return self._exported.run(call, *args, **kwargs)
         named = {key: _wide_argument(value) for key, value in kwargs.items()}
         return self._wide.run(call, *map(_wide_argument, args), **named)
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
-        """What PyTorch makes of the model in half precision; None where that is the reference."""
+        """Return the outputs of the model in half precision, or None if it is the reference itself."""
         return None if self._wide is None else self._exported.named(tensors)
 
 
@@ -470,16 +469,16 @@ def _coarsest(exported: FlatModel) -> torch.dtype:
 
 @dataclass
 class Parity:
-    """How a file was compared with PyTorch.
+    """Result of comparing a file with PyTorch.
 
     Attributes:
-        reference: What the file was compared with.
-        rows: The differences by output.
+        reference: The reference in words.
+        rows: Differences by output.
         tried: The shapes that ran.
-        skipped: Those that PyTorch refused, and why.
-        note: What there is to say of the values that were tried, "" for fresh ones.
+        skipped: The shapes that PyTorch refused, with reasons.
+        note: Remark on the values that were tried, "" for fresh values.
         provider: Execution provider of the comparison.
-        reason: Why there was no comparison, else "".
+        reason: Reason why there was no comparison, else "".
     """
 
     reference: str = ""
@@ -492,20 +491,20 @@ class Parity:
 
 
 _Run: TypeAlias = Callable[[list[Tensor]], dict[str, Any]]
-"""Runs a file: from the tensors of a call to the outputs by name."""
+"""Function that runs a file: it takes the tensors of a call and returns outputs by name."""
 
 
 def _check_parity(model: Reference, trace: Trace, run: _Run, cases: Cases | None = None) -> Parity:
     """Compare a file with the model on fresh inputs.
 
     Args:
-        model: What the file has to agree with.
-        trace: What the file was made from.
+        model: The reference.
+        trace: The trace that the file was made from.
         run: Runs the file, from tensors to outputs by name.
         cases: The calls to compare; None to draw them by axis.
 
     Raises:
-        PrecisionError: The model itself does not bear the precision of the file.
+        PrecisionError: The model itself is wrong in the precision of the file.
         ParityError: An output differs by more than its tolerance, or ONNX Runtime refuses a shape
             that PyTorch takes.
     """
@@ -516,7 +515,7 @@ def _check_parity(model: Reference, trace: Trace, run: _Run, cases: Cases | None
             continue
         try:
             _compare(parity, model, trace, sizes, case, run)
-        except EmptyAxisError as error:  # so the session refuses such calls
+        except EmptyAxisError as error:  # the session refuses such calls, too
             parity.skipped[sizes] = str(error)
             continue
         parity.tried.append(sizes)
@@ -560,42 +559,41 @@ def _compare(
             )
 
 
-# Of the lowest sites. 1 is what the defaults have, too: an axis of size 1 is the one that is taken for
-# something to broadcast.
+# Lowest rank over the sites. 1 is included because an axis of size 1 can be mistaken for one to broadcast.
 _RANDOM_RANKS = (3, 1)
 
 
 def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts) -> Parity:
-    """Compare the file with PyTorch: alone, with every adapter of the model, and with random ones.
+    """Compare the file with PyTorch: alone, with every adapter of the model, and with random adapters.
 
-    The random ones are judged by the model with their factors folded into its weights, so that nothing of
-    what was traced judges itself. The file alone is judged again after each adapter: memory that a kernel
-    never writes then holds what an adapter has left there, and not the zeros of a new process.
+    The reference of a random adapter has its factors folded into the weights, so that it shares no code
+    with the traced graph. The file alone is compared again after each adapter. Memory that a kernel never
+    writes then holds the adapter's leftovers instead of the zeros of a new process.
 
     Args:
         prepared: The model.
-        traced: What the file was made from.
+        traced: The trace that the file was made from.
         session: The file.
         casts: Makes the weights of the references of a half-precision file.
 
     Raises:
-        PrecisionError: The model, or an adapter, does not bear the precision of the file.
-        ParityError: An output differs, with the adapter that it was with.
+        PrecisionError: The model, or an adapter, is wrong in the precision of the file.
+        ParityError: An output differs; the message names the adapter.
     """
 
     def taken(tensors: Sequence[Tensor]) -> list[Tensor]:
-        # A runtime's file may take fp32 for what the model takes in half precision: no value changes.
+        # A runtime's file may take fp32 where the model takes half precision: no value changes.
         pairs = zip(tensors, session.inputs, strict=True)
-        return [one.to(getattr(torch, port.dtype)) for one, port in pairs]
+        return [tensor.to(getattr(torch, port.dtype)) for tensor, port in pairs]
 
     def run(tensors: list[Tensor], adapter: str | None = None) -> dict[str, Any]:
         return session.run(taken(tensors), adapter=adapter)
 
-    def compare_adapter(what: str, model: Reference, values: Mapping[str, Tensor]) -> None:
-        session.load_adapter(what, values)
-        with_it = functools.partial(run, adapter=what)
-        parity.rows |= _labeled(what, _rows_of(f"with {what}", model, traced, with_it, prepared))
-        session.unload_adapter(what)
+    def compare_adapter(label: str, model: Reference, values: Mapping[str, Tensor]) -> None:
+        session.load_adapter(label, values)
+        with_it = functools.partial(run, adapter=label)
+        parity.rows |= _labeled(label, _rows_of(f"with {label}", model, traced, with_it, prepared))
+        session.unload_adapter(label)
 
     base, manifest = Reference(prepared.base, casts), prepared.manifest
     parity = _check_parity(base, traced, run, prepared.cases)
@@ -610,45 +608,46 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         compare_adapter(f"adapter {name!r}", Reference(active(), casts), values)
     for rank in _RANDOM_RANKS:
         values = _random_values(prepared.model, manifest, rank)
-        what = f"a random adapter of rank {rank}"
+        label = f"a random adapter of rank {rank}"
         model = Reference(_Adapted(prepared.model, values, casts.keep), casts)
-        compare_adapter(what, model, values)
-        again = _rows_of(f"alone, after a run with {what}", base, traced, run, prepared)
-        parity.rows |= {name: worse(parity.rows[name], row) for name, row in again.items()}
+        compare_adapter(label, model, values)
+        rows = _rows_of(f"alone, after a run with {label}", base, traced, run, prepared)
+        parity.rows |= {name: worse(parity.rows[name], row) for name, row in rows.items()}
     return parity
 
 
 def _rows_of(
-    what: str, model: Reference, traced: Trace, run: _Run, prepared: Prepared
+    label: str, model: Reference, traced: Trace, run: _Run, prepared: Prepared
 ) -> dict[str, OutputParity]:
-    """The differences of a file as it is run, from a model; an error says what it was run with."""
+    """Return the differences of a file from a model. An error begins with ``label``."""
     try:
         return _check_parity(model, traced, run, prepared.cases).rows
     except ParityError as error:
-        raise type(error)(f"{what}: {error}") from error
+        raise type(error)(f"{label}: {error}") from error
 
 
-def _labeled(what: str, rows: Mapping[str, OutputParity]) -> dict[str, OutputParity]:
-    """Rows that tell with which adapter they were."""
-    labels = {name: f"{name} with {what}" for name in rows}
-    return {labels[name]: dataclasses.replace(row, name=labels[name]) for name, row in rows.items()}
+def _labeled(label: str, rows: Mapping[str, OutputParity]) -> dict[str, OutputParity]:
+    """Return the rows with the adapter in their names."""
+    names = {name: f"{name} with {label}" for name in rows}
+    return {names[name]: dataclasses.replace(row, name=names[name]) for name, row in rows.items()}
 
 
 def _random_values(
     model: FactorModel, manifest: Manifest, rank: int, seed: int = 0
 ) -> dict[str, Tensor]:
-    """A random adapter, without the biases that no weight can take: who has trained them compares those."""
+    """Return a random adapter whose loose biases are zero, because no weight can take them."""
     values = random_factors(manifest, rank, seed)
     return values | {name: torch.zeros_like(values[name]) for name in model.loose_biases()}
 
 
 class _RowsReference(Reference):
-    """A model whose rows have different adapters: what each adapter's model makes of the whole batch.
+    """Reference for a batch whose rows have different adapters.
 
-    Nothing of a bank is in it.
+    The model of each adapter runs the whole batch, and each row is taken from its own model. No code of a
+    bank runs.
 
     Args:
-        rows: The reference of each row; a batch of more begins again.
+        rows: The reference of each row. A larger batch repeats them.
     """
 
     def __init__(self, rows: Sequence[Reference]) -> None:
@@ -661,42 +660,42 @@ class _RowsReference(Reference):
         return self._rows[0].model
 
     def named(self, tensors: Sequence[Tensor]) -> Outputs:
-        return _mixed_outputs(self._each(tensors, lambda one: one.named(tensors)))
+        return _mixed_outputs(self._each(tensors, lambda reference: reference.named(tensors)))
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        return _mixed(self._each(given, lambda one: one.run(call, *args, **kwargs)))
+        arguments = (*args, *kwargs.values())
+        return _mixed(self._each(arguments, lambda reference: reference.run(call, *args, **kwargs)))
 
     def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
-        made = self._each(tensors, lambda one: one.narrow(tensors))
-        return None if made[0] is None else _mixed_outputs(made)
+        outputs = self._each(tensors, lambda reference: reference.narrow(tensors))
+        return None if outputs[0] is None else _mixed_outputs(outputs)
 
-    def _each(self, given: Sequence[Any], make: Callable[[Reference], Any]) -> list[Any]:
-        """What is made for each row of a batch, once for each reference."""
-        count = next(len(one) for one in given if isinstance(one, Tensor) and one.dim())
-        known: dict[int, Any] = {}
+    def _each(self, arguments: Sequence[Any], make: Callable[[Reference], Any]) -> list[Any]:
+        """Return the result of ``make`` for each row of a batch. It runs once for each reference."""
+        count = next(len(value) for value in arguments if isinstance(value, Tensor) and value.dim())
+        results: dict[int, Any] = {}
         rows = [self._rows[row % len(self._rows)] for row in range(count)]
-        for one in rows:
-            if id(one) not in known:
-                known[id(one)] = make(one)
-        return [known[id(one)] for one in rows]
+        for reference in rows:
+            if id(reference) not in results:
+                results[id(reference)] = make(reference)
+        return [results[id(reference)] for reference in rows]
 
 
-def _mixed_outputs(made: Sequence[Outputs]) -> Outputs:
+def _mixed_outputs(outputs: Sequence[Outputs]) -> Outputs:
     return [
-        (name, _mixed([values[place][1] for values in made]))
-        for place, (name, _) in enumerate(made[0])
+        (name, _mixed([values[index][1] for values in outputs]))
+        for index, (name, _) in enumerate(outputs[0])
     ]
 
 
 def _mixed(values: Sequence[Any]) -> Any:
-    """Row n of value n, of tensors and of mappings and sequences of them; what else there is has no rows."""
+    """Take row n from value n, for tensors and for mappings and sequences of them. Others become None."""
     first = values[0]
     if isinstance(first, Tensor):
         return torch.cat([value[row : row + 1] for row, value in enumerate(values)])
     if isinstance(first, Mapping):
-        made = {key: _mixed([value[key] for value in values]) for key in first}
-        return made if type(first) is dict else type(first)(**made)
+        mixed = {key: _mixed([value[key] for value in values]) for key in first}
+        return mixed if type(first) is dict else type(first)(**mixed)
     if isinstance(first, list | tuple):
         return type(first)(_mixed(parts) for parts in zip(*values, strict=True))
     return None
@@ -710,30 +709,30 @@ def _check_bank(
     casts: Casts,
     parity: Parity,
 ) -> Parity:
-    """Compare a file with a bank: with each adapter for all rows, and with another one for each row.
+    """Compare a file that has a bank: each adapter for all rows, then a different adapter for each row.
 
     Args:
         prepared: The model.
-        model: What was traced.
-        traced: What the file was made from.
+        model: The traced model.
+        traced: The trace that the file was made from.
         session: The file.
         casts: Makes the weights of the references of a half-precision file.
-        parity: What came of the file alone.
+        parity: Result for the file alone.
 
     Raises:
         PrecisionError, ParityError: As :func:`_check`.
     """
     assert prepared.manifest is not None
     manifest, base = prepared.manifest, Reference(prepared.base, casts)
-    place = model.batched
+    batched = model.batched
 
-    def compare(what: str, rows: Sequence[tuple[str | None, Reference]]) -> None:
+    def compare(label: str, rows: Sequence[tuple[str | None, Reference]]) -> None:
         def run(tensors: list[Tensor]) -> dict[str, Any]:
-            names = [rows[row % len(rows)][0] for row in range(len(tensors[place]))]
+            names = [rows[row % len(rows)][0] for row in range(len(tensors[batched]))]
             return session.run(tensors, adapter=names if len(rows) > 1 else names[0])
 
-        reference = rows[0][1] if len(rows) == 1 else _RowsReference([one for _, one in rows])
-        parity.rows |= _labeled(what, _rows_of(f"with {what}", reference, traced, run, prepared))
+        reference = rows[0][1] if len(rows) == 1 else _RowsReference([part for _, part in rows])
+        parity.rows |= _labeled(label, _rows_of(f"with {label}", reference, traced, run, prepared))
 
     own: list[tuple[str | None, Reference]] = []
     for name, active in prepared.adapters.items():
@@ -758,7 +757,7 @@ def _check_bank(
 
 
 def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of an adapter in the dtypes of the file."""
+    """Return the values of an adapter in the dtypes of the file. Raise if one overflows."""
     values = cast_to(manifest, exact)
     for name, value in values.items():
         if bool(exact[name].isfinite().all()) and not bool(value.isfinite().all()):
@@ -773,10 +772,10 @@ def _in_range(adapter: str, manifest: Manifest, exact: Mapping[str, Tensor]) -> 
 
 
 class _Adapted(FlatModel):
-    """A model with the same adapter at every call, folded into its weights where that can be.
+    """Model with the same adapter at every call, folded into its weights if possible.
 
-    It cannot over quantized weights: there, and in half precision, which is no reference, the traced model
-    is handed the factors.
+    Quantized weights cannot take it, and half precision is no reference. In these cases the factors are
+    passed to the traced model.
     """
 
     def __init__(
@@ -788,7 +787,7 @@ class _Adapted(FlatModel):
         self._keep = keep
         inputs = model.adapter_inputs
         self._factors = [
-            values[one.name].to(model.device, getattr(torch, one.dtype)) for one in inputs
+            values[factor.name].to(model.device, getattr(torch, factor.dtype)) for factor in inputs
         ]
         self._dense = self._merged()
 
@@ -806,7 +805,7 @@ class _Adapted(FlatModel):
         return self._flat.handed(self._factors, call, *args, **kwargs)
 
     def _merged(self) -> FlatModel | None:
-        if any(one.dtype in ("float16", "bfloat16") for one in self._flat.adapter_inputs):
+        if any(factor.dtype in ("float16", "bfloat16") for factor in self._flat.adapter_inputs):
             return None
         if any(isinstance(module, StandIn) for module in self.model.modules()):
             return None
@@ -829,13 +828,13 @@ def verify(
 
     Args:
         prepared: The model.
-        traced: What the file was made from.
+        traced: The trace that the file was made from.
         file: The written file.
-        keep: Takes each weight of the reference that is created, see ``Scratch.keep``.
-        large: Leave the weights in the file, mapped into memory, although that is slower.
+        keep: Called with each new weight of the reference, see ``Scratch.keep``.
+        large: Leave the weights in the file and map it into memory, which is slower.
 
     Raises:
-        ParityError: They differ.
+        ParityError: The outputs differ.
         ConversionError: ONNX Runtime refuses the file.
         ProviderError: There is no ONNX Runtime.
     """
@@ -855,6 +854,6 @@ def verify(
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
-    casts = Casts(keep)  # one for all references: they have the same weights
+    casts = Casts(keep)  # shared, because all references have the same weights
     parity = _check(prepared, traced, session, casts)
     return dataclasses.replace(parity, provider=session.provider)

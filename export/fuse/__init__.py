@@ -1,6 +1,6 @@
-"""Fusions: a converted graph is rewritten into one that computes the same in less time.
+"""Fusions: rewrites of a converted graph that compute the same results in less time.
 
-Each file has one family. A fusion is found by what a graph computes, whatever model it came from.
+Each module has one family of fusions. They match patterns of a graph, not classes of models.
 """
 
 from lora_fx.export.fuse.fused_attention import (

@@ -1,4 +1,4 @@
-"""Attention, ``softmax(scale · q kᵀ + mask) v``, and its masks: found by what they compute."""
+"""Detection and rewriting of attention, ``softmax(scale · q kᵀ + mask) v``, and of its masks."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Mask:
-    """What is added to scores, 0 or a low number by a condition.
+    """An additive mask of scores: 0 if every condition holds for a key, otherwise a low number.
 
     Attributes:
         low: The low number.
-        causal: Whether a key that comes after the query is masked.
-        others: The other conditions, all of which hold where a key is not masked.
+        causal: True if a key that comes after the query is masked.
+        others: The other conditions. All of them hold for a key that is not masked.
     """
 
     low: ir.Value
@@ -62,9 +62,9 @@ def read_mask(mask: ir.Value | None, past: Size | None, total: Size | None) -> M
     """Read a mask as ``where(a and b and …, 0, low)``.
 
     Args:
-        mask: What is added to the scores.
-        past: How many keys come from the cache.
-        total: How many keys there are.
+        mask: The value added to the scores.
+        past: Number of keys from the cache.
+        total: Number of all keys.
     """
     while (node := made_by(mask, "Expand", "Unsqueeze")) is not None:
         mask = node.inputs[0]
@@ -76,13 +76,15 @@ def read_mask(mask: ir.Value | None, past: Size | None, total: Size | None) -> M
     if number is None or low is None or number > -1e4:
         return None
     conditions = list(_conjuncts(where.inputs[0]))
-    causal = [one for one in conditions if _is_causal(one, past, total)]
-    others = tuple(dict.fromkeys(one for one in conditions if one not in causal))
-    return Mask(low, bool(causal), others)
+    causal = [condition for condition in conditions if _is_causal(condition, past, total)]
+    remaining = tuple(
+        dict.fromkeys(condition for condition in conditions if condition not in causal)
+    )
+    return Mask(low, bool(causal), remaining)
 
 
 def _conjuncts(value: ir.Value | None) -> list[ir.Value]:
-    """The conditions of which a value is the conjunction; those that always hold are left out."""
+    """Split a condition at its ``And`` nodes. Conditions that always hold are left out."""
     node = made_by(value, "And", "Expand", "Identity")
     if value is None:
         return []
@@ -95,19 +97,19 @@ def _conjuncts(value: ir.Value | None) -> list[ir.Value]:
 
 
 def _is_causal(value: ir.Value, past: Size | None, total: Size | None) -> bool:
-    """Whether a condition is ``key position <= query position``."""
+    """Return True if a condition is ``key position <= query position``."""
     node = made_by(value, "LessOrEqual", "GreaterOrEqual")
     if node is None or past is None or total is None:
         return False
     keys, queries = node.inputs if node.op_type == "LessOrEqual" else reversed(node.inputs)
-    # One is laid out along the last axis, the other along the one before.
+    # Keys lie along the last axis, queries along the axis before it.
     if names_of(keys)[-2:] != (1, total) or names_of(queries)[-1:] != (1,):
         return False
     return counted(keys) == (0, total) and counted(queries) == (past, total)
 
 
 def counted(value: ir.Value | None) -> tuple[Size, Size] | None:
-    """First number, and one more than the last, of numbers that count up by one."""
+    """Return start and end of a value like ``arange(start, end)``, or None for any other value."""
     while (node := made_by(value, "Unsqueeze", "Reshape", "Range", "Add", "Cast")) is not None:
         if node.op_type == "Range":
             start, end = sizes(node.inputs[0]), sizes(node.inputs[1])
@@ -116,8 +118,8 @@ def counted(value: ir.Value | None) -> tuple[Size, Size] | None:
             first, last = start[0], end[0]
             return None if first is None or last is None else (first, last)
         if node.op_type == "Add":
-            for one, other in (node.inputs, tuple(reversed(node.inputs))):
-                numbers, offset = counted(one), sizes(other)
+            for left, right in (node.inputs, tuple(reversed(node.inputs))):
+                numbers, offset = counted(left), sizes(right)
                 if numbers is not None and offset is not None and len(offset) == 1:
                     if offset[0] is None:
                         return None
@@ -128,12 +130,12 @@ def counted(value: ir.Value | None) -> tuple[Size, Size] | None:
 
 
 def bias_of(builder: Builder, mask: Mask, like: ir.Value, sequence: ir.Value) -> ir.Value | None:
-    """What is left of a mask without its causal condition, for every query; None for nothing.
+    """Build a mask without its causal condition, for every query. Return None if no condition is left.
 
     Args:
-        builder: Where to.
+        builder: Builder for the new nodes.
         mask: The mask.
-        like: A value of its dtype.
+        like: A value with the dtype of the result.
         sequence: The number of queries, as a vector of one element.
     """
     if not mask.others:
@@ -143,21 +145,21 @@ def bias_of(builder: Builder, mask: Mask, like: ir.Value, sequence: ir.Value) ->
         condition = builder.op("And", [condition, other])
     padding = _padding(condition)
     if padding is None:
-        made = builder.op("Where", [condition, zero, mask.low], like=like)
-    else:  # the positions ask for the same
+        bias = builder.op("Where", [condition, zero, mask.low], like=like)
+    else:  # the position ids compute the same Equal, which is then shared
         source, shape = padding
         masked = builder.op("Equal", [source, builder.number(0, source)])
         masked = builder.op("Reshape", [masked, shape], like=masked)
-        made = builder.op("Where", [masked, mask.low, zero], like=like)
+        bias = builder.op("Where", [masked, mask.low, zero], like=like)
     if len(mask.others) == 1 and names_of(condition)[2:3] != (1,):
-        return made
+        return bias
     ones = builder.ints([1, 1])
     shape = builder.op("Concat", [ones, sequence, builder.ints([1])], {"axis": 0})
-    return builder.op("Expand", [made, shape], like=like)
+    return builder.op("Expand", [bias, shape], like=like)
 
 
 def _padding(condition: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """What is reshaped to which shape, where a condition is ``reshape(x != 0)`` of whole numbers."""
+    """Return integers ``x`` and the shape if a condition is ``reshape(x != 0, shape)``, otherwise None."""
     node = made_by(condition, "Reshape")
     cast = None if node is None else made_by(node.inputs[0], "Cast")
     if node is None or cast is None or cast.inputs[0] is None or node.inputs[1] is None:
@@ -176,15 +178,15 @@ class Attention:
 
     Attributes:
         query: [batch, heads, sequence, width], before it is scaled.
-        key: [batch, groups, length, width]: before it is repeated for the heads of a group, and scaled.
+        key: [batch, groups, length, width], before it is scaled and repeated for the heads of a group.
         value: [batch, groups, length, width of values].
-        mask: What is added to the scores, None for nothing.
-        scale: What the scores are multiplied by.
-        heads: Heads of the query.
-        groups: Heads of key and value.
-        softmax: The node.
-        guard: The ``Where`` that replaces NaN by 0, None where there is none.
-        product: The last product.
+        mask: The value added to the scores, or None.
+        scale: The factor of the scores.
+        heads: Number of heads of the query.
+        groups: Number of heads of key and value.
+        softmax: The softmax node.
+        guard: The ``Where`` that replaces NaN by 0, or None.
+        product: The product of probabilities and values.
         output: [batch, heads, sequence, width of values].
     """
 
@@ -202,9 +204,9 @@ class Attention:
 
 
 def find_attention(model: ir.Model) -> list[Attention]:
-    """Every attention of a model, in order."""
-    found = (_attention(node) for node in nodes_of(model, "Softmax"))
-    return [one for one in found if one is not None]
+    """Find every attention of a model, in order."""
+    candidates = (_attention(node) for node in nodes_of(model, "Softmax"))
+    return [attention for attention in candidates if attention is not None]
 
 
 def _attention(softmax: ir.Node) -> Attention | None:
@@ -227,16 +229,16 @@ def _attention(softmax: ir.Node) -> Attention | None:
     last = only_user(probabilities, "MatMul")
     if matmul is None or last is None or last.inputs[0] is not probabilities:
         return None
-    query, by = factors_of(matmul.inputs[0])
-    scale *= by
+    query, factor = factors_of(matmul.inputs[0])
+    scale *= factor
     key, value = last.inputs[1], last.inputs[1]
-    key, by = factors_of(matmul.inputs[1])
-    scale *= by
+    key, factor = factors_of(matmul.inputs[1])
+    scale *= factor
     key = _swapped(key)
     if key is None or query is None or value is None or rank(query) != 4:
         return None
-    key, by = factors_of(key)
-    scale *= by
+    key, factor = factors_of(key)
+    scale *= factor
     heads = axis_size(query, 1)
     if key is None or not isinstance(heads, int) or query.dtype != key.dtype:
         return None
@@ -254,25 +256,25 @@ def _attention(softmax: ir.Node) -> Attention | None:
 
 
 def _nan_guard(softmax: ir.Node) -> ir.Node | None:
-    """The ``Where(IsNaN(p), 0, p)`` that alone reads the probabilities."""
+    """Return the ``Where(IsNaN(p), 0, p)`` after a softmax if nothing else reads the probabilities."""
     value = softmax.outputs[0]
     readers = {node for node, _ in value.uses()}
-    asked = [node for node in readers if node.op_type == "IsNaN"]
-    if len(readers) != 2 or len(asked) != 1 or value.is_graph_output():
+    checks = [node for node in readers if node.op_type == "IsNaN"]
+    if len(readers) != 2 or len(checks) != 1 or value.is_graph_output():
         return None
-    where = only_user(asked[0].outputs[0], "Where")
-    if where is None or where not in readers or where.inputs[0] is not asked[0].outputs[0]:
+    where = only_user(checks[0].outputs[0], "Where")
+    if where is None or where not in readers or where.inputs[0] is not checks[0].outputs[0]:
         return None
     return where if scalar(where.inputs[1]) == 0 and where.inputs[2] is value else None
 
 
 def _swapped(value: ir.Value | None) -> ir.Value | None:
-    """The value of which this one is the transpose in its last two axes."""
+    """Return the value before a transpose of its last two axes, or None if there is no such transpose."""
     node = made_by(value, "Transpose")
     if node is not None:
         perm = list(node.attributes.get_ints("perm", ()))
         return node.inputs[0] if perm == [0, 1, 3, 2] else None
-    # torch.onnx contracts the axes in front, swaps two of three, and takes them apart again.
+    # torch.onnx flattens the leading axes, swaps the last two of three, and unflattens the first again.
     outer = made_by(value, "Reshape")
     turned = None if outer is None else made_by(outer.inputs[0], "Transpose")
     inner = None if turned is None else made_by(turned.inputs[0], "Reshape")
@@ -291,38 +293,38 @@ def _swapped(value: ir.Value | None) -> ir.Value | None:
 
 
 def _once(value: ir.Value) -> ir.Value:
-    """Keys or values before they are repeated: [b, g, t, d] → [b, g, n, t, d] → [b, g·n, t, d]."""
+    """Return keys or values before a repeat: [b, g, t, d] → [b, g, n, t, d] → [b, g·n, t, d]."""
     joined = made_by(value, "Reshape")
     wide = None if joined is None else made_by(joined.inputs[0], "Expand")
     parted = None if wide is None else made_by(wide.inputs[0], "Unsqueeze", "Reshape")
     if joined is None or wide is None or parted is None or parted.inputs[0] is None:
         return value
-    source, every = names_of(parted.inputs[0]), names_of(wide.outputs[0])
+    source, expanded = names_of(parted.inputs[0]), names_of(wide.outputs[0])
     target = names_of(value)
-    if len(source) != 4 or len(every) != 5 or len(target) != 4 or None in source:
+    if len(source) != 4 or len(expanded) != 5 or len(target) != 4 or None in source:
         return value
     batch, groups, length, width = source
-    repeated = every[2]
+    repeated = expanded[2]
     if names_of(parted.outputs[0]) != (batch, groups, 1, length, width):
         return value
-    if every != (batch, groups, repeated, length, width) or not isinstance(repeated, int):
+    if expanded != (batch, groups, repeated, length, width) or not isinstance(repeated, int):
         return value
     if not isinstance(groups, int) or target != (batch, groups * repeated, length, width):
         return value
     return parted.inputs[0]
 
 
-# What a mask may hold so that no row of scores becomes one of -inf alone: the lowest number of fp32 and bf16
-# is further from the next one than any score is large. In fp16 it is not.
+# Dtypes whose lowest number plus a score may be -inf. In fp32 and bf16 the spacing of numbers at the
+# lowest number is larger than any score, so the sum stays finite. In fp16 it is not.
 _HALVED = {"FLOAT16"}
 
 
 @at_each(find_attention)
 def drop_nan_guards(model: ir.Model, one: Attention) -> bool | str:
-    """Leave out the guard against NaN where no row of scores can be masked whole.
+    """Remove the guard against NaN if no row of scores can be masked completely.
 
-    A row of probabilities is NaN where all its scores are -inf. Without a mask, and with one whose values
-    are finite, there is none.
+    A row of probabilities is NaN only if all its scores are -inf. This cannot happen without a mask, or
+    with a mask of finite values.
     """
     if one.guard is None:
         return False
@@ -333,7 +335,7 @@ def drop_nan_guards(model: ir.Model, one: Attention) -> bool | str:
 
 
 def mask_rows_once(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Replace the guard over all probabilities by one mask of rows, which is applied to the output.
+    """Replace the NaN guard over all probabilities by a mask of rows, which is applied to the output.
 
     A row whose mask is -inf everywhere gives 0, as in PyTorch. The mask of rows is computed once for
     all layers that share a mask.
@@ -342,26 +344,30 @@ def mask_rows_once(model: ir.Model) -> tuple[int, dict[str, int]]:
         model: Changed in place.
 
     Returns:
-        How many were replaced, and why others were not.
+        The number of replaced guards, and an empty dict of reasons.
     """
     done = 0
     dead: dict[ir.Value, ir.Value] = {}
-    for one in find_attention(model):
-        if one.guard is None or one.mask is None or one.output.is_graph_output():
+    for attention in find_attention(model):
+        if attention.guard is None or attention.mask is None or attention.output.is_graph_output():
             continue
-        builder = Builder(model, one.softmax)
-        if one.mask not in dead:
-            lowest = builder.number(-np.inf, one.mask)
-            most = builder.op("ReduceMax", [one.mask, builder.ints([-1])], like=one.mask)
-            dead[one.mask] = builder.op("Equal", [most, lowest])
-        substitute(one.guard.outputs[0], one.softmax.outputs[0])
-        after = list(one.output.uses())
-        builder = _behind(model, one.product)
-        zero = builder.number(0.0, one.output)
-        clean = builder.op("Where", [dead[one.mask], zero, one.output], like=one.output)
-        clean.shape = one.output.shape
-        for node, place in after:
-            node.replace_input_with(place, clean)
+        builder = Builder(model, attention.softmax)
+        if attention.mask not in dead:
+            lowest = builder.number(-np.inf, attention.mask)
+            highest = builder.op(
+                "ReduceMax", [attention.mask, builder.ints([-1])], like=attention.mask
+            )
+            dead[attention.mask] = builder.op("Equal", [highest, lowest])
+        substitute(attention.guard.outputs[0], attention.softmax.outputs[0])
+        after = list(attention.output.uses())
+        builder = _behind(model, attention.product)
+        zero = builder.number(0.0, attention.output)
+        clean = builder.op(
+            "Where", [dead[attention.mask], zero, attention.output], like=attention.output
+        )
+        clean.shape = attention.output.shape
+        for node, index in after:
+            node.replace_input_with(index, clean)
         done += 1
     return done, {}
 
@@ -374,9 +380,9 @@ def _behind(model: ir.Model, node: ir.Node) -> Builder:
 
 
 def _is_finite(model: ir.Model, mask: ir.Value) -> bool:
-    """Whether every value of a mask is finite, and stays so with a score added to it.
+    """Return True if every value of a mask is finite, and stays finite with a score added.
 
-    In fp16 the lowest number is not: it is halved where nothing else reads it.
+    In fp16 the lowest number does not stay finite. In a ``Where`` it is replaced by half of it.
     """
     array = array_of(mask)
     if array is not None:
@@ -388,19 +394,19 @@ def _is_finite(model: ir.Model, mask: ir.Value) -> bool:
         source = node.inputs[0]
         same = source is not None and source.dtype == mask.dtype
         return same and _is_finite(model, source)
-    branches = [array_of(one) for one in node.inputs[1:]]
-    if any(one is None or one.size != 1 or not np.isfinite(one).all() for one in branches):
+    branches = [array_of(array) for array in node.inputs[1:]]
+    if any(array is None or array.size != 1 or not np.isfinite(array).all() for array in branches):
         return False
     if _is_half(mask):
-        for place in (1, 2):
-            number = scalar(node.inputs[place])
+        for index in (1, 2):
+            number = scalar(node.inputs[index])
             if number is not None and number < _HALF_LOWEST:
                 low = Builder(model, node).number(_HALF_LOWEST, mask)
-                node.replace_input_with(place, low)
+                node.replace_input_with(index, low)
     return True
 
 
-_HALF_LOWEST = -32752.0  # half the lowest number of fp16: scores down to it can be added
+_HALF_LOWEST = -32752.0  # half the lowest number of fp16: a score as low can be added
 
 
 def _is_half(value: ir.Value) -> bool:
@@ -411,8 +417,8 @@ def _is_half(value: ir.Value) -> bool:
 def group_heads(model: ir.Model, one: Attention) -> bool:
     """Compute attention over keys and values as they are cached: not repeated, not scaled.
 
-    The heads of a group are rows of one product, ``[b, g, n·s, d] · [b, g, d, t]``, so that nothing is
-    copied for each of them. The query alone is scaled.
+    The heads of a group are rows of one product, ``[b, g, n·s, d] · [b, g, d, t]``. So keys and values
+    are not copied for each head. Only the query is scaled.
     """
     builder = Builder(model, one.softmax)
     dtype = one.query
@@ -451,12 +457,12 @@ def group_heads(model: ir.Model, one: Attention) -> bool:
     if grouped:
         weights = last.op("Reshape", [weights, fold], like=dtype)
         weights.shape = _shape((batch, one.groups, None, length))
-    made = last.op("MatMul", [weights, one.value], like=dtype)
+    output = last.op("MatMul", [weights, one.value], like=dtype)
     if grouped:
-        made.shape = _shape((batch, one.groups, None, out))
-        made = last.op("Reshape", [made, unfold], like=dtype)
-    made.shape = one.output.shape
-    substitute(one.output, made)
+        output.shape = _shape((batch, one.groups, None, out))
+        output = last.op("Reshape", [output, unfold], like=dtype)
+    output.shape = one.output.shape
+    substitute(one.output, output)
     return True
 
 

@@ -1,9 +1,9 @@
 """Attention as one operator: ``GroupQueryAttention`` with a cache, ``MultiHeadAttention`` without one.
 
-ONNX Runtime's operator masks keys behind the query by itself. What else a model masks, padding on either
-side and windows, is its ``attention_bias``. Its own rotary embedding counts the positions of a prompt from
-the first token, padding included, and so turns keys otherwise than a model that counts from the first token
-that matters: ``RotaryEmbedding`` takes the model's own angles.
+ONNX Runtime's ``GroupQueryAttention`` masks keys after the query. Other masks of a model, padding on either
+side and windows, become its ``attention_bias``. Its built-in rotary embedding counts positions from the
+first token, padding included. A model that counts from the first real token rotates keys differently, so
+``RotaryEmbedding`` gets the model's own angles.
 """
 
 from __future__ import annotations
@@ -53,30 +53,30 @@ __all__ = [
 ]
 
 ONE_ROW_CHUNKS_KEY = "lora_fx.one_row_chunks"
-"""In the metadata: a call that has a past and several new tokens takes one text."""
+"""Metadata key of files in which a call with a past and several new tokens takes a batch of one only."""
 
 SHARED_CACHE_KEY = "lora_fx.shared_cache"
-"""In the metadata: a cache may have room for more positions than are filled, and be appended to in place."""
+"""Metadata key of files whose cache may have room for more positions, and is then extended in place."""
 
 
 CUDA_SINCE = "1.29"
-"""The first ONNX Runtime whose CUDA provider takes the ``attention_bias`` of ``GroupQueryAttention``."""
+"""First version of ONNX Runtime whose CUDA provider takes an ``attention_bias`` (GroupQueryAttention)."""
 
 
 def check_attention(
     metadata: Mapping[str, str], provider: str, version: str, dtype: str, file: str
 ) -> None:
-    """Refuse a file whose attention a provider does not run.
+    """Raise if a provider cannot run the attention of a file.
 
     Args:
-        metadata: Of the file.
+        metadata: Metadata of the file.
         provider: "cpu", "cuda" or "webgpu".
-        version: Of ONNX Runtime.
-        dtype: Of its caches, as torch names it.
-        file: Its name, for the message.
+        version: Version of ONNX Runtime.
+        dtype: Dtype of the caches, by its torch name.
+        file: Name of the file for the message.
 
     Raises:
-        ProviderError: With what to export, or to install.
+        ProviderError: The message says what to export or install instead.
     """
     if provider != "cuda" or ONE_ROW_CHUNKS_KEY not in metadata:
         return
@@ -102,14 +102,14 @@ class _Cached:
     """An attention over a cache.
 
     Attributes:
-        attention: It, over keys and values of the past and of the call.
-        past_key: The input.
-        past_value: The input.
-        query: [batch, heads, sequence, width], not yet turned.
-        key: The new keys, not yet turned.
+        attention: The attention, over keys and values of the past and of the call.
+        past_key: The input with the cached keys.
+        past_value: The input with the cached values.
+        query: [batch, heads, sequence, width], before rotary embedding.
+        key: The new keys, before rotary embedding.
         value: The new values.
-        turns: The rotary embeddings of query and key; None for a model without.
-        mask: What it masks.
+        turns: The rotary embeddings of query and key, or None if the model has none.
+        mask: The mask of the attention.
     """
 
     attention: Attention
@@ -123,35 +123,37 @@ class _Cached:
 
 
 def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Make one ``GroupQueryAttention`` of each causal attention over a cache.
+    """Replace each causal attention over a cache by one ``GroupQueryAttention``.
 
     Args:
-        model: Changed in place. Its metadata says what the operator does not take.
+        model: Changed in place. :data:`ONE_ROW_CHUNKS_KEY` is set in its metadata.
 
     Returns:
-        How many there were, and why others were left.
+        The number of replaced attentions, and how many were left for each reason.
     """
-    why: dict[str, int] = {}
+    reasons: dict[str, int] = {}
     calls = _Calls(model)
     done = 0
-    every = find_attention(model)
-    unread = sum(rank(node.outputs[0]) == 4 for node in nodes_of(model, "Softmax")) - len(every)
+    attentions = find_attention(model)
+    unread = sum(rank(node.outputs[0]) == 4 for node in nodes_of(model, "Softmax")) - len(
+        attentions
+    )
     if unread > 0:
-        why["its scores are not those of query and key alone, as under a soft cap"] = unread
-    for attention in every:
-        found = _cached(model, attention)
-        if isinstance(found, str):
-            why[found] = why.get(found, 0) + 1
+        reasons["its scores are not those of query and key alone, as under a soft cap"] = unread
+    for attention in attentions:
+        cached = _cached(model, attention)
+        if isinstance(cached, str):
+            reasons[cached] = reasons.get(cached, 0) + 1
             continue
-        calls.fuse(found)
+        calls.fuse(cached)
         done += 1
     if done:
         model.metadata_props[ONE_ROW_CHUNKS_KEY] = "1"
-    return done, why
+    return done, reasons
 
 
 def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
-    """Read an attention as one over a cache, or say what is in the way."""
+    """Return an attention as an attention over a cache, or the reason why it cannot be read so."""
     width, sequence = axis_size(attention.query, 3), axis_size(attention.query, 2)
     if axis_size(attention.key, 3) != width or axis_size(attention.value, 3) != width:
         return "keys and values have different widths"
@@ -180,7 +182,7 @@ def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
 
 
 def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """A cache that is an input, and what is appended to it."""
+    """Split a value into a cache that is a graph input and the new part, or return None."""
     whole = joined(value, 2)
     if whole is None:
         return None
@@ -191,15 +193,15 @@ def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Count past positions by the mask and not by the cache, which may have room for what follows then.
+    """Take the number of past positions from the mask, so that a cache may have room for more positions.
 
-    ``GroupQueryAttention`` appends where it is if one buffer is both its past and its present.
+    ``GroupQueryAttention`` appends in place if one buffer is both its past and its present.
 
     Args:
-        model: Changed in place. Its metadata says that a cache may be shared.
+        model: Changed in place. :data:`SHARED_CACHE_KEY` is set in its metadata.
 
     Returns:
-        How many caches there are, and why they cannot be shared.
+        The number of caches, and the reasons why they cannot be shared.
     """
     caches = [
         value
@@ -230,18 +232,18 @@ def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
 
 
 def _readers(caches: Sequence[ir.Value], attention: Sequence[ir.Node]) -> Iterator[ir.Node]:
-    """What else reads a cache, before a step or after it."""
+    """Yield all other nodes that read a past or present cache."""
     for value in caches:
-        for node, place in value.uses():
-            if node not in attention or place not in (3, 4):
+        for node, index in value.uses():
+            if node not in attention or index not in (3, 4):
                 yield node
-    for made in attention:
-        for value in made.outputs[1:]:
+    for attention_node in attention:
+        for value in attention_node.outputs[1:]:
             yield from (node for node, _ in value.uses())
 
 
 class _Calls:
-    """Makes the operators; what all layers share is made once."""
+    """Builder of the fused operators. Values that all layers share are computed once."""
 
     def __init__(self, model: ir.Model) -> None:
         self._model = model
@@ -249,19 +251,19 @@ class _Calls:
         self._lengths: dict[tuple[Size | None, ...], tuple[ir.Value, ir.Value]] = {}
         self._biases: dict[tuple[object, ...], ir.Value | None] = {}
 
-    def fuse(self, one: _Cached) -> None:
-        """Replace an attention."""
-        attention = one.attention
+    def fuse(self, cached: _Cached) -> None:
+        """Replace an attention by a ``GroupQueryAttention``."""
+        attention = cached.attention
         builder = Builder(self._model, attention.product)
         query, key, value = (
-            flat_heads(builder, value) for value in (one.query, one.key, one.value)
+            flat_heads(builder, value) for value in (cached.query, cached.key, cached.value)
         )
-        if one.turns is not None:
-            query = self._tables.turn(builder, one.turns[0], query, attention.heads)
-            key = self._tables.turn(builder, one.turns[1], key, attention.groups)
-        last, total = self._length(builder, one, query)
-        bias = self._bias(builder, one)
-        width = axis_size(one.query, 3)
+        if cached.turns is not None:
+            query = self._tables.turn(builder, cached.turns[0], query, attention.heads)
+            key = self._tables.turn(builder, cached.turns[1], key, attention.groups)
+        last, total = self._length(builder, cached, query)
+        bias = self._bias(builder, cached)
+        width = axis_size(cached.query, 3)
         attributes = {
             "num_heads": attention.heads,
             "kv_num_heads": attention.groups,
@@ -272,8 +274,8 @@ class _Calls:
             query,
             key,
             value,
-            one.past_key,
-            one.past_value,
+            cached.past_key,
+            cached.past_value,
             last,
             total,
             None,
@@ -281,7 +283,7 @@ class _Calls:
             None,
             bias,
         ]
-        made = builder.op(
+        result = builder.op(
             "GroupQueryAttention",
             inputs,
             attributes,
@@ -290,24 +292,29 @@ class _Calls:
             domain=CONTRIB,
             outputs=3,
         )
-        node = made.producer()
+        node = result.producer()
         assert node is not None
         batch, sequence, _ = names_of(query)
         assert isinstance(width, int)
         apart = batch, sequence, attention.heads, width
         rows = builder.op(
-            "Reshape", [made, builder.ints([0, 0, attention.heads, width])], like=query, shape=apart
+            "Reshape",
+            [result, builder.ints([0, 0, attention.heads, width])],
+            like=query,
+            shape=apart,
         )
         turned = builder.op("Transpose", [rows], {"perm": [0, 2, 1, 3]}, like=query)
         substitute(attention.output, turned)
         substitute(attention.key, node.outputs[1])
         substitute(attention.value, node.outputs[2])
 
-    def _length(self, builder: Builder, one: _Cached, query: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The place of the last key, for each row, and the number of keys."""
+    def _length(
+        self, builder: Builder, cached: _Cached, query: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
+        """Return the index of the last key for each row, and the number of keys."""
         batch, past, sequence = (
-            axis_size(one.past_key, 0),
-            axis_size(one.past_key, 2),
+            axis_size(cached.past_key, 0),
+            axis_size(cached.past_key, 2),
             axis_size(query, 1),
         )
         key = batch, past, sequence
@@ -323,18 +330,18 @@ class _Calls:
             self._lengths[key] = builder.op("Expand", [last, rows], like=total), total
         return self._lengths[key]
 
-    def _bias(self, builder: Builder, one: _Cached) -> ir.Value | None:
-        mask = one.mask
-        key = mask.low, mask.others, axis_size(one.query, 2)
+    def _bias(self, builder: Builder, cached: _Cached) -> ir.Value | None:
+        mask = cached.mask
+        key = mask.low, mask.others, axis_size(cached.query, 2)
         if key not in self._biases:
-            sequence = size_vector(self._model, builder, axis_size(one.query, 2))
+            sequence = size_vector(self._model, builder, axis_size(cached.query, 2))
             assert sequence is not None
-            self._biases[key] = bias_of(builder, mask, one.query, sequence)
+            self._biases[key] = bias_of(builder, mask, cached.query, sequence)
         return self._biases[key]
 
 
 def _position_limit(model: ir.Model) -> int | None:
-    """How many positions the model has, as the metadata of the task says."""
+    """Return the number of positions of the model from the metadata of the task, or None."""
     limit = json.loads(model.metadata_props.get(GENERATION_KEY, "{}")).get("limit")
     return limit if isinstance(limit, int) else None
 
@@ -345,12 +352,12 @@ def _position_limit(model: ir.Model) -> int | None:
 
 @at_each(find_attention)
 def multi_head_attention(model: ir.Model, one: Attention) -> bool | str:
-    """Make one ``MultiHeadAttention`` of each attention over the tokens of the call."""
+    """Replace an attention over the tokens of the call by a ``MultiHeadAttention``."""
     if reason := _objection(one):
         return reason
     builder = Builder(model, one.product)
     query, key, value = (flat_heads(builder, part) for part in (one.query, one.key, one.value))
-    made = builder.op(
+    result = builder.op(
         "MultiHeadAttention",
         [query, key, value, None, None, one.mask],
         {"num_heads": one.heads, "scale": float(one.scale)},
@@ -363,7 +370,7 @@ def multi_head_attention(model: ir.Model, one: Attention) -> bool | str:
     assert isinstance(width, int)
     apart = builder.op(
         "Reshape",
-        [made, builder.ints([0, 0, one.heads, width])],
+        [result, builder.ints([0, 0, one.heads, width])],
         like=query,
         shape=(batch, sequence, one.heads, width),
     )
@@ -372,68 +379,70 @@ def multi_head_attention(model: ir.Model, one: Attention) -> bool | str:
     return True
 
 
-def _objection(one: Attention) -> str:
-    """Why an attention is not one over the tokens of the call, "" where it is."""
-    if one.guard is not None:
+def _objection(attention: Attention) -> str:
+    """Return the reason why ``MultiHeadAttention`` cannot compute an attention, or ""."""
+    if attention.guard is not None:
         return "a row of its mask may be -inf as a whole"
-    if one.heads != one.groups:
+    if attention.heads != attention.groups:
         return "its heads share keys"
-    for value in (one.query, one.key, one.value):
+    for value in (attention.query, attention.key, attention.value):
         turned = made_by(value, "Transpose")
         if turned is None or list(turned.attributes.get_ints("perm", ())) != [0, 2, 1, 3]:
             return "its heads are laid out in another way, or have a cache"
-    if one.mask is None:
+    if attention.mask is None:
         return ""
-    shape = names_of(one.mask)
-    full = axis_size(one.query, 2), axis_size(one.key, 2)
-    if len(shape) != 4 or shape[2:] != full or shape[1] not in (1, one.heads):
+    shape = names_of(attention.mask)
+    full = axis_size(attention.query, 2), axis_size(attention.key, 2)
+    if len(shape) != 4 or shape[2:] != full or shape[1] not in (1, attention.heads):
         return "its mask has another shape"
     return ""
 
 
 @at_nodes("MultiHeadAttention", domain=CONTRIB)
 def whole_attention(model: ir.Model, node: ir.Node) -> bool | str:
-    """Let an attention compute query, key and value itself: ``Attention``.
+    """Fuse an attention with the products of query, key and value into an ``Attention``.
 
-    It comes after :func:`multi_head_attention`.
+    It runs after :func:`multi_head_attention`.
     """
     products = [_product_of(value) for value in node.inputs[:3]]
-    found = [one for one in products if one is not None]
-    same = len(found) == 3 and len({id(one.node.inputs[0]) for one in found}) == 1
-    if not same or any(product_form(one) != product_form(found[0]) for one in found):
+    sources = [product for product in products if product is not None]
+    same = len(sources) == 3 and len({id(product.node.inputs[0]) for product in sources}) == 1
+    if not same or any(product_form(product) != product_form(sources[0]) for product in sources):
         return "query, key and value are no plain products of one input"
-    if found[0].node.op_type != "MatMul" or found[0].bias is None:
+    if sources[0].node.op_type != "MatMul" or sources[0].bias is None:
         return "its products have no bias, or quantized weights"
     builder = Builder(model, node)
-    x = found[0].node.inputs[0]
-    weights = join_constants(builder, [one.node.inputs[1] for one in found], 1)
-    bias = join_constants(builder, [one.bias for one in found], 0)
+    x = sources[0].node.inputs[0]
+    weights = join_constants(builder, [source.node.inputs[1] for source in sources], 1)
+    bias = join_constants(builder, [source.bias for source in sources], 0)
     mask = node.inputs[5] if len(node.inputs) > 5 else None
-    made = builder.op(
+    fused = builder.op(
         "Attention",
         [x, weights, bias, None, None, mask],
         {
             "num_heads": node.attributes.get_int("num_heads", 1),
             "scale": node.attributes.get_float("scale", 0.0),
-            "qkv_hidden_sizes": [one.width for one in found],
+            "qkv_hidden_sizes": [source.width for source in sources],
         },
         like=x,
         shape=node.outputs[0].shape,
         domain=CONTRIB,
     )
-    substitute(node.outputs[0], made)
+    substitute(node.outputs[0], fused)
     return True
 
 
 def _product_of(value: ir.Value | None) -> Product | None:
-    """The product that a value is, with its bias."""
+    """Return the product, with its bias, that computes a value, or None."""
     node = None if value is None else value.producer()
     if node is not None and node.op_type == "Add":
-        found = [
+        products = [
             read_product(before) for before in map(_producer, node.inputs) if before is not None
         ]
-        whole = [one for one in found if one is not None and one.output is value]
-        return whole[0] if len(whole) == 1 else None
+        matches = [
+            product for product in products if product is not None and product.output is value
+        ]
+        return matches[0] if len(matches) == 1 else None
     return None if node is None else read_product(node)
 
 

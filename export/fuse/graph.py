@@ -1,4 +1,4 @@
-"""Reading and editing an ONNX graph: constants, sizes that are computed, and replacement of values."""
+"""Helpers to read and edit an ONNX graph: constants, computed sizes, and replacement of values."""
 
 from __future__ import annotations
 
@@ -40,41 +40,43 @@ __all__ = [
 
 
 CONTRIB = "com.microsoft"
-"""The domain of ONNX Runtime's own operators."""
+"""Domain of ONNX Runtime's own operators."""
 
 Size: TypeAlias = "int | str"
-"""A size: a number, or the name of an axis, a sum of names in alphabetical order."""
+"""Size of an axis: a number, the name of an axis, or a sum of names in alphabetical order."""
 
 
 Rewriting: TypeAlias = "Callable[[ir.Model], tuple[int, Mapping[str, int]]]"
-"""Changes a graph. Returns how often, and the reasons where it could not, with their number."""
+"""Function that changes a graph. It returns the number of changes, and how often each reason forbade one."""
 
 _T = TypeVar("_T")
 
 
 def nodes_of(model: ir.Model, *operators: str, domain: str = "") -> list[ir.Node]:
-    """The nodes of the main graph that have one of these operators, in order."""
+    """Return the nodes of the main graph with one of the operators, in order."""
     return [node for node in model.graph if node.domain == domain and node.op_type in operators]
 
 
 def at_each(
     find: Callable[[ir.Model], Iterable[_T]],
 ) -> Callable[[Callable[[ir.Model, _T], bool | str]], Rewriting]:
-    """Make a fusion of a rule for one place.
+    """Return a decorator that turns a rule for one site into a fusion of all sites.
 
     Args:
-        find: Gives the places. All are found before one is changed.
+        find: Returns the sites of a model. It runs before any change.
 
     Returns:
-        A decorator. The rule changes a model at a place and returns True. Where it changes nothing, it
-        returns False, or the reason if that is to be reported.
+        A decorator. The rule changes a model at a site and returns True. If it changes nothing, it
+        returns False, or the reason if that should be reported.
     """
 
     def decorate(rule: Callable[[ir.Model, _T], bool | str]) -> Rewriting:
         @functools.wraps(rule)
         def rewrite(model: ir.Model) -> tuple[int, Mapping[str, int]]:
-            found = Counter(rule(model, place) for place in list(find(model)))
-            return found[True], {why: n for why, n in found.items() if isinstance(why, str)}
+            outcomes = Counter(rule(model, site) for site in list(find(model)))
+            return outcomes[True], {
+                reason: n for reason, n in outcomes.items() if isinstance(reason, str)
+            }
 
         return rewrite
 
@@ -84,12 +86,12 @@ def at_each(
 def at_nodes(
     *operators: str, domain: str = ""
 ) -> Callable[[Callable[[ir.Model, ir.Node], bool | str]], Rewriting]:
-    """Make a fusion of a rule for one node, as :func:`at_each` does."""
+    """Return a decorator that turns a rule for one node into a fusion, like :func:`at_each`."""
     return at_each(lambda model: nodes_of(model, *operators, domain=domain))
 
 
 def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """The node that computes a value, if it has one of these operators of ONNX."""
+    """Return the node that computes a value if it has one of the ONNX operators, otherwise None."""
     node = None if value is None else value.producer()
     if node is None or node.domain != "" or node.op_type not in operators:
         return None
@@ -97,7 +99,7 @@ def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
 
 
 def joined(value: ir.Value | None, axis: int) -> ir.Node | None:
-    """The ``Concat`` of two values along an axis of four that computes a value."""
+    """Return the ``Concat`` of two values along an axis of four that computes a value, or None."""
     node = made_by(value, "Concat")
     if node is None or len(node.inputs) != 2:
         return None
@@ -105,12 +107,12 @@ def joined(value: ir.Value | None, axis: int) -> ir.Node | None:
 
 
 def consumers(value: ir.Value) -> list[ir.Node]:
-    """The nodes that read a value, each once."""
+    """Return the nodes that read a value, each once."""
     return list(dict.fromkeys(node for node, _ in value.uses()))
 
 
 def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """The only node that reads a value, if it has one of these operators and no one else sees the value."""
+    """Return the only reader of a value if it has one of the operators. A graph output counts as read."""
     if value is None or value.is_graph_output():
         return None
     users = consumers(value)
@@ -120,7 +122,7 @@ def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
 
 
 def array_of(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """The values of a constant that is no input of the file; None for all else."""
+    """Return the values of a constant. Return None for inputs of the file and all other values."""
     if value is None or value.is_graph_input():
         return None
     if value.const_value is not None:
@@ -131,23 +133,23 @@ def array_of(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     for name in ("value_int", "value_float", "value_ints", "value_floats"):
         if name in node.attributes:
             return np.asarray(node.attributes[name].value)
-    held = node.attributes.get("value")
-    return None if held is None else np.asarray(held.as_tensor().numpy())
+    attribute = node.attributes.get("value")
+    return None if attribute is None else np.asarray(attribute.as_tensor().numpy())
 
 
 def scalar(value: ir.Value | None) -> float | None:
-    """The number that a constant of one element holds."""
+    """Return the number in a constant of one element, or None."""
     array = array_of(value)
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
 
 
 def rank(value: ir.Value | None) -> int | None:
-    """How many axes a value has, where that is known."""
+    """Return the number of axes of a value, or None if it is unknown."""
     return None if value is None or value.shape is None else len(value.shape)
 
 
 def axis_size(value: ir.Value | None, axis: int) -> Size | None:
-    """The size of an axis, where it is known."""
+    """Return the size of an axis, or None if it is unknown."""
     if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
         return None
     size = value.shape[axis]
@@ -157,32 +159,32 @@ def axis_size(value: ir.Value | None, axis: int) -> Size | None:
 
 
 def _sorted(text: str) -> str:
-    """A sum with its terms in alphabetical order: ``s + p`` and ``p + s`` are one size."""
+    """Sort the terms of a sum alphabetically, because ``s + p`` and ``p + s`` are the same size."""
     if any(sign in text for sign in "()*/-%"):
         return text
     return " + ".join(sorted(term.strip() for term in text.split("+")))
 
 
 def names_of(value: ir.Value | None) -> tuple[Size | None, ...]:
-    """The sizes of all axes; () where not even their number is known."""
+    """Return the sizes of all axes, or () if their number is unknown."""
     count = rank(value)
     return () if count is None else tuple(axis_size(value, axis) for axis in range(count))
 
 
 def sizes(value: ir.Value | None) -> tuple[Size | None, ...] | None:
-    """What a tensor of whole numbers holds, where it is constant or made of sizes of other values.
+    """Evaluate a tensor of integers that is constant or computed from sizes of other values.
 
     Args:
-        value: A scalar or a vector, as the shape that a ``Reshape`` takes.
+        value: A scalar or a vector, such as the shape of a ``Reshape``.
 
     Returns:
-        One entry an element, None for one that is not known; None where nothing is.
+        An entry for each element, None if it is unknown; or None if nothing is known.
     """
     array = array_of(value)
     if array is not None:
         if array.dtype.kind not in "iu" or array.ndim > 1:
             return None
-        return tuple(int(one) for one in array.reshape(-1))
+        return tuple(int(number) for number in array.reshape(-1))
     if value is None:
         return None
     node = value.producer()
@@ -198,50 +200,50 @@ _Sizes: TypeAlias = "tuple[Size | None, ...] | None"
 
 
 def _shape(node: ir.Node) -> _Sizes:
-    every = names_of(node.inputs[0])
+    axes = names_of(node.inputs[0])
     start = node.attributes.get_int("start", 0)
-    end = node.attributes.get_int("end", len(every))
-    return every[slice(start, end)] if every else None
+    end = node.attributes.get_int("end", len(axes))
+    return axes[slice(start, end)] if axes else None
 
 
 def _joined(node: ir.Node) -> _Sizes:
-    found: list[Size | None] = []
-    for one in node.inputs:
-        part = sizes(one)
+    elements: list[Size | None] = []
+    for value in node.inputs:
+        part = sizes(value)
         if part is None:
             return None
-        found += part
-    return tuple(found)
+        elements += part
+    return tuple(elements)
 
 
 def _gathered(node: ir.Node) -> _Sizes:
-    every, chosen = sizes(node.inputs[0]), sizes(node.inputs[1])
-    if every is None or chosen is None:
+    values, indices = sizes(node.inputs[0]), sizes(node.inputs[1])
+    if values is None or indices is None:
         return None
-    return tuple(every[one] if isinstance(one, int) else None for one in chosen)
+    return tuple(values[index] if isinstance(index, int) else None for index in indices)
 
 
 def _sliced(node: ir.Node) -> _Sizes:
-    every = sizes(node.inputs[0])
-    bounds = [array_of(one) for one in node.inputs[1:3]]
-    if every is None or any(bound is None or bound.size != 1 for bound in bounds):
+    values = sizes(node.inputs[0])
+    bounds = [array_of(value) for value in node.inputs[1:3]]
+    if values is None or any(bound is None or bound.size != 1 for bound in bounds):
         return None
     if len(node.inputs) > 4 and scalar(node.inputs[4]) != 1:
         return None
     start, end = (int(bound.reshape(-1)[0]) for bound in bounds if bound is not None)
-    return every[start:end]
+    return values[start:end]
 
 
 def _added(node: ir.Node) -> _Sizes:
-    one, other = sizes(node.inputs[0]), sizes(node.inputs[1])
-    if one is None or other is None or len(one) != 1 or len(other) != 1:
+    first, second = sizes(node.inputs[0]), sizes(node.inputs[1])
+    if first is None or second is None or len(first) != 1 or len(second) != 1:
         return None
-    left, right = one[0], other[0]
+    left, right = first[0], second[0]
     return (None if left is None or right is None else sum_of(left, right),)
 
 
 def sum_of(one: Size, other: Size) -> Size:
-    """The sum of two sizes."""
+    """Add two sizes."""
     if isinstance(one, int) and isinstance(other, int):
         return one + other
     if one == 0 or other == 0:
@@ -259,7 +261,7 @@ _SIZE_OPERATORS: Mapping[str, Callable[[ir.Node], _Sizes]] = {
 
 
 def factors_of(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """A value without the constant numbers that it is multiplied or divided by, and their product."""
+    """Split a value into the value without constant scalar factors and divisors, and their product."""
     factor = 1.0
     while True:
         node = made_by(value, "Mul", "Div")
@@ -275,11 +277,11 @@ def factors_of(value: ir.Value | None) -> tuple[ir.Value | None, float]:
 
 
 class Builder:
-    """Makes nodes in front of another one.
+    """Builder that inserts new nodes before another node.
 
     Args:
-        model: The model; its constants are shared by their content.
-        before: The nodes are inserted before this one.
+        model: The model. Constants with equal content are shared.
+        before: The node before which new nodes are inserted.
     """
 
     def __init__(self, model: ir.Model, before: ir.Node) -> None:
@@ -297,16 +299,16 @@ class Builder:
         domain: str = "",
         outputs: int = 1,
     ) -> ir.Value:
-        """Make a node with one output, or give the first of several (the others: ``.producer().outputs``).
+        """Insert a node and return its first output. ``.producer().outputs`` of it has all outputs.
 
         Args:
-            operator: Its operator.
-            inputs: Its inputs; None for an optional one that is left out.
-            attributes: Its attributes.
-            like: What the outputs have the dtype of.
-            shape: The axes of the first output, if they are known.
-            domain: Of the operator.
-            outputs: Their number.
+            operator: Operator of the node.
+            inputs: Inputs of the node; None for an optional input that is left out.
+            attributes: Attributes of the node.
+            like: A value with the dtype of the outputs.
+            shape: Sizes of the axes of the first output, if they are known.
+            domain: Domain of the operator.
+            outputs: Number of outputs.
         """
         import onnx_ir as ir
 
@@ -333,18 +335,18 @@ class Builder:
         return node.outputs[0]
 
     def ints(self, numbers: Sequence[int] | int, dtype: Any = np.int64) -> ir.Value:
-        """A constant of whole numbers: a vector, or a scalar for a single number."""
+        """Return a constant of integers: a vector, or a scalar for a single number."""
         return self.constant(np.asarray(numbers, dtype))
 
     def number(self, value: float, like: ir.Value) -> ir.Value:
-        """A scalar constant with the dtype of another value."""
+        """Return a scalar constant with the dtype of another value."""
         assert like.dtype is not None
         return self.constant(np.asarray(value, like.dtype.numpy()), like.dtype)
 
     def later(
         self, name: str, make: Callable[[], np.ndarray[Any, Any]], shape: Sequence[int], dtype: Any
     ) -> ir.Value:
-        """An initializer whose values are made when they are read, and not kept."""
+        """Return an initializer whose values are computed on each read and not kept in memory."""
         import onnx_ir as ir
 
         taken, plain, number = self._model.graph.initializers, name, 0
@@ -361,12 +363,12 @@ class Builder:
         return value
 
     def constant(self, array: np.ndarray[Any, Any], dtype: Any = None) -> ir.Value:
-        """An initializer of few values, shared with others of the same content."""
+        """Return an initializer of few values. Constants with equal content are shared."""
         import onnx_ir as ir
 
         tensor = ir.tensor(array, dtype=dtype)
         graph = self._model.graph
-        key = "_".join(str(one) for one in array.reshape(-1).tolist()) or "none"
+        key = "_".join(str(element) for element in array.reshape(-1).tolist()) or "none"
         name = f"constant_{str(tensor.dtype).lower()}_{array.ndim}d_{key}"
         if name in graph.initializers:
             return graph.initializers[name]
@@ -376,7 +378,10 @@ class Builder:
 
 
 def size_vector(model: ir.Model, builder: Builder, size: Size | None) -> ir.Value | None:
-    """A size as a vector of one element, from the inputs of the file; None where they do not give it."""
+    """Return a size as a vector of one element, read from the inputs of the file.
+
+    Return None if the inputs do not have the size.
+    """
     if size is None or isinstance(size, int):
         return None if size is None else builder.ints([size])
     total: ir.Value | None = None
@@ -397,7 +402,7 @@ def _input_size(model: ir.Model, builder: Builder, name: str) -> ir.Value | None
 
 
 def substitute(old: ir.Value, new: ir.Value) -> None:
-    """Let everything that reads ``old`` read ``new``, which takes its name if that is one of an output."""
+    """Replace all uses of ``old`` by ``new``. If ``old`` is a graph output, ``new`` gets its name."""
     graph = old.graph
     if new.shape is None:
         new.shape = old.shape
@@ -413,7 +418,7 @@ def substitute(old: ir.Value, new: ir.Value) -> None:
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Remove nodes and constants that nothing reads, and compute nothing twice."""
+    """Remove nodes and constants that nothing reads, and common subexpressions."""
     from onnx_ir.passes.common import (
         CommonSubexpressionEliminationPass,
         NameFixPass,

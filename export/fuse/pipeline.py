@@ -1,4 +1,4 @@
-"""The fusions in order, where each of them holds, and the pass over a graph that applies them."""
+"""List of the fusions in order, the targets of each, and the function that applies them to a graph."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ _ALL = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Target:
-    """What a file is fused for.
+    """Target of the fusions: operator set, execution provider and dtype.
 
     Attributes:
         level: "standard" for operators of ONNX, "runtime" for those of ONNX Runtime as well, "none" for no
             fusion.
-        provider: The execution provider that the operators of ONNX Runtime are chosen for.
+        provider: Execution provider for which the operators of ONNX Runtime are chosen.
         dtype: "fp32", "fp16", "bf16" or another name of torch's.
     """
 
@@ -76,7 +76,7 @@ class Target:
     dtype: str = "fp32"
 
     def lower(self) -> Target | None:
-        """The target to fall back to; None where nothing is fused."""
+        """Return the target to fall back to, or None if the level is "none"."""
         below: Mapping[str, Level] = {"runtime": "standard", "standard": "none"}
         if self.level == "none":
             return None
@@ -88,13 +88,13 @@ class Fusion:
     """One rewriting of a graph.
 
     Attributes:
-        name: Its name in reports.
-        what: What it does, for the table in the documentation.
-        apply: Changes a graph. It returns how often, and the reasons where it could not, with their number.
-        holds: Execution provider to the dtypes in which its operators have kernels there; None for
-            operators of ONNX, which hold everywhere.
-        since: The first ONNX Runtime whose operators were compared with PyTorch.
-        later: Execution provider to a later version, from which it has what is needed.
+        name: Name in reports.
+        what: Description for the table in the documentation.
+        apply: Function that changes a graph, see :data:`lora_fx.export.fuse.graph.Rewriting`.
+        holds: Map from execution provider to the dtypes for which it has kernels. None for operators of
+            ONNX, which run everywhere.
+        since: First version of ONNX Runtime whose operators were compared with PyTorch.
+        later: Map from execution provider to a later first version that it requires.
     """
 
     name: str
@@ -106,11 +106,11 @@ class Fusion:
 
     @property
     def level(self) -> Level:
-        """The lowest level at which it is applied."""
+        """Lowest level at which the fusion is applied."""
         return "standard" if self.holds is None else "runtime"
 
     def objection(self, target: Target) -> str:
-        """Why it is not for a target, "" where it is."""
+        """Return the reason why the fusion is not for a target, or ""."""
         if self.holds is None:
             return ""
         dtypes = self.holds.get(target.provider, ())
@@ -123,11 +123,12 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Fused:
-    """What was fused in a graph.
+    """Report of the fusions in a graph.
 
     Attributes:
-        done: Name of a fusion to how often it was applied.
-        refused: Name of a fusion to why it was not, everywhere or at some places.
+        done: Map from the name of a fusion to how often it was applied.
+        refused: Map from the name of a fusion to the reasons why it was not applied, everywhere or at some
+            sites.
     """
 
     done: Mapping[str, int] = field(default_factory=dict)
@@ -204,7 +205,7 @@ FUSIONS: tuple[Fusion, ...] = (
         "silu",
         "`x · sigmoid(a·x)` becomes `QuickGelu`",
         quick_gelu,
-        # WebGPU's shader for fp16 does not compile in 1.25; later versions fuse by themselves.
+        # WebGPU's shader for fp16 does not compile in 1.25. Later versions fuse on their own.
         {"cpu": ("fp32",), "cuda": _ALL, "webgpu": ("fp32",)},
     ),
     Fusion(
@@ -267,7 +268,7 @@ FUSIONS: tuple[Fusion, ...] = (
         {"cpu": ("fp32", "fp16"), "webgpu": ("fp32", "fp16")},
     ),
 )
-"""In the order in which they are applied."""
+"""All fusions, in the order in which they are applied."""
 
 
 def fuse(model: ir.Model, target: Target) -> Fused:
@@ -275,7 +276,10 @@ def fuse(model: ir.Model, target: Target) -> Fused:
 
     Args:
         model: Changed in place.
-        target: What it is for.
+        target: The target. Its fusions are applied.
+
+    Returns:
+        The report of applied and refused fusions.
     """
     if target.level == "none":
         return Fused()
@@ -292,8 +296,8 @@ def fuse(model: ir.Model, target: Target) -> Fused:
         if count:
             done[fusion.name] = count
         if reasons:
-            several = (f"{reason} ({number}×)" for reason, number in reasons.items())
-            refused[fusion.name] = "; ".join(several)
+            counted_reasons = (f"{reason} ({number}×)" for reason, number in reasons.items())
+            refused[fusion.name] = "; ".join(counted_reasons)
         remove_dead(model)
     remove_unused(model)
     _log.info(
@@ -303,7 +307,7 @@ def fuse(model: ir.Model, target: Target) -> Fused:
 
 
 def fusion_table() -> str:
-    """The fusions as a table in Markdown: what each does and where it holds."""
+    """Return a Markdown table of the fusions: the effect and the targets of each."""
     lines = ["| fusion | `optimize=` | what it does | where |", "|---|---|---|---|"]
     for fusion in FUSIONS:
         where = "everywhere"
@@ -319,10 +323,10 @@ def fusion_table() -> str:
 
 
 def check_target(optimize: object, provider: object) -> None:
-    """Refuse levels and providers that do not exist.
+    """Raise if a level or provider does not exist, or they do not go together.
 
     Raises:
-        ExportError: It names those that do.
+        ExportError: It names the valid values.
     """
     if optimize not in LEVELS:
         raise ExportError(

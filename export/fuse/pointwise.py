@@ -1,4 +1,4 @@
-"""Norms and activations in the forms that a runtime fuses, or as its own operators."""
+"""Passes that write norms and activations in forms that a runtime fuses, or as its own operators."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class RmsNorm:
     """One normalization over the last axis.
 
     Attributes:
-        x: What is normalized, in the dtype that the layer takes.
-        gain: What the result is multiplied by, one number a channel.
-        epsilon: What is added to the mean of the squares, under the root.
+        x: The input, in the dtype that the layer takes.
+        gain: The factor of the result, one number a channel.
+        epsilon: The number added to the mean of the squares, under the root.
         output: The result.
-        last: The node that computes it.
+        last: The node that computes the result.
     """
 
     x: ir.Value
@@ -63,7 +63,7 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class _Quotient:
-    """``x`` over its root mean square, without the gain: as a product or as a quotient."""
+    """``x`` divided by its root mean square, without the gain: a ``Mul`` or a ``Div``."""
 
     x: ir.Value
     root: ir.Value
@@ -73,39 +73,39 @@ class _Quotient:
 
 @at_nodes("Mul")
 def divide_by_root(model: ir.Model, node: ir.Node) -> bool:
-    """Write ``x · (1 / root)`` as ``x / root``, which is the form that ONNX Runtime fuses."""
-    found = _quotient(node)
-    if found is None:
+    """Rewrite ``x · (1 / root)`` as ``x / root``, the form that ONNX Runtime fuses."""
+    quotient = _quotient(node)
+    if quotient is None:
         return False
-    made = Builder(model, node).op("Div", [found.x, found.root], like=node.outputs[0])
-    substitute(node.outputs[0], made)
+    division = Builder(model, node).op("Div", [quotient.x, quotient.root], like=node.outputs[0])
+    substitute(node.outputs[0], division)
     return True
 
 
 def find_norms(model: ir.Model) -> list[RmsNorm]:
-    """Every normalization with a gain over the last axis."""
-    found = []
+    """Find every RMS normalization over the last axis that has a gain."""
+    norms = []
     for node in nodes_of(model, "Mul", "Div"):
         quotient = _quotient(node)
         if quotient is not None and (norm := _with_gain(quotient)) is not None:
-            found.append(norm)
-    return found
+            norms.append(norm)
+    return norms
 
 
 def _quotient(node: ir.Node) -> _Quotient | None:
-    """Read ``Mul(x, Reciprocal(root))`` or ``Div(x, root)``, the root being that of the mean square of x."""
+    """Read ``Mul(x, Reciprocal(root))`` or ``Div(x, root)``, if ``root`` is the root mean square of x."""
     if node.op_type == "Div":
         return _over_root(node, node.inputs[0], node.inputs[1])
     for x, other in (node.inputs, tuple(reversed(node.inputs))):
         inverse = made_by(other, "Reciprocal")
-        if inverse is not None and (found := _over_root(node, x, inverse.inputs[0])) is not None:
-            return found
+        if inverse is not None and (quotient := _over_root(node, x, inverse.inputs[0])) is not None:
+            return quotient
     return None
 
 
 def _over_root(node: ir.Node, x: ir.Value | None, root: ir.Value | None) -> _Quotient | None:
-    taken = made_by(root, "Sqrt")
-    added = None if taken is None else made_by(taken.inputs[0], "Add")
+    square_root = made_by(root, "Sqrt")
+    added = None if square_root is None else made_by(square_root.inputs[0], "Add")
     if added is None or x is None or root is None:
         return None
     for mean, constant in (added.inputs, tuple(reversed(added.inputs))):
@@ -116,7 +116,7 @@ def _over_root(node: ir.Node, x: ir.Value | None, root: ir.Value | None) -> _Quo
 
 
 def _is_mean_square(value: ir.Value | None, x: ir.Value) -> bool:
-    """Whether it is the mean of x² over the last axis, which stays with size 1."""
+    """Return True if a value is the mean of x² over the last axis, with that axis kept."""
     mean = made_by(value, "ReduceMean")
     if mean is None or mean.attributes.get_int("keepdims", 1) != 1 or len(mean.inputs) < 2:
         return False
@@ -137,14 +137,14 @@ def _is_mean_square(value: ir.Value | None, x: ir.Value) -> bool:
 
 
 def _with_gain(quotient: _Quotient) -> RmsNorm | None:
-    """The whole layer: x may be widened before, and the quotient narrowed before or after the gain."""
+    """Extend a quotient to the whole norm: its gain, and casts of x and of the result."""
     value = quotient.node.outputs[0]
     if (narrowed := only_user(value, "Cast")) is not None:
         value = narrowed.outputs[0]
     product = only_user(value, "Mul")
     if product is None:
         return None
-    gain = next((one for one in product.inputs if one is not value), None)
+    gain = next((operand for operand in product.inputs if operand is not value), None)
     if gain is None or rank(gain) != 1 or axis_size(gain, 0) != axis_size(quotient.x, -1):
         return None
     output, last, x = product.outputs[0], product, quotient.x
@@ -162,11 +162,11 @@ def _with_gain(quotient: _Quotient) -> RmsNorm | None:
 
 @at_each(find_norms)
 def skip_norms(model: ir.Model, norm: RmsNorm) -> bool:
-    """Let a norm of the root mean square compute its sum, which the residual stream reads as well.
+    """Fuse an RMS norm with the residual sum in front of it, which other nodes read as well.
 
-    A norm of something else takes ``x + x``, with four times epsilon: twice x has the same norm, to the last
-    bit, where twice x is finite; so it is not done in fp16. Those that are left, of each head, keep their
-    standard form, which ONNX Runtime fuses when it loads a file: its operator for a norm without a sum is in
+    A norm of any other value takes ``x + x`` with four times epsilon. Twice x has the same norm, to the last
+    bit, if it is finite. In fp16 it may not be, so this is not done there. The norms of each head keep their
+    standard form, which ONNX Runtime fuses when it loads a file. Its operator for a norm without a sum is in
     the domain of ONNX, where the checker does not know it.
     """
     assert norm.x.dtype is not None
@@ -182,8 +182,8 @@ def skip_norms(model: ir.Model, norm: RmsNorm) -> bool:
         gain = builder.op("Cast", [gain], {"to": int(norm.x.dtype)}, like=norm.x)
     if added is None:
         inputs, epsilon = [norm.x, norm.x, gain], {"epsilon": 4 * norm.epsilon}
-        made = builder.op(operator, inputs, epsilon, like=norm.x, domain=CONTRIB)
-        substitute(norm.output, made)
+        result = builder.op(operator, inputs, epsilon, like=norm.x, domain=CONTRIB)
+        substitute(norm.output, result)
     else:
         _add_within(model, norm.last, added, operator, [gain], norm.epsilon, norm.output)
     return True
@@ -191,7 +191,7 @@ def skip_norms(model: ir.Model, norm: RmsNorm) -> bool:
 
 @at_nodes("LayerNormalization")
 def skip_layer_norms(model: ir.Model, node: ir.Node) -> bool:
-    """Let a layer norm compute its sum, which the residual stream reads as well."""
+    """Fuse a layer norm with the residual sum in front of it, which other nodes read as well."""
     added = _residual(node.inputs[0])
     if added is None or not _is_plain(node):
         return False
@@ -210,9 +210,9 @@ def _add_within(
     epsilon: float,
     output: ir.Value,
 ) -> None:
-    """Replace a sum and the norm of it, which ends with the node ``last``."""
+    """Replace a sum and its norm, which ends with the node ``last``, by one operator."""
     total = added.outputs[0]
-    made = Builder(model, last).op(
+    result = Builder(model, last).op(
         operator,
         [*added.inputs, *gains],
         {"epsilon": epsilon},
@@ -220,38 +220,38 @@ def _add_within(
         domain=CONTRIB,
         outputs=4,
     )
-    producer = made.producer()
+    producer = result.producer()
     assert producer is not None
     for unread in producer.outputs[1:3]:  # mean and deviation, which nothing reads
         unread.type = None
-    substitute(output, made)
+    substitute(output, result)
     _read_after(total, producer.outputs[3], producer)
 
 
 def _residual(value: ir.Value | None) -> ir.Node | None:
-    """The sum of two values of one shape, [batch, sequence, width], that a value is."""
+    """Return the ``Add`` of a value if it adds two values of one shape, [batch, sequence, width]."""
     added = made_by(value, "Add")
     if added is None or added.outputs[0].is_graph_output():
         return None
-    one, other = (names_of(term) for term in added.inputs)
-    return added if len(one) == 3 and one == other and None not in one else None
+    left, right = (names_of(term) for term in added.inputs)
+    return added if len(left) == 3 and left == right and None not in left else None
 
 
 def _is_plain(node: ir.Node) -> bool:
-    """Whether a layer norm is over the last axis, with a gain, and nothing reads its mean."""
+    """Return True if a layer norm is over the last axis, has a gain, and nothing reads its mean."""
     last = node.attributes.get_int("axis", -1) in (-1, 2)
-    return last and len(node.inputs) > 1 and not any(one.uses() for one in node.outputs[1:])
+    return last and len(node.inputs) > 1 and not any(output.uses() for output in node.outputs[1:])
 
 
 def _read_after(old: ir.Value, new: ir.Value, node: ir.Node) -> None:
-    """Let what comes behind a node read ``new`` for ``old``."""
+    """Let the nodes after a node read ``new`` instead of ``old``."""
     graph = node.graph
     assert graph is not None
     new.shape = old.shape
     behind = set(list(graph)[list(graph).index(node) :]) - {node}
-    for user, place in list(old.uses()):
+    for user, index in list(old.uses()):
         if user in behind:
-            user.replace_input_with(place, new)
+            user.replace_input_with(index, new)
 
 
 # --- activations ----------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def _read_after(old: ir.Value, new: ir.Value, node: ir.Node) -> None:
 
 @at_nodes("Mul")
 def quick_gelu(model: ir.Model, node: ir.Node) -> bool:
-    """Make one ``QuickGelu`` of ``x · sigmoid(a·x)``, which with a = 1 is SiLU."""
+    """Replace ``x · sigmoid(a·x)`` by one ``QuickGelu``. It is SiLU if a is 1."""
     for x, gate in (node.inputs, tuple(reversed(node.inputs))):
         sigmoid = made_by(gate, "Sigmoid")
         if x is None or sigmoid is None:
@@ -271,8 +271,8 @@ def quick_gelu(model: ir.Model, node: ir.Node) -> bool:
         elif inner is not x:
             continue
         builder = Builder(model, node)
-        made = builder.op("QuickGelu", [x], {"alpha": alpha}, like=x, domain=CONTRIB)
-        substitute(node.outputs[0], made)
+        fused = builder.op("QuickGelu", [x], {"alpha": alpha}, like=x, domain=CONTRIB)
+        substitute(node.outputs[0], fused)
         return True
     return False
 
@@ -282,41 +282,41 @@ _CUBIC = 0.044715
 
 @at_nodes("Gelu", "Mul")
 def fast_gelu(model: ir.Model, node: ir.Node) -> bool:
-    """Make one ``FastGelu`` of gelu with tanh: ``x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))``."""
+    """Replace a tanh gelu by one ``FastGelu``: ``x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))``."""
     x = _tanh_gelu(node)
     if x is None:
         return False
-    made = Builder(model, node).op("FastGelu", [x], like=x, domain=CONTRIB)
-    substitute(node.outputs[0], made)
+    fused = Builder(model, node).op("FastGelu", [x], like=x, domain=CONTRIB)
+    substitute(node.outputs[0], fused)
     return True
 
 
 def _tanh_gelu(node: ir.Node) -> ir.Value | None:
-    """The argument of a gelu with tanh: one operator, or the product at its end."""
+    """Return the argument of a tanh gelu, given its operator or the last product of its formula."""
     if node.op_type == "Gelu":
         return node.inputs[0] if _approximate(node) == "tanh" else None
-    for half, rest in (node.inputs, tuple(reversed(node.inputs))):
+    for half, gate in (node.inputs, tuple(reversed(node.inputs))):
         x, factor = factors_of(half)
-        plus = made_by(rest, "Add")
+        plus = made_by(gate, "Add")
         if x is None or plus is None or not math.isclose(factor, 0.5, rel_tol=1e-6):
             continue
-        for one, other in (plus.inputs, tuple(reversed(plus.inputs))):
-            tanh = made_by(one, "Tanh")
-            if tanh is not None and scalar(other) == 1 and _is_argument(tanh.inputs[0], x):
+        for left, right in (plus.inputs, tuple(reversed(plus.inputs))):
+            tanh = made_by(left, "Tanh")
+            if tanh is not None and scalar(right) == 1 and _is_argument(tanh.inputs[0], x):
                 return x
     return None
 
 
 def _is_argument(value: ir.Value | None, x: ir.Value) -> bool:
-    """Whether a value is ``√(2/π) · (x + 0.044715 x³)``."""
+    """Return True if a value is ``√(2/π) · (x + 0.044715 x³)``."""
     inner, factor = factors_of(value)
     added = made_by(inner, "Add")
     if added is None or not math.isclose(factor, math.sqrt(2 / math.pi), rel_tol=1e-3):
         return False
-    for one, other in (added.inputs, tuple(reversed(added.inputs))):
-        cube, by = factors_of(other)
+    for left, right in (added.inputs, tuple(reversed(added.inputs))):
+        cube, coefficient = factors_of(right)
         power = made_by(cube, "Pow")
-        if one is x and power is not None and math.isclose(by, _CUBIC, rel_tol=1e-3):
+        if left is x and power is not None and math.isclose(coefficient, _CUBIC, rel_tol=1e-3):
             return power.inputs[0] is x and scalar(power.inputs[1]) == 3
     return False
 
@@ -333,7 +333,7 @@ def _find_gelus(model: ir.Model) -> list[ir.Node]:
 
 @at_each(_find_gelus)
 def bias_gelu(model: ir.Model, node: ir.Node) -> bool:
-    """Let a gelu add the bias in front of it: ``BiasGelu``, or ``FastGelu`` with its second input."""
+    """Fuse a gelu with the bias in front of it: ``BiasGelu``, or ``FastGelu`` with a second input."""
     added = made_by(node.inputs[0], "Add")
     if added is None or added.outputs[0].is_graph_output() or len(added.outputs[0].uses()) > 1:
         return False
@@ -343,7 +343,7 @@ def bias_gelu(model: ir.Model, node: ir.Node) -> bool:
         if not isinstance(axis_size(bias, 0), int) or axis_size(bias, 0) != axis_size(x, -1):
             continue
         operator = "BiasGelu" if node.op_type == "Gelu" else "FastGelu"
-        made = Builder(model, node).op(operator, [x, bias], like=x, domain=CONTRIB)
-        substitute(node.outputs[0], made)
+        fused = Builder(model, node).op(operator, [x, bias], like=x, domain=CONTRIB)
+        substitute(node.outputs[0], fused)
         return True
     return False

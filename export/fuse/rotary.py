@@ -41,10 +41,10 @@ class Rotary:
     """One rotary embedding.
 
     Attributes:
-        x: What is turned, [batch, heads, sequence, width].
-        cosine: Of the angles.
-        sine: Of the angles.
-        turned: How many channels of a head are turned: all, or the first of them.
+        x: The value to rotate, [batch, heads, sequence, width].
+        cosine: Cosine of the angles.
+        sine: Sine of the angles.
+        turned: Number of rotated channels of a head: all, or the first ones.
     """
 
     x: ir.Value
@@ -54,32 +54,32 @@ class Rotary:
 
 
 def find_rotary(value: ir.Value) -> Rotary | None:
-    """Read a value as the output of a rotary embedding, [batch, heads, sequence, width]."""
+    """Read a value as the output [batch, heads, sequence, width] of a rotary embedding, or return None."""
     whole = _whole(value)
     if whole is not None:
         return whole
     halves = joined(value, 3)
     if halves is None:
         return None
-    first, rest = halves.inputs
-    found = None if first is None else _whole(first)
-    if found is None:
+    first, second = halves.inputs
+    rotary = None if first is None else _whole(first)
+    if rotary is None:
         return None
-    source, bounds = _part(found.x)
-    other, behind = _part(rest)
-    if source is None or source is not other or bounds != (0, found.turned):
+    source, bounds = _part(rotary.x)
+    other, upper_bounds = _part(second)
+    if source is None or source is not other or bounds != (0, rotary.turned):
         return None
-    if behind != (found.turned, axis_size(source, -1)):
+    if upper_bounds != (rotary.turned, axis_size(source, -1)):
         return None
-    return Rotary(source, found.cosine, found.sine, found.turned)
+    return Rotary(source, rotary.cosine, rotary.sine, rotary.turned)
 
 
 def _whole(value: ir.Value) -> Rotary | None:
     added = made_by(value, "Add")
     if added is None or rank(value) != 4:
         return None
-    for one, other in (added.inputs, tuple(reversed(added.inputs))):
-        plain, turned = made_by(one, "Mul"), made_by(other, "Mul")
+    for left, right in (added.inputs, tuple(reversed(added.inputs))):
+        plain, turned = made_by(left, "Mul"), made_by(right, "Mul")
         if plain is None or turned is None:
             continue
         for x, cosine in (plain.inputs, tuple(reversed(plain.inputs))):
@@ -96,7 +96,7 @@ def _whole(value: ir.Value) -> Rotary | None:
 
 
 def _is_turned(value: ir.Value | None, x: ir.Value, width: int) -> bool:
-    """Whether a value is ``concat(-x[..., d/2:], x[..., :d/2])``."""
+    """Return True if a value is ``concat(-x[..., d/2:], x[..., :d/2])``."""
     halves = joined(value, 3)
     if halves is None:
         return False
@@ -109,12 +109,12 @@ def _is_turned(value: ir.Value | None, x: ir.Value, width: int) -> bool:
 
 
 def _part(value: ir.Value | None) -> tuple[ir.Value | None, tuple[int, Size | None]]:
-    """The value of which this one is a part of the last axis, and the part's bounds."""
+    """Read a value as a slice of the last axis. Return the source and the bounds, or None and (0, 0)."""
     node = made_by(value, "Slice")
     nothing = (None, (0, 0))
     if node is None or len(node.inputs) < 4 or node.inputs[0] is None:
         return nothing
-    start, end, axis = (scalar(one) for one in node.inputs[1:4])
+    start, end, axis = (scalar(bound) for bound in node.inputs[1:4])
     step = scalar(node.inputs[4]) if len(node.inputs) > 4 else 1
     count, width = rank(node.inputs[0]), axis_size(node.inputs[0], -1)
     if start is None or end is None or axis is None or step != 1 or count is None:
@@ -126,7 +126,7 @@ def _part(value: ir.Value | None) -> tuple[ir.Value | None, tuple[int, Size | No
 
 
 def _wave(value: ir.Value | None, operator: str, x: ir.Value) -> _Wave | None:
-    """Read ``unsqueeze(cos(concat(angles, angles)), 1)``, with a factor and casts on the way."""
+    """Read ``unsqueeze(cos(concat(angles, angles)), 1)``, with any factors and casts in between."""
     factor, dtype = 1.0, None if value is None else value.dtype
     spread = False
     while (node := made_by(value, "Unsqueeze", "Cast", "Mul", operator)) is not None:
@@ -139,7 +139,7 @@ def _wave(value: ir.Value | None, operator: str, x: ir.Value) -> _Wave | None:
                 return None
             spread = True
         elif node.op_type == "Mul":
-            sides = [scalar(one) for one in node.inputs]
+            sides = [scalar(operand) for operand in node.inputs]
             numbers = [number for number in sides if number is not None]
             if len(numbers) != 1:
                 return None
@@ -158,19 +158,19 @@ def _wave(value: ir.Value | None, operator: str, x: ir.Value) -> _Wave | None:
 
 
 _TABLE_VALUES = 2**20
-"""Numbers in a constant table, cosine or sine, up to which there is one: 4 MiB in fp32."""
+"""Largest size of a constant cosine or sine table, in numbers: 4 MiB in fp32."""
 
 
 class Tables:
-    """The tables that ``RotaryEmbedding`` takes, and the row of each token in them.
+    """Cosine and sine tables for ``RotaryEmbedding``, and the row of each token in them.
 
-    Where angles are positions times constant frequencies, and the positions have an end that is not far,
-    tables are constants. Else they have a row for each token of the call, computed in the file as the model
-    does it, so that any kind of frequencies fits.
+    The tables are constants if angles are positions times constant frequencies, and the number of positions
+    is small. Otherwise they have a row for each token of the call, computed in the file as the model does
+    it. This works with frequencies of any kind.
 
     Args:
         model: Changed in place.
-        limit: How many positions the model has; None where it has no end.
+        limit: Number of positions of the model, or None if it has no limit.
     """
 
     def __init__(self, model: ir.Model, limit: int | None) -> None:
@@ -180,13 +180,13 @@ class Tables:
         self._rows: dict[int, ir.Value] = {}
 
     def turn(self, builder: Builder, rotary: Rotary, x: ir.Value, heads: int) -> ir.Value:
-        """Make the node.
+        """Insert a ``RotaryEmbedding`` and return its output.
 
         Args:
-            builder: Where to.
-            rotary: What it computes.
-            x: What is turned, as [batch, sequence, heads · width].
-            heads: The number of heads.
+            builder: Builder for the new nodes.
+            rotary: The rotary embedding to compute.
+            x: The value to rotate, as [batch, sequence, heads · width].
+            heads: Number of heads.
         """
         cosine = self._table(builder, "Cos", rotary.cosine, x)
         sine = self._table(builder, "Sin", rotary.sine, x)
@@ -204,20 +204,20 @@ class Tables:
         )
 
     def _constant(self, angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
-        """Positions and frequencies whose products are these angles, if a table of them is small."""
-        found = _frequencies(angles)
-        if found is None or self._limit is None or self._limit * found[1].size > _TABLE_VALUES:
+        """Return positions and frequencies whose products are the angles, if a table of them is small."""
+        factors = _frequencies(angles)
+        if factors is None or self._limit is None or self._limit * factors[1].size > _TABLE_VALUES:
             return None
-        return found
+        return factors
 
     def _table(self, builder: Builder, operator: str, wave: _Wave, x: ir.Value) -> ir.Value:
         key = id(wave.angles), operator, wave.factor, x.dtype
         if key not in self._tables:
-            found = self._constant(wave.angles)
+            factors = self._constant(wave.angles)
             self._tables[key] = (
                 self._computed(builder, operator, wave, x)
-                if found is None
-                else self._known(builder, operator, wave, found[1], x)
+                if factors is None
+                else self._known(builder, operator, wave, factors[1], x)
             )
         return self._tables[key]
 
@@ -225,14 +225,14 @@ class Tables:
         angles = wave.angles
         half = axis_size(angles, -1)
         assert isinstance(half, int)
-        made = builder.op("Reshape", [angles, builder.ints([-1, half])], like=angles)
-        made = builder.op(operator, [made], like=angles)
+        table = builder.op("Reshape", [angles, builder.ints([-1, half])], like=angles)
+        table = builder.op(operator, [table], like=angles)
         if wave.factor != 1.0:
-            made = builder.op("Mul", [made, builder.number(wave.factor, angles)], like=angles)
+            table = builder.op("Mul", [table, builder.number(wave.factor, angles)], like=angles)
         if angles.dtype != x.dtype:
             assert x.dtype is not None
-            made = builder.op("Cast", [made], {"to": int(x.dtype)}, like=x)
-        return made
+            table = builder.op("Cast", [table], {"to": int(x.dtype)}, like=x)
+        return table
 
     def _known(
         self,
@@ -249,64 +249,66 @@ class Tables:
 
         def values() -> np.ndarray[Any, Any]:
             angles = np.arange(limit, dtype=np.float32)[:, None] * frequencies
-            made: np.ndarray[Any, Any] = (apply(angles) * factor).astype(dtype.numpy())
-            return made
+            table: np.ndarray[Any, Any] = (apply(angles) * factor).astype(dtype.numpy())
+            return table
 
         name = f"rotary.{operator.lower()}.{len(self._tables)}"
         return builder.later(name, values, [limit, frequencies.size], dtype)
 
     def _positions(self, builder: Builder, angles: ir.Value) -> ir.Value:
-        """The row of each token, [batch, sequence]."""
+        """Return the row of each token in the tables, [batch, sequence]."""
         if id(angles) not in self._rows:
-            found = self._constant(angles)
-            if found is None:
+            factors = self._constant(angles)
+            if factors is None:
                 tokens = builder.op("Shape", [angles], {"start": 0, "end": 2})
                 count = builder.op("ReduceProd", [tokens], {"keepdims": 0})
                 rows = builder.op("Range", [builder.ints(0), count, builder.ints(1)])
                 self._rows[id(angles)] = builder.op("Reshape", [rows, tokens])
             else:
-                # Older versions of the operator read beyond the table, where Gather is an error.
-                every = builder.later(
+                # Older versions of the operator read beyond the table. A Gather raises an error instead.
+                all_positions = builder.later(
                     f"rotary.positions.{len(self._rows)}",
                     partial(np.arange, self._limit),
                     [self._limit or 0],
-                    found[0].dtype,
+                    factors[0].dtype,
                 )
-                self._rows[id(angles)] = builder.op("Gather", [every, found[0]], like=found[0])
+                self._rows[id(angles)] = builder.op(
+                    "Gather", [all_positions, factors[0]], like=factors[0]
+                )
         return self._rows[id(angles)]
 
 
 def _frequencies(angles: ir.Value) -> tuple[ir.Value, np.ndarray[Any, Any]] | None:
-    """Read angles as ``float(positions)[:, :, None] · frequencies``, the frequencies being constant."""
+    """Read angles as ``float(positions)[:, :, None] · frequencies`` with constant frequencies."""
     product = made_by(angles, "Mul")
     if product is None or angles.dtype is None or angles.dtype.name != "FLOAT":
         return None
-    for one, other in (product.inputs, tuple(reversed(product.inputs))):
-        array = array_of(other)
+    for left, right in (product.inputs, tuple(reversed(product.inputs))):
+        array = array_of(right)
         if array is None or array.size != axis_size(angles, -1) or array.shape[-1] != array.size:
             continue
-        whole = _positions_of(one)
-        if whole is not None:
-            return whole, array.reshape(-1)
+        positions = _positions_of(left)
+        if positions is not None:
+            return positions, array.reshape(-1)
     return None
 
 
 def _positions_of(value: ir.Value | None) -> ir.Value | None:
-    """The whole numbers [batch, sequence] that a value is, as floating numbers with an axis behind."""
-    spread = False
+    """Return the int64 value [batch, sequence] behind casts and an ``Unsqueeze`` that adds a last axis."""
+    expanded = False
     while (node := made_by(value, "Unsqueeze", "Cast")) is not None:
         value = node.inputs[0]
         if node.op_type == "Unsqueeze":
             axes = array_of(node.inputs[1])
-            if spread or axes is None or axes.reshape(-1).tolist() not in ([2], [-1]):
+            if expanded or axes is None or axes.reshape(-1).tolist() not in ([2], [-1]):
                 return None
-            spread = True
-    whole = value is not None and value.dtype is not None and value.dtype.name == "INT64"
-    return value if spread and whole and rank(value) == 2 else None
+            expanded = True
+    is_int64 = value is not None and value.dtype is not None and value.dtype.name == "INT64"
+    return value if expanded and is_int64 and rank(value) == 2 else None
 
 
 def flat_heads(builder: Builder, value: ir.Value) -> ir.Value:
-    """[batch, heads, sequence, width] as [batch, sequence, heads · width]."""
+    """Reshape [batch, heads, sequence, width] to [batch, sequence, heads · width]."""
     batch, heads, sequence, width = names_of(value)
     assert isinstance(heads, int)
     assert isinstance(width, int)
@@ -314,7 +316,7 @@ def flat_heads(builder: Builder, value: ir.Value) -> ir.Value:
     if turned is not None and list(turned.attributes.get_ints("perm", ())) == [0, 2, 1, 3]:
         apart = turned.inputs[0]
         assert apart is not None
-    else:  # a norm of each head came in between
+    else:  # a norm of each head lies in between
         apart = builder.op("Transpose", [value], {"perm": [0, 2, 1, 3]}, like=value)
     joined = batch, sequence, heads * width
     source = made_by(apart, "Reshape")

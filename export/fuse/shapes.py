@@ -1,4 +1,4 @@
-"""Constant shapes of a ``Reshape``, indices that select everything, and the last token cut out early."""
+"""Passes over shapes and indices: constant ``Reshape`` shapes, trivial gathers, and an early last token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["drop_moves", "fix_shapes", "index_all", "keep_last_token", "slice_po
 
 @at_nodes("Reshape")
 def fix_shapes(model: ir.Model, node: ir.Node) -> bool:
-    """Give ``Reshape`` a constant: 0 for an axis that stays, -1 for one that follows from the others."""
+    """Give ``Reshape`` a constant shape: 0 for an unchanged axis, -1 for an axis that is inferred."""
     source, wanted = node.inputs
     if array_of(wanted) is not None:
         return False
@@ -45,14 +45,14 @@ def fix_shapes(model: ir.Model, node: ir.Node) -> bool:
 def _constant_shape(
     have: tuple[Size | None, ...], want: tuple[Size | None, ...] | None
 ) -> list[int] | None:
-    # An axis of size 0 would make -1 ambiguous: only a cache that is still empty has one.
+    # An axis of size 0 would make -1 ambiguous. Only a cache that is still empty has such an axis.
     if want is None or not have or "past_length" in have or 0 in have or 0 in want:
         return None
     shape: list[int] = []
-    for place, size in enumerate(want):
+    for axis, size in enumerate(want):
         if isinstance(size, int):
             shape.append(size)
-        elif size is not None and place < len(have) and have[place] == size:
+        elif size is not None and axis < len(have) and have[axis] == size:
             shape.append(0)
         else:
             shape.append(-1)
@@ -63,8 +63,8 @@ def _constant_shape(
 def index_all(model: ir.Model, node: ir.Node) -> bool:
     """Replace ``mask[rows, columns]`` over all rows and columns by the mask itself.
 
-    transformers looks each element of a padding mask up by its row and column, which is one ``GatherND``
-    with an index for every element.
+    transformers looks up each element of a padding mask by its row and column. In the graph this is a
+    ``GatherND`` with an index for every element.
     """
     data, indices = node.inputs
     joined = made_by(indices, "Concat")
@@ -72,33 +72,33 @@ def index_all(model: ir.Model, node: ir.Node) -> bool:
         return False
     if node.attributes.get_int("batch_dims", 0) or len(names_of(data)) != 2:
         return False
-    rows, columns = (_counted(one) for one in joined.inputs)
+    rows, columns = (_counted(index) for index in joined.inputs)
     target = names_of(node.outputs[0])
     if len(target) != 4 or names_of(data)[0] != target[0] or target[1:3] != (1, 1):
         return False
     batch, _, _, total = target
     if rows != (batch, (batch, 1, 1, 1)) or columns != (total, (1, 1, 1, total)):
         return False
-    # Not Unsqueeze: a mask of another length has to fail, as it does now.
+    # Not Unsqueeze, because a mask of another length must still fail.
     builder = Builder(model, node)
     length = size_vector(model, builder, total)
     if length is None:
         return False
     shape = builder.op("Concat", [builder.ints([0, 1, 1]), length], {"axis": 0})
-    made = builder.op("Reshape", [data, shape], like=data, shape=target)
-    substitute(node.outputs[0], made)
+    mask = builder.op("Reshape", [data, shape], like=data, shape=target)
+    substitute(node.outputs[0], mask)
     return True
 
 
 def _counted(value: ir.Value | None) -> tuple[Size | None, tuple[Size | None, ...]] | None:
-    """The end of the ``Range(0, end)`` that is repeated in a value, and the axes that it had before."""
+    """Return the end of an expanded ``Range(0, end)``, and its shape before the ``Expand``."""
     node = _range(value)
-    found = None if node is None else sizes(node.inputs[1])
+    ends = None if node is None else sizes(node.inputs[1])
     wide = made_by(value, "Unsqueeze")
     wide = None if wide is None else made_by(wide.inputs[0], "Expand")
-    if found is None or len(found) != 1 or wide is None:
+    if ends is None or len(ends) != 1 or wide is None:
         return None
-    return found[0], names_of(wide.inputs[0])
+    return ends[0], names_of(wide.inputs[0])
 
 
 def _range(value: ir.Value | None) -> ir.Node | None:
@@ -114,23 +114,23 @@ def _range(value: ir.Value | None) -> ir.Node | None:
 def slice_positions(model: ir.Model, node: ir.Node) -> bool:
     """Replace ``positions[:, [past, …, total - 1]]`` by a slice."""
     data, indices = node.inputs
-    found = counted(indices)
-    if data is None or found is None or node.attributes.get_int("axis", 0) != 1:
+    bounds = counted(indices)
+    if data is None or bounds is None or node.attributes.get_int("axis", 0) != 1:
         return False
     builder = Builder(model, node)
-    first, last = (size_vector(model, builder, size) for size in found)
+    first, last = (size_vector(model, builder, size) for size in bounds)
     if rank(data) != 2 or first is None or last is None:
         return False
-    made = builder.op(
+    part = builder.op(
         "Slice", [data, first, last, builder.ints([1])], like=data, shape=node.outputs[0].shape
     )
-    substitute(node.outputs[0], made)
+    substitute(node.outputs[0], part)
     return True
 
 
 @at_nodes("Reshape", "Transpose")
 def drop_moves(model: ir.Model, node: ir.Node) -> bool:
-    """Leave out reshapes and transposes that give back what was there."""
+    """Remove reshapes and transposes that undo earlier ones."""
     output = node.outputs[0]
     source = _turned_back(node) if node.op_type == "Transpose" else _reshaped_back(node)
     if source is None or output.is_graph_output():
@@ -166,7 +166,7 @@ def _reshaped_back(node: ir.Node) -> ir.Value | None:
 # --- the last token -------------------------------------------------------------------------------
 
 
-# Every row of an output depends on the same row of the inputs.
+# Each row of the output of these operators depends only on the same row of the inputs.
 _ELEMENTWISE = frozenset(
     {
         *(
@@ -192,34 +192,33 @@ _FIRST_INPUT = frozenset(
 
 
 def keep_last_token(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Cut the last token out before what is computed for it, not behind.
+    """Move slices of the last token in front of operations that compute each token separately.
 
-    ``f(x)[:, -1:]`` becomes ``f(x[:, -1:])`` where f computes each token alone and nothing else reads
-    ``f(x)``. In a decoder that leaves the last layer's output projection and MLP, and the last norm, for
-    one token of a prompt.
+    ``f(x)[:, -1:]`` becomes ``f(x[:, -1:])`` if nothing else reads ``f(x)``. A decoder then computes the
+    last layer's output projection and MLP, and the last norm, for only one token of a prompt.
 
     Args:
         model: Changed in place.
 
     Returns:
-        How many operations compute one token, and nothing else to say.
+        The number of operations that now compute one token, and an empty dict of reasons.
     """
     done = 0
     while True:
         cuts = [node for node in model.graph if _is_cut(node)]
-        found = next((node for node in cuts if _can_pass(node)), None)
-        if found is None:
+        cut = next((node for node in cuts if _can_pass(node)), None)
+        if cut is None:
             return done, {}
-        _pass_cut(model, found)
+        _pass_cut(model, cut)
         remove_dead(model)
         done += 1
 
 
 def _is_cut(node: ir.Node) -> bool:
-    """Whether a node is ``x[:, -1:]`` of [batch, sequence, width]."""
+    """Return True if a node is ``x[:, -1:]`` of [batch, sequence, width]."""
     if node.op_type != "Slice" or node.domain or len(node.inputs) < 4 or rank(node.inputs[0]) != 3:
         return False
-    start, end, axis = (scalar(one) for one in node.inputs[1:4])
+    start, end, axis = (scalar(bound) for bound in node.inputs[1:4])
     step = scalar(node.inputs[4]) if len(node.inputs) > 4 else 1
     return start == -1 and end is not None and end >= 2**31 - 1 and axis == 1 and step == 1
 
@@ -250,37 +249,44 @@ def _can_pass(cut: ir.Node) -> bool:
         )
     if node.op_type not in _ELEMENTWISE or node.domain:
         return False
-    return all(one is None or _has_tokens(one, value) or _is_alike(one) for one in node.inputs)
+    return all(
+        operand is None or _has_tokens(operand, value) or _is_alike(operand)
+        for operand in node.inputs
+    )
 
 
-def _has_tokens(one: ir.Value, value: ir.Value) -> bool:
-    return rank(one) == 3 and axis_size(one, 1) == axis_size(value, 1) is not None
+def _has_tokens(operand: ir.Value, value: ir.Value) -> bool:
+    return rank(operand) == 3 and axis_size(operand, 1) == axis_size(value, 1) is not None
 
 
-def _is_alike(one: ir.Value) -> bool:
-    """Whether a value is the same for all tokens."""
-    count = rank(one)
-    return count is not None and (count < 2 or (count == 3 and axis_size(one, 1) == 1))
+def _is_alike(operand: ir.Value) -> bool:
+    """Return True if a value is the same for all tokens."""
+    count = rank(operand)
+    return count is not None and (count < 2 or (count == 3 and axis_size(operand, 1) == 1))
 
 
 def _pass_cut(model: ir.Model, cut: ir.Node) -> None:
-    """Cut the inputs of the node that computes what is cut, and compute it of them."""
+    """Move a cut from the output of a node to its inputs."""
     value = cut.inputs[0]
     assert value is not None
     node = value.producer()
     assert node is not None
     builder = Builder(model, node)
     inputs = list(node.inputs)
-    for place, one in enumerate(inputs):
-        if one is None or not _has_tokens(one, value) or (place and node.op_type in _FIRST_INPUT):
+    for index, operand in enumerate(inputs):
+        if (
+            operand is None
+            or not _has_tokens(operand, value)
+            or (index and node.op_type in _FIRST_INPUT)
+        ):
             continue
-        batch, _, width = names_of(one)
-        inputs[place] = builder.op(
-            "Slice", [one, *cut.inputs[1:]], like=one, shape=(batch, 1, width)
+        batch, _, width = names_of(operand)
+        inputs[index] = builder.op(
+            "Slice", [operand, *cut.inputs[1:]], like=operand, shape=(batch, 1, width)
         )
-    attributes = {name: one.value for name, one in node.attributes.items()}
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     batch, _, width = names_of(value)
-    made = builder.op(
+    token = builder.op(
         node.op_type,
         inputs,
         attributes,
@@ -289,4 +295,4 @@ def _pass_cut(model: ir.Model, cut: ir.Node) -> None:
         domain=node.domain,
     )
     for user in consumers(value):
-        substitute(user.outputs[0], made)
+        substitute(user.outputs[0], token)

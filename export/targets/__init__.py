@@ -1,4 +1,4 @@
-"""Folders for runtimes that want more than an ONNX file: one file each."""
+"""Targets: runtimes that load a folder instead of a single ONNX file. Each module has one target."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lora_fx.export.targets.transformers_js import TransformersJsTarget
 __all__ = ["TARGETS", "RuntimeTarget", "Written", "find_runtime"]
 
 TARGETS: Final[dict[str, RuntimeTarget]] = {
-    one.name: one for one in (GenaiTarget(), TransformersJsTarget())
+    target.name: target for target in (GenaiTarget(), TransformersJsTarget())
 }
 
 
 def find_runtime(name: object) -> RuntimeTarget:
-    """The target of this name.
+    """Return the target of a name.
 
     Raises:
-        ExportError: If there is none.
+        ExportError: There is no such target.
     """
     if not isinstance(name, str) or name not in TARGETS:
         near = hint(str(name), TARGETS, "did you mean {!r}? ")

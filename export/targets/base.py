@@ -1,4 +1,4 @@
-"""What a runtime's folder is: where the model file lies in it, and what lies beside."""
+"""Protocol of a runtime's folder: the path of the model file in it, and the files next to it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TaskName: TypeAlias = Literal["text-generation", "text2text-generation"]
 
 @dataclass(frozen=True)
 class Written:
-    """A model file that was written and checked, and is not in its place yet.
+    """A model file that was written and checked, and is not yet moved to its destination.
 
     Attributes:
-        model: What was exported.
-        report: What is known of the file.
+        model: The exported model.
+        report: The report on the file.
         file: The model file.
-        folder: Where files to go beside it are made.
-        root: The runtime's folder, which may be there already, and not be.
+        folder: Folder in which the files that accompany the model file are created.
+        root: The runtime's folder, the destination. It may or may not exist.
         tokenizer: An object with ``save_pretrained``, or a folder with its files; None if there is none.
     """
 
@@ -50,54 +50,54 @@ class RuntimeTarget(Protocol):
 
     @property
     def name(self) -> str:
-        """What users call it."""
+        """Name of the target for users."""
         ...
 
     @property
     def axes(self) -> Mapping[str, str]:
-        """The runtime's name for each dynamic axis that it calls otherwise."""
+        """Map from lora_fx's name of a dynamic axis to the runtime's, if they differ."""
         ...
 
     def task(self, model: nn.Module) -> TaskName | None:
-        """What a model is exported for where the caller names no task."""
+        """Return the default task for a model if the caller names none."""
         ...
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Refuse what this runtime cannot load.
+        """Raise if this runtime cannot load such a file.
 
         Raises:
-            ExportError: With the argument and the remedy.
+            ExportError: It names the argument and the remedy.
         """
         ...
 
     def file(self, folder: Path, dtype: str | None) -> Path:
-        """Where the model file is to lie."""
+        """Return the path of the model file."""
         ...
 
     def data_name(self, file: Path) -> str | None:
-        """The name of the file of weights; None where any will do."""
+        """Return the name of the file of weights, or None if any name works."""
         ...
 
     def example(self, example: object) -> object:
-        """The example call with what the runtime wants of the file.
+        """Return the example call with the arguments that the runtime needs.
 
         Raises:
-            ExportError: If the example asks for something else.
+            ExportError: The example contradicts them.
         """
         ...
 
     def adapt(self, model: ir.Model) -> None:
-        """Change a finished graph into what the runtime takes, before it is written and compared."""
+        """Adapt a finished graph to the runtime, before it is written and compared."""
         ...
 
     def finish(self, written: Written) -> Mapping[Path, str]:
-        """Make the files that go beside the model file.
+        """Write the files that accompany the model file.
 
         Returns:
-            Each file, and its place in the runtime's folder.
+            Map from each file to its path in the runtime's folder.
 
         Raises:
-            ExportError: If the file cannot be run there.
+            ExportError: The runtime cannot run the file.
         """
         ...
 
@@ -112,14 +112,14 @@ def add_tokenizer(tokenizer: Any, folder: Path) -> dict[Path, str]:
     """Write the files of a tokenizer.
 
     Args:
-        tokenizer: An object with ``save_pretrained``, or a folder that has them.
-        folder: An empty folder, which is made.
+        tokenizer: An object with ``save_pretrained``, or a folder with the files; None for no files.
+        folder: The folder to create for the files.
 
     Returns:
-        Each file, and its place in the runtime's folder.
+        Map from each file to its path in the runtime's folder.
 
     Raises:
-        ExportError: If it is neither.
+        ExportError: ``tokenizer`` is neither, or the folder has no files of a tokenizer.
     """
     if tokenizer is None:
         return {}
@@ -135,11 +135,11 @@ def add_tokenizer(tokenizer: Any, folder: Path) -> dict[Path, str]:
         source = Path(tokenizer)
         named = [*source.glob("tokenizer*"), *source.glob("special_tokens_map.json")]
         named += [*source.glob("*.jinja"), *source.glob("vocab.*"), *source.glob("merges.txt")]
-        if not any(one.name.startswith("tokenizer") for one in named):
+        if not any(path.name.startswith("tokenizer") for path in named):
             raise ExportError(
                 f"tokenizer={str(tokenizer)!r} has no files of a tokenizer: give an object with "
                 "save_pretrained(), or the folder that it was saved in"
             )
-        for one in named:
-            shutil.copyfile(one, folder / one.name)
-    return {one: one.name for one in sorted(folder.iterdir()) if one.is_file()}
+        for path in named:
+            shutil.copyfile(path, folder / path.name)
+    return {path: path.name for path in sorted(folder.iterdir()) if path.is_file()}

@@ -1,8 +1,8 @@
 """``target="genai"``: the folder that onnxruntime-genai loads (``og.Model(folder)``).
 
-The file is that of ``task="text-generation"`` with the logits of all positions, since genai pads batches on
-the right and reads the logits of each row's last token. Source of the fields: onnxruntime-genai's
-``src/config.h`` and what its model builder writes.
+The file is that of ``task="text-generation"`` with the logits of all positions. genai pads batches on the
+right, and reads the logits of each row's last token. Source of the fields: onnxruntime-genai's
+``src/config.h`` and the output of its model builder.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ __all__ = ["GenaiTarget"]
 
 _CACHE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _KNOWN = ("input_ids", "attention_mask")
-_LONGEST = 4096  # positions, for a model that has no end
+_LONGEST = 4096  # positions, for a model without a limit
 
 
 class GenaiTarget:
-    """onnxruntime-genai."""
+    """Target for onnxruntime-genai."""
 
     name = "genai"
     axes: Mapping[str, str] = {}
 
     def task(self, model: nn.Module) -> TaskName:
-        """A decoder: it runs nothing else."""
+        """Return "text-generation". The runtime runs only decoders."""
         return "text-generation"
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Refuse what is no decoder."""
+        """Raise unless the file is a decoder without a bank of adapters."""
         if task != "text-generation":
             raise ExportError(
                 f"target='genai' runs decoders with a cache, and task is {task!r}: give "
@@ -55,36 +55,36 @@ class GenaiTarget:
             )
 
     def file(self, folder: Path, dtype: str | None) -> Path:
-        """``model.onnx``."""
+        """Return the path of ``model.onnx``."""
         return folder / "model.onnx"
 
     def data_name(self, file: Path) -> str | None:
-        """Any."""
+        """Return None, because any name works."""
         return None
 
     def example(self, example: object) -> object:
-        """The logits of all positions."""
-        given = example if isinstance(example, Mapping) else {"input_ids": _ids(example)}
-        keep = given.get("logits_to_keep", 0)
+        """Return the example call with the logits of all positions."""
+        arguments = example if isinstance(example, Mapping) else {"input_ids": _ids(example)}
+        keep = arguments.get("logits_to_keep", 0)
         if keep != 0:
             raise ExportError(
                 f"logits_to_keep is {keep!r}: genai pads batches on the right and reads the logits of each "
                 "row's last token, so target='genai' needs those of all positions: leave it out"
             )
-        return {**given, "logits_to_keep": 0}
+        return {**arguments, "logits_to_keep": 0}
 
     def adapt(self, model: ir.Model) -> None:
-        """As it is."""
+        """Leave the graph as it is."""
 
     def finish(self, written: Written) -> Mapping[Path, str]:
-        """``genai_config.json``, the tokenizer, and one ``.onnx_adapter`` for each adapter."""
-        made = {
+        """Write ``genai_config.json``, the tokenizer, and an ``.onnx_adapter`` for each adapter."""
+        files = {
             write_json(written.folder / "genai_config.json", _config(written)): "genai_config.json"
         }
-        made |= add_tokenizer(written.tokenizer, written.folder / "tokenizer")
+        files |= add_tokenizer(written.tokenizer, written.folder / "tokenizer")
         if written.report.swappable:
-            made |= _adapters(written)
-        return made
+            files |= _adapters(written)
+        return files
 
 
 def _ids(example: object) -> object:
@@ -98,14 +98,14 @@ def _adapters(written: Written) -> dict[Path, str]:
     model = unwrapped(written.model)
     record = record_of(model)
     folder = written.folder / "adapters"
-    made = {}
+    paths = {}
     for name in () if record is None else record.adapters:
         folder.mkdir(exist_ok=True)
         path = save_onnx_adapter(
             model, folder / f"{name}.onnx_adapter", base=written.file, adapter_name=name
         )
-        made[path] = f"adapters/{path.name}"
-    return made
+        paths[path] = f"adapters/{path.name}"
+    return paths
 
 
 def _config(written: Written) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _config(written: Written) -> dict[str, Any]:
             "no_repeat_ngram_size": int(defaults.get("no_repeat_ngram_size") or 0),
             "num_beams": 1,
             "num_return_sequences": 1,
-            # Else the cache of the file grows by concatenation.
+            # Otherwise the cache of the file grows by concatenation.
             "past_present_share_buffer": SHARED_CACHE_KEY in report.metadata,
             "repetition_penalty": float(defaults.get("repetition_penalty") or 1.0),
             "temperature": float(defaults.get("temperature") or 1.0),
@@ -173,25 +173,25 @@ def _config(written: Written) -> dict[str, Any]:
 
 
 def _cache_sizes(inputs: Mapping[str, tuple[int | str, ...]]) -> tuple[int, int, int]:
-    """Layers, heads and width of the cache, which genai takes to be the same in each layer."""
-    found: dict[int, set[tuple[Any, Any]]] = {}
-    others = []
+    """Return layers, heads and width of the cache. genai requires equal sizes in all layers."""
+    layers: dict[int, set[tuple[Any, Any]]] = {}
+    unknown = []
     for name, axes in inputs.items():
         match = _CACHE.fullmatch(name)
         if match is not None:
-            found.setdefault(int(match[1]), set()).add((axes[1], axes[3]))
+            layers.setdefault(int(match[1]), set()).add((axes[1], axes[3]))
         elif name not in _KNOWN:
-            others.append(name)
-    if others:
+            unknown.append(name)
+    if unknown:
         raise ExportError(
-            f"genai gives a decoder no input called {', '.join(others)}: this model cannot be run there; "
+            f"genai gives a decoder no input called {', '.join(unknown)}: this model cannot be run there; "
             "export it without target= for OnnxSession"
         )
-    sizes = {one for layer in found.values() for one in layer}
-    if sorted(found) != list(range(len(found))) or len(sizes) != 1:
+    sizes = {size for layer in layers.values() for size in layer}
+    if sorted(layers) != list(range(len(layers))) or len(sizes) != 1:
         raise ExportError(
             "genai wants a cache of one size in every layer, and this model's layers differ: export it "
             "without target= for OnnxSession"
         )
     ((heads, width),) = sizes
-    return len(found), int(heads), int(width)
+    return len(layers), int(heads), int(width)

@@ -1,7 +1,7 @@
 """``target="transformers.js"``: the folder that transformers.js loads in a browser or in Node.
 
 ``onnx/model.onnx`` (``onnx/model_fp16.onnx``), its weights in ``model.onnx_data``, ``config.json`` and the
-tokenizer. transformers.js knows the axis ``batch_size``, and reads what goes in and comes out as fp32.
+tokenizer. transformers.js requires the axis name ``batch_size``, and fp32 inputs and outputs.
 Source: transformers.js 4, ``src/models/session.js``, ``src/configs.js`` and ``src/models/modeling_utils.js``.
 """
 
@@ -36,13 +36,13 @@ _SUFFIXES: Final = {"fp16": "_fp16"}
 
 
 class TransformersJsTarget:
-    """transformers.js."""
+    """Target for transformers.js."""
 
     name = "transformers.js"
     axes = _AXES
 
     def task(self, model: nn.Module) -> TaskName | None:
-        """A file with a cache for a model that generates: ``generate`` there relies on it."""
+        """Return the task with a cache for a model that generates, because ``generate`` relies on it."""
         decodes: Any = getattr(model, "can_generate", None)
         if decodes is None or not decodes():
             return None
@@ -50,7 +50,7 @@ class TransformersJsTarget:
         return "text2text-generation" if two else "text-generation"
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Refuse what has no name there."""
+        """Raise for tasks, adapters and dtypes that transformers.js does not support."""
         if task == "text2text-generation":
             raise ExportError(
                 "target='transformers.js' writes single models: an encoder-decoder has two files of other "
@@ -64,24 +64,24 @@ class TransformersJsTarget:
             raise ExportError("transformers.js has no bf16: give dtype='fp16' or 'fp32'")
 
     def file(self, folder: Path, dtype: str | None) -> Path:
-        """``onnx/model.onnx``, by the dtype."""
+        """Return the path of ``onnx/model.onnx``, with a suffix for the dtype."""
         return folder / "onnx" / f"model{_SUFFIXES.get(dtype or '', '')}.onnx"
 
     def data_name(self, file: Path) -> str | None:
-        """``model.onnx_data``."""
+        """Return ``model.onnx_data``, or the same for a name with a suffix."""
         return f"{file.name}_data"
 
     def example(self, example: object) -> object:
-        """As it is."""
+        """Return the example unchanged."""
         return example
 
     def adapt(self, model: ir.Model) -> None:
-        """Name the axes, and cast to fp32 at the ends."""
+        """Rename the axes, and cast inputs and outputs to fp32."""
         _rename_axes(model)
         _as_fp32(model)
 
     def finish(self, written: Written) -> Mapping[Path, str]:
-        """``config.json`` and the tokenizer."""
+        """Write ``config.json``, ``generation_config.json`` and the tokenizer."""
         config: Any = getattr(written.model, "config", None)
         if not hasattr(config, "to_json_string"):
             raise ExportError(
@@ -97,35 +97,35 @@ class TransformersJsTarget:
         if external or elsewhere:
             named = values.setdefault("transformers.js_config", {})
             named["use_external_data_format"] = {**elsewhere, written.file.name: external}
-        made = {write_json(written.folder / "config.json", values): "config.json"}
+        paths = {write_json(written.folder / "config.json", values): "config.json"}
         generation: Any = getattr(written.model, "generation_config", None)
         if generation is not None:
             path = written.folder / "generation_config.json"
             generation.to_json_file(path)
-            made[path] = path.name
-        return made | add_tokenizer(written.tokenizer, written.folder / "tokenizer")
+            paths[path] = path.name
+        return paths | add_tokenizer(written.tokenizer, written.folder / "tokenizer")
 
 
 def _external_files(path: Path) -> dict[str, bool]:
-    """Which other files of the folder have their weights elsewhere, by the config that is there."""
+    """Read from an existing config which model files of the folder have external weights."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["transformers.js_config"]
-        named = found["use_external_data_format"]
+        settings = json.loads(path.read_text(encoding="utf-8"))["transformers.js_config"]
+        flags = settings["use_external_data_format"]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
-    return {str(k): bool(v) for k, v in named.items()} if isinstance(named, dict) else {}
+    return {str(k): bool(v) for k, v in flags.items()} if isinstance(flags, dict) else {}
 
 
 def _has_external(path: Path) -> bool:
-    """Whether the weights of a file are in another one."""
+    """Return True if the weights of a file are in another file."""
     import onnx_ir as ir
 
     initializers = ir.load(path).graph.initializers.values()
-    return any(isinstance(one.const_value, ir.ExternalTensor) for one in initializers)
+    return any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers)
 
 
 def _rename_axes(model: ir.Model) -> None:
-    """Call the axes as transformers.js does, and note in the metadata what lora_fx calls them."""
+    """Rename the axes for transformers.js, and store lora_fx's names in the metadata."""
     import onnx_ir as ir
 
     known = re.compile(rf"\b({'|'.join(_AXES)})\b")
@@ -133,7 +133,7 @@ def _rename_axes(model: ir.Model) -> None:
     for value in (*model.graph.inputs, *inside):
         if value.shape is not None:
             sizes = [
-                known.sub(lambda found: _AXES[found[0]], dim.value)
+                known.sub(lambda match: _AXES[match[0]], dim.value)
                 if isinstance(dim, ir.SymbolicDim) and dim.value
                 else dim
                 for dim in value.shape
@@ -143,7 +143,7 @@ def _rename_axes(model: ir.Model) -> None:
 
 
 def _as_fp32(model: ir.Model) -> None:
-    """Let a half-precision file take and give fp32. The casts change no value that it can hold."""
+    """Give a file in fp16 fp32 inputs and outputs. The casts keep every value of fp16 exactly."""
     import onnx_ir as ir
 
     half = ir.DataType.FLOAT16
@@ -154,12 +154,12 @@ def _as_fp32(model: ir.Model) -> None:
         inside = ir.node("Cast", [value], {"to": half.value})
         cast = inside.outputs[0]
         cast.name, cast.dtype, cast.shape = f"{value.name}.fp16", half, value.shape
-        for user, place in list(value.uses()):
+        for user, index in list(value.uses()):
             if user is not inside:
-                user.replace_input_with(place, cast)
+                user.replace_input_with(index, cast)
         graph.insert_before(graph[0], inside)
         value.dtype = ir.DataType.FLOAT
-    for place, value in enumerate(list(graph.outputs)):
+    for index, value in enumerate(list(graph.outputs)):
         if value.dtype != half:
             continue
         name = value.name
@@ -168,4 +168,4 @@ def _as_fp32(model: ir.Model) -> None:
         cast = outside.outputs[0]
         cast.name, cast.dtype, cast.shape = name, ir.DataType.FLOAT, value.shape
         graph.append(outside)
-        graph.outputs[place] = cast
+        graph.outputs[index] = cast
