@@ -187,8 +187,10 @@ def swappable(
         capture = edit_graphs(capture, editor(twin, rows)).capture
     install(regions_to_install(capture, rows))
     _check_without_graphs(capture, rows, in_rows=editor is not None)
-    twin.__dict__["_lora_fx"] = dataclasses.replace(bare, active=(_ADAPTER,))
-    arm(twin)  # code without a graph reads weights to which the factor inputs are applied
+    if editor is None:
+        # Code without a graph reads weights to which the inputs are applied, those of one adapter.
+        twin.__dict__["_lora_fx"] = dataclasses.replace(bare, active=(_ADAPTER,))
+        arm(twin)
     # The copy is no longer a rewritten model, so nobody can switch its adapters.
     del twin.__dict__["_lora_fx"]
     return Swappable(twin, rows, bare)
