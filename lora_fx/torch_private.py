@@ -101,7 +101,6 @@ __all__ = [
     "is_distributed",
     "is_fake",
     "is_flat",
-    "is_flattened",
     "is_left_aligned",
     "is_traceable_wrapper_subclass",
     "is_transformed",
@@ -634,11 +633,6 @@ def forget_sharding() -> None:
 def is_flat(parameter: Any) -> bool:
     """Return True for a parameter that is part of a flat parameter of FSDP1."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
-
-
-def is_flattened(module: nn.Module) -> bool:
-    """Return True for a module whose parameters FSDP1 manages."""
-    return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
 def fsdp_state(unit: Any) -> Any:

@@ -494,8 +494,6 @@ def _blind(module: nn.Module, model: _Model, inputs: Any) -> bool:
         return True  # a checkpoint recomputes the call
     if any(mode.is_infra_mode() for mode in torch_private.dispatch_modes()):
         return True
-    if any(torch_private.is_flattened(child) for child in root.modules()):
-        return True  # FSDP1: parameters are views of memory that is freed and reallocated
     if any(not _plain(leaf) for leaf in pytree.tree_leaves(inputs)):
         return True
     if "torch._dynamo" in sys.modules:
@@ -692,7 +690,7 @@ def _weights(model: _Model, every: bool = False) -> list[_Weight]:
             lost.append(_Weight(site, 0, 0, lambda: None))
             continue
         for tensor in (weight, record.originals.get(site.weight)):
-            if not _plain(tensor):
+            if not _plain(tensor) or torch_private.is_flat(tensor):
                 return []  # this process has only a part of it
             for part in _parts(tensor):
                 if not _plain(part):
