@@ -1,6 +1,6 @@
-"""Follows one ``nn.Linear`` through the compiler and prints what each pass makes of it.
+"""One ``nn.Linear`` on its way through the compiler: the result of each pass.
 
-``python docs/follow.py`` prints it, ``python docs/follow.py --write`` puts it into ``docs/architecture.md``.
+``python docs/follow.py`` prints the results. With ``--write`` it puts them into ``docs/architecture.md``.
 """
 
 from __future__ import annotations
@@ -26,79 +26,79 @@ PAGE = Path(__file__).with_name("architecture.md")
 
 
 class Net(nn.Module):
-    """One linear layer, and an argument that decides what is computed."""
+    """A linear layer, with an argument that changes the computation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """``x`` is [batch, 4]."""
+        """Compute the layer for ``x`` [batch, 4]."""
         y: torch.Tensor = self.fc(x)
         return y.relu() if scale is None else y.relu() * scale
 
 
 def code(graph: fx.Graph) -> str:
-    """The code of a graph, without the statements that free values."""
+    """Return the code of a graph, without the statements that free values."""
     lines = graph.python_code("self").src.splitlines()
     return "\n".join(re.sub(r";  .* = None$", "", line.rstrip()) for line in lines if line.strip())
 
 
 def graphs(captured: Capture) -> str:
-    """The code of every region."""
+    """Return the code of every region."""
     return "\n\n".join(
         f"# {key or '(root)'}\n{code(region.graph)}" for key, region in captured.regions.items()
     )
 
 
 def branch(captured: Capture) -> str:
-    """The region that has the branch; comments say what its nodes are."""
+    """Return the code of the region with the branch. Comments show the tags of its nodes."""
     graph = captured.regions["fc"].graph
     tags = {node.name: node.meta.get(META_KEY) for node in graph.nodes}
     lines = code(graph).splitlines()
-    for place, line in enumerate(lines):
+    for index, line in enumerate(lines):
         if tag := tags.get(line.partition("=")[0].strip()):
-            lines[place] = f"{line}  # {tag.role.value} of {tag.weight}"
+            lines[index] = f"{line}  # {tag.role.value} of {tag.weight}"
     return "\n".join(lines)
 
 
 def steps() -> dict[str, str]:
-    """What each step prints, by name."""
+    """Return the text of each step, by name."""
     torch.manual_seed(0)
     model = Net()
     config = lora_fx.LoraConfig(r=2, lora_alpha=4, target_modules=["fc"])
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
 
     captured = capture(model)
-    found["capture"] = graphs(captured)
+    texts["capture"] = graphs(captured)
 
-    for one in (FindOperations(), *MARKS, MakePlan(config)):
-        captured = one(captured).capture
+    for pass_ in (FindOperations(), *MARKS, MakePlan(config)):
+        captured = pass_(captured).capture
     plan, matches = captured.plan, captured.matches
     assert plan is not None
     assert matches is not None
     site = matches.sites[0]
     fields = ("name", "pattern", "weight", "bias")
-    found["match"] = "\n".join(f"{name} = {getattr(site, name)!r}" for name in fields)
+    texts["match"] = "\n".join(f"{name} = {getattr(site, name)!r}" for name in fields)
 
-    found["plan"] = str(plan)
+    texts["plan"] = str(plan)
 
     captured = AddFactors()(dataclasses.replace(captured, plan=plan)).capture
     factors = dict(captured.model.named_parameters())
-    found["add-factors"] = "\n".join(
+    texts["add-factors"] = "\n".join(
         f"{name}: {list(value.shape)}, requires_grad={value.requires_grad}"
         for name, value in factors.items()
     )
 
     captured = Insert(plan.sites, "default")(captured).capture
-    found["insert"] = branch(captured)
+    texts["insert"] = branch(captured)
 
     captured = Fuse()(captured).capture
-    found["fuse"] = branch(captured)
+    texts["fuse"] = branch(captured)
 
     install(region for region in captured.regions.values() if region.edited)
     layer = captured.model.get_submodule("fc")
-    found["build"] = "\n".join(
+    texts["build"] = "\n".join(
         [
             f"isinstance(model, Net): {isinstance(captured.model, Net)}",
             f"isinstance(model.fc, nn.Linear): {isinstance(layer, nn.Linear)}",
@@ -112,7 +112,7 @@ def steps() -> dict[str, str]:
         a, b = adapted.fc.lora_A.default, adapted.fc.lora_B.default
         expected = (model.fc.weight.double() + 2 * b.double() @ a.double()).float()
     merged = lora_fx.merge(adapted)
-    found["merge"] = "\n".join(
+    texts["merge"] = "\n".join(
         [
             f"type(merged) is Net: {type(merged) is Net}",
             f"parameters: {[name for name, _ in merged.named_parameters()]}",
@@ -120,17 +120,17 @@ def steps() -> dict[str, str]:
             f"forward is Net.forward: {type(merged).forward is Net.forward}",
         ]
     )
-    return found
+    return texts
 
 
 def written(page: str) -> str:
-    """The page with what the steps print between its marks."""
+    """Return the page with the texts of the steps between its marks."""
     for name, text in steps().items():
         pattern = re.compile(
             rf"(<!-- follow: {name} -->\n```\w+\n).*?(^```$)", re.DOTALL | re.MULTILINE
         )
         page, count = pattern.subn(
-            lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page, count=1
+            lambda match, text=text: f"{match[1]}{text}\n{match[2]}", page, count=1
         )
         if count != 1:
             raise SystemExit(f"{PAGE.name} has no place for {name!r}")
@@ -138,7 +138,7 @@ def written(page: str) -> str:
 
 
 def main() -> None:
-    """Prints the steps, or writes them into the page."""
+    """Print the steps, or write them into the page."""
     if "--write" in sys.argv:
         PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         return

@@ -1,4 +1,4 @@
-"""Writes the table of fusions of ``guides/export.md`` from the list in ``export/fuse/``.
+"""Table of fusions for ``guides/export.md``, written from the list in ``export/fuse/``.
 
 python docs/fusions.py            # print it
 python docs/fusions.py --write    # into docs/guides/export.md

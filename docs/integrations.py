@@ -1,9 +1,9 @@
-"""Writes docs/integrations.md, the table of training stacks and of what they do, from tests that were run.
+"""Generator of docs/integrations.md, the table of training stacks and their features, from test results.
 
-``python docs/integrations.py --write`` runs every test with the marker ``feature``, here and in each
-environment that ``make test-stacks`` has made, and writes the page. ``--record FILE --place NAME`` runs
-them in one environment, and ``--write FILE ...`` writes the page from what was recorded. ``--check`` compares
-the page with the tests that there are, and runs none.
+``python docs/integrations.py --write`` runs every test with the marker ``feature`` and writes the page. It
+runs the tests here and in each environment that ``make test-stacks`` has made. ``--record FILE --place NAME``
+runs the tests in one environment, and ``--write FILE ...`` writes the page from recorded files. ``--check``
+compares the page with the existing tests, and runs none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FEATURES = (
     "merge",
     "export",
 )
-# Stacks in which several processes have one model, and what was tried with them.
+# Stacks in which several processes share one model, and the features that were tried with them.
 PARALLEL = (
     "DDP",
     "FSDP2",
@@ -80,17 +80,17 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Case:
-    """What one test with the marker says about one feature of a stack.
+    """Result of one test with the marker for one feature of a stack.
 
     Attributes:
-        stack: Whose feature it is.
-        feature: One of :func:`features_of` the stack.
-        refused: The test shows that it is refused, with an error that says what to do.
-        test: The file and the function.
-        node: The test's node id, with its parameters.
-        outcome: "passed", "failed", "skipped", or "collected" where it was not run.
-        reason: Why it was skipped.
-        place: The environment that it ran in.
+        stack: Stack that has the feature.
+        feature: Feature, one of :func:`features_of` the stack.
+        refused: True if the test shows that the feature is refused, with an error that says what to do.
+        test: File and function of the test.
+        node: Node id of the test, with its parameters.
+        outcome: "passed", "failed", "skipped", or "collected" if the test was not run.
+        reason: Reason why the test was skipped.
+        place: Environment in which the test ran.
     """
 
     stack: str
@@ -104,12 +104,12 @@ class Case:
 
 
 def features_of(stack: str) -> tuple[str, ...]:
-    """The columns of the table that a stack is in."""
+    """Return the columns of the table that a stack is in."""
     return PARALLEL_FEATURES if stack in PARALLEL else FEATURES
 
 
 class Recorder:
-    """A plugin of pytest that keeps what becomes of the tests with the marker."""
+    """Plugin of pytest that keeps the outcomes of the tests with the marker."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -117,19 +117,19 @@ class Recorder:
         self.outcomes: dict[str, tuple[str, str]] = {}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Keeps what was selected."""
+        """Keep the selected tests."""
         self.items = list(session.items)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test has passed if its call has, and nothing around it failed."""
+        """Keep the outcome. A test has passed if its call has passed, and setup and teardown did not fail."""
         if report.outcome == "passed" and report.when != "call":
             return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
         self.outcomes[report.nodeid] = (report.outcome, reason.removeprefix("Skipped: "))
 
     def cases(self) -> list[Case]:
-        """One for each test and feature."""
-        found = []
+        """Return a case for each test and feature."""
+        cases = []
         for item in self.items:
             outcome, reason = self.outcomes.get(item.nodeid, ("collected", ""))
             for mark in item.iter_markers("feature"):
@@ -143,12 +143,12 @@ class Recorder:
                     case = Case(
                         stack, feature, refused, test, item.nodeid, outcome, reason, self.place
                     )
-                    found.append(case)
-        return found
+                    cases.append(case)
+        return cases
 
 
 def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
-    """Runs, or collects, the tests of this environment; what was found, and the versions of libraries."""
+    """Run or collect the tests of this environment. Return the cases and the versions of libraries."""
     recorder = Recorder(place)
     files = [
         str(path)
@@ -171,7 +171,7 @@ def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
 def record_in(
     python: Path, place: str, chosen: str, *more: str
 ) -> tuple[list[Case], dict[str, str]]:
-    """The same in a process of another environment's Python."""
+    """Do the same in a process of another environment's Python."""
     with TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
         command = [
@@ -184,39 +184,39 @@ def record_in(
             "--choose",
             chosen,
         ]
-        said = subprocess.run([*command, *more], cwd=ROOT, check=False, stdout=subprocess.PIPE)
+        process = subprocess.run([*command, *more], cwd=ROOT, check=False, stdout=subprocess.PIPE)
         if not out.is_file():
-            raise SystemExit(f"{place}: {said.stdout.decode()}")
+            raise SystemExit(f"{place}: {process.stdout.decode()}")
         return read(out)
 
 
 def read(file: Path) -> tuple[list[Case], dict[str, str]]:
-    """What was recorded in a file."""
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return [Case(**case) for case in found["cases"]], found["versions"]
+    """Return the cases and the versions that were recorded in a file."""
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    return [Case(**case) for case in recorded["cases"]], recorded["versions"]
 
 
 def environments() -> list[tuple[Path, str, str]]:
-    """The Python, the name and the tests of each: this one, and those of ``make test-stacks``."""
-    found = [(Path(sys.executable), "test extra", "feature and not cuda")]
+    """Return Python, name and tests of this environment, and of those of ``make test-stacks``."""
+    pythons = [(Path(sys.executable), "test extra", "feature and not cuda")]
     for stamp in sorted((ROOT / ".peers").glob(".stack-*")):
         name = stamp.name.removeprefix(".stack-")
         python = ROOT / ".peers" / name / "bin" / "python"
-        found.append((python, name, "feature and stack and not cuda"))
-    return found
+        pythons.append((python, name, "feature and stack and not cuda"))
+    return pythons
 
 
 def best(cases: list[Case]) -> list[Case]:
-    """One case for each test and feature: of the environment where it ran, if it did in one."""
+    """Return one case for each test and feature, from an environment where the test ran if there is one."""
     order = ("failed", "passed", "skipped", "collected")
-    found: dict[tuple[str, str, str], Case] = {}
+    chosen: dict[tuple[str, str, str], Case] = {}
     for case in sorted(cases, key=lambda case: order.index(case.outcome)):
-        found.setdefault((case.stack, case.feature, case.node), case)
-    return list(found.values())
+        chosen.setdefault((case.stack, case.feature, case.node), case)
+    return list(chosen.values())
 
 
 def verdict(cases: list[Case]) -> str:
-    """What the cell of a stack and a feature says."""
+    """Return the text of the cell for a stack and a feature."""
     ran = [case for case in cases if case.outcome == "passed"]
     if not ran:
         return "not run here"
@@ -224,8 +224,8 @@ def verdict(cases: list[Case]) -> str:
 
 
 def rows(cases: list[Case]) -> list[str]:
-    """The tests of one stack: one row for each feature and test function."""
-    found = []
+    """Return the rows of one stack, one for each feature and test function."""
+    lines = []
     for feature in features_of(cases[0].stack):
         tests: dict[str, list[Case]] = defaultdict(list)
         for case in cases:
@@ -240,14 +240,14 @@ def rows(cases: list[Case]) -> list[str]:
                 count = str(len(ran))
             else:
                 where, count = same[0].reason or "no reason is known", "0"
-            found.append(
+            lines.append(
                 f"| {feature} | {result} | [`{function}`](../{file}) | {count} | {where} |"
             )
-    return found
+    return lines
 
 
 def table(stacks: dict[str, list[Case]], features: tuple[str, ...]) -> list[str]:
-    """One row for each stack, one column for each feature."""
+    """Return a table with one row for each stack and one column for each feature."""
     lines = ["| stack | " + " | ".join(features) + " |", "|---" * (1 + len(features)) + "|"]
     for name, cases in stacks.items():
         cells = []
@@ -260,7 +260,7 @@ def table(stacks: dict[str, list[Case]], features: tuple[str, ...]) -> list[str]
 
 
 def write(cases: list[Case], versions: dict[str, str]) -> str:
-    """The page."""
+    """Return the page."""
     stacks: dict[str, list[Case]] = defaultdict(list)
     for case in cases:
         stacks[case.stack].append(case)
@@ -301,23 +301,23 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
 
 
 def listed(page: str) -> set[tuple[str, str, str]]:
-    """The stack, the feature and the test of each row of the page."""
-    found, stack = set(), ""
+    """Return the stack, the feature and the test of each row of the page."""
+    rows_of_page, stack = set(), ""
     for line in page.splitlines():
         if line.startswith("### "):
             stack = line[4:]
         elif row := re.match(r"\| ([^|]+) \| [^|]+ \| \[`(\w+)`\]\(\.\./([\w./]+)\) \|", line):
-            found.add((stack, row[1], f"{row[3]}::{row[2]}"))
-    return found
+            rows_of_page.add((stack, row[1], f"{row[3]}::{row[2]}"))
+    return rows_of_page
 
 
 def check() -> None:
-    """Ends with an error if tests have come or gone since the page was written."""
+    """Raise SystemExit if tests were added or removed since the page was written."""
     cases, _ = record_in(Path(sys.executable), "here", "feature", "--collect")
-    there = {(case.stack, case.feature, case.test) for case in cases}
+    existing = {(case.stack, case.feature, case.test) for case in cases}
     shown = listed(PAGE.read_text(encoding="utf-8"))
-    if there != shown:
-        missing, gone = sorted(there - shown), sorted(shown - there)
+    if existing != shown:
+        missing, gone = sorted(existing - shown), sorted(shown - existing)
         raise SystemExit(
             f"{PAGE.name} is not up to date: it lacks {missing} and lists {gone}. Run `make test-stacks` and "
             "`python docs/integrations.py --write`"
@@ -325,7 +325,7 @@ def check() -> None:
 
 
 def main() -> None:
-    """Writes the page, checks it, or records one environment."""
+    """Write the page, check it, or record one environment."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--write", nargs="*", type=Path, metavar="FILE", help="write the page, from recorded files"
@@ -337,16 +337,16 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="only list the tests")
     options = parser.parse_args()
     if options.record is not None:
-        found = record(options.place, options.choose, collect=options.collect)
-        options.record.write_text(json.dumps(found), encoding="utf-8")
+        results = record(options.place, options.choose, collect=options.collect)
+        options.record.write_text(json.dumps(results), encoding="utf-8")
     elif options.check:
         check()
     elif options.write is not None:
         cases: list[Case] = []
         versions: dict[str, str] = {}
-        given = (read(file) for file in options.write)
+        recorded = (read(file) for file in options.write)
         ran = (record_in(*environment) for environment in environments())
-        for more, theirs in given if options.write else ran:
+        for more, theirs in recorded if options.write else ran:
             cases += more
             versions = {**theirs, **versions}
         if failed := sorted(

@@ -1,6 +1,6 @@
-"""Draws the pictures of ``guides/visualizing.md`` with a headless Chromium: ``make pictures``.
+"""Pictures of ``guides/visualizing.md``, drawn with a headless Chromium: ``make pictures``.
 
-The models have random weights, or none.
+The models have random weights, or no weights.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Shot(NamedTuple):
     """A picture.
 
     Attributes:
-        name: Of the file.
-        drawn: Makes what is visualized.
-        width, height: Of the window.
-        dark: Whether the reader prefers the dark.
-        steps: JavaScript that is run before the picture is taken.
+        name: Name of the file.
+        drawn: Function that returns the object to visualize.
+        width, height: Size of the window.
+        dark: True for the dark color scheme.
+        steps: JavaScript to run before the picture is taken.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Shot(NamedTuple):
 
 
 def llama() -> torch.nn.Module:
-    """A Llama of 7B without memory, its attention adapted."""
+    """Return a Llama of 7B on the meta device, with adapters on attention and ``up_proj``."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig())
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]
@@ -50,7 +50,7 @@ def llama() -> torch.nn.Module:
 
 
 def bert() -> torch.nn.Module:
-    """A small BERT with two adapters that have been trained, as far as numbers go."""
+    """Return a small BERT with two adapters whose values look trained."""
     torch.manual_seed(0)
     settings = transformers.BertConfig(num_hidden_layers=4)
     model = transformers.BertForSequenceClassification(settings)
@@ -68,7 +68,7 @@ def bert() -> torch.nn.Module:
 
 
 def mixtral() -> torch.nn.Module:
-    """A Mixtral of four layers without memory."""
+    """Return a Mixtral of four layers on the meta device."""
     with torch.device("meta"):
         settings = transformers.MixtralConfig(num_hidden_layers=4)
         model = transformers.MixtralForCausalLM(settings)
@@ -76,12 +76,12 @@ def mixtral() -> torch.nn.Module:
 
 
 def resnet() -> torch.nn.Module:
-    """A ResNet-18."""
+    """Return a rewritten ResNet-18."""
     return lora_fx.rewrite(torchvision.models.resnet18(), lora_fx.LoraConfig(r=8))
 
 
 def plan_and_model() -> list[Any]:
-    """The plan of a small Llama, and the rewritten model."""
+    """Return the plan of a small Llama, and the rewritten model."""
     settings = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -117,7 +117,7 @@ SHOTS = (
 
 
 def take(page: Page, shot: Shot, folder: Path) -> None:
-    """Draws one picture; 256 colors keep the file small."""
+    """Draw one picture. 256 colors keep the file small."""
     path = lora_fx.visualize(shot.drawn(), folder / f"{shot.name}.html")
     page.size(shot.width, shot.height, dark=shot.dark)
     page.open(path.as_uri())
@@ -131,7 +131,7 @@ def take(page: Page, shot: Shot, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as made:
-        for each in SHOTS:
-            with browser() as opened:
-                take(opened, each, Path(made))
+    with tempfile.TemporaryDirectory() as folder:
+        for shot in SHOTS:
+            with browser() as page:
+                take(page, shot, Path(folder))

@@ -1,4 +1,4 @@
-"""Plans steps of large models on meshes of GPUs, and writes the table of ``scale.md``.
+"""Training steps of large models on meshes of GPUs: plans them and writes the table of ``scale.md``.
 
 python docs/scale.py            # print it: minutes on one core, no weights, no network
 python docs/scale.py --write    # into docs/scale.md
@@ -37,7 +37,7 @@ HEADINGS = (
 
 
 def llama(width: int, inner: int, layers: int, heads: int) -> nn.Module:
-    """A Llama of these sizes, with the vocabulary and the key heads of Llama 3."""
+    """Return a Llama of these sizes, with the vocabulary and the key heads of Llama 3."""
     config = transformers.LlamaConfig(
         hidden_size=width,
         intermediate_size=inner,
@@ -51,7 +51,7 @@ def llama(width: int, inner: int, layers: int, heads: int) -> nn.Module:
 
 
 def deepseek() -> nn.Module:
-    """DeepSeek-V3, as its configuration has it."""
+    """Return DeepSeek-V3 with its default configuration."""
     with torch.device("meta"):
         return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config())
 
@@ -61,7 +61,7 @@ MODELS: dict[str, Any] = {
     "70B (Llama 3)": lambda: llama(8192, 28672, 80, 64),
     "671B (DeepSeek-V3)": deepseek,
 }
-# Model, mesh, samples of each GPU, tokens of a sample, whether blocks are computed again.
+# Model, mesh, samples per GPU, tokens per sample, True if blocks are recomputed.
 STEPS = (
     ("8B (Llama 3)", "fsdp=1", 1, 4096, True),
     ("8B (Llama 3)", "fsdp=8", 1, 4096, False),
@@ -73,31 +73,31 @@ STEPS = (
 
 
 def rows() -> Iterator[tuple[str, ...]]:
-    """The table, a step each."""
-    made: dict[str, nn.Module] = {}
+    """Yield the rows of the table, one for each step."""
+    built: dict[str, nn.Module] = {}
     for name, mesh, batch, sequence, again in STEPS:
-        if name not in made:
-            made = {name: MODELS[name]()}
-        model = made[name]
+        if name not in built:
+            built = {name: MODELS[name]()}
+        model = built[name]
         inputs = step_inputs(model, None, batch=batch, sequence=sequence)
         need = plan_step(
             model, CONFIG, Mesh.parse(mesh), inputs, dtype=torch.bfloat16, checkpointing=again
         )
         shape = f"{batch} x {sequence:,}"
         row = (name, str(Mesh.parse(mesh)), shape, "yes" if again else "no", *sizes(need))
-        sys.stderr.write(f"{' '.join(row)}\n")  # it takes minutes
+        sys.stderr.write(f"{' '.join(row)}\n")  # a step takes minutes
         yield row
 
 
 def sizes(need: Need) -> tuple[str, ...]:
-    """The columns of one step, in GB."""
+    """Return the columns of one step, in GB."""
     trained = need.adapters + need.gradients + need.optimizer
     parts = (need.weights, trained, need.activations, need.gathered, need.peak, need.traffic.total)
     return tuple(f"{part / GIGABYTE:,.1f}" for part in parts)
 
 
 def table() -> str:
-    """All of it, in Markdown."""
+    """Return the whole table in Markdown."""
     lines = [HEADINGS, ("---",) * 4 + ("---:",) * 6, *rows()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

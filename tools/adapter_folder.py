@@ -1,6 +1,6 @@
-"""``inspect_adapter``: what an adapter folder holds, in figures and as a heat map of layers and modules.
+"""Contents of an adapter folder, ``inspect_adapter``: figures, and a heat map of layers and modules.
 
-The singular values of an update ``ΔW = s · B A`` come from the factors alone: with the QR decompositions
+The singular values of an update ``ΔW = s · B A`` are computed from the factors. With the QR decompositions
 ``B = Q R`` and ``Aᵀ = P S`` they are those of ``s · R Sᵀ``, a matrix of the rank's size.
 """
 
@@ -61,17 +61,17 @@ class SiteFigures:
 
     Attributes:
         name: FQN of the module, or of the parameter.
-        rank: Of the factors.
-        scale: s, as the configuration has it.
+        rank: Rank of the factors.
+        scale: The configuration's s.
         shape: [out, in] of the update; kernels and groups count as inputs.
-        experts: Matrices that it has; 1 for a plain weight.
-        norm: ``‖ΔW‖``, Frobenius; over all experts.
-        values: Singular values, the largest first; of all experts together for experts.
+        experts: Number of its matrices; 1 for a plain weight.
+        norm: ``‖ΔW‖``, Frobenius, over all experts.
+        values: Singular values of all experts together, the largest first.
         effective_rank: ``exp(-Σ pᵢ ln pᵢ)`` with ``pᵢ = σᵢ / Σ σ`` (Roy and Vetterli 2007, EUSIPCO), the mean
-            over experts; 0 where nothing was learned.
+            over experts; 0 if nothing was learned.
         kind: Name of the adapter kind.
         parameters: Elements of A and B.
-        dtype: That of A.
+        dtype: Dtype of A.
     """
 
     name: str
@@ -89,13 +89,13 @@ class SiteFigures:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class AdapterReport:
-    """What an adapter folder holds: print it; a notebook shows it with a heat map.
+    """Contents of an adapter folder, to be printed. A notebook shows it with a heat map.
 
     Attributes:
         path: The folder.
         config: Its configuration.
         sites: The figures of each adapted weight, in the order of the file.
-        others: Whatever else is trained and saved: key to shape.
+        others: Shapes of other saved tensors by key.
         parameters: Elements of all tensors.
         size: Bytes of the folder's files.
     """
@@ -110,51 +110,51 @@ class AdapterReport:
     columns = ("site", "r", "scale", "ΔW", "‖ΔW‖", "largest σ", "effective rank")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The sites as cells, under :attr:`columns`."""
+        """Return the sites as cells, under :attr:`columns`."""
         return [
             (
-                one.name,
-                str(one.rank),
-                f"{one.scale:g}",
-                (f"{one.experts}x" if one.experts > 1 else "") + "x".join(map(str, one.shape)),
-                f"{one.norm:.4g}",
-                f"{one.values[0] if one.values else 0:.4g}",
-                f"{one.effective_rank:.2f}",
+                site.name,
+                str(site.rank),
+                f"{site.scale:g}",
+                (f"{site.experts}x" if site.experts > 1 else "") + "x".join(map(str, site.shape)),
+                f"{site.norm:.4g}",
+                f"{site.values[0] if site.values else 0:.4g}",
+                f"{site.effective_rank:.2f}",
             )
-            for one in self.sites
+            for site in self.sites
         ]
 
     def heat(self, what: str = "norm") -> tuple[list[str], list[str], list[list[float | None]]]:
-        """Lay the sites out as layers × modules.
+        """Arrange the sites as layers × modules.
 
         Args:
             what: ``norm``, ``effective_rank``, ``rank`` or ``scale``.
 
         Returns:
-            Names of the layers, names of the modules, and the values, None where there is no site.
+            Names of the layers, names of the modules, and the values, None for a missing site.
         """
         cells: dict[tuple[str, str], float] = {}
-        for one in self.sites:
-            found = _LAYER.match(one.name)
-            place = (
-                # A layer that is itself adapted has the name of its list in the place of a module's.
-                (f"{found['before']}.{found['layer']}", found["rest"] or found["before"])
-                if found
-                else ("", one.name)
+        for site in self.sites:
+            match = _LAYER.match(site.name)
+            position = (
+                # A layer that is itself adapted has its list's name instead of a module's.
+                (f"{match['before']}.{match['layer']}", match["rest"] or match["before"])
+                if match
+                else ("", site.name)
             )
-            cells[place] = float(getattr(one, what))
+            cells[position] = float(getattr(site, what))
         layers = list(dict.fromkeys(layer for layer, _ in cells))
         modules = list(dict.fromkeys(module for _, module in cells))
-        return layers, modules, [[cells.get((one, m)) for m in modules] for one in layers]
+        return layers, modules, [[cells.get((layer, m)) for m in modules] for layer in layers]
 
     def warnings(self) -> list[str]:
-        """What is likely to be a mistake: nothing learned, or values that are no numbers."""
-        idle = [one.name for one in self.sites if one.norm == 0]
-        broken = [one.name for one in self.sites if not math.isfinite(one.norm)]
+        """Return likely mistakes: sites that learned nothing, or values that are not finite."""
+        idle = [site.name for site in self.sites if site.norm == 0]
+        broken = [site.name for site in self.sites if not math.isfinite(site.norm)]
         lines = []
-        if others := sorted({one.kind for one in self.sites} - {"lora"}):
+        if kinds := sorted({site.kind for site in self.sites} - {"lora"}):
             lines.append(
-                f"figures of s · B A: what {', '.join(others)} changes depends on the base, which is not read"
+                f"figures of s · B A: what {', '.join(kinds)} changes depends on the base, which is not read"
             )
         if idle:
             lines.append(f"no update at {len(idle)} site(s): {some(idle, 3)}")
@@ -163,7 +163,7 @@ class AdapterReport:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON; what is not finite is None."""
+        """Return plain containers for JSON. Values that are not finite are None."""
         return {
             "path": str(self.path),
             "config": self.config.to_dict(),
@@ -174,13 +174,13 @@ class AdapterReport:
         }
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json_text(self.to_dict())
 
     def facts(self) -> list[tuple[str, str]]:
-        """What there is to say of the folder as a whole."""
+        """Return facts about the folder as a whole."""
         base = self.config.base_model_name_or_path
-        kinds = sorted({one.kind for one in self.sites})
+        kinds = sorted({site.kind for site in self.sites})
         return [
             ("folder", str(self.path)),
             *([("base", str(base))] if base else []),
@@ -206,18 +206,18 @@ class AdapterReport:
         return f"<AdapterReport: {self.facts()[-1][1]}; print it for each site>"
 
     def _repr_html_(self) -> str:
-        said = html_lines(f"{label}: {text}" for label, text in self.facts())
-        said += html_lines(self.warnings(), "⚠ ")
+        header = html_lines(f"{label}: {text}" for label, text in self.facts())
+        header += html_lines(self.warnings(), "⚠ ")
         maps = "".join(
-            html_block(title, heat_map(*self.heat(what)), opened=what == "norm")
-            for title, what in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank"))
+            html_block(title, heat_map(*self.heat(figure)), opened=figure == "norm")
+            for title, figure in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank"))
         )
         table = html_block(f"sites ({len(self.sites)})", html_table(self.columns, self.rows()))
-        return f"<div>{said}{maps}{table}</div>"
+        return f"<div>{header}{maps}{table}</div>"
 
 
 def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
-    """Say what an adapter folder holds: configuration, sites, norms, singular values, effective ranks.
+    """Report an adapter folder's configuration, sites, norms, singular values and effective ranks.
 
     No model is needed, and no weight of the base is read.
 
@@ -225,52 +225,52 @@ def inspect_adapter(folder: str | os.PathLike[str]) -> AdapterReport:
         folder: An adapter folder of PEFT or lora_fx.
 
     Raises:
-        CheckpointError: The folder is missing or damaged, or a factor has no partner.
-        ConfigError: The adapter needs a feature that lora_fx does not have.
+        CheckpointError: If the folder is missing or damaged, or a factor has no partner.
+        ConfigError: If the adapter needs a feature that lora_fx does not have.
     """
     path = Path(folder)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give the local folder of an adapter")
-    config, pairs, others = read_folder(path)
-    factors = [one for pair in pairs.values() for one in pair.values()]
+    config, pairs, shapes = read_folder(path)
+    factors = [factor for pair in pairs.values() for factor in pair.values()]
     return AdapterReport(
         path,
         config,
         tuple(figures_of(name, pair, config, path) for name, pair in pairs.items()),
-        others,
-        sum(one.numel() for one in factors) + sum(map(math.prod, others.values())),
-        sum(one.stat().st_size for one in path.iterdir() if one.is_file()),
+        shapes,
+        sum(factor.numel() for factor in factors) + sum(map(math.prod, shapes.values())),
+        sum(file.stat().st_size for file in path.iterdir() if file.is_file()),
     )
 
 
 def read_folder(
     path: Path,
 ) -> tuple[LoraConfig, dict[str, dict[str, Tensor]], dict[str, tuple[int, ...]]]:
-    """Read an adapter folder: its configuration, A and B of each site, and the shapes of the other tensors.
+    """Read an adapter folder: its configuration, A and B of each site, and the shapes of other tensors.
 
     Raises:
-        CheckpointError: There is no adapter in the folder, or one that cannot be read.
+        CheckpointError: If the folder has no adapter, or an unreadable one.
     """
     config = LoraConfig.from_pretrained(path)
     pairs: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key, value in without_prefix(read_tensors(path)[0]).items():
-        found = _FACTOR.fullmatch(key)
-        if found is not None and not found["bias"]:
-            pairs.setdefault(found["site"] or "", {})[found["which"]] = value
+        match = _FACTOR.fullmatch(key)
+        if match is not None and not match["bias"]:
+            pairs.setdefault(match["site"] or "", {})[match["which"]] = value
             continue
-        others[key] = tuple(value.shape)
-    return config, pairs, others
+        shapes[key] = tuple(value.shape)
+    return config, pairs, shapes
 
 
 @torch.no_grad()
 def figures_of(
     name: str, factors: Mapping[str, Tensor], config: LoraConfig, path: Path
 ) -> SiteFigures:
-    """The figures of one site, of its factors by letter.
+    """Return the figures of one site from its factors, by letter.
 
     Raises:
-        CheckpointError: They are no pair.
+        CheckpointError: If the factors are not a pair.
     """
     if len(factors) < 2:
         (which,) = factors
@@ -279,8 +279,8 @@ def figures_of(
             f"{path}: {name or 'the root'} has lora_{which} and no lora_{other}: the file was cut, or "
             "its keys were renamed"
         )
-    if any(one.dim() < 2 for one in factors.values()):
-        shapes = {which: list(one.shape) for which, one in factors.items()}
+    if any(factor.dim() < 2 for factor in factors.values()):
+        shapes = {which: list(factor.shape) for which, factor in factors.items()}
         raise CheckpointError(
             f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
             "they are no matrices"
@@ -298,7 +298,7 @@ def figures_of(
     if experts > 1:
         downs, ups = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
     else:
-        # PEFT's A reads all inputs, and each group of B its own ranks.
+        # In PEFT, A reads all inputs, and each group of B reads its own ranks.
         downs, ups = a[None], torch.block_diag(*b.chunk(groups))[None]  # type: ignore[no-untyped-call]
     each = [scale * singular_values(*pair) for pair in zip(downs, ups, strict=True)]
     values = torch.cat(each).sort(descending=True).values
@@ -312,20 +312,22 @@ def figures_of(
         tuple(values.tolist()),
         sum(map(effective_rank, each)) / experts,
         chosen_kind(config).name,
-        sum(one.numel() for one in factors.values()),
+        sum(factor.numel() for factor in factors.values()),
         str(factors["A"].dtype),
     )
 
 
 def _groups(a: Tensor, b: Tensor) -> int:
-    """Groups of a convolution: A has the ranks of all of them, B [out, rank of one]."""
+    """Return the groups of a convolution: A has the ranks of all groups, B [out, rank of one group]."""
     of_one = b.shape[1]
     several = a.dim() > 2 and of_one > 0 and len(a) > of_one and len(a) % of_one == 0
     return len(a) // of_one if several and len(b) % (len(a) // of_one) == 0 else 1
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Those of ``B A``, the largest first, from two thin decompositions; NaN where training has diverged.
+    """Return the singular values of ``B A``, the largest first, from two thin decompositions.
+
+    They are NaN if training has diverged.
 
     Args:
         a: [r, in].
@@ -333,12 +335,12 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
     """
     if not (a.isfinite().all() and b.isfinite().all()):
         return a.new_full((min(len(a), b.shape[1]),), math.nan)
-    found: Tensor = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
-    return found
+    values: Tensor = torch.linalg.svdvals(torch.linalg.qr(b).R @ torch.linalg.qr(a.T).R.T)
+    return values
 
 
 def effective_rank(values: Tensor) -> float:
-    """That of a matrix with these singular values, as :class:`SiteFigures` says it; 0 where all are zero."""
+    """Return the effective rank of these singular values (see :class:`SiteFigures`), or 0 if all are zero."""
     total = values.sum()
     if not total > 0:
         return float(total) if total.isnan() else 0.0
@@ -347,10 +349,8 @@ def effective_rank(values: Tensor) -> float:
 
 
 def heat_map(layers: list[str], modules: list[str], values: list[list[float | None]]) -> str:
-    """Draw layers × modules as an HTML table: the darker a cell, the larger its value, which it shows."""
-    most = max(
-        (abs(one) for row in values for one in row if one is not None and one == one), default=0
-    )
+    """Draw layers × modules as an HTML table of the values. The larger a value, the darker its cell."""
+    most = max((abs(x) for row in values for x in row if x is not None and x == x), default=0)
 
     def cell(value: float | None) -> str:
         if value is None:
@@ -360,7 +360,7 @@ def heat_map(layers: list[str], modules: list[str], values: list[list[float | No
         ink = ";color:#fff" if share > 0.6 else ""
         return f'<td style="background:{color}{ink};text-align:right">{value:.3g}</td>'
 
-    head = "".join(f"<th>{escape(one)}</th>" for one in ("", *modules))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("", *modules))
     body = "".join(
         f"<tr><th>{escape(layer)}</th>{''.join(map(cell, row))}</tr>"
         for layer, row in zip(layers, values, strict=True)
@@ -369,7 +369,7 @@ def heat_map(layers: list[str], modules: list[str], values: list[list[float | No
 
 
 # --- asking a model, a file or a server -----------------------------------------------------------
-# ``verify``: asks a model, a file or a server what it makes of an adapter's canary inputs.
+# ``verify`` runs an adapter's canary inputs in a model, a file or a server.
 
 
 _SECONDS = 120
@@ -385,30 +385,30 @@ def verify(
     base_name: str | None = None,
     provider: Provider = "cpu",
 ) -> Verdict:
-    """Find out whether a runtime applies an adapter.
+    """Check if a runtime applies an adapter.
 
     Args:
         adapter: An adapter folder that was saved with ``receipt=``.
-        subject: A model, an ``.onnx`` file (one that takes adapters is given this one), or the address of a
-            server that speaks OpenAI's protocol (``http://127.0.0.1:8000/v1``) and reports tokens by their
-            ids, as vLLM does.
-        name: What the server calls the adapter.
-        base_name: What it calls the base; by default what it says itself, if it does.
+        subject: A model, an ``.onnx`` file, or the address of a server (``http://127.0.0.1:8000/v1``). A file
+            that takes adapters gets this one. A server must speak OpenAI's protocol and report tokens by
+            their ids, as vLLM does.
+        name: The server's name of the adapter.
+        base_name: The server's name of the base, by default the one that it reports, if any.
         provider: "cpu" or "cuda", for a file.
 
     Returns:
-        The verdict, and the distances that it is drawn from.
+        The verdict, with the distances on which it is based.
 
     Raises:
-        CheckpointError: If the folder has no receipt, or that of another model.
-        ConfigError: If the model or the server cannot be asked so.
+        CheckpointError: If the folder has no receipt, or one of another model.
+        ConfigError: If the model or the server cannot run the inputs.
         ExportError, ProviderError: If the file cannot be run.
     """
-    for what, given in (("adapter", adapter), ("subject", subject)):
-        if not isinstance(given, str | os.PathLike) and not (
-            what == "subject" and isinstance(given, nn.Module)
+    for argument, value in (("adapter", adapter), ("subject", subject)):
+        if not isinstance(value, str | os.PathLike) and not (
+            argument == "subject" and isinstance(value, nn.Module)
         ):
-            raise ConfigError(f"{what} is a {type(given).__name__}: give a path{_OR[what]}")
+            raise ConfigError(f"{argument} is a {type(value).__name__}: give a path{_OR[argument]}")
     folder = Path(adapter)
     receipt = read_receipt(folder)
     at_server = str(subject).startswith(("http://", "https://"))
@@ -425,7 +425,7 @@ def verify(
 
 def _run(model: nn.Module, receipt: Receipt) -> Any:
     training = [(module, module.training) for module in model.modules()]
-    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     inputs = {key: value.to(device) for key, value in receipt.inputs.items()}
     model.eval()
     try:
@@ -449,13 +449,13 @@ def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Provider) 
 
 
 class _Asked:
-    """A file that is asked."""
+    """A file that runs the receipt's inputs."""
 
     def __init__(self, session: Any, receipt: Receipt) -> None:
         self._session, self._receipt = session, receipt
 
     def with_adapter(self, adapter: str | None) -> Tensor:
-        """What it answers with an adapter; with None as it is."""
+        """Return the file's output with an adapter, or without one for None."""
         from lora_fx.export.decoder import last_logits
         from lora_fx.export.decoder_cache import TASK_KEY
 
@@ -469,8 +469,8 @@ class _Asked:
             mask = inputs.get("attention_mask", torch.ones_like(ids))
             return self._receipt.read(last_logits(self._session, ids, mask, adapter))
         names = {port.name for port in self._session.inputs}
-        given: Any = inputs[""] if "" in inputs else {k: v for k, v in inputs.items() if k in names}
-        return self._receipt.read(self._session.run(given, adapter=adapter))
+        feeds: Any = inputs[""] if "" in inputs else {k: v for k, v in inputs.items() if k in names}
+        return self._receipt.read(self._session.run(feeds, adapter=adapter))
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -493,13 +493,15 @@ def _judge_server(
 
 
 def _models(address: str) -> dict[str, str | None]:
-    """The models of a server, each with the base that it says it has."""
-    found = _asked(f"{address}/models", None).get("data", ())
-    return {str(one.get("id")): one.get("parent") for one in found if isinstance(one, Mapping)}
+    """Return the models of a server, each with the base that it reports."""
+    entries = _asked(f"{address}/models", None).get("data", ())
+    return {
+        str(entry.get("id")): entry.get("parent") for entry in entries if isinstance(entry, Mapping)
+    }
 
 
 def _log_probabilities(receipt: Receipt, address: str, name: str) -> Tensor:
-    """[rows, tokens]: what the server reports, NaN for tokens that it leaves out."""
+    """Return the server's log-probabilities, [rows, tokens], with NaN for tokens that it leaves out."""
     ids = receipt.inputs.get("input_ids", receipt.inputs.get(""))
     if ids is None:
         raise ConfigError("a server takes token ids, and the receipt has no input_ids")
@@ -529,8 +531,8 @@ def _log_probabilities(receipt: Receipt, address: str, name: str) -> Tensor:
                 f"{address} names tokens by their text, not by their ids (return_tokens_as_token_ids), so "
                 "that they cannot be compared"
             )
-        for place, token in enumerate(receipt.chosen[row].tolist()):
-            answer[row, place] = by_id.get(token, float("nan"))
+        for column, token in enumerate(receipt.chosen[row].tolist()):
+            answer[row, column] = by_id.get(token, float("nan"))
     return answer
 
 
@@ -541,7 +543,7 @@ def _asked(address: str, body: Mapping[str, Any] | None) -> Any:
         with urllib.request.urlopen(request, timeout=_SECONDS) as reply:
             return json.load(reply)
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")[:300]
-        raise ConfigError(f"{address} refuses ({error.code}): {said}") from error
+        text = error.read().decode(errors="replace")[:300]
+        raise ConfigError(f"{address} refuses ({error.code}): {text}") from error
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ConfigError(f"{address} does not answer: {error}") from error

@@ -1,8 +1,8 @@
-"""What a training step needs on each GPU of a cluster, found without the GPUs.
+"""Memory and traffic of a training step on each GPU of a cluster, computed without the GPUs.
 
-One step of the sharded model runs on stand-ins without memory, in a process group that moves nothing:
-PyTorch's own FSDP2, optimizer and autograd do what they do as rank 0 of a group of any size. What is kept,
-gathered and sent is counted as it happens.
+One step of the sharded model runs on fake tensors without memory, in a fake process group that sends nothing.
+PyTorch's own FSDP2, optimizer and autograd run as on rank 0 of a group of any size. The kept, gathered and
+sent bytes are counted as they occur.
 """
 
 from __future__ import annotations
@@ -59,10 +59,9 @@ class Mesh:
     """A mesh of GPUs.
 
     Attributes:
-        replicate: Groups that each hold a whole copy of the model between them (HSDP, or DDP with
-            ``fsdp=1``).
-        fsdp: GPUs, or groups of ``tp``, that the weights of one such copy are sharded over.
-        tp: GPUs that compute parts of each layer, on the same samples (tensor parallelism).
+        replicate: Number of groups that each hold a whole copy of the model (HSDP, or DDP with ``fsdp=1``).
+        fsdp: Number of GPUs, or groups of ``tp``, over which the weights of one copy are sharded.
+        tp: Number of GPUs that compute parts of each layer, on the same samples (tensor parallelism).
     """
 
     replicate: int = 1
@@ -74,24 +73,24 @@ class Mesh:
         """Read ``fsdp=8``, ``replicate=2,fsdp=8`` or ``fsdp=8,tp=2``.
 
         Raises:
-            ConfigError: An entry is no dimension of a mesh, is there twice, or its size is below 1.
+            ConfigError: If an entry is not a dimension of a mesh, occurs twice, or has a size below 1.
         """
         sizes: dict[str, int] = {}
         for entry in text.split(","):
-            found = _ENTRY.fullmatch(entry)
-            if found is None or found["name"] not in _DIMENSIONS or not int(found["size"]):
+            match = _ENTRY.fullmatch(entry)
+            if match is None or match["name"] not in _DIMENSIONS or not int(match["size"]):
                 raise ConfigError(
                     f"--mesh {text!r}: {entry.strip()!r} is no dimension of a mesh: write fsdp=8, "
                     "replicate=2,fsdp=8 or fsdp=8,tp=2"
                 )
-            if found["name"] in sizes:
-                raise ConfigError(f"--mesh {text!r}: {found['name']} is there twice")
-            sizes[found["name"]] = int(found["size"])
+            if match["name"] in sizes:
+                raise ConfigError(f"--mesh {text!r}: {match['name']} is there twice")
+            sizes[match["name"]] = int(match["size"])
         return cls(**sizes)
 
     @property
     def size(self) -> int:
-        """How many GPUs there are."""
+        """Return the number of GPUs."""
         return self.replicate * self.fsdp * self.tp
 
     def __str__(self) -> str:
@@ -100,18 +99,18 @@ class Mesh:
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a model, which are sharded each on its own: children of its outermost module lists."""
+    """Yield the blocks of a model, which are sharded separately: children of its outermost module lists."""
     pending: list[nn.Module] = [model]
     while pending:
         for child in pending.pop().children():
             if isinstance(child, nn.ModuleList):
-                yield from (one for one in child if any(True for _ in one.parameters()))
+                yield from (block for block in child if any(True for _ in block.parameters()))
             else:
                 pending.append(child)
 
 
 def devices_of(mesh: Mesh) -> DeviceMesh:
-    """Return the mesh over the members of the default process group, which are as many."""
+    """Return the mesh over all members of the default process group."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -123,10 +122,10 @@ def devices_of(mesh: Mesh) -> DeviceMesh:
 
 
 def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
-    """Cut a model of transformers over the ``tp`` dimension of a mesh in place, by its own plan.
+    """Split a model of transformers over the ``tp`` dimension of a mesh in place, by its own plan.
 
     Raises:
-        ConfigError: The mesh has no such dimension, the model has no plan, or its sizes do not divide.
+        ConfigError: If the mesh has no such dimension, the model has no plan, or its sizes do not divide.
     """
     if "tp" not in (devices.mesh_dim_names or ()):
         raise ConfigError(f"the mesh {devices.mesh_dim_names} has no dimension 'tp'")
@@ -145,38 +144,41 @@ def parallelize(model: nn.Module, devices: DeviceMesh) -> None:
 
 
 def _plan_of(model: nn.Module) -> dict[str, str]:
-    """How transformers cuts a model: a style for each module and parameter that it names."""
-    given = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
-    if not isinstance(given, dict) or not given:
+    """Return transformers' tensor-parallel plan: a style for each module and parameter in it."""
+    patterns = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None)
+    if not isinstance(patterns, dict) or not patterns:
         raise ConfigError(
             f"tp: {type(model).__name__} has no tp_plan, by which transformers cuts its layers: leave tp out "
             "of the mesh, or give the model one (model.tp_plan = {'layers.*.mlp.up_proj': 'colwise', ...})"
         )
-    found: dict[str, str] = {}
+    styles: dict[str, str] = {}
     for name, module in model.named_modules():
-        style = given.get(_without_numbers(name))
+        style = patterns.get(_without_numbers(name))
         for leaf, _ in module.named_parameters(recurse=False):
-            own = given.get(_without_numbers(f"{name}.{leaf}"), style)
+            own = patterns.get(_without_numbers(f"{name}.{leaf}"), style)
             if own is not None:
-                found[f"{name}.{leaf}"] = own
+                styles[f"{name}.{leaf}"] = own
         if style is not None:
-            found[name] = style
-    return found
+            styles[name] = style
+    return styles
 
 
 def _without_numbers(name: str) -> str:
-    """A name as a plan has it: ``layers.3.mlp`` is ``layers.*.mlp``."""
+    """Return a name as plans write it: ``layers.3.mlp`` is ``layers.*.mlp``."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def shard(model: nn.Module, devices: DeviceMesh) -> None:
-    """Spread a model over a mesh in place: FSDP2 for each block and for what is left, over all but ``tp``."""
+    """Shard a model over all dimensions of a mesh but ``tp``, in place, with FSDP2.
+
+    Each block is sharded separately, then the remaining parameters.
+    """
     from torch.distributed.fsdp import fully_shard
 
     names = devices.mesh_dim_names or ()
     if "tp" in names:
-        others = tuple(name for name in names if name != "tp")
-        devices = devices[others]
+        sharded = tuple(name for name in names if name != "tp")
+        devices = devices[sharded]
     for block in blocks_of(model):
         fully_shard(block, mesh=devices)
     fully_shard(model, mesh=devices)
@@ -184,13 +186,13 @@ def shard(model: nn.Module, devices: DeviceMesh) -> None:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a GPU sends in one step, in bytes, with rings.
+    """Bytes that a GPU sends in one step, with ring collectives.
 
     Attributes:
         gather: Weights that are gathered, in the forward and in the backward.
         scatter: Gradients that are reduced and scattered.
         reduce: Gradients that are reduced over copies of the model, and activations over parts of layers.
-        calls: How many collectives those are.
+        calls: Number of collectives.
     """
 
     gather: int = 0
@@ -200,24 +202,24 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Return the sum of all bytes."""
         return self.gather + self.scatter + self.reduce
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one GPU holds during a training step, in bytes.
+    """Memory of one GPU during a training step, in bytes.
 
     Attributes:
         weights: Its shards of the frozen parameters, and the buffers.
-        adapters: Its shards of what is trained.
-        gradients: Of those.
-        optimizer: The optimizer's state for those.
-        activations: What the forward keeps for the backward and returns.
-        gathered: The most that is gathered at once of blocks that are sharded.
-        peak: The most that is live at once: less than the sum where parts are not live together, and with
-            the temporaries of operations.
-        traffic: What it sends in a step.
+        adapters: Its shards of the trained parameters.
+        gradients: Gradients of the trained parameters.
+        optimizer: The optimizer's state for the trained parameters.
+        activations: Tensors that the forward keeps for the backward, and its outputs.
+        gathered: Most bytes of sharded blocks that are gathered at once.
+        peak: Most bytes that are live at once, with temporaries of operations. It is below the sum if parts
+            are not live together.
+        traffic: Bytes that it sends in a step.
     """
 
     weights: int
@@ -231,34 +233,34 @@ class Need:
 
 
 def takes_text(model: nn.Module) -> bool:
-    """Whether a model is one of transformers that takes ids of tokens."""
+    """Return True for a model of transformers that takes token ids."""
     return hasattr(model, "config") and "input_ids" in inspect.signature(model.forward).parameters
 
 
 def step_inputs(
     model: nn.Module, example_inputs: Any, *, batch: int, sequence: int
 ) -> dict[str, Any]:
-    """Make the arguments of a training step: stand-ins of the right shapes, on the meta device.
+    """Make the arguments of a training step: tensors of the right shapes, on the meta device.
 
     Args:
-        model: A model. One of transformers that takes ``input_ids`` gets ids, and labels where those make its
-            loss; no padding, no cache.
+        model: A model. A model of transformers that takes ``input_ids`` gets ids, and labels if they are for
+            its loss. It gets no padding and no cache.
         example_inputs: For any other model, arguments of a call whose first axis is the batch.
-        batch: Samples.
+        batch: Number of samples.
         sequence: Tokens of a sample.
 
     Raises:
-        ConfigError: There are no example inputs and the model takes no ``input_ids``.
+        ConfigError: If there are no example inputs and the model takes no ``input_ids``.
     """
     takes = inspect.signature(model.forward).parameters
     if takes_text(model):
         ids = torch.empty(batch, sequence, dtype=torch.long, device="meta")
-        given: dict[str, Any] = {"input_ids": ids}
+        arguments: dict[str, Any] = {"input_ids": ids}
         if "labels" in takes and type(model).__name__.endswith(_GENERATING):
-            given["labels"] = ids
+            arguments["labels"] = ids
         if "use_cache" in takes:
-            given["use_cache"] = False
-        return given
+            arguments["use_cache"] = False
+        return arguments
     if example_inputs is None:
         raise ConfigError(
             f"{type(model).__name__} takes no input_ids, and does not say what it takes: --inputs "
@@ -281,21 +283,21 @@ def plan_step(
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
 ) -> Need:
-    """Find what a step of AdamW needs on each GPU of a mesh.
+    """Compute memory and traffic of an AdamW step on each GPU of a mesh.
 
     Args:
-        model: On any device; nothing of it is read but names, shapes and dtypes. It is not changed.
-        config: What to adapt.
+        model: Model on any device. Only names, shapes and dtypes are read, and it is not changed.
+        config: Configuration of the adapter.
         mesh: The GPUs.
-        inputs: Keyword arguments of one call, what one GPU, or group of ``tp``, gets in a
-            step. Tensors of any device.
-        dtype: Of the floating parameters and inputs; None for their own.
-        checkpointing: Whether blocks are computed again in the backward, for a model that can be told so
-            (``gradient_checkpointing_enable``).
+        inputs: Keyword arguments of one call in a step of one GPU, or group of ``tp``. Tensors may be on any
+            device.
+        dtype: Dtype of floating-point parameters and inputs; None keeps theirs.
+        checkpointing: True to compute blocks again in the backward, for a model with
+            ``gradient_checkpointing_enable``.
 
     Raises:
-        ConfigError: A process group is there already, the model cannot checkpoint, or it cannot be cut over
-            ``tp``.
+        ConfigError: If a process group already exists, the model cannot checkpoint, or it cannot be split
+            over ``tp``.
         LoraFxError: As :func:`lora_fx.rewrite`.
     """
     fake = torch_private.fake_tensors()
@@ -318,7 +320,7 @@ def plan_step(
         around.enter_context(_no_masks())
         _empty_all(rewritten, "cpu", dtype)
         if checkpointing:
-            # The backward goes on without the mode that attention is computed in.
+            # The recomputation in the backward runs outside of the mode for attention.
             again = {
                 "use_reentrant": False,
                 "context_fn": lambda: (contextlib.nullcontext(), _FlashAttention()),
@@ -326,26 +328,26 @@ def plan_step(
             recompute(gradient_checkpointing_kwargs=again)
         rewritten.train()
         if mesh.size > mesh.tp:
-            # It makes a mesh of two, and the ranks in that are read. Parts of stand-ins are stand-ins.
+            # FSDP2 reads the ranks of a mesh, which must be real. Shards of fake tensors stay fake.
             with fake.unset_fake_temporarily():
                 shard(rewritten, devices)
-        given = {
+        fakes = {
             name: _empty(value, "cpu", dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        return run_step(rewritten, given)
+        return run_step(rewritten, fakes)
 
 
 def run_step(
     model: nn.Module, inputs: dict[str, Any], settle: Callable[[], None] | None = None
 ) -> Need:
-    """Run two steps of a model, and count the second: the first one makes what is there from then on.
+    """Run two steps of a model and count the second, because the first allocates lasting state.
 
     Args:
-        model: A rewritten model, sharded or not, on real tensors or stand-ins.
+        model: A rewritten model, sharded or not, with real or fake tensors.
         inputs: Keyword arguments of one call.
-        settle: Called before what is kept is counted. Real processes wait here until the threads of their
-            backend have let go of what they sent.
+        settle: Called before kept bytes are counted. Real processes wait here until their backend's threads
+            have released the tensors that they sent.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -369,7 +371,9 @@ def run_step(
             optimizer.step()
             optimizer.zero_grad()
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    state = [v for one in optimizer.state.values() for v in one.values() if isinstance(v, Tensor)]
+    state = [
+        v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, Tensor)
+    ]
     sent = ledger.sent
     return Need(
         weights=_nbytes([*frozen, *model.buffers()]),
@@ -386,33 +390,35 @@ def run_step(
 
 
 def _loss(output: Any) -> Tensor:
-    found = getattr(output, "loss", None)
-    if isinstance(found, Tensor):
-        return found
+    loss = getattr(output, "loss", None)
+    if isinstance(loss, Tensor):
+        return loss
     tensors = [
-        one for one in pytree.tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad
+        tensor
+        for tensor in pytree.tree_leaves(output)
+        if isinstance(tensor, Tensor) and tensor.requires_grad
     ]
     if not tensors:
         raise ConfigError(
             "no output of the model depends on what is trained: there is no step to plan"
         )
-    return torch.stack([one.float().mean() for one in tensors]).sum()
+    return torch.stack([tensor.float().mean() for tensor in tensors]).sum()
 
 
 def _empty_all(model: nn.Module, device: str, dtype: torch.dtype | None = None) -> None:
-    """Replace each parameter and buffer by an empty one; shared ones stay shared."""
-    made: dict[int, Any] = {}
+    """Replace each parameter and buffer by an empty one. Shared tensors stay shared."""
+    replacements: dict[int, Any] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, value in held.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, value in tensors.items():
                 if value is None:
                     continue
-                if id(value) not in made:
+                if id(value) not in replacements:
                     new = _empty(value, device, dtype if isinstance(value, nn.Parameter) else None)
                     if isinstance(value, nn.Parameter):
                         new = nn.Parameter(new, requires_grad=value.requires_grad)
-                    made[id(value)] = new
-                held[name] = made[id(value)]
+                    replacements[id(value)] = new
+                tensors[name] = replacements[id(value)]
 
 
 def _empty(value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
@@ -422,10 +428,13 @@ def _empty(value: Tensor, device: str, dtype: torch.dtype | None) -> Tensor:
 
 
 class _FlashAttention(Listener):
-    """Has attention keep what a flash kernel keeps: stand-ins get the one that keeps every probability."""
+    """Listener that makes attention save what a flash kernel saves.
+
+    With fake tensors PyTorch would choose the kernel that saves every probability.
+    """
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answers for attention."""
+        """Answer calls of attention."""
         if func is not nn.functional.scaled_dot_product_attention:
             return NotImplemented
         return _flash(*args, **kwargs)
@@ -441,11 +450,11 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    del enable_gqa  # fewer heads of keys than of queries are what the kernel takes
+    del enable_gqa  # the kernel accepts fewer heads of keys than of queries
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = attn_mask.to(query.dtype)
     width = value.shape[-1]
-    if width < query.shape[-1]:  # flash kernels take one width
+    if width < query.shape[-1]:  # flash kernels need equal widths
         value = nn.functional.pad(value, (0, query.shape[-1] - width))
     result: Tensor = torch_private.FLASH_ATTENTION_CPU(
         query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -455,9 +464,9 @@ def _flash(
 
 @contextlib.contextmanager
 def _no_masks() -> Iterator[None]:
-    """Has models of transformers make no mask for attention, as where nothing is padded.
+    """Make transformers omit attention masks, as it does without padding.
 
-    They look at values to find that out, and stand-ins have none.
+    It looks at values to detect padding, and fake tensors have none.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None:
@@ -485,19 +494,19 @@ def _fake_group(size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        # They hold meshes, which equal those of the next group, and name groups that are no more.
+        # PyTorch's caches hold meshes that equal those of the next group but name destroyed groups.
         torch_private.forget_sharding()
 
 
 class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The live storages of a piece of code: it sees every operation below autograd, real or fake.
+    """Dispatch mode that tracks the live storages of a piece of code, real or fake.
 
     Attributes:
-        peak: The most bytes that were live at once.
-        gathered: The most bytes of gathered weights that were live at once.
+        peak: Most bytes that were live at once.
+        gathered: Most bytes of gathered weights that were live at once.
         sent: Bytes that this process sends, by collective, if each is a ring (NCCL's choice for large ones):
             (n - 1) / n of the whole for a gather or a scatter, twice that for a reduction.
-        calls: How many collectives there were.
+        calls: Number of collectives, by kind.
     """
 
     def __init__(self) -> None:
@@ -509,45 +518,45 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._refs: dict[int, Any] = {}
         self._gathered: set[int] = set()
         self._live = 0
-        # A storage may die in a thread of the backend: that thread only says so here.
+        # A storage may be freed in a thread of the backend, which only records its key here.
         self._dead: deque[int] = deque()
 
     @property
     def live(self) -> int:
-        """Bytes that are live now."""
+        """Return the bytes that are live now."""
         self._look_again()
         return self._live
 
     @property
     def live_gathered(self) -> int:
-        """Those of them that are gathered weights."""
+        """Return the live bytes of gathered weights."""
         self._look_again()
         return self._held()
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that were there before."""
+        """Count tensors that existed before."""
         for tensor in tensors:
             self._see(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(one, torch.distributed.tensor.DTensor) for one in types):
-            return NotImplemented  # it comes back with the local tensors
+        if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
+            return NotImplemented  # DTensor calls again with the local tensors
         name, space = func.overloadpacket.__name__, func.namespace
         if space in ("c10d", "_c10d_functional"):
             self._look_again()
             self._count(name, args)
         result = func(*args, **kwargs)
         if name == "wait_tensor" and _key(result) != _key(args[0]):
-            return args[0]  # the wait for a stand-in makes a second one
-        written = [one for one in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(one)]
+            return args[0]  # waiting for a fake tensor returns a second one
+        written = [leaf for leaf in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(leaf)]
         self._bury()
         for tensor in written:
             self._see(tensor)
         weights = name in _GATHERS and space == "c10d"
         if weights or (space == "fsdp" and name in _FILLS):
-            made = [kwargs.get("out"), args[:1], result] if weights else [result, kwargs]
-            self._gathered |= {_key(one) for one in pytree.tree_leaves(made) if _is_tensor(one)}
+            outputs = [kwargs.get("out"), args[:1], result] if weights else [result, kwargs]
+            self._gathered |= {_key(x) for x in pytree.tree_leaves(outputs) if _is_tensor(x)}
         self.peak = max(self.peak, self._live)
         if self._gathered:
             self.gathered = max(self.gathered, self._held())
@@ -572,7 +581,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._sizes[key] = size
 
     def _bury(self) -> None:
-        """Take off the count what has died."""
+        """Subtract the storages that were freed."""
         while self._dead:
             key = self._dead.popleft()
             self._live -= self._sizes.pop(key, 0)
@@ -580,7 +589,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._gathered.discard(key)
 
     def _look_again(self) -> None:
-        """FSDP frees a gathered weight by resizing its storage, which is no operation."""
+        """Update all sizes. FSDP frees a gathered weight without an operation, by resizing its storage."""
         self._bury()
         for key, reference in list(self._refs.items()):
             storage = reference()
@@ -588,12 +597,12 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._set(key, storage.nbytes())
 
     def _count(self, name: str, args: Any) -> None:
-        tensors = [one for one in pytree.tree_leaves(args) if _is_tensor(one)]
-        sizes = sorted(one.numel() * one.element_size() for one in tensors)
+        tensors = [leaf for leaf in pytree.tree_leaves(args) if _is_tensor(leaf)]
+        sizes = sorted(tensor.numel() * tensor.element_size() for tensor in tensors)
         if name in (*_GATHERS, *_SCATTERS) and sizes[0]:
             kind, members = "gather" if name in _GATHERS else "scatter", _members(args)
             self.calls[kind] += 1
-            # Functional ones are given no output.
+            # Functional collectives get no output tensor.
             whole = (
                 sizes[0] * (members if kind == "gather" else 1) if len(sizes) == 1 else sizes[-1]
             )
@@ -605,12 +614,12 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _members(args: Any) -> int:
-    for one in pytree.tree_leaves(args):
-        if isinstance(one, str) and one not in ("sum", "avg", "max", "min", "product"):
-            return torch_private.group_size(one)
-        if isinstance(one, torch.ScriptObject):
+    for leaf in pytree.tree_leaves(args):
+        if isinstance(leaf, str) and leaf not in ("sum", "avg", "max", "min", "product"):
+            return torch_private.group_size(leaf)
+        if isinstance(leaf, torch.ScriptObject):
             with contextlib.suppress(RuntimeError):
-                return int(torch.distributed.ProcessGroup.unbox(one).size())
+                return int(torch.distributed.ProcessGroup.unbox(leaf).size())
     return torch.distributed.get_world_size()
 
 
@@ -623,11 +632,14 @@ def _key(tensor: Tensor) -> int:
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of some tensors, each once; of a sharded one, what lies here."""
-    found: dict[int, int] = {}
+    """Return the bytes of the tensors' storages, each counted once.
+
+    Of a sharded tensor only the local part counts.
+    """
+    sizes: dict[int, int] = {}
     for tensor in tensors:
         local = (
             tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
         )
-        found[_key(local)] = local.untyped_storage().nbytes()
-    return sum(found.values())
+        sizes[_key(local)] = local.untyped_storage().nbytes()
+    return sum(sizes.values())

@@ -1,8 +1,7 @@
-"""The whole story on a real model: plan, rewrite, train, save, load, merge, export, run.
+"""The demo on a real model: plan, rewrite, train, save, load, merge, export, run.
 
-The task is to say which library wrote a sentence. A frozen
-sentence encoder with a trained head is compared with the same encoder under LoRA, which starts from
-that head.
+The task is to classify sentences by the library that they come from. A frozen sentence encoder with a trained
+head is compared with the same encoder under LoRA, which starts from that head.
 """
 
 from __future__ import annotations
@@ -56,20 +55,20 @@ __all__ = [
 ]
 
 # --- the task -------------------------------------------------------------------------------------
-# The demo's task: which library wrote this sentence? Its text, its model, and how that is trained.
+# The demo's task is to find the library of a sentence. This part has its text, model and training.
 #
-# The text are the first sentences of docstrings of libraries that the demo has installed anyway.
-# Their sources are parsed, not imported: nothing of theirs runs, and the same files give the same
-# corpus. Names of the libraries are masked, and no sentence is both in the text to train on and in
+# The texts are the first sentences of docstrings of libraries that the demo installs anyway.
+# Their sources are parsed, not imported: none of their code runs, and the same files give the same
+# corpus. Names of the libraries are masked, and no sentence is both in the training text and in
 # the held-out part.
 #
-# The model is a pretrained sentence encoder, mean pooling and a linear head. One class from
-# beginning to end: frozen, rewritten, merged and exported are all this module.
+# The model is a pretrained sentence encoder, mean pooling and a linear head. The frozen, rewritten,
+# merged and exported models are all of this one class.
 
 
 LIBRARIES = ("networkx", "numpy", "scipy", "sklearn", "sympy", "torch", "transformers")
 MASK = "library"
-"""What stands for the name of a library: a word that the encoder knows."""
+"""Replacement for a library's name: a word that the encoder knows."""
 
 _NAMES = re.compile(
     r"""
@@ -94,8 +93,8 @@ class Sentence:
     """One example.
 
     Attributes:
-        text: The sentence, names of libraries masked.
-        library: Which library it is from.
+        text: The sentence, with names of libraries masked.
+        library: Name of its library.
         file: The source file, relative to the library.
     """
 
@@ -119,7 +118,7 @@ class Corpus:
     held_out: tuple[Sentence, ...]
 
     def labels(self, part: Sequence[Sentence]) -> list[int]:
-        """The class of each sentence."""
+        """Return the class of each sentence."""
         return [self.libraries.index(sentence.library) for sentence in part]
 
 
@@ -131,31 +130,31 @@ def collect(
     libraries: Sequence[str] = LIBRARIES,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Corpus:
-    """Makes the corpus.
+    """Collect the corpus.
 
     Args:
-        train: Sentences of each library to train on, fewer where a library has less.
-        held_out: Sentences of each library to judge by.
-        seed: Decides which files are read, and the split.
+        train: Sentences of each library to train on, or fewer if a library has fewer.
+        held_out: Held-out sentences of each library.
+        seed: Seed of the choice of files and of the split.
         libraries: Import names.
         progress: Called with (done, total, library) before each library is read.
 
     Raises:
-        ConfigError: A library is not installed, or has too little text.
+        ConfigError: If a library is not installed, or has too little text.
     """
-    found: dict[str, list[Sentence]] = {}
+    sentences_of: dict[str, list[Sentence]] = {}
     for done, library in enumerate(libraries):
         if progress is not None:
             progress(done, len(libraries), library)
-        # With room for the sentences that another library turns out to have as well.
+        # Some more than needed, because sentences that another library also has are dropped.
         with _no_collection():
-            found[library] = list(_walk(library, round((train + held_out) * 1.1) + 5, seed))
-    ambiguous = _ambiguous(found)
+            sentences_of[library] = list(_walk(library, round((train + held_out) * 1.1) + 5, seed))
+    ambiguous = _ambiguous(sentences_of)
     chosen: dict[str, list[Sentence]] = {}
-    for library, sentences in found.items():
+    for library, sentences in sentences_of.items():
         chosen[library] = [s for s in sentences if key(s.text) not in ambiguous]
         random.Random(seed).shuffle(chosen[library])
-    # Balanced whatever the versions of the libraries: as many of each as the smallest one has.
+    # Balanced for any versions of the libraries: as many sentences of each as the smallest has.
     share = min(1.0, min(map(len, chosen.values())) / (train + held_out))
     train, held_out = int(train * share), int(held_out * share)
     if not train or not held_out:
@@ -171,26 +170,26 @@ def collect(
 
 
 def masked(text: str) -> str:
-    """The text without names of libraries."""
+    """Return the text with names of libraries masked."""
     return _NAMES.sub(MASK, text)
 
 
 def key(text: str) -> str:
-    """What two sentences share that differ in numbers, case and punctuation alone."""
+    """Return a key that is equal for sentences that differ only in numbers, case and punctuation."""
     return " ".join(re.sub(r"[\d_\W]+", " ", text.lower()).split())
 
 
-def _ambiguous(found: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
-    """Sentences that more than one library has: their class is ambiguous."""
+def _ambiguous(sentences_of: Mapping[str, Sequence[Sentence]]) -> frozenset[str]:
+    """Return the keys of sentences that more than one library has."""
     owners: dict[str, set[str]] = {}
-    for library, sentences in found.items():
+    for library, sentences in sentences_of.items():
         for sentence in sentences:
             owners.setdefault(key(sentence.text), set()).add(library)
     return frozenset(text for text, libraries in owners.items() if len(libraries) > 1)
 
 
 def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
-    """Reads files in a random order until there is enough, a little of each."""
+    """Yield sentences from files in a random order until there are enough, with a few from each file."""
     root = _root(library)
     generator = random.Random(f"{seed}:{library}")
     files = sorted(
@@ -213,7 +212,10 @@ def _walk(library: str, wanted: int, seed: int) -> Iterator[Sentence]:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Syntax trees are many objects without cycles: looking for cycles doubles the time."""
+    """Disable garbage collection.
+
+    Syntax trees are many objects without cycles, and the search for cycles doubles the time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -224,7 +226,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def _root(package: str) -> Path:
-    """Return the folder of an installed package, which is not imported."""
+    """Return the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(package) if is_installed(package) else None
     if spec is None or spec.origin is None:
         raise ConfigError(f"the demo needs {package}: {install_command('lora-fx[demo]')}")
@@ -237,7 +239,7 @@ def _sentences(path: Path) -> Iterator[str]:
             warnings.simplefilter("ignore")  # escapes in other people's strings
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
-        return  # a template, or a file for another Python: no text of ours
+        return  # a template, or a file for another Python version
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
@@ -274,11 +276,11 @@ class SentenceClassifier(nn.Module):
 
     @classmethod
     def pretrained(cls, classes: int) -> SentenceClassifier:
-        """The encoder of the installed package, and a head of zeros."""
+        """Return the installed package's encoder with a head of zeros."""
         quiet_transformers()
         from transformers import AutoModel
 
-        # Nothing reads the pooler: its adapters would be trained by nothing.
+        # Nothing reads the pooler, so its adapters would get no gradients.
         encoder = AutoModel.from_pretrained(
             encoder_folder(), local_files_only=True, add_pooling_layer=False
         )
@@ -288,14 +290,14 @@ class SentenceClassifier(nn.Module):
         return model.eval()
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Sentence vectors ``[batch, width]`` for ids and mask ``[batch, length]``."""
+        """Return sentence vectors ``[batch, width]`` for ids and mask ``[batch, length]``."""
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled: Tensor = (hidden * weights).sum(1) / weights.sum(1)
         return pooled
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[batch, classes]``."""
+        """Return logits ``[batch, classes]``."""
         result: Tensor = self.head(self.embed(input_ids, attention_mask))
         return result
 
@@ -314,16 +316,16 @@ class Batch:
 
 
 def encoder_folder() -> Path:
-    """The folder of the weights.
+    """Return the folder of the weights.
 
     Raises:
-        ConfigError: The package that carries them is not installed.
+        ConfigError: If the package that contains them is not installed.
     """
     return _root(_PACKAGE) / "model"
 
 
 def tokens(sentences: Sequence[Sentence], max_length: int) -> list[list[int]]:
-    """Token ids of each sentence."""
+    """Return the token ids of each sentence."""
     quiet_transformers()
     from transformers import AutoTokenizer
 
@@ -339,13 +341,13 @@ def batches(
     size: int,
     shuffle: random.Random | None = None,
 ) -> list[Batch]:
-    """Batches of similar lengths, so that little is computed for padding.
+    """Return batches of similar lengths, which need little padding.
 
     Args:
         ids: Token ids of each sentence.
         labels: Their classes.
         size: Sentences in a batch.
-        shuffle: Mixes sentences of similar lengths, and the batches.
+        shuffle: Shuffles sentences of similar lengths, and the batches.
     """
     noise = [shuffle.random() * 4 if shuffle else 0.0 for _ in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]) + noise[i])
@@ -356,18 +358,18 @@ def batches(
 
 
 def logits(run: Callable[[dict[str, Tensor]], Tensor], parts: Sequence[Batch]) -> Tensor:
-    """What a model says about every batch, one below the other."""
+    """Return a model's logits for all batches, concatenated."""
     with torch.no_grad():
         return torch.cat([run(part.inputs) for part in parts])
 
 
 def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[object]) -> None:
-    """Trains the head alone, to convergence, on the frozen encoder's vectors.
+    """Train only the head, to convergence, on the frozen encoder's vectors.
 
     Args:
-        model: Its head is replaced in place.
-        parts: The training text. How much the head is regularized is cross-validated on it.
-        steps: Advanced once a batch.
+        model: Model whose head is set in place.
+        parts: The training text. The head's regularization is cross-validated on it.
+        steps: Advanced once per batch.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, PredefinedSplit
@@ -380,14 +382,14 @@ def fit_head(model: SentenceClassifier, parts: Sequence[Batch], steps: Iterator[
             next(steps, None)
     x = torch.cat(vectors)
     y = torch.cat([part.labels for part in parts])
-    # On one thread: its pool and PyTorch's are in each other's way where processors are few. The batches are
-    # sorted by length: every third example is a fair sample.
-    folds = PredefinedSplit([place % 3 for place in range(len(x))])
+    # On one thread, because its pool and PyTorch's compete for few processors. Batches are sorted by
+    # length, so every third example is a representative sample.
+    folds = PredefinedSplit([index % 3 for index in range(len(x))])
     with threadpool_limits(1):
-        found = GridSearchCV(
+        search = GridSearchCV(
             LogisticRegression(max_iter=1000, tol=1e-6), {"C": _REGULARIZATION}, cv=folds
         ).fit(x.numpy(), y.numpy())
-    best = found.best_estimator_
+    best = search.best_estimator_
     with torch.no_grad():
         model.head.weight.copy_(torch.from_numpy(best.coef_))
         model.head.bias.copy_(torch.from_numpy(best.intercept_))
@@ -402,13 +404,13 @@ def _batch(ids: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How much text, and how it is trained on.
+    """Amount of text, and hyperparameters of the training.
 
     Attributes:
         train, held_out: Sentences of each library.
-        epochs, batch, learning_rate, smoothing: Of the training with AdamW.
-        max_length: Tokens of a sentence.
-        seed: Of everything.
+        epochs, batch, learning_rate, smoothing: Hyperparameters of the training with AdamW.
+        max_length: Most tokens of a sentence.
+        seed: Seed of all random numbers.
     """
 
     train: int = 600
@@ -433,11 +435,11 @@ def train(
     advance: Callable[[int, int, str], None] | None = None,
     epoch_done: Callable[[str], None] | None = None,
 ) -> None:
-    """Trains what requires a gradient with AdamW, and leaves the model in evaluation mode.
+    """Train all parameters that require gradients with AdamW, and leave the model in evaluation mode.
 
     Args:
-        model: Takes ``input_ids`` and ``attention_mask`` and gives logits.
-        corpus: Its training part is read.
+        model: Model from ``input_ids`` and ``attention_mask`` to logits.
+        corpus: Corpus with the training text.
         settings: Epochs, batch, learning rate, smoothing, and the seed of the order.
         advance: Called with (done, total, loss) after each step.
         epoch_done: Called with a line about each epoch.
@@ -471,7 +473,7 @@ def train(
     model.eval()
 
 
-# --- the story ------------------------------------------------------------------------------------
+# --- the demo -------------------------------------------------------------------------------------
 
 
 _MARKER = ".lora-fx-demo"
@@ -482,17 +484,17 @@ class DemoReport:
     """The results of the demo.
 
     Attributes:
-        accuracy: On held-out text: ``frozen``, ``LoRA``, ``LoRA, merged``, and
+        accuracy: Accuracy on held-out text of ``frozen``, ``LoRA``, ``LoRA, merged``, and
             ``merged, in ONNX Runtime``.
-        sentences: Size of the training and of the held-out part.
+        sentences: Sizes of the training part and of the held-out part.
         libraries: The classes.
-        trainable, parameters: Elements that were trained, and all.
-        reload_error: Largest difference of the reloaded adapter's outputs; 0 is every bit.
+        trainable, parameters: Numbers of trained elements and of all elements.
+        reload_error: Largest difference of the reloaded adapter's outputs; 0 means equal bits.
         merge_ulp: Largest error of a merged weight, in units in the last place.
         merge_error: Largest difference of the merged model's outputs on the held-out text.
-        parity_error: The same of ONNX Runtime against the merged model.
-        files: What was written, with sizes in bytes.
-        seconds: Of each stage.
+        parity_error: Largest difference of ONNX Runtime's outputs from the merged model's.
+        files: Sizes in bytes of the written files.
+        seconds: Time of each stage.
     """
 
     accuracy: dict[str, float]
@@ -509,24 +511,24 @@ class DemoReport:
 
 
 class Listener(Protocol):
-    """Receives the progress of the demo."""
+    """Receiver of the demo's progress."""
 
     def stage(self, name: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
-        """A stage, as a context that gives (done, total, detail) to report within."""
+        """Return a context for a stage. It yields a callback for (done, total, detail)."""
 
     def note(self, text: str) -> None:
-        """A result of the stage."""
+        """Report a result of the stage."""
 
     def planned(self, made: Plan) -> None:
-        """The dry run."""
+        """Report the plan."""
 
 
 def claim_folder(folder: Path, *, force: bool = False) -> None:
-    """Makes the folder, or takes over that of an earlier demo.
+    """Create the folder, or reuse that of an earlier demo.
 
     Raises:
-        ConfigError: Something else is there.
-        LoraFxError: The folder cannot be made.
+        ConfigError: If the path is a file, or the folder has other files.
+        LoraFxError: If the folder cannot be created.
     """
     marker = folder / _MARKER
     if folder.exists() and not folder.is_dir():
@@ -548,16 +550,16 @@ CONFIG = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, modules_to_save=["hea
 
 
 def run_demo(folder: Path, settings: DemoSettings, listener: Listener) -> DemoReport:
-    """Runs it.
+    """Run the demo.
 
     Args:
-        folder: Where to write; one that :func:`lora_fx.tools.demo.claim_folder` gave.
-        settings: How much text, and how it is trained on.
-        listener: Is told about every stage.
+        folder: Folder to write, prepared by :func:`lora_fx.tools.demo.claim_folder`.
+        settings: Amount of text, and hyperparameters.
+        listener: Receives the progress of every stage.
 
     Raises:
-        ConfigError: A package of the extra ``demo`` is missing.
-        LoraFxError: The reloaded adapter gives other outputs.
+        ConfigError: If a package of the extra ``demo`` is missing.
+        LoraFxError: If the reloaded adapter gives other outputs.
     """
     return _Demo(folder, settings, listener).run()
 

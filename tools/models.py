@@ -1,7 +1,7 @@
-"""Models by name: what the command line takes where Python takes a module.
+"""Loading of models by name, for the command line, which takes a name instead of a module.
 
-``package.module:callable`` is called without arguments and gives a model, or a model and its
-example inputs. ``hf:FOLDER`` is a local folder of transformers, ``timm:NAME`` and
+``package.module:callable`` is called without arguments and returns a model, or a model and its
+example inputs. ``hf:FOLDER`` is a local folder of transformers. ``timm:NAME`` and
 ``torchvision:NAME`` are untrained models of those libraries. Nothing is downloaded.
 """
 
@@ -29,15 +29,15 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
 def load_folder(folder: Path, *, weights: bool = True) -> nn.Module:
-    """Loads the architecture that ``config.json`` names, else what AutoModel makes of it.
+    """Load the architecture that ``config.json`` names, or else AutoModel's.
 
     Args:
-        folder: With ``config.json``, and weights.
-        weights: False to build it on the meta device, where names and shapes are enough. A folder
-            without weights gives an untrained model otherwise.
+        folder: Folder with ``config.json``, and weights.
+        weights: False to build the model on the meta device, if names and shapes suffice. Otherwise a
+            folder without weights gives an untrained model.
 
     Raises:
-        ConfigError: The folder is not there, holds no model, or transformers cannot make it.
+        ConfigError: If the folder is missing or has no model, or transformers cannot make the model.
     """
     if not folder.is_dir():
         raise ConfigError(f"hf:{folder}: there is no such folder{_nearest_folder(folder)}")
@@ -61,14 +61,14 @@ def load_folder(folder: Path, *, weights: bool = True) -> nn.Module:
         torch.manual_seed(0)
         return _build(architecture, config)
     except Exception as error:
-        # Whatever transformers raises for a folder that it cannot read, of many types.
+        # transformers raises errors of many types for a folder that it cannot read.
         raise ConfigError(
             f"hf:{folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
 
 
 def quiet_transformers() -> None:
-    """Keeps the network out, and the bars and the reports of transformers."""
+    """Disable transformers' network access, progress bars and reports."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
@@ -83,16 +83,16 @@ def _architecture(transformers: Any, config: Any) -> Any:
 
 
 def _build(architecture: Any, config: Any) -> nn.Module:
-    # An Auto class makes models by from_config, a class of its own by a call.
+    # Auto classes have from_config, model classes _from_config.
     make = getattr(architecture, "_from_config", None) or architecture.from_config
     model: nn.Module = make(config)
     return model
 
 
 def _mark_loaded(model: Any, folder: Path) -> None:
-    """Mark what a checkpoint has as transformers does when it reads one, so that a plan can tell a new head.
+    """Mark the parameters of a checkpoint as transformers does, so that a plan can tell a new head.
 
-    Only the head is judged: what is inside the base model may have other names in a file.
+    Only the head is checked, because parameters inside the base model may have other names in a file.
     """
     from safetensors import safe_open
 
@@ -118,18 +118,18 @@ def _nearest_folder(folder: Path) -> str:
 
 
 FORMS = "package.module:callable, hf:FOLDER, timm:NAME or torchvision:NAME"
-"""How a model may be named."""
+"""Forms of a model's name."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model and what is known about it.
+    """A model, its name and its example inputs.
 
     Attributes:
-        name: How it was named.
-        model: In evaluation mode.
-        example_inputs: Keyword or positional arguments that it takes; None if they are unknown.
-        folder: The folder that it was loaded from, for a model of transformers.
+        name: Name by which it was loaded.
+        model: The model in evaluation mode.
+        example_inputs: Keyword or positional arguments of a call; None if they are unknown.
+        folder: Folder from which a model of transformers was loaded.
     """
 
     name: str
@@ -138,10 +138,10 @@ class LoadedModel:
     folder: Path | None = None
 
     def inputs(self) -> Any:
-        """The example inputs.
+        """Return the example inputs.
 
         Raises:
-            ConfigError: If there are none.
+            ConfigError: If they are unknown.
         """
         if self.example_inputs is None:
             raise ConfigError(
@@ -152,33 +152,33 @@ class LoadedModel:
 
 
 def load_model(name: str, *, weights: bool = True) -> LoadedModel:
-    """Loads a model by its name.
+    """Load a model by its name.
 
     Args:
-        name: One of :data:`FORMS`.
-        weights: False where names and shapes are enough: a folder of transformers is then built on
-            the meta device, whatever its size.
+        name: A name in one of the :data:`FORMS`.
+        weights: False if names and shapes suffice. A model of transformers is then built on the meta
+            device, whatever its size.
 
     Raises:
-        ConfigError: The name is unknown, with the nearest that exist; a package is missing, with
-            the extra to install; or the model cannot be made.
+        ConfigError: If the name is unknown, a package is missing, or the model cannot be made. The message
+            has the nearest names or the extra to install.
     """
-    scheme, colon, rest = name.partition(":")
-    if not colon or not scheme or not rest:
+    scheme, colon, target = name.partition(":")
+    if not colon or not scheme or not target:
         raise ConfigError(f"{name!r} names no model: use {FORMS}")
     if scheme in _LOADERS:
-        return _LOADERS[scheme](name, rest, weights)
+        return _LOADERS[scheme](name, target, weights)
     near = hint(scheme.lower(), _LOADERS, "{}", count=1)
     if near and not is_installed(scheme.partition(".")[0]):
-        raise ConfigError(f"{name!r} names no model: did you mean {near}:{rest}? Use {FORMS}")
-    return _from_callable(name, scheme, rest)
+        raise ConfigError(f"{name!r} names no model: did you mean {near}:{target}? Use {FORMS}")
+    return _from_callable(name, scheme, target)
 
 
 def load_inputs(name: str) -> Any:
-    """Example inputs from ``package.module:callable``.
+    """Return example inputs from ``package.module:callable``.
 
     Raises:
-        ConfigError: The name is unknown, or the callable fails.
+        ConfigError: If the name is unknown, or the callable fails.
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
@@ -189,10 +189,10 @@ def load_inputs(name: str) -> Any:
 def _from_callable(name: str, module_name: str, attribute: str) -> LoadedModel:
     from torch import nn
 
-    found = _attribute(name, module_name, attribute)
-    if not isinstance(found, nn.Module):
-        found = _called(name, found)
-    model, inputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    source = _attribute(name, module_name, attribute)
+    if not isinstance(source, nn.Module):
+        source = _called(name, source)
+    model, inputs = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"{name!r} gave {type(model).__name__} {str(model)[:40]!r}: it has to give a "
@@ -202,15 +202,15 @@ def _from_callable(name: str, module_name: str, attribute: str) -> LoadedModel:
 
 
 def _attribute(name: str, module_name: str, attribute: str) -> Any:
-    found: Any = _module(name, module_name)
+    value: Any = _module(name, module_name)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            public = [key for key in vars(found) if not key.startswith("_")]
+        if not hasattr(value, part):
+            public = [key for key in vars(value) if not key.startswith("_")]
             raise ConfigError(
                 f"{name!r}: {module_name} has no {attribute!r}{hint(attribute, public, cutoff=0.5)}"
             )
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def _module(name: str, module_name: str) -> ModuleType:
@@ -225,9 +225,9 @@ def _module(name: str, module_name: str) -> ModuleType:
         )
         if not own:
             raise ConfigError(f"{name!r}: {module_name} needs {error.name}: install it") from error
-        here = (path.stem for path in Path.cwd().glob("*.py"))
+        names = (path.stem for path in Path.cwd().glob("*.py"))
         raise ConfigError(
-            f"{name!r}: there is no module {error.name}{hint(module_name, here, cutoff=0.5)}. Modules are "
+            f"{name!r}: there is no module {error.name}{hint(module_name, names, cutoff=0.5)}. Modules are "
             f"looked for in {Path.cwd()} and among the installed packages"
         ) from error
     except Exception as error:

@@ -1,4 +1,4 @@
-"""``python docs/site/api.py --write``: the page of the API, a section for each public name of lora_fx."""
+"""Generator of the API page, ``python docs/site/api.py --write``: a section for each public name."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SECTIONS = {
 
 
 def text() -> str:
-    """The page."""
+    """Return the page."""
     named = [name for names in _SECTIONS.values() for name in names.split()]
     missing = set(lora_fx.__all__) - {*named, "__version__"}
     unknown = set(named) - set(lora_fx.__all__)
@@ -57,8 +57,8 @@ def text() -> str:
     for title, names in _SECTIONS.items():
         lines += [f"## {title}", ""]
         for name in names.split():
-            found = getattr(lora_fx, name)
-            lines += [f"::: {found.__module__}.{found.__qualname__}", ""]
+            value = getattr(lora_fx, name)
+            lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
     lines += ["## PEFT's names", "", "::: lora_fx.peft", ""]
     return "\n".join(lines)
 
@@ -67,8 +67,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="write docs/api.md")
     parser.add_argument("--check", action="store_true", help="fail if docs/api.md is not that page")
-    chosen = parser.parse_args()
-    if chosen.write:
+    options = parser.parse_args()
+    if options.write:
         PAGE.write_text(text(), encoding="utf-8")
-    elif chosen.check and text() != PAGE.read_text(encoding="utf-8"):
+    elif options.check and text() != PAGE.read_text(encoding="utf-8"):
         sys.exit("docs/api.md is old: python docs/site/api.py --write")

@@ -1,7 +1,7 @@
-"""Hooks of mkdocs: what the pages link to outside of ``docs/`` becomes part of the site.
+"""Hooks of mkdocs that add files outside of ``docs/`` to the site if pages link to them.
 
-Examples are shown as pages of code, the README of the repository as the start page. Links to tests stay
-text: a reader of the site has no tests.
+Examples become pages of code, and the README of the repository becomes the start page. Links to tests become
+plain text, because a reader of the site has no tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _SHOWN = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add a page for each example, and those of the repository's root."""
+    """Add a page for each example, and the pages of the repository's root."""
     for example in sorted((ROOT / "examples").glob("*.py")):
         text = f"# {example.stem}\n\n```python\n{example.read_text('utf-8')}```\n"
         files.append(File.generated(config, f"examples/{example.stem}.md", content=text))
@@ -27,52 +27,51 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / name).read_text("utf-8")
         files.append(File.generated(config, page, content=_from_root(text)))
     for file in files:
-        if (
-            file.src_uri == "README.md"
-        ):  # the start page is the repository's; this is the list of all
+        # The start page is the README of the repository. The README of docs/ is the list of all pages.
+        if file.src_uri == "README.md":
             file.dest_uri = "contents.html"
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Lead links to where things are in the site."""
+    """Rewrite the links of a page so that they hold in the site."""
     if page.file.src_uri in _SHOWN.values():
         return markdown
     folder = posixpath.dirname(page.file.src_uri)
 
     def lead(match: re.Match[str]) -> str:
-        text, (path, mark, rest) = match["text"], match["target"].partition("#")
+        text, (path, mark, anchor) = match["text"], match["target"].partition("#")
         if not path or "://" in path:
             return match[0]
-        there = posixpath.normpath(posixpath.join("docs", folder, path))
-        if there.startswith("docs/"):
+        target = posixpath.normpath(posixpath.join("docs", folder, path))
+        if target.startswith("docs/"):
             return match[0]
-        return _linked(text, there, mark + rest, folder) or text
+        return _linked(text, target, mark + anchor, folder) or text
 
     return _LINK.sub(lead, markdown)
 
 
 def _from_root(text: str) -> str:
-    """A page of the repository's root, with links that hold in the site."""
+    """Return a page of the repository's root with links that hold in the site."""
     text = re.sub(r'(src|href)="docs/', r'\1="', text)
 
     def lead(match: re.Match[str]) -> str:
-        name, (path, mark, rest) = match["text"], match["target"].partition("#")
+        name, (path, mark, anchor) = match["text"], match["target"].partition("#")
         if not path or "://" in path:
             return match[0]
         if path.startswith("docs/"):
-            return f"[{name}]({path.removeprefix('docs/')}{mark}{rest})"
-        return _linked(name, path, mark + rest, "") or name
+            return f"[{name}]({path.removeprefix('docs/')}{mark}{anchor})"
+        return _linked(name, path, mark + anchor, "") or name
 
     return _LINK.sub(lead, text)
 
 
-def _linked(text: str, path: str, rest: str, folder: str) -> str | None:
-    """A link to what is at a path of the repository, if the site shows it."""
+def _linked(text: str, path: str, anchor: str, folder: str) -> str | None:
+    """Return a link to a path of the repository, or None if the site does not show the path."""
     if path.startswith("examples/") and path.endswith(".py"):
         page = path.removesuffix(".py") + ".md"
     elif path in _SHOWN:
         page = _SHOWN[path]
     else:
         return None
-    return f"[{text}]({posixpath.relpath(page, folder or '.')}{rest})"
+    return f"[{text}]({posixpath.relpath(page, folder or '.')}{anchor})"

@@ -1,4 +1,4 @@
-"""Makes code of the roles in docstrings: ``:func:`lora_fx.merge``` is ``lora_fx.merge`` on a page."""
+"""Extension of griffe for roles in docstrings: ``:func:`lora_fx.merge``` is shown as ``lora_fx.merge``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ROLE = re.compile(r":(?:func|meth|class|mod|data|attr):`~?(?P<name>[^`]+)`")
 
 
 class Roles(griffe.Extension):
-    """Rewrites each docstring when its object is read."""
+    """Extension that rewrites each docstring when griffe reads its object."""
 
     def on_object(self, *, obj: Any, **_: Any) -> None:
-        """See griffe."""
+        """Replace the roles in the docstring of an object. griffe calls this method."""
         if obj.docstring is not None:
             obj.docstring.value = _ROLE.sub(r"`\g<name>`", obj.docstring.value)

@@ -1,6 +1,6 @@
-"""What is compared: the same model without adapters, with ours, with PEFT's, with plain ones.
+"""The contenders: the same model without adapters, with ours, with PEFT's, and with plain implementations.
 
-Each builder takes a base that it does not change and gives a model over the same parameters.
+Each builder takes a base, which it leaves unchanged, and returns a model that shares its parameters.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ __all__ = [
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is ``nn.Linear`` or the ``Conv1D`` of transformers, which stores its weight transposed."""
+    """Return True for ``nn.Linear`` and for transformers' ``Conv1D``, which stores its weight transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def matrix(module: nn.Module) -> Tensor:
-    """The weight of a linear layer, [out, in]."""
+    """Return the weight of a linear layer, [out, in]."""
     weight = module.get_parameter("weight")
     return weight if isinstance(module, nn.Linear) else weight.T
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules over the same parameters, which are frozen."""
+    """Return a copy of the modules that shares the parameters, which are frozen."""
     memo = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, memo).requires_grad_(False)
 
@@ -75,24 +75,24 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def replaced(
     model: nn.Module, names: Iterable[str], layer: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
-    """A copy over the same parameters, with some layers replaced.
+    """Return a copy that shares the parameters, with some layers replaced.
 
     Args:
         model: The base.
-        names: Which layers.
-        layer: Makes the new one of the old one.
+        names: Names of the layers.
+        layer: Makes the new layer from the old one.
     """
-    found = shared_copy(model)
+    new_model = shared_copy(model)
     for name in names:
-        found.set_submodule(name, layer(found.get_submodule(name)))
-    return found
+        new_model.set_submodule(name, layer(new_model.get_submodule(name)))
+    return new_model
 
 
 class LowRank(nn.Module):
     """A frozen linear layer with factors A [r, in] and B [out, r] in the dtype of its weight.
 
     Attributes:
-        TITLE: What the benchmark calls it.
+        TITLE: Name in the benchmark.
     """
 
     TITLE: ClassVar[str]
@@ -108,43 +108,43 @@ class LowRank(nn.Module):
         self.dropout = dropout
 
     def dropped(self, x: Tensor) -> Tensor:
-        """The input of the branch."""
+        """Return the input of the branch, after dropout."""
         if not self.dropout:
             return x
         return F.dropout(x, self.dropout, self.training)
 
 
 class FiveOperations(LowRank):
-    """Dropout, A, B, scale, add, each an operation of its own, as torchtune's ``LoRALinear`` does."""
+    """Dropout, A, B, scale and add as separate operations, as in torchtune's ``LoRALinear``."""
 
     TITLE = "five operations, as in torchtune"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         branch = F.linear(F.linear(self.dropped(x), self.A), self.B)
         y: Tensor = self.base(x)
         return y + self.scale * branch
 
 
 class InPlace(LowRank):
-    """The branch as two products that are added in place, as loralib's ``Linear`` does."""
+    """Branch of two products that is added in place, as in loralib's ``Linear``."""
 
     TITLE = "added in place, as in loralib"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         y: Tensor = self.base(x)
         y += (self.dropped(x) @ self.A.T @ self.B.T) * self.scale
         return y
 
 
 class WeightChange(LowRank):
-    """ΔW = s·BA is built at every step: what one writes first, or with a parametrization of the weight."""
+    """Layer that builds ΔW = s·BA at every step, as in a first attempt or a parametrization of the weight."""
 
     TITLE = "naive: builds ΔW"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         change = self.scale * (self.B @ self.A)
         if not (self.dropout and self.training):
             bias = getattr(self.base, "bias", None)
@@ -155,12 +155,12 @@ class WeightChange(LowRank):
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """How a product with a branch is computed.
+    """Order of the products in a layer with a branch.
 
     Attributes:
-        merged_forward: Whether y = x (W + s·BA)ᵀ.
-        merged_backward: Whether the gradient of x is y (W + s·BA).
-        outer: Whether the factors' gradients come from Z = yᵀx.
+        merged_forward: True if y = x (W + s·BA)ᵀ.
+        merged_backward: True if the gradient of x is y (W + s·BA).
+        outer: True if the factors' gradients come from Z = yᵀx.
     """
 
     merged_forward: bool
@@ -169,33 +169,33 @@ class Contraction:
 
 
 def choose(tokens: int, out_features: int, in_features: int, rank: int) -> Contraction:
-    """The contraction with the fewest FLOPs; of equals, the one with the branch apart."""
-    options = [Contraction(*one) for one in itertools.product((False, True), repeat=3)]
-    return min(options, key=lambda one: _flops(one, tokens, out_features, in_features, rank))
+    """Return the contraction with the fewest FLOPs; among equals, one that computes the branch separately."""
+    options = [Contraction(*flags) for flags in itertools.product((False, True), repeat=3)]
+    return min(options, key=lambda option: _flops(option, tokens, out_features, in_features, rank))
 
 
 def _flops(chosen: Contraction, t: int, d: int, k: int, r: int) -> int:
-    """Beyond the frozen products."""
+    """Count the FLOPs beyond the frozen products."""
     down, up = 2 * t * k * r, 2 * t * d * r
     merged = 2 * d * k * r
     total = merged if chosen.merged_forward else down + up
-    # What the merged forward builds is built again in the backward: it would be W-sized to keep.
+    # The backward builds the merged weight again, because keeping it would cost as much memory as W.
     inner_needed = not chosen.outer or not chosen.merged_backward
     total += up * inner_needed  # yB
     total += merged if chosen.merged_backward else down
     if chosen.outer:
         return total + 2 * t * d * k + 2 * merged
-    # xAᵀ is there only where the forward made it.
+    # xAᵀ exists only if the forward computed it.
     return total + down + up + down * chosen.merged_forward
 
 
 class ChosenContraction(LowRank):
-    """A layer that chooses at each call."""
+    """Layer that chooses its contraction at each call."""
 
     TITLE: ClassVar[str] = "contraction by FLOPs, as in RunLoRA"
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in] to [..., out]."""
+        """Map [..., in] to [..., out]."""
         y: Tensor = _Function.apply(x, matrix(self.base), self.A, self.B, self.scale)  # type: ignore[no-untyped-call]
         bias = getattr(self.base, "bias", None)
         return y if bias is None else y + bias
@@ -241,30 +241,30 @@ class _Function(torch.autograd.Function):
 
 
 def linear_floor(out_features: int, in_features: int, rank: int) -> float:
-    """F of one linear operation."""
+    """Return F of one linear operation."""
     return 1 + 1.5 * rank * (out_features + in_features) / (out_features * in_features)
 
 
 def model_floor(
     model: nn.Module, adapted: Iterable[str], rank: int, forward: Callable[[nn.Module], Any]
 ) -> float:
-    """F of a model.
+    """Return F of a model.
 
     Args:
-        model: Without adapters.
-        adapted: Names of the linear layers that get one.
-        rank: Of all of them.
-        forward: Runs the model once, to see how many tokens each layer gets.
+        model: Model without adapters.
+        adapted: Names of the linear layers that get an adapter.
+        rank: Rank of all adapters.
+        forward: Runs the model once, to count the tokens of each layer.
     """
     changed = {model.get_submodule(name) for name in adapted}
     base = branches = 0
 
-    def count(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         nonlocal base, branches
         if not is_linear(module):
             return
         out_features, in_features = matrix(module).shape
-        tokens = given[0].numel() // in_features
+        tokens = args[0].numel() // in_features
         base += 4 * tokens * out_features * in_features
         if module in changed:
             branches += 6 * tokens * rank * (out_features + in_features)
@@ -292,20 +292,20 @@ PEFT = "PEFT"
 
 
 KINDS: Mapping[str, Mapping[str, Any]] = {"LoRA": {}, "DoRA": {"use_dora": True}}
-"""The kinds of adapters that are compared, plain ones first, and what asks for each in a configuration."""
+"""The compared kinds of adapters, plain ones first, each with its fields of the configuration."""
 
 PLAIN_KIND, OTHER_KIND = KINDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The adapter, in PEFT's words.
+    """Settings of an adapter, named as in PEFT.
 
     Attributes:
-        r, lora_alpha, lora_dropout, target_modules: The fields of that name.
+        r, lora_alpha, lora_dropout, target_modules: PEFT's fields of the same names.
         kind: A key of :data:`KINDS`.
-        example_inputs: For the way in that exports the model.
-        parameters: Whether the targets are parameters, which PEFT names in a field of its own.
+        example_inputs: Inputs for the frontend that exports the model.
+        parameters: True if the targets are parameters, for which PEFT has a separate field.
     """
 
     r: int = 16
@@ -317,7 +317,7 @@ class Settings:
     parameters: bool = False
 
     def fields(self) -> dict[str, Any]:
-        """What both libraries take."""
+        """Return the fields of the configuration that both libraries take."""
         targets = self.target_modules
         return {
             "r": self.r,
@@ -332,12 +332,12 @@ Builder = Callable[[nn.Module, Settings], nn.Module]
 
 
 def targets_of(model: nn.Module, settings: Settings) -> tuple[str, ...]:
-    """Names of the layers that get adapters."""
-    return tuple(one.name for one in plan(model, LoraConfig(**settings.fields())).sites)
+    """Return the names of the layers that get adapters."""
+    return tuple(site.name for site in plan(model, LoraConfig(**settings.fields())).sites)
 
 
 def _frozen(base: nn.Module, settings: Settings) -> nn.Module:
-    """No adapters, and the gradient is taken down to the embeddings, if the model has some."""
+    """Return the model without adapters, with gradients down to the embeddings, if it has any."""
     return take_gradient_to_embeddings(shared_copy(base))
 
 
@@ -356,8 +356,8 @@ def _peft(base: nn.Module, settings: Settings) -> nn.Module:
     if settings.parameters:
         fields |= {"target_modules": [], "target_parameters": fields["target_modules"]}
     wrapped = peft.get_peft_model(shared_copy(base), peft.LoraConfig(**fields))
-    found: nn.Module = wrapped.get_base_model()
-    return found
+    base_model: nn.Module = wrapped.get_base_model()
+    return base_model
 
 
 def _peer(layer: type[LowRank]) -> Builder:
@@ -365,17 +365,17 @@ def _peer(layer: type[LowRank]) -> Builder:
         r, alpha, dropout = settings.r, settings.lora_alpha, settings.lora_dropout
         with torch.random.fork_rng(devices=[]):
             return replaced(
-                base, targets_of(base, settings), lambda one: layer(one, r, alpha, dropout)
+                base, targets_of(base, settings), lambda module: layer(module, r, alpha, dropout)
             )
 
     return build
 
 
 PEERS = (FiveOperations.TITLE, InPlace.TITLE, WeightChange.TITLE, ChosenContraction.TITLE)
-"""Adapters that are written out in this folder."""
+"""Adapters that this file implements."""
 
 NO_DROPOUT = (ChosenContraction.TITLE,)
-"""Contenders that have none."""
+"""Contenders without dropout."""
 
 BUILDERS: Mapping[str, Builder] = {
     FROZEN: _frozen,
@@ -394,15 +394,15 @@ BUILDERS: Mapping[str, Builder] = {
         for layer in (FiveOperations, InPlace, WeightChange, ChosenContraction)
     },
 }
-"""By name."""
+"""Builders by name."""
 
 
 Contenders = Mapping[str, tuple[str, Settings]]
-"""What is measured against each other: by title, a key of :data:`BUILDERS` and the adapter."""
+"""Contenders of a measurement: by title, a key of :data:`BUILDERS` and the adapter's settings."""
 
 
 def name_of(contender: str, dropout: float) -> str:
-    """How a table names a contender with dropout."""
+    """Return the name of a contender with dropout in a table."""
     return f"{contender}, p = {dropout:g}"
 
 
@@ -410,26 +410,26 @@ _DROPOUTS = (0.0, 0.05)
 
 
 def variants(names: Iterable[str], dropouts: Iterable[float] = _DROPOUTS) -> Contenders:
-    """The frozen model, and contenders with each dropout that they know.
+    """Return the frozen model, and contenders with each dropout that they support.
 
     Args:
         names: Keys of :data:`BUILDERS`.
-        dropouts: Of those with adapters.
+        dropouts: Dropout probabilities of the contenders with adapters.
     """
-    found = {FROZEN: (FROZEN, Settings())}
+    contenders = {FROZEN: (FROZEN, Settings())}
     for name in names:
         if name.startswith(FROZEN):
-            found[name] = (name, Settings())
+            contenders[name] = (name, Settings())
             continue
         for dropout in dropouts:
             if not (dropout and name in NO_DROPOUT):
-                found[name_of(name, dropout)] = (name, Settings(lora_dropout=dropout))
-    return found
+                contenders[name_of(name, dropout)] = (name, Settings(lora_dropout=dropout))
+    return contenders
 
 
 def by_dropout(names: Iterable[str]) -> Contenders:
-    """Returns the same contenders as :func:`variants`, sorted by dropout."""
-    return {key: one for p in _DROPOUTS for key, one in variants(names, (p,)).items()}
+    """Return the same contenders as :func:`variants`, sorted by dropout."""
+    return {key: contender for p in _DROPOUTS for key, contender in variants(names, (p,)).items()}
 
 
 def of_kinds(
@@ -437,7 +437,7 @@ def of_kinds(
     dropouts: Iterable[float] = _DROPOUTS,
     libraries: Iterable[str] = (OURS, PEFT),
 ) -> Contenders:
-    """Kinds of adapters of each library: "lora-fx LoRA, p = 0" and the like."""
+    """Return kinds of adapters of each library, named "lora-fx LoRA, p = 0" and the like."""
     return {
         name_of(f"{library} {kind}", p): (library, Settings(lora_dropout=p, kind=kind))
         for p in dropouts
@@ -449,12 +449,12 @@ def of_kinds(
 def built(
     contenders: Contenders, base: nn.Module, inputs: Mapping[str, Any] | None = None
 ) -> dict[str, nn.Module]:
-    """The models, in training mode, over the parameters of one base.
+    """Return the models, in training mode, which share the parameters of one base.
 
     Args:
-        contenders: What is built.
+        contenders: Contenders to build.
         base: The model.
-        inputs: For the way in that exports it.
+        inputs: Inputs for the frontend that exports the model.
     """
     return {
         title: BUILDERS[name](base, dataclasses.replace(settings, example_inputs=inputs)).train()

@@ -1,4 +1,4 @@
-"""ATen operations of a step: the same figure on every machine."""
+"""Counts of a step's ATen operations and memory, which are the same on every machine."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a step allocates.
+    """Memory that a step allocates.
 
     Attributes:
-        peak: The most bytes that were held at once, beyond what was there before.
-        largest: Bytes of the largest tensor that an operation made.
+        peak: Most bytes allocated at once, beyond those allocated before.
+        largest: Bytes of the largest tensor that an operation created.
     """
 
     peak: int
@@ -40,9 +40,9 @@ class Memory:
 
 
 def measure_memory(step: Callable[[], Any]) -> Memory:
-    """Runs a step and counts the storages that its operations make, as long as they are referenced.
+    """Run a step and count the storages that its operations create, as long as they are referenced.
 
-    What a kernel allocates for itself is not seen.
+    Memory that a kernel allocates internally is not counted.
     """
     with _PeakCounter() as counter:
         step()
@@ -56,17 +56,20 @@ class _PeakCounter(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for given in pytree.tree_leaves((args, kwargs)):
-            if isinstance(given, torch.Tensor):
-                self._meet(given.untyped_storage())
+        for argument in pytree.tree_leaves((args, kwargs)):
+            if isinstance(argument, torch.Tensor):
+                self._meet(argument.untyped_storage())
         out = func(*args, **(kwargs or {}))
-        for made in pytree.tree_leaves(out):
-            if isinstance(made, torch.Tensor):
-                self._count(made.untyped_storage())
+        for output in pytree.tree_leaves(out):
+            if isinstance(output, torch.Tensor):
+                self._count(output.untyped_storage())
         return out
 
     def _meet(self, storage: torch.UntypedStorage) -> None:
-        """It was there before. When it goes, a new one can take its address, and that one counts."""
+        """Exclude a storage that existed before the step.
+
+        Once it is freed, a new storage may reuse its address, and the new one counts.
+        """
         key = torch_private.storage_key(storage)
         if key not in self._known:
             self._known.add(key)
@@ -88,57 +91,57 @@ class _PeakCounter(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-
 
 
 def alive_bytes(forward: Callable[[], Any]) -> int:
-    """Runs a forward and counts the memory of what its operations have made and left.
+    """Run a forward and count the memory that its operations leave allocated.
 
-    It is a second count of what :func:`saved_bytes` counts, by another way: not by what autograd says.
+    This is a second count of the bytes that :func:`saved_bytes` counts, independent of autograd.
 
     Args:
-        forward: Gives the tensor that the backward starts from, which counts.
+        forward: Returns the tensor from which the backward starts. Its memory counts.
     """
     with _Maker() as maker:
         kept = forward()
     gc.collect()
-    # Storages that copy on write are several, and share one memory until one of them is written to.
+    # Copy-on-write storages share one memory until one of them is written to.
     memory = {_address(storage): storage.nbytes() for storage in maker.alive()}
     del kept
     return sum(memory.values())
 
 
 class _Maker(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Knows the storages that operations make, and keeps none of them."""
+    """Weak references to the storages that operations create."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._made: list[weakref.ref[torch.UntypedStorage]] = []
 
     def alive(self) -> Iterator[torch.UntypedStorage]:
-        """Those that are there."""
-        for made in self._made:
-            if (storage := made()) is not None:
+        """Yield the storages that still exist."""
+        for reference in self._made:
+            if (storage := reference()) is not None:
                 yield storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [
-            torch_private.storage_key(one.untyped_storage())
-            for one in pytree.tree_leaves((args, kwargs))
-            if isinstance(one, Tensor)
+        input_keys = [
+            torch_private.storage_key(argument.untyped_storage())
+            for argument in pytree.tree_leaves((args, kwargs))
+            if isinstance(argument, Tensor)
         ]
         out = func(*args, **(kwargs or {}))
-        for made in pytree.tree_leaves(out):
+        for output in pytree.tree_leaves(out):
             if (
-                isinstance(made, Tensor)
-                and torch_private.storage_key(made.untyped_storage()) not in given
+                isinstance(output, Tensor)
+                and torch_private.storage_key(output.untyped_storage()) not in input_keys
             ):
-                self._made.append(weakref.ref(made.untyped_storage()))
+                self._made.append(weakref.ref(output.untyped_storage()))
         return out
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
-    """Runs a forward and counts what autograd keeps when it is done, without the model's parameters.
+    """Run a forward and count the bytes that autograd saves, without the model's parameters.
 
     Args:
-        model: Whose parameters and their scales do not count: they are there anyway, frozen or not.
-        forward: Gives the tensor that the backward starts from.
+        model: Model whose parameters and their scales do not count, because they exist anyway.
+        forward: Returns the tensor from which the backward starts.
     """
     return sum(saved_by(model, forward, lambda tensor: "").values())
 
@@ -146,31 +149,34 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Any]) -> int:
 def saved_by(
     model: nn.Module, forward: Callable[[], Any], kind: Callable[[Tensor], str]
 ) -> dict[str, int]:
-    """The same by kind.
+    """Run a forward and count the bytes that autograd saves, by kind.
 
     Args:
-        model: Whose parameters do not count.
-        forward: Gives the tensor that the backward starts from.
-        kind: Names what a tensor is; the first one that is kept of a storage says what the storage is.
+        model: Model whose parameters do not count.
+        forward: Returns the tensor from which the backward starts.
+        kind: Returns the kind of a tensor. The first saved tensor of a storage gives the kind of the storage.
     """
-    # Storages that copy on write are several, and share one memory until one of them is written to.
+    # Copy-on-write storages share one memory until one of them is written to.
     memory: dict[int, tuple[str, int]] = {}
     for name, storage in saved_storages(_belonging(model), forward, kind):
         memory.setdefault(_address(storage), (name, storage.nbytes()))
-    found: dict[str, int] = collections.defaultdict(int)
+    sizes: dict[str, int] = collections.defaultdict(int)
     for name, size in memory.values():
-        found[name] += size
-    return dict(found)
+        sizes[name] += size
+    return dict(sizes)
 
 
 def _address(storage: torch.UntypedStorage) -> int:
-    """Where the memory of a storage is; ``data_ptr`` may make a copy, since its caller could write there."""
+    """Return the memory address of a storage.
+
+    ``data_ptr`` may copy the memory, because its caller could write there.
+    """
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return torch_private.data_address(whole)
 
 
 def _belonging(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters, and what a library stores with a quantized one."""
+    """Yield the parameters, and the tensors that a library stores with a quantized parameter."""
     for parameter in model.parameters():
         yield parameter
         yield from tensors(vars(parameter))
@@ -179,9 +185,9 @@ def _belonging(model: nn.Module) -> Iterator[Tensor]:
 
 
 def count_operations(step: Callable[[], Any]) -> int:
-    """Runs a step, forward and backward, and counts what it calls below autograd.
+    """Run a step, forward and backward, and count the operations that it calls below autograd.
 
-    Views are left out: they compute nothing.
+    Views are left out, because they compute nothing.
     """
     with _OperationCounter() as counter:
         step()

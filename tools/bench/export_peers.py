@@ -1,4 +1,4 @@
-"""Files that others have exported: how large they are, and whether they compute what PyTorch does."""
+"""Files exported by other libraries: their size, and whether they compute the same as PyTorch."""
 
 from __future__ import annotations
 
@@ -44,25 +44,25 @@ HERE = "here"
 """The environment that the benchmark itself runs in."""
 
 NAMES = ("olive", "optimum", "genai")
-"""Of the others."""
+"""Environments of the other libraries."""
 
 _DEFAULT = Path(".peers")
 _VARIABLE = "LORA_FX_PEER_"
 SCRIPT = Path(__file__).with_name("peer_script.py")
 _SECONDS = 600
-# Weights are on the disk: nothing is to be looked for elsewhere, and nothing to be told.
+# Weights are on the disk, so scripts need no downloads, and telemetry is off.
 _QUIET = {"HF_HUB_OFFLINE": "1", "OLIVE_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What a script says of its export.
+    """Report of a script about its export.
 
     Attributes:
-        error: Why there is no file, in a line; "" if there is one.
-        seconds: Of loading and exporting, without imports.
-        file: The model.
-        adapter: The file of the adapter where that is apart, or "".
+        error: The reason why there is no file, in one line; "" if there is a file.
+        seconds: Time of loading and exporting, without imports.
+        file: Path of the model.
+        adapter: Path of the adapter if it is a separate file, or "".
     """
 
     error: str = ""
@@ -72,10 +72,10 @@ class Exported:
 
 
 def set_environments(given: Iterable[str]) -> None:
-    """Takes ``NAME=FOLDER`` for this process and those that it starts.
+    """Set the folders of environments, each ``NAME=FOLDER``, for this process and its children.
 
     Raises:
-        ConfigError: It is of another form, the name is unknown, or there is no Python in the folder.
+        ConfigError: If a text has another form, a name is unknown, or a folder has no Python.
     """
     for text in given:
         name, _, folder = text.partition("=")
@@ -91,28 +91,28 @@ def set_environments(given: Iterable[str]) -> None:
 
 
 def environment_of(name: str, variables: Mapping[str, str] = os.environ) -> Path | None:
-    """The Python of an environment, or None if it is not installed.
+    """Return the Python of an environment, or None if it is not installed.
 
     Args:
-        name: One of :data:`NAMES`, or :data:`HERE`.
-        variables: ``LORA_FX_PEER_OLIVE`` and the like name folders; without, it is ``.peers/olive``.
+        name: A name of :data:`NAMES`, or :data:`HERE`.
+        variables: ``LORA_FX_PEER_OLIVE`` and the like name the folders. The default is ``.peers/olive``.
     """
     if name == HERE:
         return Path(sys.executable)
     python = _python(Path(variables.get(_VARIABLE + name.upper()) or _DEFAULT / name))
-    # Absolute, but not resolved: what the link of an environment points to is the bare interpreter.
+    # Absolute, but not resolved: the link of an environment points to the bare interpreter.
     return python.absolute() if python.exists() else None
 
 
 def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Exported:
-    """Runs ``peer_script.py`` and reads what it says.
+    """Run ``peer_script.py`` and read its report.
 
     Args:
-        python: Of the environment.
+        python: Python of the environment.
         script: The exporter.
-        arguments: As it takes them.
+        arguments: Arguments of the exporter, in its order.
     """
-    # -I: neither this folder nor the caller's variables are on the path of the other environment.
+    # -I keeps this folder and the caller's variables off the path of the other environment.
     command = [str(python), "-I", str(SCRIPT), script, *map(str, arguments)]
     env = {**os.environ, **_QUIET}
     try:
@@ -125,11 +125,11 @@ def exported(python: Path, script: str, arguments: Sequence[str | Path]) -> Expo
 
 
 def read(stdout: str, stderr: str) -> Exported:
-    """What the last line of a script says; what its last line of errors says if that is nothing."""
+    """Return the report in the last JSON line of a script's output, or else its last line of errors."""
     for line in reversed(stdout.splitlines()):
         if line.startswith("{"):
-            found = Exported(**json.loads(line))
-            return dataclasses.replace(found, error=_first_line(found.error))
+            report = Exported(**json.loads(line))
+            return dataclasses.replace(report, error=_first_line(report.error))
     lines = stderr.strip().splitlines()
     return Exported(error=lines[-1] if lines else "it ended without a word")
 
@@ -143,12 +143,12 @@ def _python(folder: Path) -> Path:
 
 
 Runner = Callable[[Mapping[str, Tensor]], Tensor]
-"""From the inputs of the model to its first output."""
+"""Function from the inputs of the model to its first output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """What is in a file.
+    """Size of an exported file.
 
     Attributes:
         size: Bytes, external data included.
@@ -160,22 +160,24 @@ class File:
 
 
 def describe(path: Path) -> File:
-    """Reads what is there."""
+    """Return the size and the number of nodes of an exported file."""
     size = sum(
-        one.stat().st_size for one in path.parent.glob(f"{path.stem}*.onnx*") if one.is_file()
+        file.stat().st_size for file in path.parent.glob(f"{path.stem}*.onnx*") if file.is_file()
     )
     return File(size, node_count(path))
 
 
 def runner(path: Path, adapter: Path | None = None) -> Runner:
-    """Runs a file on the CPU, as it is: with what it takes of ids, mask, positions and types of tokens.
+    """Return a function that runs a file on the CPU.
+
+    The file may take ids, mask, positions and types of tokens.
 
     Args:
         path: The file.
-        adapter: Values for inputs that are an adapter, in ONNX Runtime's format.
+        adapter: File with the values of an adapter's inputs, in ONNX Runtime's format.
 
     Raises:
-        ExportError: It cannot be loaded; and, from a run, it fails or takes something else.
+        ExportError: If the file cannot be loaded. A run raises it if it fails or has other inputs.
     """
     runtime = providers.import_onnxruntime()
     session = providers.load(
@@ -183,12 +185,12 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
     )
     ports = [ort.port_of(value) for value in session.get_inputs()]
     outputs = [ort.port_of(value) for value in session.get_outputs()][:1]
-    held = runtime.AdapterFormat.read_adapter(str(adapter)) if adapter is not None else None
+    file_adapter = runtime.AdapterFormat.read_adapter(str(adapter)) if adapter is not None else None
 
     def run(inputs: Mapping[str, Tensor]) -> Tensor:
         values = _completed(inputs)
-        # The values of an adapter lie in the memory of what was read.
-        factors: dict[str, Any] = held.get_parameters() if held is not None else {}
+        # The values of an adapter share the memory of the adapter that was read.
+        factors: dict[str, Any] = file_adapter.get_parameters() if file_adapter is not None else {}
         missing = [port.name for port in ports if port.name not in {*values, *factors}]
         if missing:
             raise ExportError(f"it takes {', '.join(missing)} as well")
@@ -204,39 +206,39 @@ def runner(path: Path, adapter: Path | None = None) -> Runner:
 
 
 def largest_error(run: Runner, references: Sequence[tuple[Mapping[str, Tensor], Tensor]]) -> float:
-    """The largest difference of an element relative to the largest element, over all inputs.
+    """Return the largest difference of an element relative to the largest element, over all inputs.
 
     Raises:
-        ExportError: The file fails on one of them, or its output has another shape.
+        ExportError: If the file fails on an input, or its output has another shape.
     """
     errors = []
     for inputs, expected in references:
-        found = run(inputs)
-        if found.shape != expected.shape:
+        output = run(inputs)
+        if output.shape != expected.shape:
             raise ExportError(
-                f"it gives {list(found.shape)} for {list(inputs['input_ids'].shape)}, "
+                f"it gives {list(output.shape)} for {list(inputs['input_ids'].shape)}, "
                 f"PyTorch {list(expected.shape)}"
             )
-        errors.append(((found - expected).abs().max() / expected.abs().max()).item())
-    # max() of a list with a NaN may be another one of them.
+        errors.append(((output - expected).abs().max() / expected.abs().max()).item())
+    # Python's max() may miss a NaN in the list.
     return torch.tensor(errors).max().item()
 
 
 def _completed(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With what exporters make inputs of, as transformers fills it in."""
+    """Add the positions and token types that exporters turn into inputs, as transformers fills them in."""
     ids = inputs["input_ids"]
     positions = torch.arange(ids.shape[1]).expand_as(ids).contiguous()
     return {**inputs, "position_ids": positions, "token_type_ids": torch.zeros_like(ids)}
 
 
 KINDS = (PLAIN_KIND, "rank_pattern, alpha_pattern", OTHER_KIND)
-"""The adapters."""
+"""Kinds of adapters."""
 
 _OURS: Mapping[str, Literal["merge", "inputs"]] = {
     "lora-fx, merged": "merge",
     "lora-fx, swappable": "inputs",
 }
-# Environment, script, and how the script goes about it.
+# Environment, script, and the script's mode.
 _PEERS = {
     "PEFT merge + torch.onnx": (HERE, "torch_onnx", "merge"),
     "Olive, merged": ("olive", "olive", "merge"),
@@ -249,12 +251,12 @@ _EXACT = 1e-4
 _WIDTH = 150
 
 References = list[tuple[dict[str, Tensor], Tensor]]
-"""Inputs, and the output of PyTorch."""
+"""Pairs of inputs and PyTorch's output."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Expected:
-    """What PyTorch computes: with the adapter, and without."""
+    """Outputs of PyTorch with the adapter and without."""
 
     adapted: References
     base: References
@@ -262,15 +264,15 @@ class Expected:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One export.
+    """Result of one export.
 
     Attributes:
-        error: Why there is no file, or why it does not run; "" if it does.
-        seconds: Of loading and exporting, and with lora-fx of the comparison with PyTorch.
-        file: What was written.
+        error: The reason why there is no file, or why it does not run; "" if it runs.
+        seconds: Time of loading and exporting; for lora-fx it includes the comparison with PyTorch.
+        file: Size of the exported file.
         parity: The largest error relative to the largest element, over inputs of two other shapes.
-        bare: The same without an adapter against the base, for a file that takes adapters; or why it
-            does not run.
+        bare: The same error without an adapter, against the base, for a file that takes adapters; or the
+            reason why it does not run.
     """
 
     error: str = ""
@@ -281,26 +283,26 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        """In words."""
+        """Return the result in words."""
         if self.error or self.parity is None:
             return self.error
         return "yes" if self.parity <= _EXACT else "a file that computes something else"
 
 
 def _run(run: Run) -> dict[tuple[str, str, str], Row]:
-    """Rows by model, adapter and contender. Each export runs once, however many repeats."""
+    """Return rows by model, adapter and contender. Each export runs once, whatever the number of repeats."""
     cases = [(model, kind) for model in served(run.size) for kind in KINDS]
     if run.size is not Size.FULL:
         cases = cases[:1] if run.size is Size.TINY else cases[:2]
-    found: dict[tuple[str, str, str], Row] = {}
+    rows: dict[tuple[str, str, str], Row] = {}
     contenders = _contenders()
     for model, kind in cases:
         with tempfile.TemporaryDirectory() as name:
             expected = _write(model, kind, Path(name))
             for contender, work in contenders.items():
-                found[model.title, kind, contender] = work(model, Path(name), expected)
-                run.tell(len(found), len(cases) * len(contenders), contender)
-    return found
+                rows[model.title, kind, contender] = work(model, Path(name), expected)
+                run.tell(len(rows), len(cases) * len(contenders), contender)
+    return rows
 
 
 def _rows(results: Mapping[tuple[str, str, str], Row]) -> Iterator[list[str]]:
@@ -336,14 +338,14 @@ def _ours(
         session = OnnxSession(path, "cpu")
         first = session.outputs[0].name
         if adapters == "merge":
-            return _checked(path, seconds, expected, lambda given: session.run(given)[first])
+            return _checked(path, seconds, expected, lambda inputs: session.run(inputs)[first])
         session.load_adapter("a", adapted)
         return _checked(
             path,
             seconds,
             expected,
-            lambda given: session.run(given, adapter="a")[first],
-            lambda given: session.run(given)[first],
+            lambda inputs: session.run(inputs, adapter="a")[first],
+            lambda inputs: session.run(inputs)[first],
         )
     except LoraFxError as error:
         return Row(error=_reason(error, folder))
@@ -357,17 +359,17 @@ def _theirs(
         return Row(error="not installed: make bench-envs")
     out = folder / f"{script}-{how}"
     out.mkdir()
-    said = exported(python, script, (folder / "base", folder / "adapter", out, model.task, how))
-    if said.error:
-        return Row(error=_short(said.error, folder))
-    path = Path(said.file)
+    report = exported(python, script, (folder / "base", folder / "adapter", out, model.task, how))
+    if report.error:
+        return Row(error=_short(report.error, folder))
+    path = Path(report.file)
     try:
-        if not said.adapter:
-            return _checked(path, said.seconds, expected, runner(path))
-        with_adapter = runner(path, Path(said.adapter))
-        return _checked(path, said.seconds, expected, with_adapter, runner(path))
+        if not report.adapter:
+            return _checked(path, report.seconds, expected, runner(path))
+        with_adapter = runner(path, Path(report.adapter))
+        return _checked(path, report.seconds, expected, with_adapter, runner(path))
     except LoraFxError as error:
-        return Row(_reason(error, folder), said.seconds, describe(path))
+        return Row(_reason(error, folder), report.seconds, describe(path))
 
 
 def _checked(
@@ -388,13 +390,13 @@ def _reason(error: LoraFxError, folder: Path) -> str:
 
 
 def _short(text: str, folder: Path) -> str:
-    """Short enough for a cell, the end being where ONNX Runtime says what is wrong."""
+    """Shorten a text to fit a cell. Keep the end, where ONNX Runtime states the error."""
     text = text.replace(f"{folder}/", "")
     return text if len(text) <= _WIDTH else f"{text[: _WIDTH // 3]} … {text[-2 * _WIDTH // 3 :]}"
 
 
 def _write(model: Served, kind: str, folder: Path) -> Expected:
-    """The folders of a base and an adapter, and what PyTorch computes with them."""
+    """Write the folders of a base and an adapter, and return PyTorch's outputs with them."""
     import peft
 
     base: Any = model.make()
@@ -428,7 +430,7 @@ def _references(model: Served, adapted: nn.Module) -> Iterator[tuple[dict[str, T
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Writes the files of a tokenizer, which exporters copy: some give up where there are none."""
+    """Write the files of a tokenizer. Exporters copy them, and some fail without."""
     import tokenizers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Text from an exported decoder beside onnxruntime-genai, and single runs beside the files of others."""
+"""Text generation compared with onnxruntime-genai, and single runs compared with files of other exporters."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ _Text = Callable[[], list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """What the contenders took.
+    """Results of the contenders.
 
     Attributes:
         samples: CPU seconds of a text, by contender.
         tokens: New tokens of a text.
         equal: Contenders without an adapter whose tokens are those of the merged file.
-        missing: Why the peer did not run, or "".
+        missing: The reason why the peer did not run, or "".
     """
 
     samples: Mapping[str, Sample]
@@ -75,7 +75,7 @@ class Generated:
 
 
 class _Clock:
-    """CPU seconds of this process and of those that report theirs."""
+    """CPU seconds of this process and of the peers, which report theirs."""
 
     def __init__(self) -> None:
         self.others = 0.0
@@ -85,14 +85,14 @@ class _Clock:
 
 
 class _Peer:
-    """onnxruntime-genai in a process of its own, which generates when it is told.
+    """onnxruntime-genai in its own process, which generates one text per call.
 
     Args:
-        python: Of its environment.
-        folder: What it loads.
-        prompt: The tokens that it goes on from.
-        length: Of the whole text.
-        clock: Is told what it takes.
+        python: Python of its environment.
+        folder: Folder of the model to load.
+        prompt: Tokens to continue.
+        length: Number of tokens of the whole text.
+        clock: Clock to which the process's CPU seconds are added.
     """
 
     def __init__(
@@ -119,18 +119,20 @@ class _Peer:
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        said = json.loads(self._process.stdout.readline() or '{"error": "it ended without a word"}')
-        if "error" in said:
-            raise ExportError(f"onnxruntime-genai: {said['error']}")
-        self._clock.others += said["seconds"]
-        tokens: list[int] = said["tokens"]
+        reply = json.loads(
+            self._process.stdout.readline() or '{"error": "it ended without a word"}'
+        )
+        if "error" in reply:
+            raise ExportError(f"onnxruntime-genai: {reply['error']}")
+        self._clock.others += reply["seconds"]
+        tokens: list[int] = reply["tokens"]
         return tokens
 
 
 def _decoder(size: Size) -> Served:
     tiny = size is Size.TINY
     shape = llama_shape(32, 48, 1, 2, 64) if tiny else llama_shape(512, 1376, 8, 8, 2000)
-    # A token that random weights do not give: texts are of one length.
+    # Random weights do not produce this token, so all texts have the same length.
     shape |= {"eos_token_id": shape["vocab_size"] - 1, "max_position_embeddings": 1024}
     return Served(
         f"Llama {shape['num_hidden_layers']} × {shape['hidden_size']}",
@@ -153,9 +155,12 @@ def _run(run: Run) -> Generated:
         texts = _ours(folder, prompt, tokens)
         missing = _add_peer(texts, folder, prompt, tokens, clock, stack)
         want = texts[MERGED]()
-        equal = [one for one, text in texts.items() if one != ADAPTED and text() == want]
+        equal = [title for title, text in texts.items() if title != ADAPTED and text() == want]
         samples = run.times(
-            {one: (lambda: None, functools.partial(_call, text)) for one, text in texts.items()},
+            {
+                title: (lambda: None, functools.partial(_call, text))
+                for title, text in texts.items()
+            },
             seconds=_SECONDS,
             clock=clock,
         )
@@ -176,11 +181,11 @@ def _write(model: Served, folder: Path) -> None:
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers, init_lora_weights=False)
     inputs = model.inputs()["input_ids"] if generates else model.inputs()
     adapted = randomize(rewrite(base, config).eval())
-    how: Any = {"optimize": "runtime"}
+    options: Any = {"optimize": "runtime"}
     if generates:
-        how["task"] = "text-generation"
-    export_onnx(base, folder / "merged.onnx", inputs, **how)
-    export_onnx(adapted, folder / "swappable.onnx", inputs, adapters="inputs", **how)
+        options["task"] = "text-generation"
+    export_onnx(base, folder / "merged.onnx", inputs, **options)
+    export_onnx(adapted, folder / "swappable.onnx", inputs, adapters="inputs", **options)
     save_onnx_adapter(adapted, folder / "a.onnx_adapter")
 
 
@@ -201,9 +206,11 @@ def _ours(folder: Path, prompt: torch.Tensor, tokens: int) -> dict[str, _Text]:
 
     def text(session: OnnxSession, adapter: str | None = None) -> _Text:
         def generate() -> list[int]:
-            made = session.generate(prompt, max_new_tokens=tokens, eos_token_id=[], adapter=adapter)
-            found: list[int] = made[0].tolist()
-            return found
+            batch = session.generate(
+                prompt, max_new_tokens=tokens, eos_token_id=[], adapter=adapter
+            )
+            row: list[int] = batch[0].tolist()
+            return row
 
         return generate
 
@@ -216,7 +223,7 @@ def _ours(folder: Path, prompt: torch.Tensor, tokens: int) -> dict[str, _Text]:
 
 
 def _bare(session: OnnxSession, prompt: torch.Tensor, tokens: int) -> list[int]:
-    """What one writes by hand: ``run`` of ONNX Runtime, its caches given back to it."""
+    """Generate by hand: call ``run`` of ONNX Runtime and feed its caches back."""
     runtime = session._session
     outputs = [port.name for port in session.outputs]
     past = {}
@@ -224,15 +231,15 @@ def _bare(session: OnnxSession, prompt: torch.Tensor, tokens: int) -> list[int]:
         if port.name.startswith("past"):
             _, heads, _, width = (size if isinstance(size, int) else 0 for size in port.shape)
             past[port.name] = np.zeros((1, heads, 0, width), np.float32)
-    ids, found = prompt.numpy(), prompt[0].tolist()
+    ids, generated = prompt.numpy(), prompt[0].tolist()
     for _ in range(tokens):
-        mask = np.ones((1, len(found)), np.int64)
+        mask = np.ones((1, len(generated)), np.int64)
         results = runtime.run(None, {**past, "input_ids": ids, "attention_mask": mask})
         named = dict(zip(outputs, results, strict=True))
         past = {name: named[name.replace("past_key_values", "present")] for name in past}
         ids = named["logits"][:, -1].argmax(-1)[:, None]
-        found.append(int(ids[0, 0]))
-    return found
+        generated.append(int(ids[0, 0]))
+    return generated
 
 
 def _add_peer(
@@ -243,7 +250,7 @@ def _add_peer(
     clock: _Clock,
     stack: ExitStack,
 ) -> str:
-    """Add the peer, twice; or say why it does not run."""
+    """Add the peer, twice, or return the reason why it does not run."""
     python = environment_of("genai")
     missing = _build(folder)
     if missing or python is None:
@@ -256,22 +263,22 @@ def _add_peer(
 
 
 def _build(folder: Path) -> str:
-    """Have the peer's builder write its file of the base; or say why there is none."""
-    python, here = environment_of("genai"), environment_of(HERE)
-    if python is None or here is None:
+    """Let the peer's builder write its file of the base. Return the reason if it fails, or ""."""
+    python, own = environment_of("genai"), environment_of(HERE)
+    if python is None or own is None:
         return _MISSING
     packages = next(python.parent.parent.glob("lib/python*/site-packages"))
-    return exported(here, "builder", (folder / "base", packages, folder / "built")).error
+    return exported(own, "builder", (folder / "base", packages, folder / "built")).error
 
 
-def _rows(found: Generated) -> Iterator[list[str]]:
-    if found.missing:
-        yield [PEER, found.missing, "", "", ""]
-    for name, sample in found.samples.items():
-        peer = str(ratio(sample, found.samples[PEER])) if PEER in found.samples else ""
-        took = f"{1e3 * statistics.median(sample.times) / found.tokens:.2f} ms"
-        same = "" if name == ADAPTED else "yes" if name in found.equal else "no"
-        yield [name, took, peer, str(ratio(sample, found.samples[BARE])), same]
+def _rows(results: Generated) -> Iterator[list[str]]:
+    if results.missing:
+        yield [PEER, results.missing, "", "", ""]
+    for name, sample in results.samples.items():
+        peer = str(ratio(sample, results.samples[PEER])) if PEER in results.samples else ""
+        took = f"{1e3 * statistics.median(sample.times) / results.tokens:.2f} ms"
+        same = "" if name == ADAPTED else "yes" if name in results.equal else "no"
+        yield [name, took, peer, str(ratio(sample, results.samples[BARE])), same]
 
 
 SECTION = Section(
@@ -283,13 +290,13 @@ SECTION = Section(
 
 
 # --- single runs ----------------------------------------------------------------------------------
-# One call of a file on the CPU, its inputs and outputs bound, beside the files that others write.
+# One call of a file on the CPU, its inputs and outputs bound, compared with files of other exporters.
 
 
 BUILT, OPTIMIZED = "onnxruntime-genai's builder", "optimum, transformers.optimizer"
 _BARE_SUMS = f"{OPTIMIZED}, sums apart"
 FILES = (BUILT, OPTIMIZED, _BARE_SUMS)
-"""Of others."""
+"""Files of other exporters."""
 
 # Rows, new tokens, tokens in the cache.
 _STEPS = {
@@ -307,12 +314,12 @@ _RUNS_SECONDS = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """What single runs took.
+    """Results of single runs.
 
     Attributes:
-        samples: By model and step: CPU seconds of a run, by contender.
-        floors: F by model: the ratio of a run with an adapter to one without if FLOPs alone count.
-        missing: By peer: why it did not run.
+        samples: CPU seconds of a run by contender, for each model and step.
+        floors: F by model: the ratio of a run with an adapter to one without, by FLOPs alone.
+        missing: The reason by peer for each that did not run.
     """
 
     samples: Mapping[tuple[str, str], Mapping[str, Sample]]
@@ -337,16 +344,16 @@ def _run_once(run: Run) -> Runs:
                 theirs = {peer: folder / "built" / "model.onnx"}
                 missing[peer] = _build(folder)
             else:
-                theirs = {one: folder / one / "optimized.onnx" for one in (peer, _BARE_SUMS)}
+                theirs = {title: folder / title / "optimized.onnx" for title in (peer, _BARE_SUMS)}
                 missing[peer] = _optimize(folder, theirs)
             if missing[peer]:
                 theirs = {}
-            for (step, size), here in part.each(steps.items(), lambda one: one[0]):
+            for (step, size), step_run in part.each(steps.items(), lambda item: item[0]):
                 contenders = {
                     title: (lambda: None, work)
                     for title, work in _single(model, folder, theirs, size).items()
                 }
-                samples[model.title, step] = here.times(
+                samples[model.title, step] = step_run.times(
                     contenders,
                     calls=min(10, max(1, 512 // (size[0] * size[1]))),
                     seconds=_RUNS_SECONDS,
@@ -357,7 +364,7 @@ def _run_once(run: Run) -> Runs:
 
 
 def _optimize(folder: Path, files: Mapping[str, Path]) -> str:
-    """Have the optimizer write its files; or say why there are none."""
+    """Let the optimizer write its files. Return the reason if it fails, or ""."""
     python = environment_of("optimum")
     if python is None:
         return _MISSING
@@ -374,28 +381,28 @@ def _single(
 ) -> dict[str, Callable[[Any], None]]:
     runtime = providers.import_onnxruntime()
     factors = runtime.AdapterFormat.read_adapter(str(folder / "a.onnx_adapter"))
-    found = {}
+    runs = {}
     for name, file in theirs.items():
         session = runtime.InferenceSession(
             str(file),
             _one_thread(),
             providers=["CPUExecutionProvider"],
-            # Or ONNX Runtime fuses the sums by itself.
+            # Otherwise ONNX Runtime fuses the sums itself.
             disabled_optimizers=["SkipLayerNormFusion"] if name == _BARE_SUMS else [],
         )
-        found[name] = _bound(session, model, size)
-        found.setdefault(AGAIN, found[name])
+        runs[name] = _bound(session, model, size)
+        runs.setdefault(AGAIN, runs[name])
     swappable = _opened(folder / "swappable.onnx")._session
-    found[MERGED] = _bound(_opened(folder / "merged.onnx")._session, model, size)
-    found[ALONE] = _bound(swappable, model, size)
-    found[ADAPTED] = _bound(swappable, model, size, factors)
-    return found
+    runs[MERGED] = _bound(_opened(folder / "merged.onnx")._session, model, size)
+    runs[ALONE] = _bound(swappable, model, size)
+    runs[ADAPTED] = _bound(swappable, model, size, factors)
+    return runs
 
 
 def _bound(
     session: Any, model: Served, size: tuple[int, int, int], factors: Any = None
 ) -> Callable[[Any], None]:
-    """A run of a session into memory that stays, with inputs of one kind for all files."""
+    """Return a run of a session into memory that stays allocated, with the same inputs for all files."""
     rows, new, past = size
     heads = model.shape["num_attention_heads"]
     draw = np.random.default_rng(0)
@@ -410,8 +417,8 @@ def _bound(
             shape = (rows, heads, past, model.shape["hidden_size"] // heads)
             values[port.name] = draw.standard_normal(shape, dtype=np.float32)
         binding.bind_cpu_input(port.name, values[port.name])
-    held = {} if factors is None else factors.get_parameters()
-    for name, value in held.items():
+    ortvalues = {} if factors is None else factors.get_parameters()
+    for name, value in ortvalues.items():
         binding.bind_ortvalue_input(name, value)
     outputs = [port.name for port in session.get_outputs()]
     for name in outputs:
@@ -420,21 +427,21 @@ def _bound(
     for name, value in zip(outputs, binding.get_outputs(), strict=True):
         binding.bind_ortvalue_output(name, value)
 
-    def work(_: Any, kept: Any = (factors, held, values)) -> None:
+    def work(_: Any, kept: Any = (factors, ortvalues, values)) -> None:
         session.run_with_iobinding(binding)
 
     return work
 
 
-def _run_rows(found: Runs) -> Iterator[list[str]]:
-    for peer, why in found.missing.items():
+def _run_rows(results: Runs) -> Iterator[list[str]]:
+    for peer, why in results.missing.items():
         yield ["", "", peer, why, "", "", ""]
-    for (model, step), samples in found.samples.items():
-        theirs = [samples[one] for one in FILES if one in samples]
+    for (model, step), samples in results.samples.items():
+        theirs = [samples[title] for title in FILES if title in samples]
         for name, sample in samples.items():
             beside = str(ratio(sample, theirs[0])) if theirs else ""
             swapped = str(ratio(sample, samples[ALONE])) if name == ADAPTED else ""
-            floor = f"{found.floors[model]:.3f}" if name == ADAPTED else ""
+            floor = f"{results.floors[model]:.3f}" if name == ADAPTED else ""
             yield [model, step, name, str(sample), beside, swapped, floor]
 
 

@@ -1,4 +1,4 @@
-"""Compares the goals with what was measured: ``goals.toml`` lists them, and a function here judges each."""
+"""Comparison of the goals in ``goals.toml`` with the results; a function here judges each goal."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ _LATENCIES = Mapping[tuple[str, str], onnx_latency.Latency]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a goal is reached.
+    """Result of comparing one goal with its measured figures.
 
     Attributes:
         measured: The figures.
-        excess: What is measured less what is allowed, in the goal's unit: met if it is not positive.
-        unit: Of the excess.
+        excess: Measured minus allowed figure, in the goal's unit. The goal is met if it is not positive.
+        unit: Unit of the excess.
     """
 
     measured: str
@@ -58,7 +58,7 @@ class Verdict:
 
     @property
     def met(self) -> bool:
-        """Whether the goal is reached."""
+        """Return True if the goal is reached."""
         return self.excess <= 0
 
     def __str__(self) -> str:
@@ -66,22 +66,22 @@ class Verdict:
 
 
 COLUMNS = ("workload", "PEFT, when the goal was set", "goal", "measured", "met", "what bounds it")
-"""Of the table."""
+"""Columns of the table."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """A goal.
+    """One goal, a row of ``goals.toml``.
 
     Attributes:
-        workload: What is measured.
-        goal: The words of the goal.
-        section: Whose results it needs.
-        bound: The section that shows what keeps the figure from getting lower.
-        judge: The function of this module that gives the verdict, or None if what it needs was not measured.
-        peft: What PEFT took when the goal was set.
-        key: Of the result that it needs, or None for all of them.
-        given: More that the function takes.
+        workload: Measured workload, as the table shows it.
+        goal: Text of the goal.
+        section: Section whose results the goal needs.
+        bound: Section that shows what keeps the figure from getting lower.
+        judge: Name of the function of this module that returns the verdict, or None without its results.
+        peft: PEFT's figure when the goal was set.
+        key: Key of the result within the section, or None for all results.
+        given: Further arguments of the function.
     """
 
     workload: str
@@ -94,63 +94,65 @@ class Goal:
     given: tuple[float, ...] = ()
 
     def verdict(self, results: Mapping[str, Any]) -> Verdict | None:
-        """The verdict, or None if what it needs was not measured."""
-        found = results.get(self.section)
-        if found is not None and self.key is not None:
-            found = found.get(self.key if isinstance(self.key, str) else tuple(self.key))
+        """Return the verdict, or None if the goal's results were not measured."""
+        section_results = results.get(self.section)
+        if section_results is not None and self.key is not None:
+            section_results = section_results.get(
+                self.key if isinstance(self.key, str) else tuple(self.key)
+            )
         judge: Callable[..., Verdict | None] = globals()[self.judge]
-        return None if found is None else judge(found, *self.given)
+        return None if section_results is None else judge(section_results, *self.given)
 
 
 GOALS = tuple(
     Goal(**row)
     for row in tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))["goal"]
 )
-"""In the order of the table."""
+"""All goals, in the order of the table."""
 
 
 def rows(
     results: Mapping[str, Any], reference: Callable[[str], str] = lambda section: section
 ) -> list[tuple[str, ...]]:
-    """The table's cells: every goal, measured or not.
+    """Return the table's cells, with a row for every goal, measured or not.
 
     Args:
-        results: What was measured, by section.
-        reference: How the page refers to a section: a goal that is missed names the one that shows why.
+        results: Results by section.
+        reference: Formats the page's reference to a section. A missed goal refers to its ``bound`` section.
     """
     table: list[tuple[str, ...]] = []
     for goal in GOALS:
-        found = goal.verdict(results)
-        said = ("not measured", "–") if found is None else (found.measured, str(found))
-        why = reference(goal.bound) if found is not None and not found.met else ""
-        table.append((goal.workload, goal.peft, goal.goal, *said, why))
+        verdict = goal.verdict(results)
+        cells = ("not measured", "–") if verdict is None else (verdict.measured, str(verdict))
+        why = reference(goal.bound) if verdict is not None and not verdict.met else ""
+        table.append((goal.workload, goal.peft, goal.goal, *cells, why))
     return table
 
 
-def _overheads(found: Measured, dropout: float) -> tuple[list[float], str]:
-    """O of ours, of PEFT's and of ours with example inputs, and what is said of them."""
+def _overheads(measured: Measured, dropout: float) -> tuple[list[float], str]:
+    """Return O of ours, of PEFT's and of ours with example inputs, and the text that shows them."""
     ours, peft, shared = medians = [
-        found.overhead(name_of(name, dropout)).median for name in (OURS, PEFT, EXPORTED)
+        measured.overhead(name_of(name, dropout)).median for name in (OURS, PEFT, EXPORTED)
     ]
     return medians, f"{ours:.2f}; with example inputs {shared:.2f}; PEFT {peft:.2f}"
 
 
-def _beyond(found: Measured, *contenders: tuple[str, float]) -> list[float] | None:
-    """MiB that these save beyond the frozen step, with each dropout; None if one is not known."""
-    sizes = [found.saved_beyond(name_of(*one)) for one in contenders]
+def _beyond(measured: Measured, *contenders: tuple[str, float]) -> list[float] | None:
+    """Return the MiB that these contenders save beyond the frozen step, or None if one size is unknown."""
+    sizes = [measured.saved_beyond(name_of(*contender)) for contender in contenders]
     known = [size / _MIB for size in sizes if size is not None]
     return known if len(known) == len(sizes) else None
 
 
 def above_floor(found: Measured) -> Verdict:
-    """Whether the overhead above F is at most half of PEFT's."""
+    """Judge if the overhead above F is at most half of PEFT's."""
     floor = found.floor or 1.0
     (ours, peft, _), text = _overheads(found, 0)
     return Verdict(f"{text}; F {floor:.3f}", ours - floor - (peft - floor) / 2)
 
 
 def with_dropout(found: Measured) -> Verdict:
-    """The overhead with dropout."""
+    """Judge the overhead with dropout."""
     (ours, *_), text = _overheads(found, 0.05)
     return Verdict(text, ours - 1.20)
 
@@ -158,7 +160,10 @@ def with_dropout(found: Measured) -> Verdict:
 def step_time(
     found: Measured, dropout: float, most: float, base: str = FROZEN, again: str = AGAIN
 ) -> Verdict | None:
-    """The time of a step beside another one, which a second name for that shows the noise of."""
+    """Judge the time of a step relative to ``base``.
+
+    ``again`` names a second run of the base, which shows the noise.
+    """
     names = (name_of(OURS, dropout), name_of(PEFT, dropout), again)
     if not found.steps.keys() >= {base, *names}:
         return None
@@ -170,26 +175,26 @@ def step_time(
 
 
 def compiled_time(found: Measured, dropout: float, most: float) -> Verdict | None:
-    """The time of a compiled step beside the compiled frozen one."""
+    """Judge the time of a compiled step relative to the compiled frozen one."""
     return step_time(
         found, dropout, most, step_sections.COMPILED_BASE, step_sections.COMPILED_AGAIN
     )
 
 
 def balanced_overhead(found: Mapping[str, Measured], dropout: float, most: float) -> Verdict | None:
-    """The time of the small Llama's step that makes cheap inputs again."""
-    one = next(iter(found.values()))
+    """Judge the time of the small Llama's step that recomputes cheap inputs."""
+    measured = next(iter(found.values()))
     names = [name_of(name, dropout) for name in (BALANCED, PEFT, OURS, OURS_AGAIN)]
-    if not one.steps.keys() >= set(names):
+    if not measured.steps.keys() >= set(names):
         return None
-    ours, peft = (one.overhead(name).median for name in names[:2])
-    again = ratio(one.steps[names[3]].sample, one.steps[names[2]].sample)
+    ours, peft = (measured.overhead(name).median for name in names[:2])
+    again = ratio(measured.steps[names[3]].sample, measured.steps[names[2]].sample)
     text = f"{ours:.2f}; PEFT {peft:.2f}; A/A {again}"
     return Verdict(text, ours - most - max(0.0, again.high - 1))
 
 
 def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
-    """What a step saves beyond the frozen one."""
+    """Judge the bytes that a step saves beyond the frozen one."""
     sizes = _beyond(found, *((name, dropout) for name in (OURS, PEFT, EXPORTED)))
     if sizes is None:
         return None
@@ -199,7 +204,7 @@ def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
 
 
 def decomposed_saved(found: Measured) -> Verdict | None:
-    """What a step with the other kind of adapter saves beyond the frozen one."""
+    """Judge the bytes that a step with the other kind of adapter saves beyond the frozen one."""
     ours, least, theirs = (f"{library} {OTHER_KIND}" for library in (OURS, BALANCED, PEFT))
     sizes = _beyond(found, (least, 0), (least, 0.05), (ours, 0), (theirs, 0))
     if sizes is None:
@@ -212,42 +217,45 @@ def decomposed_saved(found: Measured) -> Verdict | None:
 
 
 def kept_in_all(found: Mapping[str, Measured]) -> Verdict | None:
-    """Whether a step that makes cheap inputs again keeps less than the frozen one, in every model."""
+    """Judge if a step that recomputes cheap inputs saves less than the frozen one, in every model."""
     figures, excesses = [], []
-    for one in found.values():
-        own, frozen = one.steps[name_of(BALANCED, 0)].saved, one.steps[FROZEN].saved
+    for measured in found.values():
+        own, frozen = measured.steps[name_of(BALANCED, 0)].saved, measured.steps[FROZEN].saved
         if own is None or frozen is None:
             return None
-        figures.append(f"{_short(one)} {own / _MIB:.1f} of {frozen / _MIB:.1f}")
+        figures.append(f"{_short(measured)} {own / _MIB:.1f} of {frozen / _MIB:.1f}")
         excesses.append((own - frozen) / _MIB)
     return Verdict(", ".join(figures) + " MiB", max(excesses), " MiB")
 
 
 def time_of_balanced(found: Mapping[str, Measured]) -> Verdict:
-    """What it takes relative to a step that keeps each input; the same step twice shows the noise."""
+    """Judge the time of such a step relative to one that keeps each input.
+
+    The same step twice shows the noise.
+    """
     figures, excesses = [], []
-    for one in found.values():
-        fast = one.steps[name_of(OURS, 0)].sample
+    for measured in found.values():
+        fast = measured.steps[name_of(OURS, 0)].sample
         again, own = (
-            ratio(one.steps[name_of(name, 0)].sample, fast) for name in (OURS_AGAIN, BALANCED)
+            ratio(measured.steps[name_of(name, 0)].sample, fast) for name in (OURS_AGAIN, BALANCED)
         )
-        figures.append(f"{_short(one)} {own.median:.3f}; A/A {again.median:.3f}")
+        figures.append(f"{_short(measured)} {own.median:.3f}; A/A {again.median:.3f}")
         excesses.append(own.median - 1.02 - (again.high - again.low) / 2)
     return Verdict(", ".join(figures), max(excesses))
 
 
-def _short(found: Measured) -> str:
-    return found.model.partition(",")[0]
+def _short(measured: Measured) -> str:
+    return measured.model.partition(",")[0]
 
 
 def vocabulary_peak(found: Measured) -> Verdict | None:
-    """Whether a step without all logits holds at most a third of what one with them holds."""
+    """Judge if a step without all logits allocates at most a third of the memory of one with all logits."""
     names = (LEAST, CHUNKED, OURS, PEFT)
-    held = [found.steps[name_of(name, 0)].memory for name in names]
-    known = [one for one in held if one is not None]
-    if len(known) < len(held):
+    memories = [found.steps[name_of(name, 0)].memory for name in names]
+    known = [memory for memory in memories if memory is not None]
+    if len(known) < len(memories):
         return None
-    ours, chunked, whole, peft = (one.peak / _MIB for one in known)
+    ours, chunked, whole, peft = (memory.peak / _MIB for memory in known)
     text = (
         f"{ours:.1f} MiB, largest tensor {known[0].largest / _MIB:.1f}; with memory='fast' {chunked:.1f}; "
         f"with all logits {whole:.1f}; PEFT {peft:.1f}"
@@ -256,7 +264,7 @@ def vocabulary_peak(found: Measured) -> Verdict | None:
 
 
 def decomposed_time(found: Measured) -> Verdict:
-    """The time of that kind relative to plain adapters of the same library."""
+    """Judge the time of the other kind of adapter relative to plain ones of the same library."""
     names = [[name_of(f"{library} {kind}", 0) for kind in KINDS] for library in (OURS, PEFT)]
     ours, peft = (
         ratio(found.steps[other].sample, found.steps[plain].sample).median for plain, other in names
@@ -267,16 +275,16 @@ def decomposed_time(found: Measured) -> Verdict:
 
 
 def experts(found: Measured) -> Verdict:
-    """The overhead on the weights of experts."""
+    """Judge the overhead on the weights of experts."""
     ours, peft = (found.overhead(name).median for name in (OURS, PEFT))
     return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.25)
 
 
 def nf4_time(found: Measured, dropout: float) -> Verdict:
-    """Whether a step takes no longer than PEFT's, but for what the frozen step under two names shows."""
+    """Judge if a step takes no longer than PEFT's. The frozen step under two names shows the noise."""
     names = [name_of(name, dropout) for name in (OURS, PEFT)]
     ours, peft = (found.overhead(name).median for name in names)
-    # Within a turn: of two medians each has a slow minute of its own.
+    # Compare within each turn, because a slow minute of the machine may hit only one of two medians.
     beside = ratio(*(found.steps[name].sample for name in names))
     noise = max(1.0, found.overhead(AGAIN).high)
     text = f"{ours:.2f}; PEFT {peft:.2f}; beside it {beside.median:.2f}; A/A {noise:.2f}"
@@ -284,13 +292,16 @@ def nf4_time(found: Measured, dropout: float) -> Verdict:
 
 
 def nf4_saved(found: Measured) -> Verdict | None:
-    """Whether a step keeps no values of weights, and no more than PEFT's."""
+    """Judge if a step keeps no values of weights, and saves no more than PEFT's."""
     names = [(name, p) for p in (0, 0.05) for name in (OURS, PEFT)]
     sizes = _beyond(found, *names)
     if sizes is None:
         return None
     plain, peft, dropped, their_dropped = sizes
-    dense = max(found.look.dense[name_of(*one)] for one in names if one[0] == OURS) / _MIB
+    dense = (
+        max(found.look.dense[name_of(*contender)] for contender in names if contender[0] == OURS)
+        / _MIB
+    )
     text = (
         f"{plain:.1f} MiB, of weights {dense:.1f}; p = 0.05 {dropped:.1f}; "
         f"PEFT {peft:.1f} and {their_dropped:.1f}"
@@ -299,7 +310,7 @@ def nf4_saved(found: Measured) -> Verdict | None:
 
 
 def nf4_quality(learned: learning.Learned) -> Verdict:
-    """Whether adapters over NF4 learn what those over fp32 do."""
+    """Judge if adapters over NF4 learn as much as adapters over fp32."""
     names = (learning.DENSE, learning.NF4, learning.THEIRS)
     dense, ours, peft = (100 * learned.mean(name) for name in names)
     text = f"{ours:.1f} %; over fp32 {dense:.1f}; PEFT over NF4 {peft:.1f}"
@@ -307,13 +318,13 @@ def nf4_quality(learned: learning.Learned) -> Verdict:
 
 
 def rewrite(found: verbs.Scale) -> Verdict:
-    """The time of a rewrite."""
+    """Judge the time of a rewrite."""
     ours, peft = (found.samples[name].median for name in (OURS, PEFT))
     return Verdict(f"{ours:.3f} s; PEFT {peft:.3f} s", ours - 0.15, " s")
 
 
 def curves(found: learning.Curves) -> Verdict:
-    """Whether every loss of ours is that of the plain form, measured by what other seeds change."""
+    """Judge if our losses equal those of the plain form, relative to the difference between seeds."""
     parts = {name: found.apart(name) / found.between_seeds(name) for name in learning.FUSED}
     worst = max(parts, key=parts.__getitem__)
     text = (
@@ -324,7 +335,7 @@ def curves(found: learning.Curves) -> Verdict:
 
 
 def dropped_curves(found: learning.Curves) -> Verdict:
-    """Whether trainings with other masks end where those of the plain form do."""
+    """Judge if trainings with other masks end at the loss of the plain form."""
     parts = {name: abs(found.last_apart(name)) for name in learning.FUSED}
     worst = max(parts, key=parts.__getitem__)
     spread = found.spread(CANONICAL)
@@ -333,7 +344,7 @@ def dropped_curves(found: learning.Curves) -> Verdict:
 
 
 def linear_growth(found: Mapping[str, verbs.Scale]) -> Verdict | None:
-    """Whether a node takes as long in a large model as in a small one."""
+    """Judge if a node takes as long in a large model as in a small one."""
     if not {"7B", "70B"} <= found.keys():
         return None
     small, large = (found[name].per_thousand for name in ("7B", "70B"))
@@ -342,26 +353,26 @@ def linear_growth(found: Mapping[str, verbs.Scale]) -> Verdict | None:
 
 
 def guards_of_a_forward(found: guards.Found) -> Verdict:
-    """The guards' part of a forward, in the worst model."""
+    """Judge the guards' part of a forward, in the worst model."""
     portions = {case.title: case.portion.median for case in found.cases}
     text = "; ".join(f"{title}: {100 * portion:.2f} %" for title, portion in portions.items())
     return Verdict(text, 100 * max(portions.values()) - 1, " %")
 
 
 def second_step(found: guards.Found) -> Verdict:
-    """Whether the second step is as fast as one without a watch."""
+    """Judge if the second step is as fast as one without a watch."""
     off = found.steps[guards.OFF]
     second, again = (ratio(found.steps[name], off) for name in (guards.SECOND, guards.AGAIN))
-    # What the same step under a second name shows is noise, whichever of the two is slower.
+    # The same step under a second name shows the noise, no matter which of the two is slower.
     return Verdict(f"{second}; A/A {again}", second.median - max(again.high, 1 / again.low))
 
 
 def merge(found: Mapping[str, verbs.Merged], part: float) -> Verdict:
-    """The time of a merge. Like with like: PEFT writes over the model that it is given.
+    """Judge the time of a merge into the base, which is what PEFT does, too.
 
     Args:
-        found: By contender.
-        part: Of PEFT's time.
+        found: Merges by contender.
+        part: Allowed fraction of PEFT's time.
     """
     names = (OURS, verbs.OURS_INTO, verbs.PEFT_MERGE, verbs.BOUND)
     ours, into, peft, bound = (found[name].sample.median for name in names)
@@ -372,7 +383,7 @@ def merge(found: Mapping[str, verbs.Merged], part: float) -> Verdict:
 
 
 def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
-    """Whether a merge makes a tensor as large as a weight; if so, all of it is the excess."""
+    """Judge if a merge makes no tensor as large as a weight. If it does, all of its bytes are the excess."""
     ours, peft = (found[name] for name in (verbs.OURS_INTO, verbs.PEFT_MERGE))
     text = (
         f"largest tensor {ours.memory.largest / _MIB:.1f} MiB, W {ours.weight / _MIB:.1f}; "
@@ -383,20 +394,20 @@ def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
 
 
 def rounding(found: Mapping[str, Mapping[str, verbs.MergeError]]) -> Verdict:
-    """Whether merged weights are rounded once."""
-    ours, peft = (max(one[name].largest for one in found.values()) for name in (OURS, PEFT))
+    """Judge if merged weights are rounded only once."""
+    ours, peft = (max(errors[name].largest for errors in found.values()) for name in (OURS, PEFT))
     return Verdict(f"{ours:.3f} ulp; PEFT {peft:.3f}", ours - 0.5005, " ulp")
 
 
 def gpu(found: Mapping[Cell, Any]) -> Verdict:
-    """The overhead of one linear operation on a GPU."""
+    """Judge the overhead of one linear operation on a GPU."""
     frozen = found[Cell(FROZEN)][0]
     ours, peft = (ratio(found[Cell(name, 16, 0.0)][0], frozen).median for name in (OURS, PEFT))
     return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.15)
 
 
 def exported(found: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdict:
-    """Whether every exported file is equal to PyTorch."""
+    """Judge if every exported file computes the same as PyTorch."""
     ours = {key: row for key, row in found.items() if key[2].startswith(OURS)}
     errors = [row.parity for row in ours.values() if row.parity is not None]
     text = f"{len(errors)} of {len(ours)} files, largest error {max(errors, default=0):.1e}"
@@ -404,7 +415,7 @@ def exported(found: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdict:
 
 
 def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict | None:
-    """What a decoding step with an adapter for each row takes, relative to a run for each row."""
+    """Judge a decoding step with an adapter for each row, relative to a run for each row."""
     steps = {step: samples for (_, step), samples in found.items() if step.startswith("decode")}
     if not steps:
         return None
@@ -421,12 +432,12 @@ def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict |
 
 
 def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float) -> Verdict:
-    """What a step of several adapters takes relative to other steps, at the worst length of rows.
+    """Judge a step of several adapters relative to other steps, at the worst length of rows.
 
     Args:
         found: Times by length, then by contender.
-        beside: The other contender.
-        most: What is allowed.
+        beside: Contender to compare with.
+        most: Largest ratio that is allowed.
     """
     excesses = []
     figures = []
@@ -439,21 +450,24 @@ def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float
 
 
 def together_beside_one(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
-    """The step of eight adapters beside that of one, with as many rows."""
+    """Judge the step of eight adapters relative to a step of one adapter with as many rows."""
     return together(found, step_sections.ONE, 1.3)
 
 
 def together_beside_separate(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
-    """The step of eight adapters beside eight steps of one row."""
-    # What a step of one adapter needs for as many rows, nothing that trains several goes below.
-    least = [ratio(one[step_sections.ONE], one[step_sections.SEPARATE]) for one in found.values()]
-    said = together(found, step_sections.SEPARATE, 0.5)
-    bounds = ", ".join(f"{one.median:.2f}" for one in least)
-    return dataclasses.replace(said, measured=f"{said.measured}; one adapter alone {bounds}")
+    """Judge the step of eight adapters relative to eight steps of one row."""
+    # A step of one adapter with as many rows is the lower bound of a step that trains several.
+    least = [
+        ratio(samples[step_sections.ONE], samples[step_sections.SEPARATE])
+        for samples in found.values()
+    ]
+    verdict = together(found, step_sections.SEPARATE, 0.5)
+    bounds = ", ".join(f"{bound.median:.2f}" for bound in least)
+    return dataclasses.replace(verdict, measured=f"{verdict.measured}; one adapter alone {bounds}")
 
 
 def merged_run(found: _LATENCIES) -> Verdict:
-    """Whether a merged file runs as fast as the base: the same file under a second name shows the noise."""
+    """Judge if a merged file runs as fast as the base. The base under a second name shows the noise."""
     excesses = {}
     for latency in found.values():
         for samples in latency.runs.values():
@@ -465,7 +479,7 @@ def merged_run(found: _LATENCIES) -> Verdict:
 
 
 def swappable_run(found: _LATENCIES) -> Verdict:
-    """What a file that takes its adapter costs, relative to a merged one, beyond what its FLOPs need."""
+    """Judge the cost of a file that takes its adapter relative to a merged one, beyond its FLOPs."""
     excesses = {}
     for latency in found.values():
         for samples in latency.runs.values():
@@ -478,12 +492,12 @@ def swappable_run(found: _LATENCIES) -> Verdict:
 
 
 def beside_peer(found: generation.Runs, steps: str, most: float) -> Verdict | None:
-    """What a run takes beside the fastest file of others; the same file a second time shows the noise.
+    """Judge a run relative to the fastest file of other exporters. The same file twice shows the noise.
 
     Args:
-        found: What was measured.
-        steps: How the names of the steps begin.
-        most: What is allowed of each of them.
+        found: Results of the section.
+        steps: Prefix of the names of the steps.
+        most: Largest ratio that is allowed in each step.
     """
     excesses, figures = [], []
     for (_, step), samples in found.samples.items():
@@ -499,7 +513,7 @@ def beside_peer(found: generation.Runs, steps: str, most: float) -> Verdict | No
 
 
 def swapped_step(found: generation.Runs, most: float) -> Verdict | None:
-    """What a decoding step with an adapter takes beside the same file without one."""
+    """Judge a decoding step with an adapter relative to the same file without one."""
     excesses, figures = [], []
     for (model, step), samples in found.samples.items():
         if step.startswith("decode"):
@@ -510,7 +524,7 @@ def swapped_step(found: generation.Runs, most: float) -> Verdict | None:
 
 
 def generated(found: generation.Generated, adapted: float, most: float) -> Verdict | None:
-    """What a token takes beside the peer; the peer's own second process shows the noise."""
+    """Judge the time of a token relative to the peer. The peer's second process shows the noise."""
     if generation.PEER not in found.samples:
         return None
     name = generation.ADAPTED if adapted else generation.MERGED
@@ -521,6 +535,6 @@ def generated(found: generation.Generated, adapted: float, most: float) -> Verdi
 
 
 def switching(found: _LATENCIES) -> Verdict:
-    """What a switch of adapters costs."""
+    """Judge the time of a switch of adapters."""
     worst = 1e3 * max(map(onnx_latency.switch_time, found.values()))
     return Verdict(f"{worst:.3f} ms at most", worst - 1, " ms")

@@ -1,7 +1,8 @@
-"""What it costs to be right: the guards of the graphs at each call, and the watch of the first step.
+"""Cost of the safety checks: the guards of the graphs at each call, and the watch of the first step.
 
-A graph asks at each call whether what its trace read is still so. The first call of each form is watched for
-code that reads an adapted weight past its adapter; those that follow look whether they were watched.
+A graph's guard checks at each call that the values read by its trace are unchanged. The watch runs in the
+first call of each form and looks for code that reads an adapted weight without its adapter. Later calls only
+check that the watch has run.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Case:
     """The guards of one model.
 
     Attributes:
-        title: What the table calls it.
+        title: Name in the table.
         graphs: Number of graphs that a forward runs.
-        conditions: Number of what they compare.
-        forward: Times of a forward, with its guards.
+        conditions: Number of comparisons in their guards.
+        forward: Times of a forward, including its guards.
         guards: Times of the guards alone.
     """
 
@@ -56,16 +57,16 @@ class Case:
 
     @property
     def portion(self) -> Ratio:
-        """The guards' part of the forward."""
+        """Return the guards' part of the forward."""
         return ratio(self.guards, self.forward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The results.
+    """Results of the section.
 
     Attributes:
-        cases: The guards.
+        cases: Results of the guards.
         steps: Times of steps, by name.
     """
 
@@ -74,7 +75,7 @@ class Found:
 
 
 def _run(run: Run) -> Found:
-    """Measures the guards of two models by region and of one as a whole, then the steps of a Llama."""
+    """Measure the guards of two models by region and of one as a whole, then the steps of a Llama."""
     wide, pictures = small_llama(run.size), resnet(run.size)
     built = (
         ("Llama", wide, OURS, Settings()),
@@ -92,9 +93,9 @@ def _run(run: Run) -> Found:
 def _rows(results: Found) -> Iterator[list[str]]:
     for case in results.cases:
         yield [f"{case.title}: forward", "", "", str(case.forward), "", ""]
-        one = case.portion
-        part = " to ".join(f"{100 * value:.3f}" for value in (one.low, one.high))
-        shown = ["the forward", f"{100 * one.median:.3f} % ({part})"]
+        portion = case.portion
+        part = " to ".join(f"{100 * value:.3f}" for value in (portion.low, portion.high))
+        shown = ["the forward", f"{100 * portion.median:.3f} % ({part})"]
         counts = [str(case.graphs), str(case.conditions)]
         yield [f"{case.title}: guards", *counts, str(case.guards), *shown]
     off = results.steps[OFF]
@@ -108,7 +109,7 @@ def _guards(title: str, workload: Workload, way: str, settings: Settings, run: R
     settings = dataclasses.replace(settings, example_inputs=workload.on(place))
     model = BUILDERS[way](workload.make(), settings).train()
     forward = functools.partial(model, **workload.inputs)
-    forward()  # the watched one
+    forward()  # the watched call
     called = list(called_graphs(forward))
     guards = [(module, guard_of(tests, names)) for module, tests, names in called if tests]
 
@@ -122,29 +123,29 @@ def _guards(title: str, workload: Workload, way: str, settings: Settings, run: R
         seconds=_SECONDS,
         clock=time.thread_time,
     )
-    asked = Sample(tuple(taken / _PASSES for taken in samples[_CONDITIONS].times))
+    single = Sample(tuple(taken / _PASSES for taken in samples[_CONDITIONS].times))
     conditions = sum(len(tests) for _, tests, _ in called)
-    return Case(title, len(called), conditions, samples[_FORWARD], asked)
+    return Case(title, len(called), conditions, samples[_FORWARD], single)
 
 
 def called_graphs(
     forward: Callable[[], Any],
 ) -> Iterator[tuple[nn.Module, list[str], dict[str, Any]]]:
-    """The graphs that a call runs, each with what its guard compares.
+    """Yield the graphs that a call runs, each with the comparisons of its guard.
 
     Args:
         forward: The call.
 
     Yields:
-        The module, the comparisons as Python code that is true where the graph does not apply, and the
+        The module, the comparisons as Python code that is true if the graph does not apply, and the
         globals of that code.
     """
-    found: list[tuple[nn.Module, FrameType]] = []
+    calls: list[tuple[nn.Module, FrameType]] = []
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         module = frame.f_locals.get("self") if event == "call" else None
         if isinstance(module, nn.Module) and frame.f_code is getattr(type(module), CODE, None):
-            found.append((module, frame))
+            calls.append((module, frame))
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -152,22 +153,22 @@ def called_graphs(
         forward()
     finally:
         sys.setprofile(before)
-    for module, frame in found:
+    for module, frame in calls:
         graph = getattr(type(module), GRAPH)
         tests = list(conditions_of(torch_private.codegen_of(graph).reads))
         yield module, tests, dict(frame.f_globals)
 
 
 def guard_of(tests: list[str], names: dict[str, Any]) -> Callable[[nn.Module], bool]:
-    """A function that makes the comparisons of a guard, and nothing else.
+    """Return a function that makes only the comparisons of a guard.
 
     Args:
         tests: The comparisons.
         names: The globals of their code.
     """
     source = "def forward(self):\n    return (\n        " + "\n        or ".join(tests) + "\n    )"
-    made: Callable[[nn.Module], bool] = generated(source, names, "guard")
-    return made
+    guard: Callable[[nn.Module], bool] = generated(source, names, "guard")
+    return guard
 
 
 def _steps(workload: Workload, run: Run) -> dict[str, Sample]:

@@ -1,4 +1,4 @@
-"""What adapters learn: over NF4 and over fp32, and by every way in which a step can be computed."""
+"""Training results of adapters: over NF4 and over fp32, and with each way to compute a step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lora_fx.tools.bench.workloads import curve_llama
 __all__ = ["DENSE", "FUSED", "NF4", "SECTIONS", "THEIRS", "WAYS", "Curves", "Learned"]
 
 # --- over a quantized base ------------------------------------------------------------------------
-# The demo's task, equal steps, compared with adapters over fp32.
+# The demo's task with the same number of steps, compared with adapters over fp32.
 
 
 DENSE = f"{OURS} over fp32"
@@ -52,9 +52,9 @@ class Learned:
     """The results.
 
     Attributes:
-        accuracy: Share of held-out text that each contender gets right, one for each seed.
-        steps: Of each training.
-        judged: Sentences of the held-out text.
+        accuracy: Fraction of the held-out text that each contender classifies correctly, by seed.
+        steps: Steps of each training.
+        judged: Number of held-out sentences.
     """
 
     accuracy: Mapping[str, tuple[float, ...]]
@@ -62,18 +62,18 @@ class Learned:
     judged: int
 
     def mean(self, name: str) -> float:
-        """Over the seeds."""
+        """Return the mean accuracy over the seeds."""
         return statistics.fmean(self.accuracy[name])
 
     def lost(self, name: str) -> float:
-        """Percentage points less than over fp32."""
+        """Return the percentage points that are lost relative to fp32."""
         return 100 * (self.mean(DENSE) - self.mean(name))
 
 
 def _run(run: Run) -> dict[str, Learned]:
-    """The result on the CPU; none without bitsandbytes.
+    """Return the result on the CPU, or nothing without bitsandbytes.
 
-    Repeats are seeds: of the factors, the order and the dropout; two at most.
+    Repeats are seeds of the factors, the order and the dropout; two at most.
     """
     if not available():
         return {}
@@ -84,7 +84,7 @@ def _run(run: Run) -> dict[str, Learned]:
     base = demo.SentenceClassifier.pretrained(len(libraries))
     demo.fit_head(base, _batches(corpus.train, corpus, settings), iter(()))
     quantized = quantized_base(base).eval()
-    found: dict[str, list[float]] = {
+    accuracies: dict[str, list[float]] = {
         FROZEN: [_judged(base, held_out)],
         f"{FROZEN}, NF4": [_judged(quantized, held_out)],
     }
@@ -95,26 +95,26 @@ def _run(run: Run) -> dict[str, Learned]:
     }
     seeds = min(run.repeats, _SEEDS)
     for seed in range(seeds):
-        for place, (name, (below, adapt)) in enumerate(makers.items()):
+        for index, (name, (below, adapt)) in enumerate(makers.items()):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = adapt(below, seed)
                 demo.train(model, corpus, dataclasses.replace(settings, seed=seed))
-            found.setdefault(name, []).append(_judged(model, held_out))
-            run.tell(seed * len(makers) + place + 1, seeds * len(makers), name)
+            accuracies.setdefault(name, []).append(_judged(model, held_out))
+            run.tell(seed * len(makers) + index + 1, seeds * len(makers), name)
     steps = settings.epochs * -(-len(corpus.train) // settings.batch)
-    accuracy = {name: tuple(one) for name, one in found.items()}
+    accuracy = {name: tuple(values) for name, values in accuracies.items()}
     return {"cpu, float32": Learned(accuracy, steps, len(corpus.held_out))}
 
 
 def _rows(results: Mapping[str, Learned]) -> Iterator[list[str]]:
-    for where, found in results.items():
-        for name, each in found.accuracy.items():
+    for where, learned in results.items():
+        for name, each in learned.accuracy.items():
             frozen = name.startswith(FROZEN)
-            seeds = ", ".join(f"{100 * one:.1f}" for one in each) if len(each) > 1 else ""
-            lost = "" if frozen or name == DENSE else f"{found.lost(name):+.1f}"
-            row = [where, name, "" if frozen else str(found.steps)]
-            yield [*row, f"{100 * found.mean(name):.1f}", seeds, lost]
+            seeds = ", ".join(f"{100 * accuracy:.1f}" for accuracy in each) if len(each) > 1 else ""
+            lost = "" if frozen or name == DENSE else f"{learned.lost(name):+.1f}"
+            row = [where, name, "" if frozen else str(learned.steps)]
+            yield [*row, f"{100 * learned.mean(name):.1f}", seeds, lost]
 
 
 def _batches(
@@ -136,7 +136,7 @@ def _ours(base: nn.Module, seed: int) -> nn.Module:
 def _theirs(base: nn.Module, seed: int) -> nn.Module:
     import peft
 
-    names = {name.rpartition(".")[2] for name, one in base.named_modules() if _is_layer(one)}
+    names = {name.rpartition(".")[2] for name, module in base.named_modules() if _is_layer(module)}
     config = peft.LoraConfig(
         r=demo.CONFIG.r,
         lora_alpha=demo.CONFIG.lora_alpha,
@@ -154,11 +154,11 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 # --- by every way ---------------------------------------------------------------------------------
-# The losses of the same training by each way in which a step can be computed.
+# The losses of the same training with each way to compute a step.
 
 FUSED = (OURS, BALANCED, LEAST)
 WAYS = (CANONICAL, *FUSED, PEFT)
-"""Contenders; the first one is the plain form, with which the others are compared."""
+"""Contenders. The first is the plain form, to which the others are compared."""
 
 _STEPS = {Size.FULL: 100, Size.QUICK: 40, Size.TINY: 4}
 _BATCH, _RATE = 8, 5e-3
@@ -168,43 +168,43 @@ _SUCCESSORS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Curves:
-    """The losses of trainings that differ in how a step is computed, and in their seeds.
+    """Losses of trainings that compute their steps in different ways, with several seeds.
 
     Attributes:
-        losses: Of each step, by contender, [seeds, steps].
+        losses: Losses of each step by contender, [seeds, steps].
     """
 
     losses: Mapping[str, Tensor]
 
     def last(self, name: str) -> Tensor:
-        """The loss that each training ends with, of its last tenth, [seeds]."""
+        """Return the final loss of each training, the mean of its last tenth, [seeds]."""
         losses = self.losses[name]
         return losses[:, -math.ceil(losses.shape[1] / 10) :].mean(1)
 
     def spread(self, name: str) -> float:
-        """The standard deviation of that between seeds."""
+        """Return the standard deviation of the final loss between seeds."""
         return float(self.last(name).std())
 
     def between_seeds(self, name: str) -> float:
-        """The largest difference of a step's loss between two seeds."""
+        """Return the largest difference of a step's loss between two seeds."""
         losses = self.losses[name]
         return float((losses.amax(0) - losses.amin(0)).max())
 
     def apart(self, name: str) -> float:
-        """The largest difference of a step's loss from the plain form with the same seed."""
+        """Return the largest difference of a step's loss from the plain form with the same seed."""
         return float((self.losses[name] - self.losses[CANONICAL]).abs().max())
 
     def last_apart(self, name: str) -> float:
-        """The mean over seeds of what trainings end with, less that of the plain form."""
+        """Return the mean final loss over seeds, minus that of the plain form."""
         return float((self.last(name) - self.last(CANONICAL)).mean())
 
 
 def _trained(run: Run) -> dict[str, Curves]:
-    """The curves by probability of dropout. Repeats are seeds, five at most."""
-    found = {}
-    for dropout, part in run.each((0.0, 0.05), lambda one: f"p = {one:g}"):
-        found[f"{dropout:g}"] = _curves(dropout, part)
-    return found
+    """Return the curves by probability of dropout. Repeats are seeds, five at most."""
+    curves = {}
+    for dropout, part in run.each((0.0, 0.05), lambda probability: f"p = {probability:g}"):
+        curves[f"{dropout:g}"] = _curves(dropout, part)
+    return curves
 
 
 def _curves(dropout: float, run: Run) -> Curves:
@@ -217,29 +217,29 @@ def _curves(dropout: float, run: Run) -> Curves:
     losses = {name: torch.zeros(seeds, steps, dtype=torch.float64) for name in WAYS}
     for seed in range(seeds):
         batches = _sentences(words, length, steps, seed)
-        for place, (name, model) in enumerate(models.items()):
+        for index, (name, model) in enumerate(models.items()):
             _restart(model, seed)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 losses[name][seed] = torch.tensor([*_steps_of(model, batches)])
-            run.tell(seed * len(WAYS) + place + 1, seeds * len(WAYS), name)
+            run.tell(seed * len(WAYS) + index + 1, seeds * len(WAYS), name)
     return Curves(losses)
 
 
 def _sentences(words: int, length: int, steps: int, seed: int) -> Tensor:
-    """Batches of a chain in which each word has a few that can follow it, [steps, batch, length]."""
+    """Draw batches from a Markov chain with a few successors for each word, [steps, batch, length]."""
     rule, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     following = torch.randint(words, (words, _SUCCESSORS), generator=rule)
-    found = torch.randint(words, (steps, _BATCH, length), generator=drawn)
-    # More often the first than the last.
-    choices = torch.rand(found.shape, generator=drawn).square().mul(_SUCCESSORS).long()
-    for place in range(1, length):
-        found[..., place] = following[found[..., place - 1], choices[..., place]]
-    return found
+    ids = torch.randint(words, (steps, _BATCH, length), generator=drawn)
+    # The square makes the first successors more likely than the last.
+    choices = torch.rand(ids.shape, generator=drawn).square().mul(_SUCCESSORS).long()
+    for index in range(1, length):
+        ids[..., index] = following[ids[..., index - 1], choices[..., index]]
+    return ids
 
 
 def _restart(model: nn.Module, seed: int) -> None:
-    """Gives factors their start: A as PEFT draws it, B of zeros. Both libraries name them alike."""
+    """Set the factors' initial values: A as PEFT draws it, B zeros. Both libraries use the same names."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, factor in model.named_parameters():
@@ -251,7 +251,7 @@ def _restart(model: nn.Module, seed: int) -> None:
 
 
 def _steps_of(model: nn.Module, batches: Tensor) -> Iterator[float]:
-    wanted = [one for one in model.parameters() if one.requires_grad]
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(wanted, lr=_RATE)
     for ids in batches:
         optimizer.zero_grad()
@@ -262,19 +262,19 @@ def _steps_of(model: nn.Module, batches: Tensor) -> Iterator[float]:
 
 
 def _curve_rows(results: Mapping[str, Curves]) -> Iterator[list[str]]:
-    for dropout, found in results.items():
-        for name, losses in found.losses.items():
+    for dropout, curves in results.items():
+        for name, losses in curves.losses.items():
             plain = name == CANONICAL
             yield [
                 dropout,
                 name,
                 str(losses.shape[1]),
                 f"{float(losses[:, 0].mean()):.4f}",
-                f"{float(found.last(name).mean()):.4f}",
-                f"{found.spread(name):.4f}",
-                f"{found.between_seeds(name):.3f}",
-                "" if plain else f"{found.last_apart(name):+.1e}",
-                "" if plain else f"{found.apart(name):.1e}",
+                f"{float(curves.last(name).mean()):.4f}",
+                f"{curves.spread(name):.4f}",
+                f"{curves.between_seeds(name):.3f}",
+                "" if plain else f"{curves.last_apart(name):+.1e}",
+                "" if plain else f"{curves.apart(name):.1e}",
             ]
 
 

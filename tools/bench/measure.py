@@ -1,4 +1,4 @@
-"""How a section measures: at which places, how often, in which order; and what a machine counts itself."""
+"""Measurement of a section: places, repeats and order of the runs, and the counters of the machine."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ CPU = torch.device("cpu")
 
 
 def devices() -> tuple[torch.device, ...]:
-    """Where to measure."""
+    """Return the devices to measure on."""
     if torch.cuda.is_available():
         return (CPU, torch.device("cuda", torch.cuda.current_device()))
     return (CPU,)
 
 
 def synchronizer(device: torch.device) -> Callable[[], None] | None:
-    """What waits for the device's work, or None where there is nothing to wait for."""
+    """Return a function that waits for the device's work, or None for a CPU."""
     if device.type != "cuda":
         return None
     return functools.partial(torch.cuda.synchronize, device)
 
 
 def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None:
-    """How many kernels a step starts on a CUDA device; None elsewhere, where nothing is launched.
+    """Count the kernels that a step starts on a CUDA device. Return None elsewhere.
 
     Copies and fills are counted with the kernels: they cost the same to start.
     """
@@ -69,7 +69,7 @@ def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None
         return None
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     step()
-    # What is still running when the profiler starts would be counted, too.
+    # Kernels still running when the profiler starts would be counted, too.
     torch.cuda.synchronize(device)
     with torch.profiler.profile(activities=kinds) as profile:
         step()
@@ -78,7 +78,7 @@ def kernel_launches(step: Callable[[], Any], device: torch.device) -> int | None
 
 
 def launches(events: Iterable[Any]) -> int:
-    """How many of a profiler's events are kernels, copies and fills on a GPU.
+    """Count the kernels, copies and fills on a GPU among a profiler's events.
 
     Named ranges are repeated on the GPU's time line and start nothing.
     """
@@ -90,12 +90,12 @@ def launches(events: Iterable[Any]) -> int:
 def allocator_peak(
     step: Callable[[], Any], device: torch.device, reset: Callable[[], Any] | None = None
 ) -> int | None:
-    """Bytes that a step takes from CUDA's allocator beyond what was held before; None elsewhere.
+    """Return the bytes that a step takes from CUDA's allocator beyond those allocated before; None elsewhere.
 
     Args:
-        step: Run twice: the first run takes what libraries keep for good (workspaces of cuBLAS).
-        device: Where.
-        reset: Lets go of what a step leaves (gradients), which would count as held before.
+        step: The step. It runs twice: the first run allocates what libraries keep, such as cuBLAS workspaces.
+        device: Device of the step.
+        reset: Frees what a step leaves, such as gradients, which would count as allocated before.
     """
     if device.type != "cuda":
         return None
@@ -113,7 +113,7 @@ def allocator_peak(
 
 @functools.cache
 def computes_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 are worth measuring: at most a fifth slower than those in fp32.
+    """Return True if products in bf16 are worth measuring: at most a fifth slower than those in fp32.
 
     A processor without instructions for them is some ten times slower.
     """
@@ -124,7 +124,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def compiles(device: torch.device) -> bool:
-    """Whether inductor has what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    """Return True if inductor can compile: with a C++ compiler on the CPU, with Triton on CUDA."""
     if device.type == "cuda":
         return torch_private.has_triton()
     return any(shutil.which(name) is not None for name in ("g++", "clang++", "c++"))
@@ -141,9 +141,9 @@ def _product_time(dtype: torch.dtype) -> float:
 
 
 class Size(enum.StrEnum):
-    """What a section measures: all of it, what takes seconds, or as little as a test needs.
+    """Amount that a section measures: all of it, a part that takes seconds, or as little as a test needs.
 
-    The shapes of a smaller size are not those of the page: its figures are for looking at the tool.
+    Smaller sizes have other shapes than the page, so their figures only show that the tool works.
     """
 
     FULL = "full"
@@ -152,7 +152,7 @@ class Size(enum.StrEnum):
 
 
 Progress = Callable[[int, int, str], None]
-"""(done, total, contender): called after each run."""
+"""Callback with (done, total, contender), called after each run."""
 
 _LEAST = 5
 
@@ -169,18 +169,18 @@ class Sample:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Return the median in seconds."""
         return statistics.median(self.times)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile, in seconds."""
+        """Return the first and third quartile, in seconds."""
         low, _, high = statistics.quantiles(self.times, n=4, method="inclusive")
         return low, high
 
     @property
     def runs(self) -> int:
-        """Number of runs that were counted."""
+        """Return the number of runs that were counted."""
         return len(self.times)
 
     def __str__(self) -> str:
@@ -192,7 +192,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as long one contender takes as another: median and quartiles over the turns."""
+    """Ratio of one contender's time to another's: median and quartiles over the turns."""
 
     median: float
     low: float
@@ -203,19 +203,19 @@ class Ratio:
 
 
 def ratio(sample: Sample, base: Sample) -> Ratio:
-    """The ratio of times within each turn: what is slow for minutes slows both.
+    """Return the ratio of times within each turn, because a slow minute of the machine slows both.
 
     Args:
         sample: The contender.
-        base: What it is compared with, of the same call of :func:`interleaved`.
+        base: Sample to compare with, from the same call of :func:`interleaved`.
     """
-    found = [mine / theirs for mine, theirs in zip(sample.times, base.times, strict=True)]
-    low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+    ratios = [mine / theirs for mine, theirs in zip(sample.times, base.times, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return Ratio(median, low, high)
 
 
 Contenders = Mapping[str, tuple[Callable[[], Any], Callable[[Any], Any]]]
-"""By name: a preparation that is not timed, and what is timed, which gets the preparation's result."""
+"""By name: a preparation that is not timed, and the timed function, which gets the preparation's result."""
 
 
 def interleaved(
@@ -229,24 +229,24 @@ def interleaved(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Sample]:
-    """Times contenders in turn.
+    """Time contenders in turn.
 
     Args:
-        contenders: What is timed.
-        repeats: Counted turns; one more, first, is not counted.
-        calls: How often what is timed is called in a run; times are those of one call. For what takes so
-            little that the clock or the scheduler would show.
-        seconds: After this long no further turn begins, if five are done.
-        seed: Of the random order.
+        contenders: The contenders.
+        repeats: Counted turns. A first turn that is not counted comes before them.
+        calls: Calls of the timed function in a run; times are those of one call. More than one is for
+            functions so short that the clock or the scheduler would show.
+        seconds: Time after which no further turn begins, if five are done.
+        seed: Seed of the random order.
         synchronize: Waits for the device, before and after each run.
         progress: Called with (done, total, contender) after each run.
-        clock: Gives seconds. ``time.thread_time`` leaves out the time that other processes have.
+        clock: Returns seconds. ``time.thread_time`` leaves out the time of other processes.
 
     Returns:
-        As many times of each contender as of the others: turns are whole.
+        The sample of each contender. All have the same number of times, because turns are whole.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    # A collection before each run looks at what runs have made, not at the libraries' objects each time.
+    # The collection before each run then scans only the objects of runs, not those of the libraries.
     gc.collect()
     gc.freeze()
     try:
@@ -263,26 +263,26 @@ def interleaved(
 
 
 def portion(progress: Progress | None, index: int, count: int, title: str = "") -> Progress | None:
-    """The progress of one of several pieces of work of about the same length, as part of the whole.
+    """Return the progress of one of several equally long pieces of work, as part of the whole.
 
     Args:
-        progress: The whole's.
-        index: Which piece, from 0.
-        count: How many there are.
-        title: Stands before the name of the contender.
+        progress: Callback of the whole.
+        index: Index of the piece, from 0.
+        count: Number of pieces.
+        title: Text before the name of the contender.
     """
     if progress is None:
         return None
     tell = progress
 
-    def advance(done: int, total: int, what: str) -> None:
-        tell(index * total + done, count * total, f"{title} {what}".strip())
+    def advance(done: int, total: int, name: str) -> None:
+        tell(index * total + done, count * total, f"{title} {name}".strip())
 
     return advance
 
 
 def machine() -> dict[str, str]:
-    """What a reader has to know to read the numbers: hardware, versions, date."""
+    """Return what a reader must know to judge the numbers: hardware, versions, date."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -294,7 +294,7 @@ def machine() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Returns a package's name and version, or says that it is not installed."""
+    """Return a package's name and version, or a text that it is not installed."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -302,13 +302,13 @@ def version_of(package: str) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Makes the lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     head, *lines = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
     return [head, "|" + "---|" * len(columns), *lines]
 
 
 def _turns(names: list[str], repeats: int, seconds: float, seed: int) -> Iterator[tuple[int, str]]:
-    """The number of the turn, and who is next."""
+    """Yield the number of the turn and the name of the next contender, in random order within each turn."""
     order = random.Random(seed)
     start = time.perf_counter()
     for turn in range(repeats + 1):
@@ -325,20 +325,20 @@ def _timed(
     wait: Callable[[], None],
     clock: Callable[[], float],
 ) -> float:
-    given = prepare()
+    prepared = prepare()
     gc.collect()
     wait()
     began = clock()
     for _ in range(calls):
-        kept = run(given)
+        result = run(prepared)
     wait()
     taken = clock() - began
-    del given, kept
+    del prepared, result
     return taken / calls
 
 
 def _nothing() -> None:
-    """There is no device to wait for."""
+    """Do nothing; a CPU has no work to wait for."""
 
 
 def _processor() -> str:
@@ -356,11 +356,11 @@ Item = TypeVar("Item")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A device and a dtype; as a string, what the tables call it: "cpu, float32".
+    """A device and a dtype, such as "cpu, float32" in the tables.
 
     Attributes:
-        device: Where models and inputs are.
-        dtype: Of weights and activations.
+        device: Device of models and inputs.
+        dtype: Dtype of weights and activations.
     """
 
     device: torch.device
@@ -371,29 +371,29 @@ class Place:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether it is a GPU."""
+        """Return True for a GPU."""
         return self.device.type == "cuda"
 
 
 def places(*, half: bool) -> tuple[Place, ...]:
-    """Every device with fp32, then those that compute in bf16 with that.
+    """Return every device with fp32, then with bf16 the devices that compute well in it.
 
     Args:
-        half: Whether bf16 is wanted.
+        half: True to include bf16.
     """
-    found = [Place(device, torch.float32) for device in devices()]
+    pairs = [Place(device, torch.float32) for device in devices()]
     if half:
-        found += [Place(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
-    return tuple(found)
+        pairs += [Place(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
+    return tuple(pairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How a section is measured.
+    """Settings of one measurement of a section.
 
     Attributes:
         repeats: Counted runs of each contender.
-        size: How much of the section.
+        size: Amount of the section to measure.
         progress: Called with (done, total, contender) after each run.
     """
 
@@ -402,31 +402,31 @@ class Run:
     progress: Progress | None = None
 
     def tell(self, done: int, total: int, what: str) -> None:
-        """Reports progress if there is a callback."""
+        """Report progress if there is a callback."""
         if self.progress is not None:
             self.progress(done, total, what)
 
     def part(self, index: int, count: int, title: str = "") -> Run:
-        """Returns the run of one of several pieces of work; see :func:`portion`."""
+        """Return the run of one of several pieces of work; see :func:`portion`."""
         return dataclasses.replace(self, progress=portion(self.progress, index, count, title))
 
     def each(
         self, items: Collection[Item], title: Callable[[Item], str] = lambda _: ""
     ) -> Iterator[tuple[Item, Run]]:
-        """Yields pieces of work of about the same length, each with the run that measures it."""
+        """Yield equally long pieces of work, each with the run that measures it."""
         for index, item in enumerate(items):
             yield item, self.part(index, len(items), title(item))
 
     def at_each(
         self, where: Collection[Place], work: Callable[[Place, Run], Found]
     ) -> dict[str, Found]:
-        """Does the same work at each place; the results by the place's name."""
+        """Do the same work at each place and return the results by the place's name."""
         return {str(place): work(place, run) for place, run in self.each(where)}
 
     def times(
         self, contenders: Contenders, device: torch.device = CPU, **options: Any
     ) -> dict[str, Sample]:
-        """Times contenders in turn on a device; see :func:`interleaved` for the options."""
+        """Time contenders in turn on a device; see :func:`interleaved` for the options."""
         return interleaved(
             contenders,
             repeats=self.repeats,

@@ -1,4 +1,4 @@
-"""One linear operation, forward and backward, as the middle of a model has it: x requires a gradient."""
+"""One linear layer, forward and backward, as inside a model: x requires a gradient."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _CORE = (contenders.OURS, contenders.PEFT)
 _ALL = (contenders.OURS, contenders.CANONICAL, contenders.PEFT, *contenders.PEERS)
 _RANK = 16
 _HALF_WIDTH = 2048
-"""The width that a CPU measures in bf16, too."""
+"""The width that a CPU also measures in bf16."""
 
 _DROPOUTS = (0.0, 0.05)
 _SECONDS = 40.0
 _SMALLEST_RUN = 3e9
-"""FLOPs of one timed run, at least: some 20 ms on two cores."""
+"""Least FLOPs of one timed run: some 20 ms on two cores."""
 
 
 class Shape(NamedTuple):
-    """What is measured together.
+    """Shape whose contenders are measured together.
 
     Attributes:
         where: Device and dtype.
-        d: Inputs and outputs.
+        d: Number of inputs and of outputs.
         tokens: T.
     """
 
@@ -53,7 +53,7 @@ class Shape(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A contender: its name, r and p; the last two are 0 for the frozen layer."""
+    """A contender: its name, r and p. The last two are 0 for the frozen layer."""
 
     name: str
     rank: int = 0
@@ -64,7 +64,7 @@ Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 
 
 def _run(run: Run) -> Results:
-    """Times and, on CUDA, kernel launches, by shape and contender."""
+    """Measure times and, on CUDA, kernel launches, by shape and contender."""
     cases = [
         (place, d, tokens)
         for place in places(half=run.size is Size.FULL)
@@ -73,25 +73,27 @@ def _run(run: Run) -> Results:
     ]
     return {
         Shape(str(place), d, tokens): _measured(place, d, tokens, part)
-        for (place, d, tokens), part in run.each(cases, lambda one: f"d={one[1]}, T={one[2]}")
+        for (place, d, tokens), part in run.each(cases, lambda case: f"d={case[1]}, T={case[2]}")
     }
 
 
 def _rows(results: Results) -> Iterator[list[str]]:
-    """O and η of every contender, a row for each shape, rank and dropout."""
-    for shape, found in results.items():
-        frozen = found[Cell(contenders.FROZEN)][0]
-        again = ratio(found[Cell(contenders.AGAIN)][0], frozen)
-        for rank, dropout in dict.fromkeys((one.rank, one.dropout) for one in found if one.rank):
+    """Yield a row for each shape, rank and dropout, with O and η of every contender."""
+    for shape, cells in results.items():
+        frozen = cells[Cell(contenders.FROZEN)][0]
+        again = ratio(cells[Cell(contenders.AGAIN)][0], frozen)
+        for rank, dropout in dict.fromkeys(
+            (cell.rank, cell.dropout) for cell in cells if cell.rank
+        ):
             floor = contenders.linear_floor(shape.d, shape.d, rank)
             row = [shape.where, str(shape.d), str(shape.tokens), str(rank), f"{dropout:g}"]
             row += [f"{1e3 * frozen.median:.3g} ms", f"{again.median:.2f}", f"{floor:.3f}"]
-            yield [*row, *(_text(found, Cell(n, rank, dropout), frozen, floor) for n in _ALL)]
+            yield [*row, *(_text(cells, Cell(n, rank, dropout), frozen, floor) for n in _ALL)]
 
 
 def _charts(results: Results) -> dict[str, Chart]:
-    """O at r = 16, for each device and dtype."""
-    found: dict[str, Chart] = {}
+    """Return a chart of O at r = 16 for each device and dtype."""
+    charts: dict[str, Chart] = {}
     for where in dict.fromkeys(shape.where for shape in results):
         groups = [
             Group(
@@ -107,12 +109,12 @@ def _charts(results: Results) -> dict[str, Chart]:
             if shape.where == where
             for dropout in _DROPOUTS
         ]
-        found[f"one-linear-{where.replace(', ', '-')}.svg"] = (
+        charts[f"one-linear-{where.replace(', ', '-')}.svg"] = (
             f"One linear operation beside the frozen one, r = {_RANK} ({where})",
             "O, less is better; 1 is the frozen step, the lines are F",
             groups,
         )
-    return found
+    return charts
 
 
 def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -123,16 +125,16 @@ def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
     small = place.on_cuda or d * d * tokens < 4096 * 4096 * 2048
-    found = [Cell(contenders.FROZEN), Cell(contenders.AGAIN)]
+    cells = [Cell(contenders.FROZEN), Cell(contenders.AGAIN)]
     for rank in (8, 16, 64) if size is Size.FULL else (16,):
         for dropout in _DROPOUTS:
             names = _ALL if rank == _RANK and small else _CORE
-            found += [
+            cells += [
                 Cell(n, rank, dropout)
                 for n in names
                 if not (dropout and n in contenders.NO_DROPOUT)
             ]
-    return found
+    return cells
 
 
 def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[Sample, int | None]]:
@@ -156,7 +158,7 @@ def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[S
 
 
 def _operation(place: Place, d: int, tokens: int) -> tuple[nn.Module, Tensor, Tensor]:
-    """The layer, its input and the gradient of its output."""
+    """Return the layer, its input and the gradient of its output."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(d, d, bias=False)).to(place.device, place.dtype)
@@ -165,26 +167,26 @@ def _operation(place: Place, d: int, tokens: int) -> tuple[nn.Module, Tensor, Te
 
 
 def _calls(d: int, tokens: int) -> int:
-    """Steps of one timed run."""
+    """Return the number of steps of one timed run."""
     return max(1, round(_SMALLEST_RUN / (4 * tokens * d * d))) if d >= 512 else 2
 
 
 def _step(model: nn.Module, x: Tensor, grad: Tensor) -> Callable[[Any], None]:
-    leaves = [x, *(one for one in model.parameters() if one.requires_grad)]
+    leaves = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
 
     def step(_: Any) -> None:
-        # Gradients are given, not accumulated: there is nothing to add to and nothing to set to zero.
+        # grad returns gradients and accumulates none, so there is nothing to add to or to set to zero.
         torch.autograd.grad(model(x), leaves, grad)
 
     return step
 
 
 def _text(
-    found: Mapping[Cell, tuple[Sample, int | None]], cell: Cell, frozen: Sample, floor: float
+    cells: Mapping[Cell, tuple[Sample, int | None]], cell: Cell, frozen: Sample, floor: float
 ) -> str:
-    if cell not in found:
+    if cell not in cells:
         return "–"
-    sample, launches = found[cell]
+    sample, launches = cells[cell]
     overhead = ratio(sample, frozen).median
     text = f"{overhead:.2f} ({100 * floor / overhead:.0f} %)"
     return text if launches is None else f"{text}, {launches}"
@@ -196,7 +198,7 @@ SECTION = Section(
 
 
 # --- dropout by kernels -------------------------------------------------------------------------------
-# What Triton's kernels change, on CUDA alone.
+# The effect of Triton's kernels, on CUDA only.
 
 _WITHOUT = f"{contenders.OURS}, without kernels"
 _KERNEL_RANKS = (8, 16, 64, 256)
@@ -207,7 +209,7 @@ Kernels = dict[tuple[Shape, int], dict[str, tuple[Sample, int]]]
 
 @contextlib.contextmanager
 def _without_kernels() -> Iterator[None]:
-    """Masks and products of PyTorch's operations, as where there is no Triton."""
+    """Compute masks and products by PyTorch's operations, as on systems without Triton."""
     before, masks.KERNEL_DEVICES = masks.KERNEL_DEVICES, ()
     try:
         yield
@@ -216,7 +218,7 @@ def _without_kernels() -> Iterator[None]:
 
 
 def _run_kernels(run: Run) -> Kernels:
-    """Times and bytes kept on CUDA, by shape and rank, then by contender; nothing without it."""
+    """Measure times and saved bytes on CUDA, by shape and rank, then by contender; nothing without CUDA."""
     cases = [
         (place, *sizes)
         for place in places(half=True)
@@ -227,7 +229,9 @@ def _run_kernels(run: Run) -> Kernels:
         run.tell(1, 1, "no CUDA")
     return {
         (Shape(str(place), d, tokens), rank): _with_and_without(place, d, tokens, rank, part)
-        for (place, d, tokens, rank), part in run.each(cases, lambda one: f"d={one[1]}, r={one[3]}")
+        for (place, d, tokens, rank), part in run.each(
+            cases, lambda case: f"d={case[1]}, r={case[3]}"
+        )
     }
 
 
@@ -245,13 +249,13 @@ def _with_and_without(
     around = dict.fromkeys(names, contextlib.nullcontext) | {_WITHOUT: _without_kernels}
 
     def step(name: str) -> Callable[[Any], None]:
-        def run_it(given: Any) -> None:
+        def run_it(inputs: Any) -> None:
             with around[name]():
-                work[name](given)
+                work[name](inputs)
 
         return run_it
 
-    found: dict[str, tuple[Sample, int]] = {}
+    results: dict[str, tuple[Sample, int]] = {}
     timed = run.times(
         {name: (lambda: None, step(name)) for name in work},
         place.device,
@@ -260,20 +264,23 @@ def _with_and_without(
     )
     for name, model in models.items():
         with around[name]():
-            found[name] = timed[name], saved_bytes(model, lambda model=model: model(x))  # type: ignore[misc]
-    return found
+            results[name] = timed[name], saved_bytes(model, lambda model=model: model(x))  # type: ignore[misc]
+    return results
 
 
 def _kernel_rows(results: Kernels) -> Iterator[list[str]]:
-    """O, and MiB kept, of every contender."""
+    """Yield O and saved MiB of every contender."""
     if not results:
         yield ["not measured: no CUDA with Triton", *[""] * (len(KERNEL_SECTION.columns) - 1)]
-    for (shape, rank), found in results.items():
-        frozen = found[contenders.FROZEN][0]
+    for (shape, rank), contender_results in results.items():
+        frozen = contender_results[contenders.FROZEN][0]
         row = [shape.where, str(shape.d), str(shape.tokens), str(rank)]
-        row += [f"{1e3 * frozen.median:.3g} ms", str(ratio(found[contenders.AGAIN][0], frozen))]
+        row += [
+            f"{1e3 * frozen.median:.3g} ms",
+            str(ratio(contender_results[contenders.AGAIN][0], frozen)),
+        ]
         for name in (contenders.OURS, _WITHOUT, contenders.PEFT):
-            sample, kept = found[name]
+            sample, kept = contender_results[name]
             row.append(f"{ratio(sample, frozen)}, {kept / 2**20:.2f}")
         yield row
 

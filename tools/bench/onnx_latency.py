@@ -1,4 +1,4 @@
-"""What a run of an exported file takes: the base, a merged file, and one that is handed its adapters."""
+"""Latency of exported files: the base, a merged file, and a file that takes its adapters as inputs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ __all__ = [
 ]
 
 # --- one adapter for all rows ---------------------------------------------------------------------
-# What a run of an exported file takes: the base, a merged file, and one that is handed its
-# adapters.
+# Time of a run of an exported file: the base, a merged file, and a file that takes its adapters as inputs.
 
 
 BASE, AGAIN = "base", "base again (A/A)"
@@ -59,12 +58,12 @@ _SECONDS = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Latency:
-    """One model on one provider.
+    """Times of one model on one provider.
 
     Attributes:
-        floor: F, the ratio of a run with an adapter to one without if nothing but FLOPs counts.
-        runs: By batch: the contenders.
-        switching: Runs of one short input with the same adapter, with two adapters in turn, and loading one.
+        floor: F, the ratio of a run with an adapter to one without, by FLOPs alone.
+        runs: Times of the contenders, by batch size.
+        switching: Times of a short run with one adapter or two in turn, and of loading an adapter.
     """
 
     floor: float
@@ -73,18 +72,20 @@ class Latency:
 
 
 def _run(run: Run) -> dict[tuple[str, str], Latency]:
-    """Results by model and provider."""
-    found: dict[tuple[str, str], Latency] = {}
-    for model, part in run.each(served(run.size), lambda one: one.title):
+    """Return results by model and provider."""
+    latencies: dict[tuple[str, str], Latency] = {}
+    for model, part in run.each(served(run.size), lambda served_model: served_model.title):
         with tempfile.TemporaryDirectory() as folder:
             _write(model, Path(folder))
-            for provider, here in part.each(_providers()):
-                found[model.title, provider] = _measured(model, Path(folder), provider, here)
-    return found
+            for provider, provider_run in part.each(_providers()):
+                latencies[model.title, provider] = _measured(
+                    model, Path(folder), provider, provider_run
+                )
+    return latencies
 
 
 def switch_time(latency: Latency) -> float:
-    """Seconds that a run takes more if the one before had another adapter: the median over the turns."""
+    """Return the median seconds that a run takes longer after a run with another adapter."""
     same, turns = (latency.switching[name].times for name in (_SAME, _TURNS))
     return statistics.median(mine - theirs for mine, theirs in zip(turns, same, strict=True))
 
@@ -98,7 +99,9 @@ def _rows(results: Mapping[tuple[str, str], Latency]) -> Iterator[list[str]]:
                 beside += [f"{min(sample.times) / min(merged.times):.2f}"]
                 floor = f"{latency.floor:.3f}" if name == ONE else ""
                 yield [*where, str(batch), name, str(sample), *beside, floor]
-        short = {f"{_SHORT} tokens: {name}": str(one) for name, one in latency.switching.items()}
+        short = {
+            f"{_SHORT} tokens: {key}": str(timing) for key, timing in latency.switching.items()
+        }
         short["a switch of adapters"] = f"{1e3 * switch_time(latency):.3f} ms"
         for name, taken in short.items():
             yield [*where, "1", name, taken, "", "", "", ""]
@@ -164,13 +167,13 @@ def _one_thread() -> Any:
 
 
 def _warmed(work: Callable[[Any], Any], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs, when the session has just run."""
+    """Return the inputs after a run of the session, which warms it up."""
     work(inputs)
     return inputs
 
 
 def _placed(inputs: dict[str, Tensor], provider: _Provider) -> dict[str, Tensor]:
-    """On a GPU inputs and outputs stay there: the copies would be timed else."""
+    """Move inputs to the GPU on CUDA. Otherwise the copies would be timed."""
     on_gpu = provider == "cuda" and torch.cuda.is_available()
     return {name: value.cuda() if on_gpu else value for name, value in inputs.items()}
 
@@ -188,12 +191,15 @@ def _switching(
     def load(_: Any) -> None:
         session.load_adapter("c", folder / "b.onnx_adapter")
 
-    # Each run of "ab" but the first follows one with the other adapter.
+    # Each run of "ab", except the first, follows a run with the other adapter.
     works = {_SAME: runs("aa"), _TURNS: runs("ab"), _LOAD: load}
     contenders = {name: (lambda: None, work) for name, work in works.items()}
-    found = run.times(contenders, calls=10, seconds=_SECONDS)
-    halves = {name: Sample(tuple(one / 2 for one in found[name].times)) for name in (_SAME, _TURNS)}
-    return {**found, **halves}
+    timed = run.times(contenders, calls=10, seconds=_SECONDS)
+    halves = {
+        name: Sample(tuple(seconds / 2 for seconds in timed[name].times))
+        for name in (_SAME, _TURNS)
+    }
+    return {**timed, **halves}
 
 
 SECTION = Section(
@@ -208,7 +214,7 @@ SECTION = Section(
 
 
 # --- banks ----------------------------------------------------------------------------------------
-# What one run takes whose rows have different adapters, beside a run for each row.
+# Time of one run whose rows have different adapters, compared with a run for each row.
 
 
 ROWS = 8
@@ -222,23 +228,23 @@ _BANK_SECONDS = 60.0
 
 
 def _run_bank(run: Run) -> dict[tuple[str, str], dict[str, Sample]]:
-    """Times by model and step."""
+    """Return times by model and step."""
     tiny = run.size is Size.TINY
     [model] = [Served("Llama 1 × 16", *_TINY)] if tiny else served(run.size)[1:]
     steps = _TINY_STEPS if tiny else _STEPS
-    found = {}
+    times = {}
     with tempfile.TemporaryDirectory() as folder:
         bank, single, names = _sessions(model, Path(folder))
-        for (title, (tokens, past)), part in run.each(steps.items(), lambda one: one[0]):
+        for (title, (tokens, past)), part in run.each(steps.items(), lambda item: item[0]):
             inputs = _inputs(model, bank, tokens, past)
             contenders = _contenders(bank, single, names, inputs)
-            found[model.title, title] = part.times(
+            times[model.title, title] = part.times(
                 {name: (lambda: None, work) for name, work in contenders.items()},
                 calls=10 if tokens == 1 else 1,
                 seconds=_BANK_SECONDS,
                 clock=time.thread_time,
             )
-    return found
+    return times
 
 
 _TINY = (
@@ -256,7 +262,7 @@ _TINY = (
 
 
 def _sessions(model: Served, folder: Path) -> tuple[OnnxSession, OnnxSession, list[str]]:
-    """The files with a bank and with inputs, open on one thread, and the names of the adapters in both."""
+    """Return single-threaded sessions of the files with a bank and with inputs, and their adapters' names."""
     base = model.make()
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, target_modules=model.layers(base), init_lora_weights=False
@@ -267,31 +273,31 @@ def _sessions(model: Served, folder: Path) -> tuple[OnnxSession, OnnxSession, li
         add_adapter(adapted, config, name)
     randomize(adapted).eval()
     ids = model.inputs(2, 8)["input_ids"]
-    found = []
+    sessions = []
     for adapters in ("bank", "inputs"):
         file = folder / f"{adapters}.onnx"
-        how: Any = {"adapters": adapters, "task": "text-generation", "optimize": "runtime"}
-        export_onnx(adapted, file, ids, verify=False, **how)
-        found.append(OnnxSession(file, "cpu", session_options=_one_thread()))
-    bank, single = found
+        options: Any = {"adapters": adapters, "task": "text-generation", "optimize": "runtime"}
+        export_onnx(adapted, file, ids, verify=False, **options)
+        sessions.append(OnnxSession(file, "cpu", session_options=_one_thread()))
+    bank, single = sessions
     for name in names:
         single.load_adapter(name, adapted, adapter_name=name)
     return bank, single, names
 
 
 def _inputs(model: Served, session: OnnxSession, tokens: int, past: int) -> dict[str, Tensor]:
-    """One step of all rows, with a past of random keys and values."""
+    """Return the inputs of one step of all rows, with random keys and values in the cache."""
     draw = torch.Generator().manual_seed(0)
-    found = {
+    feeds = {
         "input_ids": model.inputs(ROWS, tokens)["input_ids"],
         "attention_mask": torch.ones(ROWS, past + tokens, dtype=torch.long),
     }
     for port in session.inputs:
-        if port.name not in found:
+        if port.name not in feeds:
             _, heads, _, width = port.shape
             shape = (ROWS, int(heads or 0), past, int(width or 0))
-            found[port.name] = torch.randn(shape, generator=draw)
-    return found
+            feeds[port.name] = torch.randn(shape, generator=draw)
+    return feeds
 
 
 def _contenders(

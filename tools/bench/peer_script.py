@@ -1,9 +1,11 @@
-"""Exports with another library, where it is installed. Nothing imports this, and it imports no lora-fx.
+"""Exports with another library in its own environment.
 
-Arguments: the exporter, base folder, adapter folder, output folder, task, and how: "merge", "inputs" of
-Olive or "folder" of optimum. "optimizer" takes the base, the output folder, and whether residual sums are
-"fused" with the norms or stay "apart"; "builder" the base, the packages of onnxruntime-genai and the output
-folder; "genai" a folder, a length and a prompt, and generates for each line that it reads.
+No module imports this file, and it imports no lora-fx.
+
+Arguments: the exporter, base folder, adapter folder, output folder, task, and mode: "merge", "inputs" for
+Olive or "folder" for optimum. "optimizer" takes the base, the output folder, and "fused" if residual sums are
+fused with the norms, or "apart". "builder" takes the base, the packages of onnxruntime-genai and the output
+folder. "genai" takes a folder, a length and a prompt, and generates once for each line that it reads.
 """
 
 import json
@@ -17,7 +19,7 @@ __all__ = ["EXPORTERS"]
 
 
 def _olive(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
-    """Olive's passes."""
+    """Export with Olive's passes."""
     from olive.model import HfModelHandler
     from olive.passes.olive_pass import create_pass_from_dict
     from olive.passes.onnx.conversion import OnnxConversion
@@ -25,8 +27,8 @@ def _olive(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, 
     from olive.passes.pytorch.merge_adapter_weights import MergeAdapterWeights
 
     def passed(model: Any, kind: Any, folder: str, **options: Any) -> Any:
-        made = create_pass_from_dict(kind, options, disable_search=True)
-        return made.run(model, f"{out}/{folder}")
+        pass_ = create_pass_from_dict(kind, options, disable_search=True)
+        return pass_.run(model, f"{out}/{folder}")
 
     began = time.perf_counter()
     model: Any = HfModelHandler(model_path=base, task=task, adapter_path=adapter)
@@ -36,14 +38,14 @@ def _olive(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, 
     extra = ""
     if how == "inputs":
         model = passed(model, ExtractAdapters, "extracted", make_inputs=True)
-        files = [str(one) for one in (model.model_attributes or {}).get("additional_files", [])]
-        extra = next((one for one in files if one.endswith(".onnx_adapter")), "")
+        files = [str(file) for file in (model.model_attributes or {}).get("additional_files", [])]
+        extra = next((file for file in files if file.endswith(".onnx_adapter")), "")
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "file": model.model_path, "adapter": extra}
 
 
 def _optimum(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
-    """It knows no adapters, but transformers loads their folders: PEFT's layers run as they are."""
+    """Export with optimum, which knows no adapters: PEFT's layers run as transformers loads them."""
     import peft
     from optimum.exporters.onnx import onnx_export_from_model
 
@@ -61,7 +63,7 @@ def _optimum(base: str, adapter: str, out: str, task: str, how: str) -> dict[str
 
 
 def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
-    """PEFT's merge, then torch.onnx."""
+    """Merge with PEFT, then export with torch.onnx."""
     import peft
     import torch
 
@@ -86,7 +88,7 @@ def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[
 
 
 def _optimizer(base: str, out: str, sums: str) -> dict[str, Any]:
-    """Optimum's export of an encoder, and the fusions that ONNX Runtime has for it in Python."""
+    """Export an encoder with optimum, then apply ONNX Runtime's fusions for it in Python."""
     import runpy
     from contextlib import redirect_stdout
 
@@ -94,11 +96,11 @@ def _optimizer(base: str, out: str, sums: str) -> dict[str, Any]:
 
     began = time.perf_counter()
     model = _auto(_ENCODER).from_pretrained(base).eval()
-    made, optimized = f"{out}/model.onnx", f"{out}/optimized.onnx"
+    model_file, optimized = f"{out}/model.onnx", f"{out}/optimized.onnx"
     sizes = ["--num_heads", str(model.config.num_attention_heads)]
     sizes += ["--hidden_size", str(model.config.hidden_size)]
     apart = [] if sums == "fused" else ["--disable_skip_layer_norm"]
-    sys.argv = ["optimizer", "--input", made, "--output", optimized, "--model_type", "bert"]
+    sys.argv = ["optimizer", "--input", model_file, "--output", optimized, "--model_type", "bert"]
     sys.argv += [*sizes, *apart]
     with redirect_stdout(sys.stderr):
         onnx_export_from_model(
@@ -109,7 +111,7 @@ def _optimizer(base: str, out: str, sums: str) -> dict[str, Any]:
 
 
 def _builder(base: str, packages: str, out: str) -> dict[str, Any]:
-    """onnxruntime-genai's model builder, with the torch and transformers of this environment."""
+    """Run onnxruntime-genai's model builder, with the torch and transformers of this environment."""
     import runpy
     from contextlib import redirect_stdout
 
@@ -127,7 +129,7 @@ def _builder(base: str, packages: str, out: str) -> dict[str, Any]:
 
 
 def _genai(folder: str, length: str, prompt: str) -> dict[str, Any]:
-    """Generates for each line that comes, and says the tokens and what CPU time they took."""
+    """Generate for each input line, and print the tokens and their CPU time."""
     import onnxruntime_genai as og
 
     model = og.Model(folder)

@@ -1,4 +1,4 @@
-"""Runs the benchmarks and writes ``docs/benchmarks.md``. That file is not edited by hand."""
+"""Command that runs the benchmarks and writes ``docs/benchmarks.md``, which is never edited by hand."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from lora_fx.tools.bench.section import Section, words
 __all__ = ["run_benchmarks", "select", "write"]
 
 _LISTED = {
-    one.name: one
-    for one in (
+    section.name: section
+    for section in (
         *step_sections.SECTIONS,
         *verbs.SECTIONS,
         one_linear.SECTION,
@@ -45,7 +45,7 @@ _LISTED = {
     )
 }
 SECTIONS: dict[str, Section] = {name: _LISTED[name] for name in words() if name in _LISTED}
-"""By name, in the order of ``page.md``."""
+"""Sections by name, in the order of ``page.md``."""
 
 IMAGES = "img"
 """The folder of the pictures, next to the page."""
@@ -54,10 +54,10 @@ _NOTHING = ("", "–")
 
 
 def select(only: Iterable[str] | None) -> dict[str, Section]:
-    """The sections of these names, all without names, in the order of the page.
+    """Return the sections of these names, or all sections if no names are given, in the page's order.
 
     Raises:
-        ConfigError: If there is no section of a name.
+        ConfigError: If a name has no section.
     """
     wanted = set(only or ())
     if unknown := sorted(wanted - set(SECTIONS)):
@@ -65,7 +65,7 @@ def select(only: Iterable[str] | None) -> dict[str, Section]:
             f"no section of the benchmark is called {', '.join(map(repr, unknown))}; there are "
             f"{', '.join(SECTIONS)}"
         )
-    return {name: one for name, one in SECTIONS.items() if not wanted or name in wanted}
+    return {name: section for name, section in SECTIONS.items() if not wanted or name in wanted}
 
 
 def run_benchmarks(
@@ -75,12 +75,12 @@ def run_benchmarks(
     size: Size = Size.FULL,
     progress: Progress | None = None,
 ) -> tuple[str, dict[str, str]]:
-    """Runs sections and makes the page.
+    """Run sections and make the page.
 
     Args:
-        only: Names of sections; all of them by default.
+        only: Names of sections; all by default.
         repeats: Counted runs of each contender.
-        size: How much of each section.
+        size: Amount of each section to measure.
         progress: Called with (done, total, section and contender) after each run; the total is that of
             one section.
 
@@ -88,16 +88,16 @@ def run_benchmarks(
         The page, and its pictures by file name.
 
     Raises:
-        ConfigError: If there is no section of a name.
+        ConfigError: If a name has no section.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)
     chosen = select(only)
     began = time.monotonic()
     results = {
         name: section.run(
-            repeats=repeats, size=size, progress=_within(progress, place, len(chosen), name)
+            repeats=repeats, size=size, progress=_within(progress, number, len(chosen), name)
         )
-        for place, (name, section) in enumerate(chosen.items(), 1)
+        for number, (name, section) in enumerate(chosen.items(), 1)
     }
     minutes = (time.monotonic() - began) / 60
     facts = {**machine(), "this run": f"{minutes:.1f} minutes, {repeats} counted turns at most"}
@@ -119,14 +119,14 @@ def run_benchmarks(
 def without_empty(
     columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """A table without the columns that say nothing in any row: those of a GPU where there is none."""
-    kept = [any(one not in _NOTHING for one in column) for column in zip(*rows, strict=True)]
-    left, *lines = ([*itertools.compress(one, kept)] for one in (columns, *rows))
+    """Return a table without the columns whose cells are all empty, such as GPU columns without a GPU."""
+    kept = [any(cell not in _NOTHING for cell in column) for column in zip(*rows, strict=True)]
+    left, *lines = ([*itertools.compress(row, kept)] for row in (columns, *rows))
     return left, lines
 
 
 def write(path: Path, page: str, images: dict[str, str]) -> None:
-    """Writes the page and, into a folder next to it, its pictures; existing files are replaced."""
+    """Write the page and, into a folder next to it, its pictures. Existing files are replaced."""
     folder = path.parent / IMAGES
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in images.items():
@@ -134,19 +134,19 @@ def write(path: Path, page: str, images: dict[str, str]) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _within(progress: Progress | None, place: int, count: int, name: str) -> Progress | None:
+def _within(progress: Progress | None, number: int, count: int, name: str) -> Progress | None:
     if progress is None:
         return None
     tell = progress
 
-    def advance(done: int, total: int, what: str) -> None:
-        tell(done, total, f"{place}/{count} {name}: {what}"[:40])
+    def advance(done: int, total: int, text: str) -> None:
+        tell(done, total, f"{number}/{count} {name}: {text}"[:40])
 
     return advance
 
 
 def reference(chosen: Mapping[str, Any], name: str) -> str:
-    """A section's title, as a link if the section is on the page."""
+    """Return a section's title, as a link if the section is on the page."""
     title = SECTIONS[name].title
     if name not in chosen:
         return title

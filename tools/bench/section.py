@@ -1,4 +1,4 @@
-"""A section of the page: how it is measured, its table, its pictures; its words are in ``page.md``."""
+"""A section of the page: its measurement, table and pictures. Its texts are in ``page.md``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WIDTH, _ROW, _FRAME = 11.0, 0.3, 1.3
 _TEXT, _GRID, _MARK = "#808080", "#80808040", "#e0447c"
 _COLORS = {OURS: "#18a38e", FROZEN: "#8080804d"}
 _OTHERS = "#8b95aa"
-# The same text for the same figures: names of parts are no random numbers, and text stays text.
+# The same figures give the same file: ids of SVG elements are not random, and text stays text.
 _STYLE = {
     "svg.hashsalt": "lora-fx",
     "svg.fonttype": "none",
@@ -37,12 +37,12 @@ _STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Bars under a heading; none if it is empty.
+    """Bars under a heading, which may be empty.
 
     Attributes:
         heading: The text.
-        bars: Values, not negative, by the label that stands before each, from the top.
-        floor: F, which is marked across them, or None.
+        bars: Non-negative values by label, from the top.
+        floor: F, which is marked across the bars, or None.
     """
 
     heading: str
@@ -51,12 +51,12 @@ class Group:
 
 
 def bars(title: str, note: str, groups: Sequence[Group]) -> str:
-    """The text of an SVG file of horizontal bars, all on one scale that begins at 0.
+    """Return the text of an SVG file of horizontal bars, all on one scale that begins at 0.
 
     Args:
-        title: Above the chart.
+        title: Title above the chart.
         note: The unit, and how to read it.
-        groups: From the top.
+        groups: Groups of bars, from the top.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def bars(title: str, note: str, groups: Sequence[Group]) -> str:
                 y += 1
             start = y
             for label, value in group.bars.items():
-                color = next((_COLORS[one] for one in _COLORS if label.startswith(one)), _OTHERS)
+                color = next((_COLORS[name] for name in _COLORS if label.startswith(name)), _OTHERS)
                 axes.barh(y, value, height=0.7, color=color)
                 axes.annotate(
                     _value(value), (value, y), (5, 0), "data", "offset points", va="center"
@@ -84,8 +84,8 @@ def bars(title: str, note: str, groups: Sequence[Group]) -> str:
                 y += 1
             if group.floor is not None:
                 axes.vlines(group.floor, start - 0.5, y - 0.5, _MARK, "dashed")
-                said = f"F {_value(group.floor)}"
-                axes.text(group.floor, start - 0.55, said, color=_MARK, fontsize=9, va="bottom")
+                mark = f"F {_value(group.floor)}"
+                axes.text(group.floor, start - 0.55, mark, color=_MARK, fontsize=9, va="bottom")
         axes.set_yticks([*labels], [*labels.values()])
         axes.set_ylim(y - 0.4, -0.6)
         axes.margins(x=0.1)
@@ -100,24 +100,24 @@ def bars(title: str, note: str, groups: Sequence[Group]) -> str:
 
 
 def _value(value: float) -> str:
-    """With three digits or so."""
+    """Format a value with about three digits."""
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 Chart = tuple[str, str, Sequence[Group]]
-"""The title of a picture, how to read it, and what is drawn."""
+"""The title of a picture, how to read it, and its groups of bars."""
 
 
 @functools.cache
 def words() -> Mapping[str, str]:
-    """The texts of the page by name: its head, and of each section the title, then what was measured."""
+    """Return the texts of the page by name: its head and, for each section, the title and the caption."""
     text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     _, *parts = re.split(r"^<!-- (\w+) -->\n", text, flags=re.MULTILINE)
     return {name: part.strip() for name, part in zip(parts[::2], parts[1::2], strict=True)}
 
 
 def no_charts(results: Any) -> dict[str, Chart]:
-    """A section that has a table alone."""
+    """Return no charts, for a section that has only a table."""
     return {}
 
 
@@ -126,11 +126,11 @@ class Section:
     """One section.
 
     Attributes:
-        name: Its name on the command line.
-        columns: Of its table.
-        measure: Gives results.
-        cells: Makes the rows of the table of the results.
-        pictures: Makes pictures of them, by file name.
+        name: Name on the command line.
+        columns: Columns of the table.
+        measure: Returns the results.
+        cells: Returns the rows of the table of the results.
+        pictures: Returns the pictures of the results, by file name.
     """
 
     name: str
@@ -141,30 +141,30 @@ class Section:
 
     @property
     def title(self) -> str:
-        """Its heading."""
+        """Return the heading."""
         return words()[self.name].partition("\n")[0].removeprefix("## ")
 
     @property
     def caption(self) -> str:
-        """What was measured."""
+        """Return the text about the measurement."""
         return words()[self.name].partition("\n")[2].strip()
 
     def run(
         self, *, repeats: int = 10, size: Size = Size.FULL, progress: Progress | None = None
     ) -> Any:
-        """Measures.
+        """Measure and return the results.
 
         Args:
             repeats: Counted runs of each contender.
-            size: How much text, and how it is trained on.
+            size: Amount of the section to measure.
             progress: Called with (done, total, contender) after each run.
         """
         return self.measure(Run(repeats, size, progress))
 
     def rows(self, results: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The table: columns and cells."""
+        """Return the table: columns and cells."""
         return tuple(self.columns), [tuple(row) for row in self.cells(results)]
 
     def charts(self, results: Any) -> dict[str, str]:
-        """Pictures by file name."""
+        """Return pictures by file name."""
         return {file: bars(*chart) for file, chart in self.pictures(results).items()}

@@ -1,4 +1,4 @@
-"""The sections about training steps: their times, where the time goes, what is kept for the backward."""
+"""The sections about training steps: their times, where the time goes, and the tensors that they save."""
 
 from __future__ import annotations
 
@@ -103,50 +103,56 @@ def _llama_contenders(size: Size, place: Place) -> Contenders:
 
 
 def _llama_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
-    found: dict[str, Chart] = {}
-    for where, one in results.items():
-        times = {name: one.overhead(name).median for name in one.steps if name != FROZEN}
-        beyond = {name: one.saved_beyond(name) for name in one.adapted}
+    charts: dict[str, Chart] = {}
+    for where, measured in results.items():
+        times = {name: measured.overhead(name).median for name in measured.steps if name != FROZEN}
+        beyond = {name: measured.saved_beyond(name) for name in measured.adapted}
         saved = {name: size / 2**20 for name, size in beyond.items() if size is not None}
-        found[f"llama-step-{_slug(where)}.svg"] = (
+        charts[f"llama-step-{_slug(where)}.svg"] = (
             f"Step of a small Llama beside the frozen one ({where})",
             _HOW.format("line"),
-            [Group("", times, one.floor)],
+            [Group("", times, measured.floor)],
         )
-        found[f"llama-saved-{_slug(where)}.svg"] = (
+        charts[f"llama-saved-{_slug(where)}.svg"] = (
             f"Saved for backward beyond the frozen step ({where})",
             "MiB, less is better",
             [Group("", saved)],
         )
-    return found
+    return charts
 
 
 def _model_charts(results: Mapping[str, Measured]) -> dict[str, Chart]:
-    found: dict[str, Chart] = {}
-    for where in dict.fromkeys(one.where for one in results.values()):
+    charts: dict[str, Chart] = {}
+    for where in dict.fromkeys(measured.where for measured in results.values()):
         groups = [
-            Group(one.model, {name: one.overhead(name).median for name in one.adapted}, one.floor)
-            for one in results.values()
-            if one.where == where
+            Group(
+                measured.model,
+                {name: measured.overhead(name).median for name in measured.adapted},
+                measured.floor,
+            )
+            for measured in results.values()
+            if measured.where == where
         ]
-        found[f"model-steps-{_slug(where)}.svg"] = (
+        charts[f"model-steps-{_slug(where)}.svg"] = (
             f"Training steps beside the frozen ones ({where})",
             _HOW.format("lines are"),
             groups,
         )
-    return found
+    return charts
 
 
 _LLAMA = Steps(lambda size: [small_llama(size)], _llama_contenders, seconds=90.0)
 
 _MODELS = Steps(
-    # With one sequence each, so that a step stays under some 1.5 s on two cores.
+    # One sequence per model, so that a step stays under some 1.5 s on two cores.
     lambda size: [make(size) for make in MODELS[: 2 if size is Size.QUICK else None]],
     lambda size, _: variants(
         (AGAIN, OURS, EXPORTED, PEFT), (0.05,) if size is Size.QUICK else (0.0, 0.05)
     ),
-    # On the CPU the small Llama has bf16: with all models it would take minutes.
-    lambda _: [one for one in places(half=True) if one.dtype is torch.float32 or one.on_cuda],
+    # On the CPU only the small Llama is measured in bf16, because all models would take minutes.
+    lambda _: [
+        place for place in places(half=True) if place.dtype is torch.float32 or place.on_cuda
+    ],
     seconds=40.0,
 )
 
@@ -154,9 +160,9 @@ COMPILED_BASE, COMPILED_AGAIN = "frozen, compiled", "frozen, compiled again (A/A
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    # All contenders run the same code of transformers. Where its compilations are shared, one contender
-    # pays for the guards of the others, and all of them count towards the limit. torch 2.9 cannot keep
-    # them apart.
+    # All contenders run the same code of transformers. If they share its compilations, each contender pays
+    # for the guards of the others, and all count towards the recompile limit. torch 2.9 cannot separate
+    # them.
     isolates = "isolate_recompiles" in inspect.signature(torch.compile).parameters
     options: Any = {"isolate_recompiles": True} if isolates else {}
     return cast(nn.Module, torch.compile(model, **options))
@@ -192,7 +198,7 @@ _COMPILED_COLUMNS = {
 
 
 def _of_lora(row: Row) -> tuple[str, str]:
-    """Time and bytes relative to plain adapters of the same library."""
+    """Return time and bytes relative to plain adapters of the same library."""
     if OTHER_KIND not in row.name:
         return "", ""
     plain = row.measured.steps[row.name.replace(OTHER_KIND, PLAIN_KIND)]
@@ -216,7 +222,7 @@ def _largest(row: Row) -> str:
 
 
 def _of_fast(row: Row) -> str:
-    """The time of a step of ours, whatever it keeps, relative to one that keeps each input."""
+    """Return the time of our step, whatever it keeps, relative to one that keeps each input."""
     name, _, dropout = row.name.partition(", p = ")
     if name not in (OURS_AGAIN, BALANCED):
         return ""
@@ -253,30 +259,30 @@ _EXPERTS = Settings(target_modules=("experts.gate_up_proj", "experts.down_proj")
 
 
 def available() -> bool:
-    """Whether bitsandbytes is there: it is not on every system that lora-fx runs on."""
+    """Return True if bitsandbytes is installed. It is not on every system that lora-fx runs on."""
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def quantized_base(model: nn.Module) -> nn.Module:
-    """A copy with every linear layer but the head in NF4: both libraries take it as their base."""
+    """Return a copy with every linear layer but the head in NF4. Both libraries take it as their base."""
     base: Any = quantize(model, "nf4").train(model.training)
-    # What transformers says of a model that it has quantized: PEFT asks for it.
+    # PEFT reads this flag, which transformers sets on models that it has quantized.
     base.is_loaded_in_4bit = True
     result: nn.Module = base
     return result
 
 
 WEIGHTS = "weights"
-"""The kind of what has the shape of a weight and holds its values."""
+"""The kind of a tensor that has the shape of a weight and holds its values."""
 
 
 class Look(NamedTuple):
-    """What a section looks at in a quantized base.
+    """Additional measurements of a quantized base.
 
     Attributes:
         dense: Bytes of dequantized weights that each contender keeps for its backward.
         stored: Bytes of the quantized weights, with their scales.
-        plain: Bytes of the same weights before.
+        plain: Bytes of the same weights before quantization.
     """
 
     dense: Mapping[str, int]
@@ -287,22 +293,23 @@ class Look(NamedTuple):
 def _look(
     model: nn.Module, base: nn.Module, models: Mapping[str, nn.Module], losses: Mapping[str, Any]
 ) -> Look:
-    found = [one.shape for p in base.parameters() if (one := quantization_of(p)) is not None]
-    shapes = {*found, *(shape[::-1] for shape in found)}
+    logical = [state.shape for p in base.parameters() if (state := quantization_of(p)) is not None]
+    shapes = {*logical, *(shape[::-1] for shape in logical)}
 
     def kind(tensor: Tensor) -> str:
         wide = tensor.is_floating_point() and tuple(tensor.shape[-2:]) in shapes
         return WEIGHTS if wide else ""
 
     dense = {
-        name: saved_by(one, losses[name], kind).get(WEIGHTS, 0) for name, one in models.items()
+        name: saved_by(contender, losses[name], kind).get(WEIGHTS, 0)
+        for name, contender in models.items()
     }
     stored = plain = 0
     for name, parameter in base.named_parameters():
         if quantization_of(parameter) is not None:
             state = parameter.quant_state  # type: ignore[attr-defined]
             scales = (state.absmax, *((state.state2.absmax,) if state.nested else ()))
-            stored += parameter.nbytes + sum(one.nbytes for one in scales)
+            stored += parameter.nbytes + sum(scale.nbytes for scale in scales)
             plain += model.get_parameter(name).nbytes
     return Look(dense, stored, plain)
 
@@ -318,7 +325,7 @@ def _weights(row: Row) -> str:
 
 
 def _contenders(*names: str) -> Contenders:
-    """The frozen model, plain adapters of these with each dropout, the other kind of both libraries."""
+    """Return the frozen model, plain adapters with each dropout, and both libraries' other kind."""
     return {**by_dropout(names), **of_kinds((OTHER_KIND,), (0.0,))}
 
 
@@ -343,7 +350,7 @@ Profile = dict[str, float]
 
 
 def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
-    """Medians of the turns, by device and dtype, then by contender."""
+    """Return medians over the turns, by device and dtype, then by contender."""
     workload = small_llama(run.size)
 
     def work(place: Place, part: Run) -> dict[str, Profile]:
@@ -351,16 +358,16 @@ def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
         base = workload.make().to(place.device, place.dtype)
         models = built(_contenders(OURS, PEFT), base)
         turns: dict[str, list[Profile]] = {name: [] for name in models}
-        # In turn, as times are taken; the first turn is not counted.
+        # Contenders take turns, as they do for times. The first turn is a warm-up.
         counted = min(run.repeats, _TURNS)
         for turn in range(counted + 1):
             for done, (name, model) in enumerate(models.items(), 1):
-                found = _profiled(model, loss_of(model, inputs), place.device)
+                profile = _profiled(model, loss_of(model, inputs), place.device)
                 if turn:
-                    turns[name].append(found)
+                    turns[name].append(profile)
                 part.tell(turn * len(models) + done, (counted + 1) * len(models), name)
         return {
-            name: {group: statistics.median(one[group] for one in each) for group in GROUPS}
+            name: {group: statistics.median(profile[group] for profile in each) for group in GROUPS}
             for name, each in turns.items()
         }
 
@@ -368,27 +375,27 @@ def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
 
 
 def _profile_cells(results: Mapping[str, Mapping[str, Profile]]) -> Iterator[list[str]]:
-    """Milliseconds of one step."""
-    for where, found in results.items():
-        for name, seconds in found.items():
+    """Yield rows with the milliseconds of one step."""
+    for where, profiles in results.items():
+        for name, seconds in profiles.items():
             times = [*(seconds[group] for group in GROUPS), sum(seconds.values())]
-            yield [where, name, *(f"{1e3 * one:.1f}" for one in times)]
+            yield [where, name, *(f"{1e3 * value:.1f}" for value in times)]
 
 
 def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
-    """The group of an operation.
+    """Return the group of an operation.
 
     Args:
-        name: As the profiler has it, ``aten::mm``.
-        shapes: Of its tensors.
-        rank: Of the adapters.
+        name: Name in the profiler, ``aten::mm``.
+        shapes: Shapes of its tensors.
+        rank: Rank of the adapters.
     """
     plain = name.removeprefix("aten::")
     if plain in _PRODUCTS:
         return _THIN if any(_is_thin(shape, rank) for shape in shapes) else _BASE
     if "attention" in plain:
         return _ATTENTION
-    if any(plain.startswith(one) or one in plain for one in _RANDOM):
+    if any(plain.startswith(word) or word in plain for word in _RANDOM):
         return _DRAWN
     if plain in _COPIES:
         return _COPIED
@@ -396,20 +403,20 @@ def group_of(name: str, shapes: list[list[int]], rank: int) -> str:
 
 
 def _is_thin(shape: Sequence[int], rank: int) -> bool:
-    """Whether a dimension is a rank, or the ranks of up to three layers that share an input."""
+    """Return True if a dimension is the rank, or the ranks of up to three layers that share an input."""
     return any(length in (rank, 2 * rank, 3 * rank) for length in shape)
 
 
 @functools.cache
 def _only_calls(name: str) -> bool:
-    """Whether an operation of ATen computes nothing itself: a view, or one that calls others."""
+    """Return True if an ATen operation computes nothing itself: a view, or one that calls others."""
     packet = getattr(torch.ops.aten, name, None)
     if packet is None:
         return False
-    found = [getattr(packet, one) for one in packet.overloads() if not one.endswith("out")]
-    # Some overloads are TorchScript's alone; the dispatcher does not know them.
-    known = [one for one in found if torch_private.has_kernel(one)]
-    return bool(known) and all(one.is_view or torch_private.is_composite(one) for one in known)
+    overloads = [getattr(packet, key) for key in packet.overloads() if not key.endswith("out")]
+    # Some overloads exist only in TorchScript; the dispatcher does not know them.
+    known = [overload for overload in overloads if torch_private.has_kernel(overload)]
+    return bool(known) and all(op.is_view or torch_private.is_composite(op) for op in known)
 
 
 def _profiled(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> Profile:
@@ -439,31 +446,37 @@ _WIDE, _NARROW, _MASKS, _OTHER = KINDS = (
     "bits and whole numbers",
     "vectors, T × 1",
 )
-"""Of what is kept, in the order of the table."""
+"""Kinds of saved tensors, in the order of the table."""
 
 
 def _kept(run: Run) -> dict[str, Mapping[str, int]]:
-    """Bytes by contender, then by kind. Nothing is timed, and a CPU keeps what a GPU does."""
+    """Return the saved bytes by contender, then by kind.
+
+    Nothing is timed, and a CPU saves the same tensors as a GPU.
+    """
     workload, place = small_llama(run.size), Place(torch.device("cpu"), torch.float32)
     inputs = workload.on(place)
     models = built(_contenders(OURS, EXPORTED, PEFT), workload.make(), inputs)
-    found: dict[str, Mapping[str, int]] = {}
+    kept: dict[str, Mapping[str, int]] = {}
     for done, (name, model) in enumerate(models.items(), 1):
-        found[name] = saved_by(model, loss_of(model, inputs), kind_of)
+        kept[name] = saved_by(model, loss_of(model, inputs), kind_of)
         run.tell(done, len(models), name)
-    return found
+    return kept
 
 
 def _kept_cells(results: Mapping[str, Mapping[str, int]]) -> Iterator[list[str]]:
-    """MiB of each kind beyond the frozen step; in its own row, all of it."""
-    for name, found in results.items():
+    """Yield rows with the MiB of each kind beyond the frozen step.
+
+    The frozen step's row shows all of its MiB.
+    """
+    for name, kept in results.items():
         base: Mapping[str, int] = {} if name == FROZEN else results[FROZEN]
-        sizes = [found.get(kind, 0) - base.get(kind, 0) for kind in KINDS]
+        sizes = [kept.get(kind, 0) - base.get(kind, 0) for kind in KINDS]
         yield [name, *(f"{size / 2**20:z.2f}" for size in sizes), mebibytes(sum(sizes))]
 
 
 def kind_of(tensor: Tensor) -> str:
-    """The kind of something that is kept, at the rank of the benchmark."""
+    """Return the kind of a saved tensor, at the rank of the benchmark."""
     if not tensor.is_floating_point():
         return _MASKS
     if _is_thin(tensor.shape, Settings().r):
@@ -472,7 +485,7 @@ def kind_of(tensor: Tensor) -> str:
 
 
 # --- eight adapters by one batch ------------------------------------------------------------------
-# How long a step takes that trains eight adapters by one batch, beside steps of one adapter.
+# Time of a step that trains eight adapters by one batch, compared with steps of one adapter.
 
 
 _RANKS = (4, 8, 8, 16, 16, 32, 32, 64)
@@ -486,20 +499,20 @@ _SECONDS = 60.0
 
 
 def _measured(run: Run) -> dict[str, dict[str, Sample]]:
-    """Times by how many tokens a row has and which dropout there is."""
+    """Return times by title, which gives the tokens of a row and the dropout."""
     cases = {"8 tokens": (8, 0.0), "16 tokens": (16, 0.0), "64 tokens": (64, 0.0)}
     cases["64 tokens, p = 0.05"] = (64, 0.05)
     if run.size is not Size.FULL:
         cases = {"8 tokens": (8, 0.0)}
-    found = {}
+    samples = {}
     with on_one_thread():
-        for (title, (tokens, dropout)), part in run.each(cases.items(), lambda one: one[0]):
-            found[title] = part.times(
+        for (title, (tokens, dropout)), part in run.each(cases.items(), lambda case: case[0]):
+            samples[title] = part.times(
                 _joint_contenders(run.size, tokens, dropout),
                 seconds=_SECONDS,
                 clock=time.thread_time,
             )
-    return found
+    return samples
 
 
 def _joint_contenders(
@@ -508,7 +521,7 @@ def _joint_contenders(
     base = small_llama(size).make()
     vocabulary = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(vocabulary, (_ROWS, tokens), generator=torch.Generator().manual_seed(0))
-    names = [f"adapter{place}" for place in range(_ROWS)]
+    names = [f"adapter{index}" for index in range(_ROWS)]
 
     def config(rank: int) -> LoraConfig:
         return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
@@ -528,11 +541,11 @@ def _joint_contenders(
         for row, model in enumerate(models.children()):
             _step(ids[row : row + 1], model)
 
-    one = rewrite(base, config(RANK))
+    single = rewrite(base, config(RANK))
     alone = nn.ModuleList([rewrite(base, config(rank)) for rank in _RANKS])
     work: dict[str, tuple[nn.Module, Callable[[Any], Any]]] = {
-        ONE: (one, functools.partial(_step, ids)),
-        ONE_AGAIN: (one, functools.partial(_step, ids)),
+        ONE: (single, functools.partial(_step, ids)),
+        ONE_AGAIN: (single, functools.partial(_step, ids)),
         TOGETHER: (joint(optimize=True), together),
         _BRANCHES: (joint(optimize=False), together),
         SEPARATE: (alone, separate),

@@ -54,16 +54,16 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step of one contender takes.
+    """Costs of one contender's step.
 
     Attributes:
         sample: Times.
-        saved: Bytes kept between forward and backward, or None where hooks do not see them.
-        memory: Bytes that its operations allocate, likewise.
-        operations: ATen operations, likewise.
-        launches: Kernels, on CUDA.
+        saved: Bytes kept between forward and backward, or None if hooks do not see them.
+        memory: Bytes that its operations allocate, or None as for ``saved``.
+        operations: Number of ATen operations, or None as for ``saved``.
+        launches: Number of kernels, on CUDA.
         allocated: Peak of the allocator, on CUDA.
-        alive: Bytes that a forward leaves, counted without asking autograd; None as for ``saved``.
+        alive: Bytes that a forward leaves allocated, counted without autograd; None as for ``saved``.
     """
 
     sample: Sample
@@ -77,14 +77,14 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Contenders on one workload.
+    """Results of the contenders on one workload.
 
     Attributes:
-        floor: F, or None where no simple count of products gives it.
-        steps: By name, the frozen one among them.
-        model: What the table calls the workload.
+        floor: F, or None if no simple count of products gives it.
+        steps: Steps by contender, including the frozen one.
+        model: Name of the workload in the table.
         where: Device and dtype.
-        look: What a section has looked at besides.
+        look: Additional measurements of the section.
     """
 
     floor: float | None
@@ -95,51 +95,51 @@ class Measured:
 
     @property
     def adapted(self) -> list[str]:
-        """Names of the contenders with adapters."""
+        """Return the names of the contenders with adapters."""
         return [name for name in self.steps if not name.startswith(FROZEN)]
 
     def overhead(self, name: str) -> Ratio:
-        """O."""
+        """Return O, the ratio of a contender's time to that of the frozen step."""
         return ratio(self.steps[name].sample, self.steps[FROZEN].sample)
 
     def saved_beyond(self, name: str) -> int | None:
-        """Bytes saved for backward beyond what the frozen step saves."""
+        """Return the bytes saved for backward beyond those of the frozen step."""
         saved, frozen = self.steps[name].saved, self.steps[FROZEN].saved
         return None if saved is None or frozen is None else saved - frozen
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table: what was measured together, and which of it."""
+    """A row of a table: one contender of a measurement."""
 
     measured: Measured
     name: str
 
     @property
     def step(self) -> Step:
-        """The contender's."""
+        """Return the contender's step."""
         return self.measured.steps[self.name]
 
 
 Look = Callable[[nn.Module, nn.Module, Mapping[str, nn.Module], Mapping[str, Any]], Any]
-"""Gets the model, what the contenders are over, the contenders and their losses."""
+"""Function of the model, the base of the contenders, the contenders and their losses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What a section of steps measures.
+    """Settings of a section that measures steps.
 
     Attributes:
-        workloads: The models and batches.
-        contenders: What runs, by size and place.
-        where: The places.
-        seconds: After this long no further turn begins.
-        floor: Whether F can be counted.
-        base: What is done to the model before adapters are added.
-        wrap: What is done to the contenders but the frozen one (``torch.compile``); then only time is
-            measured of them, since hooks and modes change what is compiled.
-        look: What else is looked at, once the times are taken.
-        one_thread: Whether to take the time that one thread computes, which other processes do not change.
+        workloads: Returns the models and batches.
+        contenders: Returns the contenders, by size and place.
+        where: Returns the places.
+        seconds: Time after which no further turn begins.
+        floor: True if F can be counted.
+        base: Changes the model before adapters are added.
+        wrap: Wraps the contenders other than the frozen one (``torch.compile``). Only their time is
+            measured, because hooks and modes change the compiled code.
+        look: Takes additional measurements after the times.
+        one_thread: True to measure the CPU time of one thread, which other processes do not affect.
     """
 
     workloads: Callable[[Size], Sequence[Workload]]
@@ -153,15 +153,15 @@ class Steps:
     one_thread: bool = False
 
     def measure(self, run: Run) -> dict[str, Measured]:
-        """Results by place, and by model before it where there are several."""
+        """Return results by place, with the model's name before the place if there are several models."""
         models = self.workloads(run.size)
         several = len(models) > 1
-        found = {}
-        for workload, part in run.each(models, lambda one: one.short if several else ""):
-            for place, here in part.each(self.where(run.size)):
+        results = {}
+        for workload, part in run.each(models, lambda item: item.short if several else ""):
+            for place, place_run in part.each(self.where(run.size)):
                 name = f"{workload.title}, {place}" if several else str(place)
-                found[name] = self._measured(workload, place, here)
-        return found
+                results[name] = self._measured(workload, place, place_run)
+        return results
 
     def _measured(self, workload: Workload, place: Place, run: Run) -> Measured:
         model = workload.make().to(place.device, place.dtype)
@@ -170,24 +170,24 @@ class Steps:
         if self.floor:
             settings = Settings()
             names = targets_of(model, settings)
-            floor = model_floor(model, names, settings.r, lambda one: one(**inputs))
+            floor = model_floor(model, names, settings.r, lambda module: module(**inputs))
         base = self.base(model)
         models = built(self.contenders(run.size, place), base, inputs)
         running = models
         if self.wrap is not None:
-            # What was compiled before would count towards the limit on compilations of one forward.
+            # Earlier compilations would count towards the recompile limit of one forward.
             torch.compiler.reset()
-            running = {n: one if n == FROZEN else self.wrap(one) for n, one in models.items()}
-        losses = {name: loss_of(one, inputs) for name, one in running.items()}
+            running = {n: net if n == FROZEN else self.wrap(net) for n, net in models.items()}
+        losses = {name: loss_of(net, inputs) for name, net in running.items()}
         turns = {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()}
         with on_one_thread() if self.one_thread else contextlib.nullcontext():
             clock = time.thread_time if self.one_thread else time.perf_counter
             timed = run.times(turns, place.device, seconds=self.seconds, clock=clock)
         steps = {
-            name: _counted(timed[name], one, losses[name], place.device)
-            if running[name] is one
+            name: _counted(timed[name], net, losses[name], place.device)
+            if running[name] is net
             else Step(timed[name])
-            for name, one in models.items()
+            for name, net in models.items()
         }
         if self.wrap is not None:
             torch.compiler.reset()
@@ -202,12 +202,12 @@ def _counted(
         model.zero_grad()
         torch.autograd.backward(loss())
 
-    held: list[Memory] = []
-    operations = count_operations(lambda: held.append(measure_memory(step)))
+    memories: list[Memory] = []
+    operations = count_operations(lambda: memories.append(measure_memory(step)))
     return Step(
         sample,
         saved_bytes(model, loss),
-        held[0],
+        memories[0],
         operations,
         kernel_launches(step, device),
         allocator_peak(step, device, model.zero_grad),
@@ -217,7 +217,7 @@ def _counted(
 
 @contextlib.contextmanager
 def on_one_thread() -> Iterator[None]:
-    """Lets operators compute on the thread that calls them."""
+    """Run operators on the thread that calls them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -227,15 +227,15 @@ def on_one_thread() -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """A forward that gives the loss; an input that requires a gradient gets a new one each time."""
+    """Return a forward that returns the loss. An input that requires a gradient is a new leaf each time."""
 
     def loss() -> Tensor:
-        given = {
+        batch = {
             name: value.detach().requires_grad_() if value.requires_grad else value
             for name, value in inputs.items()
         }
-        found: Tensor = model(**given).loss
-        return found
+        result: Tensor = model(**batch).loss
+        return result
 
     return loss
 
@@ -248,12 +248,12 @@ Column = Callable[[Row], str]
 
 
 def mebibytes(value: int | None) -> str:
-    """A size as a table shows it, in MiB."""
+    """Format a size in MiB for a table."""
     return "–" if value is None else f"{value / 2**20:.1f}"
 
 
 def _efficiency(row: Row) -> str:
-    """η, F / O, as a table shows it."""
+    """Format η, which is F / O, for a table."""
     if row.name.startswith(FROZEN):
         return ""
     floor, overhead = row.measured.floor, row.measured.overhead(row.name).median
@@ -278,7 +278,7 @@ COLUMNS: Mapping[str, Column] = {
     "kernel launches": lambda row: _number(row.step.launches),
     "allocator peak MiB": lambda row: mebibytes(row.step.allocated),
 }
-"""Of the tables of steps; the last two are CUDA's."""
+"""Columns of the tables of steps. The last two are for CUDA."""
 
 
 def section_of(
@@ -287,13 +287,13 @@ def section_of(
     columns: Mapping[str, Column] = COLUMNS,
     pictures: Callable[[Any], Mapping[str, Chart]] = no_charts,
 ) -> Section:
-    """A section of steps.
+    """Return a section of steps.
 
     Args:
-        name: Its name.
-        steps: What is measured.
-        columns: Of its table: what each says of a row.
-        pictures: As for a section.
+        name: Name of the section.
+        steps: Settings of the measurement.
+        columns: Columns of its table, each with a function that formats the cell of a row.
+        pictures: Makes the pictures, as in :class:`Section`.
     """
 
     def cells(results: Mapping[str, Measured]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""How long rewrites and merges take compared with PEFT's, and how exact merged weights are."""
+"""Times of rewrites and merges compared with PEFT's, and the rounding errors of merged weights."""
 
 from __future__ import annotations
 
@@ -40,21 +40,24 @@ def _on_meta(**shape: Any) -> nn.Module:
 
 
 def _rewrites(make: Callable[[], nn.Module], targets: str | list[str]) -> Contenders:
-    """Rewrites of a model, and PEFT's, which changes the model that it is given and gets a new one."""
+    """Return rewrites of a model by lora-fx and by PEFT.
+
+    PEFT changes its model, so it gets a new one each time.
+    """
     import peft
 
     base = make()
 
     def fresh() -> tuple[nn.Module, Any]:
-        # A configuration of its own for each run, too: PEFT writes into the one that it is given.
+        # PEFT also writes into its configuration, so each run has a new one.
         return make(), peft.LoraConfig(**_fields(targets))
 
     def ours(_: Any) -> nn.Module:
         return rewrite(base, LoraConfig(**_fields(targets)))
 
-    # Ours needs no fresh model: the one that it is given stays as it is.
+    # Our rewrite leaves its model unchanged, so all runs share it.
     untimed = (lambda: None, ours)
-    theirs = (fresh, lambda given: peft.get_peft_model(*given))
+    theirs = (fresh, lambda arguments: peft.get_peft_model(*arguments))
     return {OURS: untimed, _AGAIN: untimed, PEFT: theirs}
 
 
@@ -65,7 +68,7 @@ def _by_targets(run: Run) -> dict[str, dict[str, Sample]]:
         "all-linear": (layers, "all-linear", False),
         f"all-linear, {few} layers": (few, "all-linear", True),
     }
-    found = {}
+    samples = {}
     for title, part in run.each(cases, str):
         count, targets, exported = cases[title]
         make = functools.partial(_on_meta, num_hidden_layers=count)
@@ -73,8 +76,8 @@ def _by_targets(run: Run) -> dict[str, dict[str, Sample]]:
         if exported:
             run_export = functools.partial(_export, targets=targets)
             contenders = {**contenders, EXPORTED: (make, run_export)}
-        found[title] = part.times(contenders, seconds=20.0)
-    return found
+        samples[title] = part.times(contenders, seconds=20.0)
+    return samples
 
 
 def _export(base: nn.Module, targets: str | list[str]) -> nn.Module:
@@ -106,10 +109,10 @@ _SOME = {Size.FULL: tuple(_SHAPES), Size.QUICK: ("125M", "7B"), Size.TINY: ("125
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """Rewrites of one shape.
+    """Results of rewriting one shape.
 
     Attributes:
-        nodes: Of all graphs of the rewritten model, each module's counted.
+        nodes: Nodes of all graphs of the rewritten model, counting each module's graph.
         samples: Times by contender.
     """
 
@@ -118,24 +121,24 @@ class Scale:
 
     @property
     def per_thousand(self) -> float:
-        """Seconds of lora-fx for a thousand nodes."""
+        """Return lora-fx's seconds per thousand nodes."""
         return 1e3 * self.samples[OURS].median / self.nodes
 
 
 def _by_shape(run: Run) -> dict[str, Scale]:
-    found = {}
+    scales = {}
     for name, part in run.each(_SOME[run.size], str):
         shape = llama_shape(*_SHAPES[name], vocabulary=32000) | _FEW_HEADS.get(name, {})
         contenders = _rewrites(functools.partial(_on_meta, **shape), "all-linear")
         samples = part.times(contenders, seconds=20.0)
-        made = graphs(contenders[OURS][1](None))
-        found[name] = Scale(sum(len(graph.nodes) for graph in made.values()), samples)
-    return found
+        module_graphs = graphs(contenders[OURS][1](None))
+        scales[name] = Scale(sum(len(graph.nodes) for graph in module_graphs.values()), samples)
+    return scales
 
 
 def _shape_cells(results: Mapping[str, Scale]) -> Iterator[list[str]]:
     for name, scale in results.items():
-        ours, again, peft = (scale.samples[one] for one in (OURS, _AGAIN, PEFT))
+        ours, again, peft = (scale.samples[key] for key in (OURS, _AGAIN, PEFT))
         row = [name, str(scale.nodes), str(ours), f"{ratio(again, ours).median:.2f}", str(peft)]
         yield [*row, f"{ratio(ours, peft).median:.2f}", f"{1e3 * scale.per_thousand:.1f}"]
 
@@ -143,7 +146,7 @@ def _shape_cells(results: Mapping[str, Scale]) -> Iterator[list[str]]:
 def _shape_charts(results: Mapping[str, Scale]) -> dict[str, Chart]:
     groups = [
         Group(
-            f"{name}, {scale.nodes} nodes", {who: scale.samples[who].median for who in (OURS, PEFT)}
+            f"{name}, {scale.nodes} nodes", {key: scale.samples[key].median for key in (OURS, PEFT)}
         )
         for name, scale in results.items()
     ]
@@ -158,11 +161,11 @@ BOUND = "addmm_ in the weight's dtype"
 
 @dataclasses.dataclass(frozen=True)
 class Merged:
-    """A merge by one contender in one dtype.
+    """Results of merges by one contender in one dtype.
 
     Attributes:
         sample: Times.
-        memory: What its operations allocate.
+        memory: Memory that its operations allocate.
         weight: Bytes of one weight.
     """
 
@@ -172,7 +175,7 @@ class Merged:
 
 
 def _merges(run: Run) -> dict[str, dict[str, Merged]]:
-    # Weights are merged in half types on every machine, however slow its products in them are.
+    # Users merge weights in half types on every machine, however slow its products in them are.
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     where = [Place(device, dtype) for device in devices() for dtype in dtypes]
     count, layers, width = {
@@ -194,11 +197,11 @@ def _merges(run: Run) -> dict[str, dict[str, Merged]]:
 
 
 def _merge_cells(results: Mapping[str, Mapping[str, Merged]]) -> Iterator[list[str]]:
-    for where, found in results.items():
-        for name, one in found.items():
-            times = f"{one.sample.median / found[PEFT_MERGE].sample.median:.2f}"
-            sizes = (f"{size / 2**20:.1f}" for size in (one.memory.peak, one.memory.largest))
-            yield [where, name, str(one.sample), times, *sizes]
+    for where, merges in results.items():
+        for name, merged in merges.items():
+            times = f"{merged.sample.median / merges[PEFT_MERGE].sample.median:.2f}"
+            sizes = (f"{size / 2**20:.1f}" for size in (merged.memory.peak, merged.memory.largest))
+            yield [where, name, str(merged.sample), times, *sizes]
 
 
 def _merge_contenders(place: Place, layers: int, width: int) -> Contenders:
@@ -221,7 +224,7 @@ def _merge_contenders(place: Place, layers: int, width: int) -> Contenders:
     return {
         OURS: (lambda: ours, merge),
         _AGAIN: (lambda: ours, merge),
-        OURS_INTO: (lambda: copy.deepcopy(base), lambda given: merge(ours, into=given)),
+        OURS_INTO: (lambda: copy.deepcopy(base), lambda target: merge(ours, into=target)),
         PEFT_MERGE: (fresh, methodcaller("merge_and_unload")),
         f"{PEFT_MERGE}, safe_merge": (fresh, methodcaller("merge_and_unload", safe_merge=True)),
         BOUND: (lambda: _factors(theirs, names), _added),
@@ -229,28 +232,30 @@ def _merge_contenders(place: Place, layers: int, width: int) -> Contenders:
 
 
 def _factors(adapted: nn.Module, names: list[str]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """A copy of each weight, with B and A in its dtype."""
-    found = []
+    """Return a copy of each weight, with B and A in its dtype."""
+    factors = []
     for name in names:
         layer: Any = adapted.get_submodule(f"base_model.model.{name}")
         weight = layer.base_layer.weight.detach().clone()
-        a, b = (one["default"].weight.detach() for one in (layer.lora_A, layer.lora_B))
-        found.append((weight, b.to(weight.dtype), a.to(weight.dtype)))
-    return found
+        a, b = (
+            projection["default"].weight.detach() for projection in (layer.lora_A, layer.lora_B)
+        )
+        factors.append((weight, b.to(weight.dtype), a.to(weight.dtype)))
+    return factors
 
 
-def _added(given: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    for weight, b, a in given:
+def _added(factors: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for weight, b, a in factors:
         weight.addmm_(b, a)
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeError:
-    """The error of one merge.
+    """The rounding error of one merge.
 
     Attributes:
-        largest: Of all weights, in units in the last place.
-        wrong: Share of the weights that are not the nearest number to the exact one.
+        largest: Largest error of all weights, in units in the last place.
+        wrong: Fraction of the weights that are not the number nearest to the exact weight.
     """
 
     largest: float
@@ -258,12 +263,12 @@ class MergeError:
 
 
 def _errors(run: Run) -> dict[str, dict[str, MergeError]]:
-    """Errors by dtype, then by contender. Nothing is timed: one run says all."""
+    """Return errors by dtype, then by contender. Nothing is timed, so one run suffices."""
     results = {}
     for done, dtype in enumerate((torch.bfloat16, torch.float16)):
         run.tell(done, 2, str(dtype))
-        found = _errors_in(dtype, 32 if run.size is Size.TINY else 512)
-        results[str(dtype).removeprefix("torch.")] = found
+        errors = _errors_in(dtype, 32 if run.size is Size.TINY else 512)
+        results[str(dtype).removeprefix("torch.")] = errors
     return results
 
 
@@ -274,11 +279,14 @@ def _error_cells(results: Mapping[str, Mapping[str, MergeError]]) -> Iterator[li
 
 
 def _errors_in(dtype: torch.dtype, width: int) -> dict[str, MergeError]:
-    """The exact weight is ``W + s · B A`` in fp64 from the factors that both have."""
+    """Return the errors of merges in one dtype.
+
+    The exact weight is ``W + s · B A`` in fp64, from factors that both libraries share.
+    """
     import peft
 
     torch.manual_seed(0)
-    names = [str(place) for place in range(4)]
+    names = [str(index) for index in range(4)]
     base = nn.Sequential(*(nn.Linear(width, width) for _ in names)).to(dtype)
     fields = _fields(names) | {"lora_alpha": 8}
     ours = rewrite(base, LoraConfig(**fields))
@@ -307,10 +315,10 @@ def _error(
 ) -> MergeError:
     largest, wrong, count = 0.0, 0, 0
     for name, value in zip(names, exact, strict=True):
-        found = model.get_submodule(name).get_parameter("weight").detach()
-        largest = max(largest, float(((found.double() - value).abs() / ulp(value, dtype)).max()))
-        wrong += int((found != rounded(value, dtype)).sum())
-        count += found.numel()
+        merged = model.get_submodule(name).get_parameter("weight").detach()
+        largest = max(largest, float(((merged.double() - value).abs() / ulp(value, dtype)).max()))
+        wrong += int((merged != rounded(value, dtype)).sum())
+        count += merged.numel()
     return MergeError(largest, wrong / count)
 
 

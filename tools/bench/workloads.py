@@ -1,4 +1,4 @@
-"""Models that are trained or served: their shapes and their inputs."""
+"""Models that the benchmarks train or serve: their shapes and their inputs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Workload:
     """A model and a batch.
 
     Attributes:
-        title: What the tables call it.
-        make: Gives the model, in training mode, on the CPU, the same each time.
-        inputs: Keyword arguments of a call that gives a loss.
+        title: Name in the tables.
+        make: Returns the model, in training mode, on the CPU, the same each time.
+        inputs: Keyword arguments of a call that returns a loss.
     """
 
     title: str
@@ -47,23 +47,23 @@ class Workload:
 
     @property
     def short(self) -> str:
-        """The title without the size of the batch."""
+        """Return the title without the size of the batch."""
         return self.title.partition(",")[0]
 
     def on(self, place: Place) -> dict[str, Tensor]:
-        """The batch at a place: numbers that are not whole have its dtype. They are leaves."""
-        found = {}
+        """Return the batch at a place, as leaf tensors. Floating-point tensors get the place's dtype."""
+        batch = {}
         for name, value in self.inputs.items():
             dtype = place.dtype if value.is_floating_point() else value.dtype
             moved = value.detach().to(place.device, dtype)
-            found[name] = moved.requires_grad_(value.requires_grad)
-        return found
+            batch[name] = moved.requires_grad_(value.requires_grad)
+        return batch
 
 
 def llama_shape(
     hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int = 512, **more: Any
 ) -> dict[str, Any]:
-    """Arguments of a ``LlamaConfig``."""
+    """Return the arguments of a ``LlamaConfig``."""
     return {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
@@ -76,7 +76,7 @@ def llama_shape(
 
 
 def llama(title: str, shape: Mapping[str, Any], tokens: int) -> Workload:
-    """A Llama on one sequence; the loss is that of the next token."""
+    """Return a Llama with one sequence and the loss of the next token."""
     return _of_tokens(title, "LlamaForCausalLM", shape, tokens)
 
 
@@ -90,42 +90,42 @@ _TINY_ENCODER = {
 
 
 def small_llama(size: Size) -> Workload:
-    """The Llama of most sections."""
+    """Return the Llama of most sections."""
     if size is Size.TINY:
         return llama(*_TINY_LLAMA)
     return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 512)
 
 
 def nf4_llama(size: Size) -> Workload:
-    """The same with no more tokens than any width, so that no input has a weight's shape."""
+    """Return that Llama with no more tokens than any width, so that no input has a weight's shape."""
     if size is Size.TINY:
         return llama("Llama 1 × 64", llama_shape(64, 128, 1, 2, 32), 8)
     return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 384)
 
 
 def vocabulary_llama(size: Size) -> Workload:
-    """The same with the vocabulary of a published Llama."""
+    """Return that Llama with the vocabulary of a published Llama."""
     if size is Size.TINY:
         return llama("Llama 1 × 16", llama_shape(16, 32, 1, 2, 4096), 32)
     return llama("Llama 4 × 512, 32,000 tokens", llama_shape(512, 1376, 4, 8, 32_000), 512)
 
 
 def curve_llama(size: Size) -> Workload:
-    """One that is small enough to be trained many times."""
+    """Return a Llama that is small enough to be trained many times."""
     if size is Size.TINY:
         return llama(*_TINY_LLAMA)
     return llama("Llama 2 × 128", llama_shape(128, 344, 2, 4, 256), 32)
 
 
 def wide_llama(size: Size) -> Workload:
-    """A larger one."""
+    """Return a larger Llama."""
     if size is Size.TINY:
         return llama(*_TINY_LLAMA)
     return llama("Llama 8 × 1024, 256 tokens", llama_shape(1024, 2816, 8, 16), 256)
 
 
 def llama_block(size: Size) -> Workload:
-    """One block of a Llama of 1.3B parameters, as in the middle of it: its input requires a gradient."""
+    """Return one block of a Llama with 1.3B parameters. Its input requires a gradient, as inside a model."""
     tiny = size is Size.TINY
     tokens, hidden = (8, 16) if tiny else (256, 2048)
     shape = llama_shape(hidden, 32, 1, 2, 32) if tiny else llama_shape(hidden, 5504, 1, 16)
@@ -138,13 +138,13 @@ def llama_block(size: Size) -> Workload:
 
 
 def mixtral(size: Size) -> Workload:
-    """A mixture of eight experts, two for a token; the embedded tokens require a gradient."""
+    """Return a mixture of eight experts, two for each token. The embedded tokens require a gradient."""
     tiny = size is Size.TINY
     batch, tokens = (1, 32) if tiny else (2, 256)
     shape = llama_shape(32, 64, 2, 2, 32) if tiny else llama_shape(512, 1024, 2, 8)
     shape |= {"num_local_experts": 8, "num_experts_per_tok": 2}
     inputs = {
-        # As its embeddings are drawn.
+        # The scale of its embeddings' initial values.
         "inputs_embeds": (0.02 * _drawn(batch, tokens, shape["hidden_size"])).requires_grad_(),
         "labels": _ids(shape["vocab_size"], batch, tokens),
     }
@@ -152,19 +152,19 @@ def mixtral(size: Size) -> Workload:
 
 
 def gpt2(size: Size) -> Workload:
-    """GPT-2 small; its layers are ``Conv1D``."""
+    """Return GPT-2 small, whose layers are ``Conv1D``."""
     tiny = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
     return _standard("GPT-2 small", "GPT2LMHeadModel", size, tiny, 50257)
 
 
 def bert(size: Size) -> Workload:
-    """BERT-base with its head for masked words."""
+    """Return BERT-base with its head for masked words."""
     tiny = _TINY_ENCODER | {"vocab_size": 64, "max_position_embeddings": 32}
     return _standard("BERT-base", "BertForMaskedLM", size, tiny, 30522)
 
 
 def vit(size: Size) -> Workload:
-    """ViT-B/16 with ten classes on one picture."""
+    """Return ViT-B/16 with ten classes on one picture."""
     shape: dict[str, Any] = {"num_labels": 10}
     if size is Size.TINY:
         shape |= _TINY_ENCODER | {"image_size": 32}
@@ -175,8 +175,8 @@ def vit(size: Size) -> Workload:
 
 
 def resnet(size: Size) -> Workload:
-    """ResNet-50 with ten classes on two pictures: a batch norm wants two values of each channel."""
-    # A loss that finds its kind by itself writes it into the settings, which a graph has seen without.
+    """Return ResNet-50 with ten classes on two pictures, since a batch norm needs two values per channel."""
+    # Otherwise the loss infers its type and writes it into the config after the graph was traced.
     shape: dict[str, Any] = {"num_labels": 10, "problem_type": "single_label_classification"}
     if size is Size.TINY:
         shape |= {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
@@ -190,13 +190,13 @@ STANDARD = (vit, bert, gpt2)
 """Models of their published sizes that a CPU can train for a few steps."""
 
 MODELS = (llama_block, *STANDARD, wide_llama)
-"""Of the section that compares models."""
+"""Models of the section that compares models."""
 
 
 def _standard(
     title: str, model: str, size: Size, tiny: Mapping[str, Any], vocabulary: int
 ) -> Workload:
-    """A model in the shape that its configuration has by itself."""
+    """Return a model in the default shape of its configuration."""
     if size is Size.TINY:
         return _of_tokens(f"{title}, 8 tokens", model, tiny, 8)
     return _of_tokens(f"{title}, 128 tokens", model, {}, 128, vocabulary)
@@ -219,8 +219,8 @@ def _make(model: str, shape: Mapping[str, Any]) -> nn.Module:
     kind = getattr(transformers, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made: nn.Module = kind(kind.config_class(**shape))
-    return made.train()
+        module: nn.Module = kind(kind.config_class(**shape))
+    return module.train()
 
 
 def _drawn(*shape: int) -> Tensor:
@@ -245,9 +245,9 @@ class Served:
     """A model of transformers with random weights.
 
     Attributes:
-        title: What the tables call it.
-        task: What exporters of others call its task.
-        architecture: Its class.
+        title: Name in the tables.
+        task: Name of its task in other exporters.
+        architecture: Name of its class.
         shape: Arguments of its configuration.
         head: The suffix of the linear layer that gets no adapter, or "".
     """
@@ -259,19 +259,19 @@ class Served:
     head: str = ""
 
     def make(self) -> nn.Module:
-        """The model in eval mode, without a cache: the same one each time."""
+        """Return the model in eval mode, without a cache, the same each time."""
         return _make(self.architecture, {**self.shape, "use_cache": False}).eval()
 
     def inputs(
         self, batch: int = _BATCH, tokens: int = _TOKENS, seed: int = 0
     ) -> dict[str, Tensor]:
-        """Token ids and a mask of ones, [batch, tokens]."""
+        """Return token ids and a mask of ones, [batch, tokens]."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, self.shape["vocab_size"], (batch, tokens), generator=draw)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def layers(self, model: nn.Module) -> list[str]:
-        """The linear layers of the model that get an adapter."""
+        """Return the names of the model's linear layers that get an adapter."""
         return [
             name
             for name, module in model.named_modules()
@@ -279,17 +279,17 @@ class Served:
         ]
 
     def floor(self, rank: int = RANK) -> float:
-        """F of a run: 1 + Σ r·(d + k) / Σ d·k, the head in the second sum only.
+        """Return F of a run: 1 + Σ r·(d + k) / Σ d·k, with the head in the second sum only.
 
-        Of three products of a training step and its two, a run has one of each: a third of 6 by a half of 4.
+        Per token, a training step takes 6 FLOPs per factor element and 4 per weight; a run takes 2 and 2.
         """
         model, inputs = self.make(), self.inputs()
-        step = model_floor(model, self.layers(model), rank, lambda one: one(**inputs))
+        step = model_floor(model, self.layers(model), rank, lambda module: module(**inputs))
         return 1 + (step - 1) / 1.5
 
 
 def served(size: Size) -> tuple[Served, ...]:
-    """An encoder in the shapes of MiniLM and the small Llama of the training steps."""
+    """Return an encoder in the shape of MiniLM and the small Llama of the training steps."""
     tiny = size is Size.TINY
     width, layers, heads = (16, 1, 2) if tiny else (384, 6, 12)
     vocabulary = 64 if tiny else 1000
@@ -310,7 +310,7 @@ def served(size: Size) -> tuple[Served, ...]:
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Factors as after a long training: ΔW about as large as W. The model itself is given back."""
+    """Set factors to values as after long training, with ΔW about as large as W. Return the same model."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The typer application: what all commands have in common."""
+"""The typer application and the parts that all commands share."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ COMMANDS = (
 
 
 class Commands(TyperGroup):
-    """Takes ``--debug`` anywhere, and turns errors of lora_fx into one message."""
+    """Group of commands that takes ``--debug`` anywhere and prints an error of lora_fx as one message."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Moves ``--debug`` to where typer looks for it."""
+        """Move ``--debug`` to where typer expects it."""
         if "--debug" in args:
             args = ["--debug", *(arg for arg in args if arg != "--debug")]
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
+        """Run the command."""
         try:
             return super().invoke(ctx)
         except LoraFxError as error:
             if ctx.params.get("debug"):
                 raise
-            told = str(error)
+            message = str(error)
             if not isinstance(error, TypedError):
-                told = as_options(told, self.commands.values())
-            console.say_error(told)
+                message = as_options(message, self.commands.values())
+            console.say_error(message)
             raise typer.Exit(ERROR_EXIT) from error
 
 
@@ -92,7 +92,7 @@ def common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """The options before the command."""
+    """Set the options that precede the command."""
     console.log_to_stderr(debug=debug)
 
 

@@ -1,6 +1,6 @@
-"""Where the command line writes: results to stdout, all else to stderr.
+"""Output of the command line: results to stdout, all else to stderr.
 
-Without a terminal there is no color, no bar, and no wrapping of lines at 80 columns.
+Without a terminal there are no colors and no bars, and lines are not wrapped at 80 columns.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ __all__ = [
 ]
 
 Advance = Callable[[int, int, str], None]
-"""(done, total, what is being done): what :func:`progress` gives and the library takes."""
+"""Callback with (done, total, current work), which :func:`progress` yields and the library calls."""
 
 _WIDE = 160
 
 
 def output() -> Console:
-    """The console for results, on what ``sys.stdout`` is now."""
+    """Return the console for results, on the current ``sys.stdout``."""
     return _console(sys.stdout)
 
 
 def error_console() -> Console:
-    """The console for errors, warnings and progress, on what ``sys.stderr`` is now."""
+    """Return the console for errors, warnings and progress, on the current ``sys.stderr``."""
     return _console(sys.stderr)
 
 
 def say(text: str, style: str = "", *, to: Console | None = None) -> None:
-    """Prints text as it is: nothing in it is markup, and long lines stay whole."""
+    """Print text as it is, without markup and without wrapping long lines."""
     (to or output()).print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 def say_json(value: Any) -> None:
-    """Prints a value as JSON, or a text that is JSON as it is."""
+    """Print a value as JSON, or a text that is already JSON."""
     text = value if isinstance(value, str) else json.dumps(value, indent=2)
     sys.stdout.write(text + "\n")
 
 
 def say_error(message: str) -> None:
-    """One red message."""
+    """Print an error message in red."""
     text = Text.assemble(("error: ", "bold red"), (message, "red"))
     error_console().print(text, soft_wrap=True, highlight=False)
 
@@ -70,29 +70,29 @@ def say_error(message: str) -> None:
 def table(
     *headings: str, rows: Iterable[Iterable[RenderableType]] = (), right: Collection[str] = ()
 ) -> Table:
-    """Makes a table. ``right`` names the columns that are aligned right; text in cells is not markup."""
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """Return a table. ``right`` names the right-aligned columns. Text in cells is not markup."""
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
-        made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+        grid.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(one) if isinstance(one, str) else one for one in row))
-    return made
+        grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return grid
 
 
 def facts(rows: Iterable[tuple[str, RenderableType]], style: str) -> Table:
-    """Makes a grid of labels, in a style, and values."""
-    made = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    made.add_column(style=style, no_wrap=True)
-    made.add_column(overflow="fold")
-    for label, said in rows:
-        made.add_row(label, Text(said) if isinstance(said, str) else said)
-    return made
+    """Return a grid of labels, in a style, and values."""
+    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    grid.add_column(style=style, no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in rows:
+        grid.add_row(label, Text(value) if isinstance(value, str) else value)
+    return grid
 
 
 def log_to_stderr(*, debug: bool = False) -> None:
-    """Shows what the library logs: warnings, and all of it for debugging."""
+    """Show the library's log on stderr: warnings, or everything for debugging."""
     log = logging.getLogger("lora_fx")
-    for handler in [one for one in log.handlers if isinstance(one, RichHandler)]:
+    for handler in [known for known in log.handlers if isinstance(known, RichHandler)]:
         log.removeHandler(handler)
     log.addHandler(RichHandler(console=error_console(), show_path=debug, show_time=debug))
     log.setLevel(logging.DEBUG if debug else logging.WARNING)
@@ -100,11 +100,11 @@ def log_to_stderr(*, debug: bool = False) -> None:
 
 @contextlib.contextmanager
 def progress(title: str, console: Console | None = None) -> Iterator[Advance]:
-    """A bar that goes away when the work is done; nothing without a terminal.
+    """Show a progress bar until the work is done. Without a terminal, show nothing.
 
     Args:
-        title: What is being done.
-        console: Where to; that for errors by default. Give the one that is printed on meanwhile.
+        title: Title of the work.
+        console: Console of the bar, by default that for errors. Pass the console of simultaneous output.
     """
     console = console or error_console()
     columns = (
@@ -119,15 +119,15 @@ def progress(title: str, console: Console | None = None) -> Iterator[Advance]:
     with bars.Progress(*columns, console=console, transient=True, disable=hidden) as shown:
         task = shown.add_task(title, total=None, what="")
 
-        def advance(done: int, total: int, what: str = "") -> None:
-            shown.update(task, completed=done, total=total, what=what[-40:])
+        def advance(done: int, total: int, detail: str = "") -> None:
+            shown.update(task, completed=done, total=total, what=detail[-40:])
 
         yield advance
 
 
 @contextlib.contextmanager
 def steps(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar for a known number of named stages: call it as each one begins."""
+    """Show a bar for a known number of stages. Call the yielded function when a stage begins."""
     done = 0
     with progress(title) as advance:
 

@@ -1,4 +1,4 @@
-"""What ``lora-fx doctor`` finds: what is installed here, or what a file holds, and whether it can work."""
+"""Findings of ``lora-fx doctor``: installed packages and libraries, or a file's contents, and problems."""
 
 from __future__ import annotations
 
@@ -26,21 +26,25 @@ _NOT_FOR_USERS = ("test", "lint")
 
 
 def _packages_of_extras() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    packages: dict[str, list[str]] = {}
     for line in (importlib.metadata.requires("lora-fx") or ()) if _version("lora-fx") else ():
-        one = _DEPENDENCY.match(line)
-        if one is not None and one["extra"] not in _NOT_FOR_USERS and one["package"] != "lora-fx":
-            found.setdefault(one["extra"], []).append(one["package"])
-    return found
+        match = _DEPENDENCY.match(line)
+        if (
+            match is not None
+            and match["extra"] not in _NOT_FOR_USERS
+            and match["package"] != "lora-fx"
+        ):
+            packages.setdefault(match["extra"], []).append(match["package"])
+    return packages
 
 
-# The provider opens it itself, when it first convolves, so that it is not among what it asks for.
+# The provider opens this library itself at its first convolution, so it is not a listed dependency.
 _CUDNN = "cudnn64_9.dll" if sys.platform == "win32" else "libcudnn.so.9"
 _BASE = ("torch", "networkx", "numpy", "safetensors")
 
 
 def examine(file: Path | None = None) -> list[Finding]:
-    """Looks at what is installed, or at an ONNX file; changes nothing and needs no network."""
+    """Examine the installation, or an ONNX file. Change nothing and use no network."""
     if file is not None:
         return examine_file(file)
     return [*_python(), *_torch(), *_runtime(), *_extras()]
@@ -95,7 +99,7 @@ def _runtime() -> Iterator[Finding]:
     yield Finding(topic, "compiled in", State.OK, ", ".join(available))
     for short, name in providers.PROVIDERS.items():
         if short == "webgpu" and name not in available:
-            continue  # a wheel of its own, which is installed on purpose
+            continue  # a separate wheel, which is only installed on purpose
         yield _provider(topic, runtime, short)
     if providers.PROVIDERS["cuda"] in available:
         yield from _libraries(runtime)
@@ -105,7 +109,7 @@ def _provider(topic: str, runtime: Any, short: str) -> Finding:
     try:
         providers.check_provider(runtime, short)
     except LoraFxError as error:
-        # Without a device there is nothing to mend.
+        # Without a device there is nothing to repair.
         broken = short == "cpu" or _has_device()
         state = State.PROBLEM if broken else State.NOTE
         why = "cannot start" if broken else "cannot start; no NVIDIA device here"
@@ -136,12 +140,12 @@ def _extras() -> Iterator[Finding]:
     for extra, packages in EXTRAS.items():
         if extra == "quant" and sys.platform == "darwin":
             packages = [package for package in packages if package != "bitsandbytes"]
-        found = {package: _version(package) for package in packages}
+        versions = {package: _version(package) for package in packages}
         detail = ", ".join(
-            f"{package} {version or '(missing)'}" for package, version in found.items()
+            f"{package} {version or '(missing)'}" for package, version in versions.items()
         )
-        complete = all(found.values())
-        # One of the two wheels is what is wanted, never both.
+        complete = all(versions.values())
+        # Users need one of the two wheels, never both.
         needless = extra in ("gpu", "cpu") and runtime
         remedy = "" if complete or needless else f"pip install 'lora-fx[{extra}]'"
         state = State.OK if complete else State.NOTE
@@ -156,26 +160,26 @@ def _version(package: str) -> str:
 
 
 EXTRAS: Mapping[str, Sequence[str]] = _packages_of_extras()
-"""Packages of each extra of the project, those of the extras inside it left out."""
+"""Packages of each extra of the project, without those of the extras that it includes."""
 
 
 def show(findings: Sequence[Finding], problems: int) -> None:
-    """Prints findings as a table, and how many of them are problems."""
+    """Print findings as a table, and the number of problems."""
     styles = {State.OK: "green", State.NOTE: "yellow", State.PROBLEM: "bold red"}
     table = console.table("", "", "", "")
     table.show_header, table.columns[0].style = False, "bold"
     for column in table.columns[:3]:
         column.no_wrap = True
     topic = ""
-    for one in findings:
-        heading = "" if one.topic == topic else one.topic
+    for finding in findings:
+        heading = "" if finding.topic == topic else finding.topic
         if heading and topic:
             table.add_section()
-        topic = one.topic
-        detail = Text(one.detail)
-        if one.remedy:
-            detail.append(f"\n{one.remedy}", "yellow")
-        table.add_row(heading, one.name, Text(one.state, styles[one.state]), detail)
+        topic = finding.topic
+        detail = Text(finding.detail)
+        if finding.remedy:
+            detail.append(f"\n{finding.remedy}", "yellow")
+        table.add_row(heading, finding.name, Text(finding.state, styles[finding.state]), detail)
     console.output().print(table)
     if problems:
         console.say(f"{problems} problem(s)", "bold red")

@@ -78,17 +78,17 @@ def plan(
     with console.progress("planning"):
         if diff is not None:
             both = compare({_HERE: chosen, str(diff): o.config_in(diff)}, loaded.model, **how)
-            made = both[_HERE]
+            planned = both[_HERE]
         else:
-            made = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
+            planned = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
     if why is not None:
-        told = made.why(why)
-        _answer(("operation", "what becomes of it"), told.items(), as_json)
-        if not any(text.startswith(_TRAINED) for text in told.values()):
+        reasons = planned.why(why)
+        _answer(("operation", "what becomes of it"), reasons.items(), as_json)
+        if not any(text.startswith(_TRAINED) for text in reasons.values()):
             raise typer.Exit(1)
         return
     if diff is not None:
-        changed = made.changes(both[str(diff)])
+        changed = planned.changes(both[str(diff)])
         if not as_json:
             console.say(str(both))
         rows = [(name, *texts) for name, texts in changed.items()]
@@ -98,10 +98,10 @@ def plan(
         return
     from lora_fx.tools.cluster import takes_text
 
-    given = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
-    need = training.planned(loaded, chosen, given)
+    inputs = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
+    need = training.planned(loaded, chosen, inputs)
     if as_json:
-        shown = made.to_dict()
+        shown = planned.to_dict()
         if need is not None:
             shown["training"] = dataclasses.asdict(need)
         if stored is not None:
@@ -111,7 +111,7 @@ def plan(
     out = console.output()
     if stored is not None:
         console.say(stored.summary())
-    out.print(render_plan(made, width=out.width, every=every), highlight=False)
+    out.print(render_plan(planned, width=out.width, every=every), highlight=False)
     if need is not None:
         out.print(render_need(need, training, text=takes_text(loaded.model)), highlight=False)
 
@@ -159,39 +159,41 @@ def rewrite(
     how = look.of(loaded)
     printer = None
     if print_after:
-        known = ["capture", *(one.name for one in rewrite_passes(chosen))]
+        known = ["capture", *(pass_.name for pass_ in rewrite_passes(chosen))]
         printer = _Printer(_passes_named(print_after, known), region)
     with console.progress("rewriting"):
         see = None if printer is None else printer.see
         rewritten = rewrite_model(loaded.model, chosen, strict=adapters.strict, callback=see, **how)
-    found = graphs(rewritten)
+    region_graphs = graphs(rewritten)
     if printer is not None:
         printer.show()
     elif region is not None:
-        _print_region(found, region, as_graph=graph)
+        _print_region(region_graphs, region, as_graph=graph)
     elif as_json:
-        told = [dict(zip(_REGION, row, strict=True)) for row in _regions(rewritten, found)]
-        console.say_json(told)
+        entries = [
+            dict(zip(_REGION, row, strict=True)) for row in _regions(rewritten, region_graphs)
+        ]
+        console.say_json(entries)
     elif file is None:
-        console.output().print(_region_table(_regions(rewritten, found), every=every))
+        console.output().print(_region_table(_regions(rewritten, region_graphs), every=every))
         console.say("--region NAME prints the code of one, --out FILE.html draws all", "dim")
     if file is None:
         return
     if file.suffix.lower() == _TEXT:
-        file.write_text("\n".join(map(_as_text, found.items())), encoding="utf-8")
+        file.write_text("\n".join(map(_as_text, region_graphs.items())), encoding="utf-8")
     else:
         draw(rewritten, file, force=force)
     console.say(f"wrote {file}")
 
 
 def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: bool) -> None:
-    """Print rows with names that folded rows have in common, or as JSON."""
+    """Print rows as a table, with rows that differ only in numbers folded, or as JSON."""
     from lora_fx.ir import folded
 
     rows = list(rows)
     if as_json:
-        told = {name: cells[0] if len(cells) == 1 else cells for name, *cells in rows}
-        console.say_json(told)
+        answers = {name: cells[0] if len(cells) == 1 else cells for name, *cells in rows}
+        console.say_json(answers)
         return
     lines = [
         (row.name + (f" {row.times}" if row.times else ""), *row.cells) for row in folded(rows)
@@ -202,7 +204,7 @@ def _answer(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]], as_json: 
 
 @dataclasses.dataclass
 class _Printer:
-    """Keep the graphs after some passes, and print them once no progress bar is on the screen."""
+    """Graphs after some passes, which are printed once no progress bar is on the screen."""
 
     passes: list[str]
     region: str | None
@@ -210,18 +212,18 @@ class _Printer:
     last: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def see(self, name: str, capture: Capture) -> None:
-        """Keep what a pass has left."""
+        """Store the graphs that a pass has left."""
         if name in self.passes:
             self.seen.append((name, "\n".join(self._texts(name, capture))))
 
     def show(self) -> None:
-        """Print all of it, in the order of the passes."""
+        """Print the stored graphs, in the order of the passes."""
         for name, text in self.seen:
             console.output().rule(f"after {name}")
             console.say(text)
 
     def _texts(self, name: str, capture: Capture) -> Iterator[str]:
-        graphs = {key: one.graph for key, one in capture.regions.items()}
+        graphs = {key: item.graph for key, item in capture.regions.items()}
         if self.region is not None:
             graphs = {self.region: _region_of(graphs, self.region)}
         changed = {
@@ -236,14 +238,14 @@ class _Printer:
             yield str(capture.plan)
 
 
-def _passes_named(asked: list[str], known: list[str]) -> list[str]:
-    for name in asked:
+def _passes_named(requested: list[str], known: list[str]) -> list[str]:
+    for name in requested:
         if name not in (*known, "all"):
             near = hint(name, known, cutoff=0.3)
             raise ConfigError(
                 f"--print-after {name}: there is no such pass{near}. All: {', '.join(known)}"
             )
-    return known if "all" in asked else asked
+    return known if "all" in requested else requested
 
 
 def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
@@ -253,11 +255,11 @@ def _region_of(graphs: Mapping[str, fx.Graph], region: str) -> fx.Graph:
     return graphs[region]
 
 
-def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
+def _print_region(graphs: dict[str, fx.Graph], region: str, *, as_graph: bool) -> None:
     from rich.syntax import Syntax
 
     screen = console.output()
-    chosen = _region_of(found, region)
+    chosen = _region_of(graphs, region)
     code = str(chosen) if as_graph else chosen.python_code("self").src.strip()
     if screen.is_terminal and not as_graph:
         screen.print(Syntax(code, "python", word_wrap=True))
@@ -268,12 +270,15 @@ def _print_region(found: dict[str, fx.Graph], region: str, *, as_graph: bool) ->
 _REGION = ("region", "class", "nodes", "branches")
 
 
-def _regions(model: nn.Module, found: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
-    """Each region with its class, nodes and branches: a fused node has one for each weight and adapter."""
+def _regions(model: nn.Module, graphs: dict[str, fx.Graph]) -> list[tuple[str, str, int, int]]:
+    """Return each region with its class, nodes and branches.
+
+    A fused node has a branch per weight and adapter.
+    """
     from lora_fx.ir import adapters_of
 
     rows = []
-    for key, graph in found.items():
+    for key, graph in graphs.items():
         kind = type(model.get_submodule(key)).__name__
         rows.append((key or "(root)", kind, len(graph.nodes), len(adapters_of(graph))))
     return rows
@@ -285,7 +290,7 @@ def _region_table(rows: list[tuple[str, str, int, int]], *, every: bool) -> Tabl
     cells = [(name, kind, str(nodes), str(branches)) for name, kind, nodes, branches in rows]
     if every:
         return console.table(*_REGION, rows=cells, right=_REGION[2:])
-    lines = [(one.name, *one.cells, one.times) for one in folded(cells)]
+    lines = [(row.name, *row.cells, row.times) for row in folded(cells)]
     headings = (*_REGION, "regions")
     return console.table(*headings, rows=lines, right=headings[2:])
 
@@ -414,8 +419,8 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
     out.print(console.facts(report.facts(), "dim"))
     for line in report.warnings():
         console.say(line, "yellow")
-    for title, what in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank")):
-        out.print(render_heat(title, *report.heat(what), width=out.width))
+    for title, figure in (("‖ΔW‖", "norm"), ("effective rank", "effective_rank")):
+        out.print(render_heat(title, *report.heat(figure), width=out.width))
     if every:
         out.print(console.table(*report.columns, rows=report.rows(), right=report.columns[1:]))
     for row in folded((key, "x".join(map(str, shape))) for key, shape in report.others.items()):
@@ -423,7 +428,7 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
 
 
 def _file(path: str, provider: str) -> Any:
-    """An ONNX file as a session where another provider is asked for; else the path."""
+    """Return a session of an ONNX file if another provider is requested, or else the path."""
     if provider == "cpu":
         return path
     from lora_fx.export.session import OnnxSession
@@ -433,7 +438,7 @@ def _file(path: str, provider: str) -> Any:
 
 
 def _format(name: str | None) -> Any:
-    """A format that no suffix names; :func:`lora_fx.visualize` refuses any other."""
+    """Return a format without its own suffix; :func:`lora_fx.visualize` refuses any other."""
     return name
 
 
@@ -446,7 +451,7 @@ def _drawn(
     as_plan: bool,
     compare: bool,
 ) -> tuple[Any, Any]:
-    """What ``visualize`` draws, one thing or several, and example inputs if they are known."""
+    """Return the one or several objects that ``visualize`` draws, and example inputs if they are known."""
     from lora_fx.adapters import set_adapter
     from lora_fx.api import capture
     from lora_fx.api import plan as make_plan
@@ -464,7 +469,10 @@ def _drawn(
         if compare:
             panes = {folder.name: load_adapter(drawn, folder) for folder in folders}
             if len(panes) < 2:  # one folder, or folders of one name
-                panes = {"base": drawn, **{str(one): load_adapter(drawn, one) for one in folders}}
+                panes = {
+                    "base": drawn,
+                    **{str(path): load_adapter(drawn, path) for path in folders},
+                }
             return panes, loaded.example_inputs
         for name, folder in zip(names, folders, strict=True):
             drawn = load_adapter(drawn, folder, adapter_name=name)
@@ -482,7 +490,7 @@ def _drawn(
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")
 
-# What a folder of transformers holds besides the model, and the merged model needs as much.
+# Other files in a folder of transformers, which the merged model also needs.
 _COMPANIONS = (
     "tokenizer*",
     "vocab.*",
@@ -497,18 +505,18 @@ _COMPANIONS = (
 
 
 def check_out(name: str, given: str | Path, *, force: bool) -> Path:
-    """Stops before the work is done where the result could not be written.
+    """Check before any work that the result can be written.
 
     Args:
         name: The model's name.
-        given: Where to.
-        force: Whether something may be there already.
+        given: The path to write.
+        force: True if the path may exist.
 
     Returns:
         The path.
 
     Raises:
-        ConfigError: With what to give instead.
+        ConfigError: If the path cannot be used; the message says what to give instead.
     """
     out = Path(given)
     folder = name.startswith("hf:")
@@ -527,15 +535,15 @@ def check_out(name: str, given: str | Path, *, force: bool) -> Path:
 
 
 def write_merged(model: nn.Module, out: Path, *, folder: Path | None = None) -> None:
-    """Writes the folder of a transformers model, or else a safetensors state dict.
+    """Write the folder of a transformers model, or else a safetensors state dict.
 
     Args:
         model: The merged model.
-        out: Where to; the folder above it is made.
+        out: The path to write. Its parent folder is created.
         folder: The folder of transformers that the model came from.
 
     Raises:
-        MergeError: The files cannot be written. What was there before still is.
+        MergeError: If the files cannot be written. Existing files are kept then.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -595,17 +603,17 @@ def verify(
     """
     from lora_fx.tools.adapter_folder import verify as judge
 
-    given = [one for one in (onnx, model, url) if one is not None]
-    if len(given) != 1:
+    subjects = [option for option in (onnx, model, url) if option is not None]
+    if len(subjects) != 1:
         raise ConfigError("say what to ask: one of --onnx FILE, --model MODEL and --url ADDRESS")
     if url is not None and not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url}: an address begins with http:// or https://")
     subject: Any = onnx or url
     if model is not None:
         subject = o.load(model).model
-    asked: Any = provider
+    requested: Any = provider
     with console.progress("asking"):
-        verdict = judge(folder, subject, name=name, base_name=base_name, provider=asked)
+        verdict = judge(folder, subject, name=name, base_name=base_name, provider=requested)
     if as_json:
         from lora_fx.ir import json_text
 

@@ -19,7 +19,7 @@ from lora_fx.tools.cli import options as o
 
 __all__ = ["export", "export_adapter", "generate", "run"]
 
-_STAGES = 5  # of export_onnx
+_STAGES = 5  # number of stages of export_onnx
 _TOTAL = "total_length"
 _DYNAMIC = {0: 2}  # the size of a dynamic axis by its position
 _OTHERWISE = 8
@@ -76,11 +76,11 @@ def export(
     loaded = o.load(model)
     inputs = loaded.inputs()
     if target is not None and tokenizer is None:
-        there = loaded.folder is not None and any(loaded.folder.glob("tokenizer*"))
-        tokenizer = loaded.folder if there else None
+        has_tokenizer = loaded.folder is not None and any(loaded.folder.glob("tokenizer*"))
+        tokenizer = loaded.folder if has_tokenizer else None
     base: Any = loaded.model
     if loaded.folder is not None and hasattr(base.config, "use_cache"):
-        base.config.use_cache = False  # a cache is no output of one pass
+        base.config.use_cache = False  # a single pass returns no cache
     folders = adapter or []
     if len(folders) > 1 and adapters not in ("inputs", "bank"):
         raise o.TypedError("several --adapter: give one, or --adapters bank (or inputs)")
@@ -174,7 +174,7 @@ def run(
     feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
     seconds = []
     with console.progress("running") as advance:
-        # Allocations and kernels are chosen in the first run.
+        # The first run allocates memory and chooses kernels.
         results = session.run(feeds, adapter=chosen)
         for done in range(repeat):
             advance(done, repeat, "")
@@ -184,7 +184,7 @@ def run(
     screen = console.output()
     median = 1e3 * statistics.median(seconds)
     if as_json:
-        told = {
+        report = {
             "provider": session.provider,
             "milliseconds": {
                 "median": median,
@@ -194,7 +194,7 @@ def run(
             "inputs": _figures(feeds),
             "outputs": _figures(results),
         }
-        console.say_json(told)
+        console.say_json(report)
         if written is not None:
             _write(written, results)
         return
@@ -209,8 +209,8 @@ def run(
         console.say(f"wrote {written}")
 
 
-def _output_file(given: str, *, force: bool) -> Path:
-    output = o.file_to_write(given, (".npz",), force=force)
+def _output_file(path: str, *, force: bool) -> Path:
+    output = o.file_to_write(path, (".npz",), force=force)
     if not output.parent.is_dir():
         raise ConfigError(f"cannot write {output}: there is no folder {output.parent}")
     return output
@@ -227,10 +227,10 @@ def _write(output: Path, results: dict[str, Any]) -> None:
 def _pairs(entries: list[str] | None, option: str, value: str = "value") -> dict[str, str]:
     pairs = {}
     for entry in entries or []:
-        name, _, given = entry.partition("=")
-        if not name or not given:
+        name, _, text = entry.partition("=")
+        if not name or not text:
             raise o.TypedError(f"{option} {entry}: write name={value}")
-        pairs[name] = given
+        pairs[name] = text
     return pairs
 
 
@@ -259,7 +259,7 @@ def _feeds(ports: Any, files: dict[str, str], sizes: dict[str, str]) -> dict[str
                     )
             chosen |= known
     if _TOTAL in axes:
-        # Of a file that generates: what it has read and what it reads.
+        # In a generating file: the length of the past plus the new tokens.
         parts = (chosen.get(axis, _OTHERWISE) for axis in ("past_length", "sequence"))
         chosen.setdefault(_TOTAL, sum(parts))
     random = np.random.default_rng(0)
@@ -277,10 +277,10 @@ def _read(file: str) -> Any:
 
 
 def _drawn(port: Any, sizes: dict[str, int], random: np.random.Generator) -> Any:
-    """Random values that fit: 0 and 1 for whole numbers, ids of any vocabulary; a mask is full."""
+    """Return random values that fit: 0 and 1 for integers (ids of any vocabulary), ones for a mask."""
     for index, axis in enumerate(port.shape):
         if isinstance(axis, str):
-            # An axis has one size wherever it comes up.
+            # An axis has the same size in all inputs.
             sizes.setdefault(axis, _DYNAMIC.get(index, _OTHERWISE))
     shape = [
         axis if isinstance(axis, int) else sizes.get(axis or "", _DYNAMIC.get(index, _OTHERWISE))
@@ -305,8 +305,8 @@ _MEASURES: dict[str, Callable[[Any], Any]] = {"min": np.min, "mean": np.mean, "m
 
 
 def _figures(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What there is to say of arrays: dtype, shape and a few figures, which an empty one has not."""
-    told = {}
+    """Return dtype, shape and a few figures of arrays. An empty array has no figures."""
+    entries = {}
     for name, value in values.items():
         numbers = np.asarray(value.float() if hasattr(value, "float") else value)
         numbers = numbers.astype(np.float64)
@@ -315,19 +315,19 @@ def _figures(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
             for key, measure in _MEASURES.items()
         }
         dtype = str(value.dtype).removeprefix("torch.")
-        told[name] = {"dtype": dtype, "shape": list(value.shape), **figures}
-    return told
+        entries[name] = {"dtype": dtype, "shape": list(value.shape), **figures}
+    return entries
 
 
 def _table(title: str, values: dict[str, Any]) -> Table:
     rows = [
         (
             name,
-            one["dtype"],
-            "×".join(map(str, one["shape"])) or "scalar",
-            *("" if one[key] is None else f"{one[key]:.4g}" for key in _MEASURES),
+            entry["dtype"],
+            "×".join(map(str, entry["shape"])) or "scalar",
+            *("" if entry[key] is None else f"{entry[key]:.4g}" for key in _MEASURES),
         )
-        for name, one in _figures(values).items()
+        for name, entry in _figures(values).items()
     ]
     return console.table(title, "dtype", "shape", *_MEASURES, rows=rows, right=tuple(_MEASURES))
 
@@ -374,17 +374,17 @@ def generate(
 
     reader = _tokenizer(tokenizer) if tokenizer is not None else None
     files = _pairs(inputs, "--input", "FILE.npy")
-    given = {name: _read(path) for name, path in files.items()}
+    feeds = {name: _read(path) for name, path in files.items()}
     prompts = _prompts(ids, text, reader)
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
         chosen = o.loaded_adapters(session, adapter)
-    given.update(_padded(prompts))
+    feeds.update(_padded(prompts))
     began = time.perf_counter()
     with console.progress("generating"):
-        made = session.generate(
-            **given,
+        tokens = session.generate(
+            **feeds,
             max_new_tokens=max_new_tokens,
             do_sample=sample,
             temperature=temperature,
@@ -396,22 +396,22 @@ def generate(
     seconds = time.perf_counter() - began
     # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
-    rows = made[:, start:].tolist()
+    rows = tokens[:, start:].tolist()
     texts = (
         None
         if reader is None
         else [str(reader.decode(row, skip_special_tokens=True)) for row in rows]
     )
-    new = made.shape[1] - start
+    new = tokens.shape[1] - start
     if as_json:
-        told = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
-        console.say_json(told)
+        report = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
+        console.say_json(report)
         return
     for shown in texts or [" ".join(map(str, row)) for row in rows]:
         console.say(shown)
     console.say(
-        f"{session.provider}: {len(made)} × {new} tokens in {seconds:.2f} s, "
-        f"{len(made) * new / seconds:.0f} a second",
+        f"{session.provider}: {len(tokens)} × {new} tokens in {seconds:.2f} s, "
+        f"{len(tokens) * new / seconds:.0f} a second",
         to=console.error_console(),
     )
 
@@ -422,8 +422,8 @@ def _prompts(ids: list[str] | None, text: list[str] | None, reader: Any) -> list
     if text:
         if reader is None:
             raise ConfigError("--text needs --tokenizer, the folder of the model's tokenizer")
-        return [list(reader(one)["input_ids"]) for one in text]
-    return [_numbers(one) for one in ids or []]
+        return [list(reader(prompt)["input_ids"]) for prompt in text]
+    return [_numbers(entry) for entry in ids or []]
 
 
 def _numbers(entry: str) -> list[int]:
@@ -434,7 +434,7 @@ def _numbers(entry: str) -> list[int]:
 
 
 def _padded(prompts: list[list[int]]) -> dict[str, Any]:
-    """Prompts of unequal length as a batch: ids and mask, padding on the left."""
+    """Return prompts of unequal length as a batch: ids and mask, padded on the left."""
     if not prompts:
         return {}
     length = max(map(len, prompts))

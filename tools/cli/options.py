@@ -1,4 +1,4 @@
-"""How a command is made of a function, and the groups of options that several commands take."""
+"""Construction of commands from functions, and groups of options that several commands share."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _log = logging.getLogger("lora_fx")
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help=f"{FORMS}.", show_default=False)]
 
-# Where the name that Python allows is not the one to type.
+# Options whose name on the command line differs from the parameter's name.
 _NAMES = {"as_json": "--json", "as_plan": "--plan", "as_format": "--format", "every": "--all"}
 _ENTRY = re.compile(r"    (?P<name>\w+): (?P<help>.*)")
 
 
 class TypedError(ConfigError):
-    """What is wrong with something that was typed: it is told in the words of the command line already."""
+    """An error in typed input whose message already uses the words of the command line."""
 
 
 class Options:
@@ -60,78 +60,81 @@ class Options:
 
 
 def command(**special: dict[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command.
+    """Turn a function into a command.
 
-    A parameter without a default is an argument, one with a default is an option of its name, and one
-    that is a group of options stands for those. The help of each is what the docstring says of it. A
-    flag that is off has no opposite.
+    A parameter without a default is an argument. A parameter with a default is an option of its name. A
+    group of options stands for its fields. The help of each comes from the docstring. A flag that is
+    off by default has no opposite.
 
     Args:
-        special: By parameter: its ``name`` on the command line, where it is another, ``argument`` for one
-            with a default that is an argument all the same, and more arguments of ``typer.Option`` or
+        special: Settings by parameter: its ``name`` on the command line if it differs, ``argument`` to make
+            a parameter with a default an argument, and further arguments of ``typer.Option`` or
             ``typer.Argument``.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         groups: dict[str, tuple[type, list[str]]] = {}
         shown: list[inspect.Parameter] = []
-        for one in _parameters(function):
-            if isinstance(one.annotation, type) and issubclass(one.annotation, Options):
-                fields: Any = dataclasses.fields(one.annotation)  # type: ignore[arg-type]
+        for parameter in _parameters(function):
+            if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options):
+                fields: Any = dataclasses.fields(parameter.annotation)  # type: ignore[arg-type]
                 more = {field.name: dict(field.metadata) for field in fields}
-                groups[one.name] = (one.annotation, list(more))
+                groups[parameter.name] = (parameter.annotation, list(more))
                 shown += [
-                    _option(field, more, one.annotation) for field in _parameters(one.annotation)
+                    _option(field, more, parameter.annotation)
+                    for field in _parameters(parameter.annotation)
                 ]
             else:
-                shown.append(_option(one, special, function))
+                shown.append(_option(parameter, special, function))
 
         @functools.wraps(function)
-        def run(**given: Any) -> None:
-            made = {
-                name: group(**{field: given.pop(field) for field in fields})
+        def run(**arguments: Any) -> None:
+            option_groups = {
+                name: group(**{field: arguments.pop(field) for field in fields})
                 for name, (group, fields) in groups.items()
             }
-            function(**given, **made)
+            function(**arguments, **option_groups)
 
         keyword = inspect.Parameter.KEYWORD_ONLY
-        shown = [one.replace(kind=keyword) for one in shown]
+        shown = [parameter.replace(kind=keyword) for parameter in shown]
         del run.__wrapped__
         run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in shown}
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
         run.__doc__ = (inspect.getdoc(function) or "").partition("\nArgs:\n")[0]
         return run
 
     return decorate
 
 
-def _parameters(of: Callable[..., Any]) -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(of, include_extras=True)
-    for one in inspect.signature(of).parameters.values():
-        yield one.replace(annotation=hints[one.name])
+def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        yield parameter.replace(annotation=hints[parameter.name])
 
 
 def _option(
-    one: inspect.Parameter, special: dict[str, dict[str, Any]], owner: Any
+    parameter: inspect.Parameter, special: dict[str, dict[str, Any]], owner: Any
 ) -> inspect.Parameter:
-    if one.annotation is ModelName:
-        return one
-    how = {"help": _helps(owner).get(one.name), **special.get(one.name, {})}
-    if how.pop("argument", False) or one.default is inspect.Parameter.empty:
-        found: Any = typer.Argument(metavar=how.pop("metavar", one.name.upper()), **how)
-        found.show_default = False
+    if parameter.annotation is ModelName:
+        return parameter
+    settings = {"help": _helps(owner).get(parameter.name), **special.get(parameter.name, {})}
+    if settings.pop("argument", False) or parameter.default is inspect.Parameter.empty:
+        info: Any = typer.Argument(
+            metavar=settings.pop("metavar", parameter.name.upper()), **settings
+        )
+        info.show_default = False
     else:
-        name = how.pop("name", _NAMES.get(one.name))
-        if name is None and one.default is False:
-            name = f"--{one.name.replace('_', '-')}"
+        name = settings.pop("name", _NAMES.get(parameter.name))
+        if name is None and parameter.default is False:
+            name = f"--{parameter.name.replace('_', '-')}"
         named = [] if name is None else [name]
-        found = typer.Option(*named, rich_help_panel=getattr(owner, "PANEL", None), **how)
-    return one.replace(annotation=Annotated[one.annotation, found])
+        info = typer.Option(*named, rich_help_panel=getattr(owner, "PANEL", None), **settings)
+    return parameter.replace(annotation=Annotated[parameter.annotation, info])
 
 
-def _helps(of: Any) -> dict[str, str]:
+def _helps(owner: Any) -> dict[str, str]:
     """Return the description of each parameter or attribute in a docstring."""
-    text = inspect.getdoc(of) or ""
+    text = inspect.getdoc(owner) or ""
     entries: dict[str, list[str]] = {}
     current: list[str] = []
     for line in re.split(r"\n(?:Args|Attributes):\n", text, maxsplit=1)[-1].splitlines():
@@ -144,7 +147,7 @@ def _helps(of: Any) -> dict[str, str]:
 
 @dataclasses.dataclass
 class Adapters(Options):
-    """The options that say what to adapt.
+    """Options that select what to adapt.
 
     Attributes:
         r: Rank of the adapters; 8 by default.
@@ -178,11 +181,11 @@ class Adapters(Options):
     strict: bool = False
 
     def made(self) -> LoraConfig:
-        """The configuration: that of ``--config``, with what was given on the command line changed.
+        """Return the configuration of ``--config``, changed by the other options.
 
         Raises:
-            ConfigError: A value is not valid, or two contradict each other.
-            CheckpointError: ``--config`` is a folder without a readable configuration.
+            ConfigError: If a value is not valid, or two values contradict each other.
+            CheckpointError: If ``--config`` is a folder without a readable configuration.
         """
         if self.target and self.target_regex is not None:
             raise ConfigError("--target and --target-regex say two things: give one of them")
@@ -190,7 +193,7 @@ class Adapters(Options):
         selected: Any = self.target_regex if self.target_regex is not None else names
         if names and [name.lower() for name in names] == [ALL_LINEAR]:
             selected = ALL_LINEAR
-        given = {
+        typed = {
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
@@ -201,7 +204,7 @@ class Adapters(Options):
             "use_rslora": self.rslora,
             "bias": self.bias,
         }
-        changes: dict[str, Any] = {name: one for name, one in given.items() if one is not None}
+        changes: dict[str, Any] = {k: value for k, value in typed.items() if value is not None}
         if self.config is None:
             return LoraConfig(**changes)
         return dataclasses.replace(config_in(self.config), **changes)
@@ -209,7 +212,7 @@ class Adapters(Options):
 
 @dataclasses.dataclass
 class Capturing(Options):
-    """The options that say how a model is looked at.
+    """Options for the capture of a model.
 
     Attributes:
         frontend: auto, symbolic, regions or export; export takes the inputs that hf: and timm: models
@@ -224,26 +227,26 @@ class Capturing(Options):
 
     @property
     def by_default(self) -> bool:
-        """Whether both options are left at their defaults."""
+        """Return True if both options have their defaults."""
         return self.frontend == "auto" and self.inputs is None
 
     def load(self, name: str) -> LoadedModel:
-        """Loads a model; with inputs, they run through it, and it needs its weights."""
+        """Load a model, with its weights if there are inputs, because the inputs run through it."""
         return load(name, weights=self.inputs is not None)
 
     def of(self, loaded: LoadedModel) -> dict[str, Any]:
-        """How a command captures: keyword arguments of the verbs.
+        """Return the keyword arguments of the capture for the library's functions.
 
-        Inputs that come with a model are used where a graph cannot be made without. Those of ``--inputs``
-        are always used: with them, the result is compared with the model.
+        A model's own inputs are used if a graph needs inputs. Those of ``--inputs`` are always used, and
+        with them the result is compared with the model.
 
         Raises:
-            ConfigError: If ``--inputs`` names nothing that can be called.
+            ConfigError: If ``--inputs`` does not name a callable.
         """
         if self.inputs is not None:
             return {"frontend": self.frontend, "example_inputs": load_inputs(self.inputs)}
-        given = loaded.example_inputs if self.frontend == "export" else None
-        return {"frontend": self.frontend, "example_inputs": given}
+        inputs = loaded.example_inputs if self.frontend == "export" else None
+        return {"frontend": self.frontend, "example_inputs": inputs}
 
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -251,7 +254,7 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclasses.dataclass
 class Training(Options):
-    """The options that say on which GPUs a step of training is planned.
+    """Options for the plan of a training step on GPUs.
 
     Attributes:
         mesh: Plan a step on GPUs: fsdp=8 shards the weights over 8, replicate=2,fsdp=8 over two such groups,
@@ -271,10 +274,10 @@ class Training(Options):
     checkpointing: bool = False
 
     def planned(self, loaded: LoadedModel, config: LoraConfig, inputs: Any) -> Any:
-        """Return what a GPU of the mesh needs, or None without a mesh.
+        """Return the needs of a GPU of the mesh, or None without a mesh.
 
         Raises:
-            ConfigError: An option has no meaning, or the model cannot be planned so.
+            ConfigError: If an option is not valid, or the model cannot be planned with them.
         """
         if self.mesh is None:
             return None
@@ -284,16 +287,16 @@ class Training(Options):
         if self.batch < 1 or self.sequence < 1:
             raise ConfigError("--batch and --sequence are at least 1")
         dtype = dtype_of(self.dtype)
-        given = step_inputs(loaded.model, inputs, batch=self.batch, sequence=self.sequence)
+        batch = step_inputs(loaded.model, inputs, batch=self.batch, sequence=self.sequence)
         with console.progress(f"a step on {mesh}"):
             return plan_step(
-                loaded.model, config, mesh, given, dtype=dtype, checkpointing=self.checkpointing
+                loaded.model, config, mesh, batch, dtype=dtype, checkpointing=self.checkpointing
             )
 
 
 @dataclasses.dataclass
 class Storing(Options):
-    """The option that quantizes weights before a model is rewritten.
+    """Option that quantizes weights before a model is rewritten.
 
     Attributes:
         quantize: Quantize the weights of linear operations first: nf4, fp4, int8 or int4.
@@ -304,18 +307,18 @@ class Storing(Options):
     quantize: str | None = dataclasses.field(default=None, metadata={"metavar": "FORMAT"})
 
     def planned(self, loaded: LoadedModel) -> Any:
-        """What would be quantized: a quantization plan, or None.
+        """Return the quantization plan, or None without ``--quantize``.
 
         Raises:
-            QuantizationError: If the model is quantized already. One of a folder is made without its
-                weights, so that only its configuration says so.
+            QuantizationError: If the model is already quantized. A model of a folder has no weights here,
+                so only its configuration shows that.
         """
         from lora_fx.adapters import plan_quantization
 
         if self.quantize is None:
             return None
-        how = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
-        if how is not None:
+        settings = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
+        if settings is not None:
             raise QuantizationError(
                 f"{loaded.name} is quantized already, as quantization_config in its config.json says: leave "
                 "--quantize out, or give the folder that it was made of"
@@ -324,13 +327,13 @@ class Storing(Options):
             return plan_quantization(loaded.model, self.quantize)
 
     def load(self, name: str, look: Capturing) -> LoadedModel:
-        """Loads a model and quantizes it where that is asked for, under progress bars.
+        """Load a model and quantize it if requested, under progress bars.
 
-        The weights of a folder of transformers are read one by one, where the folder names them as the
-        model does; other models are loaded whole.
+        The weights of a folder of transformers are read one by one, if the folder names them as the model
+        does. Other models are loaded as a whole.
 
         Raises:
-            ConfigError: If the frontend is one that quantized models cannot have.
+            ConfigError: If the frontend does not support quantized models.
         """
         from lora_fx.adapters import quantize
 
@@ -347,32 +350,34 @@ class Storing(Options):
             try:
                 if files:
                     with console.progress("quantizing") as tell:
-                        made = quantize(empty.model, self.quantize, weights=folder, progress=tell)
-                    return dataclasses.replace(empty, model=made)
+                        quantized = quantize(
+                            empty.model, self.quantize, weights=folder, progress=tell
+                        )
+                    return dataclasses.replace(empty, model=quantized)
             except CheckpointError as error:
                 _log.warning("loaded whole, not weight by weight: %s", error)
         loaded = load(name)
         with console.progress("quantizing") as tell:
-            made = quantize(loaded.model, self.quantize, progress=tell)
-        return dataclasses.replace(loaded, model=made)
+            quantized = quantize(loaded.model, self.quantize, progress=tell)
+        return dataclasses.replace(loaded, model=quantized)
 
 
 def load(name: str, *, weights: bool = True) -> LoadedModel:
-    """Loads a model under a progress bar."""
+    """Load a model under a progress bar."""
     with console.progress(f"loading {name}"):
         return load_model(name, weights=weights)
 
 
 def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
-    """The path of a file that a command writes: it stops before the work is done, not after it.
+    """Return the path of a file that a command will write, checked before any work.
 
     Args:
-        given: As it was typed: a Path would not keep the separator at its end.
-        suffixes: Those that the file may have.
-        force: Whether something may be there already.
+        given: The path as typed, because a Path would drop a separator at its end.
+        suffixes: Allowed suffixes.
+        force: True if the file may exist.
 
     Raises:
-        ConfigError: It is a folder or has another suffix, or something is there already.
+        ConfigError: If the path is a folder, has another suffix, or exists.
     """
     path = output_file(given, suffixes, ConfigError)
     if path.exists() and not force:
@@ -381,10 +386,10 @@ def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """The dtype that is called so; None stays None.
+    """Return the dtype of a name, or None for None.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If the name is unknown.
     """
     import torch
 
@@ -403,10 +408,10 @@ def _split(names: list[str] | None) -> list[str] | None:
 
 
 def config_in(source: Path) -> LoraConfig:
-    """The configuration in a JSON or YAML file, or in an adapter folder.
+    """Return the configuration in a JSON or YAML file, or in an adapter folder.
 
     Raises:
-        ConfigError: If it is none, or PyYAML is missing for a YAML file.
+        ConfigError: If the file is not a configuration, or PyYAML is missing for a YAML file.
         CheckpointError: If it is a folder without a readable configuration.
     """
     if source.is_dir() or not source.exists():
@@ -417,7 +422,7 @@ def config_in(source: Path) -> LoraConfig:
         text = source.read_text(encoding="utf-8")
         values = _parse_yaml(text) if as_yaml else json.loads(text)
     except ConfigError:
-        raise  # the package for YAML is missing
+        raise  # PyYAML is missing
     except (OSError, ValueError) as error:
         raise ConfigError(f"{source} is not readable {kind}: {error}") from error
     if not isinstance(values, dict):
@@ -441,50 +446,50 @@ def loaded_adapters(session: Any, given: Iterable[str] | None) -> str | list[str
 
     Args:
         session: An ``OnnxSession``.
-        given: Files, folders and names of adapters that are in the bank of the file, or "none".
+        given: Files, folders, names of adapters in the file's bank, or "none".
 
     Returns:
-        The name that it has there; for several a list, one for each row of the batch.
+        The adapter's name in the session, or a list of several names, one for each row of the batch.
 
     Raises:
-        TypedError: If two of them would have the same name.
+        TypedError: If two adapters would have the same name.
     """
     names: dict[str, str | None] = {}
-    for one in (rows := list(given or ())):
-        path = Path(one)
-        if one in names or (one in session.adapters and not path.exists()):
-            names.setdefault(one, one)
-        elif one == "none" and not path.exists():
-            names[one] = None
+    for source in (rows := list(given or ())):
+        path = Path(source)
+        if source in names or (source in session.adapters and not path.exists()):
+            names.setdefault(source, source)
+        elif source == "none" and not path.exists():
+            names[source] = None
         elif path.stem in names.values():
             raise TypedError(
-                f"--adapter {one}: another one is named {path.stem}: rename its folder"
+                f"--adapter {source}: another one is named {path.stem}: rename its folder"
             )
         else:
             session.load_adapter(path.stem, path)
-            names[one] = path.stem
-    chosen = [names[one] for one in rows]
+            names[source] = path.stem
+    chosen = [names[source] for source in rows]
     return chosen if len(chosen) > 1 else next(iter(chosen), None)
 
 
-# Not inside a call, which is Python as a whole.
+# Keyword arguments, except inside a call, which stays Python.
 _ARGUMENT = re.compile(
     r"(?<![\w.(])(?<!, )(?P<name>\w+)=(?P<value>'[^'\s]*'|True|False|\d+(?:\.\d+)?\b)"
 )
 
 
 def as_options(message: str, commands: Iterable[Any]) -> str:
-    """``adapters='inputs'`` as ``--adapters inputs``, where a command has such an option.
+    """Replace ``adapters='inputs'`` by ``--adapters inputs`` if a command has such an option.
 
     Args:
-        message: Of an error.
-        commands: Those of the application.
+        message: Message of an error.
+        commands: Commands of the application.
     """
     options = {
-        str(one.name): one
+        str(parameter.name): parameter
         for command in commands
-        for one in command.params
-        if one.param_type_name == "option"
+        for parameter in command.params
+        if parameter.param_type_name == "option"
     }
 
     def spelled(match: re.Match[str]) -> str:

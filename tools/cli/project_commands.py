@@ -1,4 +1,4 @@
-"""Commands on what is installed, and that show and measure what lora-fx does: doctor, demo, bench, zoo."""
+"""Commands that check the installation, demonstrate and measure: doctor, demo, bench, zoo."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False
 
 
 class _OnScreen:
-    """Shows every stage while it runs."""
+    """Reporter of the demo that shows every stage while it runs."""
 
     def __init__(self, screen: Console) -> None:
         self.screen = screen
@@ -74,7 +74,7 @@ class _OnScreen:
         self.count += 1
         self.screen.print(Text(f"[{self.count}/{_STAGES}] {name}", "bold"))
         began = time.perf_counter()
-        # On one console: two would write into each other's lines.
+        # On the same console, because two consoles would write into each other's lines.
         with console.progress(name, self.screen) as advance:
             yield advance
         self._print(Text(f"{time.perf_counter() - began:.1f} s", "dim"))
@@ -85,11 +85,11 @@ class _OnScreen:
     def planned(self, made: Plan) -> None:
         from lora_fx.tools.cli.tables import render_plan
 
-        # Wide, so less indented.
+        # A plan is wide, so it is less indented.
         self._print(render_plan(made, width=self.screen.width - 2), indent=2)
 
-    def _print(self, what: RenderableType, *, indent: int = _INDENT) -> None:
-        self.screen.print(Padding(what, (0, 0, 0, indent), expand=False), highlight=False)
+    def _print(self, content: RenderableType, *, indent: int = _INDENT) -> None:
+        self.screen.print(Padding(content, (0, 0, 0, indent), expand=False), highlight=False)
 
 
 @o.command()
@@ -212,7 +212,7 @@ def zoo(
     from lora_fx.tools.zoo.runner import ENTRIES, Options, run_jobs, select
 
     levels: tuple[Level, ...] = get_args(Level)
-    level = next((one for one in levels if one == optimize), None)
+    level = next((name for name in levels if name == optimize), None)
     if level is None:
         raise ConfigError(f"--optimize is {optimize!r}: give {', '.join(levels)}")
     entries = select(only, group)
@@ -225,10 +225,10 @@ def zoo(
         raise ConfigError("--resume goes on from a file of rows: name it with --rows")
     log = console.error_console()
     known = {} if store is None else _read(store)
-    asked = PARTS[2:] if level == "runtime" else PARTS[:2] if onnx else PARTS[:1]
+    parts = PARTS[2:] if level == "runtime" else PARTS[:2] if onnx else PARTS[:1]
 
     def is_done(row: Row) -> bool:
-        return resume and all(row.dates.get(part, "") >= (since or "0") for part in asked)
+        return resume and all(row.dates.get(part, "") >= (since or "0") for part in parts)
 
     def tell(row: Row) -> None:
         problems = "; ".join(exceptions([row])) or f"{row.name}: as it should be"
@@ -239,7 +239,7 @@ def zoo(
         if store is not None:
             _write(store, [known[entry.name] for entry in ENTRIES if entry.name in known])
 
-    left = [one for one in entries if one.name not in known or not is_done(known[one.name])]
+    left = [item for item in entries if item.name not in known or not is_done(known[item.name])]
     with console.progress("zoo", log) as advance:
         run_jobs(left, Options(jobs, timeout, onnx, level), advance, tell)
     chosen = [known[entry.name] for entry in entries]
@@ -254,7 +254,7 @@ def zoo(
 
 
 def _write(store: Path, rows: Sequence[Row]) -> None:
-    """A row a line, so that a difference of two files says which models changed."""
+    """Write one row per line, so that a diff of two files shows which models changed."""
     lines = ",\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)
     store.parent.mkdir(parents=True, exist_ok=True)
     with replacing(store) as new:
@@ -265,9 +265,9 @@ def _read(store: Path) -> dict[str, Row]:
     from lora_fx.tools.zoo.report import Row
 
     try:
-        found = [Row.read(values) for values in json.loads(store.read_text(encoding="utf-8"))]
+        rows = [Row.read(values) for values in json.loads(store.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         return {}
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{store} does not hold rows of this zoo: {error}") from error
-    return {row.name: row for row in found}
+    return {row.name: row for row in rows}

@@ -1,4 +1,4 @@
-"""A plan and the report of an export as tables for the terminal."""
+"""Tables for the terminal: a plan, and the report of an export."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["render_export", "render_heat", "render_need", "render_plan"]
 
-# Columns that a narrow terminal does without, in this order, as positions in Plan.columns.
+# Columns that a narrow terminal omits, in this order, as positions in Plan.columns.
 _OPTIONAL = (7, 6, 1, 4, 2)
 _GAP = 2
 _LISTED = 12
 
 
 def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableType:
-    """Render what ``lora-fx plan`` prints.
+    """Render the output of ``lora-fx plan``.
 
     Args:
         plan: The plan.
@@ -84,7 +84,7 @@ def _totals(plan: Plan) -> Text:
 
 
 def _indented(line: Text) -> Padding:
-    """A line, and what is wrapped of it, under a title."""
+    """Indent a line, including its wrapped parts, under a title."""
     return Padding(line, (0, 0, 0, 2), expand=False)
 
 
@@ -101,12 +101,12 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
 
 
 def render_need(need: Need, training: Training, *, text: bool) -> RenderableType:
-    """What ``lora-fx plan --mesh`` prints below the plan: memory of a GPU, and what it sends.
+    """Render the output of ``lora-fx plan --mesh`` below the plan: a GPU's memory and traffic.
 
     Args:
-        need: What was found.
-        training: What was asked.
-        text: Whether samples are made of tokens.
+        need: Memory and traffic of a GPU.
+        training: Options of the training step.
+        text: True if samples consist of tokens.
     """
     from lora_fx.tools.cluster import Mesh
 
@@ -138,7 +138,7 @@ def render_need(need: Need, training: Training, *, text: bool) -> RenderableType
 
 
 def _amount(size: float) -> str:
-    """A size with three digits that count."""
+    """Format a size with three significant digits."""
     return f"{size:,.0f}" if size >= 1e3 else f"{size:.3g}"
 
 
@@ -153,13 +153,13 @@ def render_heat(
     """Draw layers × modules in the terminal: the brighter a cell, the larger its value.
 
     Args:
-        title: What the values are.
+        title: Name of the values.
         layers: Names of the rows.
-        modules: Names of the columns; of each as many last parts are shown as tell it from the others.
-        values: A row for each layer; None where there is nothing.
-        width: Columns of the terminal; modules that do not fit are named below.
+        modules: Names of the columns. Each is shortened to the last parts that distinguish it.
+        values: A row for each layer; None for missing values.
+        width: Columns of the terminal. Modules that do not fit are named below.
     """
-    known = [one for row in values for one in row if one is not None and one == one]
+    known = [value for row in values for value in row if value is not None and value == value]
     most = max(known, default=0.0)
     names = _ends(modules)
     room = width - max((len(layer) for layer in layers), default=0) - 2
@@ -172,9 +172,9 @@ def render_heat(
     for name in names[:shown]:
         table.add_column(name, justify="right", no_wrap=True)
     for layer, row in zip(layers, values, strict=True):
-        if all(one is None for one in row[:shown]):
+        if all(value is None for value in row[:shown]):
             continue
-        cells = [Text("" if one is None else f"{one:.3g}", _heat(one, most)) for one in row[:shown]]
+        cells = [Text("" if x is None else f"{x:.3g}", _heat(x, most)) for x in row[:shown]]
         table.add_row(Text(layer or "(root)", "cyan"), *cells)
     if shown == len(names):
         return table
@@ -183,20 +183,20 @@ def render_heat(
 
 
 def _ends(names: Sequence[str]) -> list[str]:
-    """Of each name the shortest end that no other name has and that is not a number alone."""
+    """Return each name's shortest suffix that no other name has and that is not only a number."""
     ends = [
         [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
         for parts in (name.split(".") for name in names)
     ]
     counts = Counter(end for several in ends for end in several)
     return [
-        next((one for one in several if counts[one] == 1 and not one.isdigit()), several[-1])
+        next((end for end in several if counts[end] == 1 and not end.isdigit()), several[-1])
         for several in ends
     ]
 
 
 def _heat(value: float | None, most: float) -> str:
-    """The colors of a cell."""
+    """Return the colors of a cell."""
     if value is None or not most or value != value:
         return ""
     share = min(abs(value) / most, 1.0)
@@ -204,16 +204,16 @@ def _heat(value: float | None, most: float) -> str:
     return f"{ink} on rgb({int(20 + 30 * share)},{int(40 + 160 * share)},{int(90 + 150 * share)})"
 
 
-_OPERATORS = 8  # how many of them are named
+_OPERATORS = 8  # number of operators that are named
 
 
 def render_export(report: ExportReport) -> RenderableType:
-    """Render what ``lora-fx export`` prints.
+    """Render the output of ``lora-fx export``.
 
     Args:
-        report: What ``export_onnx`` returned.
+        report: Result of ``export_onnx``.
     """
-    # Which axes a task leaves fixed is a fact of the model, no answer to a wish.
+    # With a task, fixed axes are a fact of the model, and the user did not request other ones.
     fixed = report.fixed_axes if report.task is None else {}
     parts: list[RenderableType] = [
         console.facts(_facts(report), "dim"),
@@ -230,8 +230,8 @@ def render_export(report: ExportReport) -> RenderableType:
     return Group(*parts)
 
 
-def _pairs(headings: tuple[str, str], found: Mapping[str, str]) -> list[Table]:
-    return [console.table(*headings, rows=found.items())] if found else []
+def _pairs(headings: tuple[str, str], entries: Mapping[str, str]) -> list[Table]:
+    return [console.table(*headings, rows=entries.items())] if entries else []
 
 
 def _facts(report: ExportReport) -> Iterator[tuple[str, str | Text]]:
@@ -244,11 +244,11 @@ def _facts(report: ExportReport) -> Iterator[tuple[str, str | Text]]:
     if report.adapters == "inline":
         yield "adapters", "are products of their own beside the operations"
     if sites := len(report.swappable):
-        places = f"at {sites} place{'s'[: sites > 1]}"
+        where = f"at {sites} place{'s'[: sites > 1]}"
         if report.bank is None:
-            yield "adapters", f"of any rank are inputs, {places}"
+            yield "adapters", f"of any rank are inputs, {where}"
         else:
-            yield "adapters", f"one for each row of a batch, {places}"
+            yield "adapters", f"one for each row of a batch, {where}"
             yield "bank", str(report.bank)
     if report.fused:
         yield "fused", f"{report.optimize}: {fusions_text(report.fused)}"

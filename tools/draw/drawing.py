@@ -1,4 +1,4 @@
-"""Pictures of models and plans, for looking at and for other programs."""
+"""Pictures of models and plans, for viewing and for other programs."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _LEGEND_Y = 62
 
 
 def to_svg(picture: Picture) -> str:
-    """The text of an SVG file."""
+    """Return the text of an SVG file."""
     scene = place(picture, plan_layers(picture))
-    # The legend of what occurs in the picture is above it, and may be wider.
+    # The legend above the picture may be wider than the picture.
     legend, legend_width = _legend(picture)
     width = max(scene.width, legend_width, 520) + 2 * _MARGIN
     height = scene.height + _TOP + _MARGIN
@@ -94,7 +94,7 @@ def _drawing(picture: Picture, scene: Scene) -> Iterator[str]:
 
 
 def is_lora(source: Box, target: Box) -> bool:
-    """Whether an edge is one of an adapter's branch."""
+    """Return True if an edge is part of an adapter's branch."""
     return (
         bool(target.adapter)
         and Kind.SITE not in (source.kind, target.kind)
@@ -163,13 +163,13 @@ def _box(placed: Placed, adapters: tuple[str, ...]) -> Iterator[str]:
 
 
 def hatch(width: float, height: float) -> str:
-    """Slanted lines over a box: what cannot be adapted is seen without color."""
-    found = []
+    """Return slanted lines over a box, which mark refused operations without color."""
+    segments = []
     for start in range(0, int(width + height), 9):
         x0, y0 = (start, 0.0) if start <= width else (width, start - width)
         x1, y1 = (start - height, height) if start >= height else (0.0, float(start))
-        found.append(f"M{_n(x0)} {_n(y0)}L{_n(x1)} {_n(y1)}")
-    return "".join(found)
+        segments.append(f"M{_n(x0)} {_n(y0)}L{_n(x1)} {_n(y1)}")
+    return "".join(segments)
 
 
 def _legend(picture: Picture) -> tuple[list[str], float]:
@@ -217,7 +217,7 @@ _RULE = re.compile(
 
 @functools.cache
 def _colors() -> dict[str, tuple[str, str]]:
-    """Fill and line of each kind, as the light part of the style sheet has them."""
+    """Return fill and line color of each kind, from the light part of the style sheet."""
     light = asset("picture.css").partition("@media")[0]
     return {
         kind: (rule["fill"], rule["line"])
@@ -227,7 +227,7 @@ def _colors() -> dict[str, tuple[str, str]]:
 
 
 def to_dot(picture: Picture) -> str:
-    """The text of a DOT file."""
+    """Return the text of a DOT file."""
     boxes = {box.id: box for box in picture.root.walk()}
     lines = [
         f"digraph {_quote(picture.title)} {{",
@@ -261,7 +261,7 @@ def _dot_box(box: Box, indent: str) -> Iterator[str]:
 
 
 def _dot_edge(source: Box, target: Box) -> str:
-    # DOT draws edges between nodes only; they are cut off where the cluster begins.
+    # DOT draws edges only between nodes, and clips them at the cluster's border.
     options = []
     if source.children:
         options.append(f"ltail=cluster_{source.id}")
@@ -277,7 +277,7 @@ def _quote(text: str) -> str:
 
 
 def to_networkx(picture: Picture) -> nx.DiGraph:
-    """The picture as a graph: edges are data flow, nesting is the attribute ``parent``."""
+    """Return the picture as a graph: edges are data flow, nesting is the attribute ``parent``."""
     document = picture.to_dict()
     graph = nx.DiGraph(title=clean(picture.title))
     for entry in (*document["boxes"], *document["nodes"]):
@@ -300,7 +300,7 @@ def to_networkx(picture: Picture) -> nx.DiGraph:
 
 
 def to_graphml(picture: Picture) -> str:
-    """The text of a GraphML file."""
+    """Return the text of a GraphML file."""
     buffer = io.BytesIO()
     nx.write_graphml_xml(to_networkx(picture), buffer)
     return buffer.getvalue().decode("utf-8")
@@ -321,12 +321,12 @@ FORMATS: Mapping[str, Callable[[Picture], str]] = {
 
 
 Format = Literal["model-explorer"]
-"""Formats that no suffix names."""
+"""Formats without their own suffix."""
 
 Drawable = (
     nn.Module | Capture | Plan | MergeReport | ExportReport | OnnxSession | str | os.PathLike[str]
 )
-"""What can be drawn; of text, a path to an ONNX file or to an adapter folder."""
+"""Types that can be drawn. A text is the path of an ONNX file or of an adapter folder."""
 
 
 def visualize(
@@ -338,28 +338,28 @@ def visualize(
     original: nn.Module | str | os.PathLike[str] | None = None,
     file_format: Format | None = None,
 ) -> Path:
-    """Draws a model, or what lora_fx says of one, into a file, in the format that the suffix names.
+    """Draw a model, a plan or a report into a file, in the format of the suffix.
 
-    Modules are nested boxes, those with a graph show its nodes; equal blocks in sequence are drawn
-    once, with their number. Modules without a graph show how data flows between them, as one call of a copy
-    without data shows it. ``.svg`` and ``.html`` are for looking at: the page opens and closes
-    boxes, searches, colors and tries patterns, and needs no network. ``.dot`` is for Graphviz, ``.graphml``
-    for networkx, Gephi and yEd, ``.json`` for programs of your own: ``boxes`` (with children),
-    ``nodes`` (without) and ``edges``, each box and node with its ``parent``; see
+    Modules are nested boxes, and modules with a graph show its nodes. Equal blocks in sequence are drawn
+    once, with their number. For modules without a graph, one call of a copy without data shows the data
+    flow between them. ``.svg`` and ``.html`` are for viewing. The page opens and closes boxes, searches,
+    colors and tries patterns, and needs no network. ``.dot`` is for Graphviz, ``.graphml`` for networkx,
+    Gephi and yEd, and ``.json`` for your own programs. It has ``boxes`` (with children), ``nodes``
+    (without) and ``edges``, each box and node with its ``parent``; see
     :meth:`lora_fx.tools.draw.picture.Picture.to_dict`. The same model gives the same bytes.
 
     Args:
-        model_or_plan: Any module (plain, captured, rewritten or merged); a capture; a plan: then the sites
-            by name, and next to them what is not adapted and why; the report of a merge or of an export; a
-            session, whose nodes show the provider that runs them; a path to an ``.onnx`` file, which is asked
-            on the CPU, or to an adapter folder. Several in a list, or in a dict by the title of
-            each, are shown next to each other, in ``.html`` only.
+        model_or_plan: A module (plain, captured, rewritten or merged), a capture, a plan, the report of a
+            merge or an export, a session, or the path of an ``.onnx`` file or an adapter folder. A plan
+            shows its sites by name, and the other operations with the reasons. A session shows the provider
+            that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by their
+            titles, are drawn next to each other, in ``.html`` only.
         path: The file to write.
-        force: Whether to write over a file that exists.
+        force: True to overwrite an existing file.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
-            modules without a graph; models of transformers and timm say themselves what they take.
-        original: What a quantized model was before: the model, or its files, as for
-            :func:`lora_fx.replace_lora_weights_loftq`. The page then shows what quantizing has lost.
+            modules without a graph. Models of transformers and timm need none.
+        original: The model before it was quantized, or its files, as for
+            :func:`lora_fx.replace_lora_weights_loftq`. The page then shows the quantization errors.
         file_format: ``"model-explorer"`` writes a ``.json`` that Google's Model Explorer loads, and next to
             it ``.nodes.json``, the ranks as its node data. None for the format of the suffix.
 
@@ -367,9 +367,9 @@ def visualize(
         The path of the file.
 
     Raises:
-        ConfigError: The suffix is none of these, the folder does not exist, or the file does; or there is an
-            ``original`` of something that is not quantized.
-        LoraFxError: The file could not be written; one that was there is still there.
+        ConfigError: If the suffix is unknown, the folder does not exist, or the file exists; or if there is
+            an ``original`` and nothing is quantized.
+        LoraFxError: If the file could not be written. An existing file is kept then.
     """
     if isinstance(path, nn.Module):
         raise ConfigError(
@@ -393,18 +393,18 @@ def visualize(
             raise ConfigError(
                 "several are compared in a page: give one or more, and a name in .html"
             )
-        pictures = [picture_of(one, example_inputs, original) for one in several]
+        pictures = [picture_of(drawn, example_inputs, original) for drawn in several]
         if isinstance(model_or_plan, Mapping):
             pictures = [
-                dataclasses.replace(one, title=f"{name}: {one.title}")
-                for name, one in zip(model_or_plan, pictures, strict=True)
+                dataclasses.replace(picture, title=f"{name}: {picture.title}")
+                for name, picture in zip(model_or_plan, pictures, strict=True)
             ]
         text = to_html(*pictures)
     else:
         pictures = [picture_of(model_or_plan, example_inputs, original)]
         text = FORMATS[suffix](*pictures)
     if original is not None and not any(
-        row.lost is not None for one in pictures for row in one.sites
+        row.lost is not None for picture in pictures for row in picture.sites
     ):
         raise ConfigError(
             "original is given, and no weight that is drawn is quantized: leave it out"
@@ -426,7 +426,7 @@ def _write_for_explorer(drawn: object, target: Path, example_inputs: Any, name: 
 
 
 def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) -> Picture:
-    """What :func:`visualize` draws, before it is a file."""
+    """Return the picture that :func:`visualize` writes."""
     if isinstance(drawn, Plan):
         return picture_of_plan(drawn)
     if isinstance(drawn, MergeReport):
@@ -466,20 +466,20 @@ def _of_path(path: Path) -> Picture:
         return picture_of_file(path)
     if path.exists():
         raise ConfigError(f"cannot draw {path}: give an .onnx file or the folder of an adapter")
-    near = hint(path.name, [one.name for one in path.parent.glob("*")], cutoff=0.5)
+    near = hint(path.name, [file.name for file in path.parent.glob("*")], cutoff=0.5)
     raise ConfigError(
         f"there is no {path}{near}: give an .onnx file, the folder of an adapter, or a model that is loaded"
     )
 
 
 def _plain(model: nn.Module, example_inputs: Any, original: Any) -> Picture:
-    """Captures a model for the picture alone."""
+    """Capture a model only for the picture."""
     try:
         captured = capture(model)
     except CaptureError as error:
         return picture_of_model(model, {}, (f"no graphs: {error}",), example_inputs=example_inputs)
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    # The copy is frozen; its parameters are its own, only their storage is shared.
+    # The copy is frozen. It has its own parameters, which share storage with the model's.
     for name, parameter in captured.model.named_parameters():
         if trains.get(name, False):
             parameter.requires_grad_(True)
@@ -505,7 +505,7 @@ _GRADIENT = ("#fdf0d3", "#10917f")
 
 
 def explorer_graph(picture: Picture) -> str:
-    """The text of a graph file: boxes without children are nodes, the others their namespaces."""
+    """Return the text of a graph file: boxes without children are nodes, the others their namespaces."""
     boxes = {box.id: box for box in picture.root.walk()}
     reads: dict[str, list[str]] = defaultdict(list)
     for box in boxes.values():
@@ -529,9 +529,9 @@ def explorer_graph(picture: Picture) -> str:
                     {
                         "sourceNodeId": source,
                         "sourceNodeOutputId": "0",
-                        "targetNodeInputId": str(place),
+                        "targetNodeInputId": str(index),
                     }
-                    for place, source in enumerate(dict.fromkeys(reads[box.id]))
+                    for index, source in enumerate(dict.fromkeys(reads[box.id]))
                 ],
             }
         )
@@ -544,7 +544,7 @@ def explorer_graph(picture: Picture) -> str:
 
 
 def explorer_data(picture: Picture) -> str:
-    """The text of a file of node data: the rank of each adapted operation, of several their sum."""
+    """Return the text of a node data file: the rank of each adapted operation, or the sum of its ranks."""
     ranks = {
         box.id: sum(line.rank or 0 for line in box.branches)
         for box in picture.root.walk()
@@ -564,7 +564,7 @@ def _attributes(facts: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 
 def _namespaces(box: Box, outer: str) -> Iterator[tuple[str, Box]]:
-    """Every box with its namespace: of a box with children its own, of a node that of its box."""
+    """Yield every box with its namespace: a box with children has its own, a node that of its box."""
     if not box.children:
         yield outer, box
         return
@@ -573,7 +573,7 @@ def _namespaces(box: Box, outer: str) -> Iterator[tuple[str, Box]]:
     yield namespace, box
     names = Counter(child.name for child in box.children if child.children)
     for child in box.children:
-        # Two groups of one name would be one.
+        # Model Explorer would join two groups of the same name.
         repeated = child.children and names[child.name] > 1
         inner = _namespaces(child, f"{namespace}/{child.id}" if repeated else namespace)
         yield from inner

@@ -1,8 +1,8 @@
-"""Places the boxes of a picture: sizes, coordinates and the ways of edges, in pixels.
+"""Layout of a picture: sizes, coordinates and routes of edges, in pixels.
 
-Rows, their orders, where each thing in a row would like to stand, and where edges end are found here, once,
-for boxes that are closed. :func:`place` then stacks the rows. The HTML page, in which boxes open and close,
-has these rows in it and only stacks them again (``viewer/place.js``); a test compares the two.
+Rows, the order and preferred centers in a row, and the ends of edges are computed here once, for closed
+boxes. :func:`place` then stacks the rows. The HTML page, in which boxes open and close, contains these rows
+and only stacks them again (``viewer/place.js``). A test compares the two.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Link(NamedTuple):
 
     Attributes:
         upper, lower: Boxes or dummies.
-        source: The box that the edge comes from.
-        target: The box that it leads to, one of them where edges of one source share the step.
+        source: The box where the edge starts.
+        target: The box where it ends, or one of these boxes if edges of one source share the step.
     """
 
     upper: str
@@ -63,10 +63,10 @@ class Layers:
 
     Attributes:
         rows: Ids and dummies from left to right.
-        links: Every step once: edges of one source share dummies, so that an input that is read
-            everywhere is one line with branches.
-        centers: Where each id and dummy would stand if every box were closed.
-        ports: Which of the arrows that end in the same thing each link is, from the left, and of how many.
+        links: Every step once. Edges of one source share dummies, so that an input with many readers is
+            one line with branches.
+        centers: Center of each id and dummy if every box is closed.
+        ports: For each link, its index from the left among the arrows into the same end, and their number.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -82,14 +82,14 @@ def layers_of(
     last: Sequence[str] = (),
     widths: Mapping[str, float] | None = None,
 ) -> Layers:
-    """Arranges an acyclic graph in rows.
+    """Arrange an acyclic graph in rows.
 
     Args:
-        ids: The nodes, in the order that decides between equals.
+        ids: The nodes, in the order that breaks ties.
         edges: Pairs of nodes.
         first: Nodes that belong in the top row (inputs).
         last: Nodes that belong in the bottom row (outputs).
-        widths: How wide each is while it is closed; 100 for those that are not named.
+        widths: Widths of closed nodes, 100 by default.
     """
     rank = _ranks(ids, edges, first, last)
     rows: list[list[str]] = [[] for _ in range(max(rank.values(), default=-1) + 1)]
@@ -122,7 +122,7 @@ def _ranks(
     graph.add_nodes_from(ids)
     graph.add_edges_from(edges)
     rank = {n: i for i, row in enumerate(nx.topological_generations(graph)) for n in row}
-    # What nothing flows into (constants, masks) stands just above what reads it.
+    # Nodes without inputs (constants, masks) go just above their first reader.
     for name in ids:
         if not graph.in_degree(name) and graph.out_degree(name) and name not in first:
             rank[name] = min(rank[reader] for reader in graph.successors(name)) - 1
@@ -134,7 +134,7 @@ def _ranks(
 def _links(
     edges: Sequence[tuple[str, str]], rank: dict[str, int], rows: list[list[str]]
 ) -> list[Link]:
-    """The steps of all edges; puts the dummies into the rows."""
+    """Return the steps of all edges, and insert the dummies into the rows."""
     chains: dict[str, list[str]] = {}
     links: list[Link] = []
     count = 0
@@ -151,7 +151,7 @@ def _links(
 
 
 def _neighbors(links: Iterable[Link]) -> tuple[defaultdict[str, list[str]], ...]:
-    """Returns what is above and what is below each box and dummy."""
+    """Return the neighbors above and below each box and dummy."""
     above, below = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for upper, lower, *_ in links:
         below[upper].append(lower)
@@ -160,12 +160,12 @@ def _neighbors(links: Iterable[Link]) -> tuple[defaultdict[str, list[str]], ...]
 
 
 def _reorder(rows: Sequence[list[str]], neighbors: dict[str, list[str]]) -> None:
-    """Sorts each row by the mean place of its neighbors in the row before it, in place."""
+    """Sort each row by the mean position of its neighbors in the row before it, in place."""
     for before, row in itertools.pairwise(rows):
-        place = {name: i for i, name in enumerate(before)}
+        position = {name: i for i, name in enumerate(before)}
         own = {name: i * len(before) / len(row) for i, name in enumerate(row)}
         mean = {
-            name: sum(place[n] for n in near) / len(near) if near else own[name]
+            name: sum(position[n] for n in near) / len(near) if near else own[name]
             for name, near in ((name, neighbors[name]) for name in row)
         }
         row.sort(key=mean.__getitem__)
@@ -174,10 +174,10 @@ def _reorder(rows: Sequence[list[str]], neighbors: dict[str, list[str]]) -> None
 def _crossings(rows: Sequence[Sequence[str]], below: dict[str, list[str]]) -> int:
     total = 0
     for row, after in itertools.pairwise(rows):
-        place = {name: i for i, name in enumerate(after)}
+        position = {name: i for i, name in enumerate(after)}
         seen: list[int] = []
         for name in row:
-            ends = sorted(place[n] for n in below[name])
+            ends = sorted(position[n] for n in below[name])
             total += sum(len(seen) - bisect.bisect_right(seen, end) for end in ends)
             for end in ends:
                 bisect.insort(seen, end)
@@ -192,10 +192,10 @@ METRICS: dict[str, float] = {
     "header": 40,
     "bareHeader": 28,  # without a caption
     "gapX": 16,
-    "gapY": 14,  # between the rows of what no edges connect
+    "gapY": 14,  # between rows without edges
     "flowY": 26,  # between rows that edges connect
     "dummy": 6,  # width of the channel of an edge that passes a row
-    "slack": 0.02,  # how little a passing edge resists where it and a box want the same place
+    "slack": 0.02,  # weight of a passing edge relative to a box that wants the same position
     "aspect": 1.8,  # width to height that rows without edges aim at
     "port": 14,  # at most between two arrows that end in one box
     "branch": 19,  # height of the line of an adapter on its operation
@@ -209,8 +209,8 @@ class Local:
     """The inside of a box.
 
     Attributes:
-        width, height: Its size.
-        spots: Left upper corners of the children.
+        width, height: Size of the box.
+        spots: Upper left corners of the children.
         wires: The steps of the edges, each with four points: a straight line, a curve, and a
             straight line.
     """
@@ -222,15 +222,15 @@ class Local:
 
 
 def grid(sizes: Mapping[str, Size]) -> Local:
-    """Rows from left to right, wrapped as text is, so that the whole is neither long nor wide.
+    """Arrange boxes in rows, wrapped like text, so that the result is neither long nor wide.
 
-    What fits below its predecessor, in a row of taller ones, goes there.
+    A box that fits below its predecessor, in a row of taller boxes, goes there.
     """
     gap_x, gap_y = METRICS["gapX"], METRICS["gapY"]
     area = sum((w + gap_x) * (h + gap_y) for w, h in sizes.values())
     limit = max(math.sqrt(area * METRICS["aspect"]), *(w for w, _ in sizes.values()))
     spots: dict[str, Point] = {}
-    left = top = width = 0.0  # of the row's last column, of the row, of everything
+    left = top = width = 0.0  # of the row's last column, of the row, of the whole grid
     column: Size = (0.0, 0.0)
     row = 0.0  # height
     for name, (w, h) in sizes.items():
@@ -250,7 +250,7 @@ def grid(sizes: Mapping[str, Size]) -> Local:
 
 
 def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
-    """Rows from the top, each box as near as it can be to where it would stand if all were closed."""
+    """Stack rows from the top, with each box as near as possible to its center with all boxes closed."""
     dummy = (METRICS["dummy"], 0.0)
     wide = {name: sizes.get(name, dummy)[0] for row in layers.rows for name in row}
     weight = {n: METRICS["slack"] if n.startswith(DUMMY) else 1.0 for n in wide}
@@ -271,11 +271,11 @@ def flow(sizes: Mapping[str, Size], layers: Layers) -> Local:
                 spots[name] = (center[name] - left - w / 2, y + (height - h) / 2)
         y += height + METRICS["flowY"]
     wires = []
-    for link, (place, count) in zip(layers.links, layers.ports, strict=True):
+    for link, (index, count) in zip(layers.links, layers.ports, strict=True):
         upper, lower = link.upper, link.lower
         gap = min(METRICS["port"], wide[lower] / (count + 1))
-        port = center[lower] - left + (place - (count - 1) / 2) * gap
-        # Through a dummy leads the step that ends in it.
+        port = center[lower] - left + (index - (count - 1) / 2) * gap
+        # The step that ends in a dummy also crosses the dummy's row.
         start = spots[upper][1] + sizes[upper][1] if upper in sizes else bands[upper][1]
         end = spots[lower][1] if lower in sizes else bands[lower][1]
         x = center[upper] - left
@@ -297,7 +297,7 @@ def _centers(
             wanted = {
                 name: _mean(center, near[name]) if near[name] else center[name] for name in row
             }
-            # What is connected to nothing stands close to the rest.
+            # Unconnected boxes stay close to the others.
             alone = {name for name in row if not above[name] and not below[name]}
             wanted |= dict.fromkeys(alone, center[row[0]])
             weight = {n: METRICS["slack"] if n.startswith(DUMMY) else 1.0 for n in row}
@@ -307,7 +307,7 @@ def _centers(
 
 
 def _mean(center: Mapping[str, float], names: Sequence[str]) -> float:
-    # Edges that only pass do not pull where boxes do: the main line of a graph stays straight.
+    # Passing edges pull only if no boxes do, so that the main line of a graph stays straight.
     pulling = [name for name in names if not name.startswith(DUMMY)] or names
     return sum(center[name] for name in pulling) / len(pulling)
 
@@ -319,7 +319,7 @@ def _settle(
     wide: Mapping[str, float],
     center: dict[str, float],
 ) -> None:
-    """Puts a row where it wants to be, as nearly (least squares) as order and widths allow."""
+    """Place a row as near to its wishes (least squares) as order and widths allow."""
     offset = 0.0
     offsets: list[float] = []
     # Blocks of boxes that touch: weighted sum of wishes, weight, number of boxes.
@@ -341,15 +341,15 @@ def _settle(
 
 
 def _ports(links: Sequence[Link], center: Mapping[str, float]) -> tuple[tuple[int, int], ...]:
-    """Which arrow into its end each step is, side by side in order of origin, and of how many."""
+    """Return each step's index among the arrows into its end, in order of origin, and their number."""
     ending: dict[str, list[int]] = {}
     for index, link in enumerate(links):
         ending.setdefault(link.lower, []).append(index)
     ports = [(0, 1)] * len(links)
     for steps in ending.values():
         steps.sort(key=lambda index: center[links[index].upper])
-        for place, index in enumerate(steps):
-            ports[index] = (place, len(steps))
+        for position, index in enumerate(steps):
+            ports[index] = (position, len(steps))
     return tuple(ports)
 
 
@@ -363,7 +363,7 @@ CHIPS: dict[Kind, str] = {
     Kind.ADAPTER: "L",
     Kind.SITE: "W",
 }
-"""The letter on a square that says what a box does for an adapter."""
+"""The letter on the square of a box, by its function for an adapter."""
 
 _NAME_CHAR, CAPTION_CHAR = 7.3, 6.1  # widths of a monospaced character of 12 and 10 pixels
 _NAME_LIMIT, _CAPTION_LIMIT = 34, 40
@@ -372,7 +372,7 @@ _MOST_LINES = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Placed:
-    """A box at its place, in the coordinates of the whole picture."""
+    """A box with its position, in the coordinates of the whole picture."""
 
     box: Box
     x: float
@@ -402,14 +402,14 @@ class Scene:
 
 
 def words_of(box: Box) -> tuple[str, str]:
-    """Name and caption as they are written: without what XML refuses, elided in the middle."""
-    # The name of a fold says at its end how many it stands for: it is worth its width.
+    """Return name and caption as written: without characters that XML forbids, elided in the middle."""
+    # The name of a fold ends with the number of its modules, so it may be longer.
     limit = _NAME_LIMIT + 14 if box.repeats else _NAME_LIMIT
     return elide(clean(box.name), limit), elide(clean(box.caption), _CAPTION_LIMIT)
 
 
 def count_of(box: Box) -> str:
-    """How many sites are inside, as it is written on a box: ``7``, or ``32 × 7`` for 32 equal ones."""
+    """Return the number of sites inside, as written on a box: ``7``, or ``32 × 7`` for 32 equal boxes."""
     if not box.children or not box.sites:
         return ""
     count = len(box.repeats)
@@ -417,21 +417,21 @@ def count_of(box: Box) -> str:
 
 
 def lines_of(box: Box) -> tuple[Branch, ...]:
-    """The adapters that are written on a closed box; none where there are too many."""
+    """Return the adapters that are written on a closed box, or none if there are too many."""
     return box.branches if len(box.branches) <= _MOST_LINES else ()
 
 
 def mark_width(mark: str) -> int:
-    """Width of a mark, a word in a frame."""
+    """Return the width of a mark, a word in a frame."""
     return math.ceil(5.6 * len(mark)) + 10
 
 
 def sizes_of(box: Box) -> tuple[float, float]:
-    """Width and height of a box that is closed, or has nothing inside."""
+    """Return width and height of a box that is closed or has no children."""
     name, caption = words_of(box)
     marks = sum(mark_width(clean(mark)) + 5 for mark in box.marks)
     text = max(len(name) * _NAME_CHAR, len(caption) * CAPTION_CHAR + marks)
-    # A box that opens has a triangle before its name and a count of sites after it.
+    # A box with children has a triangle before its name and a count of sites after it.
     count = count_of(box)
     extra = (16 + (16 + 7 * len(count) if count else 0)) if box.children else 0
     before = 24 if box.kind in CHIPS else 0
@@ -442,16 +442,16 @@ def sizes_of(box: Box) -> tuple[float, float]:
 
 
 def plan_layers(picture: Picture) -> dict[str, Layers]:
-    """The rows of every box whose children are a graph, by id."""
-    found: dict[str, Layers] = {}
+    """Return the rows of every box whose children are a graph, by id."""
+    layers: dict[str, Layers] = {}
     for box in picture.root.walk():
         if box.flow and box.children:
             ids = [child.id for child in box.children]
             tops = [child.id for child in box.children if child.kind is Kind.INPUT]
             ends = [child.id for child in box.children if child.kind is Kind.OUTPUT]
             widths = {child.id: sizes_of(child)[0] for child in box.children}
-            found[box.id] = layers_of(ids, box.edges, tops, ends, widths)
-    return found
+            layers[box.id] = layers_of(ids, box.edges, tops, ends, widths)
+    return layers
 
 
 def place(
@@ -459,12 +459,12 @@ def place(
     layers: Mapping[str, Layers],
     is_open: Callable[[Box], bool] = lambda box: True,
 ) -> Scene:
-    """Lays a picture out.
+    """Lay out a picture.
 
     Args:
         picture: The picture.
-        layers: What :func:`plan_layers` made of it.
-        is_open: Whether a box shows what is inside.
+        layers: Result of :func:`plan_layers`.
+        is_open: Returns True if a box shows its children.
     """
     inside: dict[str, Local] = {}
 

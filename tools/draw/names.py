@@ -1,4 +1,4 @@
-"""Pictures of what is listed by name: plans, merges and adapter folders, as the tree of the names."""
+"""Pictures of plans, merges and adapter folders, as the tree of their names."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _LEGEND: tuple[tuple[Kind, str], ...] = (
 )
 
 _CHANGE = "‖ΔW‖ / ‖W‖"
-"""The size of a change, in the page's words."""
+"""Label of a change's size on the page."""
 
 _Facts = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """What there is to say of one name.
+    """Contents of one name.
 
     Attributes:
-        kind, caption, facts, branches, marks, state: As of a :class:`~lora_fx.tools.draw.picture.Box`.
-        parameters: Trainable elements.
-        adapted: Whether it counts as an adapted site.
-        alike: What has to be equal, too, for two names to be drawn as one.
+        kind, caption, facts, branches, marks, state: As in :class:`~lora_fx.tools.draw.picture.Box`.
+        parameters: Number of trainable elements.
+        adapted: True if it counts as an adapted site.
+        alike: Further values that must be equal for two names to be drawn as one.
     """
 
     kind: Kind = Kind.LEAF
@@ -64,24 +64,24 @@ class _Leaf:
     alike: tuple[object, ...] = ()
 
     def look(self) -> object:
-        """Equal where two names look the same in the picture."""
+        """Return a value that is equal for names that look the same in the picture."""
         return (self.kind, self.caption, self.branches, self.marks, self.alike)
 
 
 @dataclasses.dataclass
 class _Name:
-    """A node of the tree of names: what is at it, and what is below it."""
+    """A node of the tree of names: its contents, and the names below it."""
 
     leaf: _Leaf | None = None
     below: dict[str, _Name] = dataclasses.field(default_factory=dict)
 
     def look(self) -> object:
-        """Equal where two names and all below them look the same."""
+        """Return a value that is equal for names that look the same, with all names below them."""
         below = tuple((name, child.look()) for name, child in self.below.items())
         return (None if self.leaf is None else self.leaf.look(), below)
 
     def leaves(self) -> Iterator[_Leaf]:
-        """What is at the name and below it."""
+        """Yield the contents of the name and of all names below it."""
         if self.leaf is not None:
             yield self.leaf
         for child in self.below.values():
@@ -89,19 +89,19 @@ class _Name:
 
 
 def _tree(named: Iterable[tuple[str, _Leaf]]) -> Box:
-    """The picture of some names; of what is said of one name twice, the first counts."""
+    """Return the box of a tree of names. If a name occurs twice, the first contents count."""
     root = _Name()
     for name, leaf in named:
-        place = root
+        node = root
         for atom in name.split(".") if name else ():
-            place = place.below.setdefault(atom, _Name())
-        if place.leaf is None:
-            place.leaf = leaf
+            node = node.below.setdefault(atom, _Name())
+        if node.leaf is None:
+            node.leaf = leaf
     return _painted([root], [""], itertools.count())
 
 
 def _painted(nodes: Sequence[_Name], fqns: Sequence[str], ids: Iterator[int]) -> Box:
-    """The box of the first of some names, which stands for all: they look the same."""
+    """Return the box of the first of several names that look the same, which stands for all."""
     node, fqn, box_id = nodes[0], fqns[0], f"n{next(ids)}"
     names, below = list(node.below), list(node.below.values())
     children = tuple(
@@ -131,7 +131,7 @@ def _painted(nodes: Sequence[_Name], fqns: Sequence[str], ids: Iterator[int]) ->
 
 
 def picture_of_plan(plan: Plan) -> Picture:
-    """Draws a plan: what is adapted, what is trained otherwise, and why the rest is not."""
+    """Draw a plan: adapted names, names trained in other ways, and the reasons why others are not adapted."""
     in_full = _Leaf(facts=(("trained", "in full"),), marks=("trained in full",), state=State.FULL)
     named = [
         *((row.name, _of_site(row)) for row in plan.sites),
@@ -231,7 +231,7 @@ def _short(reason: str) -> str:
 
 
 def picture_of_merge(report: MergeReport) -> Picture:
-    """Draws a merge: which weights it changed, by how much, and how exactly."""
+    """Draw a merge: the weights that it changed, by how much, and how exactly."""
     named = []
     rows = []
     for site in report.sites:
@@ -244,7 +244,10 @@ def picture_of_merge(report: MergeReport) -> Picture:
             ("merge error, ulp", error),
             ("quantization error", f"{lost:.3g}" if site.requantized else ""),
         )
-        facts = (("merged", ", ".join(site.adapters)), *(one for one in measured if one[1]))
+        facts = (
+            ("merged", ", ".join(site.adapters)),
+            *(figure for figure in measured if figure[1]),
+        )
         caption = "" if share is None else f"{_CHANGE} {share:.3g}"
         marks = ("quantized again",) if site.requantized else ()
         named.append((site.name, _Leaf(Kind.SITE, caption, facts, marks=marks, adapted=True)))
@@ -261,25 +264,28 @@ def picture_of_merge(report: MergeReport) -> Picture:
 
 
 def picture_of_folder(folder: Path) -> Picture:
-    """Draws what an adapter folder holds: ranks, scales and effective ranks, without the base.
+    """Draw the contents of an adapter folder: ranks, scales and effective ranks, without the base.
 
     Raises:
-        CheckpointError: There is no adapter in the folder, or one that cannot be read.
+        CheckpointError: If the folder has no adapter, or an unreadable one.
     """
-    config, pairs, others = read_folder(folder)
+    config, pairs, shapes = read_folder(folder)
     named: list[tuple[str, _Leaf]] = []
     rows = []
     for name, pair in pairs.items():
         try:
-            one = figures_of(name, pair, config, folder)
+            figures = figures_of(name, pair, config, folder)
         except CheckpointError as error:
-            told, size = (("damaged", str(error)),), sum(tensor.numel() for tensor in pair.values())
-            named.append((name, _Leaf(Kind.SITE, facts=told, parameters=size, adapted=True)))
+            damage, size = (
+                (("damaged", str(error)),),
+                sum(tensor.numel() for tensor in pair.values()),
+            )
+            named.append((name, _Leaf(Kind.SITE, facts=damage, parameters=size, adapted=True)))
             continue
-        leaf, row = _of_figures(one, float(config.lora_dropout))
+        leaf, row = _of_figures(figures, float(config.lora_dropout))
         named.append((name, leaf))
         rows.append(row)
-    for key, shape in others.items():
+    for key, shape in shapes.items():
         size = math.prod(shape)
         leaf = _Leaf(caption=times(shape), marks=("in full",), state=State.FULL, parameters=size)
         named.append((key, leaf))
@@ -301,33 +307,33 @@ def picture_of_folder(folder: Path) -> Picture:
     )
 
 
-def _of_figures(one: SiteFigures, dropout: float) -> tuple[_Leaf, SiteRow]:
-    out, into = one.shape
-    learned = math.isfinite(one.norm) and one.norm > 0
-    effective = one.effective_rank if learned else None
+def _of_figures(figures: SiteFigures, dropout: float) -> tuple[_Leaf, SiteRow]:
+    out, into = figures.shape
+    learned = math.isfinite(figures.norm) and figures.norm > 0
+    effective = figures.effective_rank if learned else None
     facts = [
-        ("A", f"{times((one.rank, into))}, {one.dtype}"),
-        ("B", f"{times((out, one.rank))}, {one.dtype}"),
-        ("‖ΔW‖", f"{one.norm:.3g}"),
+        ("A", f"{times((figures.rank, into))}, {figures.dtype}"),
+        ("B", f"{times((out, figures.rank))}, {figures.dtype}"),
+        ("‖ΔW‖", f"{figures.norm:.3g}"),
         *([("effective rank", f"{effective:.3g}")] if effective is not None else []),
-        *([("experts", str(one.experts))] if one.experts > 1 else []),
+        *([("experts", str(figures.experts))] if figures.experts > 1 else []),
     ]
     leaf = _Leaf(
         kind=Kind.SITE,
-        caption=f"B {times((out, one.rank))} · A {times((one.rank, into))}",
+        caption=f"B {times((out, figures.rank))} · A {times((figures.rank, into))}",
         facts=tuple(facts),
-        branches=(Branch("", one.rank, one.scale, dropout),),
+        branches=(Branch("", figures.rank, figures.scale, dropout),),
         state=State.ADAPTED,
-        parameters=one.parameters,
+        parameters=figures.parameters,
         adapted=True,
     )
     row = SiteRow(
-        one.name,
+        figures.name,
         State.ADAPTED,
-        rank=one.rank,
-        scale=one.scale,
+        rank=figures.rank,
+        scale=figures.scale,
         dropout=dropout,
-        parameters=one.parameters,
+        parameters=figures.parameters,
         effective=effective,
     )
     return leaf, row

@@ -1,4 +1,4 @@
-"""Pictures as one HTML page: the data, and the few files of ``viewer/`` that place and draw it."""
+"""Pictures as one HTML page: the data, and the files of ``viewer/`` that lay it out and draw it."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = ["asset", "classes_of", "document_of", "initially_open", "to_html"]
 SCRIPTS = ("place.js", "paint.js", "find.js", "graph.js", "viewer.js")
 
 _VISIBLE = 130
-"""About as many boxes as a screen shows with names that can be read."""
+"""Approximate number of boxes that a screen shows with legible names."""
 
 _SPECIAL = re.compile(r"[\\^$*+?()\[\]{}|]")
-"""What makes a text an expression, as ``find.js`` has it."""
+"""Characters that make a text a regular expression, as in ``find.js``."""
 
 _MODULES = frozenset({Kind.LEAF, Kind.CALL, Kind.SITE, Kind.SKIPPED, Kind.REJECTED})
 
 
 def to_html(*pictures: Picture) -> str:
-    """The text of an HTML file that shows a picture, or several next to each other."""
-    # Escaped so that nothing in it can end the script element: </script>, <!--, ]]>.
+    """Return the text of an HTML file that shows a picture, or several next to each other."""
+    # Escaped so that the data cannot end the script element: </script>, <!--, ]]>.
     documents = [document_of(picture) for picture in pictures]
     data = json.dumps(documents, ensure_ascii=True, separators=(",", ":"))
     for character in "<>&":
@@ -52,12 +52,12 @@ def to_html(*pictures: Picture) -> str:
         "data": data,
         "script": "".join(map(asset, SCRIPTS)),
     }
-    # In one go: what is filled in is not looked at again.
+    # In a single pass, so that inserted texts are not substituted again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
 
 
 class _Strings:
-    """A table of texts: each is in the page once."""
+    """A table of texts, so that each text is in the page once."""
 
     def __init__(self) -> None:
         self.places: dict[str, int] = {}
@@ -67,26 +67,26 @@ class _Strings:
 
 
 def document_of(picture: Picture) -> dict[str, Any]:
-    """What the page needs to draw a picture.
+    """Return the data that the page needs to draw a picture.
 
-    ``boxes`` are in the order parents first. An entry names its ``parent`` and ``children`` by place in that
-    list and texts by place in ``strings``; what is empty is left out. ``layouts`` are the rows that several
-    boxes may have: places of children, or negative numbers for edges that pass.
+    ``boxes`` have parents first. An entry names its ``parent`` and ``children`` by index in that list and
+    texts by index in ``strings``; empty values are left out. ``layouts`` are rows that several boxes may
+    share: indices of children, or negative numbers for edges that pass.
     """
     strings = _Strings()
     opened = initially_open(picture.root)
     layers = plan_layers(picture)
     boxes = list(picture.root.walk())
-    places = {box.id: place for place, box in enumerate(boxes)}
-    parents = {child.id: places[box.id] for box in boxes for child in box.children}
+    indices = {box.id: index for index, box in enumerate(boxes)}
+    parents = {child.id: indices[box.id] for box in boxes for child in box.children}
     layouts: dict[str, int] = {}
-    adapters = {name: place for place, name in enumerate(picture.adapters)}
+    adapters = {name: index for index, name in enumerate(picture.adapters)}
     entries = []
     for box in boxes:
         name, caption = words_of(box)
         width, height = sizes_of(box)
         count = count_of(box)
-        found = layers.get(box.id)
+        box_layers = layers.get(box.id)
         elements = (box.trainable + box.frozen) // max(len(box.repeats), 1)
         entry: dict[str, Any] = {
             "kind": strings(str(box.kind)),
@@ -95,11 +95,11 @@ def document_of(picture: Picture) -> dict[str, Any]:
             "fqn": strings(box.fqn),
             "size": [width, int(height)],
             "parent": parents.get(box.id),
-            "children": [places[child.id] for child in box.children],
+            "children": [indices[child.id] for child in box.children],
             "open": box.id in opened,
             "layout": None
-            if found is None
-            else layouts.setdefault(_layout(box, found), len(layouts)),
+            if box_layers is None
+            else layouts.setdefault(_layout(box, box_layers), len(layouts)),
             "facts": [strings(text) for fact in box.facts for text in fact],
             "repeats": [strings(fqn) for fqn in box.repeats],
             "sites": box.sites,
@@ -126,9 +126,9 @@ def document_of(picture: Picture) -> dict[str, Any]:
         "columns": [field.name for field in dataclasses.fields(SiteRow)],
         "sites": [_row(row, strings) for row in picture.sites],
         "texts": [
-            place for place, field in enumerate(dataclasses.fields(SiteRow)) if _is_text(field)
+            index for index, field in enumerate(dataclasses.fields(SiteRow)) if _is_text(field)
         ],
-        "targets": [_target(one, strings) for one in picture.targets],
+        "targets": [_target(target, strings) for target in picture.targets],
         "config": _typed(picture.config),
         "strings": list(strings.places),
         "metrics": METRICS,
@@ -159,7 +159,7 @@ def _row(row: SiteRow, strings: _Strings) -> list[Any]:
 
 
 def _target(target: Target, strings: _Strings) -> dict[str, Any]:
-    """A target without what is empty, texts by their places."""
+    """Return a target without empty values, with texts as their indices."""
     entry: dict[str, Any] = {}
     for field in dataclasses.fields(target):
         value = getattr(target, field.name)
@@ -178,18 +178,18 @@ FIELDS = (
     "target_parameters",
     "scope",
 )
-"""Fields of a configuration that can be typed into the page, besides ``r`` and ``lora_alpha``."""
+"""Fields of a configuration that can be typed into the page, in addition to ``r`` and ``lora_alpha``."""
 
 _UNCOUNTED = ("bias", "trainable_token_indices", "ensure_weight_tying")
-"""Fields that decide what else is selected or trained, which the page does not count."""
+"""Fields for other selections or training, which the page does not count."""
 
 
 def _typed(config: LoraConfig | None) -> dict[str, Any]:
-    """A configuration as it is typed into the page: texts by field, and what no field is for."""
+    """Return a configuration as it is typed into the page: texts by field, and fields that the page lacks."""
     config = config or LoraConfig()
     default = LoraConfig().to_dict()
     values = {key: v for key, v in config.to_dict().items() if v != default.get(key)}
-    rest = {
+    unsupported = {
         key: v
         for key, v in values.items()
         if key not in (*FIELDS, "r", "lora_alpha", "inference_mode")
@@ -198,11 +198,11 @@ def _typed(config: LoraConfig | None) -> dict[str, Any]:
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "typed": {key: _text_of(getattr(config, key)) for key in FIELDS},
-        "rest": rest,
+        "rest": unsupported,
         "heads": [
-            one for one in saved_entries(config) if one not in (config.modules_to_save or ())
+            entry for entry in saved_entries(config) if entry not in (config.modules_to_save or ())
         ],
-        "uncounted": [key for key in _UNCOUNTED if key in rest],
+        "uncounted": [key for key in _UNCOUNTED if key in unsupported],
     }
 
 
@@ -210,22 +210,22 @@ def _text_of(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
-        # An expression that looks like a name would be read as one.
+        # An expression that looks like a name would be read as a name.
         plain = value != ALL_LINEAR and not _SPECIAL.search(value)
         return f"(?:{value})" if plain else value
     entries = [value] if isinstance(value, int) else list(value)
-    listed = [str(one) for one in entries]
-    if not listed or any(_SPECIAL.search(one) or re.search(r"[\s,]", one) for one in listed):
+    listed = [str(text) for text in entries]
+    if not listed or any(_SPECIAL.search(text) or re.search(r"[\s,]", text) for text in listed):
         return json.dumps(listed)
     return ", ".join(listed)
 
 
 def _layout(box: Box, layers: Layers) -> str:
-    """Rows and links of a box in terms of the places of its children: equal for equal blocks."""
-    places = {child.id: place for place, child in enumerate(box.children)}
+    """Return rows and links of a box by the indices of its children, equal for equal blocks."""
+    indices = {child.id: index for index, child in enumerate(box.children)}
 
     def ref(name: str) -> int:
-        return places[name] if name in places else -1 - int(name[1:])
+        return indices[name] if name in indices else -1 - int(name[1:])
 
     rows = [
         [[ref(name) for name in row], [layers.centers[name] for name in row]] for row in layers.rows
@@ -237,7 +237,7 @@ def _layout(box: Box, layers: Layers) -> str:
 
 
 def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] = ()) -> str:
-    """The style classes of a box; the page makes the same (``classesOf`` in ``graph.js``)."""
+    """Return the style classes of a box. The page makes the same ones (``classesOf`` in ``graph.js``)."""
     classes = ["box", str(box.kind)]
     if is_open:
         classes += ["open", "odd"] if depth % 2 else ["open"]
@@ -251,16 +251,16 @@ def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] =
 
 
 def initially_open(root: Box) -> set[str]:
-    """Which boxes are open at first: as many levels as a screen holds, and one adapter at least."""
+    """Return the ids of the initially open boxes: the levels that fit a screen, and at least one adapter."""
     opened: set[str] = set()
     visible = 1
     level = [root] if root.children else []
     while level:
-        # A level opens as a whole, so that equal things look equal; what is inside a norm or an
-        # activation is not the first thing to look at.
+        # A level opens as a whole, so that equal boxes look equal. The inside of a norm or an activation
+        # is not of first interest.
         adapted = [box for box in level if box.sites]
-        others = [box for box in level if not box.sites and any(map(_is_module, box.children))]
-        for group in (adapted, others):
+        plain = [box for box in level if not box.sites and any(map(_is_module, box.children))]
+        for group in (adapted, plain):
             added = sum(len(box.children) for box in group)
             if visible + added <= _VISIBLE or root in group:
                 visible += added
@@ -278,7 +278,7 @@ def _is_module(box: Box) -> bool:
 
 
 def asset(name: str) -> str:
-    """The text of a file of the page."""
+    """Return the text of a file of the page."""
     return (resources.files("lora_fx.tools.draw") / "viewer" / name).read_text("utf-8")
 
 

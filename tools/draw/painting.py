@@ -1,4 +1,4 @@
-"""Models and ONNX files as pictures: modules become nested boxes, equal neighbors become one."""
+"""Pictures of models and ONNX files: modules become nested boxes, and equal neighbors become one box."""
 
 from __future__ import annotations
 
@@ -62,28 +62,28 @@ from lora_fx.torch_private import pytree
 __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_of_model"]
 
 # --- the calls of modules that have no graph ------------------------------------------------------
-# How data flows between the modules of a model that have no graph: one call without data says it.
+# One call without data shows how data flows between modules that have no graph.
 #
-# A copy of the model over tensors of the meta device is called once. Every tensor knows the calls
-# that it was computed from, so that what one module gives and another one takes is an edge,
-# whatever happens to it in between.
+# A copy of the model on the meta device is called once. Every tensor records the calls from which it
+# was computed, so that an output of one module that another module reads becomes an edge, whatever
+# happens to it in between.
 
 
 INPUT = ">"
-"""First character of an end of an edge that is an argument of the box; its name follows."""
+"""First character of an edge's end that is an argument of the box, before the argument's name."""
 
 OUTPUT = "<"
-"""The end of an edge that is what the box returns."""
+"""End of an edge that is the box's result."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-    """What one call of a model showed.
+    """Data flow and shapes in one call of a model.
 
     Attributes:
-        edges: By FQN of a module, the data flow between its children, as pairs of child names, in the
-            order of the calls. Arguments and the result are ends, too.
-        shapes: By FQN, what a module took and what it gave, in words.
+        edges: Data flow between a module's children by its FQN, as pairs of child names in the order of
+            the calls. Arguments and the result are ends, too.
+        shapes: Inputs and outputs of a module in words, by its FQN.
     """
 
     edges: Mapping[str, tuple[tuple[str, str], ...]]
@@ -91,23 +91,25 @@ class Calls:
 
 
 def calls_of(model: nn.Module, example_inputs: Any = None) -> Calls | str:
-    """Records which module's result goes to which other module.
+    """Record which module's result goes to which other module.
 
     Args:
-        model: Any module. It is not touched, and its weights are not read.
-        example_inputs: As for :func:`lora_fx.capture`; None for ones that the model's own configuration
+        model: Any module. It is not changed, and its weights are not read.
+        example_inputs: As for :func:`lora_fx.capture`; None for inputs that the model's own configuration
             describes.
 
     Returns:
-        The calls, or why there are none, in words.
+        The calls, or the reason in words why they are unknown.
     """
     if example_inputs is None:
-        made = synthesise(model)
-        if made.inputs is None:
-            return f"no example inputs: {made.words}; give example_inputs to see how data flows"
-        example_inputs = made.inputs
+        synthesis = synthesise(model)
+        if synthesis.inputs is None:
+            return (
+                f"no example inputs: {synthesis.words}; give example_inputs to see how data flows"
+            )
+        example_inputs = synthesis.inputs
     failure = ""
-    # Some operators have no form without data but for bfloat16.
+    # Some operators have a meta kernel only for bfloat16.
     for dtype in (None, torch.bfloat16):
         try:
             return _called(model, example_inputs, dtype)
@@ -118,7 +120,7 @@ def calls_of(model: nn.Module, example_inputs: Any = None) -> Calls | str:
 
 
 def _called(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) -> Calls:
-    """Calls a copy over tensors without data, those of floating point in another dtype if one is given."""
+    """Call a copy over tensors without data, with floating-point tensors in another dtype if one is given."""
 
     def empty(tensor: torch.Tensor) -> torch.Tensor:
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
@@ -128,7 +130,7 @@ def _called(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) ->
     args, kwargs = pytree.tree_map_only(torch.Tensor, empty, normalize(example_inputs))
     if CACHE in inspect.signature(copied.forward).parameters:
         kwargs.setdefault(CACHE, False)
-    # A mask that is all ones says nothing, and code that looks at its values cannot.
+    # A mask of ones has no effect, and code cannot read its values without data.
     kwargs.pop("attention_mask", None)
     recorder = _Recorder(copied)
     with torch.no_grad(), recorder:
@@ -137,7 +139,7 @@ def _called(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) ->
 
 
 def _copy(model: nn.Module, empty: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A copy with other tensors, in which every module has its own class and no hooks."""
+    """Return a copy with other tensors, in which every module has its own class and no hooks."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=False)
@@ -154,9 +156,9 @@ class _Frame:
     """A call that has not returned.
 
     Attributes:
-        fqn: Of the module.
-        sources: What each tensor was computed from, by its id: FQNs of calls and names of arguments.
-        alive: The tensors, so that no id is used again.
+        fqn: FQN of the module.
+        sources: Origins of each tensor by its id: FQNs of calls and names of arguments.
+        alive: The tensors, kept alive so that no id is reused.
     """
 
     fqn: str
@@ -168,8 +170,8 @@ class _Frame:
         self.alive.append(tensor)
 
     def of(self, value: Any) -> tuple[str, ...]:
-        found = (self.sources.get(id(tensor), ()) for tensor in _tensors(value))
-        return tuple(dict.fromkeys(itertools.chain.from_iterable(found)))
+        origins = (self.sources.get(id(tensor), ()) for tensor in _tensors(value))
+        return tuple(dict.fromkeys(itertools.chain.from_iterable(origins)))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -184,14 +186,14 @@ _ANSWERS: Mapping[Any, Any] = {
     torch.Tensor.__float__: 0.0,
     torch.Tensor.item: 0,
 }
-"""What code that asks a tensor without data for a value is told."""
+"""Answers to code that asks a tensor without data for a value."""
 
 
 _Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 
 
 class _Recorder(Listener):
-    """Follows tensors through functions, and sees every module enter and leave."""
+    """Listener that follows tensors through functions and sees every module enter and leave."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -232,28 +234,28 @@ class _Recorder(Listener):
                 bound = {"input": (args, kwargs)}
             for name, value in bound.items():
                 named = {name: value} if not isinstance(value, dict) else value
-                for key, one in named.items():
-                    for tensor in _tensors(one):
+                for key, part in named.items():
+                    for tensor in _tensors(part):
                         frame.put(tensor, (f"{INPUT}{key}",))
             self._frames.append(frame)
 
         return hook
 
     def _leaving(self, fqn: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, given: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> None:
             frame = self._frames.pop()
-            for source in frame.of(given):
+            for source in frame.of(outputs):
                 self._connect(fqn, source, OUTPUT)
-            for tensor in _tensors(given):
+            for tensor in _tensors(outputs):
                 self._frames[-1].put(tensor, (fqn,))
-            taken = [(tuple(t.shape), t.dtype) for t in _tensors((args, kwargs))]
-            made = [(tuple(t.shape), t.dtype) for t in _tensors(given)]
-            self._shapes.setdefault(fqn, (taken, made))
+            input_shapes = [(tuple(t.shape), t.dtype) for t in _tensors((args, kwargs))]
+            output_shapes = [(tuple(t.shape), t.dtype) for t in _tensors(outputs)]
+            self._shapes.setdefault(fqn, (input_shapes, output_shapes))
 
         return hook
 
     def _connect(self, frame: str, source: str, target: str) -> None:
-        """Notes an edge at the lowest module that holds both ends."""
+        """Record an edge at the lowest module that contains both ends."""
         if source.startswith(INPUT) or target == OUTPUT:
             owner = frame
         else:
@@ -275,24 +277,24 @@ class _Recorder(Listener):
         return name.partition(".")[0] or None
 
     def calls(self, *, with_dtypes: bool) -> Calls:
-        """What was seen; of edges in both directions, those that go on in time."""
+        """Return the recorded calls. Of edges in both directions, keep those from earlier to later calls."""
         shapes = {
-            fqn: (_in_words(taken, with_dtypes), _in_words(given, with_dtypes))
-            for fqn, (taken, given) in self._shapes.items()
+            fqn: (_in_words(inputs, with_dtypes), _in_words(outputs, with_dtypes))
+            for fqn, (inputs, outputs) in self._shapes.items()
         }
         edges = {}
-        for owner, found in self._edges.items():
+        for owner, pairs in self._edges.items():
             order = self._order(owner)
             last = len(order)
             edges[owner] = tuple(
                 (a, b)
-                for a, b in found
+                for a, b in pairs
                 if a.startswith(INPUT) or b == OUTPUT or order.get(a, last) < order.get(b, last)
             )
         return Calls(edges, shapes)
 
     def _order(self, owner: str) -> dict[str, int]:
-        """When each child was first called, or something in it."""
+        """Return the position of each child's first call, or of the first call inside it."""
         order: dict[str, int] = {}
         for fqn, when in self._first.items():
             child = self._child(owner, fqn) if fqn else None
@@ -302,11 +304,11 @@ class _Recorder(Listener):
 
 
 def _in_words(tensors: _Shapes, with_dtypes: bool) -> str:
-    found = [
+    words = [
         times(shape) + (f" {str(dtype).removeprefix('torch.')}" if with_dtypes else "")
         for shape, dtype in tensors
     ]
-    return some(found, 4)
+    return some(words, 4)
 
 
 # --- models ---------------------------------------------------------------------------------------
@@ -333,16 +335,16 @@ def picture_of_model(
     example_inputs: Any = None,
     original: Any = None,
 ) -> Picture:
-    """Draws a model.
+    """Draw a model.
 
     Args:
         model: Any module.
-        graphs: The graphs of its regions by key; a module without one is a box of its children.
+        graphs: The graphs of its regions by key. A module without a graph is a box of its children.
         notes: Remarks for the reader.
         matches: The linear operations of a model that was not rewritten, if they are known.
-        example_inputs: What it is called with to see how data flows between modules without a graph;
-            None for what its own configuration says.
-        original: What a quantized model was before.
+        example_inputs: Inputs of the call that shows how data flows between modules without a graph; None
+            for inputs from the model's own configuration.
+        original: The model before it was quantized.
     """
     by_module: dict[int, fx.Graph] = {}
     for key, graph in graphs.items():
@@ -362,7 +364,7 @@ def picture_of_model(
     if record is None and matches is not None:
         rows = rows_of_matches(matches)
     seen = matches if record is None else record.base.matches
-    configs = [one.config for one in record.adapters.values()] if record is not None else []
+    configs = [adapter.config for adapter in record.adapters.values()] if record is not None else []
     config = configs[0] if configs else None
     if original is not None and any(row.quantized for row in rows):
         rows = with_losses(rows, model, record or matches, original)
@@ -384,7 +386,7 @@ def picture_of_model(
 
 
 class _Painter:
-    """Paints modules; gives every box its id, in an order that depends on the model alone."""
+    """Painter of modules. It numbers the boxes in an order that depends only on the model."""
 
     def __init__(
         self,
@@ -414,16 +416,16 @@ class _Painter:
         }
         active = () if self.record is None else self.record.active
         self.inactive: dict[str, list[str]] = defaultdict(list)
-        for place, name in (*self.planned, *self.rows):
+        for weight, name in (*self.planned, *self.rows):
             if name not in active:
-                self.inactive[place].append(name)
-        found = (name for graph in graphs.values() for _, name in adapters_of(graph))
-        self.adapters = tuple(dict.fromkeys((*adapters, *found)))
+                self.inactive[weight].append(name)
+        graph_adapters = (name for graph in graphs.values() for _, name in adapters_of(graph))
+        self.adapters = tuple(dict.fromkeys((*adapters, *graph_adapters)))
         self._other = self._trained_otherwise()
         self._read_matches(self.record.base.matches if self.record is not None else matches)
 
     def _trained_otherwise(self) -> dict[str, dict[str, State]]:
-        """What else adapters train, in words, by FQN of the module."""
+        """Return other weights that adapters train, in words, by the module's FQN."""
         marks: dict[str, dict[str, State]] = defaultdict(dict)
         several = self.record is not None and len(self.record.adapters) > 1
         for name, adapter in self.record.adapters.items() if self.record is not None else ():
@@ -445,22 +447,22 @@ class _Painter:
             site.name: "" if self.record is None else why_not(site, self.record) for site in sites
         }
         self._tied = {site.name: site.tied_to for site in sites if site.tied_to}
-        self._rejected = {one.name: one.reason for one in rejections}
-        self.refused = {(one.region, one.node): one.reason for one in rejections if one.node}
+        self._rejected = {rejection.name: rejection.reason for rejection in rejections}
+        self.refused = {(item.region, item.node): item.reason for item in rejections if item.node}
 
     def new_id(self) -> str:
-        """The next free id."""
+        """Return the next free id."""
         return f"n{next(self._ids)}"
 
     def needs_calls(self, module: nn.Module) -> bool:
-        """Whether only a call can tell how data flows between what is inside."""
+        """Return True if only a call can show how data flows between the module's children."""
         return id(module) not in self.graphs and sum(1 for _ in drawn_children(module)) > 1
 
     def paint(self, modules: Sequence[nn.Module], fqns: Sequence[str]) -> Box:
-        """The box of ``modules[0]``, which stands for all ``modules`` (they are equal).
+        """Return the box of ``modules[0]``, which stands for all ``modules``.
 
         Args:
-            modules: The modules.
+            modules: Equal modules.
             fqns: Their FQNs.
         """
         module, fqn = modules[0], fqns[0]
@@ -488,10 +490,10 @@ class _Painter:
             branches = tuple(region.branches())
             facts += (("graph", f"{len(graph.nodes)} nodes"), *region.hyperparameters())
             if (alone := _only_site(children)) is not None:
-                # A module that does one thing is that thing.
+                # A module with a single operation is drawn as the operation.
                 kind, flow, children, edges = Kind.SITE, False, (), ()
-                told = {label for label, _ in facts}
-                facts += tuple(fact for fact in alone.facts if fact[0] not in told)
+                labels = {label for label, _ in facts}
+                facts += tuple(fact for fact in alone.facts if fact[0] not in labels)
         elif kids:
             kind = Kind.OPAQUE
             children, edges, flow = self._called(module, fqn, kids)
@@ -525,19 +527,19 @@ class _Painter:
         )
 
     def _switched_off(self, fqn: str) -> Iterator[Branch]:
-        """Adapters on the weight of a module, none of which is active."""
-        place = join(fqn, "weight")
-        for name in self.inactive.get(place, ()):
-            row = self.planned.get((place, name))
+        """Yield the adapters on a module's weight if none of them is active."""
+        weight = join(fqn, "weight")
+        for name in self.inactive.get(weight, ()):
+            row = self.planned.get((weight, name))
             if row is None:
-                yield Branch(name, kind=f"{self.rows[place, name]} rows", active=False)
+                yield Branch(name, kind=f"{self.rows[weight, name]} rows", active=False)
             else:
                 yield Branch(name, row.rank or None, row.scale, row.dropout, row.kind, active=False)
 
     def _standing(
         self, module: nn.Module, fqn: str, branches: Sequence[Branch]
     ) -> tuple[State, tuple[str, ...], tuple[tuple[str, str], ...]]:
-        """What becomes of a module, in a state, in marks on its box, and in facts."""
+        """Return a module's state, the marks on its box, and facts about both."""
         other = self._other.get(fqn, {})
         marks = [*other]
         facts: list[tuple[str, str]] = []
@@ -553,8 +555,8 @@ class _Painter:
         if reason is not None:
             facts.append(("cannot be adapted", reason))
         facts += [("trained", words) for words in other]
-        state = next((one for one in other.values() if one), State.NONE)
-        if branches and (state is not State.ROWS or any(one.rank for one in branches)):
+        state = next((known for known in other.values() if known), State.NONE)
+        if branches and (state is not State.ROWS or any(branch.rank for branch in branches)):
             state = State.ADAPTED
         elif state is State.NONE and reason is not None:
             state = State.REFUSED
@@ -565,14 +567,14 @@ class _Painter:
         return state, tuple(marks), tuple(facts)
 
     def _shapes(self, module: nn.Module) -> Iterator[tuple[str, str]]:
-        taken, given = self.calls.shapes.get(self._names.get(id(module), ""), ("", ""))
-        yield from (("takes", taken),) if taken else ()
-        yield from (("gives", given),) if given else ()
+        inputs, outputs = self.calls.shapes.get(self._names.get(id(module), ""), ("", ""))
+        yield from (("takes", inputs),) if inputs else ()
+        yield from (("gives", outputs),) if outputs else ()
 
     def _called(
         self, module: nn.Module, fqn: str, kids: Sequence[tuple[str, nn.Module]]
     ) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...], bool]:
-        """The children of a module without a graph, and the data flow that a call has shown."""
+        """Return the children of a module without a graph, and the data flow that a call has shown."""
         names, modules = zip(*kids, strict=True)
         digests = [self.digest(each) for each in modules]
         boxes: list[Box] = []
@@ -581,8 +583,8 @@ class _Painter:
             box = self.paint([modules[i] for i in run], [join(fqn, names[i]) for i in run])
             boxes.append(box)
             ids |= {names[i]: box.id for i in run}
-        found = self.calls.edges.get(self._names.get(id(module), ""), ())
-        inner = [pair for pair in found if pair[0] in ids or pair[1] in ids]
+        pairs = self.calls.edges.get(self._names.get(id(module), ""), ())
+        inner = [pair for pair in pairs if pair[0] in ids or pair[1] in ids]
         first, last = [], []
         for end in dict.fromkeys(end for pair in inner for end in pair):
             if end.startswith(INPUT):
@@ -591,31 +593,31 @@ class _Painter:
             elif end == OUTPUT:
                 last.append(Box(self.new_id(), Kind.OUTPUT, "output", fqn=fqn))
                 ids[end] = last[-1].id
-        pairs = ((ids[a], ids[b]) for a, b in inner if a in ids and b in ids)
-        edges = tuple(dict.fromkeys((a, b) for a, b in pairs if a != b))
+        end_ids = ((ids[a], ids[b]) for a, b in inner if a in ids and b in ids)
+        edges = tuple(dict.fromkeys((a, b) for a, b in end_ids if a != b))
         return (*first, *boxes, *last), edges, bool(edges)
 
     def _sites(self, module: nn.Module) -> int:
-        """Adapted weights inside; one that a graph of the whole model has as well counts once.
+        """Count the adapted weights inside. A weight that is also in a graph of the whole model counts once.
 
-        Rows of an embedding that are trained are no site.
+        Trained rows of an embedding are not a site.
         """
-        found = {
+        weights = {
             join(name, weight)
             for name, child in module.named_modules()
             if (graph := self.graphs.get(id(child))) is not None
             for weight, adapter in adapters_of(graph)
             if not self._only_rows(id(child), weight, adapter)
         }
-        return len(found)
+        return len(weights)
 
     def _only_rows(self, module: int, weight: str, adapter: str) -> bool:
         key = (join(self._names.get(module, ""), weight), adapter)
         return key in self.rows and key not in self.planned
 
     def _graph_to_draw(self, module: nn.Module) -> fx.Graph | None:
-        # What nn.ReLU or nn.LayerNorm does inside is no news, unless there is an adapter in it; and
-        # a module that does one thing is that thing.
+        # The inside of nn.ReLU or nn.LayerNorm is not worth drawing, unless it has an adapter. A module
+        # with a single operation is drawn as the operation.
         graph = self.graphs.get(id(module))
         if graph is None or any(map(tag_of, graph.nodes)):
             return graph
@@ -627,7 +629,7 @@ class _Painter:
 
 
 def _only_site(children: Iterable[Box]) -> Box | None:
-    """The adapted operation that is all that a module does; None for any other module."""
+    """Return the adapted operation that is a module's only operation, or None for any other module."""
     inside = [box for box in children if box.kind not in (Kind.INPUT, Kind.OUTPUT)]
     return inside[0] if len(inside) == 1 and inside[0].kind is Kind.SITE else None
 
@@ -670,19 +672,19 @@ def _facts(
 
 
 _MOST_BYTES = 2**31
-"""Up to this size, a file is loaded to ask which provider runs which node."""
+"""Largest size of a file that is loaded to see which provider runs which node."""
 
 
 def picture_of_file(path: Path, session: OnnxSession | None = None, provider: str = "") -> Picture:
-    """Draws an ONNX file.
+    """Draw an ONNX file.
 
     Args:
         path: The file.
-        session: One that runs it, and says where its nodes run.
-        provider: Without a session, the provider that is asked; empty for that of the CPU.
+        session: A session of the file, which knows where its nodes run.
+        provider: Provider to use without a session; empty for the CPU's.
 
     Raises:
-        ExportError: It is missing or damaged, or the package onnx is.
+        ExportError: If the file or the package onnx is missing or damaged.
     """
     graph = read_graph(path)
     placed = _placement(path, session, provider)
@@ -697,17 +699,17 @@ def picture_of_file(path: Path, session: OnnxSession | None = None, provider: st
 
 
 def _placement(path: Path, session: OnnxSession | None, provider: str) -> PlacementReport | str:
-    """Where ONNX Runtime runs the nodes, or why that is not known."""
+    """Return where ONNX Runtime runs the nodes, or a text why that is unknown."""
     try:
         if session is None:
-            size = sum(one.stat().st_size for one in path.parent.glob(f"{path.stem}*"))
+            size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}*"))
             if size > _MOST_BYTES:
                 return (
                     "draw lora_fx.OnnxSession(path, provider) to see which provider runs which node"
                 )
             chosen: Any = provider or "cpu"
             runtime = import_onnxruntime()
-            # Each node as it is in the file: optimizations join nodes under new names.
+            # Without optimizations, which join nodes under new names.
             settings = runtime.SessionOptions()
             settings.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
             settings.log_severity_level = 3
@@ -718,12 +720,12 @@ def _placement(path: Path, session: OnnxSession | None, provider: str) -> Placem
 
 
 def _provider_name(provider: str) -> str:
-    """The name of a provider as users write it."""
+    """Return the name of a provider as users write it."""
     return next((short for short, name in PROVIDERS.items() if name == provider), provider)
 
 
 def _told(graph: FileGraph) -> Iterator[tuple[str, str]]:
-    """What a file of lora_fx says of itself in a word or two."""
+    """Yield short facts from the metadata of a file that lora_fx wrote."""
     for key in ("lora_fx.dtype", "lora_fx.opset"):
         if key in graph.metadata:
             yield key, graph.metadata[key]
@@ -733,7 +735,7 @@ def _told(graph: FileGraph) -> Iterator[tuple[str, str]]:
 
 
 class _FilePainter:
-    """Paints a file, parents first."""
+    """Painter of a file, parents first."""
 
     def __init__(self, graph: FileGraph, placed: PlacementReport | None) -> None:
         self.graph = graph
@@ -743,18 +745,18 @@ class _FilePainter:
         self._ids = itertools.count()
 
     def paint(self) -> Box:
-        """The outermost box."""
+        """Return the outermost box."""
         inputs = {name: self._end(Kind.INPUT, name, is_) for name, is_ in self.graph.inputs.items()}
         nodes = [self._node(node) for node in self.graph.nodes]
         outputs = {
             name: self._end(Kind.OUTPUT, name, is_) for name, is_ in self.graph.outputs.items()
         }
-        made = {name: box.id for name, box in inputs.items()}
+        producers = {name: box.id for name, box in inputs.items()}
         edges: list[tuple[str, str]] = []
         for node, box in zip(self.graph.nodes, nodes, strict=True):
-            edges += [(made[name], box.id) for name in node.inputs if name in made]
-            made |= dict.fromkeys(node.outputs, box.id)
-        edges += [(made[name], box.id) for name, box in outputs.items() if name in made]
+            edges += [(producers[name], box.id) for name in node.inputs if name in producers]
+            producers |= dict.fromkeys(node.outputs, box.id)
+        edges += [(producers[name], box.id) for name, box in outputs.items() if name in producers]
         scopes = [node.scope for node in self.graph.nodes]
         placed = [
             *(((), box) for box in inputs.values()),
@@ -808,12 +810,12 @@ class _FilePainter:
             yield "runs on", self.places.get(node.name, gone)
 
     def _elsewhere(self, node: FileNode) -> tuple[str, ...]:
-        """A mark on what does work on another device than was asked for."""
+        """Return a mark for a node that runs on another device than requested."""
         return (self.places[node.name],) if node.name in self.elsewhere else ()
 
 
 def _marks(read: dict[str, tuple[tuple[int, ...], str]]) -> tuple[str, ...]:
-    """Dtypes of few bits, and factors of adapters."""
+    """Return the low-bit dtypes, and a mark for factors of adapters."""
     few = {
         dtype for _, dtype in read.values() if dtype.startswith(("int4", "uint4", "int8", "uint8"))
     }

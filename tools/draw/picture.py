@@ -1,7 +1,7 @@
-"""What every drawn format is made from: nested boxes, and edges between children of one box.
+"""Pictures, the common source of every drawn format: nested boxes, and edges between children of one box.
 
-A :class:`Picture` knows nothing of coordinates and file formats. Its :meth:`Picture.to_dict` is
-what ``visualize`` writes as ``.json`` (and what the HTML page carries).
+A :class:`Picture` has no coordinates and is independent of file formats. ``visualize`` writes its
+:meth:`Picture.to_dict` as ``.json``, and the HTML page contains it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 SCHEMA = "lora_fx.picture/3"
 
-# What XML 1.0 cannot carry, escaped or not.
+# Characters that XML 1.0 forbids, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -48,7 +48,7 @@ _NUMBERED = re.compile(r"^(.*?)(\d+)(\D*)$", re.DOTALL)
 
 
 class Kind(StrEnum):
-    """What a box stands for; also its class in the style sheet."""
+    """Kind of a box; also its class in the style sheet."""
 
     MODULE = "module"
     OPAQUE = "opaque"
@@ -71,7 +71,7 @@ class Kind(StrEnum):
 
 
 class State(StrEnum):
-    """What becomes of a linear operation, and of a module; also a class in the style sheet."""
+    """Outcome of a linear operation or a module; also a class in the style sheet."""
 
     NONE = ""
     ADAPTED = "adapted"
@@ -83,15 +83,15 @@ class State(StrEnum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Branch:
-    """An adapter's part of a linear operation: what stands beside W in a drawing.
+    """An adapter's part of a linear operation, drawn next to W.
 
     Attributes:
         adapter: Name of the adapter.
-        rank, scale: None where neither the plan nor the graph tells.
+        rank, scale: None if neither the plan nor the graph has them.
         dropout: Probability of its dropout.
         kind: Name of the adapter kind.
-        weight: Name of the weight, where an operation has several.
-        active: Whether it is in the graph that runs.
+        weight: Name of the weight if an operation has several.
+        active: True if it is in the graph that runs.
     """
 
     adapter: str
@@ -104,7 +104,7 @@ class Branch:
 
     @property
     def words(self) -> str:
-        """Rank, scale, dropout and names in one line: ``r 8 · × 2 · p 0.05 · default``."""
+        """Return rank, scale, dropout and names in one line: ``r 8 · × 2 · p 0.05 · default``."""
         parts = [self.weight] if self.weight else []
         parts += [] if self.kind == "lora" else [self.kind]
         parts += [f"r {self.rank}"] if self.rank else []
@@ -122,17 +122,17 @@ class SiteRow:
     Attributes:
         name: FQN of the operation.
         state: Adapted, not selected or refused.
-        pattern: Name of the pattern that found it; empty for a refusal.
+        pattern: Name of the pattern that matched it; empty for a refusal.
         shape: Shape of the weight.
-        adapter: Name of the adapter; empty for none.
-        rank, scale, dropout, parameters, flops, saved: What the adapter is and costs; zeros for none.
-        quantized: How the weight is stored; empty for as it is.
-        reason: Why it is not selected, or refused.
-        share: ‖ΔW‖ / ‖W‖ with ΔW = s·BA; None where there are no values.
+        adapter: Name of the adapter; empty without one.
+        rank, scale, dropout, parameters, flops, saved: Settings and costs of the adapter; zeros without one.
+        quantized: Storage format of a quantized weight, or "".
+        reason: The reason why it is not selected, or refused.
+        share: ‖ΔW‖ / ‖W‖ with ΔW = s·BA; None without values.
         effective: Effective rank of BA: the exponential of the entropy of its singular values.
         gradient: Norm of the gradient of A and B, if there is one.
-        error: Of a merge: units in the last place.
-        lost: ‖W - Q‖ / ‖W‖, what quantizing has lost, where W is known.
+        error: Rounding error of a merge in units in the last place.
+        lost: ‖W - Q‖ / ‖W‖, the quantization error, if W is known.
     """
 
     name: str
@@ -157,19 +157,19 @@ class SiteRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """What an entry of a configuration can name: a linear operation as it is without adapters, or a refusal.
+    """Something that a configuration can name: a linear operation without adapters, or a refusal.
 
     Attributes:
         name: FQN of the operation.
-        weight: FQN of the weight, where that is not ``name.weight``.
-        default: Whether ``target_modules=None`` selects it.
-        linear: Whether ``target_modules="all-linear"`` does.
-        each_rank: Trainable elements that one more rank costs.
-        fixed: Trainable elements that its kind costs at any rank, as a bias on B does.
+        weight: FQN of the weight if it is not ``name.weight``.
+        default: True if ``target_modules=None`` selects it.
+        linear: True if ``target_modules="all-linear"`` selects it.
+        each_rank: Trainable elements per rank.
+        fixed: Trainable elements of its kind that do not depend on the rank, such as a bias on B.
         attention: FQN of the ``nn.MultiheadAttention`` of which it is a projection.
-        width: Output features, where some of them can have an adapter of their own; 0 where they cannot.
+        width: Number of output features if a part of them can have an adapter, else 0.
         parts: Names of such parts, each with its output features (start, stop).
-        reason: Why it cannot be adapted; empty where it can.
+        reason: The reason why it cannot be adapted, or "".
     """
 
     name: str
@@ -190,23 +190,21 @@ class Box:
 
     Attributes:
         id: Unique in the picture.
-        kind: What it stands for.
-        name: What is written on it.
+        kind: Kind of the module or node.
+        name: Text on the box.
         caption: The small second line: a class, or a weight and its shape.
-        fqn: FQN of the module, or of the module whose graph the node is in.
-        facts: What hovering shows, as label and value.
-        children: What is inside.
+        fqn: FQN of the module, or of the module whose graph contains the node.
+        facts: Labels and values that hovering shows.
+        children: Boxes inside.
         edges: Data flow between children, as pairs of ids.
-        flow: Whether the edges say how data flows, else the children are in registration order.
-        repeats: FQNs of the equal modules that this one stands for, itself first; empty if it
-            stands for itself alone.
-        sites: Adapted operations inside, those of all repeats counted.
-        trainable, frozen: Elements of parameters inside, those of all repeats counted.
+        flow: True if the edges show the data flow, else the children are in registration order.
+        repeats: FQNs of the equal modules that this box stands for, its own first; empty for a single module.
+        sites: Number of adapted operations inside, in all repeats.
+        trainable, frozen: Elements of parameters inside, in all repeats.
         adapter: Name of the adapter that a node belongs to.
         branches: The adapters on the operation that this box stands for.
-        marks: Short words on it that are no color: how the weight is stored, what is shared, what else
-            is trained.
-        state: What happens to it.
+        marks: Short words for facts without a color: a weight's storage, sharing, other training.
+        state: Outcome for the module or operation.
     """
 
     id: str
@@ -228,14 +226,14 @@ class Box:
     state: State = State.NONE
 
     def walk(self) -> Iterator[Box]:
-        """The box and everything in it, parents first."""
+        """Yield the box and everything in it, parents first."""
         yield self
         for child in self.children:
             yield from child.walk()
 
     @property
     def hover(self) -> str:
-        """The facts as lines of text, without those that differ from one version of a library to the next."""
+        """Return the facts as lines of text, without those that differ between versions of a library."""
         return "\n".join(f"{label}: {value}" for label, value in self.facts if label != "source")
 
 
@@ -244,16 +242,16 @@ class Picture:
     """A model or a plan, ready to be drawn.
 
     Attributes:
-        title: Class of the model, or what the plan is of.
-        facts: The summary, as label and value.
+        title: Class of the model, or name of the plan, report, file or folder.
+        facts: Labels and values of the summary.
         root: The outermost box.
-        legend: The kinds that occur and want explaining, with the explanation.
-        notes: Remarks on how the picture came about.
+        legend: Kinds that occur and need an explanation, with the explanation.
+        notes: Remarks on the drawing.
         adapters: Names of the adapters that occur, in the order of their colors.
         sites: Every linear operation of the model.
-        targets: What another configuration could name; empty where that is not known.
-        config: The configuration that made the picture's adapters, where there is one.
-        counted: Whether the boxes count all parameters, and not only those that are known by name.
+        targets: Operations that another configuration could name; empty if unknown.
+        config: The configuration of the picture's adapters, if there is one.
+        counted: True if the boxes count all parameters, not only those of listed names.
     """
 
     title: str
@@ -268,10 +266,10 @@ class Picture:
     counted: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain containers for JSON.
+        """Return plain containers for JSON.
 
-        ``boxes`` have something inside, ``nodes`` have not; both name their ``parent`` (None for
-        the root). ``edges`` are data flow and name the box whose children they connect.
+        ``boxes`` have children and ``nodes`` do not; both name their ``parent`` (None for the root).
+        ``edges`` are data flow and name the box whose children they connect.
         """
         boxes: list[dict[str, Any]] = []
         nodes: list[dict[str, Any]] = []
@@ -301,7 +299,7 @@ class Picture:
             "notes": list(self.notes),
             "adapters": list(self.adapters),
             "sites": [dataclasses.asdict(row) | {"state": str(row.state)} for row in self.sites],
-            "targets": [dataclasses.asdict(one) for one in self.targets],
+            "targets": [dataclasses.asdict(target) for target in self.targets],
             "config": None if self.config is None else self.config.to_dict(),
             "root": self.root.id,
             "boxes": boxes,
@@ -311,12 +309,12 @@ class Picture:
 
 
 def clean(text: str) -> str:
-    """``text`` without the control characters and lone surrogates that XML and UTF-8 refuse."""
+    """Return ``text`` without the control characters and lone surrogates that XML and UTF-8 forbid."""
     return _ILLEGAL.sub("\ufffd", text)
 
 
 def elide(text: str, limit: int) -> str:
-    """``text`` in at most ``limit`` characters, shortened in the middle: both ends tell."""
+    """Return ``text`` in at most ``limit`` characters, shortened in the middle, because both ends matter."""
     if len(text) <= limit:
         return text
     head = (limit - 1) // 2
@@ -324,7 +322,7 @@ def elide(text: str, limit: int) -> str:
 
 
 def end_of(box: Box, *, last: bool) -> Box:
-    """Where an edge of an open box ends: at its first input, or at its last output."""
+    """Return the box in which an edge of an open box ends: its first input, or its last output."""
     while box.children:
         wanted = Kind.OUTPUT if last else Kind.INPUT
         other = box.children[-1 if last else 0]
@@ -333,7 +331,7 @@ def end_of(box: Box, *, last: bool) -> Box:
 
 
 def human(count: int) -> str:
-    """A count in three or four digits: ``6.74 B``."""
+    """Return a count in three or four digits: ``6.74 B``."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
         if count >= size:
             digits = ".3g" if count < 1000 * size else ".0f"
@@ -342,29 +340,29 @@ def human(count: int) -> str:
 
 
 def share_of(trainable: int, total: int) -> str:
-    """How many elements are trained, and what share that is."""
+    """Return the number of trained elements and their share."""
     return human(trainable) + (f" ({100 * trainable / total:.3g} %)" if total else "")
 
 
 def occurring(legend: tuple[tuple[Kind, str], ...], root: Box) -> tuple[tuple[Kind, str], ...]:
-    """Those entries of a legend whose kinds are in a picture."""
+    """Return the entries of a legend whose kinds are in a picture."""
     kinds = {box.kind for box in root.walk()}
     return tuple((kind, text) for kind, text in legend if kind in kinds)
 
 
 def times(shape: tuple[int, ...]) -> str:
-    """A shape as ``4096×11008``."""
+    """Return a shape as ``4096×11008``."""
     return "×".join(str(size) for size in shape) or "scalar"
 
 
 def name_of(fqns: Sequence[str]) -> str:
-    """What is written on a box, of one name or of several: ``layers.0 … layers.31 (×32)``."""
+    """Return the text on a box for one name or several: ``layers.0 … layers.31 (×32)``."""
     labels = [label_of(fqn) if fqn else "model" for fqn in fqns]
     return labels[0] if len(fqns) == 1 else f"{labels[0]} … {labels[-1]} (×{len(fqns)})"
 
 
 def follows(first: str, second: str) -> bool:
-    """Whether two names differ only in their last number, and the second counts one on."""
+    """Return True if two names differ only in their last number, and the second is one higher."""
     a, b = _NUMBERED.match(first), _NUMBERED.match(second)
     if a is None or b is None:
         return False
@@ -372,7 +370,7 @@ def follows(first: str, second: str) -> bool:
 
 
 def runs(names: Sequence[str], digests: Sequence[str]) -> Iterator[range]:
-    """Splits siblings into runs that are drawn as one box: equal, and numbered in sequence."""
+    """Split siblings into runs that are drawn as one box: equal, and numbered in sequence."""
     start = 0
     for i in range(1, len(names) + 1):
         same = i < len(names) and digests[i] == digests[start] and follows(names[i - 1], names[i])
@@ -382,7 +380,7 @@ def runs(names: Sequence[str], digests: Sequence[str]) -> Iterator[range]:
 
 
 def label_of(fqn: str) -> str:
-    """The last part of a name, with the one before it where it is only a number."""
+    """Return the last part of a name, with the part before it if the last is only a number."""
     parts = fqn.split(".")
     return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
@@ -394,12 +392,12 @@ _Path = tuple[str, ...]
 """FQNs of modules, the outermost first."""
 
 Made = Callable[[str, tuple[Box, ...], tuple[tuple[str, str], ...]], Box]
-"""Makes the box of a module: of its FQN, what is in it, and the edges in between."""
+"""Function that makes the box of a module from its FQN, its children, and the edges between them."""
 
 
 @dataclasses.dataclass
 class _Scope:
-    """A module: what is in it, in the order of the first node, as keys."""
+    """A module and its contents by key, in the order of the first node."""
 
     path: _Path
     inside: dict[str, Box | _Scope] = dataclasses.field(default_factory=dict)
@@ -408,11 +406,10 @@ class _Scope:
 def nested(
     placed: Sequence[tuple[_Path, Box]], edges: Iterable[tuple[str, str]], made: Made
 ) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
-    """Nests boxes.
+    """Nest boxes in the boxes of their modules.
 
-    An edge is in the innermost module that holds both of its ends. A module whose nodes run in between those
-    of another one is left and entered again: of edges in both directions, those are drawn that go on in the
-    order of the nodes.
+    An edge is in the innermost module that contains both of its ends. If nodes of two modules alternate,
+    there are edges in both directions. Only those in the order of the nodes are drawn.
 
     Args:
         placed: Each box with the modules that it comes from, in the order in which they run.
@@ -420,10 +417,10 @@ def nested(
         made: Makes the box of a module.
 
     Returns:
-        What is outermost, and the edges in between.
+        The outermost boxes, and the edges between them.
     """
     root = _Scope(())
-    places: dict[str, _Path] = {}
+    paths: dict[str, _Path] = {}
     for path, box in placed:
         scope = root
         for depth, fqn in enumerate(path):
@@ -431,10 +428,10 @@ def nested(
             if isinstance(inner, _Scope):
                 scope = inner
         scope.inside[box.id] = box
-        places[box.id] = (*(f"module {fqn}" for fqn in path), box.id)
+        paths[box.id] = (*(f"module {fqn}" for fqn in path), box.id)
     inside: dict[_Path, dict[tuple[str, str], None]] = defaultdict(dict)
-    for one, other in edges:
-        source, target = places[one], places[other]
+    for first, second in edges:
+        source, target = paths[first], paths[second]
         shared = 0
         while source[shared] == target[shared]:
             shared += 1
@@ -443,30 +440,30 @@ def nested(
 
 
 def _boxes(
-    scope: _Scope, keys: _Path, edges: dict[_Path, dict[tuple[str, str], None]], made: Made
+    scope: _Scope, keys: _Path, edges: dict[_Path, dict[tuple[str, str], None]], make: Made
 ) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
     boxes: dict[str, Box] = {}
-    for key, one in scope.inside.items():
-        if isinstance(one, Box):
-            boxes[key] = one
+    for key, item in scope.inside.items():
+        if isinstance(item, Box):
+            boxes[key] = item
             continue
-        children, inner = _boxes(one, (*keys, key), edges, made)
-        boxes[key] = _alone(made(one.path[-1], children, inner))
-    order = {key: place for place, key in enumerate(boxes)}
-    found = edges.get(keys, {})
-    kept = tuple((boxes[a].id, boxes[b].id) for a, b in found if order[a] < order[b])
+        children, inner = _boxes(item, (*keys, key), edges, make)
+        boxes[key] = _alone(make(item.path[-1], children, inner))
+    order = {key: index for index, key in enumerate(boxes)}
+    connections = edges.get(keys, {})
+    kept = tuple((boxes[a].id, boxes[b].id) for a, b in connections if order[a] < order[b])
     return tuple(boxes.values()), kept
 
 
 def _alone(box: Box) -> Box:
-    """A module that is one node is that node, under its own name."""
+    """Return the node of a module with a single node, under the module's name, or else the module."""
     if len(box.children) != 1 or box.children[0].children:
         return box
     (node,) = box.children
     caption = f"{node.name} {node.caption}".strip()
     kind = Kind.SITE if node.state is State.ADAPTED else Kind.LEAF
-    told = {label for label, _ in node.facts}
-    facts = (*node.facts, *(fact for fact in box.facts if fact[0] not in told))
+    labels = {label for label, _ in node.facts}
+    facts = (*node.facts, *(fact for fact in box.facts if fact[0] not in labels))
     return dataclasses.replace(
         node, name=box.name, caption=caption, kind=kind, fqn=box.fqn, facts=facts
     )

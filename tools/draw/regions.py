@@ -49,14 +49,14 @@ __all__ = [
     "target_name",
 ]
 
-# --- what there is to say of nodes, weights and modules -------------------------------------------
+# --- texts about nodes, weights and modules -------------------------------------------------------
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def target_name(target: Any) -> str:
-    """A readable name for what a node calls, the same in every process."""
+    """Return a readable name of a node's target, the same in every process."""
     if isinstance(target, str):
         return target
     module = getattr(target, "__module__", None) or ""
@@ -68,21 +68,21 @@ def target_name(target: Any) -> str:
 
 
 def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Child modules by name, a module that stands under two names twice."""
+    """Yield child modules by name. A module with two names comes twice."""
     return ((name, child) for name, child in module._modules.items() if child is not None)
 
 
 def drawn_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Those child modules that are not there for an adapter's parameters."""
+    """Yield the child modules that do not only hold an adapter's parameters."""
     return (pair for pair in children_of(module) if not isinstance(pair[1], AdapterModule))
 
 
 class Digests:
-    """Hashes that are equal where two modules look the same in a picture.
+    """Hashes that are equal if two modules look the same in a picture.
 
     A hash covers the class, ``extra_repr``, the shapes of the module's own tensors, the graph with
     its tags, and the same of all children. Ranks count (they are shapes) and so do scales and
-    probabilities of dropout (constants of the graph and of modules); values of weights do not.
+    probabilities of dropout (constants of the graph and of modules). Values of weights do not.
 
     Args:
         graphs: The graphs of the regions, by ``id`` of the module.
@@ -93,7 +93,7 @@ class Digests:
         self._known: dict[int, str] = {}
 
     def __call__(self, module: nn.Module) -> str:
-        """The hash of ``module``."""
+        """Return the hash of ``module``."""
         known = self._known.get(id(module))
         if known is None:
             text = "\n".join(self._lines(module))
@@ -124,7 +124,7 @@ _OPS = {
 
 
 def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, float | None]:
-    """Rank and scale of an adapter as the graph has them."""
+    """Return rank and scale of an adapter from the graph."""
     factors: dict[str, torch.Tensor] = {}
     scale: float | None = None
     for node in region.graph.nodes:
@@ -140,7 +140,10 @@ def measured(region: Region, weight: str, adapter: str) -> tuple[int | None, flo
 
 
 def _common_rank(factors: Sequence[torch.Tensor]) -> int | None:
-    """The size that A, ``[r, ...]``, and B, ``[out, r, ...]``, share; both have experts first, or neither."""
+    """Return the size that A, ``[r, ...]``, and B, ``[out, r, ...]``, share.
+
+    Experts are the first dimension of both factors or of neither.
+    """
     if len(factors) < 2 or any(factor.dim() < 2 for factor in factors[:2]):
         return None
     a, b = factors[:2]
@@ -149,7 +152,7 @@ def _common_rank(factors: Sequence[torch.Tensor]) -> int | None:
 
 
 def _scale_in(node: fx.Node) -> float | None:
-    """The number that scales a branch; of a product of several operations, a node takes its own."""
+    """Return the scale of a branch. A node that reads one output of a fused product has its own scale."""
     if is_item(node):
         product, index = node.args
         scales = next((a for a in _arguments(product) if _are_numbers(a)), ())
@@ -166,37 +169,37 @@ def _arguments(node: Any) -> tuple[Any, ...]:
 
 def _are_numbers(value: Any) -> bool:
     is_list = isinstance(value, list | tuple) and bool(value)
-    return is_list and all(isinstance(one, int | float) for one in value)
+    return is_list and all(isinstance(item, int | float) for item in value)
 
 
 def is_item(node: fx.Node) -> bool:
-    """Whether a node takes one of the outputs of a product of several operations."""
+    """Return True if a node reads one of the outputs of a product of several operations."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem"
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
-    """``float32``, or the format of a quantized weight: ``nf4``."""
+    """Return ``float32``, or the format of a quantized weight such as ``nf4``."""
     stored = quantization_of(tensor)
     return str(tensor.dtype).removeprefix("torch.") if stored is None else stored.scheme
 
 
 def size_name(tensor: torch.Tensor) -> str:
-    """``128×64``: of the values, for a quantized weight."""
+    """Return the shape as ``128×64``. For a quantized weight it is the shape of the values."""
     stored = quantization_of(tensor)
     return times(tuple(tensor.shape) if stored is None else stored.shape)
 
 
 def node_kind(node: fx.Node) -> Kind:
-    """What the node is drawn as."""
+    """Return the kind of a node's box."""
     tag = tag_of(node)
     if tag is not None:
-        # Roles that are drawn in a way of their own have the names of kinds.
+        # Roles with their own drawing have the names of kinds.
         return next((kind for kind in Kind if kind.value == tag.role.value), Kind.ADAPTER)
     return _OPS.get(node.op, Kind.OP)
 
 
 def node_name(node: fx.Node) -> str:
-    """The first line: what it does, in a word or two."""
+    """Return the first line of a node's box: its operation, in a word or two."""
     if node.op in ("placeholder", "output"):
         return str(node.target)
     if node.target is in_place:  # x += y, in torch's words
@@ -210,12 +213,12 @@ def node_name(node: fx.Node) -> str:
 
 
 def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor], p: float | None = None) -> str:
-    """The second line: the weight and its shape, or the number that matters.
+    """Return the second line: the weight and its shape, or the number that matters.
 
     Args:
         node: The node.
-        tensors: What it reads, by name.
-        p: The probability of the dropout that it computes, as it is now; None for none.
+        tensors: Tensors that it reads, by name.
+        p: Current probability of the dropout that it computes; None without dropout.
     """
     tag = tag_of(node)
     caption = ""
@@ -236,7 +239,7 @@ def node_caption(node: fx.Node, tensors: Mapping[str, torch.Tensor], p: float | 
 
 
 def node_facts(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> Iterable[tuple[str, str]]:
-    """The node's part of what hovering shows: the call and the weights that it reads."""
+    """Yield the node's facts for hovering: the call and the weights that it reads."""
     yield "op", node.op
     if node.op not in ("placeholder", "output"):
         yield "target", target_name(node.target)
@@ -252,15 +255,15 @@ def node_facts(node: fx.Node, tensors: Mapping[str, torch.Tensor]) -> Iterable[t
     if isinstance(value, torch.Tensor):
         yield "gives", f"{times(tuple(value.shape))} {dtype_name(value)}"
     trace = node.meta.get("stack_trace")
-    if isinstance(trace, str) and (found := _LINE.findall(trace)):
-        yield "source", f"{short_path(found[-1][0])}:{found[-1][1]}"
+    if isinstance(trace, str) and (lines := _LINE.findall(trace)):
+        yield "source", f"{short_path(lines[-1][0])}:{lines[-1][1]}"
 
 
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def short_path(path: str) -> str:
-    """A path below the folder of packages, or the name of any other file: the same on every machine."""
+    """Return a path below the packages folder, or any other file's name: the same on every machine."""
     path = path.replace("\\", "/")
     for folder in ("site-packages/", "dist-packages/"):
         if folder in path:
@@ -269,13 +272,13 @@ def short_path(path: str) -> str:
 
 
 def source_of(cls: type[nn.Module]) -> str:
-    """File and line of a class's forward; empty where there is no Python code."""
+    """Return file and line of a class's forward, or "" without Python code."""
     code = getattr(getattr(cls, "forward", None), "__code__", None)
     return "" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
 
 
 def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """Trainable and frozen elements, those of a parameter that is met twice counted once."""
+    """Count trainable and frozen elements. A parameter that occurs twice counts once."""
     unique = {id(p): p for p in parameters}.values()
     trainable = sum(elements(p) for p in unique if p.requires_grad)
     return trainable, sum(elements(p) for p in unique) - trainable
@@ -285,37 +288,37 @@ def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 class Host(Protocol):
-    """What a region asks of the painter of the whole model."""
+    """Interface of the whole model's painter that a region uses."""
 
     @property
     def digest(self) -> Digests:
-        """Which modules look the same."""
+        """Return the digests of modules, equal for modules that look the same."""
 
     @property
     def condense(self) -> bool:
-        """Whether an operation is one box with its adapters on it."""
+        """Return True if an operation and its adapters are drawn as one box."""
 
     @property
     def planned(self) -> Mapping[tuple[str, str], PlannedSite]:
-        """What adapters were planned to be, by place and adapter."""
+        """Return the planned sites by place and adapter."""
 
     @property
     def rows(self) -> Mapping[tuple[str, str], int]:
-        """How many rows of a weight an adapter trains, by place and adapter."""
+        """Return the number of rows of a weight that an adapter trains, by place and adapter."""
 
     @property
     def inactive(self) -> Mapping[str, Sequence[str]]:
-        """Adapters that are in no graph now, by place."""
+        """Return the adapters that are in no graph now, by place."""
 
     @property
     def refused(self) -> Mapping[tuple[str, str], str]:
-        """Why an operation cannot have an adapter, by region and node."""
+        """Return the reason why an operation cannot have an adapter, by region and node."""
 
     def new_id(self) -> str:
-        """The next free id."""
+        """Return the next free id."""
 
     def paint(self, modules: Sequence[nn.Module], fqns: Sequence[str]) -> Box:
-        """The box of equal modules."""
+        """Return the box of equal modules."""
 
 
 _ON_OPERATION = frozenset(Role) - {Role.FACTOR, Role.CAST}
@@ -327,7 +330,7 @@ def _adapter_of(node: fx.Node) -> str:
 
 
 def _whole(weight: str) -> str:
-    """The weight of a place: a part is named by its rows, ``weight[0:32]``."""
+    """Return the weight of a place. A part of a weight is named by its rows, ``weight[0:32]``."""
     return weight.partition("[")[0]
 
 
@@ -337,7 +340,7 @@ def _is(node: fx.Node, role: Role) -> bool:
 
 
 def _is_fused_item(source: fx.Node, node: fx.Node) -> bool:
-    """Whether a node takes its output from a product of several adapted operations."""
+    """Return True if a node reads its output from a product of several adapted operations."""
     before, after = tag_of(source), tag_of(node)
     if before is None or after is None:
         return False
@@ -345,20 +348,20 @@ def _is_fused_item(source: fx.Node, node: fx.Node) -> bool:
 
 
 def _weights_in_words(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> str:
-    """Sizes of weights, with the name where it is one that says something."""
+    """Return the sizes of weights, with the weight's name if it is informative."""
     sizes = ", ".join(dict.fromkeys(map(size_name, tensors)))
     name = names[0].removesuffix("weight").strip(".").rpartition(".")[2]
     return sizes if len(names) > 1 or not name else f"{elide(name, 26)} {sizes}"
 
 
 def _stored(tensor: torch.Tensor) -> str:
-    """How a weight is stored; empty for as it is."""
+    """Return the storage format of a quantized weight, or ""."""
     stored = quantization_of(tensor)
     return "" if stored is None else stored.scheme
 
 
 class RegionPainter:
-    """Paints the graph of one module."""
+    """Painter of the graph of one module."""
 
     def __init__(self, painter: Host, module: nn.Module, fqn: str, graph: fx.Graph) -> None:
         self._painter = painter
@@ -377,7 +380,7 @@ class RegionPainter:
         self._staged = {fqn for stack in stacks if isinstance(stack, tuple) for fqn in stack}
 
     def children(self) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
-        """The boxes inside the region and the edges between them."""
+        """Return the boxes inside the region and the edges between them."""
         runs = self._runs()
         groups = [*runs, *self._sites.values()]
         first = {node: group[0] for group in groups for node in group}
@@ -399,16 +402,16 @@ class RegionPainter:
         paths = {node: self._path([*self._sites.get(node, ()), node]) for node in boxes}
         if not any(paths.values()):
             return (*boxes.values(), *self._uncalled()), tuple(edges)
-        # A graph of the whole model: nodes in the modules that they come from.
+        # In a graph of the whole model, nest nodes in their original modules.
         placed = [(paths[node], box) for node, box in boxes.items()]
         return nested(placed, edges, self._module)
 
     def _path(self, nodes: Sequence[fx.Node]) -> tuple[str, ...]:
-        """FQNs of the modules that a node comes from, where the graph was made of all of them."""
+        """Return the FQNs of a node's original modules if the graph contains several modules."""
         for node in nodes:
             if isinstance(stack := node.meta.get(MODULE_STACK), tuple):
                 return stack
-        # What an adapter has added has its weight's module, and all around that.
+        # A node of an adapter belongs to its weight's module and the modules around it.
         for node in nodes:
             tag = tag_of(node)
             if tag is not None and self._staged:
@@ -421,7 +424,7 @@ class RegionPainter:
     def _module(
         self, name: str, children: tuple[Box, ...], edges: tuple[tuple[str, str], ...]
     ) -> Box:
-        """The box of a module of a graph of the whole model."""
+        """Return the box of a module in a graph of the whole model."""
         fqn = join(self._fqn, name)
         module = self._region.module.get_submodule(name)
         cls = original_class(module)
@@ -441,13 +444,15 @@ class RegionPainter:
             children=children,
             edges=edges,
             flow=True,
-            sites=sum(box.sites or len({one.weight for one in box.branches}) for box in children),
+            sites=sum(
+                box.sites or len({branch.weight for branch in box.branches}) for box in children
+            ),
             trainable=trainable,
             frozen=frozen,
         )
 
     def hyperparameters(self) -> tuple[tuple[str, str], ...]:
-        """Rank, scale and costs of each adapter in the region, as facts."""
+        """Return rank, scale and costs of each adapter in the region, as facts."""
         facts: list[tuple[str, str]] = []
         for weight, adapter in adapters_of(self._region.graph):
             values = self._hyper(weight, adapter)
@@ -456,10 +461,10 @@ class RegionPainter:
         return tuple(facts)
 
     def _grouped(self) -> dict[fx.Node, list[fx.Node]]:
-        """Adapted operations, each with the nodes of its branches, by the first of them.
+        """Return adapted operations by first node, each with the nodes of its branches.
 
-        Nodes belong together that follow one another and say the same weight; a product of several
-        operations is one.
+        Connected nodes belong together if they have the same weight. A product of several operations is one
+        group.
         """
         tagged = {node: weight for node in self._inputs if (weight := self._weight_of(node))}
         together = nx.Graph()
@@ -470,9 +475,11 @@ class RegionPainter:
                     _whole(tagged[source]) == _whole(tagged[node]) or _is_fused_item(source, node)
                 ):
                     together.add_edge(source, node)
-        order = {node: place for place, node in enumerate(self._inputs)}
-        found = (sorted(each, key=order.__getitem__) for each in nx.connected_components(together))
-        groups = {each[0]: each for each in found if any(_adapter_of(node) for node in each)}
+        order = {node: index for index, node in enumerate(self._inputs)}
+        components = (
+            sorted(each, key=order.__getitem__) for each in nx.connected_components(together)
+        )
+        groups = {each[0]: each for each in components if any(_adapter_of(node) for node in each)}
         leader = {node: each[0] for each in groups.values() for node in each}
         contracted = nx.DiGraph(
             (leader.get(source, source), leader.get(node, node))
@@ -483,19 +490,19 @@ class RegionPainter:
         return groups if nx.is_directed_acyclic_graph(contracted) else {}
 
     def _weight_of(self, node: fx.Node) -> str:
-        """The adapted weight whose operation a node is part of; empty for none."""
+        """Return the adapted weight whose operation contains a node, or ""."""
         tag = tag_of(node)
         if tag is not None:
             return tag.weight if tag.role in _ON_OPERATION else ""
-        # An operation whose result goes to nothing but its branches is not always tagged.
+        # An operation whose result is only read by its branches is not always tagged.
         users = {other.weight if (other := tag_of(user)) else "" for user in node.users}
         read = {self._weights[n] for n in node.all_input_nodes if n in self._weights}
         return next(iter(users)) if len(users) == 1 and users <= read else ""
 
     def _site(self, nodes: list[fx.Node]) -> Box:
-        """The box of an operation with the adapters on it."""
+        """Return the box of an operation with its adapters."""
         fused = [n for n in nodes if _is(n, Role.FUSED)] or [n for n in nodes if _is(n, Role.BASE)]
-        # A view of the weight is tagged as well: what reads the most computes.
+        # Views of the weight are tagged, too. The node with the most inputs is the computation.
         main = max(fused or nodes, key=lambda node: len(node.all_input_nodes))
         weights = list(dict.fromkeys(tag.weight for n in nodes if (tag := tag_of(n)) is not None))
         branches = tuple(self.branches(weights))
@@ -534,14 +541,14 @@ class RegionPainter:
         )
 
     def branches(self, weights: Iterable[str] | None = None) -> Iterator[Branch]:
-        """The adapters on some weights, those that are not active after the others.
+        """Yield the adapters on some weights, inactive adapters last.
 
         Args:
             weights: Names in the region; None for all that have an adapter.
         """
-        found = adapters_of(self._region.graph)
+        adapters = adapters_of(self._region.graph)
         if weights is None:
-            weights = dict.fromkeys(weight for weight, _ in found)
+            weights = dict.fromkeys(weight for weight, _ in adapters)
         weights = list(weights)
         names = {weight: self._name_of(weight) for weight in weights}
         short = {weight: name.rpartition(".")[2] for weight, name in names.items()}
@@ -549,15 +556,15 @@ class RegionPainter:
             names = short
         for weight in weights:
             label = names[weight] if len(weights) > 1 else ""
-            for adapter in (adapter for one, adapter in found if one == weight):
+            for adapter in (adapter for name, adapter in adapters if name == weight):
                 yield self._branch(weight, adapter, label)
             for adapter in self._painter.inactive.get(join(self._fqn, weight), ()):
                 yield self._branch(weight, adapter, label, active=False)
 
     def _name_of(self, weight: str) -> str:
-        """What the operation of a weight is called: as a site, if it is one."""
-        place = join(self._fqn, weight)
-        planned = (row for (at, _), row in self._painter.planned.items() if at == place)
+        """Return the name of a weight's operation: that of the site, if it is one."""
+        full_name = join(self._fqn, weight)
+        planned = (row for (at, _), row in self._painter.planned.items() if at == full_name)
         row = next(planned, None)
         return weight.removesuffix(".weight") if row is None else row.name
 
@@ -580,28 +587,28 @@ class RegionPainter:
         return True
 
     def _read(self, node: fx.Node) -> dict[str, torch.Tensor]:
-        """The tensors that a node reads, by name."""
+        """Return the tensors that a node reads, by name."""
         names = [self._weights[n] for n in node.all_input_nodes if n in self._weights]
         values = {name: self._value(name) for name in names}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def _absorb(self, node: fx.Node) -> None:
-        """Makes a weight part of the operations that read it, and with it the cast of a factor."""
+        """Merge a weight, and the cast of a factor, into the operations that read it."""
         tag = tag_of(node)
         readers = {user.op for user in node.users}
         if node.op == "get_attr":
-            # Anything else that a tagged node reads is a switch, as self.training is of dropout.
+            # Other attributes that a tagged node reads are switches, as dropout's self.training.
             part = self._region.tensor(node) is not None or tag is not None
             if part and readers <= {"call_function", "call_method"}:
                 self._weights[node] = str(node.target)
         elif tag is not None and tag.role is Role.CAST and "output" not in readers:
-            # What else a cast reads, it reads for its dtype.
+            # A cast reads other inputs only for their dtype.
             source = next(iter(node.all_input_nodes), None)
             if source in self._weights:
                 self._weights[node] = self._weights[source]
 
     def _runs(self) -> list[list[fx.Node]]:
-        """Chains of calls of equal modules that are numbered in sequence."""
+        """Return chains of calls of equal modules that are numbered in sequence."""
         chains: dict[fx.Node, list[fx.Node]] = {}
         for node in self._inputs:
             if node.op != "call_module" or node in chains:
@@ -633,7 +640,7 @@ class RegionPainter:
         return self._painter.paint(modules, [join(self._fqn, str(each.target)) for each in run])
 
     def _uncalled(self) -> tuple[Box, ...]:
-        """Child modules with parameters that the graph neither calls nor reads."""
+        """Return child modules with parameters that the graph neither calls nor reads."""
         graph = self._region.graph
         called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
         read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
@@ -681,7 +688,7 @@ class RegionPainter:
         )
 
     def _probability(self, node: fx.Node) -> float | None:
-        """That of the dropout in a branch, which a module says."""
+        """Return the dropout probability of a branch, from its module."""
         for read in node.all_input_nodes:
             tag = tag_of(read)
             if read.op == "get_attr" and tag is not None and tag.role is Role.DROPOUT:
@@ -708,5 +715,5 @@ class RegionPainter:
                 ("saved for backward", f"{planned.saved:,} bytes a token"),
             )
         rank, scale = measured(self._region, weight, adapter)
-        found = (("rank", rank), ("scale", scale))
-        return tuple((label, f"{value:g}") for label, value in found if value is not None)
+        values = (("rank", rank), ("scale", scale))
+        return tuple((label, f"{value:g}") for label, value in values if value is not None)

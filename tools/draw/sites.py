@@ -1,4 +1,4 @@
-"""Every linear operation of a model in a row: what its adapter is, costs and does, or why it has none."""
+"""Rows of a model's linear operations: settings, costs and effects of the adapter, or why there is none."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ __all__ = [
 ]
 
 _MOST_ELEMENTS = 2**30
-"""Up to this many elements of weights are read for ‖ΔW‖ / ‖W‖: about a second."""
+"""Most elements of weights that are read for ‖ΔW‖ / ‖W‖, which takes about a second."""
 
 
 def rows_of_plan(plan: Plan) -> tuple[SiteRow, ...]:
-    """The sites of a plan, those that are not selected, and the refusals."""
+    """Return the rows of a plan's sites, of operations that are not selected, and of refusals."""
     return (
         *(_planned(row) for row in plan.sites),
-        *(_site(one.site, one.reason) for one in plan.skipped),
+        *(_site(skipped.site, skipped.reason) for skipped in plan.skipped),
         *map(_refused, plan.rejections),
     )
 
 
 def rows_of_matches(matches: Matches) -> tuple[SiteRow, ...]:
-    """The linear operations of a model without adapters."""
+    """Return the rows of linear operations of a model without adapters."""
     return (*map(_site, matches.sites), *map(_refused, matches.rejections))
 
 
 def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
-    """The sites of a rewritten model, one row an adapter, and what else there is.
+    """Return the rows of a rewritten model: one per site and adapter, then the other operations.
 
     Args:
-        model: The model, from whose values the measures are taken if it has any.
-        record: What it knows of itself.
+        model: The model. Measures are taken from its values, if it has any.
+        record: The model's record.
     """
     rows: list[SiteRow] = []
     adapted: set[str] = set()
@@ -63,27 +63,27 @@ def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
             left -= math.prod(row.site.shape)
             effective, share = _measure(model, row, name) if left > 0 else (None, None)
             gradient = _gradient(model, row, name)
-            made = dataclasses.replace(_planned(row), adapter=name, effective=effective)
-            rows.append(dataclasses.replace(made, share=share, gradient=gradient))
-    others = (site for site in record.base.matches.sites if site.name not in adapted)
-    kept = (_site(site, why_not(site, record)) for site in others)
+            site_row = dataclasses.replace(_planned(row), adapter=name, effective=effective)
+            rows.append(dataclasses.replace(site_row, share=share, gradient=gradient))
+    unadapted = (site for site in record.base.matches.sites if site.name not in adapted)
+    kept = (_site(site, why_not(site, record)) for site in unadapted)
     return (*rows, *kept, *map(_refused, record.base.matches.rejections))
 
 
 def with_losses(
     rows: Iterable[SiteRow], model: nn.Module, known: Record | Matches | None, original: Any
 ) -> tuple[SiteRow, ...]:
-    """Adds to rows what quantizing has lost.
+    """Add the quantization errors to rows.
 
     Args:
-        rows: Those of the model.
+        rows: Rows of the model.
         model: The model.
         known: Its record, or its linear operations.
-        original: What it was before it was quantized: a model, or its files. One weight is read at a time.
+        original: The model before it was quantized, or its files. One weight is read at a time.
 
     Raises:
-        ConfigError: The original has no such weight, or a start has changed the base since.
-        CheckpointError: A file is missing or damaged.
+        ConfigError: If the original lacks a weight, or an adapter's initialization has changed the base.
+        CheckpointError: If a file is missing or damaged.
     """
     matches = known.base.matches if isinstance(known, Record) else known
     adapters = known.adapters if isinstance(known, Record) else {}
@@ -97,17 +97,17 @@ def with_losses(
     sites = [row.site for adapter in adapters.values() for row in adapter.sites]
     lost: dict[str, float] = {}
     for site in (*sites, *(() if matches is None else matches.sites)):
-        held = weight_at(model, site.weight)
-        if site.quantized is None or site.name in lost or held.is_meta:
+        stored = weight_at(model, site.weight)
+        if site.quantized is None or site.name in lost or stored.is_meta:
             continue
-        exact = part_of(site, weights.of(site).to(held.device)).float()
+        exact = part_of(site, weights.of(site).to(stored.device)).float()
         difference = exact - part_of(site, base_weight(model, site)).float()
         lost[site.name] = float(difference.norm() / exact.norm().clamp_min(1e-30))
     return tuple(dataclasses.replace(row, lost=lost.get(row.name)) for row in rows)
 
 
 def why_not(site: Site, record: Record) -> str:
-    """Why the configurations of the adapters do not select a site; empty where they say nothing."""
+    """Return the reason why the adapters' configurations do not select a site, or "" without one."""
     several = len(record.adapters) > 1
     verdicts = {
         name: judge(site.name, adapter.config, in_default=_in_default(site))
@@ -153,16 +153,16 @@ def _site(site: Site, reason: str = "") -> SiteRow:
 def targets_of(
     sites: Iterable[Site], rejections: Iterable[Rejection], config: LoraConfig | None
 ) -> tuple[Target, ...]:
-    """What a configuration could name.
+    """Return the targets that a configuration could name.
 
     Args:
-        sites: Linear operations, or parts of them, which stand for the whole.
-        rejections: What cannot be adapted.
-        config: The configuration that says which kind an adapter is; None is LoRA.
+        sites: Linear operations, or parts of them, which stand for the whole operation.
+        rejections: Operations that cannot be adapted.
+        config: The configuration that sets the adapter's kind; None is LoRA.
     """
     kind = chosen_kind(config or LoraConfig())
     wholes = dict.fromkeys(site.whole or site for site in sites)
-    refused = (Target(one.name, reason=one.reason) for one in rejections)
+    refused = (Target(rejection.name, reason=rejection.reason) for rejection in rejections)
     return (*(_target(site, kind) for site in wholes), *refused)
 
 
@@ -186,7 +186,7 @@ def _refused(rejection: Rejection) -> SiteRow:
 
 
 def _each_rank(site: Site) -> float:
-    """Trainable elements for each rank; a rank of a convolution has to be one that its groups divide."""
+    """Return the trainable elements per rank. A convolution's rank must be a multiple of its groups."""
     try:
         return pattern_of(site).factors(site, site.groups).numel / site.groups
     except LoraFxError:
@@ -194,21 +194,21 @@ def _each_rank(site: Site) -> float:
 
 
 def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | None, float | None]:
-    """Effective rank of BA and ‖ΔW‖ / ‖W‖; None where there are no values, or no such product."""
+    """Return effective rank of BA and ‖ΔW‖ / ‖W‖, or None without values or without such a product."""
     site = row.site
     weight = weight_at(model, site.weight)
     if row.kind != "lora" or not row.rank or site.groups > 1:
         return None, None
     with torch.no_grad():
-        a, b = (one.detach() for one in factors_of(model, row, adapter).pair)
-        if any(type(one) not in (torch.Tensor, nn.Parameter) or one.is_meta for one in (a, b)):
+        a, b = (factor.detach() for factor in factors_of(model, row, adapter).pair)
+        if any(type(x) not in (torch.Tensor, nn.Parameter) or x.is_meta for x in (a, b)):
             return None, None
         each = _singular_values(a, b, row)
         norm = float(torch.cat(each).norm())
         learned = math.isfinite(norm) and norm > 0
         effective = sum(map(effective_rank, each)) / len(each) if learned else None
         plain = type(weight) in (torch.Tensor, nn.Parameter) and not weight.is_meta
-        # What is sharded or offloaded has another shape here.
+        # Sharded or offloaded weights have another shape here.
         if not plain or tuple(weight.shape) != site.weight_shape or site.quantized is not None:
             return effective, None
         if not math.isfinite(norm):
@@ -218,21 +218,21 @@ def _measure(model: nn.Module, row: PlannedSite, adapter: str) -> tuple[float | 
 
 
 def _gradient(model: nn.Module, row: PlannedSite, adapter: str) -> float | None:
-    """Norm of the gradient that the last backward pass has left."""
-    found = [one.grad for one in factors_of(model, row, adapter).present if one.grad is not None]
-    if not found or any(type(one) is not torch.Tensor or one.is_meta for one in found):
+    """Return the norm of the gradient that the last backward pass left."""
+    grads = [p.grad for p in factors_of(model, row, adapter).present if p.grad is not None]
+    if not grads or any(type(grad) is not torch.Tensor or grad.is_meta for grad in grads):
         return None
-    return float(torch.stack([one.float().norm() for one in found]).norm())
+    return float(torch.stack([grad.float().norm() for grad in grads]).norm())
 
 
 def _singular_values(a: Tensor, b: Tensor, row: PlannedSite) -> list[Tensor]:
-    """Those of BA, for each expert."""
+    """Return the singular values of BA, for each expert."""
     rank = row.rank
     pairs = zip(a.unbind(), b.unbind(), strict=True) if row.site.experts else [(a, b)]
     return [
         singular_values(
-            one.reshape(rank, -1).float() if one.shape[0] == rank else one.float().T,
-            other.float().reshape(-1, rank) if other.shape[1] == rank else other.float().T,
+            left.reshape(rank, -1).float() if left.shape[0] == rank else left.float().T,
+            right.float().reshape(-1, rank) if right.shape[1] == rank else right.float().T,
         )
-        for one, other in pairs
+        for left, right in pairs
     ]

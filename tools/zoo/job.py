@@ -1,7 +1,7 @@
-"""The whole job on one model: plan, rewrite, judge, train, merge, count, export. One row comes out.
+"""The zoo's job on one model: plan, rewrite, judge, train, merge, count, export. It returns one row.
 
-Stages fail one by one: what a stage raises is a line in the row, and those that do not need its
-result go on.
+Stages fail separately: an error of a stage is a line in the row, and stages that do not need its result still
+run.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
-    """Weights that were counted and that the plan does not mention: neither adapted nor refused."""
+    """Return the counted weights that the plan does not mention, neither as adapted nor as refused."""
     known: set[str] = set()
     for site in [*(row.site for row in plan.sites), *(row.site for row in plan.skipped)]:
         known |= {site.weight, *site.tied_to}
@@ -63,17 +63,19 @@ def unseen(count: Count, plan: Plan) -> tuple[str, ...]:
         holder = name.partition(".parametrizations.")[0]
         return name in known or bool({name, owner, holder} & refused)
 
-    found = [" = ".join(sorted(names)) for names in count.direct if not any(map(mentioned, names))]
-    found += [
+    weights = [
+        " = ".join(sorted(names)) for names in count.direct if not any(map(mentioned, names))
+    ]
+    weights += [
         f"computed from {', '.join(sorted(names))}"
         for names in count.computed
         if not any(map(mentioned, names))
     ]
-    return tuple(found)
+    return tuple(weights)
 
 
 _RANK = 4
-_DRAWN = 0.1  # spread of adapters that are drawn
+_DRAWN = 0.1  # standard deviation of random factors
 _LINE = 300
 
 T = TypeVar("T")
@@ -86,17 +88,17 @@ def run_job(
     optimize: Level = "standard",
     begin: Callable[[Row], None] | None = None,
 ) -> Row:
-    """Runs every stage on one model.
+    """Run every stage on one model.
 
     Args:
         entry: The model.
-        onnx: Whether to export it; that takes most of the time.
-        optimize: What is fused in the export; "runtime" for a file with the operators of ONNX Runtime alone:
-            with its cache for a model that generates text, else as it is called.
-        begin: Called with the row so far as each stage begins.
+        onnx: True to export it, which takes most of the time.
+        optimize: Level of fusions in the export. "runtime" only exports with ONNX Runtime's operators, with
+            a cache for a model that generates text.
+        begin: Called with the row so far when a stage begins.
 
     Returns:
-        The row; nothing that a model or lora_fx raises gets out.
+        The row. Errors of the model or of lora_fx are in the row and are not raised.
     """
     torch.set_num_threads(1)
     row = Row(entry.name, entry.group, entry.note)
@@ -114,20 +116,20 @@ class _Job:
         self.config = LoraConfig(r=_RANK, target_modules=entry.targets)
 
     def stage(self, name: str, work: Callable[[], T]) -> T | None:
-        """Times a stage and keeps what it raises; None then."""
+        """Time a stage and return its result, or store its error in the row and return None."""
         self.row.stage = name
         self.begin(self.row)
         began = time.perf_counter()
         try:
             return work()
-        except Exception as error:  # noqa: BLE001  a finding, whatever it is; it goes into the row
+        except Exception as error:  # noqa: BLE001  every error is a finding and goes into the row
             self.row.errors[name] = _one_line(error)
             return None
         finally:
             self.row.seconds[name] = time.perf_counter() - began
 
     def run(self, *, onnx: bool) -> None:
-        """Every stage; the row then says that none is going on."""
+        """Run every stage, then clear the row's current stage."""
         today = dt.datetime.now(tz=dt.UTC).date().isoformat()
         parts = PARTS[2:] if self.optimize == "runtime" else PARTS[:2] if onnx else PARTS[:1]
         self.row.dates = dict.fromkeys(parts, today)
@@ -178,18 +180,18 @@ class _Job:
         return planned
 
     def count(self, model: nn.Module, inputs: Inputs, planned: Plan) -> None:
-        # On a copy: some models count their calls.
+        # On a copy, because some models count their calls.
         count = count_weights(copy.deepcopy(model), *normalize(inputs))
         self.row.counted = len(count.direct) + len(count.computed)
         self.row.unseen = list(unseen(count, planned))
 
     def compare(self, model: nn.Module, adapted: nn.Module, reached: Reached) -> None:
         inputs = reached.inputs
-        found = _output(adapted.eval(), inputs)
-        self.row.output_error = difference(found, reached.reference)
+        outputs = _output(adapted.eval(), inputs)
+        self.row.output_error = difference(outputs, reached.reference)
         self.row.train_error = _train_error(model, adapted, inputs)
         if self.row.train_error > MERGE_TOLERANCE:
-            # Batch norm over two values makes a rounding as large as it likes: look again in fp64.
+            # Batch norm over two values can amplify a rounding without limit, so compare again in fp64.
             exact = _where_fp64_runs(lambda: _train_error(model, adapted, inputs, double=True))
             self.row.train_error = self.row.train_error if exact is None else exact
 
@@ -204,7 +206,7 @@ class _Job:
         row.dtype = str(dtype).removeprefix("torch.")
 
     def judge_regions(self, model: nn.Module, reached: Reached) -> None:
-        """The same for the layers beneath a graph of the whole model, which other calls go to."""
+        """Judge the layers below a graph of the whole model, which run in calls of other forms."""
         verdict, _ = judge_sites(self.entry, model, reached, self.config, examples=False)
         self.row.regions_judged = len(verdict.judged) + len(verdict.unreached)
         self.row.regions_passed_by = verdict.passed_by
@@ -232,7 +234,7 @@ class _Job:
         return report.verified
 
     def run_runtime(self) -> None:
-        """A file with the operators of ONNX Runtime: with its cache for a model that generates text."""
+        """Export a file with ONNX Runtime's operators, with a cache for a model that generates text."""
         built = self.stage("runtime build", lambda: self.entry.build(wide=True))
         if built is None:
             return
@@ -242,12 +244,12 @@ class _Job:
         if merged is None:
             return
         task = _task_of(merged, inputs)
-        given = inputs if task is None else _prompt(inputs)
+        export_inputs = inputs if task is None else _prompt(inputs)
         stage = "runtime" if task is None else f"runtime {task}"
-        self.stage(stage, lambda: self.export_for_runtime(merged, given, task))
+        self.stage(stage, lambda: self.export_for_runtime(merged, export_inputs, task))
 
     def drawn(self, model: nn.Module) -> nn.Module:
-        """The model with adapters merged that are random."""
+        """Return the model with random adapters merged."""
         adapted = rewrite(model, self.config).eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
@@ -277,7 +279,7 @@ GenerationTask: TypeAlias = Literal["text-generation", "text2text-generation"]
 
 
 def _task_of(model: Any, inputs: Inputs) -> GenerationTask | None:
-    """What a model with a cache of keys and values is exported for, None for one without."""
+    """Return the export task of a model with a key-value cache, or None for a model without one."""
     if not isinstance(inputs, Mapping) or "use_cache" not in inputs:
         return None
     if model.config.is_encoder_decoder:
@@ -287,7 +289,7 @@ def _task_of(model: Any, inputs: Inputs) -> GenerationTask | None:
 
 
 def _prompt(inputs: Inputs) -> Inputs:
-    """What an export with a cache takes of a call: the rest it makes by itself."""
+    """Return the inputs that an export with a cache takes from a call; it makes the others itself."""
     assert isinstance(inputs, Mapping)
     kept = "decoder_input_ids" in inputs
     return {
@@ -298,7 +300,7 @@ def _prompt(inputs: Inputs) -> Inputs:
 
 
 def _output(model: nn.Module, inputs: Inputs) -> Any:
-    """One call without gradients, on the same seed each time."""
+    """Call the model once without gradients, with the same seed each time."""
     torch.manual_seed(0)
     with torch.no_grad():
         return call(model, inputs)
@@ -320,7 +322,7 @@ def _merge_error_fp64(adapted: nn.Module, inputs: Inputs) -> float:
 
 
 def _where_fp64_runs(measure: Callable[[], float]) -> float | None:
-    """None for a model that has fp32 written into it."""
+    """Return the measurement, or None for a model that contains hard-coded fp32."""
     try:
         return measure()
     except (RuntimeError, TypeError, ValueError):
@@ -334,7 +336,7 @@ def _by_torch(model: nn.Module, inputs: Inputs) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    # torch.onnx says first how far it got, and what stopped it in the error that caused this one.
+    # torch.onnx's own errors report progress; their cause is the actual error.
     while type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
         error = error.__cause__
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
@@ -344,7 +346,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Warnings of libraries are not what a row is about."""
+    """Silence the libraries' logs and output, which are not results of a row."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -363,8 +365,8 @@ class Reached:
     """One call of a model.
 
     Attributes:
-        inputs: Its arguments.
-        reference: What the original returns.
+        inputs: Arguments of the call.
+        reference: Output of the original model.
     """
 
     inputs: Inputs
@@ -374,35 +376,35 @@ class Reached:
 def judge_sites(
     entry: Entry, model: nn.Module, reached: Reached, config: LoraConfig, *, examples: bool = True
 ) -> tuple[Verdict, torch.dtype]:
-    """Compares every site with the dense oracle, in fp64 where the model runs in it.
+    """Compare every site with the dense oracle, in fp64 if the model runs in it.
 
-    In eval mode, so that no layer is left out by chance. The model is rewritten once more, since a graph of
-    the whole model is one for the dtype that it was made with.
+    In eval mode, so that no layer is skipped at random. The model is rewritten again, because a graph of
+    the whole model is specific to the dtype of its trace.
 
     Args:
         entry: The model's entry.
         model: The original; it is copied.
         reached: The call and the original's result.
-        config: What it is rewritten with.
-        examples: Whether ``rewrite`` gets the inputs of the call, too.
+        config: Configuration of the rewrite.
+        examples: True to pass the inputs of the call to ``rewrite``.
 
     Returns:
-        What differs, and the dtype in which it was looked at.
+        The verdict, and the dtype of the comparison.
     """
     exact = in_fp64(model, reached.inputs)
     dtype = torch.float32 if exact is None else torch.float64
     original, inputs, narrowest = exact or (model, reached.inputs, dtype)
     adapted = rewrite(original, config, inputs if examples else None).eval()
-    here = dataclasses.replace(reached, inputs=inputs)
-    verdict = judge(original, adapted, lambda m: _output_and_loss(entry, m, here), narrowest)
+    judged_call = dataclasses.replace(reached, inputs=inputs)
+    verdict = judge(original, adapted, lambda m: _output_and_loss(entry, m, judged_call), narrowest)
     return verdict, dtype
 
 
 def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.dtype] | None:
-    """A copy of a model and of its inputs in fp64, and the narrowest dtype that it computes in.
+    """Return copies of a model and its inputs in fp64, and the narrowest dtype that it computes in.
 
-    None for a model that has fp32 written into it in such a way that it does not run, or that gives what
-    is not finite: a mask that is the least number of fp32 is another one in fp64.
+    Return None for a model with hard-coded fp32 that does not run in fp64 or has outputs that are not finite.
+    For example, a mask of fp32's least number works differently in fp64.
     """
     exact, doubled = copy.deepcopy(model).double(), in_double(inputs)
     try:
@@ -411,20 +413,20 @@ def in_fp64(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs, torch.
             output = call(exact, doubled)
     except (RuntimeError, TypeError, ValueError):
         return None
-    if not all(bool(found.isfinite().all()) for found in floats(output)):
+    if not all(bool(tensor.isfinite().all()) for tensor in floats(output)):
         return None
     return exact, doubled, seen.dtype
 
 
 def train(entry: Entry, adapted: nn.Module, built: Reached) -> tuple[float, float]:
-    """Twenty steps of AdamW on one batch, in eval mode.
+    """Train twenty steps of AdamW on one batch, in eval mode.
 
-    A model of random weights may be as steep as it likes: where the loss rises, the steps are taken
-    again from the start, smaller.
+    A model of random weights may have arbitrarily steep losses. If the loss rises, training restarts
+    with a smaller learning rate.
 
     Args:
         entry: The model's entry.
-        adapted: The rewritten model; it is trained.
+        adapted: The rewritten model, which is trained.
         built: The call and the original's result.
 
     Returns:
@@ -459,15 +461,15 @@ def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[An
         return output, entry.loss(output)
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(())
-    for found, start in zip(floats(output), floats(built.reference), strict=True):
+    for tensor, start in zip(floats(output), floats(built.reference), strict=True):
         noise = torch.randn(start.shape, generator=generator)
-        if not found.requires_grad or not bool(start.isfinite().all()):
+        if not tensor.requires_grad or not bool(start.isfinite().all()):
             continue
-        # Away from where the model starts, by as much as its outputs vary.
-        found = found.to(torch.promote_types(found.dtype, torch.float32))
-        start = start.to(found)
+        # The target differs from the initial output by as much as the outputs vary.
+        tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        start = start.to(tensor)
         spread = (start.std() if start.numel() > 1 else start.abs()).clamp_min(1e-3)
-        total = total + ((found - start) / spread - noise).square().mean()
+        total = total + ((tensor - start) / spread - noise).square().mean()
     return output, total
 
 
@@ -475,11 +477,13 @@ def _output_and_loss(entry: Entry, model: nn.Module, built: Reached) -> tuple[An
 
 
 Run: TypeAlias = "Callable[[nn.Module], tuple[Any, torch.Tensor]]"
-"""Calls a model: its output, and a loss of it. It makes the same random draws each time."""
+"""Function that calls a model and returns its output and a loss, with the same random numbers each time."""
 
-_SHARE = 0.05  # of a weight's spread: enough to be seen, too little to send a token elsewhere
-_ROUNDINGS = 64  # of the largest gradient: what may be left of terms that cancel each other
-_FAINT = 1e-6  # what changes no other gradient
+_SHARE = (
+    0.05  # of a weight's spread: enough to be seen, too little to route a token to another expert
+)
+_ROUNDINGS = 64  # times eps of the largest gradient: possible remainder of terms that cancel
+_FAINT = 1e-6  # share of a weight's spread that changes no other gradient
 
 
 @dataclass
@@ -488,14 +492,14 @@ class Verdict:
 
     Attributes:
         judged: Sites whose weight has a gradient in the oracle.
-        unreached: Sites whose weight has none there: the call does not come to them, or drops what they
-            compute.
-        passed_by: Sites whose adapter has no gradient or another one, each with what is wrong.
-        followers: How many others differ only because those do.
+        unreached: Sites whose weight has no gradient in the oracle, because the call does not run them or
+            drops their result.
+        passed_by: Sites whose adapter has no gradient or a wrong one, each with a description.
+        followers: Number of further sites that differ only because of those.
         stray: Parameters that have a gradient and belong to no adapter.
-        errors: For every site the largest difference of its gradients from the oracle's, relative.
-        output_error: Largest difference of an output from the oracle's, relative.
-        tolerance: What either may be.
+        errors: Largest relative difference of each site's gradients from the oracle's.
+        output_error: Largest relative difference of an output from the oracle's.
+        tolerance: Largest allowed value of both.
     """
 
     tolerance: float
@@ -509,19 +513,19 @@ class Verdict:
 
     @property
     def worst(self) -> str:
-        """The site whose gradients differ most; empty if there are no sites."""
+        """Return the site whose gradients differ most, or an empty string without sites."""
         return max(self.errors, key=self.errors.__getitem__, default="")
 
     @property
     def right(self) -> bool:
-        """Whether the rewritten model is the oracle, at every site and nowhere else."""
+        """Return True if the rewritten model equals the oracle, at every site and nowhere else."""
         return not self.passed_by and not self.stray and self.output_error <= self.tolerance
 
 
 class Narrowest(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]  # of torch
-    """Sees in which floating-point type a model computes at its narrowest.
+    """Dispatch mode that records the narrowest floating-point type that a model computes in.
 
-    A model in fp64 may have fp32 written into it: what it rounds to is no mistake of an adapter.
+    A model in fp64 may contain hard-coded fp32, whose rounding is not an error of an adapter.
     """
 
     def __init__(self) -> None:
@@ -529,37 +533,37 @@ class Narrowest(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-cal
         self.dtype = torch.float64
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and looks at what it returns."""
+        """Run an operation and record the dtypes of its results."""
         result = func(*args, **(kwargs or {}))
-        for made in tensors(result):
-            if made.is_floating_point() and _eps(made.dtype) > _eps(self.dtype):
-                self.dtype = made.dtype
+        for output in tensors(result):
+            if output.is_floating_point() and _eps(output.dtype) > _eps(self.dtype):
+                self.dtype = output.dtype
         return result
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """What a result may differ by, relative: half of the digits that the dtype has."""
+    """Return the allowed relative difference: half of the digits that the dtype has."""
     return math.sqrt(_eps(dtype))
 
 
 def judge(original: nn.Module, adapted: nn.Module, run: Run, dtype: torch.dtype) -> Verdict:
-    """Compares a rewritten model with the oracle, at random A and B.
+    """Compare a rewritten model with the oracle, at random A and B.
 
     Args:
         original: The model that was rewritten; it is copied.
         adapted: The rewritten model; its factors get new random values.
-        run: Calls either.
-        dtype: The narrowest in which it computes.
+        run: Calls either model.
+        dtype: The narrowest dtype that the model computes in.
 
     Returns:
-        What differs.
+        The verdict.
 
     Raises:
-        ValueError: The oracle's gradients are not finite: nothing can be said.
+        ValueError: If the oracle's gradients are not finite, so that they cannot be compared.
     """
     verdict = _verdict(original, adapted, run, dtype, _SHARE)
     if verdict.passed_by:
-        # An adapter that is passed by makes the gradients of others another's, too, in proportion to ΔW.
+        # A bypassed adapter also changes the gradients of others, in proportion to ΔW.
         near = _verdict(original, adapted, run, dtype, _FAINT)
         causes = {n: how for n, how in near.passed_by.items() if near.errors[n] > math.sqrt(_FAINT)}
         verdict.followers = len(verdict.passed_by.keys() - causes.keys()) if causes else 0
@@ -575,10 +579,10 @@ def _verdict(
     expected, loss = run(oracle)
     _backward(loss)
     adapted.zero_grad()
-    found, loss = run(adapted)
+    output, loss = run(adapted)
     _backward(loss)
-    verdict = Verdict(tolerance_of(dtype), output_error=difference(found, expected))
-    factors = {id(p) for place in _places(adapted) for p in place.pair}
+    verdict = Verdict(tolerance_of(dtype), output_error=difference(output, expected))
+    factors = {id(p) for branch in _places(adapted) for p in branch.pair}
     verdict.stray = [
         name
         for name, parameter in adapted.named_parameters()
@@ -590,42 +594,42 @@ def _verdict(
 
 
 def stir(adapted: nn.Module, share: float = _SHARE) -> None:
-    """Gives all factors new random values: neither A nor B is zero, and ΔW is a small part of each weight.
+    """Set all factors to new random values: neither A nor B is zero, and ΔW is small relative to each weight.
 
     Args:
         adapted: The rewritten model.
-        share: The spread of ΔW, relative to that of the weight.
+        share: Spread of ΔW relative to that of the weight.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for place in _places(adapted):
-            for factor in place.pair:
+        for branch in _places(adapted):
+            for factor in branch.pair:
                 drawn = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
                 factor.copy_(drawn)
-            weight = adapted.get_parameter(place.row.site.weight).double()
+            weight = adapted.get_parameter(branch.row.site.weight).double()
             spread = float(weight.std()) if weight.numel() > 1 else 0.0
-            change = float(place.change(*place.pair).double().square().mean().sqrt())
-            place.pair[1].mul_(share * (spread or 1.0) / max(change, 1e-12))
+            change = float(branch.change(*branch.pair).double().square().mean().sqrt())
+            branch.pair[1].mul_(share * (spread or 1.0) / max(change, 1e-12))
 
 
 def dense(original: nn.Module, adapted: nn.Module) -> nn.Module:
-    """A copy of the original with ``W' = W + s·BA``, which only these weights require a gradient of."""
+    """Return a copy of the original with ``W' = W + s·BA``, in which only these weights require gradients."""
     oracle = copy.deepcopy(original)
     for parameter in oracle.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad():
-        for place in _places(adapted):
-            site = place.row.site
+        for branch in _places(adapted):
+            site = branch.row.site
             weight = oracle.get_parameter(site.weight)
             total = site.applied(weight).clone()
-            rows_of(site, total).add_(place.change(*place.pair).to(total))
+            rows_of(site, total).add_(branch.change(*branch.pair).to(total))
             if site.tied_to:
-                # The adapter is on this use of a tied weight, and on no other.
+                # The adapter applies only to this use of a tied weight.
                 weight = nn.Parameter(weight.detach().clone())
                 setattr(oracle.get_submodule(site.owner), site.parameter, weight)
             weight.copy_(site.stored(total))
-    for place in _places(adapted):
-        oracle.get_parameter(place.row.site.weight).requires_grad_()
+    for branch in _places(adapted):
+        oracle.get_parameter(branch.row.site.weight).requires_grad_()
     return oracle
 
 
@@ -636,7 +640,7 @@ class _Place(NamedTuple):
     pair: tuple[nn.Parameter, nn.Parameter]
 
     def change(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``s·BA``, in the shape of what it is added to."""
+        """Return ``s·BA``, in the shape of the weight to which it is added."""
         site = self.row.site
         a, b = (a.mT, b.mT) if self.row.tied else (a, b)
         shape = list(site.applied_shape)
@@ -653,16 +657,16 @@ def _places(adapted: nn.Module) -> Iterator[_Place]:
 
 
 def _chain_rule(oracle: nn.Module, adapted: nn.Module) -> dict[int, torch.Tensor]:
-    """What the gradient of every factor has to be, by its id: one backward pass through all ΔW."""
+    """Return the expected gradient of every factor, by its id, from one backward pass through all ΔW."""
     leaves: dict[int, torch.Tensor] = {}
     changes, gradients = [], []
-    for place in _places(adapted):
-        site = place.row.site
+    for branch in _places(adapted):
+        site = branch.row.site
         gradient = oracle.get_parameter(site.weight).grad
         if gradient is None:
             continue
-        a, b = (leaves.setdefault(id(p), p.detach().clone().requires_grad_()) for p in place.pair)
-        changes.append(place.change(a, b))
+        a, b = (leaves.setdefault(id(p), p.detach().clone().requires_grad_()) for p in branch.pair)
+        changes.append(branch.change(a, b))
         applied = part_of(site, gradient)
         gradients.append(applied.to(changes[-1]))
     if changes:
@@ -673,15 +677,15 @@ def _chain_rule(oracle: nn.Module, adapted: nn.Module) -> dict[int, torch.Tensor
 def _compare(
     adapted: nn.Module, expected: dict[int, torch.Tensor], verdict: Verdict, eps: float
 ) -> None:
-    places = list(_places(adapted))
-    # Of A and of B apart: B is small, so that A has a small gradient.
+    branches = list(_places(adapted))
+    # Separately for A and B, because B is small and so A has small gradients.
     largest = [
-        max((_largest(expected.get(id(place.pair[side]))) for place in places), default=0.0)
+        max((_largest(expected.get(id(branch.pair[side]))) for branch in branches), default=0.0)
         for side in (0, 1)
     ]
-    for place in places:
-        name, reached, worst, silent = place.row.name, False, 0.0, True
-        for factor, most in zip(place.pair, largest, strict=True):
+    for branch in branches:
+        name, reached, worst, silent = branch.row.name, False, 0.0, True
+        for factor, most in zip(branch.pair, largest, strict=True):
             wanted = expected.get(id(factor))
             size = _largest(wanted)
             if not math.isfinite(size):
@@ -689,12 +693,12 @@ def _compare(
             reached = reached or size > _ROUNDINGS * eps * most
             silent = silent and _largest(factor.grad) == 0.0
             wanted = torch.zeros_like(factor) if wanted is None else wanted
-            found = torch.zeros_like(factor) if factor.grad is None else factor.grad
-            # What is left where large terms cancel each other is rounding, and compared as such.
+            gradient = torch.zeros_like(factor) if factor.grad is None else factor.grad
+            # If large terms cancel, the remainder is rounding, and is compared relative to the large terms.
             scale = max(
                 size, _ROUNDINGS * verdict.tolerance * most, torch.finfo(torch.float64).tiny
             )
-            worst = max(worst, _largest(found.double() - wanted.double()) / scale)
+            worst = max(worst, _largest(gradient.double() - wanted.double()) / scale)
         (verdict.judged if reached else verdict.unreached).append(name)
         verdict.errors[name] = worst
         if worst > verdict.tolerance:
@@ -703,7 +707,7 @@ def _compare(
 
 
 def _largest(values: torch.Tensor | None) -> float:
-    """The largest absolute value; infinity for what is not a number."""
+    """Return the largest absolute value, or infinity for NaN."""
     if values is None or not values.numel():
         return 0.0
     return float(values.detach().abs().max().double().nan_to_num(math.inf, math.inf))
@@ -719,15 +723,15 @@ def _eps(dtype: torch.dtype) -> float:
 
 
 def floats(value: Any) -> list[torch.Tensor]:
-    """The floating-point tensors in an output that hold anything."""
+    """Return the nonempty floating-point tensors of an output."""
     return [t for t in tensors(value) if t.is_floating_point() and t.numel()]
 
 
 def difference(found: Any, expected: Any) -> float:
-    """The largest difference of two outputs, relative to the largest value of each tensor.
+    """Return the largest difference of two outputs, relative to the largest value of each tensor.
 
     Returns:
-        0 where no bit differs; infinity where shapes or types do, or only one is finite.
+        0 if no bit differs, and infinity if shapes or types differ or only one output is finite.
     """
     left, right = list(tensors(found)), list(tensors(expected))
     if [t.dtype for t in left] != [t.dtype for t in right]:
@@ -736,30 +740,30 @@ def difference(found: Any, expected: Any) -> float:
 
 
 def in_double(value: Any) -> Any:
-    """The inputs with every floating tensor in fp64."""
+    """Return the inputs with every floating-point tensor in fp64."""
 
-    def doubled(one: Any) -> Any:
-        floating = isinstance(one, torch.Tensor) and one.is_floating_point()
-        return one.double() if floating else one
+    def doubled(leaf: Any) -> Any:
+        floating = isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+        return leaf.double() if floating else leaf
 
     return pytree.tree_map(doubled, value)
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """What must not change: values, modes, gradients, modules and their classes."""
-    found = {
+    """Return everything that must not change: values, modes, gradients, modules and their classes."""
+    prints = {
         f"class of {name or 'root'}": type(module).__qualname__
         for name, module in model.named_modules()
     }
-    found |= {f"mode of {n or 'root'}": str(m.training) for n, m in model.named_modules()}
+    prints |= {f"mode of {n or 'root'}": str(m.training) for n, m in model.named_modules()}
     for name, parameter in model.named_parameters():
         gradient = "no gradient" if parameter.grad is None else "a gradient"
-        found[f"parameter {name}"] = f"{digest_of(parameter)} {parameter.requires_grad} {gradient}"
-    found |= {f"buffer {name}": digest_of(buffer) for name, buffer in model.named_buffers()}
-    return found
+        prints[f"parameter {name}"] = f"{digest_of(parameter)} {parameter.requires_grad} {gradient}"
+    prints |= {f"buffer {name}": digest_of(buffer) for name, buffer in model.named_buffers()}
+    return prints
 
 
 def what_changed(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """The first few differences of two fingerprints; empty if there are none."""
+    """Return the first few differences of two fingerprints, or an empty string."""
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return some(keys, 3)

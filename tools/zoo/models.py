@@ -1,7 +1,7 @@
-"""The models of the zoo: those of plain PyTorch, those of libraries, and weights that mean something.
+"""The models of the zoo, from plain PyTorch and from libraries, with weights that make every layer matter.
 
-Libraries start some layers at zero and scale others for widths in the thousands: at a width of 16
-their outputs would hardly depend on the input, and nothing could be said about training or merging.
+Libraries start some layers at zero and scale others for widths in the thousands. At a width of 16 their
+outputs would hardly depend on the input, and training or merging could not be judged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Inputs: TypeAlias = "dict[str, Any] | tuple[Any, ...]"
 Built: TypeAlias = "tuple[nn.Module, Inputs]"
 
 _SEED = 1234
-_SMALL_SCALE = 0.1  # below it a scale that is the same everywhere (LayerScale) hides its branch
-_VARIATION = 0.2  # of what replaces a value that is the same everywhere
+_SMALL_SCALE = 0.1  # a constant scale (LayerScale) below this hides its branch
+_VARIATION = 0.2  # relative variation of the values that replace a constant
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,14 @@ class Entry:
     """One model of the zoo.
 
     Attributes:
-        name: Unique, and what ``--only`` looks at.
-        group: The table it stands in.
+        name: Unique name, which ``--only`` matches.
+        group: The table that lists it.
         make: Makes the model and the arguments of one call, at a small size.
-        loss: What training makes small, of the output; by default the distance of every floating
-            tensor in it from fixed random numbers.
-        targets: What is adapted; by default every linear operation but the head.
-        note: What is different about this model and expected to be; shown in the table.
-        wide: Makes it twice as wide, with heads as wide as operators of runtimes take them; None for as it
-            is.
+        loss: Loss of the output; by default the distance of every floating-point tensor from fixed random
+            numbers.
+        targets: Modules to adapt; by default every linear operation but the head.
+        note: Expected peculiarity of this model; shown in the table.
+        wide: Makes it twice as wide, so that its heads fit the operators of runtimes. None keeps the width.
     """
 
     name: str
@@ -60,10 +59,10 @@ class Entry:
     wide: Callable[[], Built] | None = None
 
     def build(self, *, wide: bool = False) -> Built:
-        """The model in eval mode, and its inputs: the same numbers every time.
+        """Return the model in eval mode and its inputs, with the same numbers every time.
 
         Args:
-            wide: Twice as wide, where the entry says how.
+            wide: True for twice the width, if the entry supports it.
         """
         make = self.wide if wide and self.wide is not None else self.make
         with torch.random.fork_rng(devices=[]):
@@ -75,25 +74,25 @@ class Entry:
 
 
 def call(model: nn.Module, inputs: Inputs) -> Any:
-    """Calls a model with its inputs."""
+    """Call a model with its inputs."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def ids(vocabulary: int = 40, length: int = 6, batch: int = 2) -> torch.Tensor:
-    """Token ids [batch, length] without the special ones, which are below 3."""
+    """Return token ids [batch, length] without the special ones, which are below 3."""
     return torch.randint(3, vocabulary, (batch, length))
 
 
 def images(size: int = 32, channels: int = 3) -> torch.Tensor:
-    """Random images [batch, channels, size, size]."""
+    """Return random images [batch, channels, size, size]."""
     return torch.randn(2, channels, size, size)
 
 
 def wake(model: nn.Module) -> nn.Module:
-    """Draws whatever is the same everywhere, in place: behind a zero no adapter has an effect.
+    """Replace constant parameters by random values, in place. Behind a zero, no adapter has an effect.
 
-    Layer scales, the last norm of a residual branch, heads and gates start at zero or nearly so; a bias of
-    zeros, and a norm's gain of ones, could be lost without a sign of it.
+    Layer scales, the last norm of a residual branch, heads and gates start at zero or near it. The loss of
+    a bias of zeros, or of a norm's gain of ones, would go unnoticed.
 
     Returns:
         The model.
@@ -125,7 +124,7 @@ def _usual_spread(parameter: nn.Parameter) -> float:
 
 
 def _vary(parameter: nn.Parameter, name: str) -> None:
-    """Draws a parameter that is the same everywhere: matrices, biases, and scales around a value."""
+    """Draw a constant parameter: matrices and biases around zero, scales around their value."""
     value = float(parameter.flatten()[0])
     if value == 0.0 and "bias" in name:
         parameter.normal_(0.0, _VARIATION / 2)
@@ -137,10 +136,10 @@ def _vary(parameter: nn.Parameter, name: str) -> None:
 
 
 def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
-    """Batch norm half as after training: with the statistics of what it sees.
+    """Set batch norm's statistics halfway to those of the inputs.
 
-    The other half stays as at the start. Two images at one pixel each have hardly a variance, and
-    dividing by it would blow up every rounding.
+    The other half stays at the initial value. Two images at one pixel each have hardly a variance, and
+    dividing by it would amplify every rounding.
     """
     norms = [
         m
@@ -162,7 +161,7 @@ def _settle_statistics(model: nn.Module, inputs: Inputs) -> None:
 
 
 class RawAttention(nn.Module):
-    """Attention by einsum, its weights parameters [width, heads, size] and [heads, size, width]."""
+    """Attention by einsum, with weights as parameters [width, heads, size] and [heads, size, width]."""
 
     def __init__(self, width: int = 16, heads: int = 4, size: int = 4) -> None:
         super().__init__()
@@ -176,7 +175,7 @@ class RawAttention(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         q, k, v = (torch.einsum("btw,whs->bhts", x, w) for w in (self.q, self.k, self.v))
         weights = torch.softmax(torch.einsum("bhts,bhus->bhtu", q, k) / 2, -1)
         x = x + torch.einsum("bhts,hsw->btw", weights @ v, self.o)
@@ -186,7 +185,7 @@ class RawAttention(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down by strides, up by transposed convolutions, with a connection across."""
+    """U-Net with strides down, transposed convolutions up, and a skip connection."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -198,7 +197,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(width, 2, 1)
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         first = self.first(x)
         x = self.up(self.middle(self.down(first)))
         return self.out(self.last(torch.cat([first, x], 1)))
@@ -216,7 +215,7 @@ def _convolutions(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class TiedDecoder(nn.Module):
-    """A causal decoder whose head is its embedding, and that makes its positions as it goes."""
+    """A causal decoder with a tied head, which computes its positions in the forward."""
 
     def __init__(self, vocabulary: int = 40, width: int = 16) -> None:
         super().__init__()
@@ -225,16 +224,16 @@ class TiedDecoder(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Any:
-        """Applies it."""
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.tokens(tokens) + self.positions(places)
+        """Run the model."""
+        indices = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.tokens(tokens) + self.positions(indices)
         q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
         return F.linear(x, self.tokens.weight)
 
 
 class BatchedExperts(nn.Module):
-    """Every token through every expert at once, mixed by a router."""
+    """Experts that all compute every token at once, mixed by a router."""
 
     def __init__(self, width: int = 8, experts: int = 4) -> None:
         super().__init__()
@@ -243,7 +242,7 @@ class BatchedExperts(nn.Module):
         self.down = nn.Parameter(torch.randn(experts, 2 * width, width) / 4)
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         rows = x.flatten(0, 1)
         shares = torch.softmax(self.router(rows), -1)
         each = rows.expand(self.up.shape[0], -1, -1)
@@ -263,7 +262,7 @@ class IndexedExperts(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         rows = x.flatten(0, 1)
         share, choice = torch.softmax(self.router(rows), -1).max(-1)
         out = torch.zeros_like(rows)
@@ -274,7 +273,7 @@ class IndexedExperts(nn.Module):
 
 
 class Attention(nn.Module):
-    """nn.MultiheadAttention, on itself and on a context of another width."""
+    """``nn.MultiheadAttention``, as self-attention and as cross-attention over another width."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,14 +281,14 @@ class Attention(nn.Module):
         self.cross = nn.MultiheadAttention(16, 2, kdim=12, vdim=10, batch_first=True)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Applies it."""
+        """Run the model."""
         x = x + self.own(x, x, x, need_weights=False)[0]
         y, weights = self.cross(x, key, value)
         return x + y, weights
 
 
 class Classifier(nn.Module):
-    """Tokens through torch's own encoder, with padding."""
+    """Classifier of tokens with torch's own encoder and padding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -299,13 +298,13 @@ class Classifier(nn.Module):
         self.head = nn.Linear(16, 3)
 
     def forward(self, tokens: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         padding = tokens == 0
         return self.head(self.encoder(self.embed(tokens), src_key_padding_mask=padding)[:, 0])
 
 
 class Recurrent(nn.Module):
-    """An LSTM, whose weights are no sites, and a linear head, whose weight is."""
+    """An LSTM, whose weights are no sites, and a linear head, whose weight is one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -313,12 +312,12 @@ class Recurrent(nn.Module):
         self.head = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5))
 
     def forward(self, tokens: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         return self.head(self.lstm(self.embed(tokens))[0])
 
 
 class Bilinear(nn.Module):
-    """nn.Bilinear over two layers."""
+    """``nn.Bilinear`` over two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,7 +325,7 @@ class Bilinear(nn.Module):
         self.both = nn.Bilinear(6, 6, 5)
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         return self.both(torch.tanh(self.left(x)), torch.tanh(self.right(y)))
 
 
@@ -334,7 +333,7 @@ _GROUP = "plain PyTorch"
 
 
 class Functional(nn.Module):
-    """No layer at all: parameters and functions."""
+    """Parameters and functions without any layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -344,13 +343,13 @@ class Functional(nn.Module):
         self.kernel = nn.Parameter(torch.randn(12, 12, 3) / 6)
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         x = F.conv1d(x.transpose(1, 2), self.kernel, padding=1).transpose(1, 2)
         return F.gelu(F.linear(x, self.w1, self.b1)) @ self.w2
 
 
 class Hooked(nn.Module):
-    """A pre-hook and a hook that change what a layer takes and gives."""
+    """Layers with a pre-hook that changes an input and a hook that changes an output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -359,7 +358,7 @@ class Hooked(nn.Module):
         self.second.register_forward_hook(_shift)
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         return self.second(F.relu(self.first(x)))
 
 
@@ -388,7 +387,7 @@ class Nested(nn.Module):
         self.ends = nn.ParameterDict({"out": nn.Parameter(torch.randn(8, 3) / 3)})
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         towers: Any = self.towers
         for left, right, mix in zip(towers["left"], towers["right"], self.mix, strict=True):
             x = x + (left(x) + right(x)) @ mix
@@ -405,7 +404,7 @@ class SharedLayers(nn.Module):
         self.head = nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         for _ in range(3):
             x = x + self.block(x)
         return self.head(torch.tanh(self.alias(x)))
@@ -419,7 +418,7 @@ class Scores(NamedTuple):
 
 
 class TwoHeads(nn.Module):
-    """A NamedTuple as the output."""
+    """Model that returns a NamedTuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -427,13 +426,13 @@ class TwoHeads(nn.Module):
         self.classes, self.value = nn.Linear(16, 5), nn.Linear(16, 1)
 
     def forward(self, x: Tensor) -> Scores:
-        """Applies it."""
+        """Run the model."""
         x = F.silu(self.body(x))
         return Scores(self.classes(x), value=self.value(x))
 
 
 class KeywordOnly(nn.Module):
-    """Arguments that can be given by name only, one of them optional."""
+    """Model with keyword-only arguments, one of them optional."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -441,7 +440,7 @@ class KeywordOnly(nn.Module):
         self.out = nn.Linear(16, 4)
 
     def forward(self, *, query: Tensor, context: Tensor | None = None) -> Any:
-        """Applies it."""
+        """Run the model."""
         x = self.query(query)
         if context is not None:
             x = x * torch.sigmoid(self.context(context))
@@ -449,7 +448,7 @@ class KeywordOnly(nn.Module):
 
 
 class Branching(nn.Module):
-    """Which layer is applied depends on the values."""
+    """Model that chooses its layer by the values of its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -457,7 +456,7 @@ class Branching(nn.Module):
         self.positive, self.negative = nn.Linear(16, 4), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Any:
-        """Applies it."""
+        """Run the model."""
         x = torch.tanh(self.first(x))
         return self.positive(x) if x.sum() > -1e9 else self.negative(x)
 
@@ -530,28 +529,30 @@ PLAIN_MODELS: tuple[Entry, ...] = (
 
 
 Maker = Callable[[str, str, dict[str, Any]], Built]
-"""Gets the name, the inputs and the options."""
+"""Function of the name, the inputs and the options."""
 
 
 def library_models(library: str) -> tuple[Entry, ...]:
-    """The entries of a library, in the order of its file."""
+    """Return the entries of a library, in the order of its file."""
     text = Path(__file__).with_name(f"{library}.toml").read_text(encoding="utf-8")
     tables = tomllib.loads(text)
-    shared, found = tables.pop("options", {}), []
+    shared, entries = tables.pop("options", {}), []
     for group, rows in tables.items():
         inputs = rows.pop("inputs")
         for name, row in rows.items():
             title, targets = f"{library}/{name}", row.pop("targets", None)
             fields = {"note": row.pop("note", ""), "targets": targets and tuple(targets)}
             if row:
-                what = (row.pop("make"), row.pop("inputs", inputs))
-                make: Callable[[], Built] = functools.partial(_make, library, *what, row, shared)
+                arguments = (row.pop("make"), row.pop("inputs", inputs))
+                make: Callable[[], Built] = functools.partial(
+                    _make, library, *arguments, row, shared
+                )
                 if library == "transformers":
-                    fields["wide"] = functools.partial(_make, library, *what, row, shared, 2)
+                    fields["wide"] = functools.partial(_make, library, *arguments, row, shared, 2)
             else:
                 make = ASSEMBLED[title]
-            found.append(Entry(title, group, make, **fields))
-    return tuple(found)
+            entries.append(Entry(title, group, make, **fields))
+    return tuple(entries)
 
 
 def _make(
@@ -573,36 +574,36 @@ _WIDTHS = {
     *("mamba_d_head", "linear_key_head_dim", "linear_value_head_dim", "mrope_section"),
     *("projection_dim", "rotary_dim", "embedding_size", "codebook_dim"),
 }
-"""Options that grow with the width of a model while the number of its heads stays."""
+"""Options that grow with the width of a model while its number of heads stays the same."""
 
 
 def _widened(options: Any, times: int, name: str = "") -> Any:
     if isinstance(options, dict):
-        return {key: _widened(one, times, key) for key, one in options.items()}
+        return {key: _widened(value, times, key) for key, value in options.items()}
     if isinstance(options, list):
-        return [_widened(one, times, name) for one in options]
+        return [_widened(value, times, name) for value in options]
     return options * times if type(options) is int and name in _WIDTHS else options
 
 
 def _named(text: str) -> Any:
-    """What ``module:name`` names."""
+    """Import the object that ``module:name`` names."""
     module, _, name = text.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
-    """The options with those that they name, and in the types of Python."""
+    """Return the options in Python types, including the shared options that they refer to."""
     if isinstance(row, dict):
-        found: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for name in row.get("with", ()):
-            found |= _options(shared[name], shared, library)
-        own = {name: one for name, one in row.items() if name != "with"}
-        found |= {name: _options(one, shared, library) for name, one in own.items()}
-        return found.pop("make")(**found) if "make" in found else found
+            options |= _options(shared[name], shared, library)
+        own = {name: value for name, value in row.items() if name != "with"}
+        options |= {name: _options(value, shared, library) for name, value in own.items()}
+        return options.pop("make")(**options) if "make" in options else options
     if isinstance(row, list):
-        # Which of the two it is matters to them.
+        # These libraries need tuples, the others lists.
         kind = tuple if library in ("timm", "diffusers") else list
-        return kind(_options(one, shared, library) for one in row)
+        return kind(_options(value, shared, library) for value in row)
     if isinstance(row, str) and ":" in row:
         return _named(row)
     return None if row == "None" else row
@@ -611,15 +612,15 @@ def _options(row: Any, shared: Mapping[str, Any], library: str) -> Any:
 def _of_transformers(name: str, inputs: str, options: dict[str, Any]) -> Built:
     kind = getattr(importlib.import_module("transformers"), name)
     config = kind.config_class(**options)
-    # Drawn before the weights are.
-    given = inputs_of(inputs)
-    return kind(config), given
+    # The inputs are drawn before the weights.
+    arguments = inputs_of(inputs)
+    return kind(config), arguments
 
 
 def _of_diffusers(name: str, inputs: str, options: dict[str, Any]) -> Built:
-    given: Any = inputs_of(inputs)
-    made = getattr(importlib.import_module("diffusers"), name)(**options)
-    return made, {**given, "return_dict": False}
+    arguments: Any = inputs_of(inputs)
+    model = getattr(importlib.import_module("diffusers"), name)(**options)
+    return model, {**arguments, "return_dict": False}
 
 
 def _of_timm(name: str, inputs: str, options: dict[str, Any]) -> Built:
@@ -649,14 +650,14 @@ _MAKERS: Mapping[str, Maker] = {
 }
 
 
-_PATCH = 5  # the token that stands for a patch
+_PATCH = 5  # the token of a patch
 
 
 def inputs_of(words: str) -> Inputs:
-    """The arguments of one call.
+    """Return the arguments of one call.
 
     Args:
-        words: A name of ``inputs.toml``, of this module, or of one tensor; and the numbers that it takes.
+        words: A name in ``inputs.toml``, in this module, or of one tensor, then its numbers.
     """
     name, _, numbers = words.partition(" ")
     if name in _ASSEMBLED_INPUTS:
@@ -672,7 +673,7 @@ def _inputs() -> Mapping[str, Any]:
 
 def _drawn(value: Any, numbers: str) -> Any:
     if isinstance(value, dict):
-        return {name: _drawn(one, numbers) for name, one in value.items()}
+        return {name: _drawn(entry, numbers) for name, entry in value.items()}
     if isinstance(value, list):
         return torch.tensor(value)
     if not isinstance(value, str):
@@ -692,7 +693,7 @@ _TENSORS: Mapping[str, Callable[..., torch.Tensor]] = {
 
 
 def _text() -> dict[str, Any]:
-    """Tokens, the second row padded."""
+    """Return tokens, with the second row padded."""
     tokens = ids()
     mask = torch.ones_like(tokens)
     mask[1, 4:] = 0
@@ -704,32 +705,32 @@ def _image_tokens(patches: int) -> dict[str, Any]:
     tokens = torch.where(tokens == _PATCH, _PATCH + 4, tokens).clamp(max=39)
     tokens[:, 1 : 1 + patches] = _PATCH
     mask = torch.ones_like(tokens)
-    given = {"input_ids": tokens, "attention_mask": mask, "pixel_values": images(16)}
-    return {**given, "use_cache": False}
+    arguments = {"input_ids": tokens, "attention_mask": mask, "pixel_values": images(16)}
+    return {**arguments, "use_cache": False}
 
 
 def _prompted_image() -> dict[str, Any]:
-    # As its processor gives them: the prompt is 0, what the model is to say 1. Without them, and
-    # without padding, its attention under SDPA is another one (docs/internals/export.md, Parity).
+    # As its processor sets them: 0 for the prompt, 1 for the expected answer. Without them and without
+    # padding, its attention under SDPA differs (docs/internals/export.md, Parity).
     kinds = (torch.arange(8) > 5).long().expand(2, 8).contiguous()
     return {**_image_tokens(4), "token_type_ids": kinds}
 
 
 def _listed_image() -> dict[str, Any]:
-    found = _image_tokens(1)
-    return {**found, "pixel_values": found["pixel_values"][:, None]}
+    arguments = _image_tokens(1)
+    return {**arguments, "pixel_values": arguments["pixel_values"][:, None]}
 
 
 def _image_grid() -> dict[str, Any]:
-    found = _image_tokens(4)
-    del found["pixel_values"]
-    found["input_ids"][:, 0] = 6
-    found["input_ids"][:, 1:5] = _PATCH
-    found["mm_token_type_ids"] = (found["input_ids"] == _PATCH).int()
+    arguments = _image_tokens(4)
+    del arguments["pixel_values"]
+    arguments["input_ids"][:, 0] = 6
+    arguments["input_ids"][:, 1:5] = _PATCH
+    arguments["mm_token_type_ids"] = (arguments["input_ids"] == _PATCH).int()
     # Two images of 4 x 4 patches, each patch 3 colors x 2 frames x 4 x 4 pixels.
-    found["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4)
-    found["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
-    return found
+    arguments["pixel_values"] = torch.randn(2 * 16, 3 * 2 * 4 * 4)
+    arguments["image_grid_thw"] = torch.tensor([[1, 4, 4], [1, 4, 4]])
+    return arguments
 
 
 _ASSEMBLED_INPUTS: Mapping[str, Callable[..., Inputs]] = {
@@ -756,7 +757,7 @@ def _s3d() -> Built:
     from torchvision.models.video import s3d
 
     model = s3d(num_classes=5)
-    model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own one wants 224 pixels
+    model.avgpool = nn.AdaptiveAvgPool3d(1)  # its own pooling needs 224 pixels
     return model, (torch.randn(2, 3, 16, 32, 32),)
 
 
@@ -789,8 +790,8 @@ def _retina_head() -> Built:
             self.head = RetinaNetHead(16, 3, 4)
 
         def forward(self, large: torch.Tensor, small: torch.Tensor) -> dict[str, torch.Tensor]:
-            found: dict[str, torch.Tensor] = self.head([large, small])
-            return OrderedDict(found)
+            outputs: dict[str, torch.Tensor] = self.head([large, small])
+            return OrderedDict(outputs)
 
     return OnFeatures(), (images(8, 16), images(4, 16))
 
@@ -801,4 +802,4 @@ ASSEMBLED: Mapping[str, Callable[[], Built]] = {
     "torchvision/mvit": _mvit,
     "torchvision/RetinaNet head": _retina_head,
 }
-"""By the name of the entry."""
+"""Builders of models by the name of the entry."""

@@ -1,4 +1,4 @@
-"""Rows of the zoo as a page of Markdown: the sums, every exception with its cause, the tables."""
+"""Markdown page of the zoo's rows: the sums, every exception with its cause, the tables."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ __all__ = [
 
 
 MERGE_TOLERANCE = 1e-5
-"""What a merged model may differ by in fp32, relative to the largest output."""
+"""Allowed difference of a merged model in fp32, relative to the largest output."""
 
 EXPORT = ("torch.onnx", "export_onnx")
-"""The stages that ``--no-onnx`` leaves out: they take most of the time."""
+"""The stages that ``--no-onnx`` leaves out, because they take most of the time."""
 
 PARTS = ("adaption", "export", "runtime")
-"""What a row has a date of: all other stages; those; exports with the operators of ONNX Runtime."""
+"""Parts of a row, each with its date: the other stages, ``EXPORT``, exports with ONNX Runtime's operators."""
 
 _FIELDS = {
     "export": ("torch_onnx", "exported", "parity", "fewer_fusions"),
     "runtime": ("runtime",),
 }
-"""What of a row each part but the first has made."""
+"""Fields of a row by the part that sets them. The first part sets the other fields."""
 
 V = TypeVar("V")
 
@@ -50,11 +50,11 @@ class RuntimeFile:
     """A file with the operators of ONNX Runtime.
 
     Attributes:
-        parity: The largest relative difference between the file and PyTorch.
-        nodes: How many it has.
-        fused: Name of a fusion to how often it was applied.
-        left: Name of a fusion, or of a level of them, to why it was not.
-        fewer: Why the file has fewer fusions than were asked for.
+        parity: Largest relative difference between the file and PyTorch.
+        nodes: Number of nodes.
+        fused: Number of applications of each fusion, by its name.
+        left: The reason why a fusion, or a level of fusions, was not applied, by its name.
+        fewer: The reason why the file has fewer fusions than requested.
     """
 
     parity: float
@@ -66,47 +66,46 @@ class RuntimeFile:
 
 @dataclass
 class Row:
-    """One model's results; what a stage that failed would have said keeps its default.
+    """Results of one model. Fields of a stage that failed keep their defaults.
 
     Attributes:
-        name, group, note: Those of the entry.
-        stage: The stage that began last: where it happened, if the process was lost.
+        name, group, note: Fields of the entry.
+        stage: The stage that began last, in which the process was lost if it was.
         model: Class of the model.
-        parameters: Elements of the model's parameters.
-        frontend: The front-end that captured it, and ``frontend_notes`` why no other one did.
-        found, adapted, rejected: Linear operations.
-        reasons: For each rejected one its name and the reason.
-        output_error: Of the rewritten model against the original, in eval mode; 0 means equal bits.
-        train_error: Likewise in train mode, with the same seed.
-        argument: What the job changed in the argument of ``rewrite``; empty if nothing.
-        judged: Sites that were compared with the dense oracle, each by its own gradients.
-        unreached: Sites whose weight has no gradient in the original either: this call does not come to
-            them, or drops what they compute.
-        passed_by: Sites whose adapter has no gradient or another one than the oracle's, with what is
-            wrong.
-        stray: Parameters that got a gradient and are no adapter's.
-        oracle_error: Of the outputs against the oracle's, at random A and B.
-        gradient_error: Largest difference of a gradient from the oracle's, relative to it;
-            ``gradient_worst`` is whose.
-        tolerance: What both may be.
-        dtype: In which it was looked at.
-        regions_judged: Where a graph of the whole model was captured, how many sites were compared without
-            it, too: rewritten without example inputs, as all calls of another form run.
-            ``regions_passed_by`` is which of them are wrong, and how.
-        losses: Before the first step and after the last.
-        merge_error: Of the merged model against the adapted one; ``merge_error_fp64`` the same in
-            fp64, measured where fp32 exceeds the tolerance.
-        own_class: Whether the merged model is of the original classes, with its parameter names.
-        counted: Weights that the counter saw.
-        unseen: Those that the plan does not mention.
-        torch_onnx: Whether ``torch.onnx.export`` exports the original.
-        exported: Whether ``export_onnx`` exports the merged model, with parity.
-        parity: The largest relative difference between the file and PyTorch.
-        fewer_fusions: Why the file has fewer fusions than were asked for.
-        runtime: Task to the file that ``optimize="runtime"`` gives; "" is a call as the model is called.
-        errors: Stage to what it raised, in one line.
-        dates: ``adaption`` and ``export`` to the day on which that part was run.
-        seconds: Stage to its time.
+        parameters: Number of elements of the model's parameters.
+        frontend: The front-end that captured the model. ``frontend_notes`` says why others did not.
+        found, adapted, rejected: Numbers of linear operations.
+        reasons: The reason of each rejected operation, by its name.
+        output_error: Difference of the rewritten model from the original, in eval mode; 0 means equal bits.
+        train_error: The same difference in train mode, with the same seed.
+        argument: Changes of the job in the argument of ``rewrite``, or "".
+        judged: Number of sites that were compared with the dense oracle, each by its own gradients.
+        unreached: Sites whose weight has no gradient in the original either, because the call does not run
+            them or drops their result.
+        passed_by: Sites whose adapter has no gradient or a wrong one, with a description.
+        stray: Parameters that got a gradient and belong to no adapter.
+        oracle_error: Difference of the outputs from the oracle's, at random A and B.
+        gradient_error: Largest relative difference of a gradient from the oracle's.
+            ``gradient_worst`` is its site.
+        tolerance: Largest allowed value of both.
+        dtype: Dtype of the comparison.
+        regions_judged: If a graph of the whole model was captured, the number of sites also compared without
+            it: rewritten without example inputs, as calls of other forms run.
+            ``regions_passed_by`` has the sites that are wrong, with a description.
+        losses: Loss before the first step and after the last.
+        merge_error: Difference of the merged model from the adapted one. ``merge_error_fp64`` is the same in
+            fp64, measured if fp32 exceeds the tolerance.
+        own_class: True if the merged model has the original's classes and parameter names.
+        counted: Number of weights that the counter saw.
+        unseen: Counted weights that the plan does not mention.
+        torch_onnx: True if ``torch.onnx.export`` exports the original.
+        exported: True if ``export_onnx`` exports the merged model, with parity.
+        parity: Largest relative difference between the file and PyTorch.
+        fewer_fusions: The reason why the file has fewer fusions than requested.
+        runtime: File of ``optimize="runtime"`` by task; "" is a file of the model's ordinary call.
+        errors: Error of each failed stage, in one line.
+        dates: Day on which each part was run.
+        seconds: Time of each stage.
     """
 
     name: str
@@ -152,12 +151,12 @@ class Row:
 
     @property
     def rewritten(self) -> bool:
-        """Whether the rewrite worked, changed no output and left its argument alone."""
+        """Return True if the rewrite worked, changed no output and left its argument unchanged."""
         return self.output_error is not None and self.output_error <= 1e-6 and not self.argument
 
     @property
     def right(self) -> bool:
-        """Whether the rewritten model is the dense oracle, at every site and nowhere else."""
+        """Return True if the rewritten model equals the dense oracle, at every site and nowhere else."""
         if (
             not self.judged
             or self.oracle_error is None
@@ -170,27 +169,29 @@ class Row:
 
     @property
     def trained(self) -> bool:
-        """Whether the loss fell in twenty steps."""
+        """Return True if the loss fell in twenty steps."""
         return self.losses is not None and self.losses[1] < self.losses[0]
 
     @property
     def merged(self) -> bool:
-        """Whether the merged model is the adapted one, as the user's own class."""
+        """Return True if the merged model equals the adapted one and has the user's own class."""
         if self.merge_error is None or not self.own_class:
             return False
-        # A deep network of random weights may amplify roundings; fp64 tells that from a mistake.
+        # A deep network of random weights may amplify roundings. fp64 tells them from errors.
         exact = self.merge_error_fp64 is not None and self.merge_error_fp64 <= 1e-9
         return self.merge_error <= MERGE_TOLERANCE or exact
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Row:
-        """A row from what ``dataclasses.asdict`` gives of it."""
+        """Return a row from the result of ``dataclasses.asdict``."""
         row = cls(**values)
-        row.runtime = {task: RuntimeFile(**one) for task, one in values.get("runtime", {}).items()}
+        row.runtime = {
+            task: RuntimeFile(**fields) for task, fields in values.get("runtime", {}).items()
+        }
         return row
 
     def with_others_of(self, earlier: Row) -> Row:
-        """This row with what an earlier one knows of the parts that were not run again."""
+        """Return this row with an earlier row's results of the parts that were not run again."""
         kept = dataclasses.replace(self if PARTS[0] in self.dates else earlier, stage="")
         for part, names in _FIELDS.items():
             for name in names:
@@ -202,17 +203,17 @@ class Row:
 
     @property
     def total_seconds(self) -> float:
-        """Wall-clock seconds of all that was run."""
+        """Return the wall-clock seconds of all stages."""
         return sum(self.seconds.values())
 
     @property
     def job_seconds(self) -> float:
-        """Those without the exports with operators of ONNX Runtime."""
+        """Return the seconds without the exports with operators of ONNX Runtime."""
         return sum(_others(self.seconds, PARTS[2:]).values())
 
 
 def part_of(stage: str) -> str:
-    """The part that a stage belongs to."""
+    """Return the part to which a stage belongs."""
     if stage in EXPORT:
         return "export"
     return "runtime" if stage.startswith("runtime") else "adaption"
@@ -223,8 +224,8 @@ def _others(stages: Mapping[str, V], parts: Collection[str]) -> dict[str, V]:
 
 
 def scrubbed(text: str) -> str:
-    """A text without the folders of the machine; it may end, or be cut, within a path."""
-    text = re.sub(r"\s*(?:File )?\"/[^\"\s;]*(?=$|;)", "", text)  # without its second quote: cut
+    """Return a text without the machine's folders. The text may end, or be cut, within a path."""
+    text = re.sub(r"\s*(?:File )?\"/[^\"\s;]*(?=$|;)", "", text)  # cut before the second quote
     text = re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/(?=[\w.])", "", text)
     return re.sub(r"\s*(?<![\w.])/\w[\w.+-]*(?=$|;)", "", text)
 
@@ -234,11 +235,11 @@ _DRAWS = 1e-4  # beyond rounding
 
 
 def page(rows: Sequence[Row]) -> str:
-    """The whole page."""
+    """Return the whole page."""
     text = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     head, legend = text.split("\n<!-- the tables -->\n\n")
-    found = [one for one in map(version_of, _PACKAGES) if not one.endswith("not installed")]
-    facts = {**machine(), "also": ", ".join(found)}
+    versions = [name for name in map(version_of, _PACKAGES) if not name.endswith("not installed")]
+    facts = {**machine(), "also": ", ".join(versions)}
     facts["page written"] = facts.pop("date")
     lines = [head]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
@@ -278,11 +279,11 @@ _SUMS = """\
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """The sums, one sentence each."""
+    """Return the sums, one sentence each."""
 
     def total(field: str) -> int:
         values = (getattr(row, field) for row in rows)
-        return sum(len(one) if isinstance(one, list | dict) else one or 0 for one in values)
+        return sum(len(value) if isinstance(value, list | dict) else value or 0 for value in values)
 
     passed = total("passed_by") + total("regions_passed_by")
     bits = sum(row.output_error == 0.0 for row in rows)
@@ -309,7 +310,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 
 def exceptions(rows: Sequence[Row]) -> list[str]:
-    """Everything that is not as it should be, with its cause in one line."""
+    """Return everything that is not as it should be, with its cause, in one line each."""
     return [
         f"{row.name}: {line}" + (f" ({row.note})" if row.note else "")
         for row in rows
@@ -318,12 +319,12 @@ def exceptions(rows: Sequence[Row]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """One group's table."""
+    """Return the table of one group."""
     return markdown([*_COLUMNS], [[cell(row) for cell in _COLUMNS.values()] for row in rows])
 
 
 def runtime_table(rows: Sequence[Row]) -> list[str]:
-    """The files with the operators of ONNX Runtime, a line each, and what was not fused."""
+    """Return a table of the files with ONNX Runtime's operators, and a list of the fusions not applied."""
     lines = [
         [
             row.name.partition("/")[2],
@@ -339,7 +340,7 @@ def runtime_table(rows: Sequence[Row]) -> list[str]:
     if not lines:
         return []
     columns = ["model", "file", "parity", "nodes", "operators of ONNX Runtime", "falls back"]
-    made = markdown(columns, lines)
+    text_lines = markdown(columns, lines)
     left: dict[str, list[str]] = {}
     for row in rows:
         for name, why in {
@@ -348,16 +349,18 @@ def runtime_table(rows: Sequence[Row]) -> list[str]:
             for reason in why.split("; "):
                 key = f"{name}: {re.sub(r' [(][0-9]+×[)]$', '', reason)}"
                 left.setdefault(key, []).append(row.name.partition("/")[2])
-    made += ["", "What was not fused, and why:", ""]
+    text_lines += ["", "What was not fused, and why:", ""]
     ordered = sorted(left.items(), key=lambda pair: (-len(pair[1]), pair[0]))
-    return made + [f"- {_escaped(key)} ({some(names, 3)})" for key, names in ordered]
+    return text_lines + [f"- {_escaped(key)} ({some(names, 3)})" for key, names in ordered]
 
 
 def _operators_of(file: RuntimeFile) -> str:
-    found = {one.name: file.fused[one.name] for one in FUSIONS if one.name in file.fused}
-    runtime = {one.name for one in FUSIONS if one.level == "runtime"}
+    counts = {
+        fusion.name: file.fused[fusion.name] for fusion in FUSIONS if fusion.name in file.fused
+    }
+    runtime = {fusion.name for fusion in FUSIONS if fusion.level == "runtime"}
     return (
-        ", ".join(f"{name} {count}×" for name, count in found.items() if name in runtime) or "none"
+        ", ".join(f"{name} {count}×" for name, count in counts.items() if name in runtime) or "none"
     )
 
 
@@ -366,13 +369,13 @@ def _exceptions(row: Row) -> Iterator[str]:
         if stage == "rewrite" and row.errors.get("plan") == error:
             continue
         if stage == "torch.onnx" or (stage == "export_onnx" and not row.torch_onnx):
-            continue  # these have a list of their own
+            continue  # these have their own list
         yield f"{stage}: {_escaped(error)}"
     if row.argument:
         yield f"changed its argument: {row.argument}"
     if row.output_error is not None and row.output_error > 1e-6:
         yield f"outputs differ by {row.output_error:.1e}"
-    for what, found in (
+    for label, items in (
         ("exported with fewer fusions", [*filter(None, [_escaped(row.fewer_fusions)])]),
         ("exported for ONNX Runtime with fewer fusions", [*_fewer(row)]),
         ("a gradient where there should be none", row.stray),
@@ -380,8 +383,8 @@ def _exceptions(row: Row) -> Iterator[str]:
         ("passed by", _explained(row.passed_by)),
         ("passed by without example inputs", _explained(row.regions_passed_by)),
     ):
-        if found:
-            yield f"{what}: {some(found, 3)}"
+        if items:
+            yield f"{label}: {some(items, 3)}"
     if row.judged == 0:
         yield "none of its sites has an effect, so that nothing was judged"
     if row.oracle_error is not None and row.oracle_error > row.tolerance:
@@ -399,8 +402,8 @@ def _fewer(row: Row) -> Iterator[str]:
             yield f"{task or 'as it is called'}: {_escaped(file.fewer)}"
 
 
-def _explained(found: Mapping[str, str]) -> list[str]:
-    return [f"{name} ({how})" for name, how in found.items()]
+def _explained(problems: Mapping[str, str]) -> list[str]:
+    return [f"{name} ({how})" for name, how in problems.items()]
 
 
 def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
@@ -411,13 +414,13 @@ def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _dates(rows: Sequence[Row]) -> Iterator[str]:
-    """When each part of the rows was run: they may be of different days."""
+    """Yield the days on which each part of the rows was run. Rows may differ in them."""
     titles = "all columns but those of exports", "exports", "with the operators of ONNX Runtime"
-    for part, what in zip(PARTS, titles, strict=True):
+    for part, label in zip(PARTS, titles, strict=True):
         days = sorted({row.dates[part] for row in rows if part in row.dates})
         lacking = sum(part not in row.dates for row in rows)
         when = " to ".join(dict.fromkeys((*days[:1], *days[-1:]))) or "not run"
-        yield f"{what}: {when}" + (f" ({lacking} models not run)" if days and lacking else "")
+        yield f"{label}: {when}" + (f" ({lacking} models not run)" if days and lacking else "")
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
@@ -442,7 +445,7 @@ def _yes_no(value: bool | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """An error for a table, without the folders of the machine."""
+    """Escape an error for a table, without the machine's folders."""
     return scrubbed(text).replace("|", "\\|").replace("<", "&lt;")
 
 
@@ -452,8 +455,8 @@ def _of_train_mode(row: Row) -> str:
 
 
 def _of_merge(row: Row) -> str:
-    found, exact = row.merge_error, row.merge_error_fp64
-    return ("" if found is None else f"{found:.0e}") + (
+    error, exact = row.merge_error, row.merge_error_fp64
+    return ("" if error is None else f"{error:.0e}") + (
         "" if exact is None else f" (fp64 {exact:.0e})"
     )
 

@@ -1,8 +1,8 @@
-"""All entries of the zoo, how some are selected, and their jobs, each in a process of its own.
+"""All entries of the zoo, their selection, and their jobs, each in its own process.
 
-A crash or a hang costs one row.
+A crash or a hang costs only one row.
 
-The processes come from a server that has the heavy packages loaded, so that each starts at once.
+The processes are forked from a server that has imported the heavy packages, so that they start quickly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_fx.tools.zoo.report import Row
 __all__ = ["ENTRIES", "Options", "find", "run_jobs", "select"]
 
 LIBRARIES = ("torchvision", "timm", "transformers", "diffusers")
-"""Each with a table of its models."""
+"""Libraries with a table of models each."""
 
 ENTRIES: tuple[Entry, ...] = (
     *PLAIN_MODELS,
@@ -37,10 +37,10 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def find(name: str) -> Entry:
-    """The entry of that name.
+    """Return the entry of that name.
 
     Raises:
-        ConfigError: There is none; with the nearest.
+        ConfigError: If there is no such entry; the message has the nearest names.
     """
     for entry in ENTRIES:
         if entry.name == name:
@@ -49,19 +49,19 @@ def find(name: str) -> Entry:
 
 
 def groups() -> tuple[str, ...]:
-    """The groups, in order."""
+    """Return the groups, in order."""
     return tuple(dict.fromkeys(entry.group for entry in ENTRIES))
 
 
 def select(only: str | None = None, group: str | None = None) -> list[Entry]:
-    """The entries that are asked for.
+    """Return the selected entries.
 
     Args:
-        only: A part of the name, or a pattern with ``*`` and ``?`` for all of it.
+        only: A part of the name, or a pattern with ``*`` and ``?`` for the whole name.
         group: A group, or the beginning of its name.
 
     Raises:
-        ConfigError: Nothing is selected; with what there is.
+        ConfigError: If nothing is selected; the message has the known names.
     """
     chosen = list(ENTRIES)
     if group is not None:
@@ -70,11 +70,11 @@ def select(only: str | None = None, group: str | None = None) -> list[Entry]:
             raise ConfigError(f"the zoo has no group {group!r}: {', '.join(groups())}")
     if only is None:
         return chosen
-    found = [entry for entry in chosen if _fits(entry.name, only)]
-    if not found:
+    entries = [entry for entry in chosen if _fits(entry.name, only)]
+    if not entries:
         names = [entry.name for entry in chosen]
         raise ConfigError(f"no model of the zoo is called {only!r}{_nearest(only, names)}")
-    return found
+    return entries
 
 
 def _fits(name: str, pattern: str) -> bool:
@@ -99,20 +99,20 @@ _PRELOAD = (
     "transformers",
     "diffusers",
 )
-_START = 120.0  # seconds until a process says something: the server may have to load first
+_START = 120.0  # seconds until a process sends its first row, because the server may import first
 
 
 @dataclass(frozen=True)
 class Options:
-    """How jobs are run.
+    """Settings of the jobs.
 
     Attributes:
         jobs: Processes at a time.
-        timeout: Seconds that one model may take, from when its process begins with it.
-        onnx: Whether to export.
-        optimize: What is fused in exports; "runtime" for those alone.
-        find: Gives the entry of a name; it is called in the process of the job.
-        preload: What the server of processes imports.
+        timeout: Seconds that one model may take, from the first row of its process.
+        onnx: True to export.
+        optimize: Level of fusions in exports; "runtime" runs only those exports.
+        find: Returns the entry of a name; it is called in the process of the job.
+        preload: Modules that the server of processes imports.
     """
 
     jobs: int = 1
@@ -129,17 +129,16 @@ def run_jobs(
     progress: Callable[[int, int, str], None] | None = None,
     finished: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Runs the job on each entry.
+    """Run the job on each entry.
 
     Args:
-        entries: What to run.
-        options: How.
-        progress: Called with (done, total, what runs).
-        finished: Called with each row as it is done.
+        entries: Entries to run.
+        options: Settings of the jobs.
+        progress: Called with (done, total, names of running entries).
+        finished: Called with each row when it is finished.
 
     Returns:
-        One row an entry, in their order. A process that was lost leaves its reason under the stage
-        that it was in.
+        One row per entry, in their order. The row of a lost process has the reason as the error of its stage.
     """
     context = _context(options.preload)
     waiting, running = list(reversed(entries)), list[_Running]()
@@ -149,21 +148,21 @@ def run_jobs(
             while waiting and len(running) < options.jobs:
                 running.append(_Running.start(context, waiting.pop(), options))
             if progress is not None:
-                progress(len(rows), len(entries), ", ".join(one.row.name for one in running))
-            wait([one.results for one in running], timeout=0.5)
-            for one in [one for one in running if one.poll(options.timeout)]:
-                running.remove(one)
-                rows[one.row.name] = one.row
+                progress(len(rows), len(entries), ", ".join(job.row.name for job in running))
+            wait([job.results for job in running], timeout=0.5)
+            for job in [job for job in running if job.poll(options.timeout)]:
+                running.remove(job)
+                rows[job.row.name] = job.row
                 if finished is not None:
-                    finished(one.row)
+                    finished(job.row)
     finally:
-        for one in running:
-            one.stop()
+        for job in running:
+            job.stop()
     return [rows[entry.name] for entry in entries]
 
 
 def _context(preload: Iterable[str]) -> Any:
-    """Return a way to start processes that inherit no threads, quickly where the system has that."""
+    """Return a context for processes that inherit no threads and, except on Windows, start quickly."""
     if "forkserver" not in multiprocessing.get_all_start_methods():  # Windows
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -191,7 +190,7 @@ class _Running:
         return cls(process, results, Row(entry.name, entry.group, entry.note), time.monotonic())
 
     def poll(self, timeout: float) -> bool:
-        """Reads messages; says whether the job is over, by itself or not."""
+        """Read messages and return True if the job has ended, was lost or timed out."""
         for message in self.messages():
             self.row = message
             if not self.begun:
@@ -230,7 +229,7 @@ class _Running:
 
 
 def _work(name: str, options: Options, results: Connection) -> None:
-    # ONNX Runtime writes its own log past Python; what it refuses is in the error, too.
+    # ONNX Runtime writes its log around Python; its errors are in the exceptions, too.
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     entry = options.find(name)

@@ -1,11 +1,11 @@
 "use strict";
-/* What a search finds, and what a configuration would select. Neither draws, so that both can be asked
-   outside of a browser, too. */
+/* Results of a search, and the selection of a configuration. Neither draws, so that both also run outside of a
+   browser. */
 
 const Find = (() => {
   const normal = (text) => text.trim().toLowerCase();
 
-  /* `r:8 type:Linear refused q_proj`: all words have to hold. */
+  /* `r:8 type:Linear refused q_proj`: all words must match. */
   function parse(query) {
     return query.trim().split(/\s+/).filter(Boolean).map((word) => {
       const at = word.indexOf(":");
@@ -41,8 +41,8 @@ const Find = (() => {
     return isModule(box) && normal(box.fqn).includes(value);
   }
 
-  /* Boxes that answer a query. The name of a folded block is that of the block that stands for it: the hit
-     then says which was meant. */
+  /* Returns the boxes that match a query. A folded block is found by the block that stands for it, and the hit
+     has the name that was meant. */
   function search(query, boxes, resolve) {
     let meant = "";
     const words = parse(query).map((word) => {
@@ -53,7 +53,7 @@ const Find = (() => {
     });
     if (!words.length) return { hits: [], meant };
     const found = boxes.filter((box) => words.every((word) => matches(box, word)));
-    // Names that end with what was typed are meant before those that go on.
+    // Names that end with the typed text come before names that continue after it.
     const named = words.filter((word) => !word.key && !STATES[word.value]);
     const exact = found.filter((box) => named.every(({ value }) => normal(box.fqn).endsWith(value)));
     return { hits: named.length && exact.length ? exact : found, meant };
@@ -63,7 +63,7 @@ const Find = (() => {
 
   const SPECIAL = /[\\^$*+?()[\]{}|]/;
 
-  /* Why an expression may mean another thing to Python than here; empty where the two agree. */
+  /* Returns the reason why an expression may differ in Python, or an empty string. */
   function disagreement(pattern) {
     const odd = [
       [/\(\?(?![:=!])/, "groups that begin with (? other than (?: (?= (?!"],
@@ -75,7 +75,7 @@ const Find = (() => {
     return found ? found[1] : "";
   }
 
-  /* What was typed: nothing (the default), a list of names, or one expression. */
+  /* Parses typed text: nothing (the default), a list of names, or one expression. */
   function targets(text) {
     const typed = text.trim();
     if (!typed) return { kind: "default" };
@@ -103,7 +103,7 @@ const Find = (() => {
   const ends = (name, entry) => name === entry || name.endsWith(`.${entry}`);
   const liesIn = (name, module) => name === module || name.startsWith(`${module}.`);
 
-  /* Numbers of layers: `0, 2-4`; null where none are given. */
+  /* Parses numbers of layers: `0, 2-4`. Returns null for none. */
   function layers(text) {
     const found = [];
     for (const [, from, to] of text.matchAll(/(\d+)(?:\s*-\s*(\d+))?/g)) {
@@ -112,13 +112,13 @@ const Find = (() => {
     return found.length ? found : null;
   }
 
-  /* Names that were typed with commas, spaces, brackets or quotes around them; null where there are none. */
+  /* Parses names with commas, spaces, brackets or quotes around them. Returns null for none. */
   function list(text) {
     const found = text.trim().replace(/^\[(.*)\]$/s, "$1").split(/[\s,]+/).map((one) => one.replace(/^["']|["']$/g, "")).filter(Boolean);
     return found.length ? found : null;
   }
 
-  /* All that was typed, by the name of the field; `objection` says why it cannot be tried here. */
+  /* Returns all typed values by field. `objection` is the reason why they cannot be tried here. */
   function asked({ target_modules = "", exclude_modules = "", layers_to_transform = "", layers_pattern = "", modules_to_save = "", target_parameters = "", scope = "" }) {
     const ask = {
       target: targets(target_modules), exclude: targets(exclude_modules), layers: layers(layers_to_transform), patterns: list(layers_pattern),
@@ -142,7 +142,7 @@ const Find = (() => {
     return patterns && !wanted ? "layers_pattern needs layers_to_transform" : "";
   }
 
-  /* The number of the layer that a name is in; null where it shows none. */
+  /* Returns the layer number in a name, or null. */
   function layerOf(name, patterns) {
     const expressions = patterns ? patterns.map((one) => `^(?:^|.*?\\.)${one}\\.(?<idx>\\d+)\\.`) : ["^.*?\\.[^.]*\\.(?<idx>\\d+)\\."];
     for (const expression of expressions) {
@@ -152,27 +152,27 @@ const Find = (() => {
     return null;
   }
 
-  /* Whether a module, or one around it, is trained in full: PEFT compares ends without a dot, too. */
+  /* Returns true if a module, or one around it, is trained in full. PEFT also compares ends without a dot. */
   const isSaved = (name, saved) => (saved ?? []).some((one) => new RegExp(`^(?:(^|.*\\.)${one}($|\\..*))`).test(name) || name.endsWith(one) || name.includes(`${one}.`));
 
-  /* Whether a name is selected. `row`: what the default knows of the operation. */
+  /* Returns true if a name is selected. `row`: the operation's data for the default. */
   function isChosen(name, row, { target, exclude, layers: wanted, patterns, saved, parameters, scope }) {
     if (scope && !scope.some((one) => liesIn(name, one))) return false;
     if (names(name, exclude) || isSaved(name, saved)) return false;
     if (target.kind === "default" ? !(target.all ? row.linear : !parameters && row.default) : !names(name, target)) return false;
-    // layers_to_transform decides about defaults, and about entries of a list that are not the whole name.
+    // layers_to_transform applies to defaults, and to entries of a list that are not the whole name.
     const whole = target.kind === "regex" || (target.kind === "list" && target.names.includes(name));
     return whole || !wanted || wanted.includes(layerOf(name, patterns));
   }
 
-  /* Some output features of a fused weight, as an operation of its own. */
+  /* Returns some output features of a fused weight as a separate operation. */
   function part(row, name, start, stop) {
     const lost = row.width - (stop - start);
     const each_rank = row.each_rank && row.each_rank - lost, fixed = (row.fixed * (stop - start)) / row.width;
     return { ...row, name: `${row.name}.${name}`, of: row, rows: [start, stop], each_rank, fixed, asked: [`${row.name}.${name}`] };
   }
 
-  /* Parts that a list calls by their features: qkv.0_64. */
+  /* Returns parts that a list names by their features: qkv.0_64. */
   function numbered(row, { target }) {
     return (target.names ?? []).flatMap((entry) => {
       const [, name, start, stop] = entry.match(/^(.+)\.(\d+)_(\d+)$/) ?? [];
@@ -181,12 +181,12 @@ const Find = (() => {
     });
   }
 
-  /* The operations that a row is under a configuration: itself, or its parts in its place. `asked`: the names by
-     which ranks are looked up. As lora_fx/passes/plan/choice.py has it. */
+  /* Returns the operations of a row under a configuration: the row itself, or its parts instead. `asked`: the names
+     by which ranks are looked up. As in lora_fx/passes/plan/choice.py. */
   function chosen(row, ask) {
     const { target, exclude, parameters, saved, scope } = ask, weight = row.weight || `${row.name}.weight`;
     const yes = (one, asked = [one.name]) => [{ ...one, asked }];
-    // A parameter that is named is adapted whatever is excluded.
+    // A named parameter is adapted even if it is excluded.
     const named = parameters?.some((one) => ends(weight, one)) && (!scope || scope.some((one) => liesIn(weight, one)));
     if (named) return isSaved(row.name, saved) ? [] : yes(row, [weight]);
     const whole = isChosen(row.name, row, ask), excluded = (name) => names(name, exclude);
@@ -204,7 +204,7 @@ const Find = (() => {
     return layer ? yes(row, [row.name, row.attention]) : [];
   }
 
-  /* Why parts of a fused weight cannot be adapted so; empty where they can. */
+  /* Returns the reason why parts of a fused weight cannot be adapted, or an empty string. */
   function clash(found) {
     for (const one of found.filter(({ rows }) => rows)) {
       const [start, stop] = one.rows, { of } = one;
@@ -215,7 +215,7 @@ const Find = (() => {
     return "";
   }
 
-  /* Which rows are selected, which of them cannot be, and which entries select nothing. `modules`: all their names. */
+  /* Returns the selected rows, those that cannot be adapted, and entries without a match. `modules`: all their names. */
   function select(rows, given, modules = [], heads = []) {
     const ask = heads.length ? { ...given, saved: [...(given.saved ?? []), ...heads] } : given, found = rows.flatMap((row) => chosen(row, ask));
     const { target, exclude, parameters, scope, saved, layers: wanted, patterns } = ask;
@@ -235,7 +235,7 @@ const Find = (() => {
     };
   }
 
-  /* The rank of a selected row: of its names, the first that a pattern knows decides. */
+  /* Returns the rank of a selected row, by its first name that matches a pattern. */
   function rankOf(row, rank, patterns = {}) {
     for (const name of row.asked) {
       const key = Object.keys(patterns).find((one) => new RegExp(`^(?:(.*\\.)?(${one})$)`).test(name)) ?? name;
@@ -244,7 +244,7 @@ const Find = (() => {
     return rank;
   }
 
-  /* How many elements a selected row trains. */
+  /* Returns the number of elements that a selected row trains. */
   const costOf = (row, rank, patterns) => row.fixed + row.each_rank * rankOf(row, rank, patterns);
 
   /* `rest`: fields that cannot be typed into the page. */
@@ -257,14 +257,14 @@ const Find = (() => {
     return { ...Object.fromEntries(Object.entries(found).filter(([, one]) => one !== null)), ...rest };
   }
 
-  /* A value of JSON as Python writes it. */
+  /* Returns a JSON value in Python's notation. */
   function python(value) {
     if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
     if (value && typeof value === "object") return `{${Object.entries(value).map(([key, one]) => `${JSON.stringify(key)}: ${python(one)}`).join(", ")}}`;
     return value === true ? "True" : value === false ? "False" : value === null ? "None" : JSON.stringify(value);
   }
 
-  // A JSON string is a Python string as well, and a YAML one.
+  // A JSON string is also a valid Python and YAML string.
   const WRITERS = {
     Python: (found) => `lora_fx.LoraConfig(${Object.entries(found).map(([key, value]) => `${key}=${python(value)}`).join(", ")})`,
     JSON: (found) => JSON.stringify({ peft_type: "LORA", ...found }, null, 2),

@@ -1,7 +1,7 @@
 "use strict";
-/* One picture on one canvas: what is open, selected and found, where the view is, and how it is drawn. */
+/* One picture on one canvas: its open, selected and found boxes, its view, and its drawing. */
 
-/* Pixels by which the canvas is larger than the view, on each side. */
+/* Margin of the canvas around the view, in pixels. */
 const MARGIN = 192;
 
 class Graph {
@@ -49,7 +49,7 @@ class Graph {
     return boxes;
   }
 
-  /* A row of the table, tied to the box that shows it and to the boxes around that. */
+  /* A row of the table, with the box that shows it and the boxes around that box. */
   site(values) {
     const { columns, strings, texts } = this.doc;
     const row = Object.fromEntries(columns.map((name, i) => [name, texts.includes(i) ? strings[values[i]] : values[i]]));
@@ -58,7 +58,7 @@ class Graph {
     return row;
   }
 
-  /* What a configuration could name, tied to its box. */
+  /* A target that a configuration could name, with its box. */
   target({ name, weight, attention, reason, parts = [], ...more }) {
     const word = (place) => this.doc.strings[place] ?? "";
     const row = { default: false, linear: false, each_rank: 0, fixed: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
@@ -67,7 +67,7 @@ class Graph {
 
   /* --- names --- */
 
-  /* The name under which a module is drawn: layers.17.mlp is drawn as layers.0.mlp. */
+  /* Returns the name under which a module is drawn: layers.17.mlp is drawn as layers.0.mlp. */
   drawnAs(fqn) {
     for (let end = fqn.length; end > 0; end = fqn.lastIndexOf(".", end - 1)) {
       const first = this.folds.get(fqn.slice(0, end));
@@ -76,7 +76,7 @@ class Graph {
     return fqn;
   }
 
-  /* The names of all modules that a box stands for: its own first, then those of folded blocks. */
+  /* Returns the names of all modules that a box stands for: its own first, then those of folded blocks. */
   namesOf(box) {
     if (!box.names) {
       const above = box.parent ? this.namesOf(box.parent) : [""], start = above[0].length, own = box.repeats.length ? box.repeats : [box.fqn];
@@ -89,7 +89,7 @@ class Graph {
     return [...new Set(this.boxes.filter((box) => Find.isModule(box)).flatMap((box) => this.namesOf(box)))].filter(Boolean);
   }
 
-  /* What a box is called where one of the names that it stands for was asked for. */
+  /* Returns the name of a box if the user asked for one of the names that it stands for. */
   meant(box, asked) {
     const part = asked?.toLowerCase();
     if (!part) return box.fqn;
@@ -97,7 +97,7 @@ class Graph {
     return found.find((name) => name.toLowerCase().endsWith(part)) ?? found[0] ?? box.fqn;
   }
 
-  /* The box of a name, or of the nearest module around it. */
+  /* Returns the box of a name, or of the nearest module around it. */
   boxOf(fqn) {
     const drawn = this.drawnAs(fqn);
     for (let end = drawn.length; end > 0; end = drawn.lastIndexOf(".", end - 1)) {
@@ -107,7 +107,7 @@ class Graph {
     return this.root;
   }
 
-  /* The same for a part of a name, in small letters, as it is typed into the search. */
+  /* Does the same for a part of a name in lower case, as typed into the search. */
   partDrawnAs(part) {
     for (const [name, first] of this.folds) {
       const atoms = name.toLowerCase().split(".");
@@ -162,7 +162,7 @@ class Graph {
     if (box.open) for (const child of box.children) yield* this.shown(child);
   }
 
-  /* --- where things are --- */
+  /* --- positions --- */
 
   spotOf(box) {
     let x = 0, y = 0;
@@ -194,7 +194,7 @@ class Graph {
     }
   }
 
-  /* The nearest box next to the selected one, in a direction. */
+  /* Returns the box nearest to the selected one in a direction. */
   neighbor(box, right, down) {
     const from = this.spotOf(box), center = (spot) => [spot.x + spot.width / 2, spot.y + spot.height / 2];
     const [x, y] = center(from);
@@ -229,13 +229,13 @@ class Graph {
   fit(box = this.root, readable = true) {
     const { width, height } = this.area, margin = 24, spot = this.spotOf(box);
     const byWidth = (width - 2 * margin) / spot.width, byHeight = (height - 2 * margin) / spot.height;
-    // Readable first: what does not fit then is reached by dragging.
+    // Readable text has priority. The user drags to reach the parts that do not fit.
     const scale = Math.min(1.25, byWidth, readable ? Math.max(byHeight, 0.7) : byHeight);
     this.move((width - spot.width * scale) / 2 - spot.x * scale, margin - spot.y * scale, scale);
     this.fitted = this.view;
   }
 
-  /* Brings a box into the view, and no closer than it is where it can be read. */
+  /* Moves a box into the view, and zooms in only until it is readable. */
   show(box) {
     const { width, height } = this.area, spot = this.spotOf(box), scale = Math.max(this.view.scale, 0.75);
     const x = this.view.x + spot.x * scale, y = this.view.y + spot.y * scale;
@@ -259,14 +259,14 @@ class Graph {
     this.stack();
     if (this.selected && !this.isShown(this.selected)) this.selected = box;
     this.painted = null;
-    // What was clicked stays under the pointer.
+    // The clicked point stays under the pointer.
     const after = this.spotOf(box);
     this.move(view.x + (before.x - after.x) * view.scale, view.y + (before.y - after.y) * view.scale, view.scale);
   }
 
   /* --- drawing --- */
 
-  /* Asks for a picture with the next frame. `moved`: what was drawn has only moved. */
+  /* Requests drawing in the next frame. `moved`: the picture has only moved. */
   draw(moved = false) {
     if (!moved) this.painted = null;
     if (this.waiting) return;
@@ -276,8 +276,8 @@ class Graph {
     });
   }
 
-  /* The canvas is larger than the view by a margin on each side. While what it shows only moves, the canvas
-     moves, and nothing is drawn until the view leaves the part that has been painted. Gives the size of the view. */
+  /* The canvas is larger than the view by a margin on each side. If the picture only moves, the canvas moves, and
+     nothing is drawn until the view leaves the painted part. Returns the size of the view. */
   paint() {
     const { canvas, view, area } = this, { width, height } = area, ratio = window.devicePixelRatio || 1;
     const wide = Math.round(width * ratio), high = Math.round(height * ratio), margin = Math.round(MARGIN * ratio);
@@ -306,7 +306,7 @@ class Graph {
     return area;
   }
 
-  /* Brings the view to the middle of the canvas again, and paints the sides that it moves to up to the edge. */
+  /* Centers the view on the canvas again, and paints the sides that become visible. */
   recenter(context, ratio, right, down) {
     const { canvas: { width, height }, painted } = this, margin = Math.round(MARGIN * ratio);
     context.setTransform(1, 0, 0, 1, 0, 0);
@@ -323,7 +323,7 @@ class Graph {
     }
   }
 
-  /* Draws a part of the canvas, in its pixels. */
+  /* Draws a part of the canvas, given in canvas pixels. */
   paintPart(context, ratio, left, top, right, bottom) {
     const { scale } = this.view, margin = Math.round(MARGIN * ratio) / ratio, x = this.painted.x + margin, y = this.painted.y + margin;
     context.save();
@@ -338,14 +338,14 @@ class Graph {
     context.restore();
   }
 
-  /* Draws a box and what is in it, as far as it is seen; `seen` null draws everything. */
+  /* Draws the visible parts of a box and its children. If `seen` is null, draws everything. */
   drawBox(pen, box, x, y, depth, seen) {
     const { width, height } = box;
     if (seen && (x > seen[2] || y > seen[3] || x + width + 8 < seen[0] || y + height < seen[1] - 8)) return;
     if (seen && Math.max(width, height) * pen.scale < 1.5) return;
     this.drawn += 1;
     const classes = this.classesOf(box, depth);
-    // Too small for words: a spot of the color of its border.
+    // Too small for text: a spot in the color of its border.
     if (seen && height * pen.scale < 7) { pen.spot(classes, x, y, width, height, this.color?.(box)); return; }
     this.drawFrame(pen, box, classes, x, y);
     if (!box.open || !box.inside || (seen && height * pen.scale < 12)) return;
@@ -436,7 +436,7 @@ class Graph {
     pen.end();
   }
 
-  /* The whole picture, with everything that is open now, as an SVG element. */
+  /* Returns the whole picture, with the currently open boxes, as an SVG element. */
   toSvg() {
     const margin = 20, width = this.root.width + 2 * margin, height = this.root.height + 2 * margin + 12;
     const svg = document.createElementNS(Paint.SVG, "svg"), style = document.createElementNS(Paint.SVG, "style");

@@ -1,13 +1,13 @@
 "use strict";
-/* Two pens that draw the same shapes: on a canvas, for the screen, and as SVG, for files and paper. Both
-   take colors from picture.css, the canvas by asking the browser what a class looks like. */
+/* Two pens that draw the same shapes: on a canvas for the screen, and as SVG for files and printing. Both take
+   colors from picture.css. The canvas asks the browser for the style of a class. */
 
 const Paint = (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const FONT = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace';
   const TAGS = { path: "path", text: "text" };
 
-  /* What a shape of some class looks like in a group of some class. */
+  /* Returns the style of a shape's class in a group's class. */
   class Looks {
     constructor() {
       this.known = new Map();
@@ -44,7 +44,7 @@ const Paint = (() => {
   }
 
   class CanvasPen {
-    /* `scale`: pixels for a unit; what is too small to see is left out. */
+    /* `scale`: pixels per unit. Shapes that are too small to see are left out. */
     constructor(context, looks, scale) {
       Object.assign(this, { context, looks, scale, group: "", dx: 0, dy: 0, font: "" });
       this.stack = [];

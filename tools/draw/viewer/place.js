@@ -1,9 +1,9 @@
 "use strict";
-/* Stacks boxes that open and close. Rows, orders and wishes are in the page already: they were found once,
-   by tools/draw/layout.py, whose place() stacks in the same way; tests/tools/test_viewer.py compares. */
+/* Stacks boxes that open and close. Rows, orders and wishes are already in the page: tools/draw/layout.py has
+   computed them. Its place() stacks in the same way, and tests/tools/test_viewer.py compares the two. */
 
 const Place = (() => {
-  /* Centers of a row as near to the wishes as order and widths allow (least squares). */
+  /* Returns the centers of a row, as near to the wishes as order and widths allow (least squares). */
   function settle(refs, wishes, widthOf, m) {
     const offsets = [], blocks = [], centers = [];
     let offset = 0;
@@ -24,7 +24,7 @@ const Place = (() => {
     return centers;
   }
 
-  /* Rows that edges connect. A ref is the place of a child, or negative for an edge that passes. */
+  /* Stacks rows that edges connect. A ref is the index of a child, or negative for an edge that passes. */
   function flow(kids, { rows, links }, m) {
     const widthOf = (ref) => (ref < 0 ? m.dummy : kids[ref].width);
     const center = new Map();
@@ -53,14 +53,14 @@ const Place = (() => {
       const port = center.get(lower) - left + (place - (count - 1) / 2) * gap;
       const [, bottom] = bands.get(upper), [top, under] = bands.get(lower);
       const start = upper < 0 ? bottom : spots[upper][1] + kids[upper].height;
-      // Through a passing edge's place leads the step that ends there.
+      // The step that ends at a passing edge also crosses the row.
       const end = lower < 0 ? under : spots[lower][1];
       return { source, target, arrives: lower === target, points: [x, start, x, bottom, port, top, port, end] };
     });
     return { width: right - left, height: y - m.flowY, spots, wires };
   }
 
-  /* Rows without edges, wrapped as text is; what fits below its predecessor in a row goes there. */
+  /* Arranges boxes without edges in rows, wrapped like text. A box that fits below its predecessor goes there. */
   function wrap(kids, m) {
     const area = kids.reduce((sum, kid) => sum + (kid.width + m.gapX) * (kid.height + m.gapY), 0);
     const limit = kids.reduce((most, kid) => Math.max(most, kid.width), Math.sqrt(area * m.aspect));
@@ -85,7 +85,7 @@ const Place = (() => {
 
   const headerOf = (box, m) => (box.caption || box.marks.length ? m.header : m.bareHeader);
 
-  /* Sizes a box and what it shows; `inside` is kept until stale() forgets it. */
+  /* Measures a box and its visible children. `inside` is kept until stale() deletes it. */
   function measure(box, layouts, m) {
     if (!box.open || !box.children.length) {
       [box.width, box.height] = box.size;
@@ -105,7 +105,7 @@ const Place = (() => {
     box.height = box.inside.height;
   }
 
-  /* Forgets the insides that a change of `box` changes. */
+  /* Deletes the insides that a change of `box` affects. */
   function stale(box) {
     for (let one = box; one; one = one.parent) one.inside = null;
   }

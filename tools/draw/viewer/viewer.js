@@ -1,5 +1,5 @@
 "use strict";
-/* The page around the graphs: search, panel, table, what-if, keys, mouse and fingers, files and paper. */
+/* The page around the graphs: search, panel, table, what-if, keys, mouse and touch, files and printing. */
 
 (() => {
   const at = (id) => document.getElementById(id);
@@ -40,7 +40,7 @@
 
   const others = (graph) => graphs.filter((one) => one !== graph);
 
-  /* What moves one graph on the screen moves the others alike, wherever they are. */
+  /* Moves and scales the other graphs in the same way as one graph, wherever they are. */
   function follow(graph) {
     const before = graph.followed ?? graph.view, { x, y, scale } = graph.view, by = scale / before.scale;
     graph.followed = graph.view;
@@ -58,7 +58,7 @@
     }
   }
 
-  /* The box of the same name in another graph comes to where the selected one is. */
+  /* Moves the box of the same name in another graph to the position of the selected box. */
   function align(graph, other, twin) {
     const here = graph.spotOf(graph.selected), there = other.spotOf(twin), { view } = graph;
     const y = view.y + here.y * view.scale - there.y * view.scale;
@@ -77,11 +77,11 @@
     }
   }
 
-  /* `asked`: a name, or a part of one, that the box stands for: layers.17.mlp is drawn as layers.0.mlp. */
+  /* `asked`: a name, or a part of a name, that the box stands for: layers.17.mlp is drawn as layers.0.mlp. */
   function select(graph, box, { show = true, asked = "" } = {}) {
     active = graph;
     const name = box ? graph.meant(box, asked) : "";
-    // The panel takes its room before the box is brought into what is left.
+    // The panel opens first, then the box moves into the remaining view.
     if (box) showDetails(box, name);
     graph.select(box, { show });
     follow(graph);
@@ -108,7 +108,7 @@
     }
     if (name === "sites") showSites();
     for (const graph of graphs) graph.draw();
-    // What was whole in the view stays so in what is left of it.
+    // A box that was completely visible stays completely visible in the remaining view.
     for (const graph of fitted) { graph.fit(); graph.followed = graph.view; }
   }
 
@@ -124,9 +124,9 @@
   }
 
   async function copy(text) {
-    // A page from a file may have no clipboard; a selected field always has.
+    // A page from a file may lack the clipboard API, but can copy a selected field.
     if (navigator.clipboard) {
-      try { await navigator.clipboard.writeText(text); return; } catch { /* asked in the old way below */ }
+      try { await navigator.clipboard.writeText(text); return; } catch { /* falls back to the old way below */ }
     }
     const field = made("textarea", {}, text);
     document.body.append(field);
@@ -137,7 +137,7 @@
 
   function showDetails(box, name = box.fqn) {
     const list = made("dl", { class: "facts" }), own = box.fqn.replace(/[^\w]/g, "\\$&");
-    // What is said of the block that is drawn, with the name of the one that was asked for.
+    // Facts of the drawn block, with the name that the user asked for.
     const said = (text) => (name === box.fqn || !own ? text : text.replace(new RegExp(`(?<![\\w.])${own}(?!\\w)`, "g"), () => name));
     const labels = new Set(box.facts.map(([label]) => label));
     for (const [label, value] of box.facts) list.append(made("dt", {}, label), made("dd", {}, said(value)));
@@ -181,7 +181,7 @@
     } else active.draw();
   }
 
-  /* Of a hit in a block that stands for others: which layers it is in. */
+  /* Returns the layers of a hit in a block that stands for several. */
   function layerOf(box, meant) {
     for (let one = box; one; one = one.parent) {
       if (one.repeats.length) return meant ? ` · ${meant}, drawn once for ${one.name}` : ` · in ${one.name}`;
@@ -203,7 +203,7 @@
     return `rgba(${mixed.join(",")},0.55)`;
   }
 
-  // Of all operations, and not of the adapted ones alone.
+  // Counts all operations, not only the adapted ones.
   const OF_ALL = ["quantized", "lost"];
   const valueOf = (row, key) => (key === "quantized" ? (row.quantized ? 1 : 0) : row[key]);
   const counts = (row, key) => row[key] !== null && (OF_ALL.includes(key) ? row.state !== "refused" : row.state === "adapted");
@@ -304,7 +304,7 @@
     parameters: "target_parameters", scope: "scope",
   };
 
-  /* Until something is typed, the fields say what made the picture that is looked at. */
+  /* Until the user types something, the fields show the configuration of the picture. */
   function startFrom({ doc: { config } }) {
     if (edited) return;
     for (const [id, field] of Object.entries(ASKED)) at(id).value = config.typed[field];
@@ -325,7 +325,7 @@
       const odd = Object.keys(rest.rank_pattern ?? {}).find(Find.disagreement);
       const cost = selected.reduce((sum, row) => sum + Find.costOf(row, rank, odd ? {} : rest.rank_pattern), 0);
       if (clash) lines.push(impossible = clash);
-      // A fused weight that is adapted in parts counts as its parts.
+      // A fused weight with adapted parts counts as its parts.
       const inParts = new Map([...new Set(selected.map((row) => row.of).filter(Boolean))].map((row) => [row, selected.filter(({ of }) => of === row).length]));
       const every = targets.reduce((sum, row) => sum + (inParts.has(row) ? Math.max(row.parts.length, inParts.get(row)) : 1), 0);
       lines.push(`${selected.length} of ${every} linear operations`, `${Math.round(cost).toLocaleString("en")} trained parameters at r = ${rank}${rest.rank_pattern && !odd ? ", and at the ranks of rank_pattern" : ""}`);
@@ -346,7 +346,7 @@
     at("config").textContent = impossible ? "" : Find.WRITERS[at("form").value](Find.fields(ask, rank, alpha, rest));
   }
 
-  /* How many elements a module has without its adapters, where the picture says so. */
+  /* Returns a text with the number of a module's elements without adapters, if the picture has it. */
   function elementsOf(name) {
     const drawn = active.drawnAs(name), box = active.byFqn.get(drawn), added = box ? box.rows.filter((row) => row.name === drawn || row.name.startsWith(`${drawn}.`)) : [];
     return box?.elements ? `, ${(box.elements - added.reduce((sum, row) => sum + row.parameters, 0)).toLocaleString("en")} parameters` : "";
@@ -365,13 +365,13 @@
       [picture.width, picture.height] = graph.map;
       const drawing = picture.getContext("2d");
       drawing.scale(scale, scale);
-      // Without what is selected and found now: that changes more often than the picture.
+      // Without selection and hits, which change more often than the picture.
       const { selected, hits } = graph;
       Object.assign(graph, { selected: null, hits: new Set() });
       graph.drawBox(new Paint.CanvasPen(drawing, looks, scale), root, 0, 0, 0, [0, 0, root.width, root.height]);
       Object.assign(graph, { selected, hits });
     }
-    // What is seen stays clear, and has a border inside the map. It moves as the canvas does: nothing is drawn.
+    // The visible part stays clear, with a border inside the map. It moves like the canvas, without drawing.
     const by = scale / view.scale, [width, height] = graph.map;
     const inside = (value, most) => Math.min(Math.max(value * by, 0), most);
     const [left, right] = [-view.x, area.width - view.x].map((one) => inside(one, width));
@@ -463,12 +463,12 @@
 
   const ARROWS = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] };
 
-  /* What a key does to the selection; false where it is none of these. */
+  /* Applies a key to the selection. Returns false for any other key. */
   function walk(event) {
     const graph = active, box = graph.selected;
     if (event.key === "Tab") {
       const shown = [...graph.shown()], place = shown.indexOf(box) + (event.shiftKey ? -1 : 1);
-      // Before the first and after the last, Tab leaves the graph as it leaves any field.
+      // Before the first box and after the last, Tab leaves the graph as it leaves any field.
       if (!shown[place]) return false;
       select(graph, shown[place]);
     } else if (ARROWS[event.key]) {
@@ -510,7 +510,7 @@
   });
   at("keys").addEventListener("click", () => at("keys").close());
 
-  /* --- files and paper --- */
+  /* --- files and printing --- */
 
   function save(blob, suffix) {
     const link = made("a", { href: URL.createObjectURL(blob), download: `${active.doc.title}.${suffix}` });
@@ -542,7 +542,7 @@
 
   function otherTheme() {
     chosenDark = !(chosenDark ?? preferred.matches);
-    // Paper stays light.
+    // Print stays light.
     for (const rule of themed) rule.media.mediaText = chosenDark ? "screen" : "not all";
     document.documentElement.style.colorScheme = chosenDark ? "dark" : "light";
     repaint();
@@ -590,6 +590,6 @@
   showKey();
   fitAll();
   jumpToHash();
-  // For programs that drive the page, such as its tests.
+  // For programs that control the page, such as its tests.
   window.loraFx = { graphs, select: (fqn) => select(active, active.boxOf(fqn), { asked: fqn }) };
 })();
