@@ -431,7 +431,12 @@ def written_out_layer(module: nn.Module, cls: type[nn.Module]) -> Callable[..., 
 
 
 def holds_quantized(module: nn.Module) -> bool:
-    """Return True if a child has a quantized weight, which code outside of that child would misread."""
+    """Return True if code outside of a child would misread its quantized weight, or for a library's layer.
+
+    The forward of such a layer sets attributes on which its graph depends, as bitsandbytes does.
+    """
+    if setup_of(module) is not None:
+        return True
     below = (p for child in module.children() for p in child.parameters())
     return any(quantization_of(p) is not None for p in below)
 

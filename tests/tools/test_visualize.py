@@ -368,22 +368,18 @@ def test_a_name_with_a_parenthesis_is_drawn(tmp_path: Path) -> None:
         assert "fc(1)" in by_fqn(picture_of(one).root)
 
 
-def test_a_graph_of_the_whole_model_keeps_its_modules() -> None:
+def test_a_model_whose_operations_an_export_found_is_drawn_by_its_modules() -> None:
     model = transformer("Llama", num_key_value_heads=2)
     inputs = {"input_ids": torch.randint(0, 64, (2, 8))}
     config = lora_fx.LoraConfig(r=2)
-    model = lora_fx.rewrite(model, config, frontend="export", example_inputs=inputs)
-    root = picture_of(model).root
-    assert root.sites == 14
-    boxes = by_fqn(root)
-    layer, attention = (boxes[f"model.layers.0{name}"] for name in ("", ".self_attn"))
-    assert layer.sites == 7
-    names = {child.id: child.name for child in layer.children}
-    edges = {(names[a], names[b]) for a, b in layer.edges}
-    assert {("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")} <= edges
-    (fused,) = (box for box in attention.children if len(box.branches) == 3)
-    assert [one.weight for one in fused.branches] == ["q_proj", "k_proj", "v_proj"]
-    assert boxes["model.layers.1.mlp.down_proj"].kind == "site"
+    sites = []
+    for frontend in ("export", "auto"):
+        adapted = lora_fx.rewrite(model, config, frontend=frontend, example_inputs=inputs)
+        root = picture_of(adapted).root
+        assert root.sites == 14
+        sites.append({fqn: box.sites for fqn, box in by_fqn(root).items()})
+    assert sites[0] == sites[1]
+    assert sites[0]["model.layers.0"] == 14  # both layers in one box
 
 
 def test_a_fused_operation_has_its_adapters_on_it() -> None:

@@ -23,7 +23,7 @@ from lora_fx.errors import CaptureError, ConfigError, LoraFxError, hint
 from lora_fx.export.report import ExportReport
 from lora_fx.export.session import OnnxSession
 from lora_fx.files import current, output_file, replacing
-from lora_fx.ir import Capture, Plan
+from lora_fx.ir import Capture, Plan, record_of
 from lora_fx.passes.graph import graphs_of
 from lora_fx.passes.merge import MergeReport
 from lora_fx.passes.pipeline import find_operations
@@ -445,6 +445,9 @@ def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) 
         )
     if isinstance(drawn, nn.Module):
         graphs = graphs_of(drawn)
+        record = record_of(drawn)
+        if record is not None and record.frontend == "export":
+            graphs.pop("", None)  # it only shows which operations there are, without adapters
         if not graphs:
             return _plain(drawn, example_inputs, original)
         return picture_of_model(drawn, graphs, example_inputs=example_inputs, original=original)
