@@ -42,7 +42,7 @@ from lora_fx.passes.patterns import pattern_of, site_name
 from lora_fx.runtime import CHANGES, EffectiveWeight, base_parameter, watch
 from lora_fx.torch_private import pytree
 
-__all__ = ["arm", "is_effective"]
+__all__ = ["arm"]
 
 
 _log = logging.getLogger("lora_fx")
@@ -231,7 +231,7 @@ def _product_of(
     rows: dict[str, list[PlannedSite]] = defaultdict(list)
     for row, adapter in planned:
         assert isinstance(row, PlannedSite)
-        if row.site.rows is not None or site.rows is not None or not _is_like(row.site, site):
+        if row.site.rows is not None or site.rows is not None or not row.site.is_like(site):
             return None
         moved = dataclasses.replace(row.site, calls=site.calls)
         rows[adapter].append(dataclasses.replace(row, site=moved))
@@ -241,12 +241,6 @@ def _product_of(
     code = Code(capture.regions[fqn].graph)
     function: Callable[..., Any] = generated(code.source, dict(code.namespace), "product")
     return function
-
-
-def _is_like(first: Site, second: Site) -> bool:
-    """Return True if two operations apply a weight in the same way."""
-    fields = ("family", "layout", "view", "order", "experts", "groups")
-    return all(getattr(first, name) == getattr(second, name) for name in fields)
 
 
 def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Iterator[Pass]:
@@ -285,14 +279,6 @@ def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.T
     return torch.cat((before, rows_of(site, total) + change, after), site.axis)
 
 
-def is_effective(site: Site) -> bool:
-    """Return True if code that reads the weight of a site gets it with its adapters.
-
-    Layers with a quantized weight have their own forward over packed values, which no other code reads.
-    """
-    return site.quantized is None
-
-
 def arm(model: nn.Module) -> None:
     """Give the adapted weights to code that reads them in a rewritten model, and watch other reads."""
     record = record_of(model)
@@ -314,8 +300,9 @@ def _place_changes(model: nn.Module, record: Record) -> None:
         module.__dict__.pop(CHANGES, None)
     for weight, rows in weights.items():
         owner, _, leaf = weight.rpartition(".")
-        sites = [row.planned.site for row in rows]
-        if all(map(is_effective, sites)) and parameter_of(model, weight) is not None:
+        # Layers with a quantized weight have their own forward over packed values, which no other code reads.
+        dense = all(row.planned.site.quantized is None for row in rows)
+        if dense and parameter_of(model, weight) is not None:
             changes = module_at(model, owner).__dict__.setdefault(CHANGES, {})
             changes[leaf] = _Adapted(weight, tuple(rows), record)
 

@@ -220,6 +220,11 @@ class Site:
         """Shape in which the weight is applied: its own, or that of a view."""
         return self.view or self.weight_shape
 
+    def is_like(self, other: Site) -> bool:
+        """Return True if another site applies its weight in the same way, so that they can share factors."""
+        fields = ("family", "layout", "view", "order", "experts", "groups")
+        return all(getattr(self, name) == getattr(other, name) for name in fields)
+
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the weight's shape in the applied form: a view if possible, else a copy."""
         permuted = weight if self.order is None else weight.permute(self.order)

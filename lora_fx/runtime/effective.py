@@ -431,20 +431,18 @@ def _held(attributes: Mapping[str, Any], name: str) -> Any:
 
 
 _MOVERS = (
-    *(
-        "torch.distributed",
-        "torch.fx",
-        "torch.nn.modules.module",
-        "torch.nn.utils._named_member_accessor",
-    ),
-    *("torch.nn.utils.parametr", "torch.nn.utils.prune", "torch.nn.utils.spectral_norm"),
-    *(
-        "torch.nn.utils.weight_norm",
-        "accelerate",
-        "lora_fx",
-        "torchao",
-        "transformers.modeling_utils",
-    ),
+    "accelerate",
+    "lora_fx",
+    "torch.distributed",
+    "torch.fx",
+    "torch.nn.modules.module",
+    "torch.nn.utils._named_member_accessor",
+    "torch.nn.utils.parametr",  # parametrize, and parametrizations
+    "torch.nn.utils.prune",
+    "torch.nn.utils.spectral_norm",
+    "torch.nn.utils.weight_norm",
+    "torchao",
+    "transformers.modeling_utils",
 )
 """Packages whose code moves, replaces, wraps or describes parameters, without computing with them."""
 

@@ -154,7 +154,7 @@ def _first_way(sites: list[Site]) -> tuple[list[Site], list[Read]]:
 
     first = min(sites, key=order)
     whole = first.rows is None
-    same = [s for s in sites if _way(s) == _way(first) and (s.rows is None) == whole]
+    same = [s for s in sites if s.is_like(first) and (s.rows is None) == whole]
     calls = [call for site in sites if site not in same for call in site.calls]
     return same, [Read(call.region, call.output, call.pattern) for call in calls]
 
@@ -174,11 +174,6 @@ def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
         ):
             return False
     return True
-
-
-def _way(site: Site) -> tuple[object, ...]:
-    """Return a key that is equal for applications of a weight that can share their factors."""
-    return (site.family, site.layout, site.view, site.order, site.experts, site.groups)
 
 
 def _opaque(
