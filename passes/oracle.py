@@ -178,9 +178,14 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     start = _randomize(adapted, rows) | _randomize_tokens(adapted, record)
     dense = merge(adapted)[0]
     _check_merge(adapted, dense, rows, record)
+    # The weights require gradients, like the factors: a forward may ask whether its input does.
+    for row, _ in rows:
+        weight = dense.get_parameter(row.site.weight)
+        if quantization_of(weight) is None:
+            weight.requires_grad_(weight.is_floating_point())
     choices = _Choices()
-    with torch.no_grad(), choices:
-        expected = _floats(run_once(dense, example_inputs))
+    with torch.enable_grad(), choices:
+        expected = [output.detach() for output in _floats(run_once(dense, example_inputs))]
     if not expected:
         raise _CannotTell("it returns no floating-point tensor")
     for row, name in rows:
@@ -192,7 +197,7 @@ def _compare(model: nn.Module, record: Record, example_inputs: Any) -> CheckRepo
     tolerance = _tolerance(adapted, expected)
     error = relative_difference(actual, expected)
     if not error <= tolerance:
-        with torch.no_grad():
+        with torch.enable_grad():
             error, tolerance = _look_again(
                 adapted, dense, start, example_inputs, (actual, expected), tolerance
             )

@@ -181,7 +181,9 @@ def plan_quantization(
     rows: list[PlannedWeight] = []
     for site in matches.sites:
         reason = (
-            f"exclude={exclude!r}" if excluded(site.name, config) else _left(site, how, inspected)
+            f"exclude={exclude!r}"
+            if excluded(site.name, config)
+            else _left(site, how, inspected) or _needs_forward(capture, site)
         )
         if reason is not None:
             left[site.name] = reason
@@ -269,6 +271,17 @@ def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
             "which it is stored"
         )
     return reason
+
+
+def _needs_forward(capture: Capture, site: Site) -> str | None:
+    """Return the reason why a forward that computes the product itself must stay, or None."""
+    if _is_layer(capture.model, site):
+        return None
+    regions = [capture.regions[call.region] for call in site.calls]
+    kept = next((region for region in regions if region.not_run), None)
+    return kept and (
+        f"a forward computes this product itself, and no graph can take its place: {kept.not_run}"
+    )
 
 
 def _objections(site: Site, how: Storage) -> Iterator[str]:

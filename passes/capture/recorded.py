@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import random
 import sys
 import types
 import weakref
@@ -20,15 +21,22 @@ from lora_fx.runtime import subclass
 if TYPE_CHECKING:
     from lora_fx.passes.capture.trace import Recorder
 
-__all__ = ["recording"]
+__all__ = ["is_used_up", "recording"]
 
 _OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
 _PACKAGES = ("torch", "lora_fx")
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
 _METHODS = (types.MethodType, types.FunctionType)
+_GENERATORS = (random.Random, torch.Generator)
 _give_class = object.__dict__["__class__"].__set__  # past the property of _Recorded
 _recorders: weakref.WeakKeyDictionary[nn.Module, Recorder] = weakref.WeakKeyDictionary()
 _classes: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def is_used_up(value: Any) -> bool:
+    """Return True for an iterator or a generator of random numbers: each use changes what the next one gives."""
+    numpy = type(value).__module__.startswith("numpy.random")
+    return numpy or isinstance(value, _GENERATORS) or hasattr(value, "__next__")
 
 
 @contextlib.contextmanager
@@ -135,6 +143,7 @@ def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -
     """Note a method of the root, which may be replaced in its class."""
     if isinstance(getattr(value, "__self__", None), type):
         recorder.doubts(f"its forward calls {name}, a method of its class")
+        return
     function = getattr(value, "__func__", value)
     home = (getattr(function, "__module__", None) or "").partition(".")[0]
     if home in _PACKAGES or name == "forward":
@@ -177,8 +186,6 @@ def _noted(module: nn.Module, name: str, value: Any) -> Any:
         recorder.read(Read(path, "identity", value))
     else:
         recorder.doubts(f"its forward reads {path}, a {type(value).__name__}")
-        if hasattr(value, "__next__") or type(value).__module__.startswith(
-            ("random", "numpy.random")
-        ):
+        if is_used_up(value):
             return recorder.copied(value)
     return value

@@ -23,7 +23,6 @@ import gc
 import inspect
 import itertools
 import keyword
-import random
 import re
 import sys
 import threading
@@ -38,7 +37,7 @@ from torch.overrides import TorchFunctionMode
 
 from lora_fx import torch_private
 from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
-from lora_fx.passes.capture.recorded import recording
+from lora_fx.passes.capture.recorded import is_used_up, recording
 from lora_fx.passes.capture.state import State
 from lora_fx.passes.graph import (
     GuardedCodeGen,
@@ -77,7 +76,6 @@ _SWITCHES = ("torch.amp.autocast_mode", "torch.autograd.grad_mode", "torch.utils
 _UNHEARD = ("IS_OP", "BEFORE_WITH", "LOAD_SPECIAL", "PUSH_EXC_INFO", "CHECK_EXC_MATCH")
 # Bytecode that changes something outside of the model.
 _WRITING = ("STORE_GLOBAL", "DELETE_GLOBAL")
-_RUNNING_ON = (random.Random, contextvars.ContextVar)
 _LIBRARIES = frozenset({"torch", "numpy", "lora_fx"}) | sys.stdlib_module_names
 _one_at_a_time = threading.RLock()
 
@@ -455,7 +453,7 @@ class _Followed:
         if isinstance(value, list | dict | set):
             self._recorder.before.add(name, value)
             return f"reads {name}, a global that can change"
-        if isinstance(value, _RUNNING_ON) or hasattr(value, "__next__"):
+        if isinstance(value, contextvars.ContextVar) or is_used_up(value):
             self._recorder.end(f"its forward reads {name}, which goes on with each call")
         if isinstance(value, BuiltinFunctionType | type | FunctionType) and package in _LIBRARIES:
             return ""

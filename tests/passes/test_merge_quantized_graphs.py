@@ -138,7 +138,7 @@ def test_quantized_embeddings_become_dense_ones(name: str) -> None:
 
 
 class Listed(nn.Module):
-    """A layer, a list that has its weight, too, and a head."""
+    """A layer that is applied twice, a list that has its weight, too, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Listed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n, 32] to [n, 2]."""
-        x = F.linear(self.fc(x), self.held[0])
+        x = F.linear(self.fc(x), self.fc.weight)
         result: Tensor = self.head(x)
         return result
 
