@@ -382,7 +382,7 @@ def _refuse_nan(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _has_nan(value: Tensor) -> bool:
-    plain = type(value) in (Tensor, nn.Parameter, nn.Buffer)
+    plain = type(value) in (Tensor, nn.Parameter, nn.Buffer) and value.layout is torch.strided
     if not plain or value.is_meta or value.dtype not in _DTYPES or not value.numel():
         return False
     return bool(value.amax().isnan())  # amax returns NaN if there is any

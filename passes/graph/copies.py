@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import io
+import logging
 import sys
+import traceback
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -40,6 +44,8 @@ __all__ = [
     "storage_of",
 ]
 
+
+_log = logging.getLogger("lora_fx")
 
 ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
@@ -256,6 +262,8 @@ class _Following:
         if isinstance(value, _CACHED):
             function = self.followed(value.__wrapped__)
             return functools.lru_cache(**value.cache_parameters())(function)
+        if isinstance(value, types.MappingProxyType):
+            return types.MappingProxyType(self.followed(gc.get_referents(value)[0]))
         if isinstance(value, _FIXED):
             items = [self.followed(item) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -355,6 +363,7 @@ _WAYS: tuple[tuple[Any, Callable[[Any], Iterable[tuple[str, Any]]]], ...] = (
     (functools.partial, _of_partial),
     (weakref.ReferenceType, lambda value: [("()", value())]),
     (_CACHED, lambda value: [(".__wrapped__", value.__wrapped__)]),
+    (types.MappingProxyType, lambda value: [("", gc.get_referents(value)[0])]),
     (_KEYED, _of_mapping),
     (_SEQUENCES, lambda value: ((f"[{index}]", item) for index, item in enumerate(value))),
 )
@@ -484,13 +493,36 @@ def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    try:
-        return copy.deepcopy(value, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(value).__name__} cannot be copied ({type(error).__name__}: {error}). "
-            "lora_fx never changes its argument, so it needs a model that copy.deepcopy can copy."
-        ) from error
+    """Copy a value. What no library can copy, such as a lock or a file, is shared with the original."""
+    known = dict(memo)
+    while True:
+        try:
+            return copy.deepcopy(value, memo)
+        except Exception as error:
+            shared = _shareable(error)
+            if shared is None:
+                raise CaptureError(
+                    f"{type(value).__name__} cannot be copied ({type(error).__name__}: {error}). "
+                    "lora_fx never changes its argument, so it needs a model that copy.deepcopy can copy."
+                ) from error
+            _log.info("a %s cannot be copied: the model shares it", type(shared).__name__)
+            # The failed attempt left copies that are not filled.
+            memo.clear()
+            memo.update(known)
+            memo[id(shared)] = known[id(shared)] = shared
+
+
+def _shareable(error: Exception) -> Any:
+    """Return the object that made ``copy.deepcopy`` fail, or None unless its class has no way to be copied.
+
+    An iterator is not shared, except a file: the copy would use up the original's values.
+    """
+    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    if type(error) is not TypeError or frame.f_code is not copy.deepcopy.__code__:
+        return None
+    failed = frame.f_locals["x"]
+    used_up = hasattr(failed, "__next__") and not isinstance(failed, io.IOBase)
+    return None if used_up else failed
 
 
 def check_model(model: object) -> None:

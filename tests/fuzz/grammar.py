@@ -17,13 +17,15 @@ from tests.fuzz.source import Scope, Source
 __all__ = ["write_program"]
 
 _WIDTHS = (4, 6, 8)
+# A row of one block in a format of blocks.
+_BLOCK = 64
 _TENSOR = re.compile(r"\bx\(2, 3, (\d+)\)")
 
 
 def write_program(choices: Choices) -> Program:
     """One program."""
     source = Source(choices)
-    root = Scope(source, "Net", "", choices.pick(_WIDTHS))
+    root = Scope(source, "Net", "", choices.pick([*_WIDTHS * 8, _BLOCK]))
     width = root.width
     tokens = choices.has("input/token ids", 6)
     if tokens:
@@ -163,9 +165,13 @@ def _call(c: Choices, first: str, given: list[list[str]]) -> str:
 
 
 def _adapted(c: Choices, source: Source) -> Program:
-    configs = [_config(c)]
+    text = str(source)
+    several_layers = text.count("nn.Linear(") > 1
+    # A bias on B needs one in the base, as in PEFT.
+    biased = "bias=False" not in text and "nn.Parameter" not in text
+    configs = [_config(c, several_layers, biased)]
     if c.has("adapters/several", 6):
-        configs.append(_config(c))
+        configs.append(_config(c, several_layers, biased))
     actions = _actions(c, source, len(configs) > 1)
     frontend, example = _capture(c, source)
     optimize = not c.has("config/not optimized", 4)
@@ -179,8 +185,10 @@ def _adapted(c: Choices, source: Source) -> Program:
         actions = [name for name in actions if fused or name != "reload"]
     dtype = c.feature("dtype", ["float64"] * 12 + ["float32"] * 2 + ["bfloat16"])
     quantize = ""
-    if dtype == "float32" and c.has("quantized/base", 3):
-        quantize = c.feature("quantized", ["nf4", "int8"])
+    # The last product is the output head, which stays dense.
+    if dtype == "float32" and several_layers and c.has("quantized/base", 3):
+        blocks = f"nn.Linear({_BLOCK}, {_BLOCK})" in text
+        quantize = c.feature("quantized", ["nf4", "int8"] if blocks else ["int8"])
     # A file takes seconds, and only what can be differentiated is known to export.
     if source.grad and not quantize:
         for how in ("export", "export inputs"):
@@ -190,7 +198,7 @@ def _adapted(c: Choices, source: Source) -> Program:
     again = optimize and c.has("config/inputs made again", 2)
     features = tuple(dict.fromkeys(c.features))
     return Program(
-        str(source),
+        text,
         tuple(configs),
         frontend,
         example,
@@ -225,7 +233,7 @@ def _actions(c: Choices, source: Source, several: bool) -> list[str]:
 
 def _capture(c: Choices, source: Source) -> tuple[str, bool]:
     """The front-end, and whether there are example inputs."""
-    frontend = c.feature("frontend", ["auto"] * 5 + ["regions", "symbolic", "export"])
+    frontend = c.feature("frontend", ["auto"] * 40 + ["regions", "symbolic", "export"])
     example = frontend == "export" or c.has("frontend/example inputs", 3)
     if source.stateful and example and not c.may("combination/state and example inputs"):
         return "auto", False
@@ -236,9 +244,11 @@ _RAW = ("product/", "reader/", "layer/Parameter", "caller/a child that", "caller
 """What puts several products into one graph."""
 
 
-def _config(c: Choices) -> dict[str, Any]:
+def _config(c: Choices, several_layers: bool, biased: bool) -> dict[str, Any]:
+    """A configuration that selects something and can be merged."""
     config: dict[str, Any] = {"r": c.pick([2, 4, 2]), "lora_alpha": c.pick([3, 8])}
-    kind = c.feature("config", ["plain"] * 6 + ["rslora", "dora", "dora", "lora_bias", "dropout"])
+    kinds = ["plain"] * 6 + ["rslora", "dora", "dora", "dropout"] + ["lora_bias"] * biased
+    kind = c.feature("config", kinds)
     config |= {
         "plain": {},
         "rslora": {"use_rslora": True},
@@ -246,7 +256,8 @@ def _config(c: Choices) -> dict[str, Any]:
         "lora_bias": {"lora_bias": True},
         "dropout": {"lora_dropout": 0.25},
     }[kind]
-    targets = c.feature("targets", ["everything"] * 4 + ["default", "default", "all-linear"])
+    others = ["default", "default", "all-linear"] * several_layers
+    targets = c.feature("targets", ["everything"] * 4 + others)
     if targets == "all-linear":
         config["target_modules"] = "all-linear"
     elif targets == "everything":

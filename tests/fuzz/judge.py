@@ -337,9 +337,13 @@ class _Run:
         self.oracle.write(self._chosen())
 
     def _do_copy(self, _: str) -> None:
-        if not self._copies_apart(
-            copy.deepcopy
-        ):  # a copy of the original is none: nothing is claimed
+        try:
+            copy.deepcopy(self._build())
+        except TypeError:  # the original cannot be copied: nothing is claimed
+            return
+        except RuntimeError:  # results of autograd, which a call leaves behind
+            pass
+        if not self._copies_apart(copy.deepcopy):
             return
         with self._stage("copy"):
             self.adapted = copy.deepcopy(self.adapted)
@@ -408,8 +412,10 @@ class _Run:
     def _do_export(self, how: str) -> None:
         _, args, kwargs = self._calls()[0]
         example = self._first()
+        if len(self.active) > 1:
+            how = ""  # a file holds one adapter
         with self._stage("export"), contextlib.redirect_stderr(io.StringIO()):
-            path = self.folder / "model.onnx"
+            path = self.folder / f"model {how}.onnx"
             lora_fx.export_onnx(self.adapted, path, example, adapters=how or None)  # type: ignore[arg-type]
             session = lora_fx.OnnxSession(path, provider="cpu")
             adapter = None
@@ -418,7 +424,7 @@ class _Run:
                 lora_fx.save_onnx_adapter(self.adapted, file, base=path)
                 session.load_adapter("one", file)
                 adapter = "one"
-            found = session.run(example, adapter=adapter)
+            found = session.run(_fed(example), adapter=adapter)
         expected = self._aged_oracle(None)
         args, kwargs = _as(torch.float64, (args, kwargs))
         with torch.no_grad():  # as a file runs
@@ -658,6 +664,17 @@ def _pickled(model: nn.Module) -> nn.Module:
 def _same_bits(a: Iterable[Any], b: Iterable[Any]) -> bool:
     pairs = zip(a, b, strict=True)
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
+
+
+def _fed(example: Any) -> Any:
+    """What a file takes of example inputs: tensors. The rest is fixed in it."""
+    if isinstance(example, dict):
+        return {name: value for name, value in example.items() if _holds_tensor(value)}
+    return tuple(filter(_holds_tensor, example))
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 
 
 def _dequantized(model: nn.Module, original: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
+import torch
 import transformers
 from torch import nn
 
@@ -93,3 +94,25 @@ def test_peft_reads_adapters_of_mixtures(name: str, targets: str | None, tmp_pat
     theirs.save_pretrained(tmp_path / "theirs")
     read = lora_fx.load_adapter(make(), tmp_path / "theirs")
     assert_close(read(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize("name", ["Bamba", "MobileBERT"])
+def test_adapters_that_peft_trained_load(name: str, tmp_path: Path) -> None:
+    # Both have code that applies the weight of a linear layer without calling the layer.
+    entry = next(entry for entry in ENTRIES if entry.name == f"transformers/{name}")
+    base, inputs = entry.make()
+    theirs = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=RANK, target_modules="all-linear")
+    )
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        theirs(**inputs).logits.square().mean().backward()
+        optimizer.step()
+    theirs.save_pretrained(tmp_path)
+    loaded = lora_fx.load_adapter(base, tmp_path)
+    with torch.no_grad():
+        expected = theirs.eval()(**inputs).logits
+        assert_close(loaded.eval()(**inputs).logits, expected)
+        assert not torch.allclose(base.eval()(**inputs).logits, expected, atol=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import types
 
 import pytest
@@ -292,6 +293,34 @@ def test_what_cannot_be_copied_is_refused_with_the_reason():
     model.stream = (i for i in range(3))
     with pytest.raises(CaptureError, match=r"Linear cannot be copied.*generator"):
         lora_fx.rewrite(model, CONFIG)
+
+
+class Counting(nn.Module):
+    """Counts its calls under a lock, and reads its settings through a view that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.lock, self.local, self.calls = threading.Lock(), threading.local(), 0
+        self.settings = {"scale": 2.0}
+        self.view = types.MappingProxyType(self.settings)
+
+    def forward(self, x):
+        with self.lock:
+            self.calls += 1
+        return self.second(self.first(x)) * self.view["scale"]
+
+
+def test_what_no_library_can_copy_is_shared():
+    model = Counting()
+    adapted = lora_fx.rewrite(model, CONFIG, (sample(2, 4),))
+    assert adapted.lock is model.lock
+    assert adapted.local is model.local
+    assert_same_bits(adapted(sample(2, 4)), model(sample(2, 4)))
+    assert model.calls == 1
+    adapted.settings["scale"] = 3.0
+    assert_close(adapted(sample(2, 4)), 1.5 * model(sample(2, 4)))
+    assert_close(lora_fx.merge(adapted)(sample(2, 4)), adapted(sample(2, 4)))
 
 
 # --- reparametrized layers -------------------------------------------------------------------------
