@@ -34,7 +34,7 @@ _classes: weakref.WeakKeyDictionary[type, type[nn.Module]] = weakref.WeakKeyDict
 
 
 def is_used_up(value: Any) -> bool:
-    """Return True for an iterator or a generator of random numbers: each use changes what the next one gives."""
+    """Return True for an iterator or a random generator: each use changes what the next one gives."""
     numpy = type(value).__module__.startswith("numpy.random")
     return numpy or isinstance(value, _GENERATORS) or hasattr(value, "__next__")
 

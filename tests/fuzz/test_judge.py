@@ -261,7 +261,7 @@ def test_shrinking_keeps_what_fails() -> None:
 
 def test_every_feature_is_written_by_some_program() -> None:
     reached: set[str] = set()
-    for number in range(4000):
+    for number in range(12000):
         choices = Seeded(f"reach:{number}")
         write_program(choices)
         reached.update(choices.features)
