@@ -246,12 +246,17 @@ def _own_zeros(model: nn.Module) -> None:
         for name, old in module._parameters.items():
             if old is None or is_lazy(old) or not old.is_floating_point():
                 continue
-            if quantization_of(old) is not None or not old.numel() or bool(old.any()):
+            if quantization_of(old) is not None or not _is_zero(old):
                 continue
             if id(old) not in replacements:
                 values = 0.1 * torch.randn(old.shape, generator=generator)
                 replacements[id(old)] = nn.Parameter(values.to(old), requires_grad=False)
             module._parameters[name] = replacements[id(old)]
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    first = tensor[:1] if tensor.dim() else tensor  # it answers for most weights
+    return bool(tensor.numel()) and not (bool(first.any()) or bool(tensor.any()))
 
 
 def _randomize(model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]) -> _Places:
@@ -321,11 +326,19 @@ def _check_merge(
     rows: Sequence[tuple[PlannedSite, str]],
     record: Record,
 ) -> None:
-    """Compare merged weights with W + s · BA, if plain branches are all that changes them."""
+    """Compare merged weights with W + s · BA, if plain branches are all that changes them.
+
+    One weight of each form is enough: layers that are alike are merged alike.
+    """
     every: dict[str, list[tuple[PlannedSite, str]]] = {}
     for row, name in rows:
         every.setdefault(row.site.weight, []).append((row, name))
+    seen: set[tuple[object, ...]] = set()
     for weight, adapters in every.items():
+        form = tuple((row.site.form, row.site.weight_shape, row.kind, name) for row, name in adapters)
+        if form in seen:
+            continue
+        seen.add(form)
         own = any(weight in record.adapters[name].own for _, name in adapters)
         old = adapted.get_parameter(weight)
         plain = all(not kind_of(row).transforms and row.site.rows is None for row, _ in adapters)

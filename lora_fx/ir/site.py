@@ -220,10 +220,14 @@ class Site:
         """Shape in which the weight is applied: its own, or that of a view."""
         return self.view or self.weight_shape
 
+    @property
+    def form(self) -> tuple[object, ...]:
+        """The way in which the weight is applied. Sites of the same form can share factors."""
+        return self.family, self.layout, self.view, self.order, self.experts, self.groups
+
     def is_like(self, other: Site) -> bool:
-        """Return True if another site applies its weight in the same way, so that they can share factors."""
-        fields = ("family", "layout", "view", "order", "experts", "groups")
-        return all(getattr(self, name) == getattr(other, name) for name in fields)
+        """Return True if another site applies its weight in the same way."""
+        return self.form == other.form
 
     def applied(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a tensor of the weight's shape in the applied form: a view if possible, else a copy."""
