@@ -88,6 +88,7 @@ __all__ = [
     "has_global_hooks",
     "has_kernel",
     "has_triton",
+    "in_autocast",
     "in_backward",
     "in_dynamo",
     "in_export",
@@ -174,6 +175,11 @@ def has_kernel(operator: Any) -> bool:
 def in_jit_trace() -> bool:
     """Return True while ``torch.jit.trace`` records. ``torch.jit.is_tracing`` is deprecated."""
     return bool(torch._C._is_tracing())
+
+
+def in_autocast() -> bool:
+    """Return True where autocast is on for any kind of device."""
+    return bool(torch._C._is_any_autocast_enabled())
 
 
 def in_fx_trace() -> bool:

@@ -110,12 +110,14 @@ def apply(
         return plain(*given)
     if not torch.is_grad_enabled():
         return tuple(function.forward(*given)[:-1])
-    call: Any = function.apply
-    if not compiling:
-        # The same without a look for default values at forward's signature, which takes longer than forward.
-        base: Any = super(torch.autograd.Function, function)
-        call = base.apply
-    return tuple(call(*given)[:-1])
+    call: Any = function.apply(*given) if compiling else _call(function, *given)
+    return tuple(call[:-1])
+
+
+def _call(function: type[torch.autograd.Function], *given: Any) -> Any:
+    """Call ``function.apply`` without its look for defaults in forward's signature, which takes longer."""
+    base: Any = super(torch.autograd.Function, function)
+    return base.apply(*given)
 
 
 def _wanted(given: tuple[Any, ...]) -> bool:
@@ -374,6 +376,64 @@ class _LoraLinears(torch.autograd.Function):
         return found
 
 
+class _LoraLinear(torch.autograd.Function):
+    """What most calls are: one operation without dropout over a dense weight, all in one dtype.
+
+    It takes the arguments of :class:`_LoraLinears` and computes the same, in as little Python as that takes:
+    the products of a model leave nothing of the interpreter in a processor's caches, so that each line costs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        _mask: None,
+        dtype: torch.dtype,
+        options: Any,
+        _source: None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+    ) -> Tensor:
+        down = x.reshape(-1, x.shape[-1]) @ a.T
+        out = F.linear(x, weight, bias)
+        out.view(-1, out.shape[-1]).addmm_(down, b.T, alpha=options[0][0])
+        kept = x if a.requires_grad or weight.requires_grad else None
+        ctx.save_for_backward(kept, None, down if b.requires_grad else None, weight, bias, a, b)
+        ctx.dtype, ctx.options, ctx.shape, ctx.source = dtype, options, x.shape, None
+        return torch_private.UNSAFE_VIEW(out, out.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, *_, of_weight, of_bias, of_a, of_b = ctx.needs_input_grad
+        if of_weight or of_bias or torch.is_grad_enabled() or torch_private.in_autocast():
+            return _LoraLinears.backward(ctx, grad, None)
+        x, _, down, weight, _, a, b = ctx.saved_tensors
+        rows, scale = grad.reshape(-1, grad.shape[-1]), ctx.options[0][0]
+        inner = (rows @ b).mul_(scale)
+        return (
+            (rows @ weight).addmm_(inner, a).view(ctx.shape) if wants_x else None,
+            *(None,) * 6,
+            inner.T @ x.reshape(-1, x.shape[-1]) if of_a else None,
+            (rows.T @ down).mul_(scale) if of_b else None,
+        )
+
+
+def _is_plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Return True if :class:`_LoraLinear` can take a call without dropout."""
+    return (
+        type(x) is Tensor
+        and x.dtype is a.dtype is b.dtype is weight.dtype
+        and torch.is_grad_enabled()
+        and not x.is_nested
+        and x.layout is torch.strided
+        and not torch_private.in_autocast()
+        and not transformed()
+        and source_of(x) is None
+    )
+
+
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of every argument of forward, from those of its outputs, some of which may be None."""
     kept, mask, down, *tensors = ctx.saved_tensors
@@ -502,6 +562,10 @@ def lora_linear(
         LoraFxError: In a second backward pass, where A is frozen and both x and B require a gradient.
     """
     dropout = dropout if training else 0.0
+    if not (torch.compiler.is_compiling() or dropout or rows) and _is_plain(x, weight, a, b):
+        return _call(
+            _LoraLinear, x, None, x.dtype, ((scale, None, None),), None, weight, bias, a, b
+        )
     return _cast(x, dropout, [(scale, rows)], (weight, bias, a, b))[0]
 
 
