@@ -335,7 +335,9 @@ def _check_merge(
         every.setdefault(row.site.weight, []).append((row, name))
     seen: set[tuple[object, ...]] = set()
     for weight, adapters in every.items():
-        form = tuple((row.site.form, row.site.weight_shape, row.kind, name) for row, name in adapters)
+        form = tuple(
+            (row.site.form, row.site.weight_shape, row.kind, name) for row, name in adapters
+        )
         if form in seen:
             continue
         seen.add(form)
@@ -349,7 +351,8 @@ def _check_merge(
             change = delta_weight(adapted, row, name, torch.float64)
             total = total + row.site.stored(change.reshape(row.site.applied_shape))
         merged = dense.get_parameter(weight).detach().double()
-        allowed = 4 * torch.finfo(old.dtype).eps * float(total.abs().max())
+        largest = max(float(old.detach().abs().max()), float(total.abs().max()))
+        allowed = 4 * torch.finfo(old.dtype).eps * largest
         if float((merged - total).abs().max()) > allowed:
             raise CaptureError(
                 f"{adapters[0][0].name}: the merged weight is not W + s · BA. Please report this"

@@ -307,22 +307,12 @@ def _run_with_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, list[t
 
 def _run_with_what_is_left(model: nn.Module, example_inputs: Any) -> tuple[list[Any], str | None]:
     """Return the output, a second one if the first call changed state, and the change in words or None."""
-    before, versions = State(model), _versions(model)
+    before = State(model)
     outputs = [_run_with_inputs(model, example_inputs)]
     left = before.changed()
-    if left is None and _versions(model) != versions:
-        left = "its forward writes into a buffer"
     if left is not None:
         outputs.append(_run_with_inputs(model, example_inputs))
     return outputs, left
-
-
-def _versions(model: nn.Module) -> list[int]:
-    return [
-        torch_private.version_counter(buffer)
-        for buffer in model.buffers()
-        if not buffer.is_inference()
-    ]
 
 
 def _called(model: nn.Module, example_inputs: Any) -> Any:

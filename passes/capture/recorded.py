@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import random
 import sys
 import types
@@ -182,7 +183,11 @@ def _noted(module: nn.Module, name: str, value: Any) -> Any:
         return value
     if is_constant(value):
         recorder.read(Read(path, "value", copy.deepcopy(value)))
-    elif isinstance(value, _FUNCTIONS) and not _is_settings(value):
+    elif (
+        isinstance(value, _FUNCTIONS)
+        and not _is_settings(value)
+        and inspect.getattr_static(module, name, None) is value  # a partialmethod makes a new one
+    ):
         recorder.read(Read(path, "identity", value))
     else:
         recorder.doubts(f"its forward reads {path}, a {type(value).__name__}")

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
+
 __all__ = ["State"]
 
 # Exact classes, because subclasses may compute items, as transformers' table of activations does.
@@ -25,7 +27,10 @@ _MISSING = object()
 
 
 class State:
-    """Snapshot of a module's attributes, of their contents, and of the random generators."""
+    """Snapshot of a module's attributes, of their contents, and of the random generators.
+
+    Writes into buffers are noticed, and not restored.
+    """
 
     def __init__(self, module: nn.Module, others: Iterable[Any] = ()) -> None:
         """Record the state.
@@ -46,6 +51,15 @@ class State:
                 self._record(f"{name}.{key}" if name else key, value)
         for other in others:
             self._record("a default", other)
+        self._buffers = [
+            (
+                f"its forward writes into the buffer {name}",
+                buffer,
+                torch_private.version_counter(buffer),
+            )
+            for name, buffer in module.named_buffers()
+            if not buffer.is_inference()
+        ]
         self._random = random.getstate()
         self._torch = torch.get_rng_state()
         self._numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
@@ -65,7 +79,13 @@ class State:
 
     def changed(self) -> str | None:
         """Return the first change in words, or None, without restoring it. Random generators are ignored."""
-        return self._attributes_changed(False) or self._containers_changed(False)
+        written = (
+            words
+            for words, buffer, version in self._buffers
+            if torch_private.version_counter(buffer) != version
+        )
+        changed = self._attributes_changed(False) or self._containers_changed(False)
+        return changed or next(written, None)
 
     def _record(self, name: str, value: Any) -> None:
         if type(value) in _CONTAINERS:

@@ -115,3 +115,35 @@ def test_a_model_whose_next_call_differs_has_no_file(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"writes to self\.calls, and its next call"):
         export_onnx(Counting(decides=True), tmp_path / "m.onnx", torch.randn(2, 3))
     export_onnx(Counting(decides=False), tmp_path / "m.onnx", torch.randn(2, 3))
+
+
+class CountingInABuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x) * self.calls
+
+
+def test_a_model_that_counts_in_a_buffer_has_no_file(tmp_path: Path) -> None:
+    # Each check ran the model once more, until its count was the one that the file had kept.
+    with pytest.raises(ExportError, match=r"writes into the buffer calls, and its next call"):
+        export_onnx(CountingInABuffer(), tmp_path / "m.onnx", torch.randn(2, 3))
+
+
+class Mixing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("edges", torch.eye(3).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sparse.mm(self.edges, self.fc(x))
+
+
+def test_a_sparse_buffer_that_onnx_lacks_is_an_export_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="sparse"):
+        export_onnx(Mixing(), tmp_path / "m.onnx", torch.randn(3, 3))

@@ -32,6 +32,14 @@ class Model(nn.Module):
         return self.out(torch.tanh(self.fc(x)))
 
 
+class AsksForGradients(Model):
+    """Computes something else where gradients are wanted, as code that saves memory does."""
+
+    def forward(self, x):
+        y = torch.tanh(self.fc(x))
+        return self.out(2 * y if y.requires_grad and torch.is_grad_enabled() else y)
+
+
 @pytest.fixture
 def x() -> torch.Tensor:
     torch.manual_seed(1)
@@ -400,3 +408,34 @@ def test_large_models_are_not_made_dense_by_a_rewrite(x, monkeypatch):
     with pytest.raises(CaptureError, match=r"read by mm"):
         lora_fx.rewrite(build(Raw), CONFIG, x)
     assert watch.is_checked(model) is False
+
+
+def test_a_forward_that_asks_for_gradients_is_compared_with_them(x) -> None:
+    adapted = lora_fx.rewrite(build(AsksForGradients), CONFIG, (x,))
+    assert lora_fx.check(adapted, (x,)).error < 1e-6
+
+
+class One(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 1), nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.out(self.fc(x))
+
+
+def test_a_change_that_almost_undoes_the_weight_is_no_error() -> None:
+    adapted = lora_fx.rewrite(build(One), CONFIG)
+    weight = adapted.get_parameter("out.weight")
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if name.startswith("out.lora_A"):
+                parameter.fill_(1.0)
+            if name.startswith("out.lora_B"):
+                parameter.fill_(float(-weight * (1 - 1e-6)) / 2 / (8 / 2))
+    rows = [(row, "default") for row in adapted_rows(adapted)]
+    oracle._check_merge(adapted, lora_fx.merge(adapted), rows, oracle.require_record(adapted))
+
+
+def adapted_rows(adapted: nn.Module) -> list:
+    return list(oracle.require_record(adapted).adapters["default"].sites)

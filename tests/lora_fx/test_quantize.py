@@ -7,7 +7,9 @@ import io
 import json
 import logging
 import pickle
+import re
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -492,6 +494,35 @@ def test_every_operation_that_stays_has_its_reason() -> None:
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         torch.testing.assert_close(result(ids), widened(model, result)(ids), atol=1e-2, rtol=1e-5)
+
+
+class Chooses(nn.Module):
+    """Chooses a layer by a setting that no guard compares, beside a product of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.other = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.side = nn.Parameter(torch.randn(64, 64))
+        self.head = nn.Linear(64, 2)
+        self.setting = types.SimpleNamespace(first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.inner if self.setting.first else self.other)(x)
+        return self.head(x @ self.side)
+
+
+@pytest.mark.parametrize("format_name", ["nf4", "int8"])
+def test_a_forward_that_no_graph_can_replace_keeps_its_products(format_name: str) -> None:
+    model = seeded(Chooses)
+    left = dict(lora_fx.plan_quantization(model, format_name).left)
+    assert re.match(r"a forward computes this product itself.*reads setting", left["side"])
+    result = lora_fx.quantize(model, format_name)
+    result.setting.first = False
+    with torch.no_grad():
+        reference = widened(model, result)
+        reference.setting.first = False
+        x = torch.randn(2, 64)
+        torch.testing.assert_close(result(x), reference(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import enum
 import functools
 import itertools
 import math
+import pickle
 import random
 import sys
 import types
@@ -1138,6 +1139,41 @@ def before_its_own_weight(cls: type[nn.Module]) -> nn.Module:
 def test_a_trace_says_why_its_graph_must_not_run(cls, reason):
     assert reason_against(builders.build(cls)), reason
     builders.SEEN.clear()
+
+
+class Draws(Base):
+    """Draws from generators of its own, and asks methods that its class makes anew at each read."""
+
+    def __init__(self):
+        super().__init__()
+        self.generators = torch.Generator().manual_seed(0)
+        self.numpy_generator = np.random.default_rng(0)
+        self.python_generator = random.Random(0)
+
+    @classmethod
+    def scale(cls):
+        return 2.0
+
+    def power(self, base, exponent):
+        return base**exponent
+
+    square = functools.partialmethod(power, exponent=2)
+
+    def forward(self, x):
+        drawn = torch.rand((), generator=self.generators)
+        scale = float(self.numpy_generator.random()) + self.python_generator.random()
+        return self.fc(x) * drawn * scale * self.scale() * self.square(3.0)
+
+
+def test_generators_of_the_model_are_left_where_they_were():
+    def start():
+        torch.manual_seed(0)
+        return Draws()
+
+    model, x = start(), torch.randn(2, 4)
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["fc"]))
+    for copied in (model, pickle.loads(pickle.dumps(adapted)), adapted):
+        assert_close(copied(x), start()(x))
 
 
 @pytest.mark.parametrize(("cls", "reason"), hazards())
