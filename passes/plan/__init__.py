@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from lora_fx.passes.plan.choice import priced, with_sample_cost
-from lora_fx.passes.plan.peft_experts import expert_names
-from lora_fx.passes.plan.planning import MakePlan, at_rank, foreign_factors, start_objection
+from lora_fx.passes.plan.choice import priced, sample_cost, with_sample_cost
+from lora_fx.passes.plan.peft_experts import expert_names, with_experts
+from lora_fx.passes.plan.planning import MakePlan, at_rank, choose, foreign_factors, start_objection
 
 __all__ = [
     "MakePlan",
     "at_rank",
+    "choose",
     "expert_names",
     "foreign_factors",
     "priced",
+    "sample_cost",
     "start_objection",
+    "with_experts",
     "with_sample_cost",
 ]

@@ -42,7 +42,7 @@ from lora_fx.passes.parameters import base_dtype, base_modules
 from lora_fx.passes.patterns import lookup, pattern_of
 from lora_fx.torch_private import pytree
 
-__all__ = ["Choice", "choices", "planned_tokens", "priced", "with_sample_cost"]
+__all__ = ["Choice", "choices", "planned_tokens", "priced", "sample_cost", "with_sample_cost"]
 
 _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
@@ -133,14 +133,14 @@ class Choice:
         return scale_of(self.rank(config), self.alpha(config), config)
 
 
-def choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[Choice]:
+def choices(matches: Matches, config: LoraConfig) -> Iterator[Choice]:
     """Yield all sites in order; instead of a fused one its parts, if those are selected.
 
     ``target_parameters`` comes first: a weight that it names is adapted whole, even if ``exclude_modules``
     or the layer filters leave out the module. With ``ensure_weight_tying`` the name of a head selects the
     embedding whose weight it shares: the factors belong to the embedding, and the head gets them transposed.
     """
-    candidates = list(_choices(capture, matches, config))
+    candidates = list(_choices(matches, config))
     heads = {
         weight: choice.site.name
         for choice in candidates
@@ -158,7 +158,7 @@ def choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[
             )
 
 
-def _choices(capture: Capture, matches: Matches, config: LoraConfig) -> Iterator[Choice]:
+def _choices(matches: Matches, config: LoraConfig) -> Iterator[Choice]:
     for site in matches.sites:
         entry = parameter_entry(site.weight, config)
         if entry is not None:
@@ -418,19 +418,33 @@ def with_sample_cost(plan: Plan, capture: Capture, example_inputs: Any) -> Plan:
     """
     if plan.unit == "token":
         return plan
-    inputs = synthesise(capture.model).inputs if example_inputs is None else example_inputs
+    cost = sample_cost(capture.model, plan.sites, example_inputs)
+    return dataclasses.replace(plan, sample_cost=cost)
+
+
+def sample_cost(
+    model: nn.Module, rows: Sequence[PlannedSite], example_inputs: Any
+) -> tuple[int, int] | None:
+    """Return the extra FLOPs and saved bytes of one sample, or None if its positions are unknown.
+
+    Args:
+        model: The model. It is called without data.
+        rows: The adapted sites.
+        example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
+    """
+    inputs = synthesise(model).inputs if example_inputs is None else example_inputs
     if inputs is None:
-        return plan
+        return None
     try:
-        samples, positions = _positions(capture.model, [row.site for row in plan.sites], inputs)
+        samples, positions = _positions(model, [row.site for row in rows], inputs)
     except Exception as error:  # noqa: BLE001  the user's code may raise anything without values
         _log.debug("no cost of a sample: %s: %s", type(error).__name__, error)
-        return plan
-    if not samples or any(row.name not in positions for row in plan.sites):
-        return plan
-    costs = [_cost(capture.model, row, positions[row.name]) for row in plan.sites]
+        return None
+    if not samples or any(row.name not in positions for row in rows):
+        return None
+    costs = [_cost(model, row, positions[row.name]) for row in rows]
     flops, saved = (sum(column) // samples for column in zip(*costs, strict=True))
-    return dataclasses.replace(plan, sample_cost=(flops, saved))
+    return flops, saved
 
 
 def _cost(model: nn.Module, row: PlannedSite, positions: _Positions) -> tuple[int, int]:

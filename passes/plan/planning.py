@@ -232,22 +232,7 @@ def make_plan(
     _refuse_adapters(capture.model)
     config = with_experts(config, capture.model, matches.sites)
     saved = tuple(_saved_modules(capture.model, config))
-    inside = tuple(f"{name}." for name in saved)
-    chosen: list[Choice] = []
-    skipped: list[Skipped] = []
-    for choice in choices(capture, matches, config):
-        site, verdict = choice.site, choice.verdict
-        objection = (
-            _objection(choice, config)
-            if verdict.selected
-            else _why_not(site, config, verdict.reason)
-        )
-        if objection is None and site.weight.startswith(inside):
-            objection = "trained in full: its weight is in modules_to_save, or tied to what is"
-        if objection is None:
-            chosen.append(choice)
-        else:
-            skipped.append(Skipped(site, objection))
+    chosen, skipped = choose(matches, config, saved)
     _refuse_quantized(capture.model, config, saved, (choice.site for choice in chosen))
     rows = [_row(capture, choice, config) for choice in chosen]
     check_layouts(capture.model, tuple(rows))
@@ -301,6 +286,35 @@ def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Ite
 def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
     names = {row.kind for row in rows}
     return tuple((kind.name, kind.trains) for kind in kinds() if kind.trains and kind.name in names)
+
+
+def choose(
+    matches: Matches, config: LoraConfig, saved: Iterable[str]
+) -> tuple[list[Choice], list[Skipped]]:
+    """Return the operations that a configuration adapts, and those that it does not, with the reasons.
+
+    Args:
+        matches: The linear operations.
+        config: The configuration.
+        saved: FQNs of the modules that are trained in full.
+    """
+    inside = tuple(f"{name}." for name in saved)
+    chosen: list[Choice] = []
+    skipped: list[Skipped] = []
+    for choice in choices(matches, config):
+        site, verdict = choice.site, choice.verdict
+        objection = (
+            _objection(choice, config)
+            if verdict.selected
+            else _why_not(site, config, verdict.reason)
+        )
+        if objection is None and site.weight.startswith(inside):
+            objection = "trained in full: its weight is in modules_to_save, or tied to what is"
+        if objection is None:
+            chosen.append(choice)
+        else:
+            skipped.append(Skipped(site, objection))
+    return chosen, skipped
 
 
 def _why_not(site: Site, config: LoraConfig, reason: str) -> str:

@@ -8,7 +8,7 @@ import shutil
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -318,6 +318,8 @@ def test_names_are_text(opened: Page) -> None:
     assert not opened.run("document.querySelector('img')")
 
 
+ROWS = "[...document.querySelectorAll('#sites tbody tr')].map((r) => [...r.cells].map((c) => c.innerText))"
+
 RANKS = """
 (() => {
   const at = [...document.querySelectorAll("#sites th")].findIndex((head) => head.innerText.startsWith("r "));
@@ -330,10 +332,15 @@ RANKS = """
 @needs_chromium
 def test_the_table_and_the_graph_select_each_other(opened: Page) -> None:
     opened.key("t")
-    rows = opened.run(
-        "[...document.querySelectorAll('#sites tbody tr')].map((r) => r.dataset.name)"
-    )
-    assert len(rows) == 16
+    rows = opened.run(ROWS)
+    assert len(rows) == 7
+    assert [row[:2] for row in rows if "{" in row[0]] == [
+        ["blocks.{0-3}.up", "×4"],
+        ["blocks.{0-3}.down", "×4"],
+        ["blocks.{0-3}.up", "×4"],
+    ]
+    opened.press("#each-layer")
+    assert len(opened.run(ROWS)) == 16
     opened.press('#sites tbody tr[data-name="blocks.3.up"]')
     assert selected(opened) == "blocks.0.up"
     opened.key("Escape")
@@ -626,6 +633,7 @@ def test_the_panel_names_the_layer_that_was_asked_for(opened: Page) -> None:
 
     def row() -> None:
         opened.key("t")
+        opened.press("#each-layer")
         opened.press('#sites tbody tr[data-name="blocks.3.up"]')
         assert opened.run("document.querySelector('tr.chosen').dataset.name") == "blocks.3.up"
         opened.press("#tab-details")
@@ -899,3 +907,288 @@ def test_pans_over_twenty_thousand_boxes(chromium: Page, tmp_path: Path) -> None
     assert other < 0.002
     assert few < every / 2
     assert still >= 1
+
+
+# --- the first ten seconds ---
+
+
+def llama() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 32, "vocab_size": 31}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    return lora_fx.rewrite(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+
+def mixtral() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 31}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+    return lora_fx.rewrite(model, LoraConfig(r=4))
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes))
+    config = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    return lora_fx.rewrite(model, config)
+
+
+def resnet() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return lora_fx.rewrite(torchvision.models.resnet18(), LoraConfig(r=4))
+
+
+FIRST = """
+(() => {
+  const graph = loraFx.graphs[0], { area, view } = graph, spot = graph.spotOf(graph.trained[0]);
+  const left = view.x + spot.x * view.scale, top = view.y + spot.y * view.scale;
+  const right = left + spot.width * view.scale, bottom = top + spot.height * view.scale;
+  const inside = left >= 0 && top >= 0 && right <= area.width && bottom <= area.height;
+  const idle = [...graph.shown()].filter((box) => box.open && box.children.length && !box.sites).length;
+  return [graph.trained[0].fqn, inside, view.scale, idle];
+})()
+"""
+
+HEADER = """
+Object.fromEntries(
+  [...document.querySelectorAll("#summary div")].map(({ children: [a, b] }) => [a.innerText, b.innerText])
+)
+"""
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize(
+    ("draw", "first", "why"),
+    [
+        (resnet, "conv1", "the output head"),
+        (bert, "bert.encoder.layer.0.attention.self.query", "trained in full"),
+        (llama, "model.layers.0.self_attn.q_proj", "matches no target in target_modules"),
+        (mixtral, "model.layers.0.self_attn.q_proj", "the router of a mixture of experts"),
+    ],
+)
+def test_the_first_screen_answers_where_what_and_why(
+    chromium: Page, tmp_path: Path, draw: Callable[[], nn.Module], first: str, why: str
+) -> None:
+    """Where adapters are and what they cost is there at once, why others are not is one key away."""
+    model = draw()
+    inputs = torch.randn(2, 3, 64, 64) if draw is resnet else None
+    chromium.open(visualize(model, tmp_path / "first.html", example_inputs=inputs).as_uri())
+    chromium.complaints.clear()
+    name, inside, scale, idle = chromium.run(FIRST)
+    assert (name, inside, idle) == (first, True, 0)
+    assert scale >= 0.75
+    header = chromium.run(HEADER)
+    unit = "sample" if draw is resnet else "token"
+    assert {"trainable", "adapted sites", f"extra FLOPs a {unit}"} < {*header}
+    assert header[f"saved for backward a {unit}"].endswith("B")
+    chromium.key("t")
+    rows = chromium.run(ROWS)
+    states = [row[1] if row[1] in ("adapted", "not adapted") else row[2] for row in rows]
+    assert {*states} == {"adapted", "not adapted"}
+    assert len(rows) < 25
+    assert any(why in cell for row in rows for cell in row)
+    for row, state in zip(rows, states, strict=True):
+        assert state == "adapted" or len(max(row, key=len)) > 10
+    assert not chromium.complaints
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_costs_in_the_header_are_those_of_the_plan(chromium: Page, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_dropout=0.1)
+    plan = lora_fx.plan(Nested(), config)
+    headers = []
+    for drawn in (plan, lora_fx.rewrite(Nested(), config)):
+        chromium.open(visualize(drawn, tmp_path / "costs.html", force=True).as_uri())
+        headers.append(chromium.run(HEADER))
+    assert headers[0]["extra FLOPs a token"] == headers[1]["extra FLOPs a token"]
+    assert headers[1]["extra FLOPs a token"] == f"{plan.flops / 1000:.3g} k"
+    assert headers[1]["saved for backward a token"] == f"{plan.saved / 1000:.3g} kB"
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_buttons_open_the_table_and_what_if(opened: Page) -> None:
+    for button, sheet in (("#show-sites", "#sites"), ("#show-try", "#try")):
+        for shown in (True, False):
+            opened.press(button)
+            assert opened.run(f"document.querySelector('{sheet}').checkVisibility()") is shown
+            pressed = opened.run(f"document.querySelector('{button}').getAttribute('aria-pressed')")
+            assert pressed == str(shown).lower()
+    opened.press("#show-try")
+    assert "linear operations" in opened.run("document.querySelector('#verdict').innerText")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_legend_explains_what_is_drawn(opened: Page, tmp_path: Path) -> None:
+    legend = opened.run(
+        "[...document.querySelectorAll('#key > span')].map((s) => s.lastChild.textContent)"
+    )
+    signs = {"adapted", "adapters inside", "equal modules, drawn once", "default", "other"}
+    assert signs < {*legend}
+    assert "linear, not adapted" not in legend  # there is none
+    sizes = opened.run("[...document.querySelectorAll('#key svg')].map((s) => s.getBBox().width)")
+    assert min(sizes) > 10
+    config = LoraConfig(r=2, target_modules=["head"], modules_to_save=["stem"])
+    opened.open(visualize(lora_fx.rewrite(Net(), config), tmp_path / "legend.html").as_uri())
+    legend = opened.run(
+        "[...document.querySelectorAll('#key > span')].map((s) => s.lastChild.textContent)"
+    )
+    assert {"adapted", "linear, not adapted", "trained in full"} < {*legend}
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_n_and_p_visit_the_adapters(opened: Page) -> None:
+    order = opened.run("loraFx.graphs[0].trained.map((box) => box.fqn)")
+    assert order[0] == "stem"
+    assert len(order) == 5
+    visited = []
+    for _ in order:
+        opened.key("n")
+        visited.append(selected(opened))
+    assert visited == order
+    assert opened.run("document.querySelector('#found').textContent").startswith("adapter 5 / 5")
+    assert "r 3 · × 2.667 · other" in panel(opened) or "r 2" in panel(opened)
+    opened.key("n")
+    assert selected(opened) == order[0]
+    opened.key("p")
+    assert selected(opened) == order[-1]
+    # Between two of them.
+    opened.run(f"loraFx.select({json.dumps(f'parts.{NASTY}.act')})")
+    opened.key("p")
+    assert selected(opened).endswith(".up")
+    opened.run(f"loraFx.select({json.dumps(f'parts.{NASTY}.act')})")
+    opened.key("n")
+    assert selected(opened).endswith(".down")
+
+
+INSIDE = """
+(() => {
+  const graph = loraFx.graphs[0], { area, view, root } = graph;
+  const right = area.width - view.x - root.width * view.scale;
+  return [view.x, view.y, right, area.height - view.y - root.height * view.scale];
+})()
+"""
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_fit_shows_the_whole_picture(opened: Page) -> None:
+    """Both ways, and again once a panel takes room."""
+    opened.run("loraFx.graphs[0].toDepth(99)")
+    for ask in ("#fit", "#show-try", "#hide"):
+        opened.press(ask)
+        left, top, right, bottom = opened.run(INSIDE)
+        assert min(left, top, right, bottom) >= 23
+        assert left == pytest.approx(right)
+        assert top == pytest.approx(bottom)
+
+
+SCREEN = """
+(() => {
+  const graph = loraFx.graphs[0], { view, area } = graph, spot = graph.spotOf(graph.boxOf(%s));
+  return [view.x + spot.x * view.scale, view.x + (spot.x + spot.width) * view.scale, area.width];
+})()
+"""
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_panel_covers_nothing(opened: Page) -> None:
+    """The picture moves aside, and what was clicked stays in view."""
+    opened.run("loraFx.graphs[0].move(loraFx.graphs[0].view.x + 300, 30, 0.9)")
+    opened.settle()
+    opened.click(*spot(opened, "stem"))
+    left, right, width = opened.run(SCREEN % '"stem"')
+    assert width < 810
+    assert 0 <= left < right <= width
+    opened.key("Escape")
+    middle = opened.run("loraFx.graphs[0].area.width / 2")
+    opened.run("loraFx.graphs[0].begin()")
+    opened.settle()
+    opened.click(*spot(opened, ""))
+    left, right, width = opened.run(SCREEN % '""')
+    assert width < 810 < 2 * middle
+    assert (left + right) / 2 == pytest.approx(width / 2, abs=1)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_double_click_opens_what_its_first_click_selects(opened: Page) -> None:
+    """Although the panel that the first click opens moves the picture."""
+    opened.press("#fit")
+    x, y = spot(opened, "blocks.0")
+    before = opened.run("loraFx.graphs[0].boxOf('blocks.0').open")
+    opened.mouse("mouseMoved", x, y)
+    for count in (1, 2):
+        opened.mouse("mousePressed", x, y, button="left", clickCount=count)
+        opened.mouse("mouseReleased", x, y, button="left", clickCount=count)
+        opened.settle()
+    assert selected(opened) == "blocks.0"
+    assert opened.run("loraFx.graphs[0].boxOf('blocks.0').open") is not before
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_click_closes_the_tooltip(opened: Page) -> None:
+    opened.press("#fit")
+    x, y = spot(opened, "stem")
+    opened.mouse("mouseMoved", x, y)
+    opened.settle()
+    assert not opened.run("document.querySelector('#tooltip').hidden")
+    opened.click(x, y)
+    assert opened.run("document.querySelector('#tooltip').hidden")
+    x, y = spot(opened, "stem")
+    opened.mouse("mouseMoved", x + 2, y)
+    opened.settle()
+    assert opened.run("document.querySelector('#tooltip').hidden")  # the panel says it all
+    opened.mouse("mouseMoved", *spot(opened, "blocks.0"))
+    opened.settle()
+    assert not opened.run("document.querySelector('#tooltip').hidden")
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+def test_hits_are_amber(opened: Page, dark: bool) -> None:
+    try:
+        opened.size(1200, 800, dark=dark)
+        color = opened.run("loraFx.graphs[0].looks.of('box leaf hit', 'frame', 'rect').stroke")
+        red, green, blue = map(int, re.findall(r"\d+", color)[:3])
+        assert red > 200
+        assert 130 < green < 220
+        assert blue < 80
+    finally:
+        opened.size(1200, 800)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_fields_of_nodes_are_internals(opened: Page) -> None:
+    opened.run("loraFx.select('stem')")
+    told = panel(opened)
+    assert "call_function" not in told
+    assert "trained" in told
+    assert "Internals" in told
+    opened.press("#details summary")
+    told = panel(opened)
+    assert "call_function" in told
+    assert "lora_linear" in told
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_the_panel_begins_with_the_reason(chromium: Page, tmp_path: Path) -> None:
+    model = lora_fx.rewrite(Net(), LoraConfig(r=2, target_modules=["head"]))
+    chromium.open(visualize(model, tmp_path / "why.html").as_uri())
+    chromium.run("loraFx.select('stem')")
+    told = panel(chromium).splitlines()
+    reason = "Not adapted: matches no target in target_modules"
+    assert reason in told
+    assert told.index(reason) < told.index("class")

@@ -29,7 +29,7 @@ from lora_fx.tools.draw.layout import count_of
 from lora_fx.tools.draw.painting import _FilePainter
 from lora_fx.tools.draw.picture import SCHEMA, Box
 from lora_fx.tools.draw.regions import measured
-from tests.tools.pictures import ROLES, Net, Untraceable, adapted, drawn
+from tests.tools.pictures import ROLES, SVG, Net, Untraceable, adapted, drawn
 
 OLDER = Version(transformers.__version__) < Version("5.24")
 NASTY = "a<b>&\"c'</script><!--]]>\x07\\n{{data}}"
@@ -473,6 +473,97 @@ def test_what_is_not_selected_says_why() -> None:
     reasons = {row.name: row.reason for row in picture.sites}
     assert reasons["head"] == "matches no target in target_modules"
     assert not reasons["stem"]
+
+
+class Parts(nn.Module):
+    """A fused qkv, a product with a bare parameter, and a forward in a decorator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.mix = nn.Parameter(torch.randn(8, 8))
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return nn.functional.scaled_dot_product_attention(q, k, v) @ self.mix
+
+
+def test_a_single_adapted_part_has_its_name_in_the_box() -> None:
+    model = lora_fx.rewrite(Parts(), lora_fx.LoraConfig(r=2, target_modules=["qkv.v"]))
+    picture = picture_of(model)
+    box = by_fqn(picture.root)["qkv"]
+    assert [branch.words for branch in box.branches] == ["v · r 2 · × 4 · default"]
+    assert ("not selected", "q, k: matches no target in target_modules") in box.facts
+    reasons = {row.name: row.reason for row in picture.sites}
+    plan = lora_fx.plan(Parts(), lora_fx.LoraConfig(r=2, target_modules=["qkv.v"]))
+    skipped = {row.site.name: row.reason for row in plan.skipped}
+    assert {*skipped} == {"qkv.q", "qkv.k", "mix"}
+    assert reasons == {**skipped, "qkv.v": ""}
+    lora_fx.set_adapter(model, [])
+    box = by_fqn(picture_of(model).root)["qkv"]
+    assert [branch.words for branch in box.branches] == ["v · r 2 · × 4 · default (off)"]
+
+
+def test_a_product_with_a_bare_parameter_says_why_it_is_not_adapted() -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["qkv"])
+    for optimize in (True, False):
+        model = lora_fx.rewrite(Parts(), config, optimize=optimize)
+        root = picture_of(model).root
+        (box,) = (box for box in root.walk() if box.name == "matmul")
+        assert box.state == "unselected"
+        assert dict(box.facts)["not selected"] == "matches no target in target_modules"
+        assert not any(box.state == "unselected" for box in root.walk() if box.adapter)
+
+
+def test_the_source_of_a_forward_is_not_that_of_its_decorator() -> None:
+    facts = dict(picture_of(Parts()).root.facts)
+    assert facts["source"].startswith("test_visualize.py:")
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear", ["gate_proj", "0.self_attn.q_proj"]])
+def test_reasons_are_those_of_the_plan(targets: Any) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 31}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads))
+    config = lora_fx.LoraConfig(r=2, target_modules=targets, exclude_modules=["o_proj"])
+    skipped = {row.site.name: row.reason for row in lora_fx.plan(model, config).skipped}
+    rows = picture_of(lora_fx.rewrite(model, config)).sites
+    assert {row.name: row.reason for row in rows if row.reason} == skipped
+
+
+def test_the_header_of_a_convolution_has_the_cost_of_a_sample() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2))
+    config, inputs = lora_fx.LoraConfig(r=2), torch.randn(2, 3, 16, 16)
+    plan = lora_fx.plan(model, config, example_inputs=inputs)
+    adapted = lora_fx.rewrite(model, config)
+    facts = dict(picture_of(adapted, inputs).facts)
+    assert facts["extra FLOPs a sample"] == f"{plan.flops / 1000:.3g} k"
+    assert facts["saved for backward a sample"] == f"{plan.saved / 1000:.3g} kB"
+    unknown = picture_of(adapted)
+    assert not any("FLOPs" in label for label, _ in unknown.facts)
+    assert "example_inputs" in unknown.notes[-1]
+
+
+def test_the_legend_of_an_svg_file_keeps_to_its_width() -> None:
+    config = lora_fx.LoraConfig(r=2, target_modules=["head"], modules_to_save=["stem"])
+    root = ET.fromstring(to_svg(picture_of(lora_fx.rewrite(Net(), config))))
+    texts = [each for each in root.iter(f"{SVG}text") if each.get("class") == "legend"]
+    words = {text.text for text in texts}
+    assert {"adapted", "linear, not adapted", "trained in full", "adapters inside"} < words
+    *legend, picture = root.findall(f"{SVG}g")
+    assert len(legend) == len(words)
+
+    def spot(group: ET.Element) -> tuple[float, float]:
+        x, y = re.findall(r"[\d.]+", group.get("transform") or "")
+        return float(x), float(y)
+
+    for group in legend:
+        x, y = spot(group)
+        assert x + 26 + 6.6 * len(group.findtext(f"{SVG}text") or "") <= float(
+            root.get("width") or 0
+        )
+        assert y + 14 <= spot(picture)[1]
 
 
 def test_sites_of_a_model_say_what_the_adapter_does() -> None:

@@ -49,30 +49,34 @@ from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide, 
 __all__ = ["FORMATS", "explorer_data", "explorer_graph", "visualize"]
 
 _MARGIN = 24
-_TOP = 84
+_NARROWEST = 520
 _LEGEND_Y = 62
+_LEGEND_ROW = 22
+_SUBTITLE_ROW = 16
 
 
 def to_svg(picture: Picture) -> str:
     """Return the text of an SVG file."""
     scene = place(picture, plan_layers(picture))
-    # The legend above the picture may be wider than the picture.
-    legend, legend_width = _legend(picture)
-    width = max(scene.width, legend_width, 520) + 2 * _MARGIN
-    height = scene.height + _TOP + _MARGIN
+    inner = max(scene.width, _NARROWEST)
+    subtitle = _subtitle(picture, inner)
+    legend, top = _legend(picture, inner, _LEGEND_Y + _SUBTITLE_ROW * (len(subtitle) - 1))
+    width, height = inner + 2 * _MARGIN, scene.height + top + _MARGIN
     shift = (width - scene.width) / 2
     style = asset("picture.css")
     title = clean(picture.title)
-    summary = " · ".join(f"{label} {value}" for label, value in picture.facts)
     size = f'width="{_n(width)}" height="{_n(height)}" viewBox="0 0 {_n(width)} {_n(height)}"'
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="picture" {size}>',
         f"<title>{escape(title)}</title>",
         f"<style>{escape(style)}</style>",
         f'<text class="title" x="{_MARGIN}" y="32">{escape(elide(title, 60))}</text>',
-        f'<text class="subtitle" x="{_MARGIN}" y="50">{escape(clean(summary))}</text>',
+        *(
+            f'<text class="subtitle" x="{_MARGIN}" y="{50 + _SUBTITLE_ROW * row}">{escape(text)}</text>'
+            for row, text in enumerate(subtitle)
+        ),
         *legend,
-        f'<g transform="translate({_n(shift)} {_TOP})">',
+        f'<g transform="translate({_n(shift)} {_n(top)})">',
         *_drawing(picture, scene),
         "</g>",
         "</svg>",
@@ -172,25 +176,57 @@ def hatch(width: float, height: float) -> str:
     return "".join(segments)
 
 
-def _legend(picture: Picture) -> tuple[list[str], float]:
-    x = float(_MARGIN)
+def _subtitle(picture: Picture, width: float) -> list[str]:
+    """Return the facts of a picture in lines of a width."""
+    lines = [""]
+    for label, value in picture.facts:
+        words = clean(f"{label} {value}")
+        longer = f"{lines[-1]} · {words}" if lines[-1] else words
+        if lines[-1] and 6.4 * len(longer) > width:
+            lines.append(words)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _legend(picture: Picture, width: float, top: float) -> tuple[list[str], float]:
+    """Return the legend from a position on, in rows of a width, and the position below it."""
+    several = picture.adapters if len(picture.adapters) > 1 else ()
+    entries = [(sign.look, sign.text) for sign in picture.legend]
+    entries += [(f"line a{index % 6}", clean(name)) for index, name in enumerate(several)]
+    x, y = float(_MARGIN), top
     lines: list[str] = []
-    for kind, text in picture.legend:
-        lines.append(f'<g class="{kind}" transform="translate({_n(x)} {_LEGEND_Y})">')
-        lines.append('<rect class="frame" width="14" height="14" rx="4"/>')
-        if kind in CHIPS:
-            lines.append('<rect class="chip" width="14" height="14" rx="4"/>')
-            lines.append(f'<text class="chip-letter" x="7" y="11">{CHIPS[kind]}</text>')
-        lines.append(f'<text class="legend" x="20" y="11">{escape(text)}</text></g>')
-        x += 20 + 6.6 * len(text) + 18
-    for index, name in enumerate(picture.adapters if len(picture.adapters) > 1 else ()):
-        words = clean(name)
-        lines.append(f'<g class="a{index % 6}" transform="translate({_n(x)} {_LEGEND_Y})">')
-        lines.append('<rect class="factor" width="5" height="13"/>')
-        lines.append('<rect class="factor" x="7" y="4" width="13" height="5"/>')
-        lines.append(f'<text class="legend" x="26" y="11">{escape(words)}</text></g>')
-        x += 26 + 6.6 * len(words) + 18
-    return lines, x - _MARGIN
+    for look, text in entries:
+        wide = 26 + 6.6 * len(text)
+        if x > _MARGIN and x + wide > width + _MARGIN:
+            x, y = float(_MARGIN), y + _LEGEND_ROW
+        lines.append(f'<g transform="translate({_n(x)} {_n(y)})">{_sample(look)}')
+        lines.append(f'<text class="legend" x="26" y="11">{escape(text)}</text></g>')
+        x += wide + 18
+    return lines, y + _LEGEND_ROW if lines else top
+
+
+def _sample(look: str) -> str:
+    """Return a sample of a sign, 20 wide and 14 high. The page draws the same ones."""
+    kind, _, style = look.partition(" ")
+    box = '<rect class="frame" width="14" height="14" rx="4"/>'
+    if kind == "line":
+        wide = '<rect class="factor" x="8" y="4" width="12" height="5"/>'
+        return f'<g class="{style or "a0"}"><rect class="factor" width="5" height="13"/>{wide}</g>'
+    if kind == "count":
+        badge = '<rect class="badge" width="20" height="14" rx="7"/>'
+        return f'<g>{badge}<text class="badge-text" x="10" y="10.5">2</text></g>'
+    if kind == "repeats":
+        behind = '<rect class="shade" x="5" width="13" height="11" rx="3"/>'
+        return f'<g>{behind}<rect class="frame" y="3" width="13" height="11" rx="3"/></g>'
+    if kind in CHIPS:
+        box += '<rect class="chip" width="14" height="14" rx="4"/>'
+        box += f'<text class="chip-letter" x="7" y="11">{CHIPS[Kind(kind)]}</text>'
+    if style == "is-refused":
+        box += f'<path class="hatch" d="{hatch(14, 14)}"/>'
+    if style in ("is-full", "is-rows"):
+        box += '<rect class="inner" x="3" y="3" width="8" height="8" rx="2"/>'
+    return f'<g class="{look}">{box}</g>'
 
 
 def _radius(box: Box) -> int:

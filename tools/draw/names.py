@@ -21,20 +21,13 @@ from lora_fx.tools.draw.picture import (
     State,
     human,
     name_of,
-    occurring,
     runs,
     share_of,
     times,
 )
-from lora_fx.tools.draw.sites import rows_of_plan, targets_of
+from lora_fx.tools.draw.sites import costs_of, rows_of_plan, targets_of, unit_of
 
 __all__ = ["picture_of_folder", "picture_of_merge", "picture_of_plan"]
-
-_LEGEND: tuple[tuple[Kind, str], ...] = (
-    (Kind.SITE, "adapted"),
-    (Kind.SKIPPED, "not selected"),
-    (Kind.REJECTED, "cannot be adapted"),
-)
 
 _CHANGE = "‖ΔW‖ / ‖W‖"
 """Label of a change's size on the page."""
@@ -149,10 +142,10 @@ def picture_of_plan(plan: Plan) -> Picture:
             ("cannot be adapted", str(len(plan.rejections))),
             ("parameters", human(plan.total_parameters)),
             ("trainable", share_of(plan.trainable_parameters, plan.total_parameters)),
+            *costs_of(plan.flops, plan.saved, plan.unit),
             ("captured by", plan.frontend),
         ),
         root=box,
-        legend=occurring(_LEGEND, box),
         notes=tuple(f"matched nothing: {target}" for target in plan.unmatched),
         adapters=("",),
         sites=rows_of_plan(plan),
@@ -163,6 +156,7 @@ def picture_of_plan(plan: Plan) -> Picture:
         ),
         config=plan.config,
         counted=False,
+        unit=unit_of(plan.sites),
     )
 
 
@@ -300,7 +294,6 @@ def picture_of_folder(folder: Path) -> Picture:
         title=folder.name,
         facts=facts,
         root=root,
-        legend=occurring(_LEGEND, root),
         adapters=("",),
         sites=tuple(rows),
         counted=False,

@@ -23,7 +23,7 @@ from lora_fx.tools.draw.layout import (
     sizes_of,
     words_of,
 )
-from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, Target, clean
+from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, Target, clean, is_internal
 
 __all__ = ["asset", "classes_of", "document_of", "initially_open", "to_html"]
 
@@ -100,7 +100,8 @@ def document_of(picture: Picture) -> dict[str, Any]:
             "layout": None
             if box_layers is None
             else layouts.setdefault(_layout(box, box_layers), len(layouts)),
-            "facts": [strings(text) for fact in box.facts for text in fact],
+            "facts": [strings(t) for fact in box.facts if not is_internal(fact[0]) for t in fact],
+            "internals": [strings(t) for fact in box.facts if is_internal(fact[0]) for t in fact],
             "repeats": [strings(fqn) for fqn in box.repeats],
             "sites": box.sites,
             "elements": (elements or None) if picture.counted else None,
@@ -118,7 +119,7 @@ def document_of(picture: Picture) -> dict[str, Any]:
     return {
         "title": clean(picture.title),
         "summary": [[clean(label), clean(value)] for label, value in picture.facts],
-        "legend": [[str(kind), clean(text)] for kind, text in picture.legend],
+        "legend": [[sign.look, clean(sign.text)] for sign in picture.legend],
         "notes": [clean(note) for note in picture.notes],
         "adapters": [clean(name) for name in picture.adapters],
         "boxes": entries,
@@ -130,6 +131,7 @@ def document_of(picture: Picture) -> dict[str, Any]:
         ],
         "targets": [_target(target, strings) for target in picture.targets],
         "config": _typed(picture.config),
+        "unit": picture.unit,
         "strings": list(strings.places),
         "metrics": METRICS,
         "chips": {str(kind): letter for kind, letter in CHIPS.items()},
@@ -185,14 +187,17 @@ _UNCOUNTED = ("bias", "trainable_token_indices", "ensure_weight_tying")
 
 
 def _typed(config: LoraConfig | None) -> dict[str, Any]:
-    """Return a configuration as it is typed into the page: texts by field, and fields that the page lacks."""
+    """Return a configuration as it is typed into the page: texts by field, and fields that the page lacks.
+
+    The seed is left out: a rewrite draws one if there is none, and another selection has another start.
+    """
     config = config or LoraConfig()
     default = LoraConfig().to_dict()
     values = {key: v for key, v in config.to_dict().items() if v != default.get(key)}
     unsupported = {
         key: v
         for key, v in values.items()
-        if key not in (*FIELDS, "r", "lora_alpha", "inference_mode")
+        if key not in (*FIELDS, "r", "lora_alpha", "inference_mode", "seed")
     }
     return {
         "r": config.r,
@@ -251,7 +256,10 @@ def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] =
 
 
 def initially_open(root: Box) -> set[str]:
-    """Return the ids of the initially open boxes: the levels that fit a screen, and at least one adapter."""
+    """Return the ids of the initially open boxes: the levels that fit a screen, and at least one adapter.
+
+    In a picture with adapters, boxes without one stay closed.
+    """
     opened: set[str] = set()
     visible = 1
     level = [root] if root.children else []
@@ -260,7 +268,7 @@ def initially_open(root: Box) -> set[str]:
         # is not of first interest.
         adapted = [box for box in level if box.sites]
         plain = [box for box in level if not box.sites and any(map(_is_module, box.children))]
-        for group in (adapted, plain):
+        for group in (adapted,) if root.sites else (plain,):
             added = sum(len(box.children) for box in group)
             if visible + added <= _VISIBLE or root in group:
                 visible += added

@@ -25,6 +25,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import Matches, Record, adapters_of, join, tag_of
 from lora_fx.passes.capture import CACHE, Listener, normalize, synthesise
 from lora_fx.passes.graph import original_class, uninstall
+from lora_fx.passes.plan import sample_cost
 from lora_fx.tools.draw.picture import (
     Box,
     Branch,
@@ -36,7 +37,6 @@ from lora_fx.tools.draw.picture import (
     label_of,
     name_of,
     nested,
-    occurring,
     runs,
     share_of,
     times,
@@ -44,17 +44,22 @@ from lora_fx.tools.draw.picture import (
 from lora_fx.tools.draw.regions import (
     Digests,
     RegionPainter,
+    branch_of,
     drawn_children,
     dtype_name,
     parameter_counts,
+    part_name,
     size_name,
     source_of,
+    whole_weight,
 )
 from lora_fx.tools.draw.sites import (
+    costs_of,
     rows_of_matches,
     rows_of_model,
+    skipped_in,
     targets_of,
-    why_not,
+    unit_of,
     with_losses,
 )
 from lora_fx.torch_private import pytree
@@ -136,6 +141,10 @@ def _called(model: nn.Module, example_inputs: Any, dtype: torch.dtype | None) ->
     with torch.no_grad(), recorder:
         copied(*args, **kwargs)
     return recorder.calls(with_dtypes=dtype is None)
+
+
+def _without_data(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="meta")
 
 
 def _copy(model: nn.Module, empty: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -314,18 +323,6 @@ def _in_words(tensors: _Shapes, with_dtypes: bool) -> str:
 # --- models ---------------------------------------------------------------------------------------
 
 
-_LEGEND: tuple[tuple[Kind, str], ...] = (
-    (Kind.BASE, "base operation"),
-    (Kind.DROPOUT, "dropout"),
-    (Kind.DOWN, "A: down to the rank"),
-    (Kind.UP, "B: up again"),
-    (Kind.SCALE, "scale"),
-    (Kind.ADD, "add"),
-    (Kind.ADAPTER, "other adapter node"),
-    (Kind.OPAQUE, "no graph: modules as they are called"),
-)
-
-
 def picture_of_model(
     model: nn.Module,
     graphs: Mapping[str, fx.Graph],
@@ -364,6 +361,8 @@ def picture_of_model(
     if record is None and matches is not None:
         rows = rows_of_matches(matches)
     seen = matches if record is None else record.base.matches
+    costs, unit, unknown = _costs(model, record, example_inputs)
+    notes += [unknown] if unknown else []
     configs = [adapter.config for adapter in record.adapters.values()] if record is not None else []
     config = configs[0] if configs else None
     if original is not None and any(row.quantized for row in rows):
@@ -374,15 +373,33 @@ def picture_of_model(
             ("parameters", human(total)),
             ("trainable", share_of(root.trainable, total)),
             ("adapted sites", str(root.sites)),
+            *costs,
         ),
         root=root,
-        legend=occurring(_LEGEND, root),
         notes=tuple(notes),
         adapters=painter.adapters,
         sites=rows,
-        targets=() if seen is None else targets_of(seen.sites, seen.rejections, config),
+        targets=() if seen is None else targets_of(seen.sites, seen.rejections, config, model),
         config=config,
+        unit=unit,
     )
+
+
+def _costs(
+    model: nn.Module, record: Record | None, example_inputs: Any
+) -> tuple[tuple[tuple[str, str], ...], str, str]:
+    """Return the costs of the active adapters as facts, the unit of a site's costs, and a note or ""."""
+    active = () if record is None else record.active
+    rows = [row for name in active if record is not None for row in record.adapters[name].sites]
+    unit, each = unit_of(rows), "token"
+    flops, saved = sum(row.flops for row in rows), sum(row.saved for row in rows)
+    if unit == "position":
+        each = "sample"
+        cost = sample_cost(_copy(model, _without_data), rows, example_inputs)
+        if cost is None:
+            return (), unit, "example_inputs= shows what the adapters cost in a sample"
+        flops, saved = cost
+    return costs_of(flops, saved, each), unit, ""
 
 
 class _Painter:
@@ -443,8 +460,19 @@ class _Painter:
     def _read_matches(self, matches: Matches | None) -> None:
         sites = () if matches is None else matches.sites
         rejections = () if matches is None else matches.rejections
-        self._unselected = {
-            site.name: "" if self.record is None else why_not(site, self.record) for site in sites
+        self._unselected = {site.name: "" for site in sites}
+        # Parts of fused operations have no box. Their operation says why they are not adapted.
+        self._parts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for skipped in skipped_in(self.record) if self.record is not None else ():
+            site, reason = skipped.site, skipped.reason
+            if site.part_of:
+                self._parts[site.part_of][reason].append(site.name.rpartition(".")[2])
+            self._unselected[site.name] = reason
+        self.unselected = {
+            (call.region, call.output): self._unselected[site.name]
+            for site in sites
+            if site.name not in {row.site.part_of or row.name for row in self.planned.values()}
+            for call in site.calls
         }
         self._tied = {site.name: site.tied_to for site in sites if site.tied_to}
         self._rejected = {rejection.name: rejection.reason for rejection in rejections}
@@ -527,14 +555,15 @@ class _Painter:
         )
 
     def _switched_off(self, fqn: str) -> Iterator[Branch]:
-        """Yield the adapters on a module's weight if none of them is active."""
+        """Yield the adapters on a module's weight, or on parts of it, if none of them is active."""
         weight = join(fqn, "weight")
-        for name in self.inactive.get(weight, ()):
-            row = self.planned.get((weight, name))
-            if row is None:
-                yield Branch(name, kind=f"{self.rows[weight, name]} rows", active=False)
-            else:
-                yield Branch(name, row.rank or None, row.scale, row.dropout, row.kind, active=False)
+        for part in (key for key in self.inactive if whole_weight(key) == weight):
+            for name in self.inactive[part]:
+                row = self.planned.get((part, name))
+                if row is None:
+                    yield Branch(name, kind=f"{self.rows[part, name]} rows", active=False)
+                else:
+                    yield branch_of(row, name, part_name(row), active=False)
 
     def _standing(
         self, module: nn.Module, fqn: str, branches: Sequence[Branch]
@@ -564,6 +593,8 @@ class _Painter:
             state = State.BASE
             if why := self._unselected[fqn]:
                 facts.append(("not selected", why))
+        for why, names in self._parts.get(fqn, {}).items():
+            facts.append(("not selected", f"{', '.join(names)}: {why}"))
         return state, tuple(marks), tuple(facts)
 
     def _shapes(self, module: nn.Module) -> Iterator[tuple[str, str]]:

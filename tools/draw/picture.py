@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_fx.config import LoraConfig
 
@@ -21,6 +21,7 @@ __all__ = [
     "Kind",
     "Made",
     "Picture",
+    "Sign",
     "SiteRow",
     "State",
     "Target",
@@ -29,10 +30,11 @@ __all__ = [
     "end_of",
     "follows",
     "human",
+    "human_bytes",
+    "is_internal",
     "label_of",
     "name_of",
     "nested",
-    "occurring",
     "runs",
     "share_of",
     "times",
@@ -163,7 +165,7 @@ class Target:
         name: FQN of the operation.
         weight: FQN of the weight if it is not ``name.weight``.
         default: True if ``target_modules=None`` selects it.
-        linear: True if ``target_modules="all-linear"`` selects it.
+        linear: How many times the rank ``target_modules="all-linear"`` gives it; 0 if it is not selected.
         each_rank: Trainable elements per rank.
         fixed: Trainable elements of its kind that do not depend on the rank, such as a bias on B.
         attention: FQN of the ``nn.MultiheadAttention`` of which it is a projection.
@@ -175,7 +177,7 @@ class Target:
     name: str
     weight: str = ""
     default: bool = False
-    linear: bool = False
+    linear: int = 0
     each_rank: float = 0.0
     fixed: int = 0
     attention: str = ""
@@ -245,25 +247,31 @@ class Picture:
         title: Class of the model, or name of the plan, report, file or folder.
         facts: Labels and values of the summary.
         root: The outermost box.
-        legend: Kinds that occur and need an explanation, with the explanation.
         notes: Remarks on the drawing.
         adapters: Names of the adapters that occur, in the order of their colors.
         sites: Every linear operation of the model.
         targets: Operations that another configuration could name; empty if unknown.
         config: The configuration of the picture's adapters, if there is one.
         counted: True if the boxes count all parameters, not only those of listed names.
+        unit: Unit of the costs of a single site. It is a position if some of the sites are convolutions.
     """
 
     title: str
     facts: tuple[tuple[str, str], ...]
     root: Box
-    legend: tuple[tuple[Kind, str], ...] = ()
     notes: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
     sites: tuple[SiteRow, ...] = ()
     targets: tuple[Target, ...] = ()
     config: LoraConfig | None = None
     counted: bool = True
+    unit: str = "token"
+
+    @property
+    def legend(self) -> tuple[Sign, ...]:
+        """Return the signs that occur in the picture."""
+        boxes = tuple(self.root.walk())
+        return tuple(sign for sign in _SIGNS if any(map(sign.occurs, boxes)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers for JSON.
@@ -295,7 +303,7 @@ class Picture:
             "schema": SCHEMA,
             "title": self.title,
             "summary": [list(fact) for fact in self.facts],
-            "legend": [[str(kind), text] for kind, text in self.legend],
+            "legend": [[sign.look, sign.text] for sign in self.legend],
             "notes": list(self.notes),
             "adapters": list(self.adapters),
             "sites": [dataclasses.asdict(row) | {"state": str(row.state)} for row in self.sites],
@@ -339,15 +347,66 @@ def human(count: int) -> str:
     return str(count)
 
 
+def human_bytes(count: int) -> str:
+    """Return a number of bytes in three or four digits: ``9.7 MB``."""
+    text = human(count).replace("B", "G")
+    return f"{text}B" if " " in text else f"{text} B"
+
+
 def share_of(trainable: int, total: int) -> str:
     """Return the number of trained elements and their share."""
     return human(trainable) + (f" ({100 * trainable / total:.3g} %)" if total else "")
 
 
-def occurring(legend: tuple[tuple[Kind, str], ...], root: Box) -> tuple[tuple[Kind, str], ...]:
-    """Return the entries of a legend whose kinds are in a picture."""
-    kinds = {box.kind for box in root.walk()}
-    return tuple((kind, text) for kind, text in legend if kind in kinds)
+class Sign(NamedTuple):
+    """An entry of the legend.
+
+    Attributes:
+        look: Style classes of the sample, or the name of a sample without classes (``repeats``, ``count``,
+            ``line``).
+        text: Explanation.
+        occurs: Returns True if a box has the sign.
+    """
+
+    look: str
+    text: str
+    occurs: Callable[[Box], bool]
+
+
+def _of_state(state: State) -> Callable[[Box], bool]:
+    return lambda box: box.state is state
+
+
+def _of_kind(kind: Kind) -> Callable[[Box], bool]:
+    return lambda box: box.kind is kind
+
+
+_SIGNS = (
+    Sign("site is-adapted", "adapted", _of_state(State.ADAPTED)),
+    Sign("line", "rank r, scale ×, dropout p of an adapter", lambda box: bool(box.branches)),
+    Sign("leaf is-unselected", "linear, not adapted", _of_state(State.BASE)),
+    Sign("leaf is-refused", "cannot be adapted", _of_state(State.REFUSED)),
+    Sign("leaf is-full", "trained in full", _of_state(State.FULL)),
+    Sign("leaf is-rows", "rows trained", _of_state(State.ROWS)),
+    Sign("base", "base operation", _of_kind(Kind.BASE)),
+    Sign("dropout", "dropout", _of_kind(Kind.DROPOUT)),
+    Sign("A", "A: down to the rank", _of_kind(Kind.DOWN)),
+    Sign("B", "B: up again", _of_kind(Kind.UP)),
+    Sign("scale", "scale", _of_kind(Kind.SCALE)),
+    Sign("add", "add", _of_kind(Kind.ADD)),
+    Sign("adapter", "other adapter node", _of_kind(Kind.ADAPTER)),
+    Sign("count", "adapters inside", lambda box: bool(box.children and box.sites)),
+    Sign("repeats", "equal modules, drawn once", lambda box: bool(box.repeats)),
+    Sign("opaque", "module without a graph", lambda box: box.kind is Kind.OPAQUE and box.flow),
+)
+
+
+_INTERNAL = re.compile(r"node|op|target|call|graph|cast|role|adapter .+")
+
+
+def is_internal(label: str) -> bool:
+    """Return True for the label of a fact about the graph itself, which few readers need."""
+    return _INTERNAL.fullmatch(label) is not None
 
 
 def times(shape: tuple[int, ...]) -> str:

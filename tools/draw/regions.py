@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -34,6 +35,7 @@ __all__ = [
     "Digests",
     "Host",
     "RegionPainter",
+    "branch_of",
     "children_of",
     "drawn_children",
     "dtype_name",
@@ -44,9 +46,11 @@ __all__ = [
     "node_kind",
     "node_name",
     "parameter_counts",
+    "part_name",
     "size_name",
     "source_of",
     "target_name",
+    "whole_weight",
 ]
 
 # --- texts about nodes, weights and modules -------------------------------------------------------
@@ -273,7 +277,8 @@ def short_path(path: str) -> str:
 
 def source_of(cls: type[nn.Module]) -> str:
     """Return file and line of a class's forward, or "" without Python code."""
-    code = getattr(getattr(cls, "forward", None), "__code__", None)
+    forward = inspect.unwrap(getattr(cls, "forward", None))  # decorators have their own code
+    code = getattr(forward, "__code__", None)
     return "" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
 
 
@@ -311,6 +316,10 @@ class Host(Protocol):
         """Return the adapters that are in no graph now, by place."""
 
     @property
+    def unselected(self) -> Mapping[tuple[str, str], str]:
+        """Return the reason why no adapter is on an operation, "" if unknown, by region and node."""
+
+    @property
     def refused(self) -> Mapping[tuple[str, str], str]:
         """Return the reason why an operation cannot have an adapter, by region and node."""
 
@@ -329,9 +338,26 @@ def _adapter_of(node: fx.Node) -> str:
     return "" if tag is None else tag.adapter
 
 
-def _whole(weight: str) -> str:
-    """Return the weight of a place. A part of a weight is named by its rows, ``weight[0:32]``."""
+def whole_weight(weight: str) -> str:
+    """Return the weight without the rows that name a part of it, as in ``weight[0:32]``."""
     return weight.partition("[")[0]
+
+
+def part_name(row: PlannedSite) -> str:
+    """Return the name of a part of a fused operation, such as ``v``, or "" for a whole operation."""
+    return row.name.rpartition(".")[2] if row.site.part_of else ""
+
+
+def branch_of(row: PlannedSite, adapter: str, label: str, *, active: bool) -> Branch:
+    """Return the adapter of a planned site as it is drawn.
+
+    Args:
+        row: The site.
+        adapter: Name of the adapter.
+        label: Name of the weight or part, if it has to be told.
+        active: True if the adapter is in the graph that runs.
+    """
+    return Branch(adapter, row.rank or None, row.scale, row.dropout, row.kind, label, active)
 
 
 def _is(node: fx.Node, role: Role) -> bool:
@@ -472,7 +498,8 @@ class RegionPainter:
         for node in tagged:
             for source in self._inputs[node]:
                 if source in tagged and (
-                    _whole(tagged[source]) == _whole(tagged[node]) or _is_fused_item(source, node)
+                    whole_weight(tagged[source]) == whole_weight(tagged[node])
+                    or _is_fused_item(source, node)
                 ):
                     together.add_edge(source, node)
         order = {node: index for index, node in enumerate(self._inputs)}
@@ -506,7 +533,7 @@ class RegionPainter:
         main = max(fused or nodes, key=lambda node: len(node.all_input_nodes))
         weights = list(dict.fromkeys(tag.weight for n in nodes if (tag := tag_of(n)) is not None))
         branches = tuple(self.branches(weights))
-        whole = list(dict.fromkeys(map(_whole, weights)))
+        whole = list(dict.fromkeys(map(whole_weight, weights)))
         base = [self._value(weight) for weight in whole if self._has(weight)]
         tensors = [value for value in base if isinstance(value, torch.Tensor)]
         trainable, frozen = parameter_counts(
@@ -555,7 +582,7 @@ class RegionPainter:
         if len({*short.values()}) == len(short):
             names = short
         for weight in weights:
-            label = names[weight] if len(weights) > 1 else ""
+            label = names[weight] if len(weights) > 1 or weight != whole_weight(weight) else ""
             for adapter in (adapter for name, adapter in adapters if name == weight):
                 yield self._branch(weight, adapter, label)
             for adapter in self._painter.inactive.get(join(self._fqn, weight), ()):
@@ -576,8 +603,7 @@ class RegionPainter:
         if planned is None:
             rank, scale = measured(self._region, weight, adapter)
             return Branch(adapter, rank, scale, weight=label, active=active)
-        rank, kind = planned.rank or None, planned.kind
-        return Branch(adapter, rank, planned.scale, planned.dropout, kind, label, active)
+        return branch_of(planned, adapter, label, active=active)
 
     def _has(self, name: str) -> bool:
         try:
@@ -672,8 +698,13 @@ class RegionPainter:
             t for t in tensors.values() if isinstance(t, nn.Parameter)
         )
         reason = self._painter.refused.get((self._fqn, node.name))
+        why = self._painter.unselected.get((self._fqn, node.name))
+        state = State.NONE if tag is not None or why is None else State.BASE
         if reason is not None:
             facts += (("cannot be adapted", reason),)
+            state = State.REFUSED
+        elif state and why:
+            facts += (("not selected", why),)
         return Box(
             id=self._painter.new_id(),
             kind=node_kind(node),
@@ -684,7 +715,7 @@ class RegionPainter:
             trainable=trainable,
             frozen=frozen,
             adapter=tag.adapter if tag is not None else "",
-            state=State.NONE if reason is None else State.REFUSED,
+            state=state,
         )
 
     def _probability(self, node: fx.Node) -> float | None:

@@ -11,26 +11,44 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import Originals
-from lora_fx.config import LoraConfig, changes_base, judge
+from lora_fx.config import ALL_LINEAR, LoraConfig, changes_base
 from lora_fx.errors import ConfigError, LoraFxError
-from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, join
+from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, Skipped, join
 from lora_fx.kinds import AdapterKind, chosen_kind
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.plan import choose, with_experts
 from lora_fx.tools.adapter_folder import effective_rank, singular_values
-from lora_fx.tools.draw.picture import SiteRow, State, Target
+from lora_fx.tools.draw.picture import SiteRow, State, Target, human, human_bytes
 
 __all__ = [
+    "costs_of",
     "rows_of_matches",
     "rows_of_model",
     "rows_of_plan",
+    "skipped_in",
     "targets_of",
-    "why_not",
+    "unit_of",
     "with_losses",
 ]
 
 _MOST_ELEMENTS = 2**30
 """Most elements of weights that are read for ‖ΔW‖ / ‖W‖, which takes about a second."""
+
+
+def unit_of(rows: Iterable[PlannedSite]) -> str:
+    """Return the unit of the costs of a single site, as the table of a plan has it."""
+    return "position" if any(row.site.family == "conv" for row in rows) else "token"
+
+
+def costs_of(flops: int, saved: int, unit: str) -> tuple[tuple[str, str], ...]:
+    """Return the costs of all adapters for one token, sample or position, as facts."""
+    if not flops and not saved:
+        return ()
+    return (
+        (f"extra FLOPs a {unit}", human(flops)),
+        (f"saved for backward a {unit}", human_bytes(saved)),
+    )
 
 
 def rows_of_plan(plan: Plan) -> tuple[SiteRow, ...]:
@@ -55,18 +73,15 @@ def rows_of_model(model: nn.Module, record: Record) -> tuple[SiteRow, ...]:
         record: The model's record.
     """
     rows: list[SiteRow] = []
-    adapted: set[str] = set()
     left = _MOST_ELEMENTS
     for name, adapter in record.adapters.items():
         for row in adapter.sites:
-            adapted |= {row.site.name, row.site.part_of}
             left -= math.prod(row.site.shape)
             effective, share = _measure(model, row, name) if left > 0 else (None, None)
             gradient = _gradient(model, row, name)
             site_row = dataclasses.replace(_planned(row), adapter=name, effective=effective)
             rows.append(dataclasses.replace(site_row, share=share, gradient=gradient))
-    unadapted = (site for site in record.base.matches.sites if site.name not in adapted)
-    kept = (_site(site, why_not(site, record)) for site in unadapted)
+    kept = (_site(skipped.site, skipped.reason) for skipped in skipped_in(record))
     return (*rows, *kept, *map(_refused, record.base.matches.rejections))
 
 
@@ -106,18 +121,22 @@ def with_losses(
     return tuple(dataclasses.replace(row, lost=lost.get(row.name)) for row in rows)
 
 
-def why_not(site: Site, record: Record) -> str:
-    """Return the reason why the adapters' configurations do not select a site, or "" without one."""
+def skipped_in(record: Record) -> tuple[Skipped, ...]:
+    """Return the operations, and the parts of fused ones, that no adapter is on, with the reasons."""
     several = len(record.adapters) > 1
-    verdicts = {
-        name: judge(site.name, adapter.config, in_default=_in_default(site))
-        for name, adapter in record.adapters.items()
-    }
-    return "; ".join(
-        f"{name}: {verdict.reason}" if several else verdict.reason
-        for name, verdict in verdicts.items()
-        if not verdict.selected
-    )
+    planned = [row.site for adapter in record.adapters.values() for row in adapter.sites]
+    # A fused operation with an adapted part is adapted, and so are all parts of an adapted operation.
+    adapted = {site.name for site in planned}
+    known = adapted | {site.part_of for site in planned}
+    sites: dict[str, Site] = {}
+    reasons: dict[str, list[str]] = {}
+    for name, adapter in record.adapters.items():
+        _, skipped = choose(record.base.matches, adapter.config, adapter.saved_modules)
+        for site, reason in ((item.site, item.reason) for item in skipped):
+            if site.name not in known and site.part_of not in adapted:
+                sites.setdefault(site.name, site)
+                reasons.setdefault(site.name, []).append(f"{name}: {reason}" if several else reason)
+    return tuple(Skipped(site, "; ".join(reasons[name])) for name, site in sites.items())
 
 
 def _in_default(site: Site) -> bool:
@@ -151,7 +170,10 @@ def _site(site: Site, reason: str = "") -> SiteRow:
 
 
 def targets_of(
-    sites: Iterable[Site], rejections: Iterable[Rejection], config: LoraConfig | None
+    sites: Iterable[Site],
+    rejections: Iterable[Rejection],
+    config: LoraConfig | None,
+    model: nn.Module | None = None,
 ) -> tuple[Target, ...]:
     """Return the targets that a configuration could name.
 
@@ -159,19 +181,25 @@ def targets_of(
         sites: Linear operations, or parts of them, which stand for the whole operation.
         rejections: Operations that cannot be adapted.
         config: The configuration that sets the adapter's kind; None is LoRA.
+        model: The model, for the experts that ``"all-linear"`` selects; None if it is unknown.
     """
     kind = chosen_kind(config or LoraConfig())
-    wholes = dict.fromkeys(site.whole or site for site in sites)
+    wholes = tuple(dict.fromkeys(site.whole or site for site in sites))
+    every = LoraConfig(r=1, target_modules=ALL_LINEAR)
+    if model is not None:
+        every = with_experts(every, model, wholes)
+    linear, _ = choose(Matches(wholes, ()), every, ())
+    times = {choice.site.name: choice.rank(every) for choice in linear}
     refused = (Target(rejection.name, reason=rejection.reason) for rejection in rejections)
-    return (*(_target(site, kind) for site in wholes), *refused)
+    return (*(_target(site, kind, times.get(site.name, 0)) for site in wholes), *refused)
 
 
-def _target(site: Site, kind: AdapterKind) -> Target:
+def _target(site: Site, kind: AdapterKind, linear: int) -> Target:
     return Target(
         name=site.name,
         weight="" if site.weight == join(site.name, "weight") else site.weight,
         default=_in_default(site),
-        linear=site.all_linear,
+        linear=linear,
         each_rank=_each_rank(site) if kind.low_rank else 0.0,
         fixed=kind.costs(site).parameters,
         attention=site.attention,

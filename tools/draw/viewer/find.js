@@ -185,7 +185,8 @@ const Find = (() => {
      by which ranks are looked up. As in lora_fx/passes/plan/choice.py. */
   function chosen(row, ask) {
     const { target, exclude, parameters, saved, scope } = ask, weight = row.weight || `${row.name}.weight`;
-    const yes = (one, asked = [one.name]) => [{ ...one, asked }];
+    // "all-linear" gives some experts twice the rank.
+    const yes = (one, asked = [one.name]) => [{ ...one, asked, times: target.all ? one.linear : 1 }];
     // A named parameter is adapted even if it is excluded.
     const named = parameters?.some((one) => ends(weight, one)) && (!scope || scope.some((one) => liesIn(weight, one)));
     if (named) return isSaved(row.name, saved) ? [] : yes(row, [weight]);
@@ -245,7 +246,7 @@ const Find = (() => {
   }
 
   /* Returns the number of elements that a selected row trains. */
-  const costOf = (row, rank, patterns) => row.fixed + row.each_rank * rankOf(row, rank, patterns);
+  const costOf = (row, rank, patterns) => row.fixed + row.each_rank * rankOf(row, rank, patterns) * (row.times || 1);
 
   /* `rest`: fields that cannot be typed into the page. */
   function fields({ target, exclude, layers: wanted, patterns, saved, parameters, scope }, rank, alpha, rest = {}) {

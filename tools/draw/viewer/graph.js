@@ -4,6 +4,11 @@
 /* Margin of the canvas around the view, in pixels. */
 const MARGIN = 192;
 
+/* Limits of the scale, the least scale at which names can be read, and the margin around a picture that fits. */
+const LEAST = 0.002, MOST = 4, READABLE = 0.75, AROUND = 24;
+
+const bounded = (value, least, most) => Math.min(most, Math.max(least, value));
+
 class Graph {
   constructor(doc, canvas, looks) {
     Object.assign(this, { doc, canvas, looks, metrics: doc.metrics, layouts: doc.layouts });
@@ -28,6 +33,7 @@ class Graph {
 
   static decode({ boxes: entries, strings }) {
     const word = (place) => (typeof place === "number" ? strings[place] : "");
+    const pairs = (told) => told.flatMap((label, i) => (i % 2 ? [] : [[word(label), word(told[i + 1])]]));
     const boxes = entries.map((entry, id) => ({
       id, place: 0, inside: null, width: 0, height: 0, rows: [],
       kind: word(entry.kind), name: word(entry.name), caption: word(entry.caption), fqn: word(entry.fqn),
@@ -35,11 +41,8 @@ class Graph {
       open: Boolean(entry.open), sites: entry.sites ?? 0, elements: entry.elements ?? 0, adapter: entry.adapter, ranks: entry.ranks ?? [],
       repeats: (entry.repeats ?? []).map(word), marks: (entry.marks ?? []).map(([mark, width]) => [word(mark), width]),
       lines: (entry.lines ?? []).map(([words, adapter, active]) => ({ words: word(words), adapter, active: Boolean(active) })),
-      get facts() {
-        const told = entry.facts ?? [], facts = [];
-        for (let i = 0; i < told.length; i += 2) facts.push([word(told[i]), word(told[i + 1])]);
-        return facts;
-      },
+      get facts() { return pairs(entry.facts ?? []); },
+      get internals() { return pairs(entry.internals ?? []); },
     }));
     entries.forEach((entry, id) => {
       boxes[id].parent = entry.parent === undefined ? null : boxes[entry.parent];
@@ -61,7 +64,7 @@ class Graph {
   /* A target that a configuration could name, with its box. */
   target({ name, weight, attention, reason, parts = [], ...more }) {
     const word = (place) => this.doc.strings[place] ?? "";
-    const row = { default: false, linear: false, each_rank: 0, fixed: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
+    const row = { default: false, linear: 0, each_rank: 0, fixed: 0, width: 0, ...more, name: word(name), weight: word(weight), attention: word(attention), reason: word(reason) };
     return { ...row, parts: parts.map(([one, start, stop]) => [word(one), start, stop]), box: this.boxOf(row.name) };
   }
 
@@ -147,6 +150,13 @@ class Graph {
     this.stack();
   }
 
+  /* Returns the boxes that an adapter trains, in the order of the picture, without the boxes inside them. */
+  get trained() {
+    const own = (box) => ["adapted", "full", "rows"].includes(box.state);
+    const inside = (box) => Boolean(box.parent) && (own(box.parent) || inside(box.parent));
+    return this.boxes.filter((box) => own(box) && !inside(box));
+  }
+
   get depth() {
     const deep = (box) => (box.children.length ? 1 + Math.max(...box.children.map(deep)) : 0);
     return deep(this.root);
@@ -217,22 +227,50 @@ class Graph {
 
   move(x, y, scale) {
     const before = this.view.scale;
-    this.view = { x, y, scale: Math.min(4, Math.max(0.01, scale)) };
+    this.view = { x, y, scale: bounded(scale, LEAST, MOST) };
     this.draw(this.view.scale === before);
   }
 
   zoom(factor, x = this.area.width / 2, y = this.area.height / 2) {
-    const { view } = this, scale = Math.min(4, Math.max(0.01, view.scale * factor)), by = scale / view.scale;
+    const { view } = this, scale = bounded(view.scale * factor, LEAST, MOST), by = scale / view.scale;
     this.move(x - (x - view.x) * by, y - (y - view.y) * by, scale);
   }
 
-  fit(box = this.root, readable = true) {
-    const { width, height } = this.area, margin = 24, spot = this.spotOf(box);
-    const byWidth = (width - 2 * margin) / spot.width, byHeight = (height - 2 * margin) / spot.height;
-    // Readable text has priority. The user drags to reach the parts that do not fit.
-    const scale = Math.min(1.25, byWidth, readable ? Math.max(byHeight, 0.7) : byHeight);
-    this.move((width - spot.width * scale) / 2 - spot.x * scale, margin - spot.y * scale, scale);
-    this.fitted = this.view;
+  /* Shows a box as a whole, in the middle. */
+  fit(box = this.root) {
+    const { width, height } = this.area, spot = this.spotOf(box);
+    const scale = Math.min(1.25, (width - 2 * AROUND) / spot.width, (height - 2 * AROUND) / spot.height);
+    this.move(width / 2 - (spot.x + spot.width / 2) * scale, height / 2 - (spot.y + spot.height / 2) * scale, scale);
+    [this.fitted, this.fittedBox] = [this.view, box];
+  }
+
+  /* Shows the whole picture if it is readable then, or else the part around its first adapter. */
+  begin() {
+    this.fit();
+    if (this.view.scale >= READABLE) return;
+    const { width, height } = this.area, [first] = this.trained, spot = this.spotOf(first ?? this.root);
+    const scale = bounded((width - 2 * AROUND) / this.root.width, READABLE, 1);
+    // The neighbors of the adapter are in the view, too, if there is room, and so is the top of the picture.
+    const room = width - 2 * AROUND, around = first?.parent ? this.spotOf(first.parent) : spot, { x, width: wide } = around.width * scale < room ? around : spot;
+    const center = width / 2 - (x + wide / 2) * scale, end = width - AROUND - this.root.width * scale;
+    const below = first ? (spot.y + spot.height) * scale - height * 0.6 : 0;
+    this.move(end >= AROUND ? (end + AROUND) / 2 : bounded(center, end, AROUND), AROUND - Math.max(0, below), scale);
+    this.begun = this.view;
+  }
+
+  /* Keeps the middle of the view in the middle after the size of the stage has changed, and a box that was visible
+     in the view. `before`: the old size. A picture that was not moved yet begins again. */
+  keep(before, box = this.selected) {
+    if (this.view === this.fitted) { this.fit(this.fittedBox); return; }
+    if (this.view === this.begun && !box) { this.begin(); return; }
+    const { view, area } = this, spot = box && this.isShown(box) ? this.spotOf(box) : null;
+    const along = (old, now, start, size) => {
+      const by = (now - old) / 2;
+      return spot && start < old && start + size > 0 && size < now - 16 ? bounded(by, 8 - start, now - 8 - start - size) : by;
+    };
+    const x = along(before.width, area.width, view.x + (spot?.x ?? 0) * view.scale, (spot?.width ?? 0) * view.scale);
+    const y = along(before.height, area.height, view.y + (spot?.y ?? 0) * view.scale, (spot?.height ?? 0) * view.scale);
+    this.move(view.x + x, view.y + y, view.scale);
   }
 
   /* Moves a box into the view, and zooms in only until it is readable. */

@@ -51,12 +51,15 @@
     }
   }
 
-  function fitAll() {
+  /* Moves every graph, each in its own way. */
+  function each(move) {
     for (const graph of graphs) {
-      graph.fit();
+      move(graph);
       graph.followed = graph.view;
     }
   }
+
+  const fitAll = () => each((graph) => graph.fit());
 
   /* Moves the box of the same name in another graph to the position of the selected box. */
   function align(graph, other, twin) {
@@ -81,6 +84,7 @@
   function select(graph, box, { show = true, asked = "" } = {}) {
     active = graph;
     const name = box ? graph.meant(box, asked) : "";
+    tooltip.hidden = true;
     // The panel opens first, then the box moves into the remaining view.
     if (box) showDetails(box, name);
     graph.select(box, { show });
@@ -98,19 +102,22 @@
 
   const TABS = ["details", "sites", "try"];
 
-  function openTab(name) {
-    const fitted = graphs.filter((graph) => graph.view === graph.fitted && name !== "details");
+  function openTab(name, box) {
+    const before = new Map(graphs.map((graph) => [graph, graph.area]));
     document.body.classList.toggle("with-side", Boolean(name));
     document.body.classList.toggle("with-table", name === "sites");
     for (const tab of TABS) {
       at(tab).hidden = tab !== name;
       at(`tab-${tab}`).setAttribute("aria-selected", String(tab === name));
+      at(`show-${tab}`)?.setAttribute("aria-pressed", String(tab === name));
     }
     if (name === "sites") showSites();
-    for (const graph of graphs) graph.draw();
-    // A box that was completely visible stays completely visible in the remaining view.
-    for (const graph of fitted) { graph.fit(); graph.followed = graph.view; }
+    if (name === "try") tryOut();
+    // The panel takes room from the graph, which moves aside.
+    each((graph) => graph.keep(before.get(graph), graph === active && box ? box : graph.selected));
   }
+
+  const otherTab = (name) => openTab(tabOpen() === name ? "" : name);
 
   const tabOpen = () => (document.body.classList.contains("with-side") ? TABS.find((tab) => !at(tab).hidden) : "");
 
@@ -136,24 +143,44 @@
   }
 
   function showDetails(box, name = box.fqn) {
-    const list = made("dl", { class: "facts" }), own = box.fqn.replace(/[^\w]/g, "\\$&");
+    const list = made("dl", { class: "facts" }), inner = made("dl", { class: "facts" }), own = box.fqn.replace(/[^\w]/g, "\\$&");
     // Facts of the drawn block, with the name that the user asked for.
     const said = (text) => (name === box.fqn || !own ? text : text.replace(new RegExp(`(?<![\\w.])${own}(?!\\w)`, "g"), () => name));
     const labels = new Set(box.facts.map(([label]) => label));
-    for (const [label, value] of box.facts) list.append(made("dt", {}, label), made("dd", {}, said(value)));
-    const rows = box.rows.filter((row) => row.name === name || (name && row.name.startsWith(`${name}.`)));
+    const rows = box.rows.filter((row) => row.name === name || !name || row.name.startsWith(`${name}.`));
+    const repeated = ([label, value]) => REASONS[label] || (label === "module" && value === box.fqn);
+    const told = [...(labels.has("trainable") ? [] : costsOf(rows)), ...box.facts.filter((one) => !repeated(one))];
+    for (const [label, value] of told) list.append(made("dt", {}, label), made("dd", {}, said(value)));
+    for (const [label, value] of box.internals) inner.append(made("dt", {}, label), made("dd", {}, said(value)));
+    const internals = made("details", {}, made("summary", {}, "Internals"), inner);
+    internals.hidden = !box.internals.length;
+    const reasons = box.facts.filter(([label]) => REASONS[label]).map(([label, value]) => made("p", { class: "reason" }, `${REASONS[label]}${said(value)}`));
     for (const row of rows.length <= 4 ? rows : []) {
       for (const [key, label] of MEASURES) {
         if (row[key] !== null && !labels.has(label)) list.append(made("dt", {}, label), made("dd", {}, `${row[key].toPrecision(3)}${rows.length > 1 ? ` (${row.adapter || row.name})` : ""}`));
       }
     }
     const title = made("div", { class: "fqn" }, made("code", {}, name || "(root)"), copyButton(name));
-    const marks = made("p", { class: "marks" }, ...[box.state && { adapted: "adapted", unselected: "base", refused: "cannot be adapted", full: "trained in full", rows: "rows trained" }[box.state], ...box.marks.map(([mark]) => mark)].filter(Boolean).map((mark) => made("span", {}, mark)));
+    const words = new Set([STATES[box.state], ...box.marks.map(([mark]) => mark)].filter(Boolean));
+    const marks = made("p", { class: "marks" }, ...[...words].map((word) => made("span", {}, word)));
     const lines = made("ul", { class: "lines" }, ...box.lines.map((line) => made("li", { class: `ink${line.adapter % 6}` }, `+ B·A  ${line.words}`)));
     const once = made("p", { class: "once" }, layerOf(box, "").replace(" · in ", "drawn once for "));
     const heading = box.repeats.length && name !== box.fqn ? name.split(".").slice(-2).join(".") : box.name;
-    at("details").replaceChildren(made("h2", {}, heading), title, once, marks, lines, list);
-    if (tabOpen() !== "sites" || narrow()) openTab("details");
+    at("details").replaceChildren(made("h2", {}, heading), title, once, marks, ...reasons, lines, list, internals);
+    if (tabOpen() === "details") at("details").scrollTop = 0;
+    else if (tabOpen() !== "sites" || narrow()) openTab("details", box);
+  }
+
+  const STATES = { adapted: "adapted", unselected: "not adapted", refused: "cannot be adapted", full: "trained in full", rows: "rows trained" };
+  const REASONS = { "not selected": "Not adapted: ", "cannot be adapted": "Cannot be adapted: " };
+
+  /* Returns the costs of adapters as facts. */
+  function costsOf(rows) {
+    const adapted = rows.filter((row) => row.state === "adapted"), { unit } = active.doc;
+    const sum = (key) => adapted.reduce((all, row) => all + row[key], 0).toLocaleString("en");
+    if (!adapted.some((row) => row.parameters)) return [];
+    const several = adapted.length > 1 ? [["adapters here", String(adapted.length)]] : [];
+    return [...several, ["trained", sum("parameters")], ["extra FLOPs", `${sum("flops")} a ${unit}`], ["saved", `${sum("saved")} bytes a ${unit}, for backward`]];
   }
 
   const narrow = () => matchMedia("(max-width: 760px)").matches;
@@ -179,6 +206,18 @@
       follow(active);
       if (tabOpen() === "details") showDetails(box, active.meant(box, found.dataset.meant));
     } else active.draw();
+  }
+
+  /* Selects the next trained box, or the previous one if `by` is negative. */
+  function nextAdapter(by) {
+    const { trained, selected } = active, count = trained.length;
+    if (!count) { found.textContent = "no adapters"; return; }
+    const here = selected ? trained.findIndex((box) => box.id >= selected.id) : -1, at_one = trained[here] === selected;
+    // Between two of them, the one that follows is next, and the one before is previous.
+    const start = selected && here < 0 ? count : here;
+    const place = (by > 0 && !at_one ? Math.max(start, 0) : start + by + count) % count, box = trained[place];
+    select(active, box);
+    found.textContent = `adapter ${place + 1} / ${count}${box.state === "full" ? ": trained in full" : ""}${layerOf(box, "")}`;
   }
 
   /* Returns the layers of a hit in a block that stands for several. */
@@ -234,8 +273,8 @@
 
   function showKey() {
     const { doc, scale } = active, parts = [];
-    for (const [kind, text] of new Map(documents.flatMap(({ legend }) => legend))) parts.push(sample(kind, doc.chips[kind], text));
-    if (doc.adapters.length > 1) doc.adapters.forEach((name, i) => parts.push(made("span", { class: `ink${i % 6}` }, made("b", {}, "B·A "), name)));
+    for (const [look, text] of new Map(documents.flatMap(({ legend }) => legend))) parts.push(sample(look, text, doc.chips));
+    if (doc.adapters.length > 1) doc.adapters.forEach((name, i) => parts.push(sample(`line a${i % 6}`, name, doc.chips)));
     if (scale) {
       const bar = made("i", { class: "ramp" });
       bar.style.background = `linear-gradient(to right, ${[0, 0.25, 0.5, 0.75, 1].map(ramp).join(",")})`;
@@ -245,49 +284,92 @@
     at("key").replaceChildren(...parts);
   }
 
-  function sample(kind, letter, text) {
-    const svg = document.createElementNS(Paint.SVG, "svg"), pen = new Paint.SvgPen(svg);
-    pen.begin(kind, 0, 0);
-    if (letter) { pen.rect("chip", 0, 0, 15, 15, 4); pen.text("chip-letter", 7.5, 11.5, letter); } else pen.rect("frame", 0.5, 0.5, 14, 14, 4);
+  /* A sign of the legend, as in tools/draw/drawing.py. */
+  function sample(look, text, chips) {
+    const svg = document.createElementNS(Paint.SVG, "svg"), pen = new Paint.SvgPen(svg), [kind, style] = look.split(" ");
+    pen.begin(kind === "line" ? style ?? "a0" : look, 0.5, 0.5);
+    if (kind === "line") { pen.rect("factor", 0, 0, 5, 13); pen.rect("factor", 8, 4, 12, 5); } else if (kind === "count") { pen.rect("badge", 0, 0, 20, 14, 7); pen.text("badge-text", 10, 10.5, "2"); } else if (kind === "repeats") { pen.rect("shade", 5, 0, 13, 11, 3); pen.rect("frame", 0, 3, 13, 11, 3); } else {
+      pen.rect("frame", 0, 0, 14, 14, 4);
+      if (chips[kind]) { pen.rect("chip", 0, 0, 14, 14, 4); pen.text("chip-letter", 7, 11, chips[kind]); }
+      if (style === "is-refused") pen.path("hatch", hatch(14, 14));
+      if (style === "is-full" || style === "is-rows") pen.rect("inner", 3, 3, 8, 8, 2);
+    }
     return made("span", {}, svg, text);
   }
 
   /* --- the table of sites --- */
 
-  const SHOWN = [["name", "site"], ["state", "state"], ["adapter", "adapter"], ["shape", "weight"], ["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"], ...MEASURES, ["quantized", "stored"], ["reason", "why not"]];
-  const MOST = 1500;
-  let order = null, down = false, rowsShown = new Map();
+  const COSTS = [["rank", "r"], ["scale", "scale"], ["parameters", "trained"], ["flops", "FLOPs"], ["saved", "saved B"]];
+  const SHOWN = [["name", "site"], ["count", "sites"], ["state", "state"], ...COSTS, ["shape", "weight"], ["adapter", "adapter"], ...MEASURES, ["quantized", "stored"]];
+  const LONGEST = 1500;
+  const UNITS = { flops: (unit) => `extra FLOPs a ${unit}, forward`, saved: (unit) => `bytes kept for backward a ${unit}`, parameters: () => "trained parameters" };
+  let order = null, down = false, eachLayer = false, rowsShown = new Map();
 
   function showSites() {
     const query = search.value.trim(), within = query ? new Set(found_boxes) : null;
     const inside = (row) => { for (let box = row.box; box; box = box.parent) if (within.has(box)) return true; return false; };
-    const rows = active.sites.filter((row) => !within || inside(row));
-    const columns = SHOWN.filter(([key]) => rows.some((row) => row[key] !== null && row[key] !== "" && row[key] !== 0));
+    const all = active.sites.filter((row) => !within || inside(row)), together = layersTogether(all);
+    const rows = eachLayer ? all : together;
+    const columns = SHOWN.filter(([key]) => (key !== "adapter" || active.doc.adapters.length > 1) && rows.some((row) => !["", 0, null, undefined].includes(row[key])));
+    // A reason takes the place of the costs, which an operation without an adapter does not have.
+    const costs = columns.filter((column) => COSTS.includes(column));
+    if (!costs.length && rows.some((row) => row.reason)) columns.splice(columns.findIndex(([key]) => key === "state") + 1, 0, ["reason", "why not"]);
     if (order) {
-      const value = (row) => row[order] ?? (down ? -Infinity : Infinity);
+      const words = rows.some((row) => typeof row[order] === "string"), value = (row) => row[order] ?? (words ? "" : down ? -Infinity : Infinity);
       rows.sort((a, b) => (typeof value(a) === "string" ? value(a).localeCompare(value(b), "en", { numeric: true }) : value(a) - value(b)) * (down ? -1 : 1));
     }
     const head = made("tr", {}, ...columns.map(([key, label]) => {
-      const button = made("button", { type: "button", "data-key": key }, label + (order === key ? (down ? " ↓" : " ↑") : ""));
+      const button = made("button", { type: "button", "data-key": key, title: UNITS[key]?.(active.doc.unit) ?? "" }, label + (order === key ? (down ? " ↓" : " ↑") : ""));
       button.addEventListener("click", () => { down = order === key ? !down : false; order = key; showSites(); });
       return made("th", { "aria-sort": order === key ? (down ? "descending" : "ascending") : "none" }, button);
     }));
     const body = made("tbody");
     rowsShown = new Map();
-    for (const row of rows.slice(0, MOST)) {
-      const line = made("tr", { tabindex: 0, "data-name": row.name }, ...columns.map(([key]) => made("td", {}, written(row[key], row))));
-      line.addEventListener("click", () => select(active, row.box, { asked: row.name }));
-      line.addEventListener("keydown", (event) => { if (event.key === "Enter") select(active, row.box, { asked: row.name }); });
+    for (const row of rows.slice(0, LONGEST)) {
+      const cells = columns.map((column) => (costs.length && row.reason && costs.includes(column) ? [] : [made("td", {}, written(row[column[0]], row))]));
+      if (costs.length && row.reason) cells[columns.indexOf(costs[0])] = [made("td", { class: "why", colspan: costs.length }, row.reason)];
+      const line = made("tr", { tabindex: 0, "data-name": row.first ?? row.name, class: `of-${row.state}` }, ...cells.flat());
+      const choose = () => select(active, row.box, { asked: row.first ?? row.name });
+      line.addEventListener("click", choose);
+      line.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(); });
       if (!rowsShown.has(row.box)) rowsShown.set(row.box, []);
       rowsShown.get(row.box).push(line);
       body.append(line);
     }
-    const more = rows.length > MOST ? `, of which ${MOST} are shown: search to narrow them` : "";
-    at("sites").replaceChildren(made("p", {}, `${rows.length} of ${active.sites.length} linear operations${more}`), made("table", {}, made("thead", {}, head), body));
+    const more = rows.length > LONGEST ? `; the first ${LONGEST} are shown: search to narrow them` : "";
+    const states = [["adapted", "adapted"], ["unselected", "not adapted"], ["refused", "cannot be adapted"]].map(([state, text]) => [all.filter((row) => row.state === state).length, text]);
+    const counts = states.filter(([count]) => count).map(([count, text]) => `${count} ${text}`).join(", ");
+    const box = made("input", { type: "checkbox", id: "each-layer" });
+    box.checked = eachLayer;
+    box.addEventListener("change", () => { eachLayer = box.checked; showSites(); });
+    const choice = together.length < all.length ? made("label", {}, box, " each layer") : "";
+    at("sites").replaceChildren(made("p", {}, `${within ? `${all.length} of ${active.sites.length} linear operations match the search: ` : ""}${counts || "no linear operations"}${more}`, choice), made("table", {}, made("thead", {}, head), body));
     markRow("");
   }
 
-  const written = (value, row) => (value === null || (value === 0 && row.state !== "adapted") ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : value === "unselected" ? "base" : value);
+  const written = (value, row) => (value === null || value === undefined || (value === 0 && row.state !== "adapted") ? "" : typeof value === "number" ? (Number.isInteger(value) ? value.toLocaleString("en") : value.toPrecision(3)) : STATES[value] ?? value);
+
+  /* Returns one row for equal layers, as a plan writes them: layers.{0-31}.q_proj, with the mean of what differs. */
+  function layersTogether(rows) {
+    const groups = new Map();
+    for (const row of rows) {
+      // The same operation of each layer that a box stands for, with the same adapter.
+      const own = active.drawnAs(row.name), key = JSON.stringify([row.box.id, own, ...["state", "adapter", "reason", "shape", "quantized", ...COSTS.map(([name]) => name)].map((name) => row[name])]);
+      groups.set(key, [...(groups.get(key) ?? []), row]);
+    }
+    return [...groups.values()].map((group) => {
+      if (group.length === 1) return group[0];
+      const [first] = group, mean = (key) => (group.some((row) => row[key] !== null) ? average(group, key) : null);
+      const measures = Object.fromEntries(MEASURES.map(([key]) => [key, mean(key)]));
+      return { ...first, ...measures, first: first.name, name: nameOf(group.map(({ name }) => name)), count: `×${group.length}` };
+    });
+  }
+
+  /* Returns names that differ in their numbers as one: layers.{0-31}.q_proj. */
+  function nameOf(names) {
+    const parts = names.map((name) => name.split("."));
+    return parts[0].map((part, i) => (parts.some((other) => other[i] !== part) ? `{${part}-${parts.at(-1)[i]}}` : part)).join(".");
+  }
 
   function markRow(name) {
     for (const line of at("sites").querySelectorAll("tr.chosen")) line.classList.remove("chosen");
@@ -393,11 +475,12 @@
 
   function listen(graph) {
     const { stage } = graph, fingers = new Map();
-    let moved = false;
+    let moved = false, click = { at: -Infinity };
     const place = (event) => { const { left, top } = graph.area; return [event.clientX - left, event.clientY - top]; };
     stage.addEventListener("pointerdown", (event) => {
       stage.setPointerCapture(event.pointerId);
       if (!fingers.size) moved = false;
+      tooltip.hidden = true;
       fingers.set(event.pointerId, place(event));
       active = graph;
     });
@@ -418,19 +501,23 @@
     const lift = (event) => {
       const was = fingers.delete(event.pointerId);
       if (!was || moved || event.type !== "pointerup") return;
-      const [x, y] = place(event), box = graph.boxAt(x, y);
+      const [x, y] = place(event);
+      // The second click of a double click is on the box of the first, which a panel may have moved.
+      const again = event.timeStamp - click.at < 400 && Math.hypot(event.clientX - click.x, event.clientY - click.y) < 6;
+      if (!again) click = { box: graph.boxAt(x, y), x: event.clientX, y: event.clientY };
+      click.at = event.timeStamp;
+      const { box } = click;
       if (!box) { select(graph, null); return; }
-      const spot = graph.spotOf(box), { view } = graph;
-      const onHandle = box.children.length && x - view.x - spot.x * view.scale < 24 * view.scale && y - view.y - spot.y * view.scale < 24 * view.scale;
-      select(graph, box, { show: false });
-      if (onHandle) toggle(graph, box);
+      if (!again) {
+        const spot = graph.spotOf(box), { view } = graph;
+        click.onHandle = box.children.length && x - view.x - spot.x * view.scale < 24 * view.scale && y - view.y - spot.y * view.scale < 24 * view.scale;
+        select(graph, box, { show: false });
+      }
+      if (click.onHandle) toggle(graph, box);
     };
     stage.addEventListener("pointerup", lift);
     stage.addEventListener("pointercancel", lift);
-    stage.addEventListener("dblclick", (event) => {
-      const box = graph.boxAt(...place(event));
-      if (box?.children.length) toggle(graph, box);
-    });
+    stage.addEventListener("dblclick", () => { if (click.box?.children.length && !click.onHandle) toggle(graph, click.box); });
     stage.addEventListener("pointerleave", () => { tooltip.hidden = true; });
     stage.addEventListener("focus", () => { active = graph; });
     stage.addEventListener("wheel", (event) => {
@@ -444,7 +531,8 @@
 
   function hover(graph, event, [x, y]) {
     const box = event.pointerType === "mouse" ? graph.boxAt(x, y) : null;
-    tooltip.hidden = !box || !box.facts.length;
+    // The panel has the facts of the selected box.
+    tooltip.hidden = !box || !box.facts.length || box === graph.selected;
     if (tooltip.hidden) return;
     tooltip.replaceChildren(...box.facts.slice(0, 8).flatMap(([label, value]) => [made("dt", {}, label), made("dd", {}, value)]));
     const { width, height } = tooltip.getBoundingClientRect();
@@ -457,7 +545,7 @@
   const HELP = [
     ["Tab, Shift+Tab", "next and previous box"], ["arrows", "to the box in that direction"], ["Enter", "open, or go inside"], ["Space", "open or close"],
     ["Backspace", "to the box around"], ["/", "find; Enter for the next hit"], ["+ −", "zoom"], ["f", "show everything"], ["Shift+F", "show the selected box"],
-    ["t", "table of sites"], ["w", "what if"], ["d", "light or dark"], ["?", "this list"], ["Esc", "close, then forget the selection"],
+    ["n p", "next and previous adapter"], ["t", "table of sites"], ["w", "what if"], ["d", "light or dark"], ["?", "this list"], ["Esc", "close, then forget the selection"],
   ];
   at("keys").append(made("h2", {}, "Keys"), made("dl", {}, ...HELP.flatMap(([key, text]) => [made("dt", {}, key), made("dd", {}, text)])));
 
@@ -483,15 +571,16 @@
   }
 
   function leave() {
-    if (document.body.classList.contains("with-side")) openTab("");
+    found.textContent = "";
+    if (tabOpen()) openTab("");
     else { active.hits = new Set(); select(active, null); }
   }
 
   const COMMANDS = {
     "/": () => search.focus(), "+": () => { active.zoom(1.25); follow(active); }, "=": () => { active.zoom(1.25); follow(active); },
     "-": () => { active.zoom(0.8); follow(active); }, f: fitAll,
-    F: () => { active.fit(active.selected ?? active.root, false); follow(active); }, "?": () => at("keys").showModal(),
-    d: otherTheme, t: () => openTab(tabOpen() === "sites" ? "" : "sites"), w: () => { openTab("try"); at("targets").focus(); tryOut(); }, Escape: leave,
+    F: () => { active.fit(active.selected ?? active.root); follow(active); }, "?": () => at("keys").showModal(),
+    d: otherTheme, t: () => otherTab("sites"), w: () => { openTab("try"); at("targets").focus(); }, n: () => nextAdapter(1), p: () => nextAdapter(-1), Escape: leave,
   };
 
   document.addEventListener("keydown", (event) => {
@@ -562,7 +651,10 @@
   at("theme").addEventListener("click", otherTheme);
   at("help").addEventListener("click", () => at("keys").showModal());
   at("hide").addEventListener("click", () => openTab(""));
-  for (const tab of TABS) at(`tab-${tab}`).addEventListener("click", () => { openTab(tab); if (tab === "try") tryOut(); });
+  for (const tab of TABS) {
+    at(`tab-${tab}`).addEventListener("click", () => openTab(tab));
+    at(`show-${tab}`)?.addEventListener("click", () => otherTab(tab));
+  }
   const depth = at("depth");
   depth.max = Math.max(...graphs.map((graph) => graph.depth), 1);
   depth.value = depth.max;
@@ -588,7 +680,7 @@
   addEventListener("hashchange", jumpToHash);
 
   showKey();
-  fitAll();
+  each((graph) => graph.begin());
   jumpToHash();
   // For programs that control the page, such as its tests.
   window.loraFx = { graphs, select: (fqn) => select(active, active.boxOf(fqn), { asked: fqn }) };
