@@ -243,7 +243,7 @@ def save_onnx_adapter(
     adapter_name: str | None = None,
     base: str | os.PathLike[str] | None = None,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
-    force: bool = False,
+    force: bool = True,
 ) -> Path:
     """Write an adapter as an ``.onnx_adapter`` file, for exports with ``adapters="inputs"``.
 
@@ -261,7 +261,7 @@ def save_onnx_adapter(
         base: The ``.onnx`` file for the adapter. The adapter is checked against it, and gets its dtypes.
         dtype: "fp32", "fp16" or "bf16", if there is no ``base``. By default the dtype of the weights that a
             model adapts, or of the tensors of a folder.
-        force: Replace an existing file.
+        force: False to refuse an existing file instead of replacing it.
 
     Returns:
         The written file.
@@ -270,7 +270,7 @@ def save_onnx_adapter(
         CheckpointError: The folder is damaged or needs its model, the adapter does not fit ``base``, or it
             has values that are not finite.
         ConfigError: An argument is not valid, or the model has no such adapter.
-        ExportError: The file exists or cannot be written (with the required bytes, if the disk is full), or
+        ExportError: The file exists and ``force`` is False, or it cannot be written (with the required bytes, if the disk is full), or
             ``base`` takes no adapters.
         OutputPathError: ``path`` is a folder, or has another suffix.
         ProviderError: ONNX Runtime, which has the format, is not installed.

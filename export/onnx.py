@@ -408,7 +408,7 @@ def export_onnx(
     optimize: Level = "standard",
     provider: Provider | None = None,
     verify: bool = True,
-    force: bool = False,
+    force: bool | None = None,
     progress: Callable[[str], None] | None = None,
     external_data_bytes: int = EXTERNAL_DATA_BYTES,
     shard_bytes: int = SHARD_BYTES,
@@ -470,7 +470,8 @@ def export_onnx(
         provider: Provider for ``optimize="runtime"``: "cpu" (None), "cuda" or "webgpu".
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
-        force: Replace an existing file.
+        force: False to refuse an existing file instead of replacing it. With ``target``, files of another
+            content next to the model, such as its ``config.json``, are replaced only if this is True.
         progress: Called with the name of each stage as it begins.
         external_data_bytes: Total bytes of weights above which they are written to separate files next to
             ``path``: 256 MiB by default.

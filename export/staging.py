@@ -140,7 +140,7 @@ class Staging:
         for file in self.written():
             file.unlink(missing_ok=True)
 
-    def commit(self, *, force: bool) -> None:
+    def commit(self, *, force: bool | None) -> None:
         """Move the written files to their destinations and delete the files that they replace.
 
         Raises:
@@ -184,7 +184,7 @@ class Staging:
                 _log.warning("cannot delete %s, which no model uses any more: %s", path, error)
         _flush_folder(folder)
 
-    def _check_extras(self, *, force: bool) -> None:
+    def _check_extras(self, *, force: bool | None) -> None:
         """Raise without ``force`` if an extra file would replace a file of different content."""
         different = [
             path
@@ -206,17 +206,17 @@ class Staging:
         return [path for path in self.target.parent.iterdir() if ours.fullmatch(path.name)]
 
 
-def check_target(target: Path, *, force: bool) -> None:
-    """Raise if a target is a folder, or exists without ``force``.
+def check_target(target: Path, *, force: bool | None) -> None:
+    """Raise if a target is a folder, or exists although ``force`` is False.
 
     Raises:
         ExportError: The message has the path and the remedy.
     """
     if target.is_dir():
         raise ExportError(f"{target} is a folder: give the name of the file to write in it")
-    if not force and os.path.lexists(target):
+    if force is False and os.path.lexists(target):
         raise ExportError(
-            f"{target} exists: pass force=True (--force) to replace it, or give another name"
+            f"{target} exists, and force=False was given: leave it out, or give another name"
         )
 
 

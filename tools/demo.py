@@ -650,7 +650,7 @@ class _Demo:
         self, model: nn.Module, corpus: Corpus, held_out: list[Batch], expected: Tensor
     ) -> float:
         with self._stage("save the adapter, load it onto a fresh model"):
-            save_adapter(model, self.folder / "adapter", force=True)
+            save_adapter(model, self.folder / "adapter")
             fresh = SentenceClassifier.pretrained(len(corpus.libraries))
             reloaded = load_adapter(fresh, self.folder / "adapter").eval()
             outputs = logits(lambda inputs: reloaded(**inputs), held_out)
@@ -689,7 +689,7 @@ class _Demo:
 
         with self._stage("draw the rewritten graph"):
             for name in ("graph.html", "graph.svg"):
-                visualize(model, self.folder / name, force=True)
+                visualize(model, self.folder / name)
 
     def _judged(self, name: str, model: Callable[..., Tensor], held_out: list[Batch]) -> Tensor:
         if isinstance(model, nn.Module):

@@ -124,8 +124,8 @@ def write_folder(
     existing = [file_name for file_name in names if (folder / file_name).exists()]
     if existing and not force:
         raise CheckpointError(
-            f"{folder} holds an adapter already ({', '.join(existing)}); give another folder, or "
-            "force=True to replace it"
+            f"{folder} holds an adapter already ({', '.join(existing)}), and force=False was given: leave it "
+            "out to replace the adapter, or give another folder"
         )
     try:
         with _made(folder), replacing_files(folder) as staged:

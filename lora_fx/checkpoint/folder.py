@@ -77,7 +77,7 @@ def save_adapter(
     directory: str | os.PathLike[str],
     adapter_name: str | None = None,
     *,
-    force: bool = False,
+    force: bool = True,
     format: Reader = "peft",  # noqa: A002  the word of such arguments
     component: str | None = None,
     vllm: bool = False,
@@ -102,7 +102,7 @@ def save_adapter(
         directory: The folder to write; created if it is missing. An adapter that is not called "default" goes
             into a subfolder of its name.
         adapter_name: The adapter; by default the only one, or the only active one.
-        force: True to replace an existing adapter.
+        force: False to refuse a folder with an adapter instead of replacing the adapter, as PEFT does.
         format: The reader of the files. "peft" is for PEFT, and for vLLM if all layers have the same rank and
             alpha. "vllm" and "gguf-ready" (llama.cpp's converter) are for readers that ignore patterns: all
             layers get the same rank and alpha, and B absorbs the difference. PEFT reads that as well.

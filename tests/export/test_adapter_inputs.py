@@ -312,8 +312,10 @@ def test_a_file_is_written_whole_or_not_at_all(
     target = tmp_path / "a.onnx_adapter"
     save_onnx_adapter(model, target, adapter_name="biased")
     before = target.read_bytes()
-    with pytest.raises(ExportError, match="exists: pass force=True"):
-        save_onnx_adapter(model, target, adapter_name="biased")
+    with pytest.raises(ExportError, match="exists, and force=False"):
+        save_onnx_adapter(model, target, adapter_name="biased", force=False)
+    save_onnx_adapter(model, target, adapter_name="biased")
+    assert target.read_bytes() == before
 
     def broken(self: object, name: str) -> None:
         Path(name).write_bytes(before[:10])

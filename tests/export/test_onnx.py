@@ -262,13 +262,13 @@ def test_nothing_of_the_build_machine_and_the_metadata_of_the_export(tmp_path: P
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_existing_file_is_refused_unless_forced(tmp_path: Path) -> None:
+def test_existing_file_is_replaced_unless_force_is_false(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
-    with pytest.raises(ExportError, match=r"m\.onnx exists.*force"):
-        export_onnx(mlp(), path, torch.randn(2, 4))
+    with pytest.raises(ExportError, match=r"m\.onnx exists.*force=False"):
+        export_onnx(mlp(), path, torch.randn(2, 4), force=False)
     assert path.read_bytes() == b"old"
-    export_onnx(mlp(), path, torch.randn(2, 4), force=True)
+    export_onnx(mlp(), path, torch.randn(2, 4))
     assert OnnxSession(path, "cpu").run(torch.randn(3, 4))["output"].shape == (3, 2)
     with pytest.raises(ExportError, match="folder"):
         export_onnx(mlp(), tmp_path, torch.randn(2, 4), force=True)

@@ -786,14 +786,14 @@ def test_the_meta_device_has_no_values(tmp_path: Path) -> None:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def test_an_adapter_is_replaced_only_with_force(folder: Path) -> None:
+def test_an_adapter_is_replaced_unless_force_is_false(folder: Path) -> None:
     before = contents(folder)
     model = adapted(RESIDUAL()[0], r=2)
-    with pytest.raises(CheckpointError, match=r"holds an adapter already.*force=True"):
-        save_adapter(model, folder)
+    with pytest.raises(CheckpointError, match=r"holds an adapter already.*force=False"):
+        save_adapter(model, folder, force=False)
     assert contents(folder) == before
     (folder / "notes.txt").write_text("mine")
-    save_adapter(model, folder, force=True)
+    save_adapter(model, folder)
     assert_same_bits(run(load_adapter(RESIDUAL()[0], folder), IDS), run(model, IDS))
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, "notes.txt"}
 

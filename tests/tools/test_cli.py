@@ -265,7 +265,8 @@ def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
     assert "nearest: 'layers.0'" in refused("rewrite", MODEL, "--region", "layers.00")
     worked("rewrite", MODEL, "--out", "all.txt")
     assert "# layers.2" in (here / "all.txt").read_text(encoding="utf-8")
-    assert "--force" in refused("rewrite", MODEL, "--out", "all.txt")
+    worked("rewrite", MODEL, "--out", "all.txt")
+    assert "exists" in refused("rewrite", MODEL, "--out", "all.txt", "--no-force")
 
 
 def test_a_frontend_and_inputs_can_be_named(here: Path) -> None:
@@ -306,8 +307,9 @@ def test_models_that_say_what_they_take_need_no_inputs(here: Path) -> None:
 def test_visualize(here: Path) -> None:
     worked("visualize", MODEL, "net.svg")
     assert "<svg" in (here / "net.svg").read_text(encoding="utf-8")
-    assert "--force" in refused("visualize", MODEL, "net.svg")
-    worked("visualize", MODEL, "net.svg", "--force", "--plan")
+    assert "exists" in refused("visualize", MODEL, "net.svg", "--no-force")
+    worked("visualize", MODEL, "net.svg", "--plan")
+    assert "Plan" in (here / "net.svg").read_text(encoding="utf-8")
     worked("visualize", MODEL, "base.json", "--base")
     assert "suffix" in refused("visualize", MODEL, "net.bmp")
 

@@ -67,7 +67,7 @@ app = typer.Typer(
     help="LoRA as a compiler pass on torch.fx: look at a model, adapt it, merge, export, run.\n\n"
     "A MODEL is named package.module:callable (called without arguments), hf:FOLDER (a local "
     "folder of transformers), timm:NAME or torchvision:NAME (both untrained). Nothing is "
-    "downloaded, and nothing is overwritten without --force.",
+    "downloaded, and only pictures are overwritten without --force.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,

@@ -128,7 +128,7 @@ def rewrite(
     every: bool = False,
     print_after: list[str] | None = None,
     out: str | None = None,
-    force: bool = False,
+    force: bool = True,
     as_json: bool = False,
 ) -> None:
     """Rewrite a model and look at the result: its regions, their code, or a picture of them.
@@ -144,7 +144,7 @@ def rewrite(
         print_after: Print the graph after this pass, of --region or of all regions; 'all' prints what each
             pass has changed.
         out: Write all graphs: .html .svg .dot .graphml .json or .txt.
-        force: Write over what is there.
+        force: Replace an existing file.
         as_json: Print the regions as JSON.
     """
     from lora_fx.api import graphs
@@ -361,7 +361,7 @@ def visualize(
     original: Path | None = None,
     provider: str = "cpu",
     as_format: str | None = None,
-    force: bool = False,
+    force: bool = True,
 ) -> None:
     """Draw the rewritten model: nested modules, equal blocks folded, adapters in color.
 
@@ -379,7 +379,7 @@ def visualize(
         original: The folder that a quantized model was made from: colors show what quantizing has lost.
         provider: cpu, cuda or webgpu: where the nodes of an .onnx file are to run.
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
-        force: Write over what is there.
+        force: Replace an existing file.
     """
     from lora_fx.tools.draw import FORMATS
     from lora_fx.tools.draw import visualize as draw

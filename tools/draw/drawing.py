@@ -369,7 +369,7 @@ def visualize(
     model_or_plan: Drawable | Sequence[Drawable] | Mapping[str, Drawable],
     path: str | os.PathLike[str],
     *,
-    force: bool = False,
+    force: bool = True,
     example_inputs: Any = None,
     original: nn.Module | str | os.PathLike[str] | None = None,
     file_format: Format | None = None,
@@ -391,7 +391,7 @@ def visualize(
             that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by their
             titles, are drawn next to each other, in ``.html`` only.
         path: The file to write.
-        force: True to overwrite an existing file.
+        force: False to refuse an existing file instead of replacing it.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
             modules without a graph. Models of transformers and timm need none.
         original: The model before it was quantized, or its files, as for
@@ -403,8 +403,8 @@ def visualize(
         The path of the file.
 
     Raises:
-        ConfigError: If the suffix is unknown, the folder does not exist, or the file exists; or if there is
-            an ``original`` and nothing is quantized.
+        ConfigError: If the suffix is unknown, the folder does not exist, or the file exists and ``force`` is
+            False; or if there is an ``original`` and nothing is quantized.
         LoraFxError: If the file could not be written. An existing file is kept then.
     """
     if isinstance(path, nn.Module):
@@ -416,7 +416,7 @@ def visualize(
         raise ConfigError(f"cannot write {target}: there is no folder {target.parent}; create it")
     if target.exists() and not force:
         raise ConfigError(
-            f"{target} exists: pass force=True to write over it, or choose another name"
+            f"{target} exists, and force=False was given: leave it out, or choose another name"
         )
     suffix = target.suffix.lower()
     if file_format is not None:
