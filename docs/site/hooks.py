@@ -20,9 +20,10 @@ _SHOWN = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
 def on_files(files: Files, config: Any) -> Files:
     """Add a page for each example, and the pages of the repository's root."""
-    for example in sorted((ROOT / "examples").glob("*.py")):
+    for example in sorted((ROOT / "examples").rglob("*.py")):
         text = f"# {example.stem}\n\n```python\n{example.read_text('utf-8')}```\n"
-        files.append(File.generated(config, f"examples/{example.stem}.md", content=text))
+        page = example.relative_to(ROOT).with_suffix(".md").as_posix()
+        files.append(File.generated(config, page, content=text))
     for name, page in _SHOWN.items():
         text = (ROOT / name).read_text("utf-8")
         files.append(File.generated(config, page, content=_from_root(text)))

@@ -27,7 +27,7 @@ from lora_fx.tools.cli.app import app
 from lora_fx.tools.zoo import job, report, runner
 from lora_fx.tools.zoo.job import in_fp64, run_job, unseen
 from lora_fx.tools.zoo.models import Entry, wake
-from lora_fx.tools.zoo.report import PARTS, Row, scrubbed
+from lora_fx.tools.zoo.report import PARTS, Row, exceptions, scrubbed
 from tests.zoo import seeded
 
 CONFIG = lora_fx.LoraConfig(r=2)
@@ -721,3 +721,11 @@ def test_the_page_names_no_folder_of_the_machine() -> None:
 def test_folders_of_the_machine_are_left_out(text: str, expected: str) -> None:
     assert scrubbed(text) == expected
     assert scrubbed(expected) == expected
+
+
+def test_an_error_is_neither_a_link_nor_code_in_the_page() -> None:
+    row = Row(
+        "plain/net", "plain", errors={"plan": "ValueError: view_4[target=view](args = *x, `y`)"}
+    )
+    (line,) = exceptions([row])
+    assert r"view_4\[target=view\](args = \*x, \`y\`)" in line

@@ -445,8 +445,8 @@ def _yes_no(value: bool | None) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Escape an error for a table, without the machine's folders."""
-    return scrubbed(text).replace("|", "\\|").replace("<", "&lt;")
+    """Escape an error for a table, without the machine's folders. ``[1](x)`` is no link there."""
+    return re.sub(r"([\[\]*`|])", r"\\\1", scrubbed(text)).replace("<", "&lt;")
 
 
 def _of_train_mode(row: Row) -> str:
