@@ -64,6 +64,7 @@ from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder
 __all__ = [
     "MakePlan",
     "at_rank",
+    "choose",
     "foreign_factors",
     "idle_entries",
     "idle_parameters",

@@ -27,7 +27,7 @@ from lora_fx.tools.cli.app import app
 from lora_fx.tools.zoo import job, report, runner
 from lora_fx.tools.zoo.job import in_fp64, run_job, unseen
 from lora_fx.tools.zoo.models import Entry, wake
-from lora_fx.tools.zoo.report import PARTS, Row, exceptions, scrubbed
+from lora_fx.tools.zoo.report import PARTS, Row, scrubbed
 from tests.zoo import seeded
 
 CONFIG = lora_fx.LoraConfig(r=2)
@@ -727,5 +727,5 @@ def test_an_error_is_neither_a_link_nor_code_in_the_page() -> None:
     row = Row(
         "plain/net", "plain", errors={"plan": "ValueError: view_4[target=view](args = *x, `y`)"}
     )
-    (line,) = exceptions([row])
+    (line,) = report.exceptions([row])
     assert r"view_4\[target=view\](args = \*x, \`y\`)" in line

@@ -277,8 +277,8 @@ def short_path(path: str) -> str:
 
 def source_of(cls: type[nn.Module]) -> str:
     """Return file and line of a class's forward, or "" without Python code."""
-    forward = inspect.unwrap(getattr(cls, "forward", None))  # decorators have their own code
-    code = getattr(forward, "__code__", None)
+    forward: Any = getattr(cls, "forward", None)
+    code = getattr(inspect.unwrap(forward), "__code__", None)  # decorators have their own
     return "" if code is None else f"{short_path(code.co_filename)}:{code.co_firstlineno}"
 
 
