@@ -1068,6 +1068,35 @@ def test_n_and_p_visit_the_adapters(opened: Page) -> None:
     assert selected(opened).endswith(".down")
 
 
+@pytest.mark.slow
+@needs_chromium
+def test_an_open_branch_is_visited_at_its_beginning(chromium: Page, tmp_path: Path) -> None:
+    """Without fusion, a module with an adapter is a tall box, and a bare parameter has none of its own."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+            self.mix = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) @ self.mix
+
+    model = adapted(Bare(), target_modules=["fc", "mix"])
+    chromium.open(visualize(model, tmp_path / "open.html").as_uri())
+    chromium.complaints.clear()
+    top = chromium.run("(() => { const { view, trained } = loraFx.graphs[0];"
+                       "return view.y + loraFx.graphs[0].spotOf(trained[0]).y * view.scale; })()")  # fmt: skip
+    assert 0 <= top < 300
+    names = []
+    for _ in range(2):
+        chromium.key("n")
+        names.append(chromium.run("loraFx.graphs[0].selected.name"))
+    assert names == ["fc", "linear"]
+    assert "mix" in panel(chromium)
+    assert not chromium.complaints
+
+
 INSIDE = """
 (() => {
   const graph = loraFx.graphs[0], { area, view, root } = graph;

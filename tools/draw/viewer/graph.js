@@ -7,6 +7,9 @@ const MARGIN = 192;
 /* Limits of the scale, the least scale at which names can be read, and the margin around a picture that fits. */
 const LEAST = 0.002, MOST = 4, READABLE = 0.75, AROUND = 24;
 
+/* States of a box that an adapter trains. */
+const TRAINED = ["adapted", "full", "rows"];
+
 const bounded = (value, least, most) => Math.min(most, Math.max(least, value));
 
 class Graph {
@@ -150,11 +153,14 @@ class Graph {
     this.stack();
   }
 
-  /* Returns the boxes that an adapter trains, in the order of the picture, without the boxes inside them. */
+  /* Returns the boxes that an adapter trains, in the order of the picture: an operation as a whole, and a branch on a
+     bare parameter by its A. */
   get trained() {
-    const own = (box) => ["adapted", "full", "rows"].includes(box.state);
-    const inside = (box) => Boolean(box.parent) && (own(box.parent) || inside(box.parent));
-    return this.boxes.filter((box) => own(box) && !inside(box));
+    const within = (box) => {
+      const inner = box.children.flatMap(within), alone = inner.every(({ kind }) => kind === "A");
+      return TRAINED.includes(box.state) && alone && (box.parent || !inner.length) ? [box] : box.kind === "A" ? [box] : inner;
+    };
+    return within(this.root);
   }
 
   get depth() {
@@ -253,7 +259,7 @@ class Graph {
     // The neighbors of the adapter are in the view, too, if there is room, and so is the top of the picture.
     const room = width - 2 * AROUND, around = first?.parent ? this.spotOf(first.parent) : spot, { x, width: wide } = around.width * scale < room ? around : spot;
     const center = width / 2 - (x + wide / 2) * scale, end = width - AROUND - this.root.width * scale;
-    const below = first ? (spot.y + spot.height) * scale - height * 0.6 : 0;
+    const below = first ? Math.min((spot.y + spot.height) * scale - height * 0.6, spot.y * scale) : 0;
     this.move(end >= AROUND ? (end + AROUND) / 2 : bounded(center, end, AROUND), AROUND - Math.max(0, below), scale);
     this.begun = this.view;
   }
