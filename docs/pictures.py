@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 import transformers
 from PIL import Image
 
@@ -75,11 +74,6 @@ def mixtral() -> torch.nn.Module:
     return lora_fx.rewrite(model, lora_fx.LoraConfig(r=8))
 
 
-def resnet() -> torch.nn.Module:
-    """Return a rewritten ResNet-18."""
-    return lora_fx.rewrite(torchvision.models.resnet18(), lora_fx.LoraConfig(r=8))
-
-
 def plan_and_model() -> list[Any]:
     """Return the plan of a small Llama, and the rewritten model."""
     settings = transformers.LlamaConfig(
@@ -95,23 +89,19 @@ def plan_and_model() -> list[Any]:
 
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
-LAYER = "loraFx.graphs[0].fit(loraFx.graphs[0].boxOf('bert.encoder.layer.0.attention'), false);"
+LAYER = "loraFx.graphs[0].fit(loraFx.graphs[0].boxOf('bert.encoder.layer.0.attention'));"
+SITES = "document.querySelector('#show-sites').click();"
+ROUTER = "loraFx.select('model.layers.0.mlp.gate');"
 COLOR = """
 const color = document.querySelector("#color");
 color.value = "share";
 color.dispatchEvent(new Event("change"));
 """
 SHOTS = (
-    Shot("page-llama-7b", llama),
+    Shot("page-llama-sites", llama, width=1360, steps=SITES),
     Shot("page-bert-two-adapters", bert, steps=f"loraFx.select('{QUERY}');"),
     Shot("page-bert-color", bert, dark=True, steps=COLOR + LAYER),
-    Shot(
-        "page-mixtral",
-        mixtral,
-        dark=True,
-        steps="loraFx.graphs[0].fit(loraFx.graphs[0].boxOf('model.layers.0.mlp'), false);",
-    ),
-    Shot("page-resnet18-phone", resnet, width=390, height=780),
+    Shot("page-mixtral-router", mixtral, dark=True, steps=ROUTER),
     Shot("page-compare", plan_and_model, steps="loraFx.select('model.layers.0.self_attn.q_proj');"),
 )
 
