@@ -216,7 +216,8 @@ def check_target(target: Path, *, force: bool | None) -> None:
         raise ExportError(f"{target} is a folder: give the name of the file to write in it")
     if force is False and os.path.lexists(target):
         raise ExportError(
-            f"{target} exists, and force=False was given: leave it out, or give another name"
+            f"{target} exists, and force=False was given: leave it out (on the command line, pass --force), "
+            "or give another name"
         )
 
 

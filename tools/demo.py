@@ -672,7 +672,6 @@ class _Demo:
                 merged,
                 path,
                 held_out[0].inputs,
-                force=True,
                 progress=lambda stage: advance(next(stages), 5, stage),
             )
             self.listener.note(f"opset {report.opset}, {report.nodes} nodes, {report.provider}")

@@ -1086,7 +1086,7 @@ def test_an_open_branch_is_visited_at_its_beginning(chromium: Page, tmp_path: Pa
     chromium.open(visualize(model, tmp_path / "open.html").as_uri())
     chromium.complaints.clear()
     top = chromium.run("(() => { const { view, trained } = loraFx.graphs[0];"
-                       "return view.y + loraFx.graphs[0].spotOf(trained[0]).y * view.scale; })()")  # fmt: skip
+                       "return view.y + loraFx.graphs[0].spotOf(trained[0]).y * view.scale })()")  # fmt: skip
     assert 0 <= top < 300
     names = []
     for _ in range(2):

@@ -40,7 +40,7 @@ __all__ = [
     "times",
 ]
 
-SCHEMA = "lora_fx.picture/3"
+SCHEMA = "lora_fx.picture/4"
 
 # Characters that XML 1.0 forbids, escaped or not.
 _ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
