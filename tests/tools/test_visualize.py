@@ -591,13 +591,17 @@ def test_refuses_other_suffixes(name: str, tmp_path: Path) -> None:
         visualize(Net(), tmp_path / name)
 
 
-def test_refuses_to_write_over_a_file(tmp_path: Path) -> None:
+def test_writes_over_a_picture_but_not_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / "graph.SVG"
     path.write_text("mine")
-    with pytest.raises(ConfigError, match="force"):
-        visualize(Net(), path)
+    with pytest.raises(ConfigError, match="exists, and force=False"):
+        visualize(Net(), path, force=False)
+    with pytest.raises(ConfigError, match="cannot draw a int"):
+        visualize(3, path)  # type: ignore[arg-type]
     assert path.read_text() == "mine"
-    assert visualize(Net(), path, force=True).read_text("utf-8").startswith("<svg")
+    assert visualize(Net(), path).read_text("utf-8").startswith("<svg")
+    with pytest.raises(ConfigError, match="suffix"):
+        visualize(Net(), tmp_path / "graph.py")
 
 
 def test_refuses_a_missing_folder(tmp_path: Path) -> None:
