@@ -281,8 +281,12 @@ def plan_all(
         except LoraFxError as error:
             error.add_note(f"in the configuration {name!r}")
             raise
-        plans[name] = with_sample_cost(plan, captured, example_inputs)
-    return plans
+        plans[name] = plan
+    mixed = len({plan.unit for plan in plans.values()}) > 1
+    return {
+        name: with_sample_cost(plan, captured, example_inputs, compared=mixed)
+        for name, plan in plans.items()
+    }
 
 
 def _captured(
@@ -324,6 +328,11 @@ def check_config(config: object) -> None:
     Raises:
         ConfigError: If it is anything else, such as a configuration of PEFT.
     """
+    if isinstance(config, nn.Module):
+        raise ConfigError(
+            f"config is a {type(config).__name__}, and has to be a lora_fx.LoraConfig: the model comes "
+            "first, then the configuration, as in lora_fx.rewrite(model, config)"
+        )
     if isinstance(config, str):
         raise ConfigError(
             f"config must be a lora_fx.LoraConfig, found {config!r}: the configuration comes before the name "

@@ -57,6 +57,7 @@ from lora_fx.ir.site import (
 from lora_fx.ir.tables import (
     FoldedRow,
     folded,
+    grouped,
     html_block,
     html_lines,
     html_table,
@@ -111,6 +112,7 @@ __all__ = [
     "adapters_of",
     "folded",
     "freeze",
+    "grouped",
     "html_block",
     "html_lines",
     "html_table",

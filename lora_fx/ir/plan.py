@@ -8,16 +8,27 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
-from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError, hint
+from lora_fx.config import LoraConfig, needs_data
+from lora_fx.errors import ConfigError, hint, some
 from lora_fx.ir.site import Rejection, Site
-from lora_fx.ir.tables import FoldedRow, folded, html_block, html_lines, html_table, text_table
+from lora_fx.ir.tables import (
+    FoldedRow,
+    folded,
+    grouped,
+    html_block,
+    html_lines,
+    html_table,
+    text_table,
+)
 
 __all__ = ["Comparison", "Kept", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
 def _often(row: FoldedRow) -> str:
     return f" {row.times}" if row.times else ""
+
+
+_IDLE = ": matches nothing"
 
 
 _FUSED = "fused, and a part can be named alone"
@@ -135,13 +146,14 @@ class Plan:
         biases: FQNs of the biases that are trained.
         config: The configuration.
         frontend: The front-end that captured the model.
-        notes: Why the other front-ends were not used.
+        notes: Reasons why the other front-ends were not used.
         base_parameters: Elements of the model's own parameters, shared ones once.
         extra_parameters: Trainable elements outside the adapters (biases, ``modules_to_save``).
         tokens: Rows of embeddings that are trained (``trainable_token_indices``).
         kinds: The kinds of the sites that train more than A and B, by name, each with those parts in words.
         sample_cost: Extra FLOPs and saved bytes for one sample, if sites differ in their positions; None if
             that is unknown, or they do not differ.
+        site_costs: The same of each site, in the order of ``sites``; empty without ``sample_cost``.
         fresh: FQNs of modules of the base that start at random, because no checkpoint has them, and that
             nothing trains: a new classification head.
         loss: With ``loss="chunked"``: the heads of the model, each with "chunked" or the reason why its
@@ -164,6 +176,7 @@ class Plan:
     tokens: tuple[PlannedTokens, ...] = ()
     kinds: tuple[tuple[str, str], ...] = ()
     sample_cost: tuple[int, int] | None = None
+    site_costs: tuple[tuple[int, int], ...] = ()
     fresh: tuple[str, ...] = ()
     loss: tuple[tuple[str, str], ...] | None = None
     kept: Kept | None = None
@@ -180,9 +193,9 @@ class Plan:
         Convolutions compute an output at each position, and layers differ in their number of positions. If
         the positions of a sample are known, the unit is the sample.
         """
-        if all(row.site.family != "conv" for row in self.sites):
-            return "token"
-        return "position" if self.sample_cost is None else "sample"
+        if self.sample_cost is not None:
+            return "sample"
+        return "position" if any(row.site.family == "conv" for row in self.sites) else "token"
 
     @property
     def flops(self) -> int:
@@ -236,6 +249,7 @@ class Plan:
 
     def remarks(self) -> list[str]:
         """Return facts that the table of sites does not show: formats, kinds, other trained parameters."""
+        start = self.config.init_lora_weights
         stored = Counter(str(row.site.quantized) for row in self.sites if row.site.quantized)
         lines = [f"the base's weight in {text}: {count} site(s)" for text, count in stored.items()]
         for kind, trains in self.kinds:
@@ -250,6 +264,11 @@ class Plan:
             lines.append(f"biases trained: {len(self.biases)}")
         if self.kept is not None:
             lines.append(str(self.kept))
+        if needs_data(start):
+            lines.append(
+                f"init_lora_weights={start!r} needs data: after rewrite, call "
+                "lora_fx.initialize(model, dataloader); until then the start is that of True"
+            )
         return [*lines, *self._of_loss()]
 
     @property
@@ -406,6 +425,7 @@ class Plan:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of the table of ``str(plan)``, under :attr:`columns`."""
+        costs = self.site_costs or [(row.flops, row.saved) for row in self.sites]
         return [
             (
                 row.site.name,
@@ -414,17 +434,17 @@ class Plan:
                 str(row.rank or "-"),
                 f"{row.scale:g}" if row.rank else "-",
                 f"{row.parameters:,}",
-                f"{row.flops:,}",
-                f"{row.saved:,}",
+                f"{flops:,}",
+                f"{saved:,}",
             )
-            for row in self.sites
+            for row, (flops, saved) in zip(self.sites, costs, strict=True)
         ]
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The headings of :meth:`rows`."""
-        unit = "token" if self.unit == "token" else "position"
-        sizes = ("weight", "r", "scale", "trainable", f"FLOPs/{unit}", f"saved B/{unit}")
+        costs = (f"FLOPs/{self.unit}", f"saved B/{self.unit}")
+        sizes = ("weight", "r", "scale", "trainable", *costs)
         return ("site", "pattern", *sizes)
 
     def warnings(self) -> list[str]:
@@ -434,24 +454,41 @@ class Plan:
             "modules_to_save (or set task_type, which does that for heads)"
             for name in self.fresh
         ]
-        return [*lines, *(f"matched nothing: {target}" for target in self.unmatched)]
+        return [*lines, *self.idle_entries()]
+
+    def idle_entries(self) -> list[str]:
+        """Return :attr:`unmatched` in lines. Entries of a field without any similar name share a line."""
+        lines = [entry for entry in self.unmatched if not entry.endswith(_IDLE)]
+        fields: dict[str, list[str]] = {}
+        for entry in self.unmatched:
+            if entry.endswith(_IDLE):
+                field, _, value = entry.removesuffix(_IDLE).partition(" ")
+                fields.setdefault(field, []).append(value)
+        for field, values in fields.items():
+            verb = "matches" if len(values) == 1 else "match"
+            lines.append(f"{field} {some(values, 12)}: {verb} nothing")
+        return lines
+
+    def capture_lines(self) -> list[str]:
+        """Return the front-end and why others were not used, if an operation cannot be adapted; else []."""
+        if not self.rejections:
+            return []
+        return [f"captured by {self.frontend}", *(f"  {note}" for note in self.notes)]
 
     def __str__(self) -> str:
-        """Return the table of the sites, equal layers in one row, the totals, and the sections below."""
-        lines = [f"captured by {self.frontend}"]
+        """Return the totals, the table of the sites, equal layers in one row, and the sections below."""
+        lines = [f"{len(self.sites)} site(s), {''.join(self.totals())}", self.cost()]
         lines += self.warnings()
-        lines += [f"  {note}" for note in self.notes]
         rows = folded(self.rows())
         many = any(row.count > 1 for row in rows)
         columns = (*self.columns, *(["sites"] if many else []))
         cells = [(row.name, *row.cells, *([row.times] if many else [])) for row in rows]
         lines += text_table(columns, cells, left=3)
-        lines += [f"{len(self.sites)} site(s), {''.join(self.totals())}", self.cost()]
         lines += self.remarks()
         for title, listed in self.sections().items():
             lines += [f"{title} ({len(listed)}):"] if listed else []
-            lines += [f"  {row.name}{_often(row)}: {row.cells[0]}" for row in folded(listed)]
-        return "\n".join(lines)
+            lines += [f"  {row.name}: {row.cells[0]}" for row in grouped(listed)]
+        return "\n".join([*lines, *self.capture_lines()])
 
     def __repr__(self) -> str:
         return (
@@ -474,7 +511,8 @@ class Plan:
                 cells = [(r.name + _often(r), *r.cells) for r in folded(listed)]
                 table = html_table(("name", "because"), cells, left=2)
                 blocks.append(html_block(f"{title} ({len(listed)})", table))
-        blocks.append(html_block(f"captured by {self.frontend}", html_lines(self.notes)))
+        for title, *notes in filter(None, [self.capture_lines()]):
+            blocks.append(html_block(title, html_lines(notes)))
         return f"<div>{marks}{facts}{''.join(blocks)}</div>"
 
 
@@ -500,8 +538,16 @@ class Comparison:
     @property
     def columns(self) -> tuple[str, ...]:
         """The headings of :meth:`rows`."""
-        unit = next((plan.unit for plan in self.plans.values()), "token")
-        return ("config", "sites", "trainable", "%", f"FLOPs/{unit}", f"saved B/{unit}", "ranks")
+        a_unit = f"/{self._unit}" if self._unit else ""
+        return ("config", "sites", "trainable", "%", f"FLOPs{a_unit}", f"saved B{a_unit}", "ranks")
+
+    @property
+    def _unit(self) -> str:
+        """The unit of the costs; empty if plans have different ones."""
+        units = {plan.unit for plan in self.plans.values()}
+        if units == {"token", "position"}:  # for a linear layer, they are the same
+            return "position"
+        return next(iter(units)) if len(units) == 1 else ""
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the cells of the table, under :attr:`columns`."""
@@ -511,8 +557,8 @@ class Comparison:
                 f"{len(plan)}",
                 f"{plan.parameters:,}",
                 f"{100 * plan.parameters / max(plan.total_parameters, 1):.4f}",
-                f"{plan.flops:,}",
-                f"{plan.saved:,}",
+                f"{plan.flops:,}" + ("" if self._unit else f"/{plan.unit}"),
+                f"{plan.saved:,}" + ("" if self._unit else f"/{plan.unit}"),
                 _span_of([row.rank for row in plan.sites if row.rank]),
             )
             for name, plan in self.plans.items()

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from lora_fx.errors import some
+
 __all__ = [
     "FoldedRow",
     "folded",
     "folded_names",
+    "grouped",
     "html_block",
     "html_folded",
     "html_lines",
@@ -61,6 +64,26 @@ def folded(rows: Iterable[tuple[str, ...]]) -> list[FoldedRow]:
         groups.setdefault((_NUMBER.sub("*", name), *cells), []).append(name)
     return [
         FoldedRow(folded_names(names), len(names), tuple(key[1:])) for key, names in groups.items()
+    ]
+
+
+def grouped(rows: Iterable[tuple[str, ...]], most: int = 5) -> list[FoldedRow]:
+    """Fold rows as :func:`folded` does, and then join rows with the same cells into one.
+
+    Args:
+        rows: Names, each with its cells.
+        most: The largest number of names in a row. The number of further names follows them.
+    """
+    groups: dict[tuple[str, ...], list[FoldedRow]] = {}
+    for row in folded(rows):
+        groups.setdefault(row.cells, []).append(row)
+    return [
+        FoldedRow(
+            some([f"{row.name} {row.times}".rstrip() for row in group], most),
+            sum(row.count for row in group),
+            cells,
+        )
+        for cells, group in groups.items()
     ]
 
 

@@ -408,35 +408,48 @@ class _Positions:
     outputs: int = 0
 
 
-def with_sample_cost(plan: Plan, capture: Capture, example_inputs: Any) -> Plan:
+def with_sample_cost(
+    plan: Plan, capture: Capture, example_inputs: Any, *, compared: bool = False
+) -> Plan:
     """Return a plan with the cost of a sample, if it has convolutions and the inputs are known.
 
     Args:
         plan: The plan.
         capture: The capture of the plan: a copy of the user's model, whose modules are called.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
+        compared: True for the cost of a sample even without adapted convolutions, because the plan stands
+            next to plans that have them.
     """
-    if plan.unit == "token":
+    if plan.unit == "token" and not compared:
         return plan
-    cost = sample_cost(capture.model, plan.sites, example_inputs)
-    return dataclasses.replace(plan, sample_cost=cost)
+    # Without an adapted convolution, another one shows the size of the batch.
+    others = [row.site for row in plan.skipped] if compared else []
+    cost = sample_cost(capture.model, plan.sites, example_inputs, others)
+    return plan if cost is None else dataclasses.replace(plan, sample_cost=cost[0], site_costs=cost[1])
 
 
 def sample_cost(
-    model: nn.Module, rows: Sequence[PlannedSite], example_inputs: Any
-) -> tuple[int, int] | None:
+    model: nn.Module,
+    rows: Sequence[PlannedSite],
+    example_inputs: Any,
+    others: Sequence[Site] = (),
+) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
     """Return the extra FLOPs and saved bytes of one sample, or None if its positions are unknown.
 
     Args:
         model: The model. It is called without data.
         rows: The adapted sites.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
+        others: Further sites, whose positions are counted to find the number of samples.
+
+    Returns:
+        The sum, and the cost of each of ``rows``.
     """
     inputs = synthesise(model).inputs if example_inputs is None else example_inputs
     if inputs is None:
         return None
     try:
-        samples, positions = _positions(model, [row.site for row in rows], inputs)
+        samples, positions = _positions(model, [*(row.site for row in rows), *others], inputs)
     except Exception as error:  # noqa: BLE001  the user's code may raise anything without values
         _log.debug("no cost of a sample: %s: %s", type(error).__name__, error)
         return None
@@ -444,7 +457,8 @@ def sample_cost(
         return None
     costs = [_cost(model, row, positions[row.name]) for row in rows]
     flops, saved = (sum(column) // samples for column in zip(*costs, strict=True))
-    return flops, saved
+    each = tuple((flops // samples, saved // samples) for flops, saved in costs)
+    return (flops, saved), each
 
 
 def _cost(model: nn.Module, row: PlannedSite, positions: _Positions) -> tuple[int, int]:

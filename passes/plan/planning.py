@@ -21,7 +21,6 @@ from lora_fx.config import (
     changes_base,
     judge,
     nearest_names,
-    needs_data,
     parameter_entry,
     saved_module,
     scale_of,
@@ -44,6 +43,7 @@ from lora_fx.ir import (
     Rejection,
     Site,
     Skipped,
+    grouped,
     join,
 )
 from lora_fx.kinds import chosen_kind, kind_objection, kinds
@@ -126,17 +126,6 @@ def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) ->
         f"init_lora_weights={start!r} at rank {rank}{note} takes {needed} directions of a matrix "
         f"[{out}, {inner}]: set a smaller rank with rank_pattern"
     )
-
-
-def _start_note(config: LoraConfig) -> tuple[str, ...]:
-    """Return the note of a plan about the starting values."""
-    if not needs_data(config.init_lora_weights):
-        return ()
-    note = (
-        f"init_lora_weights={config.init_lora_weights!r} needs data: after rewrite, call "
-        "lora_fx.initialize(model, dataloader); until then the start is that of True"
-    )
-    return (note,)
 
 
 def _refuse_quantized(
@@ -250,7 +239,7 @@ def make_plan(
         ),
         config=config,
         frontend=capture.frontend,
-        notes=(*capture.notes, *_start_note(config)),
+        notes=capture.notes,
         saved_modules=saved,
         biases=biases,
         base_parameters=sum(elements(p) for p in dict(_named_once(capture.model)).values()),
@@ -492,7 +481,7 @@ def _check(
     if strict and plan.unmatched:
         raise PartialMatchError(
             "strict=True, and part of the configuration selects nothing:\n  "
-            + "\n  ".join(plan.unmatched)
+            + "\n  ".join(plan.idle_entries())
         )
 
 
@@ -527,19 +516,17 @@ def _check_names(holder: nn.Module, row: PlannedSite) -> None:
 
 
 def _nothing(plan: Plan, matches: Matches) -> str:
-    lines = ["the configuration selects no operation of the model"]
-    lines += [f"  {entry}" for entry in plan.unmatched]
-    lines += _first_lines([f"{skipped.site.name}: {skipped.reason}" for skipped in plan.skipped])
+    lines = ["the configuration selects no operation of the model", *plan.idle_entries()]
     if not matches.sites:
-        lines.append("  the model has no linear operation that lora_fx can see")
-    lines += _first_lines(
-        [f"{rejection.name or '(root)'}: {rejection.reason}" for rejection in matches.rejections]
-    )
-    return "\n".join(lines)
-
-
-def _first_lines(lines: Sequence[str]) -> list[str]:
-    return ["  " + some(lines, 8, "\n  ")] if lines else []
+        lines.append("the model has no linear operation that lora_fx can see")
+    left_out = [(skipped.site.name, skipped.reason) for skipped in plan.skipped]
+    refused = [(rejection.name or "(root)", rejection.reason) for rejection in matches.rejections]
+    for rows in map(grouped, (left_out, refused)):
+        reasons = [f"{row.name}: {row.cells[0]}" for row in rows]
+        lines += [some(reasons, 8, "\n  ")] if reasons else []
+    if plan.skipped:
+        lines.append("lora_fx.plan(model, lora_fx.LoraConfig()) lists what can be adapted")
+    return "\n  ".join(lines)
 
 
 # --- entries that select nothing ------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_it_trains_merges_and_is_saved(start: str, frontend: Any, tmp_path: Path
     model, inputs = zoo.tiny_llama()
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
     adapted = lora_fx.rewrite(model, config, inputs, frontend=frontend)
-    assert any("lora_fx.initialize" in note for note in lora_fx.plan(model, config).notes)
+    assert any("lora_fx.initialize" in line for line in lora_fx.plan(model, config).remarks())
     lora_fx.initialize(adapted, tokens(4), progress=False)
     assert_close(adapted.eval()(**inputs).logits, model.eval()(**inputs).logits)
     adapted.train()(**tokens(2)[0]).loss.backward()

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_fx.export.report import ExportReport, fusions_text, short, size_text, worst_by_layer
-from lora_fx.ir import FoldedRow, Plan, folded
+from lora_fx.ir import FoldedRow, Plan, folded, grouped
 from lora_fx.tools.cli import console
 
 if TYPE_CHECKING:
@@ -37,15 +37,15 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
         every: One row for each site, instead of one for equal sites of numbered layers.
     """
     parts: list[RenderableType] = [
-        Text.assemble("captured by ", (plan.frontend, "bold")),
-        *(Text(line, "yellow") for line in plan.warnings()),
-        *(_indented(Text(note, "dim")) for note in plan.notes),
-        *_sites(plan, width, every),
         _totals(plan),
+        *(Text(line, "yellow") for line in plan.warnings()),
+        *_sites(plan, width, every),
     ]
     parts += map(Text, plan.remarks())
     for title, rows in plan.sections().items():
         parts += _section(title, rows, every)
+    for title, *notes in filter(None, [plan.capture_lines()]):
+        parts += [Text(title), *(_indented(Text(note.strip(), "dim")) for note in notes)]
     return Group(*parts)
 
 
@@ -79,7 +79,7 @@ def _totals(plan: Plan) -> Text:
         (f"{len(plan.sites):,} {'site' if len(plan.sites) == 1 else 'sites'}", "bold"),
         ", ",
         (trained, "bold green"),
-        f"{of_all}; {plan.cost()}",
+        f"{of_all}\n{plan.cost()}",
     )
 
 
@@ -92,10 +92,9 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
     if not rows:
         return
     yield Text(f"{title} ({len(rows)}):", "bold")
-    listed = [FoldedRow(name, 1, (reason,)) for name, reason in rows] if every else folded(rows)
+    listed = [FoldedRow(name, 1, (reason,)) for name, reason in rows] if every else grouped(rows)
     for row in listed if every else listed[:_LISTED]:
-        count = f" {row.times}" if row.times else ""
-        yield _indented(Text.assemble((row.name or "(root)", "cyan"), count, f": {row.cells[0]}"))
+        yield _indented(Text.assemble((row.name or "(root)", "cyan"), f": {row.cells[0]}"))
     if not every and len(listed) > _LISTED:
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
 

@@ -398,7 +398,7 @@ def _costs(
         cost = sample_cost(_copy(model, _without_data), rows, example_inputs)
         if cost is None:
             return (), unit, "example_inputs= shows what the adapters cost in a sample"
-        flops, saved = cost
+        (flops, saved), _ = cost
     return costs_of(flops, saved, each), unit, ""
 
 
