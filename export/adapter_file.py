@@ -270,9 +270,9 @@ def save_onnx_adapter(
         CheckpointError: The folder is damaged or needs its model, the adapter does not fit ``base``, or it
             has values that are not finite.
         ConfigError: An argument is not valid, or the model has no such adapter.
-        ExportError: The file exists and ``force`` is False, it cannot be written (with the required bytes, if
-            the disk is full), or ``base`` takes no adapters.
-        OutputPathError: ``path`` is a folder, or has another suffix.
+        ExportError: The file cannot be written (with the required bytes, if the disk is full), or
+            ``base`` takes no adapters.
+        OutputPathError: ``path`` is a folder, has another suffix, or exists and ``force`` is False.
         ProviderError: ONNX Runtime, which has the format, is not installed.
     """
     target = output_file(path, (".onnx_adapter",))

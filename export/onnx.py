@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ExportError, ParityError, some
+from lora_fx.errors import ExportError, OutputPathError, ParityError, some
 from lora_fx.export.arguments import Sizes
 from lora_fx.export.convert import (
     ConversionError,
@@ -39,6 +39,7 @@ from lora_fx.export.prepare import (
     prepare_bank,
     prepare_swappable,
 )
+from lora_fx.export.providers import ProviderName, chosen_provider
 from lora_fx.export.report import ExportReport
 from lora_fx.export.staging import (
     EXTERNAL_DATA_BYTES,
@@ -406,7 +407,7 @@ def export_onnx(
     dynamic_shapes: object = None,
     opset: int | None = None,
     optimize: Level = "standard",
-    provider: Provider | None = None,
+    provider: ProviderName | None = None,
     verify: bool = True,
     force: bool | None = None,
     progress: Callable[[str], None] | None = None,
@@ -467,7 +468,8 @@ def export_onnx(
             for them in the file's dtype. "none" for the graph of PyTorch.
             If a fused file does not match the model, the export falls back to fewer fusions, and the
             report says why.
-        provider: Provider for ``optimize="runtime"``: "cpu" (None), "cuda" or "webgpu".
+        provider: Provider for ``optimize="runtime"``: "cpu" (None), "cuda" or "webgpu", or ONNX Runtime's
+            name of it.
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: False to refuse an existing file instead of replacing it. With ``target``, files of another
@@ -483,16 +485,17 @@ def export_onnx(
     Raises:
         CaptureError: A layer that has an adapter was deleted or replaced after the rewrite.
         ParityError: The outputs of the file differ.
-        OutputPathError: ``path`` is a folder, or has another suffix.
+        OutputPathError: ``path`` is a folder, has another suffix, or exists without ``force``.
         ProviderError: ``verify=True`` without ONNX Runtime.
         NoMatchError: ``adapters="inputs"`` or ``"bank"`` of a model that has neither adapters nor an
             operation to adapt.
-        ExportError: All other errors: invalid arguments, an existing file, a model that cannot be captured
-            or is random, a folder without write permission. Also a full disk, with the size of the file.
+        ExportError: All other errors: invalid arguments, a model that cannot be captured or is random, a
+            folder without write permission. Also a full disk, with the size of the file.
     """
     _check_arguments(model, adapters, dtype, opset)
     _check_bank_arguments(adapters, max_adapters, max_rank)
-    check_fusions(optimize, provider)
+    chosen = "cpu" if provider is None else chosen_provider(provider)
+    check_fusions(optimize, None if provider is None else chosen)
     sizes: tuple[tuple[str, object, int], ...] = (
         ("external_data_bytes", external_data_bytes, 0),
         ("shard_bytes", shard_bytes, 1),
@@ -513,6 +516,11 @@ def export_onnx(
     if runtime is None:
         if tokenizer is not None:
             raise ExportError("tokenizer= goes into the folder of a target: give target= as well")
+        if isinstance(example_inputs, str | Path) and not isinstance(path, str | Path):
+            raise OutputPathError(
+                f"path is a {type(path).__name__}: the file, {str(example_inputs)!r}, comes before the "
+                "example inputs"
+            )
         file_path = output_file(path, (".onnx",))
     else:
         runtime.check(task=task, adapters=adapters, dtype=dtype)
@@ -534,7 +542,7 @@ def export_onnx(
             external_data_bytes=external_data_bytes,
             shard_bytes=shard_bytes,
             optimize=optimize,
-            provider=provider or "cpu",
+            provider=chosen,
             adapt=None if runtime is None else runtime.adapt,
             keep=keep,
             clock=clock,
@@ -601,7 +609,10 @@ def _check_arguments(
     model: object, adapters: str | None, dtype: str | None, opset: int | None
 ) -> None:
     if not isinstance(model, nn.Module):
-        raise ExportError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        raise ExportError(
+            f"model is a {type(model).__name__}, not a torch.nn.Module: the model comes first, then the "
+            "file, then the example inputs"
+        )
     record = record_of(unwrapped(model))
     if record is not None:
         check_intact(unwrapped(model), record)

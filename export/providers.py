@@ -16,10 +16,10 @@ import re
 import struct
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from lora_fx.errors import ConfigError, ExportError, ProviderError, hint
 from lora_fx.extras import load_optional
@@ -30,8 +30,11 @@ __all__ = [
     "NodePlacement",
     "Optimizer",
     "PlacementReport",
+    "Provider",
+    "ProviderName",
     "check_arguments",
     "check_provider",
+    "chosen_provider",
     "cuda_library",
     "import_onnxruntime",
     "load",
@@ -50,6 +53,13 @@ PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
 }
+
+Provider: TypeAlias = Literal["cpu", "cuda", "webgpu"]
+_RuntimeName: TypeAlias = Literal[
+    "CUDAExecutionProvider", "CPUExecutionProvider", "WebGpuExecutionProvider"
+]
+ProviderName: TypeAlias = Provider | _RuntimeName | Sequence[Provider | _RuntimeName]
+"""A provider by its short name or ONNX Runtime's name, or in a list, as ONNX Runtime takes it."""
 
 _log = logging.getLogger("lora_fx")
 
@@ -150,6 +160,29 @@ _REMEDIES = {
 }
 
 
+def chosen_provider(provider: object) -> Provider:
+    """Return "cuda", "cpu" or "webgpu" for that name, for ONNX Runtime's, or for a list of one of them.
+
+    Raises:
+        ProviderError: The name is unknown, or the list has several: there is no fallback to a second one.
+    """
+    names = (
+        provider if isinstance(provider, Sequence) and not isinstance(provider, str) else [provider]
+    )
+    known = {**{short: short for short in PROVIDERS}, **{PROVIDERS[s]: s for s in PROVIDERS}}
+    if len(names) != 1:
+        raise ProviderError(
+            f"provider is {provider!r}: give one, because lora-fx does not fall back to another one"
+        )
+    if names[0] not in known:
+        near = hint(str(names[0]).lower(), PROVIDERS, " Did you mean '{}'?", count=1, cutoff=0.7)
+        raise ProviderError(
+            f"unknown provider {names[0]!r}: the providers are 'cuda' (GPUs of NVIDIA), 'cpu' and "
+            f"'webgpu'.{near}"
+        )
+    return cast("Provider", known[names[0]])
+
+
 def check_provider(runtime: Any, provider: str) -> None:
     """Raise if a provider cannot work on this machine.
 
@@ -160,12 +193,6 @@ def check_provider(runtime: Any, provider: str) -> None:
     Raises:
         ProviderError: The message names the missing part and a remedy.
     """
-    if provider not in PROVIDERS:
-        near = hint(str(provider).lower(), PROVIDERS, " Did you mean '{}'?", count=1, cutoff=0.7)
-        raise ProviderError(
-            f"unknown provider {provider!r}: the providers are 'cuda' (GPUs of NVIDIA), 'cpu' and "
-            f"'webgpu'.{near}"
-        )
     available = runtime.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise ProviderError(
@@ -286,12 +313,12 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
             no kernel for an operation of the file.
         ExportError: The file is missing, damaged or no ONNX model.
     """
-    check_provider(runtime, provider)
     if path.is_dir():
         inside = ", ".join(sorted(file.name for file in path.glob("*.onnx"))) or "no .onnx file"
         raise ExportError(f"{path} is a folder, which holds {inside}: give the file")
     if not path.is_file():
         raise ExportError(f"there is no file {path}: export a model to it first")
+    check_provider(runtime, provider)
     name = PROVIDERS[provider]
     # Shape arithmetic of a CUDA graph runs on the CPU by design, hence the second provider.
     wanted = [(name, options)] if provider == "cpu" else [(name, options), PROVIDERS["cpu"]]

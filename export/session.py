@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, ExportError
-from lora_fx.export import ort, providers
+from lora_fx.export import ort
+from lora_fx.export import providers as onnx_providers
 from lora_fx.export.adapter_bank import AdapterBank
 from lora_fx.export.adapter_file import values_of
 from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
@@ -209,7 +210,9 @@ class OnnxSession(Generates):
     Args:
         path: The ``.onnx`` file; its external data, and the encoder of an encoder-decoder, have to
             lie in the same folder.
-        provider: "cuda", "cpu" or "webgpu". There is no fallback to another provider.
+        provider: "cuda", "cpu" or "webgpu". ONNX Runtime's names, alone or in a list, mean the same:
+            ``["CPUExecutionProvider"]``. There is no fallback to another provider.
+        providers: The same as ``provider``, by the name that ``onnxruntime.InferenceSession`` has for it.
         provider_options: Options of ONNX Runtime's provider, as it takes them; its CPU provider has none.
         session_options: An ``onnxruntime.SessionOptions`` with threads, profiling and the like. Each
             session adds its own settings to it, so sessions that differ need separate objects.
@@ -237,8 +240,9 @@ class OnnxSession(Generates):
     def __init__(
         self,
         path: str | Path,
-        provider: Provider = "cuda",
+        provider: onnx_providers.ProviderName = "cuda",
         *,
+        providers: onnx_providers.ProviderName | None = None,
         provider_options: Mapping[str, str] | None = None,
         session_options: Any = None,
         low_memory: bool = False,
@@ -246,17 +250,20 @@ class OnnxSession(Generates):
         cuda_graph: bool = False,
         max_rank: int | None = None,
     ) -> None:
-        providers.check_arguments(
+        provider = onnx_providers.chosen_provider(provider if providers is None else providers)
+        onnx_providers.check_arguments(
             provider, provider_options, max_rank, tf32=tf32, cuda_graph=cuda_graph
         )
         self.path = Path(path)
-        self._runtime = providers.import_onnxruntime()
+        self._runtime = onnx_providers.import_onnxruntime()
         options = dict(provider_options or {})
         if provider == "cuda":
             graphs = {"enable_cuda_graph": "1"} if cuda_graph else {}
             options = {"use_tf32": str(int(tf32)), **graphs, **options}
-        settings = providers.session_settings(self._runtime, session_options, low_memory=low_memory)
-        self._session = providers.load(self._runtime, self.path, provider, options, settings)
+        settings = onnx_providers.session_settings(
+            self._runtime, session_options, low_memory=low_memory
+        )
+        self._session = onnx_providers.load(self._runtime, self.path, provider, options, settings)
         self.provider: Provider = provider
         self._device, self._cache_place = _places(provider, int(options.get("device_id", 0)))
         self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
@@ -296,7 +303,9 @@ class OnnxSession(Generates):
         self._replays_graphs = cuda_graph
         self._static = self._static_runner(manifest, max_rank) if cuda_graph else None
         if provider != "cpu":
-            providers.warn_of_work(self._session, providers.PROVIDERS[provider], self.path.name)
+            onnx_providers.warn_of_work(
+                self._session, onnx_providers.PROVIDERS[provider], self.path.name
+            )
 
     def __repr__(self) -> str:
         return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"
@@ -307,13 +316,13 @@ class OnnxSession(Generates):
             "file again (OnnxSession(path)), or share the session, which threads may"
         )
 
-    def placement(self) -> providers.PlacementReport:
+    def placement(self) -> onnx_providers.PlacementReport:
         """Return which provider runs which node.
 
         Raises:
             ExportError: This ONNX Runtime does not report it.
         """
-        return providers.read_placement(self._session, providers.PROVIDERS[self.provider])
+        return onnx_providers.read_placement(self._session, onnx_providers.PROVIDERS[self.provider])
 
     @property
     def adapters(self) -> tuple[str, ...]:

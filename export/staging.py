@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lora_fx.errors import ExportError, some
+from lora_fx.errors import ExportError, OutputPathError, some
 from lora_fx.export.report import size_text
 from lora_fx.files import flush
 
@@ -210,12 +210,12 @@ def check_target(target: Path, *, force: bool | None) -> None:
     """Raise if a target is a folder, or exists although ``force`` is False.
 
     Raises:
-        ExportError: The message has the path and the remedy.
+        OutputPathError: The message has the path and the remedy.
     """
     if target.is_dir():
-        raise ExportError(f"{target} is a folder: give the name of the file to write in it")
+        raise OutputPathError(f"{target} is a folder: give the name of the file to write in it")
     if force is False and os.path.lexists(target):
-        raise ExportError(
+        raise OutputPathError(
             f"{target} exists, and force=False was given: leave it out (on the command line, pass --force), "
             "or give another name"
         )

@@ -33,7 +33,7 @@ from lora_fx.checkpoint import (
 )
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
-from lora_fx.export.fuse import Provider
+from lora_fx.export.providers import ProviderName
 from lora_fx.ir import folded, html_block, html_lines, html_table, json_text, plain, text_table
 from lora_fx.kinds import chosen_kind
 
@@ -383,7 +383,7 @@ def verify(
     *,
     name: str | None = None,
     base_name: str | None = None,
-    provider: Provider = "cpu",
+    provider: ProviderName = "cpu",
 ) -> Verdict:
     """Check if a runtime applies an adapter.
 
@@ -436,7 +436,7 @@ def _run(model: nn.Module, receipt: Receipt) -> Any:
             module.training = mode
 
 
-def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: Provider) -> Verdict:
+def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: ProviderName) -> Verdict:
     from lora_fx.export.adapter_manifest import MANIFEST_KEY
     from lora_fx.export.session import OnnxSession
 

@@ -33,6 +33,7 @@ from lora_fx.export.fuse.shapes import (
     keep_last_token,
     slice_positions,
 )
+from lora_fx.export.providers import Provider
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +56,6 @@ _log = logging.getLogger("lora_fx")
 
 Level: TypeAlias = Literal["standard", "runtime", "none"]
 LEVELS = ("standard", "runtime", "none")
-Provider: TypeAlias = Literal["cpu", "cuda", "webgpu"]
 
 _ALL = ("fp32", "fp16", "bf16")
 

@@ -152,7 +152,7 @@ def test_missing_file_and_missing_external_data(tmp_path: Path) -> None:
         OnnxSession(tmp_path / "m.onnx", "cpu")
 
 
-@pytest.mark.parametrize("name", ["cud", "gpu", "CUDAExecutionProvider", ""])
+@pytest.mark.parametrize("name", ["cud", "gpu", "CUDAexecutionprovider", "", ["gpu"]])
 def test_unknown_provider(path: Path, name: Any) -> None:
     with pytest.raises(
         ProviderError, match=r"the providers are 'cuda' \(GPUs of NVIDIA\)"
@@ -161,6 +161,22 @@ def test_unknown_provider(path: Path, name: Any) -> None:
     assert ("Did you mean" in str(caught.value)) is (
         name == "cud"
     )  # "gpu" is no misspelled "webgpu"
+
+
+@pytest.mark.parametrize("name", ["CPUExecutionProvider", ["CPUExecutionProvider"], ("cpu",)])
+def test_names_of_onnx_runtime_and_lists_are_providers_too(
+    path: Path, model: nn.Module, name: Any
+) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    x = torch.randn(2, 4), torch.tensor([1, 2])
+    for session in (OnnxSession(path, name), OnnxSession(path, providers=name)):
+        assert session.provider == "cpu"
+        torch.testing.assert_close(session.run(x)["scores"], model(*x)["scores"].detach())
+    assert runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    with pytest.raises(ProviderError, match="give one, because lora-fx does not fall back"):
+        OnnxSession(path, ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(ExportError, match="no file"):
+        OnnxSession(path.with_name("gone.onnx"), "cuda")  # before the provider starts
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
