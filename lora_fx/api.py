@@ -190,7 +190,10 @@ def compare(
         CaptureError: If the model cannot be captured.
     """
     if not configs or not isinstance(configs, Mapping):
-        raise ConfigError("compare takes a dict of at least one LoraConfig by a name of your own")
+        raise ConfigError(
+            "compare takes a dict of at least one LoraConfig by a name of your own, and then the model: "
+            "lora_fx.compare({'r 8': lora_fx.LoraConfig(r=8)}, model)"
+        )
     return Comparison(pipeline.plan_all(model, configs, example_inputs, frontend=frontend))
 
 
@@ -300,7 +303,7 @@ def merge(
 @inside
 def merge(
     model: ModelT,
-    *,
+    *unexpected: object,
     adapter_names: Sequence[str] | str | None = None,
     into: ModelT | None = None,
     dtype: torch.dtype | None = None,
@@ -318,6 +321,7 @@ def merge(
 
     Args:
         model: A rewritten model; it is not changed.
+        unexpected: Other arguments by position are refused: options have names.
         adapter_names: The adapters to merge; by default the active ones.
         into: Fold into this model, of the original class, instead of a copy of the base. Its weights are
             overwritten slice by slice, which needs no second copy. A parameter whose memory is shared with
@@ -349,6 +353,11 @@ def merge(
         CaptureError: If the example inputs do not fit the model, or an adapted layer was deleted or replaced
             after the rewrite.
     """
+    if unexpected:
+        raise MergeError(
+            "merge takes one argument, a model with adapters, and options by name. To merge an adapter in a "
+            "folder: lora_fx.merge(lora_fx.load_adapter(model, folder))"
+        )
     if example_inputs is not None and not requantize:
         raise MergeError(
             "example_inputs measure what requantize=True loses: leave them out without it"

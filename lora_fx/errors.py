@@ -99,8 +99,8 @@ class ExportError(LoraFxError, RuntimeError):
     """A model could not be exported."""
 
 
-class OutputPathError(ExportError, ValueError):
-    """A path to write to is a folder, or has a suffix of another kind of file."""
+class OutputPathError(ExportError, ConfigError):
+    """A path of a file to write is a folder, has a suffix of another kind of file, or exists."""
 
 
 class ParityError(ExportError):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 
 import safetensors
 
-from lora_fx.errors import CheckpointError, LoraFxError, OutputPathError, some
+from lora_fx.errors import CheckpointError, OutputPathError, some
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +27,12 @@ if TYPE_CHECKING:
 __all__ = ["WeightFiles", "current", "flush", "output_file", "replacing", "replacing_files"]
 
 
-def output_file(
-    path: object, suffixes: Sequence[str], error: type[LoraFxError] = OutputPathError
-) -> Path:
+def output_file(path: object, suffixes: Sequence[str]) -> Path:
     """Return the path of a file to write, after checking it.
 
     Args:
         path: The path from the caller.
         suffixes: The allowed suffixes of the file, in lower case.
-        error: The class of the error.
 
     Raises:
         OutputPathError: If it is not a path, is or names a folder, or has another suffix. The message
@@ -44,17 +41,19 @@ def output_file(
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str) or not text:
         description = repr(text) if isinstance(text, str) else f"a {type(path).__name__}"
-        raise error(f"path is {description}: give the name of the file to write")
+        raise OutputPathError(f"path is {description}: give the name of the file to write")
     target = Path(text)
     # A Path drops the separator at the end, which marks a folder.
     ends = tuple(separator for separator in (os.sep, os.altsep) if separator)
     if text.endswith(ends) or target.name in ("", "..") or target.is_dir():
         example = target / f"model{suffixes[0]}"
-        raise error(f"{text} is a folder: give the name of the file to write in it, as {example}")
+        raise OutputPathError(
+            f"{text} is a folder: give the name of the file to write in it, as {example}"
+        )
     if target.suffix.lower() not in suffixes:
         known = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
         has = f"the suffix {target.suffix}" if target.suffix else "no suffix"
-        raise error(
+        raise OutputPathError(
             f"{text} has {has}, and a file of this kind has {known}: write to "
             f"{target.with_suffix(suffixes[0])}, for example"
         )

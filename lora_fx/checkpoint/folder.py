@@ -130,6 +130,11 @@ def save_adapter(
             files cannot be written (a full disk). The folder is unchanged then.
     """
     reader = _reader(format, component, vllm=vllm)
+    if isinstance(directory, nn.Module):
+        raise ConfigError(
+            f"directory is a {type(directory).__name__}: the model comes first, then the folder: "
+            "lora_fx.save_adapter(model, folder)"
+        )
     if isinstance(model, Mapping):
         if reader != "diffusers" or component is not None or receipt is not None or not model:
             raise ConfigError(
@@ -294,7 +299,10 @@ def load_adapter(
     """
     check_adapter_name(adapter_name)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model must be a torch.nn.Module, found {type(model).__name__}")
+        raise ConfigError(
+            f"model must be a torch.nn.Module, found {type(model).__name__}: the model comes first, then the "
+            "folder: lora_fx.load_adapter(model, folder)"
+        )
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
@@ -371,8 +379,8 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
         return folder.parent if beside else folder
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder} is not a folder; give the local folder of a PEFT adapter, or a file of diffusers or "
-            "kohya (.safetensors)"
+            f"{folder} is not a folder on this machine, and nothing is downloaded: give the local folder of "
+            "a PEFT adapter, or a file of diffusers or kohya (.safetensors)"
         )
     if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         return folder / DIFFUSERS_NAME

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import pickle
 from collections.abc import Callable, Mapping
+from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -327,13 +328,20 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
         error: The class of the error to raise for any other model.
     """
     record = record_of(model)
+    if not isinstance(model, nn.Module):
+        value = (
+            repr(str(model)) if isinstance(model, str | PathLike) else f"a {type(model).__name__}"
+        )
+        raise error(
+            f"the first argument is {value}, and has to be the model that lora_fx.rewrite or "
+            "lora_fx.load_adapter returned"
+        )
     if record is None:
         raise error(
             f"this {type(model).__name__} has no adapters: lora_fx.rewrite and lora_fx.load_adapter return a "
-            "model that has, and change none in place, so keep what they return: "
-            "model = lora_fx.rewrite(model, config). Adapters that PEFT has put into a model do not count: "
-            "its save_pretrained writes them, and lora_fx.load_adapter reads that folder. Of a wrapper like "
-            "DistributedDataParallel give the model inside"
+            "model with adapters, and do not change their argument, so keep the result: "
+            "model = lora_fx.rewrite(model, config). If it is wrapped (DistributedDataParallel), pass the "
+            "model inside. If PEFT has adapted it, load the folder that PEFT saves with lora_fx.load_adapter"
         )
     return record
 

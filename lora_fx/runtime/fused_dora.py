@@ -180,8 +180,9 @@ class _DoraLinear(torch.autograd.Function):
         b: Tensor,
         gains: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        down = dropped_product(x, mask, a.to(x.dtype))
+        # First the operation itself: if x has a wrong shape, the error is that of the layer.
         out = F.linear(x, weight, bias)
+        down = dropped_product(x, mask, a.to(x.dtype))
         mine = options.part(flat(out))
         # The product includes the bias, because only then gains of 1 leave every bit as it is.
         _scale(mine, gains)

@@ -336,10 +336,11 @@ class _LoraLinears(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
+        # First the operations themselves: if x has a wrong shape, the error is that of the layer.
+        bases = [one.base(x) for one in operations]
         down = dropped_product(x.to(dtype), mask, _joined(operations, dtype))
         outputs = []
-        for one, its_down in _with_columns(operations, down):
-            out = one.base(x)
+        for out, (one, its_down) in zip(bases, _with_columns(operations, down), strict=True):
             up = one.b.to(out.dtype).T
             one.part(flat(out)).addmm_(its_down.to(out.dtype), up, alpha=one.scale)
             # It may be a view of a matrix, and autograd forbids to write into views that a function returns;

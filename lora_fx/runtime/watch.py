@@ -90,6 +90,7 @@ STATE = "_lora_fx_watch"
 _MADE = "_lora_fx_made_of"
 _SCOPED = "_lora_fx_scoped"
 _WEIGHTS = "_lora_fx_weights"
+_PRINT = "print_trainable_parameters"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
 # Modules of lora-fx's own operations, and those among them that call code of the model.
@@ -552,6 +553,8 @@ def watched_class(
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
             **(members_of(cls) if whole else {}),
+            # A method of this name that the user's class has is the user's.
+            **({} if hasattr(cls, _PRINT) else {_PRINT: property(_printer)}),
             **{name: weight_property(name) for name in weights},
             _MADE: cls,
             "_lora_fx_whole": whole,
@@ -561,6 +564,13 @@ def watched_class(
     )
     _classes[key] = watched_cls
     return watched_cls
+
+
+def _printer(model: nn.Module) -> Callable[[], None]:
+    """Return ``print_trainable_parameters`` of a rewritten model, which users of PEFT call as a method."""
+    if record_of(model) is None:
+        raise AttributeError(_PRINT)  # Python goes on with __getattr__
+    return functools.partial(pkgutil.resolve_name(f"lora_fx.api:{_PRINT}"), model)
 
 
 def _watch(module: nn.Module, *, whole: bool, scoped: bool, weights: tuple[str, ...]) -> None:

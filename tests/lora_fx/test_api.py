@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -502,6 +503,75 @@ def test_the_line_is_pefts(capsys) -> None:
         Mlp(), peft.LoraConfig(target_modules=["first"])
     ).print_trainable_parameters()
     assert capsys.readouterr().out == ours
+
+
+class Prints(Mlp):
+    """A class with a method of that name."""
+
+    def print_trainable_parameters(self) -> str:
+        return "mine"
+
+
+def test_a_rewritten_model_prints_as_pefts_does(capsys) -> None:
+    model = Mlp()
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2))
+    lora_fx.print_trainable_parameters(adapted)
+    line = capsys.readouterr().out
+    for one in (adapted, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
+        one.print_trainable_parameters()
+        assert capsys.readouterr().out == line
+    for one in (model, adapted.first, lora_fx.merge(adapted)):
+        assert not hasattr(one, "print_trainable_parameters")
+        with pytest.raises(AttributeError, match="has no attribute 'print_trainable_parameters'"):
+            one.print_trainable_parameters()
+    own = lora_fx.rewrite(Prints(), LoraConfig(r=2))
+    assert own.print_trainable_parameters() == "mine"
+
+
+def test_swapped_arguments_are_told(tmp_path: Path) -> None:
+    model, config, x = Mlp(), LoraConfig(r=2), torch.randn(2, 5)
+    adapted = lora_fx.rewrite(model, config)
+    folder = lora_fx.save_adapter(adapted, tmp_path / "adapter")
+    for call, words in (
+        (lambda: lora_fx.rewrite(config, model), "the model comes first"),
+        (lambda: lora_fx.plan(config, model), "the model comes first"),
+        (lambda: lora_fx.compare(model, {"a": config}), "and then the model"),
+        (lambda: lora_fx.add_adapter(config, adapted, "b"), "the model comes first"),
+        (lambda: lora_fx.save_adapter("folder", adapted), "the model comes first"),
+        (lambda: lora_fx.load_adapter(folder, model), "the model comes first"),
+        (lambda: lora_fx.merge(model, folder), r"merge\(lora_fx\.load_adapter\(model, folder\)\)"),
+        (lambda: lora_fx.merge(folder, model), r"merge\(lora_fx\.load_adapter\(model, folder\)\)"),
+        (lambda: lora_fx.merge(folder), "adapter', and has to be the model that lora_fx.rewrite"),
+        (lambda: lora_fx.status(config), "a LoraConfig, and has to be the model"),
+        (lambda: lora_fx.export_onnx("m.onnx", model, x), "the model comes first, then the file"),
+        (lambda: lora_fx.export_onnx(model, x, "m.onnx"), "'m.onnx', comes before the example"),
+    ):
+        with pytest.raises(lora_fx.LoraFxError, match=words):
+            call()
+
+
+WRONG = {
+    "linear": (nn.Linear(6, 4), {}, torch.randn(2, 3)),
+    "dropout": (nn.Linear(6, 4), {"lora_dropout": 0.5}, torch.randn(2, 5, 3)),
+    "dora": (nn.Linear(6, 4), {"use_dora": True}, torch.randn(2, 3)),
+    "conv": (nn.Conv2d(6, 4, 3), {}, torch.randn(2, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_shape_is_the_error_of_the_layer(name: str, optimize: bool) -> None:
+    layer, options, x = WRONG[name]
+    model = nn.Sequential(layer)
+    with pytest.raises(RuntimeError) as expected:
+        model(x)
+    adapted = lora_fx.rewrite(
+        model, LoraConfig(r=2, target_modules=["0"], **options), optimize=optimize
+    )
+    for training in (True, False):
+        with pytest.raises(RuntimeError) as caught:
+            adapted.train(training)(x)
+        assert str(caught.value) == str(expected.value)
 
 
 def test_the_report_of_a_merge_is_given_when_it_is_asked_for() -> None:

@@ -100,9 +100,24 @@ def test_what_is_no_path_is_refused(
 
 
 def test_it_is_an_error_that_callers_catch(tmp_path: Path) -> None:
-    for kind in (ExportError, ValueError, lora_fx.LoraFxError):
+    for kind in (ExportError, ConfigError, ValueError, lora_fx.LoraFxError):
         with pytest.raises(kind):
             export(tmp_path)
+
+
+@pytest.mark.parametrize(("write", "name"), [(export, "m.onnx"), (save, "m.onnx_adapter")])
+def test_a_file_that_exists_is_refused(
+    write: Callable[[Any], object], name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(OutputPathError, match=f"{name} exists: pass force=True"):
+        write(tmp_path / name)
+
+
+def test_the_kinds_of_refusals_are_those_of_the_page(tmp_path: Path) -> None:
+    for write, name in ((export, "m.pt"), (save, "m.pt"), (draw, "m.pt"), (draw, "folder/")):
+        with pytest.raises(OutputPathError):
+            write(f"{tmp_path}/{name}")
 
 
 def test_what_is_fine_is_a_path(tmp_path: Path) -> None:

@@ -521,7 +521,7 @@ def check_out(name: str, given: str | Path, *, force: bool) -> Path:
     out = Path(given)
     folder = name.startswith("hf:")
     if not folder:
-        output_file(given, (".safetensors",), ConfigError)
+        output_file(given, (".safetensors",))
     elif out.is_file() or out.suffix.lower() in _FILES:
         raise ConfigError(
             f"cannot write {out}: it is a file, or named like one, and {name} is written as a folder"

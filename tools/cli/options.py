@@ -379,7 +379,7 @@ def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
     Raises:
         ConfigError: If the path is a folder, has another suffix, or exists.
     """
-    path = output_file(given, suffixes, ConfigError)
+    path = output_file(given, suffixes)
     if path.exists() and not force:
         raise ConfigError(f"{path} exists: give another name, or --force to write over it")
     return path

@@ -411,7 +411,7 @@ def visualize(
         raise ConfigError(
             f"path is a {type(path).__name__}: give the model first, then a file name"
         )
-    target = output_file(path, tuple(FORMATS), ConfigError)
+    target = output_file(path, tuple(FORMATS))
     if not target.parent.is_dir():
         raise ConfigError(f"cannot write {target}: there is no folder {target.parent}; create it")
     if target.exists() and not force:
