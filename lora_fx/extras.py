@@ -55,6 +55,10 @@ def load_optional(
     except Exception as reason:
         # A package whose libraries do not load or are incompatible may raise any exception.
         package = module.partition(".")[0]
+        if isinstance(reason, ModuleNotFoundError):
+            missing = str(reason.name).partition(".")[0]
+            if missing != package and not is_installed(missing):  # one that the package needs
+                package, requirements = missing, (missing,)
         raise error(
             f"{purpose} needs {package}, which cannot be imported ({reason}): "
             f"{install_command(*requirements)}"

@@ -3,12 +3,15 @@
 ``package.module:callable`` is called without arguments and returns a model, or a model and its
 example inputs. ``hf:FOLDER`` is a local folder of transformers. ``timm:NAME`` and
 ``torchvision:NAME`` are untrained models of those libraries. Nothing is downloaded.
+
+Names are checked without importing PyTorch, so that a wrong one is reported at once.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,55 +19,109 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.errors import ConfigError, hint
-from lora_fx.extras import is_installed, load_optional
+from lora_fx.config import CONFIG_NAME, LoraConfig
+from lora_fx.errors import CheckpointError, ConfigError, hint, some
+from lora_fx.extras import install_command, is_installed, load_optional
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FORMS", "LoadedModel", "load_inputs", "load_model", "quiet_transformers"]
+__all__ = [
+    "FORMS",
+    "LoadedModel",
+    "check_adapter_path",
+    "check_model_name",
+    "load_inputs",
+    "load_model",
+    "quiet_transformers",
+]
 
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
 
-def load_folder(folder: Path, *, weights: bool = True) -> nn.Module:
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?")
+_FILES = (".onnx", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py", ".json")
+
+
+def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = None) -> nn.Module:
     """Load the architecture that ``config.json`` names, or else AutoModel's.
 
     Args:
         folder: Folder with ``config.json``, and weights.
         weights: False to build the model on the meta device, if names and shapes suffice. Otherwise a
             folder without weights gives an untrained model.
+        adapter: Folder of an adapter, to load the class that it was trained on instead.
 
     Raises:
         ConfigError: If the folder is missing or has no model, or transformers cannot make the model.
+        CheckpointError: If the adapter's class has parameters that neither folder contains.
     """
-    if not folder.is_dir():
-        raise ConfigError(f"hf:{folder}: there is no such folder{_nearest_folder(folder)}")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"hf:{folder}: there is no config.json in it: give the folder of a model")
+    _check_folder(folder)
     transformers = load_optional("transformers", f"hf:{folder}", "lora-fx[hf]")
     quiet_transformers()
     import torch
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        architecture = _architecture(transformers, config)
+        architecture = _architecture_of(adapter, transformers, config)
+        if architecture is None:
+            architecture, adapter = _architecture(transformers, config), None
+        stored = {} if adapter is None else _shapes_in(adapter)
+        if stored:
+            _set_labels(config, architecture, stored)
         if not weights:
             with torch.device("meta"):
                 empty = _build(architecture, config)
             _mark_loaded(empty, folder)
             return empty
         if any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
-            model: nn.Module = architecture.from_pretrained(folder, local_files_only=True)
+            model: nn.Module
+            model, loading = architecture.from_pretrained(
+                folder, config=config, local_files_only=True, output_loading_info=True
+            )
+            lost = sorted(set(loading["missing_keys"]) - stored.keys())
+            if lost and adapter is not None:
+                raise CheckpointError(
+                    f"the adapter {adapter} was trained on {type(model).__name__}, and neither its folder "
+                    f"nor {folder} contains {some(lost, 3)}: give the folder of the model that was trained"
+                )
             return model
         torch.manual_seed(0)
         return _build(architecture, config)
+    except CheckpointError:
+        raise
     except Exception as error:
         # transformers raises errors of many types for a folder that it cannot read.
         raise ConfigError(
             f"hf:{folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise unless a folder has the configuration of a model."""
+    if not folder.is_dir():
+        nearest = _nearest_folder(folder)
+        raise ConfigError(
+            f"hf:{folder}: there is no such folder{nearest or _download_command(str(folder))}"
+        )
+    if (folder / CONFIG_NAME).is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"hf:{folder} is the folder of an adapter, and a model is needed here: give the folder of the "
+            "model that was adapted. The model comes first, then the adapter"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"hf:{folder}: there is no config.json in it: give the folder of a model")
+
+
+def _download_command(name: str) -> str:
+    """Return how to get a model, if a name looks like one of the Hub; else an empty text."""
+    if not _HUB_ID.fullmatch(name):
+        return ""
+    return (
+        f". lora-fx downloads nothing: for a model of the Hub, run `hf download {name} --local-dir {name}`, "
+        f"and then use hf:{name}"
+    )
 
 
 def quiet_transformers() -> None:
@@ -75,6 +132,56 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+_CLASS_OF_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+
+
+def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> Any:
+    """Return the class that an adapter was trained on: the one that it names, or that of its task.
+
+    None if it names no class of transformers, or no task that this model has.
+    """
+    if adapter is None or not (adapter / CONFIG_NAME).is_file():
+        return None
+    trained = LoraConfig.from_pretrained(adapter)
+    named = trained.auto_mapping or {}
+    library = named.get("parent_library", "")
+    if library.partition(".")[0] == "transformers":
+        return load_optional(
+            library, f"the adapter {adapter}", "lora-fx[hf]", attribute=named["base_model_class"]
+        )
+    auto = getattr(transformers, _CLASS_OF_TASK.get(trained.task_type or "", ""), None)
+    return auto if auto is not None and type(config) in auto._model_mapping else None
+
+
+def _shapes_in(adapter: Path) -> dict[str, list[int]]:
+    """Return the shapes of an adapter's tensors, by the names that they have in the model."""
+    from lora_fx.checkpoint import read_tensors, without_prefix
+
+    tensors, _ = read_tensors(adapter)
+    return {name: list(tensor.shape) for name, tensor in without_prefix(tensors).items()}
+
+
+def _set_labels(config: Any, architecture: Any, stored: Mapping[str, list[int]]) -> None:
+    """Set the number of labels to that of the head in an adapter's folder."""
+    import torch
+
+    with torch.device("meta"):
+        empty = _build(architecture, config)
+    for name, parameter in empty.named_parameters():
+        rows, *rest = stored.get(name, parameter.shape)
+        labels, *others = parameter.shape
+        if rows != labels and labels == config.num_labels and rest == list(others):
+            config.num_labels = rows
+            return
 
 
 def _architecture(transformers: Any, config: Any) -> Any:
@@ -151,26 +258,74 @@ class LoadedModel:
         return self.example_inputs
 
 
-def load_model(name: str, *, weights: bool = True) -> LoadedModel:
+def check_model_name(name: str) -> None:
+    """Raise for a name that cannot be that of a model, without importing PyTorch.
+
+    Raises:
+        ConfigError: If the name has no known form, the folder is missing, or a library is not installed.
+    """
+    scheme, colon, target = name.partition(":")
+    path = Path(name).expanduser()
+    if not colon or not scheme or not target:
+        if (path / CONFIG_NAME).is_file():
+            raise ConfigError(
+                f"{name} is the folder of an adapter, and a model is needed here: the model comes first, "
+                f"then the adapter. A model is named {FORMS}"
+            )
+        if path.is_dir():
+            raise ConfigError(f"{name} is a folder: for a model of transformers, write hf:{name}")
+        unlike = path.suffix.lower() in _FILES or ":" in name
+        raise ConfigError(
+            f"{name!r} names no model: use {FORMS}{'' if unlike else _download_command(name)}"
+        )
+    if scheme == "hf":
+        _check_folder(Path(target).expanduser())
+    elif scheme in _LOADERS:
+        if not is_installed(scheme):
+            raise ConfigError(f"{name!r} needs {scheme}: {install_command(scheme)}")
+    else:
+        near = hint(scheme.lower(), _LOADERS, "{}", count=1)
+        if near and not is_installed(scheme.partition(".")[0]):
+            raise ConfigError(f"{name!r} names no model: did you mean {near}:{target}? Use {FORMS}")
+
+
+def check_adapter_path(path: Path) -> None:
+    """Raise for a path that cannot be that of an adapter, without importing PyTorch.
+
+    Raises:
+        ConfigError: If there is no such folder or file, or it is the folder of a model.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"{path} is not a folder on this machine, and nothing is downloaded: give the folder of an "
+            "adapter, or a file of diffusers or kohya (.safetensors)"
+        )
+    if (path / "config.json").is_file() and not any(path.rglob(CONFIG_NAME)):
+        raise ConfigError(
+            f"{path} is the folder of a model, and an adapter is needed here: the model comes first, then "
+            "the adapter"
+        )
+
+
+def load_model(name: str, *, weights: bool = True, adapter: Path | None = None) -> LoadedModel:
     """Load a model by its name.
 
     Args:
         name: A name in one of the :data:`FORMS`.
         weights: False if names and shapes suffice. A model of transformers is then built on the meta
             device, whatever its size.
+        adapter: Folder of an adapter that the model is for. A model of transformers then has the class that
+            the adapter was trained on.
 
     Raises:
         ConfigError: If the name is unknown, a package is missing, or the model cannot be made. The message
             has the nearest names or the extra to install.
+        CheckpointError: If neither the model's folder nor the adapter's contains some of its parameters.
     """
-    scheme, colon, target = name.partition(":")
-    if not colon or not scheme or not target:
-        raise ConfigError(f"{name!r} names no model: use {FORMS}")
+    check_model_name(name)
+    scheme, _, target = name.partition(":")
     if scheme in _LOADERS:
-        return _LOADERS[scheme](name, target, weights)
-    near = hint(scheme.lower(), _LOADERS, "{}", count=1)
-    if near and not is_installed(scheme.partition(".")[0]):
-        raise ConfigError(f"{name!r} names no model: did you mean {near}:{target}? Use {FORMS}")
+        return _LOADERS[scheme](name, target, weights, adapter)
     return _from_callable(name, scheme, target)
 
 
@@ -224,7 +379,10 @@ def _module(name: str, module_name: str) -> ModuleType:
             module_name == error.name or module_name.startswith(f"{error.name}.")
         )
         if not own:
-            raise ConfigError(f"{name!r}: {module_name} needs {error.name}: install it") from error
+            missing = str(error.name).partition(".")[0]
+            raise ConfigError(
+                f"{name!r}: {module_name} needs {error.name}: {install_command(missing)}"
+            ) from error
         names = (path.stem for path in Path.cwd().glob("*.py"))
         raise ConfigError(
             f"{name!r}: there is no module {error.name}{hint(module_name, names, cutoff=0.5)}. Modules are "
@@ -242,15 +400,17 @@ def _called(name: str, function: object) -> Any:
     try:
         return function()
     except Exception as error:
+        missing = isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0]
+        remedy = f": {install_command(missing)}" if missing else ""
         raise ConfigError(
-            f"{name!r} failed when it was called without arguments: {type(error).__name__}: {error}"
+            f"{name!r} failed when it was called without arguments: {type(error).__name__}: {error}{remedy}"
         ) from error
 
 
-def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
+def _from_timm(name: str, model_name: str, weights: bool, adapter: Path | None) -> LoadedModel:
     from lora_fx.passes.capture import synthesise
 
-    timm = load_optional("timm", repr(name), "lora-fx[bench]")
+    timm = load_optional("timm", repr(name), "timm")
     if not timm.is_model(model_name):
         raise ConfigError(
             f"timm has no model {model_name!r}{hint(model_name, timm.list_models(), cutoff=0.5)}"
@@ -259,10 +419,12 @@ def _from_timm(name: str, model_name: str, weights: bool) -> LoadedModel:
     return LoadedModel(name, model.eval(), synthesise(model).inputs)
 
 
-def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
+def _from_torchvision(
+    name: str, model_name: str, weights: bool, adapter: Path | None
+) -> LoadedModel:
     import torch
 
-    models = load_optional("torchvision", repr(name), "lora-fx[bench]").models
+    models = load_optional("torchvision", repr(name), "torchvision").models
     known = models.list_models()
     if model_name not in known:
         raise ConfigError(
@@ -280,10 +442,10 @@ def _from_torchvision(name: str, model_name: str, weights: bool) -> LoadedModel:
     return LoadedModel(name, model.eval(), inputs)
 
 
-def _from_folder(name: str, folder: str, weights: bool) -> LoadedModel:
+def _from_folder(name: str, folder: str, weights: bool, adapter: Path | None) -> LoadedModel:
     from lora_fx.passes.capture import synthesise
 
-    model = load_folder(Path(folder).expanduser(), weights=weights)
+    model = load_folder(Path(folder).expanduser(), weights=weights, adapter=adapter)
     inputs = synthesise(model).inputs
     return LoadedModel(name, model.eval(), inputs, Path(folder).expanduser())
 
@@ -298,7 +460,7 @@ def _made(name: str, build: Callable[[], Any]) -> Any:
         raise ConfigError(f"{name} cannot be made: {type(error).__name__}: {error}") from error
 
 
-_LOADERS: Mapping[str, Callable[[str, str, bool], LoadedModel]] = {
+_LOADERS: Mapping[str, Callable[[str, str, bool, Path | None], LoadedModel]] = {
     "hf": _from_folder,
     "timm": _from_timm,
     "torchvision": _from_torchvision,

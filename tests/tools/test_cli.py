@@ -159,6 +159,102 @@ def test_help_and_completion_come_without_torch(monkeypatch: pytest.MonkeyPatch)
     assert asked([]) == ["[] True False"]
 
 
+WRONG = [
+    ("export", MODEL, "net.pt"),
+    ("export", MODEL, "net.onnx", "--adapter", "nowhere"),
+    ("export", MODEL, "net.onnx", "--dtype", "int3"),
+    ("export", MODEL, "net.onnx", "--provider", "tpu"),
+    ("export", "hf:nowhere", "net.onnx"),
+    ("export-adapter", "nowhere", "a.onnx_adapter"),
+    ("export-adapter", ".", "a.onnx_adapter", "--base", "none.onnx"),
+    ("merge", MODEL, ".", "merged.bin"),
+    ("merge", MODEL, "nowhere", "merged.safetensors"),
+    ("merge", "no-model", ".", "merged.safetensors"),
+    ("plan", MODEL, "--config", "nofile.json"),
+    ("plan", MODEL, "--diff", "nofile.json"),
+    ("plan", MODEL, "--r", "0"),
+    ("plan", "hf:org/model"),
+    ("plan", MODEL, "--mesh", "fsdp=2", "--batch", "0"),
+    ("rewrite", MODEL, "--out", "net.pt"),
+    ("visualize", MODEL, "net.bmp"),
+    ("visualize", MODEL, "net.svg", "--adapter", "nowhere"),
+    ("run", "none.onnx"),
+    ("run", "none.onnx", "--provider", "tpu"),
+    ("generate", "none.onnx"),
+    ("generate", "none.onnx", "--text", "hello"),
+    ("inspect", "nowhere"),
+    ("verify", ".", "--onnx", "none.onnx"),
+]
+CHECKED = """
+import contextlib, io, sys
+from lora_fx.tools.cli import main
+
+for words in eval(sys.argv[1]):
+    sys.argv = ["lora-fx", *words]
+    code = None
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+    print(words, code, said.getvalue().count("error: "), "torch" in sys.modules)
+"""
+
+
+def test_what_is_typed_wrong_is_said_before_torch_is_imported(here: Path) -> None:
+    code = [sys.executable, "-c", CHECKED, repr(WRONG)]
+    said = subprocess.run(code, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [f"{line} 2 1 False" for line in WRONG]
+
+
+def test_swapped_arguments_are_told(here: Path, adapter: Path) -> None:
+    swapped = " ".join(refused("merge", str(adapter), MODEL, "out.safetensors").split())
+    assert "adapter is the folder of an adapter, and a model is needed here" in swapped
+    (here / "base").mkdir()
+    (here / "base" / "config.json").write_text("{}", encoding="utf-8")
+    words = "base is the folder of a model, and an adapter is needed here: the model comes first"
+    assert words in " ".join(refused("merge", MODEL, "base", "out.safetensors").split())
+
+
+def test_the_suffixes_of_pictures_are_those_of_visualize() -> None:
+    from lora_fx.tools.cli import model_commands
+    from lora_fx.tools.draw import FORMATS
+
+    assert tuple(FORMATS) == model_commands._PICTURES
+
+
+def test_choices_are_checked_before_a_model_is_loaded() -> None:
+    for option, value, known in (
+        ("task", "summarization", "text2text-generation"),
+        ("target", "browser", "transformers.js"),
+        ("adapters", "both", "bank"),
+        ("optimize", "most", "standard"),
+    ):
+        text = refused("export", "gone_for_tests:net", "x.onnx", f"--{option}", value)
+        assert f"--{option} {value} is unknown: give one of " in text
+        assert known in text
+    assert "use nf4" in refused("plan", "gone_for_tests:net", "--quantize", "int3")
+
+
+def test_an_adapter_of_a_classifier_merges_over_its_base(here: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    from tests.tools.test_models import adapted_bert
+
+    adapted = adapted_bert(here, of="AutoModelForSequenceClassification", task="SEQ_CLS")
+    worked("merge", "hf:base", "adapter", "merged")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(here / "merged").eval()
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    worked("export", "hf:base", "net.onnx", "--adapter", "adapter")
+    session = lora_fx.OnnxSession("net.onnx", "cpu")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    found = session.run({port.name: inputs[port.name] for port in session.inputs})
+    torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_plan_folds_equal_layers() -> None:
     text = worked("plan", MODEL, "--r", "4")
     assert "layers.{0-2}" in text
@@ -272,15 +368,15 @@ def test_rewrite_shows_regions_code_and_graphs(here: Path) -> None:
 def test_a_frontend_and_inputs_can_be_named(here: Path) -> None:
     opaque, rows = "cli_net_for_tests:opaque", ("--inputs", "cli_net_for_tests:rows")
     assert "no graph" in refused("plan", opaque)
-    assert "captured by export" in worked("plan", opaque, *rows)
+    assert '"frontend": "export"' in worked("plan", opaque, *rows, "--json")
     export = ("--frontend", "export")
     assert "needs example_inputs" in refused("plan", opaque, *export)
-    assert "captured by export" in worked("plan", opaque, *export, *rows)
-    assert "captured by export" in worked("plan", "cli_net_for_tests:pair", *export)
+    assert '"frontend": "export"' in worked("plan", opaque, *export, *rows, "--json")
+    assert '"frontend": "export"' in worked("plan", "cli_net_for_tests:pair", *export, "--json")
     assert "(root)" in worked("rewrite", opaque, *rows)
     worked("visualize", opaque, "net.svg", *rows)
     worked("visualize", opaque, "base.svg", "--base", *export, *rows)
-    assert "captured by regions" in worked("plan", MODEL, "--frontend", "regions")
+    assert '"frontend": "regions"' in worked("plan", MODEL, "--frontend", "regions", "--json")
     assert "must be auto, symbolic" in refused("plan", MODEL, "--frontend", "dynamo")
     assert "nearest: rows" in refused("plan", MODEL, "--inputs", "cli_net_for_tests:row")
     assert "names no inputs" in refused("plan", MODEL, "--inputs", "rows")
@@ -362,7 +458,9 @@ def test_merge_writes_the_weights_of_the_merged_model(here: Path, adapter: Path)
     assert "--force" in refused("merge", MODEL, str(adapter), "merged.safetensors")
     worked("merge", MODEL, str(adapter), "merged.safetensors", "--force", "--all")
     assert ".safetensors" in refused("merge", MODEL, str(adapter), "merged.bin")
-    assert "not a folder" in refused("merge", MODEL, "nowhere", "other.safetensors")
+    assert "is not a folder on this machine" in refused(
+        "merge", MODEL, "nowhere", "other.safetensors"
+    )
     assert sorted(path.name for path in here.iterdir() if "merged" in path.name) == [
         "merged.safetensors"
     ]
@@ -432,6 +530,7 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     text = worked("run", "net.onnx", "--repeat", "2", "--size", "batch=5")
     assert "5×8" in text
     assert "ms a run" in text
+    assert "cpu: " in worked("run", "net.onnx", "--provider", "CPUExecutionProvider")
     x = np.ones((4, 8), np.float32)
     np.save("x.npy", x)
     worked("run", "net.onnx", "--input", "x=x.npy", "--output", "out.npz")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from lora_fx.errors import ConfigError
+import lora_fx
+from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.extras import load_optional
 from lora_fx.tools import models
 from lora_fx.tools.models import load_model
 
@@ -32,6 +35,9 @@ def number():
 def needs(argument):
     return argument
 
+def wants():
+    import no_such_thing_at_all
+
 def fails():
     raise ZeroDivisionError("no weights")
 
@@ -44,6 +50,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my_nets_for_tests.py").write_text(SOURCE, encoding="utf-8")
     (tmp_path / "broken_for_tests.py").write_text("1 / 0\n", encoding="utf-8")
     (tmp_path / "wants_for_tests.py").write_text("import no_such_thing_at_all\n", encoding="utf-8")
+    for folder, file in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("my_nets_for_tests", "broken_for_tests", "wants_for_tests"):
@@ -102,8 +111,24 @@ def test_a_module_that_is_there_is_taken(here: Path) -> None:
         ("my_nets_for_tests:needs", "without arguments: TypeError"),
         ("my_nets_for_tests:fails", "ZeroDivisionError: no weights"),
         ("broken_for_tests:x", "importing broken_for_tests failed: ZeroDivisionError"),
-        ("wants_for_tests:x", "needs no_such_thing_at_all"),
-        ("hf:nowhere", "there is no such folder"),
+        ("wants_for_tests:x", "needs no_such_thing_at_all: pip install no_such_thing_at_all"),
+        ("my_nets_for_tests:wants", "'no_such_thing_at_all': pip install no_such_thing_at_all"),
+        (
+            "hf:nowhere",
+            "there is no such folder. lora-fx downloads nothing: for a model of the Hub",
+        ),
+        (
+            "hf:org/bert",
+            "run `hf download org/bert --local-dir org/bert`, and then use hf:org/bert",
+        ),
+        ("org/bert", "run `hf download org/bert --local-dir org/bert`, and then use hf:org/bert"),
+        ("hf:./nowhere", "there is no such folder"),
+        (
+            "adapter",
+            "is the folder of an adapter, and a model is needed here: the model comes first",
+        ),
+        ("hf:adapter", "is the folder of an adapter, and a model is needed here"),
+        ("model", "is a folder: for a model of transformers, write hf:model"),
         ("hf:.", "no config.json"),
     ],
 )
@@ -160,10 +185,77 @@ def test_torchvision() -> None:
         load_model("torchvision:resnet_18")
 
 
-def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lora-fx\[bench\]'"):
-        load_model("timm:resnet18")
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_missing_package_is_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ConfigError, match=f"pip install {library}$"):
+        load_model(f"{library}:resnet18")
+
+
+def test_what_a_package_needs_is_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(here)
+    with pytest.raises(ConfigError, match=r"needs no_such_thing_at_all.*pip install no_such_thing"):
+        load_optional("wants_for_tests", "this", "lora-fx[bench]")
+
+
+def adapted_bert(folder: Path, *, of: str, task: str | None, labels: int = 5) -> Any:
+    """Save a base model without a head, and train an adapter of a class with one."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    transformers.BertModel(config).save_pretrained(folder / "base")
+    model = getattr(transformers, of).from_pretrained(folder / "base", num_labels=labels)
+    kind: Any = task
+    chosen = lora_fx.LoraConfig(
+        r=2, modules_to_save=["classifier"], task_type=kind, init_lora_weights=False
+    )
+    adapted = lora_fx.rewrite(model.eval(), chosen)
+    with torch.no_grad():
+        adapted.classifier.weight.normal_()
+    lora_fx.save_adapter(adapted, folder / "adapter")
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("of", "task"),
+    [
+        ("AutoModelForSequenceClassification", "SEQ_CLS"),
+        ("AutoModelForSequenceClassification", None),
+        ("AutoModelForTokenClassification", "TOKEN_CLS"),
+    ],
+)
+def test_the_class_is_the_one_that_the_adapter_was_trained_on(
+    of: str, task: str | None, tmp_path: Path
+) -> None:
+    adapted = adapted_bert(tmp_path, of=of, task=task)
+    assert type(load_model(f"hf:{tmp_path / 'base'}").model).__name__ == "BertModel"
+    loaded = load_model(f"hf:{tmp_path / 'base'}", adapter=tmp_path / "adapter").model
+    assert type(loaded).__name__ == type(adapted).__name__
+    back = lora_fx.load_adapter(loaded, tmp_path / "adapter")
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        assert back(ids).logits.shape[-1] == 5
+        torch.testing.assert_close(back(ids).logits, adapted(ids).logits, rtol=0, atol=0)
+
+
+def test_a_task_that_the_model_does_not_have_leaves_its_architecture(tmp_path: Path) -> None:
+    adapted_bert(tmp_path, of="AutoModelForTokenClassification", task="SEQ_2_SEQ_LM")
+    loaded = load_model(f"hf:{tmp_path / 'base'}", adapter=tmp_path / "adapter").model
+    assert type(loaded).__name__ == "BertModel"
+
+
+def test_a_part_that_neither_folder_has_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    adapted_bert(tmp_path, of="AutoModelForSequenceClassification", task="SEQ_CLS")
+    base = transformers.BertModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match=r"neither its folder nor .* contains bert\.pooler"):
+        load_model(f"hf:{tmp_path / 'base'}", adapter=tmp_path / "adapter")
 
 
 def test_every_form_is_documented() -> None:

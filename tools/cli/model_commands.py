@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 
+_PICTURES = (".svg", ".dot", ".graphml", ".json", ".html")
 _TEXT = ".txt"
 _HERE = "this"
 _TRAINED = ("adapted", "trained", "rows trained")
@@ -67,17 +68,22 @@ def plan(
         every: One row for each site; by default equal layers share a row.
         as_json: Print everything as JSON.
     """
+    chosen = adapters.made()
+    other = None if diff is None else o.config_in(diff)
+    o.check_names(model)
+    training.check()
+    store.check()
+
     from lora_fx.api import compare
     from lora_fx.api import plan as make_plan
     from lora_fx.tools.cli.tables import render_need, render_plan
 
-    chosen = adapters.made()
     loaded = look.load(model)
     stored = store.planned(loaded)
     how = look.of(loaded)
     with console.progress("planning"):
-        if diff is not None:
-            both = compare({_HERE: chosen, str(diff): o.config_in(diff)}, loaded.model, **how)
+        if other is not None:
+            both = compare({_HERE: chosen, str(diff): other}, loaded.model, **how)
             planned = both[_HERE]
         else:
             planned = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
@@ -147,14 +153,16 @@ def rewrite(
         force: Replace an existing file.
         as_json: Print the regions as JSON.
     """
+    chosen = adapters.made()
+    file = None if out is None else o.file_to_write(out, (*_PICTURES, _TEXT), force=force)
+    o.check_names(model)
+    store.check()
+
     from lora_fx.api import graphs
     from lora_fx.api import rewrite as rewrite_model
     from lora_fx.passes.pipeline import rewrite_passes
-    from lora_fx.tools.draw import FORMATS
     from lora_fx.tools.draw import visualize as draw
 
-    chosen = adapters.made()
-    file = None if out is None else o.file_to_write(out, (*FORMATS, _TEXT), force=force)
     loaded = store.load(model, look)
     how = look.of(loaded)
     printer = None
@@ -325,12 +333,14 @@ def merge(
         force: Write over what is there.
         as_json: Print the report as JSON.
     """
+    o.check_names(model, [adapter], dtype=dtype)
+    path = check_out(model, out, force=force)
+
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
 
-    path = check_out(model, out, force=force)
     wanted = o.dtype_of(dtype)
-    loaded = o.load(model)
+    loaded = o.load(model, adapter=adapter)
     with console.progress("reading the adapter"):
         adapted = load_adapter(loaded.model, adapter)
     with console.progress("merging") as advance:
@@ -381,12 +391,13 @@ def visualize(
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.
         force: Replace an existing file.
     """
-    from lora_fx.tools.draw import FORMATS
+    file = o.file_to_write(path, _PICTURES, force=force)
+    is_file = ":" not in model or Path(model).exists()  # the name of a model has a colon
+    o.check_names(None if Path(model).exists() else model, adapter or [], provider=provider)
+
     from lora_fx.tools.draw import visualize as draw
 
-    file = o.file_to_write(path, tuple(FORMATS), force=force)
-    # The name of a model has a colon.
-    if ":" not in model or Path(model).exists():
+    if is_file:
         written = draw(_file(model, provider), file, force=force, file_format=_format(as_format))
     else:
         with console.progress("drawing"):
@@ -406,6 +417,8 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
         every: Show a row for each site below the heat map.
         as_json: Print everything as JSON, with all singular values.
     """
+    o.check_names(adapters=[folder])
+
     from lora_fx.ir import folded
     from lora_fx.tools.adapter_folder import inspect_adapter
     from lora_fx.tools.cli.tables import render_heat
@@ -429,7 +442,9 @@ def inspect(folder: Path, every: bool = False, as_json: bool = False) -> None:
 
 def _file(path: str, provider: str) -> Any:
     """Return a session of an ONNX file if another provider is requested, or else the path."""
-    if provider == "cpu":
+    from lora_fx.export.providers import chosen_provider
+
+    if chosen_provider(provider) == "cpu":
         return path
     from lora_fx.export.session import OnnxSession
 
@@ -461,7 +476,7 @@ def _drawn(
     if folders and (base or as_plan):
         raise ConfigError("--adapter draws what is in a folder: leave out --base and --plan")
     chosen = adapters.made()
-    loaded = o.load(model) if folders else look.load(model)
+    loaded = o.load(model, adapter=folders[0]) if folders else look.load(model)
     how = look.of(loaded)
     drawn: Any = loaded.model
     if folders:
@@ -601,13 +616,17 @@ def verify(
         provider: cpu or cuda, for a file.
         as_json: Print the result as JSON.
     """
-    from lora_fx.tools.adapter_folder import verify as judge
-
     subjects = [option for option in (onnx, model, url) if option is not None]
     if len(subjects) != 1:
         raise ConfigError("say what to ask: one of --onnx FILE, --model MODEL and --url ADDRESS")
     if url is not None and not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url {url}: an address begins with http:// or https://")
+    o.check_names(model, [folder], provider=provider)
+    if onnx is not None:
+        o.check_file(onnx)
+
+    from lora_fx.tools.adapter_folder import verify as judge
+
     subject: Any = onnx or url
     if model is not None:
         subject = o.load(model).model

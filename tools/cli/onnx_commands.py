@@ -68,12 +68,19 @@ def export(
         force: Write over what is there.
         as_json: Print the report as JSON.
     """
+    path = Path(out) if target is not None else o.file_to_write(out, (".onnx",), force=force)
+    folders = adapter or []
+    o.check_names(model, folders, provider=provider, dtype=dtype)
+    if len(folders) > 1 and adapters not in ("inputs", "bank"):
+        raise o.TypedError("several --adapter: give one, or --adapters bank (or inputs)")
+
     from lora_fx.checkpoint import load_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.tools.cli.tables import render_export
 
-    path = Path(out) if target is not None else o.file_to_write(out, (".onnx",), force=force)
-    loaded = o.load(model)
+    choices = {"task": task, "target": target, "adapters": adapters, "optimize": optimize}
+    o.check_choices(export_onnx, **choices)
+    loaded = o.load(model, adapter=next(iter(folders), None))
     inputs = loaded.inputs()
     if target is not None and tokenizer is None:
         has_tokenizer = loaded.folder is not None and any(loaded.folder.glob("tokenizer*"))
@@ -81,18 +88,13 @@ def export(
     base: Any = loaded.model
     if loaded.folder is not None and hasattr(base.config, "use_cache"):
         base.config.use_cache = False  # a single pass returns no cache
-    folders = adapter or []
-    if len(folders) > 1 and adapters not in ("inputs", "bank"):
-        raise o.TypedError("several --adapter: give one, or --adapters bank (or inputs)")
     for folder in folders:
         named = len(folders) > 1 or adapters == "bank"
         with console.progress("reading the adapter"):
             called = folder.name.replace(".", "-") if named else "default"
             base = load_adapter(base, folder, adapter_name=called)
-    chosen: dict[str, Any] = {"task": task, "adapters": adapters, "dtype": dtype}
-    chosen |= {"target": target, "tokenizer": tokenizer}
-    chosen |= {"max_adapters": max_adapters, "max_rank": max_rank}
-    chosen |= {"optimize": optimize, "provider": provider}
+    chosen: dict[str, Any] = {**choices, "dtype": dtype, "tokenizer": tokenizer}
+    chosen |= {"max_adapters": max_adapters, "max_rank": max_rank, "provider": provider}
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
             base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen
@@ -122,13 +124,17 @@ def export_adapter(
         dtype: fp32, fp16 or bf16; not with --base.
         force: Write over what is there.
     """
+    path = o.file_to_write(out, (".onnx_adapter",), force=force)
+    o.check_names(model, [folder], dtype=dtype)
+    if base is not None:
+        o.check_file(base)
+
     from lora_fx.checkpoint import load_adapter
     from lora_fx.export.adapter_file import save_onnx_adapter
 
-    path = o.file_to_write(out, (".onnx_adapter",), force=force)
     source: Any = folder
     if model is not None:
-        loaded: Any = o.load(model).model
+        loaded: Any = o.load(model, adapter=folder).model
         with console.progress("reading the adapter"):
             source = load_adapter(loaded, folder)
     kind: Any = dtype
@@ -164,9 +170,12 @@ def run(
         force: Write over what is there.
         as_json: Print shapes, figures and times as JSON.
     """
+    written = None if output is None else _output_file(output, force=force)
+    o.check_names(provider=provider)
+    o.check_file(file)
+
     from lora_fx.export.session import OnnxSession
 
-    written = None if output is None else _output_file(output, force=force)
     wanted: Any = provider
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
@@ -368,6 +377,15 @@ def generate(
         seed: Of the draws.
         as_json: Print tokens, text and times as JSON.
     """
+    if ids and text:
+        raise ConfigError("--ids and --text say two things: give one of them")
+    if text and tokenizer is None:
+        raise ConfigError("--text needs --tokenizer, the folder of the model's tokenizer")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ConfigError(f"--tokenizer {tokenizer}: there is no such folder")
+    o.check_names(provider=provider)
+    o.check_file(file)
+
     import torch
 
     from lora_fx.export.session import OnnxSession
@@ -417,11 +435,7 @@ def generate(
 
 
 def _prompts(ids: list[str] | None, text: list[str] | None, reader: Any) -> list[list[int]]:
-    if ids and text:
-        raise ConfigError("--ids and --text say two things: give one of them")
     if text:
-        if reader is None:
-            raise ConfigError("--text needs --tokenizer, the folder of the model's tokenizer")
         return [list(reader(prompt)["input_ids"]) for prompt in text]
     return [_numbers(entry) for entry in ids or []]
 
@@ -448,8 +462,6 @@ def _padded(prompts: list[list[int]]) -> dict[str, Any]:
 
 def _tokenizer(folder: Path) -> Any:
     transformers = load_optional("transformers", "--tokenizer", "lora-fx[hf]")
-    if not folder.is_dir():
-        raise ConfigError(f"--tokenizer {folder}: there is no such folder")
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 
@@ -19,7 +19,14 @@ from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.extras import load_optional
 from lora_fx.files import output_file
 from lora_fx.tools.cli import console
-from lora_fx.tools.models import FORMS, LoadedModel, load_inputs, load_model
+from lora_fx.tools.models import (
+    FORMS,
+    LoadedModel,
+    check_adapter_path,
+    check_model_name,
+    load_inputs,
+    load_model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +39,9 @@ __all__ = [
     "Training",
     "TypedError",
     "as_options",
+    "check_choices",
+    "check_file",
+    "check_names",
     "command",
     "config_in",
     "dtype_of",
@@ -273,19 +283,32 @@ class Training(Options):
     dtype: str = "bf16"
     checkpointing: bool = False
 
+    def check(self) -> None:
+        """Check the options before a model is loaded.
+
+        Raises:
+            ConfigError: If an option is not valid.
+        """
+        if self.mesh is None:
+            return
+        if self.batch < 1 or self.sequence < 1:
+            raise ConfigError("--batch and --sequence are at least 1")
+        check_names(dtype=self.dtype)
+        from lora_fx.tools.cluster import Mesh
+
+        Mesh.parse(self.mesh)
+
     def planned(self, loaded: LoadedModel, config: LoraConfig, inputs: Any) -> Any:
         """Return the needs of a GPU of the mesh, or None without a mesh.
 
         Raises:
-            ConfigError: If an option is not valid, or the model cannot be planned with them.
+            ConfigError: If the model cannot be planned with the options.
         """
         if self.mesh is None:
             return None
         from lora_fx.tools.cluster import Mesh, plan_step, step_inputs
 
         mesh = Mesh.parse(self.mesh)
-        if self.batch < 1 or self.sequence < 1:
-            raise ConfigError("--batch and --sequence are at least 1")
         dtype = dtype_of(self.dtype)
         batch = step_inputs(loaded.model, inputs, batch=self.batch, sequence=self.sequence)
         with console.progress(f"a step on {mesh}"):
@@ -305,6 +328,17 @@ class Storing(Options):
     PANEL = "What the base is stored in"
 
     quantize: str | None = dataclasses.field(default=None, metadata={"metavar": "FORMAT"})
+
+    def check(self) -> None:
+        """Check the format before a model is loaded.
+
+        Raises:
+            QuantizationError: If there is no such format.
+        """
+        if self.quantize is not None:
+            from lora_fx.formats import format_named
+
+            format_named(self.quantize)
 
     def planned(self, loaded: LoadedModel) -> Any:
         """Return the quantization plan, or None without ``--quantize``.
@@ -362,10 +396,68 @@ class Storing(Options):
         return dataclasses.replace(loaded, model=quantized)
 
 
-def load(name: str, *, weights: bool = True) -> LoadedModel:
-    """Load a model under a progress bar."""
+def load(name: str, *, weights: bool = True, adapter: Path | None = None) -> LoadedModel:
+    """Load a model under a progress bar, of the class that an adapter was trained on, if one is given."""
     with console.progress(f"loading {name}"):
-        return load_model(name, weights=weights)
+        return load_model(name, weights=weights, adapter=adapter)
+
+
+# Checks of what was typed. Commands call them before they import PyTorch, which takes seconds, or load a
+# model, which may take minutes.
+
+
+def check_names(
+    model: str | None = None,
+    adapters: Iterable[Path] = (),
+    *,
+    provider: str | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Raise if a model, an adapter, a provider or a dtype cannot be what its name says.
+
+    Raises:
+        ConfigError: The message has the name and the remedy.
+        ProviderError: If the provider is unknown.
+    """
+    from lora_fx.export.providers import chosen_provider
+
+    if model is not None:
+        check_model_name(model)
+    for adapter in adapters:
+        check_adapter_path(adapter)
+    if provider is not None:
+        chosen_provider(provider)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"--dtype {dtype} is unknown: give one of {', '.join(_DTYPES)}")
+
+
+def check_file(path: Path) -> None:
+    """Raise if there is no such file to run.
+
+    Raises:
+        ConfigError: The message has the path.
+    """
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}: export a model to it first")
+
+
+def check_choices(function: Callable[..., Any], **chosen: str | None) -> None:
+    """Raise if the value of an option is none of those that a parameter's type lists.
+
+    Args:
+        function: The function of the library that the options are for.
+        chosen: Values by the name of the parameter.
+
+    Raises:
+        TypedError: The message has all the values.
+    """
+    hints = get_type_hints(function)
+    for name, value in chosen.items():
+        # Literal["a", "b"] | None
+        parts = [hints[name], *get_args(hints[name])]
+        values = [text for part in parts for text in get_args(part) if isinstance(text, str)]
+        if value is not None and value not in values:
+            raise TypedError(f"--{name} {value} is unknown: give one of {', '.join(values)}")
 
 
 def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
@@ -391,12 +483,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     Raises:
         ConfigError: If the name is unknown.
     """
-    import torch
-
+    check_names(dtype=name)
     if name is None:
         return None
-    if name not in _DTYPES:
-        raise ConfigError(f"--dtype {name} is unknown: give one of {', '.join(_DTYPES)}")
+    import torch
+
     dtype: torch.dtype = getattr(torch, _DTYPES[name])
     return dtype
 
@@ -414,7 +505,11 @@ def config_in(source: Path) -> LoraConfig:
         ConfigError: If the file is not a configuration, or PyYAML is missing for a YAML file.
         CheckpointError: If it is a folder without a readable configuration.
     """
-    if source.is_dir() or not source.exists():
+    if not source.exists():
+        raise ConfigError(
+            f"{source} does not exist: give a JSON or YAML file, or an adapter folder"
+        )
+    if source.is_dir():
         return LoraConfig.from_pretrained(source)
     as_yaml = source.suffix.lower() in (".yaml", ".yml")
     kind = "YAML" if as_yaml else "JSON"
