@@ -24,7 +24,7 @@ help: ## This list
 venv: $(VENV)/.dev ## Create .venv with everything that tests and lint need
 
 .PHONY: demo
-demo: $(VENV)/.demo ## Plan, rewrite, train, merge, export a real model (ARGS=--quick: under a minute)
+demo: $(VENV)/.demo ## Plan, rewrite, train, merge, export a real model in a minute (ARGS=--full: compare it, too)
 	$(BIN)/lora-fx demo $(ARGS)
 
 .PHONY: test

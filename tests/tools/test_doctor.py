@@ -14,6 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import ExportError, ProviderError
 from lora_fx.export import providers
+from lora_fx.tools import threads
 from lora_fx.tools.cli import doctor
 from lora_fx.tools.cli.doctor import EXTRAS, Finding, State, examine
 
@@ -35,6 +36,30 @@ def test_the_extras_are_those_of_the_project(root: Path) -> None:
         listed = {re.split(r"[\[<>=; ]", entry)[0] for entry in optional[extra]} - {"lora-fx"}
         assert set(packages) == listed, extra
     assert set(optional) - set(EXTRAS) == {"test", "lint"}
+
+
+def test_threads_that_are_slower_than_one_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "slowdown", lambda: 1.05)
+    assert found("threads").state is State.OK
+    monkeypatch.setattr(threads, "slowdown", lambda: 1.8)
+    assert found("threads").state is State.NOTE
+    assert "1.8 times as long as one" in found("threads").remedy
+    assert "OMP_NUM_THREADS=1" in found("threads").remedy
+
+
+def test_the_measurement_of_threads_leaves_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        # A clock on which a step takes 3 seconds with two threads, and 2 with one.
+        clock = iter([second for turn in range(100) for second in (0, 2 + (turn % 2 == 0))])
+        monkeypatch.setattr(threads.time, "perf_counter", lambda: next(clock))
+        assert threads.slowdown() == 1.5
+        assert torch.get_num_threads() == 2
+        torch.set_num_threads(1)
+        assert threads.slowdown() == 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_both_wheels_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:

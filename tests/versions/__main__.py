@@ -113,7 +113,7 @@ def _run(wanted: Environment, folder: Path, jobs: int) -> Result:
         _say(wanted, "the README's snippet")
         snippet_ran = _ends_well([python, snippet], scratch)
         _say(wanted, "the demo")
-        demo_ran = _ends_well([commands / "lora-fx", "demo", "--quick", "--out=demo"], scratch)
+        demo_ran = _ends_well([commands / "lora-fx", "demo", "--out=demo"], scratch)
         _say(wanted, "the default suite")
         report = Path(scratch, "report.xml")
         tests = [python, "-m", "pytest", f"-n{jobs}", "--dist=worksteal", "-q"]

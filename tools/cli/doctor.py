@@ -17,6 +17,7 @@ from lora_fx.errors import LoraFxError
 from lora_fx.export import providers
 from lora_fx.export.inspection import Finding, State, examine_file
 from lora_fx.tools.cli import console
+from lora_fx.tools.threads import thread_advice
 from lora_fx.versions import NEWEST, untested
 
 __all__ = ["EXTRAS", "examine", "show"]
@@ -78,7 +79,9 @@ def _torch() -> Iterator[Finding]:
     else:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding(topic, "CUDA", State.OK, f"{built}: {', '.join(names)}")
-    yield Finding(topic, "threads", State.OK, str(torch.get_num_threads()))
+    advice = thread_advice()
+    state = State.NOTE if advice else State.OK
+    yield Finding(topic, "threads", state, str(torch.get_num_threads()), advice)
 
 
 def _runtime() -> Iterator[Finding]:

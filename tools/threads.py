@@ -1,0 +1,50 @@
+"""Measurement of PyTorch's threads: several may be slower than one, on a busy or virtual machine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+__all__ = ["slowdown", "thread_advice"]
+
+_ROUNDS = 15
+_SHAPE = 256, 384, 1536  # tokens, features, outputs: a layer of a small encoder
+_SLOWER = 1.2
+
+
+def slowdown() -> float:
+    """Return the time of a training step with PyTorch's threads, relative to one thread; 1 if there is one.
+
+    The two take turns, for a fraction of a second. The number of threads is the same afterwards.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return 1.0
+    tokens, features, outputs = _SHAPE
+    x = torch.ones(tokens, features)
+    weight = torch.ones(outputs, features, requires_grad=True)
+    seconds: dict[int, list[float]] = {threads: [], 1: []}
+    try:
+        for number in [threads, 1] * (_ROUNDS + 1):
+            torch.set_num_threads(number)
+            began = time.perf_counter()
+            torch.nn.functional.linear(x, weight).relu().sum().backward()
+            seconds[number].append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    # The first turn starts the threads.
+    several, one = (statistics.median(seconds[number][1:]) for number in (threads, 1))
+    return several / one
+
+
+def thread_advice() -> str:
+    """Return a warning if PyTorch's threads are slower than one thread; else an empty text."""
+    factor = slowdown()
+    if factor < _SLOWER:
+        return ""
+    return (
+        f"{torch.get_num_threads()} threads take {factor:.1f} times as long as one, because other programs "
+        "use the cores: set OMP_NUM_THREADS=1"
+    )
