@@ -192,6 +192,21 @@ def test_the_architecture_shows_what_the_compiler_does(
     assert {name: text.rstrip() for name, text in parts} == shown
 
 
+def test_the_chart_shows_the_figures_of_the_benchmarks() -> None:
+    """`python docs/chart.py` draws it again."""
+    chart = runpy.run_path(str(ROOT / "docs" / "chart.py"))
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert chart["draw"](page) == chart["FILE"].read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for time, memory in chart["figures"](page).values():
+        assert f"{memory:g} MiB" in readme
+        assert f"{time:g}" in readme
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
 def test_every_error_has_a_remedy() -> None:
     page = (ROOT / "docs/guides/errors.md").read_text(encoding="utf-8")
     named = {name for name in lora_fx.__all__ if name.endswith("Error")} - {"LoraFxError"}
