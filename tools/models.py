@@ -177,10 +177,10 @@ def _set_labels(config: Any, architecture: Any, stored: Mapping[str, list[int]])
     with torch.device("meta"):
         empty = _build(architecture, config)
     for name, parameter in empty.named_parameters():
-        rows, *rest = stored.get(name, parameter.shape)
-        labels, *others = parameter.shape
-        if rows != labels and labels == config.num_labels and rest == list(others):
-            config.num_labels = rows
+        shape = stored.get(name, list(parameter.shape))
+        expected = [config.num_labels, *shape[1:]]
+        if shape != expected and list(parameter.shape) == expected:
+            config.num_labels = shape[0]
             return
 
 

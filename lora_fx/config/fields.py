@@ -536,12 +536,11 @@ def only_own(values: Mapping[str, Any]) -> dict[str, Any]:
         if name in NORMALIZERS:
             kept[name] = value
         elif name not in FOREIGN:
-            near = hint(name, NORMALIZERS, "did you mean '{}'? ", cutoff=0.5, between="' or '")
+            near = hint(name, NORMALIZERS, "did you mean '{}'?", cutoff=0.5, between="' or '")
             if meant := _SHORT.get(name):
-                near = f"did you mean {meant!r}? "
-            raise ConfigError(
-                f"LoraConfig has no field {name!r}; {near}The fields are {', '.join(NORMALIZERS)}"
-            )
+                near = f"did you mean {meant!r}?"
+            known = f"The fields are {', '.join(NORMALIZERS)}"
+            raise ConfigError(f"LoraConfig has no field {name!r}; {near or known}")
         elif not is_off(value) and value != FOREIGN[name].off and not _is_runtime(name, value):
             off, feature = FOREIGN[name]
             raise ConfigError(

@@ -328,10 +328,10 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
         error: The class of the error to raise for any other model.
     """
     record = record_of(model)
-    if not isinstance(model, nn.Module):
-        value = (
-            repr(str(model)) if isinstance(model, str | PathLike) else f"a {type(model).__name__}"
-        )
+    argument: object = model
+    if not isinstance(argument, nn.Module):
+        is_path = isinstance(argument, str | PathLike)
+        value = repr(str(argument)) if is_path else f"a {type(argument).__name__}"
         raise error(
             f"the first argument is {value}, and has to be the model that lora_fx.rewrite or "
             "lora_fx.load_adapter returned"

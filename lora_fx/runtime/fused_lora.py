@@ -337,7 +337,7 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
         # First the operations themselves: if x has a wrong shape, the error is that of the layer.
-        bases = [one.base(x) for one in operations]
+        bases = [operation.base(x) for operation in operations]
         down = dropped_product(x.to(dtype), mask, _joined(operations, dtype))
         outputs = []
         for out, (one, its_down) in zip(bases, _with_columns(operations, down), strict=True):

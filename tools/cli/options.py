@@ -442,7 +442,7 @@ def check_file(path: Path) -> None:
 
 
 def check_choices(function: Callable[..., Any], **chosen: str | None) -> None:
-    """Raise if the value of an option is none of those that a parameter's type lists.
+    """Raise if the type of a parameter does not list the value of its option.
 
     Args:
         function: The function of the library that the options are for.
