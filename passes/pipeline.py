@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, get_args
 
 from torch import fx, nn
@@ -342,6 +342,11 @@ def check_config(config: object) -> None:
         raise ConfigError(
             "config must be a lora_fx.LoraConfig, found a dict; lora_fx.LoraConfig.from_dict(config) makes "
             "one of it"
+        )
+    if isinstance(config, Collection):
+        raise ConfigError(
+            f"config must be a lora_fx.LoraConfig, found a {type(config).__name__}: names of layers are one "
+            "of its fields, lora_fx.LoraConfig(target_modules=[...])"
         )
     if not isinstance(config, LoraConfig):
         kind = f"{type(config).__module__}.{type(config).__qualname__}"

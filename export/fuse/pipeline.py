@@ -341,5 +341,6 @@ def check_target(optimize: object, provider: object) -> None:
         )
     if provider is not None and optimize != "runtime":
         raise ExportError(
-            f"provider={provider!r} is for optimize='runtime': operators of ONNX are right on every provider"
+            f"provider={provider!r} is for optimize='runtime': leave it out, because the other files run on "
+            "every provider"
         )

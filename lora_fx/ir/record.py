@@ -334,7 +334,7 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
         value = repr(str(argument)) if is_path else f"a {type(argument).__name__}"
         raise error(
             f"the first argument is {value}, and has to be the model that lora_fx.rewrite or "
-            "lora_fx.load_adapter returned"
+            "lora_fx.load_adapter(model, folder) returned"
         )
     if record is None:
         raise error(

@@ -535,6 +535,7 @@ def test_swapped_arguments_are_told(tmp_path: Path) -> None:
     for call, words in (
         (lambda: lora_fx.rewrite(config, model), "the model comes first"),
         (lambda: lora_fx.plan(config, model), "the model comes first"),
+        (lambda: lora_fx.plan(model, ["first"]), r"LoraConfig\(target_modules=\[\.\.\.\]\)"),
         (lambda: lora_fx.compare(model, {"a": config}), "and then the model"),
         (lambda: lora_fx.add_adapter(config, adapted, "b"), "the model comes first"),
         (lambda: lora_fx.save_adapter("folder", adapted), "the model comes first"),
