@@ -139,7 +139,7 @@ def _figures(report: DemoReport, out: Path) -> Iterator[tuple[str, str | Text]]:
     yield "merge", f"{weights}, outputs within {report.merge_error:.1e}"
     yield "parity", f"ONNX Runtime within {report.parity_error:.1e} of PyTorch"
     for name, size in report.files.items():
-        yield Path(name).name, f"{size / 1e6:.1f} MB in {Path(name).parent}"
+        yield Path(name).name, f"{size / 1e3:,.0f} kB in {Path(name).parent}"
     for number, (name, seconds) in enumerate(report.seconds.items()):
         yield "" if number else "time", Text(f"{seconds:6.1f} s  {name}", "dim")
     yield "look at", Text(str(out / "graph.html"), "cyan")
