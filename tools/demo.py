@@ -584,7 +584,11 @@ def run_demo(folder: Path, settings: DemoSettings, listener: Listener) -> DemoRe
         ConfigError: If a package of the extra ``demo`` is missing.
         LoraFxError: If the reloaded adapter gives other outputs.
     """
-    return _Demo(folder, settings, listener).run()
+    threads = torch.get_num_threads()
+    try:
+        return _Demo(folder, settings, listener).run()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Demo:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Plan
 from lora_fx.tools import demo
@@ -223,6 +224,41 @@ class Silent:
 
     def planned(self, made: Plan) -> None:
         pass
+
+
+def test_the_demo_goes_on_with_one_thread_where_more_are_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+    threads: list[int] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+        def planned(self, made: Plan) -> None:
+            threads.append(torch.get_num_threads())
+            raise ConfigError("that is enough")
+
+    class Tiny(nn.Module):
+        @classmethod
+        def pretrained(cls, classes: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, classes))
+
+    monkeypatch.setattr(demo, "SentenceClassifier", Tiny)
+    monkeypatch.setattr(demo, "CONFIG", LoraConfig(r=2))
+    monkeypatch.setattr(demo, "thread_advice", lambda: "2 threads are slower")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(ConfigError, match="that is enough"):
+            demo.run_demo(tmp_path, demo.QUICK, Notes())
+        assert threads == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert "2 threads are slower. The demo goes on with one" in notes
+    assert f"from {demo.encoder_folder()}" in notes
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Commands(TyperGroup):
 app = typer.Typer(
     name="lora-fx",
     cls=Commands,
-    help="LoRA as a compiler pass on torch.fx: look at a model, adapt it, merge, export, run.\n\n"
+    help="LoRA for any PyTorch model: look at a model, adapt it, merge, export to ONNX, run.\n\n"
     "A MODEL is named package.module:callable (called without arguments), hf:FOLDER (a local "
     "folder of transformers), timm:NAME or torchvision:NAME (both untrained). Nothing is "
     "downloaded, and only pictures are overwritten without --force.",
