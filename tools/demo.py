@@ -637,17 +637,20 @@ class _Demo:
         return result
 
     def _encoder(self) -> SentenceClassifier:
-        with self._stage("load the encoder") as advance:
+        with self._stage("load the encoder"):
             model = SentenceClassifier.pretrained(len(LIBRARIES))
             size = sum(parameter.numel() for parameter in model.parameters())
             self.listener.note(f"all-MiniLM-L6-v2, {size / 1e6:.1f} million parameters")
             self.listener.note(f"from {encoder_folder()}")
-            advance(0, 1, "measuring threads")
-            advice = thread_advice()
-            if advice:
-                torch.set_num_threads(1)
-                self.listener.note(f"{advice}. The demo goes on with one")
+            self._check_threads()
         return model
+
+    def _check_threads(self) -> None:
+        """Go on with one thread if several are slower now. The load of the machine changes."""
+        advice = thread_advice()
+        if advice:
+            torch.set_num_threads(1)
+            self.listener.note(f"{advice}. The demo goes on with one")
 
     def _text(self) -> tuple[Corpus, list[Batch]]:
         settings = self.settings
@@ -690,6 +693,7 @@ class _Demo:
 
     def _train(self, model: nn.Module, corpus: Corpus) -> None:
         with self._stage("train with LoRA") as advance:
+            self._check_threads()
             train(model, corpus, self.settings, advance=advance, epoch_done=self.listener.note)
 
     def _save_and_reload(
