@@ -114,10 +114,10 @@ def apply(
     return tuple(call[:-1])
 
 
-def _call(function: type[torch.autograd.Function], *given: Any) -> Any:
-    """Call ``function.apply`` without its look for defaults in forward's signature, which takes longer."""
+def _call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Call ``function.apply`` without its search for defaults in forward's signature, which takes longer."""
     base: Any = super(torch.autograd.Function, function)
-    return base.apply(*given)
+    return base.apply(*arguments)
 
 
 def _wanted(given: tuple[Any, ...]) -> bool:
@@ -378,10 +378,10 @@ class _LoraLinears(torch.autograd.Function):
 
 
 class _LoraLinear(torch.autograd.Function):
-    """What most calls are: one operation without dropout over a dense weight, all in one dtype.
+    """The common case: one operation without dropout over a dense weight, all in one dtype.
 
-    It takes the arguments of :class:`_LoraLinears` and computes the same, in as little Python as that takes:
-    the products of a model leave nothing of the interpreter in a processor's caches, so that each line costs.
+    It has the arguments and the result of :class:`_LoraLinears`, with less Python. The products of a model
+    push the interpreter out of the processor's caches, so that each line of Python costs time.
     """
 
     @staticmethod
@@ -397,8 +397,8 @@ class _LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
+        out = F.linear(x, weight, bias)  # first: its error is the layer's if x has a wrong shape
         down = x.reshape(-1, x.shape[-1]) @ a.T
-        out = F.linear(x, weight, bias)
         out.view(-1, out.shape[-1]).addmm_(down, b.T, alpha=options[0][0])
         kept = x if a.requires_grad or weight.requires_grad else None
         ctx.save_for_backward(kept, None, down if b.requires_grad else None, weight, bias, a, b)

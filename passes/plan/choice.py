@@ -423,16 +423,18 @@ def with_sample_cost(
     if plan.unit == "token" and not compared:
         return plan
     # Without an adapted convolution, another one shows the size of the batch.
-    others = [row.site for row in plan.skipped] if compared else []
-    cost = sample_cost(capture.model, plan.sites, example_inputs, others)
-    return plan if cost is None else dataclasses.replace(plan, sample_cost=cost[0], site_costs=cost[1])
+    skipped = [row.site for row in plan.skipped] if compared else []
+    cost = sample_cost(capture.model, plan.sites, example_inputs, skipped)
+    return (
+        plan if cost is None else dataclasses.replace(plan, sample_cost=cost[0], site_costs=cost[1])
+    )
 
 
 def sample_cost(
     model: nn.Module,
     rows: Sequence[PlannedSite],
     example_inputs: Any,
-    others: Sequence[Site] = (),
+    skipped: Sequence[Site] = (),
 ) -> tuple[tuple[int, int], tuple[tuple[int, int], ...]] | None:
     """Return the extra FLOPs and saved bytes of one sample, or None if its positions are unknown.
 
@@ -440,7 +442,7 @@ def sample_cost(
         model: The model. It is called without data.
         rows: The adapted sites.
         example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
-        others: Further sites, whose positions are counted to find the number of samples.
+        skipped: Sites that are not adapted, whose positions are counted to find the number of samples.
 
     Returns:
         The sum, and the cost of each of ``rows``.
@@ -449,7 +451,7 @@ def sample_cost(
     if inputs is None:
         return None
     try:
-        samples, positions = _positions(model, [*(row.site for row in rows), *others], inputs)
+        samples, positions = _positions(model, [*(row.site for row in rows), *skipped], inputs)
     except Exception as error:  # noqa: BLE001  the user's code may raise anything without values
         _log.debug("no cost of a sample: %s: %s", type(error).__name__, error)
         return None
