@@ -278,10 +278,10 @@ def _needs_forward(capture: Capture, site: Site) -> str | None:
     if _is_layer(capture.model, site):
         return None
     regions = [capture.regions[call.region] for call in site.calls]
-    kept = next((region for region in regions if region.not_run), None)
-    return kept and (
-        f"a forward computes this product itself, and no graph can take its place: {kept.not_run}"
-    )
+    reason = next((region.not_run for region in regions if region.not_run), None)
+    if reason is None:
+        return None
+    return f"a forward computes this product itself, and no graph can take its place: {reason}"
 
 
 def _objections(site: Site, how: Storage) -> Iterator[str]:

@@ -110,14 +110,14 @@ def apply(
         return plain(*given)
     if not torch.is_grad_enabled():
         return tuple(function.forward(*given)[:-1])
-    call: Any = function.apply(*given) if compiling else _call(function, *given)
-    return tuple(call[:-1])
+    call: Any = function.apply if compiling else _direct(function)
+    return tuple(call(*given)[:-1])
 
 
-def _call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """Call ``function.apply`` without its search for defaults in forward's signature, which takes longer."""
+def _direct(function: type[torch.autograd.Function]) -> Any:
+    """Return ``function.apply`` without its search for defaults in forward's signature, which takes longer."""
     base: Any = super(torch.autograd.Function, function)
-    return base.apply(*arguments)
+    return base.apply
 
 
 def _wanted(given: tuple[Any, ...]) -> bool:
@@ -409,7 +409,8 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, *_, of_weight, of_bias, of_a, of_b = ctx.needs_input_grad
         if of_weight or of_bias or torch.is_grad_enabled() or torch_private.in_autocast():
-            return _LoraLinears.backward(ctx, grad, None)
+            general: Any = _LoraLinears.backward(ctx, grad, None)
+            return tuple(general)
         x, _, down, weight, _, a, b = ctx.saved_tensors
         rows, scale = grad.reshape(-1, grad.shape[-1]), ctx.options[0][0]
         inner = (rows @ b).mul_(scale)
@@ -564,9 +565,9 @@ def lora_linear(
     """
     dropout = dropout if training else 0.0
     if not (torch.compiler.is_compiling() or dropout or rows) and _is_plain(x, weight, a, b):
-        return _call(
-            _LoraLinear, x, None, x.dtype, ((scale, None, None),), None, weight, bias, a, b
-        )
+        options = ((scale, None, None),)
+        result: Tensor = _direct(_LoraLinear)(x, None, x.dtype, options, None, weight, bias, a, b)
+        return result
     return _cast(x, dropout, [(scale, rows)], (weight, bias, a, b))[0]
 
 
