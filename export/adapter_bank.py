@@ -35,7 +35,7 @@ from lora_fx.extras import load_optional
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join, tag_of
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
-from lora_fx.runtime import Follower, banked, follow, ops, unfollow
+from lora_fx.runtime import Follower, banked, branch, follow, unfollow
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -224,7 +224,7 @@ class _Work:
         elif tag.role is Role.UP and any(target is operation for operation in _CONVOLUTIONS):
             taken = (*node.args[:2], self._read_slots(node), node.args[2])
             self._replace(node, banked.banked_pointwise, *taken)
-        elif target is ops.spread and self._has_channels(node):
+        elif target is branch.spread and self._has_channels(node):
             self._replace(node, banked.spread_channels, *node.args[:2], named=False)
         elif tag.role is Role.DOWN and target is F.embedding:
             x, table = node.args[:2]

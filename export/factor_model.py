@@ -45,6 +45,7 @@ from lora_fx.passes.merge import merge, stripped
 from lora_fx.passes.parameters import drop_factors, factor_names
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import (
+    RewriteOptions,
     add_adapter_parameters,
     branch_passes,
     regions_to_install,
@@ -220,7 +221,7 @@ def _check_without_graphs(capture: Capture, rows: Sequence[PlannedSite], *, in_r
 
 def _rewritten(model: nn.Module) -> nn.Module:
     try:
-        return rewrite_model(model, LoraConfig(), optimize=False)
+        return rewrite_model(model, LoraConfig(), options=RewriteOptions(optimize=False))
     except NoMatchError as error:
         reason = str(error).split("\n", 1)[-1].strip()
         raise NoMatchError(

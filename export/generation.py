@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -317,11 +317,37 @@ def _pieces(call: _Call, tokenizer: Any, decode: Mapping[str, Any]) -> Iterator[
     yield from filter(None, pieces)
 
 
-_CHANGES = (
-    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
-    "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences", "stop_strings",
-)  # fmt: skip
-"""Settings that have their own argument."""
+@dataclass(frozen=True)
+class _Changes:
+    """Settings that have their own argument of ``generate``; None for the model's."""
+
+    max_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    eos_token_id: int | Sequence[int] | None
+    pad_token_id: int | None
+    num_beams: int | None
+    num_return_sequences: int | None
+    stop_strings: str | Sequence[str] | None
+
+
+_CHANGES = tuple(field.name for field in fields(_Changes))
+
+
+@dataclass(frozen=True)
+class _Control:
+    """Arguments of a call that are neither inputs nor settings; see :meth:`Generates.generate`."""
+
+    tokenizer: Any
+    generation_config: Any
+    generator: torch.Generator | None
+    logits_processor: Sequence[Processor]
+    stopping_criteria: Sequence[Criterion]
+    adapter: AdapterChoice
 
 
 class Generates(Decodes):
@@ -397,16 +423,31 @@ class Generates(Decodes):
             ExportError: The file is not for generation; inputs, settings or lengths do not fit or
                 contradict each other; a setting of the model or the caller is not supported.
         """
-        arguments = locals()
+        changes = _Changes(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            num_beams=num_beams,
+            num_return_sequences=num_return_sequences,
+            stop_strings=stop_strings,
+        )
         call = self._call(
             {"input_ids": input_ids, "attention_mask": attention_mask, **inputs},
-            {name: arguments[name] for name in _CHANGES},
-            tokenizer=tokenizer,
-            generation_config=generation_config,
-            generator=generator,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            adapter=adapter,
+            changes,
+            _Control(
+                tokenizer,
+                generation_config,
+                generator,
+                logits_processor,
+                stopping_criteria,
+                adapter,
+            ),
         )
         if call.settings.num_beams > 1:
             if streamer is not None:
@@ -470,16 +511,18 @@ class Generates(Decodes):
             raise ExportError("text=True needs tokenizer=, the model's tokenizer")
         if as_text:
             _check_tokenizer(tokenizer)
-        changes = {name: options.pop(name, None) for name in _CHANGES}
+        changes = _Changes(**{name: options.pop(name, None) for name in _CHANGES})
         call = self._call(
             {"input_ids": input_ids, "attention_mask": attention_mask, **options},
             changes,
-            tokenizer=tokenizer,
-            generation_config=generation_config,
-            generator=generator,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            adapter=adapter,
+            _Control(
+                tokenizer,
+                generation_config,
+                generator,
+                logits_processor,
+                stopping_criteria,
+                adapter,
+            ),
             alone=True,
         )
         if as_text:
@@ -489,20 +532,17 @@ class Generates(Decodes):
     def _call(
         self,
         inputs: Mapping[str, Any],
-        changes: Mapping[str, Any],
+        changes: _Changes,
+        control: _Control,
         *,
-        tokenizer: Any,
-        generation_config: Any,
-        generator: torch.Generator | None,
-        logits_processor: Sequence[Processor],
-        stopping_criteria: Sequence[Criterion],
-        adapter: AdapterChoice,
         alone: bool = False,
     ) -> _Call:
+        """Read the arguments of a call. With ``alone``, raise unless they are for one text."""
         remembered = _remembered(self)
         own = remembered["defaults"]
-        settings = GenerationSettings.of(own | _fields(generation_config), changes, own)
-        criteria = [*_stop_criteria(settings, tokenizer), *stopping_criteria]
+        defaults = own | _fields(control.generation_config)
+        settings = GenerationSettings.of(defaults, vars(changes), own)
+        criteria = [*_stop_criteria(settings, control.tokenizer), *control.stopping_criteria]
         present = {name: value for name, value in inputs.items() if value is not None}
         arrays = bool(present) and all(isinstance(value, np.ndarray) for value in present.values())
         tensors = {name: _tensor(name, value) for name, value in present.items()}
@@ -519,7 +559,7 @@ class Generates(Decodes):
             _check_alone(len(ids), settings)
         copies = settings.copies
         ids, mask = (tensor.repeat_interleave(copies, dim=0) for tensor in (ids, mask))
-        chosen: Any = adapter
+        chosen: Any = control.adapter
         if isinstance(chosen, (list, tuple)) and copies > 1:
             # Each row has its own adapter, so the rows of the encoder are repeated, too.
             chosen = [name for name in chosen for _ in range(copies)]
@@ -531,9 +571,9 @@ class Generates(Decodes):
             ids,
             length,
             settings,
-            processors(settings, ids, counted, length, logits_processor),
+            processors(settings, ids, counted, length, control.logits_processor),
             criteria,
-            generator,
+            control.generator,
             Decoder(self, mask, source, chosen, length=length, copies=copies),
             remembered.get("reads_anew_after"),
             arrays,

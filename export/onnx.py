@@ -12,7 +12,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,7 +50,7 @@ from lora_fx.export.staging import (
     staging,
     write,
 )
-from lora_fx.export.targets import Written, find_runtime
+from lora_fx.export.targets import RuntimeTarget, TaskName, Written, find_runtime
 from lora_fx.export.tasks import find_task
 from lora_fx.export.trace import Trace, trace
 from lora_fx.export.verify import Parity, PrecisionError
@@ -183,97 +183,158 @@ _DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
 _BF16_OPSET = 22, "the first in which convolutions and pooling take bf16"
 
 
-def _build(
-    prepared: Prepared,
-    stage: Staging,
-    dynamic_shapes: object = None,
-    *,
-    opset: int | None,
-    verify: bool,
-    external_data_bytes: int,
-    shard_bytes: int,
-    optimize: Level,
-    provider: Provider,
-    adapt: Callable[[ir.Model], None] | None,
-    keep: Callable[[Tensor], Tensor],
-    clock: _Stages,
-) -> ExportReport:
-    """Write the file of a model into its staging folder.
+@dataclasses.dataclass(frozen=True)
+class _FileOptions:
+    """Options of every file of an export; see :func:`export_onnx`."""
 
-    Args:
-        prepared: The model.
-        stage: The staging folder. The file is not moved into place.
-        dynamic_shapes: Dynamic axes from the user; None for those of the task, or for all possible axes.
-        opset: ONNX opset; None for the default of the dtype.
-        verify: True to compare the file with PyTorch.
-        external_data_bytes: Total bytes of weights above which they go into separate files.
-        shard_bytes: Bytes of one such file.
-        optimize: Level of fusion.
-        provider: Provider that the operators of ONNX Runtime are chosen for.
-        adapt: Changes the finished graph for a runtime; None for any runtime.
+    opset: int | None
+    optimize: Level
+    provider: Provider
+    verify: bool
+    external_data_bytes: int
+    shard_bytes: int
+
+    def check(self) -> None:
+        """Raise for sizes that are no numbers of bytes.
+
+        Raises:
+            ExportError: The message names the argument.
+        """
+        for name, least in (("external_data_bytes", 0), ("shard_bytes", 1)):
+            size: object = getattr(self, name)
+            if not isinstance(size, int) or size < least:
+                raise ExportError(f"{name}={size!r}: give a number of bytes, {least} or more")
+
+    def opset_for(self, dtype: str) -> tuple[int, str]:
+        """Return the opset of a file in a dtype, and the reason for it."""
+        if self.opset is not None:
+            return self.opset, "asked for"
+        return _BF16_OPSET if dtype == "bf16" else _DEFAULT_OPSET
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """An export in progress, of one file or of several.
+
+    Attributes:
+        options: Options of every file.
         keep: Called with each new weight, see ``Scratch.keep``.
         clock: Clock of the stages.
-
-    Returns:
-        The report of this file, without the stages and other facts of the whole export.
-
-    Raises:
-        ParityError: The outputs of the file differ.
-        ExportError: The model cannot be captured or converted, or the disk is full.
+        adapt: Changes a finished graph for a runtime; None for any runtime.
     """
-    why = "asked for"
-    if opset is None:
-        opset, why = _BF16_OPSET if prepared.dtype == "bf16" else _DEFAULT_OPSET
-    failures: list[str] = []
-    original, prepared = prepared, prepared.to_trace(keep)
-    traced = _traced(prepared, dynamic_shapes, failures, 0)
 
-    def store(model: ir.Model) -> dict[str, int]:
-        if adapt is not None:
-            adapt(model)
-        clock.start("writing the file")
-        return write(model, stage, external_data_bytes, shard_bytes)
+    options: _FileOptions
+    keep: Callable[[Tensor], Tensor]
+    clock: _Stages
+    adapt: Callable[[ir.Model], None] | None
 
-    def prove(trace: Trace) -> Parity:
-        if not verify:
-            return Parity(reason="verify=False")
-        clock.start("comparing with PyTorch in ONNX Runtime")
-        return verify_file(original, trace, stage.model, keep, large=stage.has_data())
+    def build(
+        self, prepared: Prepared, stage: Staging, dynamic_shapes: object = None
+    ) -> ExportReport:
+        """Write the file of a model into its staging folder.
 
-    while True:
-        assert traced is not None
-        try:
-            clock.start("converting to ONNX")
-            converted = convert(traced, prepared, opset)
-            target = Target(optimize, provider, prepared.dtype)
-            written = _write_fused(converted, target, stage, store, partial(prove, traced), clock)
-            break
-        except PrecisionError:
-            raise
-        except (ConversionError, ParityError) as error:
-            # ONNX may not be able to compute with the sizes of the model, but with fewer dynamic axes it may.
-            failures.append(f"{traced.description}: {headline(error)}")
-            stage.discard()
-            clock.start("capturing the model with fewer dynamic axes")
-            traced = _traced(prepared, dynamic_shapes, failures, traced.attempt + 1)
-            if traced is None:
+        Args:
+            prepared: The model.
+            stage: The staging folder. The file is not moved into place.
+            dynamic_shapes: Dynamic axes from the user; None for those of the task, or for all possible axes.
+
+        Returns:
+            The report of this file, without the stages and other facts of the whole export.
+
+        Raises:
+            ParityError: The outputs of the file differ.
+            ExportError: The model cannot be captured or converted, or the disk is full.
+        """
+        options = self.options
+        opset, why = options.opset_for(prepared.dtype)
+        failures: list[str] = []
+        traceable = prepared.to_trace(self.keep)
+        traced = _traced(traceable, dynamic_shapes, failures, 0)
+        while True:
+            assert traced is not None
+            try:
+                self.clock.start("converting to ONNX")
+                converted = convert(traced, traceable, opset)
+                target = Target(options.optimize, options.provider, prepared.dtype)
+                prove = partial(self._prove, prepared, traced, stage)
+                written = self._write_fused(converted, target, stage, prove)
+                break
+            except PrecisionError:
                 raise
-            _log.warning("export with fewer dynamic axes: %s", failures[-1])
-    return ExportReport(
-        path=str(stage.target),
-        files=written.files,
-        opset=opset,
-        opset_reason=why,
-        dtype=prepared.dtype,
-        quantized=stored_formats(prepared.model.model, converted.graph.initializers),
-        seconds={},
-        swappable=tuple(site.name for site in prepared.manifest.sites) if prepared.manifest else (),
-        bank=prepared.manifest.bank if prepared.manifest else None,
-        optimize=written.target.level,
-        fused=dict(written.fused.done),
-        not_fused={**written.fused.refused, **written.fallbacks},
-        **_graph_facts(traced, written.model, written.parity),
-    )
+            except (ConversionError, ParityError) as error:
+                # ONNX may not be able to compute with the sizes of the model, but with fewer dynamic axes it
+                # may.
+                failures.append(f"{traced.description}: {headline(error)}")
+                stage.discard()
+                self.clock.start("capturing the model with fewer dynamic axes")
+                traced = _traced(traceable, dynamic_shapes, failures, traced.attempt + 1)
+                if traced is None:
+                    raise
+                _log.warning("export with fewer dynamic axes: %s", failures[-1])
+        manifest = traceable.manifest
+        return ExportReport(
+            path=str(stage.target),
+            files=written.files,
+            opset=opset,
+            opset_reason=why,
+            dtype=traceable.dtype,
+            quantized=stored_formats(traceable.model.model, converted.graph.initializers),
+            seconds={},
+            swappable=tuple(site.name for site in manifest.sites) if manifest else (),
+            bank=manifest.bank if manifest else None,
+            optimize=written.target.level,
+            fused=dict(written.fused.done),
+            not_fused={**written.fused.refused, **written.fallbacks},
+            **_graph_facts(traced, written.model, written.parity),
+        )
+
+    def _store(self, model: ir.Model, stage: Staging) -> Mapping[str, int]:
+        """Write a graph into its staging folder, and return the sizes of its files in bytes."""
+        if self.adapt is not None:
+            self.adapt(model)
+        self.clock.start("writing the file")
+        options = self.options
+        return write(model, stage, options.external_data_bytes, options.shard_bytes)
+
+    def _prove(self, prepared: Prepared, traced: Trace, stage: Staging) -> Parity:
+        """Compare the written file with the model."""
+        if not self.options.verify:
+            return Parity(reason="verify=False")
+        self.clock.start("comparing with PyTorch in ONNX Runtime")
+        return verify_file(prepared, traced, stage.model, self.keep, large=stage.has_data())
+
+    def _write_fused(
+        self, converted: ir.Model, target: Target, stage: Staging, prove: Callable[[], Parity]
+    ) -> _Written:
+        """Write a graph with its fusions, or with fewer fusions if the file does not match the model.
+
+        Args:
+            converted: The graph. It is not changed.
+            target: Target of the fusions.
+            stage: The staging folder.
+            prove: Compares the written file with the model.
+
+        Raises:
+            ParityError: The outputs of the file differ even without fusions.
+            ConversionError: ONNX Runtime refuses the file.
+        """
+        fallbacks: dict[str, str] = {}
+        while True:
+            model = converted if target.level == "none" else converted.clone()
+            fused = fuse(model, target)
+            shield_half_inputs(model)
+            files = self._store(model, stage)
+            try:
+                return _Written(model, files, prove(), target, fused, fallbacks)
+            except (ConversionError, ParityError) as error:
+                lower = target.lower()
+                if lower is None or not fused.done:
+                    raise
+                fallbacks[f"optimize={target.level!r}"] = headline(error)
+                _log.warning("export with fewer fusions: %s", headline(error))
+                stage.discard()
+                self.clock.start("converting to ONNX")
+                target = lower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,47 +356,6 @@ class _Written:
     target: Target
     fused: Fused
     fallbacks: Mapping[str, str]
-
-
-def _write_fused(
-    converted: ir.Model,
-    target: Target,
-    stage: Staging,
-    store: Callable[[ir.Model], Mapping[str, int]],
-    prove: Callable[[], Parity],
-    clock: _Stages,
-) -> _Written:
-    """Write a graph with its fusions, or with fewer fusions if the file does not match the model.
-
-    Args:
-        converted: The graph. It is not changed.
-        target: Target of the fusions.
-        stage: The staging folder.
-        store: Writes a graph into it.
-        prove: Compares the written file with the model.
-        clock: Clock of the stages.
-
-    Raises:
-        ParityError: The outputs of the file differ even without fusions.
-        ConversionError: ONNX Runtime refuses the file.
-    """
-    fallbacks: dict[str, str] = {}
-    while True:
-        model = converted if target.level == "none" else converted.clone()
-        fused = fuse(model, target)
-        shield_half_inputs(model)
-        files = store(model)
-        try:
-            return _Written(model, files, prove(), target, fused, fallbacks)
-        except (ConversionError, ParityError) as error:
-            lower = target.lower()
-            if lower is None or not fused.done:
-                raise
-            fallbacks[f"optimize={target.level!r}"] = headline(error)
-            _log.warning("export with fewer fusions: %s", headline(error))
-            stage.discard()
-            clock.start("converting to ONNX")
-            target = lower
 
 
 def _traced(
@@ -492,26 +512,17 @@ def export_onnx(
         ExportError: All other errors: invalid arguments, a model that cannot be captured or is random, a
             folder without write permission. Also a full disk, with the size of the file.
     """
-    _check_arguments(model, adapters, dtype, opset)
-    _check_bank_arguments(adapters, max_adapters, max_rank)
     chosen = "cpu" if provider is None else chosen_provider(provider)
-    check_fusions(optimize, None if provider is None else chosen)
-    sizes: tuple[tuple[str, object, int], ...] = (
-        ("external_data_bytes", external_data_bytes, 0),
-        ("shard_bytes", shard_bytes, 1),
+    options = _FileOptions(
+        opset, optimize, chosen, verify, external_data_bytes, shard_bytes
     )
-    for name, size, least in sizes:
-        if not isinstance(size, int) or size < least:
-            raise ExportError(f"{name}={size!r}: give a number of bytes, {least} or more")
+    bank = _BankSizes(max_adapters, max_rank)
+    _check_arguments(model, adapters, dtype, opset)
+    bank.check(adapters)
+    check_fusions(optimize, None if provider is None else chosen)
+    options.check()
     runtime = None if target is None else find_runtime(target)
-    if task is None and runtime is not None:
-        task = runtime.task(unwrapped(model))
-    if task is not None:
-        find_task(task)
-        if dynamic_shapes is not None:
-            raise ExportError(
-                f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
-            )
+    task = _task_of(model, task, runtime, dynamic_shapes)
     data: str | None = None
     if runtime is None:
         if tokenizer is not None:
@@ -526,8 +537,8 @@ def export_onnx(
         runtime.check(task=task, adapters=adapters, dtype=dtype)
         file_path = runtime.file(Path(path), dtype)
         data, example_inputs = runtime.data_name(file_path), runtime.example(example_inputs)
-        # The runtime reads a single file of weights.
-        shard_bytes = sys.maxsize if data is not None else shard_bytes
+        if data is not None:  # the runtime reads a single file of weights
+            options = dataclasses.replace(options, shard_bytes=sys.maxsize)
     check_target(file_path, force=force)
     _require_packages()
     clock = _Stages(progress)
@@ -535,36 +546,13 @@ def export_onnx(
     model = _without_trainers(model)
     with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(file_path, data) as stage:
         keep = Scratch(stage).keep
-        build = partial(
-            _build,
-            opset=opset,
-            verify=verify,
-            external_data_bytes=external_data_bytes,
-            shard_bytes=shard_bytes,
-            optimize=optimize,
-            provider=chosen,
-            adapt=None if runtime is None else runtime.adapt,
-            keep=keep,
-            clock=clock,
-        )
+        export = _Export(options, keep, clock, None if runtime is None else runtime.adapt)
         clock.start("capturing the model")
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        preparations: dict[str, Callable[..., tuple[Prepared, ...]]] = {
-            "merge": prepare,
-            "inline": partial(prepare, merged=False),
-            "inputs": prepare_swappable,
-            "bank": partial(prepare_bank, capacity=max_adapters, rank=max_rank),
-        }
-        *companions, main = preparations[adapters](model, example_inputs, dtype, keep, task)
-        encoder: ExportReport | None = None
-        for prepared in companions:
-            companion = stage.companion(prepared.name)
-            encoder = build(prepared, companion)
-            main = main.with_companion(prepared.name, companion.target.name)
-            clock.start("capturing the model")
-        report = build(main, stage, dynamic_shapes)
+        prepared = _preparation(adapters, bank)(model, example_inputs, dtype, keep, task)
+        report = _build_all(export, prepared, stage, dynamic_shapes)
         if runtime is not None:
             file_names = runtime.finish(
                 Written(model, report, stage.model, stage.folder, Path(path), tokenizer)
@@ -577,9 +565,68 @@ def export_onnx(
         clock.start("moving into place")
         stage.commit(force=force)
     clock.stop()
-    return dataclasses.replace(
-        report, task=task, adapters=adapters, seconds=clock.seconds, encoder=encoder
-    )
+    return dataclasses.replace(report, task=task, adapters=adapters, seconds=clock.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BankSizes:
+    """Sizes of a file with many adapters: their largest number, and their highest rank."""
+
+    capacity: int | None
+    rank: int | None
+
+    def check(self, adapters: str | None) -> None:
+        """Raise for sizes of a file that has no bank.
+
+        Raises:
+            ExportError: There are any.
+        """
+        if adapters != "bank" and (self.capacity, self.rank) != (None, None):
+            raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
+
+
+def _task_of(
+    model: nn.Module, task: TaskName | None, runtime: RuntimeTarget | None, dynamic_shapes: object
+) -> TaskName | None:
+    """Return the task of an export: the caller's, or that of the runtime for the model.
+
+    Raises:
+        ExportError: The task is unknown, or it is given together with dynamic axes.
+    """
+    if task is None and runtime is not None:
+        task = runtime.task(unwrapped(model))
+    if task is not None:
+        find_task(task)
+        if dynamic_shapes is not None:
+            raise ExportError(
+                f"task={task!r} says which axes are dynamic: leave dynamic_shapes out"
+            )
+    return task
+
+
+def _preparation(adapters: str, bank: _BankSizes) -> Callable[..., tuple[Prepared, ...]]:
+    """Return the function that prepares a model whose adapters are exported in this way."""
+    preparations: dict[str, Callable[..., tuple[Prepared, ...]]] = {
+        "merge": prepare,
+        "inline": partial(prepare, merged=False),
+        "inputs": prepare_swappable,
+        "bank": partial(prepare_bank, capacity=bank.capacity, rank=bank.rank),
+    }
+    return preparations[adapters]
+
+
+def _build_all(
+    export: _Export, prepared: Sequence[Prepared], stage: Staging, dynamic_shapes: object
+) -> ExportReport:
+    """Write the file of a model, which is the last of ``prepared``, and those of its encoders."""
+    *companions, main = prepared
+    encoder: ExportReport | None = None
+    for part in companions:
+        companion = stage.companion(part.name)
+        encoder = export.build(part, companion)
+        main = main.with_companion(part.name, companion.target.name)
+        export.clock.start("capturing the model")
+    return dataclasses.replace(export.build(main, stage, dynamic_shapes), encoder=encoder)
 
 
 def _renamed(report: ExportReport, axes: Mapping[str, str]) -> ExportReport:
@@ -632,11 +679,6 @@ def _check_arguments(
         )
     if opset is not None and opset not in _OPSETS:
         raise ExportError(f"opset {opset!r} is not supported: use one of {_OPSETS}")
-
-
-def _check_bank_arguments(adapters: str | None, *sizes: object) -> None:
-    if adapters != "bank" and any(size is not None for size in sizes):
-        raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
 
 
 def _without_trainers(model: nn.Module) -> nn.Module:

@@ -253,11 +253,7 @@ def rewrite(
         model,
         with_seed(config),
         example_inputs,
-        adapter_name=adapter_name,
-        optimize=optimize,
-        memory=memory,
-        loss=loss,
-        strict=strict,
+        options=pipeline.RewriteOptions(adapter_name, optimize, memory, loss, strict),
         frontend=frontend,
         callback=callback,
     )

@@ -24,7 +24,7 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig
 from lora_fx.ir import DEFAULT_LOSS, Kept, Loss, Memory, Plan
 from lora_fx.passes.capture import Frontend, Listener, State, normalize
-from lora_fx.passes.pipeline import rewrite_model
+from lora_fx.passes.pipeline import RewriteOptions, rewrite_model
 from lora_fx.torch_private import pytree
 
 __all__ = ["saved_storages", "take_gradient_to_embeddings", "tensors", "with_kept"]
@@ -81,7 +81,8 @@ def _counted(
     for memory in get_args(Memory):
         # With "export" the count would be that of the exported model.
         own: Frontend = "auto" if frontend == "export" else frontend
-        adapted = rewrite_model(base, config, memory=memory, loss=loss, frontend=own, quiet=True)
+        options = RewriteOptions(memory=memory, loss=loss, quiet=True)
+        adapted = rewrite_model(base, config, options=options, frontend=own)
         totals[memory] = _kept(adapted.train(), device, args, kwargs)
     frozen = take_gradient_to_embeddings(base.requires_grad_(False).train())
     return Kept(_kept(frozen, device, args, kwargs), totals)

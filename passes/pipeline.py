@@ -62,6 +62,7 @@ from lora_fx.runtime import check_adapter_name, watch
 
 __all__ = [
     "Callback",
+    "RewriteOptions",
     "add_adapter_parameters",
     "branch_passes",
     "check_config",
@@ -356,35 +357,61 @@ def check_config(config: object) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class RewriteOptions:
+    """Options of a rewrite; see :func:`lora_fx.rewrite`.
+
+    Attributes:
+        adapter_name: Name of the adapter.
+        optimize: True to fuse branches with their operations.
+        memory: Memory setting for the backward.
+        loss: Computation of the loss, at once or in chunks.
+        strict: True to raise for entries of the configuration that select nothing.
+        quiet: True not to log such entries.
+    """
+
+    adapter_name: str = "default"
+    optimize: bool = True
+    memory: Memory = DEFAULT_MEMORY
+    loss: Loss = DEFAULT_LOSS
+    strict: bool = False
+    quiet: bool = False
+
+    def check(self) -> None:
+        """Raise for values that do not exist.
+
+        Raises:
+            ConfigError: The message names the option.
+        """
+        check_adapter_name(self.adapter_name)
+        _check_option("memory", self.memory)
+        _check_option("loss", self.loss)
+
+
 @without_zero_init()
 def rewrite_model(
     model: nn.Module,
     config: Any,
     example_inputs: Any = None,
     *,
-    adapter_name: str = "default",
-    optimize: bool = True,
-    memory: Memory = DEFAULT_MEMORY,
-    loss: Loss = DEFAULT_LOSS,
-    strict: bool = False,
+    options: RewriteOptions | None = None,
     frontend: Frontend = "auto",
     callback: Callback | None = None,
-    quiet: bool = False,
 ) -> nn.Module:
-    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`.
-
-    With ``quiet``, entries that select nothing are not logged.
-    """
-    check_adapter_name(adapter_name)
-    _check_option("memory", memory)
-    _check_option("loss", loss)
+    """Capture a model and run the passes of a rewrite; see :func:`lora_fx.rewrite`."""
+    options = RewriteOptions() if options is None else options
+    options.check()
     passes = rewrite_passes(
-        config, adapter_name, optimize=optimize, memory=memory, loss=loss, strict=strict
+        config,
+        options.adapter_name,
+        optimize=options.optimize,
+        memory=options.memory,
+        loss=options.loss,
+        strict=options.strict,
     )
 
     def made(*, verify: bool) -> nn.Module:
         capture = _captured(model, config, example_inputs, frontend, verify=verify)
-        options = _Options(adapter_name, optimize, memory, loss, quiet)
         return _rewritten(model, capture, passes, options, example_inputs, callback)
 
     try:
@@ -396,22 +423,11 @@ def rewrite_model(
     return made(verify=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """Options of a rewrite, which its record keeps."""
-
-    adapter: str
-    optimize: bool
-    memory: Memory
-    loss: Loss
-    quiet: bool
-
-
 def _rewritten(
     model: nn.Module,
     capture: Capture,
     passes: Sequence[Pass],
-    options: _Options,
+    options: RewriteOptions,
     example_inputs: Any,
     callback: Callback | None,
 ) -> nn.Module:
@@ -449,11 +465,11 @@ def _rewritten(
         memory=options.memory,
         loss=options.loss,
     )
-    record = add_adapter_parameters(capture, record, options.adapter, adding, callback)
+    record = add_adapter_parameters(capture, record, options.adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model
-    check_alike(result, record.adapters[options.adapter].sites, options.adapter)
+    check_alike(result, record.adapters[options.adapter_name].sites, options.adapter_name)
     mark_adapted(result, adapted=True)
-    result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(options.adapter,))
+    result.__dict__["_lora_fx"] = dataclasses.replace(record, active=(options.adapter_name,))
     protect(result)
     arm(result)
     if options.loss == "chunked":

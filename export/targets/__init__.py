@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Final
 
 from lora_fx.errors import ExportError, hint
-from lora_fx.export.targets.base import RuntimeTarget, Written
+from lora_fx.export.targets.base import RuntimeTarget, TaskName, Written
 from lora_fx.export.targets.genai import GenaiTarget
 from lora_fx.export.targets.transformers_js import TransformersJsTarget
 
-__all__ = ["TARGETS", "RuntimeTarget", "Written", "find_runtime"]
+__all__ = ["TARGETS", "RuntimeTarget", "TaskName", "Written", "find_runtime"]
 
 TARGETS: Final[dict[str, RuntimeTarget]] = {
     target.name: target for target in (GenaiTarget(), TransformersJsTarget())

@@ -153,22 +153,33 @@ def _config(written: Written) -> dict[str, Any]:
             "pad_token_id": first if pad is None else pad,
             "vocab_size": int(text.vocab_size),
         },
-        "search": {
-            "do_sample": bool(defaults.get("do_sample", False)),
-            "early_stopping": True,
-            "length_penalty": float(defaults.get("length_penalty") or 1.0),
-            "max_length": limit,
-            "min_length": int(defaults.get("min_length") or 0),
-            "no_repeat_ngram_size": int(defaults.get("no_repeat_ngram_size") or 0),
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            # Otherwise the cache of the file grows by concatenation.
-            "past_present_share_buffer": SHARED_CACHE_KEY in report.metadata,
-            "repetition_penalty": float(defaults.get("repetition_penalty") or 1.0),
-            "temperature": float(defaults.get("temperature") or 1.0),
-            "top_k": int(defaults.get("top_k") or 50),
-            "top_p": float(defaults.get("top_p") or 1.0),
-        },
+        "search": _search_settings(defaults, limit, shared=SHARED_CACHE_KEY in report.metadata),
+    }
+
+
+def _search_settings(defaults: Mapping[str, Any], limit: int, *, shared: bool) -> dict[str, Any]:
+    """Return the settings of generation, from those of the model.
+
+    Args:
+        defaults: The model's ``generation_config``.
+        limit: Largest number of tokens of a text.
+        shared: True if the file appends to the buffers of the cache in place.
+    """
+    return {
+        "do_sample": bool(defaults.get("do_sample", False)),
+        "early_stopping": True,
+        "length_penalty": float(defaults.get("length_penalty") or 1.0),
+        "max_length": limit,
+        "min_length": int(defaults.get("min_length") or 0),
+        "no_repeat_ngram_size": int(defaults.get("no_repeat_ngram_size") or 0),
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        # Otherwise the cache of the file grows by concatenation.
+        "past_present_share_buffer": shared,
+        "repetition_penalty": float(defaults.get("repetition_penalty") or 1.0),
+        "temperature": float(defaults.get("temperature") or 1.0),
+        "top_k": int(defaults.get("top_k") or 50),
+        "top_p": float(defaults.get("top_p") or 1.0),
     }
 
 

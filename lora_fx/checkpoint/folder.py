@@ -62,7 +62,7 @@ from lora_fx.files import current
 from lora_fx.ir import AdapterRecord, ModelT, record_of
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
-from lora_fx.passes.pipeline import plan_model, rewrite_model
+from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
 from lora_fx.runtime import check_adapter_name
 
 __all__ = ["folder_of", "load_adapter", "save_adapter"]
@@ -411,7 +411,7 @@ def _rewritten(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {names}"
         )
     try:
-        return rewrite_model(model, exact, adapter_name=adapter_name, **how)
+        return rewrite_model(model, exact, options=RewriteOptions(adapter_name), **how)
     except NoMatchError as error:
         raise _matches_nothing(model, exact, tensors, folder, how) from error
 

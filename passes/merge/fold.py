@@ -43,6 +43,7 @@ from lora_fx.passes.patterns import EmbeddingPattern, LinearPattern, pattern_of
 __all__ = [
     "Fold",
     "TokenFold",
+    "TokenWeight",
     "Workspace",
     "cannot_overflow",
     "check_stored",
@@ -519,7 +520,7 @@ def is_finite(values: torch.Tensor) -> bool:
     return not values.numel() or all(math.isfinite(end) for end in torch.aminmax(values))
 
 
-_TokenWeight = list[tuple[PlannedTokens, str]]
+TokenWeight = list[tuple[PlannedTokens, str]]
 """Trained rows of one weight, each with the name of its adapter."""
 
 
@@ -554,9 +555,7 @@ class TokenFold(_Folded):
         return self.folded(old.double())
 
 
-def token_weights(
-    model: nn.Module, record: Record, names: Sequence[str]
-) -> dict[str, _TokenWeight]:
+def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:
     """Return the trained rows by weight.
 
     Args:
@@ -568,7 +567,7 @@ def token_weights(
         MergeError: If two of the adapters have the same row, one has rows of a weight that another one
             adapts, or a row is not finite.
     """
-    by_weight: dict[str, _TokenWeight] = {}
+    by_weight: dict[str, TokenWeight] = {}
     for name in names:
         for row in record.adapters[name].tokens:
             by_weight.setdefault(row.site.weight, []).append((row, name))
@@ -592,7 +591,7 @@ def token_weights(
     return by_weight
 
 
-def tied_tokens(tokens: Mapping[str, _TokenWeight]) -> dict[str, str]:
+def tied_tokens(tokens: Mapping[str, TokenWeight]) -> dict[str, str]:
     """Return heads that share the rows of an embedding, each with the embedding's weight."""
     weights = {row.name: weight for weight, rows in tokens.items() for row, _ in rows}
     return {

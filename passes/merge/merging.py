@@ -13,6 +13,7 @@ A quantized weight is made dense, layer by layer, adapted or not; or it is store
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 from collections import Counter
@@ -24,7 +25,7 @@ from torch import nn
 from lora_fx import torch_private
 from lora_fx.errors import MergeError, QuantizationError
 from lora_fx.formats import dense, format_of, quantization_of, requantized
-from lora_fx.ir import PlannedSite, Record, record_of, require_record
+from lora_fx.ir import PlannedSite, Quantization, Record, record_of, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
     exchange,
@@ -53,6 +54,7 @@ from lora_fx.passes.merge.dense import (
 from lora_fx.passes.merge.fold import (
     Fold,
     TokenFold,
+    TokenWeight,
     Workspace,
     check_stored,
     is_finite,
@@ -91,6 +93,8 @@ __all__ = [
     "unshared",
     "untie_config",
 ]
+
+_log = logging.getLogger("lora_fx")
 
 # --- storing merged weights -----------------------------------------------------------------------
 # Store merged and trained parameters in a model of the base class.
@@ -156,6 +160,8 @@ def place_merged(
     for name, to in tied.items():
         owner, _, key = name.rpartition(".")
         result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
+    if untied:
+        _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
     return untied
 
 
@@ -240,6 +246,7 @@ def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[
     shared = tuple(_shared(result, model, record))
     for name in shared:
         _parameter(result, name).requires_grad_(False)
+    _log.info("merge: %d parameter(s) shared with the rewritten model, and frozen", len(shared))
     return shared
 
 
@@ -424,9 +431,6 @@ def _fold_all(
     return merged, tuple(sites[weight] for weight in changes)
 
 
-_log = logging.getLogger("lora_fx")
-
-
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
     """Raise for weights that are not stored: a hook computes them before each call, or loads them.
 
@@ -495,43 +499,26 @@ def merge(
     """
     record = require_record(model, MergeError)
     check_intact(model, record)
-    reshard(model)
-    check_equal(model)
-    called_by_all(model.parameters(), "a merge")
+    _check_processes(model)
     units = units_of(model)
     names = _chosen(record, adapter_names)
     _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
-        _check_not_units(into)
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
     _check_stored(model, (*rows, *tokens), requantize=requantize)
     result = stripped(model, record) if into is None else into
-    before, stored = (
-        list(result.named_parameters(remove_duplicate=False)),
-        quantized_weights(result),
-    )
-    if requantize and not stored:
-        raise MergeError(
-            "requantize=True stores merged weights in the format that they had, and the base is not "
-            "quantized: leave it out, and quantize the merged model (lora_fx.quantize)"
-        )
+    before = list(result.named_parameters(remove_duplicate=False))
+    stored = _quantized_before(result, requantize=requantize)
     full = dict(trained(model, record, names))
-    every = [pair for several in rows.values() for pair in several]
     common = dtype or (None if requantize else dtype_of_all(result))
-    biases = merged_biases(model, result, every, full, common)
-    workspace = Workspace()
-    changes: dict[str, Fold | TokenFold] = {
-        weight: Fold(model, record, several, workspace) for weight, several in rows.items()
-    }
-    changes |= {weight: TokenFold(model, tuple(several)) for weight, several in tokens.items()}
+    biases = merged_biases(model, result, itertools.chain(*rows.values()), full, common)
+    changes = _changes_of(model, record, rows, tokens)
     over = frozenset() if into is None else _written_over(into, full)
     layouts = layouts_of(record.base.matches.sites)
-    again = {name: result.get_parameter(name) for name in stored if requantize}
     dtypes = {name: quantization.dtype for name, quantization in stored.items()}
-    if common is not None:
-        dtypes |= dict.fromkeys(changes, common)
+    dtypes |= {} if common is None else dict.fromkeys(changes, common)
     # The last step that can fail, before its first write: `into` changes completely or not at all.
     merged, sites = _fold_all(
         changes,
@@ -540,38 +527,76 @@ def merge(
         ),
         over=over - full.keys(),
         dtypes=dtypes,
-        formats=again,
+        formats={name: result.get_parameter(name) for name in stored if requantize},
         measure=measure,
         progress=progress,
         keep=keep,
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
-    tied = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
-    tied |= tied_tokens(tokens)
-    # If only one of two tied weights is trained in full, they are different weights.
-    tied = {weight: to for weight, to in tied.items() if full.get(weight) is full.get(to)}
-    untied = place_merged(result, merged, tied, over)
-    if untied:
-        _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
+    untied = place_merged(result, merged, _still_tied(tied, rows, tokens, full), over)
     untie_config(result)
     if stored:
         make_savable(result)
-    if common is not None:
-        if stored:
+        if common is not None:
             make_dense(result, common, layouts, keep)
+    if common is not None:
         cast_model(result, common, keep, buffers=dtype is not None)
     # Lists, objects and functions of the model may refer to weights, too.
     exchange(result, before)
-    shared: tuple[str, ...] = ()
+    shared = freeze_shared(result, model, record) if into is None and not own else ()
     if own:
         result = copy_shared(result, model, record)
         exchange(result, before)
-    elif into is None:
-        shared = freeze_shared(result, model, record)
-        _log.info("merge: %d parameter(s) shared with the rewritten model, and frozen", len(shared))
     shard_again(result, units)
     return result, MergeReport(sites, untied, shared=shared)
+
+
+def _check_processes(model: nn.Module) -> None:
+    """Check that all processes merge the same adapters together, and shard gathered weights again."""
+    reshard(model)
+    check_equal(model)
+    called_by_all(model.parameters(), "a merge")
+
+
+def _quantized_before(result: nn.Module, *, requantize: bool) -> Mapping[str, Quantization]:
+    """Return the quantized weights of a model before the merge, by FQN.
+
+    Raises:
+        MergeError: There are none, and merged weights are to be quantized again.
+    """
+    stored = quantized_weights(result)
+    if requantize and not stored:
+        raise MergeError(
+            "requantize=True stores merged weights in the format that they had, and the base is not "
+            "quantized: leave it out, and quantize the merged model (lora_fx.quantize)"
+        )
+    return stored
+
+
+def _changes_of(
+    model: nn.Module,
+    record: Record,
+    rows: Mapping[str, tuple[tuple[PlannedSite, str], ...]],
+    tokens: Mapping[str, TokenWeight],
+) -> dict[str, Fold | TokenFold]:
+    """Return the changes of all weights by FQN: those of sites, then those of trained tokens."""
+    workspace = Workspace()
+    folds = {weight: Fold(model, record, sites, workspace) for weight, sites in rows.items()}
+    return {**folds, **{weight: TokenFold(model, tuple(lines)) for weight, lines in tokens.items()}}
+
+
+def _still_tied(
+    tied: Mapping[str, str],
+    rows: Mapping[str, Sequence[tuple[PlannedSite, str]]],
+    tokens: Mapping[str, TokenWeight],
+    full: Mapping[str, nn.Parameter],
+) -> dict[str, str]:
+    """Return the weights that the merge leaves tied, each with the weight that it is tied to."""
+    kept = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
+    kept |= tied_tokens(tokens)
+    # If only one of two tied weights is trained in full, they are different weights.
+    return {weight: to for weight, to in kept.items() if full.get(weight) is full.get(to)}
 
 
 def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
@@ -705,3 +730,4 @@ def _check_fits(model: nn.Module, into: nn.Module, record: Record, names: Sequen
     for name, shape in wanted.items():
         if shapes.get(name) != shape:
             raise MergeError(f"into has no {name} of shape {shape}; found {shapes.get(name)}")
+    _check_not_units(into)

@@ -18,7 +18,7 @@ from lora_fx.passes.patterns.linear import (
     QuantizedPattern,
     product_of,
 )
-from lora_fx.passes.patterns.sites import itemised, make_site, part_names, site_name
+from lora_fx.passes.patterns.sites import itemised, make_site, part_names, site_name, with_call
 from lora_fx.passes.patterns.weights import (
     SPLIT,
     constant_of,
@@ -49,6 +49,7 @@ __all__ = [
     "site_name",
     "splits",
     "weight_of",
+    "with_call",
 ]
 
 _registry: tuple[Pattern, ...] = (

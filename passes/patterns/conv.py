@@ -20,7 +20,7 @@ from torch import fx
 
 from lora_fx.ir import BranchBuilder, Factors, Layout, Match, Region, Role, Site
 from lora_fx.passes.graph import arguments, known_arguments, target_of
-from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown
+from lora_fx.passes.patterns.sites import computed, make_site, reject, unknown, with_call
 from lora_fx.passes.patterns.weights import weight_of
 
 __all__ = ["ConvPattern", "ConvTransposePattern"]
@@ -85,7 +85,7 @@ class _Convolution:
             return reject(region, node, view.source, "its number of groups depends on the input")
         first, second = parameter.shape[:2]
         forward = self.layout == "out_in"
-        return make_site(
+        site = make_site(
             region,
             pattern=self.name,
             family="conv",
@@ -95,9 +95,8 @@ class _Convolution:
             output=node,
             sizes=(second * groups, first) if forward else (first, second * groups),
             layout=self.layout,
-            groups=groups,
-            axes=(-1 - self.dims,),
         )
+        return dataclasses.replace(with_call(site, axes=(-1 - self.dims,)), groups=groups)
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Return the shapes of A [r, in/g, *k] and B [out, r/g, 1, ...]."""

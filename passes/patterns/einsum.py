@@ -22,7 +22,7 @@ from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
 from lora_fx.passes.graph import target_of, unknown_arguments
 from lora_fx.passes.patterns.experts import ExpertsPattern
 from lora_fx.passes.patterns.linear import LinearPattern
-from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown
+from lora_fx.passes.patterns.sites import make_site, not_floating, reject, unknown, with_call
 from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 
 __all__ = ["EinsumPattern", "rows_of_einsum"]
@@ -98,7 +98,7 @@ class EinsumPattern:
         shape = (*((count,) if shared else ()), *(matrix if out_in else matrix[::-1]))
         viewed = seen.view.viewed or order is not None or shape != tuple(parameter.shape)
         view = dataclasses.replace(seen.view, shape=shape, viewed=viewed, order=order)
-        return make_site(
+        site = make_site(
             region,
             pattern=self.name,
             family="linear",
@@ -108,10 +108,10 @@ class EinsumPattern:
             output=node,
             sizes=(matrix[1], matrix[0]),
             layout="out_in" if out_in else "in_out",
-            experts=count if shared else None,
-            axes=_axes(kept, seen.terms[2]),
-            out_sizes=tuple(sizes[letter] for letter in kept),
         )
+        out_sizes = tuple(sizes[letter] for letter in kept)
+        site = with_call(site, axes=_axes(kept, seen.terms[2]), sizes=out_sizes)
+        return dataclasses.replace(site, experts=count if shared else None)
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Return the shapes of A [r, in] and B [out, r], or [E, r, in] and [E, out, r]."""

@@ -7,6 +7,7 @@ never built.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 
 import torch
@@ -45,7 +46,7 @@ class ExpertsPattern:
         out_features, in_features = view.shape[1:]
         if seen.layout == "in_out":
             in_features, out_features = out_features, in_features
-        return make_site(
+        site = make_site(
             region,
             pattern=self.name,
             family="linear",
@@ -55,8 +56,8 @@ class ExpertsPattern:
             output=node,
             sizes=(in_features, out_features),
             layout=seen.layout,
-            experts=view.shape[0],
         )
+        return dataclasses.replace(site, experts=view.shape[0])
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Return the shapes of A [E, r, in] and B [E, out, r]."""

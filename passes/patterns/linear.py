@@ -21,7 +21,14 @@ from torch import fx
 from lora_fx.formats import quantization_of, quantized_linear
 from lora_fx.ir import BranchBuilder, Factors, Layout, Match, Region, Role, Site
 from lora_fx.passes.graph import arguments, known_arguments, target_of
-from lora_fx.passes.patterns.sites import computed, make_site, not_floating, reject, unknown
+from lora_fx.passes.patterns.sites import (
+    computed,
+    make_site,
+    not_floating,
+    reject,
+    unknown,
+    with_call,
+)
 from lora_fx.passes.patterns.weights import WeightView, constant_of, weight_of
 
 __all__ = [
@@ -186,7 +193,7 @@ class LinearPattern:
             out_features = view.rows[1] - view.rows[0]
         if seen.layout == "in_out":
             in_features, out_features = out_features, in_features
-        return make_site(
+        site = make_site(
             region,
             pattern=self.name,
             family="linear",
@@ -196,8 +203,8 @@ class LinearPattern:
             output=node,
             sizes=(in_features, out_features),
             layout=seen.layout,
-            left=seen.left,
         )
+        return with_call(site, left=True, axes=(-2,)) if seen.left else site
 
 
 class MatmulPattern(LinearPattern):

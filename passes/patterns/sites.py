@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "reject",
     "site_name",
     "unknown",
+    "with_call",
 ]
 
 
@@ -52,13 +54,10 @@ def make_site(
     output: fx.Node,
     sizes: tuple[int, int],
     layout: Layout,
-    groups: int = 1,
-    experts: int | None = None,
-    left: bool = False,
-    axes: tuple[int, ...] = (-1,),
-    out_sizes: tuple[int, ...] = (),
 ) -> Site:
-    """Return a site with one call.
+    """Return a site with one call. Its output has the features in the last axis.
+
+    For anything else, change the site with ``dataclasses.replace``, or its call with :func:`with_call`.
 
     Args:
         region: The region of the node.
@@ -70,12 +69,6 @@ def make_site(
         output: The output node.
         sizes: ``(in_features, out_features)``.
         layout: Storage order of the weight.
-        groups: Groups of a convolution.
-        experts: Number of matrices of a weight of three dimensions.
-        left: True if the weight is the left operand of a product.
-        axes: Axes of the output features, counted from the end of the output; empty if they are not
-            known.
-        out_sizes: Their sizes, if they are several dimensions.
     """
     view = weight_of(weight, region) if isinstance(weight, fx.Node) else weight
     assert view is not None, f"{weight} reads no parameter"
@@ -89,10 +82,7 @@ def make_site(
         output=output.name,
         pattern=pattern,
         cast=view.cast,
-        left=left,
         bias=bias.name if isinstance(bias, fx.Node) else "",
-        axes=(-2,) if left else axes,
-        sizes=out_sizes,
     )
     return Site(
         name=site_name(name) if rows is None else _part_name(name, rows, len(parameter)),
@@ -105,12 +95,16 @@ def make_site(
         layout=layout,
         weight_shape=tuple(parameter.shape),
         calls=(call,),
-        groups=groups,
-        experts=experts,
         rows=rows,
         view=view.shape if view.viewed else None,
         order=view.order,
     )
+
+
+def with_call(site: Site, **changes: Any) -> Site:
+    """Return a site with fields of its only call changed; see :class:`lora_fx.ir.Call`."""
+    (call,) = site.calls
+    return dataclasses.replace(site, calls=(dataclasses.replace(call, **changes),))
 
 
 def _bias_parameter(bias: object, rows: tuple[int, int] | None, region: Region) -> fx.Node | None:
