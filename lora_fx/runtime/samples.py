@@ -12,6 +12,7 @@ a thread-local object, which a compiler can read, too.
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import inspect
 import sys
@@ -31,12 +32,9 @@ from lora_fx.runtime.ops import AdapterModule, tensors_in
 from lora_fx.runtime.row_tracking import Follower
 
 __all__ = [
-    "CLOSED",
     "COLUMNS",
-    "FOLDED",
-    "FOLLOWED",
     "IDS",
-    "TRUSTED",
+    "CallState",
     "Layout",
     "SampleRows",
     "Sizes",
@@ -64,9 +62,22 @@ __all__ = [
 
 _T = TypeVar("_T")
 
-CLOSED, TRUSTED, FOLDED, FOLLOWED = range(4)
-"""States of a thread: no call is running; every row of the call is a sample; a sample may have several
-consecutive rows; the call is being followed to find out."""
+
+class CallState(enum.Enum):
+    """State of a thread.
+
+    Attributes:
+        CLOSED: No call is running.
+        TRUSTED: A call is running, and every row is a sample.
+        FOLDED: A call is running, and a sample may have several consecutive rows.
+        FOLLOWED: The call is followed to find out which of the two it is.
+    """
+
+    CLOSED = enum.auto()
+    TRUSTED = enum.auto()
+    FOLDED = enum.auto()
+    FOLLOWED = enum.auto()
+
 
 COLUMNS = -1
 """Axis of the samples for a weight that is the left operand of its product. Samples are the columns of a
@@ -148,7 +159,7 @@ class _ThreadState:
         layouts: Cache of :meth:`SampleRows.lay_out` for these samples.
         shared: Whether several asyncio tasks of this thread are inside blocks. Between calls the thread then
             has no samples.
-        state: One of the constants above.
+        state: State of the running call.
         opened_by: Name of the module whose call is running, "" for the model; None if there is no call.
         depth: Nesting depth of the calls of that module.
         follower, form, sizes, failing: Follower of the call, its form and sizes, and the exception that was
@@ -162,7 +173,7 @@ class _ThreadState:
         self.rows: dict[str, Tensor] = {}
         self.layouts: dict[Any, Layout] = {}
         self.shared = False
-        self.state = CLOSED
+        self.state = CallState.CLOSED
         self.opened_by: str | None = None
         self.depth = 0
         self.follower: Follower | None = None
@@ -232,8 +243,8 @@ class SampleRows(AdapterModule):
         return self.thread.repeats
 
     @property
-    def state(self) -> int:
-        """State of the running call: one of the constants above."""
+    def state(self) -> CallState:
+        """State of the running call."""
         return self.thread.state
 
     @property
@@ -370,7 +381,7 @@ def select_rows(
     rows: Tensor,
     samples: int,
     repeats: int = 1,
-    state: int = FOLDED,
+    state: CallState = CallState.FOLDED,
     weight: str = "",
     axis: int = 0,
     least: int = 0,
@@ -383,7 +394,7 @@ def select_rows(
         rows: Indices of samples, [n].
         samples: Number of samples in the batch.
         repeats: How many times in a row the batch may repeat each sample.
-        state: State of the call, one of the constants above.
+        state: State of the call.
         weight: Name of the adapted weight in its module.
         axis: The axis of the samples, or :data:`COLUMNS`.
         least: Least number of dimensions of an activation that has an axis of samples.
@@ -395,7 +406,7 @@ def select_rows(
         ConfigError: If that axis is not that of the samples.
     """
     x, axis = _led_by(x, axis, least, weight)
-    if state == FOLLOWED:
+    if state is CallState.FOLLOWED:
         _following.followers[-1].check_site(x, weight)
     selected = x.index_select(0, _expanded(x, rows, samples, repeats, state))
     return selected.movedim(0, axis) if axis else selected
@@ -407,7 +418,7 @@ def add_rows(
     delta: Tensor,
     samples: int,
     repeats: int = 1,
-    state: int = FOLDED,
+    state: CallState = CallState.FOLDED,
     weight: str = "",
     axis: int = 0,
     least: int = 0,
@@ -420,7 +431,7 @@ def add_rows(
         delta: The summand, in the shape that :func:`select_rows` returns for ``total``.
         samples: Number of samples in the batch.
         repeats: How many times in a row the batch may repeat each sample.
-        state: State of the call, one of the constants above.
+        state: State of the call.
         weight: Name of the adapted weight in its module.
         axis: The axis of the samples, see :func:`select_rows`.
         least: Least number of dimensions, see :func:`select_rows`.
@@ -428,7 +439,7 @@ def add_rows(
     led, axis = _led_by(total, axis, least, weight)
     delta = delta.movedim(axis, 0) if axis else delta
     result = led.index_add_(0, _expanded(led, rows, samples, repeats, state), delta)
-    if state == FOLLOWED:
+    if state is CallState.FOLLOWED:
         _following.followers[-1].presume(result, weight)
     return result.movedim(0, axis) if axis else result
 
@@ -439,7 +450,7 @@ def put_rows(
     values: Tensor,
     samples: int,
     repeats: int = 1,
-    state: int = FOLDED,
+    state: CallState = CallState.FOLDED,
     weight: str = "",
     axis: int = 0,
     least: int = 0,
@@ -448,7 +459,7 @@ def put_rows(
     led, axis = _led_by(total, axis, least, weight)
     values = values.movedim(axis, 0) if axis else values
     result = led.index_copy_(0, _expanded(led, rows, samples, repeats, state), values)
-    if state == FOLLOWED:
+    if state is CallState.FOLLOWED:
         _following.followers[-1].presume(result, weight)
     return result.movedim(0, axis) if axis else result
 
@@ -487,7 +498,7 @@ def rows_of_tokens(
     rows: Tensor,
     samples: int,
     repeats: int = 1,
-    state: int = FOLDED,
+    state: CallState = CallState.FOLDED,
     weight: str = "",
 ) -> Tensor:
     """Return the rows of an expert input that belong to some samples. A row has the sample of its token.
@@ -507,7 +518,7 @@ def rows_of_tokens(
     Raises:
         ConfigError: If the tokens are not those of the samples.
     """
-    if state == FOLLOWED:
+    if state is CallState.FOLLOWED:
         _following.followers[-1].check_site(hidden, weight)
     _check(hidden, samples, repeats, state)
     return unseen(_rows_of_tokens, tokens, hidden.shape[0] // samples, rows)
@@ -571,12 +582,12 @@ def unfollowed() -> Iterator[None]:
 
 def followed(result: Tensor, table: SampleRows, weight: str) -> Tensor:
     """Return the output of a site, and tell the follower that its rows are those of the samples."""
-    if table.state == FOLLOWED:
+    if table.state is CallState.FOLLOWED:
         _following.followers[-1].presume(result, weight)
     return result
 
 
-def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: int) -> Tensor:
+def _expanded(x: Tensor, rows: Tensor, samples: int, repeats: int, state: CallState) -> Tensor:
     _check(x, samples, repeats, state)
     return rows if x.shape[0] == samples else _of_samples(rows, x.shape[0] // samples)
 
@@ -587,7 +598,7 @@ def _of_samples(samples: Tensor, each: int) -> Tensor:
     return (samples[:, None] * each + inner).flatten()
 
 
-def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
+def _check(x: Tensor, samples: int, repeats: int, state: CallState) -> None:
     """Raise if it is unknown which rows of an activation belong to which sample."""
     if not samples:
         raise ConfigError(
@@ -597,14 +608,14 @@ def _check(x: Tensor, samples: int, repeats: int, state: int) -> None:
             "for the base, in the thread that is in the block; "
             "lora_fx.set_adapter(model, name) chooses one adapter for all samples"
         )
-    if state == CLOSED and not in_backward():
+    if state is CallState.CLOSED and not in_backward():
         raise ConfigError(
             "a part of the model was called by itself, so that it is unknown which rows of its input are "
             "whose: inside adapter_ids call the model, or one of the modules that it consists of"
         )
     if x.dim() and x.shape[0] == samples:
         return
-    known = x.dim() and (state != TRUSTED or x.shape[0] == samples * repeats)
+    known = x.dim() and (state is not CallState.TRUSTED or x.shape[0] == samples * repeats)
     if not known or x.shape[0] % samples:
         raise ConfigError(
             f"an activation of shape {tuple(x.shape)} does not begin with the {samples} samples of "
@@ -710,7 +721,7 @@ class _Entry:
             self._open(module, args, kwargs, None)
             return None
         ids = _named(kwargs[IDS], self.table)
-        if self.table.state != CLOSED:
+        if self.table.state is not CallState.CLOSED:
             raise ConfigError(
                 f"{IDS}: a call inside a call of the model has the adapters of that: leave it out"
             )
@@ -732,7 +743,7 @@ class _Entry:
         if thread.opened_by == self.name:
             thread.depth += 1
             return
-        if thread.state != CLOSED:
+        if thread.state is not CallState.CLOSED:
             return
         if torch.compiler.is_compiling():
             # A compiler cannot read context variables. The thread already has the samples of the blocks.
@@ -760,7 +771,7 @@ class _Entry:
         """Trust a call of a known form, and follow any other call."""
         table, thread = self.table, self.table.thread
         if thread.alike:
-            thread.state = FOLDED
+            thread.state = CallState.FOLDED
             return
         sizes: list[int] = [thread.samples, thread.repeats]
         form = (self.name, module.training, _form((args, kwargs), table, sizes))
@@ -772,10 +783,10 @@ class _Entry:
         else:
             known = table.proofs.knows(form, tuple(sizes))
         if known:
-            thread.state = TRUSTED
+            thread.state = CallState.TRUSTED
             return
         if (form, *sizes) in table.folded:
-            thread.state = FOLDED
+            thread.state = CallState.FOLDED
             return
         self._follow(args, kwargs, form, tuple(sizes))
 
@@ -796,14 +807,14 @@ class _Entry:
         thread.follower, thread.form, thread.sizes = follower, form, sizes
         thread.failing = sys.exc_info()[1]
         follow(follower)
-        thread.state = FOLLOWED
+        thread.state = CallState.FOLLOWED
         follower.__enter__()
 
     def abandon(self) -> None:
         """End a call that was never closed, although it raised no error."""
         thread = self.table.thread
         follower, thread.follower = thread.follower, None
-        thread.opened_by, thread.depth, thread.state, thread.call = None, 0, CLOSED, None
+        thread.opened_by, thread.depth, thread.state, thread.call = None, 0, CallState.CLOSED, None
         self.table.settle()
         if follower is not None:
             unfollow()
@@ -827,7 +838,7 @@ class _Entry:
 
     def _close(self, results: Any) -> None:
         table, thread = self.table, self.table.thread
-        thread.opened_by, thread.state = None, CLOSED
+        thread.opened_by, thread.state = None, CallState.CLOSED
         if torch.compiler.is_compiling():
             return
         follower, thread.follower = thread.follower, None

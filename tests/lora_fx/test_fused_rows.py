@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, LoraFxError
 from lora_fx.runtime.fused_rows import lora_rows
-from lora_fx.runtime.samples import CLOSED, FOLDED, SampleRows
+from lora_fx.runtime.samples import CallState, SampleRows
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 
@@ -147,7 +147,7 @@ def test_parts_of_the_outputs(ids: Ids) -> None:
     torch.manual_seed(0)
     table = SampleRows(("a", "b"), torch.device("cpu"))
     table.assign(ids)
-    table.thread.state = FOLDED
+    table.thread.state = CallState.FOLDED
     x, weight, bias = (torch.randn(*shape).double() for shape in ((4, 3, 5), (7, 5), (7,)))
     a = [torch.randn(r, 5).double().requires_grad_() for r in (2, 3)]
     b = [torch.randn(n, r).double().requires_grad_() for n, r in ((3, 2), (7, 3))]
@@ -170,7 +170,7 @@ def test_parts_of_the_outputs(ids: Ids) -> None:
         strict=True,
     ):
         assert_close(mine, theirs)
-    table.thread.state = CLOSED
+    table.thread.state = CallState.CLOSED
     with pytest.raises(ConfigError, match="called by itself"):
         lora_rows(x, weight, bias, *options)
 

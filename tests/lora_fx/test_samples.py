@@ -16,7 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
 from lora_fx.ir.record import record_of
-from lora_fx.runtime.samples import CLOSED, FOLDED, TRUSTED, add_rows, select_rows
+from lora_fx.runtime.samples import CallState, add_rows, select_rows
 from tests.golden import check_golden, printed
 from tests.mixtures import MODELS
 from tests.numerics import assert_close, assert_same_bits
@@ -313,11 +313,15 @@ def test_rows_are_selected_and_added_to() -> None:
     assert_same_bits(select_rows(x, torch.tensor([1]), 3), x[2:4])
     total = add_rows(torch.zeros(6, 2), torch.tensor([2, 0]), torch.ones(4, 2), 3)
     assert total[:, 0].tolist() == [1, 1, 0, 0, 1, 1]
-    for shape, samples, state in (((6, 2), 4, FOLDED), ((6, 2), 3, TRUSTED), ((), 1, FOLDED)):
+    for shape, samples, state in (
+        ((6, 2), 4, CallState.FOLDED),
+        ((6, 2), 3, CallState.TRUSTED),
+        ((), 1, CallState.FOLDED),
+    ):
         with pytest.raises(ConfigError, match=f"does not begin with the {samples} samples"):
             select_rows(torch.zeros(shape), torch.tensor([0]), samples, state=state)
     with pytest.raises(ConfigError, match="called by itself"):
-        select_rows(x, torch.tensor([0]), 6, state=CLOSED)
+        select_rows(x, torch.tensor([0]), 6, state=CallState.CLOSED)
 
 
 # --- errors: the model is as it was ------------------------------------------------------------------
