@@ -34,7 +34,7 @@ from lora_fx.passes.parameters import (
     rows_name,
     tokens_of,
 )
-from lora_fx.runtime import AdapterModule, ops, watch
+from lora_fx.runtime import AdapterModule, tensors_in, watch
 
 __all__ = ["CheckReport", "check", "check_rewritten"]
 
@@ -440,7 +440,7 @@ def _tolerance(model: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
 
 def _floats(output: Any) -> list[torch.Tensor]:
     """Return the floating-point tensors of an output, at any depth."""
-    strided = (tensor for tensor in ops.tensors_in(output) if tensor.layout is torch.strided)
+    strided = (tensor for tensor in tensors_in(output) if tensor.layout is torch.strided)
     return [tensor for tensor in strided if tensor.is_floating_point()]
 
 

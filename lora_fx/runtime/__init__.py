@@ -5,16 +5,26 @@ from __future__ import annotations
 from lora_fx.runtime import (
     attention,
     banked,
+    branch,
     experts,
     fused_lora,
     fused_rows,
     logits,
     masks,
-    ops,
     parts,
     recompute,
     watch,
 )
+from lora_fx.runtime.adapter_modules import (
+    AdapterDropouts,
+    AdapterFactors,
+    AdapterModule,
+    Holder,
+    KeptIndices,
+    KeptTensors,
+    check_adapter_name,
+)
+from lora_fx.runtime.captured import in_place, output_padding
 from lora_fx.runtime.classes import (
     BASE,
     Blank,
@@ -28,16 +38,6 @@ from lora_fx.runtime.classes import (
 )
 from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
 from lora_fx.runtime.fused_lora import without_autocast
-from lora_fx.runtime.ops import (
-    AdapterDropouts,
-    AdapterFactors,
-    AdapterModule,
-    Holder,
-    KeptTensors,
-    check_adapter_name,
-    in_place,
-    output_padding,
-)
 from lora_fx.runtime.parts import called_by_all, check_equal
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
@@ -53,6 +53,7 @@ from lora_fx.runtime.samples import (
     rows_of_tokens,
     rows_selected,
     select_rows,
+    tensors_in,
     unfollow,
     unwatch_calls,
     watch_calls,
@@ -74,6 +75,7 @@ __all__ = [
     "Follower",
     "Holder",
     "Hooked",
+    "KeptIndices",
     "KeptTensors",
     "SampleRows",
     "add_rows",
@@ -82,6 +84,7 @@ __all__ = [
     "banked",
     "base_parameter",
     "blank",
+    "branch",
     "called_by_all",
     "check_adapter_name",
     "check_equal",
@@ -101,7 +104,6 @@ __all__ = [
     "is_checked",
     "logits",
     "masks",
-    "ops",
     "output_padding",
     "parts",
     "places_of",
@@ -112,6 +114,7 @@ __all__ = [
     "rows_selected",
     "select_rows",
     "subclass",
+    "tensors_in",
     "unfollow",
     "unwatch_calls",
     "watch",

@@ -26,8 +26,8 @@ __all__ = [
     "Rule",
     "Sets",
     "batch_normalized",
+    "operands_of",
     "rule_of",
-    "tensors_in",
     "union",
 ]
 
@@ -79,7 +79,7 @@ class Operation(NamedTuple):
 
     def all_of(self, values: Iterable[Any]) -> Sets:
         """Return the union over all elements of some arguments."""
-        return union(*(_all(self.reader.read(tensor)) for tensor in tensors_in(list(values))))
+        return union(*(_all(self.reader.read(tensor)) for tensor in operands_of(list(values))))
 
     def but(self, names: Sequence[str]) -> Sets:
         """Return the union over all elements of the arguments, except for ``names``."""
@@ -102,13 +102,13 @@ Rule = Callable[[Operation], "Sets | list[Sets]"]
 """Function that returns the samples of each result of an operation, or one value for all results."""
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors among arguments or results, also in lists and tuples."""
+def operands_of(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors among the arguments or results of an operator, also in lists and tuples."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from tensors_in(value)
+            yield from operands_of(value)
 
 
 def union(*sets: Tensor | None) -> Tensor | None:
@@ -165,12 +165,12 @@ def _nothing(op: Operation) -> Sets | list[Sets]:
 
 
 def _pointwise(op: Operation) -> Sets | list[Sets]:
-    return union(*(op.reader.read(tensor) for tensor in tensors_in(list(op.named.values()))))
+    return union(*(op.reader.read(tensor) for tensor in operands_of(list(op.named.values()))))
 
 
 def _same(op: Operation) -> Sets | list[Sets]:
     """Reshape the samples of the first argument to the first result. Other results have no samples."""
-    sets = op.reader.read(next(tensors_in(list(op.named.values()))))
+    sets = op.reader.read(next(operands_of(list(op.named.values()))))
     if sets is not None:
         sets = sets.reshape(sets.shape[0], *op.outs[0].shape)
     return [sets, *[None] * (len(op.outs) - 1)]
@@ -292,7 +292,7 @@ def _recurrent(op: Operation) -> Sets | list[Sets]:
 
 
 def _channels(op: Operation, moved: Sequence[str]) -> int:
-    tensors = (tensor for name in moved for tensor in tensors_in(op.named.get(name)))
+    tensors = (tensor for name in moved for tensor in operands_of(op.named.get(name)))
     known = (op.reader.read(tensor) for tensor in tensors)
     return max((len(sets) for sets in known if sets is not None), default=0)
 

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.row_rules import Operation, batch_normalized, rule_of, tensors_in, union
+from lora_fx.runtime.row_rules import Operation, batch_normalized, operands_of, rule_of, union
 
 __all__ = ["Follower", "caller"]
 
@@ -190,7 +190,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        inputs = list(tensors_in((*args, *kwargs.values())))
+        inputs = list(operands_of((*args, *kwargs.values())))
         result = func(*args, **kwargs)
         try:
             self._note(func, args, kwargs, inputs, result)
@@ -207,7 +207,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         inputs: Sequence[Tensor],
         result: Any,
     ) -> None:
-        outs = list(tensors_in(result if isinstance(result, list | tuple) else [result]))
+        outs = list(operands_of(result if isinstance(result, list | tuple) else [result]))
         name = func.overloadpacket.__name__
         if not any((known := self._shadow(tensor)) and known.sets is not None for tensor in inputs):
             return
@@ -224,7 +224,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             tensor
             for argument in schema.arguments
             if argument.alias_info is not None and argument.alias_info.is_write
-            for tensor in tensors_in(named[argument.name])
+            for tensor in operands_of(named[argument.name])
         ]
         into = {_key(tensor) for tensor in written}
         of = {_key(tensor) for tensor in inputs}
@@ -485,7 +485,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and report reads of its arguments."""
         if getattr(func, "__name__", "") in _READS:
-            self._follower.asked(list(tensors_in(args)))
+            self._follower.asked(list(operands_of(args)))
         return func(*args, **(kwargs or {}))
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
+from lora_fx.runtime.adapter_modules import AdapterModule
 from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.ops import AdapterModule, tensors_in
 from lora_fx.runtime.row_tracking import Follower
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "rows_of_tokens",
     "rows_selected",
     "select_rows",
+    "tensors_in",
     "unfollow",
     "unfollowed",
     "unseen",
@@ -977,6 +978,32 @@ def _unseen(tensors: list[Tensor]) -> str:
     if any(torch_private.is_fake(tensor) or tensor.is_meta for tensor in tensors):
         return "tensors without values have no samples"
     return ""
+
+
+_WITHOUT_TENSORS = (bool, int, float, complex, str, bytes)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, also in containers and objects, but not in modules."""
+    seen: set[int] = set()
+
+    def visit(obj: Any, depth: int) -> Iterator[Tensor]:
+        if isinstance(obj, Tensor):
+            yield obj
+        elif (
+            depth
+            and id(obj) not in seen
+            and not isinstance(obj, (*_WITHOUT_TENSORS, nn.Module, type))
+        ):
+            seen.add(id(obj))
+            if isinstance(obj, Mapping):
+                obj = obj.values()
+            elif not isinstance(obj, list | tuple | set):
+                obj = getattr(obj, "__dict__", {}).values()
+            for item in obj:
+                yield from visit(item, depth - 1)
+
+    return visit(value, 8)
 
 
 # --- sizes ----------------------------------------------------------------------------------------

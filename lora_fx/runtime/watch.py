@@ -39,6 +39,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, record_of
 from lora_fx.runtime import chunked, logits
+from lora_fx.runtime.adapter_modules import AdapterModule
 from lora_fx.runtime.classes import (
     BASE,
     Blank,
@@ -51,7 +52,6 @@ from lora_fx.runtime.classes import (
     subclass,
 )
 from lora_fx.runtime.effective import CHANGES, assigned, weight_property
-from lora_fx.runtime.ops import AdapterModule
 from lora_fx.runtime.parts import check_equal
 from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
 from lora_fx.torch_private import pytree

@@ -15,6 +15,7 @@ module that it calls.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import inspect
 import math
 import types
@@ -24,7 +25,6 @@ from typing import Any
 from torch import fx
 
 from lora_fx.passes.graph.reads import Read, conditions_of, constants_of
-from lora_fx.runtime import ops
 
 __all__ = [
     "FALLBACK",
@@ -202,7 +202,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         """
         known = constants_of(self.reads)
         if any(p.omitted for p in self.parameters):
-            known |= {_OMITTED: ops.OMITTED, _GIVEN: ops.given}
+            known |= {_OMITTED: _Omitted.ARGUMENT, _GIVEN: _without_omitted}
         for p in self.parameters:
             if p.omitted:
                 continue
@@ -261,6 +261,17 @@ class GuardedCodeGen(fx.graph.CodeGen):
             else:
                 passed.append(f"{p.name}={p.name}")
         return passed
+
+
+class _Omitted(enum.Enum):
+    """Default of an argument, so that a decorator can tell if the caller passed it."""
+
+    ARGUMENT = "omitted"
+
+
+def _without_omitted(**named: Any) -> dict[str, Any]:
+    """Return the arguments that the caller passed, of those with that default."""
+    return {name: value for name, value in named.items() if value is not _Omitted.ARGUMENT}
 
 
 def _literal(value: Any) -> bool:

@@ -43,7 +43,7 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
 from lora_fx.passes.parameters import DROPOUT, adapter_dtype, factor_names, is_sharded, weight_at
 from lora_fx.passes.patterns import path_to_weight, pattern_of
-from lora_fx.runtime import ops, parts
+from lora_fx.runtime import branch, parts
 
 __all__ = ["Branch", "Insert", "See", "Writer", "observed", "read_base"]
 
@@ -283,13 +283,15 @@ class Branch(Writer):
 
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node cast to the dtype of the operation's output, if that differs."""
-        return self.call(Role.CAST, ops.cast_like, node, self.base) if self._wiring.cast else node
+        return (
+            self.call(Role.CAST, branch.cast_like, node, self.base) if self._wiring.cast else node
+        )
 
     def padded(self, up: fx.Node) -> fx.Node:
         """Return the output of a branch, with zeros for output features outside the site."""
         if self.padding is None:
             return up
-        return self.call(Role.PAD, ops.pad_features, up, *self.padding)
+        return self.call(Role.PAD, branch.pad_features, up, *self.padding)
 
     def spread(self, vector: fx.Node) -> fx.Node:
         """Return a vector of the output features, reshaped to broadcast over the output."""
@@ -298,7 +300,7 @@ class Branch(Writer):
             return vector
         operands = (vector, self.base, call.axes, call.sizes)
         return self.once(
-            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, ops.spread, *operands)
+            f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, branch.spread, *operands)
         )
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:

@@ -563,7 +563,7 @@ def _quantized_before(result: nn.Module, *, requantize: bool) -> Mapping[str, Qu
     """Return the quantized weights of a model before the merge, by FQN.
 
     Raises:
-        MergeError: There are none, and merged weights are to be quantized again.
+        MergeError: Merged weights are to be quantized again, and the base is not quantized.
     """
     stored = quantized_weights(result)
     if requantize and not stored:

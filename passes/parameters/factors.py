@@ -22,7 +22,7 @@ from lora_fx.errors import CaptureError
 from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptTensors, ops
+from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptIndices, KeptTensors
 
 __all__ = [
     "DROPOUT",
@@ -269,9 +269,9 @@ def add_tokens(model: nn.Module, row: PlannedTokens, adapter: str, rows: torch.T
         indices = positions
     holder = _made(model, join(row.site.holder, _HOLDER), Holder)
     factors = _made(model, rows_name(row, adapter).rpartition(".")[0], AdapterFactors)
-    kept_indices = _made(model, indices_name(row, adapter).rpartition(".")[0], ops.KeptIndices)
+    kept_indices = _made(model, indices_name(row, adapter).rpartition(".")[0], KeptIndices)
     assert isinstance(factors, AdapterFactors)
-    assert isinstance(kept_indices, ops.KeptIndices)
+    assert isinstance(kept_indices, KeptIndices)
     factors.add(adapter, rows)
     kept_indices.add(adapter, indices)
     holder.train(model.get_submodule(row.site.owner).training)

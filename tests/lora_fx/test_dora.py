@@ -13,7 +13,7 @@ from torch.autograd import gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime import dora, ops
+from lora_fx.runtime import branch, dora
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
 
@@ -274,7 +274,7 @@ def test_small_differences_from_one_survive_in_half_precision(how: str, dtype: t
 )
 def test_a_vector_is_spread_over_the_axes_of_the_features(axes, sizes, like, shape) -> None:
     vector = torch.arange(6.0)
-    found = ops.spread(vector, torch.empty(like), axes, sizes)
+    found = branch.spread(vector, torch.empty(like), axes, sizes)
     assert found.shape == shape
     if sizes:
         for place, value in enumerate(vector):

@@ -340,7 +340,7 @@ def test_imports_go_downward(module: Module) -> None:
     [
         ("lora_fx.errors", "import lora_fx.config", "lies below"),
         ("lora_fx.ir.plan", "from lora_fx.passes.match import Match", "lies below"),
-        ("lora_fx.runtime.ops", "def f():\n    from lora_fx.api import plan", "lies below"),
+        ("lora_fx.runtime.branch", "def f():\n    from lora_fx.api import plan", "lies below"),
         ("lora_fx.api", "from lora_fx.tools.cli import main", "lies below"),
         ("lora_fx.passes.match.marks", "from lora_fx.passes.merge import x", "lies below"),
         ("lora_fx.passes.match.marks", "from lora_fx import LoraConfig", "in no package"),

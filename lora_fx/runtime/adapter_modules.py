@@ -1,27 +1,18 @@
-"""Operations of rewritten models at training time, and the modules that hold the adapters' factors."""
+"""Modules that hold the parameters of adapters: factors, dropouts, and the containers of bare parameters."""
 
 from __future__ import annotations
 
-import enum
 import keyword
-import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from types import (
-    SimpleNamespace,
-)
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.parts import factor_beside, is_in_parts, note_whole
+from lora_fx.runtime.parts import note_whole
 
 __all__ = [
-    "OMITTED",
     "AdapterDropout",
     "AdapterDropouts",
     "AdapterFactors",
@@ -30,14 +21,7 @@ __all__ = [
     "KeptIndices",
     "KeptTensors",
     "OffloadedFactors",
-    "cast_like",
     "check_adapter_name",
-    "given",
-    "in_place",
-    "output_padding",
-    "pad_features",
-    "spread",
-    "tensors_in",
 ]
 
 
@@ -246,139 +230,3 @@ def check_adapter_name(name: object) -> None:
         )
     if hasattr(AdapterFactors, name) or name in _TAKEN:
         raise ConfigError(f"adapter_name {name!r} is an attribute of nn.Module: choose another")
-
-
-def cast_like(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Cast a factor to the dtype of an output, and shard it like the output.
-
-    ``type_as`` would also require the layout of a nested tensor, which a factor cannot have.
-
-    Raises:
-        ConfigError: If the layer was parallelized after the rewrite.
-    """
-    if is_in_parts(factor) or is_in_parts(like):
-        factor = factor_beside(factor, like)
-    return factor.to(like.dtype)
-
-
-def pad_features(part: torch.Tensor, before: int, after: int) -> torch.Tensor:
-    """Pad a slice of the output features with zeros for the other features.
-
-    Args:
-        part: [..., n].
-        before: Number of features before the slice.
-        after: Number of features after the slice.
-    """
-    if not part.is_nested:
-        return F.pad(part, (before, after))
-    # Nested tensors support products, but no padding.
-    own = torch.eye(part.size(-1), dtype=part.dtype, device=part.device)
-    return F.linear(part, F.pad(own, (0, 0, before, after)))
-
-
-def in_place(operation: str, left: Any, right: Any) -> Any:
-    """Run an augmented assignment such as ``left += right``. Tensors change in place, numbers do not.
-
-    Args:
-        operation: A name in :mod:`operator`, such as ``iadd``.
-        left: The left operand.
-        right: The right operand.
-    """
-    return getattr(operator, operation)(left, right)
-
-
-class _Omitted(enum.Enum):
-    """Sentinel type for arguments that a caller may omit."""
-
-    OMITTED = "omitted"
-
-
-OMITTED = _Omitted.OMITTED
-"""Default of an argument, so that a decorator can tell if the caller passed it."""
-
-
-def given(**named: Any) -> dict[str, Any]:
-    """Return the arguments that the caller passed.
-
-    Args:
-        named: Arguments by name.
-    """
-    return {name: value for name, value in named.items() if value is not OMITTED}
-
-
-_SIMPLE = (bool, int, float, complex, str, bytes)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in arguments or results, also in containers and objects, but not in modules."""
-    seen: set[int] = set()
-
-    def visit(obj: Any, depth: int) -> Iterator[torch.Tensor]:
-        if isinstance(obj, torch.Tensor):
-            yield obj
-        elif depth and id(obj) not in seen and not isinstance(obj, (*_SIMPLE, nn.Module, type)):
-            seen.add(id(obj))
-            if isinstance(obj, Mapping):
-                obj = obj.values()
-            elif not isinstance(obj, list | tuple | set):
-                obj = getattr(obj, "__dict__", {}).values()
-            for item in obj:
-                yield from visit(item, depth - 1)
-
-    return visit(value, 8)
-
-
-def output_padding(
-    x: torch.Tensor,
-    output_size: Sequence[int] | None,
-    default: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    kernel_size: Sequence[int],
-    dilation: Sequence[int],
-) -> Sequence[int]:
-    """Return the output padding with which a transposed convolution gets a requested output size.
-
-    Args:
-        x: The input.
-        output_size: The size, with or without the dimensions before the spatial ones; or None.
-        default: The layer's output padding, for no requested size.
-        stride: The layer's stride.
-        padding: The layer's padding.
-        kernel_size: The layer's kernel size.
-        dilation: The layer's dilation.
-
-    Raises:
-        ValueError: From PyTorch, for a size that the layer cannot produce.
-    """
-    if output_size is None:
-        return default
-    layer: Any = SimpleNamespace(output_padding=default)
-    geometry: tuple[Any, ...] = (stride, padding, kernel_size, len(kernel_size), dilation)
-    size: Any = output_size
-    extra: Sequence[int] = torch_private.OUTPUT_PADDING(layer, x, size, *geometry)
-    return extra
-
-
-def spread(
-    vector: torch.Tensor, like: torch.Tensor, axes: Sequence[int], sizes: Sequence[int]
-) -> torch.Tensor:
-    """Reshape a vector of the output features for broadcasting with an output.
-
-    Args:
-        vector: [out].
-        like: The output. For a matrix times a vector, its features are on the axis of the rows of a product.
-        axes: Axes of the features in an output, counted from its end.
-        sizes: Sizes of these axes, if there are several.
-
-    Returns:
-        A view with size 1 for every other dimension after the first of the axes.
-    """
-    if like.dim() < -min(axes):
-        return vector
-    if len(axes) > 1:
-        order = sorted(range(len(axes)), key=lambda index: axes[index])
-        vector = vector.view(tuple(sizes)).permute(order)
-    kept = iter(vector.shape)
-    first = min(axes)
-    return vector.reshape([next(kept) if axis in axes else 1 for axis in range(first, 0)])
