@@ -13,6 +13,15 @@ from lora_fx.passes.graph.copies import (
     stands_apart,
     storage_of,
 )
+from lora_fx.passes.graph.modules import (
+    class_name,
+    graphs_of,
+    is_built_in,
+    is_conv1d,
+    is_region,
+    kept_graph,
+    original_class,
+)
 from lora_fx.passes.graph.nodes import (
     UNINITIALIZED,
     GraphPass,
@@ -40,6 +49,7 @@ from lora_fx.passes.graph.partitions import (
     whole_shape,
     without_zero_init,
 )
+from lora_fx.passes.graph.python_code import CONSTANT, Code, copy_graph, generated
 from lora_fx.passes.graph.reads import (
     Read,
     Unchanged,
@@ -47,22 +57,7 @@ from lora_fx.passes.graph.reads import (
     conditions_of,
     is_constant,
 )
-from lora_fx.passes.graph.region import (
-    CONSTANT,
-    Code,
-    class_name,
-    copy_graph,
-    generated,
-    graphs_of,
-    install,
-    is_built_in,
-    is_conv1d,
-    is_region,
-    kept_graph,
-    original_class,
-    uninstall,
-    wraps_own_forward,
-)
+from lora_fx.passes.graph.region import install, uninstall, wraps_own_forward
 from lora_fx.passes.graph.signature import (
     GuardedCodeGen,
     Parameter,

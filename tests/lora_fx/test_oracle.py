@@ -164,11 +164,11 @@ def test_what_is_idle_is_named(x):
 
 def spoil(model: nn.Module, fqn: str, factor: float) -> None:
     """Has a layer's graph multiply its branch by something else."""
-    from lora_fx.passes.graph.region import graphs_of, install
+    from lora_fx.passes.graph import graphs_of, install
 
     module = model.get_submodule(fqn)
     from lora_fx.ir.graph import Region
-    from lora_fx.passes.graph.region import copy_graph
+    from lora_fx.passes.graph import copy_graph
 
     graph = copy_graph(graphs_of(model)[fqn])
     changed = 0

@@ -7,7 +7,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.ir.plan import PlannedSite
-from lora_fx.passes.graph.region import install
+from lora_fx.passes.graph import install
 from lora_fx.passes.insert.insert_branches import observed
 from tests import zoo
 from tests.numerics import assert_same_bits

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_fx.formats import storage
 from lora_fx.ir.graph import Capture
 from lora_fx.passes.capture.auto import capture
-from lora_fx.passes.graph.region import install, is_region, kept_graph
+from lora_fx.passes.graph import install, is_region, kept_graph
 from lora_fx.passes.pipeline import find_operations
 from lora_fx.passes.quantize import Quantize, plan_quantization
 from tests.golden import check_golden, printed

@@ -22,7 +22,7 @@ import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.ir.graph import META_KEY, Region
 from lora_fx.passes.capture.trace import trace
-from lora_fx.passes.graph.region import (
+from lora_fx.passes.graph import (
     copy_graph,
     graphs_of,
     install,

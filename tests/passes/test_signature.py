@@ -14,7 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.trace import trace
-from lora_fx.passes.graph.region import install, is_region
+from lora_fx.passes.graph import install, is_region
 from lora_fx.passes.graph.signature import parameters_of
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits

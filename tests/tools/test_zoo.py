@@ -21,7 +21,7 @@ import lora_fx
 from lora_fx.errors import ConfigError
 from lora_fx.passes.capture.check import count_weights
 from lora_fx.passes.capture.synthesis import normalize
-from lora_fx.passes.graph.region import original_class
+from lora_fx.passes.graph import original_class
 from lora_fx.runtime.watch import disarm
 from lora_fx.tools.cli.app import app
 from lora_fx.tools.zoo import job, report, runner

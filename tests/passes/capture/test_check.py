@@ -16,7 +16,7 @@ from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.auto import capture as capture_model
 from lora_fx.passes.capture.check import check_unchanged, relative_difference, run_reference
 from lora_fx.passes.capture.synthesis import normalize
-from lora_fx.passes.graph.region import is_region
+from lora_fx.passes.graph import is_region
 from tests import zoo
 from tests.numerics import assert_same_bits
 from tests.zoo import sample, seeded

@@ -13,7 +13,7 @@ from torch import nn
 import lora_fx
 from lora_fx.passes.capture import regions as module_under_test
 from lora_fx.passes.capture.regions import find_regions
-from lora_fx.passes.graph.region import graphs_of, is_region
+from lora_fx.passes.graph import graphs_of, is_region
 from tests import zoo
 from tests.algebra import randomize
 from tests.golden import check_golden, printed

@@ -23,7 +23,7 @@ from torch import fx, nn
 import lora_fx
 from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.trace import Untraceable, trace
-from lora_fx.passes.graph.region import install, is_region, original_class
+from lora_fx.passes.graph import install, is_region, original_class
 from tests.algebra import randomize
 from tests.models import builders
 from tests.numerics import assert_close, assert_same_bits
