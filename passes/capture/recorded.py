@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from lora_fx.passes.graph import Read, children_of, is_constant
+from lora_fx.passes.graph import (
+    ChildrenRead,
+    MethodRead,
+    ObjectRead,
+    PresenceRead,
+    ValueRead,
+    children_of,
+    is_constant,
+)
 from lora_fx.runtime import subclass
 
 if TYPE_CHECKING:
@@ -134,7 +142,7 @@ def _internal(module: nn.Module, name: str, value: Any) -> Any:
     if recorder is None:
         return value
     if name == "_modules" and caller in _PACKAGES:
-        recorder.read(Read(recorder.names[module], "children", children_of(value)))
+        recorder.read(ChildrenRead(recorder.names[module], children_of(value)))
     elif name in ("__dict__", "_parameters", "_buffers", "_modules") and caller not in _PACKAGES:
         recorder.doubts(f"its forward looks into {name} of a module")
     return value
@@ -150,7 +158,7 @@ def _note_method(recorder: Recorder, module: nn.Module, name: str, value: Any) -
     if home in _PACKAGES or name == "forward":
         return
     if module is recorder.root:
-        recorder.read(Read(name, "method", function))
+        recorder.read(MethodRead(name, function))
     else:
         recorder.doubts(f"its forward calls {_path(module, name)}, a method of another module")
 
@@ -176,19 +184,19 @@ def _noted(module: nn.Module, name: str, value: Any) -> Any:
             recorder.doubts(f"its forward reads {path}, a tensor that is no state")
             return value
         if "." in path:
-            recorder.read(Read(path, "present", None))
+            recorder.read(PresenceRead(path))
         return owned
     if isinstance(getattr(type(module), name, None), property):
         recorder.doubts(f"its forward reads {path}, a property")
         return value
     if is_constant(value):
-        recorder.read(Read(path, "value", copy.deepcopy(value)))
+        recorder.read(ValueRead(path, copy.deepcopy(value)))
     elif (
         isinstance(value, _FUNCTIONS)
         and not _is_settings(value)
         and inspect.getattr_static(module, name, None) is value  # a partialmethod makes a new one
     ):
-        recorder.read(Read(path, "identity", value))
+        recorder.read(ObjectRead(path, value))
     else:
         recorder.doubts(f"its forward reads {path}, a {type(value).__name__}")
         if is_used_up(value):

@@ -40,9 +40,13 @@ from lora_fx.passes.capture.proxies import ModeProxy, TracedValue, holds_traced
 from lora_fx.passes.capture.recorded import is_used_up, recording
 from lora_fx.passes.capture.state import State
 from lora_fx.passes.graph import (
+    ForwardRead,
+    GlobalRead,
     GuardedCodeGen,
     Parameter,
+    PresenceRead,
     Read,
+    ShapeRead,
     is_constant,
     is_lazy,
     parameters_of,
@@ -135,9 +139,7 @@ def trace(
     certain = forward is not None or isinstance(module, fx.GraphModule)
     doubt = "" if certain else recorder.doubt
     doubt = doubt or _unspeakable(parameters, recorder.graph)
-    presence = (
-        Read(path, "present", None) for path, times in recorder.looked_at.items() if times > 0
-    )
+    presence = (PresenceRead(path) for path, times in recorder.looked_at.items() if times > 0)
     reads = (*recorder.reads.values(), *presence)
     recorder.graph.set_codegen(GuardedCodeGen(parameters, check_none, conditions, reads))
     return recorder.graph, doubt
@@ -190,7 +192,7 @@ class Recorder(fx.Tracer):
         self.before = State(nn.Module())
         self.fixed: frozenset[str] = frozenset()
         self.code: CodeType | None = None
-        self.reads: dict[tuple[str, str], Read] = {}
+        self.reads: dict[tuple[str, type[Read]], Read] = {}
         self.looked_at: Counter[str] = Counter()
         self.names: dict[nn.Module, str] = {child: name for name, child in module.named_modules()}
         self._modules = {name: child for child, name in self.names.items()}
@@ -234,7 +236,7 @@ class Recorder(fx.Tracer):
         own = inner_of(type(self.root).forward)
         of_library = (own.__module__ or "").partition(".")[0] in ("torch", "lora_fx")
         if not of_library and not isinstance(self.root, fx.GraphModule):
-            self.read(Read("", "forward", None))
+            self.read(ForwardRead())
         self.before = State(self.root, [p.default for p in parameters])
         self.fixed = frozenset(p.name for p in parameters if not p.traced)
         self.code = getattr(inspect.unwrap(forward), "__code__", None)
@@ -264,7 +266,7 @@ class Recorder(fx.Tracer):
 
     def read(self, read: Read) -> None:
         """Note a value that was read."""
-        self.reads.setdefault((read.path, read.kind), read)
+        self.reads.setdefault((read.path, type(read)), read)
 
     def copied(self, value: Any) -> Any:
         """Return a copy of an iterator or a generator of random numbers, which a trace must not use up."""
@@ -308,7 +310,7 @@ class Recorder(fx.Tracer):
         if parameter is None or is_lazy(parameter):
             return None
         shape: torch.Size = parameter.shape
-        self.read(Read(str(node.target), "shape", tuple(shape)))
+        self.read(ShapeRead(str(node.target), tuple(shape)))
         return shape
 
     # --- nodes
@@ -462,7 +464,7 @@ class _Followed:
         ):
             if home is None:
                 return f"reads {name}, a global"
-            read = Read(name, "global", (home.__name__, copy.deepcopy(value)))
+            read = GlobalRead(name, home.__name__, copy.deepcopy(value))
             self._recorder.read(read)
             return ""
         return f"reads {name}, a global"

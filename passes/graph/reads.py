@@ -12,7 +12,7 @@ import enum
 import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +23,16 @@ __all__ = [
     "BASE_OF",
     "CHILDREN_OF",
     "FORWARD",
+    "ChildrenRead",
+    "ForwardRead",
+    "GlobalRead",
+    "MethodRead",
+    "ObjectRead",
+    "PresenceRead",
     "Read",
+    "ShapeRead",
     "Unchanged",
+    "ValueRead",
     "children_of",
     "conditions_of",
     "constants_of",
@@ -47,59 +55,143 @@ _MOST = 64  # values in a container
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """Value that a trace read.
+    """Value that a trace read. Each subclass compares it in its own way.
 
     Attributes:
         path: Attribute names from the module, as ``config.scale``; empty for the module itself.
-        kind: Form of the comparison. ``value`` and ``identity`` compare the value itself, ``shape`` that of
-            a parameter. ``present`` checks that a module or parameter exists. ``children`` compares the
-            names in a container of modules. ``forward`` and ``method`` compare functions of the module's
-            own class, ``global`` a global of that name.
-        expected: The value; None if it follows from the kind. For a global, its module and value.
     """
 
     path: str
-    kind: Literal[
-        "value", "identity", "present", "shape", "children", "forward", "method", "global"
-    ]
-    expected: Any
 
     def condition(self, constant: str) -> str:
         """Return an expression that is true if the value has changed.
 
         Args:
-            constant: The global name of ``expected`` in that code.
+            constant: The global name of :meth:`constant` in that code.
         """
-        owner, _, leaf = self.path.rpartition(".")
-        attribute, owner = _spelled(self.path), _spelled(owner)
-        if self.kind == "children":
-            return f"{CHILDREN_OF}({attribute}._modules) != {self.expected!r}"
-        if self.kind == "present":
-            return f"{BASE_OF}({owner}, {leaf!r}) is None"
-        if self.kind == "shape":
-            return f"{BASE_OF}({owner}, {leaf!r}).shape != {self.expected!r}"
-        if self.kind == "forward":
-            return f"self.{BASE}.forward is not {FORWARD}"
-        if self.kind == "method":
-            return f"self.{BASE}.{self.path} is not {constant}"
-        if self.kind == "global":
-            return f"{constant}[0].get({self.path!r}) != {constant}[1]"
-        if self.kind == "identity" or isinstance(self.expected, _IDENTICAL):
-            return f"{attribute} is not {constant}"
-        if self.expected is None or isinstance(self.expected, bool):
-            return f"{attribute} is not {self.expected!r}"
-        return (
-            f"{attribute} != {self.expected!r}"
-            if _literal(self.expected)
-            else f"{attribute} != {constant}"
-        )
+        raise NotImplementedError
 
     def constant(self) -> Any:
         """Return the global that the condition needs."""
-        if self.kind != "global":
-            return self.expected
-        module, value = self.expected
-        return vars(importlib.import_module(module)), value
+        return None
+
+    @property
+    def attribute(self) -> str:
+        """The expression of the attribute."""
+        return _spelled(self.path)
+
+    @property
+    def parameter(self) -> str:
+        """The expression of the attribute, a module or the base's parameter; it is None if it is absent."""
+        owner, _, leaf = self.path.rpartition(".")
+        return f"{BASE_OF}({_spelled(owner)}, {leaf!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectRead(Read):
+    """Attribute that has to stay the same object."""
+
+    expected: Any
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"{self.attribute} is not {constant}"
+
+    def constant(self) -> Any:
+        """Return the object."""
+        return self.expected
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueRead(ObjectRead):
+    """Attribute that has to stay equal to a simple value; see :func:`is_constant`."""
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        if isinstance(self.expected, _IDENTICAL):
+            return super().condition(constant)
+        if self.expected is None or isinstance(self.expected, bool):
+            return f"{self.attribute} is not {self.expected!r}"
+        value = repr(self.expected) if _literal(self.expected) else constant
+        return f"{self.attribute} != {value}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PresenceRead(Read):
+    """Module or parameter that has to exist."""
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"{self.parameter} is None"
+
+
+@dataclasses.dataclass(frozen=True)
+class ShapeRead(Read):
+    """Shape of a parameter."""
+
+    shape: tuple[int, ...]
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"{self.parameter}.shape != {self.shape!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ChildrenRead(Read):
+    """Names of the modules in a container; see :func:`children_of`."""
+
+    names: tuple[str, ...]
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"{CHILDREN_OF}({self.attribute}._modules) != {self.names!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardRead(Read):
+    """The ``forward`` of the module's own class."""
+
+    path: str = ""
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"self.{BASE}.forward is not {FORWARD}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodRead(Read):
+    """A method of the module's own class. The path is its name."""
+
+    function: Any
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"self.{BASE}.{self.path} is not {constant}"
+
+    def constant(self) -> Any:
+        """Return the function."""
+        return self.function
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalRead(Read):
+    """A global of a Python module. The path is its name.
+
+    Attributes:
+        module: Name of the Python module.
+        value: The value.
+    """
+
+    module: str
+    value: Any
+
+    def condition(self, constant: str) -> str:
+        """Return the comparison; see :class:`Read`."""
+        return f"{constant}[0].get({self.path!r}) != {constant}[1]"
+
+    def constant(self) -> Any:
+        """Return the globals of the module, and the value."""
+        return vars(importlib.import_module(self.module)), self.value
 
 
 def _spelled(path: str) -> str:
@@ -147,7 +239,9 @@ class Unchanged:
             reads: The values that were read.
         """
         self.cls, self._forward = cls, cls.forward
-        self.reads = tuple(read for read in reads if read.kind not in ("forward", "method"))
+        self.reads = tuple(
+            read for read in reads if not isinstance(read, (ForwardRead, MethodRead))
+        )
         tests = " or ".join(conditions_of(self.reads)) or "False"
         source = f"lambda self: not ({tests})"
         code = compile(source, "<lora_fx unchanged>", "eval")

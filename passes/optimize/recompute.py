@@ -34,6 +34,7 @@ from lora_fx.ir import (
 from lora_fx.passes.capture import Graphs, Untraceable, written_out
 from lora_fx.passes.graph import (
     GuardedCodeGen,
+    MethodRead,
     Unchanged,
     copy_graph,
     is_lazy,
@@ -202,7 +203,7 @@ class _Finder:
         if not isinstance(code, GuardedCodeGen) or code.extra or len(chain.leaves) != 1:
             return None
         cls = original_class(module)
-        if any(read.kind == "method" for read in code.reads):
+        if any(isinstance(read, MethodRead) for read in code.reads):
             return None
         called = recompute.Called(cls, Unchanged(cls, code.reads))
         return _Module(called, graph, chain.saves)
