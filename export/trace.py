@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -533,6 +533,13 @@ def _reason(
     return "not one that the task varies" if task else "not in dynamic_shapes"
 
 
+def _free_name(owner: str, name: str, taken: Collection[str]) -> str:
+    """Return the name of an axis, with that of its input before it until no other axis has it."""
+    while name in taken:
+        name = f"{owner}_{name}"
+    return name
+
+
 def _read(
     program: ExportedProgram,
     arguments: Arguments,
@@ -563,8 +570,7 @@ def _read(
             if symbol not in symbols:
                 wanted = label.get(axis) or axis_name(name, axis, tensor)
                 shared = axis in label or (axis == 0 and size == batch)
-                taken = wanted in symbols.values() and not shared
-                symbols[symbol] = f"{name}_{wanted}" if taken else wanted
+                symbols[symbol] = wanted if shared else _free_name(name, wanted, symbols.values())
             row.append(Axis(size, symbols[symbol], symbol, highs.get(symbol)))
         rows.append(tuple(row))
     extra_symbols = {

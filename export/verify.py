@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from lora_fx.passes.graph import share_copy
 __all__ = [
     "TOLERANCES",
     "Compared",
+    "ModelReference",
     "Parity",
     "PrecisionError",
     "Reference",
@@ -380,16 +381,41 @@ def _described(row: OutputParity) -> str:
 _HALF = (torch.bfloat16, torch.float16)  # the coarser one first
 
 
-class Reference:
+class Reference(Protocol):
     """Model that a file is compared with.
-
-    Args:
-        exported: The model that was exported, alone or with an adapter.
-        casts: Makes the widened weights.
 
     Attributes:
         precision: The coarsest floating dtype of the model, which sets the tolerance.
         description: The reference in words, for the report.
+    """
+
+    precision: torch.dtype | None
+    description: str
+
+    @property
+    def model(self) -> nn.Module:
+        """Model that computes the expected outputs."""
+        ...
+
+    def named(self, tensors: Sequence[Tensor]) -> Outputs:
+        """Return outputs with their names. Integers and booleans come from the model in its own precision."""
+        ...
+
+    def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
+        """Return ``call(model, *args, **kwargs)`` in the precision of ``named``."""
+        ...
+
+    def narrow(self, tensors: Sequence[Tensor]) -> Outputs | None:
+        """Return the outputs of the model in half precision, or None if it is the reference itself."""
+        ...
+
+
+class ModelReference:
+    """Reference of one model; see :class:`Reference`.
+
+    Args:
+        exported: The model that was exported, alone or with an adapter.
+        casts: Makes the widened weights.
     """
 
     def __init__(self, exported: FlatModel, casts: Casts) -> None:
@@ -595,7 +621,7 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
         parity.rows |= _labeled(label, _rows_of(f"with {label}", model, traced, with_it, prepared))
         session.unload_adapter(label)
 
-    base, manifest = Reference(prepared.base, casts), prepared.manifest
+    base, manifest = ModelReference(prepared.base, casts), prepared.manifest
     parity = _check_parity(base, traced, run, prepared.cases)
     if manifest is None:
         return parity
@@ -605,11 +631,11 @@ def _check(prepared: Prepared, traced: Trace, session: OnnxSession, casts: Casts
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
         values = _in_range(name, manifest, values_of_model(prepared.source, name))
-        compare_adapter(f"adapter {name!r}", Reference(active(), casts), values)
+        compare_adapter(f"adapter {name!r}", ModelReference(active(), casts), values)
     for rank in _RANDOM_RANKS:
         values = _random_values(prepared.model, manifest, rank)
         label = f"a random adapter of rank {rank}"
-        model = Reference(_Adapted(prepared.model, values, casts.keep), casts)
+        model = ModelReference(_Adapted(prepared.model, values, casts.keep), casts)
         compare_adapter(label, model, values)
         rows = _rows_of(f"alone, after a run with {label}", base, traced, run, prepared)
         parity.rows |= {name: worse(parity.rows[name], row) for name, row in rows.items()}
@@ -640,8 +666,8 @@ def _random_values(
     return values | {name: torch.zeros_like(values[name]) for name in model.loose_biases()}
 
 
-class _RowsReference(Reference):
-    """Reference for a batch whose rows have different adapters.
+class _RowsReference:
+    """Reference for a batch whose rows have different adapters; see :class:`Reference`.
 
     The model of each adapter runs the whole batch, and each row is taken from its own model. No code of a
     bank runs.
@@ -723,7 +749,7 @@ def _check_bank(
         PrecisionError, ParityError: As :func:`_check`.
     """
     assert prepared.manifest is not None
-    manifest, base = prepared.manifest, Reference(prepared.base, casts)
+    manifest, base = prepared.manifest, ModelReference(prepared.base, casts)
     batched = model.batched
 
     def compare(label: str, rows: Sequence[tuple[str | None, Reference]]) -> None:
@@ -738,7 +764,7 @@ def _check_bank(
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
         _in_range(name, manifest, values_of_model(prepared.source, name))
-        own.append((name, Reference(active(), casts)))
+        own.append((name, ModelReference(active(), casts)))
         compare(f"adapter {name!r}", own[-1:])
     if own:
         compare("an adapter for each row", [*own, (None, base)])
@@ -750,7 +776,7 @@ def _check_bank(
         values = _random_values(model, manifest, rank, seed)
         name = f"random {seed}"
         session.load_adapter(name, values)
-        drawn.append((name, Reference(_Adapted(model.single, values, casts.keep), casts)))
+        drawn.append((name, ModelReference(_Adapted(model.single, values, casts.keep), casts)))
         compare(f"a random adapter of rank {rank}", drawn[-1:])
     compare("a random adapter for each row", drawn[::-1])
     return parity

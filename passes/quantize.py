@@ -176,7 +176,7 @@ def plan_quantization(
     """
     _check_plain(capture.model)
     config = _exclusion(exclude)
-    inspected = _asked(capture)
+    inspected = _inspected(capture)
     left: dict[str, str] = {}
     rows: list[PlannedWeight] = []
     for site in matches.sites:
@@ -230,7 +230,7 @@ def _exclusion(exclude: Sequence[str] | str | None) -> LoraConfig:
 _FORM = frozenset({"dtype", "shape", "size", "dim", "ndim", "numel", "element_size", "stride"})
 
 
-def _asked(capture: Capture) -> dict[str, str]:
+def _inspected(capture: Capture) -> dict[str, str]:
     """Return the weights whose dtype or shape a method may read, each with the name of that method.
 
     For example, a layer of T5 casts its input to the dtype of the next layer's weight.

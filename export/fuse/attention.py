@@ -328,8 +328,10 @@ def drop_nan_guards(model: ir.Model, one: Attention) -> bool | str:
     """
     if one.guard is None:
         return False
-    if one.mask is not None and not _is_finite(model, one.mask):
+    if one.mask is not None and not _is_finite(one.mask):
         return "its mask may hold -inf in a whole row"
+    if one.mask is not None:
+        _halve_lowest(model, one.mask)
     substitute(one.guard.outputs[0], one.softmax.outputs[0])
     return True
 
@@ -379,31 +381,41 @@ def _behind(model: ir.Model, node: ir.Node) -> Builder:
     return Builder(model, following[following.index(node) + 1])
 
 
-def _is_finite(model: ir.Model, mask: ir.Value) -> bool:
-    """Return True if every value of a mask is finite, and stays finite with a score added.
+def _is_finite(mask: ir.Value) -> bool:
+    """Return True if every value of a mask is finite, and can stay finite with a score added.
 
-    In fp16 the lowest number does not stay finite. In a ``Where`` it is replaced by half of it.
+    In fp16 the lowest number does not stay finite. :func:`_halve_lowest` replaces it if a ``Where`` has it.
     """
+    mask = _unshaped(mask)
     array = array_of(mask)
     if array is not None:
         return bool(np.isfinite(array).all()) and not _is_half(mask)
-    node = made_by(mask, "Where", "Expand", "Unsqueeze", "Reshape", "Cast")
-    if node is None:
-        return False
-    if node.op_type != "Where":
+    choice = made_by(mask, "Where")
+    numbers = [] if choice is None else [scalar(value) for value in choice.inputs[1:]]
+    return bool(numbers) and all(number is not None and np.isfinite(number) for number in numbers)
+
+
+def _halve_lowest(model: ir.Model, mask: ir.Value) -> None:
+    """Raise the numbers in the ``Where`` of a fp16 mask to half the lowest number, if they are lower."""
+    mask = _unshaped(mask)
+    choice = made_by(mask, "Where")
+    if choice is None or not _is_half(mask):
+        return
+    for index in (1, 2):
+        number = scalar(choice.inputs[index])
+        if number is not None and number < _HALF_LOWEST:
+            low = Builder(model, choice).number(_HALF_LOWEST, mask)
+            choice.replace_input_with(index, low)
+
+
+def _unshaped(value: ir.Value) -> ir.Value:
+    """Return the value of the same dtype that a value is a view of."""
+    while (node := made_by(value, "Expand", "Unsqueeze", "Reshape", "Cast")) is not None:
         source = node.inputs[0]
-        same = source is not None and source.dtype == mask.dtype
-        return same and _is_finite(model, source)
-    branches = [array_of(array) for array in node.inputs[1:]]
-    if any(array is None or array.size != 1 or not np.isfinite(array).all() for array in branches):
-        return False
-    if _is_half(mask):
-        for index in (1, 2):
-            number = scalar(node.inputs[index])
-            if number is not None and number < _HALF_LOWEST:
-                low = Builder(model, node).number(_HALF_LOWEST, mask)
-                node.replace_input_with(index, low)
-    return True
+        if source is None or source.dtype != value.dtype:
+            break
+        value = source
+    return value
 
 
 _HALF_LOWEST = -32752.0  # half the lowest number of fp16: a score as low can be added

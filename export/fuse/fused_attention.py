@@ -25,6 +25,7 @@ from lora_fx.export.fuse.graph import (
     at_each,
     at_nodes,
     axis_size,
+    input_axis,
     joined,
     made_by,
     names_of,
@@ -219,12 +220,13 @@ def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
             return 0, {"a cache is read outside of GroupQueryAttention": 1}
         if past in read:
             counted.append(node)
+    if counted and None in (input_axis(model, "total_length"), input_axis(model, "sequence")):
+        return 0, {"no input of the file has the length of the whole text": 1}
     for node in counted:
         builder = Builder(model, node)
         total = size_vector(model, builder, "total_length")
         new = size_vector(model, builder, "sequence")
-        if total is None or new is None:
-            return 0, {"no input of the file has the length of the whole text": 1}
+        assert total is not None
         count = builder.op("Sub", [total, new], like=total, shape=node.outputs[0].shape)
         substitute(node.outputs[0], count)
     model.metadata_props[SHARED_CACHE_KEY] = "1"

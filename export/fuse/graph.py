@@ -23,6 +23,7 @@ __all__ = [
     "axis_size",
     "consumers",
     "factors_of",
+    "input_axis",
     "joined",
     "made_by",
     "names_of",
@@ -384,20 +385,24 @@ def size_vector(model: ir.Model, builder: Builder, size: Size | None) -> ir.Valu
     """
     if size is None or isinstance(size, int):
         return None if size is None else builder.ints([size])
-    total: ir.Value | None = None
-    for term in size.split(" + "):
-        part = _input_size(model, builder, term)
-        if part is None:
-            return None
-        total = part if total is None else builder.op("Add", [total, part], like=part, shape=[1])
-    return total
+    axes = [input_axis(model, term) for term in size.split(" + ")]
+    if None in axes:
+        return None
+    parts = [
+        builder.op("Shape", [value], {"start": axis, "end": axis + 1}, shape=[1])
+        for value, axis in filter(None, axes)
+    ]
+    return functools.reduce(
+        lambda total, part: builder.op("Add", [total, part], like=part, shape=[1]), parts
+    )
 
 
-def _input_size(model: ir.Model, builder: Builder, name: str) -> ir.Value | None:
+def input_axis(model: ir.Model, name: str) -> tuple[ir.Value, int] | None:
+    """Return the first input of the file with an axis of this name, and the axis, or None."""
     for value in model.graph.inputs:
         for axis, size in enumerate(names_of(value)):
             if size == name:
-                return builder.op("Shape", [value], {"start": axis, "end": axis + 1}, shape=[1])
+                return value, axis
     return None
 
 

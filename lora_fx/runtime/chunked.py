@@ -216,23 +216,10 @@ class Job:
             torch.zeros_like(tensor, dtype=_exact(tensor.dtype)) if on else None
             for tensor, on in zip((flat, *given), wanted, strict=True)
         ]
-        count, losses = self.count(), []
-        for chunk in self.chunks():
-            index = self.places[chunk]
-            rows = flat[index].requires_grad_(wanted[0])
-            with torch.enable_grad(), kept_here():
-                loss = self.of_rows(rows, chunk, tensors)
-                inputs = [tensor for tensor in (rows, *tensors) if tensor.requires_grad]
-                start = self._start(loss, chunk, grad, count)
-                grads = iter(torch.autograd.grad(loss, inputs, start, allow_unused=True))
-            losses.append(loss.detach())
-            for position, total in enumerate(sums):
-                if total is not None and (part := next(grads)) is not None:
-                    if position:
-                        total += part
-                    else:
-                        total.index_add_(0, index, part.to(total.dtype))
-            del loss, grads, part
+        count = self.count()
+        losses = [
+            self._add_gradients(sums, flat, tensors, chunk, grad, count) for chunk in self.chunks()
+        ]
         sources = (flat, *given)
         results = [
             None if total is None else total.to(tensor.dtype).view(tensor.shape)
@@ -244,6 +231,40 @@ class Job:
             torch.cat(losses).view(self.shape) if self.reduction == "none" else self._total(losses)
         )
         return value, results
+
+    def _add_gradients(
+        self,
+        sums: Sequence[Tensor | None],
+        flat: Tensor,
+        tensors: Sequence[Tensor],
+        chunk: slice,
+        grad: Tensor | None,
+        count: Tensor | None,
+    ) -> Tensor:
+        """Add the gradients of one chunk to the sums, and return its loss. Its tensors are freed then.
+
+        Args:
+            sums: The sums for x and for each of ``tensors``; None for those that need no gradient.
+            flat: The head's input, [rows, in].
+            tensors: The other inputs, which require a gradient if it is needed.
+            chunk: The chunk.
+            grad: The gradient of the loss.
+            count: The divisor of the loss.
+        """
+        index = self.places[chunk]
+        rows = flat[index].requires_grad_(sums[0] is not None)
+        with torch.enable_grad(), kept_here():
+            loss = self.of_rows(rows, chunk, tensors)
+            inputs = [tensor for tensor in (rows, *tensors) if tensor.requires_grad]
+            start = self._start(loss, chunk, grad, count)
+            grads = iter(torch.autograd.grad(loss, inputs, start, allow_unused=True))
+        for position, total in enumerate(sums):
+            if total is not None and (part := next(grads)) is not None:
+                if position:
+                    total += part
+                else:
+                    total.index_add_(0, index, part.to(total.dtype))
+        return loss.detach()
 
     def _start(
         self, loss: Tensor, chunk: slice, grad: Tensor | None, count: Tensor | None

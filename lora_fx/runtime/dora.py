@@ -40,6 +40,7 @@ __all__ = [
     "rescaled",
     "shifted",
     "steered",
+    "times_gains",
     "weight_norm",
 ]
 
@@ -415,10 +416,17 @@ def _with_product(total: Tensor, base: Tensor, vector: Tensor) -> Tensor:
     return total + base * vector
 
 
-def _scaled(grad: Tensor, gains: Tensor) -> Tensor:
+def times_gains(grad: Tensor, gains: Tensor, space: Tensor | None = None) -> Tensor:
+    """Return a gradient times gains, rounded once if the gains have a wider dtype.
+
+    Args:
+        grad: The gradient.
+        gains: g.
+        space: A tensor that the result may overwrite, or None.
+    """
     if gains.dtype == grad.dtype:
-        return grad * gains
-    return torch.addcmul(grad, grad, (gains - 1).to(grad.dtype))
+        return torch.mul(grad, gains, out=space)
+    return torch.addcmul(grad, grad, (gains - 1).to(grad.dtype), out=space)
 
 
 def _summed(product: Tensor, like: Tensor) -> Tensor:
@@ -451,7 +459,7 @@ class _FromOutput(torch.autograd.Function):
         out, gains, bias = ctx.saved_tensors
         (grad,) = grads
         product = grad * (out if bias is None else out - bias)
-        return _scaled(grad, gains), grad, _summed(product, gains) / gains, None
+        return times_gains(grad, gains), grad, _summed(product, gains) / gains, None
 
 
 class _FromInput(torch.autograd.Function):
@@ -477,4 +485,4 @@ class _FromInput(torch.autograd.Function):
         # Autocast is off in a backward, but the base product may have run under it.
         bias = None if bias is None else bias.to(grad.dtype)
         base = F.linear(x.to(grad.dtype), weight.to(grad.dtype), bias)
-        return _scaled(grad, gains), grad, _summed(grad * base, gains), None, None, None
+        return times_gains(grad, gains), grad, _summed(grad * base, gains), None, None, None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.dora import divisible
+from lora_fx.runtime.dora import divisible, times_gains
 from lora_fx.runtime.fused_lora import (
     add_product,
     apply,
@@ -286,7 +286,7 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
             grad_a = dropped_outer(inner, x, masked, seed).to(a.dtype)
     if wants.x or wants.weight:
         # Reuse the memory of the product: on a CPU an allocation costs more than the computation.
-        scaled = _scaled(grad, gains, options, None if again else product)
+        scaled = _before_gain(grad, gains, options, None if again else product)
         if wants.weight:
             grad_weight = scaled.T @ flat(_known(x))
         if wants.x:
@@ -322,7 +322,7 @@ def _scale(matrix: Tensor, gains: Tensor) -> None:
         matrix.addcmul_(matrix, (gains - 1).to(matrix.dtype))
 
 
-def _scaled(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
+def _before_gain(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None) -> Tensor:
     """Return the gradient before the gain.
 
     Args:
@@ -331,9 +331,7 @@ def _scaled(grad: Tensor, gains: Tensor, options: _Options, space: Tensor | None
         options: The options, with the outputs that have a gain.
         space: A tensor that the result may overwrite, or None. It is used only if it has the same size.
     """
-    change = gains - 1
-    if options.rows is not None:
-        change, space = F.pad(change, (options.rows[0], grad.shape[1] - options.rows[1])), None
-    elif gains.dtype == grad.dtype:
-        return torch.mul(grad, gains, out=space)
-    return torch.addcmul(grad, grad, change.to(grad.dtype), out=space)
+    if options.rows is None:
+        return times_gains(grad, gains, space)
+    change = F.pad(gains - 1, (options.rows[0], grad.shape[1] - options.rows[1]))
+    return torch.addcmul(grad, grad, change.to(grad.dtype))

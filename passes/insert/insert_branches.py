@@ -333,12 +333,12 @@ class Insert(Pass):
         if planned is None:
             assert capture.plan is not None
             planned = capture.plan.sites
-        rows = [row for row in planned if not _inserted(capture, row, self.adapter)]
-        if not rows:
+        missing = _missing(planned, capture.regions, self.adapter)
+        if not missing:
             return PassResult(capture, False)
         regions = dict(capture.regions)
         known: dict[Any, fx.Graph] = {}
-        for name, work in _by_region(rows, capture.regions).items():
+        for name, work in missing.items():
             region = regions[name]
             jobs = tuple(self._job(capture, region, row, index) for row, index in work)
             # Equal layers share their graph before and after the pass.
@@ -461,25 +461,24 @@ def _tag(part: str, adapter: str, role: Role) -> Tag:
     return Tag(part, role, "" if role is Role.BASE else adapter)
 
 
-def _inserted(capture: Capture, row: PlannedSite, adapter: str) -> bool:
-    """Return True if the adapter's branch is in the graph already."""
-    for call in row.site.calls:
-        if call.region in capture.regions:
-            region = capture.regions[call.region]
-            tag = _tag(relative(row.site.place, region.fqn), adapter, Role.ADD)
-            graph = region.graph
-            return tag in map(tag_of, graph.nodes)
-    return False
-
-
-def _by_region(
-    rows: Iterable[PlannedSite], regions: Mapping[str, Region]
+def _missing(
+    rows: Iterable[PlannedSite], regions: Mapping[str, Region], adapter: str
 ) -> dict[str, list[tuple[PlannedSite, int]]]:
-    """Return the rows and call indices to insert, by region. Calls in regions removed since are skipped."""
+    """Return the rows and call indices to insert, by region.
+
+    Calls in regions removed since are skipped, and those in graphs that have the adapter's branch already.
+    """
     result: dict[str, list[tuple[PlannedSite, int]]] = defaultdict(list)
+    tags: dict[str, set[Tag | None]] = {}
     for row in rows:
         for index, call in enumerate(row.site.calls):
-            if call.region in regions:
+            region = regions.get(call.region)
+            if region is None:
+                continue
+            if call.region not in tags:
+                tags[call.region] = {tag_of(node) for node in region.graph.nodes}
+            added = _tag(relative(row.site.place, region.fqn), adapter, Role.ADD)
+            if added not in tags[call.region]:
                 result[call.region].append((row, index))
     return result
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._sympy import functions as sizes
 
 import lora_fx
-from lora_fx.export.trace import normal_size
+from lora_fx.export.trace import _free_name, normal_size
 
 
 class Same(nn.Module):
@@ -43,6 +43,13 @@ def test_padding_at_every_stride_keeps_the_axes(tmp_path: Path) -> None:
         x = torch.randn(1, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(session.run(x)["output"], model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_names_of_axes_are_different() -> None:
+    taken = {"sequence", "past_sequence"}
+    assert _free_name("ids", "sequence", taken) == "ids_sequence"
+    assert _free_name("past", "sequence", taken) == "past_past_sequence"
+    assert _free_name("ids", "width", taken) == "width"
 
 
 SIZES = st.deferred(

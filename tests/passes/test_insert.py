@@ -87,6 +87,30 @@ def test_inserting_twice_changes_nothing_the_second_time() -> None:
     assert again.capture is once
 
 
+class ReadsItsLayer(nn.Module):
+    """Applies the weight of a layer, in its own graph and in that of the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.layer(x), self.layer.weight)
+
+
+def test_each_graph_that_applies_a_weight_gets_its_branch() -> None:
+    captured, plan = planned(ReadsItsLayer(), r=2, target_modules=["layer"])
+    (row,) = plan.sites
+    first, second = (call.region for call in row.site.calls)
+    once = Insert(plan.sites)(captured).capture
+    half = dataclasses.replace(once, regions={**once.regions, second: captured.regions[second]})
+    again = Insert(plan.sites)(half)
+    assert again.modified
+    assert again.capture.regions[first] is once.regions[first]
+    assert printed(again.capture.regions[second].graph) == printed(once.regions[second].graph)
+    assert not Insert(plan.sites)(dataclasses.replace(once, regions={})).modified
+
+
 def test_factors_are_added_once() -> None:
     captured, plan = planned(Residual(), r=2)
     captured = dataclasses.replace(captured, plan=plan)

@@ -21,7 +21,7 @@ from lora_fx.export.fuse import (
     check_attention,
     fuse,
 )
-from lora_fx.export.fuse.fused_attention import group_query_attention
+from lora_fx.export.fuse.fused_attention import group_query_attention, share_cache
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from tests.export.fuse.conftest import Exported
@@ -349,3 +349,19 @@ def test_a_cache_that_is_read_elsewhere_is_not_shared(tmp_path: Any) -> None:
     assert fused.done["group-query-attention"] == 2
     assert fused.refused["shared-cache"] == "a cache is read outside of GroupQueryAttention (1×)"
     assert SHARED_CACHE_KEY not in made.metadata_props
+
+
+def test_a_file_without_the_length_of_the_text_is_not_changed(tmp_path: Any) -> None:
+    made = converted(tmp_path)
+    fuse(made, Target("runtime"))
+    past = next(v for v in made.graph.inputs if v.name == "past_key_values.0.key")
+    length = ir.node("Shape", [past], {"start": 2, "end": 3})
+    length.outputs[0].dtype, length.outputs[0].shape = ir.DataType.INT64, ir.Shape([1])
+    made.graph.append(length)
+    made.graph.outputs.append(length.outputs[0])
+    for value in made.graph.inputs:
+        names = ["other" if str(size) == "total_length" else size for size in value.shape]
+        value.shape = ir.Shape(names)
+    before = list(made.graph)
+    assert share_cache(made) == (0, {"no input of the file has the length of the whole text": 1})
+    assert list(made.graph) == before
