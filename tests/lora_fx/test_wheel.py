@@ -24,6 +24,9 @@ FOLDERS = {
     "tools": "lora_fx/tools",
 }
 
+# Run from a clone, and not in the wheel.
+OF_CLONES = ("bench", "zoo")
+
 # What an sdist has beside the packages.
 BESIDE = (".ci", "docs", "examples", "tests")
 
@@ -96,27 +99,49 @@ def test_it_owns_one_import_name(wheel: Path, site: Path) -> None:
     assert [path.name for path in (site / "bin").iterdir() if path.is_file()] == ["lora-fx"]
 
 
-def test_every_module_travels(site: Path) -> None:
+def test_every_module_travels_but_those_of_clones(site: Path) -> None:
+    left_out = tuple(f"lora_fx/tools/{package}/" for package in OF_CLONES)
     in_tree = {
-        f"{installed}/{path.relative_to(ROOT / folder).as_posix()}"
+        name
         for folder, installed in FOLDERS.items()
         for path in (ROOT / folder).rglob("*.py")
+        if not (name := f"{installed}/{path.relative_to(ROOT / folder).as_posix()}").startswith(
+            left_out
+        )
     }
     installed = {path.relative_to(site).as_posix() for path in site.rglob("lora_fx/**/*.py")}
     assert installed == in_tree
 
 
-@pytest.mark.parametrize("package", ["draw", "bench", "zoo"])
-def test_types_and_the_files_beside_the_code_travel(site: Path, package: str) -> None:
+@pytest.mark.parametrize("command", OF_CLONES)
+def test_commands_of_clones_say_so(site: Path, tmp_path: Path, command: str) -> None:
+    assert not (site / "lora_fx/tools" / command).exists()
+    # -S leaves out the import hook of our own editable install, which knows these packages.
+    path = os.pathsep.join([str(site), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "lora_fx", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"lora-fx {command} needs a clone of the repository" in said
+    assert f"run make {command} in the clone" in said
+
+
+def test_types_and_the_files_beside_the_code_travel(site: Path) -> None:
     assert (site / "lora_fx/py.typed").is_file()
-    folder = ROOT / "tools" / package
+    folder = ROOT / "tools" / "draw"
     assets = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
         if path.is_file() and path.suffix not in {".py", ".pyc"}
     }
     assert assets
-    assert not {name for name in assets if not (site / "lora_fx/tools" / package / name).is_file()}
+    assert not {name for name in assets if not (site / "lora_fx/tools/draw" / name).is_file()}
 
 
 def test_the_sdist_has_all_of_the_repository(sdist: Path) -> None:
@@ -291,7 +316,8 @@ def test_pyright_sees_types(install: str, request: pytest.FixtureRequest, tmp_pa
 def test_the_links_are_those_of_the_wheel(editable: Path, site: Path) -> None:
     def modules(root: Path) -> set[str]:
         # A link to a folder is not entered by rglob.
-        found = {root, *(one.resolve() for one in root.iterdir() if one.is_dir())}
-        return {one.name for folder in found for one in folder.rglob("*.py")}
+        folders = {root, *(folder.resolve() for folder in root.iterdir() if folder.is_dir())}
+        files = [file for folder in folders for file in folder.rglob("*.py")]
+        return {file.name for file in files if file.parent.name not in OF_CLONES}
 
     assert modules(editable / "lora_fx") == modules(site / "lora_fx")

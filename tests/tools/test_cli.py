@@ -785,3 +785,13 @@ def test_one_adapter_is_compared_with_its_base(here: Path) -> None:
     text = (here / "two.html").read_text(encoding="utf-8")
     assert "base: Net" in text
     assert "adapter: Net" in text
+
+
+@pytest.mark.parametrize("command", ["bench", "zoo"])
+def test_commands_of_a_clone_say_so_elsewhere(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, f"lora_fx.tools.{command}", None)
+    words = " ".join(refused(command).split())
+    assert f"lora-fx {command} needs a clone of the repository" in words
+    assert f"run make {command} in the clone" in words

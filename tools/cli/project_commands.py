@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_fx.errors import ConfigError
-from lora_fx.extras import check_installed
+from lora_fx.extras import check_installed, is_installed
 from lora_fx.files import replacing
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
@@ -154,7 +154,7 @@ def bench(
     peer_env: list[str] | None = None,
     out: Path | None = None,
 ) -> None:
-    """Measure rewrites, training steps and merges against PEFT and others, and write the page.
+    """Measure rewrites, training steps and merges against PEFT and others, and write the page. Needs a clone.
 
     Args:
         only: A section to run, as the error for a wrong name lists them; repeatable.
@@ -164,6 +164,7 @@ def bench(
             repeatable.
         out: The page to write, replaced if it is there; docs/benchmarks.md if all of it runs, else none.
     """
+    _check_clone("bench")
     from lora_fx.tools.bench.export_peers import set_environments
     from lora_fx.tools.bench.measure import Size
     from lora_fx.tools.bench.report import run_benchmarks, select, write
@@ -198,7 +199,7 @@ def zoo(
     resume: bool = False,
     since: str = "",
 ) -> None:
-    """Rewrite, train, merge and export every model of the zoo, and write the page.
+    """Rewrite, train, merge and export every model of the zoo, and write the page. Needs a clone.
 
     Args:
         only: A part of the names to run, or a pattern with * and ?.
@@ -214,6 +215,7 @@ def zoo(
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
+    _check_clone("zoo")
     from lora_fx.export.fuse import Level
     from lora_fx.tools.zoo.report import PARTS, exceptions, page, runtime_table, summary, table
     from lora_fx.tools.zoo.runner import ENTRIES, Options, run_jobs, select
@@ -258,6 +260,19 @@ def zoo(
         every = [known[entry.name] for entry in ENTRIES if entry.name in known]
         target.write_text(page(every), encoding="utf-8")
         console.say(f"written to {target}")
+
+
+def _check_clone(command: str) -> None:
+    """Raise if the code of a command is not there, because lora-fx was installed from a wheel.
+
+    Raises:
+        ConfigError: It says where the command runs.
+    """
+    if not is_installed(f"lora_fx.tools.{command}"):
+        raise ConfigError(
+            f"lora-fx {command} needs a clone of the repository, since a wheel has no tools/{command}/: run "
+            f"make {command} in the clone"
+        )
 
 
 def _write(store: Path, rows: Sequence[Row]) -> None:
