@@ -274,7 +274,7 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
         "What was tried with each training stack. Every cell comes from tests that run the library itself.",
         "`python docs/integrations.py --write` runs them and writes the page. *Passed* leads to the tests;",
         "*refused* means that an error says what to do, which a test checks; an empty cell has no test.",
-        "[Training](guides/training.md#trainers-and-checkpoints) tells how to use the stacks.",
+        "[Trainers and checkpoints](guides/trainers.md) tells how to use the stacks.",
         "",
         f"Run with {used}.",
         "",
@@ -283,7 +283,7 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
         "## Several processes",
         "",
         "Stacks in which two or four processes have one model. Losses, gradients and merged weights are",
-        "those of one process. [Many GPUs](guides/training.md#many-gpus) tells how to use them.",
+        "those of one process. [Many processes](guides/processes.md) tells how to use them.",
         "",
         *table({name: stacks[name] for name in PARALLEL if name in stacks}, PARALLEL_FEATURES),
     ]
