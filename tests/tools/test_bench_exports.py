@@ -227,17 +227,18 @@ def text_times(merged: float, adapted: float) -> Generated:
 
 
 def test_generated_tokens_are_judged_beside_the_peer() -> None:
+    adapted = "a generated token with an adapter of rank 16 / onnxruntime-genai's"
     found = verdicts("generation", text_times(1.05, 1.10))
     assert found["a generated token / onnxruntime-genai's"] == (
         "1.05; A/A 1.01 (1.01 to 1.01)",
         "yes",
     )
-    assert found["the same with an adapter of rank 16"][1] == "yes"
+    assert found[adapted][1] == "yes"
     found = verdicts("generation", text_times(1.11, 1.30))
     assert found["a generated token / onnxruntime-genai's"][1] == "no, by 0.05"
-    assert found["the same with an adapter of rank 16"][1] == "no, by 0.14"
+    assert found[adapted][1] == "no, by 0.14"
     alone = Generated({GENERATED: Sample((1.0,) * 5)}, 64, (), "not installed: make bench-envs")
-    assert verdicts("generation", alone)["the same with an adapter of rank 16"][1] == "–"
+    assert verdicts("generation", alone)[adapted][1] == "–"
 
 
 def single_runs(ours: float, peer: str, step: str, slower: float = 2.0) -> Runs:
@@ -250,7 +251,7 @@ def test_single_runs_are_judged_beside_the_fastest_file() -> None:
     prefill, decode, swapped, read = (
         "prefill of 128, of 8 × 128 / onnxruntime-genai's builder",
         "decode, past 128, 512, batch of 8 / onnxruntime-genai's builder",
-        "the same with an adapter of rank 16 swapped in / ours without",
+        "decode with an adapter of rank 16 swapped in / ours without",
         "BERT, 1 and 8 × 128 / optimum, transformers.optimizer",
     )
     found = verdicts("peer_runs", single_runs(0.98, BUILT, "prefill, 128"))
@@ -292,11 +293,11 @@ def test_a_step_of_several_adapters_is_judged_at_the_worst_length() -> None:
 
     beside, separate = (
         "step of 8 adapters of ranks 4 to 64, 8 rows / step of one adapter",
-        "the same",
+        "step of 8 adapters of ranks 4 to 64, 8 rows / 8 steps of one row",
     )
     found = verdicts("together_step", {"8 tokens": samples(1.2), "64 tokens": samples(0.9)})
     assert found[beside] == ("1.20 (8 tokens), 0.90 (64 tokens)", "yes")
-    assert found[f"{separate} / 8 steps of one row"][1] == "no, by 0.1"
+    assert found[separate][1] == "no, by 0.1"
 
 
 def test_reasons_fit_into_a_cell() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_fx.tools.bench import (
     export_peers,
@@ -36,7 +36,7 @@ from lora_fx.tools.bench.measure import Sample, ratio
 from lora_fx.tools.bench.one_linear import Cell
 from lora_fx.tools.bench.steps import Measured
 
-__all__ = ["COLUMNS", "rows"]
+__all__ = ["GOALS", "NOT_MEASURED", "Row", "gains", "rows"]
 
 _MIB = 2**20
 _LATENCIES = Mapping[tuple[str, str], onnx_latency.Latency]
@@ -50,11 +50,15 @@ class Verdict:
         measured: The figures.
         excess: Measured minus allowed figure, in the goal's unit. The goal is met if it is not positive.
         unit: Unit of the excess.
+        ours: The figure that users gain, for goals that have a text about it.
+        peft: The same figure of PEFT, if there is one.
     """
 
     measured: str
     excess: float
     unit: str = ""
+    ours: str = ""
+    peft: str = ""
 
     @property
     def met(self) -> bool:
@@ -65,8 +69,28 @@ class Verdict:
         return "yes" if self.met else f"no, by {self.excess:.2g}{self.unit}"
 
 
-COLUMNS = ("workload", "PEFT, when the goal was set", "goal", "measured", "met", "what bounds it")
-"""Columns of the table."""
+NOT_MEASURED = "not measured"
+"""Figures of a goal without results."""
+
+
+class Row(NamedTuple):
+    """A goal and its verdict, as the page shows them.
+
+    Attributes:
+        workload: Measured workload.
+        peft: PEFT's figure when the goal was set.
+        goal: Text of the goal.
+        measured: The figures, or :data:`NOT_MEASURED`.
+        met: ``yes``, ``no`` with the excess, or a dash.
+        bound: For a missed goal, the section that shows what bounds it.
+    """
+
+    workload: str
+    peft: str
+    goal: str
+    measured: str
+    met: str
+    bound: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +106,7 @@ class Goal:
         peft: PEFT's figure when the goal was set.
         key: Key of the result within the section, or None for all results.
         given: Further arguments of the function.
+        gain: The measured figure in the words of a user, if the page begins with it.
     """
 
     workload: str
@@ -89,6 +114,7 @@ class Goal:
     section: str
     bound: str
     judge: str
+    gain: str = ""
     peft: str = ""
     key: str | list[Any] | None = None
     given: tuple[float, ...] = ()
@@ -113,20 +139,26 @@ GOALS = tuple(
 
 def rows(
     results: Mapping[str, Any], reference: Callable[[str], str] = lambda section: section
-) -> list[tuple[str, ...]]:
-    """Return the table's cells, with a row for every goal, measured or not.
+) -> list[Row]:
+    """Return a row for every goal, measured or not.
 
     Args:
         results: Results by section.
         reference: Formats the page's reference to a section. A missed goal refers to its ``bound`` section.
     """
-    table: list[tuple[str, ...]] = []
+    table: list[Row] = []
     for goal in GOALS:
         verdict = goal.verdict(results)
-        cells = ("not measured", "–") if verdict is None else (verdict.measured, str(verdict))
+        cells = (NOT_MEASURED, "–") if verdict is None else (verdict.measured, str(verdict))
         why = reference(goal.bound) if verdict is not None and not verdict.met else ""
-        table.append((goal.workload, goal.peft, goal.goal, *cells, why))
+        table.append(Row(goal.workload, goal.peft, goal.goal, *cells, why))
     return table
+
+
+def gains(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Return what users gain: a text, the figure of lora-fx, and that of PEFT or an empty string."""
+    verdicts = [(goal.gain, goal.verdict(results)) for goal in GOALS if goal.gain]
+    return [(gain, verdict.ours, verdict.peft) for gain, verdict in verdicts if verdict is not None]
 
 
 def _overheads(measured: Measured, dropout: float) -> tuple[list[float], str]:
@@ -153,8 +185,8 @@ def above_floor(found: Measured) -> Verdict:
 
 def with_dropout(found: Measured) -> Verdict:
     """Judge the overhead with dropout."""
-    (ours, *_), text = _overheads(found, 0.05)
-    return Verdict(text, ours - 1.20)
+    (ours, peft, _), text = _overheads(found, 0.05)
+    return Verdict(text, ours - 1.20, ours=f"{ours:.2f}", peft=f"{peft:.2f}")
 
 
 def step_time(
@@ -200,7 +232,7 @@ def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
         return None
     ours, peft, shared = sizes
     text = f"{ours:.1f} MiB; with example inputs {shared:.1f}; PEFT {peft:.1f}"
-    return Verdict(text, ours - most, " MiB")
+    return Verdict(text, ours - most, " MiB", f"{ours:.1f} MiB", f"{peft:.1f} MiB")
 
 
 def decomposed_saved(found: Measured) -> Verdict | None:
@@ -213,7 +245,7 @@ def decomposed_saved(found: Measured) -> Verdict | None:
     text = (
         f"{plain:.1f} MiB; p = 0.05 {dropped:.1f}; with memory='fast' {fast:.1f}; PEFT {peft:.1f}"
     )
-    return Verdict(text, plain - 25, " MiB")
+    return Verdict(text, plain - 25, " MiB", f"{plain:.1f} MiB", f"{peft:.1f} MiB")
 
 
 def kept_in_all(found: Mapping[str, Measured]) -> Verdict | None:
@@ -260,7 +292,7 @@ def vocabulary_peak(found: Measured) -> Verdict | None:
         f"{ours:.1f} MiB, largest tensor {known[0].largest / _MIB:.1f}; with memory='fast' {chunked:.1f}; "
         f"with all logits {whole:.1f}; PEFT {peft:.1f}"
     )
-    return Verdict(text, ours - whole / 3, " MiB")
+    return Verdict(text, ours - whole / 3, " MiB", f"{ours:.1f} MiB", f"{peft:.1f} MiB")
 
 
 def decomposed_time(found: Measured) -> Verdict:
@@ -277,7 +309,8 @@ def decomposed_time(found: Measured) -> Verdict:
 def experts(found: Measured) -> Verdict:
     """Judge the overhead on the weights of experts."""
     ours, peft = (found.overhead(name).median for name in (OURS, PEFT))
-    return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.25)
+    figures = f"{ours:.2f}", f"{peft:.2f}"
+    return Verdict("; PEFT ".join(figures), ours - 1.25, "", *figures)
 
 
 def nf4_time(found: Measured, dropout: float) -> Verdict:
@@ -288,7 +321,7 @@ def nf4_time(found: Measured, dropout: float) -> Verdict:
     beside = ratio(*(found.steps[name].sample for name in names))
     noise = max(1.0, found.overhead(AGAIN).high)
     text = f"{ours:.2f}; PEFT {peft:.2f}; beside it {beside.median:.2f}; A/A {noise:.2f}"
-    return Verdict(text, beside.median - noise)
+    return Verdict(text, beside.median - noise, "", f"{ours:.2f}", f"{peft:.2f}")
 
 
 def nf4_saved(found: Measured) -> Verdict | None:
@@ -320,7 +353,8 @@ def nf4_quality(learned: learning.Learned) -> Verdict:
 def rewrite(found: verbs.Scale) -> Verdict:
     """Judge the time of a rewrite."""
     ours, peft = (found.samples[name].median for name in (OURS, PEFT))
-    return Verdict(f"{ours:.3f} s; PEFT {peft:.3f} s", ours - 0.15, " s")
+    figures = f"{ours:.3f} s", f"{peft:.3f} s"
+    return Verdict("; PEFT ".join(figures), ours - 0.15, " s", *figures)
 
 
 def curves(found: learning.Curves) -> Verdict:
@@ -379,7 +413,7 @@ def merge(found: Mapping[str, verbs.Merged], part: float) -> Verdict:
     text = (
         f"into=base {into:.3f} s; a new model {ours:.3f}; PEFT {peft:.3f}; addmm_ alone {bound:.3f}"
     )
-    return Verdict(text, into - part * peft, " s")
+    return Verdict(text, into - part * peft, " s", f"{into:.3f} s", f"{peft:.3f} s")
 
 
 def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
@@ -396,7 +430,8 @@ def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
 def rounding(found: Mapping[str, Mapping[str, verbs.MergeError]]) -> Verdict:
     """Judge if merged weights are rounded only once."""
     ours, peft = (max(errors[name].largest for errors in found.values()) for name in (OURS, PEFT))
-    return Verdict(f"{ours:.3f} ulp; PEFT {peft:.3f}", ours - 0.5005, " ulp")
+    text = f"{ours:.3f} ulp; PEFT {peft:.3f}"
+    return Verdict(text, ours - 0.5005, " ulp", f"{ours:.3f} ulp", f"{peft:.3f} ulp")
 
 
 def gpu(found: Mapping[Cell, Any]) -> Verdict:
@@ -411,7 +446,8 @@ def exported(found: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdict:
     ours = {key: row for key, row in found.items() if key[2].startswith(OURS)}
     errors = [row.parity for row in ours.values() if row.parity is not None]
     text = f"{len(errors)} of {len(ours)} files, largest error {max(errors, default=0):.1e}"
-    return Verdict(text, sum(row.outcome != "yes" for row in ours.values()), " files")
+    failed = sum(row.outcome != "yes" for row in ours.values())
+    return Verdict(text, failed, " files", f"{len(ours) - failed} of {len(ours)} files")
 
 
 def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict | None:
@@ -537,4 +573,4 @@ def generated(found: generation.Generated, adapted: float, most: float) -> Verdi
 def switching(found: _LATENCIES) -> Verdict:
     """Judge the time of a switch of adapters."""
     worst = 1e3 * max(map(onnx_latency.switch_time, found.values()))
-    return Verdict(f"{worst:.3f} ms at most", worst - 1, " ms")
+    return Verdict(f"{worst:.3f} ms at most", worst - 1, " ms", f"{worst:.3f} ms")

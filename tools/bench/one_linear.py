@@ -270,8 +270,6 @@ def _with_and_without(
 
 def _kernel_rows(results: Kernels) -> Iterator[list[str]]:
     """Yield O and saved MiB of every contender."""
-    if not results:
-        yield ["not measured: no CUDA with Triton", *[""] * (len(KERNEL_SECTION.columns) - 1)]
     for (shape, rank), contender_results in results.items():
         frozen = contender_results[contenders.FROZEN][0]
         row = [shape.where, str(shape.d), str(shape.tokens), str(rank)]

@@ -101,19 +101,64 @@ def run_benchmarks(
     }
     minutes = (time.monotonic() - began) / 60
     facts = {**machine(), "this run": f"{minutes:.1f} minutes, {repeats} counted turns at most"}
-    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     quick = "" if size is Size.FULL else f"\n{words()['quick']}\n"
-    parts = [f"{words()['head']}\n{quick}\n{listed}\n"]
-    met = markdown(goals.COLUMNS, goals.rows(results, functools.partial(reference, chosen)))
-    parts.append("\n".join(["## Goals", "", *met, ""]))
+    shown_sections = {name: section for name, section in chosen.items() if results[name]}
+    rows = goals.rows(results, functools.partial(reference, shown_sections))
+    missing = [section.title for name, section in chosen.items() if name not in shown_sections]
+    parts = [f"{words()['head']}\n{quick}", *opening(rows, goals.gains(results), missing, facts)]
     images: dict[str, str] = {}
-    for name, section in chosen.items():
+    for name, section in shown_sections.items():
         drawn = section.charts(results[name])
         images |= drawn
         shown = "".join(f"![{_alt(file)}]({IMAGES}/{file})\n\n" for file in drawn)
         table = "\n".join(markdown(*without_empty(*section.rows(results[name]))))
         parts.append(f"## {section.title}\n\n{section.caption}\n\n{shown}{table}\n")
     return "\n".join(parts), images
+
+
+def opening(
+    rows: Sequence[goals.Row],
+    gains: Sequence[tuple[str, str, str]],
+    missing: Sequence[str],
+    facts: Mapping[str, str],
+) -> list[str]:
+    """Return the parts of the page before its sections: gains, missed goals, the others, the method.
+
+    Args:
+        rows: All goals.
+        gains: What users gain: a text, our figure, and PEFT's.
+        missing: Titles of sections without results.
+        facts: The machine and its packages.
+    """
+    measured = [row for row in rows if row.measured != goals.NOT_MEASURED]
+    met = [row for row in measured if not row.bound]
+    missed = [row for row in measured if row.bound]
+    left_out = [*(row.workload for row in rows if row.measured == goals.NOT_MEASURED), *missing]
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    parts = [
+        _table("What you gain", ("", "lora-fx", "PEFT"), gains),
+        _table(
+            f"Missed goals: {len(missed)} of {len(measured)}",
+            ("workload", "goal", "measured", "missed by", "what bounds it"),
+            [
+                (row.workload, row.goal, row.measured, row.met.removeprefix("no, by "), row.bound)
+                for row in missed
+            ],
+        ),
+        f"Not measured on this machine: {'; '.join(left_out)}.\n" if left_out else "",
+        _table(
+            "Goals that were met",
+            ("workload", "PEFT, when the goal was set", "goal", "measured"),
+            [row[:4] for row in met],
+        ),
+        f"{words()['method']}\n\n{listed}\n",
+    ]
+    return [part for part in parts if part]
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a part of the page, or an empty string for a table without rows."""
+    return "\n".join([f"## {title}", "", *markdown(columns, rows), ""]) if rows else ""
 
 
 def without_empty(
