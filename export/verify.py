@@ -389,7 +389,7 @@ class Reference(Protocol):
         description: The reference in words, for the report.
     """
 
-    precision: torch.dtype | None
+    precision: torch.dtype
     description: str
 
     @property
