@@ -40,6 +40,7 @@ from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.parts import called_by_all, check_equal
 from lora_fx.runtime.row_tracking import Follower
+from lora_fx.runtime.sample_calls import ignore_ids, tensors_in, unwatch_calls, watch_calls
 from lora_fx.runtime.samples import (
     COLUMNS,
     IDS,
@@ -47,16 +48,12 @@ from lora_fx.runtime.samples import (
     add_rows,
     ends_selected,
     follow,
-    ignore_ids,
     put_rows,
     rows_added,
     rows_of_tokens,
     rows_selected,
     select_rows,
-    tensors_in,
     unfollow,
-    unwatch_calls,
-    watch_calls,
 )
 from lora_fx.runtime.watch import CODE, GRAPH, Hooked, disarm, entry, is_checked, places_of
 

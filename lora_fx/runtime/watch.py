@@ -8,8 +8,8 @@ them. If such a value meets data in code outside of lora-fx, the call ends with 
 mode is "watched".
 
 An entry point is the forward of a module. A form is its training and gradient mode, and the classes and sizes
-of its arguments (:mod:`lora_fx.runtime.samples`). Later calls of a form cost one set lookup. Compiled calls
-and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
+of its arguments (:mod:`lora_fx.runtime.call_sizes`). Later calls of a form cost one set lookup. Compiled
+calls and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Site, record_of
 from lora_fx.runtime import chunked, logits
 from lora_fx.runtime.adapter_modules import AdapterModule
+from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.classes import (
     BASE,
     Blank,
@@ -53,7 +54,8 @@ from lora_fx.runtime.classes import (
 )
 from lora_fx.runtime.effective import CHANGES, assigned, weight_property
 from lora_fx.runtime.parts import check_equal
-from lora_fx.runtime.samples import IDS, Sizes, refuse_ids
+from lora_fx.runtime.sample_calls import refuse_ids
+from lora_fx.runtime.samples import IDS
 from lora_fx.torch_private import pytree
 
 __all__ = [
