@@ -513,9 +513,7 @@ def export_onnx(
             folder without write permission. Also a full disk, with the size of the file.
     """
     chosen = "cpu" if provider is None else chosen_provider(provider)
-    options = _FileOptions(
-        opset, optimize, chosen, verify, external_data_bytes, shard_bytes
-    )
+    options = _FileOptions(opset, optimize, chosen, verify, external_data_bytes, shard_bytes)
     bank = _BankSizes(max_adapters, max_rank)
     _check_arguments(model, adapters, dtype, opset)
     bank.check(adapters)

@@ -115,7 +115,7 @@ def apply(
 
 
 def _direct(function: type[torch.autograd.Function]) -> Any:
-    """Return ``function.apply`` without its search for defaults in forward's signature, which takes longer."""
+    """Return ``function.apply`` without its slow search for defaults in the signature of forward."""
     base: Any = super(torch.autograd.Function, function)
     return base.apply
 
@@ -403,7 +403,8 @@ class _LoraLinear(torch.autograd.Function):
         kept = x if a.requires_grad or weight.requires_grad else None
         ctx.save_for_backward(kept, None, down if b.requires_grad else None, weight, bias, a, b)
         ctx.dtype, ctx.options, ctx.shape, ctx.source = dtype, options, x.shape, None
-        return torch_private.UNSAFE_VIEW(out, out.shape)
+        result: Tensor = torch_private.UNSAFE_VIEW(out, out.shape)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
