@@ -1,14 +1,14 @@
 """A linear operation and its LoRA branch as one function: ``y = x Wᵀ + bias + s · (drop(x) Aᵀ) Bᵀ``.
 
-The branch is added in place (``addmm_``): nothing of the size tokens × features is made for it, forward or
-backward, but where dropout needs a masked input. For the backward pass it keeps x, or what x is made of
-(:mod:`lora_fx.runtime.recompute`), the product with A ([tokens, r]) and, under dropout, one bit for each
-element of x. Autograd over the plain operations keeps the masked input and its mask instead, and makes four
-more passes over the output.
+The branch is added in place (``addmm_``). Without dropout, neither pass allocates a tensor of tokens ×
+features for it. For the backward pass it keeps x, or the tensors from which x is computed again
+(:mod:`lora_fx.runtime.recompute`), the product with A ([tokens, r]) and, with dropout, one bit for each
+element of x. Autograd over the plain operations keeps the masked input and its mask, and makes four more
+passes over the output.
 
-Operations that share x have one product with all their A's, forward and backward, and one gradient of x.
-Over a quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``, and the
-backward pass makes the weight's values again: nothing of their size is kept.
+Operations that share x have one product with all their A's in each pass, and one gradient of x. Over a
+quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``. The backward pass
+dequantizes the weight again, so that nothing of its size is kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The dtype that autocast computes in on a kind of device; None where it is off."""
+    """Return the dtype of autocast on a kind of device, or None if autocast is off."""
     if _has_autocast(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
@@ -74,14 +74,14 @@ torch_private.make_constant(_has_autocast)  # Dynamo of PyTorch 2.11 cannot trac
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does it, which leaves fp64 alone."""
+    """Cast a tensor as autocast does: fp64 stays."""
     return x if x.dtype == torch.float64 else x.to(dtype)
 
 
 def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
-    """Takes autocast off where it is on: what is computed inside has its dtype already.
+    """Return a context that disables autocast, because the tensors inside have their dtype already.
 
-    In a backward, too: who enters it for that alone would have products in its dtype added to others.
+    A backward pass needs it as well: a caller's autocast would mix products of two dtypes.
     """
     if autocast_dtype(kind) is None:
         return contextlib.nullcontext()
@@ -91,27 +91,27 @@ def without_autocast(kind: str) -> contextlib.AbstractContextManager[object]:
 def apply(
     function: type[torch.autograd.Function],
     plain: Callable[..., tuple[Tensor, ...]],
-    given: tuple[Any, ...],
+    arguments: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
-    """The outputs of an autograd function but the last, which is what it keeps for the backward.
+    """Run an autograd function, and return its outputs without the last, which only its backward reads.
 
     Args:
-        function: It has ``setup_context``.
-        plain: The same outputs of plain operations, with nothing in place: under the transforms of
-            ``torch.func``, since vmap cannot write a batch into what has none, and for a sparse x, which has
-            few operations.
-        given: The arguments of both, x before all others.
+        function: A function with ``setup_context``.
+        plain: A function that computes the same outputs with plain operations, none of them in place. It runs
+            under the transforms of ``torch.func``, because vmap cannot write a batch into a tensor without
+            one, and for a sparse x, which has few operations.
+        arguments: The arguments of both; the first is x.
     """
     compiling = torch.compiler.is_compiling()
-    if transformed() or given[0].layout is not torch.strided:
-        return plain(*given)
-    if compiling and not _wanted(given):
+    if transformed() or arguments[0].layout is not torch.strided:
+        return plain(*arguments)
+    if compiling and not _needs_gradient(arguments):
         # Dynamo does not trace a function that has no gradient to compute.
-        return plain(*given)
+        return plain(*arguments)
     if not torch.is_grad_enabled():
-        return tuple(function.forward(*given)[:-1])
+        return tuple(function.forward(*arguments)[:-1])
     call: Any = function.apply if compiling else _direct(function)
-    return tuple(call(*given)[:-1])
+    return tuple(call(*arguments)[:-1])
 
 
 def _direct(function: type[torch.autograd.Function]) -> Any:
@@ -120,43 +120,44 @@ def _direct(function: type[torch.autograd.Function]) -> Any:
     return base.apply
 
 
-def _wanted(given: tuple[Any, ...]) -> bool:
-    """Whether anything in a call has a gradient."""
+def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return any(isinstance(one, Tensor) and one.requires_grad for one in given)
+    return any(isinstance(value, Tensor) and value.requires_grad for value in arguments)
 
 
 def flat(x: Tensor) -> Tensor:
-    """A matrix of the vectors of the last dimension, [tokens, features]."""
+    """Return x as a matrix, [tokens, features]."""
     return x.reshape(-1, x.shape[-1])
 
 
 def dropped_product(x: Tensor, mask: Tensor | None, a: Tensor) -> Tensor:
-    """``drop(x) Aᵀ``, [tokens, r], not scaled, where no gradient is recorded.
+    """Compute ``drop(x) Aᵀ``, [tokens, r], without the scale. No gradient is recorded.
 
     Args:
         x: [..., in].
-        mask: Of what is dropped, or None.
+        mask: The mask of dropout, or None.
         a: A, [r, in], in the dtype of x.
     """
     if (seed := seed_of(mask, a)) is not None:
-        found: Tensor = torch.ops.lora_fx.dropped_product(x, a, seed)
-        return found
+        product: Tensor = torch.ops.lora_fx.dropped_product(x, a, seed)
+        return product
     return flat(x if mask is None else masked(x, mask)) @ a.T
 
 
 def dropped_outer(grad: Tensor, x: Any, own: Any, seed: Tensor | None) -> Tensor:
-    """``gradᵀ drop(x)``, [r, in], not scaled: the gradient of A.
+    """Compute the gradient of A, ``gradᵀ drop(x)``, [r, in], without the scale.
 
     Args:
-        grad: That of the product with A, [tokens, r].
-        x: [..., in].
-        own: ``drop(x)``, [tokens, in], without a seed.
-        seed: A mask that kernels read, or None.
+        grad: The gradient of the product with A, [tokens, r].
+        x: [..., in]. Read only with a seed.
+        own: ``drop(x)``, [tokens, in]. Read only without a seed.
+        seed: The seed from which kernels draw the mask, or None.
     """
-    found: Tensor = grad.T @ own if seed is None else torch.ops.lora_fx.dropped_outer(grad, x, seed)
-    return found
+    if seed is None:
+        return torch.mm(grad.T, own)
+    gradient: Tensor = torch.ops.lora_fx.dropped_outer(grad, x, seed)
+    return gradient
 
 
 def add_product(
@@ -167,15 +168,15 @@ def add_product(
     factor: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """``total + factor ∘ (left @ right)``.
+    """Compute ``total + factor ∘ (left @ right)``, if possible in ``total``.
 
     Args:
-        total: None for zero.
+        total: [n, m], or None for zero.
         left: [n, k].
         right: [k, m].
-        again: Whether this is differentiated again: then the total may not be written into.
-        factor: [n, m], only where there is a total.
-        seed: A mask that kernels read, instead of a factor, and only where this is not again.
+        again: True if the result is differentiated again. Then ``total`` is not changed.
+        factor: [n, m], or None. Only with a ``total``.
+        seed: The seed from which kernels draw the mask, in the place of a factor. Only without ``again``.
     """
     if total is None:
         return left @ right
@@ -189,17 +190,17 @@ def add_product(
 
 
 Rows = tuple[int, int]
-"""Which of the outputs a branch is added to: start, stop."""
+"""The outputs to which a branch is added: start, stop."""
 
 
 class Kernel(Protocol):
-    """A base product with a weight that has no gradient and is no tensor of autograd's."""
+    """The product with a frozen weight that autograd does not see, such as a quantized one."""
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x Wᵀ + bias``, [..., out], in memory of its own that has no gaps."""
+        """Compute ``x Wᵀ + bias``, [..., out], as a new contiguous tensor."""
 
     def to_input(self, grad: Tensor) -> Tensor:
-        """``grad W``, [tokens, in], of the gradient of the output, [tokens, out]."""
+        """Compute ``grad W``, [tokens, in], from the gradient of the output, [tokens, out]."""
 
 
 Option = tuple[float, Rows | None, Kernel | None]
@@ -214,19 +215,19 @@ def applied(
     plain: bool = False,
     source: Source | None = None,
 ) -> tuple[Tensor, ...]:
-    """Runs operations over one x; where autocast is on, the caller has cast what it casts.
+    """Run operations with one input x. The caller has cast the tensors that autocast would cast.
 
     Args:
         x: [..., in].
         dropout: Probability with which an element of the branches' input is zero.
         options: Scale, rows and kernel of each operation.
-        tensors: Weight (None with a kernel), bias, A and B of each, one after the other.
-        dtype: Of the branches.
-        plain: Whether to run the plain operations in any case.
-        source: How x, before a cast, is made again in the backward; None to keep it.
+        tensors: Weight (None with a kernel), bias, A and B of each operation, as one sequence.
+        dtype: Dtype of the branches.
+        plain: True to run the plain operations in any case.
+        source: The way to compute x, before a cast, again in the backward pass; None to keep x.
 
     Returns:
-        The output of each, [..., out].
+        The output of each operation, [..., out].
     """
     check_not_in_parts(x)
     if x.is_nested:
@@ -249,12 +250,27 @@ def _nested(
     tensors: Sequence[Tensor | None],
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """For sequences of several lengths (``torch.nested``), which have few operations, and no mask of bits."""
+    """Run operations on a nested tensor, which has few operations and no mask of bits."""
     masked = F.dropout(x, dropout) if dropout else x
     return _one_by_one(x, masked.to(dtype), options, tensors)
 
 
+class _Four(NamedTuple):
+    """A value for each tensor of an operation, in the order of :func:`applied`."""
+
+    weight: Any = None
+    bias: Any = None
+    a: Any = None
+    b: Any = None
+
+
+def _in_fours(values: Sequence[Any]) -> list[_Four]:
+    return [_Four(*values[start : start + 4]) for start in range(0, len(values), 4)]
+
+
 class _Operation(NamedTuple):
+    """An operation of a call."""
+
     weight: Tensor
     bias: Tensor | None
     a: Tensor
@@ -264,23 +280,23 @@ class _Operation(NamedTuple):
     kernel: Kernel | None
 
     def base(self, x: Tensor) -> Tensor:
-        """The output without the branch."""
+        """Compute the output without the branch."""
         if self.kernel is None:
             return F.linear(x, self.weight, self.bias)
         return self.kernel.product(x, self.bias)
 
     def part(self, x: Tensor) -> Tensor:
-        """The outputs that the branch is added to."""
+        """Return the outputs to which the branch is added."""
         return x if self.rows is None else x[:, self.rows[0] : self.rows[1]]
 
     def to_input(self, total: Tensor | None, grad: Tensor, exact: Tensor, again: bool) -> Tensor:
-        """``total`` and the base's gradient of x.
+        """Add the gradient of x through the base to ``total``, [tokens, in].
 
         Args:
-            total: None for zero; in the dtype of the branches.
+            total: In the dtype of the branches, or None for zero.
             grad: The gradient of the output, [tokens, out], in that dtype.
-            exact: The same as it came.
-            again: Whether this is differentiated again.
+            exact: The same gradient before the cast.
+            again: True if the result is differentiated again.
         """
         if self.kernel is None:
             return add_product(total, grad, self.weight, again)
@@ -289,10 +305,8 @@ class _Operation(NamedTuple):
 
 
 def _operations(options: Any, tensors: Sequence[Any]) -> list[_Operation]:
-    return [
-        _Operation(*tensors[4 * place : 4 * place + 4], *option)
-        for place, option in enumerate(options)
-    ]
+    fours = _in_fours(tensors[: 4 * len(options)])
+    return [_Operation(*four, *option) for four, option in zip(fours, options, strict=True)]
 
 
 def _plain(
@@ -312,19 +326,20 @@ def _one_by_one(
     x: Tensor, masked: Tensor, options: Any, tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     outputs = []
-    for one in _operations(options, tensors):
-        out = one.base(x)
-        down = F.linear(masked, one.a.to(masked.dtype)).to(out.dtype)
-        up = one.b.to(out.dtype)
-        if one.rows is not None:
-            # Rows of zeros, and not columns of the output: a nested one cannot be padded.
-            up = F.pad(up, (0, 0, one.rows[0], out.shape[-1] - one.rows[1]))
-        outputs.append(out + F.linear(down, up) * one.scale)
+    for operation in _operations(options, tensors):
+        out = operation.base(x)
+        down = F.linear(masked, operation.a.to(masked.dtype)).to(out.dtype)
+        up = operation.b.to(out.dtype)
+        if operation.rows is not None:
+            # Pad B, because a nested output cannot be padded.
+            start, stop = operation.rows
+            up = F.pad(up, (0, 0, start, out.shape[-1] - stop))
+        outputs.append(out + F.linear(down, up) * operation.scale)
     return tuple(outputs)
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Its last output is the product with the A's: what is kept for the backward has to be an output."""
+    """Operations with one input. The last output is the product with all A's, which the backward reads."""
 
     @staticmethod
     def forward(
@@ -340,11 +355,11 @@ class _LoraLinears(torch.autograd.Function):
         bases = [operation.base(x) for operation in operations]
         down = dropped_product(x.to(dtype), mask, _joined(operations, dtype))
         outputs = []
-        for out, (one, its_down) in zip(bases, _with_columns(operations, down), strict=True):
-            up = one.b.to(out.dtype).T
-            one.part(flat(out)).addmm_(its_down.to(out.dtype), up, alpha=one.scale)
-            # It may be a view of a matrix, and autograd forbids to write into views that a function returns;
-            # models do (nn.ReLU(inplace=True)).
+        for out, (operation, own_down) in zip(bases, _with_columns(operations, down), strict=True):
+            up = operation.b.to(out.dtype).T
+            operation.part(flat(out)).addmm_(own_down.to(out.dtype), up, alpha=operation.scale)
+            # Models write into outputs (nn.ReLU(inplace=True)). Autograd forbids that for a view that a
+            # function returns.
             outputs.append(torch_private.UNSAFE_VIEW(out, out.shape))
         return *outputs, down
 
@@ -353,13 +368,13 @@ class _LoraLinears(torch.autograd.Function):
         x, mask, dtype, options, source, *tensors = inputs
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
-        wants = ctx.needs_input_grad[5:]
-        wants_a = any(wants[2::4])
-        # A frozen A (LoRA-FA, arXiv:2308.03303) is there to save x. A compiler sees by itself what is read.
-        keep = wants_a or any(wants[::4]) or torch.compiler.is_compiling()
+        wanted = _in_fours(ctx.needs_input_grad[5:])
+        wants_a = any(four.a for four in wanted)
+        # A frozen A (LoRA-FA, arXiv:2308.03303) saves the memory of x. A compiler drops what is not read.
+        keep = wants_a or any(four.weight for four in wanted) or torch.compiler.is_compiling()
         mask = mask if ctx.needs_input_grad[0] or wants_a else None
-        down = output[-1] if any(wants[3::4]) else None
-        # Of what is made again, its own inputs: they are kept anyway.
+        down = output[-1] if any(four.b for four in wanted) else None
+        # To compute x again, keep the inputs of its computation, which other operations keep anyway.
         again = source.given if keep and source is not None else ()
         ctx.source = source.kept() if again else None
         ctx.save_for_backward(x if keep and not again else None, mask, down, *tensors, *again)
@@ -367,14 +382,14 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        known = next((grad for grad in grads if grad is not None), None)
-        if known is None:
+        some_grad = next((grad for grad in grads if grad is not None), None)
+        if some_grad is None:
             return (None,) * len(ctx.needs_input_grad)
-        with without_autocast(known.device.type):
-            found = _gradients(ctx, *grads)
+        with without_autocast(some_grad.device.type):
+            gradients = _gradients(ctx, *grads)
         if ctx.source is not None:
             ctx.source.done()
-        return found
+        return gradients
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -438,60 +453,65 @@ def _is_plain(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of every argument of forward, from those of its outputs, some of which may be None."""
-    kept, mask, down, *tensors = ctx.saved_tensors
+    """Compute the gradients of all arguments of forward. Outputs that nothing reads have None as gradient."""
+    saved_x, mask, down, *tensors = ctx.saved_tensors
     operations, dtype = _operations(ctx.options, tensors), ctx.dtype
-    wants_x, wants = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-    wants_a = any(wants[2::4])
-    known = next(grad for grad in grads if grad is not None)
-    # Differentiated twice, what is kept is no constant, and nothing may be written in place.
+    wants_x, wanted = ctx.needs_input_grad[0], _in_fours(ctx.needs_input_grad[5:])
+    wants_a = any(four.a for four in wanted)
+    some_grad = next(grad for grad in grads if grad is not None)
+    # In a second differentiation the saved tensors are no constants, and nothing is written in place.
     again = torch.is_grad_enabled()
     if ctx.source is not None:
-        kept = ctx.source.value(tensors[4 * len(operations) :], again)
-    x: Any = None if kept is None else kept.to(dtype)
-    like = known.new_empty((), dtype=dtype).expand(ctx.shape)
+        saved_x = ctx.source.value(tensors[4 * len(operations) :], again)
+    x: Any = None if saved_x is None else saved_x.to(dtype)
+    like = some_grad.new_empty((), dtype=dtype).expand(ctx.shape)
     joined = _joined(operations, dtype)
     planes = mask if mask is not None and in_planes(mask) else None
     seed = None if again else seed_of(mask, joined)
     laid_out = mask is not None and planes is None and seed is None
     factor = flat(unpacked(mask, like)) if laid_out else None
     own = None
-    if seed is None and (wants_a or (again and any(wants[3::4]) and wants_x)):
+    if seed is None and (wants_a or (again and wants_x and any(four.b for four in wanted))):
         own = _masked(x, factor, planes)
         down = own @ joined.T if again else down
-    results: list[Tensor | None] = [None] * len(wants)
+    gradients: list[_Four] = []
     inner, grad_x = [], None
-    for place, (one, its_down) in enumerate(_with_columns(operations, down)):
-        if (given := grads[place]) is None:
-            shape = (known.numel() // known.shape[-1], one.a.shape[0])
-            inner.append(known.new_zeros(shape, dtype=dtype))
+    for (operation, own_down), wants, output_grad in zip(
+        _with_columns(operations, down), wanted, grads[:-1], strict=True
+    ):
+        if output_grad is None:
+            shape = (some_grad.numel() // some_grad.shape[-1], operation.a.shape[0])
+            inner.append(some_grad.new_zeros(shape, dtype=dtype))
+            gradients.append(_Four())
             continue
-        of_weight, of_bias, _, of_b = wants[4 * place : 4 * place + 4]
-        grad = flat(given).to(dtype)
-        mine = one.part(grad)
-        inner.append((mine @ one.b.to(dtype)).mul(one.scale))
-        if of_weight:
-            results[4 * place] = grad.T @ flat(x)
-        if of_bias:
-            results[4 * place + 1] = grad.sum(0)
-        if of_b:
-            results[4 * place + 3] = (mine.T @ its_down).mul(one.scale).to(one.b.dtype)
+        grad = flat(output_grad).to(dtype)
+        part = operation.part(grad)
+        inner.append((part @ operation.b.to(dtype)).mul(operation.scale))
+        grad_b = (part.T @ own_down).mul(operation.scale) if wants.b else None
+        gradients.append(
+            _Four(
+                weight=grad.T @ flat(x) if wants.weight else None,
+                bias=grad.sum(0) if wants.bias else None,
+                b=None if grad_b is None else grad_b.to(operation.b.dtype),
+            )
+        )
         if wants_x:
-            grad_x = one.to_input(grad_x, grad, flat(given), again)
+            grad_x = operation.to_input(grad_x, grad, flat(output_grad), again)
     every = inner[0] if len(inner) == 1 else torch.cat(inner, 1)
     if wants_a:
-        ranks = [one.a.shape[0] for one in operations]
-        grad_a = torch.split(dropped_outer(every, x, own, seed), ranks)
-        parts = zip(operations, grad_a, grads[:-1], wants[2::4], strict=True)
-        results[2::4] = [
-            part.to(one.a.dtype) if wanted and given is not None else None
-            for one, part, given, wanted in parts
+        ranks = [operation.a.shape[0] for operation in operations]
+        columns = torch.split(dropped_outer(every, x, own, seed), ranks)
+        gradients = [
+            four._replace(a=grad_a.to(operation.a.dtype)) if wants.a and grad is not None else four
+            for four, operation, grad_a, wants, grad in zip(
+                gradients, operations, columns, wanted, grads[:-1], strict=True
+            )
         ]
     if grad_x is not None and planes is not None:
         grad_x = masked_again(every @ joined, planes, grad_x).view(ctx.shape)
     elif grad_x is not None:
         grad_x = add_product(grad_x, every, joined, again, factor, seed).view(ctx.shape)
-    return grad_x, None, None, None, None, *results
+    return grad_x, None, None, None, None, *(gradient for four in gradients for gradient in four)
 
 
 def _masked(x: Tensor | None, factor: Tensor | None, planes: Tensor | None) -> Tensor:
@@ -507,22 +527,22 @@ def _masked(x: Tensor | None, factor: Tensor | None, planes: Tensor | None) -> T
 
 
 def _joined(operations: Sequence[_Operation], dtype: torch.dtype) -> Tensor:
-    """All A's, one below the other."""
-    each = [one.a.to(dtype) for one in operations]
+    """Concatenate all A's, [sum of ranks, in]."""
+    each = [operation.a.to(dtype) for operation in operations]
     return each[0] if len(each) == 1 else torch.cat(each)
 
 
 def _with_columns(
     operations: Sequence[_Operation], down: Tensor | None
 ) -> Iterator[tuple[_Operation, Any]]:
-    """Each operation with its columns of the product with all A's."""
+    """Yield each operation with its columns of the product with all A's."""
     start = 0
-    for one in operations:
-        rank = one.a.shape[0]
+    for operation in operations:
+        rank = operation.a.shape[0]
         if down is None or len(operations) == 1:
-            yield one, down
+            yield operation, down
         else:
-            yield one, down.narrow(1, start, rank)
+            yield operation, down.narrow(1, start, rank)
         start += rank
 
 
@@ -537,14 +557,14 @@ def lora_linear(
     training: bool = False,
     rows: Rows | None = None,
 ) -> Tensor:
-    """A linear operation with a LoRA branch (Hu et al. 2021, arXiv:2106.09685).
+    """Compute a linear operation with a LoRA branch (Hu et al. 2021, arXiv:2106.09685).
 
     Under autocast it computes in autocast's dtype (fp64 stays fp64, as in PyTorch), otherwise in that of
-    ``x``. Factors of another dtype are cast to it, and so their gradients are computed in it, with its digits
-    and its range: fp16 without autocast needs a gradient scaler, as a model in fp16 does. It can be
-    differentiated twice, compiled and checkpointed. Under the transforms of ``torch.func``, and for nested
-    tensors, it runs as the plain operations. Forward-mode differentiation outside of ``torch.func`` is an
-    error. Where A is frozen x is not kept.
+    ``x``. Factors of another dtype are cast to it, and their gradients are computed in it. So fp16 without
+    autocast needs a gradient scaler, as a model in fp16 does. The function can be differentiated twice,
+    compiled and checkpointed. Under the transforms of ``torch.func``, and for nested tensors, it runs plain
+    operations. Forward-mode differentiation outside of ``torch.func`` is an error. If A is frozen, x is not
+    kept.
 
     Args:
         x: [..., in].
@@ -555,14 +575,14 @@ def lora_linear(
         scale: The factor s of the branch.
         dropout: Probability with which an element of the branch's input is zero; rounded as
             :func:`lora_fx.runtime.masks.kept` says.
-        training: Whether there is dropout now.
-        rows: Which of the outputs (start, stop) the branch is added to; None for all.
+        training: True to apply dropout.
+        rows: The outputs (start, stop) to which the branch is added; None for all.
 
     Returns:
         [..., out].
 
     Raises:
-        LoraFxError: In a second backward pass, where A is frozen and both x and B require a gradient.
+        LoraFxError: In a second backward pass if A is frozen, and both x and B require a gradient.
     """
     dropout = dropout if training else 0.0
     if not (torch.compiler.is_compiling() or dropout or rows) and _is_plain(x, weight, a, b):
@@ -581,27 +601,27 @@ def lora_linears(
     scales: Sequence[float],
     rows: Sequence[Rows | None],
 ) -> tuple[Tensor, ...]:
-    """Several of :func:`lora_linear` over one x, without dropout.
+    """Compute several :func:`lora_linear` with one input, without dropout.
 
     Ranks and numbers of outputs may differ.
 
     Args:
         x: [..., in].
-        weights: [out, in], of each operation, as the others.
-        biases: [out], or None.
-        a: A, [r, in].
-        b: B, [n, r].
-        scales: The factor of the branch.
-        rows: Which of the outputs it is added to, or None.
+        weights: The weight of each operation, [out, in].
+        biases: The bias of each, [out] or None.
+        a: The A of each, [r, in].
+        b: The B of each, [n, r].
+        scales: The factor s of each branch.
+        rows: The outputs to which each branch is added, or None for all.
 
     Returns:
-        The output of each, [..., out].
+        The output of each operation, [..., out].
 
     Raises:
-        LoraFxError: As :func:`lora_linear`.
+        LoraFxError: For the same reason as :func:`lora_linear`.
     """
-    each = zip(weights, biases, a, b, strict=True)
-    tensors = [tensor for of_one in each for tensor in of_one]
+    fours = zip(weights, biases, a, b, strict=True)
+    tensors = [tensor for four in fours for tensor in four]
     return _cast(x, 0.0, tuple(zip(scales, rows, strict=True)), tensors)
 
 
@@ -614,12 +634,13 @@ def _cast(
     dtype, source = autocast_dtype(x.device.type), source_of(x)
     if dtype is not None:
         x = cast(x, dtype)
-        # Weights and biases; factors are cast inside, so that they are saved as they are.
+        # Factors are cast inside, so that they are saved in their own dtype.
         tensors = [
-            cast(one, dtype) if one is not None and place % 4 < 2 else one
-            for place, one in enumerate(tensors)
+            tensor
+            for weight, bias, a, b in _in_fours(tensors)
+            for tensor in (cast(weight, dtype), None if bias is None else cast(bias, dtype), a, b)
         ]
-    all_options = tuple((*one, None) for one in options)
+    all_options = tuple((*option, None) for option in options)
     return applied(x, dropout, all_options, tensors, x.dtype, source=source)
 
 
@@ -637,33 +658,33 @@ def quantized_lora_linear(
     threshold: float = 0.0,
     base_training: bool = False,
 ) -> Tensor:
-    """:func:`lora_fx.formats.weights.quantized_linear` with a LoRA branch.
+    """Compute :func:`lora_fx.formats.weights.quantized_linear` with a LoRA branch.
 
-    The product is that of the operation alone to the last bit, and so is its dtype, also under autocast;
-    the branch is computed in autocast's dtype, or in that of ``x``. Otherwise it behaves as
-    :func:`lora_fx.runtime.fused_lora.lora_linear` does, but that a compiler sees plain operations and
-    decides by itself what to keep. The weight is frozen.
+    The base's product and its dtype are equal to the last bit to those of the operation alone, also under
+    autocast. The branch is computed in autocast's dtype, or in that of ``x``. The weight is frozen. Otherwise
+    it behaves as :func:`lora_fx.runtime.fused_lora.lora_linear` does, except that a compiler sees plain
+    operations and decides what to keep.
 
     Args:
         x: [..., in].
-        weight: A quantized [out, in].
+        weight: The quantized weight, [out, in].
         bias: [out], or None.
         a: A, [r, in].
         b: B, [n, r], with n the number of ``rows``.
         scale: The factor s of the branch.
         dropout: Probability with which an element of the branch's input is zero; rounded as
             :func:`lora_fx.runtime.masks.kept` says.
-        training: Whether there is dropout now.
-        rows: Which of the outputs (start, stop) the branch is added to; None for all.
-        compute_dtype: Of the product, as the next two; see :func:`lora_fx.formats.weights.quantized_linear`.
-        threshold: Of LLM.int8().
-        base_training: Whether the model trains, which LLM.int8() asks.
+        training: True to apply dropout.
+        rows: The outputs (start, stop) to which the branch is added; None for all.
+        compute_dtype: Dtype of the base's product; see :func:`lora_fx.formats.weights.quantized_linear`.
+        threshold: The threshold of LLM.int8().
+        base_training: True if the model trains, which LLM.int8() asks for.
 
     Returns:
         [..., out].
 
     Raises:
-        LoraFxError: In a second backward pass, where A is frozen and both x and B require a gradient.
+        LoraFxError: In a second backward pass if A is frozen, and both x and B require a gradient.
     """
     kernel, dtype = quantized_kernel(x, weight, compute_dtype, threshold, base_training)
     dropout = dropout if training else 0.0
@@ -679,7 +700,7 @@ def quantized_kernel(
     threshold: float,
     base_training: bool,
 ) -> tuple[Kernel, torch.dtype]:
-    """What computes the product with a quantized weight, and the dtype of branches next to it.
+    """Return the product with a quantized weight, and the dtype of branches next to it.
 
     The arguments are those of :func:`quantized_lora_linear`.
     """
@@ -691,7 +712,7 @@ def quantized_kernel(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Product:
-    """The base, a :class:`lora_fx.runtime.fused_lora.Kernel`."""
+    """The product with a quantized weight, a :class:`Kernel`."""
 
     weight: KeptWeight
     compute_dtype: torch.dtype | None
@@ -711,7 +732,7 @@ class _Product:
         return grad.to(dtype) @ self.weight.values(dtype)
 
     def _autocast(self, kind: str) -> contextlib.AbstractContextManager[object]:
-        """As it was where the operation was called: around it, it is off."""
+        """Return a context with the autocast of the operation's call, which is disabled around this."""
         if self.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(kind, self.autocast)
