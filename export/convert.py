@@ -432,9 +432,9 @@ class _Builder:
         assert value.shape is not None
         return len(value.shape)
 
-    def same_dtype(self, one: Any, other: Any) -> bool:
+    def same_dtype(self, first: Any, second: Any) -> bool:
         """See :class:`lora_fx.ir.OnnxBuilder`."""
-        return bool(one.dtype == other.dtype)
+        return bool(first.dtype == second.dtype)
 
 
 def _typed(value: Any, like: Any) -> Any:

@@ -183,13 +183,13 @@ class _Change(NamedTuple):
                     "exclude_modules"
                 )
 
-    def note(self, place: str) -> None:
+    def note(self, location: str) -> None:
         """Note a place in the code that computes the whole adapted weight."""
-        if watch.note_place(self.owner, self.name, place):
+        if watch.note_place(self.owner, self.name, location):
             _log.info(
                 "%s is computed with its adapters as a whole at %s: right, and slower than a product",
                 self.name,
-                place,
+                location,
             )
 
 

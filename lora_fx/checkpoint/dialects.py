@@ -72,12 +72,12 @@ _REFUSALS = {
 
 
 def for_one_rank(
-    found: Stored, record: AdapterRecord, config: LoraConfig, reader: Reader
+    stored: Stored, record: AdapterRecord, config: LoraConfig, reader: Reader
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """Return the files for a reader that knows a single rank and alpha: vLLM, llama.cpp.
 
     Args:
-        found: The adapter as PEFT stores it.
+        stored: The adapter as PEFT stores it.
         record: The adapter's record.
         config: The adapter's configuration for PEFT.
         reader: "vllm" or "gguf-ready".
@@ -89,9 +89,9 @@ def for_one_rank(
         CheckpointError: If the reader would refuse the adapter or leave part of it out. The error names all
             problems.
     """
-    known = {target.name for target in found.targets}
-    problems = [*_of_kinds(record), *_in_full(found, record), *_unknown_targets(found)]
-    for key, value in found.tensors.items():
+    known = {target.name for target in stored.targets}
+    problems = [*_of_kinds(record), *_in_full(stored, record), *_unknown_targets(stored)]
+    for key, value in stored.tensors.items():
         match = _KEY.fullmatch(key)
         if match is None or match["name"] not in known:
             if not any(key.startswith(f"{name}.") for name in record.saved_modules):
@@ -99,11 +99,11 @@ def for_one_rank(
         elif value.dim() != 2:
             problems.append(f"{match['name']}: it is a convolution")
     _refuse(problems, reader)
-    rank = max(target.rank for target in found.targets)
-    scales = {target.name: scale_of(target.rank, target.alpha, config) for target in found.targets}
+    rank = max(target.rank for target in stored.targets)
+    scales = {target.name: scale_of(target.rank, target.alpha, config) for target in stored.targets}
     scale = max(scales.values(), key=abs)
     tensors = {
-        key: _filled(key, value, rank, scales, scale) for key, value in found.tensors.items()
+        key: _filled(key, value, rank, scales, scale) for key, value in stored.tensors.items()
     }
     alpha = scale * rank
     one_for_all = dataclasses.replace(
@@ -131,14 +131,14 @@ def _filled(
 
 
 def for_diffusers(
-    found: Stored, record: AdapterRecord, config: LoraConfig, component: str
+    stored: Stored, record: AdapterRecord, config: LoraConfig, component: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and metadata for diffusers.
 
     Scales are folded into B, so that each alpha is the rank.
 
     Args:
-        found: The adapter as PEFT stores it.
+        stored: The adapter as PEFT stores it.
         record: The adapter's record.
         config: The adapter's configuration for PEFT.
         component: The part of the pipeline that the model is.
@@ -149,11 +149,11 @@ def for_diffusers(
     Raises:
         CheckpointError: If diffusers would leave part of the adapter out. The error names all problems.
     """
-    _refuse([*_in_full(found, record), *_unknown_targets(found)], "diffusers")
-    scales = {target.name: scale_of(target.rank, target.alpha, config) for target in found.targets}
+    _refuse([*_in_full(stored, record), *_unknown_targets(stored)], "diffusers")
+    scales = {target.name: scale_of(target.rank, target.alpha, config) for target in stored.targets}
     config = with_patterns(
         dataclasses.replace(config, use_rslora=False),
-        [dataclasses.replace(target, alpha=float(target.rank)) for target in found.targets],
+        [dataclasses.replace(target, alpha=float(target.rank)) for target in stored.targets],
     )
     values = {
         f"{component}.{name}": value for name, value in config.to_dict().items() if name != "seed"
@@ -166,7 +166,7 @@ def for_diffusers(
         f"{component}.{key}{'.weight' if by_name and key.endswith(end) else ''}": _scaled(
             key, value, scales
         )
-        for key, value in found.tensors.items()
+        for key, value in stored.tensors.items()
     }
     return tensors, {DIFFUSERS_METADATA: json.dumps(values, indent=2, sort_keys=True)}
 

@@ -73,17 +73,17 @@ _OF_DIFFUSERS: Final = (DIFFUSERS_NAME,)
 _OF_PEFT: Final = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)
 
 
-def check_format(folder: Path, others: Collection[str] = _OF_DIFFUSERS) -> None:
+def check_format(folder: Path, names: Collection[str] = _OF_DIFFUSERS) -> None:
     """Raise if a folder holds an adapter of another format.
 
     Args:
         folder: The folder to write an adapter to.
-        others: Names of the files of other formats.
+        names: Names of the files of other formats.
 
     Raises:
         CheckpointError: If such a file exists.
     """
-    existing = [name for name in others if (folder / name).exists()]
+    existing = [name for name in names if (folder / name).exists()]
     if existing:
         raise CheckpointError(
             f"{folder} holds an adapter of another format ({', '.join(existing)}), which a reader might take "

@@ -251,7 +251,7 @@ def folder_of(
             record.config.lora_dropout,
         )
     values, notes = adapter.tensors, note_of(adapter.joined)
-    notes |= note_of_by_hand({*adapter.by_hand, *adapter.given})
+    notes |= note_of_by_hand({*adapter.by_hand, *adapter.from_folder})
     if reader != "peft":
         # With a common rank the parts' own ranks are lost, so loading adapts the whole as a single site.
         (values, config), notes = for_one_rank(adapter, record, config, reader), {}

@@ -384,7 +384,7 @@ class Stored:
         joined: The targets that consist of several sites.
         own: Sites for which PEFT has no name.
         by_hand: FQNs of the base's parameters among the tensors that were trained by hand.
-        given: FQNs of the parameters that came with the adapter's folder.
+        from_folder: FQNs of the parameters that came with the adapter's folder.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -392,7 +392,7 @@ class Stored:
     joined: list[Joined]
     own: list[str]
     by_hand: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
+    from_folder: tuple[str, ...] = ()
 
 
 def stored(

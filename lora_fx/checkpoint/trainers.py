@@ -546,24 +546,24 @@ class _ForTrainer:
     def __reduce__(self) -> tuple[Any, ...]:
         return trainer_callback, (self.directory,), vars(self)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
         self.training = True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
         self.training = False
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        _write(given["model"], self.directory / _LAST, write=state.is_world_process_zero)
+    def on_save(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
+        _write(arguments["model"], self.directory / _LAST, write=state.is_world_process_zero)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
         """Write the best adapters. The Trainer calls this before it updates its best metric."""
         name = args.metric_for_best_model
         if not self.training or name is None:
             return
         name = name if name.startswith("eval_") else f"eval_{name}"
-        value = (given.get("metrics") or {}).get(name)
+        value = (arguments.get("metrics") or {}).get(name)
         if value is not None and _better(value, state.best_metric, bool(args.greater_is_better)):
-            _write(given["model"], self.directory / _BEST, write=state.is_world_process_zero)
+            _write(arguments["model"], self.directory / _BEST, write=state.is_world_process_zero)
 
 
 class _ForLightning:

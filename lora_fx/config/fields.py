@@ -240,9 +240,9 @@ class FrozenPattern(FrozenOptions[_V]):
         return super().__eq__(other)
 
 
-def bad(name: str, found: object, remedy: str) -> ConfigError:
+def bad(name: str, value: object, remedy: str) -> ConfigError:
     """Return the error for a field: the value that it has, and a remedy."""
-    return ConfigError(f"LoraConfig.{name}: found {found!r}; {remedy}")
+    return ConfigError(f"LoraConfig.{name}: found {value!r}; {remedy}")
 
 
 def _flag(name: str, value: object) -> bool:
@@ -473,11 +473,11 @@ class _Foreign(NamedTuple):
 
     Attributes:
         off: PEFT's default, which switches it off.
-        what: The feature that it belongs to, for the error.
+        feature: The feature that it belongs to, for the error.
     """
 
     off: object
-    what: str
+    feature: str
 
 
 FOREIGN: Final[Mapping[str, _Foreign]] = {

@@ -234,11 +234,13 @@ class SaveHook(FormatHook, abc.ABC):
 class LoadHook(FormatHook, abc.ABC):
     """A hook that reads the scales of a weight, or refuses a state dict without them."""
 
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
         """Read the scales before the module reads its own entries; the last argument is a list of errors."""
         name = f"{prefix}{self.parameter}"
         if name in state:
-            self.load(module._parameters.get(self.parameter), name, state, rest[-1])
+            self.load(module._parameters.get(self.parameter), name, state, arguments[-1])
 
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """Read the scales of a weight from a state dict.

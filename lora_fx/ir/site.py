@@ -515,7 +515,7 @@ class OnnxBuilder(Protocol):
     def rank(self, value: Any) -> int:
         """Return the number of dimensions."""
 
-    def same_dtype(self, one: Any, other: Any) -> bool:
+    def same_dtype(self, first: Any, second: Any) -> bool:
         """Return True if two values have the same dtype."""
 
 

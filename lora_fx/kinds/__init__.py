@@ -185,12 +185,12 @@ class AdapterKind:
             )
         return None
 
-    def start(self, slot: Slot, given: Starting) -> Tensor:
+    def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return the initial values of a slot, over the output features, in any shape and dtype.
 
         Args:
             slot: One of :meth:`slots`.
-            given: The values that they may depend on.
+            starting: The values that they may depend on.
         """
         if slot.neutral is None:
             raise NotImplementedError(f"the kind {self.name!r} does not say how {slot.name} starts")
@@ -287,14 +287,14 @@ class AdapterKind:
         return inputs
 
     def from_inputs(
-        self, site: Site, weight: Tensor, given: Mapping[str, Tensor]
+        self, site: Site, weight: Tensor, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return B and the slots, by role, from which :meth:`inputs` computes these inputs at a scale of 1.
 
         Args:
             site: The site.
             weight: The base's weight.
-            given: The inputs of the file by role, including A.
+            inputs: The inputs of the file by role, including A.
         """
         return {}
 

@@ -78,16 +78,18 @@ class Dora(AdapterKind):
         out = site.out_features
         return Costs(out, 2 * out, out)
 
-    def start(self, slot: Slot, given: Starting) -> Tensor:
+    def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return ``‖W + s·BA‖``: the gain is exactly 1 before training (equation 5)."""
         if slot.name == BIAS:
-            return bias_start(given)
-        row, site, a, b = given.row, given.row.site, given.a, given.b
+            return bias_start(starting)
+        row, site, a, b = starting.row, starting.row.site, starting.a, starting.b
         assert a is not None
         assert b is not None
         if row.tied:
             a, b = a.T, b.T
-        applied = dora.applied_weight(given.weight, site.layout, site.view, site.rows, site.order)
+        applied = dora.applied_weight(
+            starting.weight, site.layout, site.view, site.rows, site.order
+        )
         return dora.weight_norm(applied, a, b, row.scale, site.layout, site.groups)
 
     # --- graphs -----------------------------------------------------------------------------------
@@ -173,14 +175,14 @@ class Dora(AdapterKind):
         return {**inputs, "gain": gain, "B": up * gain.view(-1, *(1 for _ in up.shape[1:]))}
 
     def from_inputs(
-        self, site: Site, weight: Tensor, given: Mapping[str, Tensor]
+        self, site: Site, weight: Tensor, inputs: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return B and the magnitude of the site from its gain and the B that includes the gain."""
-        gain = given["gain"]
-        b = given["B"] / gain.view(-1, *(1 for _ in given["B"].shape[1:])).to(given["B"])
+        gain = inputs["gain"]
+        b = inputs["B"] / gain.view(-1, *(1 for _ in inputs["B"].shape[1:])).to(inputs["B"])
         ones = torch.ones_like(gain)
         shape = (site.layout, site.groups, site.view, site.rows)
-        inverse = dora.gain(ones, weight, given["A"], b, 1.0, *shape)
+        inverse = dora.gain(ones, weight, inputs["A"], b, 1.0, *shape)
         return {"B": b, "gain": gain / inverse.to(gain)}
 
 

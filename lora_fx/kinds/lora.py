@@ -26,13 +26,13 @@ def bias_slot(site: Site) -> Slot:
     return Slot(BIAS, "lora_B.bias", shape, "a bias on B", scaled=True, role="bias")
 
 
-def bias_start(given: Starting) -> Tensor:
+def bias_start(starting: Starting) -> Tensor:
     """Return zeros, or, if B starts random too, the uniform start of a layer's bias at this rank."""
-    site = given.row.site
+    site = starting.row.site
     bias = torch.zeros(site.out_features)
-    if given.config.init_lora_weights is False:
-        bound = 1 / math.sqrt(given.row.rank // site.groups)
-        bias.uniform_(-bound, bound, generator=given.generator(f"{site.name}.{BIAS}"))
+    if starting.config.init_lora_weights is False:
+        bound = 1 / math.sqrt(starting.row.rank // site.groups)
+        bias.uniform_(-bound, bound, generator=starting.generator(f"{site.name}.{BIAS}"))
     return bias
 
 
@@ -64,9 +64,9 @@ class Lora(AdapterKind):
             )
         return super().objection(site)
 
-    def start(self, slot: Slot, given: Starting) -> Tensor:
+    def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return the start of B's bias."""
-        return bias_start(given)
+        return bias_start(starting)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
         """Write B's bias, if B has one."""

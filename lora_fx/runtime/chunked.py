@@ -79,10 +79,10 @@ class Step(NamedTuple):
     kwargs: Mapping[str, Any]
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
 
-    def __call__(self, rows: Tensor, given: Sequence[Tensor]) -> Tensor:
+    def __call__(self, rows: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """Return the result for some rows [n, outputs]."""
         args = [
-            rows if arg is ROWS else given[arg.place] if isinstance(arg, Given) else arg
+            rows if arg is ROWS else operands[arg.position] if isinstance(arg, Given) else arg
             for arg in self.args
         ]
         with self.autocast():
@@ -117,7 +117,7 @@ class Read(NamedTuple):
 class Given(NamedTuple):
     """The index of a tensor among the inputs of a loss that require a gradient."""
 
-    place: int
+    position: int
 
 
 ROWS: Any = object()
@@ -130,7 +130,7 @@ class Job:
 
     Attributes:
         steps: The operations on the rows, the head first.
-        places: Indices of the rows, [n].
+        indices: Indices of the rows, [n].
         target: The class of each row, [n].
         shape: The shape of the targets, and of a loss that is not reduced.
         function: ``cross_entropy`` or ``nll_loss``.
@@ -144,7 +144,7 @@ class Job:
     """
 
     steps: tuple[Step, ...]
-    places: Tensor
+    indices: Tensor
     target: Tensor
     shape: torch.Size
     function: Callable[..., Tensor]
@@ -159,15 +159,15 @@ class Job:
     def chunks(self) -> Iterator[slice]:
         """Yield the ranges of rows that are computed together."""
         # Without rows there is one empty chunk, because the mean of no losses is NaN.
-        for start in range(0, max(1, len(self.places)), self.length):
+        for start in range(0, max(1, len(self.indices)), self.length):
             yield slice(start, start + self.length)
 
-    def of_rows(self, rows: Tensor, chunk: slice, given: Sequence[Tensor]) -> Tensor:
+    def of_rows(self, rows: Tensor, chunk: slice, operands: Sequence[Tensor]) -> Tensor:
         """Return the loss of each row of a chunk, or their sum."""
         value = rows
         with running():
             for step in self.steps:
-                value = step(value, given)
+                value = step(value, operands)
         reduction = "none" if self.reduction == "none" else "sum"
         with self.autocast():
             return self.function(value, self.target[chunk], reduction=reduction, **self.options)
@@ -180,10 +180,12 @@ class Job:
         weight: Tensor | None = self.options["weight"]
         return counted.sum() if weight is None else weight[self.target[counted]].sum()
 
-    def value(self, x: Tensor, given: Sequence[Tensor]) -> Tensor:
+    def value(self, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
         """Return the loss alone."""
         flat = x.reshape(-1, x.shape[-1])
-        losses = [self.of_rows(flat[self.places[chunk]], chunk, given) for chunk in self.chunks()]
+        losses = [
+            self.of_rows(flat[self.indices[chunk]], chunk, operands) for chunk in self.chunks()
+        ]
         if self.reduction == "none":
             return torch.cat(losses).view(self.shape)
         return self._total(losses)
@@ -196,7 +198,7 @@ class Job:
     def gradients(
         self,
         x: Tensor,
-        given: Sequence[Tensor],
+        operands: Sequence[Tensor],
         wanted: Sequence[bool],
         grad: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor | None]]:
@@ -204,23 +206,24 @@ class Job:
 
         Args:
             x: The head's input, [..., in].
-            given: The other inputs that require a gradient.
-            wanted: For x and each of ``given``, True if its gradient is needed now.
+            operands: The other inputs that require a gradient.
+            wanted: For x and each of ``operands``, True if its gradient is needed now.
             grad: The gradient of the loss. None means 1.
         """
         flat = x.detach().reshape(-1, x.shape[-1])
         tensors = [
-            tensor.detach().requires_grad_(on) for tensor, on in zip(given, wanted[1:], strict=True)
+            tensor.detach().requires_grad_(on)
+            for tensor, on in zip(operands, wanted[1:], strict=True)
         ]
         sums = [
             torch.zeros_like(tensor, dtype=_exact(tensor.dtype)) if on else None
-            for tensor, on in zip((flat, *given), wanted, strict=True)
+            for tensor, on in zip((flat, *operands), wanted, strict=True)
         ]
         count = self.count()
         losses = [
             self._add_gradients(sums, flat, tensors, chunk, grad, count) for chunk in self.chunks()
         ]
-        sources = (flat, *given)
+        sources = (flat, *operands)
         results = [
             None if total is None else total.to(tensor.dtype).view(tensor.shape)
             for total, tensor in zip(sums, sources, strict=True)
@@ -251,7 +254,7 @@ class Job:
             grad: The gradient of the loss.
             count: The divisor of the loss.
         """
-        index = self.places[chunk]
+        index = self.indices[chunk]
         rows = flat[index].requires_grad_(sums[0] is not None)
         with torch.enable_grad(), kept_here():
             loss = self.of_rows(rows, chunk, tensors)
@@ -307,13 +310,13 @@ class _Loss(torch.autograd.Function):
     """A loss whose gradient is computed in chunks, together with the loss or in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, job: Job, x: Tensor, *given: Tensor) -> Tensor:
+    def forward(ctx: Any, job: Job, x: Tensor, *operands: Tensor) -> Tensor:
         ctx.job = job
         if job.again:
             ctx.drawn = _generators(x.device) if job.draws else None
-            ctx.save_for_backward(x, *given)
-            return job.value(x, given)
-        loss, grads = job.gradients(x, given, ctx.needs_input_grad[1:])
+            ctx.save_for_backward(x, *operands)
+            return job.value(x, operands)
+        loss, grads = job.gradients(x, operands, ctx.needs_input_grad[1:])
         ctx.save_for_backward(*grads)
         return loss
 
@@ -360,17 +363,17 @@ def _drawing(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterato
         yield
 
 
-def loss_of(job: Job, x: Tensor, given: Sequence[Tensor]) -> Tensor:
+def loss_of(job: Job, x: Tensor, operands: Sequence[Tensor]) -> Tensor:
     """Compute a loss in chunks, with autograd.
 
     Args:
         job: The loss and its steps.
         x: The head's input, [..., in].
-        given: The other inputs that require a gradient.
+        operands: The other inputs that require a gradient.
 
     Raises:
         LoraFxError: In a second backward pass.
         LogitsError: In a backward pass that recomputes rows, if one of the inputs was written into.
     """
-    loss: Tensor = _Loss.apply(job, x, *given)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Loss.apply(job, x, *operands)  # type: ignore[no-untyped-call]
     return loss

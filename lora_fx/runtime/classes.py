@@ -61,14 +61,14 @@ class Blank:
         return self.made_of()
 
 
-def blank(made: Any) -> Any:
+def blank(origin: Any) -> Any:
     """Return a module without its state. ``__reduce_ex__`` of classes created at run time refers to it.
 
     Args:
-        made: A :class:`Blank`, or the module that was created when the Blank was unpickled.
+        origin: A :class:`Blank`, or the module that was created when the Blank was unpickled.
     """
     # Not cls.__new__, which creates a class for each fx.GraphModule.
-    return object.__new__(made.cls) if isinstance(made, Blank) else made
+    return object.__new__(origin.cls) if isinstance(origin, Blank) else origin
 
 
 _outer: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()

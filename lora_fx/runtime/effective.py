@@ -62,7 +62,7 @@ class Change(Protocol):
             CaptureError: If the adapted weight exists only as part of a product.
         """
 
-    def note(self, place: str) -> None:
+    def note(self, location: str) -> None:
         """Record a location in the user's code that has the whole adapted weight computed."""
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -249,7 +249,7 @@ class _Part:
         views: list[torch.Tensor] = pytree.tree_leaves(self.view(self.whole.values()))
         return views[self.index]
 
-    def note(self, place: str) -> None:
+    def note(self, location: str) -> None:
         """Do nothing, because the weight records the location."""
 
     def product(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -203,7 +203,7 @@ class _DoraLinear(torch.autograd.Function):
         divides = wants.gains and not again
         keep = wants.a or wants.weight or again
         # If x is recomputed, save the inputs that it is recomputed from: they are saved anyway.
-        made_of = source.given if keep and source is not None else ()
+        made_of = source.saved if keep and source is not None else ()
         ctx.source = source.kept() if made_of else None
         ctx.save_for_backward(
             x if keep and not made_of else None,

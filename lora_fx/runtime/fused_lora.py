@@ -375,7 +375,7 @@ class _LoraLinears(torch.autograd.Function):
         mask = mask if ctx.needs_input_grad[0] or wants_a else None
         down = output[-1] if any(four.b for four in wanted) else None
         # To compute x again, keep the inputs of its computation, which other operations keep anyway.
-        again = source.given if keep and source is not None else ()
+        again = source.saved if keep and source is not None else ()
         ctx.source = source.kept() if again else None
         ctx.save_for_backward(x if keep and not again else None, mask, down, *tensors, *again)
         ctx.dtype, ctx.options, ctx.shape = dtype, options, x.shape

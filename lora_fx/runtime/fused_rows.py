@@ -73,14 +73,14 @@ class _Adapters(NamedTuple):
         assert weight is not None
         return F.linear(x, weight, bias)
 
-    def scale(self, place: int) -> float:
+    def scale(self, index: int) -> float:
         """Return the scale of a branch, multiplied by the rescaling of its dropout."""
-        dropout = self.dropouts[place]
-        return self.scales[place] * (recovery(dropout) if dropout else 1.0)
+        dropout = self.dropouts[index]
+        return self.scales[index] * (recovery(dropout) if dropout else 1.0)
 
-    def part(self, outputs: Tensor, place: int) -> Tensor:
+    def part(self, outputs: Tensor, index: int) -> Tensor:
         """Return the columns of ``outputs`` that an adapter adds to, as a view."""
-        part = self.parts[place]
+        part = self.parts[index]
         return outputs if part is None else outputs[:, part[0] : part[1]]
 
     @property
@@ -251,7 +251,7 @@ class _Masks:
         shared = options.shared
         if shared is not None:
             return cls((draw(rows, shared),) if shared else (), options, layout)
-        own = zip(layout.places, layout.cut(rows), strict=True)
+        own = zip(layout.adapters, layout.cut(rows), strict=True)
         branches = [(rows, options.dropouts[k]) for k, rows in own]
         return cls([draw(rows, dropout) for rows, dropout in branches if dropout], options, layout)
 
@@ -259,10 +259,10 @@ class _Masks:
         """Return the factors of the rows of each adapter that has rows, or None without dropout."""
         layout, options = self._layout, self._options
         if not self.bits:
-            return [None] * len(layout.places)
+            return [None] * len(layout.adapters)
         if options.shared is not None:
             return layout.cut(unpacked(self.bits[0], rows))
-        waiting, own = iter(self.bits), zip(layout.places, layout.cut(rows), strict=True)
+        waiting, own = iter(self.bits), zip(layout.adapters, layout.cut(rows), strict=True)
         return [unpacked(next(waiting), rows) if options.dropouts[k] else None for k, rows in own]
 
 
@@ -285,7 +285,7 @@ def _computed(
         # The branches of sorted rows are written into a separate matrix, which is added once.
         moved = total if layout.order is None else total.new_zeros(rows.shape[0], total.shape[1])
         dtype = total.dtype
-        each = (layout.places, layout.cut(rows), layout.cut(moved), masks.factors(rows))
+        each = (layout.adapters, layout.cut(rows), layout.cut(moved), masks.factors(rows))
         for k, inputs, outputs, factor in zip(*each, strict=True):
             inputs = inputs if factor is None else inputs * factor
             down = F.linear(inputs, a[k].to(options.dtype))
@@ -315,11 +315,11 @@ class _LoraRows(torch.autograd.Function):
         out, downs, bits = _computed(x, weight, bias, layout, options, a, b)
         of_x, of_weight = ctx.needs_input_grad[:2]
         wanted = ctx.needs_input_grad[6:]
-        of_a = any(wanted[k] for k in layout.places)
-        of_b = any(wanted[count + k] for k in layout.places)
+        of_a = any(wanted[k] for k in layout.adapters)
+        of_b = any(wanted[count + k] for k in layout.adapters)
         # With a frozen A (LoRA-FA, arXiv:2308.03303) x need not be saved.
         keep = of_a or of_weight
-        again = source.given if keep and source is not None else ()
+        again = source.saved if keep and source is not None else ()
         ctx.source = source.kept() if source is not None and again else None
         ctx.counts = (count, len(bits), len(downs) if of_b else 0)
         ctx.save_for_backward(
@@ -388,9 +388,9 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         if layout.order is not None:
             moved = grad_x.new_zeros(rows.shape[0], grad_x.shape[1])
     like = rows.new_empty(()).expand(rows.shape[0], ctx.shape[-1])
-    nothing: Sequence[Any] = [None] * len(layout.places)
+    nothing: Sequence[Any] = [None] * len(layout.adapters)
     each = (
-        layout.places,
+        layout.adapters,
         layout.cut(rows),
         nothing if inputs is None else layout.cut(inputs),
         nothing if moved is None else layout.cut(moved),
@@ -449,7 +449,7 @@ def _again(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     indices = layout.indices(len(kept.a), rows)
     like = kept.x.new_empty((), dtype=options.dtype)
     like = like.expand(layout.taken(rows).shape[0], ctx.shape[-1])
-    drops = dict(zip(layout.places, kept.masks.factors(like), strict=True))
+    drops = dict(zip(layout.adapters, kept.masks.factors(like), strict=True))
 
     def drop(own: Tensor, k: int, _: float) -> Tensor:
         factor = drops[k]

@@ -245,14 +245,14 @@ class _Form(NamedTuple):
     """The layout of lazy logits, and the operations that compute them from the head's output.
 
     Attributes:
-        places: Indices of the rows of the head's input, in the shape of the logits without the class axis.
+        indices: Indices of the rows of the head's input, in the shape of the logits without the class axis.
         axis: The class axis.
         steps: The operations on each row after the head.
         dtype: The dtype of the logits.
         read: The other tensors that the steps read.
     """
 
-    places: Tensor
+    indices: Tensor
     axis: int
     steps: tuple[Step, ...]
     dtype: torch.dtype
@@ -276,7 +276,7 @@ class _Group:
 
     def logits(self, form: _Form, made_by: _MadeBy | None) -> Logits:
         """Return a lazy tensor of this form."""
-        shape = list(form.places.shape)
+        shape = list(form.indices.shape)
         shape.insert(form.axis, self.head.outputs)
         anchor = next(tensor for tensor in (self.x, *self.leaves) if _wants(tensor))
         logits: Logits = _Unmade.apply(
@@ -286,18 +286,18 @@ class _Group:
         self.wholes.append(weakref.ref(logits))
         return logits
 
-    def take(self, *others: Read) -> None:
+    def take(self, *reads: Read) -> None:
         """Mark the logits as used. Call this before they are computed.
 
         Args:
-            others: The tensors that the computation reads besides the head's inputs.
+            reads: The tensors that the computation reads besides the head's inputs.
 
         Raises:
             LogitsError: If the logits cannot be computed any more, or would differ from those of the loss.
         """
         if self.gone:
             raise LogitsError(_words(self.head.__name__))
-        if any(read.changed for read in (self.read, *others)):
+        if any(read.changed for read in (self.read, *reads)):
             raise LogitsError(
                 f"what {self.head.__name__} or an operation on its logits reads was written into before its "
                 f"loss was computed: {REMEDY}"
@@ -703,7 +703,7 @@ def _reshaped(call: _Operation) -> _Form | None:
         return None
     if not shape or shape[-1] != call.classes:
         return None
-    return form._replace(places=form.places.reshape(shape[:-1]), axis=len(shape) - 1)
+    return form._replace(indices=form.indices.reshape(shape[:-1]), axis=len(shape) - 1)
 
 
 def _kept(call: _Operation) -> _Form:
@@ -718,7 +718,7 @@ def _permuted(call: _Operation) -> _Form | None:
     if not order:
         return None
     row_axes = [axis - (axis > form.axis) for axis in order if axis != form.axis]
-    return form._replace(places=form.places.permute(row_axes), axis=order.index(form.axis))
+    return form._replace(indices=form.indices.permute(row_axes), axis=order.index(form.axis))
 
 
 def _picked(call: _Operation) -> _Form | None:
@@ -730,8 +730,10 @@ def _picked(call: _Operation) -> _Form | None:
     if axis == form.axis:
         is_full = call.name == "slice" and _is_every(slice(*(*call.args[1:], None, None)[:3]), call)
         return form if is_full else None
-    rows = call.function(form.places, axis - (axis > form.axis), *call.args[1:])
-    return form._replace(places=rows, axis=form.axis - (form.axis > axis and call.name == "select"))
+    rows = call.function(form.indices, axis - (axis > form.axis), *call.args[1:])
+    return form._replace(
+        indices=rows, axis=form.axis - (form.axis > axis and call.name == "select")
+    )
 
 
 def _is_every(index: Any, call: _Operation) -> bool:
@@ -758,8 +760,8 @@ def _indexed(call: _Operation) -> _Form | None:
     after = any(each is Ellipsis for each in indices) and indices[-1] is not Ellipsis
     if (taken >= call.logits.dim() or after) and not _is_every(indices.pop(), call):
         return None
-    rows = form.places[tuple(indices)]
-    return form._replace(places=rows, axis=rows.dim())
+    rows = form.indices[tuple(indices)]
+    return form._replace(indices=rows, axis=rows.dim())
 
 
 def _picks_rows(index: Any) -> bool:
@@ -800,7 +802,7 @@ def _loss(call: _Operation) -> Tensor | None:
     known = reduction in _NUMBERED.values() and not old and form.axis == min(1, logits.dim() - 1)
     if (
         not known
-        or not _is_at(target, form.places.shape, logits)
+        or not _is_at(target, form.indices.shape, logits)
         or target.dtype is not torch.int64
     ):
         return None
@@ -857,7 +859,7 @@ def _in_chunks(
     head = Step(group.head.run, (None, ROWS, *leaves), {}, group.autocast)
     job = Job(
         steps=(head, *(step._replace(args=tuple(map(placed, step.args))) for step in form.steps)),
-        places=form.places.reshape(-1),
+        indices=form.indices.reshape(-1),
         target=target.reshape(-1),
         shape=target.shape,
         function=function,

@@ -234,7 +234,7 @@ _SHORTEST, _LONGEST = 0.001, 0.1  # seconds between two polls of the store
 _NOTES = "_lora_fx_whole"
 
 
-def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[int, str]:
+def called_by_all(tensors: Iterable[Tensor], purpose: str, word: str = "") -> dict[int, str]:
     """Wait until every rank that holds parts of some tensors has made this call, too.
 
     Otherwise a collective of one rank could be matched with a different one of another rank. Return at once
@@ -242,7 +242,7 @@ def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[
 
     Args:
         tensors: The tensors that are gathered afterwards.
-        what: Purpose of the call, for the error message.
+        purpose: Purpose of the call, for the error message.
         word: Text that this rank sends to the others.
 
     Returns:
@@ -257,7 +257,7 @@ def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[
     import torch.distributed as dist
 
     store = torch_private.group_store()
-    prefix = f"lora_fx {what} {ranks}"
+    prefix = f"lora_fx {purpose} {ranks}"
     number = _calls[prefix]
     keys = {rank: f"{prefix} {number} {rank}" for rank in ranks}
     mine = dist.get_rank()
@@ -268,7 +268,7 @@ def called_by_all(tensors: Iterable[Tensor], what: str, word: str = "") -> dict[
             # A later call must start from the same state as on the other ranks.
             store.delete_key(keys[mine])
             raise ProcessError(
-                f"{what}: every process that holds a part has to call this, and rank "
+                f"{purpose}: every process that holds a part has to call this, and rank "
                 f"{', '.join(map(str, missing))} has ended, or has not called this within the timeout of the "
                 "process group (init_process_group(timeout=...)). Call it on every rank, not on the first "
                 "alone: that one writes. Else look for the first error of the others, and start all again"

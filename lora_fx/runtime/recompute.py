@@ -443,35 +443,35 @@ class Source(NamedTuple):
 
     Attributes:
         recipe: Recomputes the output of a chain.
-        given: The tensors that the product has to save for it, by ``save_for_backward``.
+        saved: The tensors that the product has to save for it, by ``save_for_backward``.
         shape: Shape of the product's input, which has the elements of the chain's output in the same order.
         whole: Weak reference to the input itself.
     """
 
     recipe: _Recipe
-    given: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
     shape: torch.Size
     whole: TensorWeakRef
 
     def kept(self) -> Source:
-        """Count a reader, and return the source without ``given``, which the product saves itself."""
+        """Count a reader, and return the source without ``saved``, which the product saves itself."""
         self.recipe.read()
-        return self._replace(given=())
+        return self._replace(saved=())
 
-    def value(self, given: Sequence[Tensor], again: bool) -> Tensor:
+    def value(self, saved: Sequence[Tensor], again: bool) -> Tensor:
         """Return the input: the same bits, or equal up to rounding if the chain has a shorter backward graph.
 
         Args:
-            given: The tensors that autograd has saved.
+            saved: The tensors that autograd has saved.
             again: Whether it is differentiated again (double backward). The result then has the history of
-                ``given``. If the input itself is alive and unmodified, it is returned: a caller may ask for
+                ``saved``. If the input itself is alive and unmodified, it is returned: a caller may ask for
                 its gradient.
         """
         if again:
             whole = self.whole()
             same = whole is not None and torch_private.version_counter(whole) == 0
-            return whole if same else self.recipe.run(given).reshape(self.shape)
-        out, _ = self.recipe.made(given)
+            return whole if same else self.recipe.run(saved).reshape(self.shape)
+        out, _ = self.recipe.made(saved)
         return out.detach().reshape(self.shape)
 
     def done(self) -> None:

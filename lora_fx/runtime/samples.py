@@ -93,25 +93,25 @@ class Assigned(NamedTuple):
     Attributes:
         samples: Number of samples in the batch; 0 while it is unknown.
         repeats: How many times in a row the batch may repeat each sample.
-        places: Indices of the samples of each adapter that has any.
+        indices: Indices of the samples of each adapter that has any.
     """
 
     samples: int = 0
     repeats: int = 1
-    places: Mapping[str, Sequence[int]] = {}
+    indices: Mapping[str, Sequence[int]] = {}
 
 
 class Layout(NamedTuple):
     """Layout of the adapters' rows in a matrix, [rows, features].
 
     Attributes:
-        places: Indices of the adapters that have rows, among those of the site, in the order of their rows.
+        adapters: Indices of the adapters that have rows, among those of the site, in the order of their rows.
         sizes: Number of rows of each piece that :meth:`cut` splits the matrix into.
         pieces: Indices of the pieces that belong to adapters. The remaining pieces have no adapter.
         order: Indices of the rows that :meth:`taken` gathers; None if it keeps the matrix as it is.
     """
 
-    places: Sequence[int]
+    adapters: Sequence[int]
     sizes: Sequence[int]
     pieces: Sequence[int]
     order: Tensor | None
@@ -133,7 +133,7 @@ class Layout(NamedTuple):
             rows: Indices of all rows of the matrix.
         """
         row_indices: list[Tensor | None] = [None] * count
-        for index, own in zip(self.places, self.cut(self.taken(rows)), strict=True):
+        for index, own in zip(self.adapters, self.cut(self.taken(rows)), strict=True):
             row_indices[index] = own
         return row_indices
 
@@ -305,7 +305,9 @@ class SampleRows(AdapterModule):
 
     def _laid_out(self, adapters: tuple[str, ...], each: int, device: torch.device) -> Layout:
         """Return the layout for samples with ``each`` rows."""
-        known = [(self.assigned.places.get(name, ()), index) for index, name in enumerate(adapters)]
+        known = [
+            (self.assigned.indices.get(name, ()), index) for index, name in enumerate(adapters)
+        ]
         known = sorted(pair for pair in known if pair[0])
         indices = [index for _, index in known]
         if any(own[-1] - own[0] + 1 != len(own) for own, _ in known):
@@ -538,16 +540,16 @@ def rows_added(total: Tensor, rows: Tensor, delta: Tensor) -> Tensor:
     return total.index_add_(0, rows, delta)
 
 
-def unseen(function: Callable[..., _T], *given: Any) -> _T:
+def unseen(function: Callable[..., _T], *arguments: Any) -> _T:
     """Run a function with the follower of the running call paused, if there is one.
 
     Routing orders the rows of experts by values, and scatters the outputs back. A follower cannot track such
     rows. The code of the experts knows itself which sample each row has.
     """
     if not _following.followers:
-        return function(*given)
+        return function(*arguments)
     with unfollowed():
-        return function(*given)
+        return function(*arguments)
 
 
 def like_rows(result: Tensor, x: Tensor) -> Tensor:

@@ -250,21 +250,21 @@ def _of_torch(module: nn.Module) -> bool:
     return home.startswith("torch.nn.")
 
 
-def note_place(module: nn.Module, weight: str, place: str) -> bool:
+def note_place(module: nn.Module, weight: str, location: str) -> bool:
     """Record a code location that has an adapted weight computed. Return False if it is known.
 
     Args:
         module: The module that has the weight.
         weight: FQN of the weight.
-        place: File, line and function.
+        location: File, line and function.
     """
     known = module.__dict__.get(STATE)
     if known is None:
         return False
     locations: list[str] = known.model.places.setdefault(weight, [])
-    if place in locations or len(locations) >= _PLACES:
+    if location in locations or len(locations) >= _PLACES:
         return False
-    locations.append(place)
+    locations.append(location)
     return True
 
 

@@ -359,31 +359,31 @@ def _difference(reference: Any, captured: Any) -> float:
     return relative_difference(*zip(*pairs, strict=True)) if pairs else 0.0
 
 
-def relative_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+def relative_difference(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
     """Return the largest difference, relative to the largest value of the expected tensor.
 
     Returns:
         0.0 for equal values; infinity if shapes differ, or only one of two values is finite.
     """
-    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+    if [tensor.shape for tensor in actual] != [tensor.shape for tensor in expected]:
         return math.inf
-    pairs = [largest_difference(a, b) for a, b in zip(found, expected, strict=True)]
+    pairs = [largest_difference(a, b) for a, b in zip(actual, expected, strict=True)]
     return max((error / max(scale, 1e-30) for error, scale in pairs), default=0.0)
 
 
-def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+def largest_difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
     """Return the largest absolute difference of two tensors, and the largest finite expected value.
 
     The shapes must be equal. Equal infinities, and NaN in both, are no difference. A NaN in only one of the
     tensors is an infinite difference.
     """
-    if not found.numel():
+    if not actual.numel():
         return 0.0, 0.0
     a, b = (
         (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor)
         .detach()
         .double()
-        for tensor in (found.to(expected.device), expected)
+        for tensor in (actual.to(expected.device), expected)
     )
     same = (a == b) | (a.isnan() & b.isnan())
     apart = torch.where(same, 0.0, (a - b).abs()).nan_to_num(nan=math.inf, posinf=math.inf)

@@ -32,12 +32,12 @@ class State:
     Writes into buffers are noticed, and not restored.
     """
 
-    def __init__(self, module: nn.Module, others: Iterable[Any] = ()) -> None:
+    def __init__(self, module: nn.Module, objects: Iterable[Any] = ()) -> None:
         """Record the state.
 
         Args:
             module: The module. Modules below are included.
-            others: Further objects: defaults of parameters.
+            objects: Further objects: defaults of parameters.
         """
         self._attributes = [
             (name, owner, dict(owner.__dict__))
@@ -49,7 +49,7 @@ class State:
         for name, _, attributes in self._attributes:
             for key, value in attributes.items():
                 self._record(f"{name}.{key}" if name else key, value)
-        for other in others:
+        for other in objects:
             self._record("a default", other)
         self._buffers = [
             (

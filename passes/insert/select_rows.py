@@ -90,13 +90,13 @@ class _Axes(NamedTuple):
     """Axes of the rows in the input and the output of an operation.
 
     Attributes:
-        given, result: The axis in the input and the output. :data:`lora_fx.runtime.samples.COLUMNS` for a
+        source, result: The axis in the input and the output. :data:`lora_fx.runtime.samples.COLUMNS` for a
             weight on the left.
         least: Smallest number of dimensions of the input; 0 for no minimum.
         base: The operation.
     """
 
-    given: int = 0
+    source: int = 0
     result: int = 0
     least: int = 0
     base: fx.Node | None = None
@@ -130,13 +130,13 @@ class _Gather(NamedTuple):
 
     Attributes:
         hidden: The tokens.
-        function, given: Function that computes the token of each row, and its arguments. If it is None, the
+        function, args: Function that computes the token of each row, and its arguments. If it is None, the
             only argument is the tokens.
     """
 
     hidden: fx.Node
     function: Any
-    given: tuple[Any, ...]
+    args: tuple[Any, ...]
 
 
 def _gather(node: fx.Node) -> _Gather | None:
@@ -239,7 +239,7 @@ class _Work:
                 return read  # the same for all samples
             # A node that spreads a vector over the output features reads both input and output.
             axes = _Axes(own.result) if results or read is own.base else own
-            key = ("select", read, axes.given, axes.least, tag)
+            key = ("select", read, axes.source, axes.least, tag)
             return self._call(key, node, tag, select_rows, read, axes=axes)
 
         node.args = fx.map_arg(node.args, cut)
@@ -305,10 +305,10 @@ class _Work:
             )
         key = ("rows", gather, tag.adapter)
         if key not in self._made:
-            tokens = gather.given[0]
+            tokens = gather.args[0]
             if gather.function is not None:
                 with node.graph.inserting_before(node):
-                    tokens = node.graph.call_function(gather.function, gather.given)
+                    tokens = node.graph.call_function(gather.function, gather.args)
                 tokens.meta[META_KEY] = Tag(tag.weight, Role.ROWS, tag.adapter)
             self._made[key] = self._call(
                 ("of tokens", *key), node, tag, rows_of_tokens, tokens, gather.hidden
@@ -336,8 +336,8 @@ class _Work:
                 repeats = graph.get_attr(join(holder, "repeats"))
                 state = graph.get_attr(join(holder, "state"))
                 known: tuple[Any, ...] = (samples, repeats, state, tag.weight)
-                if (axes.given, axes.least) != (0, 0):
-                    known = (*known, axes.given, axes.least)
+                if (axes.source, axes.least) != (0, 0):
+                    known = (*known, axes.source, axes.least)
                 operands = (
                     (args[0], rows, *args[1:]) if function is not rows_of_tokens else (*args, rows)
                 )

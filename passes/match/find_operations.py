@@ -122,7 +122,7 @@ def _joined(sites: list[Site], reads: list[Read] | tuple[Read, ...]) -> list[Sit
     for read in reads:
         if (read.region, read.node) not in own:
             reason = (
-                f"its weight is also read by {read.what}: an adapter would change one use, a merge "
+                f"its weight is also read by {read.operation}: an adapter would change one use, a merge "
                 "both"
             )
             return Rejection(whole, reason, read.region, read.node)

@@ -364,7 +364,7 @@ def find_losses(capture: Capture, matches: Matches) -> Matches:
         arrives = any(path.arrives for path in paths)
         if not (is_head or arrives):
             return site
-        readers = sorted({name for path in paths for name in path.others})
+        readers = sorted({name for path in paths for name in path.other_readers})
         if reason is None and arrives and readers:
             reason = f"they are read by {readers[0]}, too"
         if reason is None and not arrives and _has_one_form(capture):
@@ -413,11 +413,11 @@ class _Path(NamedTuple):
 
     Attributes:
         arrives: True if the value reaches the node that was searched for.
-        others: Names of its readers that are not known to keep the last axis.
+        other_readers: Names of its readers that are not known to keep the last axis.
     """
 
     arrives: bool
-    others: frozenset[str]
+    other_readers: frozenset[str]
 
 
 class _Flow:
@@ -752,19 +752,19 @@ class Mark(Pass):
     """Pass that marks some of the operations.
 
     Attributes:
-        what: The operations that it marks, in words.
+        operations: The operations that it marks, in words.
         find: Returns the matches with the marks.
     """
 
     needs: ClassVar[str] = "matches"
 
-    what: str
+    operations: str
     find: Callable[[Capture, Matches], Matches]
 
     @property
     def name(self) -> str:
         """Return the name for errors, logs and the command line."""
-        return f"mark-{self.what}"
+        return f"mark-{self.operations}"
 
     def __call__(self, capture: Capture) -> PassResult:
         """Mark the operations."""

@@ -40,7 +40,7 @@ class Read:
 
     region: str
     node: str
-    what: str
+    operation: str
 
 
 def readers(capture: Capture) -> dict[str, list[Read]]:
@@ -62,10 +62,10 @@ def readers(capture: Capture) -> dict[str, list[Read]]:
 def no_product(weight: str, reads: list[Read]) -> Rejection | None:
     """Return the refusal of a weight without a matching operation, or None if none is expected."""
     # A bias for each expert is a table, too.
-    if all(read.what in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
+    if all(read.operation in _NO_PRODUCTS for read in reads) or weight.endswith("bias"):
         return None
     name = site_name(weight)
-    return Rejection(name, f"its only use is by {reads[0].what}, not a linear operation")
+    return Rejection(name, f"its only use is by {reads[0].operation}, not a linear operation")
 
 
 def nameless(capture: Capture) -> dict[str, Rejection]:

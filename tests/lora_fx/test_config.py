@@ -297,9 +297,9 @@ def test_options_of_another_initialization_are_noted(caplog: pytest.LogCaptureFi
 
 @pytest.mark.parametrize("name", sorted(_config_fields.FOREIGN))
 def test_no_unsupported_field_is_dropped(name: str) -> None:
-    what = re.escape(_config_fields.FOREIGN[name].what)
+    feature = re.escape(_config_fields.FOREIGN[name].feature)
     with pytest.raises(
-        ConfigError, match=f"{name}: found 'on'; lora_fx does not support it.*{what}"
+        ConfigError, match=f"{name}: found 'on'; lora_fx does not support it.*{feature}"
     ):
         LoraConfig(**{name: "on"})
 
