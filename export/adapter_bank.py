@@ -97,14 +97,14 @@ def _objections(row: PlannedSite) -> Iterator[str]:
 
 
 def check_ranks(
-    manifest: Manifest, values: Mapping[str, Tensor], what: str, max_rank: int | None = None
+    manifest: Manifest, values: Mapping[str, Tensor], description: str, max_rank: int | None = None
 ) -> None:
     """Raise if the rank of an adapter is above the rank of the bank.
 
     Args:
         manifest: The manifest of the file.
         values: The values of the adapter by input name.
-        what: Description of the adapter for the message.
+        description: Description of the adapter for the message.
         max_rank: The highest rank that the session accepts, if it is lower.
 
     Raises:
@@ -114,14 +114,14 @@ def check_ranks(
     assert bank is not None
     ranks = ranks_of(manifest, values)
     if max_rank is not None and max_rank < bank.rank:
-        check_values(manifest, values, what, max_rank)
+        check_values(manifest, values, description, max_rank)
     high = {site: rank for site, rank in ranks.items() if rank > bank.rank}
     if high:
         most = max(high.values())
         sites = some([f"{site} has rank {rank}" for site, rank in high.items()])
         raise CheckpointError(
-            f"{what} does not fit the bank, which has rank {bank.rank}: {sites}. Export the model again "
-            f"with max_rank={most} or more"
+            f"{description} does not fit the bank, which has rank {bank.rank}: {sites}. Export the model "
+            f"again with max_rank={most} or more"
         )
 
 
@@ -148,11 +148,11 @@ def stacked(manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]]) -> dic
     return stacks
 
 
-def put(slot: Tensor, one: AdapterInput, value: Tensor | None) -> None:
+def put(slot: Tensor, entry: AdapterInput, value: Tensor | None) -> None:
     """Write an adapter's value into its slot of a bank, or the neutral value if it is None."""
-    slot.fill_(one.neutral)
+    slot.fill_(entry.neutral)
     if value is not None:
-        axis = one.rank_axis
+        axis = entry.rank_axis
         part = slot if axis is None else slot.narrow(axis, 0, value.shape[axis])
         part.copy_(value)
 
@@ -302,8 +302,8 @@ class BankModel(FactorModel):
     """A flat model that takes ids of adapters and their stacks after the tensors of the call.
 
     Args:
-        made: The result of :func:`lora_fx.export.factor_model.swappable` with a bank.
-        model: The model of ``made``, or a copy in another dtype.
+        prepared: The result of :func:`lora_fx.export.factor_model.swappable` with a bank.
+        model: The model of ``prepared``, or a copy in another dtype.
         arguments: The arguments of the call.
         call: The function that calls the model.
         bank: The size of the bank.
@@ -316,18 +316,18 @@ class BankModel(FactorModel):
 
     def __init__(
         self,
-        made: Swappable,
+        prepared: Swappable,
         model: nn.Module,
         arguments: Arguments,
         call: Callable[..., object],
         bank: BankSize,
         single: FactorModel,
     ) -> None:
-        super().__init__(made, model, arguments, call)
+        super().__init__(prepared, model, arguments, call)
         self.bank = bank
         self.manifest = dataclasses.replace(self.manifest, bank=bank)
         self.__dict__["single"] = single  # not a submodule of this module
-        self._slots = tuple(join(row.site.holder, _SLOTS) for row in made.rows)
+        self._slots = tuple(join(row.site.holder, _SLOTS) for row in prepared.rows)
 
     single: FactorModel
 
@@ -552,7 +552,7 @@ class AdapterBank(AdapterStore):
         with self._lock:
             return tuple(self._names)
 
-    def load(self, name: str, values: Mapping[str, Tensor], what: str) -> None:
+    def load(self, name: str, values: Mapping[str, Tensor], description: str) -> None:
         """Put an adapter into the bank. It replaces an adapter of the same name.
 
         Raises:
@@ -560,8 +560,8 @@ class AdapterBank(AdapterStore):
                 bank is then unchanged.
             ConfigError: The bank is full.
         """
-        check_values(self.manifest, values, what)
-        check_ranks(self.manifest, values, what, self.max_rank)
+        check_values(self.manifest, values, description)
+        check_ranks(self.manifest, values, description, self.max_rank)
         with self._lock:
             slots = {key: slot for key, slot in self._names.items() if key != name}
             if len(slots) >= self._size.capacity:

@@ -238,14 +238,14 @@ class Manifest:
 
 
 def check_values(
-    manifest: Manifest, values: Mapping[str, Tensor], what: str, max_rank: int | None = None
+    manifest: Manifest, values: Mapping[str, Tensor], description: str, max_rank: int | None = None
 ) -> None:
     """Raise unless values are a valid adapter of a file.
 
     Args:
         manifest: The manifest of the file.
         values: The values by input name.
-        what: Description of the adapter for the message.
+        description: Description of the adapter for the message.
         max_rank: The highest allowed rank, if there is a limit.
 
     Raises:
@@ -255,7 +255,7 @@ def check_values(
     problems = list(dict.fromkeys(_problems(manifest, values, max_rank)))
     if problems:
         raise CheckpointError(
-            f"{what} is no adapter for this file, which was made from {manifest.base}:\n  "
+            f"{description} is no adapter for this file, which was made from {manifest.base}:\n  "
             + some(problems, between="\n  ")
         )
 

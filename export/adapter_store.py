@@ -104,13 +104,13 @@ class AdapterStore:
         with self._lock:
             return tuple(self._held)
 
-    def load(self, name: str, values: Mapping[str, Tensor], what: str) -> None:
+    def load(self, name: str, values: Mapping[str, Tensor], description: str) -> None:
         """Add an adapter. It replaces an adapter of the same name.
 
         Raises:
             CheckpointError: The values do not match the inputs of the file. The store is then unchanged.
         """
-        check_values(self.manifest, values, what, self.max_rank)
+        check_values(self.manifest, values, description, self.max_rank)
         adapter = self._hold(values)
         with self._lock:
             self._forget(name)

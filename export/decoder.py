@@ -122,7 +122,7 @@ class _BufferCache:
         entries: Keys and values of all layers.
         batch: Number of texts.
         limit: Largest number of positions.
-        place: Device of the session.
+        device: Device of the session.
         shared: True if a step reads and writes the same buffers.
     """
 
@@ -130,7 +130,7 @@ class _BufferCache:
     entries: Sequence[_Entry]
     batch: int
     limit: int
-    place: torch.device
+    device: torch.device
     shared: bool
     _sets: list[dict[str, Any]] = field(default_factory=list)
     _room: int = 0
@@ -160,12 +160,12 @@ class _BufferCache:
 
     def reorder(self, rows: Tensor, past: int) -> None:
         """Make row i continue from row ``rows[i]``."""
-        if self.place.type != "cpu" and not torch.cuda.is_available():
+        if self.device.type != "cpu" and not torch.cuda.is_available():
             raise ExportError(
-                f"beam search reorders a cache on {self.place.type} with PyTorch, and this PyTorch has no "
+                f"beam search reorders a cache on {self.device.type} with PyTorch, and this PyTorch has no "
                 "CUDA: install one that has, or generate with num_beams=1"
             )
-        rows = rows.to(self.place)
+        rows = rows.to(self.device)
         for entry in self.entries:
             value = ort.to_tensor(self._sets[0][entry.past.name])
             if self.shared:
@@ -182,7 +182,7 @@ class _BufferCache:
                 self.runtime,
                 entry.shape(self.batch, self._room),
                 ort.element_named(entry.past.dtype),
-                self.place,
+                self.device,
             )
             for entry in self.entries
         }
@@ -195,7 +195,7 @@ class _BufferCache:
         past: int,
         total: int,
     ) -> None:
-        kind, index = self.place.type, self.place.index
+        kind, index = self.device.type, self.device.index
         for entry in self.entries:
             name, element = entry.past.name, ort.element_named(entry.past.dtype)
             address = source[name].data_ptr()
@@ -213,13 +213,13 @@ class _ReturnedCache:
         runtime: The onnxruntime module.
         entries: Keys and values of all layers.
         batch: Number of texts.
-        place: Device of the outputs.
+        device: Device of the outputs.
     """
 
     runtime: Any
     entries: Sequence[_Entry]
     batch: int
-    place: torch.device | Place
+    device: torch.device | Place
     _values: dict[str, Any] = field(default_factory=dict)
 
     def bind(self, binding: Any, past: int, total: int) -> None:
@@ -231,7 +231,7 @@ class _ReturnedCache:
                 )
                 self._values[entry.past.name] = ort.to_runtime(self.runtime, empty)
             binding.bind_ortvalue_input(entry.past.name, self._values[entry.past.name])
-            binding.bind_output(entry.present, self.place.type, self.place.index)
+            binding.bind_output(entry.present, self.device.type, self.device.index)
 
     def taken(self, binding: Any) -> None:
         """Keep the outputs of a step."""

@@ -330,7 +330,7 @@ class FactorModel(FlatModel):
     """Flat model that takes all adapter inputs of its manifest after the tensors of the call.
 
     Args:
-        made: Result of :func:`lora_fx.export.factor_model.swappable`.
+        prepared: Result of :func:`lora_fx.export.factor_model.swappable`.
         model: Its model, or a cast copy of it.
         arguments: The call.
         call: Function that calls the model.
@@ -342,19 +342,19 @@ class FactorModel(FlatModel):
 
     def __init__(
         self,
-        made: Swappable,
+        prepared: Swappable,
         model: nn.Module,
         arguments: Arguments,
         call: Callable[..., object] = nn.Module.__call__,
     ) -> None:
         super().__init__(model, arguments, call)
-        self._made = made
+        self._made = prepared
         self.manifest = Manifest(
-            _base_name(model), tuple(site_inputs(model, row) for row in made.rows)
+            _base_name(model), tuple(site_inputs(model, row) for row in prepared.rows)
         )
         self.adapter_inputs = tuple(self.manifest.inputs.values())
         self.device = next(model.parameters()).device
-        self._places = tuple(name for row in made.rows for name in _parameters(row))
+        self._places = tuple(name for row in prepared.rows for name in _parameters(row))
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """Return the outputs with their names.
@@ -473,13 +473,13 @@ class _Called(nn.Module):
         return self.call(self.model, *args, **kwargs)
 
 
-def flip(one: AdapterInput, tensor: Tensor) -> Tensor:
+def flip(entry: AdapterInput, tensor: Tensor) -> Tensor:
     """Return a view that converts an adapter input to its parameter, or back.
 
     A file multiplies matrices as they are: A is [in, r] and B is [r, out]. Parameters are transposed. The
     factors of a convolution are the same in both.
     """
-    matrix = one.role in ("A", "B") and not one.conv
+    matrix = entry.role in ("A", "B") and not entry.conv
     return tensor.mT if matrix else tensor
 
 

@@ -460,7 +460,7 @@ def with_empty_caches(inputs: Any, ports: Sequence[Port]) -> Any:
 
 def check_axes(
     ports: Sequence[Port],
-    given: Mapping[str, Any],
+    inputs: Mapping[str, Any],
     limits: Mapping[str, int],
     file: str,
     *,
@@ -472,7 +472,7 @@ def check_axes(
 
     Args:
         ports: The inputs.
-        given: Arrays or tensors by name, of the right ranks.
+        inputs: Arrays or tensors by name, of the right ranks.
         limits: The largest size of an axis, by its name.
         file: Name of the file, for messages.
         task: True for the axes of a decoder with its cache.
@@ -482,7 +482,7 @@ def check_axes(
     """
     seen: dict[str, tuple[int, str]] = {}
     for port in ports:
-        for index, (axis, size) in enumerate(zip(port.shape, given[port.name].shape, strict=True)):
+        for index, (axis, size) in enumerate(zip(port.shape, inputs[port.name].shape, strict=True)):
             if not isinstance(axis, str):
                 continue
             label = f"axis {index} of '{port.name}'"

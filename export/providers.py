@@ -531,26 +531,26 @@ def check_arguments(
         raise ConfigError(f"max_rank is {max_rank}: give a whole number of at least 1, or None")
 
 
-def session_settings(runtime: Any, given: Any, *, low_memory: bool) -> Any:
+def session_settings(runtime: Any, options: Any, *, low_memory: bool) -> Any:
     """Return the ``SessionOptions`` of a session.
 
     Args:
         runtime: The onnxruntime module.
-        given: The caller's options, which are changed in place because ONNX Runtime cannot copy them. None
+        options: The caller's options, which are changed in place because ONNX Runtime cannot copy them. None
             for the defaults, with only errors logged.
         low_memory: True to leave weights in their files.
 
     Raises:
-        ConfigError: ``given`` has another type.
+        ConfigError: ``options`` has another type.
     """
-    if given is None:
+    if options is None:
         settings = runtime.SessionOptions()
         settings.log_severity_level = 3
-    elif isinstance(given, runtime.SessionOptions):
-        settings = given
+    elif isinstance(options, runtime.SessionOptions):
+        settings = options
     else:
         raise ConfigError(
-            f"session_options is a {type(given).__name__}: give an onnxruntime.SessionOptions"
+            f"session_options is a {type(options).__name__}: give an onnxruntime.SessionOptions"
         )
     settings.add_session_config_entry(_RECORD_KEY, "1")
     if low_memory:

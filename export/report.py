@@ -332,10 +332,10 @@ def fusions_text(fused: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}×" for name, count in fused.items())
 
 
-def worse(one: OutputParity, other: OutputParity) -> OutputParity:
+def worse(first: OutputParity, second: OutputParity) -> OutputParity:
     """Return the worse row of two comparisons of one output."""
-    row = max(one, other, key=lambda entry: entry.max_rel_error)
-    narrow = [r.pytorch_rel_error for r in (one, other) if r.pytorch_rel_error is not None]
+    row = max(first, second, key=lambda entry: entry.max_rel_error)
+    narrow = [r.pytorch_rel_error for r in (first, second) if r.pytorch_rel_error is not None]
     return dataclasses.replace(row, pytorch_rel_error=max(narrow, default=None))
 
 

@@ -173,24 +173,24 @@ class StaticRunner:
         return taken
 
 
-def filled_up(site: SiteInputs, one: AdapterInput, value: Tensor | None, max_rank: int) -> Tensor:
+def filled_up(site: SiteInputs, entry: AdapterInput, value: Tensor | None, max_rank: int) -> Tensor:
     """Return a factor padded to the highest rank. The padding is zero, and so adds nothing.
 
     Args:
         site: The site of the factor.
-        one: The input: a factor, bias or gain.
+        entry: The input: a factor, bias or gain.
         value: The value, or None for an adapter that is not at this site.
         max_rank: The highest rank. A grouped convolution takes the next multiple of its groups.
     """
     groups = site.groups
     rank = -(-max_rank // groups) * groups
-    whole = torch.full(one.sized(rank), one.neutral, dtype=getattr(torch, one.dtype))
+    whole = torch.full(entry.sized(rank), entry.neutral, dtype=getattr(torch, entry.dtype))
     if value is None:
         return whole
-    axis = one.rank_axis
+    axis = entry.rank_axis
     if axis is None:
         return value
-    if one.role == "A" and groups > 1:
+    if entry.role == "A" and groups > 1:
         # The ranks are ordered by group, so each group is padded separately.
         size = len(value) // groups
         whole.view(groups, -1, *whole.shape[1:])[:, :size] = value.view(

@@ -303,7 +303,7 @@ def _text2text_generation(model: nn.Module, example: Mapping[str, Any]) -> tuple
             call=functools.partial(_decode_encoded, width=setup.width),
             inputs=inputs,
             dynamic_shapes=shapes,
-            cases=functools.partial(_encoded_cases, found=setup),
+            cases=functools.partial(_encoded_cases, example=setup),
             metadata=generation_metadata(model, _TEXT2TEXT_GENERATION),
         ),
     )
@@ -413,7 +413,7 @@ def _decode_encoded(
 
 
 @torch.no_grad()
-def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
+def _encoded_cases(model: Checked, *, example: _Example) -> Iterator[Case]:
     """Yield steps of the decoder with one or several tokens, for several batches.
 
     The expected logits come from the whole model without a cache. So the cache and the encoder's file are
@@ -426,21 +426,21 @@ def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
     for batch, lengths in ((2, (1, 2, 1, 1)), (1, (3, 1)), (3, (1, 1))):
         if sum(lengths) > limit:
             continue
-        source = {name: _rows(value, batch) for name, value in found.source.items()}
-        if found.masked and batch > 1:
+        source = {name: _rows(value, batch) for name, value in example.source.items()}
+        if example.masked and batch > 1:
             mask = source["attention_mask"].clone()
             mask[-1, mask.shape[1] // 2 + 1 :] = 0
             source["attention_mask"] = mask
         present = model.run(_crossed, **source)["present"]
-        states = found.cross.taken({index: layer["encoder"] for index, layer in present.items()})
-        ids = _drawn(whole, head, (batch, sum(lengths)), generator, found.own.device)
-        ids[:, 0] = found.start
-        own = found.own.zeros(batch, 0)
+        states = example.cross.taken({index: layer["encoder"] for index, layer in present.items()})
+        ids = _drawn(whole, head, (batch, sum(lengths)), generator, example.own.device)
+        ids[:, 0] = example.start
+        own = example.own.zeros(batch, 0)
         done = 0
         for length in lengths:
             total = done + length
             inputs = [ids[:, done:total].contiguous()]
-            if found.masked:
+            if example.masked:
                 inputs.append(source["attention_mask"])
             for index, layer in own.items():
                 inputs += [layer["key"], layer["value"], *states[index].values()]
@@ -453,7 +453,7 @@ def _encoded_cases(model: Checked, *, found: _Example) -> Iterator[Case]:
                 index: {kind: outputs[f"present.{index}.decoder.{kind}"] for kind in layer}
                 for index, layer in own.items()
             }
-            own = found.own.taken(cache)
+            own = example.own.taken(cache)
             done = total
 
 

@@ -50,12 +50,12 @@ class Mask:
     Attributes:
         low: The low number.
         causal: True if a key that comes after the query is masked.
-        others: The other conditions. All of them hold for a key that is not masked.
+        conditions: The other conditions. All of them hold for a key that is not masked.
     """
 
     low: ir.Value
     causal: bool
-    others: tuple[ir.Value, ...]
+    conditions: tuple[ir.Value, ...]
 
 
 def read_mask(mask: ir.Value | None, past: Size | None, total: Size | None) -> Mask | None:
@@ -138,10 +138,10 @@ def bias_of(builder: Builder, mask: Mask, like: ir.Value, sequence: ir.Value) ->
         like: A value with the dtype of the result.
         sequence: The number of queries, as a vector of one element.
     """
-    if not mask.others:
+    if not mask.conditions:
         return None
-    condition, zero = mask.others[0], builder.number(0.0, like)
-    for other in mask.others[1:]:
+    condition, zero = mask.conditions[0], builder.number(0.0, like)
+    for other in mask.conditions[1:]:
         condition = builder.op("And", [condition, other])
     padding = _padding(condition)
     if padding is None:
@@ -151,7 +151,7 @@ def bias_of(builder: Builder, mask: Mask, like: ir.Value, sequence: ir.Value) ->
         masked = builder.op("Equal", [source, builder.number(0, source)])
         masked = builder.op("Reshape", [masked, shape], like=masked)
         bias = builder.op("Where", [masked, mask.low, zero], like=like)
-    if len(mask.others) == 1 and names_of(condition)[2:3] != (1,):
+    if len(mask.conditions) == 1 and names_of(condition)[2:3] != (1,):
         return bias
     ones = builder.ints([1, 1])
     shape = builder.op("Concat", [ones, sequence, builder.ints([1])], {"axis": 0})
@@ -320,19 +320,19 @@ _HALVED = {"FLOAT16"}
 
 
 @at_each(find_attention)
-def drop_nan_guards(model: ir.Model, one: Attention) -> bool | str:
+def drop_nan_guards(model: ir.Model, attention: Attention) -> bool | str:
     """Remove the guard against NaN if no row of scores can be masked completely.
 
     A row of probabilities is NaN only if all its scores are -inf. This cannot happen without a mask, or
     with a mask of finite values.
     """
-    if one.guard is None:
+    if attention.guard is None:
         return False
-    if one.mask is not None and not _is_finite(one.mask):
+    if attention.mask is not None and not _is_finite(attention.mask):
         return "its mask may hold -inf in a whole row"
-    if one.mask is not None:
-        _halve_lowest(model, one.mask)
-    substitute(one.guard.outputs[0], one.softmax.outputs[0])
+    if attention.mask is not None:
+        _halve_lowest(model, attention.mask)
+    substitute(attention.guard.outputs[0], attention.softmax.outputs[0])
     return True
 
 
@@ -426,55 +426,58 @@ def _is_half(value: ir.Value) -> bool:
 
 
 @at_each(find_attention)
-def group_heads(model: ir.Model, one: Attention) -> bool:
+def group_heads(model: ir.Model, attention: Attention) -> bool:
     """Compute attention over keys and values as they are cached: not repeated, not scaled.
 
     The heads of a group are rows of one product, ``[b, g, n·s, d] · [b, g, d, t]``. So keys and values
     are not copied for each head. Only the query is scaled.
     """
-    builder = Builder(model, one.softmax)
-    dtype = one.query
-    query = one.query
-    if one.scale != 1.0:
+    builder = Builder(model, attention.softmax)
+    dtype = attention.query
+    query = attention.query
+    if attention.scale != 1.0:
         query = builder.op(
-            "Mul", [query, builder.number(one.scale, query)], like=dtype, shape=query.shape
+            "Mul", [query, builder.number(attention.scale, query)], like=dtype, shape=query.shape
         )
-    batch, _, length, width = names_of(one.key)
-    sequence, out = axis_size(query, 2), axis_size(one.value, 3)
-    apart = [batch, one.groups, None, width]
-    together = (batch, one.heads, sequence, length)
-    grouped = one.heads != one.groups
-    fold, unfold = builder.ints([0, one.groups, -1, 0]), builder.ints([0, one.heads, -1, 0])
+    batch, _, length, width = names_of(attention.key)
+    sequence, out = axis_size(query, 2), axis_size(attention.value, 3)
+    apart = [batch, attention.groups, None, width]
+    together = (batch, attention.heads, sequence, length)
+    grouped = attention.heads != attention.groups
+    fold, unfold = (
+        builder.ints([0, attention.groups, -1, 0]),
+        builder.ints([0, attention.heads, -1, 0]),
+    )
     if grouped:
         query = builder.op("Reshape", [query, fold], like=dtype, shape=apart)
     turned = builder.op(
         "Transpose",
-        [one.key],
+        [attention.key],
         {"perm": [0, 1, 3, 2]},
         like=dtype,
-        shape=(batch, one.groups, width, length),
+        shape=(batch, attention.groups, width, length),
     )
     scores = builder.op("MatMul", [query, turned], like=dtype)
     if grouped:
-        scores.shape = _shape((batch, one.groups, None, length))
+        scores.shape = _shape((batch, attention.groups, None, length))
         scores = builder.op("Reshape", [scores, unfold], like=dtype)
     scores.shape = _shape(together)
-    if one.mask is not None:
-        scores = builder.op("Add", [scores, one.mask], like=dtype, shape=together)
-    one.softmax.replace_input_with(0, scores)
-    one.softmax.outputs[0].shape = _shape(together)
-    last = Builder(model, one.product)
-    weights = one.product.inputs[0]
+    if attention.mask is not None:
+        scores = builder.op("Add", [scores, attention.mask], like=dtype, shape=together)
+    attention.softmax.replace_input_with(0, scores)
+    attention.softmax.outputs[0].shape = _shape(together)
+    last = Builder(model, attention.product)
+    weights = attention.product.inputs[0]
     assert weights is not None
     if grouped:
         weights = last.op("Reshape", [weights, fold], like=dtype)
-        weights.shape = _shape((batch, one.groups, None, length))
-    output = last.op("MatMul", [weights, one.value], like=dtype)
+        weights.shape = _shape((batch, attention.groups, None, length))
+    output = last.op("MatMul", [weights, attention.value], like=dtype)
     if grouped:
-        output.shape = _shape((batch, one.groups, None, out))
+        output.shape = _shape((batch, attention.groups, None, out))
         output = last.op("Reshape", [output, unfold], like=dtype)
-    output.shape = one.output.shape
-    substitute(one.output, output)
+    output.shape = attention.output.shape
+    substitute(attention.output, output)
     return True
 
 

@@ -334,7 +334,7 @@ class _Calls:
 
     def _bias(self, builder: Builder, cached: _Cached) -> ir.Value | None:
         mask = cached.mask
-        key = mask.low, mask.others, axis_size(cached.query, 2)
+        key = mask.low, mask.conditions, axis_size(cached.query, 2)
         if key not in self._biases:
             sequence = size_vector(self._model, builder, axis_size(cached.query, 2))
             assert sequence is not None
@@ -353,31 +353,33 @@ def _position_limit(model: ir.Model) -> int | None:
 
 
 @at_each(find_attention)
-def multi_head_attention(model: ir.Model, one: Attention) -> bool | str:
+def multi_head_attention(model: ir.Model, attention: Attention) -> bool | str:
     """Replace an attention over the tokens of the call by a ``MultiHeadAttention``."""
-    if reason := _objection(one):
+    if reason := _objection(attention):
         return reason
-    builder = Builder(model, one.product)
-    query, key, value = (flat_heads(builder, part) for part in (one.query, one.key, one.value))
+    builder = Builder(model, attention.product)
+    query, key, value = (
+        flat_heads(builder, part) for part in (attention.query, attention.key, attention.value)
+    )
     result = builder.op(
         "MultiHeadAttention",
-        [query, key, value, None, None, one.mask],
-        {"num_heads": one.heads, "scale": float(one.scale)},
+        [query, key, value, None, None, attention.mask],
+        {"num_heads": attention.heads, "scale": float(attention.scale)},
         like=query,
         shape=(*names_of(query)[:2], axis_size(value, 2)),
         domain=CONTRIB,
     )
     batch, sequence = names_of(query)[:2]
-    width = axis_size(one.value, 3)
+    width = axis_size(attention.value, 3)
     assert isinstance(width, int)
     apart = builder.op(
         "Reshape",
-        [result, builder.ints([0, 0, one.heads, width])],
+        [result, builder.ints([0, 0, attention.heads, width])],
         like=query,
-        shape=(batch, sequence, one.heads, width),
+        shape=(batch, sequence, attention.heads, width),
     )
     turned = builder.op("Transpose", [apart], {"perm": [0, 2, 1, 3]}, like=query)
-    substitute(one.output, turned)
+    substitute(attention.output, turned)
     return True
 
 

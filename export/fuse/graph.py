@@ -243,13 +243,13 @@ def _added(node: ir.Node) -> _Sizes:
     return (None if left is None or right is None else sum_of(left, right),)
 
 
-def sum_of(one: Size, other: Size) -> Size:
+def sum_of(left: Size, right: Size) -> Size:
     """Add two sizes."""
-    if isinstance(one, int) and isinstance(other, int):
-        return one + other
-    if one == 0 or other == 0:
-        return one or other
-    return _sorted(f"{one} + {other}")
+    if isinstance(left, int) and isinstance(right, int):
+        return left + right
+    if left == 0 or right == 0:
+        return left or right
+    return _sorted(f"{left} + {right}")
 
 
 _SIZE_OPERATORS: Mapping[str, Callable[[ir.Node], _Sizes]] = {

@@ -89,7 +89,7 @@ class Fusion:
 
     Attributes:
         name: Name in reports.
-        what: Description for the table in the documentation.
+        description: Description for the table in the documentation.
         apply: Function that changes a graph, see :data:`lora_fx.export.fuse.graph.Rewriting`.
         holds: Map from execution provider to the dtypes for which it has kernels. None for operators of
             ONNX, which run everywhere.
@@ -98,7 +98,7 @@ class Fusion:
     """
 
     name: str
-    what: str
+    description: str
     apply: Rewriting
     holds: Mapping[str, tuple[str, ...]] | None = None
     since: str = "1.22"
@@ -318,7 +318,7 @@ def fusion_table() -> str:
                 for name, dtypes in fusion.holds.items()
             ]
             where = "; ".join((*parts, f"ONNX Runtime ≥ {fusion.since}"))
-        lines.append(f"| {fusion.name} | {fusion.level} | {fusion.what} | {where} |")
+        lines.append(f"| {fusion.name} | {fusion.level} | {fusion.description} | {where} |")
     return "\n".join(lines)
 
 

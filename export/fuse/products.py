@@ -68,13 +68,13 @@ def _attentions(model: ir.Model) -> list[tuple[ir.Node, _Normed]]:
 
 
 @at_each(_attentions)
-def pack_products(model: ir.Model, place: tuple[ir.Node, _Normed]) -> bool | str:
+def pack_products(model: ir.Model, match: tuple[ir.Node, _Normed]) -> bool | str:
     """Pack the products that feed one attention into one, with the adapter factors of the same input.
 
     ``x·Wq, x·Wk, x·Wv, x·Aq, …`` become ``x · [Wq Wk Wv Aq …]`` and a ``Split``. Factors that are inputs
     of the file stay separate products, because an adapter may be at some of the sites only.
     """
-    attention, normed = place
+    attention, normed = match
     products = [_source(value, normed) for value in attention.inputs[:3]]
     distinct = list({product.node: product for product in products if product is not None}.values())
     if (
