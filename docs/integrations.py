@@ -90,7 +90,7 @@ class Case:
         node: Node id of the test, with its parameters.
         outcome: "passed", "failed", "skipped", or "collected" if the test was not run.
         reason: Reason why the test was skipped.
-        place: Environment in which the test ran.
+        environment: Environment in which the test ran.
     """
 
     stack: str
@@ -100,7 +100,7 @@ class Case:
     node: str
     outcome: str
     reason: str
-    place: str
+    environment: str
 
 
 def features_of(stack: str) -> tuple[str, ...]:
@@ -111,8 +111,8 @@ def features_of(stack: str) -> tuple[str, ...]:
 class Recorder:
     """Plugin of pytest that keeps the outcomes of the tests with the marker."""
 
-    def __init__(self, place: str) -> None:
-        self.place = place
+    def __init__(self, environment: str) -> None:
+        self.environment = environment
         self.items: list[pytest.Item] = []
         self.outcomes: dict[str, tuple[str, str]] = {}
 
@@ -141,15 +141,22 @@ class Recorder:
                     test = item.nodeid.partition("[")[0]
                     refused = mark.kwargs.get("refused", False)
                     case = Case(
-                        stack, feature, refused, test, item.nodeid, outcome, reason, self.place
+                        stack,
+                        feature,
+                        refused,
+                        test,
+                        item.nodeid,
+                        outcome,
+                        reason,
+                        self.environment,
                     )
                     cases.append(case)
         return cases
 
 
-def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
+def record(environment: str, chosen: str, *, collect: bool) -> dict[str, Any]:
     """Run or collect the tests of this environment. Return the cases and the versions of libraries."""
-    recorder = Recorder(place)
+    recorder = Recorder(environment)
     files = [
         str(path)
         for path in sorted((ROOT / "tests").rglob("test_*.py"))
@@ -169,7 +176,7 @@ def record(place: str, chosen: str, *, collect: bool) -> dict[str, Any]:
 
 
 def record_in(
-    python: Path, place: str, chosen: str, *more: str
+    python: Path, environment: str, chosen: str, *more: str
 ) -> tuple[list[Case], dict[str, str]]:
     """Do the same in a process of another environment's Python."""
     with TemporaryDirectory() as folder:
@@ -180,13 +187,13 @@ def record_in(
             "--record",
             str(out),
             "--place",
-            place,
+            environment,
             "--choose",
             chosen,
         ]
         process = subprocess.run([*command, *more], cwd=ROOT, check=False, stdout=subprocess.PIPE)
         if not out.is_file():
-            raise SystemExit(f"{place}: {process.stdout.decode()}")
+            raise SystemExit(f"{environment}: {process.stdout.decode()}")
         return read(out)
 
 
@@ -236,7 +243,7 @@ def rows(cases: list[Case]) -> list[str]:
             ran = [case for case in same if case.outcome == "passed"]
             result = verdict(same)
             if ran:
-                where = ", ".join(sorted({case.place for case in ran}))
+                where = ", ".join(sorted({case.environment for case in ran}))
                 count = str(len(ran))
             else:
                 where, count = same[0].reason or "no reason is known", "0"
@@ -350,7 +357,7 @@ def main() -> None:
             cases += more
             versions = {**theirs, **versions}
         if failed := sorted(
-            {f"{case.node} ({case.place})" for case in cases if case.outcome == "failed"}
+            {f"{case.node} ({case.environment})" for case in cases if case.outcome == "failed"}
         ):
             raise SystemExit(
                 "these tests failed, so the page stays as it is:\n" + "\n".join(failed)

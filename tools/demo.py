@@ -542,7 +542,7 @@ class Listener(Protocol):
     def note(self, text: str) -> None:
         """Report a result of the stage."""
 
-    def planned(self, made: Plan) -> None:
+    def planned(self, plan: Plan) -> None:
         """Report the plan."""
 
 

@@ -28,7 +28,7 @@ def test_the_page_lists_the_tests_that_there_are() -> None:
 
 def test_cells_say_what_became_of_the_tests(names: dict[str, Any]) -> None:
     def case(stack: str, feature: str, outcome: str, **more: Any) -> Any:
-        more = {"refused": False, "reason": "", "place": "here", **more}
+        more = {"refused": False, "reason": "", "environment": "here", **more}
         test = f"tests/test_{feature}.py::test_{stack}"
         return names["Case"](
             stack=stack, feature=feature, test=test, node=f"{test}[x]", outcome=outcome, **more
@@ -36,7 +36,7 @@ def test_cells_say_what_became_of_the_tests(names: dict[str, Any]) -> None:
 
     cases = [
         case("one", "train", "skipped", reason="trl is not installed"),
-        case("one", "train", "passed", place="trl"),
+        case("one", "train", "passed", environment="trl"),
         case("one", "merge", "passed", refused=True),
         case("two", "save", "skipped", reason="ray is not installed"),
     ]

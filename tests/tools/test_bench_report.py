@@ -35,14 +35,14 @@ from lora_fx.tools.bench.contenders import (
 )
 from lora_fx.tools.bench.counted import Memory
 from lora_fx.tools.bench.measure import (
-    Place,
+    Placement,
     Run,
     Sample,
     Size,
     allocator_peak,
     kernel_launches,
     launches,
-    places,
+    placements,
     synchronizer,
 )
 from lora_fx.tools.bench.section import Group, bars
@@ -100,9 +100,9 @@ def test_every_section_runs_on_tiny_shapes(name: str) -> None:
 
 def test_a_row_of_the_kernels_has_each_contender() -> None:
     """On a CPU, where both contenders of lora-fx are the same."""
-    place = Place(torch.device("cpu"), torch.float32)
-    found = one_linear._with_and_without(place, 256, 256, 4, Run(2, Size.TINY))
-    shape = one_linear.Shape(str(place), 256, 256)
+    placement = Placement(torch.device("cpu"), torch.float32)
+    found = one_linear._with_and_without(placement, 256, 256, 4, Run(2, Size.TINY))
+    shape = one_linear.Shape(str(placement), 256, 256)
     ((*cells, ours, without, peft),) = one_linear._kernel_rows({(shape, 4): found})
     assert cells[:4] == ["cpu, float32", "256", "256", "4"]
     assert ours.partition(", ")[2] == without.partition(", ")[2] != peft.partition(", ")[2]
@@ -392,20 +392,20 @@ def test_kernels_are_counted_without_named_ranges() -> None:
 
 
 def test_a_section_measures_at_every_place_as_one_piece_of_work() -> None:
-    where = [Place(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
+    where = [Placement(torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16)]
     told: list[tuple[int, int, str]] = []
 
-    def work(place: Place, run: Run) -> torch.dtype:
+    def work(placement: Placement, run: Run) -> torch.dtype:
         assert run.progress is not None
         run.tell(1, 1, "a")
-        return place.dtype
+        return placement.dtype
 
     run = Run(1, Size.TINY, lambda *given: told.append(given)).part(0, 1, "title")
     found = run.at_each(where, work)
     assert found == {"cpu, float32": torch.float32, "cpu, bfloat16": torch.bfloat16}
     assert told == [(1, 2, "title a"), (2, 2, "title a")]
-    assert [one.dtype for one in places(half=False) if not one.on_cuda] == [torch.float32]
-    assert str(places(half=True)[0]) == "cpu, float32"
+    assert [one.dtype for one in placements(half=False) if not one.on_cuda] == [torch.float32]
+    assert str(placements(half=True)[0]) == "cpu, float32"
 
 
 def test_what_only_a_gpu_has_is_left_out_without_one() -> None:
@@ -435,7 +435,7 @@ def test_a_gpu_gets_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     hardware.computes_bf16.cache_clear()
     try:
-        found = [str(place) for place in places(half=True)]
+        found = [str(placement) for placement in placements(half=True)]
     finally:
         hardware.computes_bf16.cache_clear()
     assert found[:2] == ["cpu, float32", "cuda, float32"]

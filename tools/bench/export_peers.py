@@ -71,13 +71,13 @@ class Exported:
     adapter: str = ""
 
 
-def set_environments(given: Iterable[str]) -> None:
+def set_environments(texts: Iterable[str]) -> None:
     """Set the folders of environments, each ``NAME=FOLDER``, for this process and its children.
 
     Raises:
         ConfigError: If a text has another form, a name is unknown, or a folder has no Python.
     """
-    for text in given:
+    for text in texts:
         name, _, folder = text.partition("=")
         if name not in NAMES or not folder:
             known = ", ".join(NAMES)

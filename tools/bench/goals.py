@@ -105,7 +105,7 @@ class Goal:
         judge: Name of the function of this module that returns the verdict, or None without its results.
         peft: PEFT's figure when the goal was set.
         key: Key of the result within the section, or None for all results.
-        given: Further arguments of the function.
+        arguments: Further arguments of the function.
         gain: The measured figure in the words of a user, if the page begins with it.
     """
 
@@ -117,7 +117,7 @@ class Goal:
     gain: str = ""
     peft: str = ""
     key: str | list[Any] | None = None
-    given: tuple[float, ...] = ()
+    arguments: tuple[float, ...] = ()
 
     def verdict(self, results: Mapping[str, Any]) -> Verdict | None:
         """Return the verdict, or None if the goal's results were not measured."""
@@ -127,7 +127,7 @@ class Goal:
                 self.key if isinstance(self.key, str) else tuple(self.key)
             )
         judge: Callable[..., Verdict | None] = globals()[self.judge]
-        return None if section_results is None else judge(section_results, *self.given)
+        return None if section_results is None else judge(section_results, *self.arguments)
 
 
 GOALS = tuple(
@@ -176,46 +176,48 @@ def _beyond(measured: Measured, *contenders: tuple[str, float]) -> list[float] |
     return known if len(known) == len(sizes) else None
 
 
-def above_floor(found: Measured) -> Verdict:
+def above_floor(results: Measured) -> Verdict:
     """Judge if the overhead above F is at most half of PEFT's."""
-    floor = found.floor or 1.0
-    (ours, peft, _), text = _overheads(found, 0)
+    floor = results.floor or 1.0
+    (ours, peft, _), text = _overheads(results, 0)
     return Verdict(f"{text}; F {floor:.3f}", ours - floor - (peft - floor) / 2)
 
 
-def with_dropout(found: Measured) -> Verdict:
+def with_dropout(results: Measured) -> Verdict:
     """Judge the overhead with dropout."""
-    (ours, peft, _), text = _overheads(found, 0.05)
+    (ours, peft, _), text = _overheads(results, 0.05)
     return Verdict(text, ours - 1.20, ours=f"{ours:.2f}", peft=f"{peft:.2f}")
 
 
 def step_time(
-    found: Measured, dropout: float, most: float, base: str = FROZEN, again: str = AGAIN
+    results: Measured, dropout: float, most: float, base: str = FROZEN, again: str = AGAIN
 ) -> Verdict | None:
     """Judge the time of a step relative to ``base``.
 
     ``again`` names a second run of the base, which shows the noise.
     """
     names = (name_of(OURS, dropout), name_of(PEFT, dropout), again)
-    if not found.steps.keys() >= {base, *names}:
+    if not results.steps.keys() >= {base, *names}:
         return None
     ours, peft, noise = (
-        ratio(found.steps[name].sample, found.steps[base].sample) for name in names
+        ratio(results.steps[name].sample, results.steps[base].sample) for name in names
     )
     text = f"{ours.median:.2f}; PEFT {peft.median:.2f}; A/A {noise}"
     return Verdict(text, ours.median - most - max(0.0, noise.high - 1))
 
 
-def compiled_time(found: Measured, dropout: float, most: float) -> Verdict | None:
+def compiled_time(results: Measured, dropout: float, most: float) -> Verdict | None:
     """Judge the time of a compiled step relative to the compiled frozen one."""
     return step_time(
-        found, dropout, most, step_sections.COMPILED_BASE, step_sections.COMPILED_AGAIN
+        results, dropout, most, step_sections.COMPILED_BASE, step_sections.COMPILED_AGAIN
     )
 
 
-def balanced_overhead(found: Mapping[str, Measured], dropout: float, most: float) -> Verdict | None:
+def balanced_overhead(
+    results: Mapping[str, Measured], dropout: float, most: float
+) -> Verdict | None:
     """Judge the time of the small Llama's step that recomputes cheap inputs."""
-    measured = next(iter(found.values()))
+    measured = next(iter(results.values()))
     names = [name_of(name, dropout) for name in (BALANCED, PEFT, OURS, OURS_AGAIN)]
     if not measured.steps.keys() >= set(names):
         return None
@@ -225,9 +227,9 @@ def balanced_overhead(found: Mapping[str, Measured], dropout: float, most: float
     return Verdict(text, ours - most - max(0.0, again.high - 1))
 
 
-def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
+def saved(results: Measured, dropout: float, most: float) -> Verdict | None:
     """Judge the bytes that a step saves beyond the frozen one."""
-    sizes = _beyond(found, *((name, dropout) for name in (OURS, PEFT, EXPORTED)))
+    sizes = _beyond(results, *((name, dropout) for name in (OURS, PEFT, EXPORTED)))
     if sizes is None:
         return None
     ours, peft, shared = sizes
@@ -235,10 +237,10 @@ def saved(found: Measured, dropout: float, most: float) -> Verdict | None:
     return Verdict(text, ours - most, " MiB", f"{ours:.1f} MiB", f"{peft:.1f} MiB")
 
 
-def decomposed_saved(found: Measured) -> Verdict | None:
+def decomposed_saved(results: Measured) -> Verdict | None:
     """Judge the bytes that a step with the other kind of adapter saves beyond the frozen one."""
     ours, least, theirs = (f"{library} {OTHER_KIND}" for library in (OURS, BALANCED, PEFT))
-    sizes = _beyond(found, (least, 0), (least, 0.05), (ours, 0), (theirs, 0))
+    sizes = _beyond(results, (least, 0), (least, 0.05), (ours, 0), (theirs, 0))
     if sizes is None:
         return None
     plain, dropped, fast, peft = sizes
@@ -248,10 +250,10 @@ def decomposed_saved(found: Measured) -> Verdict | None:
     return Verdict(text, plain - 25, " MiB", f"{plain:.1f} MiB", f"{peft:.1f} MiB")
 
 
-def kept_in_all(found: Mapping[str, Measured]) -> Verdict | None:
+def kept_in_all(results: Mapping[str, Measured]) -> Verdict | None:
     """Judge if a step that recomputes cheap inputs saves less than the frozen one, in every model."""
     figures, excesses = [], []
-    for measured in found.values():
+    for measured in results.values():
         own, frozen = measured.steps[name_of(BALANCED, 0)].saved, measured.steps[FROZEN].saved
         if own is None or frozen is None:
             return None
@@ -260,13 +262,13 @@ def kept_in_all(found: Mapping[str, Measured]) -> Verdict | None:
     return Verdict(", ".join(figures) + " MiB", max(excesses), " MiB")
 
 
-def time_of_balanced(found: Mapping[str, Measured]) -> Verdict:
+def time_of_balanced(results: Mapping[str, Measured]) -> Verdict:
     """Judge the time of such a step relative to one that keeps each input.
 
     The same step twice shows the noise.
     """
     figures, excesses = [], []
-    for measured in found.values():
+    for measured in results.values():
         fast = measured.steps[name_of(OURS, 0)].sample
         again, own = (
             ratio(measured.steps[name_of(name, 0)].sample, fast) for name in (OURS_AGAIN, BALANCED)
@@ -280,10 +282,10 @@ def _short(measured: Measured) -> str:
     return measured.model.partition(",")[0]
 
 
-def vocabulary_peak(found: Measured) -> Verdict | None:
+def vocabulary_peak(results: Measured) -> Verdict | None:
     """Judge if a step without all logits allocates at most a third of the memory of one with all logits."""
     names = (LEAST, CHUNKED, OURS, PEFT)
-    memories = [found.steps[name_of(name, 0)].memory for name in names]
+    memories = [results.steps[name_of(name, 0)].memory for name in names]
     known = [memory for memory in memories if memory is not None]
     if len(known) < len(memories):
         return None
@@ -295,44 +297,45 @@ def vocabulary_peak(found: Measured) -> Verdict | None:
     return Verdict(text, ours - whole / 3, " MiB", f"{ours:.1f} MiB", f"{peft:.1f} MiB")
 
 
-def decomposed_time(found: Measured) -> Verdict:
+def decomposed_time(results: Measured) -> Verdict:
     """Judge the time of the other kind of adapter relative to plain ones of the same library."""
     names = [[name_of(f"{library} {kind}", 0) for kind in KINDS] for library in (OURS, PEFT)]
     ours, peft = (
-        ratio(found.steps[other].sample, found.steps[plain].sample).median for plain, other in names
+        ratio(results.steps[other].sample, results.steps[plain].sample).median
+        for plain, other in names
     )
-    noise = max(1.0, found.overhead(AGAIN).high)
+    noise = max(1.0, results.overhead(AGAIN).high)
     text = f"{ours:.2f} × LoRA; PEFT {peft:.2f} × LoRA; A/A {noise:.2f}"
     return Verdict(text, ours - 1.08 - (noise - 1))
 
 
-def experts(found: Measured) -> Verdict:
+def experts(results: Measured) -> Verdict:
     """Judge the overhead on the weights of experts."""
-    ours, peft = (found.overhead(name).median for name in (OURS, PEFT))
+    ours, peft = (results.overhead(name).median for name in (OURS, PEFT))
     figures = f"{ours:.2f}", f"{peft:.2f}"
     return Verdict("; PEFT ".join(figures), ours - 1.25, "", *figures)
 
 
-def nf4_time(found: Measured, dropout: float) -> Verdict:
+def nf4_time(results: Measured, dropout: float) -> Verdict:
     """Judge if a step takes no longer than PEFT's. The frozen step under two names shows the noise."""
     names = [name_of(name, dropout) for name in (OURS, PEFT)]
-    ours, peft = (found.overhead(name).median for name in names)
+    ours, peft = (results.overhead(name).median for name in names)
     # Compare within each turn, because a slow minute of the machine may hit only one of two medians.
-    beside = ratio(*(found.steps[name].sample for name in names))
-    noise = max(1.0, found.overhead(AGAIN).high)
+    beside = ratio(*(results.steps[name].sample for name in names))
+    noise = max(1.0, results.overhead(AGAIN).high)
     text = f"{ours:.2f}; PEFT {peft:.2f}; beside it {beside.median:.2f}; A/A {noise:.2f}"
     return Verdict(text, beside.median - noise, "", f"{ours:.2f}", f"{peft:.2f}")
 
 
-def nf4_saved(found: Measured) -> Verdict | None:
+def nf4_saved(results: Measured) -> Verdict | None:
     """Judge if a step keeps no values of weights, and saves no more than PEFT's."""
     names = [(name, p) for p in (0, 0.05) for name in (OURS, PEFT)]
-    sizes = _beyond(found, *names)
+    sizes = _beyond(results, *names)
     if sizes is None:
         return None
     plain, peft, dropped, their_dropped = sizes
     dense = (
-        max(found.look.dense[name_of(*contender)] for contender in names if contender[0] == OURS)
+        max(results.look.dense[name_of(*contender)] for contender in names if contender[0] == OURS)
         / _MIB
     )
     text = (
@@ -350,75 +353,76 @@ def nf4_quality(learned: learning.Learned) -> Verdict:
     return Verdict(text, learned.lost(learning.NF4) - 1, " points")
 
 
-def rewrite(found: verbs.Scale) -> Verdict:
+def rewrite(results: verbs.Scale) -> Verdict:
     """Judge the time of a rewrite."""
-    ours, peft = (found.samples[name].median for name in (OURS, PEFT))
+    ours, peft = (results.samples[name].median for name in (OURS, PEFT))
     figures = f"{ours:.3f} s", f"{peft:.3f} s"
     return Verdict("; PEFT ".join(figures), ours - 0.15, " s", *figures)
 
 
-def curves(found: learning.Curves) -> Verdict:
+def curves(results: learning.Curves) -> Verdict:
     """Judge if our losses equal those of the plain form, relative to the difference between seeds."""
-    parts = {name: found.apart(name) / found.between_seeds(name) for name in learning.FUSED}
+    parts = {name: results.apart(name) / results.between_seeds(name) for name in learning.FUSED}
     worst = max(parts, key=parts.__getitem__)
     text = (
         f"{100 * parts[worst]:.2g} % ({worst}); PEFT "
-        f"{100 * found.apart(PEFT) / found.between_seeds(PEFT):.2g} %"
+        f"{100 * results.apart(PEFT) / results.between_seeds(PEFT):.2g} %"
     )
     return Verdict(text, 100 * parts[worst] - 1, " %")
 
 
-def dropped_curves(found: learning.Curves) -> Verdict:
+def dropped_curves(results: learning.Curves) -> Verdict:
     """Judge if trainings with other masks end at the loss of the plain form."""
-    parts = {name: abs(found.last_apart(name)) for name in learning.FUSED}
+    parts = {name: abs(results.last_apart(name)) for name in learning.FUSED}
     worst = max(parts, key=parts.__getitem__)
-    spread = found.spread(CANONICAL)
-    text = f"{parts[worst]:.4f} apart ({worst}), spread {spread:.4f}; PEFT {abs(found.last_apart(PEFT)):.4f}"
+    spread = results.spread(CANONICAL)
+    peft = abs(results.last_apart(PEFT))
+    text = f"{parts[worst]:.4f} apart ({worst}), spread {spread:.4f}; PEFT {peft:.4f}"
     return Verdict(text, parts[worst] - spread)
 
 
-def linear_growth(found: Mapping[str, verbs.Scale]) -> Verdict | None:
+def linear_growth(results: Mapping[str, verbs.Scale]) -> Verdict | None:
     """Judge if a node takes as long in a large model as in a small one."""
-    if not {"7B", "70B"} <= found.keys():
+    if not {"7B", "70B"} <= results.keys():
         return None
-    small, large = (found[name].per_thousand for name in ("7B", "70B"))
+    small, large = (results[name].per_thousand for name in ("7B", "70B"))
     text = f"{1e3 * small:.1f} ms per thousand nodes at 7B, {1e3 * large:.1f} at 70B"
     return Verdict(text, large / small - 1.25)
 
 
-def guards_of_a_forward(found: guards.Found) -> Verdict:
+def guards_of_a_forward(results: guards.Found) -> Verdict:
     """Judge the guards' part of a forward, in the worst model."""
-    portions = {case.title: case.portion.median for case in found.cases}
+    portions = {case.title: case.portion.median for case in results.cases}
     text = "; ".join(f"{title}: {100 * portion:.2f} %" for title, portion in portions.items())
     return Verdict(text, 100 * max(portions.values()) - 1, " %")
 
 
-def second_step(found: guards.Found) -> Verdict:
+def second_step(results: guards.Found) -> Verdict:
     """Judge if the second step is as fast as one without a watch."""
-    off = found.steps[guards.OFF]
-    second, again = (ratio(found.steps[name], off) for name in (guards.SECOND, guards.AGAIN))
+    off = results.steps[guards.OFF]
+    second, again = (ratio(results.steps[name], off) for name in (guards.SECOND, guards.AGAIN))
     # The same step under a second name shows the noise, no matter which of the two is slower.
     return Verdict(f"{second}; A/A {again}", second.median - max(again.high, 1 / again.low))
 
 
-def merge(found: Mapping[str, verbs.Merged], part: float) -> Verdict:
+def merge(results: Mapping[str, verbs.Merged], part: float) -> Verdict:
     """Judge the time of a merge into the base, which is what PEFT does, too.
 
     Args:
-        found: Merges by contender.
+        results: Merges by contender.
         part: Allowed fraction of PEFT's time.
     """
     names = (OURS, verbs.OURS_INTO, verbs.PEFT_MERGE, verbs.BOUND)
-    ours, into, peft, bound = (found[name].sample.median for name in names)
+    ours, into, peft, bound = (results[name].sample.median for name in names)
     text = (
         f"into=base {into:.3f} s; a new model {ours:.3f}; PEFT {peft:.3f}; addmm_ alone {bound:.3f}"
     )
     return Verdict(text, into - part * peft, " s", f"{into:.3f} s", f"{peft:.3f} s")
 
 
-def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
+def temporaries(results: Mapping[str, verbs.Merged]) -> Verdict:
     """Judge if a merge makes no tensor as large as a weight. If it does, all of its bytes are the excess."""
-    ours, peft = (found[name] for name in (verbs.OURS_INTO, verbs.PEFT_MERGE))
+    ours, peft = (results[name] for name in (verbs.OURS_INTO, verbs.PEFT_MERGE))
     text = (
         f"largest tensor {ours.memory.largest / _MIB:.1f} MiB, W {ours.weight / _MIB:.1f}; "
         f"PEFT {peft.memory.largest / _MIB:.1f}"
@@ -427,32 +431,32 @@ def temporaries(found: Mapping[str, verbs.Merged]) -> Verdict:
     return Verdict(text, too_large / _MIB, " MiB")
 
 
-def rounding(found: Mapping[str, Mapping[str, verbs.MergeError]]) -> Verdict:
+def rounding(results: Mapping[str, Mapping[str, verbs.MergeError]]) -> Verdict:
     """Judge if merged weights are rounded only once."""
-    ours, peft = (max(errors[name].largest for errors in found.values()) for name in (OURS, PEFT))
+    ours, peft = (max(errors[name].largest for errors in results.values()) for name in (OURS, PEFT))
     text = f"{ours:.3f} ulp; PEFT {peft:.3f}"
     return Verdict(text, ours - 0.5005, " ulp", f"{ours:.3f} ulp", f"{peft:.3f} ulp")
 
 
-def gpu(found: Mapping[Cell, Any]) -> Verdict:
+def gpu(results: Mapping[Cell, Any]) -> Verdict:
     """Judge the overhead of one linear operation on a GPU."""
-    frozen = found[Cell(FROZEN)][0]
-    ours, peft = (ratio(found[Cell(name, 16, 0.0)][0], frozen).median for name in (OURS, PEFT))
+    frozen = results[Cell(FROZEN)][0]
+    ours, peft = (ratio(results[Cell(name, 16, 0.0)][0], frozen).median for name in (OURS, PEFT))
     return Verdict(f"{ours:.2f}; PEFT {peft:.2f}", ours - 1.15)
 
 
-def exported(found: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdict:
+def exported(results: Mapping[tuple[str, str, str], export_peers.Row]) -> Verdict:
     """Judge if every exported file computes the same as PyTorch."""
-    ours = {key: row for key, row in found.items() if key[2].startswith(OURS)}
+    ours = {key: row for key, row in results.items() if key[2].startswith(OURS)}
     errors = [row.parity for row in ours.values() if row.parity is not None]
     text = f"{len(errors)} of {len(ours)} files, largest error {max(errors, default=0):.1e}"
     failed = sum(row.outcome != "yes" for row in ours.values())
     return Verdict(text, failed, " files", f"{len(ours) - failed} of {len(ours)} files")
 
 
-def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict | None:
+def bank_run(results: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict | None:
     """Judge a decoding step with an adapter for each row, relative to a run for each row."""
-    steps = {step: samples for (_, step), samples in found.items() if step.startswith("decode")}
+    steps = {step: samples for (_, step), samples in results.items() if step.startswith("decode")}
     if not steps:
         return None
     excesses = {}
@@ -467,17 +471,17 @@ def bank_run(found: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict |
     return Verdict(excesses[worst], worst)
 
 
-def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float) -> Verdict:
+def together(results: Mapping[str, Mapping[str, Sample]], beside: str, most: float) -> Verdict:
     """Judge a step of several adapters relative to other steps, at the worst length of rows.
 
     Args:
-        found: Times by length, then by contender.
+        results: Times by length, then by contender.
         beside: Contender to compare with.
         most: Largest ratio that is allowed.
     """
     excesses = []
     figures = []
-    for length, samples in found.items():
+    for length, samples in results.items():
         whole = ratio(samples[step_sections.TOGETHER], samples[beside])
         noise = ratio(samples[step_sections.ONE_AGAIN], samples[step_sections.ONE])
         excesses.append(whole.median - most - (noise.high - noise.low) / 2)
@@ -485,27 +489,27 @@ def together(found: Mapping[str, Mapping[str, Sample]], beside: str, most: float
     return Verdict(", ".join(figures), max(excesses))
 
 
-def together_beside_one(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
+def together_beside_one(results: Mapping[str, Mapping[str, Sample]]) -> Verdict:
     """Judge the step of eight adapters relative to a step of one adapter with as many rows."""
-    return together(found, step_sections.ONE, 1.3)
+    return together(results, step_sections.ONE, 1.3)
 
 
-def together_beside_separate(found: Mapping[str, Mapping[str, Sample]]) -> Verdict:
+def together_beside_separate(results: Mapping[str, Mapping[str, Sample]]) -> Verdict:
     """Judge the step of eight adapters relative to eight steps of one row."""
     # A step of one adapter with as many rows is the lower bound of a step that trains several.
     least = [
         ratio(samples[step_sections.ONE], samples[step_sections.SEPARATE])
-        for samples in found.values()
+        for samples in results.values()
     ]
-    verdict = together(found, step_sections.SEPARATE, 0.5)
+    verdict = together(results, step_sections.SEPARATE, 0.5)
     bounds = ", ".join(f"{bound.median:.2f}" for bound in least)
     return dataclasses.replace(verdict, measured=f"{verdict.measured}; one adapter alone {bounds}")
 
 
-def merged_run(found: _LATENCIES) -> Verdict:
+def merged_run(results: _LATENCIES) -> Verdict:
     """Judge if a merged file runs as fast as the base. The base under a second name shows the noise."""
     excesses = {}
-    for latency in found.values():
+    for latency in results.values():
         for samples in latency.runs.values():
             names = (onnx_latency.MERGED, onnx_latency.AGAIN)
             merged, again = (ratio(samples[name], samples[onnx_latency.BASE]) for name in names)
@@ -514,10 +518,10 @@ def merged_run(found: _LATENCIES) -> Verdict:
     return Verdict(excesses[worst], worst)
 
 
-def swappable_run(found: _LATENCIES) -> Verdict:
+def swappable_run(results: _LATENCIES) -> Verdict:
     """Judge the cost of a file that takes its adapter relative to a merged one, beyond its FLOPs."""
     excesses = {}
-    for latency in found.values():
+    for latency in results.values():
         for samples in latency.runs.values():
             whole = ratio(samples[onnx_latency.ONE], samples[onnx_latency.MERGED])
             again = ratio(samples[onnx_latency.AGAIN], samples[onnx_latency.BASE])
@@ -527,16 +531,16 @@ def swappable_run(found: _LATENCIES) -> Verdict:
     return Verdict(excesses[worst], worst)
 
 
-def beside_peer(found: generation.Runs, steps: str, most: float) -> Verdict | None:
+def beside_peer(results: generation.Runs, steps: str, most: float) -> Verdict | None:
     """Judge a run relative to the fastest file of other exporters. The same file twice shows the noise.
 
     Args:
-        found: Results of the section.
+        results: Results of the section.
         steps: Prefix of the names of the steps.
         most: Largest ratio that is allowed in each step.
     """
     excesses, figures = [], []
-    for (_, step), samples in found.samples.items():
+    for (_, step), samples in results.samples.items():
         files = [samples[name] for name in generation.FILES if name in samples]
         if not step.startswith(steps) or not files:
             continue
@@ -548,29 +552,29 @@ def beside_peer(found: generation.Runs, steps: str, most: float) -> Verdict | No
     return Verdict(", ".join(figures), max(excesses)) if figures else None
 
 
-def swapped_step(found: generation.Runs, most: float) -> Verdict | None:
+def swapped_step(results: generation.Runs, most: float) -> Verdict | None:
     """Judge a decoding step with an adapter relative to the same file without one."""
     excesses, figures = [], []
-    for (model, step), samples in found.samples.items():
+    for (model, step), samples in results.samples.items():
         if step.startswith("decode"):
             swapped = ratio(samples[generation.ADAPTED], samples[generation.ALONE])
             excesses.append(swapped.median - most)
-            figures.append(f"{swapped.median:.2f} ({step}; F {found.floors[model]:.3f})")
+            figures.append(f"{swapped.median:.2f} ({step}; F {results.floors[model]:.3f})")
     return Verdict(", ".join(figures), max(excesses)) if figures else None
 
 
-def generated(found: generation.Generated, adapted: float, most: float) -> Verdict | None:
+def generated(results: generation.Generated, adapted: float, most: float) -> Verdict | None:
     """Judge the time of a token relative to the peer. The peer's second process shows the noise."""
-    if generation.PEER not in found.samples:
+    if generation.PEER not in results.samples:
         return None
     name = generation.ADAPTED if adapted else generation.MERGED
-    base = found.samples[generation.PEER]
-    ours, again = ratio(found.samples[name], base), ratio(found.samples[generation.AGAIN], base)
+    base = results.samples[generation.PEER]
+    ours, again = ratio(results.samples[name], base), ratio(results.samples[generation.AGAIN], base)
     noise = max(0.0, again.high - 1)
     return Verdict(f"{ours.median:.2f}; A/A {again}", ours.median - most - noise)
 
 
-def switching(found: _LATENCIES) -> Verdict:
+def switching(results: _LATENCIES) -> Verdict:
     """Judge the time of a switch of adapters."""
-    worst = 1e3 * max(map(onnx_latency.switch_time, found.values()))
+    worst = 1e3 * max(map(onnx_latency.switch_time, results.values()))
     return Verdict(f"{worst:.3f} ms at most", worst - 1, " ms", f"{worst:.3f} ms")

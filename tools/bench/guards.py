@@ -22,7 +22,7 @@ from lora_fx import torch_private
 from lora_fx.passes.graph import conditions_of, generated
 from lora_fx.runtime import CODE, GRAPH, disarm
 from lora_fx.tools.bench.contenders import BUILDERS, EXPORTED, OURS, Settings
-from lora_fx.tools.bench.measure import Place, Ratio, Run, Sample, ratio
+from lora_fx.tools.bench.measure import Placement, Ratio, Run, Sample, ratio
 from lora_fx.tools.bench.section import Section
 from lora_fx.tools.bench.steps import loss_of
 from lora_fx.tools.bench.workloads import Workload, resnet, small_llama
@@ -105,8 +105,8 @@ def _rows(results: Found) -> Iterator[list[str]]:
 
 
 def _guards(title: str, workload: Workload, way: str, settings: Settings, run: Run) -> Case:
-    place = Place(torch.device("cpu"), torch.float32)
-    settings = dataclasses.replace(settings, example_inputs=workload.on(place))
+    placement = Placement(torch.device("cpu"), torch.float32)
+    settings = dataclasses.replace(settings, example_inputs=workload.on(placement))
     model = BUILDERS[way](workload.make(), settings).train()
     forward = functools.partial(model, **workload.inputs)
     forward()  # the watched call

@@ -1,4 +1,4 @@
-"""Measurement of a section: places, repeats and order of the runs, and the counters of the machine."""
+"""Measurement of a section: placements, repeats and order of the runs, and the counters of the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_fx import torch_private
 
 __all__ = [
     "Contenders",
-    "Place",
+    "Placement",
     "Progress",
     "Ratio",
     "Run",
@@ -36,7 +36,7 @@ __all__ = [
     "kernel_launches",
     "machine",
     "markdown",
-    "places",
+    "placements",
     "ratio",
     "synchronizer",
     "version_of",
@@ -355,7 +355,7 @@ Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Placement:
     """A device and a dtype, such as "cpu, float32" in the tables.
 
     Attributes:
@@ -375,15 +375,17 @@ class Place:
         return self.device.type == "cuda"
 
 
-def places(*, half: bool) -> tuple[Place, ...]:
+def placements(*, half: bool) -> tuple[Placement, ...]:
     """Return every device with fp32, then with bf16 the devices that compute well in it.
 
     Args:
         half: True to include bf16.
     """
-    pairs = [Place(device, torch.float32) for device in devices()]
+    pairs = [Placement(device, torch.float32) for device in devices()]
     if half:
-        pairs += [Place(device, torch.bfloat16) for device in devices() if computes_bf16(device)]
+        pairs += [
+            Placement(device, torch.bfloat16) for device in devices() if computes_bf16(device)
+        ]
     return tuple(pairs)
 
 
@@ -401,10 +403,10 @@ class Run:
     size: Size
     progress: Progress | None = None
 
-    def tell(self, done: int, total: int, what: str) -> None:
+    def tell(self, done: int, total: int, contender: str) -> None:
         """Report progress if there is a callback."""
         if self.progress is not None:
-            self.progress(done, total, what)
+            self.progress(done, total, contender)
 
     def part(self, index: int, count: int, title: str = "") -> Run:
         """Return the run of one of several pieces of work; see :func:`portion`."""
@@ -418,10 +420,10 @@ class Run:
             yield item, self.part(index, len(items), title(item))
 
     def at_each(
-        self, where: Collection[Place], work: Callable[[Place, Run], Found]
+        self, where: Collection[Placement], work: Callable[[Placement, Run], Found]
     ) -> dict[str, Found]:
-        """Do the same work at each place and return the results by the place's name."""
-        return {str(place): work(place, run) for place, run in self.each(where)}
+        """Do the same work for each placement and return the results by the placement's name."""
+        return {str(placement): work(placement, run) for placement, run in self.each(where)}
 
     def times(
         self, contenders: Contenders, device: torch.device = CPU, **options: Any

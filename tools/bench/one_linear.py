@@ -14,12 +14,12 @@ from lora_fx.runtime import masks
 from lora_fx.tools.bench import contenders
 from lora_fx.tools.bench.counted import saved_bytes
 from lora_fx.tools.bench.measure import (
-    Place,
+    Placement,
     Run,
     Sample,
     Size,
     kernel_launches,
-    places,
+    placements,
     ratio,
 )
 from lora_fx.tools.bench.section import Chart, Group, Section
@@ -66,14 +66,16 @@ Results = dict[Shape, dict[Cell, tuple[Sample, int | None]]]
 def _run(run: Run) -> Results:
     """Measure times and, on CUDA, kernel launches, by shape and contender."""
     cases = [
-        (place, d, tokens)
-        for place in places(half=run.size is Size.FULL)
+        (placement, d, tokens)
+        for placement in placements(half=run.size is Size.FULL)
         for d, tokens in itertools.product(*_grid(run.size))
-        if place.dtype is torch.float32 or place.on_cuda or d == _HALF_WIDTH
+        if placement.dtype is torch.float32 or placement.on_cuda or d == _HALF_WIDTH
     ]
     return {
-        Shape(str(place), d, tokens): _measured(place, d, tokens, part)
-        for (place, d, tokens), part in run.each(cases, lambda case: f"d={case[1]}, T={case[2]}")
+        Shape(str(placement), d, tokens): _measured(placement, d, tokens, part)
+        for (placement, d, tokens), part in run.each(
+            cases, lambda case: f"d={case[1]}, T={case[2]}"
+        )
     }
 
 
@@ -123,8 +125,8 @@ def _grid(size: Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ((768,), (128,)) if size is Size.QUICK else ((768, 2048, 4096), (128, 2048))
 
 
-def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
-    small = place.on_cuda or d * d * tokens < 4096 * 4096 * 2048
+def _cells(size: Size, d: int, tokens: int, placement: Placement) -> list[Cell]:
+    small = placement.on_cuda or d * d * tokens < 4096 * 4096 * 2048
     cells = [Cell(contenders.FROZEN), Cell(contenders.AGAIN)]
     for rank in (8, 16, 64) if size is Size.FULL else (16,):
         for dropout in _DROPOUTS:
@@ -137,9 +139,11 @@ def _cells(size: Size, d: int, tokens: int, place: Place) -> list[Cell]:
     return cells
 
 
-def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[Sample, int | None]]:
-    cells, device = _cells(run.size, d, tokens, place), place.device
-    base, x, grad = _operation(place, d, tokens)
+def _measured(
+    placement: Placement, d: int, tokens: int, run: Run
+) -> dict[Cell, tuple[Sample, int | None]]:
+    cells, device = _cells(run.size, d, tokens, placement), placement.device
+    base, x, grad = _operation(placement, d, tokens)
     steps = {}
     for cell in cells:
         settings = contenders.Settings(cell.rank or 1, cell.rank or 1, cell.dropout, ("0",))
@@ -157,13 +161,13 @@ def _measured(place: Place, d: int, tokens: int, run: Run) -> dict[Cell, tuple[S
     }
 
 
-def _operation(place: Place, d: int, tokens: int) -> tuple[nn.Module, Tensor, Tensor]:
+def _operation(placement: Placement, d: int, tokens: int) -> tuple[nn.Module, Tensor, Tensor]:
     """Return the layer, its input and the gradient of its output."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        base = nn.Sequential(nn.Linear(d, d, bias=False)).to(place.device, place.dtype)
-        x = torch.randn(tokens, d).to(place.device, place.dtype).requires_grad_()
-        return base, x, torch.randn(tokens, d).to(place.device, place.dtype)
+        base = nn.Sequential(nn.Linear(d, d, bias=False)).to(placement.device, placement.dtype)
+        x = torch.randn(tokens, d).to(placement.device, placement.dtype).requires_grad_()
+        return base, x, torch.randn(tokens, d).to(placement.device, placement.dtype)
 
 
 def _calls(d: int, tokens: int) -> int:
@@ -220,25 +224,27 @@ def _without_kernels() -> Iterator[None]:
 def _run_kernels(run: Run) -> Kernels:
     """Measure times and saved bytes on CUDA, by shape and rank, then by contender; nothing without CUDA."""
     cases = [
-        (place, *sizes)
-        for place in places(half=True)
-        if place.on_cuda and masks.has_kernels(place.device)
+        (placement, *sizes)
+        for placement in placements(half=True)
+        if placement.on_cuda and masks.has_kernels(placement.device)
         for sizes in itertools.product(*_grid(run.size), _KERNEL_RANKS)
     ]
     if not cases:
         run.tell(1, 1, "no CUDA")
     return {
-        (Shape(str(place), d, tokens), rank): _with_and_without(place, d, tokens, rank, part)
-        for (place, d, tokens, rank), part in run.each(
+        (Shape(str(placement), d, tokens), rank): _with_and_without(
+            placement, d, tokens, rank, part
+        )
+        for (placement, d, tokens, rank), part in run.each(
             cases, lambda case: f"d={case[1]}, r={case[3]}"
         )
     }
 
 
 def _with_and_without(
-    place: Place, d: int, tokens: int, rank: int, run: Run
+    placement: Placement, d: int, tokens: int, rank: int, run: Run
 ) -> dict[str, tuple[Sample, int]]:
-    base, x, grad = _operation(place, d, tokens)
+    base, x, grad = _operation(placement, d, tokens)
     settings = contenders.Settings(rank, rank, _DROPOUT, ("0",))
     names = (contenders.FROZEN, contenders.AGAIN, contenders.OURS, contenders.PEFT)
     models = {name: contenders.BUILDERS[name](base, settings).train() for name in names}
@@ -258,7 +264,7 @@ def _with_and_without(
     results: dict[str, tuple[Sample, int]] = {}
     timed = run.times(
         {name: (lambda: None, step(name)) for name in work},
-        place.device,
+        placement.device,
         calls=_calls(d, tokens),
         seconds=_SECONDS,
     )

@@ -44,12 +44,12 @@ from lora_fx.tools.bench.contenders import (
 from lora_fx.tools.bench.contenders import KINDS as ADAPTER_KINDS
 from lora_fx.tools.bench.counted import saved_by
 from lora_fx.tools.bench.measure import (
-    Place,
+    Placement,
     Run,
     Sample,
     Size,
     compiles,
-    places,
+    placements,
     ratio,
     synchronizer,
 )
@@ -94,10 +94,10 @@ def _slug(where: str) -> str:
 _HOW = "O, less is better; 1 is the frozen step, the {} F"
 
 
-def _llama_contenders(size: Size, place: Place) -> Contenders:
+def _llama_contenders(size: Size, placement: Placement) -> Contenders:
     if size is Size.QUICK:
         return variants((AGAIN, OURS, EXPORTED, PEFT))
-    if place.dtype is torch.float32:
+    if placement.dtype is torch.float32:
         return variants((AGAIN, OURS, CANONICAL, EXPORTED, PEFT, *PEERS))
     return variants((AGAIN, OURS, CANONICAL, PEFT, PEERS[0]))
 
@@ -151,7 +151,9 @@ _MODELS = Steps(
     ),
     # On the CPU only the small Llama is measured in bf16, because all models would take minutes.
     lambda _: [
-        place for place in places(half=True) if place.dtype is torch.float32 or place.on_cuda
+        placement
+        for placement in placements(half=True)
+        if placement.dtype is torch.float32 or placement.on_cuda
     ],
     seconds=40.0,
 )
@@ -168,7 +170,7 @@ def _compiled(model: nn.Module) -> nn.Module:
     return cast(nn.Module, torch.compile(model, **options))
 
 
-def _compiled_contenders(size: Size, _: Place) -> Contenders:
+def _compiled_contenders(size: Size, _: Placement) -> Contenders:
     frozen = {FROZEN: (FROZEN, Settings()), COMPILED_BASE: (AGAIN, Settings())}
     if size is not Size.FULL:
         return {**frozen, **variants((OURS,), (0.0,))}
@@ -178,7 +180,7 @@ def _compiled_contenders(size: Size, _: Place) -> Contenders:
 _COMPILED = Steps(
     lambda size: [small_llama(size if size is Size.FULL else Size.TINY)],
     _compiled_contenders,
-    lambda _: [place for place in places(half=False) if compiles(place.device)],
+    lambda _: [placement for placement in placements(half=False) if compiles(placement.device)],
     floor=False,
     wrap=_compiled,
 )
@@ -237,7 +239,7 @@ _MEMORY = Steps(
     lambda size, _: variants(
         (OURS, OURS_AGAIN, BALANCED, PEFT), (0.0,) if size is Size.QUICK else (0.0, 0.05)
     ),
-    lambda _: places(half=False),
+    lambda _: placements(half=False),
     seconds=60.0,
     floor=False,
     one_thread=True,
@@ -314,7 +316,7 @@ def _look(
     return Look(dense, stored, plain)
 
 
-def _nf4_contenders(size: Size, _: Place) -> Contenders:
+def _nf4_contenders(size: Size, _: Placement) -> Contenders:
     names = (OURS, PEFT) if size is Size.QUICK else (OURS, CANONICAL, PEFT)
     return {**variants((AGAIN,)), **by_dropout(names)}
 
@@ -353,16 +355,16 @@ def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
     """Return medians over the turns, by device and dtype, then by contender."""
     workload = small_llama(run.size)
 
-    def work(place: Place, part: Run) -> dict[str, Profile]:
-        inputs = workload.on(place)
-        base = workload.make().to(place.device, place.dtype)
+    def work(placement: Placement, part: Run) -> dict[str, Profile]:
+        inputs = workload.on(placement)
+        base = workload.make().to(placement.device, placement.dtype)
         models = built(_contenders(OURS, PEFT), base)
         turns: dict[str, list[Profile]] = {name: [] for name in models}
         # Contenders take turns, as they do for times. The first turn is a warm-up.
         counted = min(run.repeats, _TURNS)
         for turn in range(counted + 1):
             for done, (name, model) in enumerate(models.items(), 1):
-                profile = _profiled(model, loss_of(model, inputs), place.device)
+                profile = _profiled(model, loss_of(model, inputs), placement.device)
                 if turn:
                     turns[name].append(profile)
                 part.tell(turn * len(models) + done, (counted + 1) * len(models), name)
@@ -371,7 +373,7 @@ def _profiles(run: Run) -> dict[str, dict[str, Profile]]:
             for name, each in turns.items()
         }
 
-    return run.at_each(places(half=run.size is Size.FULL), work)
+    return run.at_each(placements(half=run.size is Size.FULL), work)
 
 
 def _profile_cells(results: Mapping[str, Mapping[str, Profile]]) -> Iterator[list[str]]:
@@ -454,8 +456,8 @@ def _kept(run: Run) -> dict[str, Mapping[str, int]]:
 
     Nothing is timed, and a CPU saves the same tensors as a GPU.
     """
-    workload, place = small_llama(run.size), Place(torch.device("cpu"), torch.float32)
-    inputs = workload.on(place)
+    workload, placement = small_llama(run.size), Placement(torch.device("cpu"), torch.float32)
+    inputs = workload.on(placement)
     models = built(_contenders(OURS, EXPORTED, PEFT), workload.make(), inputs)
     kept: dict[str, Mapping[str, int]] = {}
     for done, (name, model) in enumerate(models.items(), 1):
@@ -629,7 +631,7 @@ SECTIONS = (
         Steps(
             lambda size: [nf4_llama(size)],
             _nf4_contenders,
-            lambda size: places(half=size is Size.FULL) if available() else (),
+            lambda size: placements(half=size is Size.FULL) if available() else (),
             seconds=40.0,
             base=quantized_base,
             look=_look,

@@ -1,4 +1,4 @@
-"""Training steps: the loop that measures contenders at each place, and the columns of their tables."""
+"""Training steps: the loop that measures contenders at each placement, and the columns of their tables."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from lora_fx.tools.bench.counted import (
     saved_bytes,
 )
 from lora_fx.tools.bench.measure import (
-    Place,
+    Placement,
     Ratio,
     Run,
     Sample,
     Size,
     allocator_peak,
     kernel_launches,
-    places,
+    placements,
     ratio,
 )
 from lora_fx.tools.bench.section import Chart, Section, no_charts
@@ -131,8 +131,8 @@ class Steps:
 
     Attributes:
         workloads: Returns the models and batches.
-        contenders: Returns the contenders, by size and place.
-        where: Returns the places.
+        contenders: Returns the contenders, by size and placement.
+        where: Returns the placements.
         seconds: Time after which no further turn begins.
         floor: True if F can be counted.
         base: Changes the model before adapters are added.
@@ -143,8 +143,8 @@ class Steps:
     """
 
     workloads: Callable[[Size], Sequence[Workload]]
-    contenders: Callable[[Size, Place], Contenders]
-    where: Callable[[Size], Sequence[Place]] = lambda size: places(half=size is Size.FULL)
+    contenders: Callable[[Size, Placement], Contenders]
+    where: Callable[[Size], Sequence[Placement]] = lambda size: placements(half=size is Size.FULL)
     seconds: float = 60.0
     floor: bool = True
     base: Callable[[nn.Module], nn.Module] = lambda model: model
@@ -153,26 +153,26 @@ class Steps:
     one_thread: bool = False
 
     def measure(self, run: Run) -> dict[str, Measured]:
-        """Return results by place, with the model's name before the place if there are several models."""
+        """Return results by placement, with the model's name before it if there are several models."""
         models = self.workloads(run.size)
         several = len(models) > 1
         results = {}
         for workload, part in run.each(models, lambda item: item.short if several else ""):
-            for place, place_run in part.each(self.where(run.size)):
-                name = f"{workload.title}, {place}" if several else str(place)
-                results[name] = self._measured(workload, place, place_run)
+            for placement, placement_run in part.each(self.where(run.size)):
+                name = f"{workload.title}, {placement}" if several else str(placement)
+                results[name] = self._measured(workload, placement, placement_run)
         return results
 
-    def _measured(self, workload: Workload, place: Place, run: Run) -> Measured:
-        model = workload.make().to(place.device, place.dtype)
-        inputs = workload.on(place)
+    def _measured(self, workload: Workload, placement: Placement, run: Run) -> Measured:
+        model = workload.make().to(placement.device, placement.dtype)
+        inputs = workload.on(placement)
         floor = None
         if self.floor:
             settings = Settings()
             names = targets_of(model, settings)
             floor = model_floor(model, names, settings.r, lambda module: module(**inputs))
         base = self.base(model)
-        models = built(self.contenders(run.size, place), base, inputs)
+        models = built(self.contenders(run.size, placement), base, inputs)
         running = models
         if self.wrap is not None:
             # Earlier compilations would count towards the recompile limit of one forward.
@@ -182,9 +182,9 @@ class Steps:
         turns = {name: (models[name].zero_grad, _backward(loss)) for name, loss in losses.items()}
         with on_one_thread() if self.one_thread else contextlib.nullcontext():
             clock = time.thread_time if self.one_thread else time.perf_counter
-            timed = run.times(turns, place.device, seconds=self.seconds, clock=clock)
+            timed = run.times(turns, placement.device, seconds=self.seconds, clock=clock)
         steps = {
-            name: _counted(timed[name], net, losses[name], place.device)
+            name: _counted(timed[name], net, losses[name], placement.device)
             if running[name] is net
             else Step(timed[name])
             for name, net in models.items()
@@ -192,7 +192,7 @@ class Steps:
         if self.wrap is not None:
             torch.compiler.reset()
         look = None if self.look is None else self.look(model, base, models, losses)
-        return Measured(floor, steps, workload.title, str(place), look)
+        return Measured(floor, steps, workload.title, str(placement), look)
 
 
 def _counted(

@@ -17,7 +17,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.passes.merge import rounded, ulp
 from lora_fx.tools.bench.contenders import EXPORTED, OURS, PEFT, shared_copy
 from lora_fx.tools.bench.counted import Memory, measure_memory
-from lora_fx.tools.bench.measure import Contenders, Place, Run, Sample, Size, devices, ratio
+from lora_fx.tools.bench.measure import Contenders, Placement, Run, Sample, Size, devices, ratio
 from lora_fx.tools.bench.section import Chart, Group, Section
 from lora_fx.tools.bench.workloads import llama_shape
 
@@ -177,17 +177,17 @@ class Merged:
 def _merges(run: Run) -> dict[str, dict[str, Merged]]:
     # Users merge weights in half types on every machine, however slow its products in them are.
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    where = [Place(device, dtype) for device in devices() for dtype in dtypes]
+    where = [Placement(device, dtype) for device in devices() for dtype in dtypes]
     count, layers, width = {
         Size.FULL: (len(where), 25, 2048),
         Size.QUICK: (2, 4, 1024),
         Size.TINY: (1, 2, 32),
     }[run.size]
 
-    def work(place: Place, part: Run) -> dict[str, Merged]:
-        contenders = _merge_contenders(place, layers, width)
-        timed = part.times(contenders, place.device, seconds=30.0)
-        weight = width**2 * place.dtype.itemsize
+    def work(placement: Placement, part: Run) -> dict[str, Merged]:
+        contenders = _merge_contenders(placement, layers, width)
+        timed = part.times(contenders, placement.device, seconds=30.0)
+        weight = width**2 * placement.dtype.itemsize
         return {
             name: Merged(timed[name], measure_memory(functools.partial(work, prepare())), weight)
             for name, (prepare, work) in contenders.items()
@@ -204,14 +204,14 @@ def _merge_cells(results: Mapping[str, Mapping[str, Merged]]) -> Iterator[list[s
             yield [where, name, str(merged.sample), times, *sizes]
 
 
-def _merge_contenders(place: Place, layers: int, width: int) -> Contenders:
+def _merge_contenders(placement: Placement, layers: int, width: int) -> Contenders:
     import peft
 
     names = [str(index) for index in range(layers)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in names))
-        base = base.to(place.device, place.dtype)
+        base = base.to(placement.device, placement.dtype)
         ours = rewrite(base, LoraConfig(**_fields(names)))
         theirs = peft.get_peft_model(shared_copy(base), peft.LoraConfig(**_fields(names)))
         with torch.no_grad():

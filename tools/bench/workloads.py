@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.tools.bench.contenders import is_linear, model_floor
-from lora_fx.tools.bench.measure import Place, Size
+from lora_fx.tools.bench.measure import Placement, Size
 
 __all__ = [
     "MODELS",
@@ -50,12 +50,12 @@ class Workload:
         """Return the title without the size of the batch."""
         return self.title.partition(",")[0]
 
-    def on(self, place: Place) -> dict[str, Tensor]:
-        """Return the batch at a place, as leaf tensors. Floating-point tensors get the place's dtype."""
+    def on(self, placement: Placement) -> dict[str, Tensor]:
+        """Return the batch at a placement, as leaf tensors. Floating-point tensors get its dtype."""
         batch = {}
         for name, value in self.inputs.items():
-            dtype = place.dtype if value.is_floating_point() else value.dtype
-            moved = value.detach().to(place.device, dtype)
+            dtype = placement.dtype if value.is_floating_point() else value.dtype
+            moved = value.detach().to(placement.device, dtype)
             batch[name] = moved.requires_grad_(value.requires_grad)
         return batch
 

@@ -401,8 +401,8 @@ def visualize(
         written = draw(_file(model, provider), file, force=force, file_format=_format(as_format))
     else:
         with console.progress("drawing"):
-            drawn, given = _drawn(model, adapters, look, adapter or [], base, as_plan, compare)
-            more: dict[str, Any] = {"example_inputs": given, "original": original}
+            drawn, inputs = _drawn(model, adapters, look, adapter or [], base, as_plan, compare)
+            more: dict[str, Any] = {"example_inputs": inputs, "original": original}
             written = draw(drawn, file, force=force, file_format=_format(as_format), **more)
     size = written.stat().st_size / 1e3
     console.say(f"wrote {written} ({size:,.0f} kB)")
@@ -519,12 +519,12 @@ _COMPANIONS = (
 )
 
 
-def check_out(name: str, given: str | Path, *, force: bool) -> Path:
+def check_out(name: str, path: str | Path, *, force: bool) -> Path:
     """Check before any work that the result can be written.
 
     Args:
         name: The model's name.
-        given: The path to write.
+        path: The path to write.
         force: True if the path may exist.
 
     Returns:
@@ -533,10 +533,10 @@ def check_out(name: str, given: str | Path, *, force: bool) -> Path:
     Raises:
         ConfigError: If the path cannot be used; the message says what to give instead.
     """
-    out = Path(given)
+    out = Path(path)
     folder = name.startswith("hf:")
     if not folder:
-        output_file(given, (".safetensors",))
+        output_file(path, (".safetensors",))
     elif out.is_file() or out.suffix.lower() in _FILES:
         raise ConfigError(
             f"cannot write {out}: it is a file, or named like one, and {name} is written as a folder"

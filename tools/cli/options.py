@@ -460,18 +460,18 @@ def check_choices(function: Callable[..., Any], **chosen: str | None) -> None:
             raise TypedError(f"--{name} {value} is unknown: give one of {', '.join(values)}")
 
 
-def file_to_write(given: str, suffixes: Sequence[str], *, force: bool) -> Path:
+def file_to_write(text: str, suffixes: Sequence[str], *, force: bool) -> Path:
     """Return the path of a file that a command will write, checked before any work.
 
     Args:
-        given: The path as typed, because a Path would drop a separator at its end.
+        text: The path as typed, because a Path would drop a separator at its end.
         suffixes: Allowed suffixes.
         force: True if the file may exist.
 
     Raises:
         ConfigError: If the path is a folder, has another suffix, or exists.
     """
-    path = output_file(given, suffixes)
+    path = output_file(text, suffixes)
     if path.exists() and not force:
         raise ConfigError(f"{path} exists: give another name, or --force to write over it")
     return path
@@ -536,12 +536,12 @@ def _parse_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
-def loaded_adapters(session: Any, given: Iterable[str] | None) -> str | list[str | None] | None:
+def loaded_adapters(session: Any, sources: Iterable[str] | None) -> str | list[str | None] | None:
     """Load adapter files or folders into a session of ONNX Runtime.
 
     Args:
         session: An ``OnnxSession``.
-        given: Files, folders, names of adapters in the file's bank, or "none".
+        sources: Files, folders, names of adapters in the file's bank, or "none".
 
     Returns:
         The adapter's name in the session, or a list of several names, one for each row of the batch.
@@ -550,7 +550,7 @@ def loaded_adapters(session: Any, given: Iterable[str] | None) -> str | list[str
         TypedError: If two adapters would have the same name.
     """
     names: dict[str, str | None] = {}
-    for source in (rows := list(given or ())):
+    for source in (rows := list(sources or ())):
         path = Path(source)
         if source in names or (source in session.adapters and not path.exists()):
             names.setdefault(source, source)

@@ -82,11 +82,11 @@ class _OnScreen:
     def note(self, text: str) -> None:
         self._print(Text(text))
 
-    def planned(self, made: Plan) -> None:
+    def planned(self, plan: Plan) -> None:
         from lora_fx.tools.cli.tables import render_plan
 
         # A plan is wide, so it is less indented.
-        self._print(render_plan(made, width=self.screen.width - 2), indent=2)
+        self._print(render_plan(plan, width=self.screen.width - 2), indent=2)
 
     def _print(self, content: RenderableType, *, indent: int = _INDENT) -> None:
         self.screen.print(Padding(content, (0, 0, 0, indent), expand=False), highlight=False)

@@ -463,7 +463,7 @@ class _Scope:
 
 
 def nested(
-    placed: Sequence[tuple[_Path, Box]], edges: Iterable[tuple[str, str]], made: Made
+    placed: Sequence[tuple[_Path, Box]], edges: Iterable[tuple[str, str]], make_box: Made
 ) -> tuple[tuple[Box, ...], tuple[tuple[str, str], ...]]:
     """Nest boxes in the boxes of their modules.
 
@@ -473,7 +473,7 @@ def nested(
     Args:
         placed: Each box with the modules that it comes from, in the order in which they run.
         edges: Pairs of their ids.
-        made: Makes the box of a module.
+        make_box: Makes the box of a module.
 
     Returns:
         The outermost boxes, and the edges between them.
@@ -495,7 +495,7 @@ def nested(
         while source[shared] == target[shared]:
             shared += 1
         inside[source[:shared]][source[shared], target[shared]] = None
-    return _boxes(root, (), inside, made)
+    return _boxes(root, (), inside, make_box)
 
 
 def _boxes(

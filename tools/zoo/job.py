@@ -727,13 +727,13 @@ def floats(value: Any) -> list[torch.Tensor]:
     return [t for t in tensors(value) if t.is_floating_point() and t.numel()]
 
 
-def difference(found: Any, expected: Any) -> float:
+def difference(actual: Any, expected: Any) -> float:
     """Return the largest difference of two outputs, relative to the largest value of each tensor.
 
     Returns:
         0 if no bit differs, and infinity if shapes or types differ or only one output is finite.
     """
-    left, right = list(tensors(found)), list(tensors(expected))
+    left, right = list(tensors(actual)), list(tensors(expected))
     if [t.dtype for t in left] != [t.dtype for t in right]:
         return math.inf
     return relative_difference(left, right)
