@@ -278,7 +278,8 @@ def write(cases: list[Case], versions: dict[str, str]) -> str:
     lines = [
         "# Integrations",
         "",
-        "What was tried with each training stack. Every cell comes from tests that run the library itself.",
+        "This page shows which features were tested with each training stack. Every cell comes from tests",
+        "that run the library itself.",
         "`python docs/integrations.py --write` runs them and writes the page. *Passed* leads to the tests;",
         "*refused* means that an error says what to do, which a test checks; an empty cell has no test.",
         "[Trainers and checkpoints](guides/trainers.md) tells how to use the stacks.",

@@ -174,7 +174,7 @@ def swappable(
     if not rows:
         raise ExportError("no adapter of the model is at an operation: there is nothing to swap")
     twin = share_copy(model)
-    run_with(twin, dataclasses.replace(record, chosen=ActiveAdapters(), blocks=()), anew=True)
+    run_with(twin, dataclasses.replace(record, chosen=ActiveAdapters(), blocks=()), rebuild=True)
     for name in record.adapters:
         drop_factors(twin, name)
     bare = dataclasses.replace(require_record(twin), adapters={}, chosen=None, optimize=False)
@@ -242,7 +242,7 @@ def with_adapter(model: nn.Module, name: str) -> nn.Module:
     twin = share_copy(model)
     record = require_record(twin)
     run_with(
-        twin, dataclasses.replace(record, chosen=ActiveAdapters((name,)), blocks=()), anew=True
+        twin, dataclasses.replace(record, chosen=ActiveAdapters((name,)), blocks=()), rebuild=True
     )
     return twin
 

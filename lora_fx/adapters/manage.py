@@ -241,7 +241,7 @@ def set_adapter(
     check_known(record, names)
     check_together(record, names, per_sample)
     run_with(
-        model, dataclasses.replace(record, chosen=ActiveAdapters(names, per_sample)), anew=True
+        model, dataclasses.replace(record, chosen=ActiveAdapters(names, per_sample)), rebuild=True
     )
     for name, adapter in record.adapters.items():
         if name in names and not inference_mode:

@@ -147,19 +147,19 @@ _around: ContextVar[tuple[ActiveAdapters, ...]] = ContextVar("lora_fx_blocks")
 """The ``with`` blocks around the running code, of all models, the innermost last."""
 
 
-def run_with(model: nn.Module, record: Record, *, anew: bool = False) -> None:
+def run_with(model: nn.Module, record: Record, *, rebuild: bool = False) -> None:
     """Make a model run with the adapters of a record.
 
     Args:
         model: A rewritten model.
         record: The new record. Its choice and its blocks decide; its ``active`` is ignored.
-        anew: True to rebuild the graphs even if the present ones would do.
+        rebuild: True to rebuild the graphs even if the present ones would do.
 
     Raises:
         ConfigError, CaptureError: If that is not possible. The model is unchanged then.
     """
     before, wanted = require_record(model), _wanted_of(record)
-    edits = anew or (wanted.names, wanted.per_sample) != (before.active, before.per_sample)
+    edits = rebuild or (wanted.names, wanted.per_sample) != (before.active, before.per_sample)
     _check_alone(record, edits)
     record = dataclasses.replace(
         record,

@@ -1,4 +1,4 @@
-"""What runs in a rewritten model: products with branches, masks, norms, logits, rows, the watch."""
+"""Code that runs in a rewritten model: products with branches, masks, norms, logits, rows, the watch."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 The branch is added in place (``addmm_``). Without dropout, neither pass allocates a tensor of tokens ×
 features for it. For the backward pass it keeps x, or the tensors from which x is computed again
-(:mod:`lora_fx.runtime.recompute`), the product with A ([tokens, r]) and, with dropout, one bit for each
-element of x. Autograd over the plain operations keeps the masked input and its mask, and makes four more
-passes over the output.
+(:mod:`lora_fx.runtime.recompute`). It also keeps the product with A ([tokens, r]) and, with dropout, one
+bit for each element of x. Autograd over the plain operations keeps the masked input and its mask, and makes
+four more passes over the output.
 
 Operations that share x have one product with all their A's in each pass, and one gradient of x. Over a
 quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``. The backward pass

@@ -471,18 +471,18 @@ def bank_run(results: Mapping[tuple[str, str], Mapping[str, Sample]]) -> Verdict
     return Verdict(excesses[worst], worst)
 
 
-def together(results: Mapping[str, Mapping[str, Sample]], beside: str, most: float) -> Verdict:
+def together(results: Mapping[str, Mapping[str, Sample]], reference: str, most: float) -> Verdict:
     """Judge a step of several adapters relative to other steps, at the worst length of rows.
 
     Args:
         results: Times by length, then by contender.
-        beside: Contender to compare with.
+        reference: Contender to compare with.
         most: Largest ratio that is allowed.
     """
     excesses = []
     figures = []
     for length, samples in results.items():
-        whole = ratio(samples[step_sections.TOGETHER], samples[beside])
+        whole = ratio(samples[step_sections.TOGETHER], samples[reference])
         noise = ratio(samples[step_sections.ONE_AGAIN], samples[step_sections.ONE])
         excesses.append(whole.median - most - (noise.high - noise.low) / 2)
         figures.append(f"{whole.median:.2f} ({length})")

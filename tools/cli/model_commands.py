@@ -53,7 +53,7 @@ def plan(
     every: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Show what would be adapted, what not and why, and what it costs. Changes nothing.
+    """Show which operations would be adapted and which not, with reasons and costs. Changes nothing.
 
     With --why or --diff the exit code is 1 if the operation is not adapted, or the plans differ.
 
@@ -64,7 +64,7 @@ def plan(
         look: How to capture.
         training: On which GPUs.
         why: Say what happens to an operation, or to those in a module, and why. Takes a name or its end.
-        diff: Another configuration, as for --config: show what it would change.
+        diff: Another configuration, as for --config: show the changes.
         every: One row for each site; by default equal layers share a row.
         as_json: Print everything as JSON.
     """
@@ -330,7 +330,7 @@ def merge(
         dtype: fp32, fp16 or bf16; by default the model's.
         requantize: Quantize merged weights of a quantized model again.
         every: Show the error of every weight.
-        force: Write over what is there.
+        force: Overwrite existing files.
         as_json: Print the report as JSON.
     """
     o.check_names(model, [adapter], dtype=dtype)
@@ -384,8 +384,8 @@ def visualize(
         look: How to capture.
         adapter: An adapter folder, instead of the options that say what to adapt. Repeat it.
         base: Draw the model as it is, without adapters.
-        as_plan: Draw the plan: sites by name, and what is not adapted and why.
-        compare: Draw the plan and the rewritten model in one page; with --adapter, each adapter by itself.
+        as_plan: Draw the plan: sites by name, and why other operations are not adapted.
+        compare: Draw the plan and the rewritten model in one page; with --adapter, each adapter alone.
         original: The folder that a quantized model was made from: colors show what quantizing has lost.
         provider: cpu, cuda or webgpu: where the nodes of an .onnx file are to run.
         as_format: model-explorer writes a .json that Google's Model Explorer loads, and ranks for it.

@@ -55,8 +55,8 @@ def export(
             encoder-decoder): a file for `lora-fx generate`. --target chooses it for a model that generates.
         target: genai (onnxruntime-genai) or transformers.js: the folder that it loads.
         tokenizer: The folder of the tokenizer that goes into it; by default the model's.
-        adapters: merge; inline, next to the operations (the default over quantized weights); inputs, the base
-            model, which takes an adapter when it runs; or bank, which takes one for each row of a batch.
+        adapters: merge; inline: next to the operations (the default over quantized weights); inputs: the base
+            model, which takes an adapter when it runs; bank: one that takes an adapter for each row.
         max_adapters: With a bank, how many adapters there may be.
         max_rank: With a bank, their highest rank.
         dtype: fp32, fp16 or bf16; by default the model's.
@@ -65,7 +65,7 @@ def export(
             well; none: the graph as PyTorch exports it.
         provider: cpu, cuda or webgpu: what --optimize runtime is for; cpu by default.
         verify: Compare ONNX Runtime with PyTorch.
-        force: Write over what is there.
+        force: Overwrite existing files.
         as_json: Print the report as JSON.
     """
     path = Path(out) if target is not None else o.file_to_write(out, (".onnx",), force=force)
@@ -122,7 +122,7 @@ def export_adapter(
         base: The .onnx file that it is for: it is checked against that.
         model: Its model, for adapters that depend on the base weights.
         dtype: fp32, fp16 or bf16; not with --base.
-        force: Write over what is there.
+        force: Overwrite existing files.
     """
     path = o.file_to_write(out, (".onnx_adapter",), force=force)
     o.check_names(model, [folder], dtype=dtype)
@@ -167,7 +167,7 @@ def run(
             file's bank. Repeat it for a bank: one for each row of the batch, or none.
         output: Write the outputs to this .npz file.
         repeat: Runs that are timed.
-        force: Write over what is there.
+        force: Overwrite existing files.
         as_json: Print shapes, figures and times as JSON.
     """
     written = None if output is None else _output_file(output, force=force)

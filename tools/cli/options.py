@@ -272,7 +272,7 @@ class Training(Options):
         batch: Samples that each GPU, or each group of tp, gets in a step.
         sequence: Tokens of a sample, for a model of text.
         dtype: Of the weights: bf16, fp16 or fp32.
-        checkpointing: Compute blocks again in the backward instead of keeping what they need.
+        checkpointing: Compute blocks again in the backward instead of keeping their activations.
     """
 
     PANEL = "What a training step needs"

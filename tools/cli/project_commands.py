@@ -102,7 +102,7 @@ def demo(
         full: More text, and a comparison with the frozen encoder: minutes.
         quick: The default.
         out: The folder to write; an earlier demo's is replaced.
-        force: Write over what is there.
+        force: Overwrite existing files.
     """
     screen = console.output()
     began = time.perf_counter()
@@ -207,11 +207,11 @@ def zoo(
         jobs: How many models run at a time.
         timeout: Seconds that one model may take.
         onnx: Whether to export; most of the time goes there.
-        optimize: What is fused in exports: none or standard; runtime runs nothing but an export with the
+        optimize: Fusions in exports: none or standard; runtime runs nothing but an export with the
             operators of ONNX Runtime, with a cache if the model generates text.
         out: The page to write; docs/zoo.md if the whole zoo runs with standard fusions, else none.
-        rows: Keep all rows in this file, JSON: rows of models that do not run stay, and what it knows of
-            parts that do not run. zoo.json next to the page by default.
+        rows: Keep all rows in this file, JSON: rows of models that do not run stay, and results of parts
+            that do not run. zoo.json next to the page by default.
         resume: Leave out models that --rows has all asked parts of.
         since: With --resume: only if they are of this day (2026-11-30) or later.
     """
