@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -447,6 +448,11 @@ def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
     ) from failure
 
 
+def _altered(tensor: Tensor) -> Tensor:
+    """Return other values of the same kind."""
+    return -tensor if tensor.is_floating_point() else tensor.flip([*range(tensor.dim())])
+
+
 def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
     """Run a model once, and again if the call has changed its state. Return the names of outputs.
 
@@ -461,6 +467,9 @@ def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
     if changed is None:
         return [name for name, _ in first]
     with torch.no_grad(), torch.random.fork_rng(devices=()):
+        # A state may be a memory of the last inputs: call with others in between.
+        with contextlib.suppress(Exception):
+            flat.named([_altered(tensor) for tensor in tensors])
         torch.set_rng_state(drawn)
         second = flat.named(tensors)
     alike = all(

@@ -174,7 +174,7 @@ def chosen_provider(provider: object) -> Provider:
         raise ProviderError(
             f"provider is {provider!r}: give one, because lora-fx does not fall back to another one"
         )
-    if names[0] not in known:
+    if not isinstance(names[0], str) or names[0] not in known:
         near = hint(str(names[0]).lower(), PROVIDERS, " Did you mean '{}'?", count=1, cutoff=0.7)
         raise ProviderError(
             f"unknown provider {names[0]!r}: the providers are 'cuda' (GPUs of NVIDIA), 'cpu' and "

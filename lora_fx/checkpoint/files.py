@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,6 +25,7 @@ __all__ = [
     "RECEIPT_NAME",
     "WEIGHTS_NAME",
     "check_format",
+    "check_parts",
     "read_file",
     "read_tensors",
     "write_folder",
@@ -88,6 +89,30 @@ def check_format(folder: Path, names: Collection[str] = _OF_DIFFUSERS) -> None:
         raise CheckpointError(
             f"{folder} holds an adapter of another format ({', '.join(existing)}), which a reader might take "
             "for this one: give another folder, or delete that adapter"
+        )
+
+
+def check_parts(folder: Path, tensors: Iterable[str]) -> None:
+    """Raise if a folder has adapters of other parts of a pipeline, which a new file would lose.
+
+    Args:
+        folder: The folder to write an adapter to.
+        tensors: Keys of the new file, which begin with the part.
+
+    Raises:
+        CheckpointError: The message names the parts.
+    """
+    path = folder / DIFFUSERS_NAME
+    if not path.exists():
+        return
+    present, parts = (
+        {key.partition(".")[0] for key in keys} for keys in (read_file(path)[0], tensors)
+    )
+    if present - parts:
+        raise CheckpointError(
+            f"{path} has the adapter of {', '.join(sorted(present - parts))}, which would be lost: save all "
+            'parts at once, save_adapter({"unet": unet, "text_encoder": encoder}, folder, '
+            'format="diffusers"), or give another folder'
         )
 
 

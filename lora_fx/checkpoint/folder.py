@@ -37,6 +37,7 @@ from lora_fx.checkpoint.files import (
     DIFFUSERS_NAME,
     PICKLE_NAME,
     WEIGHTS_NAME,
+    check_parts,
     read_tensors,
     write_folder,
 )
@@ -153,6 +154,7 @@ def save_adapter(
     folder = Path(directory) if adapter_name == "default" else Path(directory, adapter_name)
     if reader == "diffusers":
         tensors, notes = _of_component(model, adapter_name, component)
+        check_parts(folder, tensors)
         adapter_receipt = (
             None if receipt is None else make_receipt(model, adapter_name, receipt, tensors)
         )

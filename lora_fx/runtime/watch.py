@@ -556,7 +556,7 @@ def watched_class(
             **entries,
             **(members_of(cls) if whole else {}),
             # A method of this name that the user's class has is the user's.
-            **({} if hasattr(cls, _PRINT) else {_PRINT: property(_printer)}),
+            **({} if hasattr(cls, _PRINT) else {_PRINT: _Printer()}),
             **{name: weight_property(name) for name in weights},
             _MADE: cls,
             "_lora_fx_whole": whole,
@@ -568,11 +568,18 @@ def watched_class(
     return watched_cls
 
 
-def _printer(model: nn.Module) -> Callable[[], None]:
-    """Return ``print_trainable_parameters`` of a rewritten model, which users of PEFT call as a method."""
-    if record_of(model) is None:
-        raise AttributeError(_PRINT)  # Python goes on with __getattr__
-    return functools.partial(pkgutil.resolve_name(f"lora_fx.api:{_PRINT}"), model)
+class _Printer:
+    """``print_trainable_parameters`` of a rewritten model, which users of PEFT call as a method.
+
+    An attribute of the model with that name comes first, because a descriptor without ``__set__`` yields.
+    """
+
+    def __get__(self, model: nn.Module | None, owner: type) -> Any:
+        if model is None:
+            return self
+        if record_of(model) is None:
+            raise AttributeError(_PRINT)  # Python goes on with __getattr__
+        return functools.partial(pkgutil.resolve_name(f"lora_fx.api:{_PRINT}"), model)
 
 
 def _watch(module: nn.Module, *, whole: bool, scoped: bool, weights: tuple[str, ...]) -> None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import io
-import logging
 import sys
-import traceback
+import threading
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -44,8 +42,6 @@ __all__ = [
     "storage_of",
 ]
 
-
-_log = logging.getLogger("lora_fx")
 
 ATOMS = (
     *(str, bytes, int, float, complex, bool, type(None), range, slice, type, types.ModuleType),
@@ -406,6 +402,8 @@ def stands_apart(module: str | None) -> bool:
 
 _EMPTY = (dict, OrderedDict)
 _PLAIN = (bool, int, float, str, type(None))
+# They cannot be copied. A lock holds nothing; a view of a dict is followed like any other reference.
+_SHARED = (type(threading.Lock()), type(threading.RLock()), types.MappingProxyType)
 
 
 def share_copy(
@@ -452,7 +450,7 @@ def share_copy(
                     # Modules have many empty dicts, and deepcopy is slow for them.
                     memo[id(value)] = type(value)()
                 elif type(value) not in _PLAIN:
-                    _detach_results(value, memo)
+                    _add_uncopyable(value, memo)
         fill = copy_units(model, memo, _copied)
         clean = copy_partitioned(model, memo, _copied)
         result: nn.Module = _copied(model, memo)
@@ -493,36 +491,13 @@ def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy a value. What no library can copy, such as a lock or a file, is shared with the original."""
-    known = dict(memo)
-    while True:
-        try:
-            return copy.deepcopy(value, memo)
-        except Exception as error:
-            shared = _shareable(error)
-            if shared is None:
-                raise CaptureError(
-                    f"{type(value).__name__} cannot be copied ({type(error).__name__}: {error}). "
-                    "lora_fx never changes its argument, so it needs a model that copy.deepcopy can copy."
-                ) from error
-            _log.info("a %s cannot be copied: the model shares it", type(shared).__name__)
-            # The failed attempt left copies that are not filled.
-            memo.clear()
-            memo.update(known)
-            memo[id(shared)] = known[id(shared)] = shared
-
-
-def _shareable(error: Exception) -> Any:
-    """Return the object that made ``copy.deepcopy`` fail, or None unless its class has no way to be copied.
-
-    An iterator is not shared, except a file: the copy would use up the original's values.
-    """
-    frame = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    if type(error) is not TypeError or frame.f_code is not copy.deepcopy.__code__:
-        return None
-    failed = frame.f_locals["x"]
-    used_up = hasattr(failed, "__next__") and not isinstance(failed, io.IOBase)
-    return None if used_up else failed
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(value).__name__} cannot be copied ({type(error).__name__}: {error}). "
+            "lora_fx never changes its argument, so it needs a model that copy.deepcopy can copy."
+        ) from error
 
 
 def check_model(model: object) -> None:
@@ -572,17 +547,19 @@ def _frozen(parameter: nn.Parameter, own: bool = False) -> nn.Parameter:
     return result
 
 
-def _detach_results(value: Any, memo: dict[int, Any]) -> None:
-    """Copy tensors that deepcopy refuses: non-leaf results of autograd that a forward left behind."""
-    if isinstance(value, torch.Tensor):
+def _add_uncopyable(value: Any, memo: dict[int, Any]) -> None:
+    """Put into the memo what deepcopy refuses: locks, and results of autograd that a forward left behind."""
+    if type(value) in _SHARED:
+        memo[id(value)] = value
+    elif isinstance(value, torch.Tensor):
         if not value.is_leaf:
             memo[id(value)] = value.detach().clone()
     elif isinstance(value, dict):
         for item in value.values():
-            _detach_results(item, memo)
+            _add_uncopyable(item, memo)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
-            _detach_results(item, memo)
+            _add_uncopyable(item, memo)
 
 
 def holder_of(tensor: torch.Tensor) -> torch.UntypedStorage | torch.Tensor:

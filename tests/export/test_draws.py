@@ -134,6 +134,25 @@ def test_a_model_that_counts_in_a_buffer_has_no_file(tmp_path: Path) -> None:
         export_onnx(CountingInABuffer(), tmp_path / "m.onnx", torch.randn(2, 3))
 
 
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+        self.register_buffer("last", torch.zeros(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.fc(x) + self.last
+        self.last = x.detach().clone()
+        return result
+
+
+def test_a_model_that_remembers_its_inputs_has_no_file(tmp_path: Path) -> None:
+    model, x = Remembering(), torch.randn(2, 3)
+    model(x)  # now it returns the same for this input each time
+    with pytest.raises(ExportError, match="its next call on the same inputs returns other values"):
+        export_onnx(model, tmp_path / "m.onnx", x)
+
+
 class Mixing(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -526,6 +526,8 @@ def test_a_rewritten_model_prints_as_pefts_does(capsys) -> None:
             one.print_trainable_parameters()
     own = lora_fx.rewrite(Prints(), LoraConfig(r=2))
     assert own.print_trainable_parameters() == "mine"
+    adapted.print_trainable_parameters = lambda: "replaced"
+    assert adapted.print_trainable_parameters() == "replaced"
 
 
 def test_swapped_arguments_are_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -466,6 +467,19 @@ def test_diffusers_loads_what_is_saved_for_a_text_encoder(
         wanted = model(ids)[0]
         assert_close(theirs(ids)[0], wanted)
         assert_close(lora_fx.load_adapter(text_encoder(), tmp_path).eval()(ids)[0], wanted)
+
+
+def test_another_part_of_a_pipeline_is_not_overwritten(tmp_path: Path) -> None:
+    model = lora_fx.rewrite(text_encoder(), LoraConfig(target_modules=["q_proj"]))
+    save = functools.partial(lora_fx.save_adapter, model, tmp_path, format="diffusers")
+    save(component="text_encoder")
+    save(component="text_encoder")  # the same part is replaced
+    before = (tmp_path / DIFFUSERS_NAME).read_bytes()
+    with pytest.raises(
+        CheckpointError, match="has the adapter of text_encoder, which would be lost"
+    ):
+        save(component="text_encoder_2")
+    assert (tmp_path / DIFFUSERS_NAME).read_bytes() == before
 
 
 def pipeline(unet: nn.Module, encoder: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import queue
 import threading
 import types
 
@@ -301,26 +302,37 @@ class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
-        self.lock, self.local, self.calls = threading.Lock(), threading.local(), 0
+        self.lock, self.again, self.calls = threading.Lock(), threading.RLock(), 0
         self.settings = {"scale": 2.0}
         self.view = types.MappingProxyType(self.settings)
 
     def forward(self, x):
-        with self.lock:
+        with self.lock, self.again:
             self.calls += 1
         return self.second(self.first(x)) * self.view["scale"]
 
 
-def test_what_no_library_can_copy_is_shared():
+def test_a_lock_is_shared_and_a_view_of_a_dict_is_that_of_the_copy():
     model = Counting()
     adapted = lora_fx.rewrite(model, CONFIG, (sample(2, 4),))
     assert adapted.lock is model.lock
-    assert adapted.local is model.local
     assert_same_bits(adapted(sample(2, 4)), model(sample(2, 4)))
     assert model.calls == 1
     adapted.settings["scale"] = 3.0
     assert_close(adapted(sample(2, 4)), 1.5 * model(sample(2, 4)))
     assert_close(lora_fx.merge(adapted)(sample(2, 4)), adapted(sample(2, 4)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda _: threading.local(), lambda _: queue.SimpleQueue(), lambda net: net.lock_of.values()],
+)
+def test_what_may_lead_back_to_the_original_is_refused(make):
+    model = Counting()
+    model.lock_of = {"first": model.first}
+    model.held = make(model)
+    with pytest.raises(CaptureError, match="cannot be copied"):
+        lora_fx.rewrite(model, CONFIG)
 
 
 # --- reparametrized layers -------------------------------------------------------------------------
