@@ -352,8 +352,15 @@ class Plan:
             if f".{fqn}".endswith(f".{name}") or fqn.startswith(f"{name}.") or not name
         }
         if not selected:
-            ends = {fqn.rpartition(".")[2] for fqn in outcomes}
-            nearest = hint(name, [*outcomes, *ends], "; did you mean {}?", cutoff=0.6)
+            sites = [row.site for row in (*self.sites, *self.skipped)]
+            layers = [site.name for site in sites if f".{site.weight}".endswith(f".{name}")]
+            if layers:
+                raise ConfigError(
+                    f"{name!r} is the weight of a layer: name the layer, {some(layers, between=' or ')}"
+                )
+            ends = (fqn.rpartition(".")[2] for fqn in outcomes)
+            names = dict.fromkeys((*outcomes, *ends))
+            nearest = hint(name, names, "; did you mean {}?", cutoff=0.6)
             nearest = nearest or "; print the plan for the names of all"
             raise ConfigError(f"no linear operation is called {name!r}{nearest}")
         return selected

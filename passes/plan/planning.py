@@ -524,7 +524,7 @@ def _nothing(plan: Plan, matches: Matches) -> str:
     for rows in map(grouped, (left_out, refused)):
         reasons = [f"{row.name}: {row.cells[0]}" for row in rows]
         lines += [some(reasons, 8, "\n  ")] if reasons else []
-    if plan.skipped:
+    if plan.skipped and choose(matches, LoraConfig(), ())[0]:
         lines.append("lora_fx.plan(model, lora_fx.LoraConfig()) lists what can be adapted")
     return "\n  ".join(lines)
 
@@ -700,6 +700,11 @@ def _why(target: str, capture: Capture, matches: Matches, names: list[str]) -> s
             return f"{name} is a {type(module).__name__}, not a linear operation{holds}"
     for name in base_parameters(capture.model):
         if _named(target, name):
+            layers = {site.weight: site.name for site in matches.sites}
+            if name in layers:
+                return f"{name} is the weight of a layer: name the layer, {layers[name]!r}"
+            if name in {site.bias for site in matches.sites}:
+                return f"{name} is a bias, which has no adapter: bias='lora_only' trains it"
             return f"{name} is a parameter, and no linear operation over it was seen"
     return "matches nothing" + _nearest(nearest_names(target, names))
 

@@ -68,7 +68,6 @@ def test_all_linear_is_every_matrix_product_but_a_declared_head() -> None:
             BLOCKS[2:],
         ),
         ({"layers_to_transform": 0, "layers_pattern": ["blocks"]}, BLOCKS[:2]),
-        ({"target_modules": []}, []),
     ],
 )
 def test_targets_are_chosen_by_pefts_rules(options: dict, expected: list[str]) -> None:
@@ -179,6 +178,30 @@ def test_a_parameter_that_no_operation_reads_is_said_to_be_one() -> None:
     ):
         lora_fx.plan(Branching(), LoraConfig(target_modules=["kernel"]))
     assert "(root): no graph: its forward branches" in str(lora_fx.plan(Branching(), LoraConfig()))
+
+
+def test_the_name_of_a_weight_leads_to_its_layer() -> None:
+    for entry in ("up.weight", "blocks.0.up.weight"):
+        words = rf"{entry}': .*is the weight of a layer: name the layer, 'blocks.0.up'"
+        with pytest.raises(lora_fx.NoMatchError, match=words):
+            lora_fx.plan(Residual(), LoraConfig(target_modules=[entry]))
+    plan = lora_fx.plan(Branching(), LoraConfig(target_modules=["up"]))
+    with pytest.raises(lora_fx.ConfigError, match="'head.weight' is .* name the layer, head$"):
+        plan.why("head.weight")
+    with pytest.raises(lora_fx.NoMatchError, match="up.bias is a bias.*bias='lora_only' trains"):
+        lora_fx.plan(Branching(), LoraConfig(target_modules=["up.bias"]))
+    with pytest.raises(lora_fx.ConfigError, match=r"did you mean up\?"):
+        plan.why("upp")
+
+
+def test_a_refusal_gives_a_remedy_only_if_it_helps() -> None:
+    remedy = "lists what can be adapted"
+    with pytest.raises(lora_fx.NoMatchError, match=remedy):
+        lora_fx.plan(Residual(), LoraConfig(target_modules=["lost"]))
+    for config in (LoraConfig(r=2), LoraConfig(target_modules=["lost"])):
+        with pytest.raises(lora_fx.NoMatchError) as caught:
+            lora_fx.plan(nn.Sequential(nn.Embedding(4, 2), nn.ReLU()), config)
+        assert remedy not in str(caught.value)
 
 
 def test_a_long_refusal_counts_what_it_leaves_out() -> None:

@@ -573,8 +573,14 @@ _ARGUMENT = re.compile(
 )
 
 
+_COMMANDS = {"lora_fx.plan(model, lora_fx.LoraConfig())": "lora-fx plan MODEL"}
+"""Commands by the Python code that does the same."""
+
+
 def as_options(message: str, commands: Iterable[Any]) -> str:
     """Replace ``adapters='inputs'`` by ``--adapters inputs`` if a command has such an option.
+
+    Python code that a command does is replaced by the command.
 
     Args:
         message: Message of an error.
@@ -596,4 +602,6 @@ def as_options(message: str, commands: Iterable[Any]) -> str:
         names = option.opts if value == "True" else option.secondary_opts
         return str(names[0]) if names and value in ("True", "False") else match[0]
 
+    for code, command in _COMMANDS.items():
+        message = message.replace(code, command)
     return _ARGUMENT.sub(spelled, message)
