@@ -162,6 +162,7 @@ def plan(
     _, planned = pipeline.plan_model(
         model, config, example_inputs, loss=loss, strict=strict, frontend=frontend
     )
+    pipeline.check_trains(planned)
     return with_kept(planned, model, config, example_inputs, loss=loss, frontend=frontend)
 
 

@@ -279,6 +279,7 @@ def plan_all(
     for name, config in configs.items():
         try:
             plan = plan_capture(captured, config)
+            check_trains(plan)
         except LoraFxError as error:
             error.add_note(f"in the configuration {name!r}")
             raise

@@ -415,12 +415,14 @@ def test_strict_is_passed_on() -> None:
         lora_fx.rewrite(Residual(), config, strict=True)
 
 
-def test_a_configuration_that_trains_nothing_is_for_looking_only() -> None:
+def test_a_configuration_that_trains_nothing_is_refused() -> None:
     """PEFT refuses it, too."""
     model, nothing = Residual(), LoraConfig(target_modules=[])
-    assert not lora_fx.plan(model, nothing).sites
+    for call in (lora_fx.plan, lora_fx.rewrite):
+        with pytest.raises(lora_fx.NoMatchError, match="nothing would be trained"):
+            call(model, nothing)
     with pytest.raises(lora_fx.NoMatchError, match="nothing would be trained"):
-        lora_fx.rewrite(model, nothing)
+        lora_fx.compare({"nothing": nothing}, model)
     adapted = lora_fx.rewrite(model, LoraConfig(target_modules=[], modules_to_save=["head"]))
     out = adapted(IDS)
     with pytest.raises(lora_fx.NoMatchError, match="nothing would be trained"):

@@ -14,6 +14,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import CaptureError
 from lora_fx.passes.graph.copies import check_model, share_copy
+from lora_fx.passes.pipeline import plan_model
 from tests import zoo
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
@@ -259,7 +260,8 @@ def test_what_is_no_module_is_refused():
 def test_lazy_layers_are_left_alone_until_they_have_run():
     model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
     config = lora_fx.LoraConfig(target_modules=[])
-    (row,) = lora_fx.plan(model, config).rejections
+    _, plan = plan_model(model, config)
+    (row,) = plan.rejections
     assert (row.name, row.reason[-10:]) == ("0", "rewrite it")
     model(sample(2, 3))
     other = lora_fx.rewrite(model, CONFIG)

@@ -11,6 +11,7 @@ import lora_fx
 from lora_fx.ir.graph import Region
 from lora_fx.ir.site import Rejection
 from lora_fx.passes.patterns.conv import ConvPattern
+from lora_fx.passes.pipeline import plan_model
 from tests import algebra
 from tests.numerics import relative_error
 from tests.zoo import Form, forms
@@ -185,7 +186,7 @@ def test_groups_that_do_not_divide_the_rank_are_left_out_with_the_remedy() -> No
 def test_a_near_miss_is_refused_with_the_reason(build, name: str, reason: str) -> None:
     model = nn.Sequential()
     model.add_module("op", build())
-    plan = lora_fx.plan(model, lora_fx.LoraConfig(target_modules=[]))
+    _, plan = plan_model(model, lora_fx.LoraConfig(target_modules=[]))
     assert not plan.skipped
     found = {rejection.name: rejection.reason for rejection in plan.rejections}
     assert reason in found[name]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
+from lora_fx.passes.pipeline import plan_model
 from tests import algebra
 from tests.algebra import Letters
 from tests.golden import check_golden, printed
@@ -26,7 +27,7 @@ from tests.zoo import Around, Einsum, sample, seeded
     ],
 )
 def test_what_is_no_product_with_a_matrix_is_refused_with_the_equation(equation, shape) -> None:
-    plan = lora_fx.plan(Around(Einsum(equation, *shape)), lora_fx.LoraConfig(target_modules=[]))
+    _, plan = plan_model(Around(Einsum(equation, *shape)), lora_fx.LoraConfig(target_modules=[]))
     assert not plan.sites
     assert not plan.skipped
     (rejection,) = plan.rejections
@@ -169,6 +170,6 @@ def test_a_permuted_view_is_refused_with_the_reason() -> None:
         def forward(self, x):
             return torch.einsum("bsd,hde->bhse", x, self.kernel.view(2, 4, 3))
 
-    plan = lora_fx.plan(Viewed("", False, 8, 3), lora_fx.LoraConfig(target_modules=[]))
+    _, plan = plan_model(Viewed("", False, 8, 3), lora_fx.LoraConfig(target_modules=[]))
     (rejection,) = plan.rejections
     assert "permutes a view of its weight" in rejection.reason

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
+from lora_fx.passes.pipeline import plan_model
 from tests import algebra
 from tests.zoo import Form, forms
 
@@ -119,7 +120,7 @@ def test_any_shape_and_rank(vocabulary: int, width: int, r: int, shape: list[int
     ],
 )
 def test_a_near_miss_is_refused_with_the_reason(build, reason: str) -> None:
-    plan = lora_fx.plan(nn.Sequential(build()), lora_fx.LoraConfig(target_modules=[]))
+    _, plan = plan_model(nn.Sequential(build()), lora_fx.LoraConfig(target_modules=[]))
     assert not plan.skipped
     (rejection,) = plan.rejections
     assert rejection.name == "0"
@@ -135,6 +136,7 @@ def test_rows_taken_by_indexing_are_refused() -> None:
         def forward(self, ids):
             return self.table[ids]
 
-    (rejection,) = lora_fx.plan(Indexed(), lora_fx.LoraConfig(target_modules=[])).rejections
+    _, plan = plan_model(Indexed(), lora_fx.LoraConfig(target_modules=[]))
+    (rejection,) = plan.rejections
     assert rejection.name == "table"
     assert "getitem" in rejection.reason

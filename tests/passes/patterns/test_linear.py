@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_fx
+from lora_fx.passes.pipeline import plan_model
 from tests import algebra
 from tests.algebra import randomize
 from tests.numerics import assert_close
@@ -29,7 +30,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def rejections(model: nn.Module) -> dict[str, str]:
-    plan = lora_fx.plan(model, lora_fx.LoraConfig(target_modules=[]))
+    _, plan = plan_model(model, lora_fx.LoraConfig(target_modules=[]))
     assert not plan.sites
     return {rejection.name: rejection.reason for rejection in plan.rejections}
 

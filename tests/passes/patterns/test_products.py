@@ -17,6 +17,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
+from lora_fx.passes.pipeline import plan_model
 from tests import algebra
 from tests.algebra import Letters
 from tests.numerics import relative_error
@@ -241,7 +242,7 @@ def test_every_rank_of_input_and_weight(
 
 
 def refusal(model: nn.Module) -> str:
-    plan = lora_fx.plan(model, LoraConfig(target_modules=[]))
+    _, plan = plan_model(model, LoraConfig(target_modules=[]))
     assert not plan.sites
     assert not plan.skipped
     (rejection,) = plan.rejections
