@@ -257,10 +257,25 @@ def read_folder(
     for key, value in without_prefix(read_tensors(path)[0]).items():
         match = _FACTOR.fullmatch(key)
         if match is not None and not match["bias"]:
-            pairs.setdefault(match["site"] or "", {})[match["which"]] = value
+            site = _name_in_plan(match["site"] or "", config)
+            pairs.setdefault(site, {})[match["which"]] = value
             continue
         shapes[key] = tuple(value.shape)
     return config, pairs, shapes
+
+
+def _name_in_plan(holder: str, config: LoraConfig) -> str:
+    """Return the plan's name of a site from the name under which its factors are stored.
+
+    The factors of a bare parameter ``mix`` are stored under ``mix_lora``, or as PEFT does, under the module that
+    has the parameter. The configuration lists the plan's names.
+    """
+    modules = config.target_modules if isinstance(config.target_modules, tuple) else ()
+    if holder.endswith("_lora") and (name := holder.removesuffix("_lora")) in modules:
+        return name
+    inside = [name for name in config.target_parameters or () if name.rpartition(".")[0] == holder]
+    single = len(inside) == 1 and holder not in modules and not inside[0].endswith(".weight")
+    return inside[0] if single else holder
 
 
 @torch.no_grad()

@@ -127,6 +127,27 @@ def test_experts_are_measured_one_by_one(tmp_path: Path) -> None:
         assert one.norm == pytest.approx(float(wanted.norm()), rel=1e-6)
 
 
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(3, 3))
+        self.inner = nn.Module()
+        self.inner.w = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.mix @ self.inner.w
+
+
+def test_sites_have_the_names_and_scales_of_the_plan(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["mix", "inner.w"], alpha_pattern={"mix": 3})
+    plan = lora_fx.plan(Bare(), config)
+    lora_fx.save_adapter(lora_fx.rewrite(Bare(), config), tmp_path / "adapter")
+    report = lora_fx.inspect_adapter(tmp_path / "adapter")
+    scales = {site.name: site.scale for site in report.sites}
+    assert scales == {row.name: row.scale for row in plan.sites}
+    assert set(scales) == {"mix", "inner.w"}
+
+
 def test_what_is_likely_a_mistake_comes_first(tmp_path: Path) -> None:
     adapted = lora_fx.rewrite(Net(), LoraConfig(r=2, target_modules=["layers.0", "layers.1"]))
     lora_fx.save_adapter(adapted, tmp_path / "adapter")
