@@ -10,6 +10,7 @@ Names are checked without importing PyTorch, so that a wrong one is reported at 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
 import sys
@@ -36,6 +37,8 @@ __all__ = [
     "quiet_transformers",
 ]
 
+
+_log = logging.getLogger("lora_fx")
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json")
 
@@ -67,9 +70,9 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
         architecture = _architecture_of(adapter, transformers, config)
         if architecture is None:
             architecture, adapter = _architecture(transformers, config), None
-        stored = {} if adapter is None else _shapes_in(adapter)
-        if stored:
-            _set_labels(config, architecture, stored)
+        stored, labels = ({}, {}) if adapter is None else _shapes_and_labels(adapter)
+        if adapter is not None:
+            _set_labels(config, architecture, stored, labels, adapter)
         if not weights:
             with torch.device("meta"):
                 empty = _build(architecture, config)
@@ -162,26 +165,53 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
     return auto if auto is not None and type(config) in auto._model_mapping else None
 
 
-def _shapes_in(adapter: Path) -> dict[str, list[int]]:
-    """Return the shapes of an adapter's tensors, by the names that they have in the model."""
-    from lora_fx.checkpoint import read_tensors, without_prefix
+def _shapes_and_labels(adapter: Path) -> tuple[dict[str, list[int]], dict[int, str]]:
+    """Return the shapes of an adapter's tensors, by their names in the model, and its class names by index."""
+    from lora_fx.checkpoint import labels_in, read_tensors, without_prefix
 
-    tensors, _ = read_tensors(adapter)
-    return {name: list(tensor.shape) for name, tensor in without_prefix(tensors).items()}
+    tensors, metadata = read_tensors(adapter)
+    shapes = {name: list(tensor.shape) for name, tensor in without_prefix(tensors).items()}
+    return shapes, labels_in(metadata)
 
 
-def _set_labels(config: Any, architecture: Any, stored: Mapping[str, list[int]]) -> None:
-    """Set the number of labels to that of the head in an adapter's folder."""
+def _set_labels(
+    config: Any,
+    architecture: Any,
+    stored: Mapping[str, list[int]],
+    labels: Mapping[int, str],
+    adapter: Path,
+) -> None:
+    """Set the number and the names of the labels to those of the head in an adapter's folder.
+
+    Args:
+        config: The configuration of the model, which is changed.
+        architecture: The class of the model.
+        stored: Shapes of the adapter's tensors by name.
+        labels: Class names in the adapter's folder; empty if it has none, because PEFT wrote it.
+        adapter: The folder.
+    """
     import torch
 
     with torch.device("meta"):
         empty = _build(architecture, config)
     for name, parameter in empty.named_parameters():
-        shape = stored.get(name, list(parameter.shape))
-        expected = [config.num_labels, *shape[1:]]
-        if shape != expected and list(parameter.shape) == expected:
-            config.num_labels = shape[0]
-            return
+        shape, shape_now = stored.get(name), list(parameter.shape)
+        if shape is not None and shape_now == [config.num_labels, *shape[1:]]:
+            break
+    else:
+        return
+    if config.num_labels != shape[0]:
+        config.num_labels = shape[0]  # gives the labels made-up names
+    if len(labels) == shape[0]:
+        config.id2label = dict(labels)
+        config.label2id = {label: index for index, label in labels.items()}
+    elif all(label == f"LABEL_{index}" for index, label in config.id2label.items()):
+        _log.warning(
+            "%s does not say what its %d classes are called: they are LABEL_0, LABEL_1 and so on. Set id2label "
+            "in the config.json of the result",
+            adapter,
+            shape[0],
+        )
 
 
 def _architecture(transformers: Any, config: Any) -> Any:

@@ -16,7 +16,12 @@ from lora_fx.checkpoint.peft_model import (
 )
 from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
 from lora_fx.checkpoint.starts import converted
-from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict, without_prefix
+from lora_fx.checkpoint.state import (
+    adapter_state_dict,
+    labels_in,
+    load_adapter_state_dict,
+    without_prefix,
+)
 from lora_fx.checkpoint.trainers import (
     lightning_callback,
     trainer_callback,
@@ -35,6 +40,7 @@ __all__ = [
     "cast_to_base",
     "converted",
     "hotswap_adapter",
+    "labels_in",
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",

@@ -53,6 +53,7 @@ from lora_fx.checkpoint.state import (
     fitted,
     given_values,
     note_of_by_hand,
+    note_of_labels,
     place_given,
     stored,
     without_prefix,
@@ -257,7 +258,7 @@ def folder_of(
     if reader != "peft":
         # With a common rank the parts' own ranks are lost, so loading adapts the whole as a single site.
         (values, config), notes = for_one_rank(adapter, record, config, reader), {}
-    return values, config, notes
+    return values, config, notes | note_of_labels(model)
 
 
 @inside

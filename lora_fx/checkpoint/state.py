@@ -62,8 +62,10 @@ __all__ = [
     "fill",
     "fitted",
     "given_values",
+    "labels_in",
     "load_adapter_state_dict",
     "note_of_by_hand",
+    "note_of_labels",
     "place_given",
     "saved_by_hand",
     "saved_embeddings",
@@ -156,6 +158,41 @@ def saved_by_hand(model: nn.Module, record: AdapterRecord, adapter: str) -> dict
 def note_of_by_hand(names: Collection[str]) -> dict[str, str]:
     """Return the metadata of a file that holds parameters trained by hand."""
     return {NOTE: json.dumps(sorted(names))} if names else {}
+
+
+_LABELS = "lora_fx.id2label"
+
+
+def note_of_labels(model: nn.Module) -> dict[str, str]:
+    """Return the metadata of a file with the class names of a transformers model; empty if it has none.
+
+    ``LABEL_0`` and so on, which transformers makes up, are no names.
+    """
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(names, Mapping) or all(
+        name == f"LABEL_{index}" for index, name in names.items()
+    ):
+        return {}
+    return {
+        _LABELS: json.dumps(
+            {str(index): str(name) for index, name in names.items()}, sort_keys=True
+        )
+    }
+
+
+def labels_in(metadata: Mapping[str, str]) -> dict[int, str]:
+    """Return the class names in a note of :func:`note_of_labels`, by index; empty if there is no note.
+
+    Raises:
+        CheckpointError: If lora_fx did not write the note.
+    """
+    text = metadata.get(_LABELS, "{}")
+    try:
+        return {int(index): str(name) for index, name in json.loads(text).items()}
+    except (AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"the metadata {_LABELS!r} of the file is damaged ({text[:60]!r}); save the adapter again"
+        ) from error
 
 
 def by_hand_in(metadata: Mapping[str, str]) -> frozenset[str]:

@@ -243,6 +243,30 @@ def test_the_class_is_the_one_that_the_adapter_was_trained_on(
         torch.testing.assert_close(back(ids).logits, adapted(ids).logits, rtol=0, atol=0)
 
 
+def test_class_names_are_those_that_the_adapter_was_trained_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = adapted_bert(tmp_path, of="AutoModelForSequenceClassification", task="SEQ_CLS")
+    base, adapter = f"hf:{tmp_path / 'base'}", tmp_path / "adapter"
+    told = "does not say what its 5 classes are called"
+    assert load_model(base, adapter=adapter).model.config.id2label[4] == "LABEL_4"
+    assert told in caplog.text
+    caplog.clear()
+    model.config.id2label = dict(enumerate("abcde"))
+    lora_fx.save_adapter(model, adapter)
+    config: Any = load_model(base, adapter=adapter).model.config
+    assert config.id2label == dict(enumerate("abcde"))
+    assert config.label2id == {label: index for index, label in enumerate("abcde")}
+    assert not caplog.text
+    # PEFT reads the folder, and writes it without the names.
+    plain: Any = load_model(base, adapter=adapter).model
+    theirs = peft.PeftModel.from_pretrained(plain, adapter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert load_model(base, adapter=tmp_path / "theirs").model.config.id2label[4] == "LABEL_4"
+    assert told in caplog.text
+
+
 def test_a_task_that_the_model_does_not_have_leaves_its_architecture(tmp_path: Path) -> None:
     adapted_bert(tmp_path, of="AutoModelForTokenClassification", task="SEQ_2_SEQ_LM")
     loaded = load_model(f"hf:{tmp_path / 'base'}", adapter=tmp_path / "adapter").model
