@@ -220,6 +220,10 @@ def _text(config: Any, takes: Mapping[str, Any]) -> dict[str, Any]:
     inputs = {"input_ids": ids}
     if "attention_mask" in takes:
         inputs["attention_mask"] = torch.ones_like(ids)
+    if "token_type_ids" in takes and (getattr(config, "type_vocab_size", None) or 0) > 1:
+        # As for a pair of texts: the first half has type 0, the second type 1.
+        second = torch.arange(ids.shape[1]) >= ids.shape[1] // 2
+        inputs["token_type_ids"] = second.to(ids.dtype).expand_as(ids).contiguous()
     return inputs
 
 

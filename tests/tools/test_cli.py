@@ -241,18 +241,29 @@ def test_an_adapter_of_a_classifier_merges_over_its_base(here: Path) -> None:
     pytest.importorskip("onnxruntime")
     from tests.tools.test_models import adapted_bert
 
-    adapted = adapted_bert(here, of="AutoModelForSequenceClassification", task="SEQ_CLS")
+    adapted: Any = adapted_bert(here, of="AutoModelForSequenceClassification", task="SEQ_CLS")
+    adapted.config.id2label = dict(enumerate("abcde"))
+    lora_fx.save_adapter(adapted, "adapter")
     worked("merge", "hf:base", "adapter", "merged")
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(here / "merged").eval()
+    assert merged.config.id2label == dict(enumerate("abcde"))
     ids = torch.arange(12).reshape(2, 6)
+    # The first sentence of a pair has type 0, the second type 1.
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids % 2}
     with torch.no_grad():
-        expected = adapted(ids).logits
-        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        expected = adapted(**inputs).logits
+        torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
     worked("export", "hf:base", "net.onnx", "--adapter", "adapter")
     session = lora_fx.OnnxSession("net.onnx", "cpu")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    found = session.run({port.name: inputs[port.name] for port in session.inputs})
+    assert {port.name for port in session.inputs} == set(inputs)
+    found = session.run(inputs)
     torch.testing.assert_close(found["logits"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refusal_advises_the_command() -> None:
+    text = " ".join(refused("plan", MODEL, "--target", "lost").split())
+    assert "lora-fx plan MODEL lists what can be adapted" in text
+    assert "lora_fx.plan" not in text
 
 
 def test_plan_folds_equal_layers() -> None:
@@ -530,10 +541,11 @@ def test_export_and_run(here: Path, adapter: Path) -> None:
     text = worked("run", "net.onnx", "--repeat", "2", "--size", "batch=5")
     assert "5×8" in text
     assert "ms a run" in text
+    assert "random values were used for x: for your own, give --input NAME=FILE.npy" in text
     assert "cpu: " in worked("run", "net.onnx", "--provider", "CPUExecutionProvider")
     x = np.ones((4, 8), np.float32)
     np.save("x.npy", x)
-    worked("run", "net.onnx", "--input", "x=x.npy", "--output", "out.npz")
+    assert "random" not in worked("run", "net.onnx", "--input", "x=x.npy", "--output", "out.npz")
     from cli_net_for_tests import net
 
     expected = lora_fx.load_adapter(net()[0], adapter).eval()(torch.from_numpy(x))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from lora_fx.errors import ConfigError, ExportError
+from lora_fx.errors import ConfigError, ExportError, some
 from lora_fx.extras import load_optional
 from lora_fx.files import replacing
 from lora_fx.tools.cli import console
@@ -180,7 +180,9 @@ def run(
     with console.progress(f"loading {file}"):
         session = OnnxSession(file, wanted)
         chosen = o.loaded_adapters(session, adapter)
-    feeds = _feeds(session.inputs, _pairs(inputs, "--input"), _pairs(sizes, "--size"))
+    files = _pairs(inputs, "--input")
+    feeds = _feeds(session.inputs, files, _pairs(sizes, "--size"))
+    random = [name for name in feeds if name not in files]
     seconds = []
     with console.progress("running") as advance:
         # The first run allocates memory and chooses kernels.
@@ -200,6 +202,7 @@ def run(
                 "least": 1e3 * min(seconds),
                 "most": 1e3 * max(seconds),
             },
+            "random_inputs": random,
             "inputs": _figures(feeds),
             "outputs": _figures(results),
         }
@@ -213,6 +216,10 @@ def run(
         f"{session.provider}: {median:.2f} ms a run (median of {repeat}, "
         f"{1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f})"
     )
+    if random:
+        console.say(
+            f"random values were used for {some(random)}: for your own, give --input NAME=FILE.npy"
+        )
     if written is not None:
         _write(written, results)
         console.say(f"wrote {written}")

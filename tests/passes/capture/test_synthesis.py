@@ -102,6 +102,15 @@ def test_the_device_is_the_models():
     assert lora_fx.plan(model, CONFIG, frontend="export").frontend == "export"
 
 
+def test_token_types_are_there_if_the_model_has_several():
+    model = build("bert")
+    types = synthesise(model).inputs["token_type_ids"]
+    assert types.tolist() == [[0] * 6 + [1] * 6] * 2
+    model.config.type_vocab_size = 1
+    assert "token_type_ids" not in synthesise(model).inputs
+    assert set(synthesise(build("llama")).inputs) == {"input_ids", "attention_mask"}
+
+
 def test_nothing_is_drawn_from_the_users_generator():
     before = torch.get_rng_state()
     synthesise(build("clip"))
