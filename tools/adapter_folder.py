@@ -267,8 +267,8 @@ def read_folder(
 def _name_in_plan(holder: str, config: LoraConfig) -> str:
     """Return the plan's name of a site from the name under which its factors are stored.
 
-    The factors of a bare parameter ``mix`` are stored under ``mix_lora``, or as PEFT does, under the module that
-    has the parameter. The configuration lists the plan's names.
+    The factors of a bare parameter ``mix`` are stored under ``mix_lora`` or, as PEFT does, under the module
+    that has the parameter. The configuration lists the plan's names.
     """
     modules = config.target_modules if isinstance(config.target_modules, tuple) else ()
     if holder.endswith("_lora") and (name := holder.removesuffix("_lora")) in modules:

@@ -660,8 +660,8 @@ class _Demo:
             )
             example = corpus.held_out[0]
             self.listener.note(
-                f"{len(corpus.train):,} sentences to train on, {len(corpus.held_out):,} held out, "
-                f"of {', '.join(corpus.libraries)}"
+                f"the text is the first sentences of docstrings: {len(corpus.train):,} to train on, "
+                f"{len(corpus.held_out):,} held out, of {', '.join(corpus.libraries)}"
             )
             self.listener.note(f"such as “{example.text}” ({example.library})")
             ids = tokens(corpus.held_out, settings.max_length)
@@ -756,7 +756,10 @@ class _Demo:
         outputs = logits(lambda inputs: model(**inputs), held_out, advance)
         labels = torch.cat([part.labels for part in held_out])
         self.accuracy[name] = float((outputs.argmax(-1) == labels).double().mean())
-        self.listener.note(f"{name}: {100 * self.accuracy[name]:.1f} % of held-out text right")
+        right, chance = 100 * self.accuracy[name], 100 / len(LIBRARIES)
+        self.listener.note(
+            f"{name}: {right:.1f} % of held-out text right (a guess: {chance:.1f} %)"
+        )
         return outputs
 
     def _files(self) -> dict[str, int]:

@@ -166,7 +166,7 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
 
 
 def _shapes_and_labels(adapter: Path) -> tuple[dict[str, list[int]], dict[int, str]]:
-    """Return the shapes of an adapter's tensors, by their names in the model, and its class names by index."""
+    """Return the shapes of an adapter's tensors by their names in the model, and its class names."""
     from lora_fx.checkpoint import labels_in, read_tensors, without_prefix
 
     tensors, metadata = read_tensors(adapter)
@@ -207,8 +207,8 @@ def _set_labels(
         config.label2id = {label: index for index, label in labels.items()}
     elif all(label == f"LABEL_{index}" for index, label in config.id2label.items()):
         _log.warning(
-            "%s does not say what its %d classes are called: they are LABEL_0, LABEL_1 and so on. Set id2label "
-            "in the config.json of the result",
+            "%s does not say what its %d classes are called: they are LABEL_0, LABEL_1 and so on. Set "
+            "id2label in the config.json of the result",
             adapter,
             shape[0],
         )

@@ -155,7 +155,7 @@ _ENCODER: Mapping[str, tuple[str, ...]] = {
 FUSIONS: tuple[Fusion, ...] = (
     Fusion(
         "last-token",
-        "where the last token alone is read, what is computed token by token is computed for it alone",
+        "if only the last token is read, operations that treat tokens separately compute only that one",
         keep_last_token,
     ),
     Fusion(

@@ -296,6 +296,7 @@ class Plan:
     def sections(self) -> dict[str, list[tuple[str, str]]]:
         """Return the lists below the table, by title: names, each with its remark."""
         tables = {row.site.weight for row in self.sites if row.tied}
+        saved = tuple(f"{name}." for name in self.saved_modules)  # remarks list these
         return {
             "tied weights, untied by a merge": [
                 (row.name, f"shared with {', '.join(row.site.tied_to)}")
@@ -318,7 +319,11 @@ class Plan:
                 if row.site.family != "conv"
                 and row.rank > (least := min(row.site.in_features, row.site.out_features))
             ],
-            "not selected": [(skipped.site.name, skipped.reason) for skipped in self.skipped],
+            "not selected": [
+                (skipped.site.name, skipped.reason)
+                for skipped in self.skipped
+                if not f"{skipped.site.name}.".startswith(saved)
+            ],
             "cannot be adapted": [
                 (rejection.name or "(root)", rejection.reason) for rejection in self.rejections
             ],

@@ -340,8 +340,9 @@ def require_record(model: nn.Module, error: type[LoraFxError] = ConfigError) -> 
         raise error(
             f"this {type(model).__name__} has no adapters. lora_fx.rewrite and lora_fx.load_adapter return a "
             "model with adapters, and do not change their argument, so keep the result: "
-            "model = lora_fx.rewrite(model, config). The result of lora_fx.merge has no adapters any more. If "
-            "the model is wrapped (DistributedDataParallel), pass the model inside. If PEFT has adapted it, load the folder that PEFT saves with lora_fx.load_adapter"
+            "model = lora_fx.rewrite(model, config). The result of lora_fx.merge has no adapters any more. "
+            "If the model is wrapped (DistributedDataParallel), pass the model inside. If PEFT has adapted "
+            "it, load the folder that PEFT saves with lora_fx.load_adapter"
         )
     return record
 

@@ -123,6 +123,7 @@ def demo(
 
 def _accuracy(report: DemoReport) -> Table:
     table = console.table("model", "accuracy", right=["accuracy"])
+    table.add_row("a guess", f"{100 / len(report.libraries):.1f} %", style="dim")
     for name, value in report.accuracy.items():
         style = "green" if value > report.accuracy.get("frozen", 1) else ""
         shown = "frozen encoder, trained head" if name == "frozen" else name
