@@ -141,7 +141,7 @@ def test_a_model_without_anything_to_fuse(tmp_path: Path) -> None:
     [
         ({"optimize": "fast"}, "optimize='fast' is unknown"),
         ({"provider": "cpu"}, "is for optimize='runtime'"),
-        ({"optimize": "runtime", "provider": "tpu"}, "provider='tpu' is unknown"),
+        ({"optimize": "runtime", "provider": "tpu"}, "unknown provider 'tpu'"),
     ],
 )
 def test_unknown_levels_and_providers_are_refused(tmp_path: Path, options: Any, words: str) -> None:
