@@ -357,7 +357,7 @@ class Plan:
             if f".{fqn}".endswith(f".{name}") or fqn.startswith(f"{name}.") or not name
         }
         if not selected:
-            sites = [row.site for row in (*self.sites, *self.skipped)]
+            sites = [*(row.site for row in self.sites), *(row.site for row in self.skipped)]
             layers = [site.name for site in sites if f".{site.weight}".endswith(f".{name}")]
             if layers:
                 raise ConfigError(
