@@ -137,13 +137,13 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-_CLASS_OF_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
+_CLASSES_OF_TASK = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
 }
 
 
@@ -161,8 +161,8 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
         return load_optional(
             library, f"the adapter {adapter}", "lora-fx[hf]", attribute=named["base_model_class"]
         )
-    auto = getattr(transformers, _CLASS_OF_TASK.get(trained.task_type or "", ""), None)
-    return auto if auto is not None and type(config) in auto._model_mapping else None
+    classes = getattr(transformers, _CLASSES_OF_TASK.get(trained.task_type or "", ""), {})
+    return classes.get(type(config), None)
 
 
 def _shapes_and_labels(adapter: Path) -> tuple[dict[str, list[int]], dict[int, str]]:

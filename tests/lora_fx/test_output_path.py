@@ -22,12 +22,12 @@ def model() -> nn.Module:
     return lora_fx.rewrite(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), LoraConfig(r=2)).eval()
 
 
-def export(path: Any) -> object:
-    return export_onnx(model(), path, torch.randn(2, 4), verify=False)
+def export(path: Any, **options: Any) -> object:
+    return export_onnx(model(), path, torch.randn(2, 4), verify=False, **options)
 
 
-def save(path: Any) -> object:
-    return save_onnx_adapter(model(), path)
+def save(path: Any, **options: Any) -> object:
+    return save_onnx_adapter(model(), path, **options)
 
 
 def draw(path: Any) -> object:
@@ -106,12 +106,12 @@ def test_it_is_an_error_that_callers_catch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("write", "name"), [(export, "m.onnx"), (save, "m.onnx_adapter")])
-def test_a_file_that_exists_is_refused(
-    write: Callable[[Any], object], name: str, tmp_path: Path
+def test_a_file_that_exists_is_refused_without_force(
+    write: Callable[..., object], name: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(OutputPathError, match=f"{name} exists: pass force=True"):
-        write(tmp_path / name)
+    with pytest.raises(OutputPathError, match=f"{name} exists, and force=False was given"):
+        write(tmp_path / name, force=False)
 
 
 def test_the_kinds_of_refusals_are_those_of_the_page(tmp_path: Path) -> None:
