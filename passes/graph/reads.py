@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -172,6 +173,10 @@ class MethodRead(Read):
         """Return the function."""
         return self.function
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle finds functions by name. Nothing is the same as None, so that a replaced one stays unequal.
+        return MethodRead, (self.path, self.function if _is_findable(self.function) else None)
+
 
 @dataclasses.dataclass(frozen=True)
 class GlobalRead(Read):
@@ -192,6 +197,15 @@ class GlobalRead(Read):
     def constant(self) -> Any:
         """Return the globals of the module, and the value."""
         return vars(importlib.import_module(self.module)), self.value
+
+
+def _is_findable(function: Any) -> bool:
+    """Return True if the name of a function leads to it."""
+    try:
+        named: Any = pkgutil.resolve_name(f"{function.__module__}:{function.__qualname__}")
+    except (AttributeError, ImportError, ValueError):
+        return False
+    return named is function
 
 
 def _spelled(path: str) -> str:

@@ -312,12 +312,12 @@ class _Run:
                 self._outputs(base, grad=False)
             except Exception as exc:
                 raise _Ended("refused", "quantized base", _told(exc)) from exc
-        with self._stage("change"):
-            self.module.change(self.adapted)
         try:
             self.module.change(self.oracle.model)
         except Exception as exc:
             raise _Ended("invalid", "change", _told(exc)) from exc
+        with self._stage("change"):
+            self.module.change(self.adapted)
         self.past.append(None)
         self.oracle.write(self._chosen())
 

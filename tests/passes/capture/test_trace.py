@@ -1176,6 +1176,25 @@ def test_generators_of_the_model_are_left_where_they_were():
         assert_close(copied(x), start()(x))
 
 
+class Scaled(Base):
+    def strength(self):
+        return 2.0
+
+    def forward(self, x):
+        return (x @ self.kernel) * self.strength()
+
+
+def test_a_model_whose_method_was_replaced_can_be_pickled(monkeypatch):
+    adapted = lora_fx.rewrite(Scaled(), lora_fx.LoraConfig(r=2, target_modules=["kernel"]))
+    x, before = torch.randn(2, 4), Scaled.strength
+    expected = adapted(x)
+    monkeypatch.setattr(Scaled, "strength", lambda self: 3.0)
+    other = pickle.loads(pickle.dumps(adapted))
+    assert_close(other(x), 1.5 * expected)
+    monkeypatch.setattr(Scaled, "strength", before)
+    assert_close(other(x), expected)
+
+
 @pytest.mark.parametrize(("cls", "reason"), hazards())
 def test_a_trace_leaves_everything_as_it_was(cls, reason):
     module = builders.build(cls)
