@@ -160,22 +160,16 @@ class ForwardRead(Read):
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodRead(Read):
+class MethodRead(ObjectRead):
     """A method of the module's own class. The path is its name."""
-
-    function: Any
 
     def condition(self, constant: str) -> str:
         """Return the comparison; see :class:`Read`."""
         return f"self.{BASE}.{self.path} is not {constant}"
 
-    def constant(self) -> Any:
-        """Return the function."""
-        return self.function
-
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickle finds functions by name. Nothing is the same as None, so that a replaced one stays unequal.
-        return MethodRead, (self.path, self.function if _is_findable(self.function) else None)
+        return MethodRead, (self.path, self.expected if _is_findable(self.expected) else None)
 
 
 @dataclasses.dataclass(frozen=True)

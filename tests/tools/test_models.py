@@ -60,16 +60,20 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def tiny_bert(folder: Path, *, weights: bool = True) -> Path:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
+def bert_config(**options: Any) -> Any:
+    return pytest.importorskip("transformers").BertConfig(
         vocab_size=50,
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=32,
-        num_labels=3,
+        **options,
     )
+
+
+def tiny_bert(folder: Path, *, weights: bool = True) -> Path:
+    transformers = pytest.importorskip("transformers")
+    config = bert_config(num_labels=3)
     model = transformers.BertForSequenceClassification(config)
     if weights:
         model.save_pretrained(folder)
@@ -201,14 +205,7 @@ def test_what_a_package_needs_is_named(here: Path, monkeypatch: pytest.MonkeyPat
 def adapted_bert(folder: Path, *, of: str, task: str | None, labels: int = 5) -> Any:
     """Save a base model without a head, and train an adapter of a class with one."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
-    transformers.BertModel(config).save_pretrained(folder / "base")
+    transformers.BertModel(bert_config()).save_pretrained(folder / "base")
     model = getattr(transformers, of).from_pretrained(folder / "base", num_labels=labels)
     kind: Any = task
     chosen = lora_fx.LoraConfig(
