@@ -567,7 +567,7 @@ def test_into_a_model_that_does_not_fit_is_refused(build, message: str) -> None:
 
 
 def test_a_model_without_adapters_is_refused() -> None:
-    with pytest.raises(MergeError, match=r"Residual has no adapters: lora_fx\.rewrite"):
+    with pytest.raises(MergeError, match=r"Residual has no adapters\. lora_fx\.rewrite"):
         lora_fx.merge(Residual())
 
 
