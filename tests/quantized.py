@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
-__all__ = ["IDS", "SCHEMES", "llama", "quantized"]
+from lora_fx.passes.graph import share_copy
+
+__all__ = ["IDS", "SCHEMES", "fp8_layer", "llama", "quantized"]
 
 IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -97,6 +100,31 @@ def _torchao_nf4(old: nn.Linear) -> nn.Module:
     return old
 
 
+def _fp8(old: nn.Linear) -> nn.Module:
+    return share_copy(fp8_layer(old, (32, 32)))
+
+
+def fp8_layer(old: nn.Linear, block: tuple[int, int] | None, scale_fmt: str = "float") -> nn.Module:
+    """The layer of transformers for a linear layer, whose codes and scales are the library's, too."""
+    from transformers.integrations.finegrained_fp8 import FP8Linear, Fp8Quantize
+
+    config = FineGrainedFP8Config(weight_block_size=block, scale_fmt=scale_fmt)
+    sizes = (old.in_features, old.out_features)
+    new = FP8Linear(*sizes, block, scale_fmt=scale_fmt, has_bias=old.bias is not None)
+    weight, of = old.weight.detach(), block or old.weight.shape
+    # The library quantizes whole blocks, and reads blocks that end with the matrix.
+    missing = [-size % whole for size, whole in zip(weight.shape, of, strict=True)]
+    padded = nn.functional.pad(weight, (0, missing[1], 0, missing[0]))
+    encoder = Fp8Quantize(types.SimpleNamespace(quantization_config=config))
+    parts = encoder.convert({"weight": padded})  # type: ignore[arg-type]
+    codes = parts["weight"].view(torch.uint8)[: weight.shape[0], : weight.shape[1]].contiguous()
+    new.weight.data = codes.view(torch.float8_e4m3fn)
+    new.weight_scale_inv.data = parts["weight_scale_inv"].reshape(new.weight_scale_inv.shape)
+    new.bias = old.bias
+    result: nn.Module = new.train(old.training)
+    return result
+
+
 SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": _four_bits("nf4", False),
     "nf4 double": _four_bits("nf4", True),
@@ -105,4 +133,5 @@ SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "int8 torchao": _torchao(8),
     "int4 torchao": _torchao(4),
     "nf4 torchao": _torchao_nf4,
+    "fp8": _fp8,
 }

@@ -29,6 +29,8 @@ from lora_fx.formats.base import (
     whole_numbers,
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
+from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
+from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.formats.torchao import TorchaoFormat, TorchaoName
 from lora_fx.formats.weights import (
     FormatHook,
@@ -54,6 +56,10 @@ __all__ = [
     "KeptWeight",
     "LibraryLayers",
     "LoadHook",
+    "PackedFormat",
+    "PackedLayers",
+    "PackedTensor",
+    "Parts",
     "SaveHook",
     "StateHooks",
     "Storage",
@@ -83,3 +89,4 @@ FormatName: TypeAlias = BitsandbytesName | TorchaoName
 
 register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())
+register_format(FineGrainedFP8Format())

@@ -214,6 +214,12 @@ class LibraryLayers:
         """Return True if the library added this hook to a layer, and a dense weight does not need it."""
         return False
 
+    def adopt(self, model: nn.Module) -> None:
+        """Give each layer of a copy one parameter for its weight, if the library keeps it in several tensors.
+
+        :class:`lora_fx.formats.PackedLayers` does so.
+        """
+
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
         """Give a copy of a layer separate objects over the same tensors.
 

@@ -459,8 +459,7 @@ def share_copy(
     # From Python 3.14 on, deepcopy does not look up functions in the memo.
     _leave_out(result, {id(absent), *map(id, left)})
     follow(result, memo, (*modules, *parameters))
-    for module in result.modules():
-        _settle(module, libraries)
+    _settle(result, libraries)
     return result
 
 
@@ -481,13 +480,16 @@ def _check_whole(model: nn.Module) -> None:
             )
 
 
-def _settle(module: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
+def _settle(model: nn.Module, libraries: Sequence[LibraryLayers]) -> None:
     for layers in libraries:
-        layers.settle(module)
-    for own in module._parameters.values():
-        # A module with its own __deepcopy__ may have created new parameters.
-        if own is not None:
-            own.requires_grad = False
+        layers.adopt(model)
+    for module in model.modules():
+        for layers in libraries:
+            layers.settle(module)
+        for own in module._parameters.values():
+            # A module with its own __deepcopy__ may have created new parameters.
+            if own is not None:
+                own.requires_grad = False
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:

@@ -235,7 +235,9 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
             named = f"{cls.__module__}.{cls.__qualname__}"
             lacking = None if layers is None else layers.unfinished(module, named)
             reason = lacking or f"it is quantized ({named}): {_REMEDY}"
-            yield join(fqn, "weight"), Rejection(fqn, reason, fqn)
+            # A module of experts has several weights, with names of their own.
+            for weight in (join(fqn, name) for name in _codes(module)):
+                yield weight, Rejection(site_name(weight), reason, fqn)
             continue
         for name, reason in (
             *_contained(module),
@@ -267,6 +269,16 @@ def _library_of(cls: type[nn.Module]) -> LibraryLayers | None:
 def _holds_weights(module: nn.Module) -> bool:
     """Return True if a quantized module is a layer, and not the holder of its packed weights."""
     return "Packed" not in original_class(module).__name__
+
+
+def _codes(module: nn.Module) -> list[str]:
+    """Return the names of the matrices of codes in a quantized module, or else ``weight``."""
+    codes = [
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_matrix(parameter) and parameter.dtype not in _FLOATS
+    ]
+    return codes or ["weight"]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:

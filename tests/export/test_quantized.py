@@ -23,8 +23,9 @@ OPERATORS = {
     "fp4": "MatMulBnb4",
     "int4": "MatMulNBits",
     "int8": "DequantizeLinear",
+    "fp8": "DequantizeLinear",
 }
-BITS = {"nf4": 4.5, "fp4": 4.5, "int4": 5.0, "int8": 8.5}
+BITS = {"nf4": 4.5, "fp4": 4.5, "int4": 5.0, "int8": 8.5, "fp8": 9.0}
 
 
 class Mlp(nn.Module):
@@ -62,7 +63,7 @@ def test_a_file_has_the_values_of_the_library(scheme: str, tmp_path: Path) -> No
     kind = scheme.split()[0]
     assert (form.scheme, form.operator, form.values) == (kind, OPERATORS[kind], 128 * 64)
     assert form.bits <= BITS[kind]
-    if kind != "int8" and kind != "int4":
+    if BITS[kind] < 5:
         assert form.of_fp16 < 0.3
     assert report.metadata["lora_fx.quantized"] == session.metadata["lora_fx.quantized"]
     assert json.loads(session.metadata["lora_fx.quantized"])[0]["operator"] == OPERATORS[kind]

@@ -10,7 +10,7 @@ import lora_fx
 from lora_fx.formats import dense, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantized
 
-BITS = {"int8 bitsandbytes": 8, "int8 torchao": 8}
+BITS = {"int8 bitsandbytes": 8, "int8 torchao": 8, "fp8": 8}
 
 pytestmark = pytest.mark.parametrize("scheme", SCHEMES)
 

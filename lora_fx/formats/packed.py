@@ -1,0 +1,247 @@
+"""Weights that a library keeps as several tensors of a layer: one tensor that stands for the matrix.
+
+Many checkpoints have codes, scales and zero points as parameters of their own in each layer. In a copy of
+such a model, :meth:`PackedLayers.adopt` replaces them by one parameter, ``weight``, whose class a
+:class:`~lora_fx.formats.WeightFormat` knows. State dicts keep the library's own keys.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_fx import torch_private
+from lora_fx.formats.base import FLOATS, LibraryLayers, WeightFormat, format_of
+from lora_fx.formats.weights import (
+    REMEDY,
+    LoadHook,
+    SaveHook,
+    StateHooks,
+    dense,
+    follow_state,
+    quantized_linear,
+)
+
+__all__ = ["PackedFormat", "PackedLayers", "PackedTensor", "Parts"]
+
+_aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parts:
+    """The tensors of a layer that are one weight.
+
+    Attributes:
+        tensors: The tensors, by their names in the layer.
+        shape: Rows and columns of the matrix, [out, in].
+        options: The remaining settings of the weight. Weights with equal options are decoded alike.
+    """
+
+    tensors: Mapping[str, Tensor]
+    shape: Sequence[int]
+    options: Any
+
+
+class PackedTensor(Tensor):
+    """A matrix [out, in] that is stored as several tensors. Subclass it for each format.
+
+    It has the shape and the dtype of the values. A product is computed by ``quantized_linear``, and any other
+    operation with the values of :func:`lora_fx.formats.dense`.
+
+    Attributes:
+        names: The names of the tensors in the layer, which are also attributes of the weight.
+        options: The remaining settings of the weight.
+    """
+
+    names: tuple[str, ...]
+    options: Any
+
+    def __new__(cls, parts: Parts, dtype: torch.dtype) -> PackedTensor:
+        """Return a tensor without memory for the values."""
+        device = next(iter(parts.tensors.values())).device
+        tensor = torch_private.make_wrapper_subclass(
+            cls, tuple(parts.shape), dtype=dtype, device=device
+        )
+        # Dynamo finds attributes, but nothing that __getattr__ returns.
+        tensor.__dict__.update(parts.tensors)
+        tensor.names, tensor.options = tuple(parts.tensors), parts.options
+        return tensor  # type: ignore[no-any-return]
+
+    def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
+        pass
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors, by their names in the layer."""
+        return {name: self.__dict__[name] for name in self.names}
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """Return the names of the parts, and what else makes the tensor."""
+        return list(self.names), (tuple(self.shape), self.dtype, self.options)
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, inner: dict[str, Tensor], context: Any, size: Any, stride: Any
+    ) -> PackedTensor:
+        """Return the tensor that :meth:`__tensor_flatten__` has taken apart."""
+        shape, dtype, options = context
+        return cls(Parts(inner, shape, options), dtype)
+
+    def mapped(
+        self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> PackedTensor:
+        """Return a tensor with the result of a function for each part."""
+        tensors = {name: function(part) for name, part in self.parts.items()}
+        return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute ``F.linear`` without keeping the values for the backward pass."""
+        kwargs = kwargs or {}
+        if func is F.linear and len(args) > 1 and isinstance(args[1], PackedTensor):
+            return quantized_linear(*args, **kwargs)
+        with torch_private.without_torch_function():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Copy the parts, or compute with the values."""
+        first, kwargs = args[0], dict(kwargs or {})
+        if func in (_aten.detach.default, _aten.clone.default, torch_private.TO_COPY):
+            dtype = kwargs.pop("dtype", None)
+            kwargs.pop("memory_format", None)
+            return first.mapped(lambda part: func(part, **kwargs), dtype)
+        if func is _aten.copy_.default and all(isinstance(t, PackedTensor) for t in args[:2]):
+            for name, part in first.parts.items():
+                part.copy_(args[1].parts[name])
+            return first
+        if func is _aten.dequantize.self:
+            weight_format = format_of(first)
+            assert isinstance(weight_format, PackedFormat)
+            return weight_format.decode(first)
+        if torch_private.schema_of(func).is_mutable:
+            raise NotImplementedError(f"{func} would write into values, which are not stored")
+        args, kwargs = torch_private.pytree.tree_map_only(PackedTensor, dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class PackedFormat(WeightFormat):
+    """The format of one class of packed tensors."""
+
+    def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """See :class:`WeightFormat`. To a compiler, the library's code is one operation."""
+        values: Tensor = weight.dequantize()
+        return values
+
+    @abc.abstractmethod
+    def decode(self, weight: Any) -> Tensor:
+        """Return the values of a weight, [out, in], by the library's code and in its dtype."""
+
+    def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks:
+        """See :class:`WeightFormat`."""
+        return StateHooks(_LoadParts(parameter), _SaveParts(parameter))
+
+
+class PackedLayers(LibraryLayers, abc.ABC):
+    """Layers whose weight is stored in several tensors.
+
+    Attributes:
+        tensor: The class of the weights.
+    """
+
+    tensor: type[PackedTensor]
+
+    @abc.abstractmethod
+    def parts(self, layer: nn.Module) -> Parts | None:
+        """Return the tensors of a layer that are its weight; None for other modules and other forms."""
+
+    def adopt(self, model: nn.Module) -> None:
+        """Replace the parts of each layer by one parameter, ``weight``."""
+        dtype: torch.dtype | None = None
+        for layer in model.modules():
+            # Operators of TorchScript have no parameters that can be replaced.
+            parts = None if isinstance(layer, torch.jit.ScriptModule) else self.parts(layer)
+            if parts is None:
+                continue
+            if dtype is None:
+                dtype = _dtype_of_plain(model)
+            for name in parts.tensors:
+                layer._parameters.pop(name, None)
+                layer._buffers.pop(name, None)
+            detached = {name: part.detach() for name, part in parts.tensors.items()}
+            weight = self.tensor(dataclasses.replace(parts, tensors=detached), dtype)
+            layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+            follow_state(layer, "weight", layer=True)
+
+
+def _dtype_of_plain(model: nn.Module) -> torch.dtype:
+    """Return the dtype of most values outside of quantized weights; bfloat16 for a model without any."""
+    counts = dict.fromkeys(FLOATS, 0)
+    for parameter in model.parameters():
+        # Scales are in fp32 whatever the model computes in, and a vector of them is no hint.
+        if parameter.dtype in counts and not isinstance(parameter, PackedTensor):
+            counts[parameter.dtype] += parameter.numel()
+    best = max(counts, key=lambda dtype: counts[dtype])
+    return best if counts[best] else torch.bfloat16
+
+
+# --- state dicts -------------------------------------------------------------------------------------
+
+
+class _SaveParts(SaveHook):
+    """A hook that replaces a weight in a state dict by its parts."""
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+    ) -> None:
+        """See :class:`SaveHook`."""
+        weight = state.get(f"{prefix}{self.parameter}")
+        if isinstance(weight, PackedTensor):
+            del state[f"{prefix}{self.parameter}"]
+            state.update({f"{prefix}{name}": part for name, part in weight.parts.items()})
+
+
+class _LoadParts(LoadHook):
+    """A hook that puts the parts of a weight together."""
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """See :class:`LoadHook`."""
+        weight: Any = module._parameters.get(self.parameter)
+        name = f"{prefix}{self.parameter}"
+        if isinstance(weight, PackedTensor) and not isinstance(state.get(name), PackedTensor):
+            tensors = {part: state.pop(f"{prefix}{part}", None) for part in weight.names}
+            if any(tensor is not None for tensor in tensors.values()):
+                state[name] = self._joined(weight, name, tensors, args[-1])
+
+    @staticmethod
+    def _joined(
+        weight: PackedTensor, name: str, tensors: Mapping[str, Any], errors: list[str]
+    ) -> PackedTensor:
+        """Return the loaded weight, or after an error the present one, to avoid a second error."""
+        forms = {part: _form(tensor) for part, tensor in weight.parts.items()}
+        wrong = [part for part, tensor in tensors.items() if _form(tensor) != forms[part]]
+        if not wrong:
+            return type(weight)(Parts(tensors, weight.shape, weight.options), weight.dtype)
+        part = wrong[0]
+        errors.append(
+            f"{name} is stored with {part}: {forms[part]} here, and the state dict has "
+            f"{_form(tensors[part])}: {REMEDY}"
+        )
+        return weight
+
+
+def _form(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
