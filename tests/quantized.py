@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import types
 from collections.abc import Callable
 from typing import Any
@@ -125,6 +126,26 @@ def fp8_layer(old: nn.Linear, block: tuple[int, int] | None, scale_fmt: str = "f
     return result
 
 
+def _compressed(old: nn.Linear) -> nn.Module:
+    """Values of four bits with zero points, in groups of 32, packed as compressed-tensors does."""
+    from compressed_tensors.compressors import compress_module
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationScheme,
+        initialize_module_for_quantization,
+    )
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    args = QuantizationArgs(num_bits=4, strategy="group", group_size=32, symmetric=False)
+    initialize_module_for_quantization(old, QuantizationScheme(targets=["Linear"], weights=args))
+    layer: Any = old
+    groups = layer.weight.detach().unflatten(1, (-1, 32))
+    scales, zeros = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    layer.weight_scale.data, layer.weight_zero_point.data = scales, zeros
+    compress_module(layer)
+    return share_copy(layer)
+
+
 SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": _four_bits("nf4", False),
     "nf4 double": _four_bits("nf4", True),
@@ -135,3 +156,5 @@ SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4 torchao": _torchao_nf4,
     "fp8": _fp8,
 }
+if importlib.util.find_spec("compressed_tensors"):
+    SCHEMES["int4 compressed-tensors"] = _compressed

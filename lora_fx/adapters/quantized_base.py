@@ -17,6 +17,7 @@ from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
 from lora_fx.files import WeightFiles
 from lora_fx.formats import (
     FormatName,
+    PackedTensor,
     Storage,
     format_of,
     quantization_of,
@@ -103,7 +104,8 @@ def prepare_for_kbit_training(
             f"{type(model).__name__} has adapters already, and they would be frozen: prepare the base, and "
             "rewrite what that gives"
         )
-    stored = [p for p in model.parameters() if quantization_of(p) is not None]
+    prepared = share_copy(model)
+    stored = [p for p in prepared.parameters() if quantization_of(p) is not None]
     if not stored:
         raise QuantizationError(
             f"nothing in {type(model).__name__} is quantized: quantize it first (lora_fx.quantize), or train "
@@ -115,7 +117,6 @@ def prepare_for_kbit_training(
             "gradient_checkpointing_enable): pass use_gradient_checkpointing=False, and wrap the calls of "
             "its blocks in torch.utils.checkpoint.checkpoint where memory asks for it"
         )
-    prepared = share_copy(model)
     if not any(_wants_half(parameter) for parameter in stored):
         _widen(prepared)
     if use_gradient_checkpointing:
@@ -136,7 +137,10 @@ def _widen(model: nn.Module) -> None:
     wide: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or parameter.dtype not in _HALF or quantization_of(parameter):
+            if parameter is None or parameter.dtype not in _HALF:
+                continue
+            # The values of a packed tensor are computed in any dtype: only what it reports changes.
+            if quantization_of(parameter) and not isinstance(parameter, PackedTensor):
                 continue
             if id(parameter) not in wide:
                 widened = nn.Parameter(parameter.detach().float(), requires_grad=False)

@@ -29,6 +29,7 @@ from lora_fx.formats.base import (
     whole_numbers,
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
+from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.formats.torchao import TorchaoFormat, TorchaoName
@@ -90,3 +91,4 @@ FormatName: TypeAlias = BitsandbytesName | TorchaoName
 register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())
 register_format(FineGrainedFP8Format())
+register_format(CompressedTensorsFormat())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,15 @@ class PackedTensor(Tensor):
         tensors = {name: function(part) for name, part in self.parts.items()}
         return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
 
+    def decoded(self) -> Tensor:
+        """Return the values; for a compiler, which cannot follow the library's code, by one operator."""
+        if type(self.__dict__[self.names[0]]) is Tensor:
+            return _format(self).decode(self)
+        key = f"{type(self).__name__} {self.names} {self.options}"
+        _decoded[key] = (type(self), self.names, self.options)
+        values: Tensor = _decode_operator()(list(self.parts.values()), key, *self.shape)
+        return values
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -129,20 +139,50 @@ class PackedTensor(Tensor):
                 part.copy_(args[1].parts[name])
             return first
         if func is _aten.dequantize.self:
-            weight_format = format_of(first)
-            assert isinstance(weight_format, PackedFormat)
-            return weight_format.decode(first)
+            return first.decoded()
         if torch_private.schema_of(func).is_mutable:
             raise NotImplementedError(f"{func} would write into values, which are not stored")
         args, kwargs = torch_private.pytree.tree_map_only(PackedTensor, dense, (args, kwargs))
         return func(*args, **kwargs)
 
 
+_decoded: dict[str, tuple[type[PackedTensor], tuple[str, ...], Any]] = {}
+"""Classes, names and options of the weights that :func:`_decode_operator` reads, by its argument ``key``."""
+
+
+@functools.cache
+def _decode_operator() -> Callable[..., Any]:
+    """Return the operator that decodes a weight, in fp32."""
+
+    def decode(parts: list[Tensor], key: str, rows: int, columns: int) -> Tensor:
+        cls, names, options = _decoded[key]
+        tensors = dict(zip(names, parts, strict=True))
+        weight = cls(Parts(tensors, (rows, columns), options), torch.float32)
+        return _format(weight).decode(weight).float()
+
+    operator = torch.library.custom_op(
+        "lora_fx::decode",
+        decode,
+        mutates_args=(),
+        schema="(Tensor[] parts, str key, int rows, int columns) -> Tensor",
+    )
+    operator.register_fake(
+        lambda parts, key, rows, columns: parts[0].new_empty((rows, columns), dtype=torch.float32)
+    )
+    return operator
+
+
+def _format(weight: PackedTensor) -> PackedFormat:
+    weight_format = format_of(weight)
+    assert isinstance(weight_format, PackedFormat)
+    return weight_format
+
+
 class PackedFormat(WeightFormat):
     """The format of one class of packed tensors."""
 
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
-        """See :class:`WeightFormat`. To a compiler, the library's code is one operation."""
+        """See :class:`WeightFormat`."""
         values: Tensor = weight.dequantize()
         return values
 

@@ -25,7 +25,7 @@ OPERATORS = {
     "int8": "DequantizeLinear",
     "fp8": "DequantizeLinear",
 }
-BITS = {"nf4": 4.5, "fp4": 4.5, "int4": 5.0, "int8": 8.5, "fp8": 9.0}
+BITS = {"nf4": 4.5, "fp4": 4.5, "int4": 5.125, "int8": 8.5, "fp8": 9.0}
 
 
 class Mlp(nn.Module):

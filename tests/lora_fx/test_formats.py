@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where a library of quantized weights is more than a word in a docstring.
 KNOW_A_LIBRARY = {
     "lora_fx/formats/bitsandbytes.py",
+    "lora_fx/formats/compressed_tensors.py",
     "lora_fx/formats/finegrained_fp8.py",
     "lora_fx/formats/torchao.py",
 }
@@ -82,7 +83,12 @@ def test_what_is_no_format_is_refused(registered: None) -> None:
         lora_fx.register_format(Nameless())
     with pytest.raises(lora_fx.ConfigError, match=r"subclass lora_fx\.formats\.WeightFormat"):
         lora_fx.register_format(object())  # type: ignore[arg-type]
-    assert [one.library for one in formats()] == ["bitsandbytes", "torchao", "transformers"]
+    assert [one.library for one in formats()] == [
+        "bitsandbytes",
+        "torchao",
+        "transformers",
+        "compressed-tensors",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +179,7 @@ def test_an_operator_is_found_by_its_name() -> None:
 def test_only_a_library_s_file_knows_it() -> None:
     told = re.compile(
         r"""(Params4bit|Int8Params|Int8Tensor|Int4Tensor|NF4Tensor|IntxUnpacked|Linear4bit|Linear8bitLt|FP8Linear
+        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme
         |import\ (bitsandbytes|torchao)|sys\.modules(\.get)?[\[(]"(bitsandbytes|torchao)
         |library\ ==|"(nf4|fp4|bitsandbytes\.|torchao\.)")""",
         re.VERBOSE,

@@ -56,6 +56,9 @@ def printed(model: Any, printing: Any) -> str:
     return out.getvalue()
 
 
+BITSANDBYTES = ("nf4", "nf4 double", "fp4", "int8 bitsandbytes")
+
+
 # PEFT has no DoRA over torchao.
 @pytest.mark.parametrize(
     ("scheme", "use_dora"),
@@ -72,7 +75,7 @@ def test_peft_computes_what_was_trained_here(scheme: str, use_dora: bool, tmp_pa
     assert written["init_lora_weights"] is True
     theirs = peft.PeftModel.from_pretrained(base_of(scheme), tmp_path, is_trainable=True).train()
     layer = theirs.base_model.model.model.layers[0].self_attn.q_proj
-    if "torchao" not in scheme and scheme != "fp8":
+    if scheme in BITSANDBYTES:
         assert type(layer).__module__ == "peft.tuners.lora.bnb"
     torch.testing.assert_close(outputs(theirs), outputs(model), atol=1e-5, rtol=0)
     again = lora_fx.load_adapter(base_of(scheme), tmp_path).train()

@@ -1,0 +1,231 @@
+"""Weights of compressed-tensors, in which llm-compressor writes checkpoints: packed integers, FP8, NVFP4.
+
+The library adds its tensors to an ``nn.Linear`` (``weight_packed``, ``weight_scale`` and others), and a
+``quantization_scheme`` that says how to read them. On the first call of a model it would decompress all
+weights; in a copy that lora_fx makes, they stay compressed, and the layer is an ``nn.Linear`` again.
+
+A scheme may round activations, too. The library does so without a gradient. Here, the product is computed
+with the values of the weight only, as in the model that ``CompressedTensorsConfig(dequantize=True)`` loads.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any, ClassVar, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.errors import QuantizationError
+from lora_fx.extras import load_optional
+from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, whole_numbers
+from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+from lora_fx.torch_private import forward_pre_hooks
+
+__all__ = ["CompressedTensor", "CompressedTensorsFormat"]
+
+
+class CompressedTensor(PackedTensor):
+    """A compressed weight. Its options are a :class:`_Scheme`."""
+
+
+class _Scheme(NamedTuple):
+    """The storage of a weight.
+
+    Attributes:
+        name: The type of the values, as ``int4``.
+        bits: Bits of a value.
+        block: Values of a row that share a scale; None for a row.
+        rows: Rows that share a scale.
+        compressor: The name of the library's compressor.
+        scheme: The library's scheme, as JSON.
+    """
+
+    name: str
+    bits: int
+    block: int | None
+    rows: int
+    compressor: str
+    scheme: str
+
+
+def _library(name: str) -> Any:
+    """Import a module of the library: an unpickled model may need it."""
+    return load_optional(
+        f"compressed_tensors.{name}",
+        "a weight of compressed-tensors",
+        "lora-fx[quant]",
+        error=QuantizationError,
+    )
+
+
+@functools.cache
+def _scheme_of(text: str) -> Any:
+    return _library("quantization").QuantizationScheme.model_validate_json(text)
+
+
+def _compressor(options: _Scheme) -> Any:
+    return _library("compressors").BaseCompressor.get_value_from_registry(options.compressor)
+
+
+def _text(choice: Any) -> str:
+    """Return the value of the library's enumerations, which its schemes hold as texts."""
+    return str(getattr(choice, "value", choice))
+
+
+def _options(scheme: Any, layer: nn.Linear) -> _Scheme | None:
+    weights, shape = scheme.weights, (layer.out_features, layer.in_features)
+    strategy = _text(weights.strategy)
+    forms = {
+        "tensor": (math.prod(shape), shape[0]),
+        "channel": (None, 1),
+        "group": (weights.group_size, 1),
+        "tensor_group": (weights.group_size, 1),
+        "block": ((weights.block_structure or (1, 1))[1], (weights.block_structure or (1, 1))[0]),
+    }
+    if strategy not in forms:
+        return None
+    kind = "int" if _text(weights.type) == "int" else "fp"
+    compressor = scheme.format or _library("compressors.format").infer_module_format(
+        type(layer), scheme
+    )
+    return _Scheme(
+        f"{kind}{weights.num_bits}",
+        weights.num_bits,
+        *forms[strategy],
+        _text(compressor),
+        scheme.model_dump_json(),
+    )
+
+
+_HOOK: Final = "ct_decompress_hook"
+"""The hook with which the library decompresses a model, and the attribute that has its handle."""
+
+
+class _Layers(PackedLayers):
+    """``nn.Linear`` with tensors and attributes of the library."""
+
+    tensor = CompressedTensor
+
+    def parts(self, layer: nn.Module) -> Parts | None:
+        """See :class:`PackedLayers`."""
+        scheme, status = (
+            getattr(layer, f"quantization_{key}", None) for key in ("scheme", "status")
+        )
+        compressed = _text(status) == "compressed"
+        if (
+            not compressed
+            or not isinstance(layer, nn.Linear)
+            or scheme is None
+            or not scheme.weights
+        ):
+            return None
+        named = itertools.chain(layer._parameters.items(), layer._buffers.items())
+        tensors = {name: value for name, value in named if value is not None and name != "bias"}
+        options = _options(scheme, layer)
+        if options is None:
+            return None
+        return Parts(tensors, (layer.out_features, layer.in_features), options)
+
+    def adopt(self, model: nn.Module) -> None:
+        """See :class:`PackedLayers`. The hook goes unless something else is compressed, as an embedding."""
+        super().adopt(model)
+        compressed = False
+        for layer in model.modules():
+            if isinstance(layer._parameters.get("weight"), CompressedTensor):
+                for name in ("forward", "quantization_scheme", "quantization_status"):
+                    layer.__dict__.pop(name, None)
+            compressed = compressed or "quantization_scheme" in layer.__dict__
+        for module in () if compressed else model.modules():
+            if module.__dict__.pop(_HOOK, None) is not None:
+                hooks = forward_pre_hooks(module)
+                for key in [k for k, hook in hooks.items() if hook.__name__ == _HOOK]:
+                    del hooks[key]
+
+
+class CompressedTensorsFormat(PackedFormat):
+    """The format of compressed-tensors."""
+
+    library = "compressed-tensors"
+    classes = frozenset({"CompressedTensor"})
+    layers: ClassVar[LibraryLayers] = _Layers()
+
+    def describe(self, weight: Any) -> Quantization:
+        """See :class:`WeightFormat`."""
+        options, shape = weight.options, (int(weight.shape[0]), int(weight.shape[1]))
+        return Quantization(
+            options.name, options.bits, self.library, shape, weight.dtype, options.block
+        )
+
+    def decode(self, weight: Any) -> Tensor:
+        """See :class:`PackedFormat`."""
+        parts, options = weight.parts, weight.options
+        if "weight_shape" in parts:  # a compiler cannot read numbers from a tensor
+            parts["weight_shape"] = weight.shape
+        values: Tensor = _compressor(options).decompress(parts, _scheme_of(options.scheme))[
+            "weight"
+        ]
+        return values
+
+    def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        options, old = weight.options, weight.parts
+        scheme, library = _scheme_of(options.scheme), _library("quantization.utils")
+        values = values.float()
+        parts = {"weight": values}
+        if "weight_global_scale" in old:
+            parts["weight_global_scale"] = library.generate_gparam(*values.aminmax())
+        lowest, highest = _extremes(values, options)
+        scales, zeros = library.calculate_qparams(
+            lowest, highest, scheme.weights, global_scale=parts.get("weight_global_scale")
+        )
+        scale = old["weight_scale"]
+        if scale.is_floating_point():  # codes belong to the scales as they are stored
+            scales = scales.to(scale.dtype).float()
+        parts["weight_scale"] = scales.reshape(scale.shape)
+        parts["weight_zero_point"] = zeros.reshape(scale.shape)
+        tensors = {**old, **_compressor(options).compress(parts, scheme)}
+        tensors = {name: tensors[name].to(old[name].dtype) for name in old}
+        packed = CompressedTensor(Parts(tensors, weight.shape, options), weight.dtype)
+        return nn.Parameter(packed, requires_grad=False)
+
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        weight: Any = parameter.detach()
+        tensors = {**weight.parts, "weight_scale": weight.parts["weight_scale"].float()}
+        wide = CompressedTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
+        return nn.Parameter(wide, requires_grad=False)
+
+    def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
+        """See :class:`WeightFormat`."""
+        parts, options, (rows, columns) = weight.parts, weight.options, stored.shape
+        scales, zeros = parts["weight_scale"], parts.get("weight_zero_point")
+        scales = scales.reshape(-(-rows // options.rows), -1)
+        line = columns // scales.shape[1]
+        if options.compressor == "pack-quantized":
+            unpack = _library("compressors.pack_quantized.helpers").unpack_from_int32
+            codes = unpack(parts["weight_packed"], options.bits, stored.shape)
+            if zeros is not None and zeros.dtype == torch.int32:
+                zeros = unpack(zeros, options.bits, (rows, scales.shape[1]), packed_dim=0)
+        elif "weight" in parts and line * scales.shape[1] == columns:
+            codes = parts["weight"]
+        else:
+            return super().onnx_weight(weight, stored)
+        if codes.dtype == torch.int8:
+            packed = whole_numbers(codes, scales, zeros, line, 4 if options.bits == 4 else 8)
+            return packed or super().onnx_weight(weight, stored)
+        scales = scales.float().repeat_interleave(options.rows, 0)[:rows]
+        return OnnxWeight(DEQUANTIZE_LINEAR, codes.reshape(-1, line), scales.flatten(), None, line)
+
+
+def _extremes(values: Tensor, options: _Scheme) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest of the values that share a scale, [scales, scales of a row]."""
+    rows, columns = values.shape
+    block = min(options.block or columns, columns)
+    padded = nn.functional.pad(values, (0, -columns % block, 0, -rows % options.rows))
+    shape = (padded.shape[0] // options.rows, options.rows, padded.shape[1] // block, block)
+    blocks = padded.reshape(shape)
+    return blocks.amin((1, 3)), blocks.amax((1, 3))
