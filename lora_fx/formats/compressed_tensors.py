@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
-from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, whole_numbers
+from lora_fx.formats.base import DEQUANTIZE_LINEAR, FLOATS, LibraryLayers, whole_numbers
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.torch_private import forward_pre_hooks
@@ -195,7 +195,10 @@ class CompressedTensorsFormat(PackedFormat):
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
         """See :class:`WeightFormat`."""
         weight: Any = parameter.detach()
-        tensors = {**weight.parts, "weight_scale": weight.parts["weight_scale"].float()}
+        scale = weight.parts["weight_scale"]
+        if scale.dtype not in FLOATS:
+            return parameter
+        tensors = {**weight.parts, "weight_scale": scale.float()}
         wide = CompressedTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
         return nn.Parameter(wide, requires_grad=False)
 
@@ -203,6 +206,8 @@ class CompressedTensorsFormat(PackedFormat):
         """See :class:`WeightFormat`."""
         parts, options, (rows, columns) = weight.parts, weight.options, stored.shape
         scales, zeros = parts["weight_scale"], parts.get("weight_zero_point")
+        if scales.dtype == torch.uint8:  # exponents of two
+            scales = scales.view(torch.float8_e8m0fnu).float()
         scales = scales.reshape(-(-rows // options.rows), -1)
         line = columns // scales.shape[1]
         if options.compressor == "pack-quantized":
@@ -210,12 +215,20 @@ class CompressedTensorsFormat(PackedFormat):
             codes = unpack(parts["weight_packed"], options.bits, stored.shape)
             if zeros is not None and zeros.dtype == torch.int32:
                 zeros = unpack(zeros, options.bits, (rows, scales.shape[1]), packed_dim=0)
+        elif options.compressor == "mxfp4-pack-quantized":
+            unpack = _library("compressors.nvfp4.helpers").unpack_fp4_from_uint8
+            # The values of FP4 are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
+            codes = (unpack(parts["weight_packed"], rows, columns) * 2).to(torch.int8)
+            scales = scales / 2
         elif "weight" in parts and line * scales.shape[1] == columns:
             codes = parts["weight"]
         else:
-            return super().onnx_weight(weight, stored)
+            return NoOperator(
+                f"is stored as {stored}, which the library rounds to half precision, and no operator of ONNX "
+                "does"
+            )
         if codes.dtype == torch.int8:
-            packed = whole_numbers(codes, scales, zeros, line, 4 if options.bits == 4 else 8)
+            packed = whole_numbers(codes, scales, zeros, line, 4 if options.name == "int4" else 8)
             return packed or super().onnx_weight(weight, stored)
         scales = scales.float().repeat_interleave(options.rows, 0)[:rows]
         return OnnxWeight(DEQUANTIZE_LINEAR, codes.reshape(-1, line), scales.flatten(), None, line)
