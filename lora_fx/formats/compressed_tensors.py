@@ -171,22 +171,34 @@ class CompressedTensorsFormat(PackedFormat):
         return values
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """See :class:`WeightFormat`."""
+        """See :class:`WeightFormat`. Values that share a scale keep it if they are in its range."""
         options, old = weight.options, weight.parts
         scheme, library = _scheme_of(options.scheme), _library("quantization.utils")
-        values = values.float()
-        parts = {"weight": values}
-        if "weight_global_scale" in old:
-            parts["weight_global_scale"] = library.generate_gparam(*values.aminmax())
+        values, scale = values.float(), old["weight_scale"]
+        scales, zeros = _grid(weight)
+        factor = old.get("weight_global_scale")
         lowest, highest = _extremes(values, options)
-        scales, zeros = library.calculate_qparams(
-            lowest, highest, scheme.weights, global_scale=parts.get("weight_global_scale")
-        )
-        scale = old["weight_scale"]
-        if scale.is_floating_point():  # codes belong to the scales as they are stored
-            scales = scales.to(scale.dtype).float()
-        parts["weight_scale"] = scales.reshape(scale.shape)
-        parts["weight_zero_point"] = zeros.reshape(scale.shape)
+        smallest, largest = library.calculate_range(scheme.weights, values.device)
+        step = scales if factor is None else scales / factor
+        # Values that the library has rounded to half precision may be a little outside of the range.
+        slack = 0.5 if options.name.startswith("int") else largest / 32
+        fits = lowest >= (smallest - zeros - slack) * step
+        fits &= highest <= (largest - zeros + slack) * step
+        if not bool(fits.all()):
+            if factor is not None:  # all scales depend on it
+                factor, fits = library.generate_gparam(*values.aminmax()), fits & False
+            new, new_zeros = library.calculate_qparams(
+                lowest, highest, scheme.weights, global_scale=factor
+            )
+            new, new_zeros = new.reshape(scales.shape), new_zeros.reshape(scales.shape)
+            if scale.is_floating_point():  # codes belong to the scales as they are stored
+                new = new.to(scale.dtype)
+            scales = torch.where(fits, scales, new.float())
+            zeros = torch.where(fits, zeros, new_zeros.float())
+        parts = {"weight": values, "weight_scale": scales.reshape(scale.shape)}
+        parts["weight_zero_point"] = zeros.to(torch.int8).reshape(scale.shape)
+        if factor is not None:
+            parts["weight_global_scale"] = factor
         tensors = {**old, **_compressor(options).compress(parts, scheme)}
         tensors = {name: tensors[name].to(old[name].dtype) for name in old}
         packed = CompressedTensor(Parts(tensors, weight.shape, options), weight.dtype)
@@ -205,16 +217,11 @@ class CompressedTensorsFormat(PackedFormat):
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""
         parts, options, (rows, columns) = weight.parts, weight.options, stored.shape
-        scales, zeros = parts["weight_scale"], parts.get("weight_zero_point")
-        if scales.dtype == torch.uint8:  # exponents of two
-            scales = scales.view(torch.float8_e8m0fnu).float()
-        scales = scales.reshape(-(-rows // options.rows), -1)
+        scales, zeros = _grid(weight)
         line = columns // scales.shape[1]
         if options.compressor == "pack-quantized":
             unpack = _library("compressors.pack_quantized.helpers").unpack_from_int32
             codes = unpack(parts["weight_packed"], options.bits, stored.shape)
-            if zeros is not None and zeros.dtype == torch.int32:
-                zeros = unpack(zeros, options.bits, (rows, scales.shape[1]), packed_dim=0)
         elif options.compressor == "mxfp4-pack-quantized":
             unpack = _library("compressors.nvfp4.helpers").unpack_fp4_from_uint8
             # The values of FP4 are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
@@ -232,6 +239,22 @@ class CompressedTensorsFormat(PackedFormat):
             return packed or super().onnx_weight(weight, stored)
         scales = scales.float().repeat_interleave(options.rows, 0)[:rows]
         return OnnxWeight(DEQUANTIZE_LINEAR, codes.reshape(-1, line), scales.flatten(), None, line)
+
+
+def _grid(weight: Any) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points in fp32, [rows of scales, scales of a row]."""
+    parts, options = weight.parts, weight.options
+    scales, zeros = parts["weight_scale"], parts.get("weight_zero_point")
+    if scales.dtype == torch.uint8:  # exponents of two
+        scales = scales.view(torch.float8_e8m0fnu)
+    scales = scales.float().reshape(-(-weight.shape[0] // options.rows), -1)
+    if zeros is None:
+        return scales, torch.zeros_like(scales)
+    if options.compressor == "pack-quantized":
+        unpack = _library("compressors.pack_quantized.helpers").unpack_from_int32
+        shape = (weight.shape[0], scales.shape[1])
+        zeros = unpack(zeros, options.bits, shape, packed_dim=0)
+    return scales, zeros.float().reshape(scales.shape)
 
 
 def _extremes(values: Tensor, options: _Scheme) -> tuple[Tensor, Tensor]:

@@ -130,9 +130,9 @@ class FineGrainedFP8Format(PackedFormat):
         return values[: weight.shape[0], : weight.shape[1]]
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """See :class:`WeightFormat`."""
+        """See :class:`WeightFormat`. A block keeps its scale if its values are in the range of the scale."""
         library: Any = sys.modules["transformers"]
-        old, block = weight.parts["weight_scale_inv"], weight.options or tuple(weight.shape)
+        old, (_, scales, block) = weight.parts["weight_scale_inv"], _codes_and_scales(weight)
         config = library.FineGrainedFP8Config(
             weight_block_size=block,
             scale_fmt="float" if old.dtype.itemsize > 1 else "ue8m0",
@@ -140,12 +140,21 @@ class FineGrainedFP8Format(PackedFormat):
         encoder = sys.modules[_MODULE].Fp8Quantize(
             types.SimpleNamespace(quantization_config=config)
         )
-        parts = encoder.convert({"weight": _in_blocks(values.float(), block)})
-        codes = parts["weight"].view(torch.uint8)[: weight.shape[0], : weight.shape[1]]
+        values = _in_blocks(values.float(), block)
+        parts = encoder.convert({"weight": values})
+        shape = (scales.shape[0], block[0], scales.shape[1], block[1])
+        largest = values.abs().reshape(shape).amax((1, 3))
+        # Values in half precision may be a little outside of the range, and become its largest code.
+        fits = largest <= scales * torch.finfo(_CODES).max * (1 + 1 / 32)
+        on_old = (values.reshape(shape) / scales[:, None, :, None]).to(_CODES).view(torch.uint8)
+        on_new = parts["weight"].view(torch.uint8).reshape(shape)
+        codes = torch.where(fits[:, None, :, None], on_old, on_new).reshape(values.shape)
+        codes = codes[: weight.shape[0], : weight.shape[1]].contiguous()
+        new = torch.where(fits, scales, parts["weight_scale_inv"].float().reshape(scales.shape))
         tensors = {
             **weight.parts,
-            "weight": codes.contiguous().view(_CODES),
-            "weight_scale_inv": parts["weight_scale_inv"].to(old.dtype).reshape(old.shape),
+            "weight": codes.view(_CODES),
+            "weight_scale_inv": new.to(old.dtype).reshape(old.shape),
         }
         packed = FP8BlockTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
         return nn.Parameter(packed, requires_grad=False)

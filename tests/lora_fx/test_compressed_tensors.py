@@ -182,6 +182,18 @@ def test_values_are_those_of_the_library(name: str) -> None:
 
 
 @every
+def test_a_merge_that_changes_nothing_keeps_scales_and_values(name: str) -> None:
+    model = compressed(dense_llama(), name)
+    mine = lora_fx.rewrite(model, lora_fx.LoraConfig(r=4))
+    again: Any = lora_fx.merge(mine, requantize=True)
+    for key, weight in mine.named_parameters():
+        if isinstance(weight, CompressedTensor):
+            merged = again.get_parameter(key)
+            assert_same_bits(dense(merged), dense(weight))
+            assert_same_bits(merged.weight_scale.float(), weight.weight_scale.float())
+
+
+@every
 def test_gradients_are_those_of_the_dense_model(name: str) -> None:
     model = compressed(dense_llama(), name)
     mine, wanted = adapted(model), adapted(theirs(model))

@@ -149,7 +149,9 @@ def test_requantized_weights_keep_their_format(scheme: str) -> None:
         found = dense(merged.get_submodule(name).weight, torch.float32)
         # bitsandbytes rounds to fp16 before it quantizes to 8 bits, and this does not.
         far = (fresh - found).abs() > 1e-6 * fresh.abs().max()
-        assert float(far.float().mean()) < (1.0 if scheme == "int8 bitsandbytes" else 1e-3)
+        # In compressed-tensors, a few groups are in the range of their old scales, and keep them.
+        part = {"int8 bitsandbytes": 1.0, "int4 compressed-tensors": 0.01}.get(scheme, 1e-3)
+        assert float(far.float().mean()) < part
         assert float((fresh - found).norm() / fresh.norm()) < 0.005
     with torch.no_grad():
         adapted_outputs, base_outputs = (
