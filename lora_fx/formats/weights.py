@@ -108,7 +108,7 @@ def _versions(tensor: Any) -> Iterator[int]:
 def requantized(values: Tensor, weight: nn.Parameter) -> nn.Parameter:
     """Return a frozen parameter with ``values`` in the form of ``weight``, for a merge to replace it.
 
-    The scales are computed from the new values. Nothing of the old scales is kept.
+    The scales are computed from the new values, or kept if a format keeps those that have the range.
 
     Args:
         values: [out, in].
