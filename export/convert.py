@@ -60,8 +60,10 @@ __all__ = [
 _DOMAIN = "lora_fx"
 _GROUPED_MATMUL = "GroupedMatMul"
 _QUANTIZED_PRODUCT = "QuantizedProduct"
+_GROUPED_QUANTIZED_PRODUCT = "GroupedQuantizedProduct"
 
 _FLOAT, _INT32, _BOOL = 1, 6, 9  # of onnx.TensorProto
+_INTEGERS = ["tensor(int32)", "tensor(int64)"]
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
 
 
@@ -78,6 +80,7 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
         torch_private.GROUPED_MM: _grouped_mm,
         torch.ops.lora_fx.grouped_linear.default: _grouped_linear,
         torch.ops.lora_fx.quantized_product.default: _quantized_product,
+        torch.ops.lora_fx.grouped_quantized_product.default: _quantized_product,
         torch_private.IS_ALL_TRUE: _is_all_true,
         torch_private.IS_ANY_TRUE: _is_any_true,
     }
@@ -124,7 +127,7 @@ def _grouped(rows: Any, matrices: Any, ends: Any) -> Any:
         1,
         inputs=[parameter("rows", "T"), parameter("matrices", "T"), parameter("ends", "I")],
         outputs=[parameter("products", "T")],
-        type_constraints=[("T", _FLOATS, ""), ("I", ["tensor(int32)", "tensor(int64)"], "")],
+        type_constraints=[("T", _FLOATS, ""), ("I", _INTEGERS, "")],
     )
     return values.Op(values.Opset(_DOMAIN, 1), _GROUPED_MATMUL, schema)(rows, matrices, ends)
 
@@ -139,16 +142,21 @@ def _quantized_product(
     columns: int,
     block: int,
     scheme: str,
+    ends: Any = None,
 ) -> Any:
-    """Translate a product with a quantized weight to a node that :func:`expand_quantized` expands."""
+    """Translate a product with a quantized weight to a node that :func:`expand_quantized` expands.
+
+    With ``ends`` it is a grouped product, which :func:`expand_grouped` splits first.
+    """
     import onnx
     from onnxscript import values
 
     schemas = onnx.defs.OpSchema
     parameter, attribute, kind = schemas.FormalParameter, schemas.Attribute, schemas.AttrType
     codes_of, optional = ["tensor(uint8)", "tensor(int8)"], schemas.FormalParameterOption.Optional
+    name = _QUANTIZED_PRODUCT if ends is None else _GROUPED_QUANTIZED_PRODUCT
     schema = schemas(
-        _QUANTIZED_PRODUCT,
+        name,
         _DOMAIN,
         1,
         inputs=[
@@ -156,19 +164,18 @@ def _quantized_product(
             parameter("codes", "C"),
             parameter("scales", "S"),
             parameter("zeros", "C", param_option=optional),
+            parameter("ends", "I", param_option=optional),
         ],
         outputs=[parameter("y", "T")],
-        type_constraints=[("T", _FLOATS, ""), ("S", _FLOATS, ""), ("C", codes_of, "")],
+        type_constraints=[("T", _FLOATS, ""), ("S", _FLOATS, ""), ("C", codes_of, ""), ("I", _INTEGERS, "")],
         attributes=[
             *(attribute(name, kind.STRING) for name in ("operator", "scheme")),
             *(attribute(name, kind.INT) for name in ("rows", "columns", "block")),
         ],
     )
-    return values.Op(values.Opset(_DOMAIN, 1), _QUANTIZED_PRODUCT, schema)(
-        x,
-        codes,
-        scales,
-        zeros,
+    inputs = (x, codes, scales, zeros) if ends is None else (x, codes, scales, zeros, ends)
+    return values.Op(values.Opset(_DOMAIN, 1), name, schema)(
+        *inputs,
         operator=operator,
         scheme=scheme,
         rows=rows,
@@ -255,7 +262,8 @@ def expand_grouped(model: ir.Model) -> None:
     nodes = [
         node
         for node in model.graph.all_nodes()
-        if node.domain == _DOMAIN and node.op_type == _GROUPED_MATMUL
+        if node.domain == _DOMAIN
+        and node.op_type in (_GROUPED_MATMUL, _GROUPED_QUANTIZED_PRODUCT)
     ]
     known: dict[Any, list[ir.Value]] = {}
     ends: dict[Any, list[ir.Value]] = {}
@@ -270,12 +278,17 @@ def expand_grouped(model: ir.Model) -> None:
 def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None:
     import onnx_ir as ir
 
-    rows, weight, ends = node.inputs
+    rows, *arrays, ends = node.inputs
+    weight = arrays[0]
     assert rows is not None
     assert weight is not None
     assert ends is not None
     assert weight.shape is not None
-    (groups, _, width) = weight.shape
+    quantized = node.op_type == _GROUPED_QUANTIZED_PRODUCT
+    groups = weight.shape[0]
+    inner, width = (
+        (_int(node, "columns"), _int(node, "rows")) if quantized else weight.shape[1:]
+    )
     assert isinstance(groups, int)
     tape = ir.tape.Tape()
     if ends not in sizes:
@@ -284,14 +297,21 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
     parts = tape.op_multi_out(
         "Split", [rows, sizes[ends]], {"axis": 0}, num_outputs=groups + 1, name=node.name
     )
-    if weight not in known:
-        known[weight] = _matrices(tape, weight, groups)
+    for array in arrays:
+        if array is not None and array not in known:
+            known[array] = _matrices(tape, array, groups)
+    absent = [None] * groups
+    operands = zip(*(absent if array is None else known[array] for array in arrays), strict=True)
+    name, attributes, domain = (
+        (_QUANTIZED_PRODUCT, dict(node.attributes), _DOMAIN) if quantized else ("MatMul", {}, "")
+    )
     products = [
-        tape.op("MatMul", [part, matrix])
-        for part, matrix in zip(parts[:-1], known[weight], strict=True)
+        tape.op(name, [part, *operand], attributes, domain=domain)
+        for part, operand in zip(parts[:-1], operands, strict=True)
     ]
     count = tape.op("Shape", [parts[-1]], {"start": 0, "end": 1})
-    shape = tape.op("Concat", [count, _size(tape, weight, 2)], {"axis": 0})
+    last = _ints(tape, [width]) if quantized else _size(tape, weight, 2)
+    shape = tape.op("Concat", [count, last], {"axis": 0})
     nothing = tape.op("CastLike", [_constant(tape, 0.0), rows])
     tail = tape.op("Expand", [nothing, shape])
     joined = tape.op("Concat", [*products, tail], {"axis": 0})
@@ -300,7 +320,7 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
     for value in products:
         value.shape = ir.Shape([None, width])
     for part in parts:
-        part.dtype, part.shape = rows.dtype, ir.Shape([None, weight.shape[1]])
+        part.dtype, part.shape = rows.dtype, ir.Shape([None, inner])
     _replace(node, tape, joined)
 
 

@@ -7,7 +7,15 @@ module structure that shares the parameters, so the caller's model stays unchang
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Container, Hashable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Container,
+    Hashable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any
 
 import torch
@@ -18,12 +26,22 @@ from torch.nn.utils import parametrize
 from lora_fx import torch_private
 from lora_fx.errors import CaptureError, ExportError
 from lora_fx.export.report import StoredFormat
-from lora_fx.formats import dense, format_of, formats, held, quantization_of, quantized_linear
+from lora_fx.formats import (
+    StackedTensor,
+    dense,
+    format_of,
+    formats,
+    grouped_product,
+    held,
+    is_grouped_product,
+    quantization_of,
+    quantized_linear,
+)
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
-from lora_fx.passes.capture import written_out_layer
+from lora_fx.passes.capture import experts_implementation, written_out_layer
 from lora_fx.passes.graph import is_region, memory_of, share_copy
 from lora_fx.passes.merge import KEPT_IN_FP32
-from lora_fx.runtime import AdapterModule
+from lora_fx.runtime import AdapterModule, experts
 
 __all__ = [
     "DTYPES",
@@ -49,12 +67,13 @@ _DENSE_INSTEAD = (
 
 
 class StandIn(nn.Module):
-    """Replacement of a quantized parameter [out, in].
+    """Replacement of a quantized parameter, [out, in] or a stack of such matrices.
 
     Attributes:
         where: FQN of the parameter.
         stored: The format in which its library stores it.
         dtype: The dtype that code sees when it reads the parameter's dtype.
+        turned: True for a stack that code sees as [E, in, out].
     """
 
     def __init__(self, where: str, stored: Quantization, dtype: torch.dtype) -> None:
@@ -62,15 +81,21 @@ class StandIn(nn.Module):
         self.where = where
         self.stored = stored
         self.dtype = dtype
+        self.turned = False
 
     def product(self, x: Tensor) -> Tensor:
         """Return ``x Wᵀ`` in the dtype of x: [..., in] to [..., out]."""
         raise NotImplementedError
 
+    def grouped_product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Return ``x[i] W[e(i)]ᵀ`` for a stack; see :func:`lora_fx.formats.grouped_product`."""
+        raise NotImplementedError
+
     @property
     def shape(self) -> torch.Size:
-        """Shape of the matrix, [out, in]."""
-        return torch.Size(self.stored.shape)
+        """Shape of the matrix, [out, in], or of the stack, [E, out, in]."""
+        stacked = self.stored.stacked
+        return torch.Size((*(() if stacked is None else (stacked,)), *self.stored.shape))
 
     @property
     def device(self) -> torch.device:
@@ -87,8 +112,9 @@ class StandIn(nn.Module):
         return _Turned(self)
 
     def transpose(self, first: int, second: int) -> _Turned:
-        """Return ``T``. The two axes must differ."""
-        if {first % 2, second % 2} != {0, 1}:
+        """Return ``T``. The axes must be the last two."""
+        count = len(self.shape)
+        if {first % count, second % count} != {count - 2, count - 1}:
             raise self.refusal("transpose")
         return _Turned(self)
 
@@ -110,6 +136,8 @@ class StandIn(nn.Module):
         weight = named.get("weight")
         if func in (F.linear, quantized_linear) and isinstance(weight, cls):
             return _sum(weight.product(x), named.get("bias"))
+        if _is_grouped(func) and isinstance(weight, cls) and weight.turned:
+            return weight.grouped_product(x, _ends(args, named))
         raise _first(cls, (*args, *named.values())).refusal(_name(func))
 
 
@@ -118,6 +146,16 @@ class _Turned:
 
     def __init__(self, weight: StandIn) -> None:
         self.weight = weight
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the values."""
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self.weight.dtype
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         return self.weight.product(x)
@@ -129,6 +167,8 @@ class _Turned:
                 return args[-1].weight.product(args[0])
             if func is torch.addmm:
                 return _sum(args[-1].weight.product(args[1]), args[0])
+        if _is_grouped(func) and isinstance(args[1], cls) and not args[1].weight.turned:
+            return args[1].weight.grouped_product(args[0], _ends(args, kwargs or {}))
         raise _first(cls, (*args, *(kwargs or {}).values())).weight.refusal(_name(func))
 
 
@@ -142,11 +182,18 @@ class HeldWeight(StandIn):
     def __init__(self, where: str, stored: Quantization, parameter: nn.Parameter) -> None:
         super().__init__(where, stored, parameter.dtype)
         self.held = parameter
+        tensor: Any = held(parameter)
+        self.turned = isinstance(tensor, StackedTensor) and tensor.options.turned
 
     def product(self, x: Tensor) -> Tensor:
         """See :class:`StandIn`."""
         # In fp32, because dequantizing in the dtype of x could round twice.
         return F.linear(x, dense(self.held, torch.float32).to(x.dtype))
+
+    def grouped_product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """See :class:`StandIn`."""
+        stack: Any = self.held.detach()
+        return grouped_product(x, stack if self.turned else stack.mT, ends)
 
 
 def _hold_quantized(twin: nn.Module) -> None:
@@ -195,6 +242,16 @@ def _refuse_foreign(where: str, parameter: nn.Parameter) -> None:
             f"'{where}' is a {kind.__name__} in a form that has no counterpart in a file (is it quantized "
             f"already? does it quantize activations?); {_DENSE_INSTEAD}"
         )
+
+
+def _is_grouped(func: Any) -> bool:
+    return func is experts.grouped_mm or is_grouped_product(func)
+
+
+def _ends(args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    """Return the ends of the groups from the arguments of a grouped product without a bias."""
+    ends: Tensor = args[2] if len(args) > 2 else named["offs"]
+    return ends
 
 
 def _sum(product: Tensor, bias: Tensor | None) -> Tensor:
@@ -251,6 +308,7 @@ class PackedWeight(StandIn):
     ) -> None:
         super().__init__(weight.where, weight.stored, weight.dtype)
         onnx_weight = _onnx_weight_of(weight)
+        self.turned = weight.turned
         self.operator, self.block = onnx_weight.operator, onnx_weight.block
         scales = onnx_weight.scales
         # The values of a dequantizing operator are rounded afterwards, so its scales may stay in fp32.
@@ -269,7 +327,17 @@ class PackedWeight(StandIn):
 
     def product(self, x: Tensor) -> Tensor:
         """See :class:`StandIn`. It can be traced, but not run."""
-        product: Tensor = torch.ops.lora_fx.quantized_product(
+        product: Tensor = torch.ops.lora_fx.quantized_product(*self._arguments(x))
+        return product.to(x.dtype)
+
+    def grouped_product(self, x: Tensor, ends: Tensor) -> Tensor:
+        """See :class:`StandIn`. It can be traced, but not run."""
+        operator = torch.ops.lora_fx.grouped_quantized_product
+        product: Tensor = operator(*self._arguments(x), ends)
+        return product.to(x.dtype)
+
+    def _arguments(self, x: Tensor) -> tuple[Any, ...]:
+        return (
             x if self.operator.dequantizes else x.to(self.scales.dtype),
             self.codes,
             self.scales,
@@ -279,7 +347,6 @@ class PackedWeight(StandIn):
             self.block,
             self.stored.scheme,
         )
-        return product.to(x.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -318,15 +385,19 @@ def stored_formats(model: nn.Module, names: Container[str]) -> tuple[StoredForma
     entries: dict[tuple[str, str, int | None], StoredFormat] = {}
     seen: set[PackedWeight] = set()
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, PackedWeight) or module in seen or f"{name}.codes" not in names:
+        if not isinstance(module, PackedWeight) or module in seen:
+            continue
+        # Each matrix of a stack has arrays of its own in the file.
+        first = "" if module.stored.stacked is None else ".0"
+        if f"{name}.codes{first}" not in names:
             continue
         seen.add(module)
-        by_row = module.operator.dequantizes and module.block == module.shape[1]
+        by_row = module.operator.dequantizes and module.block == module.shape[-1]
         key = (module.stored.scheme, module.operator.name, None if by_row else module.block)
         before = entries.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
         entries[key] = dataclasses.replace(
             before,
-            weights=before.weights + 1,
+            weights=before.weights + (module.stored.stacked or 1),
             values=before.values + module.shape.numel(),
             bytes=before.bytes + module.nbytes,
         )
@@ -340,14 +411,16 @@ def _in_range(scales: Tensor, dtype: torch.dtype) -> bool:
     return bool(normal.all())
 
 
-torch.library.define(
-    "lora_fx::quantized_product",
-    "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str operator, int rows, "
-    "int columns, int block, str scheme) -> Tensor",
+_QUANTIZED = (
+    "Tensor x, Tensor codes, Tensor scales, Tensor? zeros, str operator, int rows, int columns, int block, "
+    "str scheme"
 )
+torch.library.define("lora_fx::quantized_product", f"({_QUANTIZED}) -> Tensor")
+torch.library.define("lora_fx::grouped_quantized_product", f"({_QUANTIZED}, Tensor ends) -> Tensor")
 
 
 @torch.library.register_fake("lora_fx::quantized_product")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("lora_fx::grouped_quantized_product")  # type: ignore[untyped-decorator]
 def _(
     x: Tensor,
     codes: Tensor,
@@ -358,6 +431,7 @@ def _(
     columns: int,
     block: int,
     scheme: str,
+    ends: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
 
@@ -414,6 +488,7 @@ def exportable_twin(
     _compute_parametrized(twin)
     if not to_rewrite:
         _hold_quantized(twin)
+        _refuse_other_implementations(twin)
     if dtype is not None:
         cast_model(twin, DTYPES[dtype], casts, kept=KEPT_IN_FP32)
     for module in twin.modules():
@@ -424,6 +499,19 @@ def exportable_twin(
             # Other implementations loop over the chosen experts, or copy a matrix for each row.
             config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
     return twin
+
+
+def _refuse_other_implementations(twin: nn.Module) -> None:
+    """Refuse graphs of quantized experts without grouped products, which alone read a stack as a file can."""
+    for module in twin.modules():
+        chosen = experts_implementation(module)
+        stacks = [child for child in module.children() if isinstance(child, StandIn)]
+        if chosen not in (None, "grouped_mm") and stacks and is_region(module):
+            raise ExportError(
+                f"'{stacks[0].where}' is stored as {stacks[0].stored}, and the model was rewritten with the "
+                f"implementation {chosen!r} of experts: call model.set_experts_implementation('grouped_mm') "
+                "before lora_fx.rewrite"
+            )
 
 
 def dtype_name(model: nn.Module) -> str:

@@ -301,8 +301,8 @@ def _place_changes(model: nn.Module, record: Record) -> None:
     for weight, rows in weights.items():
         owner, _, leaf = weight.rpartition(".")
         # Layers with a quantized weight have their own forward over packed values, which no other code reads.
-        dense = all(row.planned.site.quantized is None for row in rows)
-        if dense and parameter_of(model, weight) is not None:
+        opaque = any(row.planned.site.opaque for row in rows)
+        if not opaque and parameter_of(model, weight) is not None:
             changes = module_at(model, owner).__dict__.setdefault(CHANGES, {})
             changes[leaf] = _Adapted(weight, tuple(rows), record)
 

@@ -33,7 +33,14 @@ from torch import fx, nn
 from lora_fx import torch_private
 from lora_fx.config import LoraConfig, excluded, nearest_names, unmatched
 from lora_fx.errors import ConfigError, MergeError, QuantizationError
-from lora_fx.formats import Storage, follow_state, quantization_of, quantized_linear, stored
+from lora_fx.formats import (
+    Storage,
+    follow_state,
+    quantization_of,
+    quantized_linear,
+    stack_matrices,
+    stored,
+)
 from lora_fx.ir import Capture, Kind, Matches, Pass, PassResult, Region, Site, join, relative
 from lora_fx.passes.graph import (
     copy_graph,
@@ -61,13 +68,13 @@ class PlannedWeight:
 
     Attributes:
         site: The operation.
-        shape: Rows and columns of the matrix as it will be stored, [out, in].
+        shape: Shape in which the matrix will be stored, [out, in]; [E, out, in] for the matrices of experts.
         dtype: Dtype of its values.
         bytes: Size when quantized, scales included.
     """
 
     site: Site
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     bytes: int
 
@@ -143,7 +150,7 @@ class QuantizationPlan:
         width = max(len(row.name) for row in self.weights)
         lines = [self.summary().splitlines()[0]]
         lines += [
-            f"  {row.name:{width}}  {row.shape[0]}x{row.shape[1]}  {_mib(row.bytes)}"
+            f"  {row.name:{width}}  {'x'.join(map(str, row.shape))}  {_mib(row.bytes)}"
             for row in self.weights
         ]
         lines += [f"  as it is: {name}: {reason}" for name, reason in self.left]
@@ -195,7 +202,7 @@ def plan_quantization(
             raise QuantizationError(
                 f"{site.name}: {objection}. Or leave it as it is: exclude=[{site.name!r}]"
             )
-        rows.append(PlannedWeight(site, shape, dtype, how.bytes(shape, dtype)))
+        rows.append(_planned(site, how, dtype))
     left |= {rejection.name: rejection.reason for rejection in matches.rejections}
     _warn_of_idle(matches, config)
     if not rows:
@@ -205,6 +212,12 @@ def plan_quantization(
             + (f" ({reasons})" if reasons else ": it has no linear operation")
         )
     return QuantizationPlan(how, tuple(rows), tuple(left.items()))
+
+
+def _planned(site: Site, how: Storage, dtype: torch.dtype) -> PlannedWeight:
+    matrices = (site.experts or 1, site.out_features, site.in_features)
+    size = how.bytes((matrices[0] * matrices[1], matrices[2]), dtype)
+    return PlannedWeight(site, matrices if site.experts else matrices[1:], dtype, size)
 
 
 def _check_plain(model: nn.Module) -> None:
@@ -264,7 +277,9 @@ def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
     if site.head:
         return "it is the output head"
     reason = next(_objections(site, how), None)
-    shown = how.made_by.shows_values and site.layout == "out_in"
+    shown = (
+        site.experts is not None or how.made_by.shows_values and site.layout == "out_in"
+    )
     if reason is None and site.weight in inspected and not shown:
         return (
             f"{inspected[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
@@ -275,7 +290,7 @@ def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
 
 def _needs_forward(capture: Capture, site: Site) -> str | None:
     """Return the reason why a forward that computes the product itself must stay, or None."""
-    if _is_layer(capture.model, site):
+    if site.experts is not None or _is_layer(capture.model, site):
         return None
     regions = [capture.regions[call.region] for call in site.calls]
     reason = next((region.not_run for region in regions if region.not_run), None)
@@ -288,12 +303,12 @@ def _objections(site: Site, how: Storage) -> Iterator[str]:
     if site.family != "linear":
         operation = "a lookup" if site.family == "embedding" else "a convolution"
         yield f"it is {operation}: the formats are of matrix products"
-    if site.experts is not None:
-        yield "its weight has a matrix for each expert: the formats hold one"
     if site.tied_to:
         yield f"its weight is tied to {', '.join(site.tied_to)}"
     if site.rows is not None:
         yield f"rows {site.rows[0]} to {site.rows[1]} of its weight are applied by themselves"
+    if site.experts is not None:
+        return  # a stack can be read in any way
     if any(call.pattern not in _PRODUCTS for call in site.calls) or site.view is not None:
         yield f"it is written as {site.pattern}: F.linear(x, weight) or x @ weight can be quantized"
     if any(call.left for call in site.calls):
@@ -359,7 +374,7 @@ class Quantize(Pass):
     def _regions(self, capture: Capture) -> dict[str, Region]:
         work: dict[str, dict[str, Site]] = defaultdict(dict)
         for row in self.rows:
-            if not _is_layer(capture.model, row.site):
+            if row.site.experts is None and not _is_layer(capture.model, row.site):
                 for call in row.site.calls:
                     work[call.region][call.output] = row.site
         regions, known = dict(capture.regions), {}
@@ -416,10 +431,13 @@ class Quantize(Pass):
                 f"{site.weight} has values that are not finite, and a block shares its scale: look where "
                 f"they come from, or exclude=[{site.name!r}]"
             )
-        matrix = values if site.layout == "out_in" else values.T
-        owner = model.get_submodule(site.owner)
+        owner, turned = model.get_submodule(site.owner), site.layout == "in_out"
         layer = _is_layer(model, site)
-        owner._parameters[site.parameter] = stored(matrix, self.how)
+        if site.experts is None:
+            parameter = stored(values.T if turned else values, self.how)
+        else:
+            parameter = stack_matrices(values, self.how, site.parameter, turned=turned)
+        owner._parameters[site.parameter] = parameter
         if layer:
             self.how.made_by.layers.become(owner, self.how)
         follow_state(owner, site.parameter, layer=layer)

@@ -32,6 +32,14 @@ from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
+from lora_fx.formats.stacks import (
+    StackedTensor,
+    StackFormat,
+    Stacking,
+    grouped_product,
+    is_grouped_product,
+    stack_matrices,
+)
 from lora_fx.formats.torchao import TorchaoFormat, TorchaoName
 from lora_fx.formats.weights import (
     FormatHook,
@@ -62,10 +70,13 @@ __all__ = [
     "PackedTensor",
     "Parts",
     "SaveHook",
+    "StackedTensor",
+    "Stacking",
     "StateHooks",
     "Storage",
     "WeightFormat",
     "dense",
+    "grouped_product",
     "follow_state",
     "format_named",
     "format_of",
@@ -73,6 +84,7 @@ __all__ = [
     "held",
     "import_library",
     "is_format_hook",
+    "is_grouped_product",
     "operator_named",
     "pickle_by_class",
     "quantization_of",
@@ -80,6 +92,7 @@ __all__ = [
     "register_format",
     "requantized",
     "row_operators",
+    "stack_matrices",
     "storage",
     "stored",
     "whole_numbers",
@@ -92,3 +105,4 @@ register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())
 register_format(FineGrainedFP8Format())
 register_format(CompressedTensorsFormat())
+register_format(StackFormat())

@@ -43,6 +43,7 @@ __all__ = [
     "WeightFormat",
     "format_named",
     "format_of",
+    "format_of_class",
     "formats",
     "held",
     "import_library",
@@ -397,6 +398,22 @@ class WeightFormat(abc.ABC):
         )
         return self.pack(values.to(quantization.dtype).contiguous(), how)
 
+    # --- stacks of matrices ---
+
+    def take_apart(self, weight: Any) -> tuple[dict[str, Tensor], Any]:
+        """Return the tensors of a weight, by names, and everything else that makes it.
+
+        Weights of equal form have equal names, shapes and remainders, so that their tensors can be stacked.
+        """
+        tensor = held(weight)
+        names, context = tensor.__tensor_flatten__()
+        return {name: getattr(tensor, name) for name in names}, (type(tensor), context)
+
+    def put_together(self, tensors: Mapping[str, Tensor], context: Any) -> Any:
+        """Return the weight that :meth:`take_apart` has taken apart."""
+        kind, remainder = context
+        return kind.__tensor_unflatten__(dict(tensors), remainder, None, None)
+
     # --- copies, state dicts ---
 
     def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
@@ -572,6 +589,11 @@ def format_of(weight: object) -> WeightFormat | None:
         weight: A parameter, or its tensor.
     """
     return _by_class.get(type(held(weight)).__name__)
+
+
+def format_of_class(name: str) -> WeightFormat:
+    """Return the format whose weights are of a class, by the name of the class."""
+    return _by_class[name]
 
 
 def quantization_of(weight: object) -> Quantization | None:

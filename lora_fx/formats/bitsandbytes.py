@@ -17,6 +17,7 @@ weight is stored; a model that has such a weight has imported it already.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import sys
@@ -118,6 +119,17 @@ def _requantize_eight_bits(values: Tensor, old: Any) -> nn.Parameter:
     steps = torch.round(wide * (127 / largest.clamp_min(torch.finfo(wide.dtype).tiny))[:, None])
     data = steps.to(torch.int8)
     return _like(old, data, CB=data, SCB=largest, row_scales=largest)
+
+
+@functools.cache
+def _table(kind: str, device: torch.device) -> Tensor:
+    """Return the values of the codes: of ``nf4`` or ``fp4``, or of the ``dynamic`` codes of scales."""
+    functional = _library().functional
+    if kind == "dynamic":
+        table: Tensor = functional.create_dynamic_map().to(device)
+    else:
+        table = functional.get_4bit_type(kind, device=device)
+    return table
 
 
 def _shallow(state: Any, memo: dict[int, Any]) -> Any:
@@ -558,6 +570,45 @@ class BitsandbytesFormat(WeightFormat):
         """See :class:`WeightFormat`."""
         make = _requantize_four_bits if _is_of_four_bits(weight) else _requantize_eight_bits
         return make(values, weight)
+
+    def take_apart(self, weight: Any) -> tuple[dict[str, Tensor], Any]:
+        """See :class:`WeightFormat`."""
+        state, plain = weight.quant_state, weight.detach().as_subclass(torch.Tensor)
+        parts = {"data": plain, "absmax": state.absmax}
+        if state.nested:
+            parts |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
+        shape, inner = tuple(state.shape), state.state2.blocksize if state.nested else None
+        return parts, (shape, state.quant_type, state.dtype, state.blocksize, inner)
+
+    def put_together(self, tensors: Mapping[str, Tensor], context: Any) -> Any:
+        """See :class:`WeightFormat`."""
+        make, data = _library().functional.QuantState, tensors["data"]
+        shape, kind, dtype, block, inner = context
+        nested = inner and make(
+            absmax=tensors["nested_absmax"],
+            code=_table("dynamic", data.device),
+            blocksize=inner,
+            dtype=torch.float32,
+        )
+        state = make(
+            absmax=tensors["absmax"],
+            shape=torch.Size(shape),
+            code=_table(kind, data.device),
+            blocksize=block,
+            quant_type=kind,
+            dtype=dtype,
+            offset=tensors.get("offset"),
+            state2=nested,
+        )
+        return _library().nn.Params4bit(
+            data,
+            quant_state=state,
+            blocksize=block,
+            compress_statistics=inner is not None,
+            quant_type=kind,
+            quant_storage=data.dtype,
+            bnb_quantized=True,
+        )
 
     def twin(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter | None:
         """Copy the objects that have the scales: ``.to()`` and the layer's forward change them in place."""

@@ -110,7 +110,7 @@ class PackedTensor(Tensor):
             return _format(self).decode(self)
         key = f"{type(self).__name__} {self.names} {self.options}"
         _decoded[key] = (type(self), self.names, self.options)
-        values: Tensor = _decode_operator()(list(self.parts.values()), key, *self.shape)
+        values: Tensor = _decode_operator()(list(self.parts.values()), key, list(self.shape))
         return values
 
     @classmethod
@@ -154,20 +154,20 @@ _decoded: dict[str, tuple[type[PackedTensor], tuple[str, ...], Any]] = {}
 def _decode_operator() -> Callable[..., Any]:
     """Return the operator that decodes a weight, in fp32."""
 
-    def decode(parts: list[Tensor], key: str, rows: int, columns: int) -> Tensor:
+    def decode(parts: list[Tensor], key: str, shape: list[int]) -> Tensor:
         cls, names, options = _decoded[key]
         tensors = dict(zip(names, parts, strict=True))
-        weight = cls(Parts(tensors, (rows, columns), options), torch.float32)
+        weight = cls(Parts(tensors, shape, options), torch.float32)
         return _format(weight).decode(weight).float()
 
     operator = torch.library.custom_op(
         "lora_fx::decode",
         decode,
         mutates_args=(),
-        schema="(Tensor[] parts, str key, int rows, int columns) -> Tensor",
+        schema="(Tensor[] parts, str key, int[] shape) -> Tensor",
     )
     operator.register_fake(
-        lambda parts, key, rows, columns: parts[0].new_empty((rows, columns), dtype=torch.float32)
+        lambda parts, key, shape: parts[0].new_empty(shape, dtype=torch.float32)
     )
     return operator
 

@@ -193,7 +193,7 @@ class Region:
 
         The forward reads each weight with its adapters, unless a library has packed the weight.
         """
-        return self.fallback and all(site.quantized is None for site in sites)
+        return self.fallback and not any(site.opaque for site in sites)
 
     def tensor(self, node: object) -> torch.Tensor | None:
         """Return the tensor that a ``get_attr`` node reads, or None if ``node`` is anything else."""

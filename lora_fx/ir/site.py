@@ -48,6 +48,8 @@ class Quantization:
         block_size: Values that share a scale, along a row or along the flattened matrix; None for one scale
             a row.
         double: True if the scales are quantized, too (arXiv:2305.14314, section 3).
+        stacked: Number of such matrices, if the weight is a stack of them; None for a single matrix. A stack
+            looks like a dense weight, in any code.
     """
 
     scheme: str
@@ -57,6 +59,12 @@ class Quantization:
     dtype: torch.dtype
     block_size: int | None = None
     double: bool = False
+    stacked: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape) * (self.stacked or 1)
 
     def __str__(self) -> str:
         blocks = "a row" if self.block_size is None else f"blocks of {self.block_size}"
@@ -172,6 +180,16 @@ class Site:
         part_of_parameter = self.name.rpartition(".")[0] == self.weight != self.owner
         leaf = self.name.split(".")[-2 if part_of_parameter else -1 :]
         return join(self.owner, f"{'_'.join(leaf)}_lora")
+
+    @property
+    def opaque(self) -> bool:
+        """True if only graphs and layers of a library can read the weight: it is quantized, and no stack."""
+        return self.quantized is not None and self.quantized.stacked is None
+
+    @property
+    def turned(self) -> bool:
+        """True if the weight is stored as [out, in] and applied as [in, out]."""
+        return self.opaque and self.layout == "in_out"
 
     @property
     def part_of(self) -> str:

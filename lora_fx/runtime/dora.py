@@ -255,10 +255,10 @@ def applied_weight(
         rows: The range of its outputs (start, stop), or None for all.
         order: The permutation of its dimensions before the view, or None.
     """
-    if quantization_of(weight) is None:
-        weight = weight.detach()
-    else:
-        weight = dense(weight) if layout == "out_in" else dense(weight).T
+    stored = quantization_of(weight)
+    weight = weight.detach() if stored is None else dense(weight)
+    if stored is not None and stored.stacked is None and layout == "in_out":
+        weight = weight.T
     if order is not None:
         weight = weight.permute(tuple(order))
     if view is not None:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
+from lora_fx.formats import StackedTensor, grouped_product
 from lora_fx.runtime.samples import like_rows, unseen
 
 __all__ = [
@@ -153,6 +155,12 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         weight: [E, in, out].
         ends: The end of each expert's rows, [E].
     """
+    stood_for: Any = weight
+    if not isinstance(stood_for, Tensor):  # a stack of an export, which overrides this function
+        replaced: Tensor = handle_torch_function(grouped_mm, (weight,), x, weight, ends)
+        return replaced
+    if isinstance(weight, StackedTensor):
+        return grouped_product(x, weight, ends)
     # Only models of transformers call this, so that the module is loaded. Dynamo of PyTorch 2.11 cannot trace
     # the import of a module of a package that loads lazily.
     product: Tensor = sys.modules[_MOE]._grouped_mm(x, weight, ends)

@@ -11,7 +11,12 @@ from lora_fx.passes.capture.check import (
     run_once,
     run_reference,
 )
-from lora_fx.passes.capture.decompositions import holds_quantized, written_out, written_out_layer
+from lora_fx.passes.capture.decompositions import (
+    experts_implementation,
+    holds_quantized,
+    written_out,
+    written_out_layer,
+)
 from lora_fx.passes.capture.exported import MODULE_STACK, ONE_AT_A_TIME
 from lora_fx.passes.capture.listener import Listener
 from lora_fx.passes.capture.regions import Graphs
@@ -31,6 +36,7 @@ __all__ = [
     "Untraceable",
     "capture",
     "count_weights",
+    "experts_implementation",
     "holds_quantized",
     "largest_difference",
     "named_inputs",

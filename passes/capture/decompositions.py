@@ -466,7 +466,8 @@ def make_opaque(graph: fx.Graph, module: nn.Module) -> fx.Graph:
         if not isinstance(seen, Product) or seen.left or seen.layout != "out_in":
             continue
         view = seen.view
-        if quantization_of(region.parameter(view.source)) is None or view.rows or view.indexed:
+        stored = quantization_of(region.parameter(view.source))
+        if stored is None or stored.stacked is not None or view.rows or view.indexed:
             continue
         bias = region.parameter(seen.bias)
         if (

@@ -184,7 +184,7 @@ def elements(parameter: Tensor) -> int:
     if is_lazy(parameter):
         return 0
     stored = quantization_of(parameter)
-    return parameter.numel() if stored is None else math.prod(stored.shape)
+    return parameter.numel() if stored is None else stored.numel
 
 
 _KNOWN = ("torch", "_operator", "math", "builtins", "lora_fx")

@@ -193,7 +193,11 @@ def _stored(weight: torch.Tensor) -> Quantization | None:
 
 def layouts_of(sites: Iterable[Site]) -> dict[str, Layout]:
     """Return the layouts that the weights of sites had before they were quantized, by FQN."""
-    return {site.weight: site.layout for site in sites if site.quantized is not None}
+    return {
+        site.weight: "in_out" if site.turned else "out_in"
+        for site in sites
+        if site.quantized is not None
+    }
 
 
 def values_of(

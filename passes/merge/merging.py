@@ -341,7 +341,7 @@ def requantized_site(
     before = old.double()
     relative_change = _relative(exact - before, before)
     del before
-    values = exact if change.rows[0][0].site.layout == "out_in" else exact.T
+    values = exact.T if change.rows[0][0].site.turned else exact
     try:
         parameter = requantized(values, weight)
     except QuantizationError as error:

@@ -270,7 +270,7 @@ def base_weight(model: nn.Module, site: Site) -> torch.Tensor:
         return detached(weight)
     # Not detached: the scales are attributes of the parameter.
     values = dense(weight)
-    return values if site.layout == "out_in" else values.T
+    return values.T if site.turned else values
 
 
 def base_dtype(model: nn.Module, site: Site) -> torch.dtype:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from lora_fx import torch_private
+from lora_fx.formats import quantization_of
 from lora_fx.ir import BranchBuilder, Factors, Match, Region, Role, Site
 from lora_fx.passes.graph import arguments, known_arguments, target_of
 from lora_fx.passes.patterns.linear import Product, applied, product_of
@@ -57,7 +58,8 @@ class ExpertsPattern:
             sizes=(in_features, out_features),
             layout=seen.layout,
         )
-        return dataclasses.replace(site, experts=view.shape[0])
+        stored = quantization_of(region.parameter(view.source))
+        return dataclasses.replace(site, experts=view.shape[0], quantized=stored)
 
     def factors(self, site: Site, rank: int) -> Factors:
         """Return the shapes of A [E, r, in] and B [E, out, r]."""

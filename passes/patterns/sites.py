@@ -155,7 +155,7 @@ def not_floating(region: Region, node: fx.Node, weight: fx.Node) -> Rejection | 
     parameter = region.parameter(weight)
     assert parameter is not None
     stored = quantization_of(parameter)
-    if stored is not None:
+    if stored is not None and stored.stacked is None:
         reason = (
             f"its weight is quantized, {stored}, and this is no plain product with all of it: only x Wᵀ can "
             "have an adapter then"

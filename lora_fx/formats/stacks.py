@@ -1,0 +1,352 @@
+"""Stacks of quantized matrices: the weights of all experts of a layer, in any format.
+
+A stack looks like the dense weight that it replaces, [E, out, in] or [E, in, out], so any code can read it.
+It is stored as the tensors of a library's weight with one more axis in front. ``stack[e]`` is one matrix,
+``stack[ids]`` a smaller stack, and a grouped product decodes the matrices of the experts that have rows, one
+after the other. Nothing decoded is kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx import torch_private
+from lora_fx.formats.base import Storage, WeightFormat, format_of, format_of_class, held, stored
+from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts
+from lora_fx.formats.weights import dense
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+
+__all__ = [
+    "StackFormat",
+    "StackedTensor",
+    "Stacking",
+    "grouped_product",
+    "is_grouped_product",
+    "stack_matrices",
+]
+
+_aten = torch.ops.aten
+
+
+class Stacking(NamedTuple):
+    """The storage of the matrices of a stack.
+
+    Attributes:
+        matrix: The class of the library's weights.
+        context: The second result of :meth:`WeightFormat.take_apart`, which is equal for all matrices.
+        keys: The names of the tensors in the library's weight, in the order of the parts of the stack.
+        turned: True if the matrices are shown as [in, out].
+    """
+
+    matrix: str
+    context: Any
+    keys: tuple[str, ...]
+    turned: bool
+
+
+class StackedTensor(PackedTensor):
+    """A stack of quantized matrices [E, out, in], or one of them, [out, in]. Its options are a `Stacking`."""
+
+    def matrix(self) -> Any:
+        """Return the library's weight, for a single matrix."""
+        parts = dict(zip(self.options.keys, self.parts.values(), strict=True))
+        return self.members.put_together(parts, self.options.context)
+
+    @property
+    def members(self) -> WeightFormat:
+        """The format of the matrices."""
+        return format_of_class(self.options.matrix)
+
+    def selected(self, select: Callable[[Tensor], Tensor], count: int | None) -> StackedTensor:
+        """Return some of the matrices.
+
+        Args:
+            select: Takes a part of the stack, and returns the same part of the selected matrices.
+            count: The number of selected matrices; None for one matrix without the axis.
+        """
+        tensors = {name: select(part) for name, part in self.parts.items()}
+        shape = (*(() if count is None else (count,)), *self.shape[1:])
+        return StackedTensor(Parts(tensors, shape, self.options), self.dtype)
+
+    @property
+    def mirrored(self) -> StackedTensor:
+        """The stack with rows and columns of each matrix exchanged, over the same memory."""
+        options = self.options._replace(turned=not self.options.turned)
+        shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
+        return StackedTensor(Parts(self.parts, shape, options), self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Compute grouped products without decoding the whole stack."""
+        if is_grouped_product(func):
+            weight, ends = args[1], _offsets(*args[2:], **(kwargs or {}))
+            if isinstance(weight, StackedTensor) and ends is not None:
+                return grouped_product(args[0], weight, ends)
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Select matrices and exchange their axes without decoding them."""
+        view = _VIEWS.get(func)
+        if view is not None and isinstance(args[0], StackedTensor):
+            result = view(*args, **(kwargs or {}))
+            if result is not None:
+                return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def is_grouped_product(func: Any) -> bool:
+    """Return True for the grouped products of PyTorch and transformers, ``func(x, weight, offs=ends)``."""
+    return func in torch_private.GROUPED_MM_FUNCTIONS or str(func) in _FALLBACKS
+
+
+_FALLBACKS = ("transformers.grouped_mm_fallback", "transformers.grouped_mm_fallback.default")
+
+
+def _offsets(offs: Any = None, bias: Any = None, out_dtype: Any = None, **_: Any) -> Any:
+    """Return the ends of the groups; None for a call with other arguments, which is not read here."""
+    return None if bias is not None or out_dtype is not None else offs
+
+
+# --- views: each returns None for arguments that only the dense values take -------------------------
+
+
+def _select(stack: StackedTensor, dim: int, index: int) -> StackedTensor | None:
+    if stack.dim() != 3 or dim % 3:
+        return None
+    return stack.selected(lambda part: part[index], None)
+
+
+def _index(stack: StackedTensor, indices: list[Tensor | None]) -> StackedTensor | None:
+    ids = indices[0]
+    if stack.dim() != 3 or len(indices) != 1 or ids is None or ids.dim() != 1:
+        return None
+    if ids.dtype == torch.bool:
+        return None
+    return stack.selected(lambda part: part[ids], ids.shape[0])
+
+
+def _transpose(stack: StackedTensor, first: int, second: int) -> StackedTensor | None:
+    last = {stack.dim() - 1, stack.dim() - 2}
+    return stack.mirrored if {first % stack.dim(), second % stack.dim()} == last else None
+
+
+def _permute(stack: StackedTensor, dims: list[int]) -> StackedTensor | None:
+    return stack.mirrored if [d % 3 for d in dims] == [0, 2, 1] else None
+
+
+def _same(stack: StackedTensor, shape: list[int], **_: Any) -> StackedTensor | None:
+    return stack.mirrored.mirrored if list(shape) == list(stack.shape) else None
+
+
+_VIEWS: Mapping[Any, Callable[..., StackedTensor | None]] = {
+    _aten.select.int: _select,
+    _aten.index.Tensor: _index,
+    _aten.transpose.int: _transpose,
+    _aten.t.default: lambda stack: stack.mirrored,
+    _aten.permute.default: _permute,
+    _aten.expand.default: _same,
+    _aten.view.default: _same,
+    torch_private.UNSAFE_VIEW: _same,
+}
+
+
+# --- grouped products --------------------------------------------------------------------------------
+
+
+def grouped_product(x: Tensor, weight: StackedTensor, ends: Tensor) -> Tensor:
+    """Multiply rows with the matrix of their expert, ``y[i] = x[i] W[e(i)]``; differentiable in x.
+
+    Args:
+        x: [n, in], sorted by expert.
+        weight: [E, in, out].
+        ends: The end of each expert's rows, [E]. Rows after the last end give zeros.
+
+    Returns:
+        [n, out], in the dtype of x.
+    """
+    key = f"{weight.names} {weight.options}"
+    _stacks[key] = (weight.names, weight.options)
+    product: Tensor = _operator()(x, list(weight.parts.values()), ends, key, list(weight.shape))
+    return product
+
+
+_stacks: dict[str, tuple[tuple[str, ...], Stacking]] = {}
+"""Names and options of the stacks that the operator of :func:`grouped_product` reads, by its ``key``."""
+
+
+@functools.cache
+def _operator() -> Callable[..., Any]:
+    """Return the operator of :func:`grouped_product`. It is opaque to a compiler: it loops over values."""
+
+    def multiply(x: Tensor, parts: list[Tensor], ends: Tensor, key: str, shape: list[int]) -> Tensor:
+        names, options = _stacks[key]
+        tensors = dict(zip(names, parts, strict=True))
+        stack = StackedTensor(Parts(tensors, shape, options), x.dtype)
+        out = x.new_zeros(x.shape[0], shape[-1])
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            if end > start:
+                matrix = dense(_member(stack, expert), x.dtype)
+                torch.mm(x[start:end], matrix, out=out[start:end])
+            start = end
+        return out
+
+    operator = torch.library.custom_op(
+        "lora_fx::grouped_stack_product",
+        multiply,
+        mutates_args=(),
+        schema="(Tensor x, Tensor[] parts, Tensor ends, str key, int[] shape) -> Tensor",
+    )
+    operator.register_fake(lambda x, parts, ends, key, shape: x.new_empty(x.shape[0], shape[-1]))
+    operator.register_autograd(_backward, setup_context=_remember)
+    return operator
+
+
+def _as_parameter(weight: Any) -> nn.Parameter:
+    return weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+
+
+def _member(stack: StackedTensor, expert: int) -> StackedTensor:
+    return stack.selected(lambda part: part[expert], None)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, ends, ctx.key, ctx.shape = inputs
+    ctx.save_for_backward(ends, *parts)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    ends, *parts = ctx.saved_tensors
+    names, options = _stacks[ctx.key]
+    stack = StackedTensor(Parts(dict(zip(names, parts, strict=True)), ctx.shape, options), grad.dtype)
+    to_x = grouped_product(grad.contiguous(), stack.mirrored, ends)
+    return to_x, [None] * len(parts), None, None, None
+
+
+# --- the format --------------------------------------------------------------------------------------
+
+
+def stack_matrices(values: Tensor, how: Storage, parameter: str, *, turned: bool) -> nn.Parameter:
+    """Return a frozen stack with these values, each matrix rounded as the format rounds it.
+
+    Args:
+        values: [E, out, in]; or [E, in, out] if ``turned``. No reference to it is kept.
+        how: The format of the matrices.
+        parameter: The name of the parameter in its module, with which the names of the parts begin.
+        turned: True to store each matrix transposed: the blocks of a format lie along the inputs.
+    """
+    matrices = values.mT if turned else values
+    return _stacked(lambda index: stored(matrices[index], how), values, parameter, turned)
+
+
+def _stacked(
+    make: Callable[[int], Any], like: Tensor, parameter: str | tuple[str, ...], turned: bool
+) -> nn.Parameter:
+    """Return a stack of weights, of which one at a time exists.
+
+    Args:
+        make: Returns a weight by its index.
+        like: A tensor of the shape, dtype and device of the stack.
+        parameter: The name of the parameter, or those of the parts.
+        turned: See :class:`Stacking`.
+    """
+    stacked: dict[str, Tensor] = {}
+    context: Any = None
+    for index in range(like.shape[0]):
+        weight = make(index)
+        known = format_of(weight)
+        assert known is not None
+        parts, context = known.take_apart(weight)
+        for key, part in parts.items():
+            if not index:
+                stacked[key] = part.new_empty((like.shape[0], *part.shape))
+            stacked[key][index] = part
+    keys = tuple(stacked)
+    names = tuple(f"{parameter}_{key}" for key in keys) if isinstance(parameter, str) else parameter
+    options = Stacking(type(held(weight)).__name__, context, keys, turned)
+    tensors = dict(zip(names, stacked.values(), strict=True))
+    stack = StackedTensor(Parts(tensors, like.shape, options), like.dtype)
+    return nn.Parameter(stack, requires_grad=False)
+
+
+class StackFormat(PackedFormat):
+    """The format of stacks, which leaves everything about a matrix to the format of the matrices."""
+
+    library = "lora_fx"
+    classes = frozenset({"StackedTensor"})
+
+    def describe(self, weight: Any) -> Quantization | None:
+        """See :class:`WeightFormat`."""
+        single = weight if weight.dim() == 2 else _member(weight, 0)
+        quantization = format_of_class(weight.options.matrix).describe(held(single.matrix()))
+        if quantization is None:
+            return None
+        count = None if weight.dim() == 2 else int(weight.shape[0])
+        return dataclasses.replace(quantization, dtype=weight.dtype, stacked=count)
+
+    def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
+        """See :class:`WeightFormat`."""
+        if type(next(iter(weight.parts.values()))) is not Tensor:
+            return super().values(weight, dtype)
+        if weight.dim() == 2:
+            matrix = dense(weight.matrix(), dtype)
+            return matrix.mT if weight.options.turned else matrix
+        members = (self.values(_member(weight, index), dtype) for index in range(len(weight)))
+        return torch.stack(list(members))
+
+    def decode(self, weight: Any) -> Tensor:
+        """See :class:`PackedFormat`."""
+        return self.values(weight, weight.dtype)
+
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        stack: Any = parameter.detach()
+
+        def make(index: int) -> nn.Parameter:
+            old = _member(stack, index)
+            return old.members.widened(_as_parameter(old.matrix()))
+
+        return _stacked(make, stack, stack.names, stack.options.turned)
+
+    def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        turned = weight.options.turned
+
+        def make(index: int) -> Any:
+            matrix = values[index].T if turned else values[index]
+            old = _member(weight, index)
+            return old.members.requantize(matrix, held(old.matrix()))
+
+        return _stacked(make, weight, weight.names, turned)
+
+    def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
+        """Return the arrays of all matrices, with one more axis in front."""
+        single = dataclasses.replace(stored, stacked=None)
+        arrays: list[OnnxWeight] = []
+        for index in range(len(weight)):
+            member = _member(weight, index)
+            array = member.members.onnx_weight(held(member.matrix()), single)
+            if isinstance(array, NoOperator):
+                return array
+            arrays.append(array)
+        first, zeros = arrays[0], [array.zeros for array in arrays]
+        if None in zeros and zeros != [None] * len(zeros):
+            return NoOperator("has zero points in some of its experts, and in others none")
+        return dataclasses.replace(
+            first,
+            codes=torch.stack([array.codes for array in arrays]),
+            scales=torch.stack([array.scales for array in arrays]),
+            zeros=None if first.zeros is None else torch.stack(cast("list[Tensor]", zeros)),
+            fresh=True,
+        )
