@@ -167,7 +167,12 @@ def _quantized_product(
             parameter("ends", "I", param_option=optional),
         ],
         outputs=[parameter("y", "T")],
-        type_constraints=[("T", _FLOATS, ""), ("S", _FLOATS, ""), ("C", codes_of, ""), ("I", _INTEGERS, "")],
+        type_constraints=[
+            ("T", _FLOATS, ""),
+            ("S", _FLOATS, ""),
+            ("C", codes_of, ""),
+            ("I", _INTEGERS, ""),
+        ],
         attributes=[
             *(attribute(name, kind.STRING) for name in ("operator", "scheme")),
             *(attribute(name, kind.INT) for name in ("rows", "columns", "block")),
@@ -262,8 +267,7 @@ def expand_grouped(model: ir.Model) -> None:
     nodes = [
         node
         for node in model.graph.all_nodes()
-        if node.domain == _DOMAIN
-        and node.op_type in (_GROUPED_MATMUL, _GROUPED_QUANTIZED_PRODUCT)
+        if node.domain == _DOMAIN and node.op_type in (_GROUPED_MATMUL, _GROUPED_QUANTIZED_PRODUCT)
     ]
     known: dict[Any, list[ir.Value]] = {}
     ends: dict[Any, list[ir.Value]] = {}
@@ -286,9 +290,7 @@ def _expand(node: ir.Node, known: dict[Any, Any], sizes: dict[Any, Any]) -> None
     assert weight.shape is not None
     quantized = node.op_type == _GROUPED_QUANTIZED_PRODUCT
     groups = weight.shape[0]
-    inner, width = (
-        (_int(node, "columns"), _int(node, "rows")) if quantized else weight.shape[1:]
-    )
+    inner, width = (_int(node, "columns"), _int(node, "rows")) if quantized else weight.shape[1:]
     assert isinstance(groups, int)
     tape = ir.tape.Tape()
     if ends not in sizes:

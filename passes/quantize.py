@@ -277,9 +277,7 @@ def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
     if site.head:
         return "it is the output head"
     reason = next(_objections(site, how), None)
-    shown = (
-        site.experts is not None or how.made_by.shows_values and site.layout == "out_in"
-    )
+    shown = site.experts is not None or (how.made_by.shows_values and site.layout == "out_in")
     if reason is None and site.weight in inspected and not shown:
         return (
             f"{inspected[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "

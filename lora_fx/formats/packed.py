@@ -166,9 +166,7 @@ def _decode_operator() -> Callable[..., Any]:
         mutates_args=(),
         schema="(Tensor[] parts, str key, int[] shape) -> Tensor",
     )
-    operator.register_fake(
-        lambda parts, key, shape: parts[0].new_empty(shape, dtype=torch.float32)
-    )
+    operator.register_fake(lambda parts, key, shape: parts[0].new_empty(shape, dtype=torch.float32))
     return operator
 
 

@@ -9,8 +9,7 @@ after the other. Nothing decoded is kept for the backward pass.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -177,7 +176,7 @@ def grouped_product(x: Tensor, weight: StackedTensor, ends: Tensor) -> Tensor:
     """
     key = f"{weight.names} {weight.options}"
     _stacks[key] = (weight.names, weight.options)
-    product: Tensor = _operator()(x, list(weight.parts.values()), ends, key, list(weight.shape))
+    product: Tensor = _multiply(x, list(weight.parts.values()), ends, key, list(weight.shape))
     return product
 
 
@@ -185,32 +184,27 @@ _stacks: dict[str, tuple[tuple[str, ...], Stacking]] = {}
 """Names and options of the stacks that the operator of :func:`grouped_product` reads, by its ``key``."""
 
 
-@functools.cache
-def _operator() -> Callable[..., Any]:
-    """Return the operator of :func:`grouped_product`. It is opaque to a compiler: it loops over values."""
+# An operator is opaque to a compiler, which does not support loops over the values of a tensor.
+@torch.library.custom_op("lora_fx::grouped_stack_product", mutates_args=())
+def _multiply(
+    x: Tensor, parts: Sequence[Tensor], ends: Tensor, key: str, shape: Sequence[int]
+) -> Tensor:
+    names, options = _stacks[key]
+    tensors = dict(zip(names, parts, strict=True))
+    stack = StackedTensor(Parts(tensors, shape, options), x.dtype)
+    out = x.new_zeros(x.shape[0], shape[-1])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        if end > start:
+            matrix = dense(_member(stack, expert), x.dtype)
+            torch.mm(x[start:end], matrix, out=out[start:end])
+        start = end
+    return out
 
-    def multiply(x: Tensor, parts: list[Tensor], ends: Tensor, key: str, shape: list[int]) -> Tensor:
-        names, options = _stacks[key]
-        tensors = dict(zip(names, parts, strict=True))
-        stack = StackedTensor(Parts(tensors, shape, options), x.dtype)
-        out = x.new_zeros(x.shape[0], shape[-1])
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                matrix = dense(_member(stack, expert), x.dtype)
-                torch.mm(x[start:end], matrix, out=out[start:end])
-            start = end
-        return out
 
-    operator = torch.library.custom_op(
-        "lora_fx::grouped_stack_product",
-        multiply,
-        mutates_args=(),
-        schema="(Tensor x, Tensor[] parts, Tensor ends, str key, int[] shape) -> Tensor",
-    )
-    operator.register_fake(lambda x, parts, ends, key, shape: x.new_empty(x.shape[0], shape[-1]))
-    operator.register_autograd(_backward, setup_context=_remember)
-    return operator
+@_multiply.register_fake
+def _(x: Tensor, parts: Sequence[Tensor], ends: Tensor, key: str, shape: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[0], shape[-1])
 
 
 def _as_parameter(weight: Any) -> nn.Parameter:
@@ -229,9 +223,14 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ends, *parts = ctx.saved_tensors
     names, options = _stacks[ctx.key]
-    stack = StackedTensor(Parts(dict(zip(names, parts, strict=True)), ctx.shape, options), grad.dtype)
+    stack = StackedTensor(
+        Parts(dict(zip(names, parts, strict=True)), ctx.shape, options), grad.dtype
+    )
     to_x = grouped_product(grad.contiguous(), stack.mirrored, ends)
     return to_x, [None] * len(parts), None, None, None
+
+
+_multiply.register_autograd(_backward, setup_context=_remember)
 
 
 # --- the format --------------------------------------------------------------------------------------

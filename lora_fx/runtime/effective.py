@@ -22,6 +22,7 @@ from torch import nn
 
 from lora_fx import torch_private
 from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.formats import StackedTensor
 from lora_fx.torch_private import pytree
 
 __all__ = [
@@ -386,8 +387,9 @@ def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> 
 
 
 def _kind_of(tensor: torch.Tensor) -> type:
-    """Return the class of a tensor, with plain tensors and parameters as one class."""
-    return torch.Tensor if type(tensor) is nn.Parameter else type(tensor)
+    """Return the class of a tensor, with plain tensors, parameters and stacks as one class."""
+    plain = type(tensor) is nn.Parameter or isinstance(tensor, StackedTensor)
+    return torch.Tensor if plain else type(tensor)
 
 
 def _made(change: Change, base: torch.Tensor) -> torch.Tensor:

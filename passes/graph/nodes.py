@@ -7,7 +7,6 @@ have not run yet. These have no shape, and raise if code reads it.
 from __future__ import annotations
 
 import abc
-import math
 import operator
 from collections.abc import Callable
 from typing import Any

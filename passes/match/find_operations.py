@@ -164,7 +164,7 @@ def _has_its_own(read: Read, sites: list[Site], capture: Capture) -> bool:
 
     This needs separate nodes in the graph, so those operations must read the weight by known views.
     """
-    if sites[0].quantized is not None:
+    if sites[0].opaque:
         return False
     for call in (call for site in sites for call in site.calls if call.region == read.region):
         region = capture.regions[call.region]

@@ -190,8 +190,9 @@ def dtype_name(tensor: torch.Tensor) -> str:
 def size_name(tensor: torch.Tensor) -> str:
     """Return the shape as ``128×64``. For a quantized weight it is the shape of the values."""
     stored = quantization_of(tensor)
-    whole = stored is None or stored.stacked is not None
-    return times(tuple(tensor.shape) if whole else stored.shape)
+    if stored is None or stored.stacked is not None:
+        return times(tuple(tensor.shape))
+    return times(stored.shape)
 
 
 def node_kind(node: fx.Node) -> Kind:
