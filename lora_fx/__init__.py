@@ -81,7 +81,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
-    from lora_fx.formats import register_format
+    from lora_fx.formats import keep_quantized, register_format
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
     from lora_fx.passes.patterns import register_pattern
@@ -128,6 +128,7 @@ __all__ = [
     "hotswap_adapter",
     "initialize",
     "inspect_adapter",
+    "keep_quantized",
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
@@ -179,7 +180,7 @@ _HOMES = {
         OutputPathError ParityError PartialMatchError ProcessError ProviderError QuantizationError
     """,
     "lora_fx.formats": """
-        register_format
+        keep_quantized register_format
     """,
     "lora_fx.kinds": """
         register_adapter_kind

@@ -31,6 +31,8 @@ from lora_fx.formats.base import (
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
+from lora_fx.formats.loading import keep_quantized
+from lora_fx.formats.mxfp4 import MXFP4Format
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.formats.stacks import (
     StackedTensor,
@@ -85,6 +87,7 @@ __all__ = [
     "import_library",
     "is_format_hook",
     "is_grouped_product",
+    "keep_quantized",
     "operator_named",
     "pickle_by_class",
     "quantization_of",
@@ -105,4 +108,5 @@ register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())
 register_format(FineGrainedFP8Format())
 register_format(CompressedTensorsFormat())
+register_format(MXFP4Format())
 register_format(StackFormat())

@@ -178,6 +178,13 @@ class LibraryLayers:
         """Return True if a class is one of the library's layers."""
         return False
 
+    def quantizers(self) -> Mapping[str, type]:
+        """Return quantizers of transformers that load weights as they are stored, by ``quant_method``.
+
+        They replace those that dequantize on some devices; see :func:`lora_fx.keep_quantized`.
+        """
+        return {}
+
     def forward(self, cls: type[nn.Module]) -> Callable[..., Any] | None:
         """Return a function to trace instead of a layer's ``forward``; None to trace the layer's own.
 

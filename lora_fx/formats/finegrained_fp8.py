@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, quantization_of
-from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
+from lora_fx.formats.packed import (
+    PackedFormat,
+    PackedLayers,
+    PackedTensor,
+    Parts,
+    dtype_of_plain,
+)
+from lora_fx.formats.stacks import StackedTensor, Stacking, become_experts, dense_twins
 from lora_fx.formats.weights import quantized_linear
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
@@ -82,13 +89,56 @@ class _Layers(PackedLayers):
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return Parts(present, weight.shape, options)
 
+    def adopt(self, model: nn.Module) -> None:
+        """See :class:`PackedLayers`. ``FP8Experts`` become the experts of the dense model, with stacks."""
+        super().adopt(model)
+        dtype = dtype_of_plain(model)
+        for layer, plain in dense_twins(model, self._is_experts):
+            stacks = {name: self._stack(layer, name, dtype) for name in plain._parameters}
+            if None not in stacks.values():
+                become_experts(layer, plain, stacks)
+
+    def _is_experts(self, layer: nn.Module) -> bool:
+        return type(layer) is getattr(sys.modules.get(_MODULE), "FP8Experts", None)
+
+    def _stack(self, layer: nn.Module, name: str, dtype: torch.dtype) -> nn.Parameter | None:
+        """Return the weight of all experts of a layer, or None if it is not in FP8."""
+        codes, scales = (layer._parameters.get(f"{name}{end}") for end in ("", "_scale_inv"))
+        if codes is None or scales is None or codes.dtype != _CODES:
+            return None
+        _, rows, columns = codes.shape
+        block: Any = layer.block_size or (rows, columns)
+        if scales.shape[1] != -(-rows // block[0]):  # gate and up have scales of their own
+            block = (rows // scales.shape[1], block[1])
+        matrix = ((rows, columns), dtype, tuple(block))
+        keys = ("weight", "weight_scale_inv")
+        options = Stacking("FP8BlockTensor", (FP8BlockTensor, matrix), keys, turned=False)
+        tensors = {name: codes.detach(), f"{name}_scale_inv": scales.detach()}
+        return nn.Parameter(StackedTensor(Parts(tensors, codes.shape, options), dtype), False)
+
+    def quantizers(self) -> dict[str, type]:
+        """See :class:`LibraryLayers`."""
+        from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+        class Quantizer(FineGrainedFP8HfQuantizer):  # type: ignore[misc]
+            """Keeps FP8 on any device."""
+
+            def validate_environment(self, *_: Any, **__: Any) -> None:
+                pass
+
+            def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+                self.__class__ = FineGrainedFP8HfQuantizer  # which can be pickled
+                return self._process_model_after_weight_loading(model, **options)
+
+        return {"fp8": Quantizer}
+
     def unfinished(self, layer: nn.Module, named: str) -> str | None:
         """See :class:`LibraryLayers`."""
         if self._is_linear(type(layer)):
             return None
         return (
-            f"it is stored in FP8 ({named}), of which only FP8Linear can have an adapter: load the model "
-            "with FineGrainedFP8Config(dequantize=True)"
+            f"it is stored in FP8 ({named}), of which only FP8Linear and the experts of a transformers model "
+            "can have an adapter: load the model with FineGrainedFP8Config(dequantize=True)"
         )
 
 

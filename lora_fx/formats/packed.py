@@ -29,7 +29,7 @@ from lora_fx.formats.weights import (
     quantized_linear,
 )
 
-__all__ = ["PackedFormat", "PackedLayers", "PackedTensor", "Parts"]
+__all__ = ["PackedFormat", "PackedLayers", "PackedTensor", "Parts", "dtype_of_plain"]
 
 _aten = torch.ops.aten
 
@@ -215,7 +215,7 @@ class PackedLayers(LibraryLayers, abc.ABC):
             if parts is None:
                 continue
             if dtype is None:
-                dtype = _dtype_of_plain(model)
+                dtype = dtype_of_plain(model)
             for name in parts.tensors:
                 layer._parameters.pop(name, None)
                 layer._buffers.pop(name, None)
@@ -225,7 +225,7 @@ class PackedLayers(LibraryLayers, abc.ABC):
             follow_state(layer, "weight", layer=True)
 
 
-def _dtype_of_plain(model: nn.Module) -> torch.dtype:
+def dtype_of_plain(model: nn.Module) -> torch.dtype:
     """Return the dtype of most values outside of quantized weights; bfloat16 for a model without any."""
     counts = dict.fromkeys(FLOATS, 0)
     for parameter in model.parameters():

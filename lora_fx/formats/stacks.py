@@ -8,8 +8,10 @@ after the other. Nothing decoded is kept for the backward pass.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 from lora_fx import torch_private
 from lora_fx.formats.base import Storage, WeightFormat, format_of, format_of_class, held, stored
 from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts
-from lora_fx.formats.weights import dense
+from lora_fx.formats.weights import dense, follow_state
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
 __all__ = [
     "StackFormat",
     "StackedTensor",
     "Stacking",
+    "become_experts",
+    "dense_twins",
+    "follow_stacks",
     "grouped_product",
     "is_grouped_product",
     "stack_matrices",
@@ -231,6 +236,66 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _multiply.register_autograd(_backward, setup_context=_remember)
+
+
+def follow_stacks(model: nn.Module) -> None:
+    """Let each module of a model save and load its stacks under the names of their parts."""
+    for module in model.modules():
+        parameters: Mapping[str, Any] = module._parameters
+        for name, parameter in parameters.items():
+            if isinstance(parameter, StackedTensor):
+                follow_state(module, name, layer=True)
+
+
+# --- layers of experts that a library has replaced ----------------------------------------------------
+
+
+def dense_twins(
+    model: nn.Module, is_experts: Callable[[nn.Module], bool]
+) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield a library's layers of experts, each with that of the dense model, on the meta device.
+
+    Args:
+        model: A model of transformers, or a module that has one.
+        is_experts: Returns True for a layer of the library.
+    """
+    library: Any = sys.modules.get("transformers")
+    done: set[nn.Module] = set()
+    for owner in model.modules() if library is not None else ():
+        if not isinstance(owner, library.PreTrainedModel):
+            continue
+        named = [(n, m) for n, m in owner.named_modules() if is_experts(m) and m not in done]
+        if not named:
+            continue
+        with torch.device("meta"):
+            twin = type(owner)(copy.deepcopy(owner.config))
+        for name, layer in named:
+            done.add(layer)
+            yield layer, twin.get_submodule(name)
+
+
+def become_experts(
+    layer: nn.Module, plain: nn.Module, stacks: Mapping[str, nn.Parameter | None]
+) -> None:
+    """Turn a library's layer of experts into that of the dense model, with stacks as its weights.
+
+    Args:
+        layer: The layer, of a copy. It stays the same object, with its hooks.
+        plain: The layer of the dense model; it is used up.
+        stacks: The new parameters.
+    """
+    kept: dict[str, Any] = {
+        key: layer.__dict__[key] for key in ("config", "training") if key in layer.__dict__
+    }
+    hooks: dict[str, Any] = {
+        key: value for key, value in layer.__dict__.items() if key.endswith("_hooks")
+    }
+    layer.__dict__.clear()
+    layer.__dict__.update({**plain.__dict__, **hooks, **kept})
+    layer.__class__ = type(plain)
+    for name, stack in stacks.items():
+        layer.register_parameter(name, stack)
+        follow_state(layer, name, layer=True)
 
 
 # --- the format --------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_an_onnx_file_has_the_values(form: Any, tmp_path: Path) -> None:
 # --- refusals ----------------------------------------------------------------------------------------
 
 
-def test_experts_are_refused_by_name() -> None:
+def test_experts_in_four_bits_are_refused_by_name() -> None:
     config = Qwen3MoeConfig(
         hidden_size=128,
         intermediate_size=128,
@@ -276,14 +276,14 @@ def test_experts_are_refused_by_name() -> None:
         num_experts=4,
     )
     model = Qwen3MoeForCausalLM(config)
-    replace_with_fp8_linear(model, ["lm_head", "gate"], FineGrainedFP8Config())
+    replace_with_fp8_linear(model, ["lm_head", "gate"], FineGrainedFP8Config(expert_dtype="fp4"))
     model.to_empty(device="cpu")
     plan = lora_fx.plan(model, lora_fx.LoraConfig(r=4, target_modules=["q_proj", "gate"]))
     assert {row.site.name.rpartition(".")[2] for row in plan.sites} == {"q_proj", "gate"}
     refused = {one.name.rpartition(".")[2]: one.reason for one in plan.rejections}
     assert set(refused) == {"gate_up_proj", "down_proj"}
     assert all("FineGrainedFP8Config(dequantize=True)" in text for text in refused.values())
-    with pytest.raises(lora_fx.NoMatchError, match="only FP8Linear can have an adapter"):
+    with pytest.raises(lora_fx.NoMatchError, match="only FP8Linear and the experts"):
         lora_fx.rewrite(model, lora_fx.LoraConfig(r=4, target_parameters=["gate_up_proj"]))
 
 
