@@ -56,7 +56,7 @@ def _quantizer() -> type:
         def convert(
             self, input_dict: Any, model: Any = None, full_layer_name: str = "", **_: Any
         ) -> Any:
-            owner, _, name = full_layer_name.rpartition(".")
+            owner, name = full_layer_name.rsplit(".", 1)
             dense = getattr(model.get_submodule(owner), name)
             blocks, scales = (input_dict[f"{name}_{key}"] for key in _KEYS)
             if isinstance(blocks, list):
