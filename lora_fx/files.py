@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -264,24 +264,18 @@ class WeightFiles:
         names: dict[int, list[str]] = {}
         for name, tensor in wanted.items():
             names.setdefault(id(tensor), []).append(name)
+        in_files = {*self.names}
         stored = {
-            name: next((alias for alias in names[id(tensor)] if alias in self._shapes), None)
+            name: next((alias for alias in names[id(tensor)] if alias in in_files), None)
             for name, tensor in wanted.items()
         }
         missing = [name for name, key in stored.items() if key is None]
         known = wanted.keys() | {name for name, _ in model.named_buffers()}
-        unexpected = sorted(self._shapes.keys() - known)
+        unexpected = sorted(in_files - known)
         other = [
-            f"{name} is {self._shapes[key]} there and {tuple(wanted[name].shape)} in the model"
+            f"{name} {objection}"
             for name, key in stored.items()
-            if key is not None and self._shapes[key] != tuple(wanted[name].shape)
-        ]
-        other += [
-            f"{name} is of whole numbers there, {self._dtypes[key]}, and {wanted[name].dtype} in the model"
-            for name, key in stored.items()
-            if key is not None and wanted[name].is_floating_point()
-            # The names in safetensors for integers of all widths and for booleans.
-            if self._dtypes[key].startswith(("I", "U", "BOOL"))
+            if key is not None and (objection := self._objection(key, wanted[name])) is not None
         ]
         if missing or unexpected or other:
             words = [
@@ -302,9 +296,20 @@ class WeightFiles:
         def read(name: str) -> torch.Tensor:
             key = stored[name]
             assert key is not None
-            return self._read(key).to(wanted[name].dtype)
+            values = self._read(key)
+            if values.shape != wanted[name].shape:
+                raise CheckpointError(
+                    f"{name} is {tuple(values.shape)} in {self.path} and {tuple(wanted[name].shape)} in the "
+                    "model: make the model with the configuration that the weights were saved with"
+                )
+            return values.to(wanted[name].dtype)
 
         return read
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Return the names of the tensors."""
+        return self._files.keys()
 
     def tensor(self, *names: str) -> torch.Tensor | None:
         """Return the stored tensor of the first of these names that exists, or None.
@@ -312,7 +317,18 @@ class WeightFiles:
         Raises:
             CheckpointError: If the tensor cannot be read.
         """
-        return next((self._read(name) for name in names if name in self._files), None)
+        return next((self._read(name) for name in names if name in self.names), None)
+
+    def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
+        """Return why a stored tensor cannot be a tensor of the model, or None if it can."""
+        if self._shapes[key] != tuple(wanted.shape):
+            return f"is {self._shapes[key]} there and {tuple(wanted.shape)} in the model"
+        # The names in safetensors for integers of all widths and for booleans.
+        if wanted.is_floating_point() and self._dtypes[key].startswith(("I", "U", "BOOL")):
+            return (
+                f"is of whole numbers there, {self._dtypes[key]}, and {wanted.dtype} in the model"
+            )
+        return None
 
     def _read(self, key: str) -> torch.Tensor:
         try:

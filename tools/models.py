@@ -1,7 +1,8 @@
 """Loading of models by name, for the command line, which takes a name instead of a module.
 
 ``package.module:callable`` is called without arguments and returns a model, or a model and its
-example inputs. ``hf:FOLDER`` is a local folder of transformers. ``timm:NAME`` and
+example inputs. ``hf:FOLDER`` is a local folder of transformers, and ``hf:FOLDER/NAME.gguf`` a GGUF file of
+llama.cpp, whose weights are dequantized. ``timm:NAME`` and
 ``torchvision:NAME`` are untrained models of those libraries. Nothing is downloaded.
 
 Names are checked without importing PyTorch, so that a wrong one is reported at once.
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError, ConfigError, hint, some
 from lora_fx.extras import install_command, is_installed, load_optional
+from lora_fx.gguf_files import check_gguf, check_rope, is_gguf, open_gguf, weight_files
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +53,8 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
     """Load the architecture that ``config.json`` names, or else AutoModel's.
 
     Args:
-        folder: Folder with ``config.json``, and weights.
+        folder: Folder with ``config.json``, and weights. Or a GGUF file, whose configuration is in the file
+            unless there is a ``config.json`` next to it.
         weights: False to build the model on the meta device, if names and shapes suffice. Otherwise a
             folder without weights gives an untrained model.
         adapter: Folder of an adapter, to load the class that it was trained on instead.
@@ -66,10 +69,10 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
     import torch
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config, source = _configuration(transformers, folder)
         architecture = _architecture_of(adapter, transformers, config)
         if architecture is None:
-            architecture, adapter = _architecture(transformers, config), None
+            architecture, adapter = _architecture(transformers, config, folder), None
         stored, labels = ({}, {}) if adapter is None else _shapes_and_labels(adapter)
         if adapter is not None:
             _set_labels(config, architecture, stored, labels, adapter)
@@ -78,16 +81,21 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
                 empty = _build(architecture, config)
             _mark_loaded(empty, folder)
             return empty
-        if any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
+        if is_gguf(folder) or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
             model: nn.Module
             model, loading = architecture.from_pretrained(
-                folder, config=config, local_files_only=True, output_loading_info=True
+                **source, config=config, output_loading_info=True
             )
             lost = sorted(set(loading["missing_keys"]) - stored.keys())
             if lost and adapter is not None:
                 raise CheckpointError(
                     f"the adapter {adapter} was trained on {type(model).__name__}, and neither its folder "
                     f"nor {folder} contains {some(lost, 3)}: give the folder of the model that was trained"
+                )
+            if lost and is_gguf(folder):
+                raise CheckpointError(
+                    f"{folder} has no {some(lost, 3)} of {type(model).__name__}: if there is a config.json "
+                    "next to it, it has to be that of the model that was converted to GGUF"
                 )
             return model
         torch.manual_seed(0)
@@ -101,8 +109,27 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
         ) from error
 
 
+def _configuration(transformers: Any, path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the configuration of a model, and the arguments with which ``from_pretrained`` loads it."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "local_files_only": True}
+    if not is_gguf(path):
+        return transformers.AutoConfig.from_pretrained(**source), source
+    source["pretrained_model_name_or_path"] = path.parent
+    own = {} if (path.parent / "config.json").is_file() else {"gguf_file": path.name}
+    config = transformers.AutoConfig.from_pretrained(**source, **own)
+    check_rope(path, open_gguf(path), config)
+    source["gguf_file"] = path.name
+    if hasattr(transformers, "GgufConfig"):
+        # On a GPU, transformers would keep the blocks of some models, and lora-fx does not train over them.
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return config, source
+
+
 def _check_folder(folder: Path) -> None:
-    """Raise unless a folder has the configuration of a model."""
+    """Raise unless a path is a folder with the configuration of a model, or a GGUF file."""
+    if is_gguf(folder):
+        check_gguf(folder)
+        return
     if not folder.is_dir():
         nearest = _nearest_folder(folder)
         raise ConfigError(
@@ -114,7 +141,9 @@ def _check_folder(folder: Path) -> None:
             "model that was adapted. The model comes first, then the adapter"
         )
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"hf:{folder}: there is no config.json in it: give the folder of a model")
+        files = sorted(f"hf:{path}" for path in folder.glob("*.gguf"))
+        remedy = f"give a file: {some(files, 3)}" if files else "give the folder of a model"
+        raise ConfigError(f"hf:{folder}: there is no config.json in it: {remedy}")
 
 
 def _download_command(name: str) -> str:
@@ -214,9 +243,11 @@ def _set_labels(
         )
 
 
-def _architecture(transformers: Any, config: Any) -> Any:
+def _architecture(transformers: Any, config: Any, path: Path) -> Any:
     named = (getattr(transformers, name, None) for name in config.architectures or ())
-    return next(filter(None, named), transformers.AutoModel)
+    # A GGUF file names no class of transformers. llama.cpp's models generate text.
+    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING if is_gguf(path) else {}
+    return next(filter(None, named), None) or classes.get(type(config), transformers.AutoModel)
 
 
 def _build(architecture: Any, config: Any) -> nn.Module:
@@ -233,6 +264,12 @@ def _mark_loaded(model: Any, folder: Path) -> None:
     """
     from safetensors import safe_open
 
+    if is_gguf(folder):
+        names = {*weight_files(folder, model).names}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in names:
+                parameter._is_hf_initialized = True
+        return
     shapes: dict[str, list[int]] = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="pt") as opened:
@@ -254,7 +291,7 @@ def _nearest_folder(folder: Path) -> str:
     return hint(folder.name, siblings, f"; nearest: {above}{{}}", between=f", {above}")
 
 
-FORMS = "package.module:callable, hf:FOLDER, timm:NAME or torchvision:NAME"
+FORMS = "package.module:callable, hf:FOLDER, hf:FOLDER/NAME.gguf, timm:NAME or torchvision:NAME"
 """Forms of a model's name."""
 
 
@@ -267,12 +304,15 @@ class LoadedModel:
         model: The model in evaluation mode.
         example_inputs: Keyword or positional arguments of a call; None if they are unknown.
         folder: Folder from which a model of transformers was loaded.
+        weights: Folder with safetensors or GGUF file from which :func:`lora_fx.quantize` can read its weights
+            one at a time.
     """
 
     name: str
     model: nn.Module
     example_inputs: Any = None
     folder: Path | None = None
+    weights: Path | None = None
 
     def inputs(self) -> Any:
         """Return the example inputs.
@@ -293,6 +333,7 @@ def check_model_name(name: str) -> None:
 
     Raises:
         ConfigError: If the name has no known form, the folder is missing, or a library is not installed.
+        CheckpointError: If it names a GGUF file that is missing or no GGUF file, or gguf is not installed.
     """
     scheme, colon, target = name.partition(":")
     path = Path(name).expanduser()
@@ -304,6 +345,8 @@ def check_model_name(name: str) -> None:
             )
         if path.is_dir():
             raise ConfigError(f"{name} is a folder: for a model of transformers, write hf:{name}")
+        if is_gguf(path) and path.is_file():
+            raise ConfigError(f"{name} is a GGUF file: write hf:{name}")
         unlike = path.suffix.lower() in _FILES or ":" in name
         raise ConfigError(
             f"{name!r} names no model: use {FORMS}{'' if unlike else _download_command(name)}"
@@ -475,9 +518,13 @@ def _from_torchvision(
 def _from_folder(name: str, folder: str, weights: bool, adapter: Path | None) -> LoadedModel:
     from lora_fx.passes.capture import synthesise
 
-    model = load_folder(Path(folder).expanduser(), weights=weights, adapter=adapter)
+    path = Path(folder).expanduser()
+    model = load_folder(path, weights=weights, adapter=adapter)
     inputs = synthesise(model).inputs
-    return LoadedModel(name, model.eval(), inputs, Path(folder).expanduser())
+    file = is_gguf(path)
+    readable = file or any(True for _ in path.glob("*.safetensors"))
+    parent = path.parent if file else path
+    return LoadedModel(name, model.eval(), inputs, parent, path if readable else None)
 
 
 def _made(name: str, build: Callable[[], Any]) -> Any:

@@ -14,7 +14,6 @@ from torch import nn
 
 from lora_fx.adapters.manage import adapter_record, the_adapter
 from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
-from lora_fx.files import WeightFiles
 from lora_fx.formats import (
     FormatName,
     PackedTensor,
@@ -24,12 +23,14 @@ from lora_fx.formats import (
     quantized_linear,
     storage,
 )
+from lora_fx.gguf_files import weight_files
 from lora_fx.ir import AdapterRecord, Capture, ModelT, PlannedSite, Region, Site, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.capture import holds_quantized
 from lora_fx.passes.graph import check_model, install, share_copy
 from lora_fx.passes.insert import pissa, site_generator, slot_start
+from lora_fx.passes.merge import forget_loader
 from lora_fx.passes.parameters import (
     as_factors,
     as_matrices,
@@ -233,8 +234,9 @@ def quantize(
             dtype of its input.
         device: Where to store the weights; by default on the model's device, or on the CPU if they are read
             from files.
-        weights: A folder with ``model.safetensors``, or its shards and their index, or one such file. The
-            model is on the meta device then. All values are read from the files, in the dtypes of the model.
+        weights: A folder with ``model.safetensors``, or its shards and their index, or one such file, or a
+            GGUF file. The model is on the meta device then. All values are read from the files, in the
+            dtypes of the model.
         progress: True to show a progress bar (if tqdm is installed), or a function. It is called with (done,
             total, name) before each weight, and once at the end.
 
@@ -260,12 +262,13 @@ def quantize(
     how = storage(format, block_size=block_size, double=double, compute_dtype=compute_dtype)
     target = _target(model, device, how, files=weights is not None)
     capture = _captured(model)
+    forget_loader(capture.model)
     plan = make_plan(capture, find_operations(capture), how, exclude)
     for name, reason in plan.left:
         _log.info("not quantized: %s: %s", name, reason)
     read: Values | None = None
     if weights is not None:
-        read = WeightFiles(Path(weights)).reader(capture.model)
+        read = weight_files(Path(weights), capture.model).reader(capture.model)
         stored = frozenset(planned.site.weight for planned in plan)
         capture = run_passes(capture, [Materialize(stored, read, target)])
     with show_progress(progress, "weight") as tell:
@@ -414,7 +417,7 @@ def replace_lora_weights_loftq(
         )
     if iterations is not None and iterations < 1:
         raise ConfigError(f"iterations={iterations}: it is at least 1, or None")
-    weights = Originals(original, getattr(model, "base_model_prefix", ""))
+    weights = Originals(original, model)
     done: list[CompensatedSite] = []
     waiting: list[tuple[PlannedSite, dict[str, torch.Tensor]]] = []
     with show_progress(progress, "layer") as tell:
@@ -441,14 +444,17 @@ class Originals:
 
     Args:
         original: The model or its files, as in :func:`replace_lora_weights_loftq`.
-        prefix: The prefix of the names in a model that has a head.
+        model: The quantized model. Its prefix is that of the names in a model that has a head.
     """
 
-    def __init__(self, original: nn.Module | str | os.PathLike[str], prefix: Any) -> None:
+    def __init__(self, original: nn.Module | str | os.PathLike[str], model: nn.Module) -> None:
+        prefix = getattr(model, "base_model_prefix", "")
         self.prefix = prefix if isinstance(prefix, str) else ""
         self.model = original if isinstance(original, nn.Module) else None
         self.files = (
-            None if isinstance(original, nn.Module) else WeightFiles(Path(os.fspath(original)))
+            None
+            if isinstance(original, nn.Module)
+            else weight_files(Path(os.fspath(original)), model)
         )
 
     def of(self, site: Site) -> torch.Tensor:

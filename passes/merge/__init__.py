@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.passes.merge import merging
-from lora_fx.passes.merge.dense import KEPT_IN_FP32, stripped
+from lora_fx.passes.merge.dense import KEPT_IN_FP32, forget_loader, stripped
 from lora_fx.passes.merge.fold import delta_weight
 from lora_fx.passes.merge.merging import MergeReport, merge
 from lora_fx.passes.merge.rounding import OutputError, rounded, ulp
@@ -13,6 +13,7 @@ __all__ = [
     "MergeReport",
     "OutputError",
     "delta_weight",
+    "forget_loader",
     "merge",
     "merging",
     "rounded",

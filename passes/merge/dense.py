@@ -55,6 +55,7 @@ __all__ = [
     "cast_model",
     "check_dtype",
     "dtype_of_all",
+    "forget_loader",
     "layouts_of",
     "make_dense",
     "make_savable",
@@ -328,6 +329,21 @@ def _reverses(conversion: Any) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def forget_loader(model: nn.Module) -> None:
+    """Remove the marks of a model whose weights transformers has dequantized while it loaded them (GGUF).
+
+    Without this, ``save_pretrained`` refuses the model. Any other model stays as it is.
+
+    Args:
+        model: A model that is used nowhere else.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_serializable():
+        return
+    if all(type(p) is nn.Parameter and p.is_floating_point() for p in model.parameters()):
+        _forget(model)
 
 
 def _forget(model: nn.Module) -> None:

@@ -44,6 +44,7 @@ from lora_fx.passes.merge.dense import (
     cast_model,
     check_dtype,
     dtype_of_all,
+    forget_loader,
     layouts_of,
     make_dense,
     make_savable,
@@ -540,6 +541,8 @@ def merge(
         make_savable(result)
         if common is not None:
             make_dense(result, common, layouts, keep)
+    else:
+        forget_loader(result)
     if common is not None:
         cast_model(result, common, keep, buffers=dtype is not None)
     # Lists, objects and functions of the model may refer to weights, too.

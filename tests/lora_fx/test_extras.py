@@ -14,6 +14,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import (
+    CheckpointError,
     ConfigError,
     ExportError,
     LoraFxError,
@@ -128,6 +129,12 @@ def loads(name: str) -> Callable[[Path], Any]:
     return load
 
 
+def reads_gguf(folder: Path) -> None:
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)).to("meta")
+    lora_fx.quantize(model, "int8", weights=folder / "model.gguf")
+
+
 def reads_yaml(folder: Path) -> None:
     from lora_fx.tools.cli.options import _parse_yaml
 
@@ -200,6 +207,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], type[LoraFxError], str]] = {
         ConfigError,
         "torchvision",
     ),
+    "GGUF": ("gguf", reads_gguf, CheckpointError, r"'lora-fx\[quant\]'"),
     "YAML": ("yaml", reads_yaml, ConfigError, r"'lora-fx\[cli\]'"),
     "--tokenizer": ("transformers", reads_a_tokenizer, ConfigError, HF),
     "demo": ("sklearn", demonstrates, ConfigError, r"'lora-fx\[demo\]'"),

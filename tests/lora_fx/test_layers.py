@@ -33,6 +33,7 @@ LAYERS = (
     "lora_fx.extras",
     "lora_fx.progress",
     "lora_fx.files",
+    "lora_fx.gguf_files",
     "lora_fx.config",
     "lora_fx.ir",
     "lora_fx.formats",
@@ -109,6 +110,7 @@ CONFINED = {
 }
 LOADED_WHEN_NEEDED = (
     "bitsandbytes",
+    "gguf",
     "onnx",
     "onnx_ir",
     "onnxruntime",

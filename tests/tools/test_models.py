@@ -282,3 +282,61 @@ def test_a_part_that_neither_folder_has_is_refused(tmp_path: Path) -> None:
 def test_every_form_is_documented() -> None:
     for scheme in models._LOADERS:
         assert f"{scheme}:" in models.FORMS
+
+
+# --- GGUF files ---------------------------------------------------------------------------------------
+
+
+def gguf_file(folder: Path, **options: Any) -> Path:
+    """A Llama with random weights in a GGUF file."""
+    pytest.importorskip("gguf")
+    from tests.gguf_files import KINDS, write_gguf
+    from tests.lora_fx.test_gguf import llama
+
+    return write_gguf(folder / "llama.gguf", llama(), "llama", KINDS[2], **options)
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path)
+    loaded: Any = load_model(f"hf:{path}")
+    assert type(loaded.model).__name__ == "LlamaForCausalLM"
+    assert (loaded.folder, loaded.weights) == (tmp_path, path)
+    loaded.model.save_pretrained(tmp_path / "saved")
+    empty = load_model(f"hf:{path}", weights=False)
+    assert all(p.is_meta and p._is_hf_initialized for p in empty.model.parameters())
+    assert empty.weights is not None
+    base = lora_fx.quantize(empty.model, "int8", weights=empty.weights)
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"):
+        assert torch.equal(base.get_parameter(name), loaded.model.get_parameter(name))
+
+
+def test_a_config_next_to_a_gguf_file_is_taken(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    from tests.lora_fx.test_gguf import llama, qwen3, scaled
+
+    path = gguf_file(tmp_path, also=scaled)
+    with pytest.raises(CheckpointError, match="scales rotary positions"):
+        load_model(f"hf:{path}")
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    llama(rope_parameters=rope).config.save_pretrained(tmp_path)
+    loaded: Any = load_model(f"hf:{path}")
+    assert loaded.model.config.rope_parameters["factor"] == 2.0
+    qwen3(rope_parameters=rope).config.save_pretrained(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"has no .*norm\.weight of Qwen3.*config.json next to it"
+    ):
+        load_model(f"hf:{path}")
+
+
+def test_names_of_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = gguf_file(tmp_path)
+    for name, words in (
+        (str(path), f"is a GGUF file: write hf:{path}"),
+        (f"hf:{tmp_path}", f"no config.json in it: give a file: hf:{path}"),
+        (f"hf:{tmp_path / 'no.gguf'}", "no.gguf cannot be read"),
+    ):
+        with pytest.raises(lora_fx.LoraFxError, match=words):
+            models.check_model_name(name)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(CheckpointError, match=r"needs gguf: pip install 'lora-fx\[quant\]'"):
+        models.check_model_name(f"hf:{path}")

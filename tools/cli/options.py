@@ -379,13 +379,11 @@ class Storing(Options):
             )
         if name.startswith("hf:"):
             empty = load(name, weights=False)
-            folder = empty.folder
-            files = folder is not None and any(True for _ in folder.glob("*.safetensors"))
             try:
-                if files:
+                if empty.weights is not None:
                     with console.progress("quantizing") as tell:
                         quantized = quantize(
-                            empty.model, self.quantize, weights=folder, progress=tell
+                            empty.model, self.quantize, weights=empty.weights, progress=tell
                         )
                     return dataclasses.replace(empty, model=quantized)
             except CheckpointError as error:

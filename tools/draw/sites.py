@@ -108,7 +108,7 @@ def with_losses(
                 f"the start {start!r} of adapter {name!r} has changed the base, so that its difference to "
                 "the original is not what quantizing has lost: leave original out"
             )
-    weights = Originals(original, getattr(model, "base_model_prefix", ""))
+    weights = Originals(original, model)
     sites = [row.site for adapter in adapters.values() for row in adapter.sites]
     lost: dict[str, float] = {}
     for site in (*sites, *(() if matches is None else matches.sites)):
