@@ -112,6 +112,10 @@ pictures: $(VENV)/.dev ## Draw the pictures of docs/guides/visualizing.md (needs
 zoo: $(VENV)/.zoo ## Run the whole job on many models and write docs/zoo.md (ARGS='--only swin')
 	$(BIN)/lora-fx zoo $(ARGS)
 
+.PHONY: formats
+formats: $(VENV)/.dev ## Train, merge, save and export over every format of weights; write the table in docs/guides/quantized.md
+	$(BIN)/python -m tests.formats --write $(ARGS)
+
 .PHONY: docs
 docs: $(VENV)/.docs layout ## Build the site of the documentation into out/site/; any warning is an error
 	$(BIN)/python docs/site/api.py --check
