@@ -176,9 +176,7 @@ class GgufFile(WeightFiles):
             return self._convert(key, self._sources[key])
         except (OSError, NotImplementedError, ValueError, KeyError) as error:
             names = ", ".join(self._sources[key])
-            raise CheckpointError(
-                f"{names} cannot be read from {self.path} ({error or type(error).__name__})"
-            ) from error
+            raise CheckpointError(f"{names} cannot be read from {self.path} ({error!r})") from error
 
 
 _Converter = tuple[Mapping[str, str], Callable[[str, Sequence[str]], "torch.Tensor"]]
@@ -194,7 +192,8 @@ def _by_processor(path: Path, reader: Any, architecture: str, model: nn.Module) 
 
     settings = legacy.load_gguf_checkpoint(path)["config"]
     processor = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)(config=settings)
-    names = legacy.get_gguf_hf_weights_map(model, processor)
+    # The name of the file's architecture is gguf's. A Mistral, for example, is a "llama" there.
+    names = legacy.get_gguf_hf_weights_map(model, processor, architecture)
     # A memory map would count as memory of this process, so each read opens the file.
     stored = {
         tensor.name: (

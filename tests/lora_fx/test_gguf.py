@@ -22,6 +22,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -170,6 +172,16 @@ def test_weights_that_are_read_one_at_a_time(name: str, tmp_path: Path) -> None:
             assert_same_bits(values_of(result.get_parameter(key)), values_of(parameter))
         with torch.no_grad():
             assert_same_bits(result(IDS).logits, expected(IDS).logits)
+
+
+def test_a_model_that_llama_cpp_calls_by_another_name(file: Path) -> None:
+    # transformers itself does not find the names of a Mistral.
+    mistral = lambda: MistralForCausalLM(MistralConfig(**SIZES))  # noqa: E731
+    result = lora_fx.quantize(empty(mistral), "int8", weights=file)
+    expected = lora_fx.quantize(empty(llama), "int8", weights=file)
+    assert type(result) is MistralForCausalLM
+    for key, parameter in expected.named_parameters():
+        assert_same_bits(values_of(result.get_parameter(key)), values_of(parameter))
 
 
 def test_it_is_trained_merged_saved_and_exported(file: Path, tmp_path: Path) -> None:
