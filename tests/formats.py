@@ -480,29 +480,48 @@ def adapt_experts(variant: Variant) -> str:
 
 
 def row_of(row: Format) -> str:
-    """The row of a format, in Markdown. Cells that differ between its models have their names."""
+    """The row of a format, in Markdown, and a line for each reason of a refusal.
+
+    Cells that differ between the models of the row have their names.
+    """
     found = {name: cells_of(variant) for name, variant in row.variants.items()}
-    texts = [row.name, row.library.replace("_", "-")]
-    for column in range(len(COLUMNS) - 2):
+    texts, reasons = [row.name, row.library.replace("_", "-")], []
+    for number, column in enumerate(COLUMNS[2:]):
         groups: dict[str, list[str]] = {}
         for name, cells in found.items():
-            groups.setdefault(cells[column], []).append(name)
-        texts.append(
-            next(iter(groups))
-            if len(groups) == 1
-            else "; ".join(f"{text} ({', '.join(names)})" for text, names in groups.items())
-        )
-    return f"| {' | '.join(texts)} |"
+            text, _, reason = cells[number].partition(": ")
+            groups.setdefault(text, []).append(name)
+            if reason:
+                reasons.append(f"- {row.name}, {column}: {reason}.")
+        shown = [f"{text} ({', '.join(names)})" for text, names in groups.items()]
+        texts.append(next(iter(groups)) if len(groups) == 1 else "; ".join(shown))
+    return "\n".join([f"| {' | '.join(texts)} |", *dict.fromkeys(reasons)])
 
 
 _TABLE = re.compile(r"(<!-- formats -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rows_of_page() -> dict[str, str]:
-    """The rows of the page, by the first column."""
+    """The rows of the page with their reasons, by the first column."""
     table = _TABLE.search(PAGE.read_text(encoding="utf-8"))
     assert table is not None
-    return {line.split(" | ")[0].removeprefix("| "): line for line in table[0].splitlines()[3:-1]}
+    lines = table[0].splitlines()
+    rows = {line.split(" | ")[0][2:]: line for line in lines if line.startswith("| ")}
+    del rows[COLUMNS[0]]
+    starts = {name: tuple(f"- {name}, {column}: " for column in COLUMNS) for name in rows}
+    return {
+        name: "\n".join([row, *(line for line in lines if line.startswith(starts[name]))])
+        for name, row in rows.items()
+    }
+
+
+def table_of(rows: list[str]) -> str:
+    """The table of these rows, followed by the reasons of refusals."""
+    lines = [line for row in rows for line in row.splitlines()]
+    reasons = [line for line in lines if line.startswith("- ")]
+    head = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    body = [line for line in lines if line not in reasons]
+    return "\n".join([*head, *body, *(["", "Refused:", "", *reasons] if reasons else [])]) + "\n"
 
 
 def main() -> None:
@@ -512,8 +531,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.relative_to(ROOT)}")
     options = parser.parse_args()
     quiet_transformers()
-    before = rows_of_page()
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    before, rows = rows_of_page(), []
     for row in FORMATS:
         chosen = not options.names or any(part in row.name for part in options.names)
         if chosen and not is_installed(row.library):
@@ -522,10 +540,10 @@ def main() -> None:
             )
         if chosen and is_installed(row.library):
             sys.stderr.write(f"{row.name}\n")  # a row takes half a minute
-            lines.append(row_of(row))
+            rows.append(row_of(row))
         elif row.name in before:
-            lines.append(before[row.name])
-    table = "\n".join(lines) + "\n"
+            rows.append(before[row.name])
+    table = table_of(rows)
     if not options.write:
         sys.stdout.write(table)
         return
