@@ -367,8 +367,10 @@ def _listed(path: Path) -> dict[Path, list[str]]:
         return {files[0]: []}
     if not indices:
         summary = f"{len(files)} files and no index" if files else "none"
+        gguf_files = sorted(str(file) for file in path.glob("*.gguf"))
+        remedy = f". For GGUF, give the file: {some(gguf_files, 3)}" if gguf_files else ""
         raise CheckpointError(
-            f"{path} has to hold model.safetensors, or shards with an index; found {summary}"
+            f"{path} has to hold model.safetensors, or shards with an index; found {summary}{remedy}"
         )
     index = preferred[0] if preferred else indices[0]
     try:

@@ -272,6 +272,7 @@ def refused(path: Path, words: str, make: Callable[[], Any] = llama) -> None:
 
 def test_files_that_are_damaged_or_no_gguf_files(file: Path, tmp_path: Path) -> None:
     refused(tmp_path / "nothing.gguf", r"nothing\.gguf cannot be read .*give an existing file")
+    refused(tmp_path, rf"found none\. For GGUF, give the file: .*{file.name}")
     other = tmp_path / "other.gguf"
     other.write_bytes(b"PK\x03\x04" + bytes(64))
     refused(other, r"other\.gguf is no GGUF file")

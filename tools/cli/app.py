@@ -66,8 +66,8 @@ app = typer.Typer(
     cls=Commands,
     help="LoRA for any PyTorch model: look at a model, adapt it, merge, export to ONNX, run.\n\n"
     "A MODEL is named package.module:callable (called without arguments), hf:FOLDER (a local "
-    "folder of transformers), timm:NAME or torchvision:NAME (both untrained). Nothing is "
-    "downloaded, and only pictures are overwritten without --force.",
+    "folder of transformers, or a .gguf file), timm:NAME or torchvision:NAME (both untrained). "
+    "Nothing is downloaded, and only pictures are overwritten without --force.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
