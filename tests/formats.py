@@ -29,7 +29,7 @@ from lora_fx.extras import is_installed
 from lora_fx.formats import dense, quantization_of
 from lora_fx.passes.graph import share_copy
 from lora_fx.tools.models import quiet_transformers
-from tests.docs.pages import ROOT, blocks
+from tests.docs.pages import ROOT
 from tests.quantized import IDS, llama
 
 __all__ = ["FORMATS", "PAGE", "Format", "Variant", "row_of", "rows_of_page"]
@@ -53,25 +53,20 @@ class Variant:
     """A model in a format.
 
     Attributes:
-        write: Writes a checkpoint into a folder: of a small Llama with 7 weights to quantize.
+        write: Writes a checkpoint into a folder.
         loaders: What loads a checkpoint with its weights quantized, by the words for the column *load*.
-        guide: A function of the guide that loads what these cannot, and the anchor of its section.
         schemes: The names in ``SCHEMES`` of the tests that are this format.
         experts: Returns a mixture in this format; None if that was not tried.
+        weights: The number of its quantized parameters; 7 for a layer of a Llama.
+        matrices: The number of their matrices.
     """
 
     write: Callable[[Path], None]
     loaders: Mapping[str, Loader]
-    guide: tuple[str, str] | None = None
     schemes: tuple[str, ...] = ()
     experts: Callable[[], Any] | None = None
-
-    def functions(self) -> dict[str, Loader]:
-        """The function of the guide by the words for it."""
-        if self.guide is None:
-            return {}
-        name, anchor = self.guide
-        return {f"[a function](#{anchor})": function_of_guide(name)}
+    weights: int = 7
+    matrices: int = 7
 
 
 @dataclass(frozen=True)
@@ -97,6 +92,17 @@ def from_pretrained(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def keep_quantized(folder: Path) -> Any:
+    with lora_fx.keep_quantized():
+        return from_pretrained(folder)
+
+
+LOADERS: Mapping[str, Loader] = {
+    FROM_PRETRAINED: from_pretrained,
+    "`keep_quantized`": keep_quantized,
+}
 
 
 def made(format_name: str, **options: Any) -> Loader:
@@ -166,20 +172,26 @@ def write_fp8(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def fp8_mixture() -> Any:
-    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+def write_gpt_oss(folder: Path) -> None:
+    from tests.lora_fx.test_kept_checkpoints import gpt_oss as write
 
-    model = mixture()
-    replace_with_fp8_linear(model, ["lm_head", "gate"], fp8_config())
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape).mul(0.1).to(parameter.dtype)
-    return model
+    write(folder)
 
 
-def compressed_tensors(
-    *schemes: str, guide: bool = False, also: tuple[str, ...] = ()
-) -> dict[str, Variant]:
+def kept_mixture(name: str) -> Callable[[], Any]:
+    """A mixture of ``test_kept_checkpoints``."""
+
+    def make() -> Any:
+        from tests.lora_fx.test_kept_checkpoints import FOLDERS
+
+        with tempfile.TemporaryDirectory() as folder:
+            FOLDERS[name](Path(folder))
+            return keep_quantized(Path(folder))
+
+    return make
+
+
+def compressed_tensors(*schemes: str, also: tuple[str, ...] = ()) -> dict[str, Variant]:
     """The variants of schemes of ``test_compressed_tensors``, and other names of theirs."""
 
     def writer(scheme: str) -> Callable[[Path], None]:
@@ -193,8 +205,7 @@ def compressed_tensors(
     return {
         scheme.replace(",", ""): Variant(
             writer(scheme),
-            {FROM_PRETRAINED: from_pretrained},
-            ("load_compressed", "compressed-tensors") if guide else None,
+            LOADERS,
             schemes=(scheme, *also),
         )
         for scheme in schemes
@@ -272,10 +283,18 @@ FORMATS = (
         {
             "FP8": Variant(
                 write_fp8,
-                {FROM_PRETRAINED: from_pretrained},
-                ("load_fp8", "fp8-with-block-scales"),
-                experts=fp8_mixture,
+                LOADERS,
+                experts=kept_mixture("fp8"),
                 schemes=("fp8",),
+            )
+        },
+    ),
+    Format(
+        "MXFP4 of gpt-oss",
+        "transformers",
+        {
+            "MXFP4": Variant(
+                write_gpt_oss, LOADERS, experts=kept_mixture("mxfp4"), weights=2, matrices=8
             )
         },
     ),
@@ -287,7 +306,7 @@ FORMATS = (
     Format(
         "the same, with zero points",
         "compressed_tensors",
-        compressed_tensors("W4A16, zero points", guide=True, also=("int4 compressed-tensors",)),
+        compressed_tensors("W4A16, zero points", also=("int4 compressed-tensors",)),
     ),
     Format(
         "W8A8, FP8 for tensors, rows or blocks, MXFP8",
@@ -303,19 +322,6 @@ def loaded_mixture(make: Callable[[], Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         mixture().save_pretrained(folder)
         return from_pretrained(Path(folder), quantization_config=make())
-
-
-def function_of_guide(name: str) -> Any:
-    """A function that the guide defines, with the imports of the page."""
-    code = [
-        one.text for one in blocks(PAGE.read_text(encoding="utf-8")) if one.language == "python"
-    ]
-    names: dict[str, Any] = {}
-    imports = (line for text in code for line in text.splitlines())
-    exec("\n".join(line for line in imports if re.match(r"(from|import) ", line)), names)
-    (definition,) = (text for text in code if f"def {name}(" in text)
-    exec(definition, names)
-    return names[name]
 
 
 # --- the steps ----------------------------------------------------------------------------------------
@@ -335,7 +341,7 @@ def cells_of(variant: Variant) -> list[str]:
             tried(lambda: train(model)),
             tried(lambda: merge(model)),
             tried(lambda: save(again, variant, folder)),
-            tried(lambda: export(model, folder)),
+            tried(lambda: export(model, variant, folder)),
             "not tried" if variant.experts is None else tried(lambda: adapt_experts(variant)),
         ]
 
@@ -352,14 +358,14 @@ def tried(step: Callable[[], str]) -> str:
 def loaded_by(variant: Variant, folder: Path) -> Iterator[tuple[str, Any]]:
     """The models that keep the weights of a checkpoint quantized, by the words for what loads them."""
     loads = 0
-    for words, load in (*variant.loaders.items(), *variant.functions().items()):
-        if words in variant.functions() and loads:
+    for words, load in variant.loaders.items():
+        if load is keep_quantized and loads:
             return
         try:
             model = load(folder)
         except (RuntimeError, ValueError):  # of the library, for its own checkpoint
             continue
-        if len(values_of(model)) == 7:
+        if len(values_of(model)) == variant.weights:
             loads += 1
             yield words, model
 
@@ -429,7 +435,7 @@ def save(model: Any, variant: Variant, folder: Path) -> str:
         fresh = next(iter(variant.loaders.values()))(folder / "base")
         fresh.load_state_dict(torch.load(folder / "state.pt", weights_only=False))
         return STATE_DICT if same_values(fresh, values) else "no"
-    for words, load in {FROM_PRETRAINED: from_pretrained, **variant.functions()}.items():
+    for words, load in LOADERS.items():
         try:
             if same_values(load(folder / "saved"), values):
                 return words
@@ -446,11 +452,11 @@ def same_values(model: nn.Module, values: dict[str, Tensor]) -> bool:
     )
 
 
-def export(model: Any, folder: Path) -> str:
+def export(model: Any, variant: Variant, folder: Path) -> str:
     """Exports a model with its adapters, and names the operators that read the quantized weights."""
     report = lora_fx.export_onnx(model, folder / "model.onnx", {"input_ids": IDS})
     assert report.verified
-    assert sum(form.weights for form in report.quantized) == 7
+    assert sum(form.weights for form in report.quantized) == variant.matrices
     stored = [quantization_of(p) for p in model.parameters()]
     bits = min(one.bits for one in stored if one is not None)
     operators = sorted({f"`{form.operator}`" for form in report.quantized})

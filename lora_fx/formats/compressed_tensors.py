@@ -130,6 +130,28 @@ class _Layers(PackedLayers):
             return None
         return Parts(tensors, (layer.out_features, layer.in_features), options)
 
+    def quantizers(self) -> dict[str, type]:
+        """See :class:`LibraryLayers`."""
+        from transformers.quantizers.quantizer_compressed_tensors import (
+            CompressedTensorsHfQuantizer,
+        )
+
+        class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
+            """Makes room for packed zero points, which the library forgets on the meta device (0.20)."""
+
+            def _process_model_before_weight_loading(
+                self, model: nn.Module, **options: Any
+            ) -> None:
+                super()._process_model_before_weight_loading(model, **options)
+                for layer in model.modules():
+                    _pack_zero_point(layer)
+
+            def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
+                self.__class__ = CompressedTensorsHfQuantizer  # which can be pickled
+                return self._process_model_after_weight_loading(model, **options)
+
+        return {"compressed-tensors": Quantizer}
+
     def adopt(self, model: nn.Module) -> None:
         """See :class:`PackedLayers`. The hook goes unless something else is compressed, as an embedding."""
         super().adopt(model)
@@ -144,6 +166,17 @@ class _Layers(PackedLayers):
                 hooks = forward_pre_hooks(module)
                 for key in [k for k, hook in hooks.items() if hook.__name__ == _HOOK]:
                     del hooks[key]
+
+
+def _pack_zero_point(layer: nn.Module) -> None:
+    """Give the zero points of a layer without values the shape in which they are stored."""
+    zeros, packed = (layer._parameters.get(name) for name in ("weight_zero_point", "weight_packed"))
+    if zeros is None or packed is None or not zeros.is_meta or zeros.dtype == torch.int32:
+        return
+    bits = layer.quantization_scheme.weights.num_bits  # type: ignore[union-attr]
+    shape = (math.ceil(zeros.shape[0] * bits / 32), *zeros.shape[1:])
+    empty = torch.empty(shape, dtype=torch.int32, device="meta")
+    layer._parameters["weight_zero_point"] = nn.Parameter(empty, requires_grad=False)
 
 
 class CompressedTensorsFormat(PackedFormat):

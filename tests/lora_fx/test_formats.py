@@ -88,6 +88,8 @@ def test_what_is_no_format_is_refused(registered: None) -> None:
         "torchao",
         "transformers",
         "compressed-tensors",
+        "transformers",
+        "lora_fx",
     ]
 
 

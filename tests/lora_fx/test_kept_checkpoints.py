@@ -35,7 +35,7 @@ from tests.numerics import assert_close, assert_same_bits
 
 IDS = torch.arange(1, 25).reshape(2, 12)
 SIZES: dict[str, Any] = {
-    "vocab_size": 60,
+    "vocab_size": 97,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
