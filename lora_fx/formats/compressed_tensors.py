@@ -173,7 +173,8 @@ def _pack_zero_point(layer: nn.Module) -> None:
     zeros, packed = (layer._parameters.get(name) for name in ("weight_zero_point", "weight_packed"))
     if zeros is None or packed is None or not zeros.is_meta or zeros.dtype == torch.int32:
         return
-    bits = layer.quantization_scheme.weights.num_bits  # type: ignore[union-attr]
+    scheme: Any = layer.quantization_scheme
+    bits = scheme.weights.num_bits
     shape = (math.ceil(zeros.shape[0] * bits / 32), *zeros.shape[1:])
     empty = torch.empty(shape, dtype=torch.int32, device="meta")
     layer._parameters["weight_zero_point"] = nn.Parameter(empty, requires_grad=False)
