@@ -99,6 +99,14 @@ def keep_quantized(folder: Path) -> Any:
         return from_pretrained(folder)
 
 
+COMPRESSED_EXPERTS = {
+    "W4A16",
+    "W4A16, zero points",
+    "FP8, dynamic",
+    "FP8, blocks",
+    "MXFP4A16",
+    "NVFP4A16",
+}
 LOADERS: Mapping[str, Loader] = {
     FROM_PRETRAINED: from_pretrained,
     "`keep_quantized`": keep_quantized,
@@ -191,6 +199,19 @@ def kept_mixture(name: str) -> Callable[[], Any]:
     return make
 
 
+def compressed_mixture(scheme: str) -> Callable[[], Any] | None:
+    """A mixture of ``test_compressed_experts``; None for a scheme that is not there."""
+
+    def make() -> Any:
+        from tests.lora_fx.test_compressed_experts import write
+
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder), scheme)
+            return keep_quantized(Path(folder))
+
+    return make if scheme in COMPRESSED_EXPERTS else None
+
+
 def compressed_tensors(*schemes: str, also: tuple[str, ...] = ()) -> dict[str, Variant]:
     """The variants of schemes of ``test_compressed_tensors``, and other names of theirs."""
 
@@ -206,6 +227,7 @@ def compressed_tensors(*schemes: str, also: tuple[str, ...] = ()) -> dict[str, V
         scheme.replace(",", ""): Variant(
             writer(scheme),
             LOADERS,
+            experts=compressed_mixture(scheme),
             schemes=(scheme, *also),
         )
         for scheme in schemes

@@ -25,7 +25,7 @@ from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Par
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.torch_private import forward_pre_hooks
 
-__all__ = ["CompressedTensor", "CompressedTensorsFormat"]
+__all__ = ["CompressedTensor", "CompressedTensorsFormat", "options_of", "pack_zero_points"]
 
 
 class CompressedTensor(PackedTensor):
@@ -76,7 +76,8 @@ def _text(choice: Any) -> str:
     return str(getattr(choice, "value", choice))
 
 
-def _options(scheme: Any, layer: nn.Linear) -> _Scheme | None:
+def options_of(scheme: Any, layer: nn.Linear) -> _Scheme | None:
+    """Return the storage of a layer's weight; None for a strategy that is not known."""
     weights, shape = scheme.weights, (layer.out_features, layer.in_features)
     strategy = _text(weights.strategy)
     forms = {
@@ -125,32 +126,16 @@ class _Layers(PackedLayers):
             return None
         named = itertools.chain(layer._parameters.items(), layer._buffers.items())
         tensors = {name: value for name, value in named if value is not None and name != "bias"}
-        options = _options(scheme, layer)
+        options = options_of(scheme, layer)
         if options is None:
             return None
         return Parts(tensors, (layer.out_features, layer.in_features), options)
 
     def quantizers(self) -> dict[str, type]:
         """See :class:`LibraryLayers`."""
-        from transformers.quantizers.quantizer_compressed_tensors import (
-            CompressedTensorsHfQuantizer,
-        )
+        from lora_fx.formats.compressed_experts import experts_quantizer
 
-        class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
-            """Makes room for packed zero points, which the library forgets on the meta device (0.20)."""
-
-            def _process_model_before_weight_loading(
-                self, model: nn.Module, **options: Any
-            ) -> None:
-                super()._process_model_before_weight_loading(model, **options)
-                for layer in model.modules():
-                    _pack_zero_point(layer)
-
-            def _process_model_after_weight_loading(self, model: Any, **options: Any) -> Any:
-                self.__class__ = CompressedTensorsHfQuantizer  # which can be pickled
-                return self._process_model_after_weight_loading(model, **options)
-
-        return {"compressed-tensors": Quantizer}
+        return {"compressed-tensors": experts_quantizer()}
 
     def adopt(self, model: nn.Module) -> None:
         """See :class:`PackedLayers`. The hook goes unless something else is compressed, as an embedding."""
@@ -168,16 +153,18 @@ class _Layers(PackedLayers):
                     del hooks[key]
 
 
-def _pack_zero_point(layer: nn.Module) -> None:
-    """Give the zero points of a layer without values the shape in which they are stored."""
-    zeros, packed = (layer._parameters.get(name) for name in ("weight_zero_point", "weight_packed"))
-    if zeros is None or packed is None or not zeros.is_meta or zeros.dtype == torch.int32:
-        return
-    scheme: Any = layer.quantization_scheme
-    bits = scheme.weights.num_bits
-    shape = (math.ceil(zeros.shape[0] * bits / 32), *zeros.shape[1:])
-    empty = torch.empty(shape, dtype=torch.int32, device="meta")
-    layer._parameters["weight_zero_point"] = nn.Parameter(empty, requires_grad=False)
+def pack_zero_points(model: nn.Module) -> None:
+    """Give zero points without values the shape in which they are stored, which the library (0.20) forgets."""
+    for layer in model.modules():
+        zeros, packed = (
+            layer._parameters.get(f"weight_{name}") for name in ("zero_point", "packed")
+        )
+        if zeros is None or packed is None or not zeros.is_meta or zeros.dtype == torch.int32:
+            continue
+        scheme: Any = layer.quantization_scheme
+        shape = (math.ceil(zeros.shape[0] * scheme.weights.num_bits / 32), *zeros.shape[1:])
+        empty = torch.empty(shape, dtype=torch.int32, device="meta")
+        layer._parameters["weight_zero_point"] = nn.Parameter(empty, requires_grad=False)
 
 
 class CompressedTensorsFormat(PackedFormat):

@@ -46,21 +46,28 @@ class Stacking(NamedTuple):
         context: The second result of :meth:`WeightFormat.take_apart`, which is equal for all matrices.
         keys: The names of the tensors in the library's weight, in the order of the parts of the stack.
         turned: True if the matrices are shown as [in, out].
+        pieces: The number of the library's weights that make up a matrix, one below the other. If there are
+            several, the parts of a matrix have one more axis in front.
     """
 
     matrix: str
     context: Any
     keys: tuple[str, ...]
     turned: bool
+    pieces: int = 1
 
 
 class StackedTensor(PackedTensor):
     """A stack of quantized matrices [E, out, in], or one of them, [out, in]. Its options are a `Stacking`."""
 
-    def matrix(self) -> Any:
-        """Return the library's weight, for a single matrix."""
-        parts = dict(zip(self.options.keys, self.parts.values(), strict=True))
-        return self.members.put_together(parts, self.options.context)
+    def weights(self) -> list[Any]:
+        """Return the library's weights of a single matrix: one, or one for each piece."""
+        keys, count = self.options.keys, self.options.pieces
+        parts = dict(zip(keys, self.parts.values(), strict=True))
+        pieces = [parts]
+        if count > 1:
+            pieces = [{key: part[index] for key, part in parts.items()} for index in range(count)]
+        return [self.members.put_together(piece, self.options.context) for piece in pieces]
 
     @property
     def members(self) -> WeightFormat:
@@ -311,16 +318,16 @@ def stack_matrices(values: Tensor, how: Storage, parameter: str, *, turned: bool
         turned: True to store each matrix transposed: the blocks of a format lie along the inputs.
     """
     matrices = values.mT if turned else values
-    return _stacked(lambda index: stored(matrices[index], how), values, parameter, turned)
+    return _stacked(lambda index: [stored(matrices[index], how)], values, parameter, turned)
 
 
 def _stacked(
-    make: Callable[[int], Any], like: Tensor, parameter: str | tuple[str, ...], turned: bool
+    make: Callable[[int], list[Any]], like: Tensor, parameter: str | tuple[str, ...], turned: bool
 ) -> nn.Parameter:
     """Return a stack of weights, of which one at a time exists.
 
     Args:
-        make: Returns a weight by its index.
+        make: Returns the library's weights of a matrix by its index.
         like: A tensor of the shape, dtype and device of the stack.
         parameter: The name of the parameter, or those of the parts.
         turned: See :class:`Stacking`.
@@ -328,17 +335,20 @@ def _stacked(
     stacked: dict[str, Tensor] = {}
     context: Any = None
     for index in range(like.shape[0]):
-        weight = make(index)
-        known = format_of(weight)
+        weights = make(index)
+        known = format_of(weights[0])
         assert known is not None
-        parts, context = known.take_apart(weight)
-        for key, part in parts.items():
-            if not index:
-                stacked[key] = part.new_empty((like.shape[0], *part.shape))
-            stacked[key][index] = part
+        pieces = (len(weights),) if len(weights) > 1 else ()
+        for number, weight in enumerate(weights):
+            parts, context = known.take_apart(weight)
+            for key, part in parts.items():
+                if not index and not number:
+                    stacked[key] = part.new_empty((like.shape[0], *pieces, *part.shape))
+                place = stacked[key][index]
+                (place[number] if pieces else place).copy_(part)
     keys = tuple(stacked)
     names = tuple(f"{parameter}_{key}" for key in keys) if isinstance(parameter, str) else parameter
-    options = Stacking(type(held(weight)).__name__, context, keys, turned)
+    options = Stacking(type(held(weights[0])).__name__, context, keys, turned, len(weights))
     tensors = dict(zip(names, stacked.values(), strict=True))
     stack = StackedTensor(Parts(tensors, like.shape, options), like.dtype)
     return nn.Parameter(stack, requires_grad=False)
@@ -353,18 +363,21 @@ class StackFormat(PackedFormat):
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
         single = weight if weight.dim() == 2 else _member(weight, 0)
-        quantization = format_of_class(weight.options.matrix).describe(held(single.matrix()))
+        piece = single.weights()[0]
+        quantization = format_of_class(weight.options.matrix).describe(held(piece))
         if quantization is None:
             return None
         count = None if weight.dim() == 2 else int(weight.shape[0])
-        return dataclasses.replace(quantization, dtype=weight.dtype, stacked=count)
+        shape = (quantization.shape[0] * weight.options.pieces, quantization.shape[1])
+        return dataclasses.replace(quantization, shape=shape, dtype=weight.dtype, stacked=count)
 
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
         """See :class:`WeightFormat`."""
         if type(next(iter(weight.parts.values()))) is not Tensor:
             return super().values(weight, dtype)
         if weight.dim() == 2:
-            matrix = dense(weight.matrix(), dtype)
+            pieces = [dense(piece, dtype) for piece in weight.weights()]
+            matrix = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
             return matrix.mT if weight.options.turned else matrix
         members = (self.values(_member(weight, index), dtype) for index in range(len(weight)))
         return torch.stack(list(members))
@@ -377,9 +390,9 @@ class StackFormat(PackedFormat):
         """See :class:`WeightFormat`."""
         stack: Any = parameter.detach()
 
-        def make(index: int) -> nn.Parameter:
+        def make(index: int) -> list[nn.Parameter]:
             old = _member(stack, index)
-            return old.members.widened(_as_parameter(old.matrix()))
+            return [old.members.widened(_as_parameter(piece)) for piece in old.weights()]
 
         return _stacked(make, stack, stack.names, stack.options.turned)
 
@@ -387,30 +400,39 @@ class StackFormat(PackedFormat):
         """See :class:`WeightFormat`."""
         turned = weight.options.turned
 
-        def make(index: int) -> Any:
+        def make(index: int) -> list[nn.Parameter]:
             matrix = values[index].T if turned else values[index]
             old = _member(weight, index)
-            return old.members.requantize(matrix, held(old.matrix()))
+            pieces = zip(matrix.chunk(weight.options.pieces), old.weights(), strict=True)
+            return [old.members.requantize(part, held(piece)) for part, piece in pieces]
 
         return _stacked(make, weight, weight.names, turned)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """Return the arrays of all matrices, with one more axis in front."""
-        single = dataclasses.replace(stored, stacked=None)
+        pieces = weight.options.pieces
+        shape = (stored.shape[0] // pieces, stored.shape[1])
+        single = dataclasses.replace(stored, shape=shape, stacked=None)
         arrays: list[OnnxWeight] = []
         for index in range(len(weight)):
             member = _member(weight, index)
-            array = member.members.onnx_weight(held(member.matrix()), single)
-            if isinstance(array, NoOperator):
-                return array
-            arrays.append(array)
+            for piece in member.weights():
+                array = member.members.onnx_weight(held(piece), single)
+                if isinstance(array, NoOperator):
+                    return array
+                arrays.append(array)
         first, zeros = arrays[0], [array.zeros for array in arrays]
-        if None in zeros and zeros != [None] * len(zeros):
-            return NoOperator("has zero points in some of its experts, and in others none")
+        if any(zero is None for zero in zeros) and any(zero is not None for zero in zeros):
+            return NoOperator("has zero points in some of its matrices, and in others none")
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            steps = range(0, len(parts), pieces)
+            return torch.stack([torch.cat(parts[start : start + pieces]) for start in steps])
+
         return dataclasses.replace(
             first,
-            codes=torch.stack([array.codes for array in arrays]),
-            scales=torch.stack([array.scales for array in arrays]),
-            zeros=None if first.zeros is None else torch.stack(cast("list[Tensor]", zeros)),
+            codes=joined([array.codes for array in arrays]),
+            scales=joined([array.scales for array in arrays]),
+            zeros=None if first.zeros is None else joined(cast("list[Tensor]", zeros)),
             fresh=True,
         )

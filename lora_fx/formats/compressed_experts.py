@@ -1,0 +1,198 @@
+"""Experts of compressed-tensors: loaded as stacks, where transformers decompresses them.
+
+A checkpoint has the matrices of each expert by themselves (``experts.0.gate_proj.weight_packed``), and the
+model has one parameter for all of them (``experts.gate_up_proj``). Each of these is a piece of a stack.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.formats.compressed_tensors import CompressedTensor, options_of, pack_zero_points
+from lora_fx.formats.packed import Parts
+from lora_fx.formats.stacks import StackedTensor, Stacking, follow_stacks
+
+__all__ = ["experts_quantizer"]
+
+
+@functools.cache
+def _stack_operation() -> type:
+    """Return an operation of transformers' loader that stacks compressed experts."""
+    from transformers.integrations.compressed_tensors import (
+        CompressedTensorsDequantize,
+        get_experts_scheme,
+    )
+
+    class Stack(CompressedTensorsDequantize):  # type: ignore[misc]
+        """Stacks the compressed matrices of experts.
+
+        Attributes:
+            plain: The conversion of a dense checkpoint.
+        """
+
+        plain: Any = None
+
+        def convert(self, input_dict: Any, **options: Any) -> Any:
+            name, model = options["full_layer_name"], options["model"]
+            config = self.hf_quantizer.compressor.quantization_config
+            scheme = self.scheme or get_experts_scheme(config)
+            return {name: _stack(input_dict, options["source_patterns"], name, model, scheme)}
+
+    return Stack
+
+
+@functools.cache
+def experts_quantizer() -> type:
+    """Return a quantizer of transformers that keeps experts compressed."""
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    class Quantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
+        """Keeps experts compressed, and makes room for packed zero points.
+
+        Attributes:
+            projections: The names of an expert's matrices in the order of their rows, by the end of the
+                name of the stack.
+        """
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self.projections: dict[str, tuple[str, ...]] = {}
+
+        def get_load_operations(self) -> dict[str, type]:
+            return {"dequantize": _stack_operation()}
+
+        def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+            plain = {_targets(conversion): conversion for conversion in weight_conversions}
+            conversions = super().update_weight_conversions(weight_conversions, model)
+            for conversion in conversions:
+                if isinstance(_first_operation(conversion), _stack_operation()):
+                    projections = _stacked_by(conversion, plain[_targets(conversion)], self)
+                    self.projections.update(projections)
+            return conversions
+
+        def _process_model_before_weight_loading(self, model: nn.Module, **options: Any) -> None:
+            super()._process_model_before_weight_loading(model, **options)
+            pack_zero_points(model)
+
+        def _process_model_after_weight_loading(self, model: nn.Module, **options: Any) -> Any:
+            follow_stacks(model)
+            _convert_dense_only(model)
+            return super()._process_model_after_weight_loading(model, **options)
+
+        def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], Any]:
+            return _state_dict(model, self.projections), {}
+
+        def __reduce__(self) -> Any:
+            return _new_quantizer, (), self.__dict__
+
+    return Quantizer
+
+
+def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[str, ...]]:
+    """Let a conversion of the loader make stacks.
+
+    Args:
+        conversion: A conversion whose first operation stacks; it is changed. If more follows than the union
+            of the matrices of all experts, it decompresses the experts as usual.
+        plain: The conversion of a dense checkpoint.
+        quantizer: The quantizer.
+
+    Returns:
+        The names of an expert's matrices, by the end of the name of the stack; none if it decompresses.
+    """
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+    from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
+
+    first, *rest = conversion.operations
+    kinds = [type(operation) for operation in rest]
+    if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]):
+        conversion.operations[0] = CompressedTensorsDequantize(quantizer, first.scheme)
+        return {}
+    conversion.operations[1:] = []
+    first.plain = plain
+    (target,) = _targets(conversion)
+    return {target: _projections(conversion.source_patterns)}
+
+
+def _convert_dense_only(model: Any) -> None:
+    """Keep conversions for dense experts: a state dict has those of a stack as they are in the file."""
+    model._weight_conversions = [
+        getattr(_first_operation(conversion), "plain", None) or conversion
+        for conversion in getattr(model, "_weight_conversions", ())
+    ]
+
+
+def _state_dict(model: nn.Module, projections: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Return the state dict of a model, with the matrices of each expert."""
+    state = model.state_dict()
+    for name, stack in model.named_parameters():
+        for end, names in projections.items():
+            if isinstance(stack, StackedTensor) and name.endswith(end):
+                state.update(_taken_apart(state, name, stack, names))
+    return state
+
+
+def _first_operation(conversion: Any) -> Any:
+    return next(iter(getattr(conversion, "operations", ())), None)
+
+
+def _new_quantizer() -> Any:
+    return object.__new__(experts_quantizer())
+
+
+def _targets(conversion: Any) -> tuple[str, ...]:
+    return tuple(conversion._original_target_patterns)
+
+
+def _projections(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the matrices, from patterns like ``experts.*.gate_proj.weight_packed``."""
+    return tuple(dict.fromkeys(pattern.rsplit(".", 2)[-2] for pattern in patterns))
+
+
+def _stack(
+    tensors: dict[str, list[Tensor]], patterns: list[str], name: str, model: nn.Module, scheme: Any
+) -> nn.Parameter:
+    """Return a stack.
+
+    Args:
+        tensors: The tensors of all experts, by the pattern of their names.
+        patterns: The patterns, in the order of the rows.
+        name: The FQN of the parameter.
+        model: The model, with the dense parameter.
+        scheme: The library's scheme of the experts.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for pattern in patterns:
+        if pattern in tensors:
+            parts.setdefault(pattern.rpartition(".")[2], []).append(torch.stack(tensors[pattern]))
+    dense, leaf, pieces = (
+        model.get_parameter(name),
+        name.rpartition(".")[2],
+        len(_projections(patterns)),
+    )
+    rows, columns = dense.shape[1] // pieces, dense.shape[2]
+    options = options_of(scheme, nn.Linear(columns, rows, bias=False, device="meta"))
+    context = (CompressedTensor, ((rows, columns), dense.dtype, options))
+    how = Stacking("CompressedTensor", context, tuple(parts), turned=False, pieces=pieces)
+    stacked = {
+        f"{leaf}_{part}": each[0] if pieces == 1 else torch.stack(each, 1)
+        for part, each in parts.items()
+    }
+    return nn.Parameter(StackedTensor(Parts(stacked, dense.shape, how), dense.dtype), False)
+
+
+def _taken_apart(
+    state: dict[str, Tensor], name: str, stack: StackedTensor, projections: tuple[str, ...]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of each expert's matrices, and remove those of the stack."""
+    owner, _, leaf = name.rpartition(".")
+    for key in stack.options.keys:
+        for expert, tensor in enumerate(state.pop(f"{owner}.{leaf}_{key}")):
+            pieces = [tensor] if len(projections) == 1 else list(tensor)
+            for projection, piece in zip(projections, pieces, strict=True):
+                yield f"{owner}.{expert}.{projection}.{key}", piece.contiguous()
