@@ -324,9 +324,13 @@ class PackedWeight(StandIn):
             else nn.Parameter(onnx_weight.zeros, requires_grad=False)
         )
         self.register_parameter("zeros", zeros)
+        order = onnx_weight.order
+        self.register_buffer("order", None if order is None else keep(order))
 
     def product(self, x: Tensor) -> Tensor:
         """See :class:`StandIn`. It can be traced, but not run."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         product: Tensor = torch.ops.lora_fx.quantized_product(*self._arguments(x))
         return product.to(x.dtype)
 

@@ -31,6 +31,7 @@ from lora_fx.formats.base import (
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
+from lora_fx.formats.gptqmodel import GPTQModelFormat
 from lora_fx.formats.loading import keep_quantized
 from lora_fx.formats.mxfp4 import MXFP4Format
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
@@ -110,3 +111,4 @@ register_format(FineGrainedFP8Format())
 register_format(CompressedTensorsFormat())
 register_format(MXFP4Format())
 register_format(StackFormat())
+register_format(GPTQModelFormat())

@@ -206,6 +206,14 @@ class PackedLayers(LibraryLayers, abc.ABC):
     def parts(self, layer: nn.Module) -> Parts | None:
         """Return the tensors of a layer that are its weight; None for other modules and other forms."""
 
+    def strip(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """Prepare a layer of a copy for its new parameter, after its parts are taken away.
+
+        Args:
+            layer: The layer.
+            dtype: The dtype of the values.
+        """
+
     def adopt(self, model: nn.Module) -> None:
         """Replace the parts of each layer by one parameter, ``weight``."""
         dtype: torch.dtype | None = None
@@ -219,6 +227,7 @@ class PackedLayers(LibraryLayers, abc.ABC):
             for name in parts.tensors:
                 layer._parameters.pop(name, None)
                 layer._buffers.pop(name, None)
+            self.strip(layer, dtype)
             detached = {name: part.detach() for name, part in parts.tensors.items()}
             weight = self.tensor(dataclasses.replace(parts, tensors=detached), dtype)
             layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))

@@ -585,6 +585,7 @@ class OnnxWeight:
         zeros: Zero points as the operator has them; None if all are in the middle.
         block: Values that share a scale.
         fresh: True if the codes are in new memory, and not in the weight's.
+        order: The column of the matrix that each column of the codes is; None if they are in order.
     """
 
     operator: OnnxOperator
@@ -593,6 +594,7 @@ class OnnxWeight:
     zeros: Tensor | None
     block: int
     fresh: bool = False
+    order: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,308 @@
+"""GPTQ and AWQ, as transformers loads them: the layers of gptqmodel.
+
+A layer has codes of 2, 3, 4 or 8 bits (``qweight``), zero points in as many bits (``qzeros``), and scales in
+half precision, one for each group of inputs. GPTQ packs codes along inputs, and ``g_idx`` has the group of each
+input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in an order of its own.
+
+The library has a class for each kernel. Some kernels repack a layer when they first run. In a copy that lora_fx
+makes, each layer is an ``nn.Linear``, and its values are computed here, as the library computes them. A file of
+GPTQ (version 1) stores zero points minus one; the library adds one when it loads a model, which is
+version 2 then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.formats.base import LibraryLayers, whole_numbers
+from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+
+__all__ = ["GPTQModelFormat", "GPTQModelTensor", "pack_codes", "unpack_codes"]
+
+_MODULE: Final = "gptqmodel.nn_modules.qlinear."
+_GPTQ: Final = frozenset(
+    {
+        "TorchLinear",
+        "TorchAtenLinear",
+        "TorchCpuAvx512Linear",
+        "TorchFusedLinear",
+        "TritonV2Linear",
+    }
+)
+_AWQ: Final = frozenset(
+    {
+        "AwqTorchLinear",
+        "AwqGEMMLinear",
+        "AwqGEMMTritonLinear",
+        "TorchAtenAwqLinear",
+        "TorchCpuAvx512AwqLinear",
+        "TorchFusedAwqLinear",
+    }
+)
+_BITS: Final = (2, 3, 4, 8)
+_INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The columns of eight codes of 4 bits in a word of AWQ, from the lowest bits to the highest."""
+
+
+class GPTQModelTensor(PackedTensor):
+    """A weight of gptqmodel. Its options are a :class:`_Layout`."""
+
+
+class _Layout(NamedTuple):
+    """The storage of a weight.
+
+    Attributes:
+        bits: Bits of a code.
+        group: Inputs that share a scale.
+        awq: True for AWQ, False for GPTQ.
+    """
+
+    bits: int
+    group: int
+    awq: bool
+
+
+# --- words of 32 bits -----------------------------------------------------------------------------
+
+
+def unpack_codes(words: Tensor, bits: int, count: int, *, interleaved: bool = False) -> Tensor:
+    """Return the codes in rows of words, which are streams of bits from the lowest to the highest.
+
+    Args:
+        words: int32, [rows, words].
+        bits: Bits of a code, 2, 3, 4 or 8.
+        count: Codes in a row.
+        interleaved: True for the order of AWQ in 4 bits.
+
+    Returns:
+        int16, [rows, count].
+    """
+    octets = words.contiguous().view(torch.uint8)
+    if bits == 3:  # a code may lie in two bytes
+        start = torch.arange(count, device=words.device) * bits
+        pairs = octets.to(torch.int16)
+        pairs[:, :-1] |= pairs[:, 1:] << 8
+        codes = pairs[:, start // 8] >> (start % 8).to(torch.int16)
+    else:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
+        codes = (octets.unsqueeze(-1) >> shifts).flatten(1)
+    if interleaved:
+        places = torch.tensor(_INTERLEAVED, device=words.device).argsort()
+        codes = codes.unflatten(1, (-1, len(places)))[..., places].flatten(1)
+    return (codes[:, :count] & (2**bits - 1)).to(torch.int16)
+
+
+def pack_codes(codes: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
+    """Return rows of words with these codes, [rows, words]: the inverse of :func:`unpack_codes`."""
+    if interleaved:
+        codes = codes.unflatten(1, (-1, len(_INTERLEAVED)))[..., list(_INTERLEAVED)].flatten(1)
+    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    stream = ((codes.to(torch.uint8).unsqueeze(-1) >> places[:bits]) & 1).flatten(1)
+    stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32)).unflatten(1, (-1, 8))
+    return (stream << places).sum(-1, dtype=torch.uint8).view(torch.int32)
+
+
+class _Grid(NamedTuple):
+    """The numbers of a weight: its values are ``(codes - zeros[:, groups]) · scales[:, groups]``.
+
+    Attributes:
+        codes: int16, [out, in].
+        zeros: int16, [out, groups].
+        scales: [out, groups].
+        groups: The group of each input.
+    """
+
+    codes: Tensor
+    zeros: Tensor
+    scales: Tensor
+    groups: Tensor
+
+    @classmethod
+    def of(cls, weight: Any) -> _Grid:
+        """Return the numbers of a weight."""
+        parts, (bits, group, awq) = weight.parts, weight.options
+        rows, columns = weight.shape
+        interleaved = awq and bits == 4
+        zeros = unpack_codes(parts["qzeros"], bits, rows, interleaved=interleaved).T
+        if awq:
+            codes = unpack_codes(parts["qweight"], bits, rows, interleaved=interleaved).T
+            groups = torch.arange(columns, device=codes.device) // group
+        else:
+            codes = unpack_codes(parts["qweight"].T, bits, columns)
+            groups = parts["g_idx"].long()
+        return cls(codes, zeros, parts["scales"].T, groups)
+
+
+# --- layers ---------------------------------------------------------------------------------------
+
+
+def _objection(layer: Any) -> str | None:
+    """Return why a layer of the library is not supported, with a remedy; None if it is."""
+    name = type(layer).__name__
+    if name not in _GPTQ | _AWQ:
+        return (
+            f"gptqmodel's {name} stores weights in a form of its own: if it is a linear layer of GPTQ or AWQ "
+            "(not GEMV), load the model with backend='torch' in its GPTQConfig or AwqConfig"
+        )
+    if layer.bits not in _BITS or getattr(layer, "planar", False):
+        return (
+            f"gptqmodel stores it in {layer.bits} bits, as planes of bits (gptq_p): weights of 2, 3, 4 and 8 "
+            "bits in the formats gptq, gptq_v2 and gemm can have adapters. Quantize the model again, in one "
+            "of these"
+        )
+    if layer.adapter is not None or layer.online_full_had or layer.online_partial_had:
+        does = "adds an adapter (EoRA)" if layer.adapter is not None else "rotates its inputs"
+        return f"gptqmodel's {name} also {does}, which a merge could not keep: use a checkpoint without"
+    tensors, per_word = layer._buffers, 32 / layer.bits
+    shape = (math.ceil(layer.in_features / per_word), layer.out_features)
+    if name in _AWQ:
+        shape = (layer.in_features, math.ceil(layer.out_features / per_word))
+    codes = tensors.get("qweight")
+    if codes is None or codes.dtype != torch.int32 or tuple(codes.shape) != shape:
+        return (
+            f"gptqmodel's {name} has repacked it for its kernel, as it does in the first call: load the model "
+            "again and rewrite it before you call it, or load it with backend='torch'"
+        )
+    return None
+
+
+class _Layers(PackedLayers):
+    """Layers of gptqmodel."""
+
+    tensor = GPTQModelTensor
+
+    def owns(self, cls: type[nn.Module]) -> bool:
+        """See :class:`LibraryLayers`."""
+        return cls.__module__.startswith(_MODULE)
+
+    def unfinished(self, layer: nn.Module, named: str) -> str | None:
+        """See :class:`LibraryLayers`."""
+        return _objection(layer)
+
+    def parts(self, layer: nn.Module) -> Parts | None:
+        """See :class:`PackedLayers`."""
+        if not self.owns(type(layer)) or _objection(layer) is not None:
+            return None
+        of: Any = layer
+        awq = type(layer).__name__ in _AWQ
+        names = ("qweight", "qzeros", "scales", *(() if awq else ("g_idx",)))
+        options = _Layout(of.bits, min(of.group_size, of.in_features), awq)
+        tensors: dict[str, Any] = {name: layer._buffers[name] for name in names}
+        return Parts(tensors, (of.out_features, of.in_features), options)
+
+    def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
+        """See :class:`LibraryLayers`. The tensors are buffers, which a copy would have again."""
+        parts = self.parts(layer)
+        for tensor in () if parts is None else parts.tensors.values():
+            memo[id(tensor)] = tensor.detach()
+
+    def strip(self, layer: nn.Module, dtype: torch.dtype) -> None:
+        """See :class:`PackedLayers`. Turn the layer into an ``nn.Linear``."""
+        bias = layer._buffers.pop("bias", None)
+        known = {*vars(nn.Module()), "in_features", "out_features", "_is_hf_initialized"}
+        for name in vars(layer).keys() - known:
+            del layer.__dict__[name]
+        layer._buffers.clear()  # tables of shifts
+        layer.__class__ = nn.Linear
+        bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        layer.register_parameter("bias", bias)
+
+    def adopt(self, model: nn.Module) -> None:
+        """See :class:`PackedLayers`. A configuration of GPTQ says from then on that it is version 2.
+
+        Otherwise one would be added to the zero points again when transformers loads what it has saved
+        (5.24).
+        """
+        super().adopt(model)
+        for module in model.modules():
+            settings: Any = getattr(vars(module).get("config"), "quantization_config", None)
+            if getattr(settings, "quant_method", None) == "gptq" and settings.format == "gptq":
+                settings.format = "gptq_v2"
+
+
+class GPTQModelFormat(PackedFormat):
+    """The format of gptqmodel."""
+
+    library = "gptqmodel"
+    classes = frozenset({"GPTQModelTensor"})
+    layers: ClassVar[LibraryLayers] = _Layers()
+
+    def describe(self, weight: Any) -> Quantization:
+        """See :class:`WeightFormat`."""
+        bits, group, _ = weight.options
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        block = None if group == shape[1] else group
+        return Quantization(f"int{bits}", bits, self.library, shape, weight.dtype, block)
+
+    def decode(self, weight: Any) -> Tensor:
+        """See :class:`PackedFormat`."""
+        codes, zeros, scales, groups = _Grid.of(weight)
+        return (codes - zeros[:, groups]) * scales[:, groups]
+
+    def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """See :class:`WeightFormat`. Groups keep scale and zero point if their values are in the range."""
+        (bits, _, awq), old = weight.options, weight.parts
+        _, zeros, scales, groups = _Grid.of(weight)
+        values, zeros, step, last = values.float(), zeros.float(), scales.float(), 2**bits - 1
+        index = groups.expand(values.shape)
+        lowest = torch.zeros_like(step).scatter_reduce(1, index, values, "amin")
+        highest = torch.zeros_like(step).scatter_reduce(1, index, values, "amax")
+        # Values in half precision may be a little outside of the range.
+        fits = (lowest >= (-0.5 - zeros) * step) & (highest <= (last - zeros + 0.5) * step)
+        middle = 2 ** (bits - 1)
+        if bool((zeros == middle).all()):  # symmetric
+            new = torch.maximum(highest / (last - middle), lowest / -middle)
+            new_zeros = zeros
+        else:
+            new = (highest - lowest) / last
+            new_zeros = (lowest / -new).round().clamp(0, last)
+        step = torch.where(fits, step, new).to(scales.dtype).float()
+        zeros = torch.where(fits, zeros, new_zeros)
+        divisors = torch.where(step > 0, step, 1)
+        codes = (values / divisors[:, groups] + zeros[:, groups]).round().clamp(0, last)
+        interleaved = awq and bits == 4
+        words = pack_codes(codes.T if awq else codes, bits, interleaved=interleaved)
+        tensors = {
+            **old,
+            "qweight": words if awq else words.T.contiguous(),
+            "qzeros": pack_codes(zeros.T, bits, interleaved=interleaved),
+            "scales": step.to(scales.dtype).T.contiguous(),
+        }
+        packed = GPTQModelTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
+        return nn.Parameter(packed, requires_grad=False)
+
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """See :class:`WeightFormat`."""
+        weight: Any = parameter.detach()
+        tensors = {**weight.parts, "scales": weight.parts["scales"].float()}
+        wide = GPTQModelTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
+        return nn.Parameter(wide, requires_grad=False)
+
+    def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
+        """See :class:`WeightFormat`. Codes of 2 and 3 bits are stored in 4."""
+        codes, zeros, scales, groups = _Grid.of(weight)
+        (bits, group, _), columns = weight.options, stored.shape[1]
+        order = None
+        if not torch.equal(groups, torch.arange(columns) // group):
+            if bool((groups.bincount(minlength=scales.shape[1]) != group).any()):
+                return NoOperator(
+                    f"is stored as {stored} in groups of several sizes, and an operator of ONNX has one"
+                )
+            order = groups.argsort(stable=True)
+            codes = codes[:, order]
+        if bits == 8 and columns % group:
+            return NoOperator(
+                f"is stored as {stored}, which do not divide its rows of {columns} values, and an operator "
+                "of ONNX takes whole blocks"
+            )
+        middle = 128 if bits == 8 else 8
+        codes, zeros = (codes - middle).to(torch.int8), zeros - middle
+        packed = whole_numbers(codes, scales, zeros, group, 8 if bits == 8 else 4)
+        assert packed is not None  # its zero points are integers
+        return dataclasses.replace(packed, order=order)
