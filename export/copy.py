@@ -301,7 +301,10 @@ class PackedWeight(StandIn):
     Attributes:
         operator: The ONNX operator that reads the weight.
         block: Number of values that share a scale in the operator.
+        order: The order in which the operator reads the features of the input; None for their own.
     """
+
+    order: Tensor | None
 
     def __init__(
         self, weight: HeldWeight, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]

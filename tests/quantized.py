@@ -14,7 +14,7 @@ from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 from lora_fx.passes.graph import share_copy
 
-__all__ = ["IDS", "SCHEMES", "fp8_layer", "llama", "quantized"]
+__all__ = ["IDS", "SCHEMES", "fp8_layer", "gptq_layer", "llama", "quantized"]
 
 IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -146,6 +146,40 @@ def _compressed(old: nn.Linear) -> nn.Module:
     return share_copy(layer)
 
 
+def _gptq(old: nn.Linear) -> nn.Module:
+    """Values of four bits with zero points, in groups of 32, packed as gptqmodel does."""
+    return share_copy(nn.ModuleList([gptq_layer(old), nn.Linear(1, 1)]))[0]  # type: ignore[index]
+
+
+def gptq_layer(old: nn.Linear, bits: int = 4, group: int = 32, order: Any = None) -> nn.Module:
+    """The layer of gptqmodel for a linear layer.
+
+    Args:
+        old: The layer.
+        bits: Bits of a value.
+        group: Inputs that share a scale.
+        order: The inputs in the order in which they form groups.
+    """
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    sizes = {"in_features": old.in_features, "out_features": old.out_features}
+    new: Any = TorchLinear(
+        bits, group, False, order is not None, **sizes, bias=old.bias is not None
+    )
+    groups = torch.arange(old.in_features, dtype=torch.int32) // group
+    if order is not None:
+        groups[order] = groups.clone()
+    weight = old.weight.detach().float()
+    index = groups.long().expand(weight.shape)
+    none = weight.new_zeros(weight.shape[0], int(groups.max()) + 1)
+    low, high = (none.scatter_reduce(1, index, weight, by) for by in ("amin", "amax"))
+    scales = ((high - low) / (2**bits - 1)).half().float()
+    new.pack_original(old, scales, (-low / scales).round(), groups)
+    new.post_init()
+    result: nn.Module = new.train(old.training)
+    return result
+
+
 SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": _four_bits("nf4", False),
     "nf4 double": _four_bits("nf4", True),
@@ -158,3 +192,5 @@ SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
 }
 if importlib.util.find_spec("compressed_tensors"):
     SCHEMES["int4 compressed-tensors"] = _compressed
+if importlib.util.find_spec("gptqmodel"):
+    SCHEMES["int4 gptqmodel"] = _gptq

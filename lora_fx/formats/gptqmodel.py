@@ -1,13 +1,13 @@
 """GPTQ and AWQ, as transformers loads them: the layers of gptqmodel.
 
-A layer has codes of 2, 3, 4 or 8 bits (``qweight``), zero points in as many bits (``qzeros``), and scales in
-half precision, one for each group of inputs. GPTQ packs codes along inputs, and ``g_idx`` has the group of each
-input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in an order of its own.
+A layer has codes of 2 to 8 bits (``qweight``), zero points in as many bits (``qzeros``), and scales in half
+precision, one for each group of inputs. GPTQ packs codes along inputs, and ``g_idx`` has the group of each
+input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in a different order.
 
-The library has a class for each kernel. Some kernels repack a layer when they first run. In a copy that lora_fx
-makes, each layer is an ``nn.Linear``, and its values are computed here, as the library computes them. A file of
-GPTQ (version 1) stores zero points minus one; the library adds one when it loads a model, which is
-version 2 then.
+The library has a class for each kernel, and some kernels repack a layer in the first call. In a copy that
+lora_fx makes, each layer is an ``nn.Linear``, and its values are computed here, as the library does to the
+last bit. A file of GPTQ, version 1, has zero points minus one. The library adds one when it loads a model,
+which has version 2 then.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lora_fx.formats.base import LibraryLayers, whole_numbers
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
-__all__ = ["GPTQModelFormat", "GPTQModelTensor", "pack_codes", "unpack_codes"]
+__all__ = ["GPTQModelFormat", "GPTQModelTensor", "Packing", "pack_codes", "unpack_codes"]
 
 _MODULE: Final = "gptqmodel.nn_modules.qlinear."
 _GPTQ: Final = frozenset(
@@ -45,16 +45,18 @@ _AWQ: Final = frozenset(
         "TorchFusedAwqLinear",
     }
 )
-_BITS: Final = (2, 3, 4, 8)
+_BACKEND: Final = "GPTQConfig(backend='torch') or AwqConfig(backend='torch_awq')"
+"""Kernels that keep the storage."""
+
 _INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """The columns of eight codes of 4 bits in a word of AWQ, from the lowest bits to the highest."""
 
 
 class GPTQModelTensor(PackedTensor):
-    """A weight of gptqmodel. Its options are a :class:`_Layout`."""
+    """A weight of gptqmodel. Its options are a :class:`Packing`."""
 
 
-class _Layout(NamedTuple):
+class Packing(NamedTuple):
     """The storage of a weight.
 
     Attributes:
@@ -72,49 +74,54 @@ class _Layout(NamedTuple):
 
 
 def unpack_codes(words: Tensor, bits: int, count: int, *, interleaved: bool = False) -> Tensor:
-    """Return the codes in rows of words, which are streams of bits from the lowest to the highest.
+    """Return the codes in columns of words, which are streams of bits from the lowest to the highest.
 
     Args:
-        words: int32, [rows, words].
-        bits: Bits of a code, 2, 3, 4 or 8.
-        count: Codes in a row.
+        words: int32, [words, columns].
+        bits: Bits of a code, at most 8.
+        count: Codes in a column.
         interleaved: True for the order of AWQ in 4 bits.
 
     Returns:
-        int16, [rows, count].
+        uint8, [count, columns].
     """
-    octets = words.contiguous().view(torch.uint8)
-    if bits == 3:  # a code may lie in two bytes
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=words.device)
+    octets = (words.unsqueeze(1) >> shifts.unsqueeze(1)).to(torch.uint8).flatten(0, 1)
+    if 8 % bits:  # a code may lie in two bytes
         start = torch.arange(count, device=words.device) * bits
         pairs = octets.to(torch.int16)
-        pairs[:, :-1] |= pairs[:, 1:] << 8
-        codes = pairs[:, start // 8] >> (start % 8).to(torch.int16)
+        pairs[:-1] |= pairs[1:] << 8
+        codes = (pairs[start // 8] >> (start % 8).to(torch.int16).unsqueeze(1)).to(torch.uint8)
     else:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-        codes = (octets.unsqueeze(-1) >> shifts).flatten(1)
+        codes = (octets.unsqueeze(1) >> shifts.unsqueeze(1)).flatten(0, 1)
     if interleaved:
-        places = torch.tensor(_INTERLEAVED, device=words.device).argsort()
-        codes = codes.unflatten(1, (-1, len(places)))[..., places].flatten(1)
-    return (codes[:, :count] & (2**bits - 1)).to(torch.int16)
+        columns = torch.tensor(_INTERLEAVED, device=words.device).argsort()
+        codes = codes.view(-1, len(columns), codes.shape[1])[:, columns].flatten(0, 1)
+    unpacked: Tensor = codes[:count] & (2**bits - 1)
+    return unpacked
 
 
 def pack_codes(codes: Tensor, bits: int, *, interleaved: bool = False) -> Tensor:
-    """Return rows of words with these codes, [rows, words]: the inverse of :func:`unpack_codes`."""
+    """Return columns of words with these codes, [words, columns]: the inverse of :func:`unpack_codes`."""
+    lines = codes.T.to(torch.uint8)
     if interleaved:
-        codes = codes.unflatten(1, (-1, len(_INTERLEAVED)))[..., list(_INTERLEAVED)].flatten(1)
-    places = torch.arange(8, dtype=torch.uint8, device=codes.device)
-    stream = ((codes.to(torch.uint8).unsqueeze(-1) >> places[:bits]) & 1).flatten(1)
-    stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32)).unflatten(1, (-1, 8))
-    return (stream << places).sum(-1, dtype=torch.uint8).view(torch.int32)
+        eights = lines.reshape(len(lines), -1, len(_INTERLEAVED))
+        lines = eights[..., list(_INTERLEAVED)].flatten(1)
+    powers = torch.arange(8, dtype=torch.uint8, device=codes.device)
+    stream = ((lines.unsqueeze(-1) >> powers[:bits]) & 1).flatten(1)
+    stream = nn.functional.pad(stream, (0, -stream.shape[1] % 32)).view(len(lines), -1, 8)
+    words = (stream << powers).sum(-1, dtype=torch.uint8).view(torch.int32)
+    return words.T.contiguous()
 
 
 class _Grid(NamedTuple):
-    """The numbers of a weight: its values are ``(codes - zeros[:, groups]) · scales[:, groups]``.
+    """The numbers of a weight, [in, out]: its values are ``(codes - zeros[groups]) · scales[groups]``.
 
     Attributes:
-        codes: int16, [out, in].
-        zeros: int16, [out, groups].
-        scales: [out, groups].
+        codes: Whole numbers that a difference does not overflow, [in, out].
+        zeros: The same, [groups, out].
+        scales: [groups, out].
         groups: The group of each input.
     """
 
@@ -128,15 +135,18 @@ class _Grid(NamedTuple):
         """Return the numbers of a weight."""
         parts, (bits, group, awq) = weight.parts, weight.options
         rows, columns = weight.shape
+        integers = torch.int16 if bits == 8 else torch.int8
         interleaved = awq and bits == 4
-        zeros = unpack_codes(parts["qzeros"], bits, rows, interleaved=interleaved).T
+        zeros = unpack_codes(parts["qzeros"].T, bits, rows, interleaved=interleaved).T
         if awq:
-            codes = unpack_codes(parts["qweight"], bits, rows, interleaved=interleaved).T
+            codes = unpack_codes(parts["qweight"].T, bits, rows, interleaved=interleaved).T
             groups = torch.arange(columns, device=codes.device) // group
         else:
-            codes = unpack_codes(parts["qweight"].T, bits, columns)
+            codes = unpack_codes(parts["qweight"], bits, columns)
             groups = parts["g_idx"].long()
-        return cls(codes, zeros, parts["scales"].T, groups)
+        # Differences of tensors with other strides are slow.
+        codes, zeros = codes.contiguous().to(integers), zeros.contiguous().to(integers)
+        return cls(codes, zeros, parts["scales"], groups)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -147,14 +157,15 @@ def _objection(layer: Any) -> str | None:
     name = type(layer).__name__
     if name not in _GPTQ | _AWQ:
         return (
-            f"gptqmodel's {name} stores weights in a form of its own: if it is a linear layer of GPTQ or AWQ "
-            "(not GEMV), load the model with backend='torch' in its GPTQConfig or AwqConfig"
+            f"gptqmodel's {name} stores weights in a form that lora_fx does not read: load a checkpoint in "
+            f"gptq, gptq_v2 or gemm (AWQ) with {_BACKEND}"
         )
-    if layer.bits not in _BITS or getattr(layer, "planar", False):
+    planar = getattr(layer, "planar", False)
+    if planar or layer.pack_dtype != torch.int32:
+        form = "in planes (gptq_p)" if planar else f"in words of {layer.pack_dtype}"
         return (
-            f"gptqmodel stores it in {layer.bits} bits, as planes of bits (gptq_p): weights of 2, 3, 4 and 8 "
-            "bits in the formats gptq, gptq_v2 and gemm can have adapters. Quantize the model again, in one "
-            "of these"
+            f"gptqmodel stores its {layer.bits} bits {form}, and adapters are for gptq, gptq_v2 and gemm "
+            "(AWQ) in words of 32 bits: quantize the model again, in one of these"
         )
     if layer.adapter is not None or layer.online_full_had or layer.online_partial_had:
         does = "adds an adapter (EoRA)" if layer.adapter is not None else "rotates its inputs"
@@ -166,8 +177,8 @@ def _objection(layer: Any) -> str | None:
     codes = tensors.get("qweight")
     if codes is None or codes.dtype != torch.int32 or tuple(codes.shape) != shape:
         return (
-            f"gptqmodel's {name} has repacked it for its kernel, as it does in the first call: load the model "
-            "again and rewrite it before you call it, or load it with backend='torch'"
+            f"gptqmodel's {name} has repacked it for its kernel, in the first call: load the model again and "
+            f"rewrite it before you call it, or load it with {_BACKEND}"
         )
     return None
 
@@ -192,7 +203,7 @@ class _Layers(PackedLayers):
         of: Any = layer
         awq = type(layer).__name__ in _AWQ
         names = ("qweight", "qzeros", "scales", *(() if awq else ("g_idx",)))
-        options = _Layout(of.bits, min(of.group_size, of.in_features), awq)
+        options = Packing(of.bits, min(of.group_size, of.in_features), awq)
         tensors: dict[str, Any] = {name: layer._buffers[name] for name in names}
         return Parts(tensors, (of.out_features, of.in_features), options)
 
@@ -209,21 +220,28 @@ class _Layers(PackedLayers):
         for name in vars(layer).keys() - known:
             del layer.__dict__[name]
         layer._buffers.clear()  # tables of shifts
+        layer._non_persistent_buffers_set.clear()
         layer.__class__ = nn.Linear
         bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         layer.register_parameter("bias", bias)
 
     def adopt(self, model: nn.Module) -> None:
-        """See :class:`PackedLayers`. A configuration of GPTQ says from then on that it is version 2.
+        """See :class:`PackedLayers`. Also write version 2 into the configuration of a GPTQ model.
 
-        Otherwise one would be added to the zero points again when transformers loads what it has saved
-        (5.24).
+        The library converts tensors to version 2, but not the configuration. So transformers (5.24) saves
+        folders in which the next load changes the zero points again.
         """
         super().adopt(model)
+        weights = (p for p in model.parameters() if isinstance(p, GPTQModelTensor))
+        if all(weight.options.awq for weight in weights):
+            return
         for module in model.modules():
-            settings: Any = getattr(vars(module).get("config"), "quantization_config", None)
-            if getattr(settings, "quant_method", None) == "gptq" and settings.format == "gptq":
-                settings.format = "gptq_v2"
+            settings = getattr(vars(module).get("config"), "quantization_config", None)
+            # An object of transformers, or a dict of gptqmodel.
+            fields = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+            if fields.get("quant_method") == "gptq" and fields.get("format", "gptq") == "gptq":
+                names = ("format", "checkpoint_format")
+                fields.update({key: "gptq_v2" for key in names if key in fields})
 
 
 class GPTQModelFormat(PackedFormat):
@@ -243,36 +261,34 @@ class GPTQModelFormat(PackedFormat):
     def decode(self, weight: Any) -> Tensor:
         """See :class:`PackedFormat`."""
         codes, zeros, scales, groups = _Grid.of(weight)
-        return (codes - zeros[:, groups]) * scales[:, groups]
+        return scales[groups].mul_(codes - zeros[groups]).T
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
         """See :class:`WeightFormat`. Groups keep scale and zero point if their values are in the range."""
         (bits, _, awq), old = weight.options, weight.parts
         _, zeros, scales, groups = _Grid.of(weight)
-        values, zeros, step, last = values.float(), zeros.float(), scales.float(), 2**bits - 1
-        index = groups.expand(values.shape)
-        lowest = torch.zeros_like(step).scatter_reduce(1, index, values, "amin")
-        highest = torch.zeros_like(step).scatter_reduce(1, index, values, "amax")
+        values, zeros, step = values.T.float(), zeros.float(), scales.float()
+        index, last, middle = groups.unsqueeze(1).expand(values.shape), 2**bits - 1, 2 ** (bits - 1)
+        lowest = torch.zeros_like(step).scatter_reduce(0, index, values, "amin")
+        highest = torch.zeros_like(step).scatter_reduce(0, index, values, "amax")
         # Values in half precision may be a little outside of the range.
         fits = (lowest >= (-0.5 - zeros) * step) & (highest <= (last - zeros + 0.5) * step)
-        middle = 2 ** (bits - 1)
         if bool((zeros == middle).all()):  # symmetric
-            new = torch.maximum(highest / (last - middle), lowest / -middle)
-            new_zeros = zeros
+            new, new_zeros = torch.maximum(highest / (last - middle), lowest / -middle), zeros
         else:
             new = (highest - lowest) / last
             new_zeros = (lowest / -new).round().clamp(0, last)
-        step = torch.where(fits, step, new).to(scales.dtype).float()
         zeros = torch.where(fits, zeros, new_zeros)
-        divisors = torch.where(step > 0, step, 1)
-        codes = (values / divisors[:, groups] + zeros[:, groups]).round().clamp(0, last)
+        step = torch.where(fits, step, new).to(scales.dtype)
+        divisors = torch.where(step > 0, step, 1).float()  # as they are stored
+        codes = (values / divisors[groups] + zeros[groups]).round().clamp(0, last)
         interleaved = awq and bits == 4
         words = pack_codes(codes.T if awq else codes, bits, interleaved=interleaved)
         tensors = {
             **old,
-            "qweight": words if awq else words.T.contiguous(),
-            "qzeros": pack_codes(zeros.T, bits, interleaved=interleaved),
-            "scales": step.to(scales.dtype).T.contiguous(),
+            "qweight": words.T.contiguous() if awq else words,
+            "qzeros": pack_codes(zeros.T, bits, interleaved=interleaved).T.contiguous(),
+            "scales": step,
         }
         packed = GPTQModelTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
         return nn.Parameter(packed, requires_grad=False)
@@ -289,20 +305,20 @@ class GPTQModelFormat(PackedFormat):
         codes, zeros, scales, groups = _Grid.of(weight)
         (bits, group, _), columns = weight.options, stored.shape[1]
         order = None
-        if not torch.equal(groups, torch.arange(columns) // group):
-            if bool((groups.bincount(minlength=scales.shape[1]) != group).any()):
+        if not torch.equal(groups, torch.arange(columns, device=groups.device) // group):
+            if bool((groups.bincount(minlength=scales.shape[0]) != group).any()):
                 return NoOperator(
                     f"is stored as {stored} in groups of several sizes, and an operator of ONNX has one"
                 )
             order = groups.argsort(stable=True)
-            codes = codes[:, order]
-        if bits == 8 and columns % group:
+            codes = codes[order]
+        if bits > 4 and columns % group:
             return NoOperator(
                 f"is stored as {stored}, which do not divide its rows of {columns} values, and an operator "
                 "of ONNX takes whole blocks"
             )
-        middle = 128 if bits == 8 else 8
-        codes, zeros = (codes - middle).to(torch.int8), zeros - middle
-        packed = whole_numbers(codes, scales, zeros, group, 8 if bits == 8 else 4)
+        middle = 128 if bits > 4 else 8
+        codes, zeros = (codes - middle).to(torch.int8).T.contiguous(), zeros.T - middle
+        packed = whole_numbers(codes, scales.T, zeros, group, 8 if bits > 4 else 4)
         assert packed is not None  # its zero points are integers
         return dataclasses.replace(packed, order=order)

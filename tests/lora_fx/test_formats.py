@@ -34,6 +34,7 @@ KNOW_A_LIBRARY = {
     "lora_fx/formats/bitsandbytes.py",
     "lora_fx/formats/compressed_tensors.py",
     "lora_fx/formats/finegrained_fp8.py",
+    "lora_fx/formats/gptqmodel.py",
     "lora_fx/formats/torchao.py",
 }
 
@@ -90,6 +91,7 @@ def test_what_is_no_format_is_refused(registered: None) -> None:
         "compressed-tensors",
         "transformers",
         "lora_fx",
+        "gptqmodel",
     ]
 
 
@@ -181,7 +183,7 @@ def test_an_operator_is_found_by_its_name() -> None:
 def test_only_a_library_s_file_knows_it() -> None:
     told = re.compile(
         r"""(Params4bit|Int8Params|Int8Tensor|Int4Tensor|NF4Tensor|IntxUnpacked|Linear4bit|Linear8bitLt|FP8Linear
-        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme
+        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme|"gptqmodel[."]
         |import\ (bitsandbytes|torchao)|sys\.modules(\.get)?[\[(]"(bitsandbytes|torchao)
         |library\ ==|"(nf4|fp4|bitsandbytes\.|torchao\.)")""",
         re.VERBOSE,
