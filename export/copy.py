@@ -304,7 +304,7 @@ class PackedWeight(StandIn):
         order: The order in which the operator reads the features of the input; None for their own.
     """
 
-    order: Tensor | None
+    order: nn.Parameter | None
 
     def __init__(
         self, weight: HeldWeight, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
@@ -328,7 +328,8 @@ class PackedWeight(StandIn):
         )
         self.register_parameter("zeros", zeros)
         order = onnx_weight.order
-        self.register_buffer("order", None if order is None else keep(order))
+        order = None if order is None else nn.Parameter(keep(order), requires_grad=False)
+        self.register_parameter("order", order)
 
     def product(self, x: Tensor) -> Tensor:
         """See :class:`StandIn`. It can be traced, but not run."""

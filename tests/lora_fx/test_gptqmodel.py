@@ -121,7 +121,8 @@ def shuffled() -> list[int]:
 FORMS = {
     **{f"GPTQ in {bits} bits": (bits, False) for bits in (2, 3, 4, 8)},
     **{f"AWQ in {bits} bits": (bits, True) for bits in (2, 3, 4, 5, 8)},
-    "act-order": (4, False, shuffled()),
+    "act-order in 4 bits": (4, False, shuffled()),
+    "act-order in 8 bits": (8, False, shuffled()),
 }
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -191,6 +192,35 @@ def test_a_file_has_the_values(form: tuple[Any, ...], tmp_path: Path) -> None:
     (stored,) = report.quantized
     assert stored.operator == ("DequantizeLinear" if form[0] > 4 else "MatMulNBits")
     assert stored.scheme == f"int{form[0]}"
+
+
+@forms
+def test_an_adapter_is_trained_merged_and_swapped(form: tuple[Any, ...], tmp_path: Path) -> None:
+    weight, values = by_hand(*form)
+    base = nn.Sequential(nn.Linear(64, 24, bias=False))
+    base[0].weight = nn.Parameter(values.half().float())
+    config = lora_fx.LoraConfig(r=4, init_lora_weights=False, seed=0, target_modules=["0"])
+    wanted = lora_fx.rewrite(base, config)
+    base[0].weight = weight
+    mine = lora_fx.rewrite(base, config)
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
+    for one in (mine, wanted):
+        one(x).square().sum().backward()
+    for mine_is, wanted_is in zip(
+        lora_fx.trainable_parameters(mine), lora_fx.trainable_parameters(wanted), strict=True
+    ):
+        error = (mine_is.grad - wanted_is.grad).norm() / wanted_is.grad.norm()  # type: ignore[operator, union-attr]
+        assert float(error) < 1e-6
+    merged: Any = lora_fx.merge(mine)
+    assert_same_bits(merged[0].weight, lora_fx.merge(wanted)[0].weight)  # type: ignore[index]
+
+    lora_fx.export_onnx(mine, tmp_path / "model.onnx", x, adapters="inputs")
+    session = lora_fx.OnnxSession(tmp_path / "model.onnx", "cpu")
+    lora_fx.save_adapter(mine, tmp_path / "adapter")
+    session.load_adapter("a", tmp_path / "adapter")
+    (found,) = session.run([x], adapter="a").values()
+    unrounded = x @ (values - values.half().double()).float().T
+    torch.testing.assert_close(found, mine(x).detach() + unrounded, rtol=1e-5, atol=1e-3)
 
 
 def test_groups_of_several_sizes_are_not_exported(tmp_path: Path) -> None:
