@@ -562,6 +562,20 @@ def test_it_is_planned_copied_and_compiled(name: str, checkpoint: Any) -> None:
 
 
 @needs_library
+def test_peft_reads_the_adapter_over_the_same_layers(checkpoint: Any, tmp_path: Path) -> None:
+    import peft
+
+    model = loaded(checkpoint("GPTQ, act-order"))
+    mine = adapted(model)
+    lora_fx.save_adapter(mine, tmp_path)
+    with torch.no_grad():
+        wanted, base = mine(IDS).logits, model(IDS).logits
+        found = peft.PeftModel.from_pretrained(model, str(tmp_path))(IDS).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert float((wanted - base).abs().max()) > 0.1
+
+
+@needs_library
 def test_it_is_prepared_and_trained(checkpoint: Any) -> None:
     model = loaded(checkpoint("GPTQ"), "auto", torch.bfloat16)
     prepared: Any = lora_fx.prepare_for_kbit_training(model)
