@@ -48,6 +48,12 @@ Loader = Callable[[Path], Any]
 # --- the formats --------------------------------------------------------------------------------------
 
 
+def from_pretrained(folder: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A model in a format.
@@ -57,6 +63,7 @@ class Variant:
         loaders: What loads a checkpoint with its weights quantized, by the words for the column *load*.
         schemes: The names in ``SCHEMES`` of the tests that are this format.
         experts: Returns a mixture in this format; None if that was not tried.
+        reload: What loads a folder that was saved.
         weights: The number of its quantized parameters; 7 for a layer of a Llama.
         matrices: The number of their matrices.
     """
@@ -65,6 +72,7 @@ class Variant:
     loaders: Mapping[str, Loader]
     schemes: tuple[str, ...] = ()
     experts: Callable[[], Any] | None = None
+    reload: Loader = from_pretrained
     weights: int = 7
     matrices: int = 7
 
@@ -86,12 +94,6 @@ class Format:
 
 def write_dense(folder: Path) -> None:
     llama(1).save_pretrained(folder)
-
-
-def from_pretrained(folder: Path, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
 def keep_quantized(folder: Path) -> Any:
@@ -262,6 +264,31 @@ def torchao_integers(bits: int) -> Variant:
     )
 
 
+def gptqmodel(*names: str, also: tuple[str, ...] = ()) -> dict[str, Variant]:
+    """The variants of checkpoints of ``test_gptqmodel``, and other names of theirs."""
+
+    def writer(name: str) -> Callable[[Path], None]:
+        def write(folder: Path) -> None:
+            from tests.lora_fx.test_gptqmodel import written
+
+            folder.parent.mkdir(exist_ok=True)
+            written(folder.parent, name).rename(folder)
+
+        return write
+
+    def load(folder: Path) -> Any:
+        from tests.lora_fx.test_gptqmodel import loaded
+
+        return loaded(folder)
+
+    return {
+        name.replace(",", ""): Variant(
+            writer(name), {FROM_PRETRAINED: load}, schemes=also, reload=load
+        )
+        for name in names
+    }
+
+
 def layers_of(scheme: str) -> Loader:
     """A model whose layers the library has made one by one."""
 
@@ -337,6 +364,19 @@ FORMATS = (
     ),
     Format("MXFP4", "compressed_tensors", compressed_tensors("MXFP4A16")),
     Format("NVFP4", "compressed_tensors", compressed_tensors("NVFP4", "NVFP4A16")),
+    Format(
+        "GPTQ",
+        "gptqmodel",
+        gptqmodel(
+            "GPTQ",
+            "GPTQ, act-order",
+            "GPTQ, 2 bits",
+            "GPTQ, 3 bits",
+            "GPTQ, 8 bits",
+            also=("int4 gptqmodel",),
+        ),
+    ),
+    Format("AWQ", "gptqmodel", gptqmodel("AWQ", "AWQ, 8 bits")),
 )
 
 
@@ -457,7 +497,7 @@ def save(model: Any, variant: Variant, folder: Path) -> str:
         fresh = next(iter(variant.loaders.values()))(folder / "base")
         fresh.load_state_dict(torch.load(folder / "state.pt", weights_only=False))
         return STATE_DICT if same_values(fresh, values) else "no"
-    for words, load in LOADERS.items():
+    for words, load in {**LOADERS, FROM_PRETRAINED: variant.reload}.items():
         try:
             if same_values(load(folder / "saved"), values):
                 return words

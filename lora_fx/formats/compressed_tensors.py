@@ -154,7 +154,7 @@ class _Layers(PackedLayers):
 
 
 def pack_zero_points(model: nn.Module) -> None:
-    """Give zero points without values the shape in which they are stored, which the library (0.20) forgets."""
+    """Give zero points on the meta device the shape of stored ones, which the library (0.20) forgets."""
     for layer in model.modules():
         zeros, packed = (
             layer._parameters.get(f"weight_{name}") for name in ("zero_point", "packed")

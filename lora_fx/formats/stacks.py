@@ -421,6 +421,8 @@ class StackFormat(PackedFormat):
                 if isinstance(array, NoOperator):
                     return array
                 arrays.append(array)
+        if any(array.order is not None for array in arrays):
+            return NoOperator("has columns that are sorted otherwise in each of its matrices")
         first, zeros = arrays[0], [array.zeros for array in arrays]
         if any(zero is None for zero in zeros) and any(zero is not None for zero in zeros):
             return NoOperator("has zero points in some of its matrices, and in others none")

@@ -278,6 +278,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a Llama that the library has quantized with a few rows of text."""
     folder = tmp_path_factory.mktemp("gptqmodel")
+    return lambda name: written(folder, name)
+
+
+def written(folder: Path, name: str) -> Path:
+    """Write a checkpoint into a folder, if it is not there, and return its path."""
+    path = folder / name.replace(", ", "-").replace(" ", "-")
+    if path.exists():
+        return path
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 97}
     config = LlamaConfig(
@@ -289,19 +297,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "dense")
     tokenizer().save_pretrained(folder / "dense")
-
-    def quantize(name: str) -> Path:
-        path = folder / name.replace(", ", "-").replace(" ", "-")
-        if not path.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                # 7.7 fails on two cores, and compiles its packing for half a minute.
-                patch.setenv("GPTQMODEL_CPU_WORKERS", "2")
-                patch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")
-                patch.chdir(folder)  # it writes logs
-                _quantize(folder / "dense", path, CHECKPOINTS[name])
-        return path
-
-    return quantize
+    with pytest.MonkeyPatch.context() as patch:
+        # 7.7 fails on two cores, and compiles its packing for half a minute.
+        patch.setenv("GPTQMODEL_CPU_WORKERS", "2")
+        patch.setenv("GPTQMODEL_DISABLE_PACK_EXT", "1")
+        patch.chdir(folder)  # it writes logs
+        _quantize(folder / "dense", path, CHECKPOINTS[name])
+    return path
 
 
 def _quantize(source: Path, target: Path, how: dict[str, Any]) -> None:
