@@ -281,9 +281,18 @@ def gptqmodel(*names: str, also: tuple[str, ...] = ()) -> dict[str, Variant]:
 
         return loaded(folder)
 
+    def mixture_of(name: str) -> Callable[[], Any]:
+        def make() -> Any:
+            from tests.lora_fx.test_gptqmodel import written
+
+            with tempfile.TemporaryDirectory() as folder:
+                return load(written(Path(folder), name, mixture()))
+
+        return make
+
     return {
         name.replace(",", ""): Variant(
-            writer(name), {FROM_PRETRAINED: load}, schemes=also, reload=load
+            writer(name), {FROM_PRETRAINED: load}, also, mixture_of(name), load
         )
         for name in names
     }
@@ -400,7 +409,7 @@ def cells_of(variant: Variant) -> list[str]:
         again = lora_fx.merge(lora_fx.rewrite(base, CONFIG), requantize=True)
         return [
             ", ".join(loaded),
-            tried(lambda: train(model)),
+            tried(lambda: train(model, base)),
             tried(lambda: merge(model)),
             tried(lambda: save(again, variant, folder)),
             tried(lambda: export(model, variant, folder)),
@@ -449,13 +458,9 @@ def rewritten(base: Any) -> Any:
     return model.float() if any(p.dtype in half for p in model.parameters()) else model
 
 
-def train(model: Any) -> str:
+def train(model: Any, base: Any) -> str:
     """Takes a step, with gradients that are compared with those over dense weights of the same values."""
-    plain = type(model)(copy.deepcopy(model.config)).train()
-    names = {name for name, _ in plain.named_parameters()}
-    plain.load_state_dict(
-        {name: dense(p).detach() for name, p in model.named_parameters() if name in names}
-    )
+    plain = dense_twin(model, base).train()
     reference: Any = lora_fx.rewrite(plain, CONFIG, optimize=False).train()
     factors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     reference.load_state_dict({name: p.detach() for name, p in factors.items()}, strict=False)
@@ -470,6 +475,22 @@ def train(model: Any) -> str:
     assert not any(torch.equal(factor, before[name]) for name, factor in factors.items())
     worst = max(errors.values())
     return "yes" if worst < GRADIENTS else f"gradients are off by {worst:.0e}"
+
+
+def dense_twin(model: Any, base: Any) -> Any:
+    """A dense model with the values of one that was rewritten."""
+    plain = type(model)(copy.deepcopy(model.config))
+    values = {name: dense(p).detach() for name, p in model.named_parameters()}
+    names = {name for name, _ in plain.named_parameters()}
+    if names <= {*values}:
+        plain.load_state_dict({name: values[name] for name in names})
+        return plain
+    # The library has replaced fused experts by a layer for each matrix.
+    plain = share_copy(base)
+    for layer in plain.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight = nn.Parameter(dense(layer.weight).detach().float())
+    return plain.float()
 
 
 def merge(model: Any) -> str:
@@ -530,7 +551,7 @@ def adapt_experts(variant: Variant) -> str:
     """Trains adapters on the experts of a mixture in the format, and merges them."""
     assert variant.experts is not None
     model = variant.experts()
-    weights = [p for name, p in model.named_parameters() if ".experts." in name]
+    weights = [p for name, p in share_copy(model).named_parameters() if ".experts." in name]
     if all(quantization_of(p) is None and p.dtype.itemsize > 1 for p in weights):
         return "stay dense"
     plan = lora_fx.plan(model, CONFIG)
@@ -539,7 +560,7 @@ def adapt_experts(variant: Variant) -> str:
         raise LoraFxError(refused[0])
     adapted = rewritten(model)
     assert any(".experts." in name and p.requires_grad for name, p in adapted.named_parameters())
-    gradients = train(adapted)
+    gradients = train(adapted, model)
     merge(adapted)
     return gradients
 

@@ -281,8 +281,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return lambda name: written(folder, name)
 
 
-def written(folder: Path, name: str) -> Path:
-    """Write a checkpoint into a folder, if it is not there, and return its path."""
+def written(folder: Path, name: str, model: Any = None) -> Path:
+    """Write a checkpoint into a folder, if it is not there, and return its path.
+
+    Args:
+        folder: The folder.
+        name: A key of ``CHECKPOINTS``.
+        model: The dense model; a Llama by default.
+    """
     path = folder / name.replace(", ", "-").replace(" ", "-")
     if path.exists():
         return path
@@ -295,7 +301,8 @@ def written(folder: Path, name: str) -> Path:
         num_key_value_heads=4,
         attention_bias=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "dense")
+    model = model or LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder / "dense")
     tokenizer().save_pretrained(folder / "dense")
     with pytest.MonkeyPatch.context() as patch:
         # 7.7 fails on two cores, and compiles its packing for half a minute.
