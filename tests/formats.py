@@ -101,14 +101,6 @@ def keep_quantized(folder: Path) -> Any:
         return from_pretrained(folder)
 
 
-COMPRESSED_EXPERTS = {
-    "W4A16",
-    "W4A16, zero points",
-    "FP8, dynamic",
-    "FP8, blocks",
-    "MXFP4A16",
-    "NVFP4A16",
-}
 LOADERS: Mapping[str, Loader] = {
     FROM_PRETRAINED: from_pretrained,
     "`keep_quantized`": keep_quantized,
@@ -201,8 +193,8 @@ def kept_mixture(name: str) -> Callable[[], Any]:
     return make
 
 
-def compressed_mixture(scheme: str) -> Callable[[], Any] | None:
-    """A mixture of ``test_compressed_experts``; None for a scheme that is not there."""
+def compressed_mixture(scheme: str) -> Callable[[], Any]:
+    """A mixture of ``test_compressed_experts``."""
 
     def make() -> Any:
         from tests.lora_fx.test_compressed_experts import write
@@ -211,7 +203,7 @@ def compressed_mixture(scheme: str) -> Callable[[], Any] | None:
             write(Path(folder), scheme)
             return keep_quantized(Path(folder))
 
-    return make if scheme in COMPRESSED_EXPERTS else None
+    return make
 
 
 def compressed_tensors(*schemes: str, also: tuple[str, ...] = ()) -> dict[str, Variant]:
