@@ -121,9 +121,9 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
 
 def _convert_dense_only(model: Any) -> None:
     """Keep conversions for dense experts: a state dict has those of a stack as they are in the file."""
-    model._weight_conversions = [
+    vars(model)["_weight_conversions"] = [
         getattr(_first_operation(conversion), "plain", None) or conversion
-        for conversion in getattr(model, "_weight_conversions", ())
+        for conversion in vars(model).get("_weight_conversions", ())
     ]
 
 
@@ -146,7 +146,7 @@ def _new_quantizer() -> Any:
 
 
 def _targets(conversion: Any) -> tuple[str, ...]:
-    return tuple(conversion._original_target_patterns)
+    return tuple(conversion.target_patterns)
 
 
 def _projections(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -142,7 +142,8 @@ class _Layers(PackedLayers):
         super().adopt(model)
         compressed = False
         for layer in model.modules():
-            if isinstance(layer._parameters.get("weight"), CompressedTensor):
+            scripted = isinstance(layer, torch.jit.ScriptModule)
+            if not scripted and isinstance(layer._parameters.get("weight"), CompressedTensor):
                 for name in ("forward", "quantization_scheme", "quantization_status"):
                     layer.__dict__.pop(name, None)
             compressed = compressed or "quantization_scheme" in layer.__dict__

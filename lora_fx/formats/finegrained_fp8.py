@@ -92,8 +92,8 @@ class _Layers(PackedLayers):
     def adopt(self, model: nn.Module) -> None:
         """See :class:`PackedLayers`. ``FP8Experts`` become the experts of the dense model, with stacks."""
         super().adopt(model)
-        dtype = dtype_of_plain(model)
         for layer, plain in dense_twins(model, self._is_experts):
+            dtype = dtype_of_plain(model)
             stacks = {name: self._stack(layer, name, dtype) for name in plain._parameters}
             if None not in stacks.values():
                 become_experts(layer, plain, stacks)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_fx.formats.base import LibraryLayers, whole_numbers
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+from lora_fx.torch_private import transient_buffers
 
 __all__ = ["GPTQModelFormat", "GPTQModelTensor", "Packing", "pack_codes", "unpack_codes"]
 
@@ -220,7 +221,7 @@ class _Layers(PackedLayers):
         for name in vars(layer).keys() - known:
             del layer.__dict__[name]
         layer._buffers.clear()  # tables of shifts
-        layer._non_persistent_buffers_set.clear()
+        transient_buffers(layer).clear()
         layer.__class__ = nn.Linear
         bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         layer.register_parameter("bias", bias)

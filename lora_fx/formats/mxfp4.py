@@ -75,9 +75,9 @@ def _quantizer() -> type:
         def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
             follow_stacks(model)
             # State dicts have the names of the file already.
-            conversions = getattr(model, "_weight_conversions", ())
+            conversions = vars(model).get("_weight_conversions", ())
             kept = [conversion for conversion in conversions if not _makes_stacks(conversion)]
-            model._weight_conversions = kept  # type: ignore[assignment]
+            vars(model)["_weight_conversions"] = kept
 
         def get_load_operations(self) -> dict[str, type]:
             return {"deserialize": Stack}

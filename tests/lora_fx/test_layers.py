@@ -127,6 +127,7 @@ LOADED_WHEN_NEEDED = (
 PUBLIC = {
     "compare",
     "inspect_adapter",
+    "keep_quantized",
     "status",
     "as_peft_model",
     "hotswap_adapter",

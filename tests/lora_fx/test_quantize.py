@@ -131,13 +131,12 @@ def ids_of(model: nn.Module) -> Tensor:
 def widened(model: nn.Module, quantized: nn.Module) -> nn.Module:
     """The model with the values that the quantized one has: what it has to compute."""
     result = copy.deepcopy(model)
-    layouts = {row.site.weight: row.site.layout for row in lora_fx.plan(quantized, CONFIG)}
+    turned = {row.site.weight for row in lora_fx.plan(quantized, CONFIG) if row.site.turned}
     for name, weight in quantized.named_parameters():
         if quantization_of(weight) is not None:
             values = dense(weight)
             with torch.no_grad():
-                turned = values if layouts[name] == "out_in" else values.T
-                result.get_parameter(name).copy_(turned)
+                result.get_parameter(name).copy_(values.T if name in turned else values)
     return result
 
 
@@ -473,14 +472,13 @@ class Left(nn.Module):
 def test_every_operation_that_stays_has_its_reason() -> None:
     model = seeded(Left)
     plan = lora_fx.plan_quantization(model, "nf4")
-    assert [one.name for one in plan] == ["inner"]
+    assert [one.name for one in plan] == ["experts", "inner"]
     left = dict(plan.left)
     words = {
         "table": "a lookup",
         "tied": "tied to table.weight",
         "conv": "a convolution",
         "qkv.q": "rows 0 to 32",
-        "experts": "matrix",
         "side": "left operand",
         "head": "output head",
     }
@@ -489,7 +487,8 @@ def test_every_operation_that_stays_has_its_reason() -> None:
     shown = str(plan)
     assert "inner" in shown
     assert all(reason in shown for reason in left.values())
-    assert plan.to_dict()["weights"] == [{"name": "inner", "shape": [32, 32], "bytes": plan.bytes}]
+    sizes = {row["name"]: row["shape"] for row in plan.to_dict()["weights"]}
+    assert sizes == {"experts": [4, 32, 32], "inner": [32, 32]}
     result = lora_fx.quantize(model, "nf4")
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
