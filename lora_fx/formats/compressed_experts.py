@@ -108,8 +108,8 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
     from transformers.core_model_loading import Concatenate, MergeModulelist
     from transformers.integrations.compressed_tensors import CompressedTensorsDequantize
 
-    first, *rest = conversion.operations
-    kinds = [type(operation) for operation in rest]
+    first, *following = conversion.operations
+    kinds = [type(operation) for operation in following]
     if kinds not in ([MergeModulelist], [MergeModulelist, Concatenate]):
         conversion.operations[0] = CompressedTensorsDequantize(quantizer, first.scheme)
         return {}

@@ -344,8 +344,8 @@ def _stacked(
             for key, part in parts.items():
                 if not index and not number:
                     stacked[key] = part.new_empty((like.shape[0], *pieces, *part.shape))
-                place = stacked[key][index]
-                (place[number] if pieces else place).copy_(part)
+                matrix = stacked[key][index]
+                (matrix[number] if pieces else matrix).copy_(part)
     keys = tuple(stacked)
     names = tuple(f"{parameter}_{key}" for key in keys) if isinstance(parameter, str) else parameter
     options = Stacking(type(held(weights[0])).__name__, context, keys, turned, len(weights))
