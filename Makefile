@@ -168,6 +168,12 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 	if [ -f $(<:.txt=.alone) ]; then .peers/$*/bin/python -m pip install --quiet --no-deps -r $(<:.txt=.alone); fi
 	@touch $@
 
+# Its PyTorch is newer than pip's configuration may allow, and uv does not read that.
+.peers/.stack-gptqmodel: tests/stacks/requirements/gptqmodel.txt pyproject.toml | $(VENV)/.versions
+	$(BIN)/uv venv --quiet --clear .peers/gptqmodel
+	$(BIN)/uv pip install --quiet --python .peers/gptqmodel/bin/python --requirement $<
+	@touch $@
+
 # What a runtime needs of the system, where that can be installed; its tests are skipped without it.
 .peers/.runtime-js: | .peers/.debian-chromium
 .peers/.runtime-webgpu .peers/.runtime-webgpu-1.25: | .peers/.debian-mesa-vulkan-drivers
