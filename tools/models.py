@@ -68,6 +68,8 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
     quiet_transformers()
     import torch
 
+    from lora_fx.formats import keep_quantized
+
     try:
         config, source = _configuration(transformers, folder)
         architecture = _architecture_of(adapter, transformers, config)
@@ -83,9 +85,10 @@ def load_folder(folder: Path, *, weights: bool = True, adapter: Path | None = No
             return empty
         if is_gguf(folder) or any(True for pattern in _WEIGHTS for _ in folder.glob(pattern)):
             model: nn.Module
-            model, loading = architecture.from_pretrained(
-                **source, config=config, output_loading_info=True
-            )
+            with keep_quantized():
+                model, loading = architecture.from_pretrained(
+                    **source, config=config, output_loading_info=True
+                )
             lost = sorted(set(loading["missing_keys"]) - stored.keys())
             if lost and adapter is not None:
                 raise CheckpointError(

@@ -340,3 +340,15 @@ def test_names_of_gguf_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=r"needs gguf: pip install 'lora-fx\[quant\]'"):
         models.check_model_name(f"hf:{path}")
+
+
+@pytest.mark.parametrize("form", ["fp8", "mxfp4"])
+def test_weights_of_a_folder_stay_as_they_are_stored(form: str, tmp_path: Path) -> None:
+    from lora_fx.formats import StackedTensor
+    from lora_fx.passes.graph import share_copy
+    from tests.lora_fx.test_kept_checkpoints import FOLDERS
+
+    FOLDERS[form](tmp_path)
+    model = share_copy(load_model(f"hf:{tmp_path}").model)
+    kept = [name for name, p in model.named_parameters() if isinstance(p.detach(), StackedTensor)]
+    assert len(kept) == 2
