@@ -113,6 +113,16 @@ class QuantizationPlan:
         """Return the size of the weights before, in bytes."""
         return sum(row.dense_bytes for row in self.weights)
 
+    @property
+    def largest_bytes(self) -> int:
+        """Return the size of the largest dense weight: at most that is dense at a time in ``quantize``."""
+        return max(row.dense_bytes for row in self.weights)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Return the size of the largest dense matrix: at most that is decoded at a time in a step."""
+        return max(math.prod(row.shape[-2:]) * row.dtype.itemsize for row in self.weights)
+
     def __iter__(self) -> Iterator[PlannedWeight]:
         return iter(self.weights)
 
@@ -124,7 +134,11 @@ class QuantizationPlan:
         sizes = f"{_mib(self.dense_bytes)} become {_mib(self.bytes)}"
         reasons = Counter(reason for _, reason in self.left)
         first = {reason: name for name, reason in reversed(self.left)}
-        lines = [f"{len(self.weights)} weights in {self.storage}: {sizes}"]
+        lines = [
+            f"{len(self.weights)} weights in {self.storage}: {sizes}",
+            f"dense at a time: {_mib(self.largest_bytes)} while it quantizes, "
+            f"{_mib(self.decoded_bytes)} in a step",
+        ]
         for reason, count in reasons.items():
             more = f" and {count - 1} more" if count > 1 else ""
             lines.append(f"  as it is: {first[reason]}{more}: {reason}")
@@ -139,6 +153,8 @@ class QuantizationPlan:
             "double": self.storage.double,
             "bytes": self.bytes,
             "dense_bytes": self.dense_bytes,
+            "largest_bytes": self.largest_bytes,
+            "decoded_bytes": self.decoded_bytes,
             "weights": [
                 {"name": row.name, "shape": list(row.shape), "bytes": row.bytes}
                 for row in self.weights
@@ -148,7 +164,7 @@ class QuantizationPlan:
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.weights)
-        lines = [self.summary().splitlines()[0]]
+        lines = self.summary().splitlines()[:2]
         lines += [
             f"  {row.name:{width}}  {'x'.join(map(str, row.shape))}  {_mib(row.bytes)}"
             for row in self.weights

@@ -270,6 +270,7 @@ class WeightFormat(abc.ABC):
 
     Attributes:
         library: The library's name, which is also the name of its package.
+        title: Words for its formats, for messages; empty if it is no library's.
         names: The formats that :func:`lora_fx.quantize` can make; none if they can only be read.
         classes: Names of the classes of its tensors.
         blocks: Block sizes to propose if the chosen one does not fit; none for one scale a row.
@@ -284,6 +285,7 @@ class WeightFormat(abc.ABC):
     """
 
     library: ClassVar[str]
+    title: ClassVar[str] = ""
     names: ClassVar[tuple[str, ...]] = ()
     classes: ClassVar[frozenset[str]]
     blocks: ClassVar[tuple[int, ...]] = ()

@@ -433,6 +433,7 @@ class BitsandbytesFormat(WeightFormat):
     """The format of ``Params4bit`` and ``Int8Params``."""
 
     library = "bitsandbytes"
+    title = "NF4, FP4, LLM.int8()"
     names = ("nf4", "fp4")
     classes = frozenset({"Params4bit", "Int8Params"})
     kernel_packages = frozenset({"bitsandbytes"})

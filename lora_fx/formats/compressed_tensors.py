@@ -172,6 +172,7 @@ class CompressedTensorsFormat(PackedFormat):
     """The format of compressed-tensors."""
 
     library = "compressed-tensors"
+    title = "packed integers (W4A16), W8A8, FP8, MXFP8, MXFP4, NVFP4"
     classes = frozenset({"CompressedTensor"})
     layers: ClassVar[LibraryLayers] = _Layers()
 

@@ -163,6 +163,7 @@ class FineGrainedFP8Format(PackedFormat):
     """The format of ``FP8Linear``."""
 
     library = "transformers"
+    title = "FP8 with block scales"
     classes = frozenset({"FP8BlockTensor"})
     layers: ClassVar[LibraryLayers] = _Layers()
 

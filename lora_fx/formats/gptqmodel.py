@@ -249,6 +249,7 @@ class GPTQModelFormat(PackedFormat):
     """The format of gptqmodel."""
 
     library = "gptqmodel"
+    title = "GPTQ, AWQ"
     classes = frozenset({"GPTQModelTensor"})
     layers: ClassVar[LibraryLayers] = _Layers()
 

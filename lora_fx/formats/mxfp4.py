@@ -129,6 +129,7 @@ class MXFP4Format(PackedFormat):
     """The format of gpt-oss."""
 
     library = "transformers"
+    title = "MXFP4 of gpt-oss"
     classes = frozenset({"MXFP4Tensor"})
     layers = _Layers()
 

@@ -146,6 +146,7 @@ class TorchaoFormat(WeightFormat):
     """The format of ``Int8Tensor``, ``IntxUnpackedToInt8Tensor``, ``Int4Tensor`` and ``NF4Tensor``."""
 
     library = "torchao"
+    title = "int8, int4, NF4"
     names = ("int8", "int4")
     classes = frozenset(_ACTIVATIONS)
     kernel_packages = frozenset({"torchao"})

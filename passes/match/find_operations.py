@@ -219,7 +219,14 @@ def _ordered(model: nn.Module, sites: dict[str, list[Site]]) -> Iterator[Site]:
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.")
-_REMEDY = "adapt the model before it is quantized, merge, and quantize the result"
+
+
+def _remedy() -> str:
+    known = [f"{format_.title} ({format_.library})" for format_ in formats() if format_.title]
+    return (
+        "adapt the model before it is quantized, merge, and quantize the result. Formats that can be trained "
+        f"over: {', '.join(known)}"
+    )
 
 
 def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
@@ -234,7 +241,7 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
         if foreign and not known and _holds_weights(module):
             named = f"{cls.__module__}.{cls.__qualname__}"
             lacking = None if layers is None else layers.unfinished(module, named)
-            reason = lacking or f"it is quantized ({named}): {_REMEDY}"
+            reason = lacking or f"it is quantized ({named}): {_remedy()}"
             # A module of experts has several weights, with names of their own.
             for weight in (join(fqn, name) for name in _codes(module)):
                 yield weight, Rejection(site_name(weight), reason, fqn)
@@ -310,15 +317,13 @@ def _reason(weight: torch.Tensor) -> str | None:
         return f"its weight is {weight.dtype}, and an adapter is real"
     if weight.dtype not in _FLOATS:
         remark = "a quantized format" if weight.is_floating_point() else "not floating point"
-        return f"its weight is {weight.dtype}, {remark}: {_REMEDY}"
+        return f"its weight is {weight.dtype}, {remark}: {_remedy()}"
     tensor: Any = weight.data if isinstance(weight, nn.Parameter) else weight
     if torch_private.is_traceable_wrapper_subclass(tensor):
         parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
         inner = [part for part in parts if isinstance(part, torch.Tensor)]
         if any(t.dtype not in _FLOATS and t.dim() > 1 for t in inner):
-            return (
-                f"its weight is a {type(tensor).__name__}, which holds quantized numbers: {_REMEDY}"
-            )
+            return f"its weight is a {type(tensor).__name__}, which holds quantized numbers: {_remedy()}"
     return None
 
 

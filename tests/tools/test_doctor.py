@@ -153,6 +153,12 @@ def _with_external(path: Path, *, inner: bool = False, shape: int = 4, **where: 
     return path
 
 
+def test_the_formats_are_named_with_their_libraries() -> None:
+    found = {(one.name, one.detail) for one in examine() if one.topic == "formats"}
+    assert ("bitsandbytes", "NF4, FP4, LLM.int8()") in found
+    assert ("gptqmodel", "GPTQ, AWQ") in found
+
+
 @pytest.mark.parametrize("inner", [False, True])
 @pytest.mark.parametrize(
     ("where", "says"),

@@ -16,6 +16,7 @@ from rich.text import Text
 from lora_fx.errors import LoraFxError
 from lora_fx.export import providers
 from lora_fx.export.inspection import Finding, State, examine_file
+from lora_fx.formats import formats
 from lora_fx.tools.cli import console
 from lora_fx.tools.threads import thread_advice
 from lora_fx.versions import NEWEST, untested
@@ -48,7 +49,7 @@ def examine(file: Path | None = None) -> list[Finding]:
     """Examine the installation, or an ONNX file. Change nothing and use no network."""
     if file is not None:
         return examine_file(file)
-    return [*_python(), *_torch(), *_runtime(), *_extras()]
+    return [*_python(), *_torch(), *_runtime(), *_formats(), *_extras()]
 
 
 def _python() -> Iterator[Finding]:
@@ -132,6 +133,17 @@ def _libraries(runtime: Any) -> Iterator[Finding]:
         state = lost if name in missing else State.OK
         detail = "not found by the loader" if name in missing else "loads"
         yield Finding("CUDA libraries", name, state, detail)
+
+
+def _formats() -> Iterator[Finding]:
+    """Yield the formats of quantized weights."""
+    for known in formats():
+        if known.title:
+            version = _version(known.library)
+            state = State.OK if version else State.NOTE
+            yield Finding(
+                "formats", known.library, state, known.title, "" if version else "missing"
+            )
 
 
 def _has_device() -> bool:
