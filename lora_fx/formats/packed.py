@@ -56,11 +56,11 @@ class PackedTensor(Tensor):
     operation with the values of :func:`lora_fx.formats.dense`.
 
     Attributes:
-        names: The names of the tensors in the layer, which are also attributes of the weight.
+        part_names: The names of the tensors in the layer, which are also attributes of the weight.
         options: The remaining settings of the weight.
     """
 
-    names: tuple[str, ...]
+    part_names: tuple[str, ...]
     options: Any
 
     def __new__(cls, parts: Parts, dtype: torch.dtype) -> PackedTensor:
@@ -71,7 +71,7 @@ class PackedTensor(Tensor):
         )
         # Dynamo finds attributes, but nothing that __getattr__ returns.
         tensor.__dict__.update(parts.tensors)
-        tensor.names, tensor.options = tuple(parts.tensors), parts.options
+        tensor.part_names, tensor.options = tuple(parts.tensors), parts.options
         return tensor  # type: ignore[no-any-return]
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
@@ -80,14 +80,14 @@ class PackedTensor(Tensor):
     @property
     def parts(self) -> dict[str, Tensor]:
         """The tensors, by their names in the layer."""
-        return {name: self.__dict__[name] for name in self.names}
+        return {name: self.__dict__[name] for name in self.part_names}
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Return the names of the parts, and what else makes the tensor."""
-        return list(self.names), (tuple(self.shape), self.dtype, self.options)
+        return list(self.part_names), (tuple(self.shape), self.dtype, self.options)
 
     @classmethod
     def __tensor_unflatten__(
@@ -106,10 +106,10 @@ class PackedTensor(Tensor):
 
     def decoded(self) -> Tensor:
         """Return the values; for a compiler, which cannot follow the library's code, by one operator."""
-        if type(self.__dict__[self.names[0]]) is Tensor:
+        if type(self.__dict__[self.part_names[0]]) is Tensor:
             return _format(self).decode(self)
-        key = f"{type(self).__name__} {self.names} {self.options}"
-        _decoded[key] = (type(self), self.names, self.options)
+        key = f"{type(self).__name__} {self.part_names} {self.options}"
+        _decoded[key] = (type(self), self.part_names, self.options)
         values: Tensor = _decode_operator()(list(self.parts.values()), key, list(self.shape))
         return values
 
@@ -269,7 +269,7 @@ class _LoadParts(LoadHook):
         weight: Any = module._parameters.get(self.parameter)
         name = f"{prefix}{self.parameter}"
         if isinstance(weight, PackedTensor) and not isinstance(state.get(name), PackedTensor):
-            tensors = {part: state.pop(f"{prefix}{part}", None) for part in weight.names}
+            tensors = {part: state.pop(f"{prefix}{part}", None) for part in weight.part_names}
             if any(tensor is not None for tensor in tensors.values()):
                 state[name] = self._joined(weight, name, tensors, args[-1])
 

@@ -186,8 +186,8 @@ def grouped_product(x: Tensor, weight: StackedTensor, ends: Tensor) -> Tensor:
     Returns:
         [n, out], in the dtype of x.
     """
-    key = f"{weight.names} {weight.options}"
-    _stacks[key] = (weight.names, weight.options)
+    key = f"{weight.part_names} {weight.options}"
+    _stacks[key] = (weight.part_names, weight.options)
     product: Tensor = _multiply(x, list(weight.parts.values()), ends, key, list(weight.shape))
     return product
 
@@ -394,7 +394,7 @@ class StackFormat(PackedFormat):
             old = _member(stack, index)
             return [old.members.widened(_as_parameter(piece)) for piece in old.weights()]
 
-        return _stacked(make, stack, stack.names, stack.options.turned)
+        return _stacked(make, stack, stack.part_names, stack.options.turned)
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
         """See :class:`WeightFormat`."""
@@ -406,7 +406,7 @@ class StackFormat(PackedFormat):
             pieces = zip(matrix.chunk(weight.options.pieces), old.weights(), strict=True)
             return [old.members.requantize(part, held(piece)) for part, piece in pieces]
 
-        return _stacked(make, weight, weight.names, turned)
+        return _stacked(make, weight, weight.part_names, turned)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """Return the arrays of all matrices, with one more axis in front."""
