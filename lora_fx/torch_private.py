@@ -97,6 +97,7 @@ __all__ = [
     "in_functorch_level",
     "in_fx_trace",
     "in_jit_trace",
+    "in_selective_checkpoint",
     "is_assertion",
     "is_composite",
     "is_distributed",
@@ -298,6 +299,15 @@ def fake_tensors() -> ModuleType:
 
 
 # --- autograd -----------------------------------------------------------------------------------
+
+
+def in_selective_checkpoint() -> bool:
+    """Return True if selective activation checkpointing may keep the result of an operation."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    checkpoint = torch.utils.checkpoint
+    kinds = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return any(isinstance(mode, kinds) for mode in dispatch_modes())
 
 
 def in_backward() -> bool:

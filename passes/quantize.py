@@ -136,8 +136,7 @@ class QuantizationPlan:
         first = {reason: name for name, reason in reversed(self.left)}
         lines = [
             f"{len(self.weights)} weights in {self.storage}: {sizes}",
-            f"dense at a time: {_mib(self.largest_bytes)} while it quantizes, "
-            f"{_mib(self.decoded_bytes)} in a step",
+            f"dense at a time: {_mib(self.largest_bytes)} now, {_mib(self.decoded_bytes)} in a step",
         ]
         for reason, count in reasons.items():
             more = f" and {count - 1} more" if count > 1 else ""

@@ -73,7 +73,7 @@ def weight_norm(
 
 def _norm_of(square: Tensor) -> Tensor:
     # If B A cancels W, rounding may leave the sum of the three terms below zero.
-    return square.clamp_min_(0).sqrt_().flatten()
+    return square.clamp_min(0).sqrt().flatten()
 
 
 def _squared_norm(
@@ -94,7 +94,7 @@ def _squared_norm(
         own, crossed, gram = sums
         add_product = torch.addmm if groups == 1 else torch.baddbmm
         mixed = add_product(crossed, up, gram, beta=2 * scale, alpha=scale**2)
-        return own + mixed.mul_(up).sum(-1)
+        return own + (mixed * up).sum(-1)
 
 
 def _matrices(
@@ -155,7 +155,7 @@ def _block(length: int) -> int:
 
 def _squared(matrix: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
-    return norms.square_()
+    return norms.square()
 
 
 def _full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -29,6 +29,7 @@ from lora_fx.runtime.fused_lora import (
     dropped_product,
     flat,
     without_autocast,
+    writable,
 )
 from lora_fx.runtime.masks import draw, masked, recovery, seed_of, unpacked
 from lora_fx.runtime.recompute import Source, lazy_copy, source_of
@@ -181,7 +182,7 @@ class _DoraLinear(torch.autograd.Function):
         gains: Tensor,
     ) -> tuple[Tensor, Tensor]:
         # First the operation itself: if x has a wrong shape, the error is that of the layer.
-        out = F.linear(x, weight, bias)
+        out = writable(F.linear(x, weight, bias))
         down = dropped_product(x, mask, a.to(x.dtype))
         mine = options.part(flat(out))
         # The product includes the bias, because only then gains of 1 leave every bit as it is.

@@ -55,6 +55,7 @@ __all__ = [
     "quantized_kernel",
     "quantized_lora_linear",
     "without_autocast",
+    "writable",
 ]
 
 
@@ -158,6 +159,13 @@ def dropped_outer(grad: Tensor, x: Any, own: Any, seed: Tensor | None) -> Tensor
         return torch.mm(grad.T, own)
     gradient: Tensor = torch.ops.lora_fx.dropped_outer(grad, x, seed)
     return gradient
+
+
+def writable(out: Tensor) -> Tensor:
+    """Return the output of an operation, or a copy if selective checkpointing may keep the output itself."""
+    if torch.compiler.is_compiling() or not torch_private.in_selective_checkpoint():
+        return out
+    return out.clone()
 
 
 def add_product(
@@ -352,7 +360,7 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         operations = _operations(options, tensors)
         # First the operations themselves: if x has a wrong shape, the error is that of the layer.
-        bases = [operation.base(x) for operation in operations]
+        bases = [writable(operation.base(x)) for operation in operations]
         down = dropped_product(x.to(dtype), mask, _joined(operations, dtype))
         outputs = []
         for out, (operation, own_down) in zip(bases, _with_columns(operations, down), strict=True):
@@ -412,7 +420,8 @@ class _LoraLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
     ) -> Tensor:
-        out = F.linear(x, weight, bias)  # first: its error is the layer's if x has a wrong shape
+        # First, because its error is the layer's if x has a wrong shape
+        out = writable(F.linear(x, weight, bias))
         down = x.reshape(-1, x.shape[-1]) @ a.T
         out.view(-1, out.shape[-1]).addmm_(down, b.T, alpha=options[0][0])
         kept = x if a.requires_grad or weight.requires_grad else None

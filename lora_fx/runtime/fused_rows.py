@@ -30,6 +30,7 @@ from lora_fx.runtime.fused_lora import (
     flat,
     quantized_kernel,
     without_autocast,
+    writable,
 )
 from lora_fx.runtime.masks import draw, masked, recovery, transformed, unpacked
 from lora_fx.runtime.parts import check_not_in_parts
@@ -276,7 +277,7 @@ def _computed(
     b: Sequence[Tensor],
 ) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
     """Return the output, the products with the A's, and the masks."""
-    out = options.base(x, weight, bias)
+    out = writable(options.base(x, weight, bias))
     total = flat(out)
     downs: list[Tensor] = []
     with unfollowed():

@@ -267,6 +267,7 @@ def holders() -> list[Any]:
         importlib.import_module("torch.distributed.tensor.debug"),
         importlib.import_module("torch.distributed.distributed_c10d"),
         importlib.import_module("torch.utils._triton"),
+        importlib.import_module("torch.utils.checkpoint"),
         torch.autograd.Variable,
         *(importlib.import_module(f"torch.distributed.fsdp.{name}") for name in distributed),
     ]

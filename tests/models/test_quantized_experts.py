@@ -191,7 +191,7 @@ def test_a_plan_says_what_is_stored_and_how_large_it_is(form: str) -> None:
     assert "6x128x32" in str(plan)
     assert plan.largest_bytes == 6 * 128 * 32 * 4
     assert plan.decoded_bytes == 128 * 32 * 4
-    assert "dense at a time: 0.09 MiB while it quantizes, 0.02 MiB in a step" in plan.summary()
+    assert "dense at a time: 0.09 MiB now, 0.02 MiB in a step" in plan.summary()
     quantized = lora_fx.quantize(model, form)
     for fqn, stack in stacks(quantized).items():
         size = sum(part.untyped_storage().nbytes() for part in stack.parts.values())
