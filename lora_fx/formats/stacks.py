@@ -97,7 +97,7 @@ class StackedTensor(PackedTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Compute grouped products without decoding the whole stack."""
-        if is_grouped_product(func):
+        if is_grouped_product(func) and len(args) > 1:
             weight, ends = args[1], _offsets(*args[2:], **(kwargs or {}))
             if isinstance(weight, StackedTensor) and ends is not None:
                 return grouped_product(args[0], weight, ends)
