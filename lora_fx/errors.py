@@ -68,7 +68,7 @@ class ConfigError(LoraFxError, ValueError):
 
 
 class CaptureError(LoraFxError, RuntimeError):
-    """A model could not be captured as graphs, or the outputs of the graphs differ."""
+    """A model has no graphs that agree with its forward, or code uses adapted weights in an unknown way."""
 
 
 class LogitsError(LoraFxError, AttributeError):

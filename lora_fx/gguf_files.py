@@ -166,7 +166,7 @@ class GgufFile(WeightFiles):
         return self._sources.keys()
 
     def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
-        # Conversions change shapes, and keep every value.
+        # Conversions may change shapes and values, but not the number of values.
         if self._sizes[key] == wanted.numel():
             return None
         return f"has {self._sizes[key]} values there and {wanted.numel()} in the model"

@@ -73,7 +73,7 @@ class _Quotient:
 
 @at_nodes("Mul")
 def divide_by_root(model: ir.Model, node: ir.Node) -> bool:
-    """Rewrite ``x · (1 / root)`` as ``x / root``, the form that ONNX Runtime fuses."""
+    """Rewrite ``x · (1 / rms(x))`` as ``x / rms(x)``, the form that ONNX Runtime fuses."""
     quotient = _quotient(node)
     if quotient is None:
         return False
@@ -191,7 +191,7 @@ def skip_norms(model: ir.Model, norm: RmsNorm) -> bool:
 
 @at_nodes("LayerNormalization")
 def skip_layer_norms(model: ir.Model, node: ir.Node) -> bool:
-    """Fuse a layer norm with the residual sum in front of it, which other nodes read as well."""
+    """Fuse a layer norm with the residual sum that it reads. The fused operator returns the sum, too."""
     added = _residual(node.inputs[0])
     if added is None or not _is_plain(node):
         return False

@@ -1,7 +1,8 @@
-"""Experts of compressed-tensors: loaded as stacks, where transformers decompresses them.
+"""Experts of compressed-tensors, loaded as stacks; transformers alone decompresses them.
 
 A checkpoint has the matrices of each expert by themselves (``experts.0.gate_proj.weight_packed``), and the
-model has one parameter for all of them (``experts.gate_up_proj``). Each of these is a piece of a stack.
+model has one parameter for all of them (``experts.gate_up_proj``). That becomes a stack, with a piece for
+each matrix of an expert: two for ``gate_up_proj``.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
     """Let a conversion of the loader make stacks.
 
     Args:
-        conversion: A conversion whose first operation stacks; it is changed. If more follows than the union
-            of the matrices of all experts, it decompresses the experts as usual.
+        conversion: A conversion whose first operation stacks; it is changed. If operations other than the
+            union of matrices follow, it decompresses the experts as usual.
         plain: The conversion of a dense checkpoint.
         quantizer: The quantizer.
 
@@ -120,7 +121,7 @@ def _stacked_by(conversion: Any, plain: Any, quantizer: Any) -> dict[str, tuple[
 
 
 def _convert_dense_only(model: Any) -> None:
-    """Keep conversions for dense experts: a state dict has those of a stack as they are in the file."""
+    """Restore the conversions of dense experts. A state dict has the names of the file for stacks already."""
     vars(model)["_weight_conversions"] = [
         getattr(_first_operation(conversion), "plain", None) or conversion
         for conversion in vars(model).get("_weight_conversions", ())

@@ -1,13 +1,14 @@
 """GPTQ and AWQ, as transformers loads them: the layers of gptqmodel.
 
-A layer has codes of 2 to 8 bits (``qweight``), zero points in as many bits (``qzeros``), and scales in half
-precision, one for each group of inputs. GPTQ packs codes along inputs, and ``g_idx`` has the group of each
-input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in a different order.
+A layer has codes of 2 to 8 bits (``qweight``). For each group of inputs and each output, it has a zero point
+in as many bits (``qzeros``) and a scale in half precision. GPTQ packs codes along inputs, and ``g_idx`` has
+the group of each input, in any order (act-order). AWQ packs them along outputs, those of 4 bits in a
+different order.
 
 The library has a class for each kernel, and some kernels repack a layer in the first call. In a copy that
-lora_fx makes, each layer is an ``nn.Linear``, and its values are computed here, as the library does to the
-last bit. A file of GPTQ, version 1, has zero points minus one. The library adds one when it loads a model,
-which has version 2 then.
+lora_fx makes, each layer is an ``nn.Linear``. Its values are computed here and equal the library's bit for
+bit. GPTQ version 1 stores each zero point minus one. The library adds one on loading, so that a loaded model
+is version 2.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _AWQ: Final = frozenset(
     }
 )
 _BACKEND: Final = "GPTQConfig(backend='torch') or AwqConfig(backend='torch_awq')"
-"""Kernels that keep the storage."""
+"""Settings that select kernels that do not repack weights."""
 
 _INTERLEAVED: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """The columns of eight codes of 4 bits in a word of AWQ, from the lowest bits to the highest."""
@@ -75,7 +76,7 @@ class Packing(NamedTuple):
 
 
 def unpack_codes(words: Tensor, bits: int, count: int, *, interleaved: bool = False) -> Tensor:
-    """Return the codes in columns of words, which are streams of bits from the lowest to the highest.
+    """Unpack codes. Each column of words is a stream of bits, the lowest first.
 
     Args:
         words: int32, [words, columns].
@@ -120,7 +121,7 @@ class _Grid(NamedTuple):
     """The numbers of a weight, [in, out]: its values are ``(codes - zeros[groups]) · scales[groups]``.
 
     Attributes:
-        codes: Whole numbers that a difference does not overflow, [in, out].
+        codes: int8, or int16 for 8 bits, so that ``codes - zeros`` does not overflow, [in, out].
         zeros: The same, [groups, out].
         scales: [groups, out].
         groups: The group of each input.
@@ -209,7 +210,7 @@ class _Layers(PackedLayers):
         return Parts(tensors, (of.out_features, of.in_features), options)
 
     def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
-        """See :class:`LibraryLayers`. The tensors are buffers, which a copy would have again."""
+        """See :class:`LibraryLayers`. The tensors are buffers, which ``deepcopy`` would duplicate."""
         parts = self.parts(layer)
         for tensor in () if parts is None else parts.tensors.values():
             memo[id(tensor)] = tensor.detach()
@@ -230,7 +231,7 @@ class _Layers(PackedLayers):
         """See :class:`PackedLayers`. Also write version 2 into the configuration of a GPTQ model.
 
         The library converts tensors to version 2, but not the configuration. So transformers (5.24) saves
-        folders in which the next load changes the zero points again.
+        folders whose zero points the next load shifts again.
         """
         super().adopt(model)
         weights = (p for p in model.parameters() if isinstance(p, GPTQModelTensor))

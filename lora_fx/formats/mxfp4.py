@@ -1,9 +1,9 @@
-"""MXFP4 experts, as gpt-oss stores them: values of four bits with an exponent for each 32 of a row.
+"""MXFP4 experts, as gpt-oss stores them: values of four bits, with an exponent for each 32 values of a row.
 
 The format is that of OCP Microscaling Formats (MX) 1.0: a byte of ``blocks`` has two values of E2M1, and a
-byte of ``scales`` an exponent of two plus 127. transformers runs it by kernels that cannot be trained, and
-otherwise dequantizes it. :func:`lora_fx.keep_quantized` loads it into the dense model's own layer of experts,
-as a stack.
+byte of ``scales`` is the exponent of a power of two, with bias 127. transformers runs it by kernels for
+inference only, or dequantizes it. :func:`lora_fx.keep_quantized` loads it into the dense model's own layer
+of experts, as a stack.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class MXFP4Tensor(PackedTensor):
 
 
 class _Layers(LibraryLayers):
-    """The experts of gpt-oss, which stay those of the dense model."""
+    """The experts of gpt-oss, loaded into the dense model's own layers."""
 
     def quantizers(self) -> dict[str, type]:
         """See :class:`LibraryLayers`."""
@@ -145,7 +145,7 @@ class MXFP4Format(PackedFormat):
         return values[0].T
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """See :class:`WeightFormat`. Of the old exponent and those that fit, the one with the least error."""
+        """See :class:`WeightFormat`. A block keeps its exponent unless one that fits has less error."""
         rows = values.float().reshape(values.shape[0], -1, _BLOCK)
         old = weight.parts["scales"].int() - 127
         # MX 1.0, section 6.3: the exponent of the largest value, less that of the largest code. It cuts off
@@ -165,7 +165,7 @@ class MXFP4Format(PackedFormat):
         return nn.Parameter(packed, requires_grad=False)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight:
-        """Return the codes in eight bits, as twice the values: no standard operator reads them in four."""
+        """Return the codes in eight bits, as twice the values: no operator of opsets 20 to 22 reads FP4."""
         blocks, scales = weight.parts["blocks"], weight.parts["scales"]
         signed = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)]) * 2
         pairs = torch.stack([blocks & 15, blocks >> 4], -1).long()

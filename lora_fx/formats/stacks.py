@@ -125,7 +125,7 @@ _FALLBACKS = ("transformers.grouped_mm_fallback", "transformers.grouped_mm_fallb
 
 
 def _offsets(offs: Any = None, bias: Any = None, out_dtype: Any = None, **_: Any) -> Any:
-    """Return the ends of the groups; None for a call with other arguments, which is not read here."""
+    """Return the ends of the groups, or None for a call with a bias or an output dtype."""
     return None if bias is not None or out_dtype is not None else offs
 
 
@@ -260,7 +260,7 @@ def follow_stacks(model: nn.Module) -> None:
 def dense_twins(
     model: nn.Module, is_experts: Callable[[nn.Module], bool]
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield a library's layers of experts, each with that of the dense model, on the meta device.
+    """Yield each layer of experts of a library with that of the dense model, which is on the meta device.
 
     Args:
         model: A model of transformers, or a module that has one.
@@ -287,8 +287,8 @@ def become_experts(
     """Turn a library's layer of experts into that of the dense model, with stacks as its weights.
 
     Args:
-        layer: The layer, of a copy. It stays the same object, with its hooks.
-        plain: The layer of the dense model; it is used up.
+        layer: The layer to change, in a copy of the user's model. It stays the same object, with its hooks.
+        plain: The layer of the dense model. Its attributes move into ``layer``.
         stacks: The new parameters.
     """
     kept: dict[str, Any] = {
@@ -315,7 +315,8 @@ def stack_matrices(values: Tensor, how: Storage, parameter: str, *, turned: bool
         values: [E, out, in]; or [E, in, out] if ``turned``. No reference to it is kept.
         how: The format of the matrices.
         parameter: The name of the parameter in its module, with which the names of the parts begin.
-        turned: True to store each matrix transposed: the blocks of a format lie along the inputs.
+        turned: True if the values are [E, in, out]. Each matrix is stored as [out, in] in any case, because
+            the blocks of a format lie along the inputs.
     """
     matrices = values.mT if turned else values
     return _stacked(lambda index: [stored(matrices[index], how)], values, parameter, turned)
@@ -324,7 +325,7 @@ def stack_matrices(values: Tensor, how: Storage, parameter: str, *, turned: bool
 def _stacked(
     make: Callable[[int], list[Any]], like: Tensor, parameter: str | tuple[str, ...], turned: bool
 ) -> nn.Parameter:
-    """Return a stack of weights, of which one at a time exists.
+    """Build a stack from one quantized matrix at a time.
 
     Args:
         make: Returns the library's weights of a matrix by its index.
@@ -422,7 +423,9 @@ class StackFormat(PackedFormat):
                     return array
                 arrays.append(array)
         if any(array.order is not None for array in arrays):
-            return NoOperator("has columns that are sorted otherwise in each of its matrices")
+            return NoOperator(
+                "has reordered columns (act-order), which a stack cannot be exported with"
+            )
         first, zeros = arrays[0], [array.zeros for array in arrays]
         if any(zero is None for zero in zeros) and any(zero is not None for zero in zeros):
             return NoOperator("has zero points in some of its matrices, and in others none")

@@ -188,10 +188,10 @@ class Plan:
 
     @property
     def unit(self) -> Literal["token", "sample", "position"]:
-        """The unit of :attr:`flops` and :attr:`saved`.
+        """The unit of :attr:`flops` and :attr:`saved`: a token of the input, if there are no convolutions.
 
-        Convolutions compute an output at each position, and layers differ in their number of positions. If
-        the positions of a sample are known, the unit is the sample.
+        Convolutions compute an output at each position, and layers differ in their number of positions. With
+        convolutions, it is a sample if the positions of a sample are known, and else a position.
         """
         if self.sample_cost is not None:
             return "sample"

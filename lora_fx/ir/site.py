@@ -203,7 +203,7 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the weight, or of the rows that the site covers."""
+        """Shape of the weight, or of its part with the output features that the site covers."""
         if self.rows is None:
             return self.weight_shape
         rows = self.rows[1] - self.rows[0]

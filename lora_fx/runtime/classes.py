@@ -189,7 +189,9 @@ def members_of(cls: type) -> dict[str, Any]:
 
 
 def inner_of(function: Any) -> Any:
-    """Return the function inside of decorators that refer to themselves, or the function if it has none.
+    """Return the function inside of decorators whose closure has both the wrapper and the wrapped function.
+
+    Any other function is returned as it is.
 
     Args:
         function: A member of a class.

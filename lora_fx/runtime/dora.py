@@ -246,7 +246,9 @@ def applied_weight(
     rows: tuple[int, int] | None = None,
     order: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return the weight as it is applied: a view, or a copy if its strides do not allow the view.
+    """Return the detached weight in the layout in which it is applied.
+
+    A dense weight is a view if its strides allow it. A quantized one is dequantized.
 
     Args:
         weight: The parameter.

@@ -158,7 +158,9 @@ def _settled(value: Any, seen: set[int]) -> Any:
 
 
 class Head(Subgraph):
-    """The head of a model with its LoRA branches, as a function of rows. :func:`head_of` creates it.
+    """Callable that computes the logits of hidden states, with the LoRA branches of the head.
+
+    Rows are independent, so that chunks of them can be computed. :func:`head_of` creates it.
 
     Attributes:
         outputs: The number of classes, which is the width of the logits.

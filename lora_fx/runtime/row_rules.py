@@ -81,8 +81,8 @@ class Operation(NamedTuple):
         """Return the union over all elements of some arguments."""
         return union(*(_all(self.reader.read(tensor)) for tensor in operands_of(list(values))))
 
-    def but(self, names: Sequence[str]) -> Sets:
-        """Return the union over all elements of the arguments, except for ``names``."""
+    def all_except(self, names: Sequence[str]) -> Sets:
+        """Return the union of the samples of all elements of all arguments except ``names``."""
         return self.all_of(value for name, value in self.named.items() if name not in names)
 
     def functional(self) -> Operation:
@@ -209,7 +209,7 @@ def _rows(*names: str) -> Rule:
     """Return the rule of a function of each vector along the last axis, and of all other arguments."""
 
     def rule(op: Operation) -> Sets | list[Sets]:
-        met = union(*(_over(op.sets(name), [-1]) for name in names), op.but(names))
+        met = union(*(_over(op.sets(name), [-1]) for name in names), op.all_except(names))
         return [met, *[_all(met)] * (len(op.outs) - 1)]
 
     return rule
@@ -219,7 +219,7 @@ def _each_first(*names: str) -> Rule:
     """Return the rule of a function of each slice along the first axis, and of all other arguments."""
 
     def rule(op: Operation) -> Sets | list[Sets]:
-        other = op.but(names)
+        other = op.all_except(names)
         return [
             union(*(_leading(op.sets(name), out.dim()) for name in names), other) for out in op.outs
         ]

@@ -269,11 +269,11 @@ class Recorder(fx.Tracer):
         self.reads.setdefault((read.path, type(read)), read)
 
     def copied(self, value: Any) -> Any:
-        """Return a copy of an iterator or a generator of random numbers, which a trace must not use up."""
+        """Return a copy of an iterator or random number generator, so that a trace does not advance it."""
         if id(value) not in self._copies:
             try:
                 self._copies[id(value)] = value, copy.deepcopy(value)
-            except Exception:  # noqa: BLE001  a generator cannot be copied
+            except Exception:  # noqa: BLE001  a Python generator cannot be copied
                 self.end("its forward uses an iterator up")
         return self._copies[id(value)][1]
 

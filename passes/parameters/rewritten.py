@@ -579,10 +579,10 @@ def _unwrapped(module: nn.Module, wrappers: tuple[str, ...] = _WRAPPERS) -> nn.M
 
 
 def mark_adapted(model: nn.Module, *, adapted: bool) -> None:
-    """Set ``is_quantized`` on modules that transformers has quantized: True if the model has no adapters.
+    """Set ``is_quantized`` on models that transformers has quantized: False with adapters, for its Trainer.
 
     Args:
-        model: A model of lora_fx's own.
+        model: A copy that lora_fx made; it is changed.
         adapted: True if it has adapters.
     """
     for module in model.modules():

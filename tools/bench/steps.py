@@ -227,7 +227,7 @@ def on_one_thread() -> Iterator[None]:
 
 
 def loss_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
-    """Return a forward that returns the loss. An input that requires a gradient is a new leaf each time."""
+    """Return a function that runs the model and returns its loss, with new leaves of the inputs each time."""
 
     def loss() -> Tensor:
         batch = {

@@ -122,7 +122,7 @@ def with_losses(
 
 
 def skipped_in(record: Record) -> tuple[Skipped, ...]:
-    """Return the operations, and the parts of fused ones, that no adapter is on, with the reasons."""
+    """Return the operations and parts of fused operations that have no adapter, with the reasons."""
     several = len(record.adapters) > 1
     planned = [row.site for adapter in record.adapters.values() for row in adapter.sites]
     # A fused operation with an adapted part is adapted, and so are all parts of an adapted operation.
