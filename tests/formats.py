@@ -35,7 +35,7 @@ from tests.quantized import IDS, llama
 __all__ = ["FORMATS", "PAGE", "Format", "Variant", "row_of", "rows_of_page"]
 
 PAGE = ROOT / "docs" / "guides" / "quantized.md"
-COLUMNS = ("format", "library", "load", "train", "merge", "save", "ONNX", "experts")
+COLUMNS = ("format", "library", "load", "train", "merge", "load again", "ONNX", "experts")
 FROM_PRETRAINED = "`from_pretrained`"
 QUANTIZE = "`quantize`"
 STATE_DICT = "state dict"
