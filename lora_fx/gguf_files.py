@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_fx.converted_files import ConvertedFiles, is_converted
 from lora_fx.errors import CheckpointError
 from lora_fx.extras import check_installed, is_installed, load_optional
 from lora_fx.files import WeightFiles
@@ -37,7 +38,9 @@ def weight_files(path: Path, model: nn.Module) -> WeightFiles:
     Raises:
         CheckpointError: If there are no files, or a file is damaged or cannot be read.
     """
-    return GgufFile(path, model) if is_gguf(path) else WeightFiles(path)
+    if is_gguf(path):
+        return GgufFile(path, model)
+    return ConvertedFiles(path, model) if is_converted(model) else WeightFiles(path)
 
 
 def check_gguf(path: Path) -> None:

@@ -33,6 +33,7 @@ LAYERS = (
     "lora_fx.extras",
     "lora_fx.progress",
     "lora_fx.files",
+    "lora_fx.converted_files",
     "lora_fx.gguf_files",
     "lora_fx.config",
     "lora_fx.ir",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx.errors import ExportError, QuantizationError
+from lora_fx.errors import CheckpointError, ExportError, QuantizationError
 from lora_fx.formats import StackedTensor, dense, quantization_of
 from tests.algebra import randomize
 from tests.mixtures import SIZES, drawn
@@ -337,3 +337,33 @@ def test_code_that_reads_a_stack_in_its_own_way_gets_the_values() -> None:
         assert_close(read(quantized.up), read(twin.up), 1e-6)
     row = next(iter(lora_fx.plan(quantized, config)))
     assert str(row.site.quantized) == str(quantization_of(quantized.up))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
+def test_weights_of_files_are_joined_one_parameter_at_a_time(name: str, tmp_path: Path) -> None:
+    """Of more than ten experts, whose numbers are not in the order of their names."""
+    many = transformers.MixtralConfig(**WIDE, num_local_experts=12, intermediate_size=32)
+    model = seeded(lambda: drawn(many))() if name == "mixtral" else MODELS[name]()
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    quantized = lora_fx.quantize(empty, "int8", weights=tmp_path)
+    expected = lora_fx.quantize(model, "int8")
+    assert len(stacks(quantized)) == 2
+    for fqn, parameter in expected.named_parameters():
+        assert_same_bits(dense(quantized.get_parameter(fqn)), dense(parameter))
+    adapted = lora_fx.rewrite(expected, CONFIG)
+    rows = lora_fx.replace_lora_weights_loftq(adapted, tmp_path)
+    assert len(rows) == 2
+    assert all(row.after < row.before for row in rows)
+
+
+def test_files_of_another_mixture_are_refused(tmp_path: Path) -> None:
+    qwen3_moe().save_pretrained(tmp_path)
+    config = transformers.Qwen3MoeConfig(
+        **WIDE, num_experts=4, intermediate_size=64, moe_intermediate_size=64, head_dim=16
+    )
+    with torch.device("meta"):
+        empty = transformers.Qwen3MoeForCausalLM(config)
+    with pytest.raises(CheckpointError, match=r"gate_up_proj has 24576 values there and 16384"):
+        lora_fx.quantize(empty, "int8", weights=tmp_path)

@@ -1,0 +1,105 @@
+"""Weights in safetensors whose names or parts are not the model's, converted as transformers does on loading.
+
+For example, a checkpoint of a mixture has a tensor for each matrix of each expert, and the model has one
+parameter for all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_fx.errors import CheckpointError
+from lora_fx.files import WeightFiles
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["ConvertedFiles", "is_converted"]
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Return True if a model is one of transformers, which may convert the weights of its checkpoints."""
+    library: Any = sys.modules.get("transformers")
+    return library is not None and isinstance(model, library.PreTrainedModel)
+
+
+class ConvertedFiles(WeightFiles):
+    """The parameters of a model of transformers in files. Each is read and converted when it is asked for."""
+
+    def __init__(self, path: Path, model: Any) -> None:
+        """Read the headers of the files.
+
+        Args:
+            path: A folder with ``model.safetensors``, or with shards and their index; or one such file.
+            model: A model of transformers.
+
+        Raises:
+            CheckpointError: If there are no files, or a file is damaged.
+        """
+        super().__init__(path)
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings: Any = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        self._model = model
+        self._converters = {
+            pattern: entry for entry in converters for pattern in entry.source_patterns
+        }
+        self._patterns: dict[str, str | None] = {}
+        self._sources: dict[str, list[str]] = defaultdict(list)
+        state, prefix = model.state_dict(), model.base_model_prefix
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        for name in sorted(self._files, key=dot_natural_key):  # the experts by their numbers
+            target, self._patterns[name] = rename_source_key(
+                name, renamings, converters, prefix, state
+            )
+            if target in state or not any(re.search(key, target) for key in ignored):
+                self._sources[target].append(name)
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of parameters in the model. A tensor that transformers does not map keeps its name."""
+        return self._sources.keys()
+
+    def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
+        sources = self._sources[key]
+        if self._patterns[sources[0]] is None:
+            return super()._objection(sources[0], wanted)
+        # Conversions may change shapes, but not the number of values.
+        count = sum(math.prod(self._shapes[name]) for name in sources)
+        if count == wanted.numel():
+            return None
+        return f"has {count} values there and {wanted.numel()} in the model"
+
+    def _read(self, key: str) -> torch.Tensor:
+        sources = self._sources[key]
+        pattern = self._patterns[sources[0]]
+        if pattern is None:
+            return super()._read(sources[0])
+        converter: Any = copy.deepcopy(self._converters[pattern])
+        for name in sources:
+            read = functools.partial(super()._read, name)
+            converter.add_tensor(key, name, self._patterns[name], read)
+        try:
+            values = converter.convert(key, model=self._model, config=self._model.config)[key]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{key} cannot be made of {len(sources)} tensors in {self.path} ({error!r})"
+            ) from error
+        result: torch.Tensor = values[0] if isinstance(values, list) else values
+        return result
