@@ -313,6 +313,8 @@ def _needs_forward(capture: Capture, site: Site) -> str | None:
 
 
 def _objections(site: Site, how: Storage) -> Iterator[str]:
+    if site.router:
+        yield "it is the router of a mixture of experts, and few bits may choose other experts"
     if site.family != "linear":
         operation = "a lookup" if site.family == "embedding" else "a convolution"
         yield f"it is {operation}: the formats are of matrix products"

@@ -475,8 +475,9 @@ class Originals:
                 raise ConfigError(
                     f"original has no {name}: give the model that was quantized, as it was before"
                 )
-        if quantization_of(weight) is not None or weight.is_meta:
-            how = "on the meta device" if weight.is_meta else f"stored as {quantization_of(weight)}"
+        stored = quantization_of(weight) or (weight.dtype if weight.dtype.itemsize < 2 else None)
+        if stored is not None or weight.is_meta:
+            how = "on the meta device" if weight.is_meta else f"stored as {stored}"
             raise ConfigError(
                 f"{name} of the original is {how}: give the dense model, or its files"
             )

@@ -373,7 +373,7 @@ class _Layers(LibraryLayers):
             _log.warning(
                 "from_pretrained cannot load what save_pretrained writes of this %s: %s are no layers of "
                 "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
-                "quantized likewise",
+                "quantized the same way",
                 type(model).__name__,
                 some(names, 3),
             )
@@ -575,7 +575,7 @@ class BitsandbytesFormat(WeightFormat):
     def take_apart(self, weight: Any) -> tuple[dict[str, Tensor], Any]:
         """See :class:`WeightFormat`."""
         state, plain = weight.quant_state, weight.detach().as_subclass(torch.Tensor)
-        parts = {"data": plain, "absmax": state.absmax}
+        parts = {state.quant_type: plain, "absmax": state.absmax}
         if state.nested:
             parts |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
         shape, inner = tuple(state.shape), state.state2.blocksize if state.nested else None
@@ -583,8 +583,8 @@ class BitsandbytesFormat(WeightFormat):
 
     def put_together(self, tensors: Mapping[str, Tensor], context: Any) -> Any:
         """See :class:`WeightFormat`."""
-        make, data = _library().functional.QuantState, tensors["data"]
         shape, kind, dtype, block, inner = context
+        make, data = _library().functional.QuantState, tensors[kind]
         nested = inner and make(
             absmax=tensors["nested_absmax"],
             code=_table("dynamic", data.device),

@@ -110,6 +110,8 @@ class _Layers(PackedLayers):
         block: Any = layer.block_size or (rows, columns)
         if scales.shape[1] != -(-rows // block[0]):  # gate and up have scales of their own
             block = (rows // scales.shape[1], block[1])
+        elif name.startswith("gate_up") and block[0] < rows and rows // 2 % block[0]:
+            return None  # a block ends with the gate
         matrix = ((rows, columns), dtype, tuple(block))
         keys = ("weight", "weight_scale_inv")
         options = Stacking("FP8BlockTensor", (FP8BlockTensor, matrix), keys, turned=False)
@@ -137,8 +139,8 @@ class _Layers(PackedLayers):
         if self._is_linear(type(layer)):
             return None
         return (
-            f"it is stored in FP8 ({named}), of which only FP8Linear and the experts of a transformers model "
-            "can have an adapter: load the model with FineGrainedFP8Config(dequantize=True)"
+            f"it is stored in FP8 ({named}), of which only FP8Linear and experts of transformers in whole "
+            "blocks of FP8 can have an adapter: load the model with FineGrainedFP8Config(dequantize=True)"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -11,6 +12,10 @@ from lora_fx.extras import load_optional
 from lora_fx.formats.base import formats
 
 __all__ = ["keep_quantized"]
+
+_lock = threading.Lock()
+_original: list[dict[str, type]] = []
+"""The table of transformers as it was, once for each active context."""
 
 
 @contextlib.contextmanager
@@ -31,14 +36,18 @@ def keep_quantized() -> Iterator[None]:
         QuantizationError: If transformers is not installed.
     """
     known = _quantizers()
-    before = dict(known)
-    for weight_format in formats():
-        known.update(weight_format.layers.quantizers())
+    with _lock:
+        _original.append(dict(_original[0] if _original else known))
+        for weight_format in formats():
+            known.update(weight_format.layers.quantizers())
     try:
         yield
     finally:
-        known.clear()
-        known.update(before)
+        with _lock:
+            original = _original.pop()
+            if not _original:  # no other thread is loading
+                known.clear()
+                known.update(original)
 
 
 def _quantizers() -> dict[str, type]:

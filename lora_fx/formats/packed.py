@@ -29,7 +29,7 @@ from lora_fx.formats.weights import (
     quantized_linear,
 )
 
-__all__ = ["PackedFormat", "PackedLayers", "PackedTensor", "Parts", "dtype_of_plain"]
+__all__ = ["PackedFormat", "PackedLayers", "PackedTensor", "Parts", "dtype_of_plain", "form_of"]
 
 _aten = torch.ops.aten
 
@@ -58,10 +58,12 @@ class PackedTensor(Tensor):
     Attributes:
         part_names: The names of the tensors in the layer, which are also attributes of the weight.
         options: The remaining settings of the weight.
+        key: The argument by which operators know how to read the parts; see :func:`form_of`.
     """
 
     part_names: tuple[str, ...]
     options: Any
+    key: str
 
     def __new__(cls, parts: Parts, dtype: torch.dtype) -> PackedTensor:
         """Return a tensor without memory for the values."""
@@ -72,6 +74,7 @@ class PackedTensor(Tensor):
         # Dynamo finds attributes, but nothing that __getattr__ returns.
         tensor.__dict__.update(parts.tensors)
         tensor.part_names, tensor.options = tuple(parts.tensors), parts.options
+        tensor.key = _registered(cls, tensor.part_names, parts.options)
         return tensor  # type: ignore[no-any-return]
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
@@ -108,9 +111,7 @@ class PackedTensor(Tensor):
         """Return the values; for a compiler, which cannot follow the library's code, by one operator."""
         if type(self.__dict__[self.part_names[0]]) is Tensor:
             return _format(self).decode(self)
-        key = f"{type(self).__name__} {self.part_names} {self.options}"
-        _decoded[key] = (type(self), self.part_names, self.options)
-        values: Tensor = _decode_operator()(list(self.parts.values()), key, list(self.shape))
+        values: Tensor = _decode_operator()(list(self.parts.values()), self.key, list(self.shape))
         return values
 
     @classmethod
@@ -140,14 +141,35 @@ class PackedTensor(Tensor):
             return first
         if func is _aten.dequantize.self:
             return first.decoded()
+        if func is _aten.copy_.default and torch.equal(args[1], dense(first, args[1].dtype)):
+            return first  # DistributedDataParallel sends the values that all processes have
         if torch_private.schema_of(func).is_mutable:
             raise NotImplementedError(f"{func} would write into values, which are not stored")
         args, kwargs = torch_private.pytree.tree_map_only(PackedTensor, dense, (args, kwargs))
         return func(*args, **kwargs)
 
 
-_decoded: dict[str, tuple[type[PackedTensor], tuple[str, ...], Any]] = {}
-"""Classes, names and options of the weights that :func:`_decode_operator` reads, by its argument ``key``."""
+_Form = tuple[type["PackedTensor"], tuple[str, ...], Any]
+_forms: dict[str, _Form] = {}
+_keys: dict[tuple[type, tuple[str, ...], int], tuple[str, Any]] = {}
+
+
+def _registered(cls: type[PackedTensor], names: tuple[str, ...], options: Any) -> str:
+    """Return the key of a form, and remember the form.
+
+    That is done when a tensor is made: what traced code writes is written only after the graph has run.
+    """
+    form = (cls, names, id(options))
+    if form not in _keys:
+        key = f"{cls.__name__} {names} {options}"
+        _keys[form] = key, options  # a reference, so that no other options get this id
+        _forms[key] = cls, names, options
+    return _keys[form][0]
+
+
+def form_of(key: str) -> _Form:
+    """Return the class, the names of the parts and the options of a weight with this key."""
+    return _forms[key]
 
 
 @functools.cache
@@ -155,7 +177,7 @@ def _decode_operator() -> Callable[..., Any]:
     """Return the operator that decodes a weight, in fp32."""
 
     def decode(parts: list[Tensor], key: str, shape: list[int]) -> Tensor:
-        cls, names, options = _decoded[key]
+        cls, names, options = form_of(key)
         tensors = dict(zip(names, parts, strict=True))
         weight = cls(Parts(tensors, shape, options), torch.float32)
         return _format(weight).decode(weight).float()

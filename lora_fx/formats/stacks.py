@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_fx import torch_private
 from lora_fx.formats.base import Storage, WeightFormat, format_of, format_of_class, held, stored
-from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts
+from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts, form_of
 from lora_fx.formats.weights import dense, follow_state
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
@@ -88,7 +88,7 @@ class StackedTensor(PackedTensor):
     @property
     def mirrored(self) -> StackedTensor:
         """The stack with rows and columns of each matrix exchanged, over the same memory."""
-        options = self.options._replace(turned=not self.options.turned)
+        options = _turned(self.options)
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
         return StackedTensor(Parts(self.parts, shape, options), self.dtype)
 
@@ -101,6 +101,13 @@ class StackedTensor(PackedTensor):
             weight, ends = args[1], _offsets(*args[2:], **(kwargs or {}))
             if isinstance(weight, StackedTensor) and ends is not None:
                 return grouped_product(args[0], weight, ends)
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            # PyTorch cannot make views of tensor subclasses in this mode.
+            view = _FUNCTIONS.get(func)
+            if view is not None and isinstance(args[0], StackedTensor):
+                result = view(*args, **(kwargs or {}))
+                if result is not None:
+                    return result
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
@@ -132,6 +139,18 @@ def _offsets(offs: Any = None, bias: Any = None, out_dtype: Any = None, **_: Any
 # --- views: each returns None for arguments that only the dense values take -------------------------
 
 
+_other_sides: dict[int, tuple[Stacking, Stacking]] = {}
+
+
+def _turned(options: Stacking) -> Stacking:
+    """Return the options of the same stack with rows and columns exchanged, the same object each time."""
+    if id(options) not in _other_sides:
+        other = options._replace(turned=not options.turned)
+        _other_sides[id(options)] = options, other
+        _other_sides[id(other)] = other, options
+    return _other_sides[id(options)][1]
+
+
 def _select(stack: StackedTensor, dim: int, index: int) -> StackedTensor | None:
     if stack.dim() != 3 or dim % 3:
         return None
@@ -160,6 +179,21 @@ def _same(stack: StackedTensor, shape: list[int], **_: Any) -> StackedTensor | N
     return stack.mirrored.mirrored if list(shape) == list(stack.shape) else None
 
 
+def _item(stack: StackedTensor, index: Any) -> StackedTensor | None:
+    if isinstance(index, Tensor) and index.dim() == 1:
+        return _index(stack, [index])
+    number = isinstance(index, int) or (isinstance(index, Tensor) and index.dim() == 0)
+    return _select(stack, 0, int(index)) if number and not isinstance(index, bool) else None
+
+
+_FUNCTIONS: Mapping[Any, Callable[..., StackedTensor | None]] = {
+    Tensor.__getitem__: _item,
+    Tensor.select: _select,
+    Tensor.transpose: _transpose,
+    torch.transpose: _transpose,
+    Tensor.t: lambda stack: stack.mirrored,
+    Tensor.mT.__get__: lambda stack: stack.mirrored,  # type: ignore[attr-defined]
+}
 _VIEWS: Mapping[Any, Callable[..., StackedTensor | None]] = {
     _aten.select.int: _select,
     _aten.index.Tensor: _index,
@@ -186,14 +220,9 @@ def grouped_product(x: Tensor, weight: StackedTensor, ends: Tensor) -> Tensor:
     Returns:
         [n, out], in the dtype of x.
     """
-    key = f"{weight.part_names} {weight.options}"
-    _stacks[key] = (weight.part_names, weight.options)
-    product: Tensor = _multiply(x, list(weight.parts.values()), ends, key, list(weight.shape))
+    parts, shape = list(weight.parts.values()), list(weight.shape)
+    product: Tensor = _multiply(x, parts, ends, weight.key, shape)
     return product
-
-
-_stacks: dict[str, tuple[tuple[str, ...], Stacking]] = {}
-"""Names and options of the stacks that the operator of :func:`grouped_product` reads, by its ``key``."""
 
 
 # An operator is opaque to a compiler, which does not support loops over the values of a tensor.
@@ -201,7 +230,7 @@ _stacks: dict[str, tuple[tuple[str, ...], Stacking]] = {}
 def _multiply(
     x: Tensor, parts: Sequence[Tensor], ends: Tensor, key: str, shape: Sequence[int]
 ) -> Tensor:
-    names, options = _stacks[key]
+    _, names, options = form_of(key)
     tensors = dict(zip(names, parts, strict=True))
     stack = StackedTensor(Parts(tensors, shape, options), x.dtype)
     out = x.new_zeros(x.shape[0], shape[-1])
@@ -234,7 +263,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ends, *parts = ctx.saved_tensors
-    names, options = _stacks[ctx.key]
+    _, names, options = form_of(ctx.key)
     stack = StackedTensor(
         Parts(dict(zip(names, parts, strict=True)), ctx.shape, options), grad.dtype
     )

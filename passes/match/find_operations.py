@@ -285,7 +285,9 @@ def _codes(module: nn.Module) -> list[str]:
         for name, parameter in module._parameters.items()
         if parameter is not None and is_matrix(parameter) and parameter.dtype not in _FLOATS
     ]
-    return codes or ["weight"]
+    # Codes that were cast to another dtype look like values.
+    matrices = [name for name, parameter in module._parameters.items() if is_matrix(parameter)]
+    return codes or matrices or ["weight"]
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -69,13 +69,13 @@ def gpt_oss(folder: Path) -> None:
     stored(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
 
 
-def qwen3_moe(folder: Path) -> None:
+def qwen3_moe(folder: Path, width: int = 256) -> None:
     """A folder as Qwen writes it: the experts one by one, in blocks of 128 x 128."""
     config = Qwen3MoeConfig(
         **{**SIZES, "head_dim": 64},
         hidden_size=128,
         intermediate_size=128,
-        moe_intermediate_size=256,
+        moe_intermediate_size=width,
         num_experts=4,
     )
     how = FineGrainedFP8Config(weight_block_size=(128, 128))
@@ -84,7 +84,13 @@ def qwen3_moe(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         if "experts" in name or "o_proj" in name:
-            made: Any = encoder.convert({"weight": tensors.pop(name)})
+            weight = tensors.pop(name)
+            missing = [-size % 128 for size in weight.shape]
+            made: Any = encoder.convert(
+                {"weight": nn.functional.pad(weight, (0, missing[1], 0, missing[0]))}
+            )
+            codes = made["weight"].view(torch.uint8)[: weight.shape[0], : weight.shape[1]]
+            made["weight"] = codes.contiguous().view(torch.float8_e4m3fn)
             tensors[name] = made["weight"].contiguous()
             tensors[f"{name}_scale_inv"] = made["weight_scale_inv"].contiguous()
     kept = ["q_proj", "k_proj", "v_proj", "lm_head"]
@@ -272,3 +278,15 @@ def test_values_of_mxfp4_are_rounded_to_the_nearest(exponent: int) -> None:
     found = (again.reshape(8, 2, 32) - blocks).square().sum(-1)
     assert_close(found, torch.minimum(*errors), 1e-6)
     assert quantization_of(mxfp4.MXFP4Format().requantize(values, old)).scheme == "mxfp4"
+
+
+@pytest.mark.parametrize("how", ["a block ends with the gate", "cast"])
+def test_experts_that_cannot_be_read_are_refused_by_name(how: str, tmp_path: Path) -> None:
+    qwen3_moe(tmp_path, 224 if how != "cast" else 256)
+    model = kept(tmp_path)
+    if how == "cast":
+        model.to(torch.bfloat16)  # the codes
+    with pytest.raises(lora_fx.NoMatchError, match=r"gate_up_proj cannot be adapted: .*in FP8"):
+        lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["q_proj", "gate_up_proj"]))
+    plan = lora_fx.plan(model, lora_fx.LoraConfig(r=2, target_modules=["q_proj", "gate"]))
+    assert all("experts" not in row.name for row in plan)

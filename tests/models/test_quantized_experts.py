@@ -367,3 +367,57 @@ def test_files_of_another_mixture_are_refused(tmp_path: Path) -> None:
         empty = transformers.Qwen3MoeForCausalLM(config)
     with pytest.raises(CheckpointError, match=r"gate_up_proj has 24576 values there and 16384"):
         lora_fx.quantize(empty, "int8", weights=tmp_path)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", MODELS)
+def test_inference_mode_has_the_same_outputs(name: str, implementation: str) -> None:
+    quantized = lora_fx.quantize(built(name, implementation), "nf4")
+    adapted = randomize(lora_fx.rewrite(quantized, CONFIG), 0.1).eval()
+    for model in (quantized, adapted):
+        with torch.no_grad():
+            expected = model(IDS).logits
+        with torch.inference_mode():
+            assert_same_bits(model(IDS).logits, expected)
+
+
+def test_the_first_call_may_be_compiled() -> None:
+    """Of a form that no eager call has seen: with sizes that no other test has."""
+    config = transformers.Qwen3MoeConfig(
+        **WIDE, num_experts=3, intermediate_size=64, moe_intermediate_size=96, head_dim=16
+    )
+    quantized = lora_fx.quantize(drawn(config), "int8")
+    adapted = randomize(lora_fx.rewrite(quantized, CONFIG), 0.1)
+    grads = []
+    for call in (torch.compile(adapted, backend="aot_eager"), adapted):
+        adapted.zero_grad()
+        call(IDS, labels=IDS).loss.backward()
+        grads.append([p.grad.clone() for p in adapted.parameters() if p.requires_grad])
+    assert_close(grads[0], grads[1], 1e-5)
+
+
+def test_data_parallel_processes_keep_the_stacks(tmp_path: Path) -> None:
+    adapted = lora_fx.rewrite(lora_fx.quantize(built("qwen3_moe"), "nf4"), CONFIG)
+    before = {name: dense(stack) for name, stack in stacks(adapted).items()}
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        parallel = nn.parallel.DistributedDataParallel(adapted, find_unused_parameters=True)
+        parallel(IDS, labels=IDS).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, stack in stacks(adapted).items():
+        assert_same_bits(dense(stack), before[name])
+    with pytest.raises(NotImplementedError, match="would write into values"), torch.no_grad():
+        stack.copy_(torch.zeros_like(before[name]))
+
+
+def test_states_of_other_tables_and_routers_are_left_out() -> None:
+    model = built("gpt_oss")
+    kept = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    ours, other = (lora_fx.quantize(model, form, exclude=kept) for form in ("nf4", "fp4"))
+    with pytest.raises(RuntimeError, match="gate_up_proj_fp4"):
+        other.load_state_dict(ours.state_dict())
+    mixture = drawn(transformers.MixtralConfig(**WIDE, num_local_experts=4, intermediate_size=32))
+    left = dict(lora_fx.plan_quantization(mixture, "int8").left)
+    assert "router" in left["model.layers.0.mlp.gate"]
