@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["ConvertedFiles", "is_converted"]
+__all__ = ["ConvertedFiles", "converted", "is_converted"]
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -91,15 +91,33 @@ class ConvertedFiles(WeightFiles):
         pattern = self._patterns[sources[0]]
         if pattern is None:
             return super()._read(sources[0])
-        converter: Any = copy.deepcopy(self._converters[pattern])
-        for name in sources:
-            read = functools.partial(super()._read, name)
-            converter.add_tensor(key, name, self._patterns[name], read)
+        read = super()._read
+        loads = {name: (self._patterns[name], functools.partial(read, name)) for name in sources}
         try:
-            values = converter.convert(key, model=self._model, config=self._model.config)[key]
+            return converted(self._converters[pattern], key, loads, self._model)
         except (KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{key} cannot be made of {len(sources)} tensors in {self.path} ({error!r})"
             ) from error
-        result: torch.Tensor = values[0] if isinstance(values, list) else values
-        return result
+
+
+def converted(
+    converter: Any,
+    key: str,
+    loads: Mapping[str, tuple[str | None, Callable[[], torch.Tensor]]],
+    model: Any,
+) -> torch.Tensor:
+    """Return a parameter that a conversion of transformers makes of tensors.
+
+    Args:
+        converter: The conversion; it is not changed.
+        key: The name of the parameter.
+        loads: For each tensor, its pattern in the conversion and a function that reads it, by its name.
+        model: A model of transformers.
+    """
+    own = copy.deepcopy(converter)
+    for name, (pattern, load) in loads.items():
+        own.add_tensor(key, name, pattern, load)
+    values = own.convert(key, model=model, config=model.config)[key]
+    result: torch.Tensor = values[0] if isinstance(values, list) else values
+    return result

@@ -6,7 +6,6 @@ reorders the rows of queries and keys, for example. gguf, the package of llama.c
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import re
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.converted_files import ConvertedFiles, is_converted
+from lora_fx.converted_files import ConvertedFiles, converted, is_converted
 from lora_fx.errors import CheckpointError
 from lora_fx.extras import check_installed, is_installed, load_optional
 from lora_fx.files import WeightFiles
@@ -258,13 +257,11 @@ def _by_conversions(path: Path, reader: Any, architecture: str, model: nn.Module
     }
 
     def convert(key: str, sources: Sequence[str]) -> torch.Tensor:
-        converter: Any = copy.deepcopy(by_pattern[renamed[sources[0]][1]])
         tensors = load_gguf_state_dict(header)
-        for name in sources:
-            load = functools.partial(tensors[name].__getitem__, ...)
-            converter.add_tensor(key, name, renamed[name][1], load)
-        values = converter.convert(key, model=model, config=model.config)[key]
-        result: torch.Tensor = values[0] if isinstance(values, list) else values
-        return result
+        loads = {
+            name: (renamed[name][1], functools.partial(tensors[name].__getitem__, ...))
+            for name in sources
+        }
+        return converted(by_pattern[renamed[sources[0]][1]], key, loads, model)
 
     return {name: target for name, (target, _) in renamed.items()}, convert

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.formats.compressed_tensors import CompressedTensor, options_of, pack_zero_points
 from lora_fx.formats.packed import Parts
-from lora_fx.formats.stacks import StackedTensor, Stacking, follow_stacks
+from lora_fx.formats.stacks import StackedTensor, follow_stacks, stack_parts
 
 __all__ = ["experts_quantizer"]
 
@@ -178,13 +178,12 @@ def _stack(
     )
     rows, columns = dense.shape[1] // pieces, dense.shape[2]
     options = options_of(scheme, nn.Linear(columns, rows, bias=False, device="meta"))
-    context = (CompressedTensor, ((rows, columns), dense.dtype, options))
-    how = Stacking("CompressedTensor", context, tuple(parts), turned=False, pieces=pieces)
     stacked = {
         f"{leaf}_{part}": each[0] if pieces == 1 else torch.stack(each, 1)
         for part, each in parts.items()
     }
-    return nn.Parameter(StackedTensor(Parts(stacked, dense.shape, how), dense.dtype), False)
+    joined = Parts(stacked, dense.shape, options)
+    return stack_parts(CompressedTensor, tuple(parts), joined, dense.dtype, pieces=pieces)
 
 
 def _taken_apart(

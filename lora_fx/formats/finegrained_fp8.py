@@ -27,7 +27,7 @@ from lora_fx.formats.packed import (
     Parts,
     dtype_of_plain,
 )
-from lora_fx.formats.stacks import StackedTensor, Stacking, become_experts, dense_twins
+from lora_fx.formats.stacks import become_experts, dense_twins, stack_parts
 from lora_fx.formats.weights import quantized_linear
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
@@ -112,11 +112,9 @@ class _Layers(PackedLayers):
             block = (rows // scales.shape[1], block[1])
         elif name.startswith("gate_up") and block[0] < rows and rows // 2 % block[0]:
             return None  # a block ends with the gate
-        matrix = ((rows, columns), dtype, tuple(block))
-        keys = ("weight", "weight_scale_inv")
-        options = Stacking("FP8BlockTensor", (FP8BlockTensor, matrix), keys, turned=False)
         tensors = {name: codes.detach(), f"{name}_scale_inv": scales.detach()}
-        return nn.Parameter(StackedTensor(Parts(tensors, codes.shape, options), dtype), False)
+        parts = Parts(tensors, codes.shape, tuple(block))
+        return stack_parts(FP8BlockTensor, ("weight", "weight_scale_inv"), parts, dtype)
 
     def quantizers(self) -> dict[str, type]:
         """See :class:`LibraryLayers`."""

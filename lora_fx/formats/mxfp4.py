@@ -18,7 +18,7 @@ from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers
 from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts
-from lora_fx.formats.stacks import StackedTensor, Stacking, follow_stacks
+from lora_fx.formats.stacks import follow_stacks, stack_parts
 from lora_fx.ir import OnnxWeight, Quantization
 
 __all__ = ["MXFP4Format", "MXFP4Tensor", "stacked_experts"]
@@ -119,10 +119,8 @@ def stacked_experts(name: str, blocks: Tensor, scales: Tensor, dense: Tensor) ->
             f"{name} has blocks {list(blocks.shape)} and scales {list(scales.shape)}, which are no MXFP4 of "
             f"{list(dense.shape)}: the folder belongs to another model"
         )
-    matrix = ((out_features, groups * _BLOCK), dense.dtype, None)
-    options = Stacking("MXFP4Tensor", (MXFP4Tensor, matrix), _KEYS, turned=True)
     tensors = {f"{name}_blocks": blocks.contiguous(), f"{name}_scales": scales.contiguous()}
-    return nn.Parameter(StackedTensor(Parts(tensors, shape, options), dense.dtype), False)
+    return stack_parts(MXFP4Tensor, _KEYS, Parts(tensors, shape, None), dense.dtype, turned=True)
 
 
 class MXFP4Format(PackedFormat):

@@ -33,6 +33,7 @@ __all__ = [
     "grouped_product",
     "is_grouped_product",
     "stack_matrices",
+    "stack_parts",
 ]
 
 _aten = torch.ops.aten
@@ -103,11 +104,9 @@ class StackedTensor(PackedTensor):
                 return grouped_product(args[0], weight, ends)
         if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
             # PyTorch cannot make views of tensor subclasses in this mode.
-            view = _FUNCTIONS.get(func)
-            if view is not None and isinstance(args[0], StackedTensor):
-                result = view(*args, **(kwargs or {}))
-                if result is not None:
-                    return result
+            view = _view(_FUNCTIONS, func, args, kwargs)
+            if view is not None:
+                return view
         return super().__torch_function__(func, types, args, kwargs)
 
     @classmethod
@@ -115,12 +114,8 @@ class StackedTensor(PackedTensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Select matrices and exchange their axes without decoding them."""
-        view = _VIEWS.get(func)
-        if view is not None and isinstance(args[0], StackedTensor):
-            result = view(*args, **(kwargs or {}))
-            if result is not None:
-                return result
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        view = _view(_VIEWS, func, args, kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs) if view is None else view
 
 
 def is_grouped_product(func: Any) -> bool:
@@ -206,6 +201,16 @@ _VIEWS: Mapping[Any, Callable[..., StackedTensor | None]] = {
 }
 
 
+def _view(
+    views: Mapping[Any, Callable[..., StackedTensor | None]], func: Any, args: Any, kwargs: Any
+) -> StackedTensor | None:
+    """Return the view of a stack that a function asks for, or None if it needs the values."""
+    view = views.get(func)
+    if view is None or not isinstance(args[0], StackedTensor):
+        return None
+    return view(*args, **(kwargs or {}))
+
+
 # --- grouped products --------------------------------------------------------------------------------
 
 
@@ -225,14 +230,20 @@ def grouped_product(x: Tensor, weight: StackedTensor, ends: Tensor) -> Tensor:
     return product
 
 
+def _stack_of(
+    key: str, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
+) -> StackedTensor:
+    """Return the stack whose parts an operator has received."""
+    _, names, options = form_of(key)
+    return StackedTensor(Parts(dict(zip(names, parts, strict=True)), shape, options), dtype)
+
+
 # An operator is opaque to a compiler, which does not support loops over the values of a tensor.
 @torch.library.custom_op("lora_fx::grouped_stack_product", mutates_args=())
 def _multiply(
     x: Tensor, parts: Sequence[Tensor], ends: Tensor, key: str, shape: Sequence[int]
 ) -> Tensor:
-    _, names, options = form_of(key)
-    tensors = dict(zip(names, parts, strict=True))
-    stack = StackedTensor(Parts(tensors, shape, options), x.dtype)
+    stack = _stack_of(key, parts, shape, x.dtype)
     out = x.new_zeros(x.shape[0], shape[-1])
     start = 0
     for expert, end in enumerate(ends.tolist()):
@@ -263,15 +274,39 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     ends, *parts = ctx.saved_tensors
-    _, names, options = form_of(ctx.key)
-    stack = StackedTensor(
-        Parts(dict(zip(names, parts, strict=True)), ctx.shape, options), grad.dtype
-    )
+    stack = _stack_of(ctx.key, parts, ctx.shape, grad.dtype)
     to_x = grouped_product(grad.contiguous(), stack.mirrored, ends)
     return to_x, [None] * len(parts), None, None, None
 
 
 _multiply.register_autograd(_backward, setup_context=_remember)
+
+
+def stack_parts(
+    cls: type[PackedTensor],
+    keys: Sequence[str],
+    parts: Parts,
+    dtype: torch.dtype,
+    *,
+    turned: bool = False,
+    pieces: int = 1,
+) -> nn.Parameter:
+    """Return a frozen stack over tensors as a library stores them.
+
+    Args:
+        cls: The class of the matrices.
+        keys: The names of the tensors in a matrix, in the order of the parts.
+        parts: The tensors by their names in the module, the shape of the stack, and the options of a matrix.
+        dtype: The dtype of the values.
+        turned: See :class:`Stacking`.
+        pieces: See :class:`Stacking`.
+    """
+    _, rows, columns = parts.shape
+    matrix = (columns, rows) if turned else (rows // pieces, columns)
+    context = (cls, (matrix, dtype, parts.options))
+    options = Stacking(cls.__name__, context, tuple(keys), turned, pieces)
+    stack = StackedTensor(dataclasses.replace(parts, options=options), dtype)
+    return nn.Parameter(stack, requires_grad=False)
 
 
 def follow_stacks(model: nn.Module) -> None:
@@ -384,6 +419,10 @@ def _stacked(
     return nn.Parameter(stack, requires_grad=False)
 
 
+_described: dict[str, Quantization | None] = {}
+"""The storage of a matrix by the key of its form."""
+
+
 class StackFormat(PackedFormat):
     """The format of stacks, which leaves everything about a matrix to the format of the matrices."""
 
@@ -392,9 +431,12 @@ class StackFormat(PackedFormat):
 
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
-        single = weight if weight.dim() == 2 else _member(weight, 0)
-        piece = single.weights()[0]
-        quantization = format_of_class(weight.options.matrix).describe(held(piece))
+        if (
+            weight.key not in _described
+        ):  # each product asks, and a library's weight takes time to make
+            single = weight if weight.dim() == 2 else _member(weight, 0)
+            _described[weight.key] = weight.members.describe(held(single.weights()[0]))
+        quantization = _described[weight.key]
         if quantization is None:
             return None
         count = None if weight.dim() == 2 else int(weight.shape[0])

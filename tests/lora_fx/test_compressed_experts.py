@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 import lora_fx
 from lora_fx.formats import StackedTensor, dense
 from tests.algebra import randomize
+from tests.formats import mixture
 from tests.numerics import assert_close, assert_same_bits
 
 pytest.importorskip("compressed_tensors")
@@ -33,20 +34,7 @@ every = pytest.mark.parametrize("scheme", SCHEMES)
 
 def write(folder: Path, scheme: str) -> dict[str, torch.Tensor]:
     """A folder with the experts in a scheme; returns the values of each expert's matrices."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    mixture().save_pretrained(folder)
     tensors, values = load_file(folder / "model.safetensors"), {}
     for key in [key for key in tensors if ".experts." in key]:
         layer = nn.Linear(*reversed(tensors[key].shape), bias=False)
