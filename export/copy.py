@@ -321,11 +321,10 @@ class PackedWeight(StandIn):
         codes = keep(onnx_weight.codes) if onnx_weight.fresh else onnx_weight.codes
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(keep(scales), requires_grad=False)
-        zeros = (
-            None
-            if onnx_weight.zeros is None
-            else nn.Parameter(onnx_weight.zeros, requires_grad=False)
-        )
+        zeros = onnx_weight.zeros
+        if zeros is not None and zeros.is_floating_point():
+            zeros = keep(zeros.to(scales.dtype))
+        zeros = None if zeros is None else nn.Parameter(zeros, requires_grad=False)
         self.register_parameter("zeros", zeros)
         order = onnx_weight.order
         order = None if order is None else nn.Parameter(keep(order), requires_grad=False)

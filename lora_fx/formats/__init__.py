@@ -21,12 +21,12 @@ from lora_fx.formats.base import (
     held,
     import_library,
     operator_named,
+    pack_integers,
     quantization_of,
     register_format,
     row_operators,
     storage,
     stored,
-    whole_numbers,
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
@@ -90,6 +90,7 @@ __all__ = [
     "is_grouped_product",
     "keep_quantized",
     "operator_named",
+    "pack_integers",
     "pickle_by_class",
     "quantization_of",
     "quantized_linear",
@@ -99,7 +100,6 @@ __all__ = [
     "stack_matrices",
     "storage",
     "stored",
-    "whole_numbers",
 ]
 
 FormatName: TypeAlias = BitsandbytesName | TorchaoName

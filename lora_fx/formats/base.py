@@ -48,13 +48,13 @@ __all__ = [
     "held",
     "import_library",
     "operator_named",
+    "pack_integers",
     "packed_sizes",
     "quantization_of",
     "register_format",
     "row_operators",
     "storage",
     "stored",
-    "whole_numbers",
 ]
 
 # --- operators of ONNX ----------------------------------------------------------------------------
@@ -106,28 +106,46 @@ STANDARD_OPERATORS = (MATMUL_N_BITS, DEQUANTIZE_LINEAR)
 """Operators that any format may name."""
 
 
-def whole_numbers(
+def pack_integers(
     codes: Tensor, scales: Tensor, zeros: Tensor | None, block: int, bits: int
-) -> OnnxWeight | None:
-    """Pack ``(code - zero) · scale`` in blocks along rows; None if a zero point is no integer.
+) -> OnnxWeight | NoOperator:
+    """Pack ``(code - zero) · scale``, in blocks along rows, for an operator of ONNX Runtime.
 
     Args:
-        codes: int8 [out, in], from -8 to 7 for 4 bits.
+        codes: Integers [out, in]: uint8 from 0 to ``2**bits - 1``, or int8 from ``-2**(bits - 1)``.
         scales: [out, blocks], or one row for several rows of codes.
         zeros: The zero points, in the shape of the scales; None for none.
         block: Values of a row that share a scale.
-        bits: 4 or 8.
+        bits: At most 8. Codes of 4 bits or less are stored in 4, others in 8.
+
+    Returns:
+        Arrays for :data:`MATMUL_N_BITS`, or for :data:`DEQUANTIZE_LINEAR` if the codes are stored in 8 bits
+        or 16 does not divide the blocks. A refusal for :data:`DEQUANTIZE_LINEAR` if a zero point is no
+        integer of the range of the codes, or a block is cut off.
     """
     rows, columns = codes.shape
+    bits = 4 if bits <= 4 else 8
     scales = _spread(scales, rows).float()
-    zeros = None if zeros is None else _spread(zeros, rows)
-    if zeros is not None and not bool((zeros == zeros.round()).all()):
-        return None
+    zeros = None if zeros is None else _spread(zeros, rows).float()
+    middle = 1 << (bits - 1)
+    if codes.dtype == torch.uint8:
+        codes = (codes.short() - middle).to(torch.int8)
+        zeros = (torch.zeros_like(scales) if zeros is None else zeros) - middle
+    whole = zeros is None or bool((zeros == zeros.round().clamp(-middle, middle - 1)).all())
     size = next((size for size in _OPERATOR_BLOCKS if block % size == 0), None)
     if bits == 4 and size is None and block == columns:
         size = _OPERATOR_BLOCKS[-1]  # one scale a row: the last block need not be full
     if bits == 4 and size is not None:
-        return _blocks_of_four_bits(codes, scales, zeros, size)
+        return _blocks_of_four_bits(codes, scales, zeros, size, whole=whole)
+    if not whole:
+        return NoOperator(
+            f"has zero points that are no integers of {bits} bits, and DequantizeLinear takes no others"
+        )
+    if columns % block:
+        return NoOperator(
+            f"has blocks of {block}, which do not divide its rows of {columns} values, and operators of ONNX "
+            "Runtime take whole blocks"
+        )
     if zeros is not None:
         zeros = zeros.to(torch.int8).flatten() if bool(zeros.any()) else None
     lines = codes.reshape(-1, block)
@@ -135,7 +153,7 @@ def whole_numbers(
 
 
 def _blocks_of_four_bits(
-    codes: Tensor, scales: Tensor, zeros: Tensor | None, size: int
+    codes: Tensor, scales: Tensor, zeros: Tensor | None, size: int, *, whole: bool
 ) -> OnnxWeight:
     rows, columns = codes.shape
     blocks = -(-columns // size)
@@ -145,7 +163,9 @@ def _blocks_of_four_bits(
     scales = scales.repeat_interleave(-(-blocks // scales.shape[1]), 1)
     if zeros is not None and bool(zeros.any()):
         zeros = zeros.repeat_interleave(-(-blocks // zeros.shape[1]), 1)
-        zeros = _packed_pairs(F.pad((zeros + 8).to(torch.uint8), (0, blocks % 2), value=8))
+        zeros = zeros + 8
+        if whole:
+            zeros = _packed_pairs(F.pad(zeros.to(torch.uint8), (0, blocks % 2), value=8))
     else:
         zeros = None
     pairs = _packed_pairs(padded).view(rows, blocks, size // 2)
@@ -169,14 +189,16 @@ class LibraryLayers:
     """The layers of a library. This base class is for a library without layers; subclass it for others.
 
     Attributes:
+        module: The module or package that defines the classes of its layers; empty if they are PyTorch's.
         attributes: Names of the attributes that the library sets on a layer, besides its parameters.
     """
 
+    module: str = ""
     attributes: tuple[str, ...] = ()
 
     def owns(self, cls: type[nn.Module]) -> bool:
         """Return True if a class is one of the library's layers."""
-        return False
+        return bool(self.module) and f"{cls.__module__}.".startswith(f"{self.module}.")
 
     def quantizers(self) -> Mapping[str, type]:
         """Return quantizers of transformers that load weights as they are stored, by ``quant_method``.
@@ -209,11 +231,11 @@ class LibraryLayers:
         The object stays the same, with its hooks and bias.
         """
 
-    def unfinished(self, layer: nn.Module, named: str) -> str | None:
-        """Return the remaining step for a library's layer with an unquantized weight; None if there is none.
+    def objection(self, layer: nn.Module, named: str) -> str | None:
+        """Return why a library's layer cannot have an adapter, with a remedy; None for a general message.
 
         Args:
-            layer: The layer.
+            layer: A layer whose weight no format describes.
             named: The name of its class, for messages.
         """
         return None
@@ -273,7 +295,8 @@ class WeightFormat(abc.ABC):
         title: Words for its formats, for messages; empty if it is no library's.
         names: The formats that :func:`lora_fx.quantize` can make; none if they can only be read.
         classes: Names of the classes of its tensors.
-        blocks: Block sizes to propose if the chosen one does not fit; none for one scale a row.
+        blocks: Block sizes that users can choose; none for one scale a row. :meth:`storage` takes the first
+            by default, and messages propose another if it does not divide the rows.
         shows_values: True if a weight reports the dtype and the shape of its values, and any code accepts a
             dense weight instead. That is so for a subclass of ``Tensor``.
         any_dtype: True if its products take an input of any dtype, whatever the dtype of its values.
@@ -282,6 +305,7 @@ class WeightFormat(abc.ABC):
             rows.
         layers: The layers of the library.
         operators: Operators of ONNX that no other format has.
+        required: Names of the attributes that a subclass has to set.
     """
 
     library: ClassVar[str]
@@ -295,6 +319,7 @@ class WeightFormat(abc.ABC):
     row_operators: ClassVar[Mapping[str, str]] = {}
     layers: ClassVar[LibraryLayers] = LibraryLayers()
     operators: ClassVar[tuple[OnnxOperator, ...]] = ()
+    required: ClassVar[tuple[str, ...]] = ("library", "classes")
 
     def owns(self, cls: type) -> bool:
         """Return True if a class is one of the library's tensors, in a supported form or not."""
@@ -345,16 +370,22 @@ class WeightFormat(abc.ABC):
         double: bool | None,
         compute_dtype: torch.dtype | None,
     ) -> Storage:
-        """Check storage options and fill in defaults. This base class accepts no options.
+        """Check storage options and fill in defaults. This base class accepts one of :attr:`blocks`.
 
         Raises:
             QuantizationError: If an argument does not apply to the format.
         """
-        options = {"block_size": block_size, "double": double, "compute_dtype": compute_dtype}
+        options: dict[str, object] = {"double": double, "compute_dtype": compute_dtype}
+        if not self.blocks:
+            options["block_size"] = block_size
         for key, value in options.items():
             if value is not None:
                 raise QuantizationError(f"{key}={value} means nothing for {name!r}: leave it out")
-        return Storage(name, None)
+        if block_size not in (None, *self.blocks):
+            sizes = ", ".join(map(str, self.blocks))
+            raise QuantizationError(f"block_size={block_size}: {name!r} takes {sizes}")
+        default = self.blocks[0] if self.blocks else None
+        return Storage(name, block_size or default, chosen=block_size is not None)
 
     def load(self, name: str) -> Any:
         """Import the library, with :func:`import_library`, for a format chosen by name."""
@@ -371,7 +402,7 @@ class WeightFormat(abc.ABC):
         block = how.block_size
         if block and shape[1] % block:
             sizes = [b for b in self.blocks if shape[1] % b == 0]
-            advice = f"block_size={sizes[-1]} does, or " if sizes else ""
+            advice = f"block_size={max(sizes)} does, or " if sizes else ""
             return (
                 f"blocks of {block} do not divide its rows of {shape[1]} values: {advice}"
                 "'int8', which has one scale a row"
@@ -381,10 +412,13 @@ class WeightFormat(abc.ABC):
     def bytes(self, how: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
         """Return the bytes of a stored matrix [out, in] of a dtype, including its scales.
 
+        This base class packs a matrix on the meta device, which the library has to support.
+
         Raises:
             QuantizationError: If the format can only be read.
         """
-        raise QuantizationError(f"{self.library} makes no weight in {how.format!r}")
+        parameter = self.pack(torch.empty(shape, dtype=dtype, device="meta"), how)
+        return sum(tensor.nbytes for tensor in self.take_apart(parameter)[0].values())
 
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
         """Return a frozen parameter with these values, rounded as the library rounds them.
@@ -486,7 +520,7 @@ class Storage:
         """Return options whose blocks divide the rows of a matrix [out, in], unless a user chose the size."""
         smallest = BLOCKS[0]
         divides = not self.block_size or not shape[1] % self.block_size
-        if self.chosen or divides or shape[1] % smallest:
+        if self.chosen or divides or shape[1] % smallest or smallest not in self.made_by.blocks:
             return self
         return dataclasses.replace(self, block_size=smallest)
 
@@ -532,11 +566,11 @@ def register_format(weight_format: WeightFormat) -> None:
     Raises:
         ConfigError: If it is no such instance, or one of its names or classes is taken.
     """
-    global _formats  # noqa: PLW0603  later weights are looked up in it
+    global _formats, _by_class  # noqa: PLW0603  later weights are looked up in them
     kind = type(weight_format).__name__
     if not isinstance(weight_format, WeightFormat):
         raise ConfigError(f"{kind} is no weight format: subclass lora_fx.formats.WeightFormat")
-    missing = [key for key in ("library", "classes") if not hasattr(weight_format, key)]
+    missing = [key for key in weight_format.required if not hasattr(weight_format, key)]
     if missing:
         raise ConfigError(f"{kind} is not a weight format: it lacks {', '.join(missing)}")
     _check_operators(weight_format)
@@ -552,7 +586,7 @@ def register_format(weight_format: WeightFormat) -> None:
                 f"weights of a class named {name} are {known.library}'s already: name the class otherwise"
             )
     _formats = (*_formats, weight_format)
-    _by_class.update(dict.fromkeys(weight_format.classes, weight_format))
+    _by_class = {**_by_class, **dict.fromkeys(weight_format.classes, weight_format)}
 
 
 def _check_operators(weight_format: WeightFormat) -> None:

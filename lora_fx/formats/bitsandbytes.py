@@ -245,6 +245,7 @@ _PLAIN: Final[Mapping[str, type[nn.Module]]] = {
 class _Layers(LibraryLayers):
     """``Linear4bit``, ``Linear8bitLt``, and the embeddings."""
 
+    module = "bitsandbytes.nn"
     attributes = (
         "compute_dtype",
         "compute_type_is_set",
@@ -255,10 +256,6 @@ class _Layers(LibraryLayers):
         "state",
         "support_avx512bf16_for_cpu",
     )
-
-    def owns(self, cls: type[nn.Module]) -> bool:
-        """See :class:`LibraryLayers`."""
-        return cls.__module__.startswith("bitsandbytes.nn.")
 
     def _is_known(self, cls: type[nn.Module]) -> bool:
         # A subclass from elsewhere may compute something else.
@@ -293,7 +290,7 @@ class _Layers(LibraryLayers):
         layer.__dict__.update(attributes, quant_state=weight.quant_state)
         self.settle(layer)
 
-    def unfinished(self, layer: nn.Module, named: str) -> str | None:
+    def objection(self, layer: nn.Module, named: str) -> str | None:
         """Return the remaining step if the weight of a quantized class is not quantized yet."""
         weight: Any = layer._parameters.get("weight")
         if not isinstance(layer, nn.Linear) or weight is None or not weight.is_floating_point():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
-from lora_fx.formats.base import DEQUANTIZE_LINEAR, FLOATS, LibraryLayers, whole_numbers
+from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, pack_integers
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.torch_private import forward_pre_hooks
@@ -109,8 +109,6 @@ _HOOK: Final = "ct_decompress_hook"
 class _Layers(PackedLayers):
     """``nn.Linear`` with tensors and attributes of the library."""
 
-    tensor = CompressedTensor
-
     def parts(self, layer: nn.Module) -> Parts | None:
         """See :class:`PackedLayers`."""
         scheme, status = (
@@ -173,15 +171,13 @@ class CompressedTensorsFormat(PackedFormat):
 
     library = "compressed-tensors"
     title = "packed integers (W4A16), W8A8, FP8, MXFP8, MXFP4, NVFP4"
-    classes = frozenset({"CompressedTensor"})
+    tensor = CompressedTensor
     layers: ClassVar[LibraryLayers] = _Layers()
 
     def describe(self, weight: Any) -> Quantization:
         """See :class:`WeightFormat`."""
-        options, shape = weight.options, (int(weight.shape[0]), int(weight.shape[1]))
-        return Quantization(
-            options.name, options.bits, self.library, shape, weight.dtype, options.block
-        )
+        options = weight.options
+        return self.describe_as(weight, options.name, options.bits, options.block)
 
     def decode(self, weight: Any) -> Tensor:
         """See :class:`PackedFormat`."""
@@ -223,19 +219,10 @@ class CompressedTensorsFormat(PackedFormat):
         if factor is not None:
             parts["weight_global_scale"] = factor
         tensors = {**old, **_compressor(options).compress(parts, scheme)}
-        tensors = {name: tensors[name].to(old[name].dtype) for name in old}
-        packed = CompressedTensor(Parts(tensors, weight.shape, options), weight.dtype)
-        return nn.Parameter(packed, requires_grad=False)
-
-    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
-        """See :class:`WeightFormat`."""
-        weight: Any = parameter.detach()
-        scale = weight.parts["weight_scale"]
-        if scale.dtype not in FLOATS:
-            return parameter
-        tensors = {**weight.parts, "weight_scale": scale.float()}
-        wide = CompressedTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
-        return nn.Parameter(wide, requires_grad=False)
+        parameter: nn.Parameter = weight.with_parts(
+            {name: tensors[name].to(old[name].dtype) for name in old}
+        )
+        return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""
@@ -258,8 +245,7 @@ class CompressedTensorsFormat(PackedFormat):
                 "does"
             )
         if codes.dtype == torch.int8:
-            packed = whole_numbers(codes, scales, zeros, line, 4 if options.name == "int4" else 8)
-            return packed or super().onnx_weight(weight, stored)
+            return pack_integers(codes, scales, zeros, line, 4 if options.name == "int4" else 8)
         scales = scales.float().repeat_interleave(options.rows, 0)[:rows]
         return OnnxWeight(DEQUANTIZE_LINEAR, codes.reshape(-1, line), scales.flatten(), None, line)
 

@@ -50,7 +50,7 @@ def _linear(self: Any, input: Tensor) -> Any:  # noqa: A002  as the library name
 class _Layers(PackedLayers):
     """``FP8Linear``, ``FP8GroupedLinear``, ``FP8Experts`` and ``FP8Embedding``."""
 
-    tensor = FP8BlockTensor
+    module = _MODULE
     attributes = (
         "activation_scheme",
         "block_size",
@@ -58,10 +58,6 @@ class _Layers(PackedLayers):
         "_deepgemm_disabled",
         "_hf_quantized_needs_local_tp",
     )
-
-    def owns(self, cls: type[nn.Module]) -> bool:
-        """See :class:`LibraryLayers`."""
-        return cls.__module__ == _MODULE
 
     def _is_linear(self, cls: type[nn.Module]) -> bool:
         return cls is getattr(sys.modules.get(_MODULE), "FP8Linear", None)
@@ -132,7 +128,7 @@ class _Layers(PackedLayers):
 
         return {"fp8": Quantizer}
 
-    def unfinished(self, layer: nn.Module, named: str) -> str | None:
+    def objection(self, layer: nn.Module, named: str) -> str | None:
         """See :class:`LibraryLayers`."""
         if self._is_linear(type(layer)):
             return None
@@ -164,14 +160,13 @@ class FineGrainedFP8Format(PackedFormat):
 
     library = "transformers"
     title = "FP8 with block scales"
-    classes = frozenset({"FP8BlockTensor"})
+    tensor = FP8BlockTensor
     layers: ClassVar[LibraryLayers] = _Layers()
 
     def describe(self, weight: Any) -> Quantization:
         """See :class:`WeightFormat`."""
-        shape = (int(weight.shape[0]), int(weight.shape[1]))
-        block = weight.options[1] if weight.options else math.prod(shape)
-        return Quantization("fp8", 8, self.library, shape, weight.dtype, block)
+        block = weight.options[1] if weight.options else math.prod(weight.shape)
+        return self.describe_as(weight, "fp8", 8, block)
 
     def decode(self, weight: Any) -> Tensor:
         """See :class:`PackedFormat`."""
@@ -202,13 +197,13 @@ class FineGrainedFP8Format(PackedFormat):
         codes = torch.where(fits[:, None, :, None], on_old, on_new).reshape(values.shape)
         codes = codes[: weight.shape[0], : weight.shape[1]].contiguous()
         new = torch.where(fits, scales, parts["weight_scale_inv"].float().reshape(scales.shape))
-        tensors = {
-            **weight.parts,
-            "weight": codes.view(_CODES),
-            "weight_scale_inv": new.to(old.dtype).reshape(old.shape),
-        }
-        packed = FP8BlockTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
-        return nn.Parameter(packed, requires_grad=False)
+        parameter: nn.Parameter = weight.with_parts(
+            {
+                "weight": codes.view(_CODES),
+                "weight_scale_inv": new.to(old.dtype).reshape(old.shape),
+            }
+        )
+        return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """Return lines of values that share a scale: the operator's blocks are parts of a row."""

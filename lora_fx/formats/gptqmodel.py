@@ -20,14 +20,12 @@ from typing import Any, ClassVar, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_fx.formats.base import LibraryLayers, whole_numbers
+from lora_fx.formats.base import LibraryLayers, pack_integers
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
-from lora_fx.torch_private import transient_buffers
 
 __all__ = ["GPTQModelFormat", "GPTQModelTensor", "Packing", "pack_codes", "unpack_codes"]
 
-_MODULE: Final = "gptqmodel.nn_modules.qlinear."
 _GPTQ: Final = frozenset(
     {
         "TorchLinear",
@@ -188,13 +186,9 @@ def _objection(layer: Any) -> str | None:
 class _Layers(PackedLayers):
     """Layers of gptqmodel."""
 
-    tensor = GPTQModelTensor
+    module = "gptqmodel.nn_modules.qlinear"
 
-    def owns(self, cls: type[nn.Module]) -> bool:
-        """See :class:`LibraryLayers`."""
-        return cls.__module__.startswith(_MODULE)
-
-    def unfinished(self, layer: nn.Module, named: str) -> str | None:
+    def objection(self, layer: nn.Module, named: str) -> str | None:
         """See :class:`LibraryLayers`."""
         return _objection(layer)
 
@@ -208,24 +202,6 @@ class _Layers(PackedLayers):
         options = Packing(of.bits, min(of.group_size, of.in_features), awq)
         tensors: dict[str, Any] = {name: layer._buffers[name] for name in names}
         return Parts(tensors, (of.out_features, of.in_features), options)
-
-    def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
-        """See :class:`LibraryLayers`. The tensors are buffers, which ``deepcopy`` would duplicate."""
-        parts = self.parts(layer)
-        for tensor in () if parts is None else parts.tensors.values():
-            memo[id(tensor)] = tensor.detach()
-
-    def strip(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """See :class:`PackedLayers`. Turn the layer into an ``nn.Linear``."""
-        bias = layer._buffers.pop("bias", None)
-        known = {*vars(nn.Module()), "in_features", "out_features", "_is_hf_initialized"}
-        for name in vars(layer).keys() - known:
-            del layer.__dict__[name]
-        layer._buffers.clear()  # tables of shifts
-        transient_buffers(layer).clear()
-        layer.__class__ = nn.Linear
-        bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-        layer.register_parameter("bias", bias)
 
     def adopt(self, model: nn.Module) -> None:
         """See :class:`PackedLayers`. Also write version 2 into the configuration of a GPTQ model.
@@ -251,15 +227,15 @@ class GPTQModelFormat(PackedFormat):
 
     library = "gptqmodel"
     title = "GPTQ, AWQ"
-    classes = frozenset({"GPTQModelTensor"})
+    tensor = GPTQModelTensor
     layers: ClassVar[LibraryLayers] = _Layers()
 
     def describe(self, weight: Any) -> Quantization:
         """See :class:`WeightFormat`."""
         bits, group, _ = weight.options
-        shape = (int(weight.shape[0]), int(weight.shape[1]))
-        block = None if group == shape[1] else group
-        return Quantization(f"int{bits}", bits, self.library, shape, weight.dtype, block)
+        return self.describe_as(
+            weight, f"int{bits}", bits, None if group == weight.shape[1] else group
+        )
 
     def decode(self, weight: Any) -> Tensor:
         """See :class:`PackedFormat`."""
@@ -268,7 +244,7 @@ class GPTQModelFormat(PackedFormat):
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
         """See :class:`WeightFormat`. Groups keep scale and zero point if their values are in the range."""
-        (bits, _, awq), old = weight.options, weight.parts
+        bits, _, awq = weight.options
         _, zeros, scales, groups = _Grid.of(weight)
         values, zeros, step = values.T.float(), zeros.float(), scales.float()
         index, last, middle = groups.unsqueeze(1).expand(values.shape), 2**bits - 1, 2 ** (bits - 1)
@@ -288,20 +264,12 @@ class GPTQModelFormat(PackedFormat):
         interleaved = awq and bits == 4
         words = pack_codes(codes.T if awq else codes, bits, interleaved=interleaved)
         tensors = {
-            **old,
             "qweight": words.T.contiguous() if awq else words,
             "qzeros": pack_codes(zeros.T, bits, interleaved=interleaved).T.contiguous(),
             "scales": step,
         }
-        packed = GPTQModelTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
-        return nn.Parameter(packed, requires_grad=False)
-
-    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
-        """See :class:`WeightFormat`."""
-        weight: Any = parameter.detach()
-        tensors = {**weight.parts, "scales": weight.parts["scales"].float()}
-        wide = GPTQModelTensor(Parts(tensors, weight.shape, weight.options), weight.dtype)
-        return nn.Parameter(wide, requires_grad=False)
+        parameter: nn.Parameter = weight.with_parts(tensors)
+        return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`. Codes of 2 and 3 bits are stored in 4."""
@@ -315,13 +283,6 @@ class GPTQModelFormat(PackedFormat):
                 )
             order = groups.argsort(stable=True)
             codes = codes[order]
-        if bits > 4 and columns % group:
-            return NoOperator(
-                f"is stored as {stored}, which do not divide its rows of {columns} values, and an operator "
-                "of ONNX takes whole blocks"
-            )
-        middle = 128 if bits > 4 else 8
-        codes, zeros = (codes - middle).to(torch.int8).T.contiguous(), zeros.T - middle
-        packed = whole_numbers(codes, scales.T, zeros, group, 8 if bits > 4 else 4)
-        assert packed is not None  # its zero points are integers
-        return dataclasses.replace(packed, order=order)
+        codes = codes.T.contiguous().to(torch.uint8)
+        packed = pack_integers(codes, scales.T, zeros.T, group, bits)
+        return packed if order is None else dataclasses.replace(packed, order=order)

@@ -128,13 +128,12 @@ class MXFP4Format(PackedFormat):
 
     library = "transformers"
     title = "MXFP4 of gpt-oss"
-    classes = frozenset({"MXFP4Tensor"})
+    tensor = MXFP4Tensor
     layers = _Layers()
 
     def describe(self, weight: Any) -> Quantization:
         """See :class:`WeightFormat`."""
-        shape = (int(weight.shape[0]), int(weight.shape[1]))
-        return Quantization("mxfp4", 4, self.library, shape, weight.dtype, _BLOCK)
+        return self.describe_as(weight, "mxfp4", 4, _BLOCK)
 
     def decode(self, weight: Any) -> Tensor:
         """See :class:`PackedFormat`."""
@@ -159,8 +158,8 @@ class MXFP4Format(PackedFormat):
             least = torch.minimum(error, least)
         blocks = codes[..., ::2] | (codes[..., 1::2] << 4)
         parts = {"blocks": blocks, "scales": (exponents + 127).to(torch.uint8)}
-        packed = MXFP4Tensor(Parts(parts, weight.shape, weight.options), weight.dtype)
-        return nn.Parameter(packed, requires_grad=False)
+        parameter: nn.Parameter = weight.with_parts(parts)
+        return parameter
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight:
         """Return the codes in eight bits, as twice the values: no operator of opsets 20 to 22 reads FP4."""

@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,14 @@ from lora_fx import torch_private
 from lora_fx.formats.base import FLOATS, LibraryLayers, WeightFormat, format_of
 from lora_fx.formats.weights import (
     REMEDY,
-    LoadHook,
+    CheckStorage,
     SaveHook,
     StateHooks,
     dense,
     follow_state,
     quantized_linear,
 )
+from lora_fx.ir import Quantization
 
 __all__ = ["PackedFormat", "PackedLayers", "PackedTensor", "Parts", "dtype_of_plain", "form_of"]
 
@@ -106,6 +107,11 @@ class PackedTensor(Tensor):
         """Return a tensor with the result of a function for each part."""
         tensors = {name: function(part) for name, part in self.parts.items()}
         return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
+
+    def with_parts(self, tensors: Mapping[str, Tensor]) -> nn.Parameter:
+        """Return a frozen parameter of the same form, in which these tensors replace those of their names."""
+        parts = Parts({**self.parts, **tensors}, self.shape, self.options)
+        return nn.Parameter(type(self)(parts, self.dtype), requires_grad=False)
 
     def decoded(self) -> Tensor:
         """Return the values; for a compiler, which cannot follow the library's code, by one operator."""
@@ -199,7 +205,28 @@ def _format(weight: PackedTensor) -> PackedFormat:
 
 
 class PackedFormat(WeightFormat):
-    """The format of one class of packed tensors."""
+    """The format of one class of packed tensors.
+
+    Attributes:
+        tensor: The class of the weights.
+    """
+
+    tensor: ClassVar[type[PackedTensor]]
+    required = ("library", "tensor")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "tensor" in cls.__dict__:
+            cls.classes = frozenset({cls.tensor.__name__})
+            if isinstance(cls.layers, PackedLayers):
+                cls.layers.tensor = cls.tensor
+
+    def describe_as(
+        self, weight: Any, scheme: str, bits: int, block_size: int | None = None
+    ) -> Quantization:
+        """Return the storage of a weight; see :class:`lora_fx.ir.Quantization` for the arguments."""
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        return Quantization(scheme, bits, self.library, shape, weight.dtype, block_size)
 
     def values(self, weight: Any, dtype: torch.dtype) -> Tensor:
         """See :class:`WeightFormat`."""
@@ -210,38 +237,46 @@ class PackedFormat(WeightFormat):
     def decode(self, weight: Any) -> Tensor:
         """Return the values of a weight, [out, in], by the library's code and in its dtype."""
 
+    def widened(self, parameter: nn.Parameter) -> nn.Parameter:
+        """See :class:`WeightFormat`. Scales in half precision become fp32, so :meth:`decode` rounds less."""
+        weight: Any = parameter.detach()
+        wide = weight.mapped(lambda part: part.float() if part.dtype in FLOATS else part)
+        return nn.Parameter(wide, requires_grad=False)
+
     def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks:
         """See :class:`WeightFormat`."""
-        return StateHooks(_LoadParts(parameter), _SaveParts(parameter))
+        # A layer has the names of its library. Another module may have several weights.
+        start = "" if layer else f"{parameter}_"
+        return StateHooks(_LoadParts(parameter, start), _SaveParts(parameter, start))
 
 
 class PackedLayers(LibraryLayers, abc.ABC):
     """Layers whose weight is stored in several tensors.
 
     Attributes:
-        tensor: The class of the weights.
+        tensor: The class of the weights, which :attr:`PackedFormat.tensor` sets.
     """
 
     tensor: type[PackedTensor]
 
     @abc.abstractmethod
     def parts(self, layer: nn.Module) -> Parts | None:
-        """Return the tensors of a layer that are its weight; None for other modules and other forms."""
+        """Return the tensors of a layer that are its weight; None for other modules and other forms.
 
-    def strip(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        """Prepare a layer of a copy for its new parameter, after its parts are taken away.
-
-        Args:
-            layer: The layer.
-            dtype: The dtype of the values.
+        The layer has to compute ``x Wᵀ + layer.bias``, because it becomes an ``nn.Linear`` if it is none.
         """
+
+    def share(self, layer: nn.Module, memo: dict[int, Any]) -> None:
+        """See :class:`LibraryLayers`. ``deepcopy`` would duplicate parts that are no parameters."""
+        parts = self._parts(layer)
+        for tensor in () if parts is None else parts.tensors.values():
+            memo.setdefault(id(tensor), tensor.detach())
 
     def adopt(self, model: nn.Module) -> None:
         """Replace the parts of each layer by one parameter, ``weight``."""
         dtype: torch.dtype | None = None
         for layer in model.modules():
-            # Operators of TorchScript have no parameters that can be replaced.
-            parts = None if isinstance(layer, torch.jit.ScriptModule) else self.parts(layer)
+            parts = self._parts(layer)
             if parts is None:
                 continue
             if dtype is None:
@@ -249,11 +284,30 @@ class PackedLayers(LibraryLayers, abc.ABC):
             for name in parts.tensors:
                 layer._parameters.pop(name, None)
                 layer._buffers.pop(name, None)
-            self.strip(layer, dtype)
+            if not isinstance(layer, nn.Linear):
+                _become_linear(layer, parts.shape, dtype)
             detached = {name: part.detach() for name, part in parts.tensors.items()}
             weight = self.tensor(dataclasses.replace(parts, tensors=detached), dtype)
             layer.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
             follow_state(layer, "weight", layer=True)
+
+    def _parts(self, layer: nn.Module) -> Parts | None:
+        # Operators of TorchScript have no parameters that can be replaced.
+        return None if isinstance(layer, torch.jit.ScriptModule) else self.parts(layer)
+
+
+def _become_linear(layer: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Turn a layer of a library into an ``nn.Linear`` without a weight. The object keeps its hooks."""
+    bias = getattr(layer, "bias", None)
+    for name in vars(layer).keys() - {*vars(nn.Module()), "_is_hf_initialized"}:
+        del layer.__dict__[name]
+    layer._parameters.clear()
+    layer._buffers.clear()
+    torch_private.transient_buffers(layer).clear()
+    layer.__class__ = nn.Linear
+    layer.out_features, layer.in_features = shape
+    bias = None if bias is None else nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    layer.register_parameter("bias", bias)
 
 
 def dtype_of_plain(model: nn.Module) -> torch.dtype:
@@ -271,7 +325,15 @@ def dtype_of_plain(model: nn.Module) -> torch.dtype:
 
 
 class _SaveParts(SaveHook):
-    """A hook that replaces a weight in a state dict by its parts."""
+    """A hook that replaces a weight in a state dict by its parts.
+
+    Attributes:
+        start: The beginning of the names of the parts.
+    """
+
+    def __init__(self, parameter: str, start: str) -> None:
+        super().__init__(parameter)
+        self.start = start
 
     def __call__(
         self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
@@ -280,20 +342,31 @@ class _SaveParts(SaveHook):
         weight = state.get(f"{prefix}{self.parameter}")
         if isinstance(weight, PackedTensor):
             del state[f"{prefix}{self.parameter}"]
-            state.update({f"{prefix}{name}": part for name, part in weight.parts.items()})
+            start = f"{prefix}{self.start}"
+            state.update({f"{start}{name}": part for name, part in weight.parts.items()})
 
 
-class _LoadParts(LoadHook):
-    """A hook that puts the parts of a weight together."""
+class _LoadParts(CheckStorage):
+    """A hook that puts the parts of a weight together.
+
+    Attributes:
+        start: The beginning of the names of the parts.
+    """
+
+    def __init__(self, parameter: str, start: str) -> None:
+        super().__init__(parameter)
+        self.start = start
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         """See :class:`LoadHook`."""
         weight: Any = module._parameters.get(self.parameter)
         name = f"{prefix}{self.parameter}"
         if isinstance(weight, PackedTensor) and not isinstance(state.get(name), PackedTensor):
-            tensors = {part: state.pop(f"{prefix}{part}", None) for part in weight.part_names}
+            start = f"{prefix}{self.start}"
+            tensors = {part: state.pop(f"{start}{part}", None) for part in weight.part_names}
             if any(tensor is not None for tensor in tensors.values()):
                 state[name] = self._joined(weight, name, tensors, args[-1])
+        super().__call__(module, state, prefix, *args)
 
     @staticmethod
     def _joined(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_fx import torch_private
 from lora_fx.formats.base import Storage, WeightFormat, format_of, format_of_class, held, stored
 from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts, form_of
-from lora_fx.formats.weights import dense, follow_state
+from lora_fx.formats.weights import StateHooks, dense, follow_state
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
 __all__ = [
@@ -427,7 +427,7 @@ class StackFormat(PackedFormat):
     """The format of stacks, which leaves everything about a matrix to the format of the matrices."""
 
     library = "lora_fx"
-    classes = frozenset({"StackedTensor"})
+    tensor = StackedTensor
 
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
@@ -457,6 +457,10 @@ class StackFormat(PackedFormat):
     def decode(self, weight: Any) -> Tensor:
         """See :class:`PackedFormat`."""
         return self.values(weight, weight.dtype)
+
+    def state_hooks(self, parameter: str, *, layer: bool) -> StateHooks:
+        """See :class:`WeightFormat`. The names of the parts begin with that of the parameter already."""
+        return super().state_hooks(parameter, layer=True)
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
         """See :class:`WeightFormat`."""

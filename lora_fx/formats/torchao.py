@@ -30,7 +30,7 @@ from lora_fx.formats.base import (
     Storage,
     WeightFormat,
     import_library,
-    whole_numbers,
+    pack_integers,
 )
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
@@ -121,12 +121,6 @@ _REQUANTIZED: Final[Mapping[str, Callable[[Tensor, Any], nn.Parameter]]] = {
     "IntxUnpackedToInt8Tensor": _requantize_intx,
     "Int4Tensor": _requantize_int4,
     "NF4Tensor": _requantize_nf4,
-}
-
-_NO_OPERATOR: Final[Mapping[str, str]] = {
-    "nf4": "torchao rounds the table of NF4 to four digits, and MatMulBnb4 has that of bitsandbytes",
-    "int4": "its zero points are no whole numbers",
-    "int8": "its zero points are no whole numbers",
 }
 
 
@@ -266,15 +260,15 @@ class TorchaoFormat(WeightFormat):
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""
-        packed = None
-        if type(weight).__name__ in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
+        name = type(weight).__name__
+        if name in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
             block = int(weight.block_size[-1])
-            packed = whole_numbers(
-                weight.qdata, weight.scale, weight.zero_point, block, stored.bits
-            )
-        if packed is None:
-            return NoOperator(
-                f"is stored as {stored}, which no operator of ONNX Runtime has to the last digit: "
-                f"{_NO_OPERATOR[stored.scheme]}"
-            )
-        return packed
+            return pack_integers(weight.qdata, weight.scale, weight.zero_point, block, stored.bits)
+        reasons = {
+            "NF4Tensor": "torchao rounds the table of NF4 to four digits, and MatMulBnb4 has that of "
+            "bitsandbytes",
+            "Int4Tensor": "its zero points are no integers",
+        }
+        return NoOperator(
+            f"is stored as {stored}, which no operator of ONNX Runtime has to the last digit: {reasons[name]}"
+        )

@@ -29,6 +29,7 @@ from lora_fx.ir import Quantization
 
 __all__ = [
     "REMEDY",
+    "CheckStorage",
     "FormatHook",
     "KeptWeight",
     "LoadHook",
@@ -277,13 +278,13 @@ def follow_state(module: nn.Module, parameter: str, *, layer: bool) -> None:
     """
     weight_format = format_of(module._parameters[parameter])
     assert weight_format is not None
-    hooks = weight_format.state_hooks(parameter, layer=layer) or StateHooks(_Check(parameter))
+    hooks = weight_format.state_hooks(parameter, layer=layer) or StateHooks(CheckStorage(parameter))
     if hooks.save is not None:
         module.register_state_dict_post_hook(hooks.save)  # type: ignore[no-untyped-call]
     module.register_load_state_dict_pre_hook(hooks.load)  # type: ignore[no-untyped-call]
 
 
-class _Check(LoadHook):
+class CheckStorage(LoadHook):
     """A hook that checks the storage of a weight in a state dict."""
 
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:

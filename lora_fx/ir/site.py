@@ -582,7 +582,8 @@ class OnnxWeight:
         operator: The operator.
         codes: uint8 or int8, in the shape that the operator needs.
         scales: fp32, one a block.
-        zeros: Zero points as the operator has them; None if all are in the middle.
+        zeros: Zero points as the operator has them; None if all are in the middle. Those that are no integers
+            are in fp32, and get the dtype of the scales in the file.
         block: Values that share a scale.
         fresh: True if the codes are in new memory, and not in the weight's.
         order: The column of the matrix that each column of the codes is; None if they are in order.

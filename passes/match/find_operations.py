@@ -240,8 +240,8 @@ def _unfit(model: nn.Module) -> Iterator[tuple[str, Rejection]]:
         foreign = layers is not None or cls.__module__.startswith(_QUANTIZED)
         if foreign and not known and _holds_weights(module):
             named = f"{cls.__module__}.{cls.__qualname__}"
-            lacking = None if layers is None else layers.unfinished(module, named)
-            reason = lacking or f"it is quantized ({named}): {_remedy()}"
+            objection = None if layers is None else layers.objection(module, named)
+            reason = objection or f"it is quantized ({named}): {_remedy()}"
             # A module of experts has several weights, with names of their own.
             for weight in (join(fqn, name) for name in _codes(module)):
                 yield weight, Rejection(site_name(weight), reason, fqn)

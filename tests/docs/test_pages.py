@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import lora_fx
+from lora_fx.formats import base
 from lora_fx.passes import patterns
 from tests.docs.pages import PAGES, ROOT, Block, blocks
 
@@ -36,8 +37,10 @@ def code_of(page: Path) -> list[Block]:
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     """A module in an empty folder, whose code has a source file: without one it has no graph."""
     monkeypatch.chdir(tmp_path)
-    # A page may register a pattern of its own.
+    # A page may register a pattern or a format of its own.
     monkeypatch.setattr(patterns, "_registry", patterns._registry)
+    for name in ("_formats", "_by_class"):
+        monkeypatch.setattr(base, name, getattr(base, name))
     module = types.ModuleType("page")
     module.__file__ = str(tmp_path / "page.py")
     monkeypatch.setitem(sys.modules, "page", module)

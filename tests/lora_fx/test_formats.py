@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,14 +20,18 @@ from torch import Tensor, nn
 import lora_fx
 from lora_fx.formats import (
     STANDARD_OPERATORS,
+    PackedFormat,
     WeightFormat,
     base,
+    dense,
     format_of,
     formats,
     operator_named,
+    pack_integers,
     quantization_of,
 )
-from lora_fx.ir import OnnxOperator, Quantization
+from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization
+from tests.docs.pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where a library of quantized weights is more than a word in a docstring.
@@ -40,13 +45,10 @@ KNOW_A_LIBRARY = {
 
 
 @pytest.fixture
-def registered() -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes off what a test registers."""
-    before, by_class = base._formats, dict(base._by_class)
-    yield
-    base._formats = before
-    base._by_class.clear()
-    base._by_class.update(by_class)
+    monkeypatch.setattr(base, "_formats", base._formats)
+    monkeypatch.setattr(base, "_by_class", base._by_class)
 
 
 @pytest.fixture
@@ -63,6 +65,22 @@ def example(registered: None) -> Iterator[ModuleType]:
     lora_fx.register_format(module.RowFormat())
     yield module
     del sys.modules["custom_format"]
+
+
+@pytest.fixture
+def guide(registered: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The library and the format of docs/guides/formats.md, registered."""
+    page = (ROOT / "docs/guides/formats.md").read_text(encoding="utf-8")
+    library, form = [block.text for block in blocks(page) if block.language == "python"][:2]
+    (tmp_path / "mylib.py").write_text(library + form, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module("mylib")
+    del sys.modules["mylib"]
+
+
+def two_layers(guide: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(guide.MyLinear(nn.Linear(64, 32)), nn.Tanh(), nn.Linear(32, 4))
 
 
 class Odd(WeightFormat):
@@ -155,7 +173,7 @@ def test_every_part_has_the_values_of_the_weight(example: ModuleType) -> None:
     weight, exact = again.up.weight, merged.up.weight
     # Half a step of the row's scale, and what fp32 rounds.
     limit = exact.abs().amax(1, keepdim=True) / 127 * 0.5001
-    assert bool(((weight.values(torch.float32) - exact).abs() <= limit).all())
+    assert bool(((dense(weight) - exact).abs() <= limit).all())
 
 
 def test_gradients_are_those_of_the_values(example: ModuleType) -> None:
@@ -173,6 +191,175 @@ def test_a_state_dict_of_another_format_is_refused(example: ModuleType) -> None:
     model = lora_fx.quantize(example.Net(), "my_int8")
     with pytest.raises(RuntimeError, match=r"up\.weight is stored as my_int8 .* has its values"):
         model.load_state_dict(example.Net().state_dict())
+
+
+def test_a_state_dict_has_the_parts_by_the_name_of_the_weight(example: ModuleType) -> None:
+    torch.manual_seed(0)
+    model = lora_fx.quantize(example.Net(), "my_int8")
+    state = model.state_dict()
+    assert {"up.codes", "up.scales", "mix_codes", "mix_scales"} < state.keys()
+    assert not {"up.weight", "mix"} & state.keys()
+    other = lora_fx.quantize(example.Net(), "my_int8")
+    other.load_state_dict(state)
+    x = torch.randn(5, 32)
+    assert torch.equal(other(x), model(x))
+
+
+# --- a library with layers of its own -----------------------------------------------------------------
+
+
+def test_a_layer_becomes_linear_over_the_same_memory(guide: Any) -> None:
+    model = two_layers(guide)
+    model[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(3, 64)
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["0"]))
+    layer: Any = adapted[0]
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (64, 32)
+    assert not hasattr(layer, "group")
+    assert {n: t.data_ptr() for n, t in layer._parameters["weight"].parts.items()} == {
+        name: getattr(model[0], name).data_ptr() for name in ("packed", "scales", "zeros")
+    }
+    assert torch.equal(adapted(x), model(x))
+    assert type(model[0]) is guide.MyLinear
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_the_library_loads_what_a_merge_has_packed(guide: Any) -> None:
+    model = two_layers(guide)
+    config = lora_fx.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    again = lora_fx.merge(lora_fx.rewrite(model, config), requantize=True)
+    model.load_state_dict(again.state_dict())
+    x = torch.randn(3, 64)
+    assert torch.equal(model(x), again(x))
+
+
+def test_scales_in_half_precision_are_not_rounded_in_a_file(guide: Any, tmp_path: Path) -> None:
+    layer = guide.MyLinear(nn.Linear(64, 32, bias=False))
+    layer.scales = layer.scales.half()
+    adapted = lora_fx.rewrite(nn.Sequential(layer), lora_fx.LoraConfig(r=2, target_modules=["0"]))
+    lora_fx.export_onnx(adapted, tmp_path / "model.onnx", torch.eye(64))
+    (output,) = lora_fx.OnnxSession(tmp_path / "model.onnx", "cpu").run([torch.eye(64)]).values()
+    exact = guide.dequantize(layer.packed, layer.scales.double(), layer.zeros)
+    torch.testing.assert_close(output.double(), exact.T, rtol=1e-6, atol=0)
+
+
+def test_layers_in_other_forms_are_refused_with_their_reason(
+    guide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = two_layers(guide), lora_fx.LoraConfig(r=2, target_modules=["0"])
+    monkeypatch.setattr(guide.MyLayers, "parts", lambda self, layer: None)
+    with pytest.raises(lora_fx.LoraFxError, match=r"it is quantized \(mylib\.MyLinear\): adapt"):
+        lora_fx.rewrite(model, config)
+    monkeypatch.setattr(guide.MyLayers, "objection", lambda self, layer, named: f"{named} turns x")
+    with pytest.raises(lora_fx.LoraFxError, match=r"mylib\.MyLinear turns x"):
+        lora_fx.rewrite(model, config)
+
+
+def test_a_block_size_is_one_of_the_format_s(guide: Any) -> None:
+    model = nn.Sequential(nn.Linear(96, 64), nn.Linear(64, 4))
+    with pytest.raises(
+        lora_fx.QuantizationError, match="block_size=16: 'my_int4' takes 32, 64, 128"
+    ):
+        lora_fx.quantize(model, "my_int4", block_size=16)
+    with pytest.raises(lora_fx.QuantizationError, match="double=True means nothing for 'my_int4'"):
+        lora_fx.quantize(model, "my_int4", double=True)
+    reason = "blocks of 64 do not divide its rows of 96 values: block_size=32 does"
+    with pytest.raises(lora_fx.QuantizationError, match=reason):
+        lora_fx.quantize(model, "my_int4", block_size=64)
+    (planned,) = lora_fx.plan_quantization(model, "my_int4").weights
+    assert planned.bytes == 64 * (96 // 2 + 3 * (4 + 1))
+
+
+@pytest.mark.parametrize(
+    ("member", "message"),
+    [
+        ("onnx_weight", "'0.weight' is stored as my_int4 .* its format names no operator of ONNX"),
+        ("pack", "mylib makes no weight in 'my_int4'"),
+    ],
+)
+def test_a_missing_member_is_named(
+    guide: Any, member: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(guide.MyFormat, member)
+    config = lora_fx.LoraConfig(r=2, target_modules=["0"])
+    adapted = lora_fx.rewrite(two_layers(guide), config)
+    needing: dict[str, Callable[[], Any]] = {
+        "pack": lambda: lora_fx.merge(adapted, requantize=True),
+        "onnx_weight": lambda: lora_fx.export_onnx(adapted, tmp_path / "m.onnx", torch.eye(64)),
+    }
+    with pytest.raises(lora_fx.LoraFxError, match=message):
+        needing[member]()
+
+
+def test_a_packed_format_needs_its_tensor(registered: None) -> None:
+    class Bare(PackedFormat):
+        library = "bare"
+        describe, decode = Odd.describe, Odd.values  # type: ignore[assignment]
+
+    with pytest.raises(lora_fx.ConfigError, match="it lacks tensor"):
+        lora_fx.register_format(Bare())
+
+
+# --- integers of an ONNX file -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (3, 16), (8, 32), (4, 8)])
+def test_integers_with_and_without_a_sign_are_the_same_arrays(bits: int, block: int) -> None:
+    middle = 1 << (3 if bits <= 4 else 7)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(1 << bits, (6, 64), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(1 << bits, (6, 64 // block), generator=generator)
+    scales = torch.rand(zeros.shape, generator=generator)
+    signed = (codes.short() - middle).to(torch.int8)
+    unsigned = pack_integers(codes, scales, zeros, block, bits)
+    other = pack_integers(signed, scales, zeros - middle, block, bits)
+    assert isinstance(unsigned, OnnxWeight)
+    assert isinstance(other, OnnxWeight)
+    assert torch.equal(unsigned.codes, other.codes)
+    assert unsigned.zeros is not None
+    assert other.zeros is not None
+    assert torch.equal(unsigned.zeros, other.zeros)
+    assert unsigned.operator == other.operator
+
+
+@pytest.mark.parametrize("zero", [7.5, 16.25, -3.0])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_file_has_zero_points_that_no_code_has(
+    guide: Any, zero: float, dtype: str, tmp_path: Path
+) -> None:
+    layer = guide.MyLinear(nn.Linear(96, 32, bias=False))
+    layer.zeros = layer.zeros.float() + torch.rand(layer.zeros.shape) / 8
+    layer.zeros[0] = zero
+    adapted = lora_fx.rewrite(nn.Sequential(layer), lora_fx.LoraConfig(r=2, target_modules=["0"]))
+    path = tmp_path / "model.onnx"
+    report = lora_fx.export_onnx(adapted, path, torch.eye(96), dtype=dtype)
+    assert [stored.operator for stored in report.quantized] == ["MatMulNBits"]
+    x = torch.eye(96, dtype=torch.float32 if dtype == "fp32" else torch.float16)
+    (output,) = lora_fx.OnnxSession(path, "cpu").run([x]).values()
+    exact = guide.dequantize(layer.packed, layer.scales, layer.zeros).T
+    limit = {"fp32": 1e-6, "fp16": 2e-3}[dtype]
+    assert float((output.float() - exact).norm() / exact.norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("zero", "block", "bits", "reason"),
+    [
+        (7.5, 8, 4, "zero points that are no integers of 4 bits"),
+        (7.5, 32, 8, "zero points that are no integers of 8 bits"),
+        (-1.0, 32, 8, "zero points that are no integers of 8 bits"),
+        (0.0, 48, 8, "blocks of 48, which do not divide its rows of 64 values"),
+    ],
+)
+def test_integers_that_no_operator_has_are_refused(
+    zero: float, block: int, bits: int, reason: str
+) -> None:
+    scales = torch.ones(6, -(-64 // block))
+    codes = torch.zeros(6, 64, dtype=torch.uint8)
+    refusal = pack_integers(codes, scales, torch.full_like(scales, zero), block, bits)
+    assert isinstance(refusal, NoOperator)
+    assert reason in refusal.reason
 
 
 def test_an_operator_is_found_by_its_name() -> None:
