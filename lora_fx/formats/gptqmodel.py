@@ -285,4 +285,6 @@ class GPTQModelFormat(PackedFormat):
             codes = codes[order]
         codes = codes.T.contiguous().to(torch.uint8)
         packed = pack_integers(codes, scales.T, zeros.T, group, bits)
-        return packed if order is None else dataclasses.replace(packed, order=order)
+        if order is None or isinstance(packed, NoOperator):
+            return packed
+        return dataclasses.replace(packed, order=order)

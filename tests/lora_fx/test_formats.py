@@ -324,14 +324,11 @@ def test_integers_with_and_without_a_sign_are_the_same_arrays(bits: int, block: 
     assert unsigned.operator == other.operator
 
 
-@pytest.mark.parametrize("zero", [7.5, 16.25, -3.0])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_a_file_has_zero_points_that_no_code_has(
-    guide: Any, zero: float, dtype: str, tmp_path: Path
-) -> None:
+def test_a_file_has_zero_points_that_no_code_has(guide: Any, dtype: str, tmp_path: Path) -> None:
     layer = guide.MyLinear(nn.Linear(96, 32, bias=False))
     layer.zeros = layer.zeros.float() + torch.rand(layer.zeros.shape) / 8
-    layer.zeros[0] = zero
+    layer.zeros[:3] = torch.tensor([[7.5], [16.25], [-3]])
     adapted = lora_fx.rewrite(nn.Sequential(layer), lora_fx.LoraConfig(r=2, target_modules=["0"]))
     path = tmp_path / "model.onnx"
     report = lora_fx.export_onnx(adapted, path, torch.eye(96), dtype=dtype)
