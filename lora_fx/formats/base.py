@@ -242,6 +242,13 @@ class LibraryLayers:
     def renew(self, layer: nn.Module) -> None:
         """Make a layer use the scales of its new weight, which has the same format."""
 
+    def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
+        """Return a forward pre-hook that gives a layer's weight its scales again, which FSDP2 has taken away.
+
+        None if the weight has its scales, or only the weight had them. Called for any module.
+        """
+        return None
+
     def release(self, layer: nn.Module) -> None:
         """Drop a weight's data that a module caches outside it. Called for any module of an export."""
 

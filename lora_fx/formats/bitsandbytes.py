@@ -346,6 +346,13 @@ class _Layers(LibraryLayers):
         elif type(weight).__name__ == "Int8Params" and state is not None:
             state.reset_grads()
 
+    def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
+        """See :class:`LibraryLayers`. A 4-bit layer has a second reference to the scales."""
+        weight, state = layer._parameters.get("weight"), layer.__dict__.get("quant_state")
+        if weight is None or _is_of_four_bits(weight) or type(state).__name__ != "QuantState":
+            return None
+        return functools.partial(_give_scales, weight.dtype)
+
     def release(self, layer: nn.Module) -> None:
         """See :class:`LibraryLayers`."""
         for name in ("state", "quant_state"):
@@ -389,6 +396,22 @@ class _Layers(LibraryLayers):
                 if isinstance(module, nn.Linear) and quantization_of(module.weight) is None
             ],
         )
+
+
+def _give_scales(stored: torch.dtype, layer: Any, inputs: Any) -> None:
+    """Give the gathered bytes of a sharded weight their class and scales, before the forward of the layer.
+
+    Raises:
+        QuantizationError: If FSDP2 has converted the bytes as if they were values.
+    """
+    weight = layer._parameters["weight"]
+    if weight.dtype != stored:
+        raise QuantizationError(
+            f"FSDP2 has converted the packed bytes of a {type(layer).__name__} from {stored} to "
+            f"{weight.dtype}: store them in uint8, or in the param_dtype of MixedPrecisionPolicy "
+            "(bnb_4bit_quant_storage)"
+        )
+    _library().nn.modules.fix_4bit_weight_quant_state_from_module(layer)
 
 
 def _settings(state: Any) -> Any:
