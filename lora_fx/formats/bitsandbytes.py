@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx import torch_private
-from lora_fx.errors import QuantizationError, some
+from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import (
     BLOCKS,
     CONTRIB,
@@ -37,7 +36,9 @@ from lora_fx.formats.base import (
     LibraryLayers,
     Storage,
     WeightFormat,
+    dense_layers,
     import_library,
+    is_loadable,
     packed_sizes,
     quantization_of,
 )
@@ -66,8 +67,6 @@ BitsandbytesName: TypeAlias = Literal["nf4", "fp4", "int8"]
 """Names of its formats."""
 
 fx.wrap("quantized_linear")
-
-_log = logging.getLogger("lora_fx")
 
 # The extra leaves macOS out: its wheels of bitsandbytes begin at 0.49, for macOS 14 and newer only.
 _REQUIREMENT: Final = "bitsandbytes>=0.49" if sys.platform == "darwin" else "lora-fx[quant]"
@@ -372,29 +371,14 @@ class _Layers(LibraryLayers):
         library: Any = sys.modules.get("transformers")
         if library is None or not isinstance(model, library.PreTrainedModel):
             return
-        layers = _library().nn.Linear4bit
-        names = [
-            site.name for site in sites if not isinstance(model.get_submodule(site.owner), layers)
-        ]
-        if names:
-            _log.warning(
-                "from_pretrained cannot load what save_pretrained writes of this %s: %s are no layers of "
-                "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
-                "quantized the same way",
-                type(model).__name__,
-                some(names, 3),
-            )
+        if not is_loadable(model, sites, _library().nn.Linear4bit, "bitsandbytes"):
             return
         model.config.quantization_config = library.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=how.format,
             bnb_4bit_use_double_quant=how.double,
             bnb_4bit_compute_dtype=how.compute_dtype or dtype,
-            llm_int8_skip_modules=[
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, nn.Linear) and quantization_of(module.weight) is None
-            ],
+            llm_int8_skip_modules=dense_layers(model),
         )
 
 

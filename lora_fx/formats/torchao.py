@@ -17,7 +17,7 @@ The library is imported when a weight is stored; a model that has such a weight 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import torch
@@ -29,10 +29,12 @@ from lora_fx.formats.base import (
     LibraryLayers,
     Storage,
     WeightFormat,
+    dense_layers,
     import_library,
+    is_loadable,
     whole_numbers,
 )
-from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization, Site
 
 __all__ = ["TorchaoFormat", "TorchaoName"]
 
@@ -130,8 +132,35 @@ _NO_OPERATOR: Final[Mapping[str, str]] = {
 }
 
 
+def _config(how: Storage) -> Any:
+    """Return the library's configuration of a format."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if how.block_size is None:
+        return Int8WeightOnlyConfig()
+    groups = PerGroup(how.block_size)
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
+
+
 class _Layers(LibraryLayers):
     """Layers of torchao: ``nn.Linear`` with another ``extra_repr``."""
+
+    def describe_model(
+        self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
+    ) -> None:
+        """Give a model of transformers a quantizer, with which ``save_pretrained`` writes the tensors.
+
+        ``from_pretrained`` loads them if all are in layers.
+        """
+        library: Any = sys.modules.get("transformers")
+        if library is None or not isinstance(model, library.PreTrainedModel):
+            return
+        from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+        config = library.TorchAoConfig(_config(how), modules_to_not_convert=dense_layers(model))
+        if is_loadable(model, sites, nn.Linear, "torchao"):
+            model.config.quantization_config = config
+        model.__dict__["hf_quantizer"] = TorchAoHfQuantizer(config)
 
     def settle(self, layer: nn.Module) -> None:
         """Remove the ``extra_repr`` of a layer: it is bound to the original layer and cannot be pickled."""
@@ -231,20 +260,11 @@ class TorchaoFormat(WeightFormat):
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
         """See :class:`WeightFormat`."""
         self.load(how.format)
-        from torchao.quantization import (
-            Int8WeightOnlyConfig,
-            IntxWeightOnlyConfig,
-            PerGroup,
-            quantize_,
-        )
+        from torchao.quantization import quantize_
 
-        config: Any = Int8WeightOnlyConfig()
-        if how.block_size is not None:
-            groups = PerGroup(how.block_size)
-            config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
         layer = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(values, requires_grad=False)
-        quantize_(nn.ModuleList([layer]), config)
+        quantize_(nn.ModuleList([layer]), _config(how))
         return nn.Parameter(layer.weight.data, requires_grad=False)
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:

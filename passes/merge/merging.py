@@ -442,7 +442,7 @@ def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: boo
         if any(known.layers.scales_hook(module) is not None for known in formats()):
             raise MergeError(
                 f"{join(fqn, 'weight')} is packed, and FSDP2 has sharded its bytes: save the adapter on "
-                "every rank (lora_fx.save_adapter), load it onto a model that is not sharded, and merge that; "
+                "every rank (lora_fx.save_adapter), load it onto a model that is not sharded, and merge it; "
                 f"or {WHOLE_WEIGHTS}"
             )
     for name, parameter in model.named_parameters() if requantize else ():
