@@ -180,6 +180,14 @@ class _Load(LoadHook):
     ``model.load_state_dict(model.state_dict())`` fails on them.
     """
 
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """See :class:`LoadHook`. With ``assign=True`` a layer gets the scales of its new weight, too."""
+        super().__call__(module, state, prefix, *args)
+        loaded = state.get(f"{prefix}{self.parameter}")
+        assigned = args[0].get("assign_to_params_buffers") and _is_of_four_bits(loaded)
+        if assigned and "quant_state" in module.__dict__:
+            module.__dict__["quant_state"] = loaded.quant_state  # type: ignore[union-attr]
+
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
         current = getattr(weight, "quant_state", None)
@@ -195,7 +203,7 @@ class _Load(LoadHook):
             del state[name]
             return
         packed = {key.removeprefix(f"{name}."): value for key, value in entries.items()}
-        scales = _library().functional.QuantState.from_dict(packed, weight.device)
+        scales = _library().functional.QuantState.from_dict(packed, state[name].device)
         if _way(scales) != _way(current):
             errors.append(
                 f"{name} is stored as {_way(current)} here, and as {_way(scales)} in the state dict"
@@ -206,6 +214,8 @@ class _Load(LoadHook):
             if current.state2 is not None:
                 current.offset.copy_(scales.offset)
                 current.state2.absmax.copy_(scales.state2.absmax)
+        # With assign=True the module takes this object, whose class and scales it needs.
+        state[name] = _like(weight, state[name], quant_state=scales)
 
 
 def _way(scales: Any) -> tuple[Any, ...]:

@@ -32,6 +32,7 @@ from transformers import (
 import lora_fx
 from lora_fx import LoraConfig, QuantizationError
 from lora_fx.formats import dense, quantization_of
+from tests.formats import mixture
 from tests.quantized import IDS, llama
 
 FORMATS = ("nf4", "fp4", "int8", "int4")
@@ -696,3 +697,22 @@ def test_any_shape_layout_and_bias(
     grads = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert grads
     assert all(g is not None for g in grads)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_state_dict_can_be_assigned(kind: str) -> None:
+    def drawn(seed: int) -> Any:
+        torch.manual_seed(seed)
+        base = mixture()
+        for parameter in base.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        config = LoraConfig(r=2, init_lora_weights=False, seed=seed)
+        return lora_fx.rewrite(lora_fx.quantize(base, kind), config)
+
+    source, model = drawn(1), drawn(2)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model(IDS).logits, source(IDS).logits)
+    assert state.keys() == model.state_dict().keys()
+    base = lora_fx.merge(model, requantize=True)
+    assert torch.equal(base(IDS).logits, lora_fx.merge(source, requantize=True)(IDS).logits)
