@@ -278,7 +278,7 @@ def _inspected(capture: Capture) -> dict[str, str]:
 
 
 def _computed(capture: Capture) -> dict[str, str]:
-    """Return the weights of child modules that a method without a graph may compute with, as in `_inspected`.
+    """Return the weights of child modules that a method without a graph may compute with.
 
     For example, Jamba's mixer multiplies with the weight of a linear layer from the left.
     """
@@ -334,8 +334,8 @@ def _left(
         )
     if reason is None and site.weight in computed and site.experts is None:
         return (
-            f"{computed[site.weight]} may compute with it in a way that is no call of the layer, and no graph "
-            "can replace that code"
+            f"{computed[site.weight]} may compute with it in a way that is no call of the layer, and no "
+            "graph can replace that code"
         )
     return reason
 

@@ -250,7 +250,9 @@ def test_blocks_outside_of_the_old_range_get_a_new_scale(scheme: str) -> None:
     again = requantized(values, weight)
     assert_same_bits(dense(again)[1:], dense(weight)[1:])
     assert not torch.equal(again.scale[0], weight.scale[0])
-    assert float((dense(again)[0] - values[0]).abs().max()) <= float(again.scale[0].max()) / 2 + 1e-6
+    assert (
+        float((dense(again)[0] - values[0]).abs().max()) <= float(again.scale[0].max()) / 2 + 1e-6
+    )
 
 
 def test_requantized_double_scales_load_and_run(tmp_path: Path) -> None:
