@@ -34,6 +34,7 @@ if _TYPE_CHECKING:
         plan_quantization,
         prepare_for_kbit_training,
         quantize,
+        quantized_parameters,
         reference,
         replace_lora_weights_loftq,
         set_adapter,
@@ -140,6 +141,7 @@ __all__ = [
     "prepare_hotswap",
     "print_trainable_parameters",
     "quantize",
+    "quantized_parameters",
     "reference",
     "register_adapter_kind",
     "register_format",
@@ -162,8 +164,8 @@ _HOMES = {
     "lora_fx.adapters": """
         active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter
         correct_gradients delete_adapter disable_adapter initialize parameter_groups plan_quantization
-        prepare_for_kbit_training quantize reference replace_lora_weights_loftq set_adapter status
-        train_together
+        prepare_for_kbit_training quantize quantized_parameters reference replace_lora_weights_loftq
+        set_adapter status train_together
     """,
     "lora_fx.api": """
         capture compare graphs merge plan print_trainable_parameters rewrite trainable_parameters

@@ -18,7 +18,9 @@ because its own loader needs that, too.
 from __future__ import annotations
 
 import dataclasses
+import dis
 import inspect
+import itertools
 import logging
 import math
 import operator
@@ -198,14 +200,14 @@ def plan_quantization(
     """
     _check_plain(capture.model)
     config = _exclusion(exclude)
-    inspected = _inspected(capture)
+    inspected, computed = _inspected(capture), _computed(capture)
     left: dict[str, str] = {}
     rows: list[PlannedWeight] = []
     for site in matches.sites:
         reason = (
             f"exclude={exclude!r}"
             if excluded(site.name, config)
-            else _left(site, how, inspected) or _needs_forward(capture, site)
+            else _left(site, how, inspected, computed) or _needs_forward(capture, site)
         )
         if reason is not None:
             left[site.name] = reason
@@ -275,6 +277,36 @@ def _inspected(capture: Capture) -> dict[str, str]:
     }
 
 
+def _computed(capture: Capture) -> dict[str, str]:
+    """Return the weights of child modules that a method without a graph may compute with.
+
+    For example, Jamba's mixer multiplies with the weight of a linear layer from the left.
+    """
+    return {
+        join(fqn, name): method.__qualname__
+        for fqn, module in capture.model.named_modules()
+        if not is_built_in(module) and fqn not in capture.regions
+        for method in _methods(module)
+        for name in _read_weights(method)
+        if is_matrix(dict(module.named_parameters()).get(name))
+    }
+
+
+def _read_weights(method: FunctionType) -> Iterator[str]:
+    """Yield ``child.weight`` for each such expression, unless only its class or an attribute is read."""
+    code = [i for i in dis.get_instructions(method) if i.opname != "EXTENDED_ARG"]
+    for index, (child, leaf) in enumerate(itertools.pairwise(code)):
+        if child.opname not in _ATTRIBUTES or leaf.opname not in _ATTRIBUTES:
+            continue
+        function, after = code[max(index - 2, 0)].argval, code[min(index + 2, len(code) - 1)]
+        form = after.argval if after.opname in _ATTRIBUTES else None
+        if leaf.argval == "weight" and function != "isinstance" and form not in (*_FORM, "device"):
+            yield f"{child.argval}.{leaf.argval}"
+
+
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+
+
 def _methods(module: nn.Module) -> Iterator[FunctionType]:
     """Yield the functions of a module's class and its base classes, up to ``nn.Module``."""
     for cls in original_class(module).__mro__:
@@ -287,7 +319,9 @@ def _methods(module: nn.Module) -> Iterator[FunctionType]:
         )
 
 
-def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
+def _left(
+    site: Site, how: Storage, inspected: Mapping[str, str], computed: Mapping[str, str]
+) -> str | None:
     """Return the reason why a site's weight is not quantized, or None if it can be."""
     if site.head:
         return "it is the output head"
@@ -297,6 +331,11 @@ def _left(site: Site, how: Storage, inspected: Mapping[str, str]) -> str | None:
         return (
             f"{inspected[site.weight]} asks for its dtype or shape, and would be told those of the bytes in "
             "which it is stored"
+        )
+    if reason is None and site.weight in computed and site.experts is None:
+        return (
+            f"{computed[site.weight]} may compute with it in a way that is no call of the layer, and no "
+            "graph can replace that code"
         )
     return reason
 

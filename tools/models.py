@@ -317,6 +317,16 @@ class LoadedModel:
     folder: Path | None = None
     weights: Path | None = None
 
+    @property
+    def stored_in(self) -> str | None:
+        """Name of the format in which the folder has the weights, from its configuration; None if dense."""
+        settings = getattr(getattr(self.model, "config", None), "quantization_config", None)
+        if settings is None:
+            return None
+        of = settings if isinstance(settings, dict) else settings.to_dict()
+        name = str(getattr(of.get("quant_method"), "value", of.get("quant_method")))
+        return f"{name} {of['bnb_4bit_quant_type']}" if of.get("load_in_4bit") else name
+
     def inputs(self) -> Any:
         """Return the example inputs.
 

@@ -27,7 +27,8 @@ _SECTIONS = {
         as_peft_model hotswap_adapter prepare_hotswap inspect_adapter verify
     """,
     "Quantized bases": """
-        quantize plan_quantization prepare_for_kbit_training keep_quantized replace_lora_weights_loftq
+        quantize plan_quantization prepare_for_kbit_training keep_quantized quantized_parameters
+        replace_lora_weights_loftq
     """,
     "Merging and exporting": """
         merge export_onnx OnnxSession save_onnx_adapter

@@ -23,6 +23,7 @@ from lora_fx.adapters.quantized_base import (
     plan_quantization,
     prepare_for_kbit_training,
     quantize,
+    quantized_parameters,
     replace_lora_weights_loftq,
 )
 from lora_fx.adapters.settings import (
@@ -73,6 +74,7 @@ __all__ = [
     "prepare_for_kbit_training",
     "put_adapter",
     "quantize",
+    "quantized_parameters",
     "reference",
     "replace_lora_weights_loftq",
     "restart",

@@ -54,6 +54,7 @@ __all__ = [
     "plan_quantization",
     "prepare_for_kbit_training",
     "quantize",
+    "quantized_parameters",
     "replace_lora_weights_loftq",
 ]
 
@@ -123,6 +124,21 @@ def prepare_for_kbit_training(
     if use_gradient_checkpointing:
         _checkpoint(prepared, gradient_checkpointing_kwargs)
     return cast("ModelT", prepared)
+
+
+def quantized_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Return the quantized weights of a model, for ``fully_shard(..., ignored_params=...)``.
+
+    FSDP2 then leaves them whole in every process, on the device where they are, and shards everything else.
+    Otherwise it would shard the packed bytes and lose their scales.
+
+    Args:
+        model: A model that FSDP2 does not shard yet.
+
+    Returns:
+        The parameters; none for a model without quantized weights.
+    """
+    return {p for p in model.parameters() if quantization_of(p) is not None}
 
 
 def _wants_half(weight: nn.Parameter) -> bool:

@@ -260,7 +260,8 @@ def _save(
         check_format(folder)
         with replacing_files(folder) as staged:
             arguments[folder_key] = str(staged)
-            result = method(*bound.args, **bound.kwargs)
+            with _without_quantizer(model):
+                result = method(*bound.args, **bound.kwargs)
             if transformers:
                 (staged / _CONFIG).unlink(missing_ok=True)
                 origin = origin or _save_base(part, folder, staged)
@@ -281,6 +282,17 @@ def _save(
                 str(folder / ADAPTER_FOLDER),
             )
     return result
+
+
+@contextmanager
+def _without_quantizer(model: nn.Module) -> Iterator[None]:
+    """Hide the quantizer of transformers, which may write the whole base under other names."""
+    quantizer = model.__dict__.pop("hf_quantizer", None)
+    try:
+        yield
+    finally:
+        if quantizer is not None:
+            model.__dict__["hf_quantizer"] = quantizer
 
 
 def _write_card(folder: Path, staged: Path, origin: str | None) -> None:

@@ -45,6 +45,7 @@ from lora_fx.formats.stacks import (
 )
 from lora_fx.formats.torchao import TorchaoFormat, TorchaoName
 from lora_fx.formats.weights import (
+    WHOLE_WEIGHTS,
     FormatHook,
     KeptWeight,
     LoadHook,
@@ -63,6 +64,7 @@ __all__ = [
     "DEQUANTIZE_LINEAR",
     "MATMUL_N_BITS",
     "STANDARD_OPERATORS",
+    "WHOLE_WEIGHTS",
     "FormatHook",
     "FormatName",
     "KeptWeight",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_fx.errors import ConfigError, QuantizationError
+from lora_fx.errors import ConfigError, QuantizationError, some
 from lora_fx.extras import is_installed, load_optional
 from lora_fx.ir import (
     NoOperator,
@@ -41,12 +42,14 @@ __all__ = [
     "LibraryLayers",
     "Storage",
     "WeightFormat",
+    "dense_layers",
     "format_named",
     "format_of",
     "format_of_class",
     "formats",
     "held",
     "import_library",
+    "is_loadable",
     "operator_named",
     "pack_integers",
     "packed_sizes",
@@ -56,6 +59,8 @@ __all__ = [
     "storage",
     "stored",
 ]
+
+_log = logging.getLogger("lora_fx")
 
 # --- operators of ONNX ----------------------------------------------------------------------------
 # Operators of ONNX that read weights of few bits from any library, and their layout of the codes.
@@ -263,6 +268,13 @@ class LibraryLayers:
 
     def renew(self, layer: nn.Module) -> None:
         """Make a layer use the scales of its new weight, which has the same format."""
+
+    def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
+        """Return a forward pre-hook that gives a layer's weight its scales again, which FSDP2 has taken away.
+
+        None if the weight has its scales, or only the weight had them. Called for any module.
+        """
+        return None
 
     def release(self, layer: nn.Module) -> None:
         """Drop a weight's data that a module caches outside it. Called for any module of an export."""
@@ -704,6 +716,41 @@ def stored(values: Tensor, how: Storage) -> nn.Parameter:
     """
     values = values.detach().contiguous()
     return how.made_by.pack(values, how.fitted(values.shape))
+
+
+def is_loadable(
+    model: nn.Module, sites: Sequence[Site], layer: type[nn.Module], library: str
+) -> bool:
+    """Return True if the quantized weights of a model are all in layers: ``from_pretrained`` loads no others.
+
+    Log a warning for a model with others.
+
+    Args:
+        model: A quantized model of transformers.
+        sites: The operations whose weights are quantized.
+        layer: The class of the layers.
+        library: The library of the format.
+    """
+    names = [site.name for site in sites if not isinstance(model.get_submodule(site.owner), layer)]
+    if names:
+        _log.warning(
+            "from_pretrained cannot load what save_pretrained writes of this %s: %s are no layers of "
+            "%s. Keep the dense model, or torch.save(model.state_dict()) for one that is "
+            "quantized the same way",
+            type(model).__name__,
+            some(names, 3),
+            library,
+        )
+    return not names
+
+
+def dense_layers(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers whose weight is not quantized."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and quantization_of(module.weight) is None
+    ]
 
 
 def import_library(library: str, name: str, requirement: str = "lora-fx[quant]") -> Any:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx import torch_private
-from lora_fx.errors import QuantizationError, some
+from lora_fx.errors import QuantizationError
 from lora_fx.formats.base import (
     BLOCKS,
     CONTRIB,
@@ -37,7 +36,9 @@ from lora_fx.formats.base import (
     LibraryLayers,
     Storage,
     WeightFormat,
+    dense_layers,
     import_library,
+    is_loadable,
     packed_sizes,
     quantization_of,
 )
@@ -66,8 +67,6 @@ BitsandbytesName: TypeAlias = Literal["nf4", "fp4", "int8"]
 """Names of its formats."""
 
 fx.wrap("quantized_linear")
-
-_log = logging.getLogger("lora_fx")
 
 # The extra leaves macOS out: its wheels of bitsandbytes begin at 0.49, for macOS 14 and newer only.
 _REQUIREMENT: Final = "bitsandbytes>=0.49" if sys.platform == "darwin" else "lora-fx[quant]"
@@ -181,6 +180,14 @@ class _Load(LoadHook):
     ``model.load_state_dict(model.state_dict())`` fails on them.
     """
 
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        """See :class:`LoadHook`. With ``assign=True`` a layer gets the scales of its new weight, too."""
+        super().__call__(module, state, prefix, *args)
+        loaded = state.get(f"{prefix}{self.parameter}")
+        assigned = args[0].get("assign_to_params_buffers") and _is_of_four_bits(loaded)
+        if assigned and "quant_state" in module.__dict__:
+            module.__dict__["quant_state"] = loaded.quant_state  # type: ignore[union-attr]
+
     def load(self, weight: Any, name: str, state: dict[str, Any], errors: list[str]) -> None:
         """See :class:`LoadHook`."""
         current = getattr(weight, "quant_state", None)
@@ -196,7 +203,7 @@ class _Load(LoadHook):
             del state[name]
             return
         packed = {key.removeprefix(f"{name}."): value for key, value in entries.items()}
-        scales = _library().functional.QuantState.from_dict(packed, weight.device)
+        scales = _library().functional.QuantState.from_dict(packed, state[name].device)
         if _way(scales) != _way(current):
             errors.append(
                 f"{name} is stored as {_way(current)} here, and as {_way(scales)} in the state dict"
@@ -207,6 +214,8 @@ class _Load(LoadHook):
             if current.state2 is not None:
                 current.offset.copy_(scales.offset)
                 current.state2.absmax.copy_(scales.state2.absmax)
+        # With assign=True the module takes this object, whose class and scales it needs.
+        state[name] = _like(weight, state[name], quant_state=scales)
 
 
 def _way(scales: Any) -> tuple[Any, ...]:
@@ -343,6 +352,13 @@ class _Layers(LibraryLayers):
         elif type(weight).__name__ == "Int8Params" and state is not None:
             state.reset_grads()
 
+    def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
+        """See :class:`LibraryLayers`. A 4-bit layer has a second reference to the scales."""
+        weight, state = layer._parameters.get("weight"), layer.__dict__.get("quant_state")
+        if weight is None or _is_of_four_bits(weight) or type(state).__name__ != "QuantState":
+            return None
+        return functools.partial(_give_scales, weight.dtype)
+
     def release(self, layer: nn.Module) -> None:
         """See :class:`LibraryLayers`."""
         for name in ("state", "quant_state"):
@@ -362,30 +378,31 @@ class _Layers(LibraryLayers):
         library: Any = sys.modules.get("transformers")
         if library is None or not isinstance(model, library.PreTrainedModel):
             return
-        layers = _library().nn.Linear4bit
-        names = [
-            site.name for site in sites if not isinstance(model.get_submodule(site.owner), layers)
-        ]
-        if names:
-            _log.warning(
-                "from_pretrained cannot load what save_pretrained writes of this %s: %s are no layers of "
-                "bitsandbytes. Keep the dense model, or torch.save(model.state_dict()) for one that is "
-                "quantized the same way",
-                type(model).__name__,
-                some(names, 3),
-            )
+        if not is_loadable(model, sites, _library().nn.Linear4bit, "bitsandbytes"):
             return
         model.config.quantization_config = library.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=how.format,
             bnb_4bit_use_double_quant=how.double,
             bnb_4bit_compute_dtype=how.compute_dtype or dtype,
-            llm_int8_skip_modules=[
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, nn.Linear) and quantization_of(module.weight) is None
-            ],
+            llm_int8_skip_modules=dense_layers(model),
         )
+
+
+def _give_scales(stored: torch.dtype, layer: Any, inputs: Any) -> None:
+    """Give the gathered bytes of a sharded weight their class and scales, before the forward of the layer.
+
+    Raises:
+        QuantizationError: If FSDP2 has converted the bytes as if they were values.
+    """
+    weight = layer._parameters["weight"]
+    if weight.dtype != stored:
+        raise QuantizationError(
+            f"FSDP2 has converted the packed bytes of a {type(layer).__name__} from {stored} to "
+            f"{weight.dtype}: store them in uint8, or in the param_dtype of MixedPrecisionPolicy "
+            "(bnb_4bit_quant_storage)"
+        )
+    _library().nn.modules.fix_4bit_weight_quant_state_from_module(layer)
 
 
 def _settings(state: Any) -> Any:

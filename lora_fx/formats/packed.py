@@ -101,6 +101,13 @@ class PackedTensor(Tensor):
         shape, dtype, options = context
         return cls(Parts(inner, shape, options), dtype)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Reduce to the bytes of the parts: ``pickle`` cannot read tensors of FP8."""
+        parts = {name: (_bytes_of(part), part.dtype) for name, part in self.parts.items()}
+        known = {*self.part_names, "part_names", "options", "key"}
+        state = {name: value for name, value in vars(self).items() if name not in known}
+        return _unpickled, (type(self), parts, tuple(self.shape), self.options, self.dtype, state)
+
     def mapped(
         self, function: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
     ) -> PackedTensor:
@@ -153,6 +160,25 @@ class PackedTensor(Tensor):
             raise NotImplementedError(f"{func} would write into values, which are not stored")
         args, kwargs = torch_private.pytree.tree_map_only(PackedTensor, dense, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _bytes_of(part: Tensor) -> Tensor:
+    is_fp8 = part.is_floating_point() and part.element_size() == 1
+    return part.view(torch.uint8) if is_fp8 else part
+
+
+def _unpickled(
+    cls: type[PackedTensor],
+    parts: Mapping[str, tuple[Tensor, torch.dtype]],
+    shape: Sequence[int],
+    options: Any,
+    dtype: torch.dtype,
+    state: Mapping[str, Any],
+) -> PackedTensor:
+    tensors = {name: part.view(of) for name, (part, of) in parts.items()}
+    weight = cls(Parts(tensors, shape, options), dtype)
+    weight.__dict__.update(state)
+    return weight
 
 
 _Form = tuple[type["PackedTensor"], tuple[str, ...], Any]

@@ -17,7 +17,7 @@ The library is imported when a weight is stored; a model that has such a weight 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Final, Literal, TypeAlias
 
 import torch
@@ -29,10 +29,12 @@ from lora_fx.formats.base import (
     LibraryLayers,
     Storage,
     WeightFormat,
+    dense_layers,
     import_library,
+    is_loadable,
     pack_integers,
 )
-from lora_fx.ir import NoOperator, OnnxWeight, Quantization
+from lora_fx.ir import NoOperator, OnnxWeight, Quantization, Site
 
 __all__ = ["TorchaoFormat", "TorchaoName"]
 
@@ -61,32 +63,46 @@ def _scheme(weight: Any) -> str | None:
 
 
 # --- new values in the same form, by the library's own arithmetic, in the dtype of the old weight ---
+# A block keeps its scale if its values are in the range of the scale. A new scale would be a little smaller
+# or larger each time, because the codes are not symmetric.
+
+
+def _grid(values: Tensor, old: Any, new: Any, codes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Return a scale and a zero point for each block: the old ones where they have the range.
+
+    Args:
+        values: The new values, [out, in].
+        old: The old weight.
+        new: The weight that the library makes of the new values.
+        codes: The smallest and the largest code.
+    """
+    rows, columns = old.block_size
+    blocks = values.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    zeros = torch.zeros_like(new.zero_point) if old.zero_point is None else old.zero_point
+    low, high = (limit / old.scale + zeros for limit in (blocks.amin((1, 3)), blocks.amax((1, 3))))
+    fits = (low >= codes[0] - 0.5) & (high <= codes[1] + 0.5)
+    scales = torch.where(fits, old.scale, new.scale.to(old.scale.dtype))
+    return scales, torch.where(fits, zeros, new.zero_point)
 
 
 def _requantize_int8(values: Tensor, old: Any) -> nn.Parameter:
-    tensor = type(old).from_hp(
-        values.to(old.dtype),
-        _granularity(tuple(old.block_size), tuple(old.shape)),
-        mapping_type=_mapping(old.zero_point),
-        reduce_range=old.reduce_range,
-    )
+    values, make = values.to(old.dtype), type(old).from_hp
+    granularity = _granularity(tuple(old.block_size), tuple(old.shape))
+    options = {"mapping_type": _mapping(old.zero_point), "reduce_range": old.reduce_range}
+    codes = (-64, 63) if old.reduce_range else (-128, 127)
+    scale, zeros = _grid(values, old, make(values, granularity, **options), codes)
+    tensor = make(values, granularity, scale=scale, zero_point=zeros, **options)
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def _requantize_intx(values: Tensor, old: Any) -> nn.Parameter:
-    values, sizes = values.to(old.dtype), tuple(old.block_size)
-    tensor = type(old).from_hp(
-        values, sizes, old.target_dtype, mapping_type=_mapping(old.zero_point)
-    )
-    if tensor.scale.dtype != old.scale.dtype:
-        tensor = type(old).from_hp(
-            values,
-            sizes,
-            old.target_dtype,
-            intx_choose_qparams_algorithm=None,
-            custom_scale=tensor.scale.to(old.scale.dtype),
-            custom_zero_point=tensor.zero_point,
-        )
+    values, make = values.to(old.dtype), type(old).from_hp
+    form = (tuple(old.block_size), old.target_dtype)
+    bits = 4 if _scheme(old) == "int4" else 8
+    new = make(values, *form, mapping_type=_mapping(old.zero_point))
+    scale, zeros = _grid(values, old, new, (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1))
+    options = {"custom_scale": scale, "custom_zero_point": zeros}
+    tensor = make(values, *form, intx_choose_qparams_algorithm=None, **options)
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -124,8 +140,35 @@ _REQUANTIZED: Final[Mapping[str, Callable[[Tensor, Any], nn.Parameter]]] = {
 }
 
 
+def _config(how: Storage) -> Any:
+    """Return the library's configuration of a format."""
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+
+    if how.block_size is None:
+        return Int8WeightOnlyConfig()
+    groups = PerGroup(how.block_size)
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
+
+
 class _Layers(LibraryLayers):
     """Layers of torchao: ``nn.Linear`` with another ``extra_repr``."""
+
+    def describe_model(
+        self, model: nn.Module, how: Storage, sites: Sequence[Site], dtype: torch.dtype
+    ) -> None:
+        """Give a model of transformers a quantizer, with which ``save_pretrained`` writes the tensors.
+
+        ``from_pretrained`` loads them if all are in layers.
+        """
+        library: Any = sys.modules.get("transformers")
+        if library is None or not isinstance(model, library.PreTrainedModel):
+            return
+        from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
+
+        config = library.TorchAoConfig(_config(how), modules_to_not_convert=dense_layers(model))
+        if is_loadable(model, sites, nn.Linear, "torchao"):
+            model.config.quantization_config = config
+        model.__dict__["hf_quantizer"] = TorchAoHfQuantizer(config)
 
     def settle(self, layer: nn.Module) -> None:
         """Remove the ``extra_repr`` of a layer: it is bound to the original layer and cannot be pickled."""
@@ -225,20 +268,11 @@ class TorchaoFormat(WeightFormat):
     def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
         """See :class:`WeightFormat`."""
         self.load(how.format)
-        from torchao.quantization import (
-            Int8WeightOnlyConfig,
-            IntxWeightOnlyConfig,
-            PerGroup,
-            quantize_,
-        )
+        from torchao.quantization import quantize_
 
-        config: Any = Int8WeightOnlyConfig()
-        if how.block_size is not None:
-            groups = PerGroup(how.block_size)
-            config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=groups)  # type: ignore[attr-defined]
         layer = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
         layer.weight = nn.Parameter(values, requires_grad=False)
-        quantize_(nn.ModuleList([layer]), config)
+        quantize_(nn.ModuleList([layer]), _config(how))
         return nn.Parameter(layer.weight.data, requires_grad=False)
 
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:

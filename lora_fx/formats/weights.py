@@ -29,6 +29,7 @@ from lora_fx.ir import Quantization
 
 __all__ = [
     "REMEDY",
+    "WHOLE_WEIGHTS",
     "CheckStorage",
     "FormatHook",
     "KeptWeight",
@@ -201,9 +202,18 @@ class _Product(torch.autograd.Function):
 
 def _known(weight: object) -> WeightFormat:
     weight_format = format_of(weight)
-    assert weight_format is not None
+    if weight_format is None:
+        raise QuantizationError(
+            f"a quantized weight has become a {type(weight).__name__} of {getattr(weight, 'dtype', None)} "
+            f"without scales. If FSDP2 shards it, {WHOLE_WEIGHTS}; else load it as it was stored"
+        )
     return weight_format
 
+
+WHOLE_WEIGHTS: Final = (
+    "leave quantized weights whole: fully_shard(..., "
+    "ignored_params=lora_fx.quantized_parameters(model)), for each unit"
+)
 
 REMEDY: Final = (
     "quantize the model that the state dict is of with lora_fx.quantize, or load it before this one is "

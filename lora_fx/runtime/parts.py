@@ -25,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx import torch_private
-from lora_fx.errors import ConfigError, ProcessError
+from lora_fx.errors import ConfigError, ProcessError, QuantizationError
+from lora_fx.formats import WHOLE_WEIGHTS, formats, quantization_of
+from lora_fx.ir import record_of
 
 __all__ = [
     "called_by_all",
@@ -352,6 +354,7 @@ def check_equal(model: nn.Module) -> None:
     Raises:
         ConfigError: On every rank, with the first factor that differs.
         ProcessError: If a rank does not make this call.
+        QuantizationError: With the first adapted weight that FSDP2 has sharded without its scales.
     """
     noted = list(_noted(model))
     if not noted:
@@ -378,6 +381,37 @@ def check_equal(model: nn.Module) -> None:
                     "it, so that what is trained would be a mixture: give every process the same "
                     "configuration, and load the same folder"
                 )
+    _restore_scales(model)
+
+
+def _restore_scales(model: nn.Module) -> None:
+    """Give packed weights that FSDP2 has sharded their scales again, in each forward. Runs once.
+
+    Raises:
+        QuantizationError: With the first adapted weight whose scales are lost.
+    """
+    for module in model.modules():
+        for known in formats():
+            hook = known.layers.scales_hook(module)
+            if hook is not None:
+                module.register_forward_pre_hook(hook)
+    record = record_of(model)
+    adapters = record.adapters.values() if record is not None else ()
+    for site in (row.site for adapter in adapters for row in adapter.sites):
+        owner = model.get_submodule(site.owner)
+        weight = owner._parameters.get(site.parameter)
+        if site.quantized is None or not _is_cut(weight) or _has_scales(owner, weight):
+            continue
+        raise QuantizationError(
+            f"{site.weight} is stored as {site.quantized}, and FSDP2 has sharded its values or bytes without "
+            f"their scales: {WHOLE_WEIGHTS}"
+        )
+
+
+def _has_scales(owner: nn.Module, weight: Any) -> bool:
+    if quantization_of(torch_private.local_tensor(weight)) is not None:
+        return True
+    return any(known.layers.scales_hook(owner) is not None for known in formats())
 
 
 def _noted(model: nn.Module) -> Iterator[tuple[str, Any]]:

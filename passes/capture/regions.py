@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.formats import quantization_of
 from lora_fx.ir import Capture, Region, Site, join
 from lora_fx.passes.capture.decompositions import (
@@ -23,11 +24,13 @@ from lora_fx.passes.capture.decompositions import (
 from lora_fx.passes.capture.trace import Untraceable, trace
 from lora_fx.passes.graph import (
     UNINITIALIZED,
+    GuardedCodeGen,
     is_built_in,
     is_lazy,
     is_matrix,
     kept_graph,
     uninstall,
+    wrapped_forward,
     wraps_own_forward,
 )
 from lora_fx.passes.patterns import patterns
@@ -99,7 +102,20 @@ def find_regions(model: nn.Module) -> Capture:
             visit(child, join(fqn, name))
 
     visit(model, "")
+    _pass_by_position(regions)
     return Capture(model, regions, "regions", opaque=opaque, begun=begun)
+
+
+def _pass_by_position(regions: dict[str, Region]) -> None:
+    """Let decorated forwards get the arguments by position that their callers pass so."""
+    for fqn, region in regions.items():
+        for node in region.graph.nodes:
+            called = regions.get(join(fqn, str(node.target))) if node.op == "call_module" else None
+            if called is None:
+                continue
+            forward, code = type(called.module).forward, torch_private.codegen_of(called.graph)
+            if isinstance(code, GuardedCodeGen) and wrapped_forward(forward) is not forward:
+                code.positional = max(code.positional, len(node.args))
 
 
 class Graphs:

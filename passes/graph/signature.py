@@ -167,7 +167,11 @@ class GuardedCodeGen(fx.graph.CodeGen):
             ``torch.nn`` that is one operation.
         extra: Expressions that are true if the graph does not apply for another reason.
         reads: Values that the trace read, which the guard checks last.
+        positional: The number of arguments that the fallback gets by position. A decorator may pass them to
+            a function with other names, so that names must not replace positions.
     """
+
+    positional = 0
 
     def __init__(
         self,
@@ -242,7 +246,7 @@ class GuardedCodeGen(fx.graph.CodeGen):
         return declared
 
     def _passed(self) -> list[str]:
-        """Return the arguments of the fallback, by name if possible.
+        """Return the arguments of the fallback, by name after the first :attr:`positional` ones.
 
         Decorators of transformers add ``use_cache`` by name if it is not among the keywords.
         """
@@ -251,12 +255,15 @@ class GuardedCodeGen(fx.graph.CodeGen):
             positional.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
         passed = []
         omitted = [f"{p.name}={p.name}" for p in self.parameters if p.omitted]
-        for p in self.parameters:
+        for index, p in enumerate(self.parameters):
+            by_position = p.kind in positional or (
+                index < self.positional and p.kind == inspect.Parameter.POSITIONAL_OR_KEYWORD
+            )
             if p.omitted:
                 if omitted and p.kind != inspect.Parameter.VAR_POSITIONAL:
                     passed.append(f"**{_GIVEN}({', '.join(omitted)})")
                     omitted = []
-            elif p.variadic or p.kind in positional:
+            elif p.variadic or by_position:
                 passed.append(f"{p.stars}{p.name}")
             else:
                 passed.append(f"{p.name}={p.name}")

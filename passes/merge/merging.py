@@ -24,8 +24,8 @@ from torch import nn
 
 from lora_fx import torch_private
 from lora_fx.errors import MergeError, QuantizationError
-from lora_fx.formats import dense, format_of, quantization_of, requantized
-from lora_fx.ir import PlannedSite, Quantization, Record, record_of, require_record
+from lora_fx.formats import WHOLE_WEIGHTS, dense, format_of, formats, quantization_of, requantized
+from lora_fx.ir import PlannedSite, Quantization, Record, join, record_of, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
     exchange,
@@ -435,8 +435,16 @@ def _fold_all(
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
     """Raise for weights that are not stored: a hook computes them before each call, or loads them.
 
-    With ``requantize``, raise also for quantized weights in parts: no format can put parts together.
+    Raise also for packed bytes in parts and, with ``requantize``, for any quantized weight in parts. No
+    format can put parts together.
     """
+    for fqn, module in model.named_modules():
+        if any(known.layers.scales_hook(module) is not None for known in formats()):
+            raise MergeError(
+                f"{join(fqn, 'weight')} is packed, and FSDP2 has sharded its bytes: save the adapter on "
+                "every rank (lora_fx.save_adapter), load it onto a model that is not sharded, and merge it; "
+                f"or {WHOLE_WEIGHTS}"
+            )
     for name, parameter in model.named_parameters() if requantize else ():
         if (
             is_sharded(parameter)

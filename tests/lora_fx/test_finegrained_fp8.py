@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 import types
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,23 @@ def test_a_checkpoint_is_trained_on_and_loads_again(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
     assert loaded.dtype == torch.bfloat16
     assert_same_bits(merged(IDS).logits.detach(), loaded(IDS).logits.detach())
+
+
+def test_a_model_can_be_pickled(form: Any) -> None:
+    model = lora_fx.rewrite(nn.Sequential(linear(form)), FIRST)
+    again = pickle.loads(pickle.dumps(model))
+    weight, old = again[0].weight, model[0].weight
+    assert isinstance(weight, nn.Parameter)
+    assert not weight.requires_grad
+    assert type(weight) is type(old)
+    assert_same_bits(dense(weight), dense(old))
+    x = torch.randn(3, form[2][1])
+    assert_same_bits(again(x), model(x))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    assert_same_bits(torch.load(stream, weights_only=False)(x), model(x))
 
 
 def test_a_state_dict_loads_into_a_rewritten_model_and_a_wrong_one_does_not() -> None:

@@ -178,6 +178,7 @@ PUBLIC = {
     "plan_quantization",
     "print_trainable_parameters",
     "quantize",
+    "quantized_parameters",
     "reference",
     "register_format",
     "register_adapter_kind",

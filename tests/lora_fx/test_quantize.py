@@ -32,6 +32,8 @@ from transformers import (
 import lora_fx
 from lora_fx import LoraConfig, QuantizationError
 from lora_fx.formats import dense, quantization_of
+from tests.formats import mixture
+from tests.numerics import relative_error
 from tests.quantized import IDS, llama
 
 FORMATS = ("nf4", "fp4", "int8", "int4")
@@ -696,3 +698,45 @@ def test_any_shape_layout_and_bias(
     grads = [p.grad for p in adapted.parameters() if p.requires_grad]
     assert grads
     assert all(g is not None for g in grads)
+
+
+class FromTheLeft(nn.Module):
+    """Computes with the weight of a layer, in a forward without a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.called(x.to(self.called.weight.dtype))
+        return (self.read.weight @ x.mT).mT if float(x.sum()) > -1e9 else x
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_weight_that_code_without_a_graph_computes_with_stays(kind: str) -> None:
+    layers = FromTheLeft(), nn.Linear(64, 64), nn.Linear(64, 4)
+    model, x = nn.Sequential(*layers), torch.randn(2, 3, 64)
+    assert "0.read: FromTheLeft.forward" in str(lora_fx.plan_quantization(model, kind))
+    result = lora_fx.quantize(model, kind)
+    assert quantization_of(result[0].read.weight) is None
+    assert (quantization_of(result[0].called.weight) is None) == (kind in ("nf4", "fp4"))
+    assert relative_error(result(x), model(x)) < 0.2
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_state_dict_can_be_assigned(kind: str) -> None:
+    def drawn(seed: int) -> Any:
+        torch.manual_seed(seed)
+        base = mixture()
+        for parameter in base.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        config = LoraConfig(r=2, init_lora_weights=False, seed=seed)
+        return lora_fx.rewrite(lora_fx.quantize(base, kind), config)
+
+    source, model = drawn(1), drawn(2)
+    state = {name: value.clone() for name, value in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model(IDS).logits, source(IDS).logits)
+    assert state.keys() == model.state_dict().keys()
+    base = lora_fx.merge(model, requantize=True)
+    assert torch.equal(base(IDS).logits, lora_fx.merge(source, requantize=True)(IDS).logits)

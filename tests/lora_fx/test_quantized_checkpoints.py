@@ -11,9 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import lora_fx
+from lora_fx import LoraConfig
+from lora_fx.formats import quantization_of
+from tests.numerics import assert_same_bits
 from tests.quantized import IDS, SCHEMES, llama, quantized
 
 pytestmark = [
@@ -113,3 +118,36 @@ def test_in_eval_mode_peft_may_run_a_kernel_that_rounds(tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(quantized(llama(1), "nf4"), tmp_path).eval()
     # Where the processor has that kernel, bitsandbytes rounds x and the scales to bfloat16 in it.
     torch.testing.assert_close(outputs(theirs), outputs(model), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_transformers_saves_and_loads_tensors_of_torchao(kind: str, tmp_path: Path) -> None:
+    base = lora_fx.quantize(llama(1), kind)
+    model = lora_fx.rewrite(base, LoraConfig(r=2, init_lora_weights=False, seed=0))
+    merged = lora_fx.merge(model, requantize=True)
+    for name, saved in {"base": base, "merged": merged}.items():
+        saved.save_pretrained(tmp_path / name)
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / name)
+        assert quantization_of(loaded.model.layers[0].mlp.up_proj.weight) is not None
+        assert quantization_of(loaded.lm_head.weight) is None
+        assert_same_bits(loaded(IDS).logits, saved(IDS).logits)
+
+
+def test_a_checkpoint_of_an_adapter_has_no_tensors_of_its_base(tmp_path: Path) -> None:
+    lora_fx.quantize(llama(1), "int8").save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert base.hf_quantizer is not None
+    model = lora_fx.rewrite(base, LoraConfig(r=2, init_lora_weights=False, seed=0))
+    model.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "model.safetensors")
+    assert names
+    assert all(".lora_" in name for name in names)
+    assert model.hf_quantizer is not None
+
+
+def test_a_model_without_a_folder_saves_its_base_in_int8(tmp_path: Path) -> None:
+    base = lora_fx.quantize(llama(1), "int8")
+    model = lora_fx.rewrite(base, LoraConfig(r=2, init_lora_weights=False, seed=0))
+    model.save_pretrained(tmp_path)
+    loaded = lora_fx.load_adapter(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path)
+    assert_same_bits(loaded(IDS).logits, model(IDS).logits)

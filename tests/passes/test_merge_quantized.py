@@ -13,10 +13,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import lora_fx
-from lora_fx.formats import dense, quantization_of
+from lora_fx import LoraConfig
+from lora_fx.formats import dense, quantization_of, requantized
+from tests.numerics import assert_same_bits
 from tests.quantized import IDS, SCHEMES, llama, quantized
 
 LIBRARIES = ["nf4", "nf4 double", "int8 bitsandbytes", "int8 torchao", "int4 torchao"]
+
+# Their scales are rounded again with the scales of other blocks.
+DOUBLE_SCALES = ("nf4 double", "nf4 torchao")
 
 
 def adapted(scheme: str, base: nn.Module | None = None, **fields: Any) -> nn.Module:
@@ -149,8 +154,11 @@ def test_requantized_weights_keep_their_format(scheme: str) -> None:
         found = dense(merged.get_submodule(name).weight, torch.float32)
         # bitsandbytes rounds to fp16 before it quantizes to 8 bits, and this does not.
         far = (fresh - found).abs() > 1e-6 * fresh.abs().max()
-        # In compressed-tensors, a few groups are in the range of their old scales, and keep them.
-        part = {"int8 bitsandbytes": 1.0, "int4 compressed-tensors": 0.01}.get(scheme, 1e-3)
+        # A few groups of integers are in the range of their old scales, and keep them.
+        keeping = dict.fromkeys(("int8 torchao", "int4 torchao", "int4 compressed-tensors"), 0.01)
+        part = {"int8 bitsandbytes": 1.0, **keeping}.get(scheme, 1e-3)
+        errors = [float((matrix - expected[name]).norm()) for matrix in (found, fresh)]
+        assert errors[0] < 1.001 * errors[1]
         assert float(far.float().mean()) < part
         assert float((fresh - found).norm() / fresh.norm()) < 0.005
     with torch.no_grad():
@@ -220,6 +228,31 @@ def test_a_base_of_quantized_weights_alone_has_the_dtype_of_their_values() -> No
 def test_there_is_no_format_to_quantize_a_dense_base_in_again() -> None:
     with pytest.raises(lora_fx.MergeError, match=r"base is not quantized.*lora_fx\.quantize"):
         lora_fx.merge(adapted("", llama(1)), requantize=True)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if name not in DOUBLE_SCALES])
+def test_unchanged_weights_are_packed_again_on_the_same_grid(scheme: str) -> None:
+    base = quantized(llama(1), scheme)
+    model = lora_fx.rewrite(base, LoraConfig(r=2))
+    for _ in range(2):
+        merged = lora_fx.merge(model, requantize=True)
+        for name in linears(base):
+            weights = (model.get_submodule(name).weight for model in (merged, base))
+            assert_same_bits(*(dense(weight, torch.float32) for weight in weights))
+        model = lora_fx.rewrite(merged, LoraConfig(r=2))
+
+
+@pytest.mark.parametrize("scheme", ["int4 torchao", "int8 torchao"])
+def test_blocks_outside_of_the_old_range_get_a_new_scale(scheme: str) -> None:
+    weight = quantized(llama(1), scheme).model.layers[0].mlp.up_proj.weight
+    values = dense(weight).double()
+    values[0] *= 3
+    again = requantized(values, weight)
+    assert_same_bits(dense(again)[1:], dense(weight)[1:])
+    assert not torch.equal(again.scale[0], weight.scale[0])
+    assert (
+        float((dense(again)[0] - values[0]).abs().max()) <= float(again.scale[0].max()) / 2 + 1e-6
+    )
 
 
 def test_requantized_double_scales_load_and_run(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from lora_fx.ir.graph import Region
 from lora_fx.passes.capture.trace import trace
 from lora_fx.passes.graph import install, is_region
 from lora_fx.passes.graph.signature import parameters_of
+from tests import mixtures
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
@@ -291,3 +292,16 @@ def test_a_mutable_default_is_no_constant():
     adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=2, target_modules=["fc"]))
     forward.__defaults__[0].clear()
     assert_same_bits([adapted(X), adapted(X)], [model.fc(X) * 1, model.fc(X) * 2])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_a_decorator_gets_the_arguments_by_position_as_from_its_caller(implementation: str) -> None:
+    """The functions to which the experts of transformers dispatch have other names for arguments."""
+    base = mixtures.gpt_oss()
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = lora_fx.LoraConfig(r=2, target_modules=[], target_parameters=parameters)
+    model = lora_fx.rewrite(base, config)
+    assert_same_bits(model(mixtures.IDS).logits, base(mixtures.IDS).logits)
+    for mixture in (base, model):
+        mixture.set_experts_implementation(implementation)
+    assert_close(model(mixtures.IDS).logits, base(mixtures.IDS).logits, 1e-6)

@@ -88,4 +88,7 @@ def test_a_folder_that_is_quantized_already_is_refused(command: str, tmp_path: P
     lora_fx.quantize(llama(1), "nf4").save_pretrained(tmp_path)
     name = f"hf:{tmp_path}"
     assert "is quantized already" in lora(command, name, "--quantize", "int8", code=2)
-    assert "q_proj" in lora("plan", name)
+    shown = lora("plan", name)
+    assert "q_proj" in shown
+    assert "are quantized: bitsandbytes nf4" in shown
+    assert '"stored_in": "bitsandbytes nf4"' in lora("plan", name, "--json")

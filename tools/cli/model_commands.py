@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import fx, nn
 
     from lora_fx.ir import Capture
+    from lora_fx.tools.models import LoadedModel
 
 __all__ = [
     "check_out",
@@ -112,14 +113,25 @@ def plan(
             shown["training"] = dataclasses.asdict(need)
         if stored is not None:
             shown["quantization"] = stored.to_dict()
+        shown["stored_in"] = loaded.stored_in
         console.say_json(shown)
         return
     out = console.output()
     if stored is not None:
         console.say(stored.summary())
+    _say_format(loaded)
     out.print(render_plan(planned, width=out.width, every=every), highlight=False)
     if need is not None:
         out.print(render_need(need, training, text=takes_text(loaded.model)), highlight=False)
+
+
+def _say_format(loaded: LoadedModel) -> None:
+    """Print the format in which a folder has the weights, unless they are dense."""
+    if loaded.folder is not None and loaded.stored_in is not None:
+        console.say(
+            f"the weights of {loaded.name} are quantized: {loaded.stored_in} (quantization_config in its "
+            "config.json). Shapes and numbers below are those of the values"
+        )
 
 
 @o.command()

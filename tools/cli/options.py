@@ -351,8 +351,7 @@ class Storing(Options):
 
         if self.quantize is None:
             return None
-        settings = getattr(getattr(loaded.model, "config", None), "quantization_config", None)
-        if settings is not None:
+        if loaded.stored_in is not None:
             raise QuantizationError(
                 f"{loaded.name} is quantized already, as quantization_config in its config.json says: leave "
                 "--quantize out, or give the folder that it was made of"
