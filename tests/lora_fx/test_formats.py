@@ -25,6 +25,8 @@ from lora_fx.formats import (
     formats,
     operator_named,
     quantization_of,
+    stack_matrices,
+    storage,
 )
 from lora_fx.ir import OnnxOperator, Quantization
 
@@ -173,6 +175,15 @@ def test_a_state_dict_of_another_format_is_refused(example: ModuleType) -> None:
     model = lora_fx.quantize(example.Net(), "my_int8")
     with pytest.raises(RuntimeError, match=r"up\.weight is stored as my_int8 .* has its values"):
         model.load_state_dict(example.Net().state_dict())
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
+def test_stacks_of_one_format_have_their_own_sizes(name: str) -> None:
+    for width in (64, 128):
+        stack = stack_matrices(torch.randn(2, 32, width), storage(name), "w", turned=False)
+        quantization = quantization_of(stack)
+        assert quantization is not None
+        assert quantization.shape == (32, width)
 
 
 def test_an_operator_is_found_by_its_name() -> None:
