@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import logging
@@ -27,8 +26,8 @@ from lora_fx.errors import ExportError
 from lora_fx.export.adapter_bank import make_bank_overridable
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.arguments import FlatModel
-from lora_fx.export.copy import stored_formats
 from lora_fx.export.failures import SourceLocation, headline, inner_module, place_of, user_line
+from lora_fx.export.mixtures import MARK, MARK_DOMAIN, Mixture
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.trace import Trace
@@ -81,6 +80,7 @@ def translation_table(program: ExportedProgram) -> dict[Callable[..., Any], Call
         torch.ops.lora_fx.grouped_linear.default: _grouped_linear,
         torch.ops.lora_fx.quantized_product.default: _quantized_product,
         torch.ops.lora_fx.grouped_quantized_product.default: _quantized_product,
+        torch.ops.lora_fx.mixture.default: _mixture,
         torch_private.IS_ALL_TRUE: _is_all_true,
         torch_private.IS_ANY_TRUE: _is_any_true,
     }
@@ -187,6 +187,30 @@ def _quantized_product(
         columns=columns,
         block=block,
     )
+
+
+def _mixture(*arguments: Any) -> Any:
+    """Translate a mark, which the fusions read and then remove."""
+    import onnx
+    from onnxscript import values
+
+    schemas = onnx.defs.OpSchema
+    optional = schemas.FormalParameterOption.Optional
+    # Each input has a type of its own.
+    inputs = [
+        schemas.FormalParameter(name, f"T{index}", param_option=optional)
+        for index, name in enumerate(Mixture._fields)
+    ]
+    kinds = [*_FLOATS, *_INTEGERS, "tensor(uint8)"]
+    schema = schemas(
+        MARK,
+        MARK_DOMAIN,
+        1,
+        inputs=inputs,
+        outputs=[schemas.FormalParameter("marked", "T0")],
+        type_constraints=[(f"T{index}", kinds, "") for index in range(len(inputs))],
+    )
+    return values.Op(values.Opset(MARK_DOMAIN, 1), MARK, schema)(*arguments)
 
 
 def _is_all_true(self: Any) -> Any:
@@ -1003,7 +1027,3 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
             **prepared.metadata,
         }
     )
-    forms = stored_formats(prepared.model.model, model.graph.initializers)
-    if forms:
-        described = json.dumps([dataclasses.asdict(form) for form in forms])
-        model.metadata_props["lora_fx.quantized"] = described

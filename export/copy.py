@@ -45,6 +45,7 @@ from lora_fx.runtime import AdapterModule, experts
 
 __all__ = [
     "DTYPES",
+    "EXPERTS",
     "Casts",
     "HeldWeight",
     "PackedWeight",
@@ -57,6 +58,9 @@ __all__ = [
     "unwrapped",
 ]
 
+
+EXPERTS = "QMoE"
+"""The operator of ONNX Runtime that reads the stacks of a mixture of experts."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -382,25 +386,29 @@ def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor],
             module._modules[name] = known[id(child)]
 
 
-def stored_formats(model: nn.Module, names: Container[str]) -> tuple[StoredFormat, ...]:
+def stored_formats(
+    model: nn.Module, names: Container[str], fused: Container[str]
+) -> tuple[StoredFormat, ...]:
     """Return an entry for each quantized format in a file.
 
     Args:
         model: The traced model after :func:`pack_quantized`. A file may have only a part of it.
-        names: Names of the weights in the file.
+        names: Names of the weights in the graph before the fusions.
+        fused: Names of the weights in the file.
     """
     entries: dict[tuple[str, str, int | None], StoredFormat] = {}
     seen: set[PackedWeight] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, PackedWeight) or module in seen:
             continue
-        # Each matrix of a stack has arrays of its own in the file.
-        first = "" if module.stored.stacked is None else ".0"
-        if f"{name}.codes{first}" not in names:
+        # Each matrix of a stack has arrays of its own, unless one operator reads the stack.
+        codes, stacked = f"{name}.codes", module.stored.stacked is not None
+        if (f"{codes}.0" if stacked else codes) not in names:
             continue
+        operator = EXPERTS if stacked and codes in fused else module.operator.name
         seen.add(module)
         by_row = module.operator.dequantizes and module.block == module.shape[-1]
-        key = (module.stored.scheme, module.operator.name, None if by_row else module.block)
+        key = (module.stored.scheme, operator, None if by_row else module.block)
         before = entries.get(key, StoredFormat(*key, weights=0, values=0, bytes=0))
         entries[key] = dataclasses.replace(
             before,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import logging
 import sys
 import time
@@ -40,7 +41,7 @@ from lora_fx.export.prepare import (
     prepare_swappable,
 )
 from lora_fx.export.providers import ProviderName, chosen_provider
-from lora_fx.export.report import ExportReport
+from lora_fx.export.report import ExportReport, StoredFormat
 from lora_fx.export.staging import (
     EXTERNAL_DATA_BYTES,
     SHARD_BYTES,
@@ -62,6 +63,7 @@ from lora_fx.passes.capture import ONE_AT_A_TIME
 from lora_fx.passes.parameters import check_intact, check_whole
 from lora_fx.passes.trainers import copy_without_trainers, instance_forwards
 from lora_fx.runtime import without_autocast
+from lora_fx.versions import installed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -255,9 +257,10 @@ class _Export:
             try:
                 self.clock.start("converting to ONNX")
                 converted = convert(traced, traceable, opset)
-                target = Target(options.optimize, options.provider, prepared.dtype)
+                _, version = installed("onnxruntime")
+                target = Target(options.optimize, options.provider, prepared.dtype, version)
                 prove = partial(self._prove, prepared, traced, stage)
-                written = self._write_fused(converted, target, stage, prove)
+                written = self._write_fused(converted, traceable, target, stage, prove)
                 break
             except PrecisionError:
                 raise
@@ -278,7 +281,7 @@ class _Export:
             opset=opset,
             opset_reason=why,
             dtype=traceable.dtype,
-            quantized=stored_formats(traceable.model.model, converted.graph.initializers),
+            quantized=written.quantized,
             seconds={},
             swappable=tuple(site.name for site in manifest.sites) if manifest else (),
             bank=manifest.bank if manifest else None,
@@ -304,12 +307,18 @@ class _Export:
         return verify_file(prepared, traced, stage.model, self.keep, large=stage.has_data())
 
     def _write_fused(
-        self, converted: ir.Model, target: Target, stage: Staging, prove: Callable[[], Parity]
+        self,
+        converted: ir.Model,
+        traceable: Prepared,
+        target: Target,
+        stage: Staging,
+        prove: Callable[[], Parity],
     ) -> _Written:
         """Write a graph with its fusions, or with fewer fusions if the file does not match the model.
 
         Args:
             converted: The graph. It is not changed.
+            traceable: The model that was traced.
             target: Target of the fusions.
             stage: The staging folder.
             prove: Compares the written file with the model.
@@ -323,9 +332,14 @@ class _Export:
             model = converted if target.level == "none" else converted.clone()
             fused = fuse(model, target)
             shield_half_inputs(model)
+            names = converted.graph.initializers, model.graph.initializers
+            forms = stored_formats(traceable.model.model, *names)
+            if forms:
+                described = json.dumps([dataclasses.asdict(form) for form in forms])
+                model.metadata_props["lora_fx.quantized"] = described
             files = self._store(model, stage)
             try:
-                return _Written(model, files, prove(), target, fused, fallbacks)
+                return _Written(model, files, forms, prove(), target, fused, fallbacks)
             except (ConversionError, ParityError) as error:
                 lower = target.lower()
                 if lower is None or not fused.done:
@@ -344,6 +358,7 @@ class _Written:
     Attributes:
         model: The graph of the file.
         files: Sizes of all files by name, in bytes.
+        quantized: The formats of its quantized weights.
         parity: Result of the comparison.
         target: Target of the fusions in the end.
         fused: The fusions.
@@ -352,6 +367,7 @@ class _Written:
 
     model: ir.Model
     files: Mapping[str, int]
+    quantized: tuple[StoredFormat, ...]
     parity: Parity
     target: Target
     fused: Fused

@@ -37,6 +37,7 @@ from lora_fx.export.factor_model import (
     swappable,
     with_adapter,
 )
+from lora_fx.export.mixtures import mark_mixtures
 from lora_fx.export.report import BankSize
 from lora_fx.export.tasks import Part, find_task
 from lora_fx.export.trace import widen_batch
@@ -206,6 +207,7 @@ class Prepared:
         # Before packing, because gains need the weights in the format of their libraries.
         _fix_gains(twin)
         pack_quantized(twin, DTYPES.get(self.dtype, torch.float32), keep)
+        mark_mixtures(twin)
         return dataclasses.replace(self, model=self.model.over(twin))
 
 

@@ -353,6 +353,11 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
                 f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of "
                 "Vulkan, Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
             ) from error
+        if "Unrecognized attribute" in reason:
+            raise ProviderError(
+                f"{path} has an operator of a later ONNX Runtime, and this is {runtime.__version__}: "
+                f"{reason}. Upgrade it, or export the model with optimize='standard'"
+            ) from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
             f"external data beside it? Export it again if not"

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-__all__ = ["NEWEST", "oldest", "untested", "warn_untested"]
+__all__ = ["NEWEST", "installed", "oldest", "release", "untested", "warn_untested"]
 
 NEWEST: Final[Mapping[str, str]] = {
     "torch": "2.15",
@@ -58,13 +58,13 @@ def untested(name: str) -> str:
     Returns:
         An empty string if the version was tested, or none is installed.
     """
-    package, version = _installed(name)
+    package, version = installed(name)
     first, last = oldest().get(package, oldest().get(name, "")), NEWEST[name]
-    if not _release(version):
+    if not release(version):
         return ""
-    if first and _release(version) < _release(first):
+    if first and release(version) < release(first):
         remedy = f"it may fail: pip install --upgrade '{package}>={first}'"
-    elif _release(version)[:2] > _release(last):
+    elif release(version)[:2] > release(last):
         remedy = (
             "it should work; if it does not, please report it with the output of `lora-fx doctor`"
         )
@@ -81,7 +81,7 @@ def _outside() -> int:
     return level
 
 
-def _installed(name: str) -> tuple[str, str]:
+def installed(name: str) -> tuple[str, str]:
     """Return the package of a module and its version, which is empty if it has no metadata."""
     for package in _WHEELS.get(name, (name,)):
         try:
@@ -102,7 +102,7 @@ def oldest() -> Mapping[str, str]:
     return {bound[1]: bound[2] for bound in bounds if bound is not None}
 
 
-def _release(version: str) -> tuple[int, ...]:
+def release(version: str) -> tuple[int, ...]:
     """Return the numbers of a version: (2, 15, 0) for 2.15.0+cu132."""
     numbers = _NUMBERS.match(version)
     return tuple(map(int, numbers[0].split("."))) if numbers is not None else ()

@@ -38,6 +38,7 @@ from lora_fx.export.fuse.graph import (
 )
 from lora_fx.export.fuse.products import Product, join_constants, product_form, read_product
 from lora_fx.export.fuse.rotary import Rotary, Tables, find_rotary, flat_heads
+from lora_fx.versions import release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -86,16 +87,12 @@ def check_attention(
             f"{file} has GroupQueryAttention in fp32, for which the cuda provider has no kernel: export the "
             "model with optimize='runtime' and provider='cuda', or with optimize='standard'"
         )
-    if _numbers(version) < _numbers(CUDA_SINCE):
+    if release(version) < release(CUDA_SINCE):
         raise ProviderError(
             f"{file} has GroupQueryAttention with a mask, which the cuda provider runs from ONNX Runtime "
             f"{CUDA_SINCE} on, and this is {version}: pip install 'onnxruntime-gpu>={CUDA_SINCE}', or export "
             "the model with optimize='standard'"
         )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lora_fx.errors import ExportError
 from lora_fx.export.fuse.attention import drop_nan_guards, group_heads, mask_rows_once
+from lora_fx.export.fuse.experts import EXPERTS_SINCE, quantized_experts, remove_marks
 from lora_fx.export.fuse.fused_attention import (
     CUDA_SINCE,
     group_query_attention,
@@ -34,6 +35,7 @@ from lora_fx.export.fuse.shapes import (
     slice_positions,
 )
 from lora_fx.export.providers import Provider
+from lora_fx.versions import release
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -69,18 +71,21 @@ class Target:
             fusion.
         provider: Execution provider for which the operators of ONNX Runtime are chosen.
         dtype: "fp32", "fp16", "bf16" or another name of torch's.
+        version: Version of the installed ONNX Runtime, "" for none. A fusion that needs a later one is left
+            out.
     """
 
     level: Level
     provider: Provider = "cpu"
     dtype: str = "fp32"
+    version: str = ""
 
     def lower(self) -> Target | None:
         """Return the target to fall back to, or None if the level is "none"."""
         below: Mapping[str, Level] = {"runtime": "standard", "standard": "none"}
         if self.level == "none":
             return None
-        return Target(below[self.level], self.provider, self.dtype)
+        return replace(self, level=below[self.level])
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,10 @@ class Fusion:
         apply: Function that changes a graph, see :data:`lora_fx.export.fuse.graph.Rewriting`.
         holds: Map from execution provider to the dtypes for which it has kernels. None for operators of
             ONNX, which run everywhere.
-        since: First version of ONNX Runtime whose operators were compared with PyTorch.
+        since: First version of ONNX Runtime whose operators were compared with PyTorch and are fast.
         later: Map from execution provider to a later first version that it requires.
+        reads_marks: True if it reads the marks of :mod:`lora_fx.export.mixtures`. They are removed before
+            the first fusion that does not.
     """
 
     name: str
@@ -103,6 +110,7 @@ class Fusion:
     holds: Mapping[str, tuple[str, ...]] | None = None
     since: str = "1.22"
     later: Mapping[str, str] = field(default_factory=dict)
+    reads_marks: bool = False
 
     @property
     def level(self) -> Level:
@@ -118,6 +126,8 @@ class Fusion:
             return f"it is not for the {target.provider} provider"
         if target.dtype not in dtypes:
             return f"the {target.provider} provider has no kernel for it in {target.dtype}"
+        if target.version and release(target.version) < release(self.since):
+            return f"it is for ONNX Runtime from {self.since} on, and this is {target.version}"
         return ""
 
 
@@ -153,6 +163,15 @@ _ENCODER: Mapping[str, tuple[str, ...]] = {
 }
 
 FUSIONS: tuple[Fusion, ...] = (
+    Fusion(
+        "experts",
+        "the experts of a mixture in 4 bits are one operator, which computes only those that a token chose: "
+        "`QMoE`",
+        quantized_experts,
+        {"cpu": ("fp32", "fp16")},
+        since=EXPERTS_SINCE,
+        reads_marks=True,
+    ),
     Fusion(
         "last-token",
         "if only the last token is read, operations that treat tokens separately compute only that one",
@@ -282,10 +301,13 @@ def fuse(model: ir.Model, target: Target) -> Fused:
         The report of applied and refused fusions.
     """
     if target.level == "none":
+        remove_marks(model)
         return Fused()
     done: dict[str, int] = {}
     refused: dict[str, str] = {}
     for fusion in FUSIONS:
+        if not fusion.reads_marks:
+            remove_marks(model)
         if target.level == "standard" and fusion.level == "runtime":
             continue
         if objection := fusion.objection(target):

@@ -419,8 +419,8 @@ def _stacked(
     return nn.Parameter(stack, requires_grad=False)
 
 
-_described: dict[str, Quantization | None] = {}
-"""The storage of a matrix by the key of its form."""
+_described: dict[tuple[str, int, int], Quantization | None] = {}
+"""The storage of a matrix by the key of its form and its shape, which the form may leave out."""
 
 
 class StackFormat(PackedFormat):
@@ -431,12 +431,11 @@ class StackFormat(PackedFormat):
 
     def describe(self, weight: Any) -> Quantization | None:
         """See :class:`WeightFormat`."""
-        if (
-            weight.key not in _described
-        ):  # each product asks, and a library's weight takes time to make
+        key = (weight.key, *weight.shape[-2:])
+        if key not in _described:  # each product asks, and a library's weight takes time to make
             single = weight if weight.dim() == 2 else _member(weight, 0)
-            _described[weight.key] = weight.members.describe(held(single.weights()[0]))
-        quantization = _described[weight.key]
+            _described[key] = weight.members.describe(held(single.weights()[0]))
+        quantization = _described[key]
         if quantization is None:
             return None
         count = None if weight.dim() == 2 else int(weight.shape[0])

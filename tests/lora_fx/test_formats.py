@@ -29,6 +29,8 @@ from lora_fx.formats import (
     operator_named,
     pack_integers,
     quantization_of,
+    stack_matrices,
+    storage,
 )
 from lora_fx.ir import NoOperator, OnnxOperator, OnnxWeight, Quantization
 from tests.docs.pages import blocks
@@ -357,6 +359,13 @@ def test_integers_that_no_operator_has_are_refused(
     refusal = pack_integers(codes, scales, torch.full_like(scales, zero), block, bits)
     assert isinstance(refusal, NoOperator)
     assert reason in refusal.reason
+@pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
+def test_stacks_of_one_format_have_their_own_sizes(name: str) -> None:
+    for width in (64, 128):
+        stack = stack_matrices(torch.randn(2, 32, width), storage(name), "w", turned=False)
+        quantization = quantization_of(stack)
+        assert quantization is not None
+        assert quantization.shape == (32, width)
 
 
 def test_an_operator_is_found_by_its_name() -> None:

@@ -67,6 +67,7 @@ LAYERS = (
     "lora_fx.export.ort",
     "lora_fx.export.staging",
     "lora_fx.export.copy",
+    "lora_fx.export.mixtures",
     "lora_fx.export.adapter_manifest",
     "lora_fx.export.inspection",
     "lora_fx.export.factor_model",
