@@ -15,6 +15,8 @@ import transformers
 from PIL import Image
 
 import lora_fx
+from lora_fx.tools.cluster import Mesh, plan_step, step_inputs
+from lora_fx.tools.timeline import Timeline, write_page
 from tests.tools.browser import Page, browser
 
 FOLDER = Path(__file__).with_name("img")
@@ -25,14 +27,14 @@ class Shot(NamedTuple):
 
     Attributes:
         name: Name of the file.
-        drawn: Function that returns the object to visualize.
+        draw: Function that writes the page to a path.
         width, height: Size of the window.
         dark: True for the dark color scheme.
         steps: JavaScript to run before the picture is taken.
     """
 
     name: str
-    drawn: Callable[[], Any]
+    draw: Callable[[Path], object]
     width: int = 1200
     height: int = 760
     dark: bool = False
@@ -88,6 +90,33 @@ def plan_and_model() -> list[Any]:
     return [lora_fx.plan(model, config), lora_fx.rewrite(model, config)]
 
 
+def page_of(build: Callable[[], Any]) -> Callable[[Path], object]:
+    """Return a function that visualizes the result of ``build``."""
+    return lambda path: lora_fx.visualize(build(), path)
+
+
+def timeline(path: Path) -> None:
+    """Write the timeline of a step of a Llama of 8B that computes its blocks again."""
+    settings = transformers.LlamaConfig(
+        intermediate_size=14336, num_key_value_heads=8, vocab_size=128256
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(settings)
+    record = Timeline()
+    inputs = step_inputs(model, None, batch=1, sequence=4096)
+    plan_step(
+        model,
+        lora_fx.LoraConfig(r=16),
+        Mesh(),
+        inputs,
+        dtype=torch.bfloat16,
+        checkpointing=True,
+        ledger=record,
+    )
+    facts = {"step": "AdamW on one GPU, 1 sample of 4096 tokens, bf16, blocks computed again"}
+    write_page(record, path, "Llama 8B", facts)
+
+
 QUERY = "bert.encoder.layer.0.attention.self.query"
 LAYER = "loraFx.graphs[0].fit(loraFx.graphs[0].boxOf('bert.encoder.layer.0.attention'));"
 SITES = "document.querySelector('#show-sites').click();"
@@ -98,17 +127,23 @@ color.value = "share";
 color.dispatchEvent(new Event("change"));
 """
 SHOTS = (
-    Shot("page-llama-sites", llama, width=1360, steps=SITES),
-    Shot("page-bert-two-adapters", bert, steps=f"loraFx.select('{QUERY}');"),
-    Shot("page-bert-color", bert, dark=True, steps=COLOR + LAYER),
-    Shot("page-mixtral-router", mixtral, dark=True, steps=ROUTER),
-    Shot("page-compare", plan_and_model, steps="loraFx.select('model.layers.0.self_attn.q_proj');"),
+    Shot("page-llama-sites", page_of(llama), width=1360, steps=SITES),
+    Shot("page-bert-two-adapters", page_of(bert), steps=f"loraFx.select('{QUERY}');"),
+    Shot("page-bert-color", page_of(bert), dark=True, steps=COLOR + LAYER),
+    Shot("page-mixtral-router", page_of(mixtral), dark=True, steps=ROUTER),
+    Shot(
+        "page-compare",
+        page_of(plan_and_model),
+        steps="loraFx.select('model.layers.0.self_attn.q_proj');",
+    ),
+    Shot("page-timeline", timeline, steps="document.querySelector('#key button').click();"),
 )
 
 
 def take(page: Page, shot: Shot, folder: Path) -> None:
     """Draw one picture. 256 colors keep the file small."""
-    path = lora_fx.visualize(shot.drawn(), folder / f"{shot.name}.html")
+    path = folder / f"{shot.name}.html"
+    shot.draw(path)
     page.size(shot.width, shot.height, dark=shot.dark)
     page.open(path.as_uri())
     page.run(f"(() => {{ {shot.steps} }})()")

@@ -113,6 +113,7 @@ __all__ = [
     "make_subclass",
     "make_uncompilable",
     "make_wrapper_subclass",
+    "next_node_number",
     "original_module",
     "output_padding_of",
     "outside_of_transforms",
@@ -122,6 +123,7 @@ __all__ = [
     "pytree",
     "reduce_parameter",
     "remove_forward_hooks",
+    "running_node_number",
     "saved_tensor_hooks",
     "schema_of",
     "state_hooks",
@@ -313,6 +315,17 @@ def in_selective_checkpoint() -> bool:
 def in_backward() -> bool:
     """Return True while a backward pass runs in this thread, such as when a checkpoint is recomputed."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def next_node_number() -> int:
+    """Return the sequence number of the autograd node that this thread makes next. Numbers increase."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def running_node_number() -> int | None:
+    """Return the sequence number of the autograd node that runs in this thread, or None if no node runs."""
+    node: Any = torch._C._current_autograd_node()
+    return None if node is None else int(node._sequence_nr())
 
 
 SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled

@@ -282,6 +282,7 @@ def plan_step(
     *,
     dtype: torch.dtype | None = None,
     checkpointing: bool = False,
+    ledger: Ledger | None = None,
 ) -> Need:
     """Compute memory and traffic of an AdamW step on each GPU of a mesh.
 
@@ -294,6 +295,7 @@ def plan_step(
         dtype: Dtype of floating-point parameters and inputs; None keeps theirs.
         checkpointing: True to compute blocks again in the backward, for a model with
             ``gradient_checkpointing_enable``.
+        ledger: Ledger that counts; None makes one.
 
     Raises:
         ConfigError: If a process group already exists, the model cannot checkpoint, or it cannot be split
@@ -335,11 +337,15 @@ def plan_step(
             name: _empty(value, "cpu", dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        return run_step(rewritten, fakes)
+        return run_step(rewritten, fakes, ledger=ledger)
 
 
 def run_step(
-    model: nn.Module, inputs: dict[str, Any], settle: Callable[[], None] | None = None
+    model: nn.Module,
+    inputs: dict[str, Any],
+    settle: Callable[[], None] | None = None,
+    *,
+    ledger: Ledger | None = None,
 ) -> Need:
     """Run two steps of a model and count the second, because the first allocates lasting state.
 
@@ -348,10 +354,11 @@ def run_step(
         inputs: Keyword arguments of one call.
         settle: Called before kept bytes are counted. Real processes wait here until their backend's threads
             have released the tensors that they sent.
+        ledger: Ledger that counts; None makes one.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    ledger = Ledger()
+    ledger = ledger or Ledger()
     ledger.hold([*model.parameters(), *model.buffers()])
     settle = settle or (lambda: None)
     kept = gradients = 0
@@ -361,13 +368,16 @@ def run_step(
             ledger.sent.clear()
             ledger.calls.clear()
             settle()
+            ledger.begin("forward", model, optimizer)
             before = ledger.live
             loss = _loss(model(**inputs))
             settle()
             kept = ledger.live - before - ledger.live_gathered
+            ledger.begin("backward", model, optimizer)
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
             gradients = _nbytes([p.grad for p in trained if p.grad is not None])
+            ledger.begin("optimizer", model, optimizer)
             optimizer.step()
             optimizer.zero_grad()
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -538,6 +548,9 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self._see(tensor)
 
+    def begin(self, phase: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Learn that ``"forward"``, ``"backward"`` or ``"optimizer"`` begins. Subclasses may need it."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
@@ -583,10 +596,12 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _bury(self) -> None:
         """Subtract the storages that were freed."""
         while self._dead:
-            key = self._dead.popleft()
-            self._live -= self._sizes.pop(key, 0)
-            self._refs.pop(key, None)
-            self._gathered.discard(key)
+            self._forget(self._dead.popleft())
+
+    def _forget(self, key: int) -> None:
+        self._live -= self._sizes.pop(key, 0)
+        self._refs.pop(key, None)
+        self._gathered.discard(key)
 
     def _look_again(self) -> None:
         """Update all sizes. FSDP frees a gathered weight without an operation, by resizing its storage."""

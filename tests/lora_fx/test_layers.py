@@ -91,6 +91,7 @@ LAYERS = (
     "lora_fx.tools.adapter_folder",
     "lora_fx.tools.cluster",
     "lora_fx.tools.draw",
+    "lora_fx.tools.timeline",
     "lora_fx.tools.threads",
     "lora_fx.tools.demo",
     "lora_fx.tools.bench",

@@ -269,6 +269,7 @@ def holders() -> list[Any]:
         importlib.import_module("torch.utils._triton"),
         importlib.import_module("torch.utils.checkpoint"),
         torch.autograd.Variable,
+        torch.ones(1, requires_grad=True).exp().grad_fn,
         *(importlib.import_module(f"torch.distributed.fsdp.{name}") for name in distributed),
     ]
 

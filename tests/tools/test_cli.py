@@ -627,7 +627,9 @@ def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:
     pytest.importorskip("onnxruntime")
     text = worked("export", MODEL, "base.onnx", "--adapter", str(adapter), "--adapters", "inputs")
     assert "adapters of any rank are inputs, at " in " ".join(text.split())
-    assert "give one of merge, inline, inputs, bank" in refused("export", MODEL, "other.onnx", "--adapters", "both")
+    assert "give one of merge, inline, inputs, bank" in refused(
+        "export", MODEL, "other.onnx", "--adapters", "both"
+    )
     assert "kB" in worked("export-adapter", str(adapter), "a.onnx_adapter", "--base", "base.onnx")
     assert "--force" in refused("export-adapter", str(adapter), "a.onnx_adapter")
     worked("export-adapter", str(adapter), "b.onnx_adapter", "--model", MODEL)
@@ -711,9 +713,25 @@ def test_a_plan_on_a_mesh_says_what_each_gpu_needs() -> None:
     assert "training" not in json.loads(worked("plan", MODEL, "--json"))
 
 
+def test_a_plan_with_a_timeline_names_the_largest_tensors(here: Path) -> None:
+    text = worked("plan", MODEL, "--timeline", "step.html", "--batch", "3")
+    assert "a step of AdamW on one GPU: 3 samples on each GPU, bf16" in text
+    assert "the largest tensors at the peak" in text
+    assert "wrote step.html" in text
+    assert "timeline-data" in (here / "step.html").read_text(encoding="utf-8")
+    args = ("plan", MODEL, "--mesh", "fsdp=2", "--timeline", "mesh.html", "--json")
+    answer = json.loads(worked(*args))
+    sizes = [row["size"] for row in answer["training"]["largest"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert 0 < sizes[0] <= answer["training"]["peak"]
+    assert (here / "mesh.html").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (("--timeline", "step.png"), "has .html"),
+        (("--timeline", "step.html", "--batch", "0"), "at least 1"),
         (("--mesh", "tp"), "is no dimension of a mesh"),
         (("--mesh", "fsdp=2", "--dtype", "int8"), "fp32, fp16, bf16"),
         (("--mesh", "fsdp=2", "--batch", "0"), "at least 1"),

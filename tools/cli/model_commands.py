@@ -106,11 +106,13 @@ def plan(
     from lora_fx.tools.cluster import takes_text
 
     inputs = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
-    need = training.planned(loaded, chosen, inputs)
+    text = takes_text(loaded.model)
+    need, largest = training.planned(loaded, chosen, inputs, text=text)
     if as_json:
         shown = planned.to_dict()
         if need is not None:
             shown["training"] = dataclasses.asdict(need)
+            shown["training"]["largest"] = [dataclasses.asdict(row) for row in largest]
         if stored is not None:
             shown["quantization"] = stored.to_dict()
         shown["stored_in"] = loaded.stored_in
@@ -122,7 +124,7 @@ def plan(
     _say_format(loaded)
     out.print(render_plan(planned, width=out.width, every=every), highlight=False)
     if need is not None:
-        out.print(render_need(need, training, text=takes_text(loaded.model)), highlight=False)
+        out.print(render_need(need, training, largest, text=text), highlight=False)
 
 
 def _say_format(loaded: LoadedModel) -> None:

@@ -31,6 +31,9 @@ from lora_fx.tools.models import (
 if TYPE_CHECKING:
     import torch
 
+    from lora_fx.tools.cluster import Mesh, Need
+    from lora_fx.tools.timeline import Row
+
 __all__ = [
     "Adapters",
     "Capturing",
@@ -259,6 +262,7 @@ class Capturing(Options):
         return {"frontend": self.frontend, "example_inputs": inputs}
 
 
+_LARGEST = 10  # tensors at the peak that are listed
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -273,6 +277,7 @@ class Training(Options):
         sequence: Tokens of a sample, for a model of text.
         dtype: Of the weights: bf16, fp16 or fp32.
         checkpointing: Compute blocks again in the backward instead of keeping their activations.
+        timeline: Write a page with the live bytes of the step, on one GPU without --mesh: FILE.html.
     """
 
     PANEL = "What a training step needs"
@@ -282,6 +287,41 @@ class Training(Options):
     sequence: int = 2048
     dtype: str = "bf16"
     checkpointing: bool = False
+    timeline: str | None = dataclasses.field(default=None, metadata={"metavar": "FILE.html"})
+
+    @property
+    def plans(self) -> bool:
+        """Return True if the options ask for the plan of a step."""
+        return self.mesh is not None or self.timeline is not None
+
+    def parse_mesh(self) -> Mesh:
+        """Return the mesh, by default one GPU.
+
+        Raises:
+            ConfigError: If the text is no mesh.
+        """
+        from lora_fx.tools.cluster import Mesh
+
+        return Mesh() if self.mesh is None else Mesh.parse(self.mesh)
+
+    def page_path(self) -> Path | None:
+        """Return the file of the timeline, or None.
+
+        Raises:
+            ConfigError: If the path is a folder or has another suffix.
+        """
+        if self.timeline is None:
+            return None
+        return file_to_write(self.timeline, (".html",), force=True)
+
+    def title(self, *, text: bool) -> str:
+        """Return one line about the step. ``text`` is True if samples consist of tokens."""
+        tokens = f"of {self.sequence} tokens " if text else ""
+        more = ", blocks computed again" if self.checkpointing else ""
+        return (
+            f"a step of AdamW on {self.parse_mesh()}: {self.batch} samples {tokens}on each GPU, "
+            f"{self.dtype}{more}"
+        )
 
     def check(self) -> None:
         """Check the options before a model is loaded.
@@ -289,32 +329,49 @@ class Training(Options):
         Raises:
             ConfigError: If an option is not valid.
         """
-        if self.mesh is None:
+        if not self.plans:
             return
+        self.page_path()
         if self.batch < 1 or self.sequence < 1:
             raise ConfigError("--batch and --sequence are at least 1")
         check_names(dtype=self.dtype)
-        from lora_fx.tools.cluster import Mesh
+        self.parse_mesh()
 
-        Mesh.parse(self.mesh)
+    def planned(
+        self, loaded: LoadedModel, config: LoraConfig, inputs: Any, *, text: bool
+    ) -> tuple[Need | None, list[Row]]:
+        """Return the needs of a GPU of the mesh, or None if the options ask for no plan of a step.
 
-    def planned(self, loaded: LoadedModel, config: LoraConfig, inputs: Any) -> Any:
-        """Return the needs of a GPU of the mesh, or None without a mesh.
+        With ``--timeline``, the page is written, and the largest tensors at the peak are returned, too.
+        ``text`` is True if samples consist of tokens.
 
         Raises:
             ConfigError: If the model cannot be planned with the options.
         """
-        if self.mesh is None:
-            return None
-        from lora_fx.tools.cluster import Mesh, plan_step, step_inputs
+        if not self.plans:
+            return None, []
+        from lora_fx.tools.cluster import plan_step, step_inputs
 
-        mesh = Mesh.parse(self.mesh)
-        dtype = dtype_of(self.dtype)
+        mesh, page = self.parse_mesh(), self.page_path()
         batch = step_inputs(loaded.model, inputs, batch=self.batch, sequence=self.sequence)
+        plan = functools.partial(
+            plan_step,
+            loaded.model,
+            config,
+            mesh,
+            batch,
+            dtype=dtype_of(self.dtype),
+            checkpointing=self.checkpointing,
+        )
         with console.progress(f"a step on {mesh}"):
-            return plan_step(
-                loaded.model, config, mesh, batch, dtype=dtype, checkpointing=self.checkpointing
-            )
+            if page is None:
+                return plan(), []
+            from lora_fx.tools.timeline import Timeline, write_page
+
+            timeline = Timeline()
+            need = plan(ledger=timeline)
+            write_page(timeline, page, loaded.name, {"step": self.title(text=text)})
+            return need, timeline.largest(_LARGEST)
 
 
 @dataclasses.dataclass

@@ -19,6 +19,7 @@ from lora_fx.tools.cli import console
 if TYPE_CHECKING:
     from lora_fx.tools.cli.options import Training
     from lora_fx.tools.cluster import Need
+    from lora_fx.tools.timeline import Row
 
 __all__ = ["render_export", "render_heat", "render_need", "render_plan"]
 
@@ -99,22 +100,17 @@ def _section(title: str, rows: Sequence[tuple[str, str]], every: bool) -> Iterat
         yield Text(f"  and {len(listed) - _LISTED} more: --all lists them", "dim")
 
 
-def render_need(need: Need, training: Training, *, text: bool) -> RenderableType:
-    """Render the output of ``lora-fx plan --mesh`` below the plan: a GPU's memory and traffic.
+def render_need(
+    need: Need, training: Training, largest: Sequence[Row], *, text: bool
+) -> RenderableType:
+    """Render the output about a training step below the plan: a GPU's memory and traffic.
 
     Args:
         need: Memory and traffic of a GPU.
         training: Options of the training step.
+        largest: The largest tensors at the peak, or nothing if they were not recorded.
         text: True if samples consist of tokens.
     """
-    from lora_fx.tools.cluster import Mesh
-
-    tokens = f"of {training.sequence} tokens " if text else ""
-    more = ", blocks computed again" if training.checkpointing else ""
-    title = (
-        f"a step of AdamW on {Mesh.parse(training.mesh or '')}: {training.batch} samples "
-        f"{tokens}on each GPU, {training.dtype}{more}"
-    )
     parts = [
         ("frozen weights", need.weights),
         ("adapters", need.adapters),
@@ -130,10 +126,41 @@ def render_need(need: Need, training: Training, *, text: bool) -> RenderableType
         ("gradients scattered", sent.scatter),
         ("gradients reduced", sent.reduce),
     ]
-    unit, of = ("GB", 1e9) if need.peak >= 1e9 else ("MB", 1e6)
+    unit, of = _unit(need.peak)
     rows = [(name, _amount(size / of)) for name, size in parts]
     rows += [(f"sent: {name}", _amount(size / of)) for name, size in moved if size]
-    return Group(Text(title, "bold"), console.table("on each GPU", unit, rows=rows, right=[unit]))
+    title = Text(training.title(text=text), "bold")
+    wrote = [Text(f"wrote {training.timeline}")] if largest else []
+    return Group(
+        title,
+        console.table("on each GPU", unit, rows=rows, right=[unit]),
+        *_peak(largest, unit, of),
+        *wrote,
+    )
+
+
+def _peak(rows: Sequence[Row], unit: str, of: float) -> Iterator[RenderableType]:
+    """Yield a table of the largest tensors at the peak, if they were recorded."""
+    if not rows:
+        return
+    cells = [
+        (
+            _amount(row.size / of),
+            f"×{row.count}" if row.count > 1 else "",
+            row.module,
+            row.tensor,
+            row.kind,
+            f"{row.shape} {row.dtype}",
+        )
+        for row in rows
+    ]
+    headings = (unit, "", "module", "tensor or operator", "kind", "shape")
+    yield Text("the largest tensors at the peak", "bold")
+    yield console.table(*headings, rows=cells, right=[unit])
+
+
+def _unit(size: int) -> tuple[str, float]:
+    return ("GB", 1e9) if size >= 1e9 else ("MB", 1e6)
 
 
 def _amount(size: float) -> str:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lora_fx.tools.draw.drawing import FORMATS, visualize
+from lora_fx.tools.draw.page import fill_page
 
-__all__ = ["FORMATS", "visualize"]
+__all__ = ["FORMATS", "fill_page", "visualize"]

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 from xml.sax.saxutils import escape
@@ -25,9 +25,9 @@ from lora_fx.tools.draw.layout import (
 )
 from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, Target, clean, is_internal
 
-__all__ = ["asset", "classes_of", "document_of", "initially_open", "to_html"]
+__all__ = ["asset", "classes_of", "document_of", "fill_page", "initially_open", "to_html"]
 
-SCRIPTS = ("place.js", "paint.js", "find.js", "graph.js", "viewer.js")
+SCRIPTS = ("theme.js", "place.js", "paint.js", "find.js", "graph.js", "viewer.js")
 
 _VISIBLE = 130
 """Approximate number of boxes that a screen shows with legible names."""
@@ -40,20 +40,33 @@ _MODULES = frozenset({Kind.LEAF, Kind.CALL, Kind.SITE, Kind.SKIPPED, Kind.REJECT
 
 def to_html(*pictures: Picture) -> str:
     """Return the text of an HTML file that shows a picture, or several next to each other."""
+    return fill_page(
+        "page.html",
+        " · ".join(dict.fromkeys(picture.title for picture in pictures)),
+        [document_of(picture) for picture in pictures],
+        picture=["picture.css"],
+        style=["page.css"],
+        script=SCRIPTS,
+    )
+
+
+def fill_page(template: str, title: str, data: Any, **files: Iterable[str]) -> str:
+    """Return the text of an HTML file.
+
+    Args:
+        template: Name of the file in ``viewer/`` with fields such as ``{{title}}`` and ``{{data}}``.
+        title: Title of the page.
+        data: Value that the page's script reads as JSON.
+        files: Names of files in ``viewer/`` by the field that their texts fill.
+    """
     # Escaped so that the data cannot end the script element: </script>, <!--, ]]>.
-    documents = [document_of(picture) for picture in pictures]
-    data = json.dumps(documents, ensure_ascii=True, separators=(",", ":"))
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"))
     for character in "<>&":
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    parts = {
-        "title": _text(" · ".join(dict.fromkeys(picture.title for picture in pictures))),
-        "picture": asset("picture.css"),
-        "style": asset("page.css"),
-        "data": data,
-        "script": "".join(map(asset, SCRIPTS)),
-    }
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    parts = {name: "".join(map(asset, names)) for name, names in files.items()}
+    parts |= {"title": _text(title), "data": text}
     # In a single pass, so that inserted texts are not substituted again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset(template))
 
 
 class _Strings:

@@ -580,7 +580,7 @@
     "/": () => search.focus(), "+": () => { active.zoom(1.25); follow(active); }, "=": () => { active.zoom(1.25); follow(active); },
     "-": () => { active.zoom(0.8); follow(active); }, f: fitAll,
     F: () => { active.fit(active.selected ?? active.root); follow(active); }, "?": () => at("keys").showModal(),
-    d: otherTheme, t: () => otherTab("sites"), w: () => { openTab("try"); at("targets").focus(); }, n: () => nextAdapter(1), p: () => nextAdapter(-1), Escape: leave,
+    d: Theme.switch, t: () => otherTab("sites"), w: () => { openTab("try"); at("targets").focus(); }, n: () => nextAdapter(1), p: () => nextAdapter(-1), Escape: leave,
   };
 
   document.addEventListener("keydown", (event) => {
@@ -625,18 +625,6 @@
 
   /* --- light and dark --- */
 
-  const themed = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]).filter((rule) => rule.media?.mediaText.includes("prefers-color-scheme"));
-  const preferred = matchMedia("(prefers-color-scheme: dark)");
-  let chosenDark = null;
-
-  function otherTheme() {
-    chosenDark = !(chosenDark ?? preferred.matches);
-    // Print stays light.
-    for (const rule of themed) rule.media.mediaText = chosenDark ? "screen" : "not all";
-    document.documentElement.style.colorScheme = chosenDark ? "dark" : "light";
-    repaint();
-  }
-
   function repaint() {
     looks.forget();
     for (const graph of graphs) { graph.map = null; graph.draw(); }
@@ -648,7 +636,7 @@
   search.addEventListener("input", () => { find(); if (tabOpen() === "sites") showSites(); });
   search.addEventListener("keydown", (event) => { if (event.key === "Enter") step(event.shiftKey ? -1 : 1); });
   at("fit").addEventListener("click", fitAll);
-  at("theme").addEventListener("click", otherTheme);
+  at("theme").addEventListener("click", Theme.switch);
   at("help").addEventListener("click", () => at("keys").showModal());
   at("hide").addEventListener("click", () => openTab(""));
   for (const tab of TABS) {
@@ -670,7 +658,7 @@
   at("copy-config").addEventListener("click", () => copy(at("config").textContent));
   if (documents.length === 1) at("summary").append(...documents[0].summary.map(([label, value]) => made("div", {}, made("dt", {}, label), made("dd", {}, value))));
   new ResizeObserver(() => graphs.forEach((graph) => graph.draw())).observe(at("panes"));
-  preferred.addEventListener("change", repaint);
+  Theme.onChange(repaint);
 
   // A link to a part: graph.html#model.layers.3
   function jumpToHash() {
