@@ -41,6 +41,7 @@ PARALLEL = (
     "HSDP",
     "tensor parallel",
     "FSDP2 x TP",
+    "context parallel",
     "pipeline stages",
     "DeepSpeed ZeRO-3",
 )

@@ -64,6 +64,7 @@ __all__ = [
     "as_parameter",
     "assert_true",
     "attention_choice",
+    "built_in_functions",
     "by_public_names",
     "codegen_of",
     "compiled_module_class",
@@ -543,15 +544,39 @@ _BUILT_IN = re.compile(r"\btorch\._C\._nn\.(\w+)(?=\()")
 def by_public_names(source: str) -> str:
     """Replace built-in functions in generated code by their names in ``torch.nn.functional``.
 
-    If a library has replaced a function there, the replacement is then called, as in the traced code.
+    If a library has replaced a function there, the replacement is then called, as in the traced code. The
+    result is the same while a function is replaced. A context may replace it, and end before the next call.
     """
 
     def public(match: re.Match[str]) -> str:
-        name = match[1]
-        known = getattr(F, name, None) is getattr(torch._C._nn, name)
-        return f"torch.nn.functional.{name}" if known else match[0]
+        return f"torch.nn.functional.{match[1]}" if _is_public(match[1]) else match[0]
 
     return _BUILT_IN.sub(public, source)
+
+
+def _is_public(name: str) -> bool:
+    """Return True if ``torch.nn.functional`` exports a built-in function, now or before its replacement.
+
+    A Python function of that name in ``torch.nn.functional`` itself calls the built-in one.
+    """
+    function = vars(F).get(name)
+    return function is not None and getattr(function, "__module__", None) != F.__name__
+
+
+@contextlib.contextmanager
+def built_in_functions() -> Iterator[None]:
+    """Restore the built-in functions that libraries have replaced in ``torch.nn.functional``, for a while."""
+    known, public = vars(torch._C._nn), vars(F)
+    replaced = {
+        name: public[name]
+        for name, function in known.items()
+        if callable(function) and _is_public(name) and public[name] is not function
+    }
+    public.update({name: known[name] for name in replaced})
+    try:
+        yield
+    finally:
+        public.update(replaced)
 
 
 def codegen_of(graph: fx.Graph) -> Any:

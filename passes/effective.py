@@ -238,7 +238,8 @@ def _product_of(
     capture = Capture(root, {fqn: region}, "regions")
     for step in _branch_passes(adapted.record, rows):
         capture = step(capture).capture
-    code = Code(capture.regions[fqn].graph)
+    # A replacement of ``func`` has been called before, and has called ``func``.
+    code = Code(capture.regions[fqn].graph, replaceable=False)
     function: Callable[..., Any] = generated(code.source, dict(code.namespace), "product")
     return function
 

@@ -243,9 +243,11 @@ class Recorder(fx.Tracer):
         if hasattr(forward, "__wrapped__"):
             self.doubts("its forward is decorated")
         try:
-            # The modes of the trace must not depend on the caller's.
+            # The modes of the trace must not depend on the caller's, nor may a replaced function of PyTorch
+            # become part of the graph. The generated code calls what is there when it runs.
             with (
                 _one_at_a_time,
+                torch_private.built_in_functions(),
                 torch.inference_mode(False),
                 torch.enable_grad(),
                 torch.amp.autocast("cpu", enabled=False),

@@ -74,14 +74,21 @@ def _is_ours(value: Any) -> bool:
 class Code:
     """Source and globals that a graph generates, with a key that is equal for equal graphs."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, *, replaceable: bool = True) -> None:
+        """Generate the code.
+
+        Args:
+            graph: The graph.
+            replaceable: True to call the functions that libraries put into ``torch.nn.functional``. False for
+                code that runs inside such a function.
+        """
         code = graph.python_code(root_module="self")
         codegen = torch_private.codegen_of(graph)
         guard = codegen if isinstance(codegen, GuardedCodeGen) else None
         # A trace of the module records each call of these functions as one node.
         whole = [name for name, value in code.globals.items() if _is_ours(value)]
         # Libraries patch functions of torch.nn.functional, as context parallelism does for attention.
-        source = torch_private.by_public_names(code.src)
+        source = torch_private.by_public_names(code.src) if replaceable else code.src
         for node in graph.nodes:
             if node.op == "get_attr" and BASE_READ in node.meta:
                 source = _reading_base(source, node)

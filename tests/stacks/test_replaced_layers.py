@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,104 @@ def test_a_function_of_torch_that_a_library_replaces(
     torch.testing.assert_close(model(*inputs), base(*inputs))
     monkeypatch.undo()
     torch.testing.assert_close(model(*inputs), expected)
+
+
+class OwnWeight(nn.Module):
+    """Attention with a weight of its own, so that the graph of each adapter calls the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(torch.randn(24, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = nn.functional.linear(x, self.qkv).split(8, -1)
+        return nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+_attention = nn.functional.scaled_dot_product_attention
+
+
+def doubled(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """A replacement that a trace could follow, since it reads no variable around it."""
+    return _attention(*args, **kwargs) * 2
+
+
+def _drawn(seed: int) -> LoraConfig:
+    return LoraConfig(r=2, target_parameters=["qkv"], init_lora_weights=False, seed=seed)
+
+
+def _switched(model: Any) -> Any:
+    lora_fx.add_adapter(model, _drawn(1), "second")
+    lora_fx.set_adapter(model, ["default", "second"])
+    return model
+
+
+def _combined(model: Any) -> Any:
+    lora_fx.add_adapter(model, _drawn(1), "second")
+    lora_fx.add_weighted_adapter(model, ["default", "second"], [1.0, 0.5], "both", "cat")
+    lora_fx.set_adapter(model, "both")
+    return model
+
+
+GENERATING: dict[str, Callable[[Any], Any]] = {
+    "switched": _switched,
+    "combined": _combined,
+    "unpickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "rewritten": lambda _: lora_fx.rewrite(OwnWeight(), _drawn(0)),
+}
+
+
+@pytest.mark.parametrize("generate", GENERATING.values(), ids=GENERATING)
+def test_code_that_is_generated_while_a_function_is_replaced(
+    generate: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the context of context parallelism, which ends, and begins again for the next step."""
+    model, x = lora_fx.rewrite(OwnWeight(), _drawn(0)), torch.randn(2, 3, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", doubled)
+        model = generate(model)
+        exact = lora_fx.merge(model)
+        inside = model(x)
+        torch.testing.assert_close(inside, exact(x))
+    torch.testing.assert_close(model(x), exact(x))
+    torch.testing.assert_close(inside, exact(x) * 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", doubled)
+        torch.testing.assert_close(model(x), exact(x))
+
+
+def test_a_trace_follows_no_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", doubled)
+    region = lora_fx.capture(OwnWeight()).regions[""]
+    assert not region.not_run
+    assert [node.target for node in region.graph.nodes][-2] is _attention
+    assert nn.functional.scaled_dot_product_attention is doubled
+
+
+class Branching(nn.Linear):
+    """A layer whose forward does not trace, so that the product reads the effective weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) if x.sum() < 1e9 else x
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+@pytest.mark.parametrize("layer", [nn.Linear, Branching])
+def test_a_linear_that_a_profiler_has_wrapped(
+    layer: type[nn.Linear], optimize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = nn.Sequential(layer(8, 8), nn.GELU(), layer(8, 8))
+    config = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    lora_fx.rewrite(base, config)  # lora-fx itself has been imported before
+    calls, product = [], nn.functional.linear
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(args)
+        return product(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    model, x = lora_fx.rewrite(base, config, optimize=optimize), torch.randn(3, 8)
+    out = model(x)
+    assert len(calls) >= 2
+    monkeypatch.undo()
+    torch.testing.assert_close(out, lora_fx.merge(model)(x))
