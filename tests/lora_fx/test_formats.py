@@ -41,6 +41,7 @@ KNOW_A_LIBRARY = {
     "lora_fx/formats/compressed_tensors.py",
     "lora_fx/formats/finegrained_fp8.py",
     "lora_fx/formats/gptqmodel.py",
+    "lora_fx/formats/hqq.py",
     "lora_fx/formats/torchao.py",
 }
 
@@ -111,6 +112,7 @@ def test_what_is_no_format_is_refused(registered: None) -> None:
         "transformers",
         "lora_fx",
         "gptqmodel",
+        "hqq",
     ]
 
 
@@ -143,7 +145,7 @@ def test_it_takes_no_argument_that_it_does_not_name(example: ModuleType) -> None
         lora_fx.QuantizationError, match="block_size=32 means nothing for 'my_int8'"
     ):
         lora_fx.quantize(example.Net(), "my_int8", block_size=32)
-    with pytest.raises(lora_fx.QuantizationError, match="use nf4, fp4, int8, int4, my_int8"):
+    with pytest.raises(lora_fx.QuantizationError, match=r"use nf4, fp4, int8, int4, .*, my_int8"):
         lora_fx.quantize(example.Net(), "my_int9")
 
 
@@ -405,7 +407,7 @@ def test_a_part_cannot_have_the_name_of_an_attribute_of_tensors(name: str, guide
 def test_only_a_library_s_file_knows_it() -> None:
     told = re.compile(
         r"""(Params4bit|Int8Params|Int8Tensor|Int4Tensor|NF4Tensor|IntxUnpacked|Linear4bit|Linear8bitLt|FP8Linear
-        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme|"gptqmodel[."]
+        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme|"gptqmodel[."]|"hqq[."]
         |import\ (bitsandbytes|torchao)|sys\.modules(\.get)?[\[(]"(bitsandbytes|torchao)
         |library\ ==|"(nf4|fp4|bitsandbytes\.|torchao\.)")""",
         re.VERBOSE,
