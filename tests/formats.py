@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,10 @@ def from_pretrained(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
+def save_pretrained(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class Variant:
     """A model in a format.
@@ -64,6 +68,8 @@ class Variant:
         schemes: The names in ``SCHEMES`` of the tests that are this format.
         experts: Returns a mixture in this format; None if that was not tried.
         reload: What loads a folder that was saved.
+        save: Writes a merged model into a folder.
+        again: What loads that folder, by the words for the column *load again*; transformers by default.
         weights: The number of its quantized parameters; 7 for a layer of a Llama.
         matrices: The number of their matrices.
     """
@@ -73,6 +79,8 @@ class Variant:
     schemes: tuple[str, ...] = ()
     experts: Callable[[], Any] | None = None
     reload: Loader = from_pretrained
+    save: Callable[[Any, Path], None] = save_pretrained
+    again: Mapping[str, Loader] = field(default_factory=dict)
     weights: int = 7
     matrices: int = 7
 
@@ -290,6 +298,40 @@ def gptqmodel(*names: str, also: tuple[str, ...] = ()) -> dict[str, Variant]:
     }
 
 
+def hqq(bits: int, axis: int = 1) -> Variant:
+    """Layers of hqq, by its own functions for models of transformers, and by ``quantize``."""
+
+    def load(folder: Path) -> Any:
+        from hqq.core.quantize import BaseQuantizeConfig
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        model, config = from_pretrained(folder), BaseQuantizeConfig(nbits=bits, axis=axis)
+        AutoHQQHFModel.quantize_model(model, config, compute_dtype=torch.float32, device="cpu")
+        return model
+
+    def save_quantized(model: Any, folder: Path) -> None:
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        AutoHQQHFModel.save_quantized(model, str(folder))
+
+    def from_quantized(folder: Path) -> Any:
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        how = {"compute_dtype": torch.float32, "device": "cpu"}
+        return AutoHQQHFModel.from_quantized(str(folder), **how)
+
+    name = f"hqq{bits}"
+    loaders = {"`AutoHQQHFModel`": load}
+    return Variant(
+        write_dense,
+        {QUANTIZE: made(name), **loaders} if axis == 1 else loaders,
+        experts=(lambda: lora_fx.quantize(mixture(), name)) if axis == 1 else None,
+        schemes=(name,),
+        save=save_quantized,
+        again={"`from_quantized`": from_quantized},
+    )
+
+
 def layers_of(scheme: str) -> Loader:
     """A model whose layers the library has made one by one."""
 
@@ -378,6 +420,10 @@ FORMATS = (
         ),
     ),
     Format("AWQ", "gptqmodel", gptqmodel("AWQ", "AWQ, 8 bits")),
+    Format(
+        "HQQ (hqq4, hqq8, hqq3, hqq2)", "hqq", {f"hqq{bits}": hqq(bits) for bits in (4, 8, 3, 2)}
+    ),
+    Format("HQQ, axis 0", "hqq", {"axis 0": hqq(4, axis=0)}),
 )
 
 
@@ -504,13 +550,13 @@ def save(model: Any, variant: Variant, folder: Path) -> str:
     """Saves a model that was merged into its format, and finds what loads it with the same values."""
     values = values_of(model)
     try:
-        model.save_pretrained(folder / "saved")
+        variant.save(model, folder / "saved")
     except Exception:  # noqa: BLE001  # transformers and safetensors raise what they like
         torch.save(model.state_dict(), folder / "state.pt")
         fresh = next(iter(variant.loaders.values()))(folder / "base")
         fresh.load_state_dict(torch.load(folder / "state.pt", weights_only=False))
         return STATE_DICT if same_values(fresh, values) else "no"
-    for words, load in {**LOADERS, FROM_PRETRAINED: variant.reload}.items():
+    for words, load in (variant.again or {**LOADERS, FROM_PRETRAINED: variant.reload}).items():
         try:
             if same_values(load(folder / "saved"), values):
                 return words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 
 from lora_fx.passes.graph import share_copy
 
-__all__ = ["IDS", "SCHEMES", "fp8_layer", "gptq_layer", "llama", "quantized"]
+__all__ = ["IDS", "SCHEMES", "fp8_layer", "gptq_layer", "hqq_layer", "llama", "quantized"]
 
 IDS = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -180,6 +181,28 @@ def gptq_layer(old: nn.Linear, bits: int = 4, group: int = 32, order: Any = None
     return result
 
 
+def _hqq(old: nn.Linear) -> nn.Module:
+    """Values of four bits in groups of 32, as hqq quantizes them."""
+    return share_copy(hqq_layer(old, group_size=32))
+
+
+def hqq_layer(old: nn.Linear, **how: Any) -> nn.Module:
+    """The layer of hqq for a linear layer, which it leaves as it is.
+
+    Args:
+        old: The layer.
+        how: Arguments of ``BaseQuantizeConfig``, and others of ``Quantizer.quantize``.
+    """
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    names = inspect.signature(BaseQuantizeConfig).parameters
+    config = BaseQuantizeConfig(**{key: value for key, value in how.items() if key in names})
+    config["weight_quant_params"] |= {k: value for k, value in how.items() if k not in names}
+    layer = copy.deepcopy(old)
+    result: nn.Module = HQQLinear(layer, config, compute_dtype=old.weight.dtype, device="cpu")
+    return result.train(old.training)
+
+
 SCHEMES: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": _four_bits("nf4", False),
     "nf4 double": _four_bits("nf4", True),
@@ -194,3 +217,5 @@ if importlib.util.find_spec("compressed_tensors"):
     SCHEMES["int4 compressed-tensors"] = _compressed
 if importlib.util.find_spec("gptqmodel"):
     SCHEMES["int4 gptqmodel"] = _gptq
+if importlib.util.find_spec("hqq"):
+    SCHEMES["hqq4"] = _hqq

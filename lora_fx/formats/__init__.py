@@ -20,6 +20,7 @@ from lora_fx.formats.base import (
     formats,
     held,
     import_library,
+    multiply_values,
     operator_named,
     pack_integers,
     quantization_of,
@@ -32,6 +33,7 @@ from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.gptqmodel import GPTQModelFormat
+from lora_fx.formats.hqq import HqqFormat, HqqName
 from lora_fx.formats.loading import keep_quantized
 from lora_fx.formats.mxfp4 import MXFP4Format
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
@@ -91,6 +93,7 @@ __all__ = [
     "is_format_hook",
     "is_grouped_product",
     "keep_quantized",
+    "multiply_values",
     "operator_named",
     "pack_integers",
     "pickle_by_class",
@@ -104,7 +107,7 @@ __all__ = [
     "stored",
 ]
 
-FormatName: TypeAlias = BitsandbytesName | TorchaoName
+FormatName: TypeAlias = BitsandbytesName | TorchaoName | HqqName
 """Names of the formats that come with lora_fx. Registered formats have other names."""
 
 register_format(BitsandbytesFormat())
@@ -114,3 +117,4 @@ register_format(CompressedTensorsFormat())
 register_format(MXFP4Format())
 register_format(StackFormat())
 register_format(GPTQModelFormat())
+register_format(HqqFormat())

@@ -50,6 +50,7 @@ __all__ = [
     "held",
     "import_library",
     "is_loadable",
+    "multiply_values",
     "operator_named",
     "pack_integers",
     "packed_sizes",
@@ -90,10 +91,24 @@ def _n_bits(build: OnnxBuilder, product: OnnxProduct) -> Any:
 
 
 def _dequantize(build: OnnxBuilder, product: OnnxProduct) -> Any:
-    x, rows, columns = product.x, product.rows, product.columns
     weight = build.op("DequantizeLinear", product.arrays, {"axis": 0})
-    if product.block != columns:
-        weight = build.op("Reshape", [weight, build.ints([rows, columns])])
+    if product.block != product.columns:
+        weight = build.op("Reshape", [weight, build.ints([product.rows, product.columns])])
+    return multiply_values(build, product, weight)
+
+
+def multiply_values(build: OnnxBuilder, product: OnnxProduct, weight: Any) -> Any:
+    """Make the nodes of ``x Wᵀ`` after those that compute W, for an operator that dequantizes.
+
+    Args:
+        build: The builder of the nodes.
+        product: The product.
+        weight: W, [out, in], in the dtype of the scales.
+
+    Returns:
+        [..., out], in the dtype of x.
+    """
+    x, rows, columns = product.x, product.rows, product.columns
     if not build.same_dtype(x, product.arrays[1]):
         weight = build.op("CastLike", [weight, x])
     if build.rank(x) == 2:

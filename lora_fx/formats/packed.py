@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_fx import torch_private
+from lora_fx.errors import ConfigError
 from lora_fx.formats.base import FLOATS, LibraryLayers, WeightFormat, format_of
 from lora_fx.formats.weights import (
     REMEDY,
@@ -43,11 +45,14 @@ class Parts:
         tensors: The tensors, by their names in the layer.
         shape: Rows and columns of the matrix, [out, in].
         options: The remaining settings of the weight. Weights with equal options are decoded alike.
+        dtype: The dtype of the layer's output; None for that of most values of the model outside of
+            quantized weights.
     """
 
     tensors: Mapping[str, Tensor]
     shape: Sequence[int]
     options: Any
+    dtype: torch.dtype | None = None
 
 
 class PackedTensor(Tensor):
@@ -193,10 +198,23 @@ def _registered(cls: type[PackedTensor], names: tuple[str, ...], options: Any) -
     """
     form = (cls, names, id(options))
     if form not in _keys:
+        _check_names(cls, names)
         key = f"{cls.__name__} {names} {options}"
         _keys[form] = key, options  # a reference, so that no other options get this id
         _forms[key] = cls, names, options
     return _keys[form][0]
+
+
+def _check_names(cls: type[PackedTensor], names: tuple[str, ...]) -> None:
+    """Raise if a part cannot be an attribute of the weight, as ``shape`` cannot."""
+    for name in names:
+        if name in PackedTensor.__annotations__ or inspect.isdatadescriptor(
+            getattr(cls, name, None)
+        ):
+            raise ConfigError(
+                f"{cls.__name__}: a part cannot be named {name!r}, because a tensor has an attribute of that "
+                "name: choose another name, or return it from saved_settings if it only tells how to decode"
+            )
 
 
 def form_of(key: str) -> _Form:
@@ -263,6 +281,13 @@ class PackedFormat(WeightFormat):
     def decode(self, weight: Any) -> Tensor:
         """Return the values of a weight, [out, in], by the library's code and in its dtype."""
 
+    def saved_settings(self, weight: Any) -> Mapping[str, Tensor]:
+        """Return settings that the library's layers save as tensors, by their names in a state dict.
+
+        They follow from the options of a weight. A state dict that has others is refused.
+        """
+        return {}
+
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
         """See :class:`WeightFormat`. Scales in half precision become fp32, so :meth:`decode` rounds less."""
         weight: Any = parameter.detach()
@@ -300,13 +325,14 @@ class PackedLayers(LibraryLayers, abc.ABC):
 
     def adopt(self, model: nn.Module) -> None:
         """Replace the parts of each layer by one parameter, ``weight``."""
-        dtype: torch.dtype | None = None
+        of_model: torch.dtype | None = None
         for layer in model.modules():
             parts = self._parts(layer)
             if parts is None:
                 continue
-            if dtype is None:
-                dtype = dtype_of_plain(model)
+            if of_model is None:
+                of_model = dtype_of_plain(model)
+            dtype = parts.dtype or of_model
             for name in parts.tensors:
                 layer._parameters.pop(name, None)
                 layer._buffers.pop(name, None)
@@ -369,7 +395,8 @@ class _SaveParts(SaveHook):
         if isinstance(weight, PackedTensor):
             del state[f"{prefix}{self.parameter}"]
             start = f"{prefix}{self.start}"
-            state.update({f"{start}{name}": part for name, part in weight.parts.items()})
+            entries = {**weight.parts, **_format(weight).saved_settings(weight)}
+            state.update({f"{start}{name}": entry for name, entry in entries.items()})
 
 
 class _LoadParts(CheckStorage):
@@ -390,23 +417,32 @@ class _LoadParts(CheckStorage):
         if isinstance(weight, PackedTensor) and not isinstance(state.get(name), PackedTensor):
             start = f"{prefix}{self.start}"
             tensors = {part: state.pop(f"{start}{part}", None) for part in weight.part_names}
+            expected = _format(weight).saved_settings(weight)
+            settings = {key: state.pop(f"{start}{key}", value) for key, value in expected.items()}
             if any(tensor is not None for tensor in tensors.values()):
-                state[name] = self._joined(weight, name, tensors, args[-1])
+                state[name] = self._joined(weight, name, tensors, settings, args[-1])
         super().__call__(module, state, prefix, *args)
 
     @staticmethod
     def _joined(
-        weight: PackedTensor, name: str, tensors: Mapping[str, Any], errors: list[str]
+        weight: PackedTensor,
+        name: str,
+        tensors: Mapping[str, Any],
+        settings: Mapping[str, Tensor],
+        errors: list[str],
     ) -> PackedTensor:
         """Return the loaded weight, or after an error the present one, to avoid a second error."""
-        forms = {part: _form(tensor) for part, tensor in weight.parts.items()}
-        wrong = [part for part, tensor in tensors.items() if _form(tensor) != forms[part]]
+        expected = _format(weight).saved_settings(weight)
+        present = {part: _form(tensor) for part, tensor in weight.parts.items()}
+        present |= {key: str(setting.tolist()) for key, setting in expected.items()}
+        loaded = {part: _form(tensor) for part, tensor in tensors.items()}
+        loaded |= {key: str(setting.tolist()) for key, setting in settings.items()}
+        wrong = [key for key in present if loaded[key] != present[key]]
         if not wrong:
             return type(weight)(Parts(tensors, weight.shape, weight.options), weight.dtype)
-        part = wrong[0]
         errors.append(
-            f"{name} is stored with {part}: {forms[part]} here, and the state dict has "
-            f"{_form(tensors[part])}: {REMEDY}"
+            f"{name} is stored with {wrong[0]}: {present[wrong[0]]} here, and the state dict has "
+            f"{loaded[wrong[0]]}: {REMEDY}"
         )
         return weight
 

@@ -17,7 +17,8 @@ import lora_fx
 from lora_fx.formats import dense, format_of, quantization_of
 from tests.quantized import IDS, SCHEMES, llama, quantized
 
-EXACT = [scheme for scheme in SCHEMES if scheme != "nf4 torchao"]
+# No operator has the values of nf4 of torchao, and MatMulNBits rounds twice for the zero points of hqq.
+EXACT = [scheme for scheme in SCHEMES if scheme not in ("nf4 torchao", "hqq4")]
 OPERATORS = {
     "nf4": "MatMulBnb4",
     "fp4": "MatMulBnb4",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import importlib.util
 import pickle
@@ -42,6 +43,7 @@ KNOW_A_LIBRARY = {
     "lora_fx/formats/compressed_tensors.py",
     "lora_fx/formats/finegrained_fp8.py",
     "lora_fx/formats/gptqmodel.py",
+    "lora_fx/formats/hqq.py",
     "lora_fx/formats/torchao.py",
 }
 
@@ -112,6 +114,7 @@ def test_what_is_no_format_is_refused(registered: None) -> None:
         "transformers",
         "lora_fx",
         "gptqmodel",
+        "hqq",
     ]
 
 
@@ -144,7 +147,7 @@ def test_it_takes_no_argument_that_it_does_not_name(example: ModuleType) -> None
         lora_fx.QuantizationError, match="block_size=32 means nothing for 'my_int8'"
     ):
         lora_fx.quantize(example.Net(), "my_int8", block_size=32)
-    with pytest.raises(lora_fx.QuantizationError, match="use nf4, fp4, int8, int4, my_int8"):
+    with pytest.raises(lora_fx.QuantizationError, match=r"use nf4, fp4, int8, int4, .*, my_int8"):
         lora_fx.quantize(example.Net(), "my_int9")
 
 
@@ -373,10 +376,47 @@ def test_an_operator_is_found_by_its_name() -> None:
     assert {operator_named(name).name for name in names} == names
 
 
+def test_settings_are_saved_with_the_parts_and_compared(
+    guide: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = lambda self, weight: {"group": torch.tensor(weight.options)}  # noqa: E731
+    monkeypatch.setattr(guide.MyFormat, "saved_settings", settings)
+    model: Any = lora_fx.rewrite(two_layers(guide), lora_fx.LoraConfig(r=4, target_modules=["0"]))
+    state = model.state_dict()
+    assert state["0.group"] == 32
+    model.load_state_dict(state)
+    model.load_state_dict({key: t for key, t in state.items() if key != "0.group"})
+    with pytest.raises(RuntimeError, match=r"0.weight is stored with group: 32 here, .* has 16"):
+        model.load_state_dict({**state, "0.group": torch.tensor(16)})
+
+
+def test_parts_may_have_the_dtype_of_the_layer(guide: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = guide.MyLayers.parts
+
+    def with_dtype(self: Any, layer: nn.Module) -> Any:
+        result = parts(self, layer)
+        return result and dataclasses.replace(result, dtype=torch.float16)
+
+    config = lora_fx.LoraConfig(r=4, target_modules=["0"])
+    assert (
+        lora_fx.rewrite(two_layers(guide), config)[0]._parameters["weight"].dtype == torch.float32
+    )  # type: ignore[index]
+    monkeypatch.setattr(guide.MyLayers, "parts", with_dtype)
+    layer: Any = lora_fx.rewrite(two_layers(guide), config)[0]  # type: ignore[index]
+    assert layer._parameters["weight"].dtype == layer.bias.dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["shape", "data", "options"])
+def test_a_part_cannot_have_the_name_of_an_attribute_of_tensors(name: str, guide: Any) -> None:
+    tensors = {**guide.quantize(torch.randn(4, 32), 32), name: torch.zeros(1)}
+    with pytest.raises(lora_fx.ConfigError, match=f"MyTensor: a part cannot be named '{name}'"):
+        guide.MyTensor(guide.Parts(tensors, (4, 32), 32), torch.float32)
+
+
 def test_only_a_library_s_file_knows_it() -> None:
     told = re.compile(
         r"""(Params4bit|Int8Params|Int8Tensor|Int4Tensor|NF4Tensor|IntxUnpacked|Linear4bit|Linear8bitLt|FP8Linear
-        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme|"gptqmodel[."]
+        |"compressed_tensors[."]|f"compressed_tensors\.|quantization_scheme|"gptqmodel[."]|"hqq[."]
         |import\ (bitsandbytes|torchao)|sys\.modules(\.get)?[\[(]"(bitsandbytes|torchao)
         |library\ ==|"(nf4|fp4|bitsandbytes\.|torchao\.)")""",
         re.VERBOSE,

@@ -157,6 +157,7 @@ def test_the_formats_are_named_with_their_libraries() -> None:
     found = {(one.name, one.detail) for one in examine() if one.topic == "formats"}
     assert ("bitsandbytes", "NF4, FP4, LLM.int8()") in found
     assert ("gptqmodel", "GPTQ, AWQ") in found
+    assert ("hqq", "HQQ") in found
 
 
 @pytest.mark.parametrize("inner", [False, True])

@@ -379,7 +379,7 @@ class Storing(Options):
     """Option that quantizes weights before a model is rewritten.
 
     Attributes:
-        quantize: Quantize the weights of linear operations first: nf4, fp4, int8 or int4.
+        quantize: Quantize the weights of linear operations first: nf4, fp4, int8, int4, hqq4 or others.
     """
 
     PANEL = "What the base is stored in"
