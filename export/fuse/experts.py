@@ -180,10 +180,10 @@ def _read_gate(before: ir.Value, after: ir.Value) -> _Gate | None:
             limits = {upper, most, None if least is None else -least}
             if lower is not None or len(limits) > 1:
                 continue
-            rows = _rows(before, half), _rows(before, other)
-            if rows[0] is None or rows[1] is None or rows[0].size != rows[1].size:
+            first, second = _rows(before, half), _rows(before, other)
+            if first is None or second is None or first.size != second.size:
                 continue
-            return _Gate(np.stack(rows, 1).reshape(-1), alpha, beta, upper)
+            return _Gate(np.stack((first, second), 1).reshape(-1), alpha, beta, upper)
     return None
 
 
@@ -237,7 +237,8 @@ def _rows(before: ir.Value, half: ir.Value | None) -> np.ndarray[Any, Any] | Non
         first = sizes(node.inputs[1]) if len(node.inputs) > 1 else (width // 2, width // 2)
         if first != (width // 2, width // 2):
             return None
-        return channels.reshape(2, -1)[node.outputs.index(half)]
+        part: np.ndarray[Any, Any] = channels.reshape(2, -1)[node.outputs.index(half)]
+        return part
     bounds = [sizes(value) for value in node.inputs[1:]]
     if len(bounds) != 4 or any(b is None or len(b) != 1 for b in bounds):
         return None

@@ -77,7 +77,8 @@ def _grid(values: Tensor, old: Any, new: Any, codes: tuple[int, int]) -> tuple[T
         codes: The smallest and the largest code.
     """
     rows, columns = old.block_size
-    blocks = values.float().unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    blocks: Tensor = values.float()
+    blocks = blocks.reshape(-1, rows, blocks.shape[1] // columns, columns)
     zeros = torch.zeros_like(new.zero_point) if old.zero_point is None else old.zero_point
     low, high = (limit / old.scale + zeros for limit in (blocks.amin((1, 3)), blocks.amax((1, 3))))
     fits = (low >= codes[0] - 0.5) & (high <= codes[1] + 0.5)

@@ -362,6 +362,8 @@ def test_integers_that_no_operator_has_are_refused(
     refusal = pack_integers(codes, scales, torch.full_like(scales, zero), block, bits)
     assert isinstance(refusal, NoOperator)
     assert reason in refusal.reason
+
+
 @pytest.mark.parametrize("name", ["int4", "int8", "nf4"])
 def test_stacks_of_one_format_have_their_own_sizes(name: str) -> None:
     for width in (64, 128):
