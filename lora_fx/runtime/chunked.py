@@ -27,6 +27,7 @@ from lora_fx.torch_private import pytree
 
 __all__ = [
     "CHUNK",
+    "LARGEST_CHUNK",
     "REMEDY",
     "ROWS",
     "Given",
@@ -34,6 +35,8 @@ __all__ = [
     "Read",
     "Step",
     "checkpoint_here",
+    "drawing",
+    "generators",
     "is_running",
     "kept_here",
     "loss_of",
@@ -42,6 +45,9 @@ __all__ = [
 
 CHUNK = 2**21
 """Elements of a chunk of logits: 8 MiB in fp32. A larger input of the head raises it to the input's size."""
+
+LARGEST_CHUNK = 2**27
+"""Most elements of a chunk: 512 MiB in fp32, about a thousand rows of a large vocabulary."""
 
 REMEDY = "rewrite without loss='chunked'"
 """The remedy in error messages about losses in chunks."""
@@ -140,7 +146,7 @@ class Job:
         length: The number of rows of a chunk.
         again: True to recompute the rows in the backward. Else their gradient is computed with the loss.
         draws: True if the head has dropout.
-        read: The tensors that the whole computation reads.
+        read: The tensors that the whole computation reads, if it reads them again in the backward.
     """
 
     steps: tuple[Step, ...]
@@ -313,7 +319,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, job: Job, x: Tensor, *operands: Tensor) -> Tensor:
         ctx.job = job
         if job.again:
-            ctx.drawn = _generators(x.device) if job.draws else None
+            ctx.drawn = generators(x.device) if job.draws else None
             ctx.save_for_backward(x, *operands)
             return job.value(x, operands)
         loss, grads = job.gradients(x, operands, ctx.needs_input_grad[1:])
@@ -334,14 +340,14 @@ class _Loss(torch.autograd.Function):
                     f"reads it once more: {REMEDY}"
                 )
             x, *tensors = ctx.saved_tensors
-            with _drawing(ctx.drawn, x.device):
+            with drawing(ctx.drawn, x.device):
                 results = ctx.job.gradients(x, tensors, ctx.needs_input_grad[1:], grads[0])[1]
         else:
             results = [None if grad is None else grad * grads[0] for grad in ctx.saved_tensors]
         return None, *results
 
 
-def _generators(device: torch.device) -> tuple[Tensor, ...]:
+def generators(device: torch.device) -> tuple[Tensor, ...]:
     """Return the states of the random generators that dropout draws from: CPU first, then the device."""
     if device.type == "cpu":
         return (torch.get_rng_state(),)
@@ -350,7 +356,7 @@ def _generators(device: torch.device) -> tuple[Tensor, ...]:
 
 
 @contextlib.contextmanager
-def _drawing(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
+def drawing(states: tuple[Tensor, ...] | None, device: torch.device) -> Iterator[None]:
     """Set random generators to saved states inside of the block, and restore them after it."""
     if states is None:
         yield

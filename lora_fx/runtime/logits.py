@@ -213,7 +213,6 @@ def _is_plain(value: Any) -> bool:
         type(value) in (Tensor, nn.Parameter)
         and value.layout is torch.strided
         and not value.is_nested
-        and not value.is_meta
         and not value.is_inference()
     )
 
@@ -334,7 +333,7 @@ class _Group:
             self.make()
         self.closed = True
         self.gone = any(logits._whole is None for logits in left)
-        self.leaves = ()
+        self.leaves, self.read = (), Read((), ())
         del self.x
 
 
@@ -859,6 +858,9 @@ def _in_chunks(
 
     leaves = tuple(map(placed, group.leaves))
     head = Step(group.head.run, (None, ROWS, *leaves), {}, group.autocast)
+    # The loss scale is known only in the backward, and gradients in fp16 need it.
+    again = reduction == "none" or torch.float16 in (group.x.dtype, group.dtype, form.dtype)
+    elements = min(max(chunked.CHUNK, group.x.numel()), chunked.LARGEST_CHUNK)
     job = Job(
         steps=(head, *(step._replace(args=tuple(map(placed, step.args))) for step in form.steps)),
         indices=form.indices.reshape(-1),
@@ -868,10 +870,9 @@ def _in_chunks(
         reduction=reduction,
         options=options,
         autocast=autocast_of(logits.device.type),
-        length=max(1, max(chunked.CHUNK, group.x.numel()) // group.head.outputs),
-        # The loss scale is known only in the backward, and gradients in fp16 need it.
-        again=reduction == "none" or torch.float16 in (group.x.dtype, group.dtype, form.dtype),
+        length=max(1, elements // group.head.outputs),
+        again=again,
         draws=group.head.draws,
-        read=(group.read, *form.read, Read.of((target, options))),
+        read=(group.read, *form.read, Read.of((target, options))) if again else (),
     )
     return loss_of(job, group.x, tensors)
