@@ -13,7 +13,6 @@ from lora_fx.adapters import set_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, MergeError
 from lora_fx.ir import (
-    DEFAULT_LOSS,
     DEFAULT_MEMORY,
     Capture,
     Comparison,
@@ -132,7 +131,8 @@ def plan(
     config: LoraConfig,
     example_inputs: Any = None,
     *,
-    loss: Loss = DEFAULT_LOSS,
+    memory: Memory = DEFAULT_MEMORY,
+    loss: Loss | None = None,
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> Plan:
@@ -146,6 +146,8 @@ def plan(
         example_inputs: As for :func:`capture`; with them, more operations can be matched. The plan then also
             has the activation memory of a training step with inputs of their shapes, for each ``memory=`` of
             :func:`rewrite`. It is counted without computing anything.
+        memory: As for :func:`rewrite`. With "least" the plan lists the blocks that are recomputed and the
+            modules that run in tiles, and the reasons why others do not.
         loss: As for :func:`rewrite`. With "chunked" the plan lists the heads that can use it, and the reasons
             why others cannot.
         strict: True to raise if an entry of the configuration selects nothing.
@@ -160,7 +162,13 @@ def plan(
         CaptureError: If the model cannot be captured.
     """
     _, planned = pipeline.plan_model(
-        model, config, example_inputs, loss=loss, strict=strict, frontend=frontend
+        model,
+        config,
+        example_inputs,
+        memory=memory,
+        loss=loss,
+        strict=strict,
+        frontend=frontend,
     )
     pipeline.check_trains(planned)
     return with_kept(planned, model, config, example_inputs, loss=loss, frontend=frontend)
@@ -207,7 +215,7 @@ def rewrite(
     adapter_name: str = "default",
     optimize: bool = True,
     memory: Memory = DEFAULT_MEMORY,
-    loss: Loss = DEFAULT_LOSS,
+    loss: Loss | None = None,
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
@@ -226,12 +234,17 @@ def rewrite(
             product. "balanced" recomputes the outputs of norms, activations and gated products from their
             inputs, which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Square layers with
             DoRA then compute their product twice, for the gradient of the magnitude. Outputs are bitwise
-            equal. Without ``optimize`` this has no effect.
+            equal. Without ``optimize`` this has no effect. "least" also runs whole blocks again in the
+            backward, with their inputs on the host (:mod:`lora_fx.runtime.blocks`). It computes modules that
+            treat each token on its own (norms, MLPs, experts) a tile of tokens at a time
+            (:mod:`lora_fx.runtime.tiles`), and the loss in chunks. A step takes about as long as with
+            gradient checkpointing. :func:`plan` lists the blocks and modules.
         loss: "chunked" computes a cross entropy of the output head a few rows at a time, in training calls
             (:mod:`lora_fx.runtime.logits`). The logits of all tokens, their softmax and their gradient never
             exist at once. The output then has a placeholder for the logits, which raises a
             :class:`LogitsError` when it is read. Calls in eval mode, without gradients or without a loss are
-            the same as with "whole", the default, which computes the model's own loss.
+            the same as with "whole", which computes the model's own loss and is the default unless
+            ``memory`` is "least".
         strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
         callback: A function that is called with the pass's name and the capture after each pass: ``capture``,

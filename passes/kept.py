@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from lora_fx import torch_private
 from lora_fx.config import LoraConfig
-from lora_fx.ir import DEFAULT_LOSS, Kept, Loss, Memory, Plan
+from lora_fx.ir import Kept, Loss, Memory, Plan
 from lora_fx.passes.capture import Frontend, Listener, State, normalize
 from lora_fx.passes.pipeline import RewriteOptions, rewrite_model
 from lora_fx.torch_private import pytree
@@ -38,7 +38,7 @@ def with_kept(
     config: LoraConfig,
     example_inputs: Any,
     *,
-    loss: Loss = DEFAULT_LOSS,
+    loss: Loss | None = None,
     frontend: Frontend = "auto",
 ) -> Plan:
     """Return a plan with the memory that a step with these inputs keeps for its backward.
@@ -65,7 +65,7 @@ def with_kept(
 
 
 def _counted(
-    model: nn.Module, config: LoraConfig, example_inputs: Any, loss: Loss, frontend: Frontend
+    model: nn.Module, config: LoraConfig, example_inputs: Any, loss: Loss | None, frontend: Frontend
 ) -> Kept | None:
     base = _without_memory(model)
     if base is None:

@@ -32,6 +32,7 @@ from lora_fx.ir import (
     PlannedTokens,
     Record,
     Region,
+    Savings,
     record_of,
 )
 from lora_fx.passes.capture import Frontend, holds_quantized
@@ -56,7 +57,7 @@ from lora_fx.passes.parameters import (
     mark_adapted,
     protect,
 )
-from lora_fx.passes.plan import MakePlan, with_sample_cost
+from lora_fx.passes.plan import FindSavings, MakePlan, with_sample_cost
 from lora_fx.passes.trainers import instance_forwards
 from lora_fx.runtime import check_adapter_name, watch
 
@@ -104,8 +105,7 @@ def rewrite_passes(
         strict: True to raise for entries of the configuration that select nothing.
     """
     return (
-        *_find_passes(loss),
-        MakePlan(config, strict, loss),
+        *_plan_passes(config, memory, loss, strict),
         *_parameter_passes(adapter),
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
@@ -113,6 +113,12 @@ def rewrite_passes(
         *_loss_passes(loss),
         _Install(),
     )
+
+
+def _plan_passes(config: LoraConfig, memory: Memory, loss: Loss, strict: bool) -> tuple[Pass, ...]:
+    """Return the passes of a dry run."""
+    savings = (FindSavings(),) if memory == "least" else ()
+    return (*_find_passes(loss), MakePlan(config, strict, loss), *savings)
 
 
 def _find_passes(loss: Loss = DEFAULT_LOSS) -> tuple[Pass, ...]:
@@ -129,7 +135,7 @@ def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
 
 def _cheaper_passes(memory: Memory) -> tuple[Pass, ...]:
     """Return the passes that save memory, both for one adapter and for one adapter per row."""
-    return CheapDropout(), *((Recompute(),) if memory == "balanced" else ())
+    return CheapDropout(), *((Recompute(),) if memory != "fast" else ())
 
 
 def _loss_passes(loss: Loss) -> tuple[Pass, ...]:
@@ -244,7 +250,8 @@ def plan_model(
     config: Any,
     example_inputs: Any = None,
     *,
-    loss: Loss = DEFAULT_LOSS,
+    memory: Memory = DEFAULT_MEMORY,
+    loss: Loss | None = None,
     strict: bool = False,
     frontend: Frontend = "auto",
 ) -> tuple[Capture, Plan]:
@@ -253,9 +260,10 @@ def plan_model(
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
-    _check_option("loss", loss)
+    options = RewriteOptions(memory=memory, loss=loss, strict=strict)
+    options.check()
     captured = _captured(model, config, example_inputs, frontend)
-    plan = plan_capture(captured, config, loss=loss, strict=strict)
+    plan = plan_capture(captured, config, memory=memory, loss=options.computed_loss, strict=strict)
     return captured, with_sample_cost(plan, captured, example_inputs)
 
 
@@ -309,10 +317,15 @@ def _captured(
 
 
 def plan_capture(
-    capture: Capture, config: LoraConfig, *, loss: Loss = DEFAULT_LOSS, strict: bool = False
+    capture: Capture,
+    config: LoraConfig,
+    *,
+    memory: Memory = DEFAULT_MEMORY,
+    loss: Loss = DEFAULT_LOSS,
+    strict: bool = False,
 ) -> Plan:
-    """Run the passes up to the plan, which edit nothing."""
-    plan = run_passes(capture, (*_find_passes(loss), MakePlan(config, strict, loss))).plan
+    """Run the passes of a dry run, which edit nothing."""
+    plan = run_passes(capture, _plan_passes(config, memory, loss, strict)).plan
     assert plan is not None
     return plan
 
@@ -366,7 +379,7 @@ class RewriteOptions:
         adapter_name: Name of the adapter.
         optimize: True to fuse branches with their operations.
         memory: Memory setting for the backward.
-        loss: Computation of the loss, at once or in chunks.
+        loss: Computation of the loss, at once or in chunks. None chooses by ``memory``.
         strict: True to raise for entries of the configuration that select nothing.
         quiet: True not to log such entries.
     """
@@ -374,9 +387,14 @@ class RewriteOptions:
     adapter_name: str = "default"
     optimize: bool = True
     memory: Memory = DEFAULT_MEMORY
-    loss: Loss = DEFAULT_LOSS
+    loss: Loss | None = None
     strict: bool = False
     quiet: bool = False
+
+    @property
+    def computed_loss(self) -> Loss:
+        """Computation of the loss: in chunks with the least memory, unless the user has chosen."""
+        return self.loss or ("chunked" if self.memory == "least" else DEFAULT_LOSS)
 
     def check(self) -> None:
         """Raise for values that do not exist.
@@ -386,7 +404,7 @@ class RewriteOptions:
         """
         check_adapter_name(self.adapter_name)
         _check_option("memory", self.memory)
-        _check_option("loss", self.loss)
+        _check_option("loss", self.computed_loss)
 
 
 @without_zero_init()
@@ -407,7 +425,7 @@ def rewrite_model(
         options.adapter_name,
         optimize=options.optimize,
         memory=options.memory,
-        loss=options.loss,
+        loss=options.computed_loss,
         strict=options.strict,
     )
 
@@ -442,7 +460,7 @@ def _rewritten(
     assert matches is not None
     check_trains(plan)
     if not options.quiet:
-        warn_of_idle_entries(plan)
+        warn_of_idle_entries(plan, losses=options.loss is not None)
     base = Base(
         graphs={fqn: region.graph for fqn, region in capture.regions.items()},
         classes={fqn: class_name(region.module) for fqn, region in capture.regions.items()},
@@ -464,7 +482,8 @@ def _rewritten(
         optimize=options.optimize,
         forwards=instance_forwards(model),
         memory=options.memory,
-        loss=options.loss,
+        loss=options.computed_loss,
+        savings=plan.savings or Savings(),
     )
     record = add_adapter_parameters(capture, record, options.adapter_name, adding, callback)
     result = run_passes(capture, branching, callback).model
@@ -484,7 +503,10 @@ def _rewritten(
 _OPTIONS: Mapping[str, tuple[Any, str]] = {
     "memory": (
         Memory,
-        "'balanced' to make cheap inputs of products again in the backward, or 'fast' to keep them",
+        (
+            "'least' for the longest sequences, 'balanced' to make cheap inputs of products again in the "
+            "backward, or 'fast' to keep them"
+        ),
     ),
     "loss": (
         Loss,
@@ -513,7 +535,7 @@ def _stages(
 ) -> tuple[Sequence[Pass], Sequence[Pass], Sequence[Pass]]:
     """Split the passes into those up to the plan, those that add parameters, and the rest."""
     names = [pass_.name for pass_ in passes]
-    planned, inserted = names.index(MakePlan.name) + 1, names.index(Insert.name)
+    planned, inserted = names.index(AddFactors.name), names.index(Insert.name)
     return passes[:planned], passes[planned:inserted], passes[inserted:]
 
 
@@ -530,14 +552,19 @@ def check_trains(plan: Plan) -> None:
         )
 
 
-def warn_of_idle_entries(plan: Plan) -> None:
-    """Log warnings for entries that select nothing, and for random modules that nothing trains."""
+def warn_of_idle_entries(plan: Plan, *, losses: bool = True) -> None:
+    """Log warnings for entries that select nothing, and for random modules that nothing trains.
+
+    Args:
+        plan: The plan.
+        losses: True to warn of losses that are not computed in chunks, because the user asked for chunks.
+    """
     if plan.unmatched:
         _log.warning(
             "part of the configuration selects nothing (strict=True makes that an error): %s",
             "; ".join(plan.unmatched),
         )
-    for remark in plan.losses_left:
+    for remark in plan.losses_left if losses else ():
         _log.warning("loss='chunked' changes nothing: %s", remark)
     for name in plan.fresh:
         _log.warning("%s starts at random and nothing trains it: put it into modules_to_save", name)

@@ -36,6 +36,7 @@ from lora_fx.ir.record import (
     require_record,
     thaw,
 )
+from lora_fx.ir.savings import Saving, Savings
 from lora_fx.ir.site import (
     BranchBuilder,
     Call,
@@ -106,6 +107,8 @@ __all__ = [
     "Region",
     "Rejection",
     "Role",
+    "Saving",
+    "Savings",
     "Site",
     "Skipped",
     "Tag",

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import ConfigError, hint, some
+from lora_fx.ir.savings import Savings
 from lora_fx.ir.site import Rejection, Site
 from lora_fx.ir.tables import (
     FoldedRow,
@@ -160,6 +161,7 @@ class Plan:
             logits are computed all at once. None without that option.
         kept: Bytes that a training step with the example inputs saves. None without such inputs, and if the
             bytes cannot be counted without values.
+        savings: With ``memory="least"``: the modules that are recomputed or run in tiles. None without it.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -180,6 +182,7 @@ class Plan:
     fresh: tuple[str, ...] = ()
     loss: tuple[tuple[str, str], ...] | None = None
     kept: Kept | None = None
+    savings: Savings | None = None
 
     @property
     def parameters(self) -> int:
@@ -264,6 +267,8 @@ class Plan:
             lines.append(f"biases trained: {len(self.biases)}")
         if self.kept is not None:
             lines.append(str(self.kept))
+        if self.savings is not None:
+            lines += self.savings.lines()
         if needs_data(start):
             lines.append(
                 f"init_lora_weights={start!r} needs data: after rewrite, call "
@@ -324,6 +329,7 @@ class Plan:
                 for skipped in self.skipped
                 if not f"{skipped.site.name}.".startswith(saved)
             ],
+            "not in tiles of tokens": [*self.savings.left] if self.savings is not None else [],
             "cannot be adapted": [
                 (rejection.name or "(root)", rejection.reason) for rejection in self.rejections
             ],
@@ -428,6 +434,7 @@ class Plan:
             "biases": list(self.biases),
             "tokens": {row.name: list(row.indices) for row in self.tokens},
             "loss": None if self.loss is None else dict(self.loss),
+            "savings": None if self.savings is None else dataclasses.asdict(self.savings),
             "config": self.config.to_dict(),
         }
 

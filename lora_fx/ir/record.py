@@ -17,6 +17,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir.graph import BASE_READ, META_KEY, Region, Tag, tag_of
 from lora_fx.ir.plan import PlannedSite, PlannedTokens
+from lora_fx.ir.savings import Savings
 from lora_fx.ir.site import Matches
 
 __all__ = [
@@ -35,8 +36,8 @@ __all__ = [
 ]
 
 
-Memory: TypeAlias = Literal["fast", "balanced"]
-"""Which tensors fused branches save for their backward; see :func:`lora_fx.rewrite`."""
+Memory: TypeAlias = Literal["fast", "balanced", "least"]
+"""Which tensors a training step saves for its backward; see :func:`lora_fx.rewrite`."""
 
 DEFAULT_MEMORY: Memory = "fast"
 
@@ -274,6 +275,7 @@ class Record:
         forwards: FQNs of the modules that had a ``forward`` on their instance at the rewrite.
         memory: The tensors that fused branches save for their backward.
         loss: How a training call computes its loss: from all logits at once, or in chunks.
+        savings: The modules that are recomputed or run in tiles.
     """
 
     adapters: Mapping[str, AdapterRecord]
@@ -291,6 +293,7 @@ class Record:
     forwards: frozenset[str] = frozenset()
     memory: Memory = DEFAULT_MEMORY
     loss: Loss = DEFAULT_LOSS
+    savings: Savings = dataclasses.field(default_factory=Savings)
 
     def with_adapter(self, name: str, adapter: AdapterRecord, **fields: Any) -> Record:
         """Return the record with a new entry for an adapter, and new values of some fields."""

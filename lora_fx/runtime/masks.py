@@ -15,10 +15,13 @@ On a GPU with Triton, a mask is a *seed*, from which the kernels of :mod:`lora_f
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ __all__ = [
     "FEW",
     "KERNEL_DEVICES",
     "KERNEL_RANKS",
+    "TileMasks",
     "draw",
     "dropped",
     "has_kernels",
@@ -146,6 +150,50 @@ class _Dropped(torch.autograd.Function):
         return (grad * unpacked(mask, grad)).mul_(ctx.scale), None, None
 
 
+class TileMasks:
+    """Masks of a module that runs in tiles of tokens, drawn for all tokens at once.
+
+    Each tile gets its rows of the masks that the module would draw without tiles. Other masks, such as those
+    of the tokens of an expert, are drawn by each tile.
+
+    Attributes:
+        total: Number of tokens.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._rows = slice(0, 0)
+        self._wholes: list[Tensor] = []
+        self._drawn = 0
+
+    @contextlib.contextmanager
+    def tile(self, rows: slice) -> Iterator[None]:
+        """Draw the masks of some tokens inside of the block. The first of them is a multiple of 8."""
+        self._rows, self._drawn = slice(rows.start, min(rows.stop, self.total)), 0
+        token = _tiles.set(self)
+        try:
+            yield
+        finally:
+            _tiles.reset(token)
+
+    def mask(self, x: Tensor, dropout: float) -> Tensor | None:
+        """Return the part of the next mask that belongs to the tile, or None if the tile draws its own."""
+        start, stop = self._rows.start, self._rows.stop
+        if x.shape[:-1].numel() != stop - start or _takes_seed(x):
+            return None
+        if self._drawn == len(self._wholes):
+            like = x.new_empty(()).expand(self.total, x.shape[-1])
+            self._wholes.append(_mask_of(like, dropout))
+        whole = self._wholes[self._drawn]
+        self._drawn += 1
+        if whole.dtype == torch.bool:
+            return whole[start:stop].reshape(x.shape)
+        return whole[start * x.shape[-1] // 8 : (stop * x.shape[-1] + 7) // 8]
+
+
+_tiles: ContextVar[TileMasks | None] = ContextVar("lora_fx_tile_masks", default=None)
+
+
 def draw(x: Tensor, dropout: float) -> Tensor:
     """Draw a mask from the default generator of the device of ``x``.
 
@@ -161,6 +209,12 @@ def draw(x: Tensor, dropout: float) -> Tensor:
         the shape of ``x``, True for kept elements. The latter is also for ``torch.export``, small tensors and
         ``torch.func`` transforms, under which each sample of a batch may have its own mask.
     """
+    masks = None if torch.compiler.is_compiling() else _tiles.get()
+    part = None if masks is None else masks.mask(x, dropout)
+    return _mask_of(x, dropout) if part is None else part
+
+
+def _mask_of(x: Tensor, dropout: float) -> Tensor:
     threshold = 256 - kept(dropout)
     if 0 < threshold < 256 and _takes_seed(x):
         # One scalar encodes the mask without a synchronization of the device: seed · 256 + threshold.

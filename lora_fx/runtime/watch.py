@@ -37,8 +37,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
-from lora_fx.ir import META_KEY, Site, record_of
-from lora_fx.runtime import chunked, logits
+from lora_fx.ir import META_KEY, Saving, Site, record_of
+from lora_fx.runtime import blocks, chunked, logits, tiles
 from lora_fx.runtime.adapter_modules import AdapterModule
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.classes import (
@@ -90,8 +90,7 @@ STATE = "_lora_fx_watch"
 """Attribute of a module: the forms of its calls that were watched."""
 
 _MADE = "_lora_fx_made_of"
-_SCOPED = "_lora_fx_scoped"
-_WEIGHTS = "_lora_fx_weights"
+_HOW = "_lora_fx_how"
 _PRINT = "print_trainable_parameters"
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
@@ -99,7 +98,10 @@ _GENERATED = "<lora_fx "
 _OPERATIONS = ("lora_fx.runtime.", "lora_fx.passes.effective", "lora_fx.formats.")
 _AROUND = frozenset(
     f"lora_fx.runtime.{name}"
-    for name in ("chunked", "logits", "recompute", "row_tracking", "samples", "watch")
+    for name in (
+        *("blocks", "chunked", "logits", "recompute", "row_tracking"),
+        *("samples", "tiles", "watch"),
+    )
 )
 
 # Operators that move values without changing them. Views and their copies are recognized by schema and tag.
@@ -234,14 +236,17 @@ def arm(model: nn.Module) -> None:
     for fqn, module in model.named_modules():
         if isinstance(module, AdapterModule | torch.jit.ScriptModule):
             continue
-        if fqn not in above and fqn not in owners and GRAPH not in inner_class(module).__dict__:
+        saving = Saving() if record.per_sample else record.savings.of(fqn)
+        known_graph = GRAPH in inner_class(module).__dict__
+        if not (any(saving) or known_graph or fqn in above or fqn in owners):
             continue
         entries = module.__dict__.get(STATE)
         if entries is None or entries.model is not state:
             module.__dict__[STATE] = _Entries(state)
         scoped = not fqn and record.loss == "chunked"
-        whole = fqn in above or not _of_torch(module)
-        _watch(module, whole=whole, scoped=scoped, weights=tuple(module.__dict__.get(CHANGES, ())))
+        whole = any(saving) or fqn in above or not _of_torch(module)
+        weights = tuple(module.__dict__.get(CHANGES, ()))
+        _watch(module, _How(whole, scoped, weights, saving))
 
 
 def _of_torch(module: nn.Module) -> bool:
@@ -276,7 +281,8 @@ def places_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def is_scoped(model: nn.Module) -> bool:
     """Return True if a chunked loss tracks the calls of this model."""
-    return bool(inner_class(model).__dict__.get(_SCOPED))
+    how: _How | None = inner_class(model).__dict__.get(_HOW)
+    return how is not None and how.scoped
 
 
 def disarm(module: nn.Module) -> None:
@@ -524,26 +530,43 @@ def _plain(value: Any) -> bool:
 # --- classes ------------------------------------------------------------------------------------------
 
 
-def watched_class(
-    cls: type[nn.Module], whole: bool, scoped: bool = False, weights: tuple[str, ...] = ()
-) -> type[nn.Module]:
+class _How(NamedTuple):
+    """Form of the class of a watched module.
+
+    Attributes:
+        whole: Whether to watch calls of the module. If not, it only gets properties for effective weights.
+        scoped: Whether heads in it may leave their output to a loss (:func:`lora_fx.runtime.logits.scoped`).
+        weights: Names of the parameters whose attribute reads apply adapters.
+        saving: How its calls keep less for the backward.
+    """
+
+    whole: bool
+    scoped: bool = False
+    weights: tuple[str, ...] = ()
+    saving: Saving = Saving()
+
+
+def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
     """Create a subclass of a module's class whose calls are watched.
 
     Args:
         cls: The class of the module, or of its region.
-        whole: Whether to watch calls of the module. If not, it only gets properties for effective weights.
-        scoped: Whether heads in it may leave their output to a loss (:func:`lora_fx.runtime.logits.scoped`).
-        weights: Names of the parameters whose attribute reads apply adapters.
+        how: Its form.
     """
-    key = (cls, whole, scoped, weights)
+    key = (cls, how)
     known = _classes.get(key)
     if known is not None:
         return known
     entries: dict[str, Any] = {}
-    if whole:
+    if how.whole:
         entries = {name: entry(name, cls) for name in ("__call__", "forward")}
-        inner = logits.scoped(entries["forward"]) if scoped else entries["forward"]
-        entries["forward"] = around(cls.forward, inner)
+        inner = logits.scoped(entries["forward"]) if how.scoped else entries["forward"]
+        own = blocks.members_of_block(cls) if how.saving.block else {}
+        if how.saving.tiles:
+            inner = tiles.tiled(inner)
+        if how.saving.block and not own:
+            inner = blocks.recomputed(inner)
+        entries |= {"forward": around(cls.forward, inner), **own}
     watched_cls = subclass(
         (_Watched, Hooked),
         cls,
@@ -554,14 +577,12 @@ def watched_class(
             BASE: cls,
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
-            **(members_of(cls) if whole else {}),
+            **(members_of(cls) if how.whole else {}),
             # A method of this name that the user's class has is the user's.
             **({} if hasattr(cls, _PRINT) else {_PRINT: _Printer()}),
-            **{name: weight_property(name) for name in weights},
+            **{name: weight_property(name) for name in how.weights},
             _MADE: cls,
-            "_lora_fx_whole": whole,
-            _SCOPED: scoped,
-            _WEIGHTS: weights,
+            _HOW: how,
         },
     )
     _classes[key] = watched_cls
@@ -582,21 +603,21 @@ class _Printer:
         return functools.partial(pkgutil.resolve_name(f"lora_fx.api:{_PRINT}"), model)
 
 
-def _watch(module: nn.Module, *, whole: bool, scoped: bool, weights: tuple[str, ...]) -> None:
+def _watch(module: nn.Module, how: _How) -> None:
     cls: Any = inner_class(module)
     if _MADE in cls.__dict__:
-        same = (scoped, weights) == (cls.__dict__[_SCOPED], cls.__dict__[_WEIGHTS])
-        if cls._lora_fx_whole >= whole and same:
+        known: _How = cls.__dict__[_HOW]
+        if known.whole >= how.whole and known[1:] == how[1:]:
             return
         cls = cls.__dict__[_MADE]
-    if not whole and not weights:
+    if not how.whole and not how.weights:
         return
     # These modules create their classes themselves, and torch inspects the bases of the class.
     if cls.__module__ == "torch.nn.utils.parametrize" or isinstance(module, torch.fx.GraphModule):
         return
     if GRAPH not in cls.__dict__ and not _pickles_plainly(cls):
         return
-    give_class(module, watched_class(cls, whole, scoped, weights))
+    give_class(module, watched_class(cls, how))
 
 
 def _pickles_plainly(cls: type) -> bool:
@@ -653,7 +674,7 @@ class _Watched(Hooked):
         cls: Any = type(self)
         reduced: Any = super().__reduce_ex__(protocol)
         make, made_of, *state = reduced
-        how = (cls.__dict__["_lora_fx_whole"], cls.__dict__[_SCOPED], cls.__dict__[_WEIGHTS])
+        how = tuple(cls.__dict__[_HOW])
         if make is copyreg.__newobj__:  # type: ignore[attr-defined]  # of CPython
             again: Any = (_remade, (how, object.__new__, cls.__dict__[_MADE]))
             return blank, (Blank(cls, lambda: again),), *state
@@ -663,11 +684,9 @@ class _Watched(Hooked):
         return (_remade, (how, make, *made_of), *state)
 
 
-def _remade(
-    how: tuple[bool, bool, tuple[str, ...]], make: Callable[..., Any], *made_of: Any
-) -> Any:
+def _remade(how: tuple[Any, ...], make: Callable[..., Any], *made_of: Any) -> Any:
     module = make(*made_of)
-    object.__setattr__(module, "__class__", watched_class(type(module), *how))
+    object.__setattr__(module, "__class__", watched_class(type(module), _How(*how)))
     return module
 
 

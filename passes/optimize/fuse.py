@@ -125,7 +125,7 @@ class Fuse(GraphPass):
     """Pass that replaces each operation and its branch by one node, if a function computes both.
 
     Attributes:
-        memory: With "balanced", a function that can keep less for the backward does so.
+        memory: Unless it is "fast", a function that can keep less for the backward does so.
     """
 
     memory: Memory = DEFAULT_MEMORY
@@ -161,7 +161,7 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: 
         options = {"dropout": nodes[p], "training": nodes[training]}
     if branch.padding is not None:
         options["rows"] = (branch.padding[0], product.outputs - branch.padding[1])
-    if memory == "balanced" and product.kernel is None:
+    if memory != "fast" and product.kernel is None:
         options |= branch.less
     options |= product.kernel or {}
     with graph.inserting_before(total):

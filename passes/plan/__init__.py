@@ -5,8 +5,10 @@ from __future__ import annotations
 from lora_fx.passes.plan.choice import priced, sample_cost, with_sample_cost
 from lora_fx.passes.plan.peft_experts import expert_names, with_experts
 from lora_fx.passes.plan.planning import MakePlan, at_rank, choose, foreign_factors, start_objection
+from lora_fx.passes.plan.savings import FindSavings
 
 __all__ = [
+    "FindSavings",
     "MakePlan",
     "at_rank",
     "choose",

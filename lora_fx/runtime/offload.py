@@ -1,0 +1,163 @@
+"""Inputs of blocks that wait for the backward pass in the memory of the host.
+
+A block that is computed again in the backward keeps only its input. On a device with its own memory, the
+input of each block is copied to pinned memory of the host while the device computes the block. In the
+backward, fetching the input of one block starts the copy of the input of the block before it. Both copies run
+on a stream of their own.
+
+On a CPU there is no other memory, and tensors stay where they are. A planner counts what a device would do
+(:func:`simulated`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lora_fx.errors import ConfigError
+
+__all__ = ["on_host", "simulated"]
+
+_SEPARATE = ("cuda", "xpu")  # types of devices with their own memory and with streams
+
+_observer: ContextVar[Callable[[Tensor], None] | None] = ContextVar("lora_fx_host", default=None)
+
+
+@contextlib.contextmanager
+def simulated(observer: Callable[[Tensor], None]) -> Iterator[None]:
+    """Copy tensors of a CPU, too, and pass each host copy to a function. A planner counts them apart."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+class _HostCopy:
+    """Copy of a tensor in the memory of the host.
+
+    Attributes:
+        host: The copy.
+        device: The device of the tensor.
+        before: Weak reference to the copy that was made before this one, which the backward needs next.
+        fetched: The tensor on the device and the event after which it is complete, once the copy back has
+            begun.
+        simulated: True if a planner counts the copy.
+    """
+
+    def __init__(self, tensor: Tensor, before: weakref.ref[_HostCopy] | None) -> None:
+        self.device, self.before = tensor.device, before
+        self.fetched: tuple[Tensor, Any] | None = None
+        observer = _observer.get()
+        self.simulated = observer is not None
+        if observer is not None:
+            self.host = torch.empty_like(tensor).copy_(tensor)
+            observer(self.host)
+            return
+        stream = _stream_of(tensor.device)
+        devices = torch.get_device_module(tensor.device)
+        stream.wait_stream(devices.current_stream(tensor.device))
+        self.host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        with devices.stream(stream):
+            self.host.copy_(tensor, non_blocking=True)
+        # The allocator must not reuse the memory before the copy is complete.
+        tensor.record_stream(stream)
+
+    def start(self) -> None:
+        """Start the copy back to the device."""
+        if self.fetched is None and self.simulated:
+            self.fetched = torch.empty_like(self.host).copy_(self.host), None
+        elif self.fetched is None:
+            stream = _stream_of(self.device)
+            with torch.get_device_module(self.device).stream(stream):
+                tensor = self.host.to(self.device, non_blocking=True)
+                self.fetched = tensor, stream.record_event()
+
+    def fetch(self) -> Tensor:
+        """Return the tensor on the device, and start the copy of the tensor that is needed next."""
+        self.start()
+        assert self.fetched is not None
+        tensor, event = self.fetched
+        self.fetched = None
+        if event is not None:
+            current = torch.get_device_module(self.device).current_stream(self.device)
+            current.wait_event(event)
+            tensor.record_stream(current)
+        before = None if self.before is None else self.before()
+        if before is not None:
+            before.start()
+        return tensor
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _stream_of(device: torch.device) -> Any:
+    """Return the stream on which tensors of a device are copied."""
+    if device not in _streams:
+        _streams[device] = torch.get_device_module(device).Stream(device)
+    return _streams[device]
+
+
+# A tensor that several blocks read, such as the output of an encoder, is copied once.
+_copies: Any = WeakTensorKeyDictionary()
+_last: ContextVar[weakref.ref[_HostCopy] | None] = ContextVar("lora_fx_last_copy", default=None)
+
+
+def on_host(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which autograd keeps the arguments of a block in the memory of the host.
+
+    Masks and positions are shared by all blocks, and stay. On a device without its own memory, the context
+    does nothing.
+
+    Args:
+        args: The arguments. Tensors of the shape and dtype of the first one are moved, and any that require a
+            gradient.
+
+    Raises:
+        ConfigError: When the host has less free memory than a tensor needs.
+    """
+    first = next((arg for arg in args if type(arg) is Tensor and arg.is_floating_point()), None)
+    if first is None or not (first.device.type in _SEPARATE or _observer.get() is not None):
+        return contextlib.nullcontext()
+    form = (first.shape, first.dtype)
+
+    def pack(tensor: Tensor) -> Any:
+        moves = tensor.requires_grad or (tensor.shape, tensor.dtype) == form
+        return _copied(tensor) if moves and type(tensor) is Tensor else tensor
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
+
+
+def _copied(tensor: Tensor) -> _HostCopy:
+    copy: _HostCopy | None = _copies.get(tensor)
+    if copy is None:
+        _check_room(tensor)
+        copy = _copies[tensor] = _HostCopy(tensor.detach(), _last.get())
+        _last.set(weakref.ref(copy))
+    return copy
+
+
+def _unpack(saved: Any) -> Tensor:
+    return saved.fetch() if isinstance(saved, _HostCopy) else saved
+
+
+def _check_room(tensor: Tensor) -> None:
+    if tensor.device.type not in _SEPARATE:
+        return
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = tensor.numel() * tensor.element_size()
+    if needed > free:
+        raise ConfigError(
+            f"memory='least' keeps the inputs of blocks in the memory of the host, and the next one takes "
+            f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: use shorter sequences or "
+            "memory='balanced'"
+        )

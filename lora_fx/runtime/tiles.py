@@ -1,0 +1,250 @@
+"""Modules that treat each token on its own, computed a tile of tokens at a time.
+
+A gated MLP makes several tensors of tokens x intermediate size, and a norm makes several in fp32. A tile has
+at most :data:`LONGEST` tokens, so these tensors stay small whatever the length of the sequence is. The
+backward computes each tile again, and runs its backward at once. Only the input of the module is kept.
+
+The input is saved before the first tile is computed. A block that is recomputed up to its last saved tensor
+therefore does not compute the tiles of its last module: they run twice in a step, not three times.
+
+Which modules these are is decided in :mod:`lora_fx.passes.plan.savings`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lora_fx.errors import ConfigError
+from lora_fx.runtime.adapter_modules import AdapterModule
+from lora_fx.runtime.chunked import drawing, generators
+from lora_fx.runtime.masks import TileMasks, transformed
+from lora_fx.runtime.recompute import autocast_of
+from lora_fx.torch_private import pytree
+
+__all__ = ["LONGEST", "SHORTEST", "length_of", "tiled"]
+
+SHORTEST, LONGEST = 256, 4096
+"""Least and greatest number of tokens of a tile."""
+
+_TILES = 16  # of a sequence whose tiles are within these limits
+_PACKED = 1024  # the least with quantized weights, which each tile decodes
+
+_inside: ContextVar[bool] = ContextVar("lora_fx_inside_tile", default=False)
+
+
+def length_of(tokens: int, module: nn.Module) -> int:
+    """Return the number of tokens of a tile of a module."""
+    packed = any(type(p.data) is not Tensor for p in module.parameters())
+    return min(max(tokens // _TILES // 8 * 8, _PACKED if packed else SHORTEST), LONGEST)
+
+
+def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward that runs in tiles, in training with gradients.
+
+    Args:
+        forward: Forward of a module with one tensor, [..., tokens, in]. It returns tensors [..., tokens, out]
+            or [tokens, out], with all tokens on one axis. Each token of the results depends on the same token
+            of the argument only.
+    """
+
+    @functools.wraps(forward)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _inside.get():
+            return forward(self, *args, **kwargs)
+        values = (*args, *kwargs.values())
+        if len(values) != 1 or not _fits(self, values[0]) or not all(map(_is_silent, _parts(self))):
+            return forward(self, *args, **kwargs)
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        x = values[0]
+        if not (parameters or x.requires_grad):
+            return forward(self, *args, **kwargs)
+        call = _Call(self, forward, next(iter(kwargs), None), parameters, x)
+        kept: Any = _Kept.apply(x, *parameters[:1])  # type: ignore[no-untyped-call]
+        results = _Tiles.apply(kept, kept.grad_fn, call, x, *parameters)  # type: ignore[no-untyped-call]
+        return pytree.tree_unflatten(results, call.spec)
+
+    return run
+
+
+def _fits(module: nn.Module, x: Any) -> bool:
+    plain = type(x) is Tensor and x.layout is torch.strided and x.dim() >= 2
+    if not plain or not x.is_floating_point() or transformed():
+        return False
+    tokens = x.shape[:-1].numel()
+    longer: bool = tokens > length_of(tokens, module)
+    return longer
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules inside of a module, but not those of adapters."""
+    for part in module.children():
+        if not isinstance(part, AdapterModule):
+            yield part
+            yield from _parts(part)
+
+
+def _is_silent(part: nn.Module) -> bool:
+    """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
+    draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
+    return not (draws or part._forward_hooks or part._forward_pre_hooks)
+
+
+def _draws(module: nn.Module) -> bool:
+    """Return True if an adapter in a module draws masks for its dropout."""
+    parts = (part for part in module.modules() if isinstance(part, nn.Dropout))
+    return any(part.training and part.p for part in parts)
+
+
+class _Call:
+    """Call of a module, tile by tile.
+
+    Attributes:
+        module: The module.
+        parameters: Its trained parameters.
+        shape: Shape of the argument.
+        length: Tokens of a tile.
+        generators: States of the random generators before the first tile; None if nothing is drawn.
+        spec: Structure of the result, once a tile is computed.
+    """
+
+    spec: Any = None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        name: str | None,
+        parameters: Sequence[nn.Parameter],
+        x: Tensor,
+    ) -> None:
+        self.module, self.parameters, self.shape = module, parameters, x.shape
+        self.length = length_of(x.shape[:-1].numel(), module)
+        self._forward, self._name = forward, name
+        self._autocast = autocast_of(x.device.type)
+        self.generators = generators(x.device) if _draws(module) else None
+
+    def run(self, rows: Tensor, tile: slice, masks: TileMasks) -> list[Tensor]:
+        """Compute the results of a tile, in which only the first axes differ from the whole."""
+        x = rows.reshape(*[1] * (len(self.shape) - 2), *rows.shape)
+        token = _inside.set(True)
+        try:
+            with self._autocast(), masks.tile(tile):
+                named = {} if self._name is None else {self._name: x}
+                result = self._forward(self.module, *(() if named else (x,)), **named)
+        finally:
+            _inside.reset(token)
+        results, self.spec = pytree.tree_flatten(result)
+        return results
+
+    def whole(self, result: Tensor) -> Tensor:
+        """Return an empty result for all tokens, like that of a tile."""
+        apart = result.dim() == len(self.shape)
+        return result.new_empty(*(self.shape[:-1] if apart else (self.tokens,)), result.shape[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.shape[:-1].numel()
+
+    def tiles(self) -> Iterator[slice]:
+        """Yield the tokens of each tile."""
+        for start in range(0, self.tokens, self.length):
+            yield slice(start, start + self.length)
+
+    def check(self) -> None:
+        """Raise if the module has other trained parameters now than in its forward.
+
+        Raises:
+            ConfigError: The backward would compute with other values than the forward.
+        """
+        now = [p for p in self.module.parameters() if p.requires_grad]
+        if len(now) != len(self.parameters) or any(
+            new is not old for new, old in zip(now, self.parameters, strict=True)
+        ):
+            raise ConfigError(
+                f"memory='least': parameters of this {type(self.module).__name__} were replaced between "
+                "forward and backward (torch.func.functional_call does that): use memory='balanced'"
+            )
+
+
+class _Kept(torch.autograd.Function):
+    """Function that saves the input of tiles, before they are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _Tiles(torch.autograd.Function):
+    """Function that computes a module in tiles, and computes each tile again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: Tensor, node: Any, call: _Call, x: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.node, ctx.call = node, call
+        rows, wholes, masks = x.reshape(-1, x.shape[-1]), None, TileMasks(call.tokens)
+        for tile in call.tiles():
+            results = call.run(rows[tile], tile, masks)
+            wholes = wholes or [call.whole(result) for result in results]
+            for whole, result in zip(wholes, results, strict=True):
+                _rows(whole)[tile] = _rows(result)
+        assert wholes is not None
+        ctx.mark_non_differentiable(*(whole for whole in wholes if not whole.is_floating_point()))
+        return tuple(wholes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        call.check()
+        (x,) = ctx.node.saved_tensors
+        wants = ctx.needs_input_grad[3]
+        rows = x.detach().reshape(-1, x.shape[-1])
+        of_x = torch.empty_like(rows) if wants else None
+        sums = [torch.zeros_like(p, dtype=_exact(p.dtype)) for p in call.parameters]
+        masks = TileMasks(call.tokens)
+        with drawing(call.generators, x.device):
+            for tile in call.tiles():
+                part = rows[tile].requires_grad_(wants)
+                with torch.enable_grad():
+                    results = call.run(part, tile, masks)
+                outs, starts = [], []
+                for result, grad in zip(results, grads, strict=True):
+                    if result.requires_grad:
+                        outs.append(result)
+                        starts.append(_rows(grad)[tile].view(result.shape))
+                sources = [*((part,) if wants else ()), *call.parameters]
+                gradients: list[Tensor | None] = [
+                    *torch.autograd.grad(outs, sources, starts, allow_unused=True)
+                ]
+                if of_x is not None:
+                    first = gradients.pop(0)
+                    of_x[tile] = 0 if first is None else first
+                for total, more in zip(sums, gradients, strict=True):
+                    if more is not None:
+                        total += more
+        of_parameters = [total.to(p.dtype) for total, p in zip(sums, call.parameters, strict=True)]
+        return None, None, None, None if of_x is None else of_x.view(x.shape), *of_parameters
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a tensor with all tokens on the first axis, as a view if possible."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of tiles are summed."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

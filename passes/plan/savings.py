@@ -1,0 +1,294 @@
+"""Pass that finds the blocks and the modules that treat each token on its own, for ``memory="least"``.
+
+A module may run in tiles of tokens if it computes each token from that token alone, in the same way at every
+position. Both are tried on a few random tokens. The rules of :mod:`lora_fx.runtime.row_rules`, applied to the
+axis of the tokens, show which tokens each element of the result was computed from. The results of two halves
+are compared with the result of the whole. No class is known by its name.
+
+Experts sort the tokens by their values, which no rule follows: for them, the trial of values decides.
+
+The trial needs no weights: in a copy, each tensor is a window that slides over a few random numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.formats import PackedTensor
+from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, join
+from lora_fx.runtime import AdapterModule, Follower
+from lora_fx.torch_private import pytree
+
+__all__ = ["FindSavings", "find_blocks", "find_savings"]
+
+_TOKENS, _TOKENS_OF_EXPERTS = 6, 64
+_STEP = 16
+
+_log = logging.getLogger("lora_fx")
+
+
+@dataclasses.dataclass(frozen=True)
+class FindSavings(Pass):
+    """Pass that adds the blocks and tiles of a model to its plan."""
+
+    name: ClassVar[str] = "find-savings"
+    needs: ClassVar[str] = "plan"
+
+    def __call__(self, capture: Capture) -> PassResult:
+        """Find the blocks and tiles. No graph is edited."""
+        assert capture.plan is not None
+        assert capture.matches is not None
+        savings = find_savings(capture.model, capture.matches.sites)
+        plan = dataclasses.replace(capture.plan, savings=savings)
+        return PassResult(dataclasses.replace(capture, plan=plan), True)
+
+
+def find_savings(model: nn.Module, sites: Sequence[Site]) -> Savings:
+    """Return the blocks of a model, and the largest modules that may run in tiles.
+
+    Args:
+        model: The model, on any device.
+        sites: Its linear operations, which tell the sizes of inputs.
+    """
+    blocks = find_blocks(model)
+    above = {""}
+    for name in blocks:
+        while name := name.rpartition(".")[0]:
+            above.add(name)
+    finder = _Finder(sites, above)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        finder.look(model, "")
+    if not blocks:
+        reason = "no list of layers of the same class was found: nothing is recomputed"
+        finder.left.append(("", reason))
+    return Savings(tuple(blocks), tuple(finder.tiles), tuple(finder.left))
+
+
+def find_blocks(model: nn.Module) -> list[str]:
+    """Return the FQNs of the blocks: layers of transformers, or else the repeated children of lists.
+
+    A list is an ``nn.ModuleList`` or ``nn.Sequential``. Lists inside of blocks, such as experts, are not
+    searched.
+    """
+    marked = [
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "gradient_checkpointing")
+        and any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
+    ]
+    if marked:
+        return [
+            name for name in marked if not any(name.startswith(f"{other}.") for other in marked)
+        ]
+    return [*_repeated(model, "")]
+
+
+def _repeated(module: nn.Module, fqn: str) -> Iterator[str]:
+    listed = isinstance(module, nn.ModuleList | nn.Sequential)
+    counts = Counter(type(child) for child in module.children())
+    for name, child in module.named_children():
+        inner = join(fqn, name)
+        if isinstance(child, AdapterModule):
+            continue
+        has_layers = any(True for _ in child.children())
+        if listed and has_layers and counts[type(child)] > 1:
+            yield inner
+        else:
+            yield from _repeated(child, inner)
+
+
+class _Finder:
+    """Search for the largest modules that may run in tiles.
+
+    Attributes:
+        tiles: FQNs of those modules.
+        left: FQNs of other modules with linear operations, and the reasons.
+    """
+
+    def __init__(self, sites: Sequence[Site], above: set[str]) -> None:
+        self.tiles: list[str] = []
+        self.left: list[tuple[str, str]] = []
+        self._sites, self._above = sites, above
+        self._known: dict[Any, str] = {}
+
+    def look(self, module: nn.Module, fqn: str) -> None:
+        """Search a module and its children."""
+        if isinstance(module, AdapterModule) or not any(True for _ in module.parameters()):
+            return
+        if fqn not in self._above and type(module).forward is not nn.Module.forward:
+            reason = self._objection(module, fqn)
+            if not reason:
+                self.tiles.append(fqn)
+                return
+            if any(True for _ in module.children()):
+                self.left.append((fqn, reason))
+        for name, child in module.named_children():
+            self.look(child, join(fqn, name))
+
+    def _objection(self, module: nn.Module, fqn: str) -> str:
+        """Return the reason why a module cannot run in tiles; empty if it can."""
+        matrices = sum(p.dim() > 1 for p in module.parameters())
+        leaf = not any(True for _ in module.children())
+        if leaf and (matrices == 1 or type(module).__module__.startswith("torch.")):
+            return "it is a single operation"
+        experts = any(site.experts for site in self._sites if _is_in(site.owner, fqn))
+        sizes = {site.in_features for site in self._sites if _is_in(site.owner, fqn)}
+        sizes |= {len(p) for p in module.parameters() if p.dim() == 1}
+        shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+        key = (type(module), shapes, str(module), module.training)
+        if key not in self._known:
+            self._known[key] = _tried(module, sorted(sizes), experts)
+        return self._known[key]
+
+
+def _is_in(owner: str, fqn: str) -> bool:
+    return owner == fqn or owner.startswith(f"{fqn}.")
+
+
+def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
+    """Return the reason why a module cannot run in tiles, by a trial with inputs of these sizes."""
+    arguments = [*inspect.signature(type(module).forward).parameters.values()][1:]
+    needed = [
+        argument
+        for argument in arguments
+        if argument.default is argument.empty
+        and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    ]
+    if not arguments or len(needed) > 1:
+        return f"it has {len(needed)} arguments"
+    module = _with_small_weights(module).train()
+    devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
+    if len(devices) > 1 or torch.device("meta") in devices:
+        return "its quantized weights have no values yet"
+    device = next(iter(devices))
+    for size in sizes:
+        reason = _trial(module, torch.randn(1, _TOKENS, size, device=device), experts)
+        if reason is not None:
+            return reason
+    return "it takes something else than one tensor [..., tokens, features]"
+
+
+def _trial(module: nn.Module, x: Tensor, experts: bool) -> str | None:
+    """Return the reason why a module cannot run in tiles, "" if it can, or None if it does not take `x`."""
+    try:
+        follows = _mixture(module, x)
+        if follows and experts:
+            x = torch.randn(1, _TOKENS_OF_EXPERTS, x.shape[-1], device=x.device)
+            return _differs(module, x)
+        return follows or _differs(module, x)
+    except Exception as error:  # noqa: BLE001  another size or another kind of argument
+        _log.debug("%s does not take %s: %s", type(module).__name__, tuple(x.shape), error)
+        return None
+
+
+def _with_small_weights(module: nn.Module) -> nn.Module:
+    """Copy a module with weights that have almost no memory, in fp32 on the CPU.
+
+    Weights of a library's own layers are shared. Others that look like a dense matrix become one.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        plain = type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
+        if not plain and not isinstance(tensor, PackedTensor):
+            memo[id(tensor)] = tensor
+            continue
+        value = _window(tensor) if tensor.is_floating_point() else _copied(tensor)
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if parameter else value
+    return copy.deepcopy(module, memo)
+
+
+def _copied(values: Tensor) -> Tensor:
+    return torch.zeros(values.shape, dtype=values.dtype) if values.is_meta else values.cpu().clone()
+
+
+def _window(like: Tensor) -> Tensor:
+    """Return a random tensor whose elements differ along each axis, and that has little memory.
+
+    Element [i, j] of a matrix is number i + j. Of a stack of matrices, which some kernels want to be
+    contiguous, each begins a few numbers after the one before it.
+    """
+    shape = like.shape
+    strides = [1] * len(shape) if len(shape) < 3 else [_STEP] * (len(shape) - 2) + [shape[-1], 1]
+    count = 1 + sum((size - 1) * step for size, step in zip(shape, strides, strict=True))
+    return (torch.randn(count) / 8).as_strided(shape, strides)
+
+
+def _attributes(module: nn.Module) -> dict[str, int]:
+    return {name: id(value) for name, value in vars(module).items()}
+
+
+def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """Return the results of a module, each [tokens, out].
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    results, _ = pytree.tree_flatten(module(x))
+    tokens = x.shape[:-1].numel()
+    for result in results:
+        shapes = (x.shape[:-1], torch.Size([tokens]))
+        if not isinstance(result, Tensor) or result.shape[:-1] not in shapes:
+            raise ValueError("a result is not a tensor [..., tokens, features]")
+    return [result.reshape(tokens, -1) for result in results]
+
+
+def _mixture(module: nn.Module, x: Tensor) -> str:
+    """Return the reason why rules do not show that each token is computed on its own; empty if they do.
+
+    Args:
+        module: The module.
+        x: Its argument, [1, tokens, features].
+    """
+    with torch.no_grad():
+        _results(module, x)  # a first call may set attributes for good
+    before = [_attributes(part) for part in module.modules()]
+    tokens = x.shape[1]
+    follower = Follower(module, tokens, 1)
+    numbers = torch.arange(tokens, dtype=follower.dtype, device=x.device)
+    follower.write(x, torch.stack([numbers, -numbers]).reshape(2, 1, tokens, 1))
+    state = torch.get_rng_state()
+    with torch.no_grad(), follower:
+        results = _results(module, x)
+    if not torch.equal(state, torch.get_rng_state()):
+        return "it draws random numbers"
+    if [_attributes(part) for part in module.modules()] != before:
+        return "it sets attributes"
+    own = numbers.reshape(tokens, 1)
+    for result in results:
+        sets = follower.read(result)
+        if sets is None or not bool(((sets[0] == own) & (sets[1] == -own)).all()):
+            return "it mixes tokens"
+    return ""
+
+
+def _differs(module: nn.Module, x: Tensor) -> str:
+    """Return a reason if a module computes other values for parts of its tokens than for all; or else ""."""
+    half = x.shape[1] // 2
+    with torch.no_grad():
+        state = torch.get_rng_state()
+        whole = _results(module, x)
+        if not torch.equal(state, torch.get_rng_state()):
+            return "it draws random numbers"
+        halves = [
+            *map(
+                torch.cat,
+                zip(_results(module, x[:, :half]), _results(module, x[:, half:]), strict=True),
+            )
+        ]
+        pairs = _results(module, x.view(2, half, -1))
+    for result, *parts in zip(whole, halves, pairs, strict=True):
+        scale = float(result.abs().max()) or 1.0
+        if not all(torch.allclose(other, result, rtol=1e-3, atol=1e-4 * scale) for other in parts):
+            return "its tokens depend on their position or on each other"
+    return ""
