@@ -7,7 +7,7 @@ python docs/scale.py --write    # into docs/scale.md
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from tables import show_or_write
 from torch import nn
 
 import lora_fx
-from lora_fx.tools.cluster import Mesh, Need, plan_step, step_inputs
+from lora_fx.tools.cluster import Mesh, Need, Settings, plan_step, step_inputs
+from lora_fx.tools.fit import card_of, fits, usable
 
 PAGE = Path(__file__).with_name("scale.md")
 CONFIG = lora_fx.LoraConfig(r=16)
@@ -56,11 +57,28 @@ def deepseek() -> nn.Module:
         return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config())
 
 
+def gpt_oss() -> nn.Module:
+    """Return gpt-oss-20b: the default configuration with 24 layers of 32 experts."""
+    config = transformers.GptOssConfig(num_hidden_layers=24, num_local_experts=32)
+    with torch.device("meta"):
+        return transformers.GptOssForCausalLM(config)
+
+
 MODELS: dict[str, Any] = {
     "8B (Llama 3)": lambda: llama(4096, 14336, 32, 32),
     "70B (Llama 3)": lambda: llama(8192, 28672, 80, 64),
     "671B (DeepSeek-V3)": deepseek,
+    "gpt-oss-20b": gpt_oss,
 }
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Model, format of its weights, adapted layers (all linear ones by default), card.
+CARDS: tuple[tuple[str, str, list[str] | None, str], ...] = (
+    ("8B (Llama 3)", "nf4", None, "24GB"),
+    ("70B (Llama 3)", "nf4", None, "80GB"),
+    ("gpt-oss-20b", "mxfp4", ATTENTION, "16GiB"),
+    ("gpt-oss-20b", "mxfp4", None, "24GB"),
+)
+FITTING = ("model", "weights", "adapters on", "card", "longest context", "peak", "on the host")
 # Model, mesh, samples per GPU, tokens per sample, True if blocks are recomputed.
 STEPS = (
     ("8B (Llama 3)", "fsdp=1", 1, 4096, True),
@@ -80,9 +98,8 @@ def rows() -> Iterator[tuple[str, ...]]:
             built = {name: MODELS[name]()}
         model = built[name]
         inputs = step_inputs(model, None, batch=batch, sequence=sequence)
-        need = plan_step(
-            model, CONFIG, Mesh.parse(mesh), inputs, dtype=torch.bfloat16, checkpointing=again
-        )
+        settings = Settings(dtype=torch.bfloat16, checkpointing=again)
+        need = plan_step(model, CONFIG, Mesh.parse(mesh), inputs, settings)
         shape = f"{batch} x {sequence:,}"
         row = (name, str(Mesh.parse(mesh)), shape, "yes" if again else "no", *sizes(need))
         sys.stderr.write(f"{' '.join(row)}\n")  # a step takes minutes
@@ -96,11 +113,26 @@ def sizes(need: Need) -> tuple[str, ...]:
     return tuple(f"{part / GIGABYTE:,.1f}" for part in parts)
 
 
-def table() -> str:
-    """Return the whole table in Markdown."""
-    lines = [HEADINGS, ("---",) * 4 + ("---:",) * 6, *rows()]
+def longest() -> Iterator[tuple[str, ...]]:
+    """Yield a row for each card: the longest context with ``memory="least"``."""
+    for name, stored, targets, card in CARDS:
+        config = lora_fx.LoraConfig(r=16, target_modules=targets)
+        settings = Settings(dtype=torch.bfloat16, quantize=stored)
+        room = usable(card_of(card))
+        (fit,) = fits(MODELS[name](), config, room, settings, memories=["least"], sequence=1 << 30)
+        adapted = "attention" if targets else "all linear layers"
+        sizes = (f"{size / GIGABYTE:,.1f}" for size in (fit.need.peak, fit.need.host))
+        row = (name, stored, adapted, card, f"{fit.context:,}", *sizes)
+        sys.stderr.write(f"{' '.join(row)}\n")
+        yield row
+
+
+def table(headings: Sequence[str], rows: Iterable[tuple[str, ...]], text: int) -> str:
+    """Return a table in Markdown, whose first columns are text."""
+    lines = [headings, ("---",) * text + ("---:",) * (len(headings) - text), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    show_or_write(table(), PAGE, "steps")
+    show_or_write(table(FITTING, longest(), 4), PAGE, "cards")
+    show_or_write(table(HEADINGS, rows(), 4), PAGE, "steps")

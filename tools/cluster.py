@@ -19,22 +19,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_fx import torch_private
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
+from lora_fx.formats import PackedTensor
+from lora_fx.ir import Loss, Memory
 from lora_fx.passes.capture import Listener, named_inputs
 from lora_fx.passes.graph import share_copy
+from lora_fx.runtime import blocks, offload
 from lora_fx.torch_private import pytree
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
+    "OPTIMIZERS",
     "Ledger",
     "Mesh",
     "Need",
+    "Settings",
     "Traffic",
     "devices_of",
     "parallelize",
@@ -43,6 +49,7 @@ __all__ = [
     "shard",
     "step_inputs",
     "takes_text",
+    "without_memory",
 ]
 
 _GENERATING = ("ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "LMHeadModel")
@@ -219,6 +226,8 @@ class Need:
         gathered: Most bytes of sharded blocks that are gathered at once.
         peak: Most bytes that are live at once, with temporaries of operations. It is below the sum if parts
             are not live together.
+        host: Bytes in the memory of the host: the inputs of blocks that ``memory="least"`` moves there. Each
+            is sent twice in a step.
         traffic: Bytes that it sends in a step.
     """
 
@@ -229,6 +238,7 @@ class Need:
     activations: int
     gathered: int
     peak: int
+    host: int
     traffic: Traffic
 
 
@@ -274,17 +284,52 @@ def step_inputs(
     }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a training step.
+
+    Attributes:
+        dtype: Dtype of floating-point parameters and inputs; None keeps theirs.
+        checkpointing: True to compute blocks again in the backward, for a model with
+            ``gradient_checkpointing_enable``.
+        memory, loss: See :func:`lora_fx.rewrite`.
+        quantize: Format of the frozen weights; None for dense weights. See
+            :func:`lora_fx.tools.planned_weights.quantized_without_values`.
+        optimizer: One of :data:`OPTIMIZERS`.
+    """
+
+    dtype: torch.dtype | None = None
+    checkpointing: bool = False
+    memory: Memory = "fast"
+    loss: Loss | None = None
+    quantize: str | None = None
+    optimizer: str = "adamw"
+
+
+OPTIMIZERS = {
+    "adamw": 2.0,
+    "adamw_8bit": 0.5,
+    "paged_adamw": 0.0,
+    "paged_adamw_8bit": 0.0,
+    "sgd": 0.0,
+}
+"""State of each optimizer, in units of the trained parameters in fp32.
+
+AdamW of PyTorch has two tensors in the dtype of the parameters, and is counted as it runs. Optimizers of 8
+bits have a byte for each. The state of paged optimizers moves to the host when the memory is short.
+"""
+
+
 def plan_step(
     model: nn.Module,
     config: LoraConfig,
     mesh: Mesh,
     inputs: dict[str, Any],
+    settings: Settings = Settings(),
     *,
-    dtype: torch.dtype | None = None,
-    checkpointing: bool = False,
     ledger: Ledger | None = None,
 ) -> Need:
-    """Compute memory and traffic of an AdamW step on each GPU of a mesh.
+    """Compute memory and traffic of a step on each GPU of a mesh.
 
     Args:
         model: Model on any device. Only names, shapes and dtypes are read, and it is not changed.
@@ -292,9 +337,7 @@ def plan_step(
         mesh: The GPUs.
         inputs: Keyword arguments of one call in a step of one GPU, or group of ``tp``. Tensors may be on any
             device.
-        dtype: Dtype of floating-point parameters and inputs; None keeps theirs.
-        checkpointing: True to compute blocks again in the backward, for a model with
-            ``gradient_checkpointing_enable``.
+        settings: Settings of the step.
         ledger: Ledger that counts; None makes one.
 
     Raises:
@@ -302,42 +345,65 @@ def plan_step(
             over ``tp``.
         LoraFxError: As :func:`lora_fx.rewrite`.
     """
-    fake = torch_private.fake_tensors()
-
+    ledger = ledger or Ledger()
     with contextlib.ExitStack() as around:
-        around.enter_context(_fake_group(mesh.size))
-        devices = devices_of(mesh)
-        if mesh.tp > 1:
-            model = share_copy(model)
-            _empty_all(model, "meta")
-            parallelize(model, devices)
-        rewritten = rewrite(model, config)
-        recompute: Any = getattr(rewritten, "gradient_checkpointing_enable", None)
-        if checkpointing and recompute is None:
-            raise ConfigError(
-                f"{type(model).__name__} has no gradient_checkpointing_enable: leave out --checkpointing"
-            )
-        around.enter_context(fake.FakeTensorMode(allow_non_fake_inputs=True))
+        device = "meta"
+        if mesh.size > 1:
+            # FSDP2 and tensor parallelism need fake tensors, which have a device.
+            device = "cpu"
+            around.enter_context(_fake_group(mesh.size))
+        rewritten = _rewritten(model, config, mesh, settings)
+        if mesh.size > 1:
+            fakes = torch_private.fake_tensors().FakeTensorMode(allow_non_fake_inputs=True)
+            around.enter_context(fakes)
         around.enter_context(_FlashAttention())
         around.enter_context(_no_masks())
-        _empty_all(rewritten, "cpu", dtype)
-        if checkpointing:
-            # The recomputation in the backward runs outside of the mode for attention.
+        # What runs again in the backward runs outside of the mode for attention.
+        around.enter_context(blocks.recomputing_in(_FlashAttention))
+        around.enter_context(offload.simulated(ledger.move))
+        _empty_all(rewritten, device, settings.dtype)
+        if settings.checkpointing:
             again = {
                 "use_reentrant": False,
                 "context_fn": lambda: (contextlib.nullcontext(), _FlashAttention()),
             }
-            recompute(gradient_checkpointing_kwargs=again)
+            rewritten.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
         rewritten.train()
         if mesh.size > mesh.tp:
             # FSDP2 reads the ranks of a mesh, which must be real. Shards of fake tensors stay fake.
-            with fake.unset_fake_temporarily():
-                shard(rewritten, devices)
-        fakes = {
-            name: _empty(value, "cpu", dtype) if isinstance(value, Tensor) else value
+            with torch_private.fake_tensors().unset_fake_temporarily():
+                shard(rewritten, devices_of(mesh))
+        empty = {
+            name: _empty(value, device, settings.dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        return run_step(rewritten, fakes, ledger=ledger)
+        return run_step(rewritten, empty, optimizer=settings.optimizer, ledger=ledger)
+
+
+def without_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Return a copy of a model on the meta device, with floating-point parameters in a dtype."""
+    result = share_copy(model)
+    _empty_all(result, "meta", dtype)
+    return result
+
+
+def _rewritten(model: nn.Module, config: LoraConfig, mesh: Mesh, settings: Settings) -> Any:
+    """Return the model with adapters, on the meta device."""
+    if settings.quantize is not None and mesh.size > 1:
+        raise ConfigError("--quantize is planned on one GPU: leave --mesh out, or --quantize")
+    model = without_memory(model, settings.dtype)
+    if mesh.tp > 1:
+        parallelize(model, devices_of(mesh))
+    if settings.quantize is not None:
+        from lora_fx.tools.planned_weights import quantized_without_values
+
+        model = quantized_without_values(model, settings.quantize)
+    rewritten = rewrite(model, config, memory=settings.memory, loss=settings.loss)
+    if settings.checkpointing and not hasattr(rewritten, "gradient_checkpointing_enable"):
+        raise ConfigError(
+            f"{type(model).__name__} has no gradient_checkpointing_enable: leave out --checkpointing"
+        )
+    return rewritten
 
 
 def run_step(
@@ -345,6 +411,7 @@ def run_step(
     inputs: dict[str, Any],
     settle: Callable[[], None] | None = None,
     *,
+    optimizer: str = "adamw",
     ledger: Ledger | None = None,
 ) -> Need:
     """Run two steps of a model and count the second, because the first allocates lasting state.
@@ -354,45 +421,56 @@ def run_step(
         inputs: Keyword arguments of one call.
         settle: Called before kept bytes are counted. Real processes wait here until their backend's threads
             have released the tensors that they sent.
+        optimizer: One of :data:`OPTIMIZERS`.
         ledger: Ledger that counts; None makes one.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     ledger = ledger or Ledger()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stepping: torch.optim.Optimizer = torch.optim.SGD(trained, lr=1e-4)
+    state = torch.empty(0)
+    if optimizer == "adamw":
+        stepping = torch.optim.AdamW(trained, lr=1e-4)
+    else:
+        count = sum(p.numel() for p in trained)
+        state = torch.empty(
+            int(4 * OPTIMIZERS[optimizer] * count), dtype=torch.uint8, device="meta"
+        )
+        ledger.hold([state])
     ledger.hold([*model.parameters(), *model.buffers()])
     settle = settle or (lambda: None)
     kept = gradients = 0
     with ledger:
         for _ in range(2):
-            ledger.peak = ledger.gathered = 0
+            ledger.peak = ledger.gathered = ledger.host = 0
             ledger.sent.clear()
             ledger.calls.clear()
             settle()
-            ledger.begin("forward", model, optimizer)
+            ledger.begin("forward", model, stepping)
             before = ledger.live
             loss = _loss(model(**inputs))
             settle()
             kept = ledger.live - before - ledger.live_gathered
-            ledger.begin("backward", model, optimizer)
+            ledger.begin("backward", model, stepping)
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
             gradients = _nbytes([p.grad for p in trained if p.grad is not None])
-            ledger.begin("optimizer", model, optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
+            ledger.begin("optimizer", model, stepping)
+            stepping.step()
+            stepping.zero_grad()
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    state = [
-        v for entries in optimizer.state.values() for v in entries.values() if isinstance(v, Tensor)
+    states = [
+        v for entries in stepping.state.values() for v in entries.values() if isinstance(v, Tensor)
     ]
     sent = ledger.sent
     return Need(
         weights=_nbytes([*frozen, *model.buffers()]),
         adapters=_nbytes(trained),
         gradients=gradients,
-        optimizer=_nbytes(state),
+        optimizer=_nbytes([*states, state]),
         activations=kept,
         gathered=ledger.gathered,
         peak=ledger.peak,
+        host=ledger.host,
         traffic=Traffic(
             sent["gather"], sent["scatter"], sent["reduce"], sum(ledger.calls.values())
         ),
@@ -421,7 +499,7 @@ def _empty_all(model: nn.Module, device: str, dtype: torch.dtype | None = None) 
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, value in tensors.items():
-                if value is None:
+                if value is None or isinstance(value.data, PackedTensor):
                     continue
                 if id(value) not in replacements:
                     new = _empty(value, device, dtype if isinstance(value, nn.Parameter) else None)
@@ -482,13 +560,18 @@ def _no_masks() -> Iterator[None]:
     if transformers is None:
         yield
         return
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers import masking_utils
 
-    MASKS["sdpa"] = lambda *_, **__: None
+    masks, known = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, vars(masking_utils).get("is_tracing")
+    masks["sdpa"] = lambda *_, **__: None
+    if known is not None:
+        masking_utils.is_tracing = lambda *_: True
     try:
         yield
     finally:
-        del MASKS["sdpa"]
+        del masks["sdpa"]
+        if known is not None:
+            masking_utils.is_tracing = known
 
 
 @contextlib.contextmanager
@@ -517,13 +600,15 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         sent: Bytes that this process sends, by collective, if each is a ring (NCCL's choice for large ones):
             (n - 1) / n of the whole for a gather or a scatter, twice that for a reduction.
         calls: Number of collectives, by kind.
+        host: Bytes that were copied to the memory of the host, and do not count as live.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.gathered = 0
+        self.peak = self.gathered = self.host = 0
         self.sent: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self._on_host: set[int] = set()
         self._sizes: dict[int, int] = {}
         self._refs: dict[int, Any] = {}
         self._gathered: set[int] = set()
@@ -543,6 +628,13 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._look_again()
         return self._held()
 
+    def move(self, tensor: Tensor) -> None:
+        """Count a tensor that was made before as one in the memory of the host."""
+        key = _key(tensor)
+        self.host += self._sizes[key]
+        self._set(key, 0)
+        self._on_host.add(key)
+
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that existed before."""
         for tensor in tensors:
@@ -553,8 +645,8 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(kind, torch.distributed.tensor.DTensor) for kind in types):
-            return NotImplemented  # DTensor calls again with the local tensors
+        if any(issubclass(kind, _OUTER) for kind in types):
+            return NotImplemented  # it calls again with the tensors inside
         name, space = func.overloadpacket.__name__, func.namespace
         if space in ("c10d", "_c10d_functional"):
             self._look_again()
@@ -562,6 +654,8 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if name == "wait_tensor" and _key(result) != _key(args[0]):
             return args[0]  # waiting for a fake tensor returns a second one
+        if name == "_lazy_clone":
+            return result  # it shares its memory until either tensor is written
         written = [leaf for leaf in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(leaf)]
         self._bury()
         for tensor in written:
@@ -579,8 +673,10 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(self._sizes.get(key, 0) for key in self._gathered)
 
     def _see(self, tensor: Tensor) -> None:
-        if isinstance(tensor, torch.distributed.tensor.DTensor):
-            tensor = tensor.to_local()
+        if isinstance(tensor, _OUTER):
+            for inside in _inside(tensor):
+                self._see(inside)
+            return
         storage = tensor.untyped_storage()
         key = _key(tensor)
         reference = self._refs.get(key)
@@ -590,6 +686,8 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._set(key, storage.nbytes())
 
     def _set(self, key: int, size: int) -> None:
+        if key in self._on_host:
+            return
         self._live += size - self._sizes.get(key, 0)
         self._sizes[key] = size
 
@@ -602,6 +700,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live -= self._sizes.pop(key, 0)
         self._refs.pop(key, None)
         self._gathered.discard(key)
+        self._on_host.discard(key)
 
     def _look_again(self) -> None:
         """Update all sizes. FSDP frees a gathered weight without an operation, by resizing its storage."""
@@ -653,8 +752,18 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     """
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        local = (
-            tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
-        )
-        sizes[_key(local)] = local.untyped_storage().nbytes()
+        for inside in _inside(tensor):
+            sizes[_key(inside)] = inside.untyped_storage().nbytes()
     return sum(sizes.values())
+
+
+_OUTER = (DTensor, PackedTensor)
+
+
+def _inside(tensor: Any) -> Iterator[Tensor]:
+    """Yield the tensors that have the memory of a tensor: itself, its shard, or the parts of its format."""
+    value = tensor.data if isinstance(tensor, nn.Parameter) else tensor
+    if isinstance(value, PackedTensor):
+        yield from value.parts.values()
+    else:
+        yield value.to_local() if isinstance(value, DTensor) else tensor

@@ -11,14 +11,14 @@ import transformers
 from torch import nn
 
 import lora_fx
-from lora_fx.tools.cluster import Ledger, Mesh, plan_step, step_inputs
+from lora_fx.tools.cluster import Ledger, Mesh, Settings, plan_step, step_inputs
 from tests.tools.cluster_ranks import BATCH, CONFIG, SEQUENCE, model, run_rank
 
 
 def planned(mesh: str, **how):
     made = model().to("meta")
     given = step_inputs(made, None, batch=BATCH, sequence=SEQUENCE)
-    return plan_step(made, CONFIG, Mesh.parse(mesh), given, **how)
+    return plan_step(made, CONFIG, Mesh.parse(mesh), given, Settings(**how))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_model_that_says_nothing() -> None:
     linear = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
     inputs = step_inputs(linear, (torch.zeros(3, 2),), batch=5, sequence=1)
     with pytest.raises(lora_fx.ConfigError, match="leave out --checkpointing"):
-        plan_step(linear, lora_fx.LoraConfig(r=1), Mesh(), inputs, checkpointing=True)
+        plan_step(linear, lora_fx.LoraConfig(r=1), Mesh(), inputs, Settings(checkpointing=True))
 
 
 def test_a_ledger_counts_what_lives() -> None:
@@ -120,8 +120,7 @@ def test_a_mixture_whose_keys_and_values_differ_in_width(checkpointing: bool) ->
         lora_fx.LoraConfig(r=2),
         Mesh(fsdp=2),
         given,
-        dtype=torch.bfloat16,
-        checkpointing=checkpointing,
+        Settings(dtype=torch.bfloat16, checkpointing=checkpointing),
     )
     held = sum(p.numel() for p in made.parameters()) * 2
     assert need.weights == pytest.approx(held / 2, rel=0.02)

@@ -77,7 +77,7 @@ def plan(
 
     from lora_fx.api import compare
     from lora_fx.api import plan as make_plan
-    from lora_fx.tools.cli.tables import render_need, render_plan
+    from lora_fx.tools.cli.tables import dict_of_fit, render_fits, render_need, render_plan
 
     loaded = look.load(model)
     stored = store.planned(loaded)
@@ -87,7 +87,8 @@ def plan(
             both = compare({_HERE: chosen, str(diff): other}, loaded.model, **how)
             planned = both[_HERE]
         else:
-            planned = make_plan(loaded.model, chosen, strict=adapters.strict, **how)
+            memory: Any = training.memory or "fast"
+            planned = make_plan(loaded.model, chosen, memory=memory, strict=adapters.strict, **how)
     if why is not None:
         reasons = planned.why(why)
         _answer(("operation", "what becomes of it"), reasons.items(), as_json)
@@ -107,16 +108,16 @@ def plan(
 
     inputs = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
     text = takes_text(loaded.model)
-    need, largest = training.planned(loaded, chosen, inputs, text=text)
+    fitting = training.fitting(loaded, chosen, store.quantize)
+    need, largest = training.planned(loaded, chosen, inputs, text=text, quantize=store.quantize)
     if as_json:
         shown = planned.to_dict()
         if need is not None:
             shown["training"] = dataclasses.asdict(need)
             shown["training"]["largest"] = [dataclasses.asdict(row) for row in largest]
-        if stored is not None:
-            shown["quantization"] = stored.to_dict()
-        shown["stored_in"] = loaded.stored_in
-        console.say_json(shown)
+        shown |= {"fits": [dict_of_fit(row) for row in fitting]} if fitting else {}
+        shown |= {} if stored is None else {"quantization": stored.to_dict()}
+        console.say_json({**shown, "stored_in": loaded.stored_in})
         return
     out = console.output()
     if stored is not None:
@@ -125,6 +126,8 @@ def plan(
     out.print(render_plan(planned, width=out.width, every=every), highlight=False)
     if need is not None:
         out.print(render_need(need, training, largest, text=text), highlight=False)
+    if fitting:
+        out.print(render_fits(fitting, training), highlight=False)
 
 
 def _say_format(loaded: LoadedModel) -> None:

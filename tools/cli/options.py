@@ -31,7 +31,8 @@ from lora_fx.tools.models import (
 if TYPE_CHECKING:
     import torch
 
-    from lora_fx.tools.cluster import Mesh, Need
+    from lora_fx.tools.cluster import Mesh, Need, Settings
+    from lora_fx.tools.fit import Fit
     from lora_fx.tools.timeline import Row
 
 __all__ = [
@@ -277,6 +278,11 @@ class Training(Options):
         sequence: Tokens of a sample, for a model of text.
         dtype: Of the weights: bf16, fp16 or fp32.
         checkpointing: Compute blocks again in the backward instead of keeping their activations.
+        base: Format of the frozen weights: one of --quantize (the default), or mxfp4, fp8 or gptq as
+            checkpoints have them.
+        memory: As in lora_fx.rewrite: fast, balanced, or least for the longest sequences.
+        optimizer: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd.
+        fit: Say the longest context and the largest batch that fit on a card: 24GB, 16GiB.
         timeline: Write a page with the live bytes of the step, on one GPU without --mesh: FILE.html.
     """
 
@@ -287,12 +293,29 @@ class Training(Options):
     sequence: int = 2048
     dtype: str = "bf16"
     checkpointing: bool = False
+    base: str | None = dataclasses.field(default=None, metadata={"metavar": "FORMAT"})
+    memory: str | None = None
+    optimizer: str = "adamw"
+    fit: str | None = dataclasses.field(default=None, metadata={"metavar": "SIZE"})
     timeline: str | None = dataclasses.field(default=None, metadata={"metavar": "FILE.html"})
 
     @property
     def plans(self) -> bool:
         """Return True if the options ask for the plan of a step."""
         return self.mesh is not None or self.timeline is not None
+
+    def settings(self, quantize: str | None) -> Settings:
+        """Return the settings of the step, over weights in a format or dense ones."""
+        from lora_fx.tools.cluster import Settings
+
+        memory: Any = self.memory or "fast"
+        return Settings(
+            dtype=dtype_of(self.dtype),
+            checkpointing=self.checkpointing,
+            memory=memory,
+            quantize=self.base or quantize,
+            optimizer=self.optimizer,
+        )
 
     def parse_mesh(self) -> Mesh:
         """Return the mesh, by default one GPU.
@@ -318,8 +341,9 @@ class Training(Options):
         """Return one line about the step. ``text`` is True if samples consist of tokens."""
         tokens = f"of {self.sequence} tokens " if text else ""
         more = ", blocks computed again" if self.checkpointing else ""
+        more += f", memory={self.memory}" if self.memory is not None else ""
         return (
-            f"a step of AdamW on {self.parse_mesh()}: {self.batch} samples {tokens}on each GPU, "
+            f"a step of {self.optimizer} on {self.parse_mesh()}: {self.batch} samples {tokens}on each GPU, "
             f"{self.dtype}{more}"
         )
 
@@ -329,7 +353,22 @@ class Training(Options):
         Raises:
             ConfigError: If an option is not valid.
         """
-        if not self.plans:
+        from lora_fx.tools.cluster import OPTIMIZERS
+        from lora_fx.tools.fit import card_of
+        from lora_fx.tools.planned_weights import STORED, names_of_formats
+
+        for name, value, values in (
+            ("memory", self.memory, ("fast", "balanced", "least")),
+            ("optimizer", self.optimizer, tuple(OPTIMIZERS)),
+            ("base", self.base, (*names_of_formats(), *STORED)),
+        ):
+            if value is not None and value not in values:
+                raise ConfigError(f"--{name} {value} is unknown: give one of {', '.join(values)}")
+        if self.fit is not None:
+            card_of(self.fit)
+            if self.mesh is not None:
+                raise ConfigError("--fit is for one card: leave --mesh out")
+        if not self.plans and self.fit is None:
             return
         self.page_path()
         if self.batch < 1 or self.sequence < 1:
@@ -337,8 +376,59 @@ class Training(Options):
         check_names(dtype=self.dtype)
         self.parse_mesh()
 
+    def fitting(
+        self, loaded: LoadedModel, config: LoraConfig, quantize: str | None
+    ) -> Sequence[Fit]:
+        """Return what fits on the card, or nothing if the options name no card.
+
+        Raises:
+            ConfigError: If the model takes no text, or its weights alone do not fit.
+        """
+        if self.fit is None:
+            return ()
+        from lora_fx.tools.cluster import takes_text
+        from lora_fx.tools.fit import MOST_PLANS, best_format, card_of, fits, usable
+
+        if not takes_text(loaded.model):
+            raise ConfigError(
+                f"--fit is for models of text, and {type(loaded.model).__name__} takes no input_ids: "
+                "--timeline plans one step of it"
+            )
+        room = usable(card_of(self.fit))
+        memories: Any = ("fast", "balanced", "least") if self.memory is None else (self.memory,)
+        with console.steps("planning steps", len(memories) * MOST_PLANS) as tell:
+            rows = [
+                *fits(
+                    loaded.model,
+                    config,
+                    room,
+                    self.settings(quantize),
+                    memories=memories,
+                    sequence=self.sequence,
+                    tell=tell,
+                )
+            ]
+        if not any(row.context for row in rows):
+            least = min(row.need.peak for row in rows)
+            instead = best_format(loaded.model, room, dtype_of(self.dtype))
+            advice = (
+                "no format is small enough" if instead is None else f"--base {instead} would fit"
+            )
+            raise ConfigError(
+                f"--fit {self.fit}: {room / 1e9:.1f} GB are usable, and a short step needs "
+                f"{least / 1e9:.1f} GB, {rows[0].need.weights / 1e9:.1f} of them for weights: "
+                f"{(least - room) / 1e9:.1f} GB are missing; {advice}"
+            )
+        return rows
+
     def planned(
-        self, loaded: LoadedModel, config: LoraConfig, inputs: Any, *, text: bool
+        self,
+        loaded: LoadedModel,
+        config: LoraConfig,
+        inputs: Any,
+        *,
+        text: bool,
+        quantize: str | None = None,
     ) -> tuple[Need | None, list[Row]]:
         """Return the needs of a GPU of the mesh, or None if the options ask for no plan of a step.
 
@@ -360,8 +450,7 @@ class Training(Options):
             config,
             mesh,
             batch,
-            dtype=dtype_of(self.dtype),
-            checkpointing=self.checkpointing,
+            self.settings(quantize),
         )
         with console.progress(f"a step on {mesh}"):
             if page is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -19,9 +20,17 @@ from lora_fx.tools.cli import console
 if TYPE_CHECKING:
     from lora_fx.tools.cli.options import Training
     from lora_fx.tools.cluster import Need
+    from lora_fx.tools.fit import Fit
     from lora_fx.tools.timeline import Row
 
-__all__ = ["render_export", "render_heat", "render_need", "render_plan"]
+__all__ = [
+    "dict_of_fit",
+    "render_export",
+    "render_fits",
+    "render_heat",
+    "render_need",
+    "render_plan",
+]
 
 # Columns that a narrow terminal omits, in this order, as positions in Plan.columns.
 _OPTIONAL = (7, 6, 1, 4, 2)
@@ -119,6 +128,11 @@ def render_need(
         ("kept activations", need.activations),
         ("gathered blocks", need.gathered),
         ("peak", need.peak),
+        *(
+            [("on the host", need.host), ("to and from the host", 2 * need.host)]
+            if need.host
+            else []
+        ),
     ]
     sent = need.traffic
     moved = [
@@ -137,6 +151,39 @@ def render_need(
         *_peak(largest, unit, of),
         *wrote,
     )
+
+
+def render_fits(rows: Sequence[Fit], training: Training) -> RenderableType:
+    """Render the longest contexts and largest batches on a card."""
+    from lora_fx.tools.fit import CONTEXT, FRAGMENTS, card_of, usable
+
+    card = card_of(training.fit or "")
+    stored = rows[0].settings.quantize or training.dtype
+    title = (
+        f"on a card of {card / 1e9:,.1f} GB: {usable(card) / 1e9:,.1f} GB are usable, after "
+        f"{CONTEXT / 1e9} GB for the CUDA context and {FRAGMENTS:.0%} of fragments. Weights in {stored}, "
+        f"{training.optimizer}"
+    )
+    batches = f"samples of {training.sequence:,}"
+    headings = ("memory", "longest context", "peak GB", "host GB", batches)
+    cells = [
+        (
+            row.settings.memory,
+            f"{row.context:,}" if row.context else "none",
+            f"{row.need.peak / 1e9:,.1f}",
+            f"{row.need.host / 1e9:,.1f}",
+            f"{row.batch:,}",
+        )
+        for row in rows
+    ]
+    return Group(Text(title, "bold"), console.table(*headings, rows=cells, right=headings[1:]))
+
+
+def dict_of_fit(fit: Fit) -> dict[str, Any]:
+    """Return what fits as plain containers, ready for JSON."""
+    settings = {**dataclasses.asdict(fit.settings), "dtype": str(fit.settings.dtype)}
+    need = dataclasses.asdict(fit.need)
+    return {"settings": settings, "context": fit.context, "batch": fit.batch, "need": need}
 
 
 def _peak(rows: Sequence[Row], unit: str, of: float) -> Iterator[RenderableType]:

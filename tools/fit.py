@@ -1,0 +1,154 @@
+"""The longest context and the largest batch that fit on a card, by plans of real steps.
+
+The peak of a step grows almost linearly with the number of tokens. So a few plans are enough: each one is of
+the length at which the line through the last two would meet the card.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError
+from lora_fx.ir import Memory
+from lora_fx.tools.cluster import Mesh, Need, Settings, plan_step, step_inputs, without_memory
+
+__all__ = ["CONTEXT", "FRAGMENTS", "MOST_PLANS", "Fit", "best_format", "card_of", "fits", "usable"]
+
+CONTEXT = 500_000_000
+"""Bytes of a CUDA context."""
+
+FRAGMENTS = 0.05
+"""Share of a card that the allocator loses to fragments."""
+
+_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_STEP = 256  # tokens
+_LONGEST = 1 << 22
+MOST_PLANS = 12
+"""Most plans for one setting: the first one, and those of the longest context and the largest batch."""
+
+_CLOSE = 0.98  # of the card
+
+Planned = Callable[[int, Settings], Need]
+
+
+def card_of(text: str) -> int:
+    """Read the memory of a card: ``24GB`` (10^9 bytes) or ``16GiB`` (2^30 bytes).
+
+    Raises:
+        ConfigError: If the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"--fit {text!r} is no size of a card: write 24GB or 16GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** _UNITS[match[2].upper()])
+
+
+def usable(card: int) -> int:
+    """Return the bytes of a card that a step may use."""
+    return int((card - CONTEXT) * (1 - FRAGMENTS))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The longest context and the largest batch with some settings.
+
+    Attributes:
+        settings: The settings.
+        context: Tokens of the longest sample that fits, in a batch of one; 0 if not even a short one does.
+        need: What a step of it needs; if none fits, what a short one needs.
+        batch: Number of samples of the given length that fit; 0 if not one does.
+    """
+
+    settings: Settings
+    context: int
+    need: Need
+    batch: int
+
+
+def fits(
+    model: nn.Module,
+    config: LoraConfig,
+    room: int,
+    settings: Settings,
+    *,
+    memories: Sequence[Memory],
+    sequence: int,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Iterator[Fit]:
+    """Yield what fits with each setting of the memory.
+
+    Args:
+        model: A model of text on any device, which is not changed.
+        config: Configuration of the adapter.
+        room: Bytes that a step may use; see :func:`usable`.
+        settings: The other settings.
+        memories: Values of ``memory=`` of :func:`lora_fx.rewrite`.
+        sequence: Tokens of a sample in a batch.
+        tell: Called with a line before each plan.
+
+    Raises:
+        ConfigError: If the model takes no text.
+        LoraFxError: As :func:`lora_fx.tools.cluster.plan_step`.
+    """
+    for memory in memories:
+        chosen = dataclasses.replace(settings, memory=memory)
+
+        def need_of(samples: int, tokens: int, chosen: Settings = chosen) -> Need:
+            tell(f"memory={chosen.memory}: {samples} x {tokens:,} tokens")
+            inputs = step_inputs(model, None, batch=samples, sequence=tokens)
+            return plan_step(model, config, Mesh(), inputs, chosen)
+
+        context, need = _largest(lambda tokens: need_of(1, tokens), room, _STEP, _LONGEST)
+        # Samples of a batch need what the tokens of one long sample need, or less.
+        batch = 0
+        if context >= sequence:
+            batch, _ = _largest(
+                lambda count: need_of(count, sequence), room, 1, _LONGEST // sequence
+            )
+        yield Fit(chosen, context, need, batch)
+
+
+def _largest(need_of: Callable[[int], Need], room: int, step: int, limit: int) -> tuple[int, Need]:
+    """Return the largest multiple of a step whose need fits, within a few plans, and that need."""
+    first = need_of(step)
+    if first.peak > room:
+        return 0, first
+    known = {step: first}
+    size = min(8 * step, limit)
+    for _ in range(MOST_PLANS // 2):
+        if size in known:
+            break
+        known[size] = need_of(size)
+        fitting = [count for count, need in known.items() if need.peak <= room]
+        best = max(fitting)
+        if known[best].peak >= _CLOSE * room or best >= limit:
+            break
+        size = min(_next(known, best, room) // step * step, limit)
+    best = max(count for count, need in known.items() if need.peak <= room)
+    return best, known[best]
+
+
+def _next(known: dict[int, Need], best: int, room: int) -> int:
+    """Return the size at which a line through the best size and its nearest neighbor meets the room."""
+    above = [count for count in known if count > best]
+    other = min(above) if above else max(count for count in known if count < best)
+    slope = (known[other].peak - known[best].peak) / (other - best)
+    return int(best + (room - known[best].peak) / max(slope, 1e-9)) if slope > 0 else 2 * best
+
+
+def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
+    """Return the format of the most bytes in which the weights of a model would fit, or None."""
+    from lora_fx.tools.planned_weights import STORED, stored_bytes
+
+    empty = without_memory(model, dtype)
+    sizes = {name: stored_bytes(empty, name) for name in ("int8", "nf4", *STORED)}
+    fitting = [name for name, size in sizes.items() if size <= room]
+    return max(fitting, key=lambda name: sizes[name]) if fitting else None

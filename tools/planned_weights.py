@@ -1,0 +1,133 @@
+"""Quantized weights that have a size but no values, for the plan of a training step.
+
+A planned weight is decoded like a weight of the format: one dense matrix at a time. Its size is that of the
+format, as :meth:`lora_fx.formats.WeightFormat.bytes` says.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapters import plan_quantization
+from lora_fx.formats import (
+    PackedFormat,
+    PackedTensor,
+    Parts,
+    Storage,
+    formats,
+    register_format,
+    stack_matrices,
+)
+from lora_fx.ir import Quantization
+from lora_fx.passes.graph import share_copy
+
+__all__ = ["STORED", "names_of_formats", "quantized_without_values", "stored_bytes"]
+
+Size = Callable[[tuple[int, int]], int]
+
+
+def _fp8(shape: tuple[int, int]) -> int:
+    rows, columns = shape
+    return rows * columns + 4 * math.ceil(rows / 128) * math.ceil(columns / 128)
+
+
+STORED: Mapping[str, Size] = {
+    "mxfp4": lambda shape: shape[0] * (shape[1] // 2 + math.ceil(shape[1] / 32)),
+    "fp8": _fp8,
+    "gptq": lambda shape: shape[0] * shape[1] // 2 + math.ceil(shape[0] * shape[1] / 128 * 2.5),
+}
+"""Formats that checkpoints have and :func:`lora_fx.quantize` does not make: size of a matrix [out, in].
+
+MXFP4: a byte for 32 values of 4 bits. FP8: fp32 for 128 x 128 values. GPTQ and AWQ with 4 bits and groups of
+128: fp16 and 4 bits a group.
+"""
+
+
+class PlannedTensor(PackedTensor):
+    """A matrix without values."""
+
+
+class _PlannedFormat(PackedFormat):
+    """Format of weights without values.
+
+    Attributes:
+        size: Returns the size in bytes of a matrix [out, in].
+    """
+
+    library = "the planner"
+    names = ("planned",)
+    tensor = PlannedTensor
+    size: Size
+
+    def describe(self, weight: Any) -> Quantization:
+        """See :class:`lora_fx.formats.WeightFormat`."""
+        return self.describe_as(weight, "planned", bits=8)
+
+    def decode(self, weight: Any) -> Tensor:
+        """Return memory for the values."""
+        values: Tensor = weight.codes.new_empty(tuple(weight.shape), dtype=weight.dtype)
+        return values
+
+    def pack(self, values: Tensor, how: Storage) -> nn.Parameter:
+        """Return a weight of the planned size."""
+        size = self.size((values.shape[0], values.shape[1]))
+        codes = torch.empty(size, dtype=torch.uint8, device=values.device)
+        parts = Parts({"codes": codes}, tuple(values.shape), None)
+        return nn.Parameter(PlannedTensor(parts, values.dtype), requires_grad=False)
+
+
+_format = _PlannedFormat()
+
+
+def quantized_without_values(model: nn.Module, name: str) -> nn.Module:
+    """Return a copy of a model on the meta device, with weights of the size that a format gives them.
+
+    Layers and experts get such weights. Other operations keep dense weights.
+
+    Args:
+        model: The model on the meta device.
+        name: A format of :func:`lora_fx.quantize`, or one of :data:`STORED`.
+
+    Raises:
+        QuantizationError: As :func:`lora_fx.quantize`.
+    """
+    plan = plan_quantization(model, "int8" if name in STORED else name)
+    if _format not in formats():
+        register_format(_format)
+    _format.size = STORED.get(name) or functools.partial(plan.storage.bytes, dtype=torch.bfloat16)
+    how = Storage("planned", None)
+    result = share_copy(model)
+    for row in plan.weights:
+        owner = result.get_submodule(row.site.owner)
+        weight = owner.get_parameter(row.site.parameter)
+        turned = row.site.layout == "in_out"
+        if row.site.experts is not None:
+            parameter = stack_matrices(weight, how, row.site.parameter, turned=turned)
+        elif isinstance(owner, nn.Linear):
+            parameter = _format.pack(weight, how)
+        else:
+            continue
+        owner._parameters[row.site.parameter] = parameter
+    return result
+
+
+def names_of_formats() -> tuple[str, ...]:
+    """Return the formats of :func:`lora_fx.quantize`."""
+    return tuple(name for known in formats() if known is not _format for name in known.names)
+
+
+def stored_bytes(model: nn.Module, name: str) -> int:
+    """Return the bytes of the weights of a model on the meta device in a format; see above."""
+    tensors = quantized_without_values(model, name).parameters()
+    return sum(
+        sum(part.nbytes for part in tensor.data.parts.values())
+        if isinstance(tensor.data, PackedTensor)
+        else tensor.nbytes
+        for tensor in tensors
+    )
