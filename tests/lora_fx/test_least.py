@@ -309,6 +309,23 @@ def test_replaced_parameters_are_an_error() -> None:
         out.sum().backward()
 
 
+@pytest.mark.slow
+def test_under_a_compiler() -> None:
+    """Blocks run again there; the compiler chooses what else it keeps."""
+    config, inputs = LoraConfig(r=3, init_lora_weights=False), text(1, 300)
+    model = llama()
+    loss, gradients, _ = step(model, inputs, config)
+    torch.manual_seed(2)
+    adapted = lora_fx.rewrite(model, config, memory="least", loss="whole").train()
+    compiled = torch.compile(adapted, backend="aot_eager")(**inputs).loss
+    compiled.backward()
+    torch.testing.assert_close(compiled.detach(), loss, rtol=1e-12, atol=0)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            adapted.get_parameter(name).grad, gradient, rtol=1e-9, atol=1e-12
+        )
+
+
 def live(model: nn.Module, inputs: dict[str, Tensor], *, host: bool = False) -> tuple[int, int]:
     """Return the peak of live bytes of a step beyond the model, and the bytes on the host."""
     model(**inputs).loss.backward()

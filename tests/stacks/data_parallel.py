@@ -20,6 +20,7 @@ __all__ = ["CASES", "RANKS", "REWRITES", "STACKS", "alone", "data_parallel", "ou
 RANKS = 2
 STACKS = ("DDP", "FSDP2")
 IDS = torch.arange(48).view(4, 12)
+LONG = (torch.arange(1200) * 7 % 64).view(4, 300)  # more than a tile of tokens
 # The base, and options of the configuration.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
@@ -29,9 +30,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     "NF4": ("nf4", {}),
     "loss in chunks": ("llama", {"target_modules": ["q_proj", "down_proj", "lm_head"]}),
+    "least memory": ("llama", {"lora_dropout": 0.5}),
 }
 # Options of the rewrite.
-REWRITES: dict[str, dict[str, Any]] = {"loss in chunks": {"loss": "chunked"}}
+REWRITES: dict[str, dict[str, Any]] = {
+    "loss in chunks": {"loss": "chunked"},
+    "least memory": {"memory": "least"},
+}
 # Whose NF4: FSDP2 shards that of torchao; DDP would quantize it a second time as it sends it to all.
 NF4 = {"DDP": "nf4", "FSDP2": "nf4 torchao"}
 
@@ -65,10 +70,10 @@ def wrapped(stack: str, model: Any) -> Any:
     return model
 
 
-def step(model: Any, rank: int) -> torch.Tensor:
+def step(model: Any, rank: int, case: str) -> torch.Tensor:
     """The loss of one rank's samples, under its own seed."""
     torch.manual_seed(rank)
-    ids = IDS.chunk(RANKS)[rank]
+    ids = (LONG if case == "least memory" else IDS).chunk(RANKS)[rank]
     loss: torch.Tensor = model.train()(ids, labels=ids).loss
     loss.backward()
     return loss.detach()
@@ -101,7 +106,7 @@ def outputs(model: Any) -> dict[str, torch.Tensor]:
 def alone(stack: str, case: str) -> dict[str, Any]:
     """One process, with the mean of all gradients."""
     model = build(stack, case)
-    losses = [step(model, rank) for rank in range(RANKS)]
+    losses = [step(model, rank, case) for rank in range(RANKS)]
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.grad /= RANKS
@@ -110,7 +115,7 @@ def alone(stack: str, case: str) -> dict[str, Any]:
 
 def one(stack: str, case: str) -> dict[str, Any]:
     model = wrapped(stack, build(stack, case))
-    loss = step(model, dist.get_rank())
+    loss = step(model, dist.get_rank(), case)
     gradients = stepped(model)
     inner = model.module if stack == "DDP" else model
     refused = said(lambda: lora_fx.merge(model, requantize=True)) if case == "NF4" else ""
