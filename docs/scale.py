@@ -18,7 +18,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.tools.cluster import Mesh, Need, Settings, plan_step, step_inputs
-from lora_fx.tools.fit import card_of, fits, usable
+from lora_fx.tools.fit import fits, size_of, usable
 
 PAGE = Path(__file__).with_name("scale.md")
 CONFIG = lora_fx.LoraConfig(r=16)
@@ -118,7 +118,7 @@ def longest() -> Iterator[tuple[str, ...]]:
     for name, stored, targets, card in CARDS:
         config = lora_fx.LoraConfig(r=16, target_modules=targets)
         settings = Settings(dtype=torch.bfloat16, quantize=stored)
-        room = usable(card_of(card))
+        room = usable(size_of("card", card))
         (fit,) = fits(MODELS[name](), config, room, settings, memories=["least"], sequence=1 << 30)
         adapted = "attention" if targets else "all linear layers"
         sizes = (f"{size / GIGABYTE:,.1f}" for size in (fit.need.peak, fit.need.host))

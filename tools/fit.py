@@ -7,6 +7,7 @@ the length at which the line through the last two would meet the card.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import Memory
 from lora_fx.tools.cluster import Mesh, Need, Settings, plan_step, step_inputs, without_memory
 
-__all__ = ["CONTEXT", "FRAGMENTS", "MOST_PLANS", "Fit", "best_format", "card_of", "fits", "usable"]
+__all__ = ["CONTEXT", "FRAGMENTS", "MOST_PLANS", "Fit", "best_format", "fits", "size_of", "usable"]
 
 CONTEXT = 500_000_000
 """Bytes of a CUDA context."""
@@ -38,15 +39,15 @@ _CLOSE = 0.98  # of the card
 Planned = Callable[[int, Settings], Need]
 
 
-def card_of(text: str) -> int:
-    """Read the memory of a card: ``24GB`` (10^9 bytes) or ``16GiB`` (2^30 bytes).
+def size_of(option: str, text: str) -> int:
+    """Read the size of a memory: ``24GB`` (10^9 bytes) or ``16GiB`` (2^30 bytes).
 
     Raises:
         ConfigError: If the text is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
-        raise ConfigError(f"--fit {text!r} is no size of a card: write 24GB or 16GiB")
+        raise ConfigError(f"--{option} {text!r} is no size of a memory: write 24GB or 16GiB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** _UNITS[match[2].upper()])
 
@@ -81,6 +82,7 @@ def fits(
     *,
     memories: Sequence[Memory],
     sequence: int,
+    host: float = math.inf,
     tell: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Fit]:
     """Yield what fits with each setting of the memory.
@@ -92,6 +94,7 @@ def fits(
         settings: The other settings.
         memories: Values of ``memory=`` of :func:`lora_fx.rewrite`.
         sequence: Tokens of a sample in a batch.
+        host: Bytes of the host that the inputs of blocks may take.
         tell: Called with a line before each plan.
 
     Raises:
@@ -106,42 +109,56 @@ def fits(
             inputs = step_inputs(model, None, batch=samples, sequence=tokens)
             return plan_step(model, config, Mesh(), inputs, chosen)
 
-        context, need = _largest(lambda tokens: need_of(1, tokens), room, _STEP, _LONGEST)
+        rooms = (room, host)
+        context, need = _largest(lambda tokens: need_of(1, tokens), rooms, _STEP, _LONGEST)
         # Samples of a batch need what the tokens of one long sample need, or less.
         batch = 0
         if context >= sequence:
             batch, _ = _largest(
-                lambda count: need_of(count, sequence), room, 1, _LONGEST // sequence
+                lambda count: need_of(count, sequence), rooms, 1, _LONGEST // sequence
             )
         yield Fit(chosen, context, need, batch)
 
 
-def _largest(need_of: Callable[[int], Need], room: int, step: int, limit: int) -> tuple[int, Need]:
-    """Return the largest multiple of a step whose need fits, within a few plans, and that need."""
-    first = need_of(step)
-    if first.peak > room:
-        return 0, first
-    known = {step: first}
+def _largest(
+    need_of: Callable[[int], Need], rooms: tuple[float, float], step: int, limit: int
+) -> tuple[int, Need]:
+    """Return the largest multiple of a step whose need fits, within a few plans, and that need.
+
+    Args:
+        need_of: Plans a step of a size.
+        rooms: Bytes of the card and of the host that a step may use.
+        step: The smallest size.
+        limit: The largest size.
+    """
+
+    def share(need: Need) -> float:
+        """Return the used share of the card or the host, whichever is larger."""
+        return max(need.peak / rooms[0], need.host / rooms[1])
+
+    known = {step: need_of(step)}
+    if share(known[step]) > 1:
+        return 0, known[step]
     size = min(8 * step, limit)
     for _ in range(MOST_PLANS // 2):
         if size in known:
             break
         known[size] = need_of(size)
-        fitting = [count for count, need in known.items() if need.peak <= room]
-        best = max(fitting)
-        if known[best].peak >= _CLOSE * room or best >= limit:
+        shares = {count: share(need) for count, need in sorted(known.items())}
+        best = max(count for count, used in shares.items() if used <= 1)
+        if shares[best] >= _CLOSE or best >= limit:
             break
-        size = min(_next(known, best, room) // step * step, limit)
-    best = max(count for count, need in known.items() if need.peak <= room)
+        size = min(_next(shares, best) // step * step, limit)
+    best = max(count for count, need in known.items() if share(need) <= 1)
     return best, known[best]
 
 
-def _next(known: dict[int, Need], best: int, room: int) -> int:
+def _next(shares: dict[int, float], best: int) -> int:
     """Return the size at which a line through the best size and its nearest neighbor meets the room."""
-    above = [count for count in known if count > best]
-    other = min(above) if above else max(count for count in known if count < best)
-    slope = (known[other].peak - known[best].peak) / (other - best)
-    return int(best + (room - known[best].peak) / max(slope, 1e-9)) if slope > 0 else 2 * best
+    above = [count for count in shares if count > best]
+    other = min(above) if above else max(count for count in shares if count < best)
+    slope = (shares[other] - shares[best]) / (other - best)
+    return int(best + (1 - shares[best]) / slope) if slope > 0 else 2 * best
 
 
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:

@@ -15,7 +15,7 @@ import lora_fx
 from lora_fx import ConfigError, LoraConfig
 from lora_fx.runtime import offload
 from lora_fx.tools.cluster import Ledger, Mesh, Settings, plan_step, step_inputs, without_memory
-from lora_fx.tools.fit import best_format, card_of, fits
+from lora_fx.tools.fit import best_format, fits, size_of
 from lora_fx.tools.planned_weights import stored_bytes
 
 CONFIG = LoraConfig(r=4)
@@ -107,13 +107,13 @@ def test_a_plan_is_what_a_step_uses(name: str, memory: Any) -> None:
     [("24GB", 24 * 10**9), ("16GiB", 16 * 2**30), ("0.5 gb", 5 * 10**8), ("80g", 80 * 10**9)],
 )
 def test_sizes_of_cards(text: str, size: int) -> None:
-    assert card_of(text) == size
+    assert size_of("fit", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "24 apples", "-1GB", "0GB"])
 def test_a_size_that_is_none(text: str) -> None:
     with pytest.raises(ConfigError, match="write 24GB or 16GiB"):
-        card_of(text)
+        size_of("fit", text)
 
 
 def test_the_longest_context_fits_and_a_longer_one_does_not() -> None:
@@ -129,6 +129,16 @@ def test_the_longest_context_fits_and_a_longer_one_does_not() -> None:
         assert plan_step(model, CONFIG, Mesh(), inputs, row.settings).peak > room
         inputs = step_inputs(model, None, batch=row.batch, sequence=512)
         assert plan_step(model, CONFIG, Mesh(), inputs, row.settings).peak <= room
+
+
+def test_the_memory_of_the_host_is_a_limit() -> None:
+    model, host = llama(), 2_000_000
+    settings = Settings(dtype=torch.bfloat16)
+    how: dict[str, Any] = {"memories": ["least"], "sequence": 1 << 30}
+    (free,) = fits(model, CONFIG, 60_000_000, settings, **how)
+    (row,) = fits(model, CONFIG, 60_000_000, settings, host=host, **how)
+    assert row.context < free.context
+    assert 0.95 * host < row.need.host <= host
 
 
 def test_nothing_fits() -> None:

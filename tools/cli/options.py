@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -283,6 +284,7 @@ class Training(Options):
         memory: As in lora_fx.rewrite: fast, balanced, or least for the longest sequences.
         optimizer: adamw, adamw_8bit, paged_adamw, paged_adamw_8bit or sgd.
         fit: Say the longest context and the largest batch that fit on a card: 24GB, 16GiB.
+        host: Memory of the host for --fit, which holds the inputs of blocks: 64GB. No limit by default.
         timeline: Write a page with the live bytes of the step, on one GPU without --mesh: FILE.html.
     """
 
@@ -297,6 +299,7 @@ class Training(Options):
     memory: str | None = None
     optimizer: str = "adamw"
     fit: str | None = dataclasses.field(default=None, metadata={"metavar": "SIZE"})
+    host: str | None = dataclasses.field(default=None, metadata={"metavar": "SIZE"})
     timeline: str | None = dataclasses.field(default=None, metadata={"metavar": "FILE.html"})
 
     @property
@@ -354,7 +357,7 @@ class Training(Options):
             ConfigError: If an option is not valid.
         """
         from lora_fx.tools.cluster import OPTIMIZERS
-        from lora_fx.tools.fit import card_of
+        from lora_fx.tools.fit import size_of
         from lora_fx.tools.planned_weights import STORED, names_of_formats
 
         for name, value, values in (
@@ -365,9 +368,11 @@ class Training(Options):
             if value is not None and value not in values:
                 raise ConfigError(f"--{name} {value} is unknown: give one of {', '.join(values)}")
         if self.fit is not None:
-            card_of(self.fit)
+            size_of("fit", self.fit)
             if self.mesh is not None:
                 raise ConfigError("--fit is for one card: leave --mesh out")
+        if self.host is not None:
+            size_of("host", self.host)
         if not self.plans and self.fit is None:
             return
         self.page_path()
@@ -387,14 +392,14 @@ class Training(Options):
         if self.fit is None:
             return ()
         from lora_fx.tools.cluster import takes_text
-        from lora_fx.tools.fit import MOST_PLANS, best_format, card_of, fits, usable
+        from lora_fx.tools.fit import MOST_PLANS, best_format, fits, size_of, usable
 
         if not takes_text(loaded.model):
             raise ConfigError(
                 f"--fit is for models of text, and {type(loaded.model).__name__} takes no input_ids: "
                 "--timeline plans one step of it"
             )
-        room = usable(card_of(self.fit))
+        room = usable(size_of("fit", self.fit))
         memories: Any = ("fast", "balanced", "least") if self.memory is None else (self.memory,)
         with console.steps("planning steps", len(memories) * MOST_PLANS) as tell:
             rows = [
@@ -405,6 +410,7 @@ class Training(Options):
                     self.settings(quantize),
                     memories=memories,
                     sequence=self.sequence,
+                    host=math.inf if self.host is None else size_of("host", self.host),
                     tell=tell,
                 )
             ]

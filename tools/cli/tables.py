@@ -155,9 +155,9 @@ def render_need(
 
 def render_fits(rows: Sequence[Fit], training: Training) -> RenderableType:
     """Render the longest contexts and largest batches on a card."""
-    from lora_fx.tools.fit import CONTEXT, FRAGMENTS, card_of, usable
+    from lora_fx.tools.fit import CONTEXT, FRAGMENTS, size_of, usable
 
-    card = card_of(training.fit or "")
+    card = size_of("fit", training.fit or "")
     stored = rows[0].settings.quantize or training.dtype
     title = (
         f"on a card of {card / 1e9:,.1f} GB: {usable(card) / 1e9:,.1f} GB are usable, after "
