@@ -44,6 +44,7 @@ __all__ = [
     "HOOK_WRAPPER",
     "IS_ALL_TRUE",
     "IS_ANY_TRUE",
+    "LAZY_CLONE",
     "MODULE_HOOKS",
     "NO_MODULE",
     "ORIGINAL_MODULE",
@@ -367,6 +368,10 @@ def data_address(tensor: Tensor) -> int:
     """
     library: Any = torch._C
     return int(library._data_address(tensor))
+
+
+LAZY_CLONE: Final = "_lazy_clone"
+"""Operator of :func:`lazy_clone`."""
 
 
 def lazy_clone(tensor: Tensor) -> Tensor:

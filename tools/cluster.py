@@ -654,7 +654,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         if name == "wait_tensor" and _key(result) != _key(args[0]):
             return args[0]  # waiting for a fake tensor returns a second one
-        if name == "_lazy_clone":
+        if name == torch_private.LAZY_CLONE:
             return result  # it shares its memory until either tensor is written
         written = [leaf for leaf in pytree.tree_leaves((result, args, kwargs)) if _is_tensor(leaf)]
         self._bury()

@@ -354,8 +354,10 @@ class _Layers(LibraryLayers):
 
     def scales_hook(self, layer: nn.Module) -> Callable[..., None] | None:
         """See :class:`LibraryLayers`. A 4-bit layer has a second reference to the scales."""
-        weight, state = layer._parameters.get("weight"), layer.__dict__.get("quant_state")
-        if weight is None or _is_of_four_bits(weight) or type(state).__name__ != "QuantState":
+        if type(layer.__dict__.get("quant_state")).__name__ != "QuantState":
+            return None
+        weight = layer._parameters.get("weight")
+        if weight is None or _is_of_four_bits(weight):
             return None
         return functools.partial(_give_scales, weight.dtype)
 

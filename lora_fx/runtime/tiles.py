@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime.adapter_modules import AdapterModule
 from lora_fx.runtime.chunked import drawing, generators
@@ -93,7 +94,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 def _is_silent(part: nn.Module) -> bool:
     """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
     draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
-    return not (draws or part._forward_hooks or part._forward_pre_hooks)
+    return not (draws or any(getattr(part, name) for name in torch_private.FORWARD_HOOKS))
 
 
 def _draws(module: nn.Module) -> bool:

@@ -166,7 +166,10 @@ def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
     ]
     if not arguments or len(needed) > 1:
         return f"it has {len(needed)} arguments"
-    module = _with_small_weights(module).train()
+    try:
+        module = _with_small_weights(module).train()
+    except Exception as error:  # noqa: BLE001  of the user's code
+        return f"it cannot be copied ({type(error).__name__})"
     devices = {tensor.device for tensor in (*module.parameters(), *module.buffers())}
     if len(devices) > 1 or torch.device("meta") in devices:
         return "its quantized weights have no values yet"

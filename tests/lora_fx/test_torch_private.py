@@ -24,9 +24,12 @@ KEPT = {"_parameters", "_buffers", "_modules"}
 OTHERS = {
     "_MODEL_TO_CONVERSION_PATTERN": "transformers",
     "_Environ": "os",
+    "_apply_gate": "transformers",
+    "_asdict": "collections.namedtuple",
     "_convert_to_deepspeed_param": "deepspeed",
     "_convert_weight_packed_for_cpu_inverse": "bitsandbytes",
     "_experts_implementation": "transformers",
+    "_field_defaults": "collections.namedtuple",
     "_fields": "collections.namedtuple",
     "_get_c_value": "onnxruntime",
     "_getframe": "sys",

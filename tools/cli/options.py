@@ -268,6 +268,11 @@ _LARGEST = 10  # tensors at the peak that are listed
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
+def _check_choice(name: str, value: str | None, values: Sequence[str]) -> None:
+    if value is not None and value not in values:
+        raise ConfigError(f"--{name} {value} is unknown: give one of {', '.join(values)}")
+
+
 @dataclasses.dataclass
 class Training(Options):
     """Options for the plan of a training step on GPUs.
@@ -343,10 +348,11 @@ class Training(Options):
     def title(self, *, text: bool) -> str:
         """Return one line about the step. ``text`` is True if samples consist of tokens."""
         tokens = f"of {self.sequence} tokens " if text else ""
+        name = "AdamW" if self.optimizer == "adamw" else self.optimizer
         more = ", blocks computed again" if self.checkpointing else ""
         more += f", memory={self.memory}" if self.memory is not None else ""
         return (
-            f"a step of {self.optimizer} on {self.parse_mesh()}: {self.batch} samples {tokens}on each GPU, "
+            f"a step of {name} on {self.parse_mesh()}: {self.batch} samples {tokens}on each GPU, "
             f"{self.dtype}{more}"
         )
 
@@ -356,28 +362,23 @@ class Training(Options):
         Raises:
             ConfigError: If an option is not valid.
         """
+        if self.batch < 1 or self.sequence < 1:
+            raise ConfigError("--batch and --sequence are at least 1")
+        _check_choice("memory", self.memory, ("fast", "balanced", "least"))
+        if self.fit is not None and self.mesh is not None:
+            raise ConfigError("--fit is for one card: leave --mesh out")
+        self.page_path()
+        if not self.plans and self.fit is None:
+            return
         from lora_fx.tools.cluster import OPTIMIZERS
         from lora_fx.tools.fit import size_of
         from lora_fx.tools.planned_weights import STORED, names_of_formats
 
-        for name, value, values in (
-            ("memory", self.memory, ("fast", "balanced", "least")),
-            ("optimizer", self.optimizer, tuple(OPTIMIZERS)),
-            ("base", self.base, (*names_of_formats(), *STORED)),
-        ):
-            if value is not None and value not in values:
-                raise ConfigError(f"--{name} {value} is unknown: give one of {', '.join(values)}")
-        if self.fit is not None:
-            size_of("fit", self.fit)
-            if self.mesh is not None:
-                raise ConfigError("--fit is for one card: leave --mesh out")
-        if self.host is not None:
-            size_of("host", self.host)
-        if not self.plans and self.fit is None:
-            return
-        self.page_path()
-        if self.batch < 1 or self.sequence < 1:
-            raise ConfigError("--batch and --sequence are at least 1")
+        _check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        _check_choice("base", self.base, (*names_of_formats(), *STORED))
+        for option, size in (("fit", self.fit), ("host", self.host)):
+            if size is not None:
+                size_of(option, size)
         check_names(dtype=self.dtype)
         self.parse_mesh()
 
