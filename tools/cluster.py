@@ -49,6 +49,7 @@ __all__ = [
     "shard",
     "step_inputs",
     "takes_text",
+    "tensors_inside",
     "without_memory",
 ]
 
@@ -352,15 +353,15 @@ def plan_step(
             # FSDP2 and tensor parallelism need fake tensors, which have a device.
             device = "cpu"
             around.enter_context(_fake_group(mesh.size))
+        around.enter_context(_flash_in_transformers())
         rewritten = _rewritten(model, config, mesh, settings)
         if mesh.size > 1:
             fakes = torch_private.fake_tensors().FakeTensorMode(allow_non_fake_inputs=True)
             around.enter_context(fakes)
         around.enter_context(_FlashAttention())
-        around.enter_context(_no_masks())
         # What runs again in the backward runs outside of the mode for attention.
         around.enter_context(blocks.recomputing_in(_FlashAttention))
-        around.enter_context(offload.simulated(ledger.move))
+        around.enter_context(offload.simulated(ledger.host_copy))
         _empty_all(rewritten, device, settings.dtype)
         if settings.checkpointing:
             again = {
@@ -551,27 +552,51 @@ def _flash(
 
 
 @contextlib.contextmanager
-def _no_masks() -> Iterator[None]:
-    """Make transformers omit attention masks, as it does without padding.
+def _flash_in_transformers() -> Iterator[None]:
+    """Make transformers omit attention masks, as it does without padding, and use a flash kernel.
 
-    It looks at values to detect padding, and fake tensors have none.
+    It looks at values to detect padding, and tensors without memory have none. Models whose attention has all
+    scores on a CPU (gpt-oss, with its sinks) have a flash kernel on a GPU, too.
     """
-    transformers = sys.modules.get("transformers")
-    if transformers is None:
+    if "transformers" not in sys.modules:
         yield
         return
-    from transformers import masking_utils
+    from transformers import masking_utils, modeling_utils
 
-    masks, known = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, vars(masking_utils).get("is_tracing")
-    masks["sdpa"] = lambda *_, **__: None
-    if known is not None:
+    masks = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
+    functions = modeling_utils.ALL_ATTENTION_FUNCTIONS
+    tracing = vars(masking_utils).get("is_tracing")
+    for name in _ATTENTIONS:
+        masks[name] = lambda *_, **__: None
+    functions["eager"] = _eager_flash
+    if tracing is not None:
         masking_utils.is_tracing = lambda *_: True
     try:
         yield
     finally:
-        del masks["sdpa"]
-        if known is not None:
-            masking_utils.is_tracing = known
+        for name in _ATTENTIONS:
+            del masks[name]
+        del functions["eager"]
+        if tracing is not None:
+            masking_utils.is_tracing = tracing
+
+
+_ATTENTIONS = ("sdpa", "eager")
+
+
+def _eager_flash(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend like the attention functions of transformers, with the memory of a flash kernel."""
+    result = _flash(query, key, value, None, dropout, True, scaling)
+    return result.transpose(1, 2).contiguous(), None
 
 
 @contextlib.contextmanager
@@ -628,12 +653,14 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._look_again()
         return self._held()
 
-    def move(self, tensor: Tensor) -> None:
-        """Count a tensor that was made before as one in the memory of the host."""
-        key = _key(tensor)
-        self.host += self._sizes[key]
-        self._set(key, 0)
-        self._on_host.add(key)
+    def host_copy(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor in the memory of the host, which does not count as live."""
+        with torch_private.disable_dispatch_modes():
+            copy = tensor.clone()
+        self._on_host.add(_key(copy))
+        self.host += copy.untyped_storage().nbytes()
+        self._see(copy)
+        return copy
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that existed before."""
@@ -674,7 +701,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, tensor: Tensor) -> None:
         if isinstance(tensor, _OUTER):
-            for inside in _inside(tensor):
+            for inside in tensors_inside(tensor):
                 self._see(inside)
             return
         storage = tensor.untyped_storage()
@@ -683,11 +710,12 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         if reference is None or reference() is None:
             self._bury()
             self._refs[key] = weakref.ref(storage, lambda _: self._dead.append(key))
-        self._set(key, storage.nbytes())
+        self._set(key, self._live_bytes(key, storage))
+
+    def _live_bytes(self, key: int, storage: torch.UntypedStorage) -> int:
+        return 0 if key in self._on_host else storage.nbytes()
 
     def _set(self, key: int, size: int) -> None:
-        if key in self._on_host:
-            return
         self._live += size - self._sizes.get(key, 0)
         self._sizes[key] = size
 
@@ -708,7 +736,7 @@ class Ledger(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
         for key, reference in list(self._refs.items()):
             storage = reference()
             if storage is not None:
-                self._set(key, storage.nbytes())
+                self._set(key, self._live_bytes(key, storage))
 
     def _count(self, name: str, args: Any) -> None:
         tensors = [leaf for leaf in pytree.tree_leaves(args) if _is_tensor(leaf)]
@@ -752,7 +780,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
     """
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        for inside in _inside(tensor):
+        for inside in tensors_inside(tensor):
             sizes[_key(inside)] = inside.untyped_storage().nbytes()
     return sum(sizes.values())
 
@@ -760,7 +788,7 @@ def _nbytes(tensors: Iterable[Tensor]) -> int:
 _OUTER = (DTensor, PackedTensor)
 
 
-def _inside(tensor: Any) -> Iterator[Tensor]:
+def tensors_inside(tensor: Any) -> Iterator[Tensor]:
     """Yield the tensors that have the memory of a tensor: itself, its shard, or the parts of its format."""
     value = tensor.data if isinstance(tensor, nn.Parameter) else tensor
     if isinstance(value, PackedTensor):

@@ -46,7 +46,7 @@ def size_of(option: str, text: str) -> int:
         ConfigError: If the text is no size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    if match is None or float(match[1]) <= 0 or not match[2]:
         raise ConfigError(f"--{option} {text!r} is no size of a memory: write 24GB or 16GiB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** _UNITS[match[2].upper()])
@@ -54,7 +54,7 @@ def size_of(option: str, text: str) -> int:
 
 def usable(card: int) -> int:
     """Return the bytes of a card that a step may use."""
-    return int((card - CONTEXT) * (1 - FRAGMENTS))
+    return max(int((card - CONTEXT) * (1 - FRAGMENTS)), 0)
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,13 @@ def _next(shares: dict[int, float], best: int) -> int:
 
 
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
-    """Return the format of the most bytes in which the weights of a model would fit, or None."""
+    """Return the largest format in which the weights of a model would fit, of quantize if one does."""
     from lora_fx.tools.planned_weights import STORED, stored_bytes
 
     empty = without_memory(model, dtype)
-    sizes = {name: stored_bytes(empty, name) for name in ("int8", "nf4", *STORED)}
-    fitting = [name for name, size in sizes.items() if size <= room]
-    return max(fitting, key=lambda name: sizes[name]) if fitting else None
+    for names in (("int8", "nf4"), tuple(STORED)):
+        sizes = {name: stored_bytes(empty, name) for name in names}
+        fitting = [name for name, size in sizes.items() if size <= room]
+        if fitting:
+            return max(fitting, key=lambda name: sizes[name])
+    return None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lora_fx import torch_private
 from lora_fx.files import replacing
 from lora_fx.ir import folded
-from lora_fx.tools.cluster import Ledger
+from lora_fx.tools.cluster import Ledger, tensors_inside
 from lora_fx.tools.draw import fill_page
 from lora_fx.torch_private import pytree
 
@@ -271,15 +271,15 @@ class Timeline(Ledger):  # type: ignore[no-untyped-call]
 
     def _name(self, model: nn.Module, name: str, tensor: Tensor, kind: Kind, of: str = "") -> None:
         """Assign a kind, and the module and the name of a parameter, to the storage of a tensor."""
-        entry = self._allocations.get(_key(tensor))
-        if entry is None:
-            return
         module, _, leaf = name.rpartition(".")
         # A module without a forward holds parameters for its parent.
         while module and type(model.get_submodule(module)).forward is nn.Module.forward:
             module, _, part = module.rpartition(".")
             leaf = f"{part}.{leaf}"
-        entry.module, entry.tensor, entry.purpose = module, of + leaf, kind
+        for inside in tensors_inside(tensor):
+            entry = self._allocations.get(_key(inside))
+            if entry is not None:
+                entry.module, entry.tensor, entry.purpose = module, of + leaf, kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._follow_recomputation()

@@ -221,6 +221,8 @@ class Plan:
             f"each {self.unit} costs {self.flops:,} more FLOPs forward and {self.saved:,} bytes kept for "
             "backward"
         )
+        if self.savings is not None:
+            text += ' with memory="fast"; memory="least" keeps the inputs of blocks'
         if self.unit == "position":
             text += (
                 ", but layers differ in their positions: example_inputs tell the cost of a sample"

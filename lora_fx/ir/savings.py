@@ -43,7 +43,7 @@ class Savings:
 
     def lines(self) -> list[str]:
         """Return both kinds of modules in words."""
-        blocks = f"recomputed in the backward, with inputs on the host: {_counted(self.blocks)}"
+        blocks = f"run again in the backward (a GPU keeps their inputs on the host): {_counted(self.blocks)}"
         return [blocks, f"a tile of tokens at a time: {_counted(self.tiles)}"]
 
 

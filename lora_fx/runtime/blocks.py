@@ -74,10 +74,24 @@ def members_of_block(cls: type[nn.Module]) -> dict[str, Any]:
     """Return the members that make a layer of transformers recompute itself; empty for other classes."""
     if not any(base.__name__ == "GradientCheckpointingLayer" for base in cls.__mro__):
         return {}
-    return {
-        "gradient_checkpointing": True,
-        "_gradient_checkpointing_func": staticmethod(recompute_block),
-    }
+    return {"gradient_checkpointing": True, _FUNCTION: _Function()}
+
+
+_FUNCTION = "_gradient_checkpointing_func"
+
+
+class _Function:
+    """Attribute with the function that recomputes a layer of transformers.
+
+    ``gradient_checkpointing_enable`` sets it, too. The layers go on moving their inputs to the host, and what
+    was set comes into force after a merge.
+    """
+
+    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
+        return recompute_block
+
+    def __set__(self, layer: nn.Module, value: Any) -> None:
+        layer.__dict__[_FUNCTION] = value
 
 
 _PLAIN = (Tensor, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)

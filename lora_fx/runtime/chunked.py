@@ -49,7 +49,7 @@ CHUNK = 2**21
 LARGEST_CHUNK = 2**27
 """Most elements of a chunk: 512 MiB in fp32, about a thousand rows of a large vocabulary."""
 
-REMEDY = "rewrite without loss='chunked'"
+REMEDY = "rewrite with loss='whole'"
 """The remedy in error messages about losses in chunks."""
 
 _local = threading.local()

@@ -28,17 +28,17 @@ __all__ = ["on_host", "simulated"]
 
 _SEPARATE = ("cuda", "xpu")  # types of devices with their own memory and with streams
 
-_observer: ContextVar[Callable[[Tensor], None] | None] = ContextVar("lora_fx_host", default=None)
+_copier: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("lora_fx_host", default=None)
 
 
 @contextlib.contextmanager
-def simulated(observer: Callable[[Tensor], None]) -> Iterator[None]:
-    """Copy tensors of a CPU, too, and pass each host copy to a function. A planner counts them apart."""
-    token = _observer.set(observer)
+def simulated(copier: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Copy tensors of any device, with a function that returns the copy. A planner counts it apart."""
+    token = _copier.set(copier)
     try:
         yield
     finally:
-        _observer.reset(token)
+        _copier.reset(token)
 
 
 class _HostCopy:
@@ -56,11 +56,10 @@ class _HostCopy:
     def __init__(self, tensor: Tensor, before: weakref.ref[_HostCopy] | None) -> None:
         self.device, self.before = tensor.device, before
         self.fetched: tuple[Tensor, Any] | None = None
-        observer = _observer.get()
-        self.simulated = observer is not None
-        if observer is not None:
-            self.host = torch.empty_like(tensor).copy_(tensor)
-            observer(self.host)
+        copier = _copier.get()
+        self.simulated = copier is not None
+        if copier is not None:
+            self.host = copier(tensor)
             return
         stream = _stream_of(tensor.device)
         devices = torch.get_device_module(tensor.device)
@@ -126,7 +125,7 @@ def on_host(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
         ConfigError: When the host has less free memory than a tensor needs.
     """
     first = next((arg for arg in args if type(arg) is Tensor and arg.is_floating_point()), None)
-    if first is None or not (first.device.type in _SEPARATE or _observer.get() is not None):
+    if first is None or not (first.device.type in _SEPARATE or _copier.get() is not None):
         return contextlib.nullcontext()
     form = (first.shape, first.dtype)
 

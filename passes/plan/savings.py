@@ -165,7 +165,7 @@ def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
         and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
     ]
     if not arguments or len(needed) > 1:
-        return f"it has {len(needed)} arguments"
+        return f"it needs {len(needed)} arguments"
     try:
         module = _with_small_weights(module).train()
     except Exception as error:  # noqa: BLE001  of the user's code
@@ -178,7 +178,7 @@ def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
         reason = _trial(module, torch.randn(1, _TOKENS, size, device=device), experts)
         if reason is not None:
             return reason
-    return "it takes something else than one tensor [..., tokens, features]"
+    return "it needs more than one tensor [..., tokens, features]"
 
 
 def _trial(module: nn.Module, x: Tensor, experts: bool) -> str | None:

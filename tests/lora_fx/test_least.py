@@ -335,7 +335,7 @@ def live(model: nn.Module, inputs: dict[str, Tensor], *, host: bool = False) -> 
     before = ledger.live
     with ledger:
         if host:
-            with offload.simulated(ledger.move):
+            with offload.simulated(ledger.host_copy):
                 model(**inputs).loss.backward()
         else:
             model(**inputs).loss.backward()

@@ -673,7 +673,7 @@ def test_a_function_of_autograd_never_loses_a_gradient() -> None:
     given: list[Tensor] = []
     ours.lm_head.register_forward_hook(lambda m, i, o: given.append(Exponential.apply(o)))
     ours(**tokens())
-    with pytest.raises(lora_fx.LogitsError, match="rewrite without loss='chunked'"):
+    with pytest.raises(lora_fx.LogitsError, match="rewrite with loss='whole'"):
         given[0].sum().backward()
 
 
@@ -756,17 +756,17 @@ def test_torch_func_is_refused() -> None:
         return torch.func.functional_call(ours, values, (), tokens()).loss
 
     assert loss(trained).requires_grad
-    with pytest.raises(lora_fx.LoraFxError, match=r"torch.func.*rewrite without loss='chunked'"):
+    with pytest.raises(lora_fx.LoraFxError, match=r"torch.func.*rewrite with loss='whole'"):
         torch.func.grad(loss)(trained)
 
 
 def test_torch_compile_is_refused() -> None:
     _, ours = both(llama(), HEAD)
     torch._dynamo.reset()
-    with pytest.raises(lora_fx.LoraFxError, match="rewrite without loss='chunked' to compile"):
+    with pytest.raises(lora_fx.LoraFxError, match="rewrite with loss='whole' to compile"):
         torch.compile(ours, backend="eager")(**tokens())
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="rewrite without loss='chunked' to compile"):
+    with pytest.raises(Exception, match="rewrite with loss='whole' to compile"):
         torch.compile(ours, backend="eager", fullgraph=True)(**tokens())
     torch._dynamo.reset()
     ours.eval()

@@ -39,7 +39,7 @@ def test_llama() -> None:
     tiles = {f"model.layers.{layer}.{part}" for layer in range(2) for part in parts}
     assert {*savings.tiles} == {*tiles, "model.norm"}
     assert dict(savings.left) == {
-        f"model.layers.{layer}{rest}": "it takes something else than one tensor [..., tokens, features]"
+        f"model.layers.{layer}{rest}": "it needs more than one tensor [..., tokens, features]"
         for layer in range(2)
         for rest in ("", ".self_attn")
     }
@@ -129,7 +129,7 @@ TRAPS = {
     "length": "its tokens depend on their position or on each other",
     "noise": "it draws random numbers",
     "count": "it sets attributes",
-    "sum": "it takes something else than one tensor [..., tokens, features]",
+    "sum": "it needs more than one tensor [..., tokens, features]",
 }
 
 
@@ -147,7 +147,9 @@ def test_a_module_with_a_trap_is_left(trap: str, reason: str) -> None:
 def test_the_plan_says_it() -> None:
     net = Net("mean")
     plan = lora_fx.plan(net, LoraConfig(r=2), memory="least")
-    assert "recomputed in the backward, with inputs on the host: parts.* (2)" in str(plan)
+    assert "run again in the backward (a GPU keeps their inputs on the host): parts.* (2)" in str(
+        plan
+    )
     assert "a tile of tokens at a time: none" in str(plan)
     assert "it mixes tokens" in str(plan)
     assert plan.to_dict()["savings"]["blocks"] == ("parts.0", "parts.1")

@@ -93,7 +93,7 @@ def test_a_plan_is_what_a_step_uses(name: str, memory: Any) -> None:
     ledger = Ledger()
     ledger.hold([*adapted.parameters(), *adapted.buffers()])
     for _ in range(2):
-        with ledger, offload.simulated(ledger.move):
+        with ledger, offload.simulated(ledger.host_copy):
             ledger.peak = ledger.host = 0
             adapted(**inputs).loss.backward()
             optimizer.step()
@@ -129,7 +129,7 @@ def test_sizes_of_cards(text: str, size: int) -> None:
     assert size_of("fit", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24 apples", "-1GB", "0GB"])
+@pytest.mark.parametrize("text", ["", "GB", "24", "24 apples", "-1GB", "0GB"])
 def test_a_size_that_is_none(text: str) -> None:
     with pytest.raises(ConfigError, match="write 24GB or 16GiB"):
         size_of("fit", text)

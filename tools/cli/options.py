@@ -353,7 +353,7 @@ class Training(Options):
         more += f", memory={self.memory}" if self.memory is not None else ""
         return (
             f"a step of {name} on {self.parse_mesh()}: {self.batch} samples {tokens}on each GPU, "
-            f"{self.dtype}{more}"
+            f"{self.base or self.dtype}{more}"
         )
 
     def check(self) -> None:
@@ -368,7 +368,13 @@ class Training(Options):
         if self.fit is not None and self.mesh is not None:
             raise ConfigError("--fit is for one card: leave --mesh out")
         self.page_path()
+        if self.host is not None and self.fit is None:
+            raise ConfigError("--host is a limit of --fit: name a card, too")
         if not self.plans and self.fit is None:
+            if self.base is not None:
+                raise ConfigError(
+                    "--base is for the plan of a step: add --fit, --mesh or --timeline"
+                )
             return
         from lora_fx.tools.cluster import OPTIMIZERS
         from lora_fx.tools.fit import size_of
