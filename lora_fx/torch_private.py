@@ -52,6 +52,7 @@ __all__ = [
     "REPLACEMENT_METHOD",
     "SET_GRAD_ENABLED",
     "SPARSE_PARTS",
+    "TENSOR_HOOKS",
     "TO_COPY",
     "UNSAFE_VIEW",
     "BatchNorm",
@@ -369,6 +370,9 @@ def data_address(tensor: Tensor) -> int:
     library: Any = torch._C
     return int(library._data_address(tensor))
 
+
+TENSOR_HOOKS: Final = "_backward_hooks"
+"""Attribute of a tensor with the hooks on its gradient."""
 
 LAZY_CLONE: Final = "_lazy_clone"
 """Operator of :func:`lazy_clone`."""

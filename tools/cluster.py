@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from lora_fx import torch_private
 from lora_fx.api import rewrite
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError
+from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.formats import PackedTensor
 from lora_fx.ir import Loss, Memory
 from lora_fx.passes.capture import Listener, named_inputs
@@ -378,7 +378,15 @@ def plan_step(
             name: _empty(value, device, settings.dtype) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
         }
-        return run_step(rewritten, empty, optimizer=settings.optimizer, ledger=ledger)
+        try:
+            return run_step(rewritten, empty, optimizer=settings.optimizer, ledger=ledger)
+        except LoraFxError:
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"a step of this {type(model).__name__} cannot be planned, because its code does not run on "
+                f"tensors without values: {type(error).__name__}: {error}"
+            ) from error
 
 
 def without_memory(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -134,7 +134,7 @@ def _largest(
 
     def share(need: Need) -> float:
         """Return the used share of the card or the host, whichever is larger."""
-        return max(need.peak / rooms[0], need.host / rooms[1])
+        return max(need.peak / max(rooms[0], 1), need.host / max(rooms[1], 1))
 
     known = {step: need_of(step)}
     if share(known[step]) > 1:

@@ -1,15 +1,14 @@
-"""Blocks of a model whose forward runs again in the backward pass, so that only their input is kept.
+"""Blocks of a model whose forward runs again in the backward pass, so that only their inputs are kept.
 
 This is PyTorch's activation checkpointing without reentrant autograd (arXiv:1604.06174), with the inputs of
-the blocks on the host (:mod:`lora_fx.runtime.offload`). Layers of transformers call
-:func:`recompute_block` themselves, and leave out their cache. Other blocks get it around their forward.
+the blocks on the host (:mod:`lora_fx.runtime.offload`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx import torch_private
 from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.offload import on_host
-from lora_fx.runtime.recompute import lazy_copy
+from lora_fx.runtime.replay import Replay
 from lora_fx.torch_private import pytree
 
-__all__ = ["members_of_block", "recompute_block", "recomputed", "recomputing_in"]
+__all__ = ["recomputed", "recomputing_in"]
 
 _Contexts = Callable[[], contextlib.AbstractContextManager[Any]]
 
@@ -40,103 +38,84 @@ def recomputing_in(context: _Contexts) -> Iterator[None]:
         _around.reset(token)
 
 
-def recompute_block(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a block, and keep only its arguments for the backward, which calls it again.
-
-    Args:
-        function: The block's forward. Layers of transformers pass a ``functools.partial`` of their module.
-        args: Its arguments. Tensors are kept on the host if the device has its own memory.
-    """
-    if torch.compiler.is_compiling():
-        return checkpoint(function, *args, use_reentrant=False)
-    contexts = functools.partial(_contexts, _module_of(function), _around.get())
-    with on_host(args):
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
-
-
 def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return a forward that runs again in the backward, in training with gradients.
 
-    A call that gets an object which the block might change, such as a cache, runs as it is.
+    An empty cache of keys and values, which a model of transformers makes by default, is left out. A call
+    that gets another object which the block might change, such as a filled cache, runs as it is.
     """
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        again = self.training and torch.is_grad_enabled() and not transformed()
-        if not again or not all(map(_is_plain, pytree.tree_leaves((args, kwargs)))):
+        if not (self.training and torch.is_grad_enabled()) or transformed():
             return forward(self, *args, **kwargs)
-        return recompute_block(functools.partial(forward, self, **kwargs), *args)
+        inputs = _without_cache(args, kwargs)
+        leaves, spec = pytree.tree_flatten(inputs, is_leaf=_is_leaf)
+        if not all(isinstance(leaf, _PLAIN) for leaf in leaves):
+            return forward(self, *args, **kwargs)
+        tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+        # Tensors are arguments, so that PyTorch sees writes into them before the backward.
+        def call(*values: Tensor) -> Any:
+            for index, value in zip(tensors, values, strict=True):
+                # An expanded view has no recipe (runtime/recompute.py), which is lost on the host.
+                leaves[index] = value.expand_as(value) if value.requires_grad else value
+            positional, keywords = pytree.tree_unflatten(leaves, spec)
+            leaves[:] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            return forward(self, *positional, **keywords)
+
+        return _checkpointed(self, call, [leaves[index] for index in tensors])
 
     return run
 
 
-def members_of_block(cls: type[nn.Module]) -> dict[str, Any]:
-    """Return the members that make a layer of transformers recompute itself; empty for other classes."""
-    if not any(base.__name__ == "GradientCheckpointingLayer" for base in cls.__mro__):
-        return {}
-    return {"gradient_checkpointing": True, _FUNCTION: _Function()}
+def _checkpointed(module: nn.Module, call: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+    if torch.compiler.is_compiling():
+        return checkpoint(call, *tensors, use_reentrant=False)
+    contexts = functools.partial(_contexts, Replay(module), _around.get())
+    with on_host(tensors):
+        return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
 
 
-_FUNCTION = "_gradient_checkpointing_func"
+def _contexts(replay: Replay, around: _Contexts) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _Both(replay, around)
 
 
-class _Function:
-    """Attribute with the function that recomputes a layer of transformers.
+class _Both:
+    """Context of a block that runs again."""
 
-    ``gradient_checkpointing_enable`` sets it, too. The layers go on moving their inputs to the host, and what
-    was set comes into force after a merge.
-    """
-
-    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
-        return recompute_block
-
-    def __set__(self, layer: nn.Module, value: Any) -> None:
-        layer.__dict__[_FUNCTION] = value
-
-
-_PLAIN = (Tensor, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN)
-
-
-def _module_of(function: Callable[..., Any]) -> nn.Module | None:
-    owner = function.args[0] if isinstance(function, functools.partial) and function.args else None
-    return owner if isinstance(owner, nn.Module) else None
-
-
-def _contexts(module: nn.Module | None, around: _Contexts) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _Again(module, around)
-
-
-class _Again:
-    """Context of a block that runs again, without a second update of its buffers (statistics of batch norms).
-
-    A graph that is kept for two backwards enters it twice.
-    """
-
-    def __init__(self, module: nn.Module | None, around: _Contexts) -> None:
-        self._buffers = [] if module is None else [*module.buffers()]
-        self._around = around
+    def __init__(self, replay: Replay, around: _Contexts) -> None:
+        self._replay, self._around = replay, around
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        self._stack.enter_context(self._around())
-        copies = [(buffer, lazy_copy(buffer), _state(buffer)) for buffer in self._buffers]
-        self._stack.callback(_restore, copies)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._around())
+            stack.enter_context(self._replay)
+            self._stack = stack.pop_all()
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
 
-def _restore(copies: Sequence[tuple[Tensor, Tensor, tuple[int, int]]]) -> None:
-    with torch.no_grad():
-        for buffer, copy, state in copies:
-            if _state(buffer) != state:
-                buffer.copy_(copy)
+_PLAIN = (Tensor, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, slice)
+_CONTAINERS = (tuple, list, dict)
 
 
-def _state(buffer: Tensor) -> tuple[int, int]:
-    """Return what changes with a write. The kernels of batch norms do not bump the version counter."""
-    return torch_private.version_counter(buffer), torch_private.data_address(buffer)
+def _is_leaf(value: Any) -> bool:
+    return type(value) not in _CONTAINERS
+
+
+def _without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return the arguments without empty caches, which nothing has to be read from."""
+
+    def emptied(value: Any) -> Any:
+        length = getattr(value, "get_seq_length", None)
+        return (
+            None if length is not None and not isinstance(value, _PLAIN) and not length() else value
+        )
+
+    named = {name: emptied(value) for name, value in kwargs.items()}
+    if "use_cache" in named and any(named[name] is not value for name, value in kwargs.items()):
+        named["use_cache"] = False
+    return tuple(map(emptied, args)), named

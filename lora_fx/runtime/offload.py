@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 
 __all__ = ["on_host", "simulated"]
@@ -47,14 +48,15 @@ class _HostCopy:
     Attributes:
         host: The copy.
         device: The device of the tensor.
+        version: The version counter of the tensor. After a write it needs another copy.
         before: Weak reference to the copy that was made before this one, which the backward needs next.
         fetched: The tensor on the device and the event after which it is complete, once the copy back has
             begun.
         simulated: True if a planner counts the copy.
     """
 
-    def __init__(self, tensor: Tensor, before: weakref.ref[_HostCopy] | None) -> None:
-        self.device, self.before = tensor.device, before
+    def __init__(self, tensor: Tensor, version: int, before: weakref.ref[_HostCopy] | None) -> None:
+        self.device, self.version, self.before = tensor.device, version, before
         self.fetched: tuple[Tensor, Any] | None = None
         copier = _copier.get()
         self.simulated = copier is not None
@@ -138,9 +140,10 @@ def on_host(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
 
 def _copied(tensor: Tensor) -> _HostCopy:
     copy: _HostCopy | None = _copies.get(tensor)
-    if copy is None:
+    version = torch_private.version_counter(tensor)
+    if copy is None or copy.version != version:
         _check_room(tensor)
-        copy = _copies[tensor] = _HostCopy(tensor.detach(), _last.get())
+        copy = _copies[tensor] = _HostCopy(tensor.detach(), version, _last.get())
         _last.set(weakref.ref(copy))
     return copy
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_fx import torch_private
-from lora_fx.errors import ConfigError
 from lora_fx.runtime.adapter_modules import AdapterModule
 from lora_fx.runtime.chunked import drawing, generators
 from lora_fx.runtime.masks import TileMasks, transformed
 from lora_fx.runtime.recompute import autocast_of
+from lora_fx.runtime.replay import Replay
 from lora_fx.torch_private import pytree
 
 __all__ = ["LONGEST", "SHORTEST", "length_of", "tiled"]
@@ -57,18 +57,23 @@ def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _inside.get():
+        idle = torch.compiler.is_compiling() or not torch.is_grad_enabled() or _inside.get()
+        if idle or torch_private.has_global_hooks():
             return forward(self, *args, **kwargs)
         values = (*args, *kwargs.values())
         if len(values) != 1 or not _fits(self, values[0]) or not all(map(_is_silent, _parts(self))):
             return forward(self, *args, **kwargs)
         parameters = [p for p in self.parameters() if p.requires_grad]
         x = values[0]
-        if not (parameters or x.requires_grad):
+        hooked = any(getattr(p, torch_private.TENSOR_HOOKS) for p in parameters)
+        if hooked or not (parameters or x.requires_grad):
             return forward(self, *args, **kwargs)
         call = _Call(self, forward, next(iter(kwargs), None), parameters, x)
         kept: Any = _Kept.apply(x, *parameters[:1])  # type: ignore[no-untyped-call]
-        results = _Tiles.apply(kept, kept.grad_fn, call, x, *parameters)  # type: ignore[no-untyped-call]
+        try:
+            results = _Tiles.apply(kept, kept.grad_fn, call, x, *parameters)  # type: ignore[no-untyped-call]
+        except _UnfitError:
+            return forward(self, *args, **kwargs)
         return pytree.tree_unflatten(results, call.spec)
 
     return run
@@ -94,13 +99,17 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 def _is_silent(part: nn.Module) -> bool:
     """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
     draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
-    return not (draws or any(getattr(part, name) for name in torch_private.FORWARD_HOOKS))
+    return not (draws or any(getattr(part, name) for name in torch_private.MODULE_HOOKS))
 
 
 def _draws(module: nn.Module) -> bool:
     """Return True if an adapter in a module draws masks for its dropout."""
     parts = (part for part in module.modules() if isinstance(part, nn.Dropout))
     return any(part.training and part.p for part in parts)
+
+
+class _UnfitError(Exception):
+    """The results of a tile are not those of its tokens: the module was found with another size of inputs."""
 
 
 class _Call:
@@ -111,6 +120,7 @@ class _Call:
         parameters: Its trained parameters.
         shape: Shape of the argument.
         length: Tokens of a tile.
+        replay: The state of the module in the forward.
         generators: States of the random generators before the first tile; None if nothing is drawn.
         spec: Structure of the result, once a tile is computed.
     """
@@ -130,6 +140,7 @@ class _Call:
         self._forward, self._name = forward, name
         self._autocast = autocast_of(x.device.type)
         self.generators = generators(x.device) if _draws(module) else None
+        self.replay = Replay(module)
 
     def run(self, rows: Tensor, tile: slice, masks: TileMasks) -> list[Tensor]:
         """Compute the results of a tile, in which only the first axes differ from the whole."""
@@ -142,6 +153,9 @@ class _Call:
         finally:
             _inside.reset(token)
         results, self.spec = pytree.tree_flatten(result)
+        shapes = (x.shape[:-1], rows.shape[:1])
+        if not all(isinstance(r, Tensor) and r.shape[:-1] in shapes for r in results):
+            raise _UnfitError
         return results
 
     def whole(self, result: Tensor) -> Tensor:
@@ -158,21 +172,6 @@ class _Call:
         """Yield the tokens of each tile."""
         for start in range(0, self.tokens, self.length):
             yield slice(start, start + self.length)
-
-    def check(self) -> None:
-        """Raise if the module has other trained parameters now than in its forward.
-
-        Raises:
-            ConfigError: The backward would compute with other values than the forward.
-        """
-        now = [p for p in self.module.parameters() if p.requires_grad]
-        if len(now) != len(self.parameters) or any(
-            new is not old for new, old in zip(now, self.parameters, strict=True)
-        ):
-            raise ConfigError(
-                f"memory='least': parameters of this {type(self.module).__name__} were replaced between "
-                "forward and backward (torch.func.functional_call does that): use memory='balanced'"
-            )
 
 
 class _Kept(torch.autograd.Function):
@@ -210,14 +209,13 @@ class _Tiles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        call.check()
         (x,) = ctx.node.saved_tensors
         wants = ctx.needs_input_grad[3]
         rows = x.detach().reshape(-1, x.shape[-1])
         of_x = torch.empty_like(rows) if wants else None
         sums = [torch.zeros_like(p, dtype=_exact(p.dtype)) for p in call.parameters]
         masks = TileMasks(call.tokens)
-        with drawing(call.generators, x.device):
+        with call.replay, drawing(call.generators, x.device):
             for tile in call.tiles():
                 part = rows[tile].requires_grad_(wants)
                 with torch.enable_grad():

@@ -99,7 +99,7 @@ _OPERATIONS = ("lora_fx.runtime.", "lora_fx.passes.effective", "lora_fx.formats.
 _AROUND = frozenset(
     f"lora_fx.runtime.{name}"
     for name in (
-        *("blocks", "chunked", "logits", "recompute", "row_tracking"),
+        *("blocks", "chunked", "logits", "recompute", "replay", "row_tracking"),
         *("samples", "tiles", "watch"),
     )
 )
@@ -561,12 +561,11 @@ def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
     if how.whole:
         entries = {name: entry(name, cls) for name in ("__call__", "forward")}
         inner = logits.scoped(entries["forward"]) if how.scoped else entries["forward"]
-        own = blocks.members_of_block(cls) if how.saving.block else {}
         if how.saving.tiles:
             inner = tiles.tiled(inner)
-        if how.saving.block and not own:
-            inner = blocks.recomputed(inner)
-        entries |= {"forward": around(cls.forward, inner), **own}
+        forward = around(cls.forward, inner)
+        # Outside of the decorator by which layers of transformers checkpoint themselves.
+        entries["forward"] = blocks.recomputed(forward) if how.saving.block else forward
     watched_cls = subclass(
         (_Watched, Hooked),
         cls,

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from lora_fx.formats import PackedTensor
 from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, join
 from lora_fx.runtime import AdapterModule, Follower
-from lora_fx.torch_private import pytree
+from lora_fx.torch_private import data_address, pytree, version_counter
 
 __all__ = ["FindSavings", "find_blocks", "find_savings"]
 
-_TOKENS, _TOKENS_OF_EXPERTS = 6, 64
+_TOKENS, _TOKENS_OF_EXPERTS = 12, 60
 _STEP = 16
 
 _log = logging.getLogger("lora_fx")
@@ -145,7 +145,8 @@ class _Finder:
         sizes = {site.in_features for site in self._sites if _is_in(site.owner, fqn)}
         sizes |= {len(p) for p in module.parameters() if p.dim() == 1}
         shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
-        key = (type(module), shapes, str(module), module.training)
+        settings = tuple(_settings(part) for part in module.modules())
+        key = (type(module), shapes, str(module), settings)
         if key not in self._known:
             self._known[key] = _tried(module, sorted(sizes), experts)
         return self._known[key]
@@ -227,8 +228,25 @@ def _window(like: Tensor) -> Tensor:
     return (torch.randn(count) / 8).as_strided(shape, strides)
 
 
-def _attributes(module: nn.Module) -> dict[str, int]:
-    return {name: id(value) for name, value in vars(module).items()}
+def _settings(module: nn.Module) -> tuple[Any, ...]:
+    """Return the attributes of a module that its user has set, in a form that can be compared."""
+    simple = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value if isinstance(value, simple) else id(value))
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+    )
+
+
+def _state(module: nn.Module) -> list[Any]:
+    """Return what a call of a module should not change: attributes and buffers of its parts."""
+    attributes = [
+        {name: id(value) for name, value in vars(part).items()} for part in module.modules()
+    ]
+    buffers = [
+        (id(tensor), version_counter(tensor), data_address(tensor)) for tensor in module.buffers()
+    ]
+    return [attributes, buffers]
 
 
 def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -255,7 +273,7 @@ def _mixture(module: nn.Module, x: Tensor) -> str:
     """
     with torch.no_grad():
         _results(module, x)  # a first call may set attributes for good
-    before = [_attributes(part) for part in module.modules()]
+    before = _state(module)
     tokens = x.shape[1]
     follower = Follower(module, tokens, 1)
     numbers = torch.arange(tokens, dtype=follower.dtype, device=x.device)
@@ -265,14 +283,23 @@ def _mixture(module: nn.Module, x: Tensor) -> str:
         results = _results(module, x)
     if not torch.equal(state, torch.get_rng_state()):
         return "it draws random numbers"
-    if [_attributes(part) for part in module.modules()] != before:
-        return "it sets attributes"
+    if _state(module) != before:
+        return "it sets attributes or buffers"
     own = numbers.reshape(tokens, 1)
     for result in results:
         sets = follower.read(result)
         if sets is None or not bool(((sets[0] == own) & (sets[1] == -own)).all()):
             return "it mixes tokens"
     return ""
+
+
+def _takes(module: nn.Module, x: Tensor) -> bool:
+    """Return True if a module runs on tokens in this form, and keeps its form."""
+    try:
+        _results(module, x)
+    except Exception:  # noqa: BLE001  of the user's code
+        return False
+    return True
 
 
 def _differs(module: nn.Module, x: Tensor) -> str:
@@ -290,7 +317,9 @@ def _differs(module: nn.Module, x: Tensor) -> str:
             )
         ]
         pairs = _results(module, x.view(2, half, -1))
-    for result, *parts in zip(whole, halves, pairs, strict=True):
+        forms = [form for form in (x[0], x.view(2, half // 3, 3, -1)) if _takes(module, form)]
+        shaped = [_results(module, form) for form in forms]
+    for result, *parts in zip(whole, halves, pairs, *shaped, strict=True):
         scale = float(result.abs().max()) or 1.0
         if not all(torch.allclose(other, result, rtol=1e-3, atol=1e-4 * scale) for other in parts):
             return "its tokens depend on their position or on each other"

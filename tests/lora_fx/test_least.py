@@ -260,7 +260,7 @@ def test_a_copy_keeps_as_little(copied: Callable[[nn.Module], nn.Module]) -> Non
             again.model.norm(torch.randn(1, TOKENS, 32).double().requires_grad_()).grad_fn
         ).__name__
     )
-    assert again.model.layers[0].gradient_checkpointing
+    assert again.model.layers[0].forward.__func__ is adapted.model.layers[0].forward.__func__
     losses = [model.train()(**text()).loss for model in (adapted, again)]
     torch.testing.assert_close(*losses)
 
@@ -282,7 +282,7 @@ def test_another_adapter_and_rows_of_a_batch() -> None:
     adapted.train()(**text(2), adapter_ids=["default", "other"]).loss.backward()
     lora_fx.set_adapter(adapted, "other")
     adapted(**text(2)).loss.backward()
-    assert adapted.model.layers[0].gradient_checkpointing
+    assert hasattr(type(adapted.model.layers[0]).forward, "__wrapped__")
 
 
 def test_hooks_see_all_tokens() -> None:
@@ -384,3 +384,162 @@ def test_inputs_of_blocks_wait_on_the_host() -> None:
     kept = adapted(**inputs).loss
     assert torch.cuda.memory_allocated() - before <= 3 * 4096 * 256 * 4
     kept.backward()
+
+
+# --- what happens between a forward and its backward --------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Blocks that keep statistics, or take their input in another form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.blocks = nn.ModuleList([Stated(form), Stated(form)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        xs = [x]
+        for block in self.blocks:
+            if self.form == "list":
+                xs.append(block(xs))
+            else:
+                xs.append(block(x=xs[-1]))
+        return xs[-1].square().mean()
+
+
+class Stated(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.parts = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Any) -> Tensor:
+        x = sum(x) if isinstance(x, list) else x
+        y: Tensor = torch.tanh(self.parts["fc"](x) - self.mean)
+        if self.training and self.form == "state":
+            self.mean.mul_(0.5).add_(x.detach().mean((0, 1)))
+        if self.training and self.form == "replaced":
+            self.mean = self.mean * 0.5 + x.detach().mean((0, 1))
+        return y
+
+
+@pytest.mark.parametrize("form", ["list", "state", "replaced", "keyword"])
+def test_blocks_with_state_and_other_arguments(form: str) -> None:
+    torch.manual_seed(0)
+    model = Blocks(form).double()
+    inputs = {"x": torch.randn(2, 300, 8).double()}
+    config = LoraConfig(r=2, init_lora_weights=False)
+    models = []
+    for options in ({}, {"memory": "least"}):
+        _, _, adapted = step(model, inputs, config, **options)
+        adapted.zero_grad()
+        adapted(**inputs).backward()  # after an update of the statistics
+        models.append(adapted)
+    for (name, p), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(other.grad, p.grad, rtol=1e-10, atol=1e-14, msg=name)
+    for buffer, other in zip(models[0].buffers(), models[1].buffers(), strict=True):
+        torch.testing.assert_close(other, buffer)
+
+
+def test_a_static_input_is_copied_again() -> None:
+    torch.manual_seed(0)
+    model, buffer = Blocks("keyword").double(), torch.zeros(2, 300, 8).double()
+    config = LoraConfig(r=2, init_lora_weights=False)
+    pairs = []
+    for options in ({}, {"memory": "least"}):
+        torch.manual_seed(1)
+        adapted = lora_fx.rewrite(model, config, **options).train()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            buffer.copy_(torch.randn_like(buffer))
+            adapted.zero_grad()
+            with offload.simulated(torch.clone):
+                adapted(buffer).backward()
+        pairs.append([p.grad for p in adapted.parameters() if p.grad is not None])
+    for gradient, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(other, gradient)
+
+
+def test_modes_and_hooks_of_the_forward() -> None:
+    config, inputs, model = (
+        LoraConfig(r=2, lora_dropout=0.3, init_lora_weights=False),
+        text(),
+        llama(1),
+    )
+    gradients: list[dict[str, Tensor]] = []
+    for options in ({}, {"memory": "least"}):
+        torch.manual_seed(2)
+        adapted = lora_fx.rewrite(model, config, **options).train()
+        factor = adapted.model.layers[0].mlp.up_proj.lora_A.default
+        factor.register_hook(lambda grad: grad.clamp(-1e-4, 1e-4) * 2)
+        calls: list[int] = []
+        adapted.model.layers[0].mlp.down_proj.register_full_backward_hook(
+            lambda module, given, grads, calls=calls: calls.append(1)
+        )
+        torch.manual_seed(3)
+        loss = adapted(**inputs).loss
+        adapted.eval()
+        loss.backward()
+        assert calls == [1]
+        assert not adapted.training
+        gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-9, atol=1e-14)
+
+
+def test_other_parameters_in_the_backward_of_a_block() -> None:
+    adapted = lora_fx.rewrite(llama(1), LoraConfig(r=2), memory="least", loss="whole").train()
+    values = {name: p.detach() * 1.1 for name, p in adapted.named_parameters()}
+    for name, p in adapted.named_parameters():
+        values[name].requires_grad_(p.requires_grad)
+    loss = torch.func.functional_call(adapted, values, kwargs=text(1, 64)).loss
+    with pytest.raises(ConfigError, match="were replaced between forward and backward"):
+        loss.backward()
+
+
+def test_a_filled_cache_is_used() -> None:
+    model = llama(1)
+    model.config.use_cache = True
+    ids = text(1, 300)["input_ids"]
+    losses = []
+    for options in ({}, {"memory": "least"}):
+        torch.manual_seed(2)
+        config = LoraConfig(r=2, init_lora_weights=False)
+        adapted = lora_fx.rewrite(model, config, **options).train()
+        with torch.no_grad():
+            output = adapted(input_ids=ids[:, :200], use_cache=True)
+        name = "cache" if "cache" in output else "past_key_values"
+        rest = ids[:, 200:]
+        output = adapted(input_ids=rest, labels=rest, **{name: output[name]})
+        losses.append(output.loss.detach())
+    torch.testing.assert_close(*losses)
+
+
+class Merging(nn.Module):
+    """Module that treats tokens on their own for inputs of 16 features only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(self.norm(x.reshape(*x.shape[:-2], -1, 16)))))
+        return y
+
+
+class MergingNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.merge = nn.Linear(4, 4), Merging()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(self.inner(x)).square().mean()
+
+
+def test_another_size_than_that_of_the_trial() -> None:
+    torch.manual_seed(0)
+    model, inputs = MergingNet().double(), {"x": torch.randn(1, 1200, 4).double()}
+    assert "merge" in lora_fx.plan(model, LoraConfig(r=2), memory="least").savings.tiles
+    assert_equal(model, inputs, LoraConfig(r=2, init_lora_weights=False))

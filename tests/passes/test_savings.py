@@ -128,7 +128,7 @@ TRAPS = {
     "neighbor": "it mixes tokens",
     "length": "its tokens depend on their position or on each other",
     "noise": "it draws random numbers",
-    "count": "it sets attributes",
+    "count": "it sets attributes or buffers",
     "sum": "it needs more than one tensor [..., tokens, features]",
 }
 

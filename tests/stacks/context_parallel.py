@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "default": {},
     "canonical": {"rewrite": {"optimize": False}},
     "balanced": {"rewrite": {"memory": "balanced"}},
+    "least": {"rewrite": {"memory": "least"}},
     "chunked": {"rewrite": {"loss": "chunked"}},
     "balanced, chunked": {"rewrite": {"memory": "balanced", "loss": "chunked"}},
     "checkpoints": {"checkpoints": "non-reentrant"},

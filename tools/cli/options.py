@@ -371,10 +371,11 @@ class Training(Options):
         if self.host is not None and self.fit is None:
             raise ConfigError("--host is a limit of --fit: name a card, too")
         if not self.plans and self.fit is None:
-            if self.base is not None:
-                raise ConfigError(
-                    "--base is for the plan of a step: add --fit, --mesh or --timeline"
-                )
+            for option, value in (("base", self.base), ("optimizer", self.optimizer)):
+                if value not in (None, "adamw"):
+                    raise ConfigError(
+                        f"--{option} is for the plan of a step: add --fit, --mesh or --timeline"
+                    )
             return
         from lora_fx.tools.cluster import OPTIMIZERS
         from lora_fx.tools.fit import size_of
