@@ -70,7 +70,7 @@ def wrapped(stack: str, model: Any) -> Any:
     return model
 
 
-def step(model: Any, rank: int, case: str) -> torch.Tensor:
+def step(model: Any, rank: int, case: str = "") -> torch.Tensor:
     """The loss of one rank's samples, under its own seed."""
     torch.manual_seed(rank)
     ids = (LONG if case == "least memory" else IDS).chunk(RANKS)[rank]
