@@ -158,7 +158,8 @@ def _next(shares: dict[int, float], best: int) -> int:
     above = [count for count in shares if count > best]
     other = min(above) if above else max(count for count in shares if count < best)
     slope = (shares[other] - shares[best]) / (other - best)
-    return int(best + (1 - shares[best]) / slope) if slope > 0 else 2 * best
+    # Short samples have a floor, so that the line may be too flat.
+    return min(int(best + (1 - shares[best]) / slope), 8 * best) if slope > 0 else 2 * best
 
 
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
