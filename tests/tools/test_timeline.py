@@ -187,7 +187,7 @@ def test_calls_are_as_before_also_after_an_error() -> None:
     wide(rows=2)
     assert nn.Module.__call__ is call
     config = lora_fx.LoraConfig(r=1, target_modules=["wide"])
-    with pytest.raises(lora_fx.ConfigError, match="cannot be planned.*reduction dim"):
+    with pytest.raises(lora_fx.ConfigError, match=r"cannot be planned.*reduction dim"):
         plan_step(Wide(), config, Mesh(), {"x": torch.empty(4, 9)}, ledger=Timeline())
     assert nn.Module.__call__ is call
 
