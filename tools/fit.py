@@ -34,7 +34,7 @@ _LONGEST = 1 << 22
 MOST_PLANS = 12
 """Most plans for one setting: the first one, and those of the longest context and the largest batch."""
 
-_CLOSE = 0.98  # of the card
+_CLOSE, _AIM = 0.98, 0.99  # of the card
 
 Planned = Callable[[int, Settings], Need]
 
@@ -159,7 +159,7 @@ def _next(shares: dict[int, float], best: int) -> int:
     other = min(above) if above else max(count for count in shares if count < best)
     slope = (shares[other] - shares[best]) / (other - best)
     # Short samples have a floor, so that the line may be too flat.
-    return min(int(best + (1 - shares[best]) / slope), 8 * best) if slope > 0 else 2 * best
+    return min(int(best + (_AIM - shares[best]) / slope), 8 * best) if slope > 0 else 2 * best
 
 
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
