@@ -18,9 +18,27 @@ from torch import nn
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.ir import Memory
-from lora_fx.tools.cluster import Mesh, Need, Settings, plan_step, step_inputs, without_memory
+from lora_fx.tools.cluster import (
+    Mesh,
+    Need,
+    Settings,
+    plan_step,
+    step_inputs,
+    tensors_inside,
+    without_memory,
+)
 
-__all__ = ["CONTEXT", "FRAGMENTS", "MOST_PLANS", "Fit", "best_format", "fits", "size_of", "usable"]
+__all__ = [
+    "CONTEXT",
+    "FRAGMENTS",
+    "MOST_PLANS",
+    "Fit",
+    "best_format",
+    "fits",
+    "size_of",
+    "stored_bytes",
+    "usable",
+]
 
 CONTEXT = 500_000_000
 """Bytes of a CUDA context."""
@@ -35,8 +53,6 @@ MOST_PLANS = 12
 """Most plans for one setting: the first one, and those of the longest context and the largest batch."""
 
 _CLOSE, _AIM = 0.98, 0.99  # of the card
-
-Planned = Callable[[int, Settings], Need]
 
 
 def size_of(option: str, text: str) -> int:
@@ -162,9 +178,17 @@ def _next(shares: dict[int, float], best: int) -> int:
     return min(int(best + (_AIM - shares[best]) / slope), 8 * best) if slope > 0 else 2 * best
 
 
+def stored_bytes(model: nn.Module, name: str) -> int:
+    """Return the bytes of the weights of a model on the meta device, in a format of a plan."""
+    from lora_fx.tools.planned_weights import quantized_without_values
+
+    parameters = quantized_without_values(model, name).parameters()
+    return sum(part.nbytes for parameter in parameters for part in tensors_inside(parameter))
+
+
 def best_format(model: nn.Module, room: int, dtype: torch.dtype | None) -> str | None:
     """Return the largest format in which the weights of a model would fit, of quantize if one does."""
-    from lora_fx.tools.planned_weights import STORED, stored_bytes
+    from lora_fx.tools.planned_weights import STORED
 
     empty = without_memory(model, dtype)
     for names in (("int8", "nf4"), tuple(STORED)):

@@ -27,7 +27,7 @@ from lora_fx.formats import (
 from lora_fx.ir import Quantization
 from lora_fx.passes.graph import share_copy
 
-__all__ = ["STORED", "names_of_formats", "quantized_without_values", "stored_bytes"]
+__all__ = ["STORED", "names_of_formats", "quantized_without_values"]
 
 Size = Callable[[tuple[int, int]], int]
 
@@ -120,14 +120,3 @@ def quantized_without_values(model: nn.Module, name: str) -> nn.Module:
 def names_of_formats() -> tuple[str, ...]:
     """Return the formats of :func:`lora_fx.quantize`."""
     return tuple(name for known in formats() if known is not _format for name in known.names)
-
-
-def stored_bytes(model: nn.Module, name: str) -> int:
-    """Return the bytes of the weights of a model on the meta device in a format; see above."""
-    tensors = quantized_without_values(model, name).parameters()
-    return sum(
-        sum(part.nbytes for part in tensor.data.parts.values())
-        if isinstance(tensor.data, PackedTensor)
-        else tensor.nbytes
-        for tensor in tensors
-    )

@@ -36,6 +36,7 @@ __all__ = [
     "Step",
     "checkpoint_here",
     "drawing",
+    "exact_dtype",
     "generators",
     "is_running",
     "kept_here",
@@ -198,7 +199,7 @@ class Job:
 
     def _total(self, losses: Sequence[Tensor]) -> Tensor:
         count, dtype = self.count(), losses[0].dtype
-        total = torch.stack([*losses]).to(_exact(dtype)).sum()
+        total = torch.stack([*losses]).to(exact_dtype(dtype)).sum()
         return (total if count is None else total / count.to(total.dtype)).to(dtype)
 
     def gradients(
@@ -222,7 +223,7 @@ class Job:
             for tensor, on in zip(operands, wanted[1:], strict=True)
         ]
         sums = [
-            torch.zeros_like(tensor, dtype=_exact(tensor.dtype)) if on else None
+            torch.zeros_like(tensor, dtype=exact_dtype(tensor.dtype)) if on else None
             for tensor, on in zip((flat, *operands), wanted, strict=True)
         ]
         count = self.count()
@@ -282,13 +283,13 @@ class Job:
         if self.reduction == "none":
             assert grad is not None
             return grad.reshape(-1)[chunk]
-        start = torch.ones_like(loss, dtype=_exact(loss.dtype)) if grad is None else grad
+        start = torch.ones_like(loss, dtype=exact_dtype(loss.dtype)) if grad is None else grad
         start = start if count is None else start / count.to(start.dtype)
         return start.to(loss.dtype)
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which chunks are summed."""
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which gradients of chunks and tiles are summed."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_fx import torch_private
 from lora_fx.runtime.adapter_modules import AdapterModule
-from lora_fx.runtime.chunked import drawing, generators
+from lora_fx.runtime.chunked import drawing, exact_dtype, generators
 from lora_fx.runtime.masks import TileMasks, transformed
 from lora_fx.runtime.recompute import autocast_of
 from lora_fx.runtime.replay import Replay
@@ -213,7 +213,7 @@ class _Tiles(torch.autograd.Function):
         wants = ctx.needs_input_grad[3]
         rows = x.detach().reshape(-1, x.shape[-1])
         of_x = torch.empty_like(rows) if wants else None
-        sums = [torch.zeros_like(p, dtype=_exact(p.dtype)) for p in call.parameters]
+        sums = [torch.zeros_like(p, dtype=exact_dtype(p.dtype)) for p in call.parameters]
         masks = TileMasks(call.tokens)
         with call.replay, drawing(call.generators, x.device):
             for tile in call.tiles():
@@ -242,8 +242,3 @@ class _Tiles(torch.autograd.Function):
 def _rows(x: Tensor) -> Tensor:
     """Return a tensor with all tokens on the first axis, as a view if possible."""
     return x.reshape(-1, x.shape[-1])
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which gradients of tiles are summed."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

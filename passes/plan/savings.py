@@ -293,13 +293,12 @@ def _mixture(module: nn.Module, x: Tensor) -> str:
     return ""
 
 
-def _takes(module: nn.Module, x: Tensor) -> bool:
-    """Return True if a module runs on tokens in this form, and keeps its form."""
+def _in_form(module: nn.Module, x: Tensor) -> list[list[Tensor]]:
+    """Return the results for tokens in another form, or nothing if the module does not take it."""
     try:
-        _results(module, x)
+        return [_results(module, x)]
     except Exception:  # noqa: BLE001  of the user's code
-        return False
-    return True
+        return []
 
 
 def _differs(module: nn.Module, x: Tensor) -> str:
@@ -317,8 +316,7 @@ def _differs(module: nn.Module, x: Tensor) -> str:
             )
         ]
         pairs = _results(module, x.view(2, half, -1))
-        forms = [form for form in (x[0], x.view(2, half // 3, 3, -1)) if _takes(module, form)]
-        shaped = [_results(module, form) for form in forms]
+        shaped = [*_in_form(module, x[0]), *_in_form(module, x.view(2, half // 3, 3, -1))]
     for result, *parts in zip(whole, halves, pairs, *shaped, strict=True):
         scale = float(result.abs().max()) or 1.0
         if not all(torch.allclose(other, result, rtol=1e-3, atol=1e-4 * scale) for other in parts):

@@ -15,8 +15,7 @@ import lora_fx
 from lora_fx import ConfigError, LoraConfig
 from lora_fx.runtime import offload
 from lora_fx.tools.cluster import Ledger, Mesh, Settings, plan_step, step_inputs, without_memory
-from lora_fx.tools.fit import best_format, fits, size_of
-from lora_fx.tools.planned_weights import stored_bytes
+from lora_fx.tools.fit import best_format, fits, size_of, stored_bytes
 
 CONFIG = LoraConfig(r=4)
 TEXT: dict[str, Any] = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 192}
