@@ -33,6 +33,7 @@ from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.gptqmodel import GPTQModelFormat
+from lora_fx.formats.grids import CodeGrid, DtypeGrid, Grid
 from lora_fx.formats.hqq import HqqFormat, HqqName
 from lora_fx.formats.loading import keep_quantized
 from lora_fx.formats.mxfp4 import MXFP4Format
@@ -67,8 +68,11 @@ __all__ = [
     "MATMUL_N_BITS",
     "STANDARD_OPERATORS",
     "WHOLE_WEIGHTS",
+    "CodeGrid",
+    "DtypeGrid",
     "FormatHook",
     "FormatName",
+    "Grid",
     "KeptWeight",
     "LibraryLayers",
     "LoadHook",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lora_fx.errors import ConfigError, QuantizationError, some
 from lora_fx.extras import is_installed, load_optional
+from lora_fx.formats.grids import Grid
 from lora_fx.ir import (
     NoOperator,
     OnnxBuilder,
@@ -467,6 +468,20 @@ class WeightFormat(abc.ABC):
             quantization.scheme, quantization.block_size, quantization.double, chosen=True
         )
         return self.pack(values.to(quantization.dtype).contiguous(), how)
+
+    def grid(self, weight: Any) -> Grid | None:
+        """Return the values that elements can have with the present scales; None if that is not known.
+
+        Rounding with error feedback needs it. It knows no other format than by this method.
+        """
+        return None
+
+    def fill(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """Return a frozen parameter with the scales of ``weight``, and values of its :meth:`grid`.
+
+        This base class leaves it to :meth:`requantize`, for formats that keep scales that fit.
+        """
+        return self.requantize(values, weight)
 
     # --- stacks of matrices ---
 

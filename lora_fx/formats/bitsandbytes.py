@@ -42,6 +42,7 @@ from lora_fx.formats.base import (
     packed_sizes,
     quantization_of,
 )
+from lora_fx.formats.grids import CodeGrid, Grid, integer_levels
 from lora_fx.formats.weights import (
     REMEDY,
     LoadHook,
@@ -442,6 +443,14 @@ def _blocks_in_order(weight: Any, stored: Quantization) -> bool:
     return torch.equal(dense(flat).flatten(), dense(weight).flatten())
 
 
+def _absmax(state: Any) -> Tensor:
+    """Return the largest magnitude of each block of four bits."""
+    absmax: Tensor = state.absmax
+    if state.nested:
+        absmax = _library().functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    return absmax
+
+
 # --- the format --------------------------------------------------------------------------------------
 
 
@@ -588,6 +597,36 @@ class BitsandbytesFormat(WeightFormat):
         make = _requantize_four_bits if _is_of_four_bits(weight) else _requantize_eight_bits
         return make(values, weight)
 
+    def grid(self, weight: Any) -> Grid | None:
+        """See :class:`WeightFormat`. Blocks of four bits have to divide the rows."""
+        if not _is_of_four_bits(weight):
+            levels, scales = integer_levels(8)[1:], _row_scales(weight).reshape(-1, 1) / 127
+            return CodeGrid.of_blocks(levels, scales, weight.shape, None)
+        state = weight.quant_state
+        rows, columns = state.shape
+        if columns % state.blocksize:
+            return None
+        levels = _table(state.quant_type, weight.device)
+        scales = _absmax(state).reshape(rows, -1)
+        return CodeGrid.of_blocks(levels, scales, state.shape, state.blocksize)
+
+    def fill(self, values: Tensor, weight: Any) -> nn.Parameter:
+        """See :class:`WeightFormat`. The library would compute new scales, which differ if they are nested."""
+        if not _is_of_four_bits(weight):
+            scales = _row_scales(weight)
+            codes = torch.round(values.float() / scales.reshape(-1, 1) * 127)
+            codes = codes.nan_to_num().to(torch.int8)
+            return _like(weight, codes, CB=codes, SCB=scales, row_scales=scales)
+        state = weight.quant_state
+        scales = _absmax(state).reshape(-1, 1)
+        levels = values.float().reshape(len(scales), -1) / scales
+        table, order = _table(state.quant_type, weight.device).sort()
+        nearest = torch.bucketize(levels.nan_to_num(), (table[1:] + table[:-1]) / 2)
+        codes = order[nearest].flatten().to(torch.uint8)
+        pairs = (codes[::2] << 4) | codes[1::2]
+        old = weight.detach().as_subclass(torch.Tensor)
+        return _like(weight, pairs.view(old.dtype).reshape(old.shape))
+
     def take_apart(self, weight: Any) -> tuple[dict[str, Tensor], Any]:
         """See :class:`WeightFormat`."""
         state, plain = weight.quant_state, weight.detach().as_subclass(torch.Tensor)
@@ -667,8 +706,6 @@ class BitsandbytesFormat(WeightFormat):
                 "Quantize it with a block size that divides the rows, or move the model to CUDA",
             )
         state = weight.quant_state
-        scales = state.absmax
-        if state.nested:
-            scales = _library().functional.dequantize_blockwise(scales, state.state2) + state.offset
+        scales = _absmax(state)
         codes = plain.contiguous().view(torch.uint8).flatten()
         return OnnxWeight(_MATMUL_BNB4, codes, scales.float().flatten(), None, int(state.blocksize))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, pack_integers
+from lora_fx.formats.grids import FP4_SIZES, CodeGrid, Grid, float8_levels, integer_levels
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.torch_private import forward_pre_hooks
@@ -223,6 +224,19 @@ class CompressedTensorsFormat(PackedFormat):
             {name: tensors[name].to(old[name].dtype) for name in old}
         )
         return parameter
+
+    def grid(self, weight: Any) -> Grid | None:
+        """See :class:`WeightFormat`."""
+        options, factor = weight.options, weight.parts.get("weight_global_scale")
+        if options.name.startswith("int"):
+            levels = integer_levels(options.bits)
+        elif options.bits == 8:
+            levels = float8_levels(torch.float8_e4m3fn)
+        else:
+            levels = torch.tensor([*FP4_SIZES, *(-size for size in FP4_SIZES[1:])])
+        scales, zeros = _grid(weight)
+        scales = scales if factor is None else scales / factor
+        return CodeGrid.of_blocks(levels, scales, weight.shape, options.block, zeros, options.rows)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, quantization_of
+from lora_fx.formats.grids import CodeGrid, Grid, float8_levels
 from lora_fx.formats.packed import (
     PackedFormat,
     PackedLayers,
@@ -204,6 +205,11 @@ class FineGrainedFP8Format(PackedFormat):
             }
         )
         return parameter
+
+    def grid(self, weight: Any) -> Grid:
+        """See :class:`WeightFormat`."""
+        _, scales, (rows, columns) = _codes_and_scales(weight)
+        return CodeGrid.of_blocks(float8_levels(_CODES), scales, weight.shape, columns, rows=rows)
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """Return lines of values that share a scale: the operator's blocks are parts of a row."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.formats.base import LibraryLayers, pack_integers
+from lora_fx.formats.grids import CodeGrid, Grid, integer_levels
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 
@@ -270,6 +271,12 @@ class GPTQModelFormat(PackedFormat):
         }
         parameter: nn.Parameter = weight.with_parts(tensors)
         return parameter
+
+    def grid(self, weight: Any) -> Grid:
+        """See :class:`WeightFormat`."""
+        _, zeros, scales, groups = _Grid.of(weight)
+        levels = integer_levels(weight.options.bits, signed=False).float()
+        return CodeGrid(levels, scales.float(), tuple(groups.tolist()), zeros.float())
 
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight | NoOperator:
         """See :class:`WeightFormat`. Codes of 2 and 3 bits are stored in 4."""

@@ -24,6 +24,7 @@ from lora_fx.formats.base import (
     multiply_values,
     pack_integers,
 )
+from lora_fx.formats.grids import CodeGrid, Grid, integer_levels
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import (
     NoOperator,
@@ -237,6 +238,15 @@ class HqqFormat(PackedFormat):
         tensors = {"W_q": pack(torch.where(keep, codes, new_codes)), "scale": scale, "zero": zero}
         parameter: nn.Parameter = weight.with_parts(tensors)
         return parameter
+
+    def grid(self, weight: Any) -> Grid | None:
+        """See :class:`WeightFormat`. Groups are parts of a row, unless the weight has another axis."""
+        settings: Settings = weight.options
+        if settings.axis != 1 or not settings.channel_wise:
+            return None
+        levels = integer_levels(math.ceil(settings.nbits), signed=False)
+        scales, zeros = (part.reshape(weight.shape[0], -1) for part in (weight.scale, weight.zero))
+        return CodeGrid.of_blocks(levels, scales, weight.shape, settings.group_size, zeros)
 
     # --- export ---
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers
+from lora_fx.formats.grids import FP4_SIZES, CodeGrid, Grid
 from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts
 from lora_fx.formats.stacks import follow_stacks, stack_parts
 from lora_fx.ir import OnnxWeight, Quantization
@@ -26,7 +27,6 @@ __all__ = ["MXFP4Format", "MXFP4Tensor", "stacked_experts"]
 _MODULE: Final = "transformers.integrations.mxfp4"
 _BLOCK: Final = 32
 _KEYS: Final = ("blocks", "scales")
-_MAGNITUDES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def _library() -> Any:
@@ -161,10 +161,17 @@ class MXFP4Format(PackedFormat):
         parameter: nn.Parameter = weight.with_parts(parts)
         return parameter
 
+    def grid(self, weight: Any) -> Grid:
+        """See :class:`WeightFormat`."""
+        levels = torch.tensor([*FP4_SIZES, *(-size for size in FP4_SIZES[1:])])
+        exponents = weight.parts["scales"].int() - 127
+        scales = torch.ldexp(torch.ones(exponents.shape, device=exponents.device), exponents)
+        return CodeGrid.of_blocks(levels, scales, weight.shape, _BLOCK)
+
     def onnx_weight(self, weight: Any, stored: Quantization) -> OnnxWeight:
         """Return the codes in eight bits, as twice the values: no operator of opsets 20 to 22 reads FP4."""
         blocks, scales = weight.parts["blocks"], weight.parts["scales"]
-        signed = torch.tensor([*_MAGNITUDES, *(-value for value in _MAGNITUDES)]) * 2
+        signed = torch.tensor([*FP4_SIZES, *(-value for value in FP4_SIZES)]) * 2
         pairs = torch.stack([blocks & 15, blocks >> 4], -1).long()
         codes = signed.to(blocks.device, torch.int8)[pairs].reshape(-1, _BLOCK)
         halves = torch.full(scales.shape, 0.5, device=scales.device)
@@ -180,7 +187,7 @@ def _codes(rows: Tensor, exponents: Tensor) -> Tensor:
         exponents: The exponents of two of the blocks, [rows, blocks].
     """
     values = torch.ldexp(rows, -exponents.unsqueeze(-1))
-    table = torch.tensor(_MAGNITUDES, device=values.device)
+    table = torch.tensor(FP4_SIZES, device=values.device)
     between = (table[1:] + table[:-1]) / 2
     sizes = values.abs().contiguous()
     low, high = (torch.bucketize(sizes, between, right=right) for right in (False, True))
@@ -191,6 +198,6 @@ def _codes(rows: Tensor, exponents: Tensor) -> Tensor:
 def _error(rows: Tensor, exponents: Tensor) -> Tensor:
     """Return the squared error of each block, [rows, blocks]; see :func:`_codes`."""
     codes = _codes(rows, exponents)
-    table = torch.tensor(_MAGNITUDES, device=rows.device)
+    table = torch.tensor(FP4_SIZES, device=rows.device)
     sizes = torch.ldexp(table[(codes & 7).long()], exponents.unsqueeze(-1))
     return (sizes - rows.abs()).square().sum(-1)

@@ -34,6 +34,7 @@ from lora_fx.formats.base import (
     is_loadable,
     pack_integers,
 )
+from lora_fx.formats.grids import CodeGrid, Grid, integer_levels
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization, Site
 
 __all__ = ["TorchaoFormat", "TorchaoName"]
@@ -279,6 +280,22 @@ class TorchaoFormat(WeightFormat):
     def requantize(self, values: Tensor, weight: Any) -> nn.Parameter:
         """See :class:`WeightFormat`."""
         return _REQUANTIZED[type(weight).__name__](values, weight)
+
+    def grid(self, weight: Any) -> Grid | None:
+        """See :class:`WeightFormat`. Only integers have scales that can be kept."""
+        name = type(weight).__name__
+        if name not in ("Int8Tensor", "IntxUnpackedToInt8Tensor"):
+            return None
+        levels = integer_levels(4 if _scheme(weight) == "int4" else 8)
+        if getattr(weight, "reduce_range", False):
+            levels = integer_levels(7)
+        rows, columns = weight.block_size
+        shape = (weight.shape[0] // rows, weight.shape[1] // columns)
+        scales, zeros = (
+            None if part is None else part.reshape(shape)
+            for part in (weight.scale, weight.zero_point)
+        )
+        return CodeGrid.of_blocks(levels, scales, weight.shape, columns, zeros, rows)
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:
         """See :class:`WeightFormat`."""
