@@ -285,6 +285,7 @@ class _Export:
             seconds={},
             swappable=tuple(site.name for site in manifest.sites) if manifest else (),
             bank=manifest.bank if manifest else None,
+            merged=traceable.merged,
             optimize=written.target.level,
             fused=dict(written.fused.done),
             not_fused={**written.fused.refused, **written.fallbacks},

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,6 +47,10 @@ from lora_fx.passes.capture import State
 from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
 from lora_fx.passes.plan import foreign_factors
 from lora_fx.runtime import AdapterFactors, base_parameter
+
+if TYPE_CHECKING:
+    from lora_fx.passes.merge import MergeReport
+
 
 __all__ = ["Prepared", "over_quantized", "prepare", "prepare_bank", "prepare_swappable"]
 
@@ -156,6 +160,7 @@ class Prepared:
         manifest: The adapter inputs; None for a model whose adapters are merged.
         adapters: Functions by adapter name, each of which returns a model with that adapter active.
         source: The rewritten model that has the adapters.
+        merged: The merge of the adapters; None without a merge.
     """
 
     model: FlatModel
@@ -171,6 +176,7 @@ class Prepared:
     name: str = ""
     cases: Cases | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    merged: MergeReport | None = None
 
     def with_companion(self, name: str, file: str) -> Prepared:
         """Return a copy whose metadata says that ``file`` holds the part ``name``."""
@@ -366,10 +372,11 @@ def prepare(
     """
     model = unwrapped(model)
     casts = Casts(keep)
-    whole = _merged(model, keep) if merged else model
+    target = None if dtype is None else DTYPES[dtype]
+    whole, report = _merged(model, keep, target) if merged else (model, None)
     origin = origin_metadata(model, "merged" if merged else "inline")
     return tuple(
-        dataclasses.replace(prepared, origin=origin)
+        dataclasses.replace(prepared, origin=origin, merged=report)
         for prepared in _prepared(whole, example_inputs, dtype, casts, task)
     )
 
@@ -413,7 +420,9 @@ def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared
     )
 
 
-def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
+def _merged(
+    model: nn.Module, keep: Callable[[Tensor], Tensor], dtype: torch.dtype | None
+) -> tuple[nn.Module, MergeReport | None]:
     if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
         if (name := next(foreign_factors(model), None)) is not None:
             _log.warning(
@@ -422,12 +431,12 @@ def _merged(model: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
                 "gives, or the base model with its adapter from lora_fx.load_adapter",
                 name or "its root",
             )
-        return model
+        return model, None
     from lora_fx.passes.merge import merge
 
-    merged, report = merge(model, keep=keep)
+    merged, report = merge(model, keep=keep, cast_to=dtype)
     _log.info("export: %s", report)
-    return merged
+    return merged, report
 
 
 def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:

@@ -7,9 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from lora_fx.ir import html_block, html_lines, html_table, json_text
+
+if TYPE_CHECKING:
+    from lora_fx.passes.merge import MergeReport
 
 __all__ = [
     "BankSize",
@@ -156,6 +159,7 @@ class ExportReport:
             fusions did not match the model.
         fused: Number of applications of each fusion by name.
         not_fused: Reasons why a fusion or a level of fusions was not applied, everywhere or at some nodes.
+        merged: The merge of the adapters, rounded to the dtypes of the file; None without a merge.
     """
 
     path: str
@@ -195,6 +199,7 @@ class ExportReport:
     optimize: str = "standard"
     fused: Mapping[str, int] = field(default_factory=dict)
     not_fused: Mapping[str, str] = field(default_factory=dict)
+    merged: MergeReport | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -292,6 +297,8 @@ class ExportReport:
         if self.fused:
             lines.append(f"  fused ({self.optimize}): {fusions_text(self.fused)}")
         lines += [f"  not fused: {name}: {why}" for name, why in self.not_fused.items()]
+        if self.merged is not None:
+            lines.append(f"  {self.merged.summary}")
         if self.adapters == "inline":
             lines.append("  adapters stay beside the operations, as products of their own")
         if self.swappable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.adapters.calibration import input_moments
 from lora_fx.adapters.initialization import initialize, restart
 from lora_fx.adapters.manage import (
     active_adapters,
@@ -64,6 +65,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "initialize",
+    "input_moments",
     "is_attention",
     "layout_of",
     "note_start",

@@ -68,7 +68,9 @@ __all__ = [
     "initialize",
     "loss_of",
     "moments",
+    "reporting",
     "restart",
+    "same_modes",
     "show_inputs",
     "tokens_seen",
 ]
@@ -203,9 +205,10 @@ def moments(
     rows: tuple[PlannedSite, ...],
     data: Data,
     *,
-    half: bool,
+    half: bool = False,
+    scaled: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Return the mean of ``XᵀX`` by site over all calls, each X [n, in] divided by its largest value.
+    """Return the mean of ``XᵀX`` by site over all calls, each X [n, in].
 
     Args:
         model: A rewritten model with no active adapter. Its graphs are replaced.
@@ -213,18 +216,23 @@ def moments(
         rows: The sites.
         data: The data.
         half: True to compute in the inputs' own dtype instead of fp32 (``use_float16_for_covariance``).
+        scaled: True to divide each X by its largest value, as PEFT does.
 
     Raises:
         ConfigError: If an input is not finite, or a site is not run.
     """
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = dict.fromkeys((row.name for row in rows), 0)
+    counted: torch.Tensor | None = None
 
     def see(row: PlannedSite, x: torch.Tensor) -> None:
         x = x if half else x.float()
-        # PEFT divides by the largest value. Here it is the largest magnitude if no value is above zero.
-        largest = x.max().abs()
-        x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
+        if scaled:
+            # Here it is the largest magnitude if no value is above zero.
+            largest = x.max().abs()
+            x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
+        elif counted is not None and len(counted) == len(x):
+            x = x[counted]
         product = x.T @ x
         if not torch.isfinite(product).all():
             raise ConfigError(f"{row.name}: the model gives it inputs that are not finite")
@@ -235,6 +243,7 @@ def moments(
     with torch.no_grad():
         for number, batch in data.counted():
             data.report(number, "collecting second moments")
+            counted = tokens_seen(batch, None)
             data.output(model.eval(), batch, number)
     _check_reached([name for name, count in counts.items() if count == 0])
     return {name: value / counts[name] for name, value in sums.items()}
@@ -406,12 +415,12 @@ def initialize(
         return model
     _check(model, entry, adapter_name, loss_fn)
     with ExitStack() as stack:
-        report = stack.enter_context(_reporting(progress, dataloader))
+        report = stack.enter_context(reporting(progress, dataloader))
         # Makes the draws of training mode reproducible, and leaves the global random state alone.
         device = next(model.parameters()).device
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(entry.config.seed or 0)
-        stack.enter_context(_same_modes(model))
+        stack.enter_context(same_modes(model))
         stack.enter_context(disable_adapter(model))
         data = Data(dataloader, device, forward, report)
         if entry.config.init_lora_weights == "eva":
@@ -531,7 +540,7 @@ def _from_statistics(
     else:
         options: Any = config.corda_config
         half = options["use_float16_for_covariance"]
-        seen = moments(model, require_record(model), rows, data, half=half)
+        seen = moments(model, require_record(model), rows, data, half=half, scaled=True)
 
     def make(row: PlannedSite, weight: torch.Tensor) -> Start:
         data.report(None, f"starting {row.name}")
@@ -541,7 +550,7 @@ def _from_statistics(
 
 
 @contextmanager
-def _same_modes(model: nn.Module) -> Iterator[None]:
+def same_modes(model: nn.Module) -> Iterator[None]:
     """Restore the training mode of every module at the end."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -552,7 +561,7 @@ def _same_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(progress: Progress, dataloader: Iterable[Any]) -> Iterator[Report]:
+def reporting(progress: Progress, dataloader: Iterable[Any]) -> Iterator[Report]:
     """Yield the callback that reports the number of batches done."""
     try:
         total = len(dataloader)  # type: ignore[arg-type]  # one without a length raises TypeError

@@ -611,7 +611,7 @@ class BitsandbytesFormat(WeightFormat):
         return CodeGrid.of_blocks(levels, scales, state.shape, state.blocksize)
 
     def fill(self, values: Tensor, weight: Any) -> nn.Parameter:
-        """See :class:`WeightFormat`. The library would compute new scales, which differ if they are nested."""
+        """See :class:`WeightFormat`. The library would compute new scales."""
         if not _is_of_four_bits(weight):
             scales = _row_scales(weight)
             codes = torch.round(values.float() / scales.reshape(-1, 1) * 127)

@@ -29,7 +29,7 @@ def integer_levels(bits: int, *, signed: bool = True) -> Tensor:
 def float8_levels(dtype: torch.dtype) -> Tensor:
     """Return all finite numbers of a dtype of 8 bits, once each."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    return codes[codes.isfinite()].unique()
+    return torch.tensor(sorted({*codes[codes.isfinite()].tolist()}))
 
 
 class Grid(abc.ABC):

@@ -291,10 +291,8 @@ class TorchaoFormat(WeightFormat):
             levels = integer_levels(7)
         rows, columns = weight.block_size
         shape = (weight.shape[0] // rows, weight.shape[1] // columns)
-        scales, zeros = (
-            None if part is None else part.reshape(shape)
-            for part in (weight.scale, weight.zero_point)
-        )
+        zeros = None if weight.zero_point is None else weight.zero_point.reshape(shape)
+        scales = weight.scale.reshape(shape)
         return CodeGrid.of_blocks(levels, scales, weight.shape, columns, zeros, rows)
 
     def widened(self, parameter: nn.Parameter) -> nn.Parameter:

@@ -1,19 +1,97 @@
 """Round a matrix so that its product with typical inputs changes least.
 
-The error of an output is ``(W - Q) x``. Its mean square over inputs with the second moments ``H = E[x xᵀ]`` is
-``tr((W - Q) H (W - Q)ᵀ)``. Rounding to nearest ignores H. Here each column is rounded after the errors of the
-columns before it were added, weighted by a factorization of H (LDLQ: Chee et al. 2023, arXiv:2307.13304,
-which is equal to GPTQ: Frantar et al. 2022, arXiv:2210.17323). Then each column is chosen once more while all
-others stay (coordinate descent: Behdin et al. 2023, arXiv:2309.01885).
+The error of an output is ``(W - Q) x``. Its mean square over inputs with the second moments ``H = E[x xᵀ]``
+is ``tr((W - Q) H (W - Q)ᵀ)``. Rounding to nearest ignores H. Here the errors of earlier columns are added to
+a column before it is rounded, weighted by a factorization of H. That is LDLQ (Chee et al. 2023,
+arXiv:2307.13304), which is equal to GPTQ (Frantar et al. 2022, arXiv:2210.17323). Then each column is
+chosen once more while all others stay (coordinate descent: Behdin et al. 2023, arXiv:2309.01885).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 
 from lora_fx.formats import Grid
+from lora_fx.ir import PlannedSite, Site
 
-__all__ = ["compensated", "row_moments", "stochastic"]
+__all__ = [
+    "NEAREST",
+    "Rounding",
+    "RoundingName",
+    "compensated",
+    "is_matrix_product",
+    "matrix_of",
+    "stochastic",
+]
+
+RoundingName = Literal["nearest", "compensated", "stochastic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """The way in which merged weights are rounded.
+
+    Attributes:
+        name: ``nearest``; ``compensated``, with error feedback; or ``stochastic``, up or down at random.
+        moments: Second moments of the inputs of sites, by their names, [in, in]. Sites without them have
+            feedback along each row.
+        seed: The seed of random rounding.
+    """
+
+    name: RoundingName = "nearest"
+    moments: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def round(
+        self, exact: torch.Tensor, grid: Grid, rows: tuple[PlannedSite, ...]
+    ) -> torch.Tensor | None:
+        """Round a merged weight to values of a grid, if its sites are products with a matrix.
+
+        Args:
+            exact: The merged weight, in its own shape.
+            grid: The possible values of its matrix [out, in].
+            rows: Its sites.
+
+        Returns:
+            fp32, in the shape of the weight; None for rounding to nearest, and for weights of other forms.
+        """
+        matrix = matrix_of(rows[0].site, exact)
+        if self.name == "nearest" or matrix is None:
+            return None
+        result = matrix.float().contiguous()
+        for site in {row.site.rows: row.site for row in rows}.values():
+            first, last = site.rows or (0, len(matrix))
+            part, within = matrix[first:last], grid.rows(first, last)
+            if self.name == "stochastic":
+                generator = torch.Generator(matrix.device).manual_seed(self.seed)
+                result[first:last] = stochastic(part, within, generator)
+            else:
+                moments = self.moments.get(site.name)
+                known = _row_moments(matrix.shape[1]) if moments is None else moments
+                result[first:last] = compensated(part, within, known)
+        turned = result.T if rows[0].site.layout == "in_out" else result
+        return turned.contiguous()
+
+
+NEAREST = Rounding()
+
+
+def is_matrix_product(site: Site) -> bool:
+    """Return True if an operation multiplies vectors with its weight, a matrix."""
+    plain = site.family == "linear" and site.experts is None and site.groups == 1
+    return plain and site.view is None and site.order is None and len(site.weight_shape) == 2
+
+
+def matrix_of(site: Site, weight: torch.Tensor) -> torch.Tensor | None:
+    """Return a weight as the matrix [out, in] by which inputs are multiplied; None for other operations."""
+    if not is_matrix_product(site):
+        return None
+    return weight.T if site.layout == "in_out" else weight
+
 
 _DAMPING = 0.01
 """Share of the mean of H's diagonal that is added to it, as in GPTQ."""
@@ -22,8 +100,8 @@ _ELEMENTS = 1 << 24
 """Elements of a matrix that are rounded at a time."""
 
 
-def row_moments(columns: int) -> torch.Tensor:
-    """Return second moments for unknown inputs: errors along a row should add up to zero."""
+def _row_moments(columns: int) -> torch.Tensor:
+    """Return second moments for unknown inputs. With them, errors along a row add up to about zero."""
     return torch.eye(columns) + 1
 
 

@@ -30,6 +30,7 @@ from lora_fx.passes.merge.rounding import (
     sum_exactly,
     two_products,
 )
+from lora_fx.passes.merge.survival import Slice
 from lora_fx.passes.parameters import (
     factors_of,
     gathered,
@@ -235,6 +236,8 @@ def _largest(values: torch.Tensor) -> float:
 
 # Elements of a weight that are widened to fp64 at a time: few enough to stay in a core's cache.
 _CHUNK = 1 << 18
+# Parts of a weight in which a sample of its entries lies.
+_PARTS = 4
 
 
 class Workspace:
@@ -299,6 +302,11 @@ class _Folded:
         """The adapter of every site."""
         return tuple(adapter for _, adapter in self.rows)
 
+    @property
+    def sites(self) -> tuple[Any, ...]:
+        """The planned sites, without the names of their adapters."""
+        return tuple(row for row, _ in self.rows)
+
 
 @dataclasses.dataclass(frozen=True)
 class Fold(_Folded):
@@ -361,6 +369,33 @@ class Fold(_Folded):
         parts = self._parts(total.dtype, total.device, exactly=(dtype or old.dtype) is total.dtype)
         self._add(total, 0, parts)
         return site.stored(total)
+
+    def slices(self, old: torch.Tensor, entries: int | None = None) -> tuple[Slice, ...]:
+        """Return parts of the weight before the merge, and as exact sums.
+
+        Args:
+            old: The weight before.
+            entries: About the number of entries, in parts that are spread over the weight; None for all.
+        """
+        site = self.rows[0][0].site
+        axis, applied = site.axis, site.applied(old)
+        features = applied.shape[axis]
+        rows = features
+        if entries is not None and site.groups == 1:
+            rows = max(1, min(features, entries * features // max(1, old.numel())))
+        size = max(1, -(-rows // _PARTS)) if rows < features else features
+        starts = range(
+            0, features - size + 1, max(1, (features - size) // max(1, rows // size - 1))
+        )
+        wide = torch.float32 if old.device.type == "mps" else torch.float64
+        parts = self._parts(wide, old.device, exactly=old.dtype is torch.float64)
+        taken: list[Slice] = []
+        for start in starts if rows > size else (0,):
+            before = applied.narrow(axis, start, size).to(wide, copy=True)
+            exact = before.clone()
+            self._add(exact, start, parts)
+            taken.append(Slice(axis, start, before, exact))
+        return tuple(taken)
 
     def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
         """Fold a weight slice by slice: each slice depends only on the same slice of the old weight.
@@ -553,6 +588,10 @@ class TokenFold(_Folded):
     def exact(self, old: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return the merged weight in fp64."""
         return self.folded(old.double())
+
+    def slices(self, old: torch.Tensor, entries: int | None = None) -> tuple[Slice, ...]:
+        """Return nothing: rows are copied, and nothing of them is lost."""
+        return ()
 
 
 def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:

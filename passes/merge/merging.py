@@ -24,7 +24,16 @@ from torch import nn
 
 from lora_fx import torch_private
 from lora_fx.errors import MergeError, QuantizationError
-from lora_fx.formats import WHOLE_WEIGHTS, dense, format_of, formats, quantization_of, requantized
+from lora_fx.formats import (
+    WHOLE_WEIGHTS,
+    DtypeGrid,
+    dense,
+    format_of,
+    formats,
+    held,
+    quantization_of,
+    requantized,
+)
 from lora_fx.ir import PlannedSite, Quantization, Record, join, record_of, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
@@ -40,6 +49,7 @@ from lora_fx.passes.graph import (
     storage_of,
     units_of,
 )
+from lora_fx.passes.merge.compensated import NEAREST, Rounding
 from lora_fx.passes.merge.dense import (
     cast_model,
     check_dtype,
@@ -63,7 +73,8 @@ from lora_fx.passes.merge.fold import (
     tied_tokens,
     token_weights,
 )
-from lora_fx.passes.merge.rounding import MergedSite, MergeReport, compared
+from lora_fx.passes.merge.rounding import MergedSite, MergeReport, largest_error
+from lora_fx.passes.merge.survival import Survival, measure_survival
 from lora_fx.passes.parameters import (
     changed_buffers,
     check_intact,
@@ -83,6 +94,7 @@ from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
     "MergeReport",
+    "chosen",
     "copy_shared",
     "freeze_shared",
     "merge",
@@ -96,6 +108,11 @@ __all__ = [
 ]
 
 _log = logging.getLogger("lora_fx")
+
+_SAMPLED = 1 << 16
+"""Entries of a weight whose change is measured, unless all are to be measured."""
+_LOSS = 0.1
+"""The share of the adapters' change that a merge may lose without a warning."""
 
 # --- storing merged weights -----------------------------------------------------------------------
 # Store merged and trained parameters in a model of the base class.
@@ -323,7 +340,7 @@ def untie_config(model: nn.Module) -> None:
 
 
 def requantized_site(
-    change: Fold, old: torch.Tensor, weight: nn.Parameter
+    change: Fold, old: torch.Tensor, weight: nn.Parameter, rounding: Rounding = NEAREST
 ) -> tuple[nn.Parameter, MergedSite]:
     """Return the merged weight in the old weight's format, with a single matrix in fp64 in between.
 
@@ -331,6 +348,7 @@ def requantized_site(
         change: The changes to fold in.
         old: The values of the weight, in the layout of its site.
         weight: The quantized weight.
+        rounding: The way in which it is rounded.
 
     Returns:
         The new parameter, and its row in the report.
@@ -338,21 +356,48 @@ def requantized_site(
     Raises:
         MergeError: If the format cannot hold the merged weight.
     """
-    exact = change.exact(old)
-    before = old.double()
-    relative_change = _relative(exact - before, before)
-    del before
-    values = exact.T if change.rows[0][0].site.turned else exact
+    (whole,) = change.slices(old)
+    site = change.rows[0][0].site
+    exact = site.stored(whole.exact)
+    values = exact.T if site.turned else exact
+    how = "nearest"
     try:
         parameter = requantized(values, weight)
+        grid = known.grid(held(parameter)) if (known := format_of(parameter)) else None
+        feedback = None if grid is None else rounding.round(exact, grid, change.sites)
+        if known is not None and feedback is not None:
+            parameter = known.fill(feedback.T if site.turned else feedback, held(parameter))
+            how = rounding.name
     except QuantizationError as error:
         raise MergeError(
             f"{change.name}: the merged weight cannot be quantized as it was: {error}. "
             "Merge without requantize=True: the result is dense then"
         ) from error
-    rounding_loss = _relative(dense(parameter, torch.float64) - values, values)
-    return parameter, MergedSite(
-        change.name, change.adapters, math.nan, relative_change, rounding_loss
+    after = dense(parameter, torch.float64)
+    rounding_loss = _relative(after - values, values)
+    merged = after.T if site.turned else after
+    survival = measure_survival((whole,), merged, change.sites, rounding.moments)
+    return parameter, _row(change, survival, math.nan, rounding_loss, how)
+
+
+def _row(
+    change: Fold | TokenFold,
+    survival: Survival,
+    max_ulp: float = math.nan,
+    requantization_error: float = math.nan,
+    rounding: str = "nearest",
+) -> MergedSite:
+    return MergedSite(
+        change.name,
+        change.adapters,
+        max_ulp,
+        survival.relative_change,
+        requantization_error,
+        survival.kept,
+        survival.moved,
+        survival.output_error,
+        survival.change,
+        rounding,
     )
 
 
@@ -379,6 +424,8 @@ def _fold_all(
     over: Collection[str],
     dtypes: Mapping[str, torch.dtype],
     formats: Mapping[str, nn.Parameter],
+    rounding: Rounding,
+    cast_to: torch.dtype | None,
     measure: bool,
     progress: Progress,
     keep: Callable[[torch.Tensor], torch.Tensor],
@@ -391,6 +438,8 @@ def _fold_all(
         over: The weights to overwrite.
         dtypes: The dtypes of the merged weights; by default the old weight's.
         formats: The quantized weights in whose formats merged ones are stored again.
+        rounding: The way in which weights are rounded.
+        cast_to: The dtype in which they are measured; their own by default.
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Called with each new tensor, returns the tensor to use instead.
@@ -413,16 +462,24 @@ def _fold_all(
         # If processes hold parts, each of them gathers only one whole weight at a time.
         old = gathered(stored, weight)
         if weight in formats and isinstance(change, Fold):
-            merged[weight], sites[weight] = requantized_site(change, old, formats[weight])
+            merged[weight], sites[weight] = requantized_site(change, old, formats[weight], rounding)
             return
-        exact = change.exact(old, dtypes.get(weight)) if measure else None
+        dtype = dtypes.get(weight) or old.dtype
+        exact = change.exact(old, dtype) if measure else None
+        slices = change.slices(old, None if measure else _SAMPLED)
+        result = _rounded(change, old, dtype, rounding)
         if weight in over:
-            before, new = old.clone() if measure else old, old
-            change.fold_into(new)
+            new = old
+            change.fold_into(new) if result is None else new.copy_(result)
         else:
-            before, new = old, keep(change.folded(old, dtypes.get(weight)))
+            new = keep(change.folded(old, dtype) if result is None else result)
             merged[weight] = distributed_as(new, stored)
-        sites[weight] = compared(change.name, change.adapters, before, new, exact)
+        sites[weight] = _row(
+            change,
+            measure_survival(slices, new.to(cast_to or dtype), change.sites, rounding.moments),
+            math.nan if exact is None or result is not None else largest_error(new, exact),
+            rounding="nearest" if result is None else rounding.name,
+        )
 
     # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
@@ -430,6 +487,36 @@ def _fold_all(
             tell(done, len(changes), changes[weight].name)
             fold(weight)
     return merged, tuple(sites[weight] for weight in changes)
+
+
+def _rounded(
+    change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
+) -> torch.Tensor | None:
+    """Return a merged weight that is not rounded to nearest; None if it is, because it loses nothing."""
+    if rounding.name == "nearest" or isinstance(change, TokenFold) or dtype.itemsize > 2:
+        return None
+    values = rounding.round(change.exact(old, dtype), DtypeGrid(dtype), change.sites)
+    if values is None:
+        return None
+    result = values.to(dtype)
+    if not is_finite(result) and is_finite(old):
+        raise MergeError(
+            f"{change.name}: the merged weight overflows {dtype}; merge in a wider dtype"
+        )
+    return result
+
+
+def _warn_of_loss(report: MergeReport) -> None:
+    """Warn if more than a tenth of what the adapters changed is lost."""
+    if report.kept < 1 - _LOSS:
+        _log.warning(
+            "merge: rounding leaves %.0f %% of what the adapters changed (%.0f %% of the entries moved). "
+            "merge(dtype=torch.float32) keeps all of it, and so does an adapter that is served without a "
+            "merge (lora_fx.save_adapter). merge(rounding='compensated', inputs=batches) keeps more of the "
+            "outputs. return_report=True tells what each weight has lost",
+            100 * report.kept,
+            100 * report.moved,
+        )
 
 
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
@@ -472,6 +559,8 @@ def merge(
     dtype: torch.dtype | None = None,
     requantize: bool = False,
     own: bool = False,
+    rounding: Rounding = NEAREST,
+    cast_to: torch.dtype | None = None,
     measure: bool = False,
     progress: Progress = False,
     keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
@@ -491,7 +580,10 @@ def merge(
             quantized weights become dense.
         own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
             By default unfolded parameters are shared and frozen.
-        measure: True to compare every merged element with fp64.
+        rounding: The way in which weights are rounded.
+        cast_to: The dtype to which the caller casts the result, for the report on what is kept.
+        measure: True to compare every merged element with fp64. Otherwise a sample of the entries of each
+            weight tells what is left of the change.
         progress: Called before each weight, as in :func:`lora_fx.merge`.
         keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
             instead. A caller that is short of memory can store it elsewhere.
@@ -510,7 +602,7 @@ def merge(
     check_intact(model, record)
     _check_processes(model)
     units = units_of(model)
-    names = _chosen(record, adapter_names)
+    names = chosen(record, adapter_names)
     _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
@@ -537,6 +629,8 @@ def merge(
         over=over - full.keys(),
         dtypes=dtypes,
         formats={name: result.get_parameter(name) for name in stored if requantize},
+        rounding=rounding,
+        cast_to=cast_to,
         measure=measure,
         progress=progress,
         keep=keep,
@@ -560,7 +654,9 @@ def merge(
         result = copy_shared(result, model, record)
         exchange(result, before)
     shard_again(result, units)
-    return result, MergeReport(sites, untied, shared=shared)
+    report = MergeReport(sites, untied, shared=shared)
+    _warn_of_loss(report)
+    return result, report
 
 
 def _check_processes(model: nn.Module) -> None:
@@ -610,7 +706,7 @@ def _still_tied(
     return {weight: to for weight, to in kept.items() if full.get(weight) is full.get(to)}
 
 
-def _chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
+def chosen(record: Record, adapter_names: Sequence[str] | str | None) -> tuple[str, ...]:
     """Return the adapters that ``adapter_names`` selects."""
     if isinstance(adapter_names, str):
         adapter_names = (adapter_names,)

@@ -16,7 +16,7 @@ __all__ = [
     "MergedSite",
     "OutputError",
     "Term",
-    "compared",
+    "largest_error",
     "round_into",
     "rounded",
     "rounding_memory",
@@ -227,11 +227,18 @@ class MergedSite:
         name: FQN of the site.
         adapters: The folded adapters.
         max_ulp: Largest error of a merged element against fp64, in units in the last place of the weight's
-            dtype. A correctly rounded weight has at most 0.5. NaN if it was not measured.
+            dtype. A correctly rounded weight has at most 0.5. NaN if it was not measured, or not rounded to
+            nearest.
         relative_change: ``‖ΔW‖ / ‖W‖``; NaN if it was not measured.
         requantization_error: ``‖Q(W') - W'‖ / ‖W'‖`` for a weight that was quantized again, with W' the
             exact merged weight; NaN for any other. If it is not below ``relative_change``, quantizing has
             lost what the adapter learned.
+        kept: The share of the change that is left after rounding, ``⟨Ŵ - W, ΔW⟩ / ‖ΔW‖²``. 0 means that the
+            stored weight Ŵ has nothing of it; noise may keep it on average and be wrong nevertheless.
+        moved: The share of the entries whose stored value changed.
+        output_error: ``‖(Ŵ - W - ΔW) x‖ / ‖ΔW x‖`` over the inputs of the site; NaN if none were given.
+        change: ``‖ΔW‖``.
+        rounding: ``nearest``, ``compensated`` or ``stochastic``.
     """
 
     name: str
@@ -239,6 +246,11 @@ class MergedSite:
     max_ulp: float
     relative_change: float
     requantization_error: float = math.nan
+    kept: float = math.nan
+    moved: float = math.nan
+    output_error: float = math.nan
+    change: float = math.nan
+    rounding: str = "nearest"
 
     def __eq__(self, other: object) -> bool:
         """Return True for the same numbers. From Python 3.13 on, NaN would differ from itself."""
@@ -295,7 +307,12 @@ class MergeReport:
     @property
     def max_ulp(self) -> float:
         """The largest error of the weights that were rounded to a dtype."""
-        return max((site.max_ulp for site in self.sites if not site.requantized), default=0.0)
+        errors = [site.max_ulp for site in self.sites if not math.isnan(site.max_ulp)]
+        return max(errors, default=0.0 if self._is_nearest else math.nan)
+
+    @property
+    def _is_nearest(self) -> bool:
+        return all(site.rounding == "nearest" for site in self.sites)
 
     @property
     def requantization_error(self) -> float:
@@ -303,15 +320,43 @@ class MergeReport:
         errors = [site.requantization_error for site in self.sites if site.requantized]
         return max(errors, default=math.nan)
 
+    @property
+    def kept(self) -> float:
+        """The share of all changes that is left after rounding; NaN if nothing was changed."""
+        sizes = [(site.change**2, site.kept) for site in self.sites if not math.isnan(site.kept)]
+        total = sum(size for size, _ in sizes)
+        return sum(size * kept for size, kept in sizes) / total if total else math.nan
+
+    @property
+    def moved(self) -> float:
+        """The mean share of a weight's entries that changed; NaN if that was not measured."""
+        shares = [site.moved for site in self.sites if not math.isnan(site.moved)]
+        return sum(shares) / len(shares) if shares else math.nan
+
+    @property
+    def output_error(self) -> float:
+        """The mean error of a site's output relative to the effect of its adapter; NaN without inputs."""
+        errors = [site.output_error for site in self.sites if not math.isnan(site.output_error)]
+        return sum(errors) / len(errors) if errors else math.nan
+
     def to_json(self) -> str:
         """Return the report as JSON text; values that were not measured are null."""
         return json_text(self)
 
     def __repr__(self) -> str:
-        return f"<MergeReport: {self._summary()}; print it for each weight>"
+        return f"<MergeReport: {self.summary}; print it for each weight>"
 
     def _repr_html_(self) -> str:
-        columns = ("weight", "adapters", "error (ulp)", "changed by", "lost by quantizing again")
+        columns = (
+            "weight",
+            "adapters",
+            "error (ulp)",
+            "changed by",
+            "lost by quantizing again",
+            "kept",
+            "moved",
+            "output error",
+        )
         rows = [
             (
                 site.name,
@@ -321,26 +366,39 @@ class MergeReport:
                     for x in (site.max_ulp, site.relative_change)
                 ),
                 f"{site.requantization_error:.2e}" if site.requantized else "",
+                *(
+                    "" if math.isnan(x) else f"{x:.3g}"
+                    for x in (site.kept, site.moved, site.output_error)
+                ),
             )
             for site in self.sites
         ]
-        lines = [self._summary(), *([] if self.outputs is None else [str(self.outputs)])]
+        lines = [self.summary, *([] if self.outputs is None else [str(self.outputs)])]
         lines += [f"untied: {name}" for name in self.untied]
         table = html_table(columns, rows, left=2)
         return f"<div>{html_lines(lines)}{html_block(f'weights ({len(rows)})', table)}</div>"
 
-    def _summary(self) -> str:
+    @property
+    def summary(self) -> str:
+        """The result in one line."""
         again = [site for site in self.sites if site.requantized]
         parts = [f"{len(self.sites)} weight(s) merged"]
-        if len(again) < len(self.sites) or not again:
+        if not self._is_nearest:
+            names = dict.fromkeys(site.rounding for site in self.sites)
+            parts.append(f"rounded {' and '.join(names)}")
+        elif len(again) < len(self.sites) or not again:
             parts.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
             worst = self.requantization_error
             parts.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
+        if not math.isnan(self.kept):
+            parts.append(f"{100 * self.kept:.3g} % of the change kept")
+        if not math.isnan(self.output_error):
+            parts.append(f"outputs of a site off by {100 * self.output_error:.3g} % of its effect")
         return ", ".join(parts)
 
     def __str__(self) -> str:
-        lines = [self._summary()]
+        lines = [self.summary]
         lines += [] if self.outputs is None else [str(self.outputs)]
         lines += [_line(site) for site in self.sites]
         lines += [f"  untied: {name}" for name in self.untied]
@@ -352,31 +410,19 @@ class MergeReport:
 
 
 def _line(site: MergedSite) -> str:
-    error = f"{site.max_ulp:.4f} ulp"
+    error = site.rounding if math.isnan(site.max_ulp) else f"{site.max_ulp:.4f} ulp"
     if site.requantized:
         error = f"{site.requantization_error:.2e} lost by quantizing again"
-    return f"  {site.name}: {error}, changed by {100 * site.relative_change:.3g} % of its norm"
+    parts = [error, f"changed by {100 * site.relative_change:.3g} % of its norm"]
+    if not math.isnan(site.kept):
+        parts.append(
+            f"{100 * site.kept:.3g} % of it kept, {100 * site.moved:.3g} % of entries moved"
+        )
+    if not math.isnan(site.output_error):
+        parts.append(f"output off by {100 * site.output_error:.3g} % of the effect")
+    return f"  {site.name}: {', '.join(parts)}"
 
 
-def compared(
-    name: str,
-    adapters: tuple[str, ...],
-    old: torch.Tensor,
-    merged: torch.Tensor,
-    exact: torch.Tensor | None,
-) -> MergedSite:
-    """Return the row of one weight.
-
-    Args:
-        name: FQN of the site.
-        adapters: The folded adapters.
-        old: The weight before.
-        merged: The weight after.
-        exact: The merged weight in fp64; None if the error is not measured.
-    """
-    if exact is None:
-        return MergedSite(name, adapters, math.nan, math.nan)
-    error = (merged.double() - exact).abs() / ulp(exact, merged.dtype)
-    tiny = torch.finfo(torch.float64).tiny
-    change = float((exact - old.double()).norm() / old.double().norm().clamp_min(tiny))
-    return MergedSite(name, adapters, float(error.max()), change)
+def largest_error(merged: torch.Tensor, exact: torch.Tensor) -> float:
+    """Return the largest error of a merged weight against fp64, in units in the last place."""
+    return float(((merged.double() - exact).abs() / ulp(exact, merged.dtype)).max())

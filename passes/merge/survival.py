@@ -1,0 +1,109 @@
+"""Measure what is left of a change after rounding: of its size, of its entries, and of its effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from lora_fx.ir import PlannedSite
+from lora_fx.passes.merge.compensated import matrix_of
+
+__all__ = ["Slice", "Survival", "measure_survival"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Some output features of a weight, before a merge and as the exact sum.
+
+    Attributes:
+        axis, start: Their place in the applied form of the weight.
+        before: fp64, or fp32 where a device has no fp64.
+        exact: The same, of the same shape.
+    """
+
+    axis: int
+    start: int
+    before: torch.Tensor
+    exact: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Survival:
+    """The part of a change that is left in a merged weight.
+
+    Attributes:
+        change: ``‖ΔW‖``, estimated from the measured entries.
+        relative_change: ``‖ΔW‖ / ‖W‖``.
+        kept: ``⟨Ŵ - W, ΔW⟩ / ‖ΔW‖²`` with the stored weight Ŵ; NaN without a change.
+        moved: The share of the entries that changed.
+        output_error: ``‖(Ŵ - W - ΔW) x‖ / ‖ΔW x‖`` over the inputs; NaN if they are unknown.
+    """
+
+    change: float = math.nan
+    relative_change: float = math.nan
+    kept: float = math.nan
+    moved: float = math.nan
+    output_error: float = math.nan
+
+
+def measure_survival(
+    slices: Sequence[Slice],
+    merged: torch.Tensor,
+    rows: tuple[PlannedSite, ...],
+    moments: Mapping[str, torch.Tensor],
+) -> Survival:
+    """Compare a merged weight with the exact sum.
+
+    Args:
+        slices: The measured part of the weight.
+        merged: The stored values of the merged weight, in its own shape.
+        rows: Its sites.
+        moments: Second moments of the inputs of sites, by their names, [in, in].
+    """
+    site = rows[0].site
+    applied, dtype = site.applied(merged), merged.dtype
+    size, old, along = 0.0, 0.0, 0.0
+    moved = count = 0
+    outputs = [0.0, 0.0]
+    for part in slices:
+        after = applied.narrow(part.axis, part.start, part.exact.shape[part.axis])
+        wanted, reached = part.exact - part.before, after.to(part.before) - part.before
+        size += float(wanted.square().sum())
+        old += float(part.before.square().sum())
+        along += float((wanted * reached).sum())
+        moved += int((after != part.before.to(dtype)).sum())
+        count += after.numel()
+        for index, matrix in enumerate((wanted, reached - wanted)):
+            outputs[index] += _energy(matrix, part, rows, moments)
+    if not count:
+        return Survival()
+    return Survival(
+        change=math.sqrt(size * merged.numel() / count),
+        relative_change=math.sqrt(size / old) if old else math.nan,
+        kept=along / size if size else math.nan,
+        moved=moved / count,
+        output_error=math.sqrt(outputs[1] / outputs[0]) if outputs[0] else math.nan,
+    )
+
+
+def _energy(
+    change: torch.Tensor,
+    part: Slice,
+    rows: tuple[PlannedSite, ...],
+    moments: Mapping[str, torch.Tensor],
+) -> float:
+    """Return ``tr(D H Dᵀ)`` for a part of a change D, over the sites whose moments are known."""
+    matrix = matrix_of(rows[0].site, change)
+    if matrix is None:
+        return 0.0
+    total = 0.0
+    for site in {row.site.rows: row.site for row in rows}.values():
+        first, last = site.rows or (0, part.start + len(matrix))
+        low, high = max(first - part.start, 0), min(last - part.start, len(matrix))
+        if site.name in moments and low < high:
+            within = matrix[low:high].to(moments[site.name])
+            total += float(((within @ moments[site.name]) * within).sum())
+    return total
