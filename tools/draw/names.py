@@ -224,6 +224,10 @@ def _short(reason: str) -> str:
     return reason if len(reason) <= 40 else reason[:39].rstrip() + "…"
 
 
+def _figure(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.3g}"
+
+
 def picture_of_merge(report: MergeReport) -> Picture:
     """Draw a merge: the weights that it changed, by how much, and how exactly."""
     named = []
@@ -237,6 +241,9 @@ def picture_of_merge(report: MergeReport) -> Picture:
             (_CHANGE, "" if share is None else f"{share:.3g}"),
             ("merge error, ulp", error),
             ("quantization error", f"{lost:.3g}" if site.requantized else ""),
+            ("share of ΔW kept", _figure(site.kept)),
+            ("entries that moved", _figure(site.moved)),
+            ("output error / effect", _figure(site.output_error)),
         )
         facts = (
             ("merged", ", ".join(site.adapters)),
@@ -247,11 +254,17 @@ def picture_of_merge(report: MergeReport) -> Picture:
         named.append((site.name, _Leaf(Kind.SITE, caption, facts, marks=marks, adapted=True)))
         row = SiteRow(site.name, State.ADAPTED, adapter=", ".join(site.adapters), share=share)
         again = lost if site.requantized else None
-        rows.append(dataclasses.replace(row, error=ulp, lost=again))
+        kept, outputs = (
+            None if math.isnan(value) else value for value in (site.kept, site.output_error)
+        )
+        rows.append(
+            dataclasses.replace(row, error=ulp, lost=again, kept=kept, output_error=outputs)
+        )
     named += [(name.removesuffix(".weight"), _Leaf(marks=("untied",))) for name in report.untied]
     changes = (
         ("weights merged", str(len(report.sites))),
         ("largest error", f"{report.max_ulp:.4f} ulp"),
+        ("share of ΔW kept", _figure(report.kept)),
     )
     root = _tree(named)
     return Picture("Merge", changes, root, sites=tuple(rows), adapters=("",), counted=False)

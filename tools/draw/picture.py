@@ -135,6 +135,8 @@ class SiteRow:
         gradient: Norm of the gradient of A and B, if there is one.
         error: Rounding error of a merge in units in the last place.
         lost: ‖W - Q‖ / ‖W‖, the quantization error, if W is known.
+        kept: The share of ΔW that a merge has kept after rounding.
+        output_error: Error of its output after a merge relative to the effect of the adapter.
     """
 
     name: str
@@ -155,6 +157,8 @@ class SiteRow:
     gradient: float | None = None
     error: float | None = None
     lost: float | None = None
+    kept: float | None = None
+    output_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@
   const looks = new Paint.Looks();
   const MEASURES = [
     ["share", "‖ΔW‖ / ‖W‖"], ["effective", "effective rank"], ["gradient", "‖gradient‖"], ["error", "merge error, ulp"], ["lost", "quantization error"],
+    ["kept", "share of ΔW kept"], ["output_error", "output error / effect"],
   ];
   const tooltip = at("tooltip"), search = at("search"), found = at("found"), side = at("side");
   let found_boxes = [], current = -1;
