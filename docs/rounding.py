@@ -112,9 +112,7 @@ def rows(name: str, base: nn.Module, target: str, share: float) -> Iterator[tupl
     form = {"dtype": torch.bfloat16} if target == "bf16" else {"requantize": True}
     for way, options in ways.items():
         inputs = None if way.endswith("no inputs") else calibration
-        result, report = lora_fx.merge(
-            model, inputs=inputs, return_report=True, **form, **options
-        )
+        result, report = lora_fx.merge(model, inputs=inputs, return_report=True, **form, **options)
         whole = result
         if target != "bf16":
             untouched = lora_fx.rewrite(result, lora_fx.LoraConfig(r=1))

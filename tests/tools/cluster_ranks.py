@@ -16,6 +16,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.tools.cluster import Mesh, devices_of, run_step, shard
+from tests.allocator import allocator_growth
 
 __all__ = ["BATCH", "CONFIG", "SEQUENCE", "model", "run_rank"]
 
@@ -50,7 +51,10 @@ def run_rank(rank: int, folder: str, mesh: str) -> None:
     # A thread of gloo may hold what it sent while the peak is reached: the least peak is the model's.
     steps = [run_step(adapted, inputs, lambda: time.sleep(0.1)) for _ in range(4)]
     need = min(steps, key=lambda step: step.peak)
-    grown = min(_grown(adapted, inputs, Path(folder, f"trace{rank}.json")) for _ in range(3))
+    trace = Path(folder, f"trace{rank}.json")
+    grown = min(
+        allocator_growth(lambda: adapted(**inputs).loss.backward(), trace) for _ in range(3)
+    )
     if rank == 0:
         found = {**dataclasses.asdict(need), "grown": grown}
         Path(folder, "found.json").write_text(json.dumps(found))
@@ -59,13 +63,3 @@ def run_rank(rank: int, folder: str, mesh: str) -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
-
-
-def _grown(adapted: nn.Module, inputs: dict[str, Any], trace: Path) -> int:
-    """By how much PyTorch's allocator has grown in a forward and a backward: its own profiler's figure."""
-    profiler = torch.profiler.profile(profile_memory=True)
-    with profiler:
-        adapted(**inputs).loss.backward()
-    profiler.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    return max(one["args"]["Total Allocated"] for one in events if one["name"] == "[memory]")
