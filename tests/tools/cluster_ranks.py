@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,17 @@ def run_rank(rank: int, folder: str, mesh: str) -> None:
     steps = [run_step(adapted, inputs, lambda: time.sleep(0.1)) for _ in range(4)]
     need = min(steps, key=lambda step: step.peak)
     trace = Path(folder, f"trace{rank}.json")
-    grown = min(
-        allocator_growth(lambda: adapted(**inputs).loss.backward(), trace) for _ in range(3)
-    )
+    backward = partial(_forward_and_backward, adapted, inputs)
+    grown = min(allocator_growth(backward, trace) for _ in range(3))
     if rank == 0:
         found = {**dataclasses.asdict(need), "grown": grown}
         Path(folder, "found.json").write_text(json.dumps(found))
     # What holds the group has to go before it: its threads abort the process otherwise, now and then.
-    del adapted
+    del adapted, backward
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _forward_and_backward(adapted: nn.Module, inputs: dict[str, Any]) -> None:
+    adapted(**inputs).loss.backward()
