@@ -1,4 +1,4 @@
-"""What merges keep of an adapter: measures it and writes the table of ``guides/deploying.md``.
+"""Measure how much of an adapter merges keep, and write the table of ``guides/deploying.md``.
 
 python docs/rounding.py            # print it: minutes on one core, no network
 python docs/rounding.py --write    # into docs/guides/deploying.md

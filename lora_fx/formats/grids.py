@@ -107,7 +107,7 @@ class CodeGrid(Grid):
             shape: The shape of the matrix, [out, in].
             width: The columns of a block; None for whole rows.
             zeros: Zero points in the shape of the scales.
-            rows: The rows of a block. By default each row has scales of its own.
+            rows: The rows of a block. By default each row has separate scales.
         """
         out_features, in_features = shape
         size = width or in_features

@@ -179,7 +179,7 @@ def _fed_forward(targets: torch.Tensor, grid: Grid, upper: torch.Tensor) -> torc
 def _improved(
     targets: torch.Tensor, errors: torch.Tensor, grid: Grid, moments: torch.Tensor
 ) -> torch.Tensor:
-    """Choose each column once more, the best one beside all others.
+    """Choose each column once more, the best one while all others stay.
 
     Args:
         targets: The matrix transposed, [in, out].

@@ -581,9 +581,9 @@ def merge(
         own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
             By default unfolded parameters are shared and frozen.
         rounding: The way in which weights are rounded.
-        cast_to: The dtype to which the caller casts the result, for the report on what is kept.
-        measure: True to compare every merged element with fp64. Otherwise a sample of the entries of each
-            weight tells what is left of the change.
+        cast_to: The dtype to which the caller casts the result. The report measures it in this dtype.
+        measure: True to compare every merged element with fp64. Otherwise the share of the change
+            that is kept comes from a sample of each weight.
         progress: Called before each weight, as in :func:`lora_fx.merge`.
         keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
             instead. A caller that is short of memory can store it elsewhere.

@@ -1,4 +1,4 @@
-"""Measure what is left of a change after rounding: of its size, of its entries, and of its effect."""
+"""Measure how much of a change survives rounding: of its size, of its entries, and of its effect."""
 
 from __future__ import annotations
 
