@@ -76,6 +76,13 @@ class ConvertedFiles(WeightFiles):
         """Names of parameters in the model. A tensor that transformers does not map keeps its name."""
         return self._sources.keys()
 
+    def stored_name(self, name: str) -> str | None:
+        """Return the name in the files of a parameter; None if it is made of other tensors, or missing."""
+        sources = self._sources.get(name, ())
+        if len(sources) != 1 or self._patterns[sources[0]] is not None:
+            return None
+        return sources[0]
+
     def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
         sources = self._sources[key]
         if self._patterns[sources[0]] is None:
@@ -90,9 +97,10 @@ class ConvertedFiles(WeightFiles):
         sources = self._sources[key]
         pattern = self._patterns[sources[0]]
         if pattern is None:
-            return super()._read(sources[0])
-        read = super()._read
-        loads = {name: (self._patterns[name], functools.partial(read, name)) for name in sources}
+            return self.stored(sources[0])
+        loads = {
+            name: (self._patterns[name], functools.partial(self.stored, name)) for name in sources
+        }
         try:
             return converted(self._converters[pattern], key, loads, self._model)
         except (KeyError, ValueError, RuntimeError) as error:

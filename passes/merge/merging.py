@@ -13,6 +13,7 @@ A quantized weight is made dense, layer by layer, adapted or not; or it is store
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 import math
@@ -55,7 +56,6 @@ from lora_fx.passes.merge.dense import (
 from lora_fx.passes.merge.fold import (
     Fold,
     TokenFold,
-    TokenWeight,
     Workspace,
     check_stored,
     is_finite,
@@ -82,7 +82,9 @@ from lora_fx.progress import Progress, show_progress
 from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
+    "Changes",
     "MergeReport",
+    "changes_of",
     "copy_shared",
     "freeze_shared",
     "merge",
@@ -514,23 +516,21 @@ def merge(
     _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
-    tokens = token_weights(model, record, names)
-    rows, tied = _sites_by_weight(model, record, names)
-    _check_stored(model, (*rows, *tokens), requantize=requantize)
+    folds, tied = _folds(model, record, names)
+    _check_stored(model, folds, requantize=requantize)
     result = stripped(model, record) if into is None else into
     before = list(result.named_parameters(remove_duplicate=False))
     stored = _quantized_before(result, requantize=requantize)
     full = dict(trained(model, record, names))
     common = dtype or (None if requantize else dtype_of_all(result))
-    biases = merged_biases(model, result, itertools.chain(*rows.values()), full, common)
-    changes = _changes_of(model, record, rows, tokens)
+    biases = merged_biases(model, result, _rows_of(folds), full, common)
     over = frozenset() if into is None else _written_over(into, full)
     layouts = layouts_of(record.base.matches.sites)
     dtypes = {name: quantization.dtype for name, quantization in stored.items()}
-    dtypes |= {} if common is None else dict.fromkeys(changes, common)
+    dtypes |= {} if common is None else dict.fromkeys(folds, common)
     # The last step that can fail, before its first write: `into` changes completely or not at all.
     merged, sites = _fold_all(
-        changes,
+        folds,
         lambda weight: _unadapted(
             values_of(result, weight, layouts, dtypes.get(weight)), weight, full
         ),
@@ -543,7 +543,7 @@ def merge(
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
-    untied = place_merged(result, merged, _still_tied(tied, rows, tokens, full), over)
+    untied = place_merged(result, merged, _still_tied(tied, folds, full), over)
     untie_config(result)
     if stored:
         make_savable(result)
@@ -585,27 +585,72 @@ def _quantized_before(result: nn.Module, *, requantize: bool) -> Mapping[str, Qu
     return stored
 
 
-def _changes_of(
-    model: nn.Module,
-    record: Record,
-    rows: Mapping[str, tuple[tuple[PlannedSite, str], ...]],
-    tokens: Mapping[str, TokenWeight],
-) -> dict[str, Fold | TokenFold]:
-    """Return the changes of all weights by FQN: those of sites, then those of trained tokens."""
+def _folds(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> tuple[dict[str, Fold | TokenFold], dict[str, str]]:
+    """Return the changes of all weights by FQN: those of sites, then those of trained tokens.
+
+    Also return the weights that use the factors or rows of another one, each with that other one.
+    """
+    tokens = token_weights(model, record, names)
+    rows, tied = _sites_by_weight(model, record, names)
     workspace = Workspace()
     folds = {weight: Fold(model, record, sites, workspace) for weight, sites in rows.items()}
-    return {**folds, **{weight: TokenFold(model, tuple(lines)) for weight, lines in tokens.items()}}
+    kept = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
+    of_tokens = {weight: TokenFold(model, tuple(lines)) for weight, lines in tokens.items()}
+    return {**folds, **of_tokens}, kept | tied_tokens(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """All that adapters change in a model, by FQN, for a caller that stores the results elsewhere.
+
+    Attributes:
+        folds: The changes of weights.
+        trained: Parameters that are trained in full, under each of their names. A weight may be in both.
+        biases: The merged biases.
+        buffers: The buffers that training has changed.
+        tied: Weights that stay tied, each with the weight that it is tied to.
+    """
+
+    folds: Mapping[str, Fold | TokenFold]
+    trained: Mapping[str, nn.Parameter]
+    biases: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    tied: Mapping[str, str]
+
+
+def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
+    """Return what the active adapters change in a model, whose weights may be on the meta device.
+
+    Args:
+        model: A rewritten model. The biases to which something is added have values.
+        dtype: The dtype of the result; by default each tensor's own.
+
+    Raises:
+        MergeError: If adapters exclude each other, or have no values, or some that are not finite.
+    """
+    check_dtype(dtype)
+    record = require_record(model, MergeError)
+    names = _chosen(record, None)
+    folds, tied = _folds(model, record, names)
+    full = dict(trained(model, record, names))
+    biases = merged_biases(model, model, _rows_of(folds), full, dtype)
+    buffers = dict(changed_buffers(model, record))
+    return Changes(folds, full, biases, buffers, _still_tied(tied, folds, full))
+
+
+def _rows_of(folds: Mapping[str, Fold | TokenFold]) -> Iterator[tuple[PlannedSite, str]]:
+    """Yield the sites of all weights, each with the name of its adapter."""
+    return itertools.chain(*(fold.rows for fold in folds.values() if isinstance(fold, Fold)))
 
 
 def _still_tied(
-    tied: Mapping[str, str],
-    rows: Mapping[str, Sequence[tuple[PlannedSite, str]]],
-    tokens: Mapping[str, TokenWeight],
+    kept: Mapping[str, str],
+    folds: Mapping[str, Fold | TokenFold],
     full: Mapping[str, nn.Parameter],
 ) -> dict[str, str]:
     """Return the weights that the merge leaves tied, each with the weight that it is tied to."""
-    kept = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
-    kept |= tied_tokens(tokens)
     # If only one of two tied weights is trained in full, they are different weights.
     return {weight: to for weight, to in kept.items() if full.get(weight) is full.get(to)}
 
