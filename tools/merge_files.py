@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import safetensors
 import torch
@@ -30,10 +30,10 @@ import torch
 from lora_fx import __version__
 from lora_fx.checkpoint import load_onto_empty
 from lora_fx.converted_files import ConvertedFiles
-from lora_fx.errors import CheckpointError, MergeError, some
+from lora_fx.errors import CheckpointError, ConfigError, MergeError, some
 from lora_fx.export.report import size_text
 from lora_fx.export.staging import in_use, owned
-from lora_fx.files import StoredHead, flush, replacing
+from lora_fx.files import StoredHead, WeightFiles, flush, replacing
 from lora_fx.ir import require_record
 from lora_fx.passes.merge import (
     KEPT_IN_FP32,
@@ -47,7 +47,7 @@ from lora_fx.passes.merge import (
 )
 from lora_fx.passes.parameters import own_value, persistent_buffers
 from lora_fx.progress import Progress, Tell, show_progress
-from lora_fx.tools.models import check_adapter_path, load_model
+from lora_fx.tools.models import check_adapter_path, check_model_name, load_model
 
 if TYPE_CHECKING:
     from torch import nn
@@ -131,6 +131,9 @@ def merge_files(
     """
     source, adapter, target = (Path(path).expanduser() for path in (folder, adapter, out))
     check_dtype(dtype)
+    if source.is_file():
+        raise ConfigError(f"{source} is a file: give a folder of transformers, with safetensors")
+    check_model_name(f"hf:{source}")
     check_adapter_path(adapter)
     stage = _Stage(source, target, _digest_of_inputs(source, adapter, dtype, measure=measure))
     if stage.is_placed():
@@ -215,23 +218,30 @@ class _Merge:
         self._folder, self._adapter = folder, adapter
         self._dtype, self._measure = dtype, measure
         _check_dense(folder, adapter)
+        WeightFiles(folder)  # raises for damaged files
         self._base = load_model(f"hf:{folder}", weights=False, adapter=adapter).model
         self._stored = ConvertedFiles(folder, self._base)
         self._give_dtypes()
         self._changes = self._load()
+        self._whole: dict[str, str] = {}  # parameters by the stored tensors that are parts of them
+        self._parts: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.untied: tuple[str, ...] = ()
         self.files = self._planned()
         self._headers = {file: self._header(file) for file in self.files}
 
     def _give_dtypes(self) -> None:
-        """Give the parameters and buffers the dtypes that they have in the files."""
+        """Give the parameters and buffers the dtypes that they have in the files, and mark them as loaded.
+
+        A plan warns of a head that is not marked, because it would start at random.
+        """
         heads = {
             name: head for stored in self._stored.heads.values() for name, head in stored.items()
         }
         for name, tensor in self._tensors():
-            head = heads.get(self._stored.stored_name(name) or "")
+            head = heads.get(next(iter(self._stored.parts(name)), ""))
             if head is not None and head.dtype in _DTYPES:
                 tensor.data = torch.empty_like(tensor, dtype=_DTYPES[head.dtype])
+                vars(tensor)["_is_hf_initialized"] = True
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters of the model by each of their names, and its persistent buffers."""
@@ -255,11 +265,11 @@ class _Merge:
         return changes_of(adapted, self._dtype)
 
     def _read(self, name: str) -> torch.Tensor | None:
-        key = self._stored.stored_name(name)
-        return None if key is None else self._stored.stored(key)
+        """Return the stored values of a parameter; None if there are none."""
+        return self._stored.tensor(*next((group for group in self._names if name in group), [name]))
 
     def _give_values(self, model: nn.Module, name: str) -> None:
-        """Give a parameter on the meta device its stored values."""
+        """Give a parameter on the meta device its stored values, if the adapter does not train it."""
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         old = module._parameters.get(leaf)
@@ -267,10 +277,10 @@ class _Merge:
             return
         values = self._read(name)
         if values is None:
-            self._refuse(f"{self._folder} does not have {name} as one tensor")
+            self._refuse(f"{self._folder} has no {name}")
         module._parameters[leaf] = torch.nn.Parameter(values, old.requires_grad)
 
-    def _refuse(self, reason: str) -> Any:
+    def _refuse(self, reason: str) -> NoReturn:
         raise WholeModelError(
             f"{reason}, so that its files cannot be merged one by one. Load the model and merge it in "
             f"memory: lora_fx.merge(lora_fx.load_adapter(model, {str(self._adapter)!r}))"
@@ -285,15 +295,17 @@ class _Merge:
             outputs = result[file] = []
             for source, head in heads.items():
                 for name, change in [(source, changed.get(source, "")), *added.get(source, ())]:
-                    if change and (head.shape != shapes[change] or head.dtype not in _DTYPES):
+                    whole = source in self._whole or head.shape == shapes.get(change)
+                    if change and not (whole and head.dtype in _DTYPES):
                         raise CheckpointError(
                             f"{source} in {file} is {list(head.shape)} in {head.dtype}, and the model has "
                             f"{list(shapes[change])} in floating point: give the folder of the model that "
                             "was trained"
                         )
                     outputs.append(_Output(name, source, change, self._head(name, head)))
-            # A reader maps the file into memory, so numbers have to be aligned to their size.
-            outputs.sort(key=lambda output: -output.head.bits)
+            # A reader maps the file into memory, so numbers have to be aligned to their size. The parts of a
+            # parameter follow each other, because it is merged as a whole.
+            outputs.sort(key=lambda output: (-output.head.bits, self._whole.get(output.source, "")))
         return result
 
     def _changes_by_source(self) -> tuple[dict[str, str], dict[str, list[tuple[str, str]]]]:
@@ -301,7 +313,7 @@ class _Merge:
 
         A tied weight is stored once. If its names have different changes, each needs a tensor.
         """
-        changed, names = self._changed(), self._names()
+        changed, names = self._changed(), self._names
         absent = changed.keys() - {name for group in names for name in group}
         if absent:
             self._refuse(f"{self._folder} has no {some(sorted(absent), 3)}")
@@ -315,23 +327,38 @@ class _Merge:
                 name: key for name in group if (key := self._stored.stored_name(name)) is not None
             }
             if not stored:
-                self._refuse(f"{self._folder} does not have {group[0]} as one tensor")
+                result |= dict.fromkeys(self._parts_of(group), changes[group[0]])
+                continue
             result |= {key: changes[name] for name, key in stored.items()}
             if len({*changes.values()}) == 1:
                 continue
             self.untied += tuple(name for name in group if name in self._changes.folds)
             tied, source = next(iter(stored.items()))
-            for name in group:
-                if name not in stored and source != tied:
+            # Names that are still tied to each other get a tensor each: a loader may tie them otherwise.
+            for name in (name for name in group if name not in stored):
+                if source != tied:
                     self._refuse(
                         f"{name} is not tied to {tied} any more, and has no name in the files"
                     )
-                if name not in stored:
-                    added.setdefault(source, []).append((name, changes[name]))
+                added.setdefault(source, []).append((name, changes[name]))
         return result, added
 
+    def _parts_of(self, group: Sequence[str]) -> tuple[str, ...]:
+        """Return the stored tensors that a parameter without a tensor is made of, and note them."""
+        name = next((name for name in group if self._stored.parts(name)), None)
+        if name is None or len(group) > 1:
+            self._refuse(f"{self._folder} has no {group[0]}")
+        parameter = self._base.get_parameter(name)
+        try:
+            parts = self._stored.parted(name, parameter.detach())
+        except CheckpointError as error:
+            self._refuse(str(error))
+        self._whole |= dict.fromkeys(parts, name)
+        return tuple(parts)
+
+    @functools.cached_property
     def _names(self) -> list[list[str]]:
-        """Return the names of each parameter and buffer."""
+        """The names of each parameter and buffer."""
         names: dict[int, list[str]] = {}
         for name, tensor in self._tensors():
             names.setdefault(id(tensor), []).append(name)
@@ -393,6 +420,7 @@ class _Merge:
             path: The file to write.
         """
         rows: dict[str, MergedSite] = {}
+        self._parts = ("", {})
         with path.open("wb") as opened:
             opened.write(self._headers[file])
             for done, output in enumerate(self.files[file]):
@@ -403,9 +431,22 @@ class _Merge:
 
     def _values(self, output: _Output, rows: dict[str, MergedSite]) -> torch.Tensor:
         """Return a tensor of the result, and add the row of a folded weight to ``rows``."""
-        old, name, changes = self._stored.stored(output.source), output.change, self._changes
-        is_cast = self._dtype is not None and self._is_cast(output.name, output.head)
-        dtype = self._dtype if is_cast and self._dtype is not None else old.dtype
+        whole = self._whole.get(output.source)
+        if whole is None:
+            return self._merged(output, self._stored.stored(output.source), rows)
+        if whole != self._parts[0]:
+            self._parts = ("", {})  # frees the memory
+            old = self._stored.tensor(whole)
+            assert old is not None
+            self._parts = whole, self._stored.parted(whole, self._merged(output, old, rows))
+        return self._parts[1][output.source]
+
+    def _merged(
+        self, output: _Output, old: torch.Tensor, rows: dict[str, MergedSite]
+    ) -> torch.Tensor:
+        """Return a stored tensor, or the parameter that it is a part of, with its change."""
+        name, changes = output.change, self._changes
+        dtype = _DTYPES.get(output.head.dtype, old.dtype)
         if name in changes.biases:
             return changes.biases[name]
         full = changes.trained.get(name, changes.buffers.get(name))
@@ -429,7 +470,7 @@ class _Merge:
         )
 
     def settings(self) -> dict[str, str]:
-        """Return the texts of the files that say what is in the others: configuration and index."""
+        """Return the texts of the configuration and of the index, by the names of their files."""
         config = _read_json(self._folder / "config.json")
         if self._dtype is not None:
             _set_dtype(config, str(self._dtype).removeprefix("torch."))
@@ -660,7 +701,9 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 def _row(values: Mapping[str, Any]) -> MergedSite:
-    return MergedSite(**{**values, "adapters": tuple(values["adapters"])})
+    # Rows are compared by the identity of their NaNs.
+    same = {key: math.nan if value != value else value for key, value in values.items()}
+    return MergedSite(**{**same, "adapters": tuple(values["adapters"])})
 
 
 def _flush_folder(path: Path) -> None:

@@ -603,7 +603,7 @@ def _folds(
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """All that adapters change in a model, by FQN, for a caller that stores the results elsewhere.
+    """Changes of a model by its adapters, by FQN, for a caller that stores the results elsewhere.
 
     Attributes:
         folds: The changes of weights.

@@ -332,7 +332,7 @@ class MergeReport:
     def _summary(self) -> str:
         again = [site for site in self.sites if site.requantized]
         parts = [f"{len(self.sites)} weight(s) merged"]
-        if len(again) < len(self.sites) or not again:
+        if not math.isnan(self.max_ulp) and (len(again) < len(self.sites) or not again):
             parts.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
             worst = self.requantization_error
@@ -352,6 +352,8 @@ class MergeReport:
 
 
 def _line(site: MergedSite) -> str:
+    if math.isnan(site.relative_change):
+        return f"  {site.name}"
     error = f"{site.max_ulp:.4f} ulp"
     if site.requantized:
         error = f"{site.requantization_error:.2e} lost by quantizing again"
