@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 import safetensors
 import torch
 
-from lora_fx import __version__
 from lora_fx.checkpoint import load_onto_empty
 from lora_fx.converted_files import ConvertedFiles
 from lora_fx.errors import CheckpointError, ConfigError, MergeError, some
@@ -80,6 +79,12 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 """The dtypes that a merged weight can have, by their names in safetensors."""
+
+_SLICE = 1 << 24
+"""Numbers that are cast at a time."""
+
+_FORMAT = 1
+"""Number to raise if other files would be written for the same inputs."""
 
 _RECEIPT = "receipt.json"
 _RESULT = "model"
@@ -265,7 +270,7 @@ class _Merge:
         return changes_of(adapted, self._dtype)
 
     def _read(self, name: str) -> torch.Tensor | None:
-        """Return the stored values of a parameter; None if there are none."""
+        """Return the stored values of a parameter; None if it is not stored."""
         return self._stored.tensor(*next((group for group in self._names if name in group), [name]))
 
     def _give_values(self, model: nn.Module, name: str) -> None:
@@ -425,12 +430,18 @@ class _Merge:
             opened.write(self._headers[file])
             for done, output in enumerate(self.files[file]):
                 tell(done, output.name)
-                values = self._values(output, rows).contiguous().reshape(-1).view(torch.uint8)
-                opened.write(memoryview(values.numpy()))
+                values = self._values(output, rows).contiguous().reshape(-1)
+                dtype = _DTYPES.get(output.head.dtype, values.dtype)
+                for part in values.split(_SLICE):
+                    part = part if part.dtype is dtype else cast(part, dtype, output.name)
+                    opened.write(memoryview(part.view(torch.uint8).numpy()))
         return rows
 
     def _values(self, output: _Output, rows: dict[str, MergedSite]) -> torch.Tensor:
-        """Return a tensor of the result, and add the row of a folded weight to ``rows``."""
+        """Return a tensor of the result, and add the row of a folded weight to ``rows``.
+
+        A tensor that is not folded still has the dtype of the file.
+        """
         whole = self._whole.get(output.source)
         if whole is None:
             return self._merged(output, self._stored.stored(output.source), rows)
@@ -446,14 +457,13 @@ class _Merge:
     ) -> torch.Tensor:
         """Return a stored tensor, or the parameter that it is a part of, with its change."""
         name, changes = output.change, self._changes
-        dtype = _DTYPES.get(output.head.dtype, old.dtype)
         if name in changes.biases:
             return changes.biases[name]
         full = changes.trained.get(name, changes.buffers.get(name))
         base = old if full is None else full.detach().to(old.dtype)
         if name not in changes.folds:
-            return base if base.dtype is dtype else cast(base, dtype, output.name)
-        fold = changes.folds[name]
+            return base
+        fold, dtype = changes.folds[name], _DTYPES[output.head.dtype]
         exact = fold.exact(base, dtype) if self._measure else None
         merged = fold.folded(base, dtype)
         rows[name] = compared(fold.name, fold.adapters, base, merged, exact)
@@ -728,7 +738,7 @@ def _digest_of_inputs(
     """Return a digest of everything that a result depends on, but for the weights."""
     files = [adapter] if adapter.is_file() else _matching(adapter, _OF_ADAPTERS)
     files += [*_companions(folder), *_matching(folder, (_INDEX,))]
-    inputs = [__version__, str(dtype), measure, [(path.name, _digest(path)) for path in files]]
+    inputs = [_FORMAT, str(dtype), measure, [(path.name, _digest(path)) for path in files]]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 

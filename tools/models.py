@@ -200,8 +200,8 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
         if settings is not None and not isinstance(config, settings):
             raise CheckpointError(
                 f"the adapter {adapter} was trained on {architecture.__name__}, which does not take the "
-                f"configuration of the model's folder ({type(config).__name__}): give the folder of the model "
-                "that was trained"
+                f"configuration in the model's folder ({type(config).__name__}): give the folder of the "
+                "model that was trained"
             )
         return architecture
     classes = getattr(transformers, _CLASSES_OF_TASK.get(trained.task_type or "", ""), {})

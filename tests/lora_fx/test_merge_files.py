@@ -505,8 +505,8 @@ def test_a_result_that_exists(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="is not empty: give another name, or force=True"):
         merge(tmp_path)
     assert len(list(out.iterdir())) == 2
+    base = tmp_path / "base"
     with pytest.raises(MergeError, match="is the model that is merged"):
-        base = tmp_path / "base"
         lora_fx.merge_files(base, tmp_path / "adapter", base)
     merge(tmp_path, force=True)
     assert (out / "notes.txt").read_text(encoding="utf-8") == "mine"
