@@ -130,11 +130,12 @@ def merge_files(
         CheckpointError: If a file of the model or the adapter is missing or damaged, or the adapter belongs
             to another model.
         ConfigError: If a folder does not exist, or transformers cannot make the model.
-        MergeError: If the model is quantized, or a stored tensor is only a part of a merged weight: then
-            :func:`lora_fx.merge` does it in memory. If ``out`` exists, another process writes it, or the disk
-            has no room for it. If a merged weight overflows.
+        MergeError: If the model is quantized, the start of the adapter changed its weights, or ``folder``
+            lacks a merged tensor: then :func:`lora_fx.merge` does it in memory. If ``out`` exists, another
+            process writes it, or the disk has no room for it. If a merged weight overflows.
     """
-    source, adapter, target = (Path(path).expanduser() for path in (folder, adapter, out))
+    source, adapter = Path(folder).expanduser(), Path(adapter).expanduser()
+    target = Path(out).expanduser().resolve()
     check_dtype(dtype)
     if source.is_file():
         raise ConfigError(f"{source} is a file: give a folder of transformers, with safetensors")
@@ -300,8 +301,9 @@ class _Merge:
             outputs = result[file] = []
             for source, head in heads.items():
                 for name, change in [(source, changed.get(source, "")), *added.get(source, ())]:
-                    whole = source in self._whole or head.shape == shapes.get(change)
-                    if change and not (whole and head.dtype in _DTYPES):
+                    fits = source in self._whole or head.shape == shapes.get(change)
+                    fits &= head.dtype in _DTYPES or change in self._changes.buffers
+                    if change and not fits:
                         raise CheckpointError(
                             f"{source} in {file} is {list(head.shape)} in {head.dtype}, and the model has "
                             f"{list(shapes[change])} in floating point: give the folder of the model that "

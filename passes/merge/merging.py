@@ -73,6 +73,7 @@ from lora_fx.passes.parameters import (
     is_sharded,
     own_value,
     parameter_of,
+    persistent_buffers,
     reshard,
     trained_by_hand,
     weight_at,
@@ -609,7 +610,7 @@ class Changes:
         folds: The changes of weights.
         trained: Parameters that are trained in full, under each of their names. A weight may be in both.
         biases: The merged biases.
-        buffers: The buffers that training has changed.
+        buffers: The buffers that have values: training has changed them, and they came with an adapter.
         tied: Weights that stay tied, each with the weight that it is tied to.
     """
 
@@ -621,10 +622,10 @@ class Changes:
 
 
 def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
-    """Return what the active adapters change in a model, whose weights may be on the meta device.
+    """Return what the active adapters change in a model on the meta device.
 
     Args:
-        model: A rewritten model. The biases to which something is added have values.
+        model: A rewritten model, whose adapters have values. So have the biases to which something is added.
         dtype: The dtype of the result; by default each tensor's own.
 
     Raises:
@@ -636,7 +637,9 @@ def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
     folds, tied = _folds(model, record, names)
     full = dict(trained(model, record, names))
     biases = merged_biases(model, model, _rows_of(folds), full, dtype)
-    buffers = dict(changed_buffers(model, record))
+    buffers = {
+        name: value for name, value in persistent_buffers(model).items() if not value.is_meta
+    }
     return Changes(folds, full, biases, buffers, _still_tied(tied, folds, full))
 
 

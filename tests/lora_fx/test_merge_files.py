@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +227,38 @@ def test_a_model_that_ties_several_weights_loads_again(targets: list[str], tmp_p
     with torch.no_grad():
         expected = adapted.eval()(**inputs).logits
         torch.testing.assert_close(merged.eval()(**inputs).logits, expected)
+
+
+def test_parameters_that_were_trained_by_hand(tmp_path: Path) -> None:
+    kind: Any = saved(tmp_path)
+    model = lora_fx.load_adapter(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    names = ("model.norm.weight", "model.layers.0.mlp.gate_proj.weight")
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    assert list(lora_fx.trainable_parameters(model))
+    for name in names:
+        torch.nn.init.normal_(model.get_parameter(name))
+    lora_fx.save_adapter(model, tmp_path / "adapter")
+    _check_changed(tmp_path, kind, names)
+
+
+def test_buffers_that_training_has_changed(tmp_path: Path) -> None:
+    kind: Any = saved(tmp_path, regnet, torch.float32, target_modules=["convolution"])
+    model = lora_fx.load_adapter(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    model.train()(torch.randn(4, 3, 32, 32))
+    lora_fx.save_adapter(model, tmp_path / "adapter")
+    ends = ("running_mean", "num_batches_tracked")
+    names = [name for name in tensors(tmp_path / "base") if name.endswith(ends)]
+    _check_changed(tmp_path, kind, names)
+
+
+def _check_changed(folder: Path, kind: type, names: Sequence[str]) -> None:
+    merge(folder)
+    merged_in_memory(folder, kind)
+    assert bits(folder / "out") == bits(folder / "memory")
+    before, after = tensors(folder / "base"), tensors(folder / "out")
+    assert names
+    assert not any(torch.equal(before[name], after[name]) for name in names)
 
 
 def test_one_file_and_what_lies_beside_it(tmp_path: Path) -> None:
@@ -536,6 +567,8 @@ def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @forks
 def test_a_write_that_fails_keeps_complete_files(tmp_path: Path) -> None:
     saved(tmp_path)
+    import resource  # which Windows does not have
+
     sizes = sorted(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))
     child = os.fork()
     if child == 0:
