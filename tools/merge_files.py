@@ -434,9 +434,10 @@ class _Merge:
                 tell(done, output.name)
                 values = self._values(output, rows).contiguous().reshape(-1)
                 dtype = _DTYPES.get(output.head.dtype, values.dtype)
-                for part in values.split(_SLICE):
+                for part in torch.split(values, _SLICE):
                     part = part if part.dtype is dtype else cast(part, dtype, output.name)
-                    opened.write(memoryview(part.view(torch.uint8).numpy()))
+                    content: Any = part.view(torch.uint8).numpy()
+                    opened.write(memoryview(content))
         return rows
 
     def _values(self, output: _Output, rows: dict[str, MergedSite]) -> torch.Tensor:
@@ -714,8 +715,11 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 def _row(values: Mapping[str, Any]) -> MergedSite:
     # Rows are compared by the identity of their NaNs.
-    same = {key: math.nan if value != value else value for key, value in values.items()}
-    return MergedSite(**{**same, "adapters": tuple(values["adapters"])})
+    same: dict[str, Any] = {
+        key: math.nan if value != value else value for key, value in values.items()
+    }
+    same["adapters"] = tuple(values["adapters"])
+    return MergedSite(**same)
 
 
 def _flush_folder(path: Path) -> None:
