@@ -41,6 +41,7 @@ __all__ = [
     "Staging",
     "abandoned",
     "check_target",
+    "in_use",
     "owned",
     "staging",
     "write",
@@ -83,6 +84,11 @@ def abandoned(folder: Path) -> bool:
     except OSError:  # locked, or no such file
         return False
     return True
+
+
+def in_use(folder: Path) -> bool:
+    """Return True if a process holds the lock of ``folder``. False if there is no lock."""
+    return _locks is not None and (folder / _LOCK).exists() and not abandoned(folder)
 
 
 _log = logging.getLogger("lora_fx")

@@ -88,6 +88,7 @@ if _TYPE_CHECKING:
     from lora_fx.passes.patterns import register_pattern
     from lora_fx.tools.adapter_folder import inspect_adapter, verify
     from lora_fx.tools.draw import visualize
+    from lora_fx.tools.merge_files import merge_files
 
 __version__ = "0.1.0"
 
@@ -134,6 +135,7 @@ __all__ = [
     "load_adapter",
     "load_adapter_state_dict",
     "merge",
+    "merge_files",
     "parameter_groups",
     "plan",
     "plan_quantization",
@@ -207,6 +209,9 @@ _HOMES = {
     """,
     "lora_fx.tools.draw": """
         visualize
+    """,
+    "lora_fx.tools.merge_files": """
+        merge_files
     """,
 }
 

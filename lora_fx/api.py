@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
@@ -393,13 +393,11 @@ def merge(
             "merge takes one argument, a model with adapters, and options by name. To merge an adapter in a "
             "folder: lora_fx.merge(lora_fx.load_adapter(model, folder))"
         )
-    if rounding not in get_args(RoundingName):
-        names = ", ".join(map(repr, get_args(RoundingName)))
-        raise MergeError(f"rounding={rounding!r} is unknown: use {names}")
-    moments: Mapping[str, Tensor] = {}
+    how = Rounding.named(rounding, seed=seed)
     if inputs is not None:
-        names_of = merging.chosen(require_record(model, MergeError), adapter_names)
-        moments = input_moments(model, inputs, names_of, progress=progress)
+        names = merging.chosen(require_record(model, MergeError), adapter_names)
+        moments = input_moments(model, inputs, names, progress=progress)
+        how = dataclasses.replace(how, moments=moments)
     merged, report = merging.merge(
         model,
         adapter_names=adapter_names,
@@ -407,7 +405,7 @@ def merge(
         dtype=dtype,
         requantize=requantize,
         own=own,
-        rounding=Rounding(rounding, moments, seed),
+        rounding=how,
         measure=return_report,
         progress=progress,
     )

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.errors import CheckpointError
+from lora_fx.errors import CheckpointError, some
 from lora_fx.files import WeightFiles
 
 if TYPE_CHECKING:
@@ -76,6 +76,45 @@ class ConvertedFiles(WeightFiles):
         """Names of parameters in the model. A tensor that transformers does not map keeps its name."""
         return self._sources.keys()
 
+    def stored_name(self, name: str) -> str | None:
+        """Return the name in the files of a parameter; None if it is made of other tensors, or missing."""
+        sources = self._sources.get(name, ())
+        if len(sources) != 1 or self._patterns[sources[0]] is not None:
+            return None
+        return sources[0]
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the names in the files of the tensors that a parameter is made of; none if it is missing."""
+        return tuple(self._sources.get(name, ()))
+
+    def parted(self, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return a parameter as the tensors of :meth:`parts`, as transformers does on saving.
+
+        Args:
+            name: Its FQN.
+            values: Its values, or a tensor of its shape on the meta device.
+
+        Returns:
+            The tensors by their names in the files. They may be views.
+
+        Raises:
+            CheckpointError: If transformers makes other tensors of it than the files have.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        try:
+            tensors: dict[str, torch.Tensor] = revert_weight_conversion(self._model, {name: values})
+        except (KeyError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise CheckpointError(f"{name} cannot be parted again ({error!r})") from error
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        stored = {key: self._shapes[key] for key in self.parts(name)}
+        if shapes != stored:
+            raise CheckpointError(
+                f"{name} is {some(list(stored), 3)} in {self.path}, and would be saved as "
+                f"{some(list(shapes), 3)}"
+            )
+        return tensors
+
     def _objection(self, key: str, wanted: torch.Tensor) -> str | None:
         sources = self._sources[key]
         if self._patterns[sources[0]] is None:
@@ -90,9 +129,10 @@ class ConvertedFiles(WeightFiles):
         sources = self._sources[key]
         pattern = self._patterns[sources[0]]
         if pattern is None:
-            return super()._read(sources[0])
-        read = super()._read
-        loads = {name: (self._patterns[name], functools.partial(read, name)) for name in sources}
+            return self.stored(sources[0])
+        loads = {
+            name: (self._patterns[name], functools.partial(self.stored, name)) for name in sources
+        }
         try:
             return converted(self._converters[pattern], key, loads, self._model)
         except (KeyError, ValueError, RuntimeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import json
+import math
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import safetensors
 
@@ -24,7 +25,15 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["WeightFiles", "current", "flush", "output_file", "replacing", "replacing_files"]
+__all__ = [
+    "StoredHead",
+    "WeightFiles",
+    "current",
+    "flush",
+    "output_file",
+    "replacing",
+    "replacing_files",
+]
 
 
 def output_file(path: object, suffixes: Sequence[str]) -> Path:
@@ -213,11 +222,38 @@ def _keep(path: Path, copy: Path) -> None:
 _INDEX = ".safetensors.index.json"
 
 
+class StoredHead(NamedTuple):
+    """The description of a tensor in the header of a file.
+
+    Attributes:
+        shape: Its shape.
+        dtype: The name of its dtype in safetensors, as ``BF16``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bits(self) -> int:
+        """The size of a number, in bits. The names of all dtypes have it: ``F8_E4M3``; but for ``BOOL``."""
+        digits = re.search(r"\d+", self.dtype)
+        return 8 if digits is None else int(digits[0])
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return math.prod(self.shape) * self.bits // 8
+
+
 class WeightFiles:
     """The tensors in the files of a folder, without loading them.
 
     Each tensor opens its file and closes it again. While a file is open, all pages that were ever read count
     as memory of this process.
+
+    Attributes:
+        path: The folder, or the file.
+        index: The index of its shards; None if there is a single file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -230,10 +266,11 @@ class WeightFiles:
             CheckpointError: If there are no files, or a file is damaged.
         """
         self.path = path
+        self.index, listed = _listed(path)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
-        for file, names in _listed(path).items():
+        for file, names in listed.items():
             try:
                 with safetensors.safe_open(file, "pt") as opened:
                     stored = opened.keys()
@@ -331,14 +368,34 @@ class WeightFiles:
         return None
 
     def _read(self, key: str) -> torch.Tensor:
+        return self.stored(key)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a tensor by its name in the files, on the CPU; it is memory-mapped.
+
+        Raises:
+            CheckpointError: If the tensor cannot be read.
+        """
         try:
-            with safetensors.safe_open(self._files[key], "pt") as opened:
-                values: torch.Tensor = opened.get_tensor(key)
+            with safetensors.safe_open(self._files[name], "pt") as opened:
+                values: torch.Tensor = opened.get_tensor(name)
         except (safetensors.SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{key} cannot be read from {self._files[key]} ({error})"
+                f"{name} cannot be read from {self._files[name]} ({error})"
             ) from error
         return values
+
+    @property
+    def heads(self) -> dict[Path, dict[str, StoredHead]]:
+        """The shapes and dtypes in each file, by the names of the tensors there."""
+        result: dict[Path, dict[str, StoredHead]] = {}
+        for name, file in self._files.items():
+            result.setdefault(file, {})[name] = StoredHead(self._shapes[name], self._dtypes[name])
+        return result
+
+    def stored_name(self, name: str) -> str | None:
+        """Return the name in the files of a parameter; None if the files do not have it as one tensor."""
+        return name if name in self._files else None
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -352,19 +409,19 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{fqn}.{key}" if fqn else key, buffer
 
 
-def _listed(path: Path) -> dict[Path, list[str]]:
-    """Return the files, each with its names according to the index."""
+def _listed(path: Path) -> tuple[Path | None, dict[Path, list[str]]]:
+    """Return the index, if there is one, and the files, each with its names according to the index."""
     if path.is_file():
-        return {path: []}
+        return None, {path: []}
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist: give a folder with safetensors, or a file")
     indices = sorted(path.glob(f"*{_INDEX}"))
     files = sorted(path.glob("*.safetensors"))
     preferred = [file for file in (*indices, *files) if file.name.startswith("model.safetensors")]
     if preferred and preferred[0] in files:
-        return {preferred[0]: []}
+        return None, {preferred[0]: []}
     if not indices and len(files) == 1:
-        return {files[0]: []}
+        return None, {files[0]: []}
     if not indices:
         summary = f"{len(files)} files and no index" if files else "none"
         gguf_files = sorted(str(file) for file in path.glob("*.gguf"))
@@ -383,4 +440,4 @@ def _listed(path: Path) -> dict[Path, list[str]]:
         raise CheckpointError(
             f"{index} is no index of shards ({error!r}); copy it again"
         ) from error
-    return result
+    return index, result

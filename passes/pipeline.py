@@ -93,6 +93,7 @@ def rewrite_passes(
     memory: Memory = DEFAULT_MEMORY,
     loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
+    loaded: bool = False,
 ) -> tuple[Pass, ...]:
     """Return the passes of a rewrite, in the order in which they run.
 
@@ -103,10 +104,11 @@ def rewrite_passes(
         memory: Memory setting for the backward; see :func:`lora_fx.rewrite`.
         loss: Computation of the loss, at once or in chunks; see :func:`lora_fx.rewrite`.
         strict: True to raise for entries of the configuration that select nothing.
+        loaded: True if the values of the adapter are loaded next, so that starts do not matter.
     """
     return (
         *_plan_passes(config, memory, loss, strict),
-        *_parameter_passes(adapter),
+        *_parameter_passes(adapter, loaded=loaded),
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
         *(_optimize_passes(memory) if optimize else ()),
@@ -125,8 +127,8 @@ def _find_passes(loss: Loss = DEFAULT_LOSS) -> tuple[Pass, ...]:
     return FindOperations(), *MARKS, *((LOSSES,) if loss == "chunked" else ())
 
 
-def _parameter_passes(adapter: str) -> tuple[Pass, ...]:
-    return AddFactors(adapter=adapter), AddTokens(adapter=adapter), Unfreeze()
+def _parameter_passes(adapter: str, *, loaded: bool = False) -> tuple[Pass, ...]:
+    return AddFactors(adapter=adapter), AddTokens(adapter=adapter, loaded=loaded), Unfreeze()
 
 
 def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:
@@ -382,6 +384,7 @@ class RewriteOptions:
         loss: Computation of the loss, at once or in chunks. None chooses by ``memory``.
         strict: True to raise for entries of the configuration that select nothing.
         quiet: True not to log such entries.
+        loaded: True if the values of the adapter are loaded next, so that starts do not matter.
     """
 
     adapter_name: str = "default"
@@ -390,6 +393,7 @@ class RewriteOptions:
     loss: Loss | None = None
     strict: bool = False
     quiet: bool = False
+    loaded: bool = False
 
     @property
     def computed_loss(self) -> Loss:
@@ -427,6 +431,7 @@ def rewrite_model(
         memory=options.memory,
         loss=options.computed_loss,
         strict=options.strict,
+        loaded=options.loaded,
     )
 
     def made(*, verify: bool) -> nn.Module:

@@ -183,6 +183,9 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
     """Return the class that an adapter was trained on: the one that it names, or that of its task.
 
     None if it names no class of transformers, or no task that this model has.
+
+    Raises:
+        CheckpointError: If that class is of another kind of model.
     """
     if adapter is None or not (adapter / CONFIG_NAME).is_file():
         return None
@@ -190,9 +193,17 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
     named = trained.auto_mapping or {}
     library = named.get("parent_library", "")
     if library.partition(".")[0] == "transformers":
-        return load_optional(
+        architecture: Any = load_optional(
             library, f"the adapter {adapter}", "lora-fx[hf]", attribute=named["base_model_class"]
         )
+        settings = getattr(architecture, "config_class", None)
+        if settings is not None and not isinstance(config, settings):
+            raise CheckpointError(
+                f"the adapter {adapter} was trained on {architecture.__name__}, which does not take the "
+                f"configuration in the model's folder ({type(config).__name__}): give the folder of the "
+                "model that was trained"
+            )
+        return architecture
     classes = getattr(transformers, _CLASSES_OF_TASK.get(trained.task_type or "", ""), {})
     return classes.get(type(config), None)
 

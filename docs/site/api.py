@@ -31,7 +31,7 @@ _SECTIONS = {
         replace_lora_weights_loftq
     """,
     "Merging and exporting": """
-        merge export_onnx OnnxSession save_onnx_adapter
+        merge merge_files export_onnx OnnxSession save_onnx_adapter
     """,
     "Looking": """
         visualize

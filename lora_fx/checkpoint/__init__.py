@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.checkpoint.files import read_tensors
-from lora_fx.checkpoint.folder import load_adapter, save_adapter
+from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
 from lora_fx.checkpoint.peft_model import (
@@ -44,6 +44,7 @@ __all__ = [
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_onto_empty",
     "peft_configs",
     "peft_model_class",
     "prepare_hotswap",

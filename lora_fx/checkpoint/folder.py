@@ -46,6 +46,7 @@ from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.receipt import make_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import (
+    Read,
     SaveEmbeddings,
     by_hand_in,
     changed,
@@ -67,7 +68,7 @@ from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
 from lora_fx.runtime import check_adapter_name
 
-__all__ = ["folder_of", "load_adapter", "save_adapter"]
+__all__ = ["folder_of", "load_adapter", "load_onto_empty", "save_adapter"]
 
 
 _log = logging.getLogger("lora_fx")
@@ -306,15 +307,46 @@ def load_adapter(
             f"model must be a torch.nn.Module, found {type(model).__name__}: the model comes first, then the "
             "folder: lora_fx.load_adapter(model, folder)"
         )
+    how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
+    return _load(model, directory, adapter_name, component, how)
+
+
+@inside
+def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: Read) -> nn.Module:
+    """Load an adapter onto a model on the meta device. The adapter gets its values, and the base gets none.
+
+    Args:
+        model: A model on the meta device that is not rewritten; it is not changed.
+        directory: As for :func:`load_adapter`.
+        read: Returns the values of a weight of the base, to compare copies in the folder with them. None if
+            they are unknown.
+
+    Raises:
+        CheckpointError: As :func:`load_adapter`.
+        ConfigError: As :func:`load_adapter`.
+        CaptureError: As :func:`load_adapter`.
+    """
+    how: dict[str, Any] = {"example_inputs": None, "frontend": "auto"}
+    return _load(model, directory, "default", None, how, read)
+
+
+def _load(
+    model: ModelT,
+    directory: str | os.PathLike[str],
+    adapter_name: str,
+    component: str | None,
+    how: dict[str, Any],
+    read: Read | None = None,
+) -> ModelT:
+    """Load an adapter; see :func:`load_adapter`."""
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
-    how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
         exact = with_targets(config, targets, model)
         target = _rewritten(model, exact, tensors, folder, adapter_name, how)
-    elif example_inputs is not None or frontend != "auto":
+    elif how["example_inputs"] is not None or how["frontend"] != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
@@ -329,16 +361,16 @@ def load_adapter(
         if not known:
             repeat_start(target, adapter_name, config)
             record = adapter_record(target, adapter_name)
-            base_values = given_values(target, record, tensors, by_hand_in(metadata))
+            base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
             if base_values:
                 _log.warning(
                     "%s: the folder has other values of %s than the model: they come and go with the adapter",
                     folder,
                     ", ".join(base_values),
                 )
-            place_given(target, adapter_name, base_values)
+            place_given(target, adapter_name, base_values, read)
         record = adapter_record(target, adapter_name)
-        values, problems = fitted(target, record, adapter_name, tensors, config)
+        values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
             reasons = _reasons(model, exact, how)
             raise CheckpointError(
@@ -414,7 +446,7 @@ def _rewritten(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {names}"
         )
     try:
-        return rewrite_model(model, exact, options=RewriteOptions(adapter_name), **how)
+        return rewrite_model(model, exact, options=RewriteOptions(adapter_name, loaded=True), **how)
     except NoMatchError as error:
         raise _matches_nothing(model, exact, tensors, folder, how) from error
 

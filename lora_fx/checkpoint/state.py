@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, join, record_of, require_record
 from lora_fx.kinds import kind_of
-from lora_fx.passes.graph import memory_of, original_class
+from lora_fx.passes.graph import exchange, memory_of, original_class
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
     base_modules,
@@ -54,6 +54,7 @@ from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
     "NOTE",
+    "Read",
     "SaveEmbeddings",
     "Stored",
     "adapter_state_dict",
@@ -86,6 +87,9 @@ __all__ = [
 
 NOTE = "lora_fx.by_hand"
 """Key of the file's metadata with the FQNs of the parameters that were trained by hand."""
+
+Read = Callable[[str], torch.Tensor | None]
+"""Function that returns a weight of the base by its FQN."""
 
 SaveEmbeddings = bool | Literal["auto"]
 """True to save the weights of both ends; ``"auto"`` if they were resized, adapted, or came with a folder."""
@@ -218,6 +222,7 @@ def given_values(
     record: AdapterRecord,
     tensors: Mapping[str, torch.Tensor],
     by_hand: Collection[str],
+    read: Read | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the tensors of a folder that replace weights of the base and differ from them, by FQN.
 
@@ -226,6 +231,7 @@ def given_values(
         record: The adapter's record.
         tensors: By key, without the prefix.
         by_hand: FQNs of the parameters that were trained by hand.
+        read: Returns the values of a weight that is on the meta device, or None if they are unknown.
     """
     ends = {*_parameters(model, _ends(model)), *by_hand}
     base = {**dict(base_parameters(model)), **require_record(model).originals}
@@ -234,7 +240,7 @@ def given_values(
         name = base_name(key, model)
         if name not in ends or name in record.own:
             continue
-        old = base[name].detach()
+        old = _with_values(base[name].detach(), name, read)
         if old.shape == value.shape and not old.is_meta:
             value = value.to(old.device, old.dtype)
             if not torch.equal(old, value):
@@ -242,8 +248,19 @@ def given_values(
     return differing
 
 
-def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tensor]) -> None:
+def place_given(
+    model: nn.Module,
+    adapter: str,
+    values: Mapping[str, torch.Tensor],
+    read: Read | None = None,
+) -> None:
     """Replace weights of the base, and every weight that is tied to them, by frozen weights of the adapter.
+
+    Args:
+        model: A rewritten model.
+        adapter: The adapter's name.
+        values: The result of :func:`given_values`.
+        read: As for :func:`given_values`.
 
     Raises:
         CheckpointError: If a weight is in a scripted module; nothing was changed.
@@ -274,12 +291,20 @@ def place_given(model: nn.Module, adapter: str, values: Mapping[str, torch.Tenso
                     )
                 module._parameters[leaf] = parameter
                 own.append(name)
-                originals[name] = old.detach()
+                originals[name] = _with_values(old.detach(), name, read)
         place_base(model, adapter, own, originals)
         entry = record.adapters[adapter]
         entry = dataclasses.replace(entry, own=(*entry.own, *own), given=tuple(own))
         record = record.with_adapter(adapter, entry, originals=originals)
         model.__dict__["_lora_fx"] = record
+
+
+def _with_values(weight: torch.Tensor, name: str, read: Read | None) -> torch.Tensor:
+    """Return a weight, or what ``read`` returns for it if it is on the meta device."""
+    if read is None or not weight.is_meta:
+        return weight
+    values = read(name)
+    return weight if values is None else values
 
 
 def _ends(model: nn.Module) -> Iterator[str]:
@@ -320,9 +345,15 @@ def _resized(model: nn.Module, origin: str | None) -> bool:
 
 
 def _values_for(
-    slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor]
+    slots: Mapping[str, Slot], tensors: Mapping[str, torch.Tensor], *, empty: bool = False
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """Return the values for the slots, and the problems with them. Nothing is written yet."""
+    """Return the values for the slots, and the problems with them. Nothing is written yet.
+
+    Args:
+        slots: The slots by key.
+        tensors: The stored tensors by key.
+        empty: True if slots may be on the meta device.
+    """
     values: dict[str, tuple[Slot, torch.Tensor]] = {}
     problems: list[str] = []
     seen: set[str] = set()
@@ -343,7 +374,7 @@ def _values_for(
             problems.append(
                 f"contradiction: {key} is another name for {slot.name}, with other values"
             )
-        elif slot.tensor.is_meta:
+        elif slot.tensor.is_meta and not empty:
             problems.append(
                 f"no place: {slot.name} is on the meta device; give the model its weights first"
             )
@@ -375,7 +406,11 @@ def _other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str,
 
 
 def _leftover(
-    key: str, value: torch.Tensor, model: nn.Module, record: AdapterRecord
+    key: str,
+    value: torch.Tensor,
+    model: nn.Module,
+    record: AdapterRecord,
+    read: Read | None = None,
 ) -> Iterator[str]:
     """Yield the problem with a tensor that is not part of the adapter; nothing if the model has the tensor.
 
@@ -392,7 +427,7 @@ def _leftover(
         return
     parameter = parameter_of(model, name)
     assert parameter is not None
-    own = gathered(parameter, name)
+    own = _with_values(gathered(parameter, name), name, read)
     if own.shape != value.shape:
         yield _shapes(key, value, own.shape)
     elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):
@@ -489,6 +524,7 @@ def fitted(
     adapter: str,
     tensors: Mapping[str, torch.Tensor],
     config: LoraConfig | None,
+    read: Read | None = None,
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
     """Return the values for the slots of an adapter, and the problems with them. Nothing is written yet.
 
@@ -498,6 +534,7 @@ def fitted(
         adapter: Its name.
         tensors: By key, without the prefix.
         config: The configuration of the saved adapter; None if there is none.
+        read: For a model on the meta device, the values of its base, as for :func:`given_values`.
     """
     remaining = dict(tensors)
     named = wrapped_parameters(model, config) if config else {}
@@ -524,8 +561,8 @@ def fitted(
         for key in done:
             del slots[key]
         settled |= {member.row.name for member in joined_target.members} if present else set()
-    values, wrong = _values_for(slots, remaining)
-    values = _from_peft(model, before, adapter, values, with_start)
+    values, wrong = _values_for(slots, remaining, empty=read is not None)
+    values = _from_peft(model, before, adapter, values, with_start, read)
     problems += wrong
     if with_start:
         values, wrong = whole.parted(own, values)
@@ -537,7 +574,7 @@ def fitted(
         problems += [] if with_start else other_start(record, config)
     # Processes may gather shards together here, so all need the same order. The order of a set differs.
     for key in [key for key in remaining if key not in slots]:
-        problems += _leftover(key, remaining[key], model, record)
+        problems += _leftover(key, remaining[key], model, record, read)
     return values, problems
 
 
@@ -559,9 +596,10 @@ def _written_so(whole: Converted, layout: Layout, tensors: Mapping[str, torch.Te
 def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tensor]]) -> None:
     """Write the values of :func:`fitted`. If the adapter waited for data, it now has its values.
 
-    If a write fails, the earlier writes are undone.
+    A tensor on the meta device is replaced by one with the values, on the CPU. If a write fails, the earlier
+    writes are undone.
     """
-    values = list(values)
+    values = _replace_empty(model, values)
     called_by_all((slot.tensor for slot, _ in values), f"to load the adapter {adapter!r}")
     before: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
@@ -575,6 +613,34 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
                 tensor.copy_(value)
         raise
     note_start(model, adapter)
+
+
+def _replace_empty(
+    model: nn.Module, values: Iterable[tuple[Slot, torch.Tensor]]
+) -> list[tuple[Slot, torch.Tensor]]:
+    """Replace the slots on the meta device by tensors with the values, and return the other values."""
+    left: list[tuple[Slot, torch.Tensor]] = []
+    new: dict[int, torch.Tensor] = {}
+    for slot, value in values:
+        if not slot.tensor.is_meta:
+            left.append((slot, value))
+            continue
+        filled = torch.empty(slot.tensor.shape, dtype=slot.tensor.dtype)
+        new[id(slot.tensor)] = filled.copy_(value)
+    if new:
+        before = list(model.named_parameters(remove_duplicate=False))
+        parameters = {
+            id(old): nn.Parameter(new[id(old)], old.requires_grad)
+            for _, old in before
+            if id(old) in new
+        }
+        for module in model.modules():
+            for key, old in module._parameters.items():
+                module._parameters[key] = parameters.get(id(old), old)
+            for key, buffer in module._buffers.items():
+                module._buffers[key] = new.get(id(buffer), buffer)
+        exchange(model, before)
+    return left
 
 
 def without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -693,6 +759,7 @@ def _from_peft(
     adapter: str,
     values: Sequence[tuple[Slot, Tensor]],
     whole: bool,
+    read: Read | None = None,
 ) -> list[tuple[Slot, Tensor]]:
     """Return the values with PEFT's magnitudes replaced by those of the model.
 
@@ -702,9 +769,10 @@ def _from_peft(
         adapter: Its name.
         values: The stored values, for the slots of the model.
         whole: True if the start of the adapter is in the factors, and not in the base.
+        read: As for :func:`given_values`.
     """
     known = {slot.name: value for slot, value in values}
-    ratios = dict(_ratios(model, record, adapter, known, whole))
+    ratios = dict(_ratios(model, record, adapter, known, whole, read))
     return [
         (slot, (value.double() / ratios[slot.name].view_as(value)).to(value.dtype))
         if slot.name in ratios
@@ -734,6 +802,7 @@ def _ratios(
     adapter: str,
     known: Mapping[str, Tensor],
     whole: bool,
+    read: Read | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the FQN of each magnitude, and the ratio of PEFT's number to the norm, [out] in fp64."""
     for row in record.sites:
@@ -744,6 +813,7 @@ def _ratios(
             join(row.site.holder, name, adapter) for name in (*names.pair, *_normed(row))
         )
         weight = gathered(model.get_parameter(row.site.weight))
+        weight = _with_values(weight, row.site.weight, read)
         if not weight.is_meta and {a, b, magnitude} <= known.keys():
             tensors = (_exact(weight), _exact(known[a]), _exact(known[b]))
             start: Any = start_factors(model, row, adapter) if whole else None

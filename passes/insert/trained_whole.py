@@ -59,12 +59,14 @@ class AddTokens(Pass):
 
     Attributes:
         adapter: The adapter's name.
+        loaded: True if the rows are loaded next, so that the base's own rows are not needed.
     """
 
     name: ClassVar[str] = "add-tokens"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
     adapter: str = "default"
+    loaded: bool = False
 
     def __call__(self, capture: Capture) -> PassResult:
         """Add the parameters that are missing. A head that is tied to an embedding shares its parameter."""
@@ -78,7 +80,7 @@ class AddTokens(Pass):
             except AttributeError:
                 changed = True
             weight = gathered(model.get_parameter(row.site.weight), row.site.weight)
-            if weight.is_meta:
+            if weight.is_meta and not self.loaded:
                 raise ConfigError(
                     f"{row.site.weight} is on the meta device, and trainable_token_indices start as rows of "
                     "it; give the model its weights first"

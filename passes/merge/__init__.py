@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.compensated import NEAREST, Rounding, RoundingName, is_matrix_product
-from lora_fx.passes.merge.dense import KEPT_IN_FP32, forget_loader, stripped
+from lora_fx.passes.merge.dense import KEPT_IN_FP32, cast, check_dtype, forget_loader, stripped
 from lora_fx.passes.merge.fold import delta_weight
-from lora_fx.passes.merge.merging import MergeReport, merge
-from lora_fx.passes.merge.rounding import OutputError, rounded, ulp
+from lora_fx.passes.merge.merging import (
+    Changes,
+    MergeReport,
+    changes_of,
+    measured,
+    merge,
+    warn_of_loss,
+)
+from lora_fx.passes.merge.rounding import MergedSite, OutputError, rounded, ulp
 
 __all__ = [
     "KEPT_IN_FP32",
     "NEAREST",
+    "Changes",
     "MergeReport",
+    "MergedSite",
     "OutputError",
     "Rounding",
     "RoundingName",
+    "cast",
+    "changes_of",
+    "check_dtype",
     "delta_weight",
     "forget_loader",
     "is_matrix_product",
+    "measured",
     "merge",
     "merging",
     "rounded",
     "stripped",
     "ulp",
+    "warn_of_loss",
 ]

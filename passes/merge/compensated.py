@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
+from lora_fx.errors import MergeError
 from lora_fx.formats import Grid
 from lora_fx.ir import PlannedSite, Site
 
@@ -45,6 +46,18 @@ class Rounding:
     name: RoundingName = "nearest"
     moments: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     seed: int = 0
+
+    @classmethod
+    def named(cls, name: str, *, seed: int = 0) -> Rounding:
+        """Return a rounding by its name.
+
+        Raises:
+            MergeError: If there is none of this name.
+        """
+        if name not in get_args(RoundingName):
+            names = ", ".join(map(repr, get_args(RoundingName)))
+            raise MergeError(f"rounding={name!r} is unknown: use {names}")
+        return cls(cast("RoundingName", name), seed=seed)
 
     def round(
         self, exact: torch.Tensor, grid: Grid, rows: tuple[PlannedSite, ...]

@@ -52,6 +52,7 @@ from lora_fx.runtime import AdapterModule, unwatch_calls
 
 __all__ = [
     "KEPT_IN_FP32",
+    "cast",
     "cast_model",
     "check_dtype",
     "dtype_of_all",
@@ -116,7 +117,7 @@ def cast_model(
             module._parameters[leaf] = new[key]
         for leaf, buffer in module._buffers.items() if buffers else ():
             if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
-                module._buffers[leaf] = _cast(buffer, dtype, f"{fqn}.{leaf}")
+                module._buffers[leaf] = cast(buffer, dtype, f"{fqn}.{leaf}")
 
 
 def _cast_parameter(
@@ -126,20 +127,30 @@ def _cast_parameter(
     keep: Callable[[torch.Tensor], torch.Tensor],
 ) -> nn.Parameter:
     if is_partitioned(old):
-        value = distributed_as(_cast(gathered(old, name), dtype, name), old)
+        value = distributed_as(cast(gathered(old, name), dtype, name), old)
         parameter = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
     else:
-        parameter = nn.Parameter(keep(_cast(old.detach(), dtype, name)))
+        parameter = nn.Parameter(keep(cast(old.detach(), dtype, name)))
     parameter.requires_grad_(old.requires_grad)
     return parameter
 
 
-def _cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    cast = values.to(dtype)
+def cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Return a tensor of the base in another dtype.
+
+    Args:
+        values: A floating-point tensor.
+        dtype: The new dtype.
+        name: Its FQN, for the error.
+
+    Raises:
+        MergeError: If a number overflows.
+    """
+    result = values.to(dtype)
     narrower = torch.finfo(dtype).max < torch.finfo(values.dtype).max
-    if narrower and bool((cast.isinf() & values.isfinite()).any()):
+    if narrower and bool((result.isinf() & values.isfinite()).any()):
         raise MergeError(f"{name} overflows {dtype}; merge in a wider dtype")
-    return cast
+    return result
 
 
 _log = logging.getLogger("lora_fx")
@@ -287,8 +298,8 @@ def _make_plain(module: nn.Module) -> None:
     bias = module._parameters.get("bias")
     # The layer cast its bias to the dtype of the input.
     if bias is not None and bias.dtype != weight.dtype:
-        cast = bias.detach().to(weight.dtype)
-        module._parameters["bias"] = nn.Parameter(cast, requires_grad=bias.requires_grad)
+        same = bias.detach().to(weight.dtype)
+        module._parameters["bias"] = nn.Parameter(same, requires_grad=bias.requires_grad)
 
 
 def _plain(module: nn.Module) -> tuple[LibraryLayers, type[nn.Module]] | None:

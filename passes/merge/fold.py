@@ -370,32 +370,33 @@ class Fold(_Folded):
         self._add(total, 0, parts)
         return site.stored(total)
 
-    def slices(self, old: torch.Tensor, entries: int | None = None) -> tuple[Slice, ...]:
-        """Return parts of the weight before the merge, and as exact sums.
+    def slices(
+        self, old: torch.Tensor, dtype: torch.dtype, entries: int | None = None
+    ) -> Iterator[Slice]:
+        """Yield parts of the weight before the merge, and as exact sums.
 
         Args:
             old: The weight before.
+            dtype: The dtype in which it will be compared.
             entries: About the number of entries, in parts that are spread over the weight; None for all.
         """
         site = self.rows[0][0].site
         axis, applied = site.axis, site.applied(old)
         features = applied.shape[axis]
-        rows = features
-        if entries is not None and site.groups == 1:
-            rows = max(1, min(features, entries * features // max(1, old.numel())))
-        size = max(1, -(-rows // _PARTS)) if rows < features else features
-        starts = range(
-            0, features - size + 1, max(1, (features - size) // max(1, rows // size - 1))
-        )
+        each = max(1, old.numel() // max(1, features))
+        size = features if site.groups > 1 else max(1, min(features, _CHUNK // each))
+        starts = range(0, features, size)
+        if entries is not None and entries < old.numel() and site.groups == 1:
+            size = max(1, entries // each // _PARTS)
+            starts = range(0, features - size + 1, max(1, (features - size) // (_PARTS - 1)))
         wide = torch.float32 if old.device.type == "mps" else torch.float64
-        parts = self._parts(wide, old.device, exactly=old.dtype is torch.float64)
-        taken: list[Slice] = []
-        for start in starts if rows > size else (0,):
-            before = applied.narrow(axis, start, size).to(wide, copy=True)
+        parts = self._parts(wide, old.device, exactly=dtype is torch.float64)
+        for start in starts:
+            length = min(size, features - start)
+            before = applied.narrow(axis, start, length).to(wide, copy=True)
             exact = before.clone()
             self._add(exact, start, parts)
-            taken.append(Slice(axis, start, before, exact))
-        return tuple(taken)
+            yield Slice(axis, start, before, exact)
 
     def _run(self, old: torch.Tensor, out: torch.Tensor | None, *, checked: bool = False) -> None:
         """Fold a weight slice by slice: each slice depends only on the same slice of the old weight.
@@ -589,9 +590,13 @@ class TokenFold(_Folded):
         """Return the merged weight in fp64."""
         return self.folded(old.double())
 
-    def slices(self, old: torch.Tensor, entries: int | None = None) -> tuple[Slice, ...]:
-        """Return nothing: rows are copied, and nothing of them is lost."""
-        return ()
+    def slices(
+        self, old: torch.Tensor, dtype: torch.dtype, entries: int | None = None
+    ) -> Iterator[Slice]:
+        """Yield the weight before and after; nothing for a sample, because rows are only copied."""
+        if entries is None:
+            before = old.double()
+            yield Slice(0, 0, before, self.folded(before))
 
 
 def token_weights(model: nn.Module, record: Record, names: Sequence[str]) -> dict[str, TokenWeight]:

@@ -13,11 +13,12 @@ A quantized weight is made dense, layer by layer, adapted or not; or it is store
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -65,7 +66,6 @@ from lora_fx.passes.merge.dense import (
 from lora_fx.passes.merge.fold import (
     Fold,
     TokenFold,
-    TokenWeight,
     Workspace,
     check_stored,
     is_finite,
@@ -73,8 +73,8 @@ from lora_fx.passes.merge.fold import (
     tied_tokens,
     token_weights,
 )
-from lora_fx.passes.merge.rounding import MergedSite, MergeReport, largest_error
-from lora_fx.passes.merge.survival import Survival, measure_survival
+from lora_fx.passes.merge.rounding import MergedSite, MergeReport
+from lora_fx.passes.merge.survival import Slice, Survival, measure_survival
 from lora_fx.passes.parameters import (
     changed_buffers,
     check_intact,
@@ -84,6 +84,7 @@ from lora_fx.passes.parameters import (
     is_sharded,
     own_value,
     parameter_of,
+    persistent_buffers,
     reshard,
     trained_by_hand,
     weight_at,
@@ -93,23 +94,29 @@ from lora_fx.progress import Progress, show_progress
 from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
+    "SAMPLED",
+    "Changes",
     "MergeReport",
+    "changes_of",
     "chosen",
     "copy_shared",
     "freeze_shared",
+    "measured",
     "merge",
     "place_biases",
     "place_merged",
     "place_trained",
     "requantized_site",
+    "rounded_weight",
     "trained",
     "unshared",
     "untie_config",
+    "warn_of_loss",
 ]
 
 _log = logging.getLogger("lora_fx")
 
-_SAMPLED = 1 << 16
+SAMPLED = 1 << 16
 """Entries of a weight whose change is measured, unless all are to be measured."""
 _LOSS = 0.1
 """The share of the adapters' change that a merge may lose without a warning."""
@@ -356,9 +363,9 @@ def requantized_site(
     Raises:
         MergeError: If the format cannot hold the merged weight.
     """
-    (whole,) = change.slices(old)
+    exact = change.exact(old)
     site = change.rows[0][0].site
-    exact = site.stored(whole.exact)
+    whole = Slice(site.axis, 0, site.applied(old).double(), site.applied(exact))
     values = exact.T if site.turned else exact
     how = "nearest"
     try:
@@ -377,20 +384,45 @@ def requantized_site(
     rounding_loss = _relative(after - values, values)
     merged = after.T if site.turned else after
     survival = measure_survival((whole,), merged, change.sites, rounding.moments)
-    return parameter, _row(change, survival, math.nan, rounding_loss, how)
+    survival = dataclasses.replace(survival, max_ulp=math.nan)
+    return parameter, _row(change, survival, rounding_loss, how)
+
+
+def measured(
+    change: Fold | TokenFold,
+    slices: Iterable[Slice],
+    merged: torch.Tensor,
+    *,
+    exhaustive: bool,
+    rounding: Rounding = NEAREST,
+    nearest: bool = True,
+) -> MergedSite:
+    """Return the row of a merged weight in the report.
+
+    Args:
+        change: Its changes.
+        slices: Parts of the weight before, from ``change.slices``.
+        merged: The weight after.
+        exhaustive: True if the parts are the whole weight.
+        rounding: The way in which weights are rounded.
+        nearest: True if this one was rounded to nearest.
+    """
+    survival = measure_survival(slices, merged, change.sites, rounding.moments)
+    if not exhaustive or not nearest:
+        survival = dataclasses.replace(survival, max_ulp=math.nan)
+    return _row(change, survival, rounding="nearest" if nearest else rounding.name)
 
 
 def _row(
     change: Fold | TokenFold,
     survival: Survival,
-    max_ulp: float = math.nan,
     requantization_error: float = math.nan,
     rounding: str = "nearest",
 ) -> MergedSite:
     return MergedSite(
         change.name,
         change.adapters,
-        max_ulp,
+        survival.max_ulp,
         survival.relative_change,
         requantization_error,
         survival.kept,
@@ -465,20 +497,21 @@ def _fold_all(
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight], rounding)
             return
         dtype = dtypes.get(weight) or old.dtype
-        exact = change.exact(old, dtype) if measure else None
-        slices = change.slices(old, None if measure else _SAMPLED)
-        result = _rounded(change, old, dtype, rounding)
+        slices: Iterable[Slice] = change.slices(old, dtype, None if measure else SAMPLED)
+        result = rounded_weight(change, old, dtype, rounding)
         if weight in over:
-            new = old
+            slices, new = tuple(slices), old  # what is overwritten cannot be compared later
             change.fold_into(new) if result is None else new.copy_(result)
         else:
             new = keep(change.folded(old, dtype) if result is None else result)
             merged[weight] = distributed_as(new, stored)
-        sites[weight] = _row(
+        sites[weight] = measured(
             change,
-            measure_survival(slices, new.to(cast_to or dtype), change.sites, rounding.moments),
-            math.nan if exact is None or result is not None else largest_error(new, exact),
-            rounding="nearest" if result is None else rounding.name,
+            slices,
+            new.to(cast_to or dtype),
+            exhaustive=measure,
+            rounding=rounding,
+            nearest=result is None,
         )
 
     # A stable sort: weights that may still fail come first.
@@ -489,7 +522,7 @@ def _fold_all(
     return merged, tuple(sites[weight] for weight in changes)
 
 
-def _rounded(
+def rounded_weight(
     change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
 ) -> torch.Tensor | None:
     """Return a merged weight that is not rounded to nearest; None if it is, because it loses nothing."""
@@ -506,7 +539,7 @@ def _rounded(
     return result
 
 
-def _warn_of_loss(report: MergeReport) -> None:
+def warn_of_loss(report: MergeReport) -> None:
     """Warn if more than a tenth of what the adapters changed is lost."""
     if report.kept < 1 - _LOSS:
         _log.warning(
@@ -606,23 +639,21 @@ def merge(
     _check_storage(into, dtype, requantize, own)
     if into is not None:
         _check_fits(model, into, record, names)
-    tokens = token_weights(model, record, names)
-    rows, tied = _sites_by_weight(model, record, names)
-    _check_stored(model, (*rows, *tokens), requantize=requantize)
+    folds, tied = _folds(model, record, names)
+    _check_stored(model, folds, requantize=requantize)
     result = stripped(model, record) if into is None else into
     before = list(result.named_parameters(remove_duplicate=False))
     stored = _quantized_before(result, requantize=requantize)
     full = dict(trained(model, record, names))
     common = dtype or (None if requantize else dtype_of_all(result))
-    biases = merged_biases(model, result, itertools.chain(*rows.values()), full, common)
-    changes = _changes_of(model, record, rows, tokens)
+    biases = merged_biases(model, result, _rows_of(folds), full, common)
     over = frozenset() if into is None else _written_over(into, full)
     layouts = layouts_of(record.base.matches.sites)
     dtypes = {name: quantization.dtype for name, quantization in stored.items()}
-    dtypes |= {} if common is None else dict.fromkeys(changes, common)
+    dtypes |= {} if common is None else dict.fromkeys(folds, common)
     # The last step that can fail, before its first write: `into` changes completely or not at all.
     merged, sites = _fold_all(
-        changes,
+        folds,
         lambda weight: _unadapted(
             values_of(result, weight, layouts, dtypes.get(weight)), weight, full
         ),
@@ -637,7 +668,7 @@ def merge(
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
-    untied = place_merged(result, merged, _still_tied(tied, rows, tokens, full), over)
+    untied = place_merged(result, merged, _still_tied(tied, folds, full), over)
     untie_config(result)
     if stored:
         make_savable(result)
@@ -655,7 +686,7 @@ def merge(
         exchange(result, before)
     shard_again(result, units)
     report = MergeReport(sites, untied, shared=shared)
-    _warn_of_loss(report)
+    warn_of_loss(report)
     return result, report
 
 
@@ -681,27 +712,74 @@ def _quantized_before(result: nn.Module, *, requantize: bool) -> Mapping[str, Qu
     return stored
 
 
-def _changes_of(
-    model: nn.Module,
-    record: Record,
-    rows: Mapping[str, tuple[tuple[PlannedSite, str], ...]],
-    tokens: Mapping[str, TokenWeight],
-) -> dict[str, Fold | TokenFold]:
-    """Return the changes of all weights by FQN: those of sites, then those of trained tokens."""
+def _folds(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> tuple[dict[str, Fold | TokenFold], dict[str, str]]:
+    """Return the changes of all weights by FQN: those of sites, then those of trained tokens.
+
+    Also return the weights that use the factors or rows of another one, each with that other one.
+    """
+    tokens = token_weights(model, record, names)
+    rows, tied = _sites_by_weight(model, record, names)
     workspace = Workspace()
     folds = {weight: Fold(model, record, sites, workspace) for weight, sites in rows.items()}
-    return {**folds, **{weight: TokenFold(model, tuple(lines)) for weight, lines in tokens.items()}}
+    kept = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
+    of_tokens = {weight: TokenFold(model, tuple(lines)) for weight, lines in tokens.items()}
+    return {**folds, **of_tokens}, kept | tied_tokens(tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Changes:
+    """Changes of a model by its adapters, by FQN, for a caller that stores the results elsewhere.
+
+    Attributes:
+        folds: The changes of weights.
+        trained: Parameters that are trained in full, under each of their names. A weight may be in both.
+        biases: The merged biases.
+        buffers: The buffers that have values: training has changed them, and they came with an adapter.
+        tied: Weights that stay tied, each with the weight that it is tied to.
+    """
+
+    folds: Mapping[str, Fold | TokenFold]
+    trained: Mapping[str, nn.Parameter]
+    biases: Mapping[str, torch.Tensor]
+    buffers: Mapping[str, torch.Tensor]
+    tied: Mapping[str, str]
+
+
+def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
+    """Return what the active adapters change in a model on the meta device.
+
+    Args:
+        model: A rewritten model, whose adapters have values. So have the biases to which something is added.
+        dtype: The dtype of the result; by default each tensor's own.
+
+    Raises:
+        MergeError: If adapters exclude each other, or have no values, or some that are not finite.
+    """
+    check_dtype(dtype)
+    record = require_record(model, MergeError)
+    names = chosen(record, None)
+    folds, tied = _folds(model, record, names)
+    full = dict(trained(model, record, names))
+    biases = merged_biases(model, model, _rows_of(folds), full, dtype)
+    buffers = {
+        name: value for name, value in persistent_buffers(model).items() if not value.is_meta
+    }
+    return Changes(folds, full, biases, buffers, _still_tied(tied, folds, full))
+
+
+def _rows_of(folds: Mapping[str, Fold | TokenFold]) -> Iterator[tuple[PlannedSite, str]]:
+    """Yield the sites of all weights, each with the name of its adapter."""
+    return itertools.chain(*(fold.rows for fold in folds.values() if isinstance(fold, Fold)))
 
 
 def _still_tied(
-    tied: Mapping[str, str],
-    rows: Mapping[str, Sequence[tuple[PlannedSite, str]]],
-    tokens: Mapping[str, TokenWeight],
+    kept: Mapping[str, str],
+    folds: Mapping[str, Fold | TokenFold],
     full: Mapping[str, nn.Parameter],
 ) -> dict[str, str]:
     """Return the weights that the merge leaves tied, each with the weight that it is tied to."""
-    kept = {weight: to for weight, to in tied.items() if _stay_tied(rows[weight], rows[to])}
-    kept |= tied_tokens(tokens)
     # If only one of two tied weights is trained in full, they are different weights.
     return {weight: to for weight, to in kept.items() if full.get(weight) is full.get(to)}
 

@@ -16,7 +16,6 @@ __all__ = [
     "MergedSite",
     "OutputError",
     "Term",
-    "largest_error",
     "round_into",
     "rounded",
     "rounding_memory",
@@ -306,9 +305,9 @@ class MergeReport:
 
     @property
     def max_ulp(self) -> float:
-        """The largest error of the weights that were rounded to a dtype."""
-        errors = [site.max_ulp for site in self.sites if not math.isnan(site.max_ulp)]
-        return max(errors, default=0.0 if self._is_nearest else math.nan)
+        """The largest error of the weights that were rounded to a dtype; NaN if it was not measured."""
+        errors = [site.max_ulp for site in self.sites if not site.requantized]
+        return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
     @property
     def _is_nearest(self) -> bool:
@@ -386,7 +385,7 @@ class MergeReport:
         if not self._is_nearest:
             names = dict.fromkeys(site.rounding for site in self.sites)
             parts.append(f"rounded {' and '.join(names)}")
-        elif len(again) < len(self.sites) or not again:
+        elif not math.isnan(self.max_ulp) and (len(again) < len(self.sites) or not again):
             parts.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
             worst = self.requantization_error
@@ -410,10 +409,14 @@ class MergeReport:
 
 
 def _line(site: MergedSite) -> str:
-    error = site.rounding if math.isnan(site.max_ulp) else f"{site.max_ulp:.4f} ulp"
+    error = [] if math.isnan(site.max_ulp) else [f"{site.max_ulp:.4f} ulp"]
     if site.requantized:
-        error = f"{site.requantization_error:.2e} lost by quantizing again"
-    parts = [error, f"changed by {100 * site.relative_change:.3g} % of its norm"]
+        error = [f"{site.requantization_error:.2e} lost by quantizing again"]
+    if site.rounding != "nearest":
+        error = [*error, site.rounding]
+    if math.isnan(site.relative_change):
+        return f"  {site.name}"
+    parts = [*error, f"changed by {100 * site.relative_change:.3g} % of its norm"]
     if not math.isnan(site.kept):
         parts.append(
             f"{100 * site.kept:.3g} % of it kept, {100 * site.moved:.3g} % of entries moved"
@@ -421,8 +424,3 @@ def _line(site: MergedSite) -> str:
     if not math.isnan(site.output_error):
         parts.append(f"output off by {100 * site.output_error:.3g} % of the effect")
     return f"  {site.name}: {', '.join(parts)}"
-
-
-def largest_error(merged: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the largest error of a merged weight against fp64, in units in the last place."""
-    return float(((merged.double() - exact).abs() / ulp(exact, merged.dtype)).max())

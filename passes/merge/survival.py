@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from lora_fx.ir import PlannedSite
 from lora_fx.passes.merge.compensated import matrix_of
+from lora_fx.passes.merge.rounding import ulp
 
 __all__ = ["Slice", "Survival", "measure_survival"]
 
@@ -40,6 +41,7 @@ class Survival:
         kept: ``⟨Ŵ - W, ΔW⟩ / ‖ΔW‖²`` with the stored weight Ŵ; NaN without a change.
         moved: The share of the entries that changed.
         output_error: ``‖(Ŵ - W - ΔW) x‖ / ‖ΔW x‖`` over the inputs; NaN if they are unknown.
+        max_ulp: The largest error against the exact sum, in units in the last place.
     """
 
     change: float = math.nan
@@ -47,10 +49,11 @@ class Survival:
     kept: float = math.nan
     moved: float = math.nan
     output_error: float = math.nan
+    max_ulp: float = math.nan
 
 
 def measure_survival(
-    slices: Sequence[Slice],
+    slices: Iterable[Slice],
     merged: torch.Tensor,
     rows: tuple[PlannedSite, ...],
     moments: Mapping[str, torch.Tensor],
@@ -66,7 +69,7 @@ def measure_survival(
     site = rows[0].site
     applied, dtype = site.applied(merged), merged.dtype
     size, old, along = 0.0, 0.0, 0.0
-    moved = count = 0
+    moved, count, largest = 0, 0, 0.0
     outputs = [0.0, 0.0]
     for part in slices:
         after = applied.narrow(part.axis, part.start, part.exact.shape[part.axis])
@@ -76,6 +79,8 @@ def measure_survival(
         along += float((wanted * reached).sum())
         moved += int((after != part.before.to(dtype)).sum())
         count += after.numel()
+        error = (after.to(part.exact) - part.exact).abs() / ulp(part.exact, dtype)
+        largest = max(largest, float(error.max()))
         for index, matrix in enumerate((wanted, reached - wanted)):
             outputs[index] += _energy(matrix, part, rows, moments)
     if not count:
@@ -86,6 +91,7 @@ def measure_survival(
         kept=along / size if size else math.nan,
         moved=moved / count,
         output_error=math.sqrt(outputs[1] / outputs[0]) if outputs[0] else math.nan,
+        max_ulp=largest,
     )
 
 

@@ -26,6 +26,7 @@ import lora_fx
 from lora_fx.tools.cli.app import COMMANDS, app
 from lora_fx.tools.cli.options import as_options
 from tests.quantized import IDS, llama
+from tests.zoo import tiny_llama
 
 SOURCE = """
 import torch
@@ -503,6 +504,23 @@ def test_merge_casts_and_quantizes_again(here: Path) -> None:
     assert "fp32, fp16, bf16" in refused("merge", "hf:nf4", "nf4-adapter", "o", "--dtype", "int8")
     dense = ("merge", "hf:dense", "nf4-adapter", "other", "--requantize")
     assert "base is not quantized" in " ".join(refused(*dense).split())
+
+
+def test_merge_does_not_load_a_folder_of_transformers(here: Path) -> None:
+    pytest.importorskip("transformers")
+    base, _ = tiny_llama()
+    base.save_pretrained(here / "base", max_shard_size="8KB")
+    adapted = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, init_lora_weights=False))
+    lora_fx.save_adapter(adapted, here / "adapter")
+    assert worked("merge", "hf:base", "adapter", "merged").startswith("14 weight(s) merged\nwrote")
+    # In memory it would be written as one file.
+    names = {path.name for path in (here / "base").glob("*.safetensors")}
+    assert len(names) > 1
+    assert {path.name for path in (here / "merged").glob("*.safetensors")} == names
+    assert "exists" in refused("merge", "hf:base", "adapter", "merged")
+    report = json.loads(worked("merge", "hf:base", "adapter", "merged", "--force", "--json"))
+    assert all(site["max_ulp"] <= 0.5 for site in report["sites"])
+    assert "0.4" in worked("merge", "hf:base", "adapter", "measured", "--all")
 
 
 def test_merge_writes_a_folder_of_transformers(here: Path) -> None:

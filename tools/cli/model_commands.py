@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -17,10 +18,12 @@ from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
     from torch import fx, nn
 
     from lora_fx.ir import Capture
+    from lora_fx.passes.merge import MergeReport, RoundingName
     from lora_fx.tools.models import LoadedModel
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "write_merged",
 ]
 
+_log = logging.getLogger("lora_fx")
 
 _PICTURES = (".svg", ".dot", ".graphml", ".json", ".html")
 _TEXT = ".txt"
@@ -332,13 +336,16 @@ def merge(
     out: str,
     dtype: str | None = None,
     requantize: bool = False,
+    rounding: str = "nearest",
+    seed: int = 0,
     every: bool = False,
     force: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Fold an adapter into a model's weights, and report how exact the result is.
+    """Fold an adapter into a model's weights, and report what rounding leaves of it.
 
-    A quantized model becomes a dense one.
+    A folder of transformers is merged one tensor at a time, so that a model of any size fits; after an
+    interruption, the same command continues. A quantized model is loaded, and becomes a dense one.
 
     Args:
         model: The model.
@@ -346,9 +353,11 @@ def merge(
         out: For hf: models a folder, for others a .safetensors file of the state dict.
         dtype: fp32, fp16 or bf16; by default the model's.
         requantize: Quantize merged weights of a quantized model again.
-        every: Show the error of every weight.
+        rounding: nearest, compensated (errors along a row add up to about zero) or stochastic.
+        seed: The seed of stochastic rounding.
+        every: Measure the error of every weight, and show it.
         force: Overwrite existing files.
-        as_json: Print the report as JSON.
+        as_json: Print the report as JSON, with the errors.
     """
     o.check_names(model, [adapter], dtype=dtype)
     path = check_out(model, out, force=force)
@@ -356,16 +365,27 @@ def merge(
     from lora_fx.api import merge as merge_model
     from lora_fx.checkpoint import load_adapter
 
-    wanted = o.dtype_of(dtype)
-    loaded = o.load(model, adapter=adapter)
-    with console.progress("reading the adapter"):
-        adapted = load_adapter(loaded.model, adapter)
-    with console.progress("merging") as advance:
-        merged, report = merge_model(
-            adapted, dtype=wanted, requantize=requantize, return_report=True, progress=advance
-        )
-    with console.progress("writing"):
-        write_merged(merged, path, folder=loaded.folder)
+    wanted, report = o.dtype_of(dtype), None
+    if not requantize:
+        measure = every or as_json
+        options = {"rounding": rounding, "seed": seed, "measure": measure, "force": force}
+        report = _merged_by_files(model, adapter, path, dtype=wanted, **options)
+    if report is None:
+        loaded = o.load(model, adapter=adapter)
+        with console.progress("reading the adapter"):
+            adapted = load_adapter(loaded.model, adapter)
+        with console.progress("merging") as advance:
+            merged, report = merge_model(
+                adapted,
+                dtype=wanted,
+                requantize=requantize,
+                rounding=cast("RoundingName", rounding),
+                seed=seed,
+                return_report=True,
+                progress=advance,
+            )
+        with console.progress("writing"):
+            write_merged(merged, path, folder=loaded.folder)
     if as_json:
         console.say_json(report.to_json())
         return
@@ -522,18 +542,31 @@ def _drawn(
 
 _FILES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".gguf")
 
-# Other files in a folder of transformers, which the merged model also needs.
-_COMPANIONS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template*",
-    "*.model",
-)
+
+def _merged_by_files(
+    name: str,
+    adapter: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> MergeReport | None:
+    """Merge the files of a folder of transformers without loading the model.
+
+    Returns:
+        The report, or None if the model has to be loaded.
+    """
+    from lora_fx.tools.merge_files import WholeModelError, merge_files
+
+    folder = Path(name.removeprefix("hf:")).expanduser()
+    if not name.startswith("hf:") or not any(folder.glob("*.safetensors")):
+        return None
+    try:
+        with console.progress("merging") as advance:
+            return merge_files(folder, adapter, out, dtype=dtype, progress=advance, **options)
+    except WholeModelError as error:
+        _log.warning("loaded whole, not tensor by tensor: %s", error)
+        return None
 
 
 def check_out(name: str, path: str | Path, *, force: bool) -> Path:
@@ -577,6 +610,8 @@ def write_merged(model: nn.Module, out: Path, *, folder: Path | None = None) -> 
     Raises:
         MergeError: If the files cannot be written. Existing files are kept then.
     """
+    from lora_fx.tools.merge_files import COMPANIONS
+
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as staging:
@@ -587,7 +622,7 @@ def write_merged(model: nn.Module, out: Path, *, folder: Path | None = None) -> 
                 return
             saveable: Any = model
             saveable.save_pretrained(stage)
-            for pattern in _COMPANIONS:
+            for pattern in COMPANIONS:
                 for path in folder.glob(pattern):
                     if path.is_file() and not (stage / path.name).exists():
                         shutil.copyfile(path, stage / path.name)
