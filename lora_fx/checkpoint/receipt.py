@@ -50,6 +50,8 @@ __all__ = [
     "Receipt",
     "Verdict",
     "call_with",
+    "log_probabilities",
+    "main_output",
     "make_receipt",
     "read_receipt",
 ]
@@ -129,11 +131,10 @@ class Receipt:
         Raises:
             CheckpointError: If the outputs have the wrong shape.
         """
-        value = _main(outputs).detach().cpu()
+        value = main_output(outputs).detach().cpu()
         try:
             if self.tokens:
-                rows = _last(value, _mask(self.inputs))
-                answer = rows.log_softmax(-1).gather(-1, self.chosen)
+                answer = log_probabilities(value, self.inputs).gather(-1, self.chosen)
             else:
                 answer = value.flatten().double()[self.chosen]
             # NaN stands for values that a server does not report, so a NaN of the model is replaced.
@@ -208,7 +209,12 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return float((left - right).square().mean().sqrt()) if left.numel() else float("inf")
 
 
-def _main(outputs: Any) -> Tensor:
+def main_output(outputs: Any) -> Tensor:
+    """Return the logits among a model's outputs, or the first floating-point tensor.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     leaves = [logits] if logits is not None else pytree.tree_leaves(outputs)
     for leaf in leaves:
@@ -232,6 +238,16 @@ def _last(logits: Tensor, mask: Tensor | None) -> Tensor:
         return logits[:, -1]
     last = (mask.bool() * torch.arange(mask.shape[1])).amax(1)
     return logits[torch.arange(len(logits)), last]
+
+
+def log_probabilities(logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the log-probabilities of the next token after each row, [rows, vocabulary], in fp64.
+
+    Args:
+        logits: [rows, length, vocabulary], or [rows, vocabulary].
+        inputs: The inputs by argument, of which the mask is used.
+    """
+    return _last(logits, _mask(inputs)).log_softmax(-1)
 
 
 def make_receipt(
@@ -262,7 +278,7 @@ def make_receipt(
     outputs = {}
     for scale in scales:
         with torch.no_grad(), _at_scale(twin, adapter_name, scale):
-            outputs[scale] = _main(call_with(twin, named)).detach().cpu()
+            outputs[scale] = main_output(call_with(twin, named)).detach().cpu()
     tokens = outputs[1.0].dim() == 3 and any(
         not tensor.is_floating_point() and tensor.dim() == 2 for tensor in named.values()
     )
