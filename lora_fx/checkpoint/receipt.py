@@ -50,6 +50,7 @@ __all__ = [
     "Receipt",
     "Verdict",
     "call_with",
+    "hash_tensors",
     "log_probabilities",
     "main_output",
     "make_receipt",
@@ -285,7 +286,7 @@ def make_receipt(
     kept = {name: value.detach().cpu().clone() for name, value in named.items()}
     chosen = _likeliest(outputs, kept) if tokens else _spread_over(outputs[1.0])
     facts = {
-        "adapter": _hash(tensors),
+        "adapter": hash_tensors(tensors),
         "base": _hash_of_base(model),
         "model": type(model).__name__,
     }
@@ -377,7 +378,8 @@ def _at_scale(twin: nn.Module, adapter_name: str, scale: float) -> Iterator[None
             parameter.data = value
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of the names, dtypes, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -395,7 +397,7 @@ def _hash_of_base(model: nn.Module) -> str:
     for name, value in model.named_parameters():
         if "lora_" not in name and type(value.data) is Tensor and not value.is_meta:
             firsts[f"{name} {list(value.shape)}"] = value.detach().flatten()[:8].float()
-    return _hash(firsts)
+    return hash_tensors(firsts)
 
 
 def read_receipt(directory: Path) -> Receipt:
@@ -425,7 +427,7 @@ def read_receipt(directory: Path) -> Receipt:
     if receipt is None:
         raise CheckpointError(f"{path} was written in format {written}: update lora_fx")
     tensors = _adapter_beside(path)
-    if tensors is not None and _hash(tensors) != receipt.facts.get("adapter"):
+    if tensors is not None and hash_tensors(tensors) != receipt.facts.get("adapter"):
         raise CheckpointError(
             f"{path} is of another adapter than the one in {path.parent}: save the adapter again with "
             "receipt="
