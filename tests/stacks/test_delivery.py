@@ -48,7 +48,6 @@ def run_trainer(model: Any, folder: Path, callback: Any, **options: Any) -> Trai
     return trainer
 
 
-@pytest.mark.feature("Trainer", "delivery to a server")
 @pytest.mark.parametrize("as_peft", [False, True], ids=["", "as a PeftModel"])
 def test_each_version_of_the_trainer_arrives(address: str, as_peft: bool, tmp_path: Path) -> None:
     model = adapted(CONFIG)
@@ -107,7 +106,6 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 @pytest.mark.stack
-@pytest.mark.feature("TRL GRPO", "delivery to a server")
 @pytest.mark.parametrize("as_peft", [False, True], ids=["", "as a PeftModel"])
 def test_each_version_of_grpo_arrives(address: str, as_peft: bool, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
@@ -133,7 +131,6 @@ def test_each_version_of_grpo_arrives(address: str, as_peft: bool, tmp_path: Pat
 
 
 @pytest.mark.stack
-@pytest.mark.feature("TRL online DPO", "delivery to a server")
 def test_each_version_of_online_dpo_arrives(address: str, tmp_path: Path) -> None:
     online = pytest.importorskip("trl.experimental.online_dpo")
     from datasets import Dataset
