@@ -97,9 +97,9 @@ class DeliveryError(LoraFxError, RuntimeError):
     """An adapter did not reach a server or session, or it cannot be seen that it did.
 
     Attributes:
-        reason: "no answer", "refused" (the message has the server's text), "updates off" (vLLM without
-            ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``), "not applied" (the message says what answers instead),
-            "inconclusive" (the probe does not tell), or "not finite" (the adapter here is broken).
+        reason: "no answer" or "refused" (the message has the server's text); "updates off" (vLLM without
+            ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``). "not applied" (the message names the version that answers
+            instead), or "inconclusive" (the probe does not tell). "not finite" (the adapter here is broken).
         delivery: The receipt, a :class:`lora_fx.Delivery`, if there is one.
     """
 

@@ -73,9 +73,9 @@ def sync(
     """Deliver an adapter to a running server or session, and check that it answers with this version.
 
     Only the adapter is sent. A server gets a folder as :func:`lora_fx.save_adapter` writes it for vLLM, a
-    session the values of the model. Then the target answers the probe. Its log-probabilities of the next
-    token after each text are compared with those of the model here, of the base, of the versions that were
-    delivered before, and of the adapter that the target had. The model is not changed.
+    session the values of the model. Then the target answers the probe with log-probabilities of the next
+    token after each text. They are compared with those of the model here, of the base, of earlier versions,
+    and of the target's previous adapter. The model is not changed.
 
     Args:
         model: A rewritten model, or a module that has one as a child, as trainers wrap it.
@@ -110,36 +110,36 @@ def sync(
     adapted = _one_model(model)
     adapter = the_adapter(adapted, adapter_name)
     inputs = read_probe(probe, tokenizer)
-    here = answer_here(adapted, adapter, inputs)
-    receiver.check_probe(inputs, here)
+    local = answer_here(adapted, adapter, inputs)
+    receiver.check_probe(inputs, local)
     known_name = adapter if name is None else name
     history = _HISTORIES.setdefault(owner, {}).setdefault(known_name, [])
     label = f"version {len(history) + 1}" if version is None else version
     start = f"{receiver.title}: adapter {known_name!r} ({label})"
     staged = receiver.stage(adapted, adapter, known_name)
-    others = {
+    versions = {
         entry.label: entry.values.double()
         for entry in reversed(history)
         if entry.digest != staged.digest and entry.probe == inputs.key
     }
-    width = here.values.shape[1]
+    width = local.values.shape[1]
     try:
         with delivery_errors(start):
             has = receiver.has(known_name, staged)
             if has is False and not (history and history[-1].digest == staged.digest):
-                others[BEFORE] = receiver.answer(known_name, inputs, width)
+                versions[BEFORE] = receiver.answer(known_name, inputs, width)
             receiver.load(known_name, staged, replace=has is not None)
     except BaseException:
         receiver.discard(staged)
         raise
     # Kept even if the check fails, because a server may apply it later.
-    entry = _Version(label, staged.digest, inputs.key, here.values.float())
+    entry = _Version(label, staged.digest, inputs.key, local.values.float())
     history[:] = [*(old for old in history if old.digest != staged.digest), entry][-_VERSIONS:]
     with delivery_errors(start):
         base = receiver.answer_of_base(known_name, inputs, width)
         answer = receiver.answer(known_name, inputs, width)
-    what = (receiver.title, known_name, label, staged.folder)
-    receipt = judge_answer(what, here, answer, base, others, tolerance)
+    identity = (receiver.title, known_name, label, staged.folder)
+    receipt = judge_answer(identity, local, answer, base, versions, tolerance)
     if receipt.verdict == "not applied":
         raise DeliveryError(message_of(receipt), "not applied", receipt)
     receiver.clean(known_name)
@@ -216,8 +216,8 @@ def sync_callback(
         "tolerance": tolerance,
         "on_inconclusive": on_inconclusive,
     }
-    made = callback_class(_Delivers, "transformers", "TrainerCallback")
-    return made(target, every, on_failure, options)
+    callback = callback_class(_Delivers, "transformers", "TrainerCallback")
+    return callback(target, every, on_failure, options)
 
 
 class _Delivers:

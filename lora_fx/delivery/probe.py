@@ -1,4 +1,4 @@
-"""Probes: a few inputs whose answers tell versions of an adapter apart, and what is compared of an answer."""
+"""Probes: a few inputs whose answers distinguish versions of an adapter, and the compared values."""
 
 from __future__ import annotations
 

@@ -46,11 +46,11 @@ class Delivery:
         target: The address of the server, or the file of the session.
         name: The target's name of the adapter.
         version: The name of the version, such as "step 50".
-        verdict: "applied" if the target answers with this version, and with none of those that it was
-            compared with. "not applied" if it answers otherwise. "inconclusive" if it answers as this version
-            does, but another one answers the probe alike.
+        verdict: "applied" if the target answers with this version, and no other version answers alike.
+            "not applied" if it answers otherwise. "inconclusive" if it answers with this version, but another
+            version answers the probe alike.
         answers_as: The versions whose answers the target's answer fits: ``version``, "the base alone", the
-            names of earlier versions, or "what it had before" for an adapter that was not delivered from
+            names of earlier versions, or "the previous adapter" for an adapter that was not delivered from
             here. Empty if it fits none.
         distance: The distance between the target's answer and that of this version.
         effect: The distance between the answers of the base and of this version.
@@ -85,7 +85,7 @@ class Delivery:
 
 
 _BASE: Final = "the base alone"
-BEFORE: Final = "what it had before"
+BEFORE: Final = "the previous adapter"
 """The name of the adapter that a target had, if it was not delivered from here."""
 
 _BROKEN: Final = "values that are not finite"
@@ -156,37 +156,37 @@ def answer_here(model: nn.Module, adapter_name: str, probe: ProbeInputs) -> Loca
 
 
 def judge_answer(
-    what: tuple[str, str, str, Path | None],
-    here: LocalAnswers,
+    identity: tuple[str, str, str, Path | None],
+    local: LocalAnswers,
     answer: Tensor,
     base: Tensor | None,
-    others: Mapping[str, Tensor],
+    versions: Mapping[str, Tensor],
     tolerance: float | None,
 ) -> Delivery:
     """Return a receipt with its verdict.
 
     Args:
-        what: The target, the name of the adapter there, the name of the version, and its folder.
-        here: The answers of the model.
+        identity: The target, the name of the adapter there, the name of the version, and its folder.
+        local: The answers of the model.
         answer: The answer of the target with the adapter; NaN for values that it leaves out.
         base: That of the target's base, if it shows it.
-        others: The answers of other versions by their names.
+        versions: The answers of other versions by their names.
         tolerance: The largest distance that fits; None to derive it.
     """
-    unit = here.unit
-    noise = None if base is None else _distance(base, here.base) / unit
+    unit = local.unit
+    noise = None if base is None else _distance(base, local.base) / unit
     # Versions are compared on the values that the target shows.
-    shown = torch.where(answer.isnan(), answer, here.values)
-    effect = _distance(shown, here.base) / unit
+    shown = torch.where(answer.isnan(), answer, local.values)
+    effect = _distance(shown, local.base) / unit
     if tolerance is None:
-        least = _LEAST.get(here.dtype, 3e-4)
+        least = _LEAST.get(local.dtype, 3e-4)
         tolerance = _MARGIN * least if noise is None else max(least, _MARGIN * noise)
-        tolerance *= max(1.0, effect) if here.tokens else 1.0
-    rivals = {_BASE: here.base if base is None else base, **others}
-    distance = _distance(answer, here.values) / unit
+        tolerance *= max(1.0, effect) if local.tokens else 1.0
+    rivals = {_BASE: local.base if base is None else base, **versions}
+    distance = _distance(answer, local.values) / unit
     fits = _within(tolerance * unit, answer, rivals)
     alike = _within(2 * tolerance * unit, shown, rivals)
-    target, name, version, folder = what
+    target, name, version, folder = identity
     verdict: _Verdict = "not applied"
     if answer.isinf().any() and distance == float("inf"):
         fits = [_BROKEN]

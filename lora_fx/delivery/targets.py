@@ -59,7 +59,7 @@ class Target(Protocol):
     def title(self) -> str:
         """Its name in messages."""
 
-    def check_probe(self, probe: ProbeInputs, here: LocalAnswers) -> None:
+    def check_probe(self, probe: ProbeInputs, local: LocalAnswers) -> None:
         """Raise if it cannot answer this probe.
 
         Raises:
@@ -76,7 +76,7 @@ class Target(Protocol):
         """Load an adapter, or replace the adapter of this name."""
 
     def discard(self, staged: Staged) -> None:
-        """Remove what was staged and not loaded."""
+        """Remove a staged folder that was not loaded."""
 
     def answer(self, name: str, probe: ProbeInputs, width: int) -> Tensor:
         """Return the answer of an adapter, [rows, width], with NaN for values that are left out."""
@@ -94,7 +94,7 @@ class VllmServer:
     Start vLLM with ``--enable-lora``, ``--max-lora-rank`` of at least the adapter's rank, and
     ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`` in its environment.
 
-    Each version is written into a folder of its own, named after its content. vLLM keys its prefix cache by
+    Each version is written into a separate folder, named after its content. vLLM keys its prefix cache by
     the name and the path of an adapter, so it answers no request from the cache of an older version. The last
     two folders of each name stay. The server may read them again at any time.
 
@@ -149,8 +149,8 @@ class _ServerTarget:
     def title(self) -> str:
         return self.server.address
 
-    def check_probe(self, probe: ProbeInputs, here: LocalAnswers) -> None:
-        if probe.prompts is None or not here.tokens:
+    def check_probe(self, probe: ProbeInputs, local: LocalAnswers) -> None:
+        if probe.prompts is None or not local.tokens:
             raise ConfigError(
                 "a server takes token ids and gives log-probabilities: give texts or token ids as the "
                 "probe, and a model with logits"
@@ -234,7 +234,7 @@ class _SessionTarget:
     def title(self) -> str:
         return str(self.session.path)
 
-    def check_probe(self, probe: ProbeInputs, here: LocalAnswers) -> None:
+    def check_probe(self, probe: ProbeInputs, local: LocalAnswers) -> None:
         pass  # a session runs any inputs
 
     def stage(self, model: nn.Module, adapter_name: str, name: str) -> Staged:

@@ -98,7 +98,7 @@ def find_origins(
         into: The model.
         base: The base's parameters and buffers by name.
         written: Names of weights that the next merge writes.
-        trained: Those of them that it overwrites as a whole.
+        trained: Names of weights that the merge overwrites as a whole.
 
     Returns:
         The values of the base to restore, and fingerprints of the weights before the first merge, both by

@@ -123,7 +123,7 @@ def test_an_old_version_is_named(serve: Callable[..., str]) -> None:
         assert error.delivery.answers_as == ("step 10",)
     # Another process knows no versions, but sees that nothing has changed.
     error = failure(change(model, 40), lora_fx.VllmServer(serve("keep")))
-    assert error.delivery.answers_as == ("what it had before",)
+    assert error.delivery.answers_as == ("the previous adapter",)
 
 
 def test_refusals_have_the_text_of_the_server(serve: Callable[..., str], tmp_path: Path) -> None:
