@@ -137,6 +137,7 @@ def sync(
     history[:] = [*(old for old in history if old.digest != staged.digest), entry][-_VERSIONS:]
     with delivery_errors(start):
         base = receiver.answer_of_base(known_name, inputs, width)
+    with delivery_errors(start, accepted=True):
         answer = receiver.answer(known_name, inputs, width)
     identity = (receiver.title, known_name, label, staged.folder)
     receipt = judge_answer(identity, local, answer, base, versions, tolerance)
@@ -236,6 +237,12 @@ class _Delivers:
         )
         return factory, (self.target,), vars(self)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
+        """Raise before training for a model or a probe that cannot be used."""
+        model = _one_model(arguments["model"])
+        the_adapter(model, self.options["adapter_name"])
+        read_probe(self.options["probe"], self._tokenizer(arguments))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **arguments: Any) -> None:
         if state.global_step % self.every == 0:
             self._deliver(state, arguments)
@@ -244,14 +251,16 @@ class _Delivers:
         if state.global_step != self.last_step:
             self._deliver(state, arguments)
 
+    def _tokenizer(self, arguments: Mapping[str, Any]) -> Any:
+        tokenizer = self.options["tokenizer"]
+        return arguments.get("processing_class") if tokenizer is None else tokenizer
+
     def _deliver(self, state: Any, arguments: Mapping[str, Any]) -> None:
         model = _one_model(arguments["model"])  # refused on every rank, so that none waits
         if not state.is_world_process_zero:
             return
         self.last_step = state.global_step
-        options = dict(self.options)
-        if options["tokenizer"] is None:
-            options["tokenizer"] = arguments.get("processing_class")
+        options = {**self.options, "tokenizer": self._tokenizer(arguments)}
         try:
             receipt = sync(model, self.target, version=f"step {state.global_step}", **options)
         except DeliveryError as error:

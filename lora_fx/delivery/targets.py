@@ -292,12 +292,22 @@ def target_of(target: Any) -> tuple[Target, VllmServer | OnnxSession]:
 
 
 @contextmanager
-def delivery_errors(start: str) -> Iterator[None]:
-    """Turn a server's errors into :class:`DeliveryError`. Their messages begin with ``start``."""
+def delivery_errors(start: str, *, accepted: bool = False) -> Iterator[None]:
+    """Turn a server's errors into :class:`DeliveryError`.
+
+    Args:
+        start: The beginning of their messages.
+        accepted: True once the server has accepted the adapter. It then has to know the name.
+    """
     try:
         yield
     except UpdatesOffError as error:
         raise DeliveryError(f"{start} was not delivered: {error}", "updates off") from error
     except ServerError as error:
+        if accepted and error.status == 404:
+            raise DeliveryError(
+                f"{start} is not applied: the server accepted it, and knows no adapter of this name: {error}",
+                "not applied",
+            ) from error
         reason: Any = "no answer" if error.status is None else "refused"
         raise DeliveryError(f"{start} was not delivered: {error}", reason) from error

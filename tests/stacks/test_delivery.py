@@ -98,6 +98,17 @@ def test_arguments_are_checked_before_training(options: dict[str, Any], says: st
         lora_fx.sync_callback(**{"target": DOWN, "probe": TEXTS, **options})
 
 
+def test_a_model_or_a_probe_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    for model, probe, says in (
+        (llama(), TEXTS, "no rewritten model"),
+        (adapted(CONFIG), [3.5], "probe= is a text"),
+        (adapted(CONFIG), [""], "without tokens"),
+    ):
+        callback = lora_fx.sync_callback(DOWN, every=1000, probe=probe)
+        with pytest.raises(ConfigError, match=says):
+            run_trainer(model, tmp_path, callback)
+
+
 # --- TRL ------------------------------------------------------------------------------------------
 
 
