@@ -12,7 +12,7 @@ import functools
 import logging
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -22,17 +22,15 @@ from lora_fx.delivery.probe import Probe, read_probe
 from lora_fx.delivery.receipt import BEFORE, Delivery, answer_here, judge_answer, message_of
 from lora_fx.delivery.targets import VllmServer, delivery_errors, target_of
 from lora_fx.errors import ConfigError, DeliveryError, some
+from lora_fx.export.session import OnnxSession
 from lora_fx.passes.parameters import is_partitioned, is_sharded
-
-if TYPE_CHECKING:
-    from lora_fx.export.session import OnnxSession
 
 __all__ = ["sync", "sync_callback"]
 
 _log = logging.getLogger("lora_fx")
 
 _Reaction: TypeAlias = Literal["raise", "warn"]
-_TargetLike: TypeAlias = "str | VllmServer | OnnxSession"
+_TargetLike: TypeAlias = str | VllmServer | OnnxSession
 
 _VERSIONS: Final = 8  # the answers of so many versions are kept, each [rows, vocabulary]
 

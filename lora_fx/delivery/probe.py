@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lora_fx.checkpoint import log_probabilities, main_output
 from lora_fx.errors import ConfigError, some
-
-if TYPE_CHECKING:
-    from lora_fx.export.session import OnnxSession
+from lora_fx.export.decoder import last_logits
+from lora_fx.export.decoder_cache import TASK_KEY
+from lora_fx.export.session import OnnxSession
 
 __all__ = ["Probe", "ProbeInputs", "read_probe", "run_session"]
 
@@ -119,9 +119,6 @@ def run_session(session: OnnxSession, inputs: Mapping[str, Tensor], adapter: str
     Returns:
         Outputs by name, or the logits after the last token of each row.
     """
-    from lora_fx.export.decoder import last_logits
-    from lora_fx.export.decoder_cache import TASK_KEY
-
     names = [port.name for port in session.inputs]
     if TASK_KEY in session.metadata:
         ids = inputs.get("input_ids", inputs.get(""))

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -21,10 +21,8 @@ from lora_fx.config import CONFIG_NAME
 from lora_fx.delivery.probe import ProbeInputs, run_session
 from lora_fx.delivery.receipt import LocalAnswers
 from lora_fx.errors import ConfigError, DeliveryError
+from lora_fx.export.session import OnnxSession
 from lora_fx.servers import Server, ServerError, UpdatesOffError
-
-if TYPE_CHECKING:
-    from lora_fx.export.session import OnnxSession
 
 __all__ = ["Staged", "Target", "VllmServer", "delivery_errors", "target_of"]
 
@@ -277,8 +275,6 @@ def target_of(target: Any) -> tuple[Target, VllmServer | OnnxSession]:
     Raises:
         ConfigError: If it is none.
     """
-    from lora_fx.export.session import OnnxSession
-
     if isinstance(target, str):
         target = _server_at(target)
     if isinstance(target, VllmServer):
