@@ -5,6 +5,8 @@ TRL installed, its GRPOTrainer does it (``--loop`` for the plain loop). As it st
 untrained, and the reward counts even tokens. With a real one, in a folder with its tokenizer::
 
     python examples/grpo.py --model FOLDER
+
+A vLLM server of that model gets the adapter every five steps with ``--deliver http://127.0.0.1:8000``.
 """
 
 from __future__ import annotations
@@ -97,7 +99,7 @@ def learn(model: nn.Module, reference: nn.Module, tokenizer: Any, steps: int) ->
         optimizer.zero_grad()
 
 
-def learn_by_trl(model: nn.Module, tokenizer: Any, steps: int) -> None:
+def learn_by_trl(model: nn.Module, tokenizer: Any, steps: int, server: str | None) -> None:
     """The same by TRL's trainer, which wants no reference where beta is 0."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -118,9 +120,19 @@ def learn_by_trl(model: nn.Module, tokenizer: Any, steps: int) -> None:
             disable_tqdm=True,
         )
         data = Dataset.from_dict({"prompt": prompts(256)})
+        callbacks = []
+        if server is not None:
+            callbacks = [lora_fx.sync_callback(server, every=5, probe=prompts(4), name="policy")]
         GRPOTrainer(
-            model, reward, arguments, train_dataset=data, processing_class=tokenizer
+            model,
+            reward,
+            arguments,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=callbacks,
         ).train()
+        for callback in callbacks:
+            print(*callback.deliveries, sep="\n")
 
 
 def main() -> None:
@@ -129,6 +141,7 @@ def main() -> None:
         "--model", metavar="FOLDER", help="a causal language model and its tokenizer"
     )
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--deliver", metavar="URL", help="a vLLM server of the model; needs TRL")
     parser.add_argument("--loop", action="store_true", help="without TRL, installed or not")
     options = parser.parse_args()
 
@@ -143,9 +156,11 @@ def main() -> None:
         return sum(found) / len(found)
 
     before = mean_reward()
+    if options.deliver and (options.loop or importlib.util.find_spec("trl") is None):
+        parser.error("--deliver needs TRL")
     by_trl = not options.loop and importlib.util.find_spec("trl") is not None
     if by_trl:
-        learn_by_trl(model, tokenizer, options.steps)
+        learn_by_trl(model, tokenizer, options.steps, options.deliver)
     else:
         learn(model, base.eval(), tokenizer, options.steps)  # the base shares its weights
     after = mean_reward()

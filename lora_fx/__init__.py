@@ -63,10 +63,12 @@ if _TYPE_CHECKING:
         trainer_callback,
     )
     from lora_fx.config import LoraConfig
+    from lora_fx.delivery import Delivery, VllmServer, sync, sync_callback
     from lora_fx.errors import (
         CaptureError,
         CheckpointError,
         ConfigError,
+        DeliveryError,
         ExportError,
         LogitsError,
         LoraFxError,
@@ -97,6 +99,8 @@ __all__ = [
     "CheckReport",
     "CheckpointError",
     "ConfigError",
+    "Delivery",
+    "DeliveryError",
     "ExportError",
     "LogitsError",
     "LoraConfig",
@@ -110,6 +114,7 @@ __all__ = [
     "ProcessError",
     "ProviderError",
     "QuantizationError",
+    "VllmServer",
     "__version__",
     "active_adapters",
     "adapter_ids",
@@ -154,6 +159,8 @@ __all__ = [
     "save_onnx_adapter",
     "set_adapter",
     "status",
+    "sync",
+    "sync_callback",
     "train_together",
     "trainable_parameters",
     "trainer_callback",
@@ -179,9 +186,13 @@ _HOMES = {
     "lora_fx.config": """
         LoraConfig
     """,
+    "lora_fx.delivery": """
+        Delivery VllmServer sync sync_callback
+    """,
     "lora_fx.errors": """
-        CaptureError CheckpointError ConfigError ExportError LogitsError LoraFxError MergeError NoMatchError
-        OutputPathError ParityError PartialMatchError ProcessError ProviderError QuantizationError
+        CaptureError CheckpointError ConfigError DeliveryError ExportError LogitsError LoraFxError MergeError
+        NoMatchError OutputPathError ParityError PartialMatchError ProcessError ProviderError
+        QuantizationError
     """,
     "lora_fx.formats": """
         keep_quantized register_format

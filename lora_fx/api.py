@@ -352,8 +352,9 @@ def merge(
         into: Fold into this model, of the original class, instead of a copy of the base. Its weights are
             overwritten slice by slice, which needs no second copy. A parameter whose memory is shared with
             something else (as the model that was rewritten shares it with ``model``) is replaced by a new
-            one. For a quantized base, pass a dense model: the adapters' change is added to its weights, not
-            to the quantized values.
+            one. A second merge begins with the weights from before the first one, which are copied from the
+            base; with no ``adapter_names`` it restores them. For a quantized base, pass a dense model: the
+            adapters' change is added to its weights, not to the quantized values, and only once.
         dtype: The dtype of all parameters and buffers of the result, each rounded once. By default each
             weight keeps its dtype. If a quantized base becomes dense, all parameters get the widest dtype
             among its unquantized parameters (if all are quantized, the dtype of the quantized values). The

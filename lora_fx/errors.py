@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "DeliveryError",
     "ExportError",
     "LogitsError",
     "LoraFxError",
@@ -89,6 +91,31 @@ class PartialMatchError(LoraFxError, ValueError):
 
 class CheckpointError(LoraFxError, ValueError):
     """An adapter folder is missing, damaged, unsafe, or belongs to another model."""
+
+
+class DeliveryError(LoraFxError, RuntimeError):
+    """An adapter did not reach a server or session, or it cannot be seen that it did.
+
+    Attributes:
+        reason: "no answer" or "refused" (the message has the server's text); "updates off" (vLLM without
+            ``VLLM_ALLOW_RUNTIME_LORA_UPDATING``). "not applied" (the message names the version that answers
+            instead), or "inconclusive" (the probe does not tell). "not finite" (the adapter here is broken).
+        delivery: The receipt, a :class:`lora_fx.Delivery`, if there is one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        reason: Literal[
+            "no answer", "refused", "updates off", "not applied", "inconclusive", "not finite"
+        ],
+        delivery: Any = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason, self.delivery = reason, delivery
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.reason, self.delivery)
 
 
 class MergeError(LoraFxError, RuntimeError):

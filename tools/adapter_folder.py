@@ -7,12 +7,9 @@ The singular values of an update ``ΔW = s · B A`` are computed from the factor
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -32,10 +29,12 @@ from lora_fx.checkpoint import (
     without_prefix,
 )
 from lora_fx.config import LoraConfig, rank_for, scale_for
+from lora_fx.delivery import run_session
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.export.providers import ProviderName
 from lora_fx.ir import folded, html_block, html_lines, html_table, json_text, plain, text_table
 from lora_fx.kinds import chosen_kind
+from lora_fx.servers import Server
 
 __all__ = [
     "AdapterReport",
@@ -387,8 +386,6 @@ def heat_map(layers: list[str], modules: list[str], values: list[list[float | No
 # ``verify`` runs an adapter's canary inputs in a model, a file or a server.
 
 
-_SECONDS = 120
-_AS_ID = "token_id:"
 _OR = {"adapter": "", "subject": ", an address or a model"}
 
 
@@ -456,36 +453,14 @@ def _judge_file(receipt: Receipt, path: Path, folder: Path, provider: ProviderNa
     from lora_fx.export.session import OnnxSession
 
     session = OnnxSession(path, provider)
-    answer = _Asked(session, receipt)
+
+    def answer(adapter: str | None) -> Tensor:
+        return receipt.read(run_session(session, receipt.inputs, adapter))
+
     if MANIFEST_KEY not in session.metadata:
-        return receipt.judge(answer.with_adapter(None))
+        return receipt.judge(answer(None))
     session.load_adapter("verified", folder)
-    return receipt.judge(answer.with_adapter("verified"), answer.with_adapter(None))
-
-
-class _Asked:
-    """A file that runs the receipt's inputs."""
-
-    def __init__(self, session: Any, receipt: Receipt) -> None:
-        self._session, self._receipt = session, receipt
-
-    def with_adapter(self, adapter: str | None) -> Tensor:
-        """Return the file's output with an adapter, or without one for None."""
-        from lora_fx.export.decoder import last_logits
-        from lora_fx.export.decoder_cache import TASK_KEY
-
-        inputs = self._receipt.inputs
-        if TASK_KEY in self._session.metadata:
-            ids = inputs.get("input_ids", inputs.get(""))
-            if ids is None:
-                raise ConfigError(
-                    f"{self._session.path.name} takes input_ids, and the receipt has {some(list(inputs))}"
-                )
-            mask = inputs.get("attention_mask", torch.ones_like(ids))
-            return self._receipt.read(last_logits(self._session, ids, mask, adapter))
-        names = {port.name for port in self._session.inputs}
-        feeds: Any = inputs[""] if "" in inputs else {k: v for k, v in inputs.items() if k in names}
-        return self._receipt.read(self._session.run(feeds, adapter=adapter))
+    return receipt.judge(answer("verified"), answer(None))
 
 
 # --- servers --------------------------------------------------------------------------------------
@@ -496,69 +471,28 @@ def _judge_server(
 ) -> Verdict:
     if not receipt.tokens:
         raise ConfigError("a server gives log-probabilities of tokens, and this model has none")
-    known = _models(address)
+    server = Server(address)
+    known = server.models()
     if name is None or name not in known:
         raise ConfigError(
             f"{address} has no model {name!r}: give name= (--name) one of {some(list(known))}"
         )
-    base = base_name or known[name]
-    answer = _log_probabilities(receipt, address, name)
-    without = None if base is None or base == name else _log_probabilities(receipt, address, base)
+    base = base_name or known[name].get("parent")
+    answer = _log_probabilities(receipt, server, name)
+    without = None if base is None or base == name else _log_probabilities(receipt, server, base)
     return receipt.judge(answer, without)
 
 
-def _models(address: str) -> dict[str, str | None]:
-    """Return the models of a server, each with the base that it reports."""
-    entries = _asked(f"{address}/models", None).get("data", ())
-    return {
-        str(entry.get("id")): entry.get("parent") for entry in entries if isinstance(entry, Mapping)
-    }
-
-
-def _log_probabilities(receipt: Receipt, address: str, name: str) -> Tensor:
+def _log_probabilities(receipt: Receipt, server: Server, name: str) -> Tensor:
     """Return the server's log-probabilities, [rows, tokens], with NaN for tokens that it leaves out."""
     ids = receipt.inputs.get("input_ids", receipt.inputs.get(""))
     if ids is None:
         raise ConfigError("a server takes token ids, and the receipt has no input_ids")
     mask = receipt.inputs.get("attention_mask", torch.ones_like(ids))
+    prompts = [tokens[counts.bool()].tolist() for tokens, counts in zip(ids, mask, strict=True)]
+    reported = server.next_tokens(name, prompts, receipt.chosen.shape[1] // 2)
     answer = torch.full(receipt.chosen.shape, float("nan"), dtype=torch.float64)
-    for row, (tokens, counts) in enumerate(zip(ids, mask, strict=True)):
-        reply = _asked(
-            f"{address}/completions",
-            {
-                "model": name,
-                "prompt": tokens[counts.bool()].tolist(),
-                "max_tokens": 1,
-                "temperature": 0,
-                "logprobs": receipt.chosen.shape[1] // 2,
-                "return_tokens_as_token_ids": True,
-            },
-        )
-        try:
-            reported: Mapping[str, float] = reply["choices"][0]["logprobs"]["top_logprobs"][0]
-        except (LookupError, TypeError) as error:
-            raise ConfigError(f"{address} reports no log-probabilities of tokens") from error
-        by_id = {
-            int(k.removeprefix(_AS_ID)): v for k, v in reported.items() if k.startswith(_AS_ID)
-        }
-        if not by_id:
-            raise ConfigError(
-                f"{address} names tokens by their text, not by their ids (return_tokens_as_token_ids), so "
-                "that they cannot be compared"
-            )
+    for row, by_id in enumerate(reported):
         for column, token in enumerate(receipt.chosen[row].tolist()):
             answer[row, column] = by_id.get(token, float("nan"))
     return answer
-
-
-def _asked(address: str, body: Mapping[str, Any] | None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS) as reply:
-            return json.load(reply)
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")[:300]
-        raise ConfigError(f"{address} refuses ({error.code}): {text}") from error
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise ConfigError(f"{address} does not answer: {error}") from error

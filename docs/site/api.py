@@ -16,7 +16,7 @@ _SECTIONS = {
     """,
     "Training": """
         trainable_parameters print_trainable_parameters parameter_groups correct_gradients
-        initialize reference trainer_callback lightning_callback
+        initialize reference trainer_callback lightning_callback sync sync_callback VllmServer Delivery
     """,
     "Adapters": """
         add_adapter set_adapter delete_adapter disable_adapter active_adapters
@@ -42,7 +42,7 @@ _SECTIONS = {
     "Errors": """
         LoraFxError ConfigError NoMatchError PartialMatchError CaptureError
         CheckpointError MergeError QuantizationError ExportError OutputPathError
-        ParityError ProviderError ProcessError LogitsError
+        ParityError ProviderError ProcessError LogitsError DeliveryError
     """,
 }
 

@@ -14,7 +14,15 @@ from lora_fx.checkpoint.peft_model import (
     read_config,
     train_adapters,
 )
-from lora_fx.checkpoint.receipt import Receipt, Verdict, call_with, read_receipt
+from lora_fx.checkpoint.receipt import (
+    Receipt,
+    Verdict,
+    call_with,
+    hash_tensors,
+    log_probabilities,
+    main_output,
+    read_receipt,
+)
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import (
     adapter_state_dict,
@@ -23,7 +31,9 @@ from lora_fx.checkpoint.state import (
     without_prefix,
 )
 from lora_fx.checkpoint.trainers import (
+    callback_class,
     lightning_callback,
+    rewritten_models,
     trainer_callback,
 )
 
@@ -37,20 +47,25 @@ __all__ = [
     "adapter_state_dict",
     "as_peft_model",
     "call_with",
+    "callback_class",
     "cast_to_base",
     "converted",
+    "hash_tensors",
     "hotswap_adapter",
     "labels_in",
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
     "load_onto_empty",
+    "log_probabilities",
+    "main_output",
     "peft_configs",
     "peft_model_class",
     "prepare_hotswap",
     "read_config",
     "read_receipt",
     "read_tensors",
+    "rewritten_models",
     "save_adapter",
     "train_adapters",
     "trainer_callback",

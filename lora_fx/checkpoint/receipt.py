@@ -50,6 +50,9 @@ __all__ = [
     "Receipt",
     "Verdict",
     "call_with",
+    "hash_tensors",
+    "log_probabilities",
+    "main_output",
     "make_receipt",
     "read_receipt",
 ]
@@ -129,11 +132,10 @@ class Receipt:
         Raises:
             CheckpointError: If the outputs have the wrong shape.
         """
-        value = _main(outputs).detach().cpu()
+        value = main_output(outputs).detach().cpu()
         try:
             if self.tokens:
-                rows = _last(value, _mask(self.inputs))
-                answer = rows.log_softmax(-1).gather(-1, self.chosen)
+                answer = log_probabilities(value, self.inputs).gather(-1, self.chosen)
             else:
                 answer = value.flatten().double()[self.chosen]
             # NaN stands for values that a server does not report, so a NaN of the model is replaced.
@@ -208,7 +210,12 @@ def _distance(left: Tensor, right: Tensor) -> float:
     return float((left - right).square().mean().sqrt()) if left.numel() else float("inf")
 
 
-def _main(outputs: Any) -> Tensor:
+def main_output(outputs: Any) -> Tensor:
+    """Return the logits among a model's outputs, or the first floating-point tensor.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     leaves = [logits] if logits is not None else pytree.tree_leaves(outputs)
     for leaf in leaves:
@@ -232,6 +239,16 @@ def _last(logits: Tensor, mask: Tensor | None) -> Tensor:
         return logits[:, -1]
     last = (mask.bool() * torch.arange(mask.shape[1])).amax(1)
     return logits[torch.arange(len(logits)), last]
+
+
+def log_probabilities(logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the log-probabilities of the next token after each row, [rows, vocabulary], in fp64.
+
+    Args:
+        logits: [rows, length, vocabulary], or [rows, vocabulary].
+        inputs: The inputs by argument, of which the mask is used.
+    """
+    return _last(logits, _mask(inputs)).log_softmax(-1)
 
 
 def make_receipt(
@@ -262,14 +279,14 @@ def make_receipt(
     outputs = {}
     for scale in scales:
         with torch.no_grad(), _at_scale(twin, adapter_name, scale):
-            outputs[scale] = _main(call_with(twin, named)).detach().cpu()
+            outputs[scale] = main_output(call_with(twin, named)).detach().cpu()
     tokens = outputs[1.0].dim() == 3 and any(
         not tensor.is_floating_point() and tensor.dim() == 2 for tensor in named.values()
     )
     kept = {name: value.detach().cpu().clone() for name, value in named.items()}
     chosen = _likeliest(outputs, kept) if tokens else _spread_over(outputs[1.0])
     facts = {
-        "adapter": _hash(tensors),
+        "adapter": hash_tensors(tensors),
         "base": _hash_of_base(model),
         "model": type(model).__name__,
     }
@@ -361,7 +378,8 @@ def _at_scale(twin: nn.Module, adapter_name: str, scale: float) -> Iterator[None
             parameter.data = value
 
 
-def _hash(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of the names, dtypes, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -379,7 +397,7 @@ def _hash_of_base(model: nn.Module) -> str:
     for name, value in model.named_parameters():
         if "lora_" not in name and type(value.data) is Tensor and not value.is_meta:
             firsts[f"{name} {list(value.shape)}"] = value.detach().flatten()[:8].float()
-    return _hash(firsts)
+    return hash_tensors(firsts)
 
 
 def read_receipt(directory: Path) -> Receipt:
@@ -409,7 +427,7 @@ def read_receipt(directory: Path) -> Receipt:
     if receipt is None:
         raise CheckpointError(f"{path} was written in format {written}: update lora_fx")
     tensors = _adapter_beside(path)
-    if tensors is not None and _hash(tensors) != receipt.facts.get("adapter"):
+    if tensors is not None and hash_tensors(tensors) != receipt.facts.get("adapter"):
         raise CheckpointError(
             f"{path} is of another adapter than the one in {path.parent}: save the adapter again with "
             "receipt="

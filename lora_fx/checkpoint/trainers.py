@@ -50,9 +50,11 @@ from lora_fx.runtime import AdapterModule, watch
 __all__ = [
     "ADAPTER_FOLDER",
     "BASE_FOLDER",
+    "callback_class",
     "ignores_base",
     "left_out_of_checkpoints",
     "lightning_callback",
+    "rewritten_models",
     "save_peft_folder",
     "saves_adapter",
     "trainer_callback",
@@ -514,7 +516,7 @@ def trainer_callback(directory: str | os.PathLike[str]) -> Any:
         of the module that the trainer gets. If there are several rewritten models, each has a folder of its
         name.
     """
-    return _class_over(_ForTrainer, "transformers", "TrainerCallback")(directory)
+    return callback_class(_ForTrainer, "transformers", "TrainerCallback")(directory)
 
 
 def lightning_callback(
@@ -547,7 +549,7 @@ def lightning_callback(
     package = "lightning.pytorch"
     if "pytorch_lightning" in sys.modules and package not in sys.modules:
         package = "pytorch_lightning"
-    return _class_over(_ForLightning, package, "Callback")(directory, monitor, mode)
+    return callback_class(_ForLightning, package, "Callback")(directory, monitor, mode)
 
 
 class _ForTrainer:
@@ -654,7 +656,17 @@ class _ForLightning:
 
 
 @functools.cache
-def _class_over(mixin: type, package: str, name: str) -> Any:
+def callback_class(mixin: type, package: str, name: str) -> Any:
+    """Return a class with the methods of ``mixin`` that a library accepts as a callback.
+
+    Args:
+        mixin: A class.
+        package: The library, which is imported.
+        name: The library's base class of callbacks.
+
+    Raises:
+        ConfigError: If the library is not installed.
+    """
     extra = "lora-fx[hf]" if package == "transformers" else package.partition(".")[0]
     base = load_optional(package, "the callback", extra, attribute=name)
     return type("AdapterCallback", (mixin, base), {"__module__": __name__})
@@ -666,7 +678,7 @@ def _better(value: float, best: float | None, greater: bool) -> bool:
     return value > best if greater else value < best
 
 
-def _rewritten(module: nn.Module) -> dict[str, tuple[nn.Module, Record]]:
+def rewritten_models(module: nn.Module) -> dict[str, tuple[nn.Module, Record]]:
     """Return the rewritten models in a module, by their FQNs."""
     known = ((name, child, record_of(child)) for name, child in module.named_modules())
     models = {name: (child, record) for name, child, record in known if record is not None}
@@ -686,7 +698,7 @@ def _write(module: nn.Module, folder: Path, *, write: bool) -> None:
         folder: The folder to write to.
         write: True in the process that writes. All processes take part in gathering a sharded model.
     """
-    models = _rewritten(module)
+    models = rewritten_models(module)
     for name, (model, record) in models.items():
         parts = (
             is_sharded(parameter) or is_partitioned(parameter) for parameter in model.parameters()
@@ -702,7 +714,7 @@ def _left_out(module: nn.Module) -> set[str]:
     """Return the names in a module's state dict that a checkpoint of its rewritten models does not need."""
     return {
         join(prefix, name)
-        for prefix, (model, record) in _rewritten(module).items()
+        for prefix, (model, record) in rewritten_models(module).items()
         for name in left_out_of_checkpoints(model, record)
     }
 

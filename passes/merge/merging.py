@@ -73,6 +73,7 @@ from lora_fx.passes.merge.fold import (
     tied_tokens,
     token_weights,
 )
+from lora_fx.passes.merge.origins import find_origins, note_origins, values_by_name
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport
 from lora_fx.passes.merge.survival import Slice, Survival, measure_survival
 from lora_fx.passes.parameters import (
@@ -628,8 +629,9 @@ def merge(
         CaptureError: If a layer that has an adapter was deleted or replaced.
         MergeError: If the model has no adapters, an adapter does not exist, ``into`` does not fit, or
             arguments exclude each other. Also if a format cannot hold a merged weight, or a factor or a
-            result is not finite. ``into`` is then unchanged. An interruption, or an error that ``progress``
-            raises, may leave some of its weights merged.
+            result is not finite, or ``into`` has an earlier merge that cannot be taken back. ``into`` is then
+            unchanged, or has the weights from before the earlier merge. An interruption, or an error that
+            ``progress`` raises, may leave some of its weights merged.
     """
     record = require_record(model, MergeError)
     check_intact(model, record)
@@ -641,10 +643,16 @@ def merge(
         _check_fits(model, into, record, names)
     folds, tied = _folds(model, record, names)
     _check_stored(model, folds, requantize=requantize)
-    result = stripped(model, record) if into is None else into
-    before = list(result.named_parameters(remove_duplicate=False))
-    stored = _quantized_before(result, requantize=requantize)
+    base = stripped(model, record)
+    result = base if into is None else into
     full = dict(trained(model, record, names))
+    written = {*folds, *full, *(name for name, _ in changed_buffers(model, record))}
+    written |= {row.site.bias for row, _ in _rows_of(folds) if row.site.bias}
+    sources = {} if into is None else values_by_name(base)
+    restored, origins = find_origins(result, sources, written, full)
+    before = list(result.named_parameters(remove_duplicate=False))
+    _restore(result, restored)
+    stored = _quantized_before(result, requantize=requantize)
     common = dtype or (None if requantize else dtype_of_all(result))
     biases = merged_biases(model, result, _rows_of(folds), full, common)
     over = frozenset() if into is None else _written_over(into, full)
@@ -684,10 +692,24 @@ def merge(
     if own:
         result = copy_shared(result, model, record)
         exchange(result, before)
+    if not requantize:  # such a model is refused as `into`
+        note_origins(result, origins, written)
     shard_again(result, units)
     report = MergeReport(sites, untied, shared=shared)
     warn_of_loss(report)
     return result, report
+
+
+def _restore(into: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Give a model the values that its weights had before the first merge into it."""
+    if not values:
+        return
+    over, buffers = unshared(into), dict(into.named_buffers(remove_duplicate=False))
+    for name, value in values.items():
+        if name in buffers:
+            buffers[name].copy_(value)
+        else:
+            _set_parameter(into, name, value if name in over else value.clone(), over)
 
 
 def _check_processes(model: nn.Module) -> None:

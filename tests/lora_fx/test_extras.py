@@ -225,7 +225,7 @@ def test_each_use_names_the_command(
 ) -> None:
     from lora_fx.checkpoint import trainers
 
-    trainers._class_over.cache_clear()
+    trainers.callback_class.cache_clear()
     for name in [one for one in sys.modules if one.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

@@ -35,6 +35,7 @@ LAYERS = (
     "lora_fx.files",
     "lora_fx.converted_files",
     "lora_fx.gguf_files",
+    "lora_fx.servers",
     "lora_fx.config",
     "lora_fx.ir",
     "lora_fx.formats",
@@ -84,6 +85,7 @@ LAYERS = (
     "lora_fx.export.verify",
     "lora_fx.export.targets",
     "lora_fx.export.onnx",
+    "lora_fx.delivery",
     "lora_fx.api",
     "lora_fx.peft",
     "lora_fx.axolotl",
@@ -153,6 +155,11 @@ PUBLIC = {
     "CaptureError",
     "CheckpointError",
     "ConfigError",
+    "Delivery",
+    "DeliveryError",
+    "VllmServer",
+    "sync",
+    "sync_callback",
     "ExportError",
     "LogitsError",
     "LoraConfig",
@@ -427,10 +434,11 @@ lora_fx.plan(torch.nn.Sequential(torch.nn.Linear(2, 2)), lora_fx.LoraConfig(targ
         EVERYTHING,
         A_PLAN,
         "import lora_fx; lora_fx.trainer_callback",
+        "import lora_fx; lora_fx.sync, lora_fx.sync_callback, lora_fx.VllmServer",
         # PyTorch's own export looks for Triton.
         "import torch._dynamo, lora_fx.export.onnx, lora_fx.export.session, lora_fx.export.report",
     ],
-    ids=["everything", "a plan", "a callback", "export"],
+    ids=["everything", "a plan", "a callback", "delivery", "export"],
 )
 def test_no_optional_package_is_loaded(code: str, tmp_path: Path) -> None:
     left_out = {"triton"} if "_dynamo" in code else set()

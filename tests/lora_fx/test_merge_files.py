@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -291,8 +292,8 @@ def test_a_report_without_errors_and_its_progress(tmp_path: Path) -> None:
     assert [done for done, *_ in seen] == list(range(len(names)))
     assert {total for _, total, _ in seen} == {len(names)}
     first, *lines = str(report).splitlines()
-    assert first == "4 weight(s) merged"
-    assert "  model.layers.0.mlp.down_proj" in lines
+    assert re.fullmatch(r"4 weight\(s\) merged, [\d.]+ % of the change kept", first)
+    assert any(line.startswith("  model.layers.0.mlp.down_proj: changed by") for line in lines)
     assert len(lines) == 4
 
 

@@ -236,3 +236,99 @@ def test_a_bound_that_holds_for_the_largest_weights(dtype: torch.dtype, data) ->
     assert merged[0].weight.isfinite().all()
     delta = 1.5 * 2 * float(changed[0].lora_B.default.detach()[0, 0])
     assert ulp_error(merged[0].weight.detach(), model[0].weight.detach().double() + delta) <= 0.5
+
+
+# --- again, and back -------------------------------------------------------------------------------
+
+
+CYCLES = 1000
+AGAIN = [
+    {"target_modules": ["embed", "conv", "turned", "raw", "last"]},
+    {"target_modules": ["raw", "last"], "use_dora": True, "bias": "all"},
+    {"target_modules": ["last"], "lora_bias": True, "trainable_token_indices": {"embed": [2]}},
+    {"target_modules": ["raw"], "modules_to_save": ["last"]},
+]
+
+
+@pytest.mark.parametrize("options", AGAIN)
+@pytest.mark.parametrize("cycles", [3, pytest.param(CYCLES, marks=pytest.mark.slow)])
+def test_merges_and_back_end_with_the_same_bits(options, cycles: int) -> None:
+    """Every merge is that of a fresh model, whatever was merged before, and none of them is the base."""
+    model = Kinds().to(torch.bfloat16)
+    changed = adapted(model, **options)
+    lora_fx.add_adapter(changed, LoraConfig(r=2, target_modules=["turned", "last"]), "other")
+    lora_fx.set_adapter(changed, ["default", "other"])
+    randomize(changed)
+    before = copy.deepcopy(changed.state_dict())
+    names = (["default"], ["other"], ["default", "other"])
+    wanted = [lora_fx.merge(changed, adapter_names=each).state_dict() for each in names]
+    target = copy.deepcopy(model)
+    for cycle in range(cycles):
+        each = cycle % len(names)
+        lora_fx.merge(changed, adapter_names=names[each], into=target)
+        if cycle < 3 or cycle > cycles - 4:
+            assert_same_bits(target.state_dict(), wanted[each])
+        if cycle % 2:
+            lora_fx.merge(changed, adapter_names=[], into=target)
+    lora_fx.merge(changed, adapter_names=[], into=target)
+    assert_same_bits(target.state_dict(), model.state_dict())
+    assert_same_bits(changed.state_dict(), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"own": True}, {"dtype": torch.float32}])
+def test_into_the_result_of_a_merge(options) -> None:
+    model = Kinds().to(torch.bfloat16)
+    changed = adapted(model, target_modules=["raw", "last"])
+    result = lora_fx.merge(changed, **options)
+    once = copy.deepcopy(result.state_dict())
+    for _ in range(2):
+        lora_fx.merge(changed, into=result)
+        assert_same_bits(result.state_dict(), once)
+    lora_fx.merge(changed, adapter_names=[], into=result)
+    expected = {name: value.to(result.raw.dtype) for name, value in model.state_dict().items()}
+    assert_same_bits(result.state_dict(), expected)
+
+
+def test_another_adapter_over_the_same_base() -> None:
+    model = Kinds().to(torch.bfloat16)
+    target = copy.deepcopy(model)
+    for _ in range(3):
+        changed = adapted(model, target_modules=["raw", "last"])
+        lora_fx.merge(changed, into=target)
+        assert_same_bits(target.state_dict(), lora_fx.merge(changed).state_dict())
+
+
+def test_what_is_loaded_or_trained_since_is_the_models_own() -> None:
+    model = Mlp()
+    changed, target = adapted(model), copy.deepcopy(model)
+    lora_fx.merge(changed, into=target)
+    target.load_state_dict(model.state_dict())
+    lora_fx.merge(changed, into=target)
+    assert_same_bits(target.state_dict(), lora_fx.merge(changed).state_dict())
+    other = Mlp()
+    for into in (target, fresh := copy.deepcopy(other)):
+        with torch.no_grad():
+            for parameter, value in zip(into.parameters(), other.parameters(), strict=True):
+                parameter.data.copy_(value)
+        lora_fx.merge(changed, into=into)
+    assert_same_bits(target.state_dict(), fresh.state_dict())
+
+
+def test_a_second_change_of_another_base_is_refused() -> None:
+    changed, other = adapted(Residual()), Residual()
+    lora_fx.merge(changed, into=other)
+    once = copy.deepcopy(other.state_dict())
+    with pytest.raises(MergeError, match=r"adapters of an earlier merge in .*give a fresh model"):
+        lora_fx.merge(changed, into=other)
+    assert_same_bits(other.state_dict(), once)
+
+
+def test_a_state_dict_that_is_kept_between_merges() -> None:
+    model = Mlp()
+    changed, target = adapted(model), copy.deepcopy(model)
+    lora_fx.merge(changed, into=target)
+    kept = target.state_dict()
+    once = copy.deepcopy(kept)
+    lora_fx.merge(changed, adapter_names=[], into=target)
+    assert_same_bits(kept, once)
+    assert_same_bits(target.state_dict(), model.state_dict())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_fx
-from lora_fx import CheckpointError, LoraConfig
+from lora_fx import CheckpointError, DeliveryError, LoraConfig
 from tests.algebra import randomize
 from tests.runtimes.conftest import require
 
@@ -137,8 +137,9 @@ def served(folder: Path, adapters: dict[str, Path], log: Path) -> Iterator[str]:
         *("--model", str(folder), "--served-model-name", "base", "--dtype", "float32"),
         *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "64"),
         *("--enforce-eager", "--enable-lora", "--max-lora-rank", "16", "--max-num-seqs", "4"),
-        *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
     ]
+    if adapters:
+        command += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
     with log.open("w") as file:
         server = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent, env=os.environ
@@ -192,3 +193,31 @@ def test_a_receipt_tells_whether_it_serves_the_adapter(tmp_path: Path) -> None:
     with served(tmp_path / "base", adapters, tmp_path / "log.txt") as address:
         found = {name: lora_fx.verify(folder, address, name=name).verdict for name in verdicts}
     assert found == verdicts
+
+
+def test_versions_are_delivered_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The probe has more than a block of tokens, so that it would meet the prefix cache of an old version."""
+    model = base(tmp_path / "base")
+    made = adapted(model)
+    probe = torch.stack([torch.arange(3, 40), torch.arange(40, 3, -1)])
+    with served(tmp_path / "base", {}, tmp_path / "off.txt") as address:
+        with pytest.raises(DeliveryError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING") as caught:
+            lora_fx.sync(made, address, probe=probe)
+        assert caught.value.reason == "updates off"
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "True")
+    with served(tmp_path / "base", {}, tmp_path / "on.txt") as address:
+        server = lora_fx.VllmServer(address, directory=tmp_path / "versions")
+        for step in (1, 2, 3):
+            with torch.no_grad():
+                for parameter in lora_fx.trainable_parameters(made):
+                    parameter.mul_(0.5 + 0.5 * step)
+            options = {"probe": probe, "name": "policy", "version": f"step {step}"}
+            receipt = lora_fx.sync(made, server, **options)
+            assert receipt.applied
+            assert receipt.distance < 1e-4 < receipt.tolerance < receipt.effect
+        with pytest.raises(DeliveryError, match="LoRA rank 32 is greater") as caught:
+            lora_fx.sync(adapted(model, r=32), server, probe=probe, name="policy")
+        assert caught.value.reason == "refused"
+        assert lora_fx.sync(made, server, probe=probe, name="policy").applied

@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, Training
 import lora_fx
 import lora_fx.peft
 from lora_fx import ConfigError, LoraConfig
+from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits
 from tests.stacks.models import IDS, adapted, llama
 
@@ -147,6 +148,19 @@ def test_merged_for_a_while(tmp_path: Path) -> None:
     model.unmerge_adapter()
     assert [name for name, _ in model.named_parameters()] == names
     assert_same_bits(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("cycles", [3, pytest.param(1000, marks=pytest.mark.slow)])
+def test_merged_and_unmerged_many_times_in_half_precision(cycles: int) -> None:
+    model = lora_fx.peft.get_peft_model(llama().to(torch.bfloat16), copy.deepcopy(THEIRS))
+    randomize(model.get_base_model()).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    outputs = model(IDS).logits
+    for _ in range(cycles):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert_same_bits(model.state_dict(), before)
+    assert_same_bits(model(IDS).logits, outputs)
 
 
 def test_a_merge_leaves_nothing_and_sees_through_compiled_layers() -> None:
