@@ -58,6 +58,7 @@ from lora_fx.passes.parameters import (
 from lora_fx.passes.pipeline import regions_to_install
 from lora_fx.passes.plan import at_rank
 from lora_fx.progress import Progress, Tell, show_progress
+from lora_fx.torch_private import version_counter
 
 __all__ = [
     "Components",
@@ -224,8 +225,9 @@ def moments(
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = dict.fromkeys((row.name for row in rows), 0)
     counted: torch.Tensor | None = None
+    last: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
-    def see(row: PlannedSite, x: torch.Tensor) -> None:
+    def product(x: torch.Tensor) -> torch.Tensor:
         x = x if half else x.float()
         if scaled:
             # Here it is the largest magnitude if no value is above zero.
@@ -233,10 +235,20 @@ def moments(
             x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
         elif counted is not None and len(counted) == len(x):
             x = x[counted]
-        product = x.T @ x
-        if not torch.isfinite(product).all():
+        return x.T @ x
+
+    def see(row: PlannedSite, x: torch.Tensor) -> None:
+        nonlocal last
+        version = 0 if x.is_inference() else version_counter(x)
+        # Queries, keys and values have the same input. The reference keeps its memory from being used again.
+        if last is None or last[1] != version or not x.is_set_to(last[0]):
+            last = x, version, product(x)
+        if not torch.isfinite(last[2].diagonal()).all():
             raise ConfigError(f"{row.name}: the model gives it inputs that are not finite")
-        sums[row.name] = sums[row.name] + product if row.name in sums else product
+        if row.name in sums:
+            sums[row.name] += last[2]
+        else:
+            sums[row.name] = last[2].clone()
         counts[row.name] += 1
 
     show_inputs(model, record, rows, see)
