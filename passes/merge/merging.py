@@ -17,14 +17,23 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from lora_fx import torch_private
 from lora_fx.errors import MergeError, QuantizationError
-from lora_fx.formats import WHOLE_WEIGHTS, dense, format_of, formats, quantization_of, requantized
+from lora_fx.formats import (
+    WHOLE_WEIGHTS,
+    dense,
+    deployment_options,
+    follow_state,
+    format_of,
+    formats,
+    quantization_of,
+    requantized,
+)
 from lora_fx.ir import PlannedSite, Quantization, Record, join, record_of, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
@@ -79,7 +88,7 @@ from lora_fx.passes.parameters import (
     whole_shape,
 )
 from lora_fx.progress import Progress, show_progress
-from lora_fx.runtime import called_by_all, check_equal
+from lora_fx.runtime import called_by_all, check_equal, deployed
 
 __all__ = [
     "MergeReport",
@@ -356,6 +365,91 @@ def requantized_site(
     )
 
 
+@torch.no_grad()
+def deployed_site(
+    model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype | None
+) -> tuple[torch.Tensor, MergedSite]:
+    """Return a merged weight as it was trained to be stored, and its row in the report.
+
+    It is computed by the function that the forward calls, from the same tensors.
+
+    Args:
+        model: The rewritten model.
+        row: The site.
+        adapter: The adapter.
+        dtype: The dtype of a dense result; by default that of the weight.
+
+    Raises:
+        MergeError: If the storage cannot hold the weight.
+    """
+    assert row.deploy is not None
+    weight = weight_at(model, row.site.weight)
+    if quantization_of(weight) is None:
+        weight = gathered(weight, row.site.weight)
+    turned = row.site.layout == "in_out" and not row.site.turned
+    matrix = weight.T if turned else weight
+    a, b = (gathered(factor) for factor in factors_of(model, row, adapter).pair)
+    stored = deployed.deployed_weight(matrix, a, b, row.scale, row.deploy)
+    before = dense(matrix, torch.float64)
+    exact = deployed.adapted_weight(before, a, b, row.scale)
+    values = dense(stored, torch.float64)
+    if not torch.isfinite(values).all():
+        raise MergeError(
+            f"{row.name}: {row.deploy.format} cannot hold the merged weight: not all of its values are finite"
+        )
+    change, loss = _relative(exact - before, before), _relative(values - exact, exact)
+    if row.deploy.dtype is not None:
+        stored = stored.to(dtype or weight.dtype)
+        stored = (stored.T if turned else stored).contiguous()
+    return stored, MergedSite(row.name, (adapter,), math.nan, change, loss, row.deploy.format)
+
+
+def _become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
+    """Turn layers whose weight was dense in the base, and is stored in a format now, into those of a library.
+
+    Args:
+        result: The merged model.
+        targets: The sites that were trained for a storage.
+    """
+    rows = [row for row in targets if row.deploy and not (row.deploy.dtype or row.deploy.as_base)]
+    if not rows:
+        return
+    before = quantized_weights(result).keys() - {row.site.weight for row in rows}
+    for row in rows:
+        assert row.deploy is not None
+        owner, options = result.get_submodule(row.site.owner), deployment_options(row.deploy)
+        options.made_by.layers.become(owner, options)
+        follow_state(owner, row.site.parameter, layer=True)
+    stored = quantization_of(result.get_parameter(rows[0].site.weight))
+    assert stored is not None
+    if not before:
+        sites = [row.site for row in rows]
+        options.made_by.layers.describe_model(result, options, sites, stored.dtype)
+
+
+def _check_deployed(
+    targets: Iterable[PlannedSite], into: nn.Module | None, dtype: torch.dtype | None
+) -> None:
+    """Raise for arguments of a merge that change the model that was trained.
+
+    Raises:
+        MergeError: If weights were trained for a storage, and ``into`` or ``dtype`` exclude it.
+    """
+    for target in filter(None, (row.deploy for row in targets)):
+        if into is not None:
+            raise MergeError(
+                f"into has other weights than those that were trained for {target.format}: leave it out, "
+                "since the merge gives the model that was trained"
+            )
+        if dtype is None:
+            continue
+        if target.dtype is None or torch.promote_types(dtype, target.dtype) != dtype:
+            raise MergeError(
+                f"dtype={dtype}: the weights were trained for {target.format}, and would be rounded again: "
+                "leave it out, since the merge stores them in that form"
+            )
+
+
 def _renew_layer(layer: nn.Module) -> None:
     """Make a library's layer use the scales of its new weight."""
     known = format_of(layer._parameters.get("weight"))
@@ -379,6 +473,7 @@ def _fold_all(
     over: Collection[str],
     dtypes: Mapping[str, torch.dtype],
     formats: Mapping[str, nn.Parameter],
+    as_trained: Callable[[str], tuple[torch.Tensor, MergedSite] | None],
     measure: bool,
     progress: Progress,
     keep: Callable[[torch.Tensor], torch.Tensor],
@@ -391,6 +486,7 @@ def _fold_all(
         over: The weights to overwrite.
         dtypes: The dtypes of the merged weights; by default the old weight's.
         formats: The quantized weights in whose formats merged ones are stored again.
+        as_trained: Returns a weight as it was trained to be stored, with its row; None for any other.
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Called with each new tensor, returns the tensor to use instead.
@@ -409,6 +505,9 @@ def _fold_all(
     sites: dict[str, MergedSite] = {}
 
     def fold(weight: str) -> None:
+        if (trained_weight := as_trained(weight)) is not None:
+            merged[weight], sites[weight] = trained_weight
+            return
         change, stored = changes[weight], old_of(weight)
         # If processes hold parts, each of them gathers only one whole weight at a time.
         old = gathered(stored, weight)
@@ -488,7 +587,8 @@ def merge(
         dtype: The dtype of everything in the result; by default each weight's own. Over a quantized base
             that becomes dense all parameters have :func:`dtype_of_all`.
         requantize: True to store merged weights that were quantized in the same format again. By default all
-            quantized weights become dense.
+            quantized weights become dense. Weights that were trained for a format are stored in it anyway,
+            and quantized ones stay so.
         own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
             By default unfolded parameters are shared and frozen.
         measure: True to compare every merged element with fp64.
@@ -516,10 +616,15 @@ def merge(
         _check_fits(model, into, record, names)
     tokens = token_weights(model, record, names)
     rows, tied = _sites_by_weight(model, record, names)
+    targets = {weight: pairs[0] for weight, pairs in rows.items() if pairs[0][0].deploy}
+    trained_for = [row for row, _ in targets.values()]
+    _check_deployed(trained_for, into, dtype)
+    for_format = any(row.deploy and row.deploy.dtype is None for row in trained_for)
+    requantize = requantize or for_format
     _check_stored(model, (*rows, *tokens), requantize=requantize)
     result = stripped(model, record) if into is None else into
     before = list(result.named_parameters(remove_duplicate=False))
-    stored = _quantized_before(result, requantize=requantize)
+    stored = _quantized_before(result, requantize=requantize and not for_format)
     full = dict(trained(model, record, names))
     common = dtype or (None if requantize else dtype_of_all(result))
     biases = merged_biases(model, result, itertools.chain(*rows.values()), full, common)
@@ -537,6 +642,9 @@ def merge(
         over=over - full.keys(),
         dtypes=dtypes,
         formats={name: result.get_parameter(name) for name in stored if requantize},
+        as_trained=lambda weight: (
+            deployed_site(model, *targets[weight], dtypes.get(weight)) if weight in targets else None
+        ),
         measure=measure,
         progress=progress,
         keep=keep,
@@ -544,6 +652,7 @@ def merge(
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
     untied = place_merged(result, merged, _still_tied(tied, rows, tokens, full), over)
+    _become_layers(result, trained_for)
     untie_config(result)
     if stored:
         make_savable(result)

@@ -232,6 +232,8 @@ class MergedSite:
         requantization_error: ``‖Q(W') - W'‖ / ‖W'‖`` for a weight that was quantized again, with W' the
             exact merged weight; NaN for any other. If it is not below ``relative_change``, quantizing has
             lost what the adapter learned.
+        deployed: The format that the adapter was trained for, in which the weight is stored. Training has
+            seen the error of quantizing then. Empty for none.
     """
 
     name: str
@@ -239,6 +241,7 @@ class MergedSite:
     max_ulp: float
     relative_change: float
     requantization_error: float = math.nan
+    deployed: str = ""
 
     def __eq__(self, other: object) -> bool:
         """Return True for the same numbers. From Python 3.13 on, NaN would differ from itself."""
@@ -330,13 +333,17 @@ class MergeReport:
         return f"<div>{html_lines(lines)}{html_block(f'weights ({len(rows)})', table)}</div>"
 
     def _summary(self) -> str:
-        again = [site for site in self.sites if site.requantized]
+        again = [site for site in self.sites if site.requantized and not site.deployed]
+        trained = [site for site in self.sites if site.deployed]
         parts = [f"{len(self.sites)} weight(s) merged"]
-        if len(again) < len(self.sites) or not again:
+        if len(again) + len(trained) < len(self.sites) or not self.sites:
             parts.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
-            worst = self.requantization_error
+            worst = max(site.requantization_error for site in again)
             parts.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
+        if trained:
+            names = ", ".join(dict.fromkeys(site.deployed for site in trained))
+            parts.append(f"{len(trained)} stored as {names}, for which they were trained")
         return ", ".join(parts)
 
     def __str__(self) -> str:
@@ -353,7 +360,9 @@ class MergeReport:
 
 def _line(site: MergedSite) -> str:
     error = f"{site.max_ulp:.4f} ulp"
-    if site.requantized:
+    if site.deployed:
+        error = f"{site.deployed}, as it was trained"
+    elif site.requantized:
         error = f"{site.requantization_error:.2e} lost by quantizing again"
     return f"  {site.name}: {error}, changed by {100 * site.relative_change:.3g} % of its norm"
 
