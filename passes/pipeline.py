@@ -49,7 +49,15 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import LOSSES, MARKS, FindOperations
-from lora_fx.passes.optimize import CheapDropout, ChunkLoss, Deploy, Fuse, FuseRows, Recompute, ShareInputs
+from lora_fx.passes.optimize import (
+    CheapDropout,
+    ChunkLoss,
+    Deploy,
+    Fuse,
+    FuseRows,
+    Recompute,
+    ShareInputs,
+)
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -172,9 +180,7 @@ def branch_passes(
         per_sample: True if each sample of a batch has one of the adapters, or none.
     """
     inserted = [Insert(record.sites, name) for name, record in adapters.items()]
-    trained: list[Pass] = [
-        TrainTokens(record.tokens, name) for name, record in adapters.items()
-    ]
+    trained: list[Pass] = [TrainTokens(record.tokens, name) for name, record in adapters.items()]
     trained += _deploy_passes(
         any(row.deploy for record in adapters.values() for row in record.sites)
     )

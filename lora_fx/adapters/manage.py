@@ -164,9 +164,9 @@ def put_adapter(
         )
     if record.deploys:
         raise ConfigError(
-            f"the model has an adapter that is trained for a storage of its weights (deploy=), and {adapter_name!r} "
-            "would be a second one beside it: rewrite the base once more for it, or load the first without "
-            "(load_adapter(..., deploy=None))"
+            "the model has an adapter that is trained for a storage of its weights (deploy=), and "
+            f"{adapter_name!r} would be a second one: rewrite the base once more for it, or load the first "
+            "without (load_adapter(..., deploy=None))"
         )
     if config.bias != "none":
         for name, other in record.adapters.items():

@@ -426,7 +426,9 @@ def _rewritten(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {names}"
         )
     try:
-        return rewrite_model(model, exact, options=RewriteOptions(adapter_name, deploy=deploy), **how)
+        return rewrite_model(
+            model, exact, options=RewriteOptions(adapter_name, deploy=deploy), **how
+        )
     except NoMatchError as error:
         raise _matches_nothing(model, exact, tensors, folder, how) from error
 

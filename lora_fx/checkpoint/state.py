@@ -168,8 +168,8 @@ _DEPLOY = "lora_fx.deploy"
 
 def note_of_deployment(record: AdapterRecord) -> dict[str, str]:
     """Return the metadata of a file with the storage that an adapter was trained for; empty for none."""
-    names = {row.deploy.format for row in record.sites if row.deploy}
-    return {_DEPLOY: name for name in names}
+    target = next((row.deploy for row in record.sites if row.deploy), None)
+    return {} if target is None else {_DEPLOY: target.format}
 
 
 def deployment_in(metadata: Mapping[str, str]) -> str | None:

@@ -31,7 +31,7 @@ from lora_fx.formats.base import (
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
-from lora_fx.formats.deployment import DTYPES, deployment, rounded, deployment_options
+from lora_fx.formats.deployment import DTYPES, deployment, deployment_options, rounded
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.gptqmodel import GPTQModelFormat
 from lora_fx.formats.hqq import HqqFormat, HqqName
@@ -66,10 +66,10 @@ __all__ = [
     "CONTRIB",
     "DEQUANTIZE_LINEAR",
     "DTYPES",
-    "Deploy",
     "MATMUL_N_BITS",
     "STANDARD_OPERATORS",
     "WHOLE_WEIGHTS",
+    "Deploy",
     "FormatHook",
     "FormatName",
     "KeptWeight",
@@ -87,6 +87,7 @@ __all__ = [
     "WeightFormat",
     "dense",
     "deployment",
+    "deployment_options",
     "follow_state",
     "format_named",
     "format_of",
@@ -109,7 +110,6 @@ __all__ = [
     "row_operators",
     "stack_matrices",
     "storage",
-    "deployment_options",
     "stored",
 ]
 

@@ -16,7 +16,7 @@ from lora_fx.errors import ConfigError, QuantizationError
 from lora_fx.formats.base import Storage, format_of, formats, held, quantization_of, storage, stored
 from lora_fx.ir import Deployment
 
-__all__ = ["DTYPES", "deployment", "rounded", "deployment_options"]
+__all__ = ["DTYPES", "deployment", "deployment_options", "rounded"]
 
 DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes for which adapters can be trained, by name."""

@@ -115,7 +115,7 @@ def _deployed_values(
 ) -> Tensor:
     """Return the values of ``Q(W + s·BA)`` of a dense weight, opaque to a compiler."""
     deploy = Deployment(form, rounded_to, block_size, double)
-    return _values(deployed_weight(weight, a, b, scale, deploy), dtype).clone()
+    return _values(deployed_weight(weight, a, b, scale, deploy), dtype)
 
 
 @_deployed_values.register_fake
@@ -242,8 +242,10 @@ def _run(
 
 
 def _outside(*arguments: Any) -> Tensor:
-    """Run the operation outside of compiled code."""
-    return _run(*arguments)
+    """Run the operation without compiling it."""
+    run: Any = torch.compiler.disable(_run)
+    result: Tensor = run(*arguments)
+    return result
 
 
 torch_private.make_uncompilable(_outside, "the format of a quantized base rounds its weight")

@@ -643,7 +643,9 @@ def merge(
         dtypes=dtypes,
         formats={name: result.get_parameter(name) for name in stored if requantize},
         as_trained=lambda weight: (
-            deployed_site(model, *targets[weight], dtypes.get(weight)) if weight in targets else None
+            deployed_site(model, *targets[weight], dtypes.get(weight))
+            if weight in targets
+            else None
         ),
         measure=measure,
         progress=progress,

@@ -1,4 +1,4 @@
-"""Which weights can be trained for a storage (``deploy=`` of :func:`lora_fx.rewrite`).
+"""Choice of the sites that are trained for a storage (``deploy=`` of :func:`lora_fx.rewrite`).
 
 The rounded weight must be all that the adapter changes, and a merge must be able to store it.
 """
@@ -13,8 +13,8 @@ from torch import nn
 from lora_fx.config import changes_base
 from lora_fx.errors import ConfigError, some
 from lora_fx.formats import DTYPES, deployment_options
-from lora_fx.ir import Capture, Deployment, Plan, PlannedSite, Site
-from lora_fx.kinds import kind_of
+from lora_fx.ir import Capture, Deployment, Plan, PlannedSite, Site, grouped
+from lora_fx.kinds import chosen_kind
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import is_partitioned, is_sharded, weight_at
 
@@ -42,6 +42,12 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
             f"{deploy} is over the weights of the base, and init_lora_weights={config.init_lora_weights!r} "
             "changes them: use True, 'gaussian', 'orthogonal' or 'eva'"
         )
+    kind = chosen_kind(config)
+    if not kind.deploys:
+        setting = f"{kind.field}=True" if kind.field else f"the kind {kind.name!r}"
+        raise ConfigError(
+            f"{deploy} rounds W + s·BA, and {setting} changes more than that: use plain LoRA"
+        )
     tokens = {row.site.weight: row.name for row in plan.tokens}
     for row in plan.sites:
         if row.site.weight in tokens:
@@ -50,13 +56,14 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
                 "(trainable_token_indices): leave one of both out"
             )
     reasons = {row.name: next(_objections(capture.model, row, how), None) for row in plan.sites}
-    refused = [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
     if refused:
-        names = [name for name, reason in reasons.items() if reason is not None]
+        names = [name for name, _ in refused]
+        remedy = f" Leave them out with exclude_modules={names!r}:" if len(names) < 5 else ""
+        lines = [f"{row.name}: {row.cells[0]}" for row in grouped(refused)]
         raise ConfigError(
-            f"{deploy} is not for every site of the plan; nothing was changed. Leave these out with "
-            f"exclude_modules={names[:4]!r}{' and so on' if len(names) > 4 else ''}:\n  "
-            + some(refused, 8, "\n  ")
+            f"{deploy} is not for {len(names)} of the {len(plan.sites)} sites of the plan; nothing was "
+            f"changed.{remedy or ' exclude_modules leaves sites out:'}\n  " + some(lines, 8, "\n  ")
         )
     rows = [dataclasses.replace(row, deploy=_of_site(row.site, how)) for row in plan.sites]
     return dataclasses.replace(plan, sites=tuple(rows))
@@ -75,12 +82,7 @@ def _of_site(site: Site, how: Deployment) -> Deployment:
 
 def _objections(model: nn.Module, row: PlannedSite, how: Deployment) -> Iterator[str]:
     """Yield the reasons why a site cannot be trained for a storage, each with a remedy if there is one."""
-    site, kind, weight = row.site, kind_of(row), weight_at(model, row.site.weight)
-    if not kind.deploys:
-        setting = f" ({kind.field}=True)" if kind.field else ""
-        yield (
-            f"the kind {kind.name!r}{setting} changes more than the weight by s·BA: use plain LoRA"
-        )
+    site, weight = row.site, weight_at(model, row.site.weight)
     if site.experts is not None:
         yield "its weight has a matrix for each expert"
     elif site.family != "linear":
