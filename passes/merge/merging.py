@@ -93,6 +93,7 @@ from lora_fx.runtime import called_by_all, check_equal, deployed
 __all__ = [
     "MergeReport",
     "copy_shared",
+    "deployed_site",
     "freeze_shared",
     "merge",
     "place_biases",
