@@ -323,10 +323,15 @@ def load_adapter(
         wanted = deployment_in(metadata) if deploy == "saved" else deploy
         with _noted_deployment(folder, wanted if deploy == "saved" else None):
             target = _rewritten(model, exact, tensors, folder, adapter_name, how, wanted)
-    elif example_inputs is not None or frontend != "auto" or deploy not in ("saved", None):
+    elif example_inputs is not None or frontend != "auto":
         raise ConfigError(
-            "the model is rewritten already: example_inputs, frontend and deploy say how to rewrite one that "
+            "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
+        )
+    elif deploy not in ("saved", None):
+        raise ConfigError(
+            f"the model is rewritten already, and deploy={deploy!r} says how to rewrite one that is not: "
+            "leave it out, or give the original model"
         )
     elif known:
         exact, target = config, model

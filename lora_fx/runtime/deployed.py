@@ -68,7 +68,8 @@ def deployed_weight(
         deploy: The storage.
     """
     with torch.no_grad():
-        values = dense(weight, torch.float32) if quantization_of(weight) else weight
+        is_dense = quantization_of(weight) is None
+        values = weight if is_dense else dense(weight, torch.float32)
         return rounded(adapted_weight(values, a, b, scale), weight, deploy)
 
 
@@ -243,7 +244,7 @@ def _run(
 
 def _outside(*arguments: Any) -> Tensor:
     """Run the operation without compiling it."""
-    run: Any = torch.compiler.disable(_run)
+    run: Any = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
     result: Tensor = run(*arguments)
     return result
 
@@ -316,7 +317,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.source.value(again, False)
         ctx.source.done()
     rows = flat(grad).to(options.dtype)
-    inputs = None if x is None else flat(x).to(options.dtype)
+    inputs: Any = None if x is None else flat(x).to(options.dtype)
     grad_x = grad_a = grad_b = None
     if of_a:
         inner = (rows @ b.to(rows.dtype)).mul(options.scale)
