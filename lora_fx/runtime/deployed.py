@@ -35,10 +35,12 @@ from lora_fx.runtime.recompute import Source, source_of
 __all__ = ["adapted_weight", "deployed_linear", "deployed_weight", "straight_through"]
 
 _NO_FP64 = ("mps",)
+_CHUNK = 1 << 16  # elements that are summed in fp64 at a time: they stay in a core's cache
 
 
+@torch.no_grad()
 def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return ``W + s·BA``, [out, in], in fp32, or fp64 for an fp64 weight. It is differentiable.
+    """Return ``W + s·BA``, [out, in], in fp32, or fp64 for an fp64 weight.
 
     Args:
         weight: W, [out, in]: the values of a dense weight, or of a quantized one.
@@ -46,13 +48,20 @@ def adapted_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor
         b: B, [out, r].
         scale: s.
     """
-    kind = weight.device.type
+    kind, (rows, columns) = weight.device.type, weight.shape
     wide = torch.float32 if kind in _NO_FP64 else torch.float64
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    result = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+    size = max(1, _CHUNK // max(1, columns)) if kind == "cpu" else max(1, rows)
+    space = result.new_empty(min(size, rows), columns, dtype=wide)
     with without_autocast(kind):
-        change = (b.to(wide) @ a.to(wide)) * scale
-        # Separate operations, because the rounding of a fused one depends on the strides.
-        total = change + weight.to(wide)
-        return total.to(torch.promote_types(weight.dtype, torch.float32))
+        down, up = a.to(wide), b.to(wide) * scale
+        for start in range(0, rows, size):
+            # Separate operations, because the rounding of a fused one depends on the strides.
+            part = torch.mm(up[start : start + size], down, out=space[: rows - start])
+            part += weight[start : start + size]
+            result[start : start + size] = part
+    return result
 
 
 def deployed_weight(
@@ -81,21 +90,31 @@ def straight_through(
     The gradient is that of ``W + s·BA``. The arguments are those of :func:`deployed_weight`, with a dense
     weight. The result is in fp32, or fp64 for an fp64 weight.
     """
-    total = adapted_weight(weight, a, b, scale)
-    result: Tensor = _Rounded.apply(total, weight, deploy)  # type: ignore[no-untyped-call]
+    result: Tensor = _Rounded.apply(weight, a, b, scale, deploy)  # type: ignore[no-untyped-call]
     return result
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounding with the gradient of the identity."""
+    """The values of the rounded weight, with the gradient of ``W + s·BA``."""
 
     @staticmethod
-    def forward(ctx: Any, total: Tensor, weight: Tensor, deploy: Deployment) -> Tensor:
-        return _values(rounded(total, weight, deploy), total.dtype)
+    def forward(
+        ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scale: float, deploy: Deployment
+    ) -> Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.scale, ctx.dtype = scale, weight.dtype
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return _values(deployed_weight(weight, a, b, scale, deploy), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None, None
+        a, b = ctx.saved_tensors
+        (grad,) = grads
+        wants, of_a, of_b, *_ = ctx.needs_input_grad
+        with without_autocast(grad.device.type):
+            grad_a = (b.T.to(grad.dtype) @ grad * ctx.scale).to(a.dtype) if of_a else None
+            grad_b = (grad @ a.T.to(grad.dtype) * ctx.scale).to(b.dtype) if of_b else None
+        return grad.to(ctx.dtype) if wants else None, grad_a, grad_b, None, None
 
 
 def _values(weight: Tensor, dtype: torch.dtype) -> Tensor:
