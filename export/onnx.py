@@ -478,7 +478,8 @@ def export_onnx(
             tokenizer. None for one file, which ``OnnxSession`` and any other runtime load.
         tokenizer: Tokenizer for the folder of a target: an object with ``save_pretrained``, or the folder
             that it was saved in.
-        adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. "inline"
+        adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. A model that
+            was rewritten with ``deploy`` is always merged, and keeps its format. "inline"
             to keep active adapters in the file as separate products.
             "inputs" for a file of the base model that takes an adapter of any rank at every site of the
             model's adapters. For a model without adapters, the sites are all linear operations but the head;
@@ -684,6 +685,11 @@ def _check_arguments(
             f"adapters={adapters!r} is unknown: give 'merge', which folds them into the weights, 'inline', "
             f"which keeps them beside, 'inputs', which keeps them swappable, or 'bank', which runs one for "
             f"each row of a batch"
+        )
+    if record is not None and record.deploys and adapters not in ("merge", None):
+        raise ExportError(
+            f"adapters={adapters!r}: an adapter of the model is trained for a storage of its weights "
+            "(deploy=), and only a merge computes that: leave adapters out"
         )
     if dtype is not None and dtype not in DTYPES:
         raise ExportError(f"dtype={dtype!r} is unknown: give one of {', '.join(DTYPES)} or None")

@@ -65,12 +65,16 @@ _MAGNITUDE, _GAIN = "lora_magnitude_vector", SUFFIXES["gain"]
 
 
 def over_quantized(model: nn.Module) -> bool:
-    """Return True if an active adapter of a model is at a quantized weight."""
+    """Return True if an active adapter of a model is at a quantized weight that a merge would make dense."""
     record = record_of(model)
     if record is None:
         return False
     active = (record.adapters[name] for name in record.active)
-    return any(row.site.quantized is not None for adapter in active for row in adapter.sites)
+    return any(
+        row.site.quantized is not None and row.deploy is None
+        for adapter in active
+        for row in adapter.sites
+    )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from lora_fx.adapters import input_moments, set_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, MergeError
+from lora_fx.formats import Deploy
 from lora_fx.ir import (
     DEFAULT_MEMORY,
     Capture,
@@ -142,6 +143,7 @@ def plan(
     loss: Loss | None = None,
     strict: bool = False,
     frontend: Frontend = "auto",
+    deploy: Deploy | str | None = None,
 ) -> Plan:
     """Return a plan of what :func:`rewrite` would do, with reasons and costs.
 
@@ -159,6 +161,7 @@ def plan(
             why others cannot.
         strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
+        deploy: As for :func:`rewrite`. The plan checks that each site can have this storage.
 
     Returns:
         A plan: print it, or read ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
@@ -166,6 +169,7 @@ def plan(
     Raises:
         NoMatchError: If nothing is selected; lists the nearest names.
         PartialMatchError: With ``strict``.
+        ConfigError: If a site cannot be trained for the storage of ``deploy``; names it and the reason.
         CaptureError: If the model cannot be captured.
     """
     _, planned = pipeline.plan_model(
@@ -176,9 +180,12 @@ def plan(
         loss=loss,
         strict=strict,
         frontend=frontend,
+        deploy=deploy,
     )
     pipeline.check_trains(planned)
-    return with_kept(planned, model, config, example_inputs, loss=loss, frontend=frontend)
+    return with_kept(
+        planned, model, config, example_inputs, loss=loss, frontend=frontend, deploy=deploy
+    )
 
 
 @inside
@@ -226,6 +233,7 @@ def rewrite(
     strict: bool = False,
     frontend: Frontend = "auto",
     callback: Callable[[str, Capture], None] | None = None,
+    deploy: Deploy | str | None = None,
 ) -> ModelT:
     """Insert LoRA branches into a model's graphs: ``W' = W + (alpha / r) B A`` (arXiv:2106.09685).
 
@@ -256,6 +264,12 @@ def rewrite(
         frontend: As for :func:`capture`.
         callback: A function that is called with the pass's name and the capture after each pass: ``capture``,
             then those of :func:`lora_fx.passes.pipeline.rewrite_passes`. Use it to inspect the graphs.
+        deploy: The storage in which the adapted weights will be used: a format of :func:`quantize`
+            ("int4", "int8", "nf4", …), "bf16", "fp16", or the format of a quantized base. The forward then
+            multiplies with the rounded weights, ``Q(W + s·BA)``, and gradients pass through the rounding
+            (:mod:`lora_fx.runtime.deployed`). :func:`merge` and :func:`export_onnx` store the same codes and
+            scales. ``lora_dropout`` must be 0. Only plain LoRA of matrix products is supported, one adapter
+            at a time. Over a dense base, a format needs ``nn.Linear`` layers.
 
     Returns:
         A module of the model's class with the same outputs, ready to train. The base is frozen and shared
@@ -264,7 +278,9 @@ def rewrite(
         merged, and is saved next to the adapters. With ``modules_to_save`` it becomes part of an adapter.
 
     Raises:
-        ConfigError: If an argument is not valid, or the model is already rewritten.
+        ConfigError: If an argument is not valid, or the model is already rewritten. If a site cannot be
+            trained for the storage of ``deploy``; names it and the reason.
+        QuantizationError: If the library of the format of ``deploy`` is missing.
         NoMatchError: If nothing is selected, or would be trained.
         PartialMatchError: With ``strict``.
         CaptureError: If the model cannot be captured.
@@ -274,7 +290,9 @@ def rewrite(
         model,
         with_seed(config),
         example_inputs,
-        options=pipeline.RewriteOptions(adapter_name, optimize, memory, loss, strict),
+        options=pipeline.RewriteOptions(
+            adapter_name, optimize, memory, loss, strict, deploy=deploy
+        ),
         frontend=frontend,
         callback=callback,
     )
@@ -360,7 +378,8 @@ def merge(
             among its unquantized parameters (if all are quantized, the dtype of the quantized values). The
             model computes in this dtype, so the merged model accepts the same inputs as ``model``.
         requantize: True to quantize merged weights again if they were quantized, in the same format and
-            layers. By default the whole result is dense, even without an adapter.
+            layers. By default the whole result is dense, even without an adapter. A model that was rewritten
+            with ``deploy`` is stored in its format in any case.
         own: True to make the result independent, as with ``into``: it shares nothing, and requires gradients
             if the original did.
         rounding: The way in which merged weights of 16 bits or less are rounded. ``"nearest"``: each number

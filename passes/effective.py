@@ -28,7 +28,7 @@ from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import Code, generated
 from lora_fx.passes.insert import Insert, SelectRows
 from lora_fx.passes.match import ask
-from lora_fx.passes.optimize import Fuse, FuseRows
+from lora_fx.passes.optimize import Deploy, Fuse, FuseRows
 from lora_fx.passes.parameters import (
     DROPOUT,
     factor_names,
@@ -39,7 +39,7 @@ from lora_fx.passes.parameters import (
     wide,
 )
 from lora_fx.passes.patterns import pattern_of, site_name
-from lora_fx.runtime import CHANGES, EffectiveWeight, base_parameter, watch
+from lora_fx.runtime import CHANGES, EffectiveWeight, base_parameter, deployed, watch
 from lora_fx.torch_private import pytree
 
 __all__ = ["arm"]
@@ -121,6 +121,10 @@ class _Change(NamedTuple):
     def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the weight with the changes of all sites, in its own shape and dtype."""
         self._check_means_something()
+        first = self.adapted.rows[0].planned
+        if isinstance(first, PlannedSite) and first.deploy is not None:
+            result = _deployed(first, weight, factors)
+            return result.mT if self.transposed else result
         site = self.adapted.rows[0].planned.site
         base = total = wide(site.applied(weight))
         pending = list(factors)
@@ -250,7 +254,10 @@ def _branch_passes(record: Record, rows: Mapping[str, list[PlannedSite]]) -> Ite
     if record.per_sample:
         yield FuseRows()
         yield SelectRows(frozenset())
-    elif record.optimize:
+        return
+    if any(row.deploy for planned in rows.values() for row in planned):
+        yield Deploy()
+    if record.optimize:
         yield Fuse(record.memory)
 
 
@@ -269,6 +276,17 @@ def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tenso
         slots = {name: value.flatten() for name, value in values.items() if name not in names.pair}
         change = kind.transformed(before + change, site, slots) - before
     return change
+
+
+def _deployed(
+    row: PlannedSite, weight: torch.Tensor, factors: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Return an adapted weight as it will be stored, in its own shape and dtype."""
+    assert row.deploy is not None
+    turned = row.site.layout == "in_out"
+    matrix = weight.T if turned else weight
+    values = deployed.straight_through(matrix, factors[0], factors[1], row.scale, row.deploy)
+    return (values.T if turned else values).to(weight.dtype)
 
 
 def _with_rows(site: Site, total: torch.Tensor, change: torch.Tensor) -> torch.Tensor:

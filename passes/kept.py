@@ -40,6 +40,7 @@ def with_kept(
     *,
     loss: Loss | None = None,
     frontend: Frontend = "auto",
+    deploy: str | None = None,
 ) -> Plan:
     """Return a plan with the memory that a step with these inputs keeps for its backward.
 
@@ -50,12 +51,13 @@ def with_kept(
         example_inputs: Same as for :func:`lora_fx.plan`. With None nothing is counted.
         loss: Same as for :func:`lora_fx.rewrite`.
         frontend: Same as for :func:`lora_fx.capture`. ``auto`` chooses as it does without inputs.
+        deploy: Same as for :func:`lora_fx.rewrite`.
     """
     if example_inputs is None:
         return plan
     before = State(model)
     try:
-        kept = _counted(model, config, example_inputs, loss, frontend)
+        kept = _counted(model, config, example_inputs, loss, frontend, deploy)
     except Exception as error:  # noqa: BLE001  whatever the user's code raises without values
         _log.debug("what a step keeps is not counted: %s: %s", type(error).__name__, error)
         return plan
@@ -65,7 +67,12 @@ def with_kept(
 
 
 def _counted(
-    model: nn.Module, config: LoraConfig, example_inputs: Any, loss: Loss | None, frontend: Frontend
+    model: nn.Module,
+    config: LoraConfig,
+    example_inputs: Any,
+    loss: Loss | None,
+    frontend: Frontend,
+    deploy: str | None,
 ) -> Kept | None:
     base = _without_memory(model)
     if base is None:
@@ -81,7 +88,7 @@ def _counted(
     for memory in get_args(Memory):
         # With "export" the count would be that of the exported model.
         own: Frontend = "auto" if frontend == "export" else frontend
-        options = RewriteOptions(memory=memory, loss=loss, quiet=True)
+        options = RewriteOptions(memory=memory, loss=loss, quiet=True, deploy=deploy)
         adapted = rewrite_model(base, config, options=options, frontend=own)
         totals[memory] = _kept(adapted.train(), device, args, kwargs)
     frozen = take_gradient_to_embeddings(base.requires_grad_(False).train())

@@ -20,7 +20,7 @@ from torch import nn
 from lora_fx import torch_private
 from lora_fx.errors import CaptureError, ConfigError, MergeError, some
 from lora_fx.formats import quantization_of
-from lora_fx.ir import PlannedSite, Record, require_record
+from lora_fx.ir import PlannedSite, Record, record_of, require_record
 from lora_fx.kinds import Slot, kind_of
 from lora_fx.passes.capture import relative_difference, run_once
 from lora_fx.passes.effective import arm
@@ -343,7 +343,10 @@ def _check_merge(
         seen.add(form)
         own = any(weight in record.adapters[name].own for _, name in adapters)
         old = adapted.get_parameter(weight)
-        plain = all(not kind_of(row).transforms and row.site.rows is None for row, _ in adapters)
+        plain = all(
+            not kind_of(row).transforms and row.site.rows is None and row.deploy is None
+            for row, _ in adapters
+        )
         if own or not plain or quantization_of(old) is not None:
             continue
         total = old.detach().double()
@@ -434,7 +437,9 @@ def _tolerance(model: nn.Module, outputs: Sequence[torch.Tensor]) -> float:
     dtypes = {output.dtype for output in outputs}
     dtypes |= {p.dtype for p in model.parameters() if p.dtype in _TOLERANCE}
     worst = max(_TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+    record = record_of(model)
     quantized = any(quantization_of(parameter) is not None for parameter in model.parameters())
+    quantized = quantized or (record is not None and record.deploys)
     return max(worst, _QUANTIZED) if quantized else worst
 
 

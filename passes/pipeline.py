@@ -15,12 +15,14 @@ from torch import fx, nn
 
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
+from lora_fx.formats import deployment
 from lora_fx.ir import (
     DEFAULT_LOSS,
     DEFAULT_MEMORY,
     AdapterRecord,
     Base,
     Capture,
+    Deployment,
     Kind,
     Loss,
     Matches,
@@ -47,7 +49,15 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.insert import AddFactors, AddTokens, Insert, SelectRows, TrainTokens, Unfreeze
 from lora_fx.passes.match import LOSSES, MARKS, FindOperations
-from lora_fx.passes.optimize import CheapDropout, ChunkLoss, Fuse, FuseRows, Recompute, ShareInputs
+from lora_fx.passes.optimize import (
+    CheapDropout,
+    ChunkLoss,
+    Deploy,
+    Fuse,
+    FuseRows,
+    Recompute,
+    ShareInputs,
+)
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
@@ -94,6 +104,7 @@ def rewrite_passes(
     loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
     loaded: bool = False,
+    deploy: Deployment | None = None,
 ) -> tuple[Pass, ...]:
     """Return the passes of a rewrite, in the order in which they run.
 
@@ -105,22 +116,31 @@ def rewrite_passes(
         loss: Computation of the loss, at once or in chunks; see :func:`lora_fx.rewrite`.
         strict: True to raise for entries of the configuration that select nothing.
         loaded: True if the values of the adapter are loaded next, so that starts do not matter.
+        deploy: The storage to train for; None for no rounding.
     """
     return (
-        *_plan_passes(config, memory, loss, strict),
+        *_plan_passes(config, memory, loss, strict, deploy),
         *_parameter_passes(adapter, loaded=loaded),
         Insert(adapter=adapter),
         TrainTokens(adapter=adapter),
+        *_deploy_passes(deploy is not None),
         *(_optimize_passes(memory) if optimize else ()),
         *_loss_passes(loss),
         _Install(),
     )
 
 
-def _plan_passes(config: LoraConfig, memory: Memory, loss: Loss, strict: bool) -> tuple[Pass, ...]:
+def _plan_passes(
+    config: LoraConfig, memory: Memory, loss: Loss, strict: bool, deploy: Deployment | None = None
+) -> tuple[Pass, ...]:
     """Return the passes of a dry run."""
     savings = (FindSavings(),) if memory == "least" else ()
-    return (*_find_passes(loss), MakePlan(config, strict, loss), *savings)
+    return (*_find_passes(loss), MakePlan(config, strict, loss, deploy), *savings)
+
+
+def _deploy_passes(deploys: bool) -> tuple[Pass, ...]:
+    """Return the pass that rounds adapted weights, if there are any to round."""
+    return (Deploy(),) if deploys else ()
 
 
 def _find_passes(loss: Loss = DEFAULT_LOSS) -> tuple[Pass, ...]:
@@ -162,7 +182,10 @@ def branch_passes(
         per_sample: True if each sample of a batch has one of the adapters, or none.
     """
     inserted = [Insert(record.sites, name) for name, record in adapters.items()]
-    trained = [TrainTokens(record.tokens, name) for name, record in adapters.items()]
+    trained: list[Pass] = [TrainTokens(record.tokens, name) for name, record in adapters.items()]
+    trained += _deploy_passes(
+        any(row.deploy for record in adapters.values() for row in record.sites)
+    )
     if per_sample:
         sites = (row.site for record in adapters.values() for row in record.sites)
         select = SelectRows(frozenset(site.weight for site in sites if site.experts))
@@ -256,16 +279,24 @@ def plan_model(
     loss: Loss | None = None,
     strict: bool = False,
     frontend: Frontend = "auto",
+    deploy: str | None = None,
 ) -> tuple[Capture, Plan]:
     """Capture a model and plan its rewrite.
 
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
-    options = RewriteOptions(memory=memory, loss=loss, strict=strict)
+    options = RewriteOptions(memory=memory, loss=loss, strict=strict, deploy=deploy)
     options.check()
     captured = _captured(model, config, example_inputs, frontend)
-    plan = plan_capture(captured, config, memory=memory, loss=options.computed_loss, strict=strict)
+    plan = plan_capture(
+        captured,
+        config,
+        memory=memory,
+        loss=options.computed_loss,
+        strict=strict,
+        deploy=options.deployment,
+    )
     return captured, with_sample_cost(plan, captured, example_inputs)
 
 
@@ -325,9 +356,10 @@ def plan_capture(
     memory: Memory = DEFAULT_MEMORY,
     loss: Loss = DEFAULT_LOSS,
     strict: bool = False,
+    deploy: Deployment | None = None,
 ) -> Plan:
     """Run the passes of a dry run, which edit nothing."""
-    plan = run_passes(capture, _plan_passes(config, memory, loss, strict)).plan
+    plan = run_passes(capture, _plan_passes(config, memory, loss, strict, deploy)).plan
     assert plan is not None
     return plan
 
@@ -385,6 +417,7 @@ class RewriteOptions:
         strict: True to raise for entries of the configuration that select nothing.
         quiet: True not to log such entries.
         loaded: True if the values of the adapter are loaded next, so that starts do not matter.
+        deploy: Name of the storage to train for; None for no rounding.
     """
 
     adapter_name: str = "default"
@@ -394,6 +427,17 @@ class RewriteOptions:
     strict: bool = False
     quiet: bool = False
     loaded: bool = False
+    deploy: str | None = None
+
+    @property
+    def deployment(self) -> Deployment | None:
+        """The storage to train for.
+
+        Raises:
+            ConfigError: If ``deploy`` is no name of a storage.
+            QuantizationError: If the library of the format is missing.
+        """
+        return None if self.deploy is None else deployment(self.deploy)
 
     @property
     def computed_loss(self) -> Loss:
@@ -432,6 +476,7 @@ def rewrite_model(
         loss=options.computed_loss,
         strict=options.strict,
         loaded=options.loaded,
+        deploy=options.deployment,
     )
 
     def made(*, verify: bool) -> nn.Module:

@@ -283,6 +283,8 @@ class _Merge:
                         f"{fqn}: the start of the adapter (init_lora_weights={start!r}) has changed it"
                     )
             for row in record.adapters[name].sites:
+                if row.deploy is not None:
+                    self._refuse(f"the adapter was trained for {row.deploy.format}")
                 if row.site.bias is not None:
                     self._give_values(adapted, row.site.bias)
         return changes_of(adapted, self._dtype)

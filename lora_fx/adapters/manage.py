@@ -162,6 +162,12 @@ def put_adapter(
             f"there is an adapter {adapter_name!r} already: choose another name, or take that one away "
             "with lora_fx.delete_adapter"
         )
+    if record.deploys:
+        raise ConfigError(
+            "the model has an adapter that is trained for a storage of its weights (deploy=), and "
+            f"{adapter_name!r} would be a second one: rewrite the base once more for it, or load the first "
+            "without (load_adapter(..., deploy=None))"
+        )
     if config.bias != "none":
         for name, other in record.adapters.items():
             if other.config.bias != "none":

@@ -275,6 +275,11 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     check_intact(model, require_record(model))
     _check_parametrized(model, record)
     names, per_sample = wanted.names, wanted.per_sample
+    if per_sample and record.deploys:
+        raise ConfigError(
+            "an adapter of the model is trained for a storage of its weights (deploy=), and samples of a "
+            "batch cannot have different ones: merge it, or load it without (load_adapter(..., deploy=None))"
+        )
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
     adapters = {name: record.adapters[name] for name in names}

@@ -6,11 +6,12 @@ must have a slot in the model, and every slot a tensor. Otherwise nothing is cha
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -50,18 +51,21 @@ from lora_fx.checkpoint.state import (
     SaveEmbeddings,
     by_hand_in,
     changed,
+    deployment_in,
     fill,
     fitted,
     given_values,
     note_of_by_hand,
+    note_of_deployment,
     note_of_labels,
     place_given,
     stored,
     without_prefix,
 )
 from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
-from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, some
+from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, QuantizationError, some
 from lora_fx.files import current
+from lora_fx.formats import Deploy
 from lora_fx.ir import AdapterRecord, ModelT, record_of
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
@@ -259,7 +263,7 @@ def folder_of(
     if reader != "peft":
         # With a common rank the parts' own ranks are lost, so loading adapts the whole as a single site.
         (values, config), notes = for_one_rank(adapter, record, config, reader), {}
-    return values, config, notes | note_of_labels(model)
+    return values, config, notes | note_of_deployment(record) | note_of_labels(model)
 
 
 @inside
@@ -271,6 +275,7 @@ def load_adapter(
     component: str | None = None,
     example_inputs: Any = None,
     frontend: Frontend = "auto",
+    deploy: Deploy | str | Literal["saved"] | None = "saved",
 ) -> ModelT:
     """Load an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
 
@@ -287,6 +292,8 @@ def load_adapter(
         example_inputs: As for :func:`lora_fx.rewrite`, if the model is not rewritten. An adapter may need
             them again if it was trained on a model that was rewritten with them.
         frontend: As for :func:`lora_fx.rewrite`.
+        deploy: As for :func:`lora_fx.rewrite`, if the model is not rewritten. By default that with which the
+            adapter was trained, which its folder says. None loads it without rounding.
 
     Returns:
         A model with the adapter, as from :func:`lora_fx.rewrite`: a new one, or ``model`` itself if it is
@@ -298,7 +305,7 @@ def load_adapter(
             that could run code. If it does not fit the model: the error names every tensor that is missing,
             unexpected or of another shape. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or capture arguments are given
-            for a rewritten model.
+            for a rewritten model. If the model cannot have the storage that the adapter was trained for.
         CaptureError: If the model cannot be captured.
     """
     check_adapter_name(adapter_name)
@@ -308,7 +315,7 @@ def load_adapter(
             "folder: lora_fx.load_adapter(model, folder)"
         )
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
-    return _load(model, directory, adapter_name, component, how)
+    return _load(model, directory, adapter_name, component, how, deploy)
 
 
 @inside
@@ -327,7 +334,7 @@ def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: R
         CaptureError: As :func:`load_adapter`.
     """
     how: dict[str, Any] = {"example_inputs": None, "frontend": "auto"}
-    return _load(model, directory, "default", None, how, read)
+    return _load(model, directory, "default", None, how, "saved", read)
 
 
 def _load(
@@ -336,6 +343,7 @@ def _load(
     adapter_name: str,
     component: str | None,
     how: dict[str, Any],
+    deploy: Deploy | str | Literal["saved"] | None,
     read: Read | None = None,
 ) -> ModelT:
     """Load an adapter; see :func:`load_adapter`."""
@@ -345,11 +353,18 @@ def _load(
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
         exact = with_targets(config, targets, model)
-        target = _rewritten(model, exact, tensors, folder, adapter_name, how)
+        wanted = deployment_in(metadata) if deploy == "saved" else deploy
+        with _noted_deployment(folder, wanted if deploy == "saved" else None):
+            target = _rewritten(model, exact, tensors, folder, adapter_name, how, wanted)
     elif how["example_inputs"] is not None or how["frontend"] != "auto":
         raise ConfigError(
             "the model is rewritten already: example_inputs and frontend say how to capture one that "
             "is not. Leave them out, or give the original model"
+        )
+    elif deploy not in ("saved", None):
+        raise ConfigError(
+            f"the model is rewritten already, and deploy={deploy!r} says how to rewrite one that is not: "
+            "leave it out, or give the original model"
         )
     elif known:
         exact, target = config, model
@@ -382,6 +397,8 @@ def _load(
         if target is model and not known:
             delete_adapter(model, adapter_name)
         raise
+    if deploy == "saved":
+        _warn_of_deployment(folder, deployment_in(metadata), record)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return cast("ModelT", target)
 
@@ -438,6 +455,7 @@ def _rewritten(
     folder: Path,
     adapter_name: str,
     how: dict[str, Any],
+    deploy: str | None,
 ) -> nn.Module:
     nothing = not exact.target_modules and not exact.target_parameters
     if nothing and not saved_entries(exact) and not exact.trainable_token_indices:
@@ -446,9 +464,37 @@ def _rewritten(
             f"{folder} holds no LoRA factor; found {len(tensors)} other tensor(s): {names}"
         )
     try:
-        return rewrite_model(model, exact, options=RewriteOptions(adapter_name, loaded=True), **how)
+        options = RewriteOptions(adapter_name, loaded=True, deploy=deploy)
+        return rewrite_model(model, exact, options=options, **how)
     except NoMatchError as error:
         raise _matches_nothing(model, exact, tensors, folder, how) from error
+
+
+@contextlib.contextmanager
+def _noted_deployment(folder: Path, name: str | None) -> Iterator[None]:
+    """Tell how to load an adapter if the model cannot have the storage that its folder names."""
+    try:
+        yield
+    except (ConfigError, QuantizationError) as error:
+        if name is not None:
+            error.add_note(
+                f"the adapter in {folder} was trained for {name}: load_adapter(..., deploy=None) loads it "
+                "without rounding"
+            )
+        raise
+
+
+def _warn_of_deployment(folder: Path, saved: str | None, record: AdapterRecord) -> None:
+    """Log a warning if an adapter was trained for another storage than the model rounds it to."""
+    own = deployment_in(note_of_deployment(record))
+    if saved != own and saved is not None:
+        _log.warning(
+            "%s: the adapter was trained for %s, and the model %s: its outputs are others than in training. "
+            "load_adapter onto the original model restores that",
+            folder,
+            saved,
+            "does not round its weights" if own is None else f"rounds its weights to {own}",
+        )
 
 
 def _extend(

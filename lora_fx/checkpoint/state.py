@@ -60,12 +60,14 @@ __all__ = [
     "adapter_state_dict",
     "by_hand_in",
     "changed",
+    "deployment_in",
     "fill",
     "fitted",
     "given_values",
     "labels_in",
     "load_adapter_state_dict",
     "note_of_by_hand",
+    "note_of_deployment",
     "note_of_labels",
     "place_given",
     "saved_by_hand",
@@ -165,6 +167,18 @@ def note_of_by_hand(names: Collection[str]) -> dict[str, str]:
 
 
 _LABELS = "lora_fx.id2label"
+_DEPLOY = "lora_fx.deploy"
+
+
+def note_of_deployment(record: AdapterRecord) -> dict[str, str]:
+    """Return the metadata of a file with the storage that an adapter was trained for; empty for none."""
+    target = next((row.deploy for row in record.sites if row.deploy), None)
+    return {} if target is None else {_DEPLOY: target.format}
+
+
+def deployment_in(metadata: Mapping[str, str]) -> str | None:
+    """Return the name of the storage in a note of :func:`note_of_deployment`; None if there is no note."""
+    return metadata.get(_DEPLOY)
 
 
 def note_of_labels(model: nn.Module) -> dict[str, str]:

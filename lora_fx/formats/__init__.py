@@ -5,7 +5,7 @@ A new format is a subclass of :class:`WeightFormat` and a call of :func:`registe
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from lora_fx.formats.base import (
     CONTRIB,
@@ -31,6 +31,7 @@ from lora_fx.formats.base import (
 )
 from lora_fx.formats.bitsandbytes import BitsandbytesFormat, BitsandbytesName
 from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
+from lora_fx.formats.deployment import DTYPES, deployment, deployment_options, rounded
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.gptqmodel import GPTQModelFormat
 from lora_fx.formats.grids import CodeGrid, DtypeGrid, Grid
@@ -65,10 +66,12 @@ from lora_fx.formats.weights import (
 __all__ = [
     "CONTRIB",
     "DEQUANTIZE_LINEAR",
+    "DTYPES",
     "MATMUL_N_BITS",
     "STANDARD_OPERATORS",
     "WHOLE_WEIGHTS",
     "CodeGrid",
+    "Deploy",
     "DtypeGrid",
     "FormatHook",
     "FormatName",
@@ -87,6 +90,8 @@ __all__ = [
     "Storage",
     "WeightFormat",
     "dense",
+    "deployment",
+    "deployment_options",
     "follow_state",
     "format_named",
     "format_of",
@@ -105,6 +110,7 @@ __all__ = [
     "quantized_linear",
     "register_format",
     "requantized",
+    "rounded",
     "row_operators",
     "stack_matrices",
     "storage",
@@ -113,6 +119,9 @@ __all__ = [
 
 FormatName: TypeAlias = BitsandbytesName | TorchaoName | HqqName
 """Names of the formats that come with lora_fx. Registered formats have other names."""
+
+Deploy: TypeAlias = FormatName | Literal["bf16", "fp16"]
+"""Names of the storages for which adapters are trained. Registered formats have other names."""
 
 register_format(BitsandbytesFormat())
 register_format(TorchaoFormat())

@@ -87,6 +87,15 @@ class KeptWeight:
         Raises:
             QuantizationError: If the weight was written into since the forward.
         """
+        self.check()
+        return dense(self.weight, dtype)
+
+    def check(self) -> None:
+        """Raise if the weight was written into since the forward.
+
+        Raises:
+            QuantizationError: The message has its form.
+        """
         checked = self.versions and not torch.compiler.is_compiling()
         if checked and tuple(_versions(self.weight)) != self.versions:
             raise QuantizationError(
@@ -94,7 +103,6 @@ class KeptWeight:
                 "between forward and backward, which reads it again: write into weights before the forward, "
                 "or after the backward"
             )
-        return dense(self.weight, dtype)
 
 
 def _versions(tensor: Any) -> Iterator[int]:

@@ -21,7 +21,15 @@ from lora_fx.ir.graph import (
     sums_on,
     tag_of,
 )
-from lora_fx.ir.plan import Comparison, Kept, Plan, PlannedSite, PlannedTokens, Skipped
+from lora_fx.ir.plan import (
+    Comparison,
+    Deployment,
+    Kept,
+    Plan,
+    PlannedSite,
+    PlannedTokens,
+    Skipped,
+)
 from lora_fx.ir.record import (
     DEFAULT_LOSS,
     DEFAULT_MEMORY,
@@ -79,6 +87,7 @@ __all__ = [
     "Call",
     "Capture",
     "Comparison",
+    "Deployment",
     "Factors",
     "FoldedRow",
     "FusedBranch",

@@ -92,6 +92,7 @@ class FusedBranch:
             of several adapters, each for its own rows; None if no function does.
         first: True if no node comes between the operation and the branch.
         less: Options of the function with which it saves less for the backward, and computes more.
+        deploy: The storage that the adapted weight is trained for; None for no rounding.
     """
 
     function: Callable[..., Any]
@@ -105,6 +106,7 @@ class FusedBranch:
     rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None
     first: bool = True
     less: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    deploy: tuple[Any, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import ConfigError, hint, some
 from lora_fx.ir.savings import Savings
@@ -22,7 +24,7 @@ from lora_fx.ir.tables import (
     text_table,
 )
 
-__all__ = ["Comparison", "Kept", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
+__all__ = ["Comparison", "Deployment", "Kept", "Plan", "PlannedSite", "PlannedTokens", "Skipped"]
 
 
 def _often(row: FoldedRow) -> str:
@@ -33,6 +35,24 @@ _IDLE = ": matches nothing"
 
 
 _FUSED = "fused, and a part can be named alone"
+
+
+class Deployment(NamedTuple):
+    """The storage for which adapters are trained: products use the adapted weights as it rounds them.
+
+    Attributes:
+        format: Name of the format, or of the dtype.
+        dtype: The dtype to which weights are rounded; None for a format of quantized weights.
+        block_size: Number of values that share a scale; None for one scale a row.
+        double: True if the scales are quantized, too.
+        as_base: True if the weight of the base is quantized, and keeps its form.
+    """
+
+    format: str
+    dtype: torch.dtype | None = None
+    block_size: int | None = None
+    double: bool = False
+    as_base: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +71,7 @@ class PlannedSite:
             kind.
         kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
         reason: The setting of the configuration that selects it.
+        deploy: The storage that its adapted weight is trained for; None for no rounding.
     """
 
     site: Site
@@ -64,6 +85,7 @@ class PlannedSite:
     tied: str = ""
     kind: str = "lora"
     reason: str = ""
+    deploy: Deployment | None = None
 
     @property
     def name(self) -> str:
@@ -257,6 +279,11 @@ class Plan:
         start = self.config.init_lora_weights
         stored = Counter(str(row.site.quantized) for row in self.sites if row.site.quantized)
         lines = [f"the base's weight in {text}: {count} site(s)" for text, count in stored.items()]
+        targets = Counter(row.deploy.format for row in self.sites if row.deploy)
+        lines += [
+            f"trained for {name}, which merges and exports store: {count} site(s)"
+            for name, count in targets.items()
+        ]
         for kind, trains in self.kinds:
             count = sum(row.kind == kind for row in self.sites)
             lines.append(f"with {trains}: {count} site(s)")
@@ -386,7 +413,8 @@ class Plan:
             return f"{size}, {row.kind}"
         kind = "" if row.kind == "lora" else f", {row.kind}"
         drop = f", dropout {row.dropout:g}" if row.dropout else ""
-        return f"{size}, r {row.rank}, scale {row.scale:g}{drop}{kind}"
+        target = f", for {row.deploy.format}" if row.deploy else ""
+        return f"{size}, r {row.rank}, scale {row.scale:g}{drop}{kind}{target}"
 
     def changes(self, other: Plan) -> dict[str, tuple[str, str]]:
         """Return the differences from another plan of the same model: by name, the adapter in each plan.
@@ -621,4 +649,5 @@ def _site_dict(row: PlannedSite) -> dict[str, Any]:
     if row.site.quantized is not None:
         site["quantized"]["dtype"] = str(row.site.quantized.dtype).removeprefix("torch.")
     fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
+    fields["deploy"] = None if row.deploy is None else row.deploy.format
     return {**site, **fields}

@@ -300,6 +300,11 @@ class Record:
         return dataclasses.replace(self, adapters={**self.adapters, name: adapter}, **fields)
 
     @property
+    def deploys(self) -> bool:
+        """True if an adapter is trained for a storage of its weights."""
+        return any(row.deploy for adapter in self.adapters.values() for row in adapter.sites)
+
+    @property
     def choice(self) -> ActiveAdapters:
         """The choice outside of all ``with`` blocks."""
         return self.chosen or ActiveAdapters(self.active, self.per_sample)

@@ -122,6 +122,8 @@ class AdapterKind:
         constants: Functions of parameters alone, in its graphs, whose values a file stores instead.
         handed: Functions whose first argument a file that takes adapters as inputs receives already computed.
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
+        deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
+            :func:`lora_fx.rewrite` can round the adapted weight.
     """
 
     name: str = ""
@@ -136,6 +138,7 @@ class AdapterKind:
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
+    deploys: bool = False
 
     # --- slots, costs, limits ---------------------------------------------------------------------
 

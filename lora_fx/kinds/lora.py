@@ -44,6 +44,7 @@ class Lora(AdapterKind):
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
+        self.deploys = not bias
         self.name = "lora-bias" if bias else "lora"
         self.field = "lora_bias" if bias else ""
         self.trains = "a bias on B (lora_bias)" if bias else ""

@@ -26,6 +26,7 @@ from lora_fx.ir import (
     META_KEY,
     Call,
     Capture,
+    Deployment,
     FusedBranch,
     Pass,
     PassResult,
@@ -65,6 +66,7 @@ class _Wiring:
         transposed: True if the factors are stored transposed.
         padding: Numbers of output features of the base operation before and after those of the
             branch; None if it has them all.
+        deploy: The storage that the adapted weight is trained for; None for no rounding.
     """
 
     site: Site
@@ -79,6 +81,7 @@ class _Wiring:
     in_parts: bool = False
     transposed: bool = False
     padding: tuple[int, int] | None = None
+    deploy: Deployment | None = None
 
 
 class Writer:
@@ -230,6 +233,7 @@ class Branch(Writer):
             rows,
             self.total is self.base,
             less or {},
+            self._wiring.deploy,
         )
 
     def finish(self, up: fx.Node | None) -> fx.Node:
@@ -374,6 +378,7 @@ class Insert(Pass):
             in_parts=is_sharded(weight),
             transposed=bool(row.tied),
             padding=_padding(site),
+            deploy=row.deploy,
         )
         return _Job(relative(site.place, region.fqn), wiring)
 

@@ -29,6 +29,8 @@ from lora_fx.formats import (
     WHOLE_WEIGHTS,
     DtypeGrid,
     dense,
+    deployment_options,
+    follow_state,
     format_of,
     formats,
     held,
@@ -92,7 +94,7 @@ from lora_fx.passes.parameters import (
     whole_shape,
 )
 from lora_fx.progress import Progress, show_progress
-from lora_fx.runtime import called_by_all, check_equal
+from lora_fx.runtime import called_by_all, check_equal, deployed
 
 __all__ = [
     "SAMPLED",
@@ -101,6 +103,7 @@ __all__ = [
     "changes_of",
     "chosen",
     "copy_shared",
+    "deployed_site",
     "freeze_shared",
     "measured",
     "merge",
@@ -434,6 +437,93 @@ def _row(
     )
 
 
+@torch.no_grad()
+def deployed_site(
+    model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype | None
+) -> tuple[torch.Tensor, MergedSite]:
+    """Return a merged weight as it was trained to be stored, and its row in the report.
+
+    It is computed by the function that the forward calls, from the same tensors.
+
+    Args:
+        model: The rewritten model.
+        row: The site.
+        adapter: The adapter.
+        dtype: The dtype of a dense result; by default that of the weight.
+
+    Raises:
+        MergeError: If the storage cannot hold the weight.
+    """
+    assert row.deploy is not None
+    weight = weight_at(model, row.site.weight)
+    if quantization_of(weight) is None:
+        weight = gathered(weight, row.site.weight)
+    turned = row.site.layout == "in_out" and not row.site.turned
+    matrix = weight.T if turned else weight
+    a, b = (gathered(factor) for factor in factors_of(model, row, adapter).pair)
+    stored = deployed.deployed_weight(matrix, a, b, row.scale, row.deploy)
+    before = dense(matrix, torch.float64)
+    exact = deployed.adapted_weight(before, a, b, row.scale)
+    values = dense(stored, torch.float64)
+    if not torch.isfinite(values).all():
+        raise MergeError(
+            f"{row.name}: {row.deploy.format} cannot hold the merged weight: not all of its values are finite"
+        )
+    change, loss = _relative(exact - before, before), _relative(values - exact, exact)
+    if row.deploy.dtype is not None:
+        stored = stored.to(dtype or weight.dtype)
+        stored = (stored.T if turned else stored).contiguous()
+    return stored, MergedSite(
+        row.name, (adapter,), math.nan, change, loss, deployed=row.deploy.format
+    )
+
+
+def _become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
+    """Turn layers whose weight was dense in the base, and is stored in a format now, into those of a library.
+
+    Args:
+        result: The merged model.
+        targets: The sites that were trained for a storage.
+    """
+    rows = [row for row in targets if row.deploy and not (row.deploy.dtype or row.deploy.as_base)]
+    if not rows:
+        return
+    before = quantized_weights(result).keys() - {row.site.weight for row in rows}
+    for row in rows:
+        assert row.deploy is not None
+        owner, options = result.get_submodule(row.site.owner), deployment_options(row.deploy)
+        options.made_by.layers.become(owner, options)
+        follow_state(owner, row.site.parameter, layer=True)
+    stored = quantization_of(result.get_parameter(rows[0].site.weight))
+    assert stored is not None
+    if not before:
+        sites = [row.site for row in rows]
+        options.made_by.layers.describe_model(result, options, sites, stored.dtype)
+
+
+def _check_deployed(
+    targets: Iterable[PlannedSite], into: nn.Module | None, dtype: torch.dtype | None
+) -> None:
+    """Raise for arguments of a merge that change the model that was trained.
+
+    Raises:
+        MergeError: If weights were trained for a storage, and ``into`` or ``dtype`` exclude it.
+    """
+    for target in filter(None, (row.deploy for row in targets)):
+        if into is not None:
+            raise MergeError(
+                f"into has other weights than those that were trained for {target.format}: leave it out, "
+                "since the merge gives the model that was trained"
+            )
+        if dtype is None:
+            continue
+        if target.dtype is None or torch.promote_types(dtype, target.dtype) != dtype:
+            raise MergeError(
+                f"dtype={dtype}: the weights were trained for {target.format}, and would be rounded again: "
+                "leave it out, since the merge stores them in that form"
+            )
+
+
 def _renew_layer(layer: nn.Module) -> None:
     """Make a library's layer use the scales of its new weight."""
     known = format_of(layer._parameters.get("weight"))
@@ -459,6 +549,7 @@ def _fold_all(
     formats: Mapping[str, nn.Parameter],
     rounding: Rounding,
     cast_to: torch.dtype | None,
+    as_trained: Callable[[str], tuple[torch.Tensor, MergedSite] | None],
     measure: bool,
     progress: Progress,
     keep: Callable[[torch.Tensor], torch.Tensor],
@@ -473,6 +564,7 @@ def _fold_all(
         formats: The quantized weights in whose formats merged ones are stored again.
         rounding: The way in which weights are rounded.
         cast_to: The dtype in which they are measured; their own by default.
+        as_trained: Returns a weight as it was trained to be stored, with its row; None for any other.
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Called with each new tensor, returns the tensor to use instead.
@@ -491,6 +583,9 @@ def _fold_all(
     sites: dict[str, MergedSite] = {}
 
     def fold(weight: str) -> None:
+        if (trained_weight := as_trained(weight)) is not None:
+            merged[weight], sites[weight] = trained_weight
+            return
         change, stored = changes[weight], old_of(weight)
         # If processes hold parts, each of them gathers only one whole weight at a time.
         old = gathered(stored, weight)
@@ -611,7 +706,8 @@ def merge(
         dtype: The dtype of everything in the result; by default each weight's own. Over a quantized base
             that becomes dense all parameters have :func:`dtype_of_all`.
         requantize: True to store merged weights that were quantized in the same format again. By default all
-            quantized weights become dense.
+            quantized weights become dense. Weights that were trained for a format are stored in it anyway,
+            and quantized ones stay so.
         own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
             By default unfolded parameters are shared and frozen.
         rounding: The way in which weights are rounded.
@@ -642,6 +738,11 @@ def merge(
     if into is not None:
         _check_fits(model, into, record, names)
     folds, tied = _folds(model, record, names)
+    targets = _targets(folds)
+    trained_for = [row for row, _ in targets.values()]
+    _check_deployed(trained_for, into, dtype)
+    for_format = any(row.deploy and row.deploy.dtype is None for row in trained_for)
+    requantize = requantize or for_format
     _check_stored(model, folds, requantize=requantize)
     base = stripped(model, record)
     result = base if into is None else into
@@ -652,7 +753,7 @@ def merge(
     restored, origins = find_origins(result, sources, written, full)
     before = list(result.named_parameters(remove_duplicate=False))
     _restore(result, restored)
-    stored = _quantized_before(result, requantize=requantize)
+    stored = _quantized_before(result, requantize=requantize and not for_format)
     common = dtype or (None if requantize else dtype_of_all(result))
     biases = merged_biases(model, result, _rows_of(folds), full, common)
     over = frozenset() if into is None else _written_over(into, full)
@@ -670,6 +771,11 @@ def merge(
         formats={name: result.get_parameter(name) for name in stored if requantize},
         rounding=rounding,
         cast_to=cast_to,
+        as_trained=lambda weight: (
+            deployed_site(model, *targets[weight], dtypes.get(weight))
+            if weight in targets
+            else None
+        ),
         measure=measure,
         progress=progress,
         keep=keep,
@@ -677,6 +783,7 @@ def merge(
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
     untied = place_merged(result, merged, _still_tied(tied, folds, full), over)
+    _become_layers(result, trained_for)
     untie_config(result)
     if stored:
         make_savable(result)
@@ -789,6 +896,12 @@ def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
         name: value for name, value in persistent_buffers(model).items() if not value.is_meta
     }
     return Changes(folds, full, biases, buffers, _still_tied(tied, folds, full))
+
+
+def _targets(folds: Mapping[str, Fold | TokenFold]) -> dict[str, tuple[PlannedSite, str]]:
+    """Return the sites that were trained for a storage, each with its adapter, by weight."""
+    pairs = {name: fold.rows[0] for name, fold in folds.items() if isinstance(fold, Fold)}
+    return {name: pair for name, pair in pairs.items() if pair[0].deploy}
 
 
 def _rows_of(folds: Mapping[str, Fold | TokenFold]) -> Iterator[tuple[PlannedSite, str]]:

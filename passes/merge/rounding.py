@@ -238,6 +238,8 @@ class MergedSite:
         output_error: ``‖(Ŵ - W - ΔW) x‖ / ‖ΔW x‖`` over the inputs of the site; NaN if none were given.
         change: ``‖ΔW‖``.
         rounding: ``nearest``, ``compensated`` or ``stochastic``.
+        deployed: The format that the adapter was trained for, in which the weight is stored. Training has
+            seen the error of quantizing then. Empty for none.
     """
 
     name: str
@@ -250,6 +252,7 @@ class MergedSite:
     output_error: float = math.nan
     change: float = math.nan
     rounding: str = "nearest"
+    deployed: str = ""
 
     def __eq__(self, other: object) -> bool:
         """Return True for the same numbers. From Python 3.13 on, NaN would differ from itself."""
@@ -380,20 +383,26 @@ class MergeReport:
     @property
     def summary(self) -> str:
         """The result in one line."""
-        again = [site for site in self.sites if site.requantized]
+        again = [site for site in self.sites if site.requantized and not site.deployed]
+        trained = [site for site in self.sites if site.deployed]
         parts = [f"{len(self.sites)} weight(s) merged"]
         if not self._is_nearest:
-            names = dict.fromkeys(site.rounding for site in self.sites)
-            parts.append(f"rounded {' and '.join(names)}")
-        elif not math.isnan(self.max_ulp) and (len(again) < len(self.sites) or not again):
+            ways = dict.fromkeys(site.rounding for site in self.sites)
+            parts.append(f"rounded {' and '.join(ways)}")
+        elif not math.isnan(self.max_ulp) and (
+            len(again) + len(trained) < len(self.sites) or not self.sites
+        ):
             parts.append(f"largest error {self.max_ulp:.4f} units in the last place")
         if again:
-            worst = self.requantization_error
+            worst = max(site.requantization_error for site in again)
             parts.append(f"{len(again)} quantized again, largest error {worst:.2e} of the weight")
         if not math.isnan(self.kept):
             parts.append(f"{100 * self.kept:.3g} % of the change kept")
         if not math.isnan(self.output_error):
             parts.append(f"outputs of a site off by {100 * self.output_error:.3g} % of its effect")
+        if trained:
+            names = ", ".join(dict.fromkeys(site.deployed for site in trained))
+            parts.append(f"{len(trained)} stored as {names}, for which they were trained")
         return ", ".join(parts)
 
     def __str__(self) -> str:
@@ -410,7 +419,9 @@ class MergeReport:
 
 def _line(site: MergedSite) -> str:
     error = [] if math.isnan(site.max_ulp) else [f"{site.max_ulp:.4f} ulp"]
-    if site.requantized:
+    if site.deployed:
+        error = [f"{site.deployed}, as it was trained"]
+    elif site.requantized:
         error = [f"{site.requantization_error:.2e} lost by quantizing again"]
     if site.rounding != "nearest":
         error = [*error, site.rounding]

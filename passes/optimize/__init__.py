@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from lora_fx.passes.optimize.chunk_loss import ChunkLoss
-from lora_fx.passes.optimize.fuse import CheapDropout, Fuse, FuseRows, ShareInputs
+from lora_fx.passes.optimize.fuse import CheapDropout, Deploy, Fuse, FuseRows, ShareInputs
 from lora_fx.passes.optimize.recompute import Recompute
 
-__all__ = ["CheapDropout", "ChunkLoss", "Fuse", "FuseRows", "Recompute", "ShareInputs"]
+__all__ = [
+    "CheapDropout",
+    "ChunkLoss",
+    "Deploy",
+    "Fuse",
+    "FuseRows",
+    "Recompute",
+    "ShareInputs",
+]

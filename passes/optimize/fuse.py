@@ -9,6 +9,8 @@
   as a whole, or one module applies several weights.
 - :class:`FuseRows` serves a batch whose rows have different adapters. It turns an operation and the
   branches of all adapters into one node.
+- :class:`Deploy` fuses the operations whose adapted weight is trained for a storage (``deploy=``), always:
+  only a function that rounds the weight computes the operation.
 - :class:`CheapDropout` gives the other branches a cheap dropout (:func:`lora_fx.runtime.masks.dropped`).
 """
 
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from lora_fx.errors import CaptureError
 from lora_fx.formats import quantization_of, quantized_linear
 from lora_fx.ir import (
     DEFAULT_MEMORY,
@@ -41,11 +44,12 @@ from lora_fx.ir import (
 from lora_fx.passes.graph import GraphPass, arguments, copy_graph, may_write, target_of
 from lora_fx.passes.insert import ROWS
 from lora_fx.passes.patterns import ARGUMENTS, Product, product_of, weight_of
-from lora_fx.runtime import fused_lora, masks
+from lora_fx.runtime import deployed, fused_lora, masks
 
 __all__ = [
     "Base",
     "CheapDropout",
+    "Deploy",
     "Fuse",
     "FuseRows",
     "ShareInputs",
@@ -144,6 +148,39 @@ class Fuse(GraphPass):
         return graph if any(fused) else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Deploy(GraphPass):
+    """Pass that replaces operations by functions that round their adapted weight as it will be stored."""
+
+    name: ClassVar[str] = "deploy"
+
+    def edited(self, region: Region) -> fx.Graph | None:
+        """Fuse every branch whose weight is trained for a storage.
+
+        Raises:
+            CaptureError: If an operation is written in a way that no function computes.
+        """
+        if not any(map(_is_deployed, region.graph.nodes)):
+            return None
+        graph = copy_graph(region.graph)
+        copied = region.with_graph(graph)
+        nodes = {node.name: node for node in graph.nodes}
+        for node in [node for node in nodes.values() if _is_deployed(node)]:
+            weight = node.meta[META_KEY].weight
+            if not _fuse(node, copied, nodes, DEFAULT_MEMORY):
+                raise CaptureError(
+                    f"{join(region.fqn, weight)}: deploy= cannot round this weight in its operation "
+                    f"({node.args[0]}): leave the operation out with exclude_modules"
+                )
+        graph.lint()
+        return graph
+
+
+def _is_deployed(node: fx.Node) -> bool:
+    branch = _offer(node)
+    return branch is not None and branch.deploy is not None
+
+
 def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: Memory) -> bool:
     """Replace an operation and its branch by one node. Return False if that is not possible."""
     tag: Tag = total.meta[META_KEY]
@@ -152,6 +189,9 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: 
     if branch is None or product is None or not branch.first or not _only_inside(base, tag):
         return False
     function = branch.function if product.kernel is None else branch.quantized
+    more = branch.more
+    if branch.deploy is not None:
+        function, more = deployed.deployed_linear, (branch.deploy,)
     if function is None:
         return False
     graph, fused = region.graph, dataclasses.replace(tag, role=Role.FUSED, fused=None)
@@ -169,8 +209,9 @@ def _fuse(total: fx.Node, region: Region, nodes: Mapping[str, fx.Node], memory: 
         if product.turned:
             weight = graph.call_function(torch.t, (weight,))
             weight.meta[META_KEY] = fused
-        a, b, *more = (nodes.get(name, name) for name in (branch.a, branch.b, *branch.more))
-        operands = (product.x, weight, product.bias, a, b, branch.scale, *more)
+        a, b = nodes[branch.a], nodes[branch.b]
+        values = (nodes.get(value, value) for value in more)
+        operands = (product.x, weight, product.bias, a, b, branch.scale, *values)
         node = graph.call_function(function, operands, options)
     node.meta[META_KEY] = fused
     total.replace_all_uses_with(node)

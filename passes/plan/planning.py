@@ -34,6 +34,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import (
     DEFAULT_LOSS,
     Capture,
+    Deployment,
     Loss,
     Matches,
     Pass,
@@ -58,6 +59,7 @@ from lora_fx.passes.parameters import (
     module_at,
 )
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
+from lora_fx.passes.plan.deploying import with_deployment
 from lora_fx.passes.plan.peft_experts import with_experts
 from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder
 
@@ -182,6 +184,7 @@ class MakePlan(Pass):
         config: The configuration.
         strict: True if an entry of the configuration that selects nothing is an error.
         loss: With "chunked", the plan lists the heads and how their loss is computed.
+        deploy: The storage to train for; None for no rounding.
     """
 
     name: ClassVar[str] = "plan"
@@ -189,6 +192,7 @@ class MakePlan(Pass):
     config: LoraConfig
     strict: bool = False
     loss: Loss = DEFAULT_LOSS
+    deploy: Deployment | None = None
 
     def __call__(self, capture: Capture) -> PassResult:
         """Set the plan of the capture."""
@@ -197,6 +201,8 @@ class MakePlan(Pass):
         if self.loss == "chunked":
             heads = tuple((site.name, site.loss) for site in capture.matches.sites if site.loss)
             plan = dataclasses.replace(plan, loss=heads)
+        if self.deploy is not None:
+            plan = with_deployment(capture, plan, self.deploy)
         return PassResult.of(capture, plan=plan)
 
 

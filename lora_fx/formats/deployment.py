@@ -1,0 +1,87 @@
+"""The storage for which adapters are trained (``deploy=`` of :func:`lora_fx.rewrite`), and its rounding.
+
+A forward that is trained for a format multiplies with ``Q(W + s·BA)``. A merge stores the same value. Both
+call :func:`rounded`, so that they have the same codes and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lora_fx.errors import ConfigError, QuantizationError
+from lora_fx.formats.base import Storage, format_of, formats, held, quantization_of, storage, stored
+from lora_fx.ir import Deployment
+
+__all__ = ["DTYPES", "deployment", "deployment_options", "rounded"]
+
+DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes for which adapters can be trained, by name."""
+
+
+def deployment(name: str) -> Deployment:
+    """Return the storage of a name: one of :data:`DTYPES`, or a format with its default options.
+
+    A name that no format makes is accepted if it can be that of a quantized base. The plan checks it.
+
+    Raises:
+        ConfigError: If it is no name. The message lists the names.
+        QuantizationError: If the library of the format is missing.
+    """
+    argument: object = name
+    if not isinstance(argument, str) or not argument:
+        raise ConfigError(
+            f"deploy={name!r}: it is the name of a storage: {_names()}, or the format of a quantized base"
+        )
+    if name in DTYPES:
+        return Deployment(name, DTYPES[name])
+    if not any(name in known.names for known in formats()):
+        return Deployment(name)
+    how = storage(name)
+    return Deployment(name, None, how.block_size, how.double)
+
+
+def _names() -> str:
+    return ", ".join(map(repr, (*DTYPES, *(name for known in formats() for name in known.names))))
+
+
+def deployment_options(how: Deployment) -> Storage:
+    """Return the options with which a dense weight is stored in a format.
+
+    Raises:
+        ConfigError: If no format makes weights of that name.
+    """
+    try:
+        return Storage(storage(how.format).format, how.block_size, how.double)
+    except QuantizationError as error:
+        if any(how.format in known.names for known in formats()):
+            raise
+        raise ConfigError(
+            f"deploy={how.format!r}: no format makes such weights: use {_names()}, or a base in that format"
+        ) from error
+
+
+def rounded(values: Tensor, weight: Tensor, how: Deployment) -> Tensor:
+    """Return an adapted weight as it is stored: a parameter of a library, or a tensor of another dtype.
+
+    Args:
+        values: The adapted weight, [out, in], in fp32 or fp64.
+        weight: The weight of the base. A quantized one keeps its form, and formats that keep scales keep its
+            scales. The values of a dense one are first rounded to its dtype.
+        how: The storage.
+    """
+    if how.dtype is not None:
+        return values.to(how.dtype)
+    if not how.as_base:
+        options = Storage(how.format, how.block_size, how.double)
+        return stored(values.to(weight.dtype), options)
+    known = format_of(weight)
+    if known is None or quantization_of(weight) is None:
+        raise QuantizationError(
+            f"the weight is a {type(weight).__name__} now, and was quantized when the model was rewritten: "
+            "load it as it was stored"
+        )
+    return known.requantize(values.double(), held(weight))
