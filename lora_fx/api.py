@@ -43,6 +43,7 @@ from lora_fx.passes.merge import (
     RoundingName,
     merging,
     stripped,
+    with_prediction,
 )
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
 from lora_fx.progress import Progress
@@ -144,6 +145,7 @@ def plan(
     strict: bool = False,
     frontend: Frontend = "auto",
     deploy: Deploy | str | None = None,
+    merge_into: Deploy | str | None = None,
 ) -> Plan:
     """Return a plan of what :func:`rewrite` would do, with reasons and costs.
 
@@ -162,6 +164,8 @@ def plan(
         strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
         deploy: As for :func:`rewrite`. The plan checks that each site can have this storage.
+        merge_into: A storage, named as for ``deploy``. The plan then has for each site the least
+            ``‖ΔW‖ / ‖W‖`` of which a merge that rounds to nearest keeps nine tenths.
 
     Returns:
         A plan: print it, or read ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
@@ -183,6 +187,8 @@ def plan(
         deploy=deploy,
     )
     pipeline.check_trains(planned)
+    if merge_into is not None:
+        planned = with_prediction(planned, model, merge_into)
     return with_kept(
         planned, model, config, example_inputs, loss=loss, frontend=frontend, deploy=deploy
     )

@@ -72,6 +72,7 @@ class PlannedSite:
         kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
         reason: The setting of the configuration that selects it.
         deploy: The storage that its adapted weight is trained for; None for no rounding.
+        least_change: The least ``‖ΔW‖ / ‖W‖`` of which a merge keeps nine tenths, if it was predicted.
     """
 
     site: Site
@@ -86,6 +87,7 @@ class PlannedSite:
     kind: str = "lora"
     reason: str = ""
     deploy: Deployment | None = None
+    least_change: float | None = None
 
     @property
     def name(self) -> str:
@@ -184,6 +186,7 @@ class Plan:
         kept: Bytes that a training step with the example inputs saves. None without such inputs, and if the
             bytes cannot be counted without values.
         savings: With ``memory="least"``: the modules that are recomputed or run in tiles. None without it.
+        merge_into: The storage for which the sites have a ``least_change``; empty for none.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -205,6 +208,19 @@ class Plan:
     loss: tuple[tuple[str, str], ...] | None = None
     kept: Kept | None = None
     savings: Savings | None = None
+    merge_into: str = ""
+
+    def _predicted(self) -> str:
+        """Return in words how large changes have to be to survive a merge."""
+        least = sorted(row.least_change for row in self.sites if row.least_change is not None)
+        if not least:
+            return f"what a merge into {self.merge_into} keeps is not known for any site"
+        low, middle, high = least[0], least[len(least) // 2], least[-1]
+        return (
+            f"a merge into {self.merge_into} that rounds to nearest keeps nine tenths of a change that is at "
+            f"least {100 * middle:.2g} % of its weight's norm (by site {100 * low:.2g} % to "
+            f"{100 * high:.2g} %)"
+        )
 
     @property
     def parameters(self) -> int:
@@ -284,6 +300,8 @@ class Plan:
             f"trained for {name}, which merges and exports store: {count} site(s)"
             for name, count in targets.items()
         ]
+        if self.merge_into:
+            lines.append(self._predicted())
         for kind, trains in self.kinds:
             count = sum(row.kind == kind for row in self.sites)
             lines.append(f"with {trains}: {count} site(s)")

@@ -14,6 +14,7 @@ from lora_fx.passes.merge.merging import (
     merge,
     warn_of_loss,
 )
+from lora_fx.passes.merge.prediction import with_prediction
 from lora_fx.passes.merge.rounding import MergedSite, OutputError, rounded, ulp
 
 __all__ = [
@@ -38,4 +39,5 @@ __all__ = [
     "stripped",
     "ulp",
     "warn_of_loss",
+    "with_prediction",
 ]

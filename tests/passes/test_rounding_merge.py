@@ -115,6 +115,35 @@ def test_export_reports_what_its_dtype_keeps(tmp_path: Any) -> None:
     assert '"kept"' in half.to_json()
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_plan_predicts_what_a_merge_keeps(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(256, 128)).to(dtype).float()
+    config = lora_fx.LoraConfig(r=4, target_modules=["0"])
+    planned = lora_fx.plan(base, config, merge_into=name)
+    least = planned.sites[0].least_change
+    assert least is not None
+    assert f"a merge into {name} " in str(planned)
+    for share, kept in ((2 * least, True), (least / 2, False)):
+        _, report = lora_fx.merge(trained(base, share), dtype=dtype, return_report=True)
+        assert (report.kept > 0.9) is kept
+
+
+def test_plan_predicts_for_formats_and_names_what_it_does_not_know() -> None:
+    model = llama(1)
+    config = lora_fx.LoraConfig(r=2, target_modules=["up_proj", "embed_tokens"])
+    planned = lora_fx.plan(model, config, merge_into="int4")
+    least = {row.name.rpartition(".")[2]: row.least_change for row in planned.sites}
+    assert least["embed_tokens"] is None
+    assert 0.05 < least["up_proj"] < 0.5  # type: ignore[operator]
+    with torch.device("meta"):
+        empty = nn.Sequential(nn.Linear(8, 8))
+    unknown = lora_fx.plan(empty, lora_fx.LoraConfig(r=2, target_modules=["0"]), merge_into="bf16")
+    assert "not known for any site" in str(unknown)
+    with pytest.raises(lora_fx.ConfigError, match="int5"):
+        lora_fx.plan(model, config, merge_into="int5")
+
+
 # --- roundings ----------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,8 @@ def plan(
     training: o.Training,
     why: str | None = None,
     diff: Path | None = None,
+    deploy: str | None = None,
+    merge_into: str | None = None,
     every: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -70,6 +72,8 @@ def plan(
         training: On which GPUs.
         why: Say what happens to an operation, or to those in a module, and why. Takes a name or its end.
         diff: Another configuration, as for --config: show the changes.
+        deploy: Check that every site can be trained for a storage: bf16, fp16, int8, int4, nf4, …
+        merge_into: Predict how large changes have to be to survive a merge into a storage, as for --deploy.
         every: One row for each site; by default equal layers share a row.
         as_json: Print everything as JSON.
     """
@@ -83,7 +87,8 @@ def plan(
     from lora_fx.api import plan as make_plan
     from lora_fx.tools.cli.tables import dict_of_fit, render_fits, render_need, render_plan
 
-    loaded = look.load(model)
+    # A prediction reads the weights.
+    loaded = look.load(model) if merge_into is None else o.load(model)
     stored = store.planned(loaded)
     how = look.of(loaded)
     with console.progress("planning"):
@@ -92,7 +97,15 @@ def plan(
             planned = both[_HERE]
         else:
             memory: Any = training.memory or "fast"
-            planned = make_plan(loaded.model, chosen, memory=memory, strict=adapters.strict, **how)
+            planned = make_plan(
+                loaded.model,
+                chosen,
+                memory=memory,
+                strict=adapters.strict,
+                deploy=deploy,
+                merge_into=merge_into,
+                **how,
+            )
     if why is not None:
         reasons = planned.why(why)
         _answer(("operation", "what becomes of it"), reasons.items(), as_json)
