@@ -32,6 +32,7 @@ from lora_fx.errors import LogitsError, LoraFxError
 from lora_fx.ir import thaw
 from lora_fx.runtime import chunked
 from lora_fx.runtime.chunked import REMEDY, ROWS, Given, Job, Read, Step, loss_of, running
+from lora_fx.runtime.lazy import Unmade, asks, name_of
 from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.recompute import Subgraph, autocast_of
 from lora_fx.torch_private import pytree
@@ -260,6 +261,12 @@ class _Form(NamedTuple):
     read: tuple[Read, ...] = ()
 
 
+_UNMADE = (
+    "logits that are computed in chunks went into a function of autograd that is not PyTorch's own (full "
+    f"backward hooks of a module are one, too), and their gradient would be lost: {REMEDY}"
+)
+
+
 class _Group:
     """The logits of one call of a head, and the logits that were derived from them."""
 
@@ -280,9 +287,8 @@ class _Group:
         shape = list(form.indices.shape)
         shape.insert(form.axis, self.head.outputs)
         anchor = next(tensor for tensor in (self.x, *self.leaves) if _wants(tensor))
-        logits: Logits = _Unmade.apply(
-            anchor, functools.partial(Logits, shape, form.dtype, self.device)
-        )  # type: ignore[no-untyped-call]
+        make = functools.partial(Logits, shape, form.dtype, self.device)
+        logits: Logits = Unmade.apply(anchor, make, LogitsError(_UNMADE))  # type: ignore[no-untyped-call]
         logits._group, logits._form, logits._made_by, logits._whole = self, form, made_by, None
         self.wholes.append(weakref.ref(logits))
         return logits
@@ -351,22 +357,6 @@ class _MadeBy(NamedTuple):
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
 
 
-class _Unmade(torch.autograd.Function):
-    """The autograd history of lazy logits. Its backward runs only if code took them for a real tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        return make()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
-        raise LogitsError(
-            "logits that are computed in chunks went into a function of autograd that is not PyTorch's own "
-            "(full backward hooks of a module are one, too), and their gradient would be lost: "
-            f"{REMEDY}"
-        )
-
-
 def _words(name: str) -> str:
     return (
         f"the logits of {name} were not kept: with loss='chunked' the loss of a training call is computed in "
@@ -430,7 +420,7 @@ class Logits(Tensor):
     ) -> Any:
         """Record an operation that can be computed row by row. Run any other on the computed logits."""
         kwargs = kwargs or {}
-        if _asks(func) and not any(
+        if asks(func) and not any(
             isinstance(arg, Logits) and arg._whole is not None for arg in args
         ):
             with torch_private.DisableTorchFunctionSubclass():
@@ -439,7 +429,7 @@ class Logits(Tensor):
             result = _noted(func, args, kwargs)
             if result is not None:
                 return result
-        if _named(func) in _OF_GRADIENTS:
+        if name_of(func) in _OF_GRADIENTS:
             _check_not_taken(args, kwargs)
         return func(*_whole(args), **_whole(kwargs))
 
@@ -526,32 +516,8 @@ Gone.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 # --- operations on logits ---------------------------------------------------------------------------------
 
-_FACTS = {
-    *("shape", "dtype", "device", "ndim", "layout", "requires_grad", "grad_fn", "is_leaf", "names"),
-    *("is_cpu", "is_cuda", "is_mps", "is_xpu", "is_meta", "is_nested", "is_quantized", "is_sparse"),
-    *("itemsize", "nbytes", "output_nr", "retains_grad", "grad", "is_sparse_csr", "is_mkldnn"),
-}
-_ASKING = {
-    *("size", "dim", "numel", "nelement", "ndimension", "element_size", "is_floating_point"),
-    *("is_complex", "get_device", "len", "is_inference", "sym_size"),
-}
+
 _OF_GRADIENTS = {"register_hook", "retain_grad", "grad", "backward"}
-
-
-def _asks(func: Any) -> bool:
-    """Return True if a function reads only metadata of a tensor, such as its shape."""
-    if getattr(func, "__name__", "") == "__get__":
-        return getattr(func.__self__, "__name__", "") in _FACTS
-    return _named(func) in _ASKING
-
-
-def _named(func: Any) -> str:
-    """Return the bare name of a function, which is the same for a method and an operator of ATen."""
-    if isinstance(func, torch_private.OpOverload):
-        return str(torch_private.schema_of(func).name.partition("::")[2])
-    name = str(getattr(func, "__name__", ""))
-    # One trailing underscore stays: it marks an in-place operation.
-    return name.strip("_") if name.startswith("__") else name
 
 
 class _Operation(NamedTuple):
@@ -609,7 +575,7 @@ def _noted(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     for word in ("input", "self"):
         if word in kwargs and not args:
             args, kwargs = (kwargs[word],), {k: v for k, v in kwargs.items() if k != word}
-    name = _named(func)
+    name = name_of(func)
     note = _NOTED.get(name)
     positions = [position for position, value in enumerate(args) if isinstance(value, Logits)]
     lazy = [
