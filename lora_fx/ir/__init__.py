@@ -36,7 +36,7 @@ from lora_fx.ir.record import (
     require_record,
     thaw,
 )
-from lora_fx.ir.savings import Saving, Savings
+from lora_fx.ir.savings import Saving, Savings, Span
 from lora_fx.ir.site import (
     BranchBuilder,
     Call,
@@ -111,6 +111,7 @@ __all__ = [
     "Savings",
     "Site",
     "Skipped",
+    "Span",
     "Tag",
     "adapters_of",
     "folded",

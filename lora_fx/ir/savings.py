@@ -8,7 +8,32 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Saving", "Savings"]
+from lora_fx.ir.graph import join
+
+__all__ = ["Saving", "Savings", "Span"]
+
+
+class Span(NamedTuple):
+    """A part of a layer that treats each token on its own, in the forward of the layer.
+
+    Attributes:
+        layer: FQN of the layer.
+        modules: Names, inside of the layer, of the modules that the part calls. The first makes tokens
+            wider, the last makes them narrower.
+    """
+
+    layer: str
+    modules: tuple[str, ...]
+
+    @property
+    def first(self) -> str:
+        """FQN of the first module."""
+        return join(self.layer, self.modules[0])
+
+    @property
+    def last(self) -> str:
+        """FQN of the last module."""
+        return join(self.layer, self.modules[-1])
 
 
 class Saving(NamedTuple):
@@ -17,10 +42,15 @@ class Saving(NamedTuple):
     Attributes:
         block: Whether it runs again in the backward.
         tiles: Whether it runs a tile of tokens at a time.
+        first, last: Whether it is the first or the last module of a span.
+        spans: The modules of its spans, if it is their layer.
     """
 
     block: bool = False
     tiles: bool = False
+    first: bool = False
+    last: bool = False
+    spans: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,21 +60,31 @@ class Savings:
     Attributes:
         blocks: FQNs of the blocks. Each keeps its input, and runs again in the backward.
         tiles: FQNs of the modules that treat each token on its own. They run a tile of tokens at a time.
+        spans: Parts of other modules that treat each token on its own, and run in the same way.
         left: FQNs of modules with adapters that run in neither way, each with the reason.
     """
 
     blocks: tuple[str, ...] = ()
     tiles: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
     left: tuple[tuple[str, str], ...] = ()
 
     def of(self, fqn: str) -> Saving:
         """Return how a module keeps less."""
-        return Saving(fqn in self.blocks, fqn in self.tiles)
+        return Saving(
+            fqn in self.blocks,
+            fqn in self.tiles,
+            any(span.first == fqn for span in self.spans),
+            any(span.last == fqn for span in self.spans),
+            tuple(span.modules for span in self.spans if span.layer == fqn),
+        )
 
     def lines(self) -> list[str]:
-        """Return both kinds of modules in words."""
+        """Return both kinds of modules in words, and the spans if there are any."""
         blocks = f"run again in the backward (a GPU keeps their inputs on the host): {_counted(self.blocks)}"
-        return [blocks, f"a tile of tokens at a time: {_counted(self.tiles)}"]
+        lines = [blocks, f"a tile of tokens at a time: {_counted(self.tiles)}"]
+        spans = _counted([f"{span.first} to {span.modules[-1]}" for span in self.spans])
+        return [*lines, f"also in tiles, inside of layers: {spans}"] if self.spans else lines
 
 
 def _counted(names: Sequence[str]) -> str:

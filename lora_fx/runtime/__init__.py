@@ -55,6 +55,7 @@ from lora_fx.runtime.samples import (
     select_rows,
     unfollow,
 )
+from lora_fx.runtime.spans import LazyTensor, Source, lazy_result
 from lora_fx.runtime.watch import CODE, GRAPH, Hooked, disarm, entry, is_checked, places_of
 
 __all__ = [
@@ -74,7 +75,9 @@ __all__ = [
     "Hooked",
     "KeptIndices",
     "KeptTensors",
+    "LazyTensor",
     "SampleRows",
+    "Source",
     "add_rows",
     "around",
     "attention",
@@ -99,6 +102,7 @@ __all__ = [
     "inner_class",
     "inner_of",
     "is_checked",
+    "lazy_result",
     "logits",
     "masks",
     "output_padding",

@@ -26,6 +26,7 @@ __all__ = [
     "Rule",
     "Sets",
     "batch_normalized",
+    "is_elementwise",
     "operands_of",
     "rule_of",
     "union",
@@ -569,3 +570,13 @@ def rule_of(func: Any) -> Rule:
     if name in quantized:
         return _rows(quantized[name])
     return _pointwise if torch.Tag.pointwise in func.tags else _everything
+
+
+def is_elementwise(func: Any) -> bool:
+    """Return True if an operator computes each element from the same element of its arguments, not at random.
+
+    It does not write into its arguments, either.
+    """
+    if torch.Tag.nondeterministic_seeded in func.tags or torch_private.schema_of(func).is_mutable:
+        return False
+    return rule_of(func) is _pointwise or func.overloadpacket.__name__ == "_to_copy"

@@ -29,7 +29,17 @@ from lora_fx.runtime.recompute import autocast_of
 from lora_fx.runtime.replay import Replay
 from lora_fx.torch_private import pytree
 
-__all__ = ["LONGEST", "SHORTEST", "length_of", "tiled"]
+__all__ = [
+    "LONGEST",
+    "SHORTEST",
+    "called",
+    "draws",
+    "fits",
+    "in_tiles",
+    "is_silent",
+    "length_of",
+    "tiled",
+]
 
 SHORTEST, LONGEST = 256, 4096
 """Least and greatest number of tokens of a tile."""
@@ -57,29 +67,48 @@ def tiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        idle = torch.compiler.is_compiling() or not torch.is_grad_enabled() or _inside.get()
-        if idle or torch_private.has_global_hooks():
-            return forward(self, *args, **kwargs)
         values = (*args, *kwargs.values())
-        if len(values) != 1 or not _fits(self, values[0]) or not all(map(_is_silent, _parts(self))):
+        if torch.compiler.is_compiling() or len(values) != 1 or not fits(self, values[0]):
             return forward(self, *args, **kwargs)
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        x = values[0]
-        hooked = any(getattr(p, torch_private.TENSOR_HOOKS) for p in parameters)
-        if hooked or not (parameters or x.requires_grad):
-            return forward(self, *args, **kwargs)
-        call = _Call(self, forward, next(iter(kwargs), None), parameters, x)
-        kept: Any = _Kept.apply(x, *parameters[:1])  # type: ignore[no-untyped-call]
-        try:
-            results = _Tiles.apply(kept, kept.grad_fn, call, x, *parameters)  # type: ignore[no-untyped-call]
-        except _UnfitError:
-            return forward(self, *args, **kwargs)
-        return pytree.tree_unflatten(results, call.spec)
+        name = next(iter(kwargs), None)
+        results = in_tiles(self, functools.partial(called, forward, self, name), values[0])
+        return forward(self, *args, **kwargs) if results is None else results
 
     return run
 
 
-def _fits(module: nn.Module, x: Any) -> bool:
+def called(forward: Callable[..., Any], module: nn.Module, name: str | None, x: Tensor) -> Any:
+    """Return the results of a module for one argument, by position or with a name."""
+    return forward(module, x) if name is None else forward(module, **{name: x})
+
+
+def in_tiles(module: nn.Module, compute: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """Return the results for all tokens, computed in tiles, or None if that is not possible.
+
+    Args:
+        module: Module with everything that the results depend on.
+        compute: Function that returns the results of some tokens.
+        x: All tokens, which :func:`fits` has checked.
+    """
+    if not all(map(is_silent, _parts(module))):
+        return None
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    hooked = any(getattr(p, torch_private.TENSOR_HOOKS) for p in parameters)
+    if hooked or not (parameters or x.requires_grad):
+        return None
+    call = _Call(module, compute, parameters, x)
+    kept: Any = _Kept.apply(x, *parameters[:1])  # type: ignore[no-untyped-call]
+    try:
+        results = _Tiles.apply(kept, kept.grad_fn, call, x, *parameters)  # type: ignore[no-untyped-call]
+    except _UnfitError:
+        return None
+    return pytree.tree_unflatten(results, call.spec)
+
+
+def fits(module: nn.Module, x: Any) -> bool:
+    """Return True if a call with this argument may run in tiles now. It has more tokens than a tile."""
+    if not torch.is_grad_enabled() or _inside.get() or torch_private.has_global_hooks():
+        return False
     plain = type(x) is Tensor and x.layout is torch.strided and x.dim() >= 2
     if not plain or not x.is_floating_point() or transformed():
         return False
@@ -96,13 +125,13 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from _parts(part)
 
 
-def _is_silent(part: nn.Module) -> bool:
+def is_silent(part: nn.Module) -> bool:
     """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
     draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
     return not (draws or any(getattr(part, name) for name in torch_private.MODULE_HOOKS))
 
 
-def _draws(module: nn.Module) -> bool:
+def draws(module: nn.Module) -> bool:
     """Return True if an adapter in a module draws masks for its dropout."""
     parts = (part for part in module.modules() if isinstance(part, nn.Dropout))
     return any(part.training and part.p for part in parts)
@@ -130,16 +159,15 @@ class _Call:
     def __init__(
         self,
         module: nn.Module,
-        forward: Callable[..., Any],
-        name: str | None,
+        compute: Callable[[Tensor], Any],
         parameters: Sequence[nn.Parameter],
         x: Tensor,
     ) -> None:
         self.module, self.parameters, self.shape = module, parameters, x.shape
         self.length = length_of(x.shape[:-1].numel(), module)
-        self._forward, self._name = forward, name
+        self._compute = compute
         self._autocast = autocast_of(x.device.type)
-        self.generators = generators(x.device) if _draws(module) else None
+        self.generators = generators(x.device) if draws(module) else None
         self.replay = Replay(module)
 
     def run(self, rows: Tensor, tile: slice, masks: TileMasks) -> list[Tensor]:
@@ -148,8 +176,7 @@ class _Call:
         token = _inside.set(True)
         try:
             with self._autocast(), masks.tile(tile):
-                named = {} if self._name is None else {self._name: x}
-                result = self._forward(self.module, *(() if named else (x,)), **named)
+                result = self._compute(x)
         finally:
             _inside.reset(token)
         results, self.spec = pytree.tree_flatten(result)

@@ -38,7 +38,7 @@ from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Saving, Site, record_of
-from lora_fx.runtime import blocks, chunked, logits, tiles
+from lora_fx.runtime import blocks, chunked, logits, spans, tiles
 from lora_fx.runtime.adapter_modules import AdapterModule
 from lora_fx.runtime.call_sizes import Sizes
 from lora_fx.runtime.classes import (
@@ -100,7 +100,7 @@ _AROUND = frozenset(
     f"lora_fx.runtime.{name}"
     for name in (
         *("blocks", "chunked", "logits", "recompute", "replay", "row_tracking"),
-        *("samples", "tiles", "watch"),
+        *("samples", "spans", "tiles", "watch"),
     )
 )
 
@@ -563,6 +563,9 @@ def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
         inner = logits.scoped(entries["forward"]) if how.scoped else entries["forward"]
         if how.saving.tiles:
             inner = tiles.tiled(inner)
+        inner = spans.opened(inner) if how.saving.first else inner
+        inner = spans.closed(inner) if how.saving.last else inner
+        inner = spans.spanned(inner, how.saving.spans) if how.saving.spans else inner
         forward = around(cls.forward, inner)
         # Outside of the decorator by which layers of transformers checkpoint themselves.
         entries["forward"] = blocks.recomputed(forward) if how.saving.block else forward

@@ -7,6 +7,8 @@ are compared with the result of the whole. No class is known by its name.
 
 Experts sort the tokens by their values, which no rule follows: for them, the trial of values decides.
 
+Parts of other modules are searched in their graphs (:mod:`lora_fx.passes.plan.spans`).
+
 The trial needs no weights: in a copy, each tensor is a window that slides over a few random numbers.
 """
 
@@ -24,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.formats import PackedTensor
-from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, join
+from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, Span, join
+from lora_fx.passes.plan.spans import find_spans
 from lora_fx.runtime import AdapterModule, Follower
 from lora_fx.torch_private import data_address, pytree, version_counter
 
@@ -47,31 +50,35 @@ class FindSavings(Pass):
         """Find the blocks and tiles. No graph is edited."""
         assert capture.plan is not None
         assert capture.matches is not None
-        savings = find_savings(capture.model, capture.matches.sites)
+        savings = find_savings(capture)
         plan = dataclasses.replace(capture.plan, savings=savings)
         return PassResult(dataclasses.replace(capture, plan=plan), True)
 
 
-def find_savings(model: nn.Module, sites: Sequence[Site]) -> Savings:
-    """Return the blocks of a model, and the largest modules that may run in tiles.
+def find_savings(capture: Capture) -> Savings:
+    """Return the blocks of a model, and the largest modules and parts of modules that may run in tiles.
 
     Args:
-        model: The model, on any device.
-        sites: Its linear operations, which tell the sizes of inputs.
+        capture: The model, on any device, with its graphs and its linear operations.
     """
+    model = capture.model
     blocks = find_blocks(model)
     above = {""}
     for name in blocks:
         while name := name.rpartition(".")[0]:
             above.add(name)
-    finder = _Finder(sites, above)
+    finder = _Finder(capture, above)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         finder.look(model, "")
     if not blocks:
         reason = "no list of layers of the same class was found: nothing is recomputed"
         finder.left.append(("", reason))
-    return Savings(tuple(blocks), tuple(finder.tiles), tuple(finder.left))
+    tiles = finder.tiles
+    spans = [span for span in finder.spans.values() if not _is_in_any(span.first, tiles)]
+    inside = [*tiles, *(span.first for span in spans)]
+    left = [(name, why) for name, why in dict(finder.left).items() if not _is_in_any(name, inside)]
+    return Savings(tuple(blocks), tuple(tiles), tuple(spans), tuple(left))
 
 
 def find_blocks(model: nn.Module) -> list[str]:
@@ -108,17 +115,21 @@ def _repeated(module: nn.Module, fqn: str) -> Iterator[str]:
 
 
 class _Finder:
-    """Search for the largest modules that may run in tiles.
+    """Search for the largest modules that may run in tiles, and for spans in others.
 
     Attributes:
         tiles: FQNs of those modules.
+        spans: Parts of other modules, by the FQNs of their first and last modules.
         left: FQNs of other modules with linear operations, and the reasons.
     """
 
-    def __init__(self, sites: Sequence[Site], above: set[str]) -> None:
+    def __init__(self, capture: Capture, above: set[str]) -> None:
+        assert capture.matches is not None
         self.tiles: list[str] = []
+        self.spans: dict[tuple[str, str], Span] = {}
         self.left: list[tuple[str, str]] = []
-        self._sites, self._above = sites, above
+        self._capture, self._above = capture, above
+        self._sites: Sequence[Site] = capture.matches.sites
         self._known: dict[Any, str] = {}
 
     def look(self, module: nn.Module, fqn: str) -> None:
@@ -127,13 +138,25 @@ class _Finder:
             return
         if fqn not in self._above and type(module).forward is not nn.Module.forward:
             reason = self._objection(module, fqn)
-            if not reason:
+            if not reason and not self._cuts_span(fqn):
                 self.tiles.append(fqn)
                 return
             if any(True for _ in module.children()):
-                self.left.append((fqn, reason))
+                self.left += [(fqn, reason)] if reason else []
+                spans, left = find_spans(self._capture, module, fqn, self._is_alone)
+                self.left += left
+                for span in spans:
+                    self.spans.setdefault((span.first, span.last), span)
         for name, child in module.named_children():
             self.look(child, join(fqn, name))
+
+    def _cuts_span(self, fqn: str) -> bool:
+        """Return True if a module has one end of a span."""
+        return any(_is_in(first, fqn) != _is_in(last, fqn) for first, last in self.spans)
+
+    def _is_alone(self, fqn: str) -> bool:
+        """Return True if a module treats each token on its own."""
+        return not self._reason(self._capture.model.get_submodule(fqn), fqn)
 
     def _objection(self, module: nn.Module, fqn: str) -> str:
         """Return the reason why a module cannot run in tiles; empty if it can."""
@@ -141,6 +164,10 @@ class _Finder:
         leaf = not any(True for _ in module.children())
         if leaf and (matrices == 1 or type(module).__module__.startswith("torch.")):
             return "it is a single operation"
+        return self._reason(module, fqn)
+
+    def _reason(self, module: nn.Module, fqn: str) -> str:
+        """Return the reason why a module does not treat each token on its own; empty if it does."""
         experts = any(site.experts for site in self._sites if _is_in(site.owner, fqn))
         sizes = {site.in_features for site in self._sites if _is_in(site.owner, fqn)}
         sizes |= {len(p) for p in module.parameters() if p.dim() == 1}
@@ -154,6 +181,10 @@ class _Finder:
 
 def _is_in(owner: str, fqn: str) -> bool:
     return owner == fqn or owner.startswith(f"{fqn}.")
+
+
+def _is_in_any(owner: str, fqns: Sequence[str]) -> bool:
+    return any(_is_in(owner, fqn) for fqn in fqns)
 
 
 def _tried(module: nn.Module, sizes: Sequence[int], experts: bool) -> str:
