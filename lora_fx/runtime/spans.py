@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -165,7 +165,7 @@ class LazyTensor(Tensor):
             if asks(func):
                 with torch_private.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            result = _recorded(func, args, kwargs, tensors) if torch.is_grad_enabled() else None
+            result = _recorded(func, args, kwargs) if torch.is_grad_enabled() else None
             if result is not None:
                 return result
         args, kwargs = pytree.tree_map_only(LazyTensor, LazyTensor.whole, (args, kwargs))
@@ -219,7 +219,7 @@ class _MixingError(Exception):
     """An operation is not one on each element."""
 
 
-class _Elementwise(torch_private.TorchDispatchMode):  # type: ignore[misc]
+class _Elementwise(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Dispatch mode that lets only operations on each element pass."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -233,17 +233,16 @@ class _Elementwise(torch_private.TorchDispatchMode):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
-def _recorded(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], operands: Sequence[Any]
-) -> LazyTensor | None:
+def _recorded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LazyTensor | None:
     """Return the result of an operation on each element, or None for any other."""
-    source, row = operands[0].source, operands[0].row
-    if any(operand.source is not source for operand in operands):
+    operands = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyTensor)]
+    if len({operand.source for operand in operands}) != 1:
         return None
+    source, row = operands[0].source, operands[0].row
     rows = pytree.tree_map_only(LazyTensor, lambda x: x.row, (args, kwargs))
     try:
         # One token shows the operators that run, and the form of the result.
-        with torch.no_grad(), torch_private.disable_dispatch_modes(), _Elementwise():
+        with torch.no_grad(), torch_private.disable_dispatch_modes(), _Elementwise():  # type: ignore[no-untyped-call]
             result = func(*rows[0], **rows[1])
     except (_MixingError, RuntimeError, TypeError, ValueError):
         return None  # PyTorch raises its own error on the values
@@ -251,8 +250,8 @@ def _recorded(
         return operands[0]  # such as dropout in eval mode
     if type(result) is not Tensor or (result.shape, result.device) != (row.shape, row.device):
         return None
-    steps = pytree.tree_map_only(LazyTensor, lambda x: x.step, (tuple(args), dict(kwargs)))
-    return _lazy(source, _Step(func, *steps, autocast_of(row.device.type)), result)
+    args, kwargs = pytree.tree_map_only(LazyTensor, lambda x: x.step, (args, kwargs))
+    return _lazy(source, _Step(func, args, kwargs, autocast_of(row.device.type)), result)
 
 
 # --- modules of a span ------------------------------------------------------------------------------------

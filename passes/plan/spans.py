@@ -104,7 +104,8 @@ class _Search:
 
     def follow(self, name: str, arguments: Mapping[str, Any]) -> Any:
         """Follow values through the graph of a module, and return its result. None is an unknown value."""
-        graph, values = self.graph(name), {}
+        values: dict[fx.Node, Any] = {}
+        graph = self.graph(name)
         assert graph is not None
         for node in graph.nodes:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
