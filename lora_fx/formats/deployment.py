@@ -22,10 +22,14 @@ DTYPES: Final[Mapping[str, torch.dtype]] = {"bf16": torch.bfloat16, "fp16": torc
 """Dtypes for which adapters can be trained, by name."""
 
 
-def deployment(name: str) -> Deployment:
+def deployment(name: str, option: str = "deploy") -> Deployment:
     """Return the storage of a name: one of :data:`DTYPES`, or a format with its default options.
 
     A name that no format makes is accepted if it can be that of a quantized base. The plan checks it.
+
+    Args:
+        name: The name.
+        option: The option that has this value, for the error.
 
     Raises:
         ConfigError: If it is no name. The message lists the names.
@@ -34,7 +38,7 @@ def deployment(name: str) -> Deployment:
     argument: object = name
     if not isinstance(argument, str) or not argument:
         raise ConfigError(
-            f"deploy={name!r}: it is the name of a storage: {_names()}, or the format of a quantized base"
+            f"{option}={name!r}: it is the name of a storage: {_names()}, or the format of a quantized base"
         )
     if name in DTYPES:
         return Deployment(name, DTYPES[name])
@@ -48,8 +52,12 @@ def _names() -> str:
     return ", ".join(map(repr, (*DTYPES, *(name for known in formats() for name in known.names))))
 
 
-def deployment_options(how: Deployment) -> Storage:
+def deployment_options(how: Deployment, option: str = "deploy") -> Storage:
     """Return the options with which a dense weight is stored in a format.
+
+    Args:
+        how: The format.
+        option: The option that named it, for the error.
 
     Raises:
         ConfigError: If no format makes weights of that name.
@@ -60,7 +68,7 @@ def deployment_options(how: Deployment) -> Storage:
         if any(how.format in known.names for known in formats()):
             raise
         raise ConfigError(
-            f"deploy={how.format!r}: no format makes such weights: use {_names()}, or a base in that format"
+            f"{option}={how.format!r}: no format makes such weights: use {_names()}, or a base in that format"
         ) from error
 
 

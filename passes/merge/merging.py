@@ -563,7 +563,6 @@ def _fold_all(
         dtypes: The dtypes of the merged weights; by default the old weight's.
         formats: The quantized weights in whose formats merged ones are stored again.
         rounding: The way in which weights are rounded.
-        cast_to: The dtype in which they are measured; their own by default.
         as_trained: Returns a weight as it was trained to be stored, with its row; None for any other.
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
@@ -604,7 +603,7 @@ def _fold_all(
         sites[weight] = measured(
             change,
             slices,
-            new.to(cast_to or dtype),
+            new,
             exhaustive=measure,
             rounding=rounding,
             nearest=result is None,
@@ -637,15 +636,20 @@ def rounded_weight(
 
 def warn_of_loss(report: MergeReport) -> None:
     """Warn if more than a tenth of what the adapters changed is lost."""
-    if report.kept < 1 - _LOSS:
-        _log.warning(
-            "merge: rounding leaves %.0f %% of what the adapters changed (%.0f %% of the entries moved). "
-            "merge(dtype=torch.float32) keeps all of it, and so does an adapter that is served without a "
-            "merge (lora_fx.save_adapter). merge(rounding='compensated', inputs=batches) keeps more of the "
-            "outputs. return_report=True tells what each weight has lost",
-            100 * report.kept,
-            100 * report.moved,
-        )
+    if not report.kept < 1 - _LOSS:
+        return
+    repaired = any(site.rounding == "compensated" for site in report.sites)
+    _log.warning(
+        "merge: rounding leaves %.0f %% of what the adapters changed (%.0f %% of the entries moved). "
+        "merge(dtype=torch.float32) keeps all of it, and so does an adapter that is served without a merge "
+        "(lora_fx.save_adapter). %srewrite(..., deploy=...) trains with the stored values. "
+        "return_report=True tells what each weight has lost",
+        100 * report.kept,
+        100 * report.moved,
+        ""
+        if repaired
+        else "merge(rounding='compensated', inputs=batches) keeps more of the outputs. ",
+    )
 
 
 def _check_stored(model: nn.Module, weights: Collection[str], *, requantize: bool) -> None:
@@ -711,7 +715,8 @@ def merge(
         own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
             By default unfolded parameters are shared and frozen.
         rounding: The way in which weights are rounded.
-        cast_to: The dtype to which the caller casts the result. The report measures it in this dtype.
+        cast_to: The dtype to which the caller casts the result. Merged weights have it already, so that they
+            are rounded once.
         measure: True to compare every merged element with fp64. Otherwise the share of the change
             that is kept comes from a sample of each weight.
         progress: Called before each weight, as in :func:`lora_fx.merge`.
@@ -755,11 +760,12 @@ def merge(
     _restore(result, restored)
     stored = _quantized_before(result, requantize=requantize and not for_format)
     common = dtype or (None if requantize else dtype_of_all(result))
-    biases = merged_biases(model, result, _rows_of(folds), full, common)
+    biases = merged_biases(model, result, _rows_of(folds), full, cast_to or common)
     over = frozenset() if into is None else _written_over(into, full)
     layouts = layouts_of(record.base.matches.sites)
     dtypes = {name: quantization.dtype for name, quantization in stored.items()}
-    dtypes |= {} if common is None else dict.fromkeys(folds, common)
+    for_folds = cast_to or common
+    dtypes |= {} if for_folds is None else dict.fromkeys(folds, for_folds)
     # The last step that can fail, before its first write: `into` changes completely or not at all.
     merged, sites = _fold_all(
         folds,

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lora_fx.formats import dense, deployment, deployment_options, stored
-from lora_fx.ir import Deployment, Plan, PlannedSite
+from lora_fx.formats import Storage, dense, deployment, deployment_options, stored
+from lora_fx.ir import Plan, PlannedSite
 from lora_fx.passes.merge.compensated import matrix_of
 from lora_fx.passes.parameters import gathered, weight_at
 
@@ -36,14 +36,18 @@ def with_prediction(plan: Plan, model: nn.Module, name: str) -> Plan:
         ConfigError: If there is no such storage.
         QuantizationError: If its library is missing.
     """
-    how = deployment(name)
+    how = deployment(name, "merge_into")
+    options = None if how.dtype is not None else deployment_options(how, "merge_into")
     rows = tuple(
-        dataclasses.replace(row, least_change=_of_site(row, model, how)) for row in plan.sites
+        dataclasses.replace(row, least_change=_of_site(row, model, how.dtype, options))
+        for row in plan.sites
     )
     return dataclasses.replace(plan, sites=rows, merge_into=name)
 
 
-def _of_site(row: PlannedSite, model: nn.Module, how: Deployment) -> float | None:
+def _of_site(
+    row: PlannedSite, model: nn.Module, dtype: torch.dtype | None, options: Storage | None
+) -> float | None:
     weight = weight_at(model, row.site.weight)
     if weight.is_meta:
         return None
@@ -51,13 +55,12 @@ def _of_site(row: PlannedSite, model: nn.Module, how: Deployment) -> float | Non
     if matrix is None:
         return None
     sample = matrix[:: max(1, len(matrix) // _ROWS)][:_ROWS].contiguous()
-    if how.dtype is not None:
-        dtype = how.dtype
+    if options is None:
         return least_change(sample, lambda values: values.to(dtype).float())
-    options = deployment_options(how)
-    if options.objection(sample.shape, torch.float32) is not None:
+    if options.objection((len(sample), sample.shape[1]), torch.float32) is not None:
         return None
-    return least_change(sample, lambda values: dense(stored(values, options), torch.float32))
+    how = options
+    return least_change(sample, lambda values: dense(stored(values, how), torch.float32))
 
 
 def least_change(weight: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> float:

@@ -271,7 +271,9 @@ class MergedSite:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OutputError:
-    """The effect of requantizing on the outputs for example inputs; in evaluation, over all floating outputs.
+    """The effect of rounding on the outputs for example inputs; in evaluation, over all floating outputs.
+
+    Both models compute in their own dtypes. In half precision that rounds activations, too.
 
     Attributes:
         relative_error: ``‖y_q - y‖ / ‖y‖``, with y of the adapted model and y_q of the merged one.
@@ -285,8 +287,8 @@ class OutputError:
 
     def __str__(self) -> str:
         return (
-            f"outputs: off by {self.relative_error:.2e} of their norm after quantizing again (a single value "
-            f"by at most {self.largest:.2e}), where the adapters change them by {self.relative_change:.2e}"
+            f"outputs: off by {self.relative_error:.2e} of their norm after the merge (a single value by at "
+            f"most {self.largest:.2e}), where the adapters change them by {self.relative_change:.2e}"
         )
 
 
@@ -297,7 +299,7 @@ class MergeReport:
     Attributes:
         sites: One row a weight.
         untied: FQNs that shared their storage with another parameter before the merge, but not after it.
-        outputs: The effect of quantizing again on the outputs; None if that was not measured.
+        outputs: The effect of rounding on the outputs; None if that was not measured.
         shared: FQNs of the frozen parameters that are shared with the model before the rewrite.
     """
 

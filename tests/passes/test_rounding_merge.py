@@ -7,6 +7,8 @@ import logging
 import math
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -337,3 +339,20 @@ def test_unfit_inputs_are_refused(batches: list[torch.Tensor], reason: str) -> N
 def test_unknown_rounding_is_refused() -> None:
     with pytest.raises(lora_fx.MergeError, match="'nearest', 'compensated', 'stochastic'"):
         lora_fx.merge(trained(network(), 1e-2), rounding="gptq")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [("fp32", 0.9999), ("fp16", 0.99)])
+def test_export_merges_into_the_dtype_of_the_file(tmp_path: Any, dtype: Any, kept: float) -> None:
+    model = trained(network(), 1e-3)
+    path = tmp_path / "model.onnx"
+    report = lora_fx.export_onnx(model, path, torch.randn(2, 64, dtype=torch.bfloat16), dtype=dtype)
+    assert report.merged is not None
+    assert report.merged.kept > kept  # a merge into bf16 keeps 0.6
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    exact = lora_fx.merge(model, dtype=torch.float64)[0].weight.detach()
+    expected = exact.to({"fp32": torch.float32, "fp16": torch.float16}[dtype])
+    assert any(
+        array.shape in (expected.shape, expected.T.shape)
+        and (np.array_equal(array, expected.numpy()) or np.array_equal(array, expected.T.numpy()))
+        for array in stored.values()
+    )

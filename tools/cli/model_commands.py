@@ -366,7 +366,7 @@ def merge(
         out: For hf: models a folder, for others a .safetensors file of the state dict.
         dtype: fp32, fp16 or bf16; by default the model's.
         requantize: Quantize merged weights of a quantized model again.
-        rounding: nearest, compensated (errors along a row add up to about zero) or stochastic.
+        rounding: nearest, stochastic, or compensated: without inputs, which only lora_fx.merge takes.
         seed: The seed of stochastic rounding.
         every: Measure the error of every weight, and show it.
         force: Overwrite existing files.

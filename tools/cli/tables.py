@@ -294,6 +294,8 @@ def render_export(report: ExportReport) -> RenderableType:
         *_pairs(("fixed axis", "because"), fixed),
         *_pairs(("fixed argument", "value"), report.baked_arguments),
     ]
+    if report.merged is not None:
+        parts.append(Text(report.merged.summary))
     if report.verified:
         parts.append(_parity(report))
     parts += _pairs(("not fused", "because"), report.not_fused)

@@ -243,6 +243,7 @@
     return `rgba(${mixed.join(",")},0.55)`;
   }
 
+  const SHARES = ["kept", "output_error"];
   // Counts all operations, not only the adapted ones.
   const OF_ALL = ["quantized", "lost"];
   const valueOf = (row, key) => (key === "quantized" ? (row.quantized ? 1 : 0) : row[key]);
@@ -256,7 +257,7 @@
   function colorBy(key) {
     for (const graph of graphs) {
       const values = graph.sites.filter((row) => counts(row, key)).map((row) => valueOf(row, key));
-      const low = Math.min(...values), high = Math.max(...values), span = high - low || 1;
+      const [low, high] = SHARES.includes(key) ? [0, 1] : [Math.min(...values), Math.max(...values)], span = high - low || 1;
       const known = new Map();
       graph.color = !key || !values.length ? null : (box) => {
         if (!known.has(box)) {
