@@ -548,7 +548,6 @@ def _fold_all(
     dtypes: Mapping[str, torch.dtype],
     formats: Mapping[str, nn.Parameter],
     rounding: Rounding,
-    cast_to: torch.dtype | None,
     as_trained: Callable[[str], tuple[torch.Tensor, MergedSite] | None],
     measure: bool,
     progress: Progress,
@@ -776,7 +775,6 @@ def merge(
         dtypes=dtypes,
         formats={name: result.get_parameter(name) for name in stored if requantize},
         rounding=rounding,
-        cast_to=cast_to,
         as_trained=lambda weight: (
             deployed_site(model, *targets[weight], dtypes.get(weight))
             if weight in targets
