@@ -326,6 +326,7 @@ def merge(
     own: bool = ...,
     rounding: RoundingName = ...,
     inputs: Iterable[Any] | None = ...,
+    forward: Callable[[nn.Module, Any], Any] | None = ...,
     seed: int = ...,
     example_inputs: Any = ...,
     return_report: Literal[False] = ...,
@@ -342,6 +343,7 @@ def merge(
     own: bool = ...,
     rounding: RoundingName = ...,
     inputs: Iterable[Any] | None = ...,
+    forward: Callable[[nn.Module, Any], Any] | None = ...,
     seed: int = ...,
     example_inputs: Any = ...,
     return_report: Literal[True],
@@ -358,6 +360,7 @@ def merge(
     own: bool = False,
     rounding: RoundingName = "nearest",
     inputs: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
     example_inputs: Any = None,
     return_report: bool = False,
@@ -374,7 +377,8 @@ def merge(
         unexpected: Other arguments by position are refused: options have names.
         adapter_names: The adapters to merge; by default the active ones.
         into: Fold into this model, of the original class, instead of a copy of the base. Its weights are
-            overwritten slice by slice, which needs no second copy. A parameter whose memory is shared with
+            overwritten slice by slice, which needs no second copy. A copy or a cast of it is another model:
+            a merge into that adds to what it has. A parameter whose memory is shared with
             something else (as the model that was rewritten shares it with ``model``) is replaced by a new
             one. A second merge begins with the weights from before the first one, which are copied from the
             base; with no ``adapter_names`` it restores them. For a quantized base, pass a dense model: the
@@ -395,6 +399,7 @@ def merge(
             experts, biases and formats without a known grid are rounded to nearest.
         inputs: Batches as for :func:`initialize`, on which compensated rounding depends; 100 to 1000 samples
             are enough. The report then has the error of each site's output for them.
+        forward: A function that calls the model with a batch of ``inputs``, if they have another form.
         seed: The seed of stochastic rounding.
         example_inputs: As for :func:`rewrite`: the report then has the error of the model's outputs.
         return_report: True to measure every merged weight against fp64 and return the report as well.
@@ -422,7 +427,7 @@ def merge(
     how = Rounding.named(rounding, seed=seed)
     if inputs is not None:
         names = merging.chosen(require_record(model, MergeError), adapter_names)
-        moments = input_moments(model, inputs, names, progress=progress)
+        moments = input_moments(model, inputs, names, forward=forward, progress=progress)
         how = dataclasses.replace(how, moments=moments)
     merged, report = merging.merge(
         model,

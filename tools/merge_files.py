@@ -46,6 +46,7 @@ from lora_fx.passes.merge import (
     check_dtype,
     measured,
     merging,
+    rows_of_report,
     warn_of_loss,
 )
 from lora_fx.passes.parameters import own_value, persistent_buffers
@@ -65,8 +66,13 @@ COMPANIONS: Final = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    "*processor_config.json",
+    "image_processor.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "modeling_*.py",
+    "configuration_*.py",
+    "LICENSE*",
     "chat_template*",
     "*.model",
 )
@@ -500,13 +506,7 @@ class _Merge:
 
     def rows(self, rows: Mapping[str, MergedSite]) -> tuple[MergedSite, ...]:
         """Return the rows of a report: weights that are still tied have the same numbers."""
-        folds, tied = self._changes.folds, self._changes.tied
-        return tuple(
-            dataclasses.replace(
-                rows[tied.get(name, name)], name=fold.name, adapters=tuple(fold.adapters)
-            )
-            for name, fold in folds.items()
-        )
+        return rows_of_report(self._changes.folds, self._changes.tied, rows)
 
     def settings(self) -> dict[str, str]:
         """Return the texts of the configuration and of the index, by the names of their files."""

@@ -34,7 +34,7 @@ def input_moments(
 
     Args:
         model: A rewritten model; it is not changed.
-        batches: Batches of inputs, as for :func:`lora_fx.initialize`.
+        batches: Batches of inputs, as for :func:`lora_fx.initialize`, or a single one.
         adapter_names: The adapters whose sites are observed.
         forward: A function that calls the model with a batch, if batches have another form.
         progress: As for :func:`lora_fx.initialize`.
@@ -43,6 +43,10 @@ def input_moments(
         MergeError: If the batches are empty, do not fit the model, do not reach a site, or give it values
             that are not finite.
     """
+    if isinstance(batches, torch.Tensor) or hasattr(batches, "keys"):
+        batches = [batches]
+    if not isinstance(batches, Iterable):
+        raise MergeError(f"inputs is a {type(batches).__name__}: give a list of batches")
     twin = share_copy(model)
     record = require_record(twin)
     rows = {

@@ -235,10 +235,13 @@ def moments(
             x = x / torch.where(largest > 0, largest, x.abs().max().clamp_min(1e-30))
         elif counted is not None and len(counted) == len(x):
             x = x[counted]
-        return x.T @ x
+        with torch.autocast(x.device.type, enabled=False):
+            return x.T @ x
 
     def see(row: PlannedSite, x: torch.Tensor) -> None:
         nonlocal last
+        if not scaled and counted is not None and not counted.any():
+            return
         version = 0 if x.is_inference() else version_counter(x)
         # Queries, keys and values have the same input. The reference keeps its memory from being used again.
         if last is None or last[1] != version or not x.is_set_to(last[0]):

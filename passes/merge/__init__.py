@@ -12,6 +12,7 @@ from lora_fx.passes.merge.merging import (
     changes_of,
     measured,
     merge,
+    rows_of_report,
     warn_of_loss,
 )
 from lora_fx.passes.merge.prediction import with_prediction
@@ -36,6 +37,7 @@ __all__ = [
     "merge",
     "merging",
     "rounded",
+    "rows_of_report",
     "stripped",
     "ulp",
     "warn_of_loss",

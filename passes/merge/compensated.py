@@ -10,6 +10,7 @@ chosen once more while all others stay (coordinate descent: Behdin et al. 2023, 
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Literal, cast, get_args
 
@@ -57,6 +58,8 @@ class Rounding:
         if name not in get_args(RoundingName):
             names = ", ".join(map(repr, get_args(RoundingName)))
             raise MergeError(f"rounding={name!r} is unknown: use {names}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise MergeError(f"seed={seed!r}: it is a whole number")
         return cls(cast("RoundingName", name), seed=seed)
 
     def round(
@@ -80,7 +83,9 @@ class Rounding:
             first, last = site.rows or (0, len(matrix))
             part, within = matrix[first:last], grid.rows(first, last)
             if self.name == "stochastic":
-                generator = torch.Generator(matrix.device).manual_seed(self.seed)
+                # Weights of one shape must not have the same noise.
+                number = zlib.crc32(f"{self.seed} {site.name}".encode())
+                generator = torch.Generator(matrix.device).manual_seed(number)
                 result[first:last] = stochastic(part, within, generator)
             else:
                 moments = self.moments.get(site.name)
@@ -118,6 +123,7 @@ def _row_moments(columns: int) -> torch.Tensor:
     return torch.eye(columns) + 1
 
 
+@torch.no_grad()
 def compensated(values: torch.Tensor, grid: Grid, moments: torch.Tensor) -> torch.Tensor:
     """Round a matrix to values of a grid, with small errors of its products.
 
@@ -129,6 +135,11 @@ def compensated(values: torch.Tensor, grid: Grid, moments: torch.Tensor) -> torc
     Returns:
         fp32, [out, in].
     """
+    with torch.autocast(values.device.type, enabled=False):
+        return _compensated(values, grid, moments)
+
+
+def _compensated(values: torch.Tensor, grid: Grid, moments: torch.Tensor) -> torch.Tensor:
     moments = moments.to(values.device, torch.float32).clone()
     moments.diagonal().add_(moments.diagonal().mean().clamp_min(1e-30) * _DAMPING)
     upper = _unit_factor(moments)

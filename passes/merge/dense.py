@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -104,20 +105,37 @@ def cast_model(
     Raises:
         MergeError: If a number overflows.
     """
-    new: dict[tuple[object, ...], nn.Parameter] = {}
+    uses = Counter(
+        memory_of(old) for module in model.modules() for old in _to_cast(module, dtype).values()
+    )
+    # With the old parameter, so that its memory is not used again while other names of it are to come.
+    tied: dict[tuple[object, ...], tuple[nn.Parameter, nn.Parameter]] = {}
     for fqn, module in model.named_modules():
-        for leaf, old in module._parameters.items():
-            if old is None or old.dtype == dtype or not old.is_floating_point():
-                continue
-            if _stored(old) is not None or is_lazy(old):
-                continue
+        for leaf, old in _to_cast(module, dtype).items():
             key = memory_of(old)
-            if key not in new:
-                new[key] = _cast_parameter(old, dtype, f"{fqn}.{leaf}", keep)
-            module._parameters[leaf] = new[key]
+            if key in tied:
+                module._parameters[leaf] = tied[key][1]
+                continue
+            new = _cast_parameter(old, dtype, f"{fqn}.{leaf}", keep)
+            module._parameters[leaf] = new
+            if uses[key] > 1:
+                tied[key] = old, new
         for leaf, buffer in module._buffers.items() if buffers else ():
             if buffer is not None and buffer.is_floating_point() and leaf not in KEPT_IN_FP32:
                 module._buffers[leaf] = cast(buffer, dtype, f"{fqn}.{leaf}")
+
+
+def _to_cast(module: nn.Module, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module that a cast to a dtype replaces, by name."""
+    return {
+        leaf: old
+        for leaf, old in module._parameters.items()
+        if old is not None
+        and old.dtype != dtype
+        and old.is_floating_point()
+        and _stored(old) is None
+        and not is_lazy(old)
+    }
 
 
 def _cast_parameter(

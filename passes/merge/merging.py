@@ -112,6 +112,7 @@ __all__ = [
     "place_trained",
     "requantized_site",
     "rounded_weight",
+    "rows_of_report",
     "trained",
     "unshared",
     "untie_config",
@@ -552,7 +553,7 @@ def _fold_all(
     measure: bool,
     progress: Progress,
     keep: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], tuple[MergedSite, ...]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, MergedSite]]:
     """Fold weights. Everything that can fail is done before the first weight is overwritten.
 
     Args:
@@ -568,7 +569,7 @@ def _fold_all(
         keep: Called with each new tensor, returns the tensor to use instead.
 
     Returns:
-        The merged weights that are new tensors, by FQN, and the row of each weight in the report.
+        The merged weights that are new tensors, and the row of each weight in the report, both by FQN.
 
     Raises:
         MergeError: If a merged weight overflows; nothing has been written then.
@@ -613,7 +614,7 @@ def _fold_all(
         for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
             tell(done, len(changes), changes[weight].name)
             fold(weight)
-    return merged, tuple(sites[weight] for weight in changes)
+    return merged, sites
 
 
 def rounded_weight(
@@ -751,10 +752,11 @@ def merge(
     base = stripped(model, record)
     result = base if into is None else into
     full = dict(trained(model, record, names))
-    written = {*folds, *full, *(name for name, _ in changed_buffers(model, record))}
+    whole = {*full, *(name for name, _ in changed_buffers(model, record))}
+    written = {*folds, *whole}
     written |= {row.site.bias for row, _ in _rows_of(folds) if row.site.bias}
     sources = {} if into is None else values_by_name(base)
-    restored, origins = find_origins(result, sources, written, full)
+    restored, origins = find_origins(result, sources, written, whole)
     before = list(result.named_parameters(remove_duplicate=False))
     _restore(result, restored)
     stored = _quantized_before(result, requantize=requantize and not for_format)
@@ -786,7 +788,8 @@ def merge(
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
-    untied = place_merged(result, merged, _still_tied(tied, folds, full), over)
+    still_tied = _still_tied(tied, folds, full)
+    untied = place_merged(result, merged, still_tied, over)
     _become_layers(result, trained_for)
     untie_config(result)
     if stored:
@@ -806,7 +809,7 @@ def merge(
     if not requantize:  # such a model is refused as `into`
         note_origins(result, origins, written)
     shard_again(result, units)
-    report = MergeReport(sites, untied, shared=shared)
+    report = MergeReport(rows_of_report(folds, still_tied, sites), untied, shared=shared)
     warn_of_loss(report)
     return result, report
 
@@ -900,6 +903,26 @@ def changes_of(model: nn.Module, dtype: torch.dtype | None = None) -> Changes:
         name: value for name, value in persistent_buffers(model).items() if not value.is_meta
     }
     return Changes(folds, full, biases, buffers, _still_tied(tied, folds, full))
+
+
+def rows_of_report(
+    folds: Mapping[str, Fold | TokenFold],
+    tied: Mapping[str, str],
+    rows: Mapping[str, MergedSite],
+) -> tuple[MergedSite, ...]:
+    """Return the rows of a report. Weights that are still tied have the same numbers.
+
+    Args:
+        folds: The changes of each weight.
+        tied: Weights that are stored once with another one, by FQN.
+        rows: The rows of the stored weights.
+    """
+    return tuple(
+        dataclasses.replace(
+            rows[tied.get(weight, weight)], name=fold.name, adapters=tuple(fold.adapters)
+        )
+        for weight, fold in folds.items()
+    )
 
 
 def _targets(folds: Mapping[str, Fold | TokenFold]) -> dict[str, tuple[PlannedSite, str]]:

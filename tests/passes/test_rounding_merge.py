@@ -305,6 +305,91 @@ def test_compensated_merge_into_a_format(scheme: str) -> None:
         assert errors["compensated"] < errors["nearest"]
 
 
+# --- reports of tied weights, random numbers, autocast, casts -----------------------------------------
+
+
+def test_head_that_stays_tied_has_the_row_of_the_stored_weight() -> None:
+    torch.manual_seed(0)
+    model = llama(1)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    config = lora_fx.LoraConfig(
+        r=4, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True
+    )
+    adapted = lora_fx.rewrite(model.bfloat16(), config)
+    pair = factors_of(adapted, require_record(adapted).adapters["default"].sites[0], "default")
+    with torch.no_grad():
+        pair.a.normal_(std=0.01)
+        pair.b.normal_(std=0.01)
+    merged, report = lora_fx.merge(adapted, rounding="stochastic", return_report=True)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    first, second = report.sites
+    assert first.name != second.name
+    assert (first.kept, first.rounding) == (second.kept, second.rounding)
+
+
+def test_random_rounding_differs_between_weights_of_one_shape_and_between_seeds() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 64)
+    base = nn.Sequential(layer, copy.deepcopy(layer)).bfloat16()
+    model = trained(base, 1e-3)
+    with torch.no_grad():  # the same change twice
+        first, second = (
+            factors_of(model, row, "default")
+            for row in require_record(model).adapters["default"].sites
+        )
+        second.a.copy_(first.a)
+        second.b.copy_(first.b)
+    merged = lora_fx.merge(model, rounding="stochastic")
+    assert not torch.equal(merged[0].weight, merged[1].weight)
+    again = lora_fx.merge(model, rounding="stochastic")
+    assert torch.equal(merged[0].weight, again[0].weight)
+    other = lora_fx.merge(model, rounding="stochastic", seed=1)
+    assert not torch.equal(merged[0].weight, other[0].weight)
+
+
+def test_autocast_does_not_change_a_merge() -> None:
+    model = trained(network(), 1e-3)
+    batches = [correlated_inputs(64, 64, seed).bfloat16() for seed in range(4)]
+    plain = lora_fx.merge(model, rounding="compensated", inputs=batches)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = lora_fx.merge(model, rounding="compensated", inputs=batches)
+    assert torch.equal(plain[0].weight, again[0].weight)
+
+
+def test_cast_keeps_trained_parameters_apart() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(32, 32) for _ in range(12)))
+    model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, bias="all", target_modules=["0"]))
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    with torch.no_grad():
+        for number, bias in enumerate(biases):
+            bias.fill_(number)
+    merged = lora_fx.merge(model, dtype=torch.bfloat16)
+    assert len({id(layer.bias) for layer in merged}) == 12
+    for layer, expected in zip(merged, lora_fx.merge(model), strict=True):
+        assert torch.equal(layer.bias.float(), expected.bias)
+
+
+def test_trained_statistics_do_not_forbid_a_second_merge_into_a_model() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    model = trained_with_statistics(base)
+    target = copy.deepcopy(base)
+    expected = lora_fx.merge(model).state_dict()
+    for _ in range(2):
+        lora_fx.merge(model, into=target)
+        state = target.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def trained_with_statistics(base: nn.Module) -> Any:
+    config = lora_fx.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model = lora_fx.rewrite(base, config).train()
+    for _ in range(3):
+        model(torch.randn(16, 8))
+    return model.eval()
+
+
 # --- bad input ----------------------------------------------------------------------------------------
 
 
@@ -325,9 +410,10 @@ class TwoPaths(nn.Module):
         ([torch.full((2, 8), math.nan)], "not finite"),
         ([], "empty"),
         ([torch.randn(2, 9)], "does not take it"),
+        (5, "a list of batches"),
     ],
 )
-def test_unfit_inputs_are_refused(batches: list[torch.Tensor], reason: str) -> None:
+def test_unfit_inputs_are_refused(batches: Any, reason: str) -> None:
     model = trained(TwoPaths(), 1e-2, target_modules=["used", "idle"])
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(lora_fx.MergeError, match=reason):
@@ -336,7 +422,18 @@ def test_unfit_inputs_are_refused(batches: list[torch.Tensor], reason: str) -> N
     assert lora_fx.merge(model) is not None
 
 
+def test_tokens_that_are_all_masked_reach_no_site() -> None:
+    batch = {"input_ids": torch.ones(2, 5, dtype=torch.long)}
+    batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
+    model = trained(llama(1).bfloat16(), 1e-3, target_modules=["q_proj"])
+    with pytest.raises(lora_fx.MergeError, match="does not reach"):
+        lora_fx.merge(model, rounding="compensated", inputs=batch)
+    assert lora_fx.merge(model, inputs={"input_ids": batch["input_ids"]}) is not None
+
+
 def test_unknown_rounding_is_refused() -> None:
+    with pytest.raises(lora_fx.MergeError, match=r"seed=1\.5"):
+        lora_fx.merge(trained(network(), 1e-2), rounding="stochastic", seed=1.5)  # type: ignore[call-overload]
     with pytest.raises(lora_fx.MergeError, match="'nearest', 'compensated', 'stochastic'"):
         lora_fx.merge(trained(network(), 1e-2), rounding="gptq")  # type: ignore[call-overload]
 
