@@ -378,7 +378,7 @@ def merge(
         adapter_names: The adapters to merge; by default the active ones.
         into: Fold into this model, of the original class, instead of a copy of the base. Its weights are
             overwritten slice by slice, which needs no second copy. A copy or a cast of it is another model:
-            a merge into that adds to what it has. A parameter whose memory is shared with
+            a merge into that adds to its weights. A parameter whose memory is shared with
             something else (as the model that was rewritten shares it with ``model``) is replaced by a new
             one. A second merge begins with the weights from before the first one, which are copied from the
             base; with no ``adapter_names`` it restores them. For a quantized base, pass a dense model: the

@@ -326,7 +326,6 @@ def test_into_a_dense_model_adds_to_its_weights() -> None:
         ({"dtype": torch.float16, "requantize": True}, "leave out dtype"),
         ({"into": llama(1), "requantize": True}, "leave out into"),
         ({"into": llama(1), "dtype": torch.float16}, "into keeps its dtype"),
-        ({"example_inputs": IDS}, "requantize=True"),
     ],
 )
 def test_arguments_that_exclude_each_other(how: dict[str, Any], message: str) -> None:
