@@ -40,13 +40,13 @@ class Saving(NamedTuple):
     """The ways in which a module keeps less.
 
     Attributes:
-        block: Whether it runs again in the backward.
+        blocks: If it runs again in the backward: the number of all modules that do. Else 0.
         tiles: Whether it runs a tile of tokens at a time.
         first, last: Whether it is the first or the last module of a span.
         spans: The modules of its spans, if it is their layer.
     """
 
-    block: bool = False
+    blocks: int = 0
     tiles: bool = False
     first: bool = False
     last: bool = False
@@ -72,7 +72,7 @@ class Savings:
     def of(self, fqn: str) -> Saving:
         """Return how a module keeps less."""
         return Saving(
-            fqn in self.blocks,
+            len(self.blocks) if fqn in self.blocks else 0,
             fqn in self.tiles,
             any(span.first == fqn for span in self.spans),
             any(span.last == fqn for span in self.spans),

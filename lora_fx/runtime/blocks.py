@@ -38,11 +38,15 @@ def recomputing_in(context: _Contexts) -> Iterator[None]:
         _around.reset(token)
 
 
-def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def recomputed(forward: Callable[..., Any], blocks: int) -> Callable[..., Any]:
     """Return a forward that runs again in the backward, in training with gradients.
 
     An empty cache of keys and values, which a model of transformers makes by default, is left out. A call
     that gets another object which the block might change, such as a filled cache, runs as it is.
+
+    Args:
+        forward: The forward of a block.
+        blocks: The number of blocks of the model.
     """
 
     @functools.wraps(forward)
@@ -64,16 +68,18 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             leaves[:] = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             return forward(self, *positional, **keywords)
 
-        return _checkpointed(self, call, [leaves[index] for index in tensors])
+        return _checkpointed(self, call, [leaves[index] for index in tensors], blocks)
 
     return run
 
 
-def _checkpointed(module: nn.Module, call: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
+def _checkpointed(
+    module: nn.Module, call: Callable[..., Any], tensors: Sequence[Tensor], blocks: int
+) -> Any:
     if torch.compiler.is_compiling():
         return checkpoint(call, *tensors, use_reentrant=False)
     contexts = functools.partial(_contexts, Replay(module), _around.get())
-    with on_host(tensors):
+    with on_host(tensors, blocks):
         return checkpoint(call, *tensors, use_reentrant=False, context_fn=contexts)
 
 

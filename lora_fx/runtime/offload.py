@@ -12,6 +12,7 @@ On a CPU there is no other memory, and tensors stay where they are. A planner co
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 
-__all__ = ["on_host", "simulated"]
+__all__ = ["check_room", "on_host", "simulated"]
+
+_log = logging.getLogger("lora_fx")
 
 _SEPARATE = ("cuda", "xpu")  # types of devices with their own memory and with streams
 
@@ -113,7 +116,7 @@ _copies: Any = WeakTensorKeyDictionary()
 _last: ContextVar[weakref.ref[_HostCopy] | None] = ContextVar("lora_fx_last_copy", default=None)
 
 
-def on_host(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
+def on_host(args: Sequence[Any], blocks: int) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which autograd keeps the arguments of a block in the memory of the host.
 
     Masks and positions are shared by all blocks, and stay. On a device without its own memory, the context
@@ -122,6 +125,7 @@ def on_host(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     Args:
         args: The arguments. Tensors of the shape and dtype of the first one are moved, and any that require a
             gradient.
+        blocks: The number of blocks of the model.
 
     Raises:
         ConfigError: When the host has less free memory than a tensor needs.
@@ -133,16 +137,19 @@ def on_host(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
 
     def pack(tensor: Tensor) -> Any:
         moves = tensor.requires_grad or (tensor.shape, tensor.dtype) == form
-        return _copied(tensor) if moves and type(tensor) is Tensor else tensor
+        return _copied(tensor, blocks) if moves and type(tensor) is Tensor else tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
 
-def _copied(tensor: Tensor) -> _HostCopy:
+def _copied(tensor: Tensor, blocks: int) -> _HostCopy:
     copy: _HostCopy | None = _copies.get(tensor)
     version = torch_private.version_counter(tensor)
     if copy is None or copy.version != version:
-        _check_room(tensor)
+        if tensor.device.type in _SEPARATE:
+            last = _last.get()
+            is_first = last is None or last() is None
+            check_room(tensor.numel() * tensor.element_size(), blocks if is_first else 1)
         copy = _copies[tensor] = _HostCopy(tensor.detach(), version, _last.get())
         _last.set(weakref.ref(copy))
     return copy
@@ -152,14 +159,30 @@ def _unpack(saved: Any) -> Tensor:
     return saved.fetch() if isinstance(saved, _HostCopy) else saved
 
 
-def _check_room(tensor: Tensor) -> None:
-    if tensor.device.type not in _SEPARATE:
-        return
+def check_room(size: int, copies: int) -> None:
+    """Check the free memory of the host.
+
+    Args:
+        size: The bytes of the next copy.
+        copies: The number of copies of about this size that a step makes from here on. A warning tells if
+            they need more memory than is free.
+
+    Raises:
+        ConfigError: If the next copy needs more memory than is free.
+    """
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    needed = tensor.numel() * tensor.element_size()
-    if needed > free:
+    remedy = "use shorter sequences or memory='balanced'"
+    if size > free:
         raise ConfigError(
             f"memory='least' keeps the inputs of blocks in the memory of the host, and the next one takes "
-            f"{needed / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: use shorter sequences or "
-            "memory='balanced'"
+            f"{size / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free: {remedy}"
+        )
+    if size * copies > free:
+        _log.warning(
+            "memory='least' keeps the inputs of %d blocks in the memory of the host: about %.1f GB in this "
+            "step, and %.1f GB are free: %s",
+            copies,
+            size * copies / 1e9,
+            free / 1e9,
+            remedy,
         )

@@ -568,7 +568,9 @@ def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
         inner = spans.spanned(inner, how.saving.spans) if how.saving.spans else inner
         forward = around(cls.forward, inner)
         # Outside of the decorator by which layers of transformers checkpoint themselves.
-        entries["forward"] = blocks.recomputed(forward) if how.saving.block else forward
+        entries["forward"] = (
+            blocks.recomputed(forward, how.saving.blocks) if how.saving.blocks else forward
+        )
     watched_cls = subclass(
         (_Watched, Hooked),
         cls,

@@ -386,6 +386,17 @@ def test_inputs_of_blocks_wait_on_the_host() -> None:
     kept.backward()
 
 
+def test_memory_of_the_host_is_checked_before_the_step(caplog: pytest.LogCaptureFixture) -> None:
+    offload.check_room(1 << 10, 100)
+    assert not caplog.records
+    offload.check_room(1 << 26, 1 << 20)
+    (entry,) = caplog.records
+    assert "1048576 blocks" in entry.getMessage()
+    assert "GB are free" in entry.getMessage()
+    with pytest.raises(ConfigError, match=r"takes 1152921504\.6 GB of"):
+        offload.check_room(1 << 60, 1)
+
+
 # --- what happens between a forward and its backward --------------------------------------------------
 
 
