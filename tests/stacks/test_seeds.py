@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import time
 from pathlib import Path
@@ -44,7 +45,8 @@ def test_each_process_has_the_factors_of_the_first(tmp_path: Path) -> None:
 
 def left_alone(rank: int, folder: str) -> None:
     meeting, joined = f"file://{folder}/meeting", Path(folder, "joined")
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    limit = dt.timedelta(seconds=10)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS, timeout=limit)
     if rank == 0:
         # A process that leaves while another one still connects ends that one, too.
         while not joined.exists():
