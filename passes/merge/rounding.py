@@ -401,7 +401,7 @@ class MergeReport:
         if not math.isnan(self.kept):
             parts.append(f"{100 * self.kept:.3g} % of the change kept")
         if not math.isnan(self.output_error):
-            parts.append(f"outputs of a site off by {100 * self.output_error:.3g} % of its effect")
+            parts.append(f"outputs off by {100 * self.output_error:.3g} % of the adapters' effect")
         if trained:
             names = ", ".join(dict.fromkeys(site.deployed for site in trained))
             parts.append(f"{len(trained)} stored as {names}, for which they were trained")

@@ -225,7 +225,7 @@ def test_report_has_the_error_of_outputs_for_inputs() -> None:
     expected = float((x @ (new - exact).T).norm() / (x @ (exact - old).T).norm())
     assert report.sites[0].output_error == pytest.approx(expected, rel=1e-4)
     assert report.output_error == report.sites[0].output_error
-    assert "of its effect" in str(report)
+    assert "of the adapters' effect" in str(report)
 
 
 def test_parts_of_a_weight_have_the_inputs_of_their_own() -> None:

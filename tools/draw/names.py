@@ -261,11 +261,14 @@ def picture_of_merge(report: MergeReport) -> Picture:
             dataclasses.replace(row, error=ulp, lost=again, kept=kept, output_error=outputs)
         )
     named += [(name.removesuffix(".weight"), _Leaf(marks=("untied",))) for name in report.untied]
-    changes = (
+    rounded = [site for site in report.sites if not site.requantized]
+    ulps = "" if not rounded or math.isnan(report.max_ulp) else f"{report.max_ulp:.4f} ulp"
+    known = (
         ("weights merged", str(len(report.sites))),
-        ("largest error", f"{report.max_ulp:.4f} ulp"),
+        ("largest error", ulps),
         ("share of ΔW kept", _figure(report.kept)),
     )
+    changes = tuple(fact for fact in known if fact[1])
     root = _tree(named)
     return Picture("Merge", changes, root, sites=tuple(rows), adapters=("",), counted=False)
 
