@@ -97,10 +97,12 @@ def adapted(base: nn.Module, share: float) -> nn.Module:
 
 
 def outputs(model: nn.Module, inputs: Inputs) -> Tensor:
-    """Return the hidden states that a model gives in fp32, flat."""
+    """Return the hidden states that a model gives in fp32, without those of padding, flat."""
     wide = copy.deepcopy(model).float()
     with torch.no_grad():
-        states = [wide(**batch).last_hidden_state for batch in inputs]
+        states = [
+            wide(**batch).last_hidden_state[batch["attention_mask"].bool()] for batch in inputs
+        ]
     return torch.cat([state.flatten() for state in states]).double()
 
 
