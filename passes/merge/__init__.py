@@ -6,11 +6,11 @@ from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.compensated import NEAREST, Rounding, RoundingName, is_matrix_product
 from lora_fx.passes.merge.dense import KEPT_IN_FP32, cast, check_dtype, forget_loader, stripped
 from lora_fx.passes.merge.fold import delta_weight
+from lora_fx.passes.merge.forms import measured
 from lora_fx.passes.merge.merging import (
     Changes,
     MergeReport,
     changes_of,
-    measured,
     merge,
     rows_of_report,
     warn_of_loss,

@@ -12,11 +12,9 @@ A quantized weight is made dense, layer by layer, adapted or not; or it is store
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
@@ -24,32 +22,21 @@ import torch
 from torch import nn
 
 from lora_fx import torch_private
-from lora_fx.errors import MergeError, QuantizationError
+from lora_fx.errors import MergeError
 from lora_fx.formats import (
     WHOLE_WEIGHTS,
     DtypeGrid,
-    dense,
-    deployment_options,
-    follow_state,
-    format_of,
     formats,
-    held,
     quantization_of,
-    requantized,
 )
 from lora_fx.ir import PlannedSite, Quantization, Record, join, record_of, require_record
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
     exchange,
-    is_lazy,
-    is_partitioned,
     is_region,
     is_unit,
-    memory_of,
     original_class,
-    partitioned_twin,
     shard_again,
-    storage_of,
     units_of,
 )
 from lora_fx.passes.merge.compensated import NEAREST, Rounding
@@ -75,9 +62,27 @@ from lora_fx.passes.merge.fold import (
     tied_tokens,
     token_weights,
 )
+from lora_fx.passes.merge.forms import (
+    become_layers,
+    check_deployed,
+    deployed_site,
+    measured,
+    requantized_site,
+)
 from lora_fx.passes.merge.origins import find_origins, note_origins, values_by_name
+from lora_fx.passes.merge.placing import (
+    copy_shared,
+    freeze_shared,
+    place_biases,
+    place_merged,
+    place_trained,
+    set_parameter,
+    trained,
+    unshared,
+    untie_config,
+)
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport
-from lora_fx.passes.merge.survival import Slice, Survival, measure_survival
+from lora_fx.passes.merge.survival import Slice
 from lora_fx.passes.parameters import (
     changed_buffers,
     check_intact,
@@ -85,16 +90,13 @@ from lora_fx.passes.parameters import (
     factors_of,
     gathered,
     is_sharded,
-    own_value,
-    parameter_of,
     persistent_buffers,
     reshard,
-    trained_by_hand,
     weight_at,
     whole_shape,
 )
 from lora_fx.progress import Progress, show_progress
-from lora_fx.runtime import called_by_all, check_equal, deployed
+from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
     "SAMPLED",
@@ -102,20 +104,9 @@ __all__ = [
     "MergeReport",
     "changes_of",
     "chosen",
-    "copy_shared",
-    "deployed_site",
-    "freeze_shared",
-    "measured",
     "merge",
-    "place_biases",
-    "place_merged",
-    "place_trained",
-    "requantized_site",
     "rounded_weight",
     "rows_of_report",
-    "trained",
-    "unshared",
-    "untie_config",
     "warn_of_loss",
 ]
 
@@ -125,420 +116,6 @@ SAMPLED = 1 << 16
 """Entries of a weight whose change is measured, unless all are to be measured."""
 _LOSS = 0.1
 """The share of the adapters' change that a merge may lose without a warning."""
-
-# --- storing merged weights -----------------------------------------------------------------------
-# Store merged and trained parameters in a model of the base class.
-#
-# A merged weight may be quantized again: the error is measured.
-
-
-def unshared(model: nn.Module) -> frozenset[str]:
-    """Return the FQNs of the parameters that can be overwritten, because nothing else uses their memory.
-
-    Left out are parameters with several names or of another type, and those that share storage with other
-    tensors. Such tensors may be in the adapted model that was made from this one, or in a ``state_dict``.
-    """
-    counts = _places(model)
-    single_use = torch_private.storage_users(torch.empty(1))
-    return frozenset(
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if counts[id(parameter)] == 1
-        and type(parameter) is nn.Parameter
-        and parameter.layout is torch.strided
-        and parameter.is_contiguous()
-        and not parameter.is_inference()
-        and not (parameter.device.type == "cpu" and parameter.untyped_storage().is_shared())
-        and torch_private.storage_users(parameter) == single_use
-    )
-
-
-def _places(model: nn.Module) -> Counter[int]:
-    """Count the modules' references to each parameter, by its identity."""
-    return Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-
-
-def place_merged(
-    result: nn.Module,
-    merged: Mapping[str, torch.Tensor],
-    tied: Mapping[str, str],
-    over: Collection[str] = (),
-) -> tuple[str, ...]:
-    """Store the merged weights, and return the names of weights that are not tied any more.
-
-    Args:
-        result: The model to store them in.
-        merged: New tensors, by FQN.
-        tied: Weights that are the same parameter as another one, by FQN.
-        over: Parameters to overwrite.
-    """
-    counts = _places(result)
-    tied_counts = Counter(id(result.get_parameter(name)) for name in (*tied, *set(tied.values())))
-    untied = tuple(
-        name
-        for name in merged
-        if counts[identity := id(result.get_parameter(name))] > max(1, tied_counts[identity])
-    )
-    for name, weight in merged.items():
-        if name not in tied:
-            _set_parameter(result, name, weight, over)
-    for name, to in tied.items():
-        owner, _, key = name.rpartition(".")
-        result.get_submodule(owner)._parameters[key] = result.get_parameter(to)
-    if untied:
-        _log.warning("tied weights were untied by the merge: %s", ", ".join(untied))
-    return untied
-
-
-def place_biases(
-    result: nn.Module, biases: Mapping[str, torch.Tensor], over: Collection[str] = ()
-) -> None:
-    """Store the merged biases. Other biases that shared a parameter with them keep it."""
-    for name, bias in biases.items():
-        _set_parameter(result, name, distributed_as(bias, result.get_parameter(name)), over)
-
-
-def _set_parameter(model: nn.Module, name: str, value: torch.Tensor, over: Collection[str]) -> None:
-    """Overwrite a parameter, or replace it by a new one if others share it."""
-    owner, _, key = name.rpartition(".")
-    module = model.get_submodule(owner)
-    old = module._parameters[key]
-    assert old is not None
-    # A scripted module was copied with its memory, and its parameters cannot be replaced.
-    if name in over or isinstance(module, torch.jit.ScriptModule):
-        old.detach().copy_(value)
-        return
-    # A value that is quantized, or partitioned, is already a parameter of its library.
-    if isinstance(value, nn.Parameter) and is_partitioned(value):
-        value.requires_grad_(old.requires_grad)
-    elif not isinstance(value, nn.Parameter) or quantization_of(value) is None:
-        value = nn.Parameter(value, old.requires_grad)
-    module._parameters[key] = value
-    _renew_layer(module)
-
-
-def trained(
-    model: nn.Module, record: Record, names: Sequence[str]
-) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield parameters trained besides the factors, under each of their names: by adapters, and by hand."""
-    for name in names:
-        adapter = record.adapters[name]
-        weights = {row.site.weight for row in adapter.sites}
-        for fqn in adapter.own:
-            if fqn not in weights:
-                yield fqn, own_value(model, name, fqn)
-    yield from trained_by_hand(model, record).items()
-
-
-def place_trained(
-    model: nn.Module,
-    result: nn.Module,
-    record: Record,
-    names: Sequence[str],
-    over: Collection[str] = (),
-) -> None:
-    """Copy the parameters that were trained besides the factors: training of the model may continue."""
-    copies: dict[int, nn.Parameter] = {}
-    for name, parameter in trained(model, record, names):
-        if id(parameter) not in copies:
-            value, old = parameter.detach(), _parameter(result, name)
-            if is_partitioned(parameter):
-                value = distributed_as(gathered(parameter, name).to(old.device, old.dtype), old)
-            elif name not in over:
-                value = value.to(old.device, old.dtype, copy=True)
-            _set_parameter(result, name, value, over)
-            copies[id(parameter)] = _parameter(result, name)
-        owner, _, key = name.rpartition(".")
-        module = result.get_submodule(owner)
-        if not isinstance(module, torch.jit.ScriptModule):
-            module._parameters[key] = copies[id(parameter)]
-    buffers = dict(result.named_buffers())
-    for name, buffer in changed_buffers(model, record):
-        if name in buffers:
-            buffers[name].copy_(buffer)
-
-
-def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[str, ...]:
-    """Freeze the parameters that a merged model shares with the adapted one, and return their names.
-
-    An optimizer writes in place: it would train the user's own model.
-
-    Args:
-        result: The merged model.
-        model: The rewritten model.
-        record: Its record.
-    """
-    shared = tuple(_shared(result, model, record))
-    for name in shared:
-        _parameter(result, name).requires_grad_(False)
-    _log.info("merge: %d parameter(s) shared with the rewritten model, and frozen", len(shared))
-    return shared
-
-
-def copy_shared(result: nn.Module, model: nn.Module, record: Record) -> nn.Module:
-    """Give a merged model separate storage for all shared parameters; tied weights stay tied.
-
-    Args:
-        result: The merged model; it is changed.
-        model: The rewritten model.
-        record: Its record.
-
-    Returns:
-        The merged model, or a copy of it if something is quantized, because its scales are shared, too.
-    """
-    if any(quantization_of(parameter) is not None for parameter in result.parameters()):
-        return copy.deepcopy(result)
-    shared = {id(_parameter(result, name)) for name in _shared(result, model, record)}
-    copies: dict[tuple[object, ...], nn.Parameter] = {}
-    for module in result.modules():
-        for key, old in module._parameters.items():
-            if old is None or id(old) not in shared:
-                continue
-            memory = memory_of(old)
-            if memory not in copies:
-                copies[memory] = _own_copy(old)
-            module._parameters[key] = copies[memory]
-    return result
-
-
-def _own_copy(parameter: nn.Parameter) -> nn.Parameter:
-    if is_partitioned(parameter):
-        twin = partitioned_twin(parameter, own=True)
-        twin.requires_grad_(parameter.requires_grad)
-        return twin
-    clone = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-    clone.__dict__.update(parameter.__dict__)
-    return clone
-
-
-def _shared(result: nn.Module, model: nn.Module, record: Record) -> Iterator[str]:
-    """Yield the FQNs of a merged model's parameters whose memory the adapted one, or its base, shares."""
-    seen = {storage_of(tensor) for tensor in (*model.parameters(), *record.originals.values())}
-    for name, parameter in result.named_parameters():
-        if storage_of(parameter) in seen or _has_no_storage(parameter):
-            yield name
-
-
-def _has_no_storage(parameter: nn.Parameter) -> bool:
-    """Return True for a sparse parameter: its parts may be shared, which cannot be detected."""
-    return not is_lazy(parameter) and parameter.layout is not torch.strided
-
-
-def _parameter(model: nn.Module, name: str) -> nn.Parameter:
-    parameter = parameter_of(model, name)
-    assert parameter is not None
-    return parameter
-
-
-def untie_config(model: nn.Module) -> None:
-    """Set in the configuration of a transformers model that its embeddings are not tied any more.
-
-    Otherwise saving and loading would tie them again and lose one of the two.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return
-    ends = [
-        getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")
-    ]
-    weights = [getattr(end, "weight", None) for end in ends]
-    if None not in ends and weights[0] is not weights[1]:
-        config.tie_word_embeddings = False
-
-
-def requantized_site(
-    change: Fold, old: torch.Tensor, weight: nn.Parameter, rounding: Rounding = NEAREST
-) -> tuple[nn.Parameter, MergedSite]:
-    """Return the merged weight in the old weight's format, with a single matrix in fp64 in between.
-
-    Args:
-        change: The changes to fold in.
-        old: The values of the weight, in the layout of its site.
-        weight: The quantized weight.
-        rounding: The way in which it is rounded.
-
-    Returns:
-        The new parameter, and its row in the report.
-
-    Raises:
-        MergeError: If the format cannot hold the merged weight.
-    """
-    exact = change.exact(old)
-    site = change.rows[0][0].site
-    whole = Slice(site.axis, 0, site.applied(old).double(), site.applied(exact))
-    values = exact.T if site.turned else exact
-    how = "nearest"
-    try:
-        parameter = requantized(values, weight)
-        grid = known.grid(held(parameter)) if (known := format_of(parameter)) else None
-        feedback = None if grid is None else rounding.round(exact, grid, change.sites)
-        if known is not None and feedback is not None:
-            parameter = known.fill(feedback.T if site.turned else feedback, held(parameter))
-            how = rounding.name
-    except QuantizationError as error:
-        raise MergeError(
-            f"{change.name}: the merged weight cannot be quantized as it was: {error}. "
-            "Merge without requantize=True: the result is dense then"
-        ) from error
-    after = dense(parameter, torch.float64)
-    rounding_loss = _relative(after - values, values)
-    merged = after.T if site.turned else after
-    survival = measure_survival((whole,), merged, change.sites, rounding.moments)
-    survival = dataclasses.replace(survival, max_ulp=math.nan)
-    return parameter, _row(change, survival, rounding_loss, how)
-
-
-def measured(
-    change: Fold | TokenFold,
-    slices: Iterable[Slice],
-    merged: torch.Tensor,
-    *,
-    exhaustive: bool,
-    rounding: Rounding = NEAREST,
-    nearest: bool = True,
-) -> MergedSite:
-    """Return the row of a merged weight in the report.
-
-    Args:
-        change: Its changes.
-        slices: Parts of the weight before, from ``change.slices``.
-        merged: The weight after.
-        exhaustive: True if the parts are the whole weight.
-        rounding: The way in which weights are rounded.
-        nearest: True if this one was rounded to nearest.
-    """
-    survival = measure_survival(slices, merged, change.sites, rounding.moments)
-    if not exhaustive or not nearest:
-        survival = dataclasses.replace(survival, max_ulp=math.nan)
-    return _row(change, survival, rounding="nearest" if nearest else rounding.name)
-
-
-def _row(
-    change: Fold | TokenFold,
-    survival: Survival,
-    requantization_error: float = math.nan,
-    rounding: str = "nearest",
-) -> MergedSite:
-    return MergedSite(
-        change.name,
-        change.adapters,
-        survival.max_ulp,
-        survival.relative_change,
-        requantization_error,
-        survival.kept,
-        survival.moved,
-        survival.output_error,
-        survival.change,
-        rounding,
-    )
-
-
-@torch.no_grad()
-def deployed_site(
-    model: nn.Module, row: PlannedSite, adapter: str, dtype: torch.dtype | None
-) -> tuple[torch.Tensor, MergedSite]:
-    """Return a merged weight as it was trained to be stored, and its row in the report.
-
-    It is computed by the function that the forward calls, from the same tensors.
-
-    Args:
-        model: The rewritten model.
-        row: The site.
-        adapter: The adapter.
-        dtype: The dtype of a dense result; by default that of the weight.
-
-    Raises:
-        MergeError: If the storage cannot hold the weight.
-    """
-    assert row.deploy is not None
-    weight = weight_at(model, row.site.weight)
-    if quantization_of(weight) is None:
-        weight = gathered(weight, row.site.weight)
-    turned = row.site.layout == "in_out" and not row.site.turned
-    matrix = weight.T if turned else weight
-    a, b = (gathered(factor) for factor in factors_of(model, row, adapter).pair)
-    stored = deployed.deployed_weight(matrix, a, b, row.scale, row.deploy)
-    before = dense(matrix, torch.float64)
-    exact = deployed.adapted_weight(before, a, b, row.scale)
-    values = dense(stored, torch.float64)
-    if not torch.isfinite(values).all():
-        raise MergeError(
-            f"{row.name}: {row.deploy.format} cannot hold the merged weight: not all of its values are finite"
-        )
-    change, loss = _relative(exact - before, before), _relative(values - exact, exact)
-    if row.deploy.dtype is not None:
-        stored = stored.to(dtype or weight.dtype)
-        stored = (stored.T if turned else stored).contiguous()
-    return stored, MergedSite(
-        row.name, (adapter,), math.nan, change, loss, deployed=row.deploy.format
-    )
-
-
-def _become_layers(result: nn.Module, targets: Iterable[PlannedSite]) -> None:
-    """Turn layers whose weight was dense in the base, and is stored in a format now, into those of a library.
-
-    Args:
-        result: The merged model.
-        targets: The sites that were trained for a storage.
-    """
-    rows = [row for row in targets if row.deploy and not (row.deploy.dtype or row.deploy.as_base)]
-    if not rows:
-        return
-    before = quantized_weights(result).keys() - {row.site.weight for row in rows}
-    for row in rows:
-        assert row.deploy is not None
-        owner, options = result.get_submodule(row.site.owner), deployment_options(row.deploy)
-        options.made_by.layers.become(owner, options)
-        follow_state(owner, row.site.parameter, layer=True)
-    stored = quantization_of(result.get_parameter(rows[0].site.weight))
-    assert stored is not None
-    if not before:
-        sites = [row.site for row in rows]
-        options.made_by.layers.describe_model(result, options, sites, stored.dtype)
-
-
-def _check_deployed(
-    targets: Iterable[PlannedSite], into: nn.Module | None, dtype: torch.dtype | None
-) -> None:
-    """Raise for arguments of a merge that change the model that was trained.
-
-    Raises:
-        MergeError: If weights were trained for a storage, and ``into`` or ``dtype`` exclude it.
-    """
-    for target in filter(None, (row.deploy for row in targets)):
-        if into is not None:
-            raise MergeError(
-                f"into has other weights than those that were trained for {target.format}: leave it out, "
-                "since the merge gives the model that was trained"
-            )
-        if dtype is None:
-            continue
-        if target.dtype is None or torch.promote_types(dtype, target.dtype) != dtype:
-            raise MergeError(
-                f"dtype={dtype}: the weights were trained for {target.format}, and would be rounded again: "
-                "leave it out, since the merge stores them in that form"
-            )
-
-
-def _renew_layer(layer: nn.Module) -> None:
-    """Make a library's layer use the scales of its new weight."""
-    known = format_of(layer._parameters.get("weight"))
-    if known is not None:
-        known.layers.renew(layer)
-
-
-def _relative(difference: torch.Tensor, to: torch.Tensor) -> float:
-    """Return the Frobenius norm of a difference, relative to that of another tensor."""
-    tiny = torch.finfo(torch.float64).tiny
-    return float(difference.norm() / to.norm().clamp_min(tiny))
-
-
-# --- the merge ------------------------------------------------------------------------------------
 
 
 def _fold_all(
@@ -745,7 +322,7 @@ def merge(
     folds, tied = _folds(model, record, names)
     targets = _targets(folds)
     trained_for = [row for row, _ in targets.values()]
-    _check_deployed(trained_for, into, dtype)
+    check_deployed(trained_for, into, dtype)
     for_format = any(row.deploy and row.deploy.dtype is None for row in trained_for)
     requantize = requantize or for_format
     _check_stored(model, folds, requantize=requantize)
@@ -790,7 +367,7 @@ def merge(
     place_biases(result, biases, over)
     still_tied = _still_tied(tied, folds, full)
     untied = place_merged(result, merged, still_tied, over)
-    _become_layers(result, trained_for)
+    become_layers(result, trained_for)
     untie_config(result)
     if stored:
         make_savable(result)
@@ -823,7 +400,7 @@ def _restore(into: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
         if name in buffers:
             buffers[name].copy_(value)
         else:
-            _set_parameter(into, name, value if name in over else value.clone(), over)
+            set_parameter(into, name, value if name in over else value.clone(), over)
 
 
 def _check_processes(model: nn.Module) -> None:

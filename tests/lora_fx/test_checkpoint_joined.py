@@ -15,7 +15,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.errors import CheckpointError
-from lora_fx.passes.merge.merging import record_of
+from lora_fx.ir import record_of
 from tests.lora_fx.test_checkpoint import (
     CONFIG,
     WEIGHTS,

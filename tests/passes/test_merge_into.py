@@ -14,7 +14,7 @@ import lora_fx
 from lora_fx import LoraConfig, MergeError
 from lora_fx.ir.record import record_of
 from lora_fx.passes.merge.fold import cannot_overflow
-from lora_fx.passes.merge.merging import unshared
+from lora_fx.passes.merge.placing import unshared
 from lora_fx.passes.patterns import pattern_of
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits, ulp_error
