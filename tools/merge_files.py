@@ -44,8 +44,7 @@ from lora_fx.passes.merge import (
     cast,
     changes_of,
     check_dtype,
-    measured,
-    merging,
+    rounded_site,
     rows_of_report,
     warn_of_loss,
 )
@@ -492,16 +491,7 @@ class _Merge:
         if name not in changes.folds:
             return base
         fold, dtype = changes.folds[name], _DTYPES[output.head.dtype]
-        rounded = merging.rounded_weight(fold, base, dtype, self._rounding)
-        merged = fold.folded(base, dtype) if rounded is None else rounded
-        rows[name] = measured(
-            fold,
-            fold.slices(base, dtype, None if self._measure else merging.SAMPLED),
-            merged,
-            exhaustive=self._measure,
-            rounding=self._rounding,
-            nearest=rounded is None,
-        )
+        merged, rows[name] = rounded_site(fold, base, dtype, self._rounding, measure=self._measure)
         return merged
 
     def rows(self, rows: Mapping[str, MergedSite]) -> tuple[MergedSite, ...]:

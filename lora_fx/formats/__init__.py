@@ -34,7 +34,7 @@ from lora_fx.formats.compressed_tensors import CompressedTensorsFormat
 from lora_fx.formats.deployment import DTYPES, deployment, deployment_options, rounded
 from lora_fx.formats.finegrained_fp8 import FineGrainedFP8Format
 from lora_fx.formats.gptqmodel import GPTQModelFormat
-from lora_fx.formats.grids import CodeGrid, DtypeGrid, Grid
+from lora_fx.formats.grids import CodeGrid, DtypeGrid, Grid, ulp
 from lora_fx.formats.hqq import HqqFormat, HqqName
 from lora_fx.formats.loading import keep_quantized
 from lora_fx.formats.mxfp4 import MXFP4Format
@@ -115,6 +115,7 @@ __all__ = [
     "stack_matrices",
     "storage",
     "stored",
+    "ulp",
 ]
 
 FormatName: TypeAlias = BitsandbytesName | TorchaoName | HqqName

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers, pack_integers
-from lora_fx.formats.grids import FP4_SIZES, CodeGrid, Grid, float8_levels, integer_levels
+from lora_fx.formats.grids import (
+    CodeGrid,
+    Grid,
+    float8_levels,
+    fp4_levels,
+    integer_levels,
+)
 from lora_fx.formats.packed import PackedFormat, PackedLayers, PackedTensor, Parts
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.torch_private import forward_pre_hooks
@@ -233,7 +239,7 @@ class CompressedTensorsFormat(PackedFormat):
         elif options.bits == 8:
             levels = float8_levels(torch.float8_e4m3fn)
         else:
-            levels = torch.tensor([*FP4_SIZES, *(-size for size in FP4_SIZES[1:])])
+            levels = fp4_levels()
         scales, zeros = _grid(weight)
         scales = scales if factor is None else scales / factor
         return CodeGrid.of_blocks(levels, scales, weight.shape, options.block, zeros, options.rows)

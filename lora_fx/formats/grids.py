@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FP4_SIZES", "CodeGrid", "DtypeGrid", "Grid", "float8_levels", "integer_levels"]
+__all__ = [
+    "FP4_SIZES",
+    "CodeGrid",
+    "DtypeGrid",
+    "Grid",
+    "float8_levels",
+    "fp4_levels",
+    "integer_levels",
+    "ulp",
+]
 
 FP4_SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of E2M1 (OCP Microscaling Formats 1.0, section 5.3.3), in the order of their codes."""
@@ -30,6 +39,19 @@ def float8_levels(dtype: torch.dtype) -> Tensor:
     """Return all finite numbers of a dtype of 8 bits, once each."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     return torch.tensor(sorted({*codes[codes.isfinite()].tolist()}))
+
+
+def fp4_levels() -> Tensor:
+    """Return all numbers of E2M1."""
+    return torch.tensor([*FP4_SIZES, *(-size for size in FP4_SIZES[1:])])
+
+
+def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the distance between neighbors of ``dtype`` around each value."""
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(values)
+    size = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
+    return size.clamp_min(info.smallest_normal * info.eps)
 
 
 class Grid(abc.ABC):
@@ -64,9 +86,7 @@ class DtypeGrid(Grid):
 
     def spacing(self, values: Tensor, column: int) -> Tensor:
         """See :class:`Grid`. Between powers of two the distance is constant."""
-        info = torch.finfo(self.dtype)
-        step = torch.ldexp(torch.full_like(values, info.eps), torch.frexp(values).exponent - 1)
-        return step.clamp_min(info.smallest_normal * info.eps)
+        return ulp(values, self.dtype)
 
     def rows(self, first: int, last: int) -> DtypeGrid:
         """See :class:`Grid`."""

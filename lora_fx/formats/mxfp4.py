@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lora_fx.errors import QuantizationError
 from lora_fx.extras import load_optional
 from lora_fx.formats.base import DEQUANTIZE_LINEAR, LibraryLayers
-from lora_fx.formats.grids import FP4_SIZES, CodeGrid, Grid
+from lora_fx.formats.grids import FP4_SIZES, CodeGrid, Grid, fp4_levels
 from lora_fx.formats.packed import PackedFormat, PackedTensor, Parts
 from lora_fx.formats.stacks import follow_stacks, stack_parts
 from lora_fx.ir import OnnxWeight, Quantization
@@ -163,7 +163,7 @@ class MXFP4Format(PackedFormat):
 
     def grid(self, weight: Any) -> Grid:
         """See :class:`WeightFormat`."""
-        levels = torch.tensor([*FP4_SIZES, *(-size for size in FP4_SIZES[1:])])
+        levels = fp4_levels()
         exponents = weight.parts["scales"].int() - 127
         scales = torch.ldexp(torch.ones(exponents.shape, device=exponents.device), exponents)
         return CodeGrid.of_blocks(levels, scales, weight.shape, _BLOCK)

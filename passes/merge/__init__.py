@@ -6,7 +6,7 @@ from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.compensated import NEAREST, Rounding, RoundingName, is_matrix_product
 from lora_fx.passes.merge.dense import KEPT_IN_FP32, cast, check_dtype, forget_loader, stripped
 from lora_fx.passes.merge.fold import delta_weight
-from lora_fx.passes.merge.forms import measured
+from lora_fx.passes.merge.forms import rounded_site
 from lora_fx.passes.merge.merging import (
     Changes,
     MergeReport,
@@ -33,10 +33,10 @@ __all__ = [
     "delta_weight",
     "forget_loader",
     "is_matrix_product",
-    "measured",
     "merge",
     "merging",
     "rounded",
+    "rounded_site",
     "rows_of_report",
     "stripped",
     "ulp",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from lora_fx.errors import MergeError, QuantizationError
 from lora_fx.formats import (
+    DtypeGrid,
     dense,
     deployment_options,
     follow_state,
@@ -24,10 +24,7 @@ from lora_fx.passes.merge.compensated import NEAREST, Rounding
 from lora_fx.passes.merge.dense import (
     quantized_weights,
 )
-from lora_fx.passes.merge.fold import (
-    Fold,
-    TokenFold,
-)
+from lora_fx.passes.merge.fold import Fold, TokenFold, is_finite
 from lora_fx.passes.merge.rounding import MergedSite
 from lora_fx.passes.merge.survival import Slice, Survival, measure_survival
 from lora_fx.passes.parameters import (
@@ -41,9 +38,12 @@ __all__ = [
     "become_layers",
     "check_deployed",
     "deployed_site",
-    "measured",
     "requantized_site",
+    "rounded_site",
 ]
+
+_SAMPLED = 1 << 16
+"""Entries of a weight whose change is measured, unless all are to be measured."""
 
 
 def requantized_site(
@@ -84,33 +84,59 @@ def requantized_site(
     rounding_loss = _relative(after - values, values)
     merged = after.T if site.turned else after
     survival = measure_survival((whole,), merged, change.sites, rounding.moments)
-    survival = dataclasses.replace(survival, max_ulp=math.nan)
     return parameter, _row(change, survival, rounding_loss, how)
 
 
-def measured(
+def rounded_site(
     change: Fold | TokenFold,
-    slices: Iterable[Slice],
-    merged: torch.Tensor,
+    old: torch.Tensor,
+    dtype: torch.dtype,
+    rounding: Rounding,
     *,
-    exhaustive: bool,
-    rounding: Rounding = NEAREST,
-    nearest: bool = True,
-) -> MergedSite:
-    """Return the row of a merged weight in the report.
+    measure: bool,
+    in_place: bool = False,
+) -> tuple[torch.Tensor, MergedSite]:
+    """Return the merged weight in a dtype, and its row in the report.
 
     Args:
-        change: Its changes.
-        slices: Parts of the weight before, from ``change.slices``.
-        merged: The weight after.
-        exhaustive: True if the parts are the whole weight.
-        rounding: The way in which weights are rounded.
-        nearest: True if this one was rounded to nearest.
+        change: The changes to fold in.
+        old: The weight before.
+        dtype: The dtype of the result.
+        rounding: The way in which it is rounded.
+        measure: True to compare every merged element with fp64, not only a sample.
+        in_place: True to overwrite the old weight, which ``change.check`` has accepted.
+
+    Raises:
+        MergeError: If the merged weight overflows.
     """
-    survival = measure_survival(slices, merged, change.sites, rounding.moments)
-    if not exhaustive or not nearest:
-        survival = dataclasses.replace(survival, max_ulp=math.nan)
-    return _row(change, survival, rounding="nearest" if nearest else rounding.name)
+    slices: Iterable[Slice] = change.slices(old, dtype, None if measure else _SAMPLED)
+    chosen = _chosen(change, old, dtype, rounding)
+    if in_place:
+        slices, merged = tuple(slices), old  # what is overwritten cannot be compared later
+        change.fold_into(merged) if chosen is None else merged.copy_(chosen)
+    else:
+        merged = change.folded(old, dtype) if chosen is None else chosen
+    name = "nearest" if chosen is None else rounding.name
+    ulps = measure and chosen is None
+    survival = measure_survival(slices, merged, change.sites, rounding.moments, ulps=ulps)
+    return merged, _row(change, survival, rounding=name)
+
+
+def _chosen(
+    change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
+) -> torch.Tensor | None:
+    """Return a merged weight that is not rounded to nearest; None if it is, because it loses nothing."""
+    if rounding.name == "nearest" or isinstance(change, TokenFold) or dtype.itemsize > 2:
+        return None
+    values = rounding.round(change.exact(old, dtype), DtypeGrid(dtype), change.sites)
+    if values is None:
+        return None
+    result = values.to(dtype)
+    if not is_finite(result) and is_finite(old):
+        raise MergeError(
+            f"{change.name}: the merged weight overflows {dtype}; merge in a wider dtype"
+        )
+    return result
 
 
 def _row(

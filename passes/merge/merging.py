@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ from lora_fx import torch_private
 from lora_fx.errors import MergeError
 from lora_fx.formats import (
     WHOLE_WEIGHTS,
-    DtypeGrid,
     formats,
     quantization_of,
 )
@@ -66,8 +65,8 @@ from lora_fx.passes.merge.forms import (
     become_layers,
     check_deployed,
     deployed_site,
-    measured,
     requantized_site,
+    rounded_site,
 )
 from lora_fx.passes.merge.origins import find_origins, note_origins, values_by_name
 from lora_fx.passes.merge.placing import (
@@ -82,7 +81,6 @@ from lora_fx.passes.merge.placing import (
     untie_config,
 )
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport
-from lora_fx.passes.merge.survival import Slice
 from lora_fx.passes.parameters import (
     changed_buffers,
     check_intact,
@@ -99,21 +97,17 @@ from lora_fx.progress import Progress, show_progress
 from lora_fx.runtime import called_by_all, check_equal
 
 __all__ = [
-    "SAMPLED",
     "Changes",
     "MergeReport",
     "changes_of",
     "chosen",
     "merge",
-    "rounded_weight",
     "rows_of_report",
     "warn_of_loss",
 ]
 
 _log = logging.getLogger("lora_fx")
 
-SAMPLED = 1 << 16
-"""Entries of a weight whose change is measured, unless all are to be measured."""
 _LOSS = 0.1
 """The share of the adapters' change that a merge may lose without a warning."""
 
@@ -169,22 +163,11 @@ def _fold_all(
             merged[weight], sites[weight] = requantized_site(change, old, formats[weight], rounding)
             return
         dtype = dtypes.get(weight) or old.dtype
-        slices: Iterable[Slice] = change.slices(old, dtype, None if measure else SAMPLED)
-        result = rounded_weight(change, old, dtype, rounding)
-        if weight in over:
-            slices, new = tuple(slices), old  # what is overwritten cannot be compared later
-            change.fold_into(new) if result is None else new.copy_(result)
-        else:
-            new = keep(change.folded(old, dtype) if result is None else result)
-            merged[weight] = distributed_as(new, stored)
-        sites[weight] = measured(
-            change,
-            slices,
-            new,
-            exhaustive=measure,
-            rounding=rounding,
-            nearest=result is None,
+        new, sites[weight] = rounded_site(
+            change, old, dtype, rounding, measure=measure, in_place=weight in over
         )
+        if weight not in over:
+            merged[weight] = distributed_as(keep(new), stored)
 
     # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
@@ -192,23 +175,6 @@ def _fold_all(
             tell(done, len(changes), changes[weight].name)
             fold(weight)
     return merged, sites
-
-
-def rounded_weight(
-    change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
-) -> torch.Tensor | None:
-    """Return a merged weight that is not rounded to nearest; None if it is, because it loses nothing."""
-    if rounding.name == "nearest" or isinstance(change, TokenFold) or dtype.itemsize > 2:
-        return None
-    values = rounding.round(change.exact(old, dtype), DtypeGrid(dtype), change.sites)
-    if values is None:
-        return None
-    result = values.to(dtype)
-    if not is_finite(result) and is_finite(old):
-        raise MergeError(
-            f"{change.name}: the merged weight overflows {dtype}; merge in a wider dtype"
-        )
-    return result
 
 
 def warn_of_loss(report: MergeReport) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from lora_fx.formats import ulp
 from lora_fx.ir import html_block, html_lines, html_table, json_text
 
 __all__ = [
@@ -208,14 +209,6 @@ def _by_odd(values: torch.Tensor) -> torch.Tensor:
     even = (near.view(torch.int32) & 1) == 0
     other = torch.nextafter(near, torch.where(gap > 0, torch.inf, -torch.inf).float())
     return torch.where(even & (gap != 0) & near.isfinite(), other, near)
-
-
-def ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the distance between neighbors of ``dtype`` around each fp64 value."""
-    info = torch.finfo(dtype)
-    _, exponent = torch.frexp(values)
-    size = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
-    return size.clamp_min(info.smallest_normal * info.eps)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ class Survival:
         kept: ``⟨Ŵ - W, ΔW⟩ / ‖ΔW‖²`` with the stored weight Ŵ; NaN without a change.
         moved: The share of the entries that changed.
         output_error: ``‖(Ŵ - W - ΔW) x‖ / ‖ΔW x‖`` over the inputs; NaN if they are unknown.
-        max_ulp: The largest error against the exact sum, in units in the last place.
+        max_ulp: The largest error against the exact sum, in units in the last place; NaN if not measured.
     """
 
     change: float = math.nan
@@ -57,6 +57,8 @@ def measure_survival(
     merged: torch.Tensor,
     rows: tuple[PlannedSite, ...],
     moments: Mapping[str, torch.Tensor],
+    *,
+    ulps: bool = False,
 ) -> Survival:
     """Compare a merged weight with the exact sum.
 
@@ -65,6 +67,7 @@ def measure_survival(
         merged: The stored values of the merged weight, in its own shape.
         rows: Its sites.
         moments: Second moments of the inputs of sites, by their names, [in, in].
+        ulps: True to measure the largest error, too.
     """
     site = rows[0].site
     applied, dtype = site.applied(merged), merged.dtype
@@ -79,10 +82,12 @@ def measure_survival(
         along += float((wanted * reached).sum())
         moved += int((after != part.before.to(dtype)).sum())
         count += after.numel()
-        error = (after.to(part.exact) - part.exact).abs() / ulp(part.exact, dtype)
-        largest = max(largest, float(error.max()))
-        for index, matrix in enumerate((wanted, reached - wanted)):
-            outputs[index] += _energy(matrix, part, rows, moments)
+        if ulps:
+            error = (after.to(part.exact) - part.exact).abs() / ulp(part.exact, dtype)
+            largest = max(largest, float(error.max()))
+        if moments:
+            outputs[0] += _energy(wanted, part, rows, moments)
+            outputs[1] += _energy(reached - wanted, part, rows, moments)
     if not count:
         return Survival()
     return Survival(
@@ -91,7 +96,7 @@ def measure_survival(
         kept=along / size if size else math.nan,
         moved=moved / count,
         output_error=math.sqrt(outputs[1] / outputs[0]) if outputs[0] else math.nan,
-        max_ulp=largest,
+        max_ulp=largest if ulps else math.nan,
     )
 
 
