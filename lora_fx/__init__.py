@@ -84,6 +84,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
+    from lora_fx.extraction import extract_adapter
     from lora_fx.formats import keep_quantized, register_format
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
@@ -131,6 +132,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "export_onnx",
+    "extract_adapter",
     "graphs",
     "hotswap_adapter",
     "initialize",
@@ -193,6 +195,9 @@ _HOMES = {
         CaptureError CheckpointError ConfigError DeliveryError ExportError LogitsError LoraFxError MergeError
         NoMatchError OutputPathError ParityError PartialMatchError ProcessError ProviderError
         QuantizationError
+    """,
+    "lora_fx.extraction": """
+        extract_adapter
     """,
     "lora_fx.formats": """
         keep_quantized register_format

@@ -26,8 +26,10 @@ from lora_fx.checkpoint.receipt import (
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import (
     adapter_state_dict,
+    fill,
     labels_in,
     load_adapter_state_dict,
+    place_given,
     without_prefix,
 )
 from lora_fx.checkpoint.trainers import (
@@ -50,6 +52,7 @@ __all__ = [
     "callback_class",
     "cast_to_base",
     "converted",
+    "fill",
     "hash_tensors",
     "hotswap_adapter",
     "labels_in",
@@ -61,6 +64,7 @@ __all__ = [
     "main_output",
     "peft_configs",
     "peft_model_class",
+    "place_given",
     "prepare_hotswap",
     "read_config",
     "read_receipt",

@@ -58,6 +58,7 @@ LAYERS = (
     "lora_fx.passes.kept",
     "lora_fx.adapters",
     "lora_fx.checkpoint",
+    "lora_fx.extraction",
     "lora_fx.export.report",
     "lora_fx.export.arguments",
     "lora_fx.export.failures",
