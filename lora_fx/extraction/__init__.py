@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lora_fx.extraction.extracting import Difference, Weights, extract, extract_adapter, weights_of
+from lora_fx.extraction.differences import Difference, Weights, weights_in, weights_of
+from lora_fx.extraction.extracting import extract, extract_adapter
 from lora_fx.extraction.lowrank import RankChoice, allocate, decompose, spectrum
 from lora_fx.extraction.report import ExtractedSite, ExtractionReport
 
@@ -17,5 +18,6 @@ __all__ = [
     "extract",
     "extract_adapter",
     "spectrum",
+    "weights_in",
     "weights_of",
 ]

@@ -11,17 +11,15 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping, Set
-from pathlib import Path
-from typing import Any, Literal, Protocol, cast, overload
+from typing import Any, Literal, cast, overload
 
-import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import Forward, Target, adapter_record, input_moments, with_targets
 from lora_fx.checkpoint import Slot, fill, place_given
 from lora_fx.config import LoraConfig
-from lora_fx.converted_files import ConvertedFiles, is_converted
-from lora_fx.errors import CheckpointError, ConfigError, QuantizationError, some
+from lora_fx.errors import ConfigError
+from lora_fx.extraction.differences import Difference, weights_of
 from lora_fx.extraction.lowrank import (
     RankChoice,
     allocate,
@@ -31,69 +29,24 @@ from lora_fx.extraction.lowrank import (
     spectrum,
 )
 from lora_fx.extraction.report import ExtractedSite, ExtractionReport
-from lora_fx.files import WeightFiles
-from lora_fx.formats import quantization_of
-from lora_fx.ir import AdapterRecord, ModelT, Site, join, record_of
+from lora_fx.ir import AdapterRecord, ModelT, Site, join
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.parameters import (
     as_factors,
-    as_matrices,
     base_parameters,
     factors_of,
     inside,
     matrix_shape,
     own_value,
-    part_of,
     persistent_buffers,
-    wide,
 )
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import RewriteOptions, find_operations, rewrite_model
+from lora_fx.passes.plan import fresh_modules
 from lora_fx.progress import Progress, show_progress
 
-__all__ = ["Difference", "Weights", "extract", "extract_adapter", "weights_of"]
-
-
-class Weights(Protocol):
-    """Something that has the parameters and buffers of a model by name."""
-
-    def __call__(self, name: str) -> Tensor:
-        """Return a parameter or buffer by its FQN.
-
-        Raises:
-            CheckpointError: If there is none, or it has another shape than in the model.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Difference:
-    """The values of a model before and after a change, one tensor at a time.
-
-    Attributes:
-        before: The values of the base.
-        after: The values after the change. A parameter that did not change may be the same object.
-    """
-
-    before: Weights
-    after: Weights
-
-    def changed(self, name: str) -> bool:
-        """Return True if a tensor has other values after the change."""
-        old, new = self.before(name), self.after(name)
-        if old is new:
-            return False
-        dtype = torch.promote_types(old.dtype, new.dtype)
-        return not torch.equal(old.to(dtype), new.to(old.device, dtype))
-
-    def matrices(self, site: Site) -> tuple[Tensor, Tensor]:
-        """Return the weight of a site before the change, and the change, both as [n, out, in]."""
-        old, new = (
-            wide(part_of(site, weights(site.weight).detach()))
-            for weights in (self.before, self.after)
-        )
-        return as_matrices(site, old), as_matrices(site, new.to(old.device, old.dtype) - old)
+__all__ = ["extract", "extract_adapter"]
 
 
 @overload
@@ -193,74 +146,6 @@ def extract_adapter(
     return (adapted, report) if return_report else adapted
 
 
-def weights_of(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> Weights:
-    """Return the weights of a model, or of a folder, by the names that they have in another model.
-
-    Args:
-        source: A model, or a folder or file of safetensors.
-        model: A model of the same architecture, perhaps on the meta device.
-
-    Raises:
-        CheckpointError: If the source has other tensors than the model.
-        ConfigError: If the source is a rewritten model.
-        QuantizationError: If one of its weights is quantized.
-    """
-    shapes = _tensors(model)
-    if not isinstance(source, nn.Module):
-        return _weights_of_files(Path(source).expanduser(), model)
-    if record_of(source) is not None:
-        raise ConfigError(
-            f"this {type(source).__name__} has adapters already: give a plain model, for example what "
-            "lora_fx.merge returns"
-        )
-    tensors = _tensors(source)
-    for name, tensor in tensors.items():
-        if quantization_of(tensor) is not None:
-            raise QuantizationError(
-                f"{name} is quantized ({quantization_of(tensor)}): extract from dense models. The adapter "
-                "loads onto the quantized base afterwards"
-            )
-    missing = sorted(shapes.keys() - tensors.keys())
-    other = [
-        f"{name} is {tuple(tensors[name].shape)}, and {tuple(tensor.shape)} in the base"
-        for name, tensor in shapes.items()
-        if name in tensors and tensors[name].shape != tensor.shape
-    ]
-    if missing or other:
-        lines = [*([f"it has no {some(missing, 3)}"] if missing else []), *other[:3]]
-        raise CheckpointError(_misfit(source, model, lines))
-    return tensors.__getitem__
-
-
-def _misfit(source: nn.Module, model: nn.Module, lines: Iterable[str]) -> str:
-    return (
-        f"this {type(source).__name__} is no tuned version of the {type(model).__name__}: "
-        f"{'; '.join(lines)}. If tuning added tokens, resize the base first "
-        "(model.resize_token_embeddings)"
-    )
-
-
-def _weights_of_files(path: Path, model: nn.Module) -> Weights:
-    files = ConvertedFiles(path, model) if is_converted(model) else WeightFiles(path)
-    files.reader(model)  # raises if the files hold another model
-    aliases: dict[int, list[str]] = {}
-    tensors = _tensors(model)
-    for name, tensor in tensors.items():
-        aliases.setdefault(id(tensor), []).append(name)
-
-    def read(name: str) -> Tensor:
-        values = files.tensor(name, *aliases[id(tensors[name])])
-        assert values is not None
-        return values
-
-    return read
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by each of their names, and the persistent buffers."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
-
-
 # --- the adapter ----------------------------------------------------------------------------------
 
 
@@ -298,16 +183,19 @@ def extract(
     """
     matches = find_operations(capture_model(model, example_inputs, frontend=frontend))
     names = list(base_parameters(model))
-    changed = {name for name in names if difference.changed(name)}
+    fresh = {*fresh_modules(model), *difference.new_modules(names)}
+    changed = {name for name in names if _is_in(name, fresh) or difference.changed(name)}
     buffers = [name for name in persistent_buffers(model) if difference.changed(name)]
     if not changed and not buffers:
         raise ConfigError(
-            "no parameter differs between the two models: give the base first, then the tuned model"
+            "no parameter differs between the two models: give the base first, then the tuned one"
         )
-    sites, heads = _sites(matches.sites, changed)
+    sites, heads = _sites(
+        (site for site in matches.sites if not _is_in(site.weight, fresh)), changed
+    )
 
     def build(kept: Iterable[Site], ranks: Mapping[str, int]) -> nn.Module:
-        exact = _config(model, kept, ranks, heads, changed, config)
+        exact = _config(model, kept, ranks, heads, changed, fresh, config)
         options = RewriteOptions(adapter_name, loaded=True, quiet=True)
         return rewrite_model(model, exact, options=options, frontend=frontend)
 
@@ -321,7 +209,7 @@ def extract(
         roots = {name: root_of(values) for name, values in moments.items()}
     rules = _Ranks(choice, roots)
     weights = {name for site in sites for name in (site.weight, *site.tied_to)}
-    in_full = sum(difference.before(name).numel() for name in changed - weights)
+    in_full = sum(difference.after(name).numel() for name in changed - weights)
     with show_progress(progress, "site") as tell:
         rules.allocate(sites, difference, in_full)
         factors = {}
@@ -351,6 +239,11 @@ def extract(
         parameters=_parameters(adapted, record, adapter_name, placed),
     )
     return cast("ModelT", adapted), report
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Return True if a parameter is inside one of some modules."""
+    return any(name.startswith(f"{module}.") for module in modules)
 
 
 def _sites(sites: Iterable[Site], changed: Set[str]) -> tuple[list[Site], dict[str, list[str]]]:
@@ -459,16 +352,17 @@ def _config(
     ranks: Mapping[str, int],
     heads: Mapping[str, Iterable[str]],
     changed: Iterable[str],
+    fresh: Iterable[str],
     config: LoraConfig | None,
 ) -> LoraConfig:
     """Return the configuration of an adapter for these sites that has places for other parameters as well."""
     sites = list(sites)
     owners = {site.owner for site in sites}
     weights = {name for site in sites for name in (site.weight, *site.tied_to)}
-    whole, biases = set(), False
+    whole, biases = set(fresh), False
     for name in changed:
         owner, _, leaf = name.rpartition(".")
-        if name in weights:
+        if name in weights or _is_in(name, whole):
             continue
         biases |= owner in owners and leaf.endswith("bias")
         if owner and owner not in owners and not list(model.get_submodule(owner).children()):

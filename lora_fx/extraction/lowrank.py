@@ -1,9 +1,9 @@
 """Factors of low rank for changes of weights: the choice of the ranks, and the decomposition.
 
-The factors ``B A`` of rank r that are closest to a change ``ΔW`` are its r leading singular triples (Eckart and
-Young 1936). With second moments ``H = L Lᵀ`` of the inputs, those of ``ΔW L`` change the outputs least: the
-mean square of the output error is ``‖(ΔW - B A) L‖²`` (as in CorDA, arXiv:2406.05223, and in ASVD,
-arXiv:2312.05821).
+The factors ``B A`` of rank r that are closest to a change ``ΔW`` are its r leading singular triples (Eckart
+and Young 1936). With second moments ``H = L Lᵀ`` of the inputs, those of ``ΔW L`` change the outputs least:
+the mean square of the output error is ``‖(ΔW - B A) L‖²`` (as in CorDA, arXiv:2406.05223, and in SVD-LLM,
+arXiv:2403.07378).
 """
 
 from __future__ import annotations
