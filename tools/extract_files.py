@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lora_fx.checkpoint import save_adapter
+from lora_fx.checkpoint import check_free, save_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.converted_files import ConvertedFiles
 from lora_fx.errors import ConfigError, QuantizationError
@@ -69,6 +69,7 @@ def extract_files(
             raise ConfigError(
                 f"{folder} is not a folder: give a folder of transformers, with safetensors"
             )
+    check_free(Path(out), force=force)
     model = load_model(f"hf:{target}", weights=False).model
     _check_dense(model, target)
     difference = Difference(

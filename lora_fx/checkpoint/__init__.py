@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.checkpoint.files import read_tensors
+from lora_fx.checkpoint.files import check_free, read_tensors
 from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
@@ -51,6 +51,7 @@ __all__ = [
     "call_with",
     "callback_class",
     "cast_to_base",
+    "check_free",
     "converted",
     "fill",
     "hash_tensors",
