@@ -91,6 +91,7 @@ if _TYPE_CHECKING:
     from lora_fx.passes.patterns import register_pattern
     from lora_fx.tools.adapter_folder import inspect_adapter, verify
     from lora_fx.tools.draw import visualize
+    from lora_fx.tools.extract_files import extract_files
     from lora_fx.tools.merge_files import merge_files
 
 __version__ = "0.1.0"
@@ -133,6 +134,7 @@ __all__ = [
     "disable_adapter",
     "export_onnx",
     "extract_adapter",
+    "extract_files",
     "graphs",
     "hotswap_adapter",
     "initialize",
@@ -225,6 +227,9 @@ _HOMES = {
     """,
     "lora_fx.tools.draw": """
         visualize
+    """,
+    "lora_fx.tools.extract_files": """
+        extract_files
     """,
     "lora_fx.tools.merge_files": """
         merge_files

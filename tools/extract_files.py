@@ -21,6 +21,7 @@ from lora_fx.extraction import (
     weights_in,
     weights_of,
 )
+from lora_fx.files import WeightFiles
 from lora_fx.progress import Progress
 from lora_fx.tools.models import load_model
 
@@ -69,6 +70,7 @@ def extract_files(
             raise ConfigError(
                 f"{folder} is not a folder: give a folder of transformers, with safetensors"
             )
+        WeightFiles(folder)  # raises for damaged files
     check_free(Path(out), force=force)
     model = load_model(f"hf:{target}", weights=False).model
     _check_dense(model, target)

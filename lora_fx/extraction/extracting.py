@@ -193,9 +193,10 @@ def extract(
     sites, heads = _sites(
         (site for site in matches.sites if not _is_in(site.weight, fresh)), changed
     )
+    weights = {name for site in sites for name in (site.weight, *site.tied_to)}
 
     def build(kept: Iterable[Site], ranks: Mapping[str, int]) -> nn.Module:
-        exact = _config(model, kept, ranks, heads, changed, fresh, config)
+        exact = _config(model, kept, ranks, heads, changed - weights, fresh, config)
         options = RewriteOptions(adapter_name, loaded=True, quiet=True)
         return rewrite_model(model, exact, options=options, frontend=frontend)
 
@@ -208,7 +209,6 @@ def extract(
         )
         roots = {name: root_of(values) for name, values in moments.items()}
     rules = _Ranks(choice, roots)
-    weights = {name for site in sites for name in (site.weight, *site.tied_to)}
     in_full = sum(difference.after(name).numel() for name in changed - weights)
     with show_progress(progress, "site") as tell:
         rules.allocate(sites, difference, in_full)
@@ -351,18 +351,17 @@ def _config(
     sites: Iterable[Site],
     ranks: Mapping[str, int],
     heads: Mapping[str, Iterable[str]],
-    changed: Iterable[str],
+    in_full: Iterable[str],
     fresh: Iterable[str],
     config: LoraConfig | None,
 ) -> LoraConfig:
     """Return the configuration of an adapter for these sites that has places for other parameters as well."""
     sites = list(sites)
     owners = {site.owner for site in sites}
-    weights = {name for site in sites for name in (site.weight, *site.tied_to)}
     whole, biases = set(fresh), False
-    for name in changed:
+    for name in in_full:
         owner, _, leaf = name.rpartition(".")
-        if name in weights or _is_in(name, whole):
+        if _is_in(name, whole):
             continue
         biases |= owner in owners and leaf.endswith("bias")
         if owner and owner not in owners and not list(model.get_submodule(owner).children()):
