@@ -35,7 +35,7 @@ def extract(
         rank: The rank of all sites; by default 16.
         energy: Instead of the rank: the share of the change to keep at each site, above 0 and at most 1.
         budget: Instead of the rank: a number of parameters, or a size such as 20MB.
-        picture: Draw what was lost where: .html, .svg, .dot, .graphml or .json.
+        picture: Draw the loss of each site: .html, .svg, .dot, .graphml or .json.
         every: Show a line for each site.
         force: Replace an adapter in the folder.
         as_json: Print the report as JSON.
