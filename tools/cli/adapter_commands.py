@@ -40,8 +40,8 @@ def extract(
         force: Replace an adapter in the folder.
         as_json: Print the report as JSON.
     """
-    folders = [Path(name.removeprefix("hf:")) for name in (base, tuned)]
-    for folder in folders:
+    old, new = (Path(name.removeprefix("hf:")) for name in (base, tuned))
+    for folder in (old, new):
         if not folder.expanduser().is_dir():
             raise ConfigError(
                 f"{folder} is not a folder: give the folders of two models of transformers, with safetensors"
@@ -53,7 +53,8 @@ def extract(
 
     with console.progress("extracting") as advance:
         report = extract_files(
-            *folders,
+            old,
+            new,
             out,
             rank=rank,
             energy=energy,
