@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.adapters.budget import allot_ranks
 from lora_fx.adapters.calibration import input_moments
 from lora_fx.adapters.initialization import initialize, restart
 from lora_fx.adapters.manage import (
@@ -60,6 +61,7 @@ __all__ = [
     "adapter_record",
     "add_adapter",
     "add_weighted_adapter",
+    "allot_ranks",
     "base_capture",
     "correct_gradients",
     "delete_adapter",
