@@ -174,14 +174,17 @@ def plan(
         deploy: As for :func:`rewrite`. The plan checks that each site can have this storage.
         merge_into: A storage, named as for ``deploy``. The plan then has for each site the least
             ``‖ΔW‖ / ‖W‖`` of which a merge that rounds to nearest keeps nine tenths.
-        tokens: Number of tokens in the training data that the loss counts, each once. The advice then compares
-            the data with the capacity of the adapter, and has a learning rate (:mod:`lora_fx.ir.advice`).
+        tokens: Number of tokens in the training data that the loss counts, each once. The advice then
+            compares the data with the capacity of the adapter, and has a learning rate
+            (:mod:`lora_fx.ir.advice`).
         budget: The most that the adapter may train: a number of parameters, or bytes of its tensors as
             ``"20MB"`` (10^6 bytes) or ``"20MiB"``. The gradients of ``inputs`` choose the rank of each site
             (:mod:`lora_fx.adapters.budget`). ``r`` and ``rank_pattern`` then only give the scales, which
             stay. Each site keeps at least its smallest rank.
         inputs: For ``budget``: a few batches with labels, as for :func:`initialize`.
-        loss_fn, forward, progress: For ``budget``, as for :func:`initialize`.
+        loss_fn: For ``budget``, as for :func:`initialize`.
+        forward: For ``budget``, as for :func:`initialize`.
+        progress: For ``budget``, as for :func:`initialize`.
 
     Returns:
         A plan: print it, or read ``sites``, ``skipped``, ``rejections``, ``unmatched`` and ``advice``.
@@ -189,8 +192,8 @@ def plan(
     Raises:
         NoMatchError: If nothing is selected; lists the nearest names.
         PartialMatchError: With ``strict``.
-        ConfigError: If a site cannot be trained for the storage of ``deploy``; names it and the reason. If the
-            budget is too small; says how large it has to be. If its gradients cannot be computed.
+        ConfigError: If a site cannot be trained for the storage of ``deploy``; names it and the reason. If
+            the budget is too small; says how large it has to be. If its gradients cannot be computed.
         CaptureError: If the model cannot be captured.
     """
     if tokens is not None and tokens < 1:

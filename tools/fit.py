@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError
 from lora_fx.files import bytes_in
 from lora_fx.ir import Memory
 from lora_fx.tools.cluster import (

@@ -46,7 +46,7 @@ from lora_fx.passes.pipeline import RewriteOptions, rewrite_model
 from lora_fx.passes.plan import at_rank, start_objection
 from lora_fx.progress import Progress
 
-__all__ = ["Allotment", "allot_ranks", "budget_of"]
+__all__ = ["Allotment", "Unit", "allot_ranks", "budget_of"]
 
 Unit = Literal["bytes", "parameters"]
 
@@ -62,7 +62,8 @@ def budget_of(budget: object) -> tuple[int, Unit]:
     if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
         return budget, "parameters"
     raise ConfigError(
-        f"budget is {budget!r}: give a number of parameters, or a size of the adapter's tensors such as '20MB'"
+        f"budget is {budget!r}: give a number of parameters, or a size of the adapter's tensors such as "
+        "'20MB'"
     )
 
 
@@ -107,11 +108,14 @@ def allot_ranks(
         model: The user's model. It is not changed.
         budget: As for :func:`lora_fx.plan`: the limit of everything that the adapter trains.
         batches: As for :func:`lora_fx.initialize`.
-        example_inputs, frontend: As for :func:`lora_fx.capture`.
-        loss_fn, forward, progress: As for :func:`lora_fx.initialize`.
+        example_inputs: As for :func:`lora_fx.capture`.
+        loss_fn: As for :func:`lora_fx.initialize`.
+        forward: As for :func:`lora_fx.initialize`.
+        frontend: As for :func:`lora_fx.capture`.
+        progress: As for :func:`lora_fx.initialize`.
 
     Raises:
-        ConfigError: If the budget is no budget, or too small for the smallest rank everywhere. If there are no
+        ConfigError: If the budget is none, or too small for the smallest rank everywhere. If there are no
             batches, or their gradients cannot be computed. If the kind or the start of the adapter has no
             rank to choose.
     """
@@ -122,8 +126,8 @@ def allot_ranks(
     least = fixed + sum(site.cost_of(site.step) for site in sites)
     if limit < least:
         raise ConfigError(
-            f"budget is {limit:,} {unit}, and the smallest rank at each of {len(sites)} sites takes {least:,}: "
-            "give at least that, or name fewer operations in target_modules"
+            f"budget is {limit:,} {unit}, and the smallest rank at each of {len(sites)} sites takes "
+            f"{least:,}: give at least that, or name fewer operations in target_modules"
         )
     assert batches is not None
     if isinstance(batches, torch.Tensor) or hasattr(batches, "keys"):
@@ -145,10 +149,13 @@ def allot_ranks(
 def _check(plan: Plan, model: nn.Module, batches: object) -> None:
     config = plan.config
     if not chosen_kind(config).low_rank:
-        raise ConfigError(f"budget: the adapter kind {chosen_kind(config).name!r} has no rank to choose")
+        raise ConfigError(
+            f"budget: the adapter kind {chosen_kind(config).name!r} has no rank to choose"
+        )
     if config.init_lora_weights == "eva":
         raise ConfigError(
-            "budget: init_lora_weights='eva' distributes the ranks itself, by the inputs: leave out one of both"
+            "budget: init_lora_weights='eva' distributes the ranks itself, by the inputs: leave out one of "
+            "both"
         )
     if batches is None:
         raise ConfigError(
@@ -230,13 +237,15 @@ def _other(plan: Plan, model: nn.Module, unit: Unit) -> int:
         return plan.extra_parameters + sum(row.parameters for row in plan.tokens)
     own = base_parameters(model)
     inside = tuple(f"{name}." for name in plan.saved_modules)
-    once = {id(own[name]): own[name] for name in own if name.startswith(inside) or name in plan.biases}
+    once = {
+        id(own[name]): own[name] for name in own if name.startswith(inside) or name in plan.biases
+    }
     trained = sum(p.numel() * adapter_dtype(p).itemsize for p in once.values())
     return trained + sum(row.parameters * _bytes_each(model, row.site) for row in plan.tokens)
 
 
 def _gains(site: Site, gradient: torch.Tensor) -> list[float]:
-    """Return the sums of the largest squared singular values of a gradient, over all its matrices, from 0 on."""
+    """Return the gain of all ranks up to each, from 0 on: sums of squared singular values."""
     matrices = as_matrices(site, part_of(site, gradient))
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     squares = torch.linalg.eigvalsh(wide @ wide.mT).flip(-1)

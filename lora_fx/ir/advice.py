@@ -16,13 +16,13 @@ __all__ = ["Advice", "Capacity", "Coverage", "LearningRate", "Spending"]
 _LOW = 0.5
 """Share of the FLOPs below which a plan warns.
 
-Attention alone learns more slowly than the MLPs alone [S]. In the Llama-3.1-8B of [S] attention has 19 % of the
-FLOPs, and the MLPs have 81 %.
+Attention alone learns more slowly than the MLPs alone [S]. In the Llama-3.1-8B of [S], attention has 19 % of
+the FLOPs, and the MLPs have 81 %.
 """
 _BITS_PER_PARAMETER = 2
-"""Bits that a parameter stores after long training (Allen-Zhu and Li, 2024, arXiv:2404.05405; used in [S])."""
+"""Bits that a parameter stores in the long run (Allen-Zhu and Li, 2024, arXiv:2404.05405; cited in [S])."""
 _BITS_PER_TOKEN = 1
-"""Bits of a token at most: the log-loss of a first epoch is about 1 bit a token, and bounds what is stored [S]."""
+"""Bits of a token at most: the log-loss of a first epoch, about 1 bit a token, bounds what is stored [S]."""
 _ALPHA = 32
 """The alpha of all experiments in [S]."""
 _TIMES, _TIMES_IN_SHORT, _SHORT = 10, 15, 100
@@ -34,25 +34,25 @@ _LISTED = 4
 class Coverage:
     """The operations that are adapted, by their FLOPs for one token.
 
-    The output head, routers and embeddings do not count unless they are adapted.
+    The output head, routers and embeddings do not count.
 
     Attributes:
         share: Share of the FLOPs of linear operations, in [0, 1].
-        rest: The operations that are not adapted, equal layers as one, each with its share. The largest is
+        uncovered: The operations that are not adapted, equal layers as one, each with its share, the largest
             first.
     """
 
     share: float
-    rest: tuple[tuple[str, float], ...]
+    uncovered: tuple[tuple[str, float], ...]
 
     def line(self) -> str | None:
         """Return a warning if the share is low, else None."""
         if self.share >= _LOW:
             return None
-        rest = [f"{name} {100 * share:.0f} %" for name, share in self.rest if share >= 0.005]
+        listed = [f"{name} {100 * share:.0f} %" for name, share in self.uncovered if share >= 0.005]
         return (
             f"only {100 * self.share:.0f} % of the FLOPs of linear operations are adapted, which may learn "
-            f"slowly; the others: {some(rest, _LISTED)}"
+            f"slowly; the others: {some(listed, _LISTED)}"
         )
 
 
@@ -81,8 +81,11 @@ class Capacity:
     def line(self) -> str:
         """Return a comparison of both in words."""
         stored = _bits(self.parameters * _BITS_PER_PARAMETER)
-        held = _bits(self.tokens * _BITS_PER_TOKEN)
-        text = f"{self.parameters:,} parameters store about {stored}, {self.tokens:,} tokens hold at most about {held}"
+        needed = _bits(self.tokens * _BITS_PER_TOKEN)
+        text = (
+            f"{self.parameters:,} parameters store about {stored}, {self.tokens:,} tokens hold at most about "
+            f"{needed}"
+        )
         if self.lacking is None:
             return f"{text}: not enough to store all"
         if self.lacking > 1:
@@ -163,7 +166,7 @@ class Spending:
 
     Attributes:
         limit: The budget.
-        used: The part of it that the adapter takes.
+        used: Parameters or bytes of the adapter.
         unit: The unit of both.
         kept: Share of the squared norm of all gradients in the directions that the ranks allow.
         equal_rank: The largest rank that every site could have within the budget; 0 if there is none.

@@ -214,7 +214,7 @@ class Plan:
     kept: Kept | None = None
     savings: Savings | None = None
     merge_into: str = ""
-    advice: Advice = Advice()
+    advice: Advice = dataclasses.field(default_factory=Advice)
     spent: Spending | None = None
 
     def _predicted(self) -> str:

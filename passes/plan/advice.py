@@ -55,7 +55,7 @@ def with_advice(
         coverage=_coverage(plan, capture.model, example_inputs),
         forgotten=(*_experts_left(plan), *_added_rows(plan, capture.model)),
         capacity=None if tokens is None else _capacity(plan, tokens),
-        learning_rate=_learning_rate(plan, asked=tokens is not None),
+        learning_rate=_learning_rate(plan, always=tokens is not None),
     )
     return dataclasses.replace(plan, advice=advice)
 
@@ -64,29 +64,25 @@ def with_advice(
 
 
 def _coverage(plan: Plan, model: nn.Module, example_inputs: Any) -> Coverage | None:
-    adapted = [row.site for row in plan.sites]
     inside = tuple(f"{name}." for name in plan.saved_modules)
-    left = [skipped.site for skipped in plan.skipped]
-    adapted += [site for site in left if site.weight.startswith(inside)]
-    rest = [
-        site
-        for site in left
-        if not (site.head or site.router or site.weight.startswith(inside))
-    ]
-    routers = [site for site in (*adapted, *left) if site.router]
-    sites = [site for site in (*adapted, *rest) if site.family != "embedding"]
-    flops = _flops(sites, routers, model, example_inputs)
+    skipped = [operation.site for operation in plan.skipped]
+    adapted = [row.site for row in plan.sites]
+    adapted += [site for site in skipped if site.weight.startswith(inside)]
+    uncovered = [site for site in skipped if not site.weight.startswith(inside)]
+    routers = [site for site in (*adapted, *skipped) if site.router]
+    adapted, uncovered = (
+        [site for site in sites if not (site.head or site.router or site.family == "embedding")]
+        for sites in (adapted, uncovered)
+    )
+    flops = _flops([*adapted, *uncovered], routers, model, example_inputs)
     total = sum(flops.values())
     if not total:
         return None
     shares: dict[str, float] = defaultdict(float)
-    names = [site.name for site in rest if site.family != "embedding"]
-    common = folded((name, f"{flops[name]:.6g}") for name in names)
-    for row in common:
+    for row in folded((site.name, repr(flops[site.name])) for site in uncovered):
         shares[row.name] += row.count * float(row.cells[0]) / total
     ordered = sorted(shares.items(), key=lambda pair: -pair[1])
-    covered = sum(flops[site.name] for site in adapted if site.family != "embedding")
-    return Coverage(covered / total, tuple(ordered))
+    return Coverage(sum(flops[site.name] for site in adapted) / total, tuple(ordered))
 
 
 def _flops(
@@ -117,7 +113,7 @@ def _flops(
 
 
 def _flops_at_a_position(site: Site) -> float:
-    """Return the FLOPs for a token, or for a position of a convolution; of one expert if there are several."""
+    """Return the FLOPs for a token or, in a convolution, a position. Of several experts, one counts."""
     count, out, inner = matrix_shape(site)
     matrices = 1 if site.experts else count
     times = max(Counter(call.region for call in site.calls).values())
@@ -137,8 +133,9 @@ def _times_used(
     for router in routers:
         count = router.out_features
         chosen = router.chosen or count
-        for mixture in _outer(router.owner):
-            inside = [site for site in sites if site.weight.startswith(f"{mixture}.")]
+        for mixture in (*_outer(router.owner), ""):
+            prefix = f"{mixture}." if mixture else ""
+            inside = [site for site in sites if site.weight.startswith(prefix)]
             stacked = [site.name for site in inside if site.experts == count]
             single = [
                 site.name
@@ -208,8 +205,8 @@ def _added_rows(plan: Plan, model: nn.Module) -> Iterator[str]:
                 idle.setdefault((new.start, new.stop), []).append(site.name)
     for (start, stop), names in idle.items():
         yield (
-            f"rows {start} to {stop - 1} of {some(names)} are not in the checkpoint, and nothing trains them: "
-            "name them in trainable_token_indices, or the modules in modules_to_save"
+            f"rows {start} to {stop - 1} of {some(names)} are not in the checkpoint, and nothing trains "
+            "them: name them in trainable_token_indices, or the modules in modules_to_save"
         )
 
 
@@ -220,18 +217,18 @@ def _grown_vocabularies(model: nn.Module) -> Iterator[tuple[int, int]]:
         return
     stored = _stored_config(model.__dict__.get("name_or_path"))
     before, now = dict(_vocabularies(stored)), dict(_vocabularies(config.to_dict()))  # type: ignore[union-attr,operator]
-    for place, size in now.items():
-        if 0 < before.get(place, 0) < size:
-            yield size, before[place]
+    for path, size in now.items():
+        if 0 < before.get(path, 0) < size:
+            yield size, before[path]
 
 
-def _vocabularies(values: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
-    """Yield the sizes of vocabularies in a configuration, each with its place."""
+def _vocabularies(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the sizes of vocabularies in a configuration, each with its path."""
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _vocabularies(value, (*place, key))
+            yield from _vocabularies(value, (*path, key))
         elif key == "vocab_size" and isinstance(value, int):
-            yield (*place, key), value
+            yield (*path, key), value
 
 
 def _stored_config(origin: object) -> Mapping[str, Any]:
@@ -267,11 +264,11 @@ They are in "Supervised Learning Hyperparameters" of their documentation of Tink
 """
 
 
-def _learning_rate(plan: Plan, *, asked: bool) -> LearningRate | None:
+def _learning_rate(plan: Plan, *, always: bool) -> LearningRate | None:
     rows = [row for row in plan.sites if row.rank]
     width = _width_of_language_model(plan)
     known = width is not None and width in _MEASURED
-    if not rows or not (asked or known):
+    if not rows or not (always or known):
         return None
     low = high = None
     if width is not None and known:

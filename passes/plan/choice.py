@@ -44,6 +44,7 @@ from lora_fx.torch_private import pytree
 
 __all__ = [
     "Choice",
+    "Positions",
     "choices",
     "planned_tokens",
     "positions_of",
