@@ -141,7 +141,8 @@ class Advice:
     """Advice on a plan. Only :meth:`lines` that matter for the model are shown.
 
     Attributes:
-        coverage: The adapted share of the FLOPs; None if the positions of convolutions are unknown.
+        coverage: The adapted share of the FLOPs; None if nothing is adapted, or the positions of convolutions
+            are unknown.
         forgotten: Modules that are usually meant to be trained and are not, in words.
         capacity: The capacity for a number of tokens; None without that number.
         learning_rate: A learning rate to start with; None if it was not asked for and is not known.

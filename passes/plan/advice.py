@@ -74,6 +74,10 @@ def _coverage(plan: Plan, model: nn.Module, example_inputs: Any) -> Coverage | N
         [site for site in sites if not (site.head or site.router or site.family == "embedding")]
         for sites in (adapted, uncovered)
     )
+    if not plan.sites:
+        return None
+    if not uncovered:
+        return Coverage(1.0, ())
     flops = _flops([*adapted, *uncovered], routers, model, example_inputs)
     total = sum(flops.values())
     if not total:

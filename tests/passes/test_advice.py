@@ -57,6 +57,21 @@ def test_attention_alone_covers_a_fifth_of_llama() -> None:
     assert plan.to_dict()["advice"]["coverage"]["share"] == plan.advice.coverage.share
 
 
+def test_attention_is_little_of_a_hybrid_model() -> None:
+    """Names of attention layers select some layers, and training goes on without an error."""
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model("nemotron_h")
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    found = advice(model, target_modules=ATTENTION)
+    assert found.coverage.share < 0.1
+    assert "model.layers.0.mixer.in_proj 15 %" in found.coverage.line()
+    assert advice(model).coverage.share > 0.999
+
+
+def test_a_plan_without_adapters_has_no_coverage() -> None:
+    assert advice(Residual(), target_modules=[], modules_to_save=["head"]).coverage is None
+
+
 @pytest.mark.parametrize("options", [{}, {"target_modules": MLP}, {"target_modules": "all-linear"}])
 def test_good_coverage_is_not_mentioned(options: dict) -> None:
     found = advice(llama_8b(), **options)
