@@ -132,7 +132,14 @@ def allot_ranks(
     assert batches is not None
     if isinstance(batches, torch.Tensor) or hasattr(batches, "keys"):
         batches = [batches]
-    config = dataclasses.replace(plan.config, init_lora_weights=True)
+    config = dataclasses.replace(
+        plan.config,
+        init_lora_weights=True,
+        loftq_config=None,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
+    )
     options = RewriteOptions(loaded=True, quiet=True)
     # A copy over the same weights.
     twin = rewrite_model(model, config, example_inputs, options=options, frontend=frontend)
@@ -152,6 +159,8 @@ def _check(plan: Plan, model: nn.Module, batches: object) -> None:
         raise ConfigError(
             f"budget: the adapter kind {chosen_kind(config).name!r} has no rank to choose"
         )
+    if not plan.sites:
+        raise ConfigError("budget: no operation is adapted, so that there is no rank to choose")
     if config.init_lora_weights == "eva":
         raise ConfigError(
             "budget: init_lora_weights='eva' distributes the ranks itself, by the inputs: leave out one of "

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import lora_fx
+import lora_fx.kinds as kinds
 from lora_fx import ConfigError, LoraConfig
 from tests import zoo
 from tests.lora_fx.test_initialize import tokens
+from tests.lora_fx.test_kinds import example
 from tests.numerics import assert_close, assert_same_bits
 
 
@@ -264,7 +266,8 @@ def test_starts_keep_their_conditions() -> None:
     plan = planted(init_lora_weights="orthogonal", budget=48 * 13)
     assert all(rank % 2 == 0 for rank in ranks(plan))
     assert sum(ranks(plan)) == 12
-    plan = planted(init_lora_weights="lora_ga", budget=10**6)
+    options = {"direction": "ArBr"}
+    plan = planted(init_lora_weights="lora_ga", lora_ga_config=options, budget=10**6)
     assert ranks(plan) == [8] * 4  # it takes 2 r directions of 16
 
 
@@ -281,10 +284,19 @@ def test_what_a_budget_needs() -> None:
         lora_fx.plan(model, config, budget=1000, inputs=[(torch.randn(2, 32),)])
     with pytest.raises(ConfigError, match="distributes the ranks itself"):
         planted(init_lora_weights="eva")
+    with pytest.raises(ConfigError, match="no operation is adapted"):
+        planted(target_modules=[], modules_to_save=["layers.0"])
     with torch.device("meta"):
         empty = Planted()
     with pytest.raises(ConfigError, match="meta device"):
         lora_fx.plan(empty, config, budget=1000, inputs=[(torch.randn(2, 32),)], loss_fn=mean)
+
+
+def test_a_kind_without_factors_has_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "_registry", kinds._BUILT_IN)
+    example()
+    with pytest.raises(ConfigError, match="'ia3' has no rank to choose"):
+        planted(kind="ia3")
 
 
 def test_a_quantized_weight_has_no_gradient() -> None:
