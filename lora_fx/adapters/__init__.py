@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.adapters.budget import allot_ranks
 from lora_fx.adapters.calibration import input_moments
 from lora_fx.adapters.initialization import Forward, initialize, restart
 from lora_fx.adapters.manage import (
@@ -61,6 +62,7 @@ __all__ = [
     "adapter_record",
     "add_adapter",
     "add_weighted_adapter",
+    "allot_ranks",
     "base_capture",
     "correct_gradients",
     "delete_adapter",
