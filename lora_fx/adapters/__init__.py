@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.adapters.budget import allot_ranks
+from lora_fx.adapters.budget import allot_ranks, budget_of
 from lora_fx.adapters.calibration import input_moments
 from lora_fx.adapters.initialization import Forward, initialize, restart
 from lora_fx.adapters.manage import (
@@ -64,6 +64,7 @@ __all__ = [
     "add_weighted_adapter",
     "allot_ranks",
     "base_capture",
+    "budget_of",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",

@@ -14,7 +14,7 @@ each site is that of the configuration.
 from __future__ import annotations
 
 import dataclasses
-import heapq
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from lora_fx.files import bytes_in
 from lora_fx.ir import Plan, PlannedSite, Site, Spending
 from lora_fx.kinds import chosen_kind
 from lora_fx.passes.capture import Frontend
+from lora_fx.passes.lowrank import allocate, spectrum
 from lora_fx.passes.parameters import (
     adapter_dtype,
     as_matrices,
@@ -229,10 +230,10 @@ class _Site:
         return self.gains[rank // self.row.site.groups]
 
     @property
-    def next_gain(self) -> float:
-        """The gain of the next step for its cost."""
-        gained = self.gain_of(self.rank + self.step) - self.gain_of(self.rank)
-        return gained / self.each
+    def further_gains(self) -> list[float]:
+        """The gain of each further step."""
+        gains = [self.gain_of(rank) for rank in range(self.rank, self.most + 1, self.step)]
+        return [after - before for before, after in itertools.pairwise(gains)]
 
 
 def _bytes_each(model: nn.Module, site: Site) -> int:
@@ -255,34 +256,20 @@ def _other(plan: Plan, model: nn.Module, unit: Unit) -> int:
 
 def _gains(site: Site, gradient: torch.Tensor) -> list[float]:
     """Return the gain of all ranks up to each, from 0 on: sums of squared singular values."""
-    matrices = as_matrices(site, part_of(site, gradient))
-    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    squares = torch.linalg.eigvalsh(wide @ wide.mT).flip(-1)
-    # Values below the precision are those of a gradient of lower rank.
-    least = torch.finfo(squares.dtype).eps * wide.shape[2] * squares[:, :1]
-    squares = squares.where(squares > least, 0).sum(0).double()
+    squares = spectrum(as_matrices(site, part_of(site, gradient)))
     return [0.0, *squares.cumsum(0).tolist()]
 
 
 def _distribute(sites: Sequence[_Site], room: int) -> None:
-    """Give the sites ranks whose cost is within the room: the most gain for its cost first."""
+    """Give the sites ranks whose cost is within the room."""
     room -= sum(site.cost_of(site.rank) for site in sites)
-    # Among equal gains the smallest rank comes first, and then the order of the sites.
-    waiting = [
-        (-site.next_gain, site.rank, index)
-        for index, site in enumerate(sites)
-        if site.rank + site.step <= site.most
-    ]
-    heapq.heapify(waiting)
-    while waiting:
-        _, _, index = heapq.heappop(waiting)
-        site = sites[index]
-        if site.each > room:
-            continue
-        room -= site.each
-        site.rank += site.step
-        if site.rank + site.step <= site.most:
-            heapq.heappush(waiting, (-site.next_gain, site.rank, index))
+    steps = allocate(
+        {site.row.name: site.further_gains for site in sites},
+        {site.row.name: site.each for site in sites},
+        room,
+    )
+    for site in sites:
+        site.rank += site.step * steps[site.row.name]
 
 
 def _result(

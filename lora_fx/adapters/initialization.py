@@ -33,7 +33,6 @@ from lora_fx.passes.insert import (
     data_start,
     drop_site,
     initial_start,
-    low_rank_svd,
     observed,
     place_slots,
     place_start,
@@ -41,6 +40,7 @@ from lora_fx.passes.insert import (
     site_generator,
     slot_start,
 )
+from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters import (
     base_dtype,
     base_parameters,
