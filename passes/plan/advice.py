@@ -220,7 +220,7 @@ def _grown_vocabularies(model: nn.Module) -> Iterator[tuple[int, int]]:
     if not callable(getattr(config, "to_dict", None)):
         return
     stored = _stored_config(model.__dict__.get("name_or_path"))
-    before, now = dict(_vocabularies(stored)), dict(_vocabularies(config.to_dict()))  # type: ignore[union-attr,operator]
+    before, now = dict(_vocabularies(stored)), dict(_vocabularies(config.to_dict()))  # type: ignore[union-attr]
     for path, size in now.items():
         if 0 < before.get(path, 0) < size:
             yield size, before[path]
