@@ -338,6 +338,7 @@ class FactorModel(FlatModel):
     Attributes:
         manifest: The adapter inputs.
         adapter_inputs: The same inputs in order.
+        rank: The rank of all factors in a trace; None for a rank of each site, which stays dynamic.
     """
 
     def __init__(
@@ -355,6 +356,7 @@ class FactorModel(FlatModel):
         self.adapter_inputs = tuple(self.manifest.inputs.values())
         self.device = next(model.parameters()).device
         self._places = tuple(name for row in prepared.rows for name in _parameters(row))
+        self.rank: int | None = None
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
         """Return the outputs with their names.
@@ -435,14 +437,25 @@ class FactorModel(FlatModel):
 
     def over(self, model: nn.Module) -> FactorModel:
         """Return the same call of another copy of the model."""
-        return FactorModel(self._made, model, self.arguments, self.call).eval()
+        other = FactorModel(self._made, model, self.arguments, self.call).eval()
+        other.rank = self.rank
+        return other
 
     def extras(self) -> tuple[Extra, ...]:
         """Return the adapter inputs as torch.export sees them.
 
-        Both factors of a site share one rank. Each site has its own rank.
+        Both factors of a site share one rank. Each site has its own rank, unless there is one for all.
         """
         extras = []
+        if self.rank is not None:
+            for site in self.manifest.sites:
+                for input_ in site.inputs():
+                    shape = input_.sized(-(-self.rank // site.groups) * site.groups)
+                    dtype = getattr(torch, input_.dtype)
+                    example = torch.zeros(shape, dtype=dtype, device=self.device)
+                    fixed = dict.fromkeys(range(len(shape)), Dim.STATIC)
+                    extras.append(Extra(input_.name, example, fixed, shape, None))
+            return tuple(extras)
         for index, site in enumerate(self.manifest.sites):
             rank = f"lora_rank_{index}"
             dim = Dim(rank, min=1)
@@ -483,7 +496,9 @@ def flip(entry: AdapterInput, tensor: Tensor) -> Tensor:
     return tensor.mT if matrix else tensor
 
 
-def random_factors(manifest: Manifest, rank: int, seed: int = 0) -> dict[str, Tensor]:
+def random_factors(
+    manifest: Manifest, rank: int, seed: int = 0, max_rank: int | None = None
+) -> dict[str, Tensor]:
     """Return a random adapter, to check that a file computes the same as the model.
 
     Args:
@@ -491,17 +506,18 @@ def random_factors(manifest: Manifest, rank: int, seed: int = 0) -> dict[str, Te
         rank: The lowest rank. Sites differ by up to 2, and grouped convolutions need a multiple of their
             groups. The rank of a bank is the upper limit.
         seed: Seed of the random numbers.
+        max_rank: The highest rank that a file takes, if it is not that of a bank; None for any.
 
     Returns:
         Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth.
     """
     draw = torch.Generator().manual_seed(seed)
-    most = None if manifest.bank is None else manifest.bank.rank
+    most = max_rank if manifest.bank is None else manifest.bank.rank
     values = {}
     for index, site in enumerate(manifest.sites):
         # Ranks differ between sites, which reveals ranks that were mixed up.
         ranked = site.groups * max(1, (rank + index % 3) // site.groups)
-        ranked = ranked if most is None else min(ranked, most)
+        ranked = ranked if most is None else min(ranked, max(most, site.groups))
         for input_ in site.inputs():
             shape = input_.sized(ranked)
             value = torch.randn(shape, generator=draw)

@@ -34,6 +34,7 @@ from lora_fx.export.failures import headline
 from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
 from lora_fx.export.fuse import check_target as check_fusions
 from lora_fx.export.prepare import (
+    DEFAULT_RANK,
     Prepared,
     over_quantized,
     prepare,
@@ -51,7 +52,14 @@ from lora_fx.export.staging import (
     staging,
     write,
 )
-from lora_fx.export.targets import RuntimeTarget, TaskName, Written, find_runtime
+from lora_fx.export.targets import (
+    ProgramTarget,
+    RuntimeTarget,
+    TaskName,
+    TracedProgram,
+    Written,
+    find_runtime,
+)
 from lora_fx.export.tasks import find_task
 from lora_fx.export.trace import Trace, trace
 from lora_fx.export.verify import Parity, PrecisionError
@@ -103,22 +111,55 @@ class _Stages:
 
 
 _PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
+_PACKAGES += ("openvino", "executorch")
 
 
-def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """What is in a file.
+
+    Attributes:
+        operators: Number of nodes of each operator.
+        initializers: Number of weights.
+        outputs: Axes of each output.
+        metadata: Metadata entries.
+    """
+
+    operators: Counter[str]
+    initializers: int
+    outputs: Mapping[str, tuple[int | str, ...]]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def of_graph(cls, model: ir.Model) -> _Contents:
+        """Read an ONNX graph."""
+        return cls(
+            Counter(node.op_type for node in model.graph.all_nodes()),
+            len(model.graph.initializers),
+            {str(value.name): _axes_of(value) for value in model.graph.outputs},
+            dict(model.metadata_props),
+        )
+
+    @classmethod
+    def of_program(cls, program: TracedProgram) -> _Contents:
+        """Read a program of ``torch.export``."""
+        weights = len(program.trace.program.state_dict)
+        return cls(program.operators(), weights, program.output_axes(), program.metadata())
+
+
+def _graph_facts(trace: Trace, contents: _Contents, parity: Parity) -> dict[str, Any]:
     """Return the fields of an ``ExportReport`` about the contents of the file and its comparison."""
 
     def by_name(sizes: Sizes) -> dict[str, tuple[int, ...]]:
         return dict(zip(trace.arguments.names, sizes, strict=True))
 
     axes = dict(zip(trace.arguments.names, trace.axes, strict=True))
-    operators = Counter(node.op_type for node in model.graph.all_nodes())
     return {
-        "nodes": operators.total(),
-        "operators": dict(operators.most_common()),
-        "initializers": len(model.graph.initializers),
+        "nodes": contents.operators.total(),
+        "operators": dict(contents.operators.most_common()),
+        "initializers": contents.initializers,
         "inputs": {name: tuple(axis.label for axis in row) for name, row in axes.items()},
-        "outputs": {value.name: _axes_of(value) for value in model.graph.outputs},
+        "outputs": dict(contents.outputs),
         "dynamic_axes": trace.dynamic_axes(),
         "axis_limits": trace.axis_limits(),
         "fixed_axes": {
@@ -140,7 +181,7 @@ def _graph_facts(trace: Trace, model: ir.Model, parity: Parity) -> dict[str, Any
             ", ".join(f"{name} {list(size)}" for name, size in by_name(sizes).items()): reason
             for sizes, reason in parity.skipped.items()
         },
-        "metadata": dict(model.metadata_props),
+        "metadata": dict(contents.metadata),
         "versions": _versions(),
     }
 
@@ -223,12 +264,16 @@ class _Export:
         keep: Called with each new weight, see ``Scratch.keep``.
         clock: Clock of the stages.
         adapt: Changes a finished graph for a runtime; None for any runtime.
+        runtime: The runtime that takes a program instead of an ONNX file; None for ONNX.
+        rank: The rank that factors are padded to; None for any.
     """
 
     options: _FileOptions
     keep: Callable[[Tensor], Tensor]
     clock: _Stages
     adapt: Callable[[ir.Model], None] | None
+    runtime: ProgramTarget | None = None
+    rank: int | None = None
 
     def build(
         self, prepared: Prepared, stage: Staging, dynamic_shapes: object = None
@@ -248,13 +293,18 @@ class _Export:
             ExportError: The model cannot be captured or converted, or the disk is full.
         """
         options = self.options
-        opset, why = options.opset_for(prepared.dtype)
+        opset, why = (0, "") if self.runtime else options.opset_for(prepared.dtype)
         failures: list[str] = []
         traceable = prepared.to_trace(self.keep)
+        if self.runtime is not None and not self.runtime.dynamic:
+            dynamic_shapes = {}
         traced = _traced(traceable, dynamic_shapes, failures, 0)
         while True:
             assert traced is not None
             try:
+                if self.runtime is not None:
+                    written = self._write_program(self.runtime, traced, traceable, prepared, stage)
+                    break
                 self.clock.start("converting to ONNX")
                 converted = convert(traced, traceable, opset)
                 _, version = installed("onnxruntime")
@@ -289,8 +339,34 @@ class _Export:
             optimize=written.target.level,
             fused=dict(written.fused.done),
             not_fused={**written.fused.refused, **written.fallbacks},
-            **_graph_facts(traced, written.model, written.parity),
+            **_graph_facts(traced, written.contents, written.parity),
         )
+
+    def _write_program(
+        self,
+        runtime: ProgramTarget,
+        traced: Trace,
+        traceable: Prepared,
+        prepared: Prepared,
+        stage: Staging,
+    ) -> _Written:
+        """Write a program for its runtime, and compare it there.
+
+        Raises:
+            ParityError: The outputs of the program differ.
+            ExportError: The runtime does not take it.
+        """
+        self.clock.start(f"converting to {runtime.runtime}")
+        program = TracedProgram(traced, traceable, self.rank)
+        runtime.write(program, stage)
+        files = {file.name: file.stat().st_size for file in stage.written()}
+        parity = Parity(reason="verify=False")
+        if self.options.verify:
+            self.clock.start(f"comparing with PyTorch in {runtime.runtime}")
+            loaded = runtime.loaded(program, stage.model)
+            parity = verify_file(prepared, traced, stage.model, self.keep, loaded=loaded)
+        target = Target("none", self.options.provider, prepared.dtype, None)
+        return _Written(_Contents.of_program(program), files, (), parity, target, Fused(), {})
 
     def _store(self, model: ir.Model, stage: Staging) -> Mapping[str, int]:
         """Write a graph into its staging folder, and return the sizes of its files in bytes."""
@@ -340,7 +416,8 @@ class _Export:
                 model.metadata_props["lora_fx.quantized"] = described
             files = self._store(model, stage)
             try:
-                return _Written(model, files, forms, prove(), target, fused, fallbacks)
+                contents = _Contents.of_graph(model)
+                return _Written(contents, files, forms, prove(), target, fused, fallbacks)
             except (ConversionError, ParityError) as error:
                 lower = target.lower()
                 if lower is None or not fused.done:
@@ -357,7 +434,7 @@ class _Written:
     """File that was written and compared.
 
     Attributes:
-        model: The graph of the file.
+        contents: What is in the file.
         files: Sizes of all files by name, in bytes.
         quantized: The formats of its quantized weights.
         parity: Result of the comparison.
@@ -366,7 +443,7 @@ class _Written:
         fallbacks: Errors of files with more fusions, by level of fusion.
     """
 
-    model: ir.Model
+    contents: _Contents
     files: Mapping[str, int]
     quantized: tuple[StoredFormat, ...]
     parity: Parity
@@ -435,7 +512,7 @@ def export_onnx(
     example_inputs: object,
     *,
     task: Literal["text-generation", "text2text-generation"] | None = None,
-    target: Literal["genai", "transformers.js"] | None = None,
+    target: Literal["genai", "transformers.js", "openvino", "executorch"] | None = None,
     tokenizer: Any = None,
     adapters: Literal["merge", "inline", "inputs", "bank"] | None = None,
     max_adapters: int | None = None,
@@ -475,7 +552,10 @@ def export_onnx(
             "genai" for onnxruntime-genai (``og.Model(path)``), with ``genai_config.json``, the tokenizer, and
             with ``adapters="inputs"`` each adapter of the model in ``adapters/NAME.onnx_adapter``.
             "transformers.js" for a browser or Node, with ``onnx/model.onnx``, ``config.json`` and the
-            tokenizer. None for one file, which ``OnnxSession`` and any other runtime load.
+            tokenizer. "openvino" for an IR of OpenVINO, and "executorch" for a program of ExecuTorch, whose
+            axes are those of the example. Both have no ONNX file; with ``adapters="inputs"`` each adapter of
+            the model is a file in ``adapters/``.
+            None for one file, which ``OnnxSession`` and any other runtime load.
         tokenizer: Tokenizer for the folder of a target: an object with ``save_pretrained``, or the folder
             that it was saved in.
         adapters: "merge" to fold adapters into the weights, which makes a quantized model dense. A model that
@@ -490,8 +570,8 @@ def export_onnx(
             "inline" if an active adapter is at a quantized weight, else for "merge".
         max_adapters: With "bank", the largest number of adapters; None for the number in the model, and at
             least 8.
-        max_rank: With "bank", the highest rank, to which all adapters are padded; None for the highest in
-            the model, and 16 for a model without adapters.
+        max_rank: With "bank", and with "inputs" for OpenVINO and ExecuTorch, the highest rank, to which all
+            adapters are padded; None for the highest in the model, and 16 for a model without adapters.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep the model's dtypes. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision. The tolerance is that of the dtype.
@@ -534,10 +614,14 @@ def export_onnx(
     options = _FileOptions(opset, optimize, chosen, verify, external_data_bytes, shard_bytes)
     bank = _BankSizes(max_adapters, max_rank)
     _check_arguments(model, adapters, dtype, opset)
-    bank.check(adapters)
+    runtime = None if target is None else find_runtime(target)
+    program = runtime if isinstance(runtime, ProgramTarget) else None
+    padded = program is not None and adapters == "inputs"
+    bank.check(adapters, padded=padded)
     check_fusions(optimize, None if provider is None else chosen)
     options.check()
-    runtime = None if target is None else find_runtime(target)
+    if program is not None:
+        _check_program(program, dynamic_shapes, optimize, opset)
     task = _task_of(model, task, runtime, dynamic_shapes)
     data: str | None = None
     if runtime is None:
@@ -556,7 +640,8 @@ def export_onnx(
         if data is not None:  # the runtime reads a single file of weights
             options = dataclasses.replace(options, shard_bytes=sys.maxsize)
     check_target(file_path, force=force)
-    _require_packages()
+    if program is None:
+        _require_packages()
     clock = _Stages(progress)
 
     model = _without_trainers(model)
@@ -568,6 +653,12 @@ def export_onnx(
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
         prepared = _preparation(adapters, bank)(model, example_inputs, dtype, keep, task)
+        if program is not None:
+            rank = _rank_of(model, max_rank) if padded else None
+            export = dataclasses.replace(export, runtime=program, rank=rank)
+            prepared = tuple(
+                part.fixed(None if program.dynamic else example_inputs, rank) for part in prepared
+            )
         report = _build_all(export, prepared, stage, dynamic_shapes)
         if runtime is not None:
             file_names = runtime.finish(
@@ -591,14 +682,59 @@ class _BankSizes:
     capacity: int | None
     rank: int | None
 
-    def check(self, adapters: str | None) -> None:
+    def check(self, adapters: str | None, *, padded: bool = False) -> None:
         """Raise for sizes of a file that has no bank.
+
+        Args:
+            adapters: As for :func:`export_onnx`.
+            padded: True for a file whose factors have one rank.
 
         Raises:
             ExportError: There are any.
         """
+        if padded and self.capacity is None:
+            if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+                raise ExportError(f"max_rank={self.rank!r}: give a whole number of at least 1")
+            return
         if adapters != "bank" and (self.capacity, self.rank) != (None, None):
             raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
+
+
+def _check_program(
+    program: ProgramTarget, dynamic_shapes: object, optimize: str, opset: int | None
+) -> None:
+    """Raise for arguments of ONNX files.
+
+    Raises:
+        ExportError: The message names the argument.
+    """
+    for name, is_given in (("opset", opset is not None), ("optimize", optimize == "runtime")):
+        if is_given:
+            raise ExportError(
+                f"target={program.name!r} writes no ONNX file, so it has no {name}: leave it out"
+            )
+    if dynamic_shapes is not None and not program.dynamic:
+        raise ExportError(
+            f"target={program.name!r} plans memory for the sizes of the example: leave dynamic_shapes out, "
+            "and give an example of the largest size"
+        )
+
+
+def _rank_of(model: nn.Module, max_rank: int | None) -> int:
+    """Return the rank that all factors are padded to.
+
+    Raises:
+        ExportError: An adapter of the model has a higher rank than the caller asks for.
+    """
+    record = record_of(unwrapped(model))
+    adapters = () if record is None else record.adapters.values()
+    highest = max((row.rank for adapter in adapters for row in adapter.sites), default=0)
+    if max_rank is not None and max_rank < highest:
+        raise ExportError(
+            f"max_rank={max_rank} is below the rank {highest} of an adapter of the model: give {highest} "
+            "or more, or leave it out"
+        )
+    return max_rank or highest or DEFAULT_RANK
 
 
 def _task_of(

@@ -52,7 +52,14 @@ if TYPE_CHECKING:
     from lora_fx.passes.merge import MergeReport
 
 
-__all__ = ["Prepared", "over_quantized", "prepare", "prepare_bank", "prepare_swappable"]
+__all__ = [
+    "DEFAULT_RANK",
+    "Prepared",
+    "over_quantized",
+    "prepare",
+    "prepare_bank",
+    "prepare_swappable",
+]
 
 
 # Adapters that stay separate branches in a file, as constants.
@@ -200,6 +207,22 @@ class Prepared:
             if self.source is not None
         ]
 
+    def fixed(self, example_inputs: object, rank: int | None) -> Prepared:
+        """Return a copy for a runtime that takes one rank, or has no dynamic axes.
+
+        Args:
+            example_inputs: The call, to have its sizes if its batch of one was widened; None to keep that.
+            rank: The rank of all factors; None for a model without adapter inputs.
+        """
+        if isinstance(self.model, FactorModel):
+            self.model.rank = rank
+        if example_inputs is None:
+            return self
+        own = Arguments.of(self.model.model, example_inputs).tensors
+        pairs = zip(self.arguments.tensors, own, strict=True)
+        tensors = [tensor[: len(like)] if like.ndim else tensor for tensor, like in pairs]
+        return dataclasses.replace(self, arguments=self.arguments.replace(tensors))
+
     def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
         """Return a copy with a model that torch.export and torch.onnx can trace.
 
@@ -281,7 +304,7 @@ def prepare_bank(
     size = BankSize(
         names,
         max(_CAPACITY, len(names)) if capacity is None else capacity,
-        max(ranks.values(), default=_RANK) if rank is None else rank,
+        max(ranks.values(), default=DEFAULT_RANK) if rank is None else rank,
     )
     _check_size(size, ranks)
     casts = Casts(keep)
@@ -302,7 +325,7 @@ def prepare_bank(
     return tuple(prepared)
 
 
-_CAPACITY, _RANK = 8, 16
+_CAPACITY, DEFAULT_RANK = 8, 16
 
 
 def _check_size(size: BankSize, ranks: Mapping[tuple[str, str], int]) -> None:

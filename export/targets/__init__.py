@@ -1,4 +1,7 @@
-"""Targets: runtimes that load a folder instead of a single ONNX file. Each module has one target."""
+"""Targets: runtimes that load a folder instead of a single ONNX file. Each module has one target.
+
+:mod:`lora_fx.export.targets.programs` has what targets without an ONNX file share.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,25 @@ from typing import Final
 
 from lora_fx.errors import ExportError, hint
 from lora_fx.export.targets.base import RuntimeTarget, TaskName, Written
+from lora_fx.export.targets.executorch import ExecutorchTarget
 from lora_fx.export.targets.genai import GenaiTarget
+from lora_fx.export.targets.openvino import OpenVinoTarget
+from lora_fx.export.targets.programs import ProgramTarget, TracedProgram
 from lora_fx.export.targets.transformers_js import TransformersJsTarget
 
-__all__ = ["TARGETS", "RuntimeTarget", "TaskName", "Written", "find_runtime"]
+__all__ = [
+    "TARGETS",
+    "ProgramTarget",
+    "RuntimeTarget",
+    "TaskName",
+    "TracedProgram",
+    "Written",
+    "find_runtime",
+]
 
 TARGETS: Final[dict[str, RuntimeTarget]] = {
-    target.name: target for target in (GenaiTarget(), TransformersJsTarget())
+    target.name: target
+    for target in (GenaiTarget(), TransformersJsTarget(), OpenVinoTarget(), ExecutorchTarget())
 }
 
 
