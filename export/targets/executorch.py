@@ -55,6 +55,7 @@ class ExecutorchTarget(ProgramTarget):
     def write(self, program: TracedProgram, stage: Staging) -> None:
         """Lower a program."""
         self.refuse_quantized(program)
+        _refuse_gains(program)
         lower = _load("exir", "to_edge_transform_and_lower")
         partitioner = _load("backends.xnnpack.partition.xnnpack_partitioner", "XnnpackPartitioner")
         direct_products(program.trace.program)
@@ -91,6 +92,21 @@ class ExecutorchTarget(ProgramTarget):
         path = stem.with_name(f"{stem.name}.ptd")
         path.write_bytes(bytes(blob))
         return path
+
+
+def _refuse_gains(program: TracedProgram) -> None:
+    """Raise for DoRA at a site that takes adapters: ExecuTorch 1.5 ends the process when it runs such a gain.
+
+    Raises:
+        ExportError: The message names the sites.
+    """
+    manifest = program.prepared.manifest
+    sites = [site.name for site in manifest.sites if site.gain] if manifest is not None else []
+    if sites:
+        raise ExportError(
+            f"{some(sites)} take adapters with DoRA, whose gain crashes ExecuTorch as an input: give "
+            "adapters='merge' or 'inline', or export a model whose adapters have no DoRA"
+        )
 
 
 def _missing(program: Any) -> list[str]:

@@ -214,7 +214,8 @@ class ProgramTarget(ABC):
         return example
 
     def adapt(self, model: ir.Model) -> None:
-        """Leave ONNX graphs as they are; there is none."""
+        """Leave the graph as it is. No ONNX graph is made for such a target."""
+        del model
 
     def finish(self, written: Written) -> Mapping[Path, str]:
         """Write the adapters, the tokenizer, and ``lora_fx.json`` with the inputs and outputs in order."""
