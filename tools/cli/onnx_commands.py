@@ -53,7 +53,7 @@ def export(
             repeat it: each gets the name of its folder.
         task: text-generation (a decoder with its key-value cache) or text2text-generation (an
             encoder-decoder): a file for `lora-fx generate`. --target chooses it for a model that generates.
-        target: genai (onnxruntime-genai) or transformers.js: the folder that it loads.
+        target: genai (onnxruntime-genai), transformers.js, openvino or executorch: the folder that it loads.
         tokenizer: The folder of the tokenizer that goes into it; by default the model's.
         adapters: merge; inline: next to the operations (the default over quantized weights); inputs: the base
             model, which takes an adapter when it runs; bank: one that takes an adapter for each row.

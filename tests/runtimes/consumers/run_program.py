@@ -7,12 +7,16 @@ is then read as an application does, from its files alone.
 from __future__ import annotations
 
 import json
+import site
 import sys
 from pathlib import Path
 from typing import Any
 
 target, kind, place, paths = sys.argv[1:]
-sys.path += [path for path in json.loads(paths) if path not in sys.path]
+for path in json.loads(paths):
+    site.addsitedir(
+        path
+    )  # after the runtime's own packages; finds an editable installation as well
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -64,7 +68,9 @@ class OpenVino:
 
     def run(self, inputs: dict[str, Tensor], order: list[str]) -> Tensor:
         """Return the first output."""
-        return torch.from_numpy(self.model({name: inputs[name].numpy() for name in order})[0].copy())
+        return torch.from_numpy(
+            self.model({name: inputs[name].numpy() for name in order})[0].copy()
+        )
 
 
 class Executorch:
