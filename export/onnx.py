@@ -116,7 +116,7 @@ _PACKAGES += ("openvino", "executorch")
 
 @dataclasses.dataclass(frozen=True)
 class _Contents:
-    """What is in a file.
+    """Contents of a file.
 
     Attributes:
         operators: Number of nodes of each operator.
@@ -434,7 +434,7 @@ class _Written:
     """File that was written and compared.
 
     Attributes:
-        contents: What is in the file.
+        contents: Contents of the file.
         files: Sizes of all files by name, in bytes.
         quantized: The formats of its quantized weights.
         parity: Result of the comparison.

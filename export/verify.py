@@ -41,6 +41,7 @@ from lora_fx.passes.graph import share_copy
 __all__ = [
     "TOLERANCES",
     "Compared",
+    "Loaded",
     "ModelReference",
     "Parity",
     "PrecisionError",

@@ -33,7 +33,7 @@ from lora_fx.ir import record_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ProgramSession", "ProgramTarget", "TracedProgram", "direct_products"]
+__all__ = ["ProgramSession", "ProgramTarget", "TracedProgram", "direct_products", "fed_values"]
 
 _RANK_KEY = "lora_fx.rank"
 
@@ -218,7 +218,7 @@ class ProgramTarget(ABC):
         del model
 
     def finish(self, written: Written) -> Mapping[Path, str]:
-        """Write the adapters, the tokenizer, and ``lora_fx.json`` with the inputs and outputs in order."""
+        """Write the adapters, the tokenizer, and ``program.json`` with the inputs and outputs in order."""
         report = written.report
         manifest = Manifest.from_metadata(report.metadata)
         rank = report.metadata.get(_RANK_KEY)
@@ -231,7 +231,7 @@ class ProgramTarget(ABC):
             "order": [*report.inputs, *factors],
             **report.metadata,
         }
-        path = written.folder / "lora_fx.json"
+        path = written.folder / "program.json"
         path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         files = {path: path.name}
         files |= add_tokenizer(written.tokenizer, written.folder / "tokenizer")

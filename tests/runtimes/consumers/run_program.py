@@ -131,13 +131,13 @@ def main() -> None:
     lora_fx.set_adapter(adapted, "first")
     folder = Path(place, "merged")
     report = lora_fx.export_onnx(adapted, folder, example, target=target, adapters="merge")
-    order = json.loads((folder / "lora_fx.json").read_text())["order"]
+    order = json.loads((folder / "program.json").read_text())["order"]
     said["merged"] = error(application(folder).run(call, order), wanted("first"))
     said["bytes"] = report.size_bytes
 
     folder = Path(place, "swapped")
     report = lora_fx.export_onnx(adapted, folder, example, target=target, adapters="inputs")
-    described = json.loads((folder / "lora_fx.json").read_text())
+    described = json.loads((folder / "program.json").read_text())
     loaded = application(folder)
     files = {path.stem: path for path in (folder / "adapters").iterdir()}
     none = {name: torch.zeros(size) for name, size in described["adapter_inputs"].items()}
