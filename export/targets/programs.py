@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["ProgramSession", "ProgramTarget", "TracedProgram", "direct_products", "fed_values"]
 
 _RANK_KEY = "lora_fx.rank"
+_OPERATION = re.compile(r"\baten(?:\.|::)\w+(?:\.(?!default\b)\w+)?")
 
 
 @dataclass(frozen=True)
@@ -291,10 +293,12 @@ class ProgramTarget(ABC):
     def refusal(self, error: Exception) -> ExportError:
         """Return the error for a program that the runtime does not take."""
         version = importlib.metadata.version(self.package)
+        operations = list(dict.fromkeys(_OPERATION.findall(str(error))))
+        which = f" ({some(operations)})" if operations else ""
         return ExportError(
-            f"{self.runtime} {version} does not take this model: {_first_line(error)}. Nothing was written. "
-            f"Install a newer {self.package}, write the operation with others in the model's code, or export "
-            "without target= for ONNX Runtime"
+            f"{self.runtime} {version} does not take this model{which}: {_first_line(error)}. "
+            f"Nothing was written. Install a newer {self.package}, write the operation with others in the "
+            "model's code, or export without target= for ONNX Runtime"
         )
 
 

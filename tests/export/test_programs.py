@@ -113,3 +113,16 @@ def test_every_place_takes_padded_factors() -> None:
         lora_fx.set_adapter(model, name)
         with torch.no_grad():
             assert_close(list(factors(ids, *padded.values())), [model(ids)], 1e-5)
+
+
+@pytest.mark.parametrize("target", RUNTIMES)
+def test_an_operation_that_a_runtime_lacks_is_named(target: Any, tmp_path: Path) -> None:
+    pytest.importorskip(target)
+
+    class Bessel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(x)
+
+    with pytest.raises(ExportError, match=r"does not take this model \(aten\S*special_bessel_j0"):
+        lora_fx.export_onnx(Bessel(), tmp_path / "out", torch.randn(3, 6), target=target)
+    assert not (tmp_path / "out").exists()
