@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.checkpoint.files import read_tensors
+from lora_fx.adapter_files import read_tensors
 from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
