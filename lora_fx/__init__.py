@@ -84,12 +84,14 @@ if _TYPE_CHECKING:
     from lora_fx.export.adapter_file import save_onnx_adapter
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
+    from lora_fx.extraction import extract_adapter
     from lora_fx.formats import keep_quantized, register_format
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
     from lora_fx.passes.patterns import register_pattern
     from lora_fx.tools.adapter_folder import inspect_adapter, verify
     from lora_fx.tools.draw import visualize
+    from lora_fx.tools.extract_files import extract_files
     from lora_fx.tools.merge_files import merge_files
 
 __version__ = "0.1.0"
@@ -131,6 +133,8 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "export_onnx",
+    "extract_adapter",
+    "extract_files",
     "graphs",
     "hotswap_adapter",
     "initialize",
@@ -194,6 +198,9 @@ _HOMES = {
         NoMatchError OutputPathError ParityError PartialMatchError ProcessError ProviderError
         QuantizationError
     """,
+    "lora_fx.extraction": """
+        extract_adapter
+    """,
     "lora_fx.formats": """
         keep_quantized register_format
     """,
@@ -220,6 +227,9 @@ _HOMES = {
     """,
     "lora_fx.tools.draw": """
         visualize
+    """,
+    "lora_fx.tools.extract_files": """
+        extract_files
     """,
     "lora_fx.tools.merge_files": """
         merge_files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.adapters.calibration import input_moments
-from lora_fx.adapters.initialization import initialize, restart
+from lora_fx.adapters.initialization import Forward, initialize, restart
 from lora_fx.adapters.manage import (
     active_adapters,
     adapter_ids,
@@ -50,6 +50,7 @@ from lora_fx.adapters.weighted import add_weighted_adapter
 
 __all__ = [
     "WRAPPER",
+    "Forward",
     "Layout",
     "Originals",
     "Target",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.adapter_files import read_tensors
+from lora_fx.checkpoint.files import check_free
 from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
@@ -26,8 +27,10 @@ from lora_fx.checkpoint.receipt import (
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import (
     adapter_state_dict,
+    fill,
     labels_in,
     load_adapter_state_dict,
+    place_given,
     without_prefix,
 )
 from lora_fx.checkpoint.trainers import (
@@ -49,7 +52,9 @@ __all__ = [
     "call_with",
     "callback_class",
     "cast_to_base",
+    "check_free",
     "converted",
+    "fill",
     "hash_tensors",
     "hotswap_adapter",
     "labels_in",
@@ -61,6 +66,7 @@ __all__ = [
     "main_output",
     "peft_configs",
     "peft_model_class",
+    "place_given",
     "prepare_hotswap",
     "read_config",
     "read_receipt",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECEIPT_NAME",
     "check_format",
+    "check_free",
     "check_parts",
     "write_folder",
 ]
@@ -102,14 +103,8 @@ def write_folder(
             format, or the files cannot be written.
     """
     name = DIFFUSERS_NAME if config is None else WEIGHTS_NAME
-    names = _OF_DIFFUSERS if config is None else _OF_PEFT
     check_format(folder, _OF_PEFT if config is None else _OF_DIFFUSERS)
-    existing = [file_name for file_name in names if (folder / file_name).exists()]
-    if existing and not force:
-        raise CheckpointError(
-            f"{folder} holds an adapter already ({', '.join(existing)}), and force=False was given: leave it "
-            "out to replace the adapter, or give another folder"
-        )
+    check_free(folder, _OF_DIFFUSERS if config is None else _OF_PEFT, force=force)
     try:
         with _made(folder), replacing_files(folder) as staged:
             safetensors.torch.save_file(
@@ -129,6 +124,25 @@ def write_folder(
             f"the adapter cannot be written to {folder} ({cause or error}); what was there before "
             "is unchanged. Give a folder that is writable and has room"
         ) from (cause or error)
+
+
+def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) -> None:
+    """Raise if a folder holds an adapter that may not be replaced.
+
+    Args:
+        folder: The folder to write.
+        names: The files of an adapter.
+        force: True if an adapter may be replaced.
+
+    Raises:
+        CheckpointError: If it holds one.
+    """
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not force:
+        raise CheckpointError(
+            f"{folder} holds an adapter already ({', '.join(existing)}), and force=False was given: leave it "
+            "out to replace the adapter, or give another folder"
+        )
 
 
 @contextmanager

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from lora_fx.passes.plan.choice import priced, sample_cost, with_sample_cost
 from lora_fx.passes.plan.peft_experts import expert_names, with_experts
-from lora_fx.passes.plan.planning import MakePlan, at_rank, choose, foreign_factors, start_objection
+from lora_fx.passes.plan.planning import (
+    MakePlan,
+    at_rank,
+    choose,
+    foreign_factors,
+    fresh_modules,
+    start_objection,
+)
 from lora_fx.passes.plan.savings import FindSavings
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "choose",
     "expert_names",
     "foreign_factors",
+    "fresh_modules",
     "priced",
     "sample_cost",
     "start_objection",

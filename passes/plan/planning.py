@@ -68,6 +68,7 @@ __all__ = [
     "at_rank",
     "choose",
     "foreign_factors",
+    "fresh_modules",
     "idle_entries",
     "idle_parameters",
     "make_plan",
@@ -252,7 +253,7 @@ def make_plan(
         extra_parameters=_extra_parameters(capture.model, saved, biases),
         tokens=planned_tokens(capture, matches, config, rows, saved),
         kinds=_kinds_of(rows),
-        fresh=tuple(_fresh(capture.model, saved, [row.site for row in rows])),
+        fresh=tuple(fresh_modules(capture.model, saved, [row.site for row in rows])),
     )
     _check(capture, plan, matches, chosen, strict)
     return plan
@@ -262,8 +263,16 @@ _LOADED = "_is_hf_initialized"
 """Attribute that transformers sets on the parameters that it has read from a checkpoint."""
 
 
-def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Iterator[str]:
-    """Yield the FQNs of the outermost modules that no checkpoint has and that nothing trains."""
+def fresh_modules(
+    model: nn.Module, saved: Iterable[str] = (), sites: Iterable[Site] = ()
+) -> Iterator[str]:
+    """Yield the FQNs of the outermost modules that no checkpoint has and that nothing trains.
+
+    Args:
+        model: A model of transformers, which marks the parameters that it has loaded.
+        saved: FQNs of the modules that are trained in full.
+        sites: The adapted operations.
+    """
     loaded = {name: hasattr(p, _LOADED) for name, p in base_parameters(model).items()}
     if not any(loaded.values()) or all(loaded.values()):
         return

@@ -60,6 +60,7 @@ LAYERS = (
     "lora_fx.adapters",
     "lora_fx.methods",
     "lora_fx.checkpoint",
+    "lora_fx.extraction",
     "lora_fx.export.report",
     "lora_fx.export.arguments",
     "lora_fx.export.failures",

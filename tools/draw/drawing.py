@@ -22,6 +22,7 @@ from lora_fx.config import CONFIG_NAME
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, hint
 from lora_fx.export.report import ExportReport
 from lora_fx.export.session import OnnxSession
+from lora_fx.extraction import ExtractionReport
 from lora_fx.files import current, output_file, replacing
 from lora_fx.ir import Capture, Plan, record_of
 from lora_fx.passes.graph import graphs_of
@@ -41,7 +42,12 @@ from lora_fx.tools.draw.layout import (
     plan_layers,
     words_of,
 )
-from lora_fx.tools.draw.names import picture_of_folder, picture_of_merge, picture_of_plan
+from lora_fx.tools.draw.names import (
+    picture_of_extraction,
+    picture_of_folder,
+    picture_of_merge,
+    picture_of_plan,
+)
 from lora_fx.tools.draw.page import asset, classes_of, to_html
 from lora_fx.tools.draw.painting import picture_of_file, picture_of_model
 from lora_fx.tools.draw.picture import Box, Kind, Picture, State, clean, elide, end_of
@@ -360,7 +366,15 @@ Format = Literal["model-explorer"]
 """Formats without their own suffix."""
 
 Drawable = (
-    nn.Module | Capture | Plan | MergeReport | ExportReport | OnnxSession | str | os.PathLike[str]
+    nn.Module
+    | Capture
+    | Plan
+    | MergeReport
+    | ExtractionReport
+    | ExportReport
+    | OnnxSession
+    | str
+    | os.PathLike[str]
 )
 """Types that can be drawn. A text is the path of an ONNX file or of an adapter folder."""
 
@@ -386,10 +400,10 @@ def visualize(
 
     Args:
         model_or_plan: A module (plain, captured, rewritten or merged), a capture, a plan, the report of a
-            merge or an export, a session, or the path of an ``.onnx`` file or an adapter folder. A plan
-            shows its sites by name, and the other operations with the reasons. A session shows the provider
-            that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by their
-            titles, are drawn next to each other, in ``.html`` only.
+            merge, an extraction or an export, a session, or the path of an ``.onnx`` file or an adapter
+            folder. A plan shows its sites by name, and the other operations with the reasons. A session shows
+            the provider that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by
+            their titles, are drawn next to each other, in ``.html`` only.
         path: The file to write.
         force: False to refuse an existing file instead of replacing it.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
@@ -467,6 +481,8 @@ def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) 
         return picture_of_plan(drawn)
     if isinstance(drawn, MergeReport):
         return picture_of_merge(drawn)
+    if isinstance(drawn, ExtractionReport):
+        return picture_of_extraction(drawn)
     if isinstance(drawn, ExportReport):
         return picture_of_file(Path(drawn.path), provider=drawn.provider)
     if isinstance(drawn, OnnxSession):
@@ -489,7 +505,7 @@ def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) 
         return picture_of_model(drawn, graphs, example_inputs=example_inputs, original=original)
     raise ConfigError(
         f"cannot draw a {type(drawn).__name__}: give an nn.Module, what lora_fx.plan() returns, the "
-        "report of a merge or an export, a session, an .onnx file or an adapter folder"
+        "report of a merge, an extraction or an export, a session, an .onnx file or an adapter folder"
     )
 
 

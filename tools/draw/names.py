@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from lora_fx.errors import CheckpointError
+from lora_fx.extraction import ExtractionReport
 from lora_fx.ir import Plan, PlannedSite, PlannedTokens, Rejection, Skipped, join
 from lora_fx.passes.merge import MergeReport
 from lora_fx.tools.adapter_folder import SiteFigures, figures_of, read_folder
@@ -27,10 +28,12 @@ from lora_fx.tools.draw.picture import (
 )
 from lora_fx.tools.draw.sites import costs_of, rows_of_plan, targets_of, unit_of
 
-__all__ = ["picture_of_folder", "picture_of_merge", "picture_of_plan"]
+__all__ = ["picture_of_extraction", "picture_of_folder", "picture_of_merge", "picture_of_plan"]
 
 _CHANGE = "‖ΔW‖ / ‖W‖"
 """Label of a change's size on the page."""
+
+_KEPT = "share of ‖ΔW‖² kept"
 
 _Facts = tuple[tuple[str, str], ...]
 
@@ -271,6 +274,48 @@ def picture_of_merge(report: MergeReport) -> Picture:
     changes = tuple(fact for fact in known if fact[1])
     root = _tree(named)
     return Picture("Merge", changes, root, sites=tuple(rows), adapters=("",), counted=False)
+
+
+def picture_of_extraction(report: ExtractionReport) -> Picture:
+    """Draw an extraction: the operations that changed, their ranks, and what is kept."""
+    named = []
+    rows = []
+    for site in report.sites:
+        facts = (
+            ("rank", f"{site.rank} of {site.largest_rank}"),
+            (_CHANGE, f"{site.relative_change:.3g}"),
+            (_KEPT, f"{site.kept:.3g}"),
+            ("‖ΔW - s·BA‖ / ‖ΔW‖", f"{site.error:.3g}"),
+            ("output error / effect", _figure(site.output_error)),
+        )
+        leaf = _Leaf(
+            Kind.SITE,
+            f"rank {site.rank}, {100 * site.kept:.3g} % kept",
+            tuple(fact for fact in facts if fact[1]),
+            adapted=True,
+        )
+        named.append((site.name, leaf))
+        outputs = None if math.isnan(site.output_error) else site.output_error
+        row = SiteRow(site.name, State.ADAPTED, adapter="extracted", rank=site.rank, scale=1.0)
+        row = dataclasses.replace(
+            row, share=site.relative_change, kept=site.kept, output_error=outputs
+        )
+        rows.append(row)
+    named += [(name, _Leaf(marks=("in full",))) for name in (*report.saved_modules, *report.values)]
+    named += [(name, _Leaf(marks=("left out",))) for name in report.left_out]
+    known = (
+        ("sites", str(len(report.sites))),
+        ("parameters", human(report.parameters)),
+        (_KEPT, _figure(report.kept)),
+    )
+    return Picture(
+        "Extraction",
+        tuple(fact for fact in known if fact[1]),
+        _tree(named),
+        sites=tuple(rows),
+        adapters=("extracted",),
+        counted=False,
+    )
 
 
 def picture_of_folder(folder: Path) -> Picture:

@@ -1,0 +1,152 @@
+"""The values of a model before and after a change, from models in memory or from files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.converted_files import ConvertedFiles, is_converted
+from lora_fx.errors import CheckpointError, ConfigError, QuantizationError, some
+from lora_fx.files import WeightFiles
+from lora_fx.formats import quantization_of
+from lora_fx.ir import Site, record_of
+from lora_fx.passes.parameters import as_matrices, part_of, persistent_buffers, wide
+
+__all__ = ["Difference", "Weights", "weights_in", "weights_of"]
+
+Weights: TypeAlias = Callable[[str], Tensor | None]
+"""Function that returns a parameter or buffer by its FQN; None if there is none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The values of a model before and after a change, one tensor at a time.
+
+    Attributes:
+        before: The values of the base. It may lack parameters, such as those of a new head.
+        changes: The values after the change. A parameter that did not change may be the same object.
+    """
+
+    before: Weights
+    changes: Weights
+
+    def after(self, name: str) -> Tensor:
+        """Return a tensor after the change."""
+        value = self.changes(name)
+        assert value is not None, name
+        return value
+
+    def new_modules(self, names: Iterable[str]) -> Iterator[str]:
+        """Yield the modules of parameters that the base lacks."""
+        for name in names:
+            if self.before(name) is None:
+                yield name.rpartition(".")[0]
+
+    def changed(self, name: str) -> bool:
+        """Return True if a tensor has other values after the change, or none before it."""
+        old, new = self.before(name), self.after(name)
+        if old is new:
+            return False
+        if old is None:
+            return True
+        dtype = torch.promote_types(old.dtype, new.dtype)
+        return not torch.equal(old.to(dtype), new.to(old.device, dtype))
+
+    def matrices(self, site: Site) -> tuple[Tensor, Tensor]:
+        """Return the weight of a site before the change, and the change, both as [n, out, in]."""
+        stored = self.before(site.weight)
+        assert stored is not None, site.weight
+        old, new = (
+            wide(part_of(site, weight.detach())) for weight in (stored, self.after(site.weight))
+        )
+        return as_matrices(site, old), as_matrices(site, new.to(old.device, old.dtype) - old)
+
+
+def weights_of(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> Weights:
+    """Return the weights of a model, or of a folder, by the names that they have in another model.
+
+    Args:
+        source: A model, or a folder or file of safetensors.
+        model: A model of the same architecture, perhaps on the meta device.
+
+    Raises:
+        CheckpointError: If the source has other tensors than the model.
+        ConfigError: If the source is a rewritten model.
+        QuantizationError: If one of its weights is quantized.
+    """
+    shapes = _tensors(model)
+    if not isinstance(source, nn.Module):
+        return _weights_of_files(Path(source).expanduser(), model)
+    if record_of(source) is not None:
+        raise ConfigError(
+            f"this {type(source).__name__} has adapters already: give a plain model, for example what "
+            "lora_fx.merge returns"
+        )
+    tensors = _tensors(source)
+    for name, tensor in tensors.items():
+        if quantization_of(tensor) is not None:
+            raise QuantizationError(
+                f"{name} is quantized ({quantization_of(tensor)}): extract from dense models. The adapter "
+                "loads onto the quantized base afterwards"
+            )
+    missing = sorted(shapes.keys() - tensors.keys())
+    other = [
+        f"{name} is {tuple(tensors[name].shape)}, and {tuple(tensor.shape)} in the base"
+        for name, tensor in shapes.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if missing or other:
+        lines = [*([f"it has no {some(missing, 3)}"] if missing else []), *other[:3]]
+        raise CheckpointError(_misfit(source, model, lines))
+    return tensors.get
+
+
+def _misfit(source: nn.Module, model: nn.Module, lines: Iterable[str]) -> str:
+    return (
+        f"this {type(source).__name__} is no tuned version of the {type(model).__name__}: "
+        f"{'; '.join(lines)}. If tuning added tokens, resize the base first "
+        "(model.resize_token_embeddings)"
+    )
+
+
+def _weights_of_files(path: Path, model: nn.Module) -> Weights:
+    files = _files(path, model)
+    files.reader(model)  # raises if the files hold another model
+    return weights_in(files, model)
+
+
+def _files(path: Path, model: nn.Module) -> WeightFiles:
+    return ConvertedFiles(path, model) if is_converted(model) else WeightFiles(path)
+
+
+def weights_in(files: WeightFiles, model: nn.Module) -> Weights:
+    """Return the weights in files by the names that they have in a model, in the dtypes of the files.
+
+    A tied weight may have any of its names in the files.
+    """
+    tensors = _tensors(model)
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+
+    def read(name: str) -> Tensor | None:
+        values = files.tensor(name, *aliases[id(tensors[name])])
+        if values is not None and values.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{name} is {tuple(values.shape)} in {files.path}, and {tuple(tensors[name].shape)} in the "
+                "other model. If tuning added tokens, resize the base first, and save it"
+            )
+        return values
+
+    return read
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters by each of their names, and the persistent buffers."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}

@@ -1,0 +1,427 @@
+"""Make an adapter of the difference between two models.
+
+A change may come from a tuned checkpoint, or from an adapter of another method: anything that says for each
+parameter what it was and what it is now. Weights of linear operations become factors, whatever their form
+(layers, convolutions, einsums, embeddings, experts). Other parameters are stored in full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, Literal, cast, overload
+
+from torch import Tensor, nn
+
+from lora_fx.adapters import Forward, Target, adapter_record, input_moments, with_targets
+from lora_fx.checkpoint import Slot, fill, place_given
+from lora_fx.config import LoraConfig
+from lora_fx.errors import ConfigError
+from lora_fx.extraction.differences import Difference, weights_of
+from lora_fx.extraction.lowrank import (
+    RankChoice,
+    allocate,
+    decompose,
+    rank_of_energy,
+    root_of,
+    spectrum,
+)
+from lora_fx.extraction.report import ExtractedSite, ExtractionReport
+from lora_fx.ir import AdapterRecord, ModelT, Site, join
+from lora_fx.passes.capture import Frontend
+from lora_fx.passes.capture import capture as capture_model
+from lora_fx.passes.parameters import (
+    as_factors,
+    base_parameters,
+    factors_of,
+    inside,
+    matrix_shape,
+    own_value,
+    persistent_buffers,
+)
+from lora_fx.passes.patterns import pattern_of
+from lora_fx.passes.pipeline import RewriteOptions, find_operations, rewrite_model
+from lora_fx.passes.plan import fresh_modules
+from lora_fx.progress import Progress, show_progress
+
+__all__ = ["extract", "extract_adapter"]
+
+
+@overload
+def extract_adapter(
+    base: ModelT,
+    tuned: nn.Module | str | os.PathLike[str],
+    *,
+    rank: int | None = ...,
+    energy: float | None = ...,
+    budget: int | str | None = ...,
+    inputs: Iterable[Any] | None = ...,
+    forward: Forward | None = ...,
+    adapter_name: str = ...,
+    example_inputs: Any = ...,
+    frontend: Frontend = ...,
+    progress: Progress = ...,
+    return_report: Literal[False] = ...,
+) -> ModelT: ...
+@overload
+def extract_adapter(
+    base: ModelT,
+    tuned: nn.Module | str | os.PathLike[str],
+    *,
+    rank: int | None = ...,
+    energy: float | None = ...,
+    budget: int | str | None = ...,
+    inputs: Iterable[Any] | None = ...,
+    forward: Forward | None = ...,
+    adapter_name: str = ...,
+    example_inputs: Any = ...,
+    frontend: Frontend = ...,
+    progress: Progress = ...,
+    return_report: Literal[True],
+) -> tuple[ModelT, ExtractionReport]: ...
+@inside
+def extract_adapter(
+    base: ModelT,
+    tuned: nn.Module | str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | str | None = None,
+    inputs: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    adapter_name: str = "default",
+    example_inputs: Any = None,
+    frontend: Frontend = "auto",
+    progress: Progress = False,
+    return_report: bool = False,
+) -> ModelT | tuple[ModelT, ExtractionReport]:
+    """Make a LoRA adapter of a fully fine-tuned model: the base, and factors of what tuning has changed.
+
+    Changes of linear operations become factors: the leading singular triples of ``ΔW``. Norms and other
+    modules without such an operation are stored in full (``modules_to_save``), biases and other parameters
+    by their names. :func:`lora_fx.save_adapter` writes the result as a folder of PEFT.
+
+    Args:
+        base: The model before it was tuned. It is not changed.
+        tuned: The tuned model, or a folder of its safetensors, which are read one tensor at a time.
+        rank: The rank of all sites, by default 16. A site whose weight has no more gets a smaller one.
+        energy: Instead of ``rank``: each site gets the smallest rank that keeps this share of ``‖ΔW‖²``.
+        budget: Instead of ``rank``: a number of parameters, or a size such as "20MB" (4 bytes each), for
+            the whole adapter. Ranks go where they keep most.
+        inputs: Batches as for :func:`lora_fx.initialize`. The factors of products with a matrix are then
+            those that change the outputs least for such inputs, and the report has the errors of outputs.
+        forward: A function that calls the model with a batch of ``inputs``, if they have another form.
+        adapter_name: The name of the adapter.
+        example_inputs: As for :func:`lora_fx.rewrite`.
+        frontend: As for :func:`lora_fx.rewrite`.
+        progress: True to show a progress bar (if tqdm is installed), or a function that is called with
+            (done, total, site name) before each site.
+        return_report: True to return the report as well.
+
+    Returns:
+        A rewritten model, as :func:`lora_fx.rewrite` returns it, and the :class:`ExtractionReport` if
+        requested.
+
+    Raises:
+        CheckpointError: If the tuned model is another one, has other shapes, or its files are damaged.
+        ConfigError: If the models are equal, are rewritten already, or a choice of ranks makes no sense.
+        QuantizationError: If a weight is quantized.
+        CaptureError: If the base cannot be captured.
+    """
+    choice = RankChoice.of(rank, energy, budget)
+    before = weights_of(base, base)
+    adapted, report = extract(
+        base,
+        Difference(before, weights_of(tuned, base)),
+        choice,
+        inputs=inputs,
+        forward=forward,
+        adapter_name=adapter_name,
+        example_inputs=example_inputs,
+        frontend=frontend,
+        progress=progress,
+    )
+    return (adapted, report) if return_report else adapted
+
+
+# --- the adapter ----------------------------------------------------------------------------------
+
+
+def extract(
+    model: ModelT,
+    difference: Difference,
+    choice: RankChoice,
+    *,
+    inputs: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    adapter_name: str = "default",
+    example_inputs: Any = None,
+    frontend: Frontend = "auto",
+    progress: Progress = False,
+    config: LoraConfig | None = None,
+) -> tuple[ModelT, ExtractionReport]:
+    """Return a model with an adapter that makes a change, and the report of what is lost.
+
+    Args:
+        model: The base; it may be on the meta device.
+        difference: The values before and after the change.
+        choice: The rule for the ranks.
+        inputs: As for :func:`extract_adapter`.
+        forward: As for :func:`extract_adapter`.
+        adapter_name: The name of the adapter.
+        example_inputs: As for :func:`lora_fx.rewrite`.
+        frontend: As for :func:`lora_fx.rewrite`.
+        progress: As for :func:`extract_adapter`.
+        config: Other fields of the adapter's configuration, such as the task.
+
+    Raises:
+        ConfigError: If nothing has changed, or the budget is too small for any rank.
+        CheckpointError: As :func:`extract_adapter`.
+        CaptureError: As :func:`extract_adapter`.
+    """
+    matches = find_operations(capture_model(model, example_inputs, frontend=frontend))
+    names = list(base_parameters(model))
+    fresh = {*fresh_modules(model), *difference.new_modules(names)}
+    changed = {name for name in names if _is_in(name, fresh) or difference.changed(name)}
+    buffers = [name for name in persistent_buffers(model) if difference.changed(name)]
+    if not changed and not buffers:
+        raise ConfigError(
+            "no parameter differs between the two models: give the base first, then the tuned one"
+        )
+    sites, heads = _sites(
+        (site for site in matches.sites if not _is_in(site.weight, fresh)), changed
+    )
+    weights = {name for site in sites for name in (site.weight, *site.tied_to)}
+
+    def build(kept: Iterable[Site], ranks: Mapping[str, int]) -> nn.Module:
+        exact = _config(model, kept, ranks, heads, changed - weights, fresh, config)
+        options = RewriteOptions(adapter_name, loaded=True, quiet=True)
+        return rewrite_model(model, exact, options=options, frontend=frontend)
+
+    roots = {}
+    if inputs is not None and sites:
+        least = {site.name: site.groups for site in sites}
+        observed = build(sites, least)
+        moments = input_moments(
+            observed, inputs, [adapter_name], forward=forward, progress=progress
+        )
+        roots = {name: root_of(values) for name, values in moments.items()}
+    rules = _Ranks(choice, roots)
+    in_full = sum(difference.after(name).numel() for name in changed - weights)
+    with show_progress(progress, "site") as tell:
+        rules.allocate(sites, difference, in_full)
+        factors = {}
+        rows = []
+        for index, site in enumerate(sites):
+            tell(index, len(sites), site.name)
+            weight, change = difference.matrices(site)
+            unit = rules.rank(site, change)
+            if not unit:
+                continue
+            row, pair = _decomposed(site, weight, change, unit, roots.get(site.name))
+            rows.append(row)
+            factors[site.name] = pair
+    kept = [site for site in sites if site.name in factors]
+    ranks = {row.name: row.rank for row in rows}
+    adapted = build(kept, ranks)
+    left_out = [site for site in sites if site.name not in factors]
+    placed = _fill(adapted, adapter_name, factors, difference, changed, buffers, left_out)
+    record = adapter_record(adapted, adapter_name)
+    report = ExtractionReport(
+        sites=tuple(rows),
+        saved_modules=record.saved_modules,
+        values=(*record.biases, *placed),
+        buffers=tuple(buffers),
+        left_out=tuple(site.name for site in left_out),
+        unchanged=len(names) - len(changed),
+        parameters=_parameters(adapted, record, adapter_name, placed),
+    )
+    return cast("ModelT", adapted), report
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    """Return True if a parameter is inside one of some modules."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _sites(sites: Iterable[Site], changed: Set[str]) -> tuple[list[Site], dict[str, list[str]]]:
+    """Return the operations whose weights changed, and the heads that share the factors of an embedding.
+
+    Returns:
+        The operations without those heads, and the names of the heads by the name of the embedding.
+    """
+    affected = [site for site in sites if site.weight in changed or changed & {*site.tied_to}]
+    heads: dict[str, list[str]] = {}
+    for site in affected:
+        if site.family == "embedding":
+            others = [other for other in affected if other.weight in site.tied_to]
+            heads[site.name] = [other.name for other in others if other.family != "embedding"]
+    shared = {name for names in heads.values() for name in names}
+    return [site for site in affected if site.name not in shared], heads
+
+
+def _cost(site: Site) -> int:
+    """Return the number of elements of the factors of the smallest rank."""
+    return pattern_of(site).factors(site, site.groups).numel
+
+
+class _Ranks:
+    """The ranks of sites, in units of their groups."""
+
+    def __init__(self, choice: RankChoice, roots: Mapping[str, Tensor]) -> None:
+        self._choice, self._roots = choice, roots
+        self._allocated: dict[str, int] = {}
+
+    def _squares(self, site: Site, change: Tensor) -> Tensor:
+        root = self._roots.get(site.name)
+        return spectrum(change if root is None else change @ root)
+
+    def allocate(self, sites: Iterable[Site], difference: Difference, in_full: int) -> None:
+        """Share a budget among the sites, which needs the singular values of all of them.
+
+        Args:
+            sites: The sites.
+            difference: The change.
+            in_full: The number of elements that the adapter stores in full.
+
+        Raises:
+            ConfigError: If the budget is too small for any rank.
+        """
+        if self._choice.budget is None:
+            return
+        sites = list(sites)
+        squares = {site.name: self._squares(site, difference.matrices(site)[1]) for site in sites}
+        costs = {site.name: _cost(site) for site in sites}
+        left = self._choice.budget - in_full
+        if left < min(costs.values(), default=0):
+            name = min(costs, key=costs.__getitem__)
+            raise ConfigError(
+                f"budget: {self._choice.budget:,} parameters are too few. Norms and other parameters take "
+                f"{in_full:,}, and the smallest site, {name}, needs {costs[name]:,} for rank 1"
+            )
+        self._allocated = allocate(squares, costs, left)
+
+    def rank(self, site: Site, change: Tensor) -> int:
+        """Return the rank of the matrices of a site; 0 for no adapter."""
+        most = min(change.shape[1:])
+        if self._choice.budget is not None:
+            return self._allocated[site.name]
+        if self._choice.energy is not None:
+            return rank_of_energy(self._squares(site, change), self._choice.energy)
+        assert self._choice.rank is not None
+        return min(max(self._choice.rank // site.groups, 1), most)
+
+
+def _decomposed(
+    site: Site, weight: Tensor, change: Tensor, unit: int, root: Tensor | None
+) -> tuple[ExtractedSite, tuple[Tensor, Tensor]]:
+    """Return the row of the report and the factors of a site.
+
+    Args:
+        site: The site.
+        weight: Its weight before the change, [n, out, in].
+        change: The change, in the same shape.
+        unit: The rank of each matrix.
+        root: The factor of the second moments of the inputs, if they are known.
+    """
+    a, b = decompose(change, unit, root)
+    error = change - b @ a
+    size, total = float(change.norm()), float(weight.norm())
+    outputs = math.nan
+    if root is not None and size:
+        outputs = float((error @ root).norm()) / float((change @ root).norm())
+    groups = site.groups
+    row = ExtractedSite(
+        name=site.name,
+        weight=site.weight,
+        rank=unit * groups,
+        largest_rank=min(matrix_shape(site)[1:]) * groups,
+        relative_change=size / total if total else math.inf,
+        error=float(error.norm()) / size if size else 0.0,
+        change=size,
+        output_error=outputs,
+    )
+    return row, as_factors(pattern_of(site).factors(site, unit * groups), a, b)
+
+
+def _config(
+    model: nn.Module,
+    sites: Iterable[Site],
+    ranks: Mapping[str, int],
+    heads: Mapping[str, Iterable[str]],
+    in_full: Iterable[str],
+    fresh: Iterable[str],
+    config: LoraConfig | None,
+) -> LoraConfig:
+    """Return the configuration of an adapter for these sites that has places for other parameters as well."""
+    sites = list(sites)
+    owners = {site.owner for site in sites}
+    whole, biases = set(fresh), False
+    for name in in_full:
+        owner, _, leaf = name.rpartition(".")
+        if _is_in(name, whole):
+            continue
+        biases |= owner in owners and leaf.endswith("bias")
+        if owner and owner not in owners and not list(model.get_submodule(owner).children()):
+            whole.add(owner)
+    base = dataclasses.replace(
+        LoraConfig() if config is None else config,
+        bias="lora_only" if biases else "none",
+        modules_to_save=tuple(sorted(whole)) or None,
+        ensure_weight_tying=any(heads.get(site.name) for site in sites),
+    )
+    targets = []
+    for site in sites:
+        rank = ranks[site.name]
+        names = (site.name, *heads.get(site.name, ()))
+        targets += [Target(name, rank, float(rank)) for name in names]
+    return with_targets(base, targets, model)
+
+
+def _fill(
+    adapted: nn.Module,
+    adapter: str,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    difference: Difference,
+    changed: Set[str],
+    buffers: Iterable[str],
+    left_out: Iterable[Site],
+) -> list[str]:
+    """Write everything that changed into an adapter, and return what has no other place than its name."""
+    record = adapter_record(adapted, adapter)
+    values: list[tuple[Slot, Tensor]] = []
+    covered = {name for site in left_out for name in (site.weight, *site.tied_to)}
+    for row in record.sites:
+        covered |= {row.site.weight, *row.site.tied_to}
+        if row.tied:
+            continue
+        stored = factors_of(adapted, row, adapter)
+        for name, tensor, value in zip(
+            stored.names.pair, stored.pair, factors[row.name], strict=True
+        ):
+            values.append((Slot("", join(row.site.holder, name, adapter), tensor), value))
+    for name in record.own:
+        covered.add(name)
+        values.append((Slot("", name, own_value(adapted, adapter, name)), difference.after(name)))
+    rest = {name: difference.after(name) for name in sorted(changed - covered)}
+    place_given(adapted, adapter, rest)
+    values += [
+        (Slot("", name, adapted.get_buffer(name)), difference.after(name)) for name in buffers
+    ]
+    fill(adapted, adapter, values)
+    return list(rest)
+
+
+def _parameters(
+    adapted: nn.Module, record: AdapterRecord, adapter: str, placed: Iterable[str]
+) -> int:
+    held = sum(
+        value.numel()
+        for row in record.sites
+        if not row.tied
+        for value in factors_of(adapted, row, adapter).present
+    )
+    names = {*record.own, *placed}
+    return held + sum(own_value(adapted, adapter, name).numel() for name in names)
