@@ -63,6 +63,7 @@ if _TYPE_CHECKING:
         trainer_callback,
     )
     from lora_fx.config import LoraConfig
+    from lora_fx.conversion import convert_adapter
     from lora_fx.delivery import Delivery, VllmServer, sync, sync_callback
     from lora_fx.errors import (
         CaptureError,
@@ -129,6 +130,7 @@ __all__ = [
     "capture",
     "check",
     "compare",
+    "convert_adapter",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",
@@ -189,6 +191,9 @@ _HOMES = {
     """,
     "lora_fx.config": """
         LoraConfig
+    """,
+    "lora_fx.conversion": """
+        convert_adapter
     """,
     "lora_fx.delivery": """
         Delivery VllmServer sync sync_callback

@@ -88,12 +88,14 @@ LAYERS = (
     "lora_fx.export.verify",
     "lora_fx.export.targets",
     "lora_fx.export.onnx",
+    "lora_fx.conversion",
     "lora_fx.delivery",
     "lora_fx.api",
     "lora_fx.peft",
     "lora_fx.axolotl",
     "lora_fx.tools.models",
     "lora_fx.tools.adapter_folder",
+    "lora_fx.tools.convert_files",
     "lora_fx.tools.merge_files",
     "lora_fx.tools.planned_weights",
     "lora_fx.tools.cluster",
@@ -137,6 +139,7 @@ LOADED_WHEN_NEEDED = (
 )
 PUBLIC = {
     "compare",
+    "convert_adapter",
     "inspect_adapter",
     "keep_quantized",
     "status",

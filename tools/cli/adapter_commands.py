@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
-__all__ = ["extract"]
+if TYPE_CHECKING:
+    from lora_fx.extraction import ExtractionReport
+
+__all__ = ["convert", "extract"]
 
 
 @o.command()
@@ -46,9 +50,7 @@ def extract(
             raise ConfigError(
                 f"{folder} is not a folder: give the folders of two models of transformers, with safetensors"
             )
-    size = int(budget) if budget is not None and budget.isdecimal() else budget
 
-    from lora_fx.tools.draw import visualize
     from lora_fx.tools.extract_files import extract_files
 
     with console.progress("extracting") as advance:
@@ -57,11 +59,82 @@ def extract(
             out,
             rank=rank,
             energy=energy,
-            budget=size,
+            budget=_size(budget),
             force=force,
             progress=advance,
         )
+    _tell(report, out, picture=picture, every=every, as_json=as_json)
+
+
+@o.command(
+    adapter={"metavar": "ADAPTER"},
+    to={"name": "--to", "metavar": "MODEL"},
+    out={"name": ("--out", "-o")},
+)
+def convert(
+    adapter: Path,
+    to: str | None = None,
+    out: Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: str | None = None,
+    component: str | None = None,
+    picture: Path | None = None,
+    every: bool = False,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Make LoRA of an adapter of another method: LoHa, LoKr, OFT, IA3, VeRA and others, or a file of LyCORIS.
+
+    The folder of a model of transformers is read one tensor at a time, so that models of any size fit.
+
+    Args:
+        adapter: A folder of PEFT, or a file of LyCORIS, kohya or ComfyUI.
+        to: The base model.
+        out: The adapter folder to write.
+        rank: The rank of all sites; by default 16.
+        energy: Instead of the rank: the share of the change to keep at each site. 1 is exact.
+        budget: Instead of the rank: a number of parameters, or a size such as 20MB.
+        component: The part of a pipeline that the model is, such as unet, if several parts of a file fit.
+        picture: Draw the loss of each site: .html, .svg, .dot, .graphml or .json.
+        every: Show a line for each site.
+        force: Replace an adapter in the folder.
+        as_json: Print the report as JSON.
+    """
+    if to is None:
+        raise ConfigError("say which model the adapter is for: --to MODEL")
+    if out is None:
+        raise ConfigError("say where to write the adapter: --out DIR")
+    o.check_names(to, [adapter])
+
+    from lora_fx.tools.convert_files import convert_files
+
+    with console.progress("converting") as advance:
+        report = convert_files(
+            adapter,
+            to,
+            out,
+            rank=rank,
+            energy=energy,
+            budget=_size(budget),
+            component=component,
+            force=force,
+            progress=advance,
+        )
+    _tell(report, out, picture=picture, every=every, as_json=as_json)
+
+
+def _size(budget: str | None) -> int | str | None:
+    return int(budget) if budget is not None and budget.isdecimal() else budget
+
+
+def _tell(
+    report: ExtractionReport, out: Path, *, picture: Path | None, every: bool, as_json: bool
+) -> None:
+    """Print and draw a report."""
     if picture is not None:
+        from lora_fx.tools.draw import visualize
+
         visualize(report, picture)
     if as_json:
         console.say_json(report.to_json())

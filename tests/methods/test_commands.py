@@ -1,0 +1,79 @@
+"""Commands that convert, resize and combine adapter folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lora_fx
+from tests.methods.test_peft_folders import IDS, output, peft
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    from lora_fx.tools.cli.app import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A folder with a tiny model of transformers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 20}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(num_hidden_layers=2, num_key_value_heads=1, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model.eval()
+
+
+def test_convert_writes_lora_for_a_folder_of_transformers(llama: Path, tmp_path: Path) -> None:
+    config = peft.LoHaConfig(
+        r=2, target_modules=["q_proj", "down_proj"], init_weights=False, task_type="CAUSAL_LM"
+    )
+    theirs = peft.get_peft_model(loaded(llama), config).eval()
+    theirs.save_pretrained(tmp_path / "loha")
+    ours = tmp_path / "ours"
+    code, text = command(
+        *("convert", tmp_path / "loha", "--to", f"hf:{llama}", "-o", ours, "--energy", "1", "--all")
+    )
+    assert code == 0, text
+    assert "rank 4 of 16" in text
+    expected = output(theirs, IDS)
+    assert torch.allclose(
+        output(lora_fx.load_adapter(loaded(llama), ours), IDS), expected, atol=1e-5
+    )
+    lora = peft.PeftModel.from_pretrained(loaded(llama), ours).eval()
+    assert torch.allclose(output(lora, IDS), expected, atol=1e-5)
+    code, text = command("convert", tmp_path / "loha", "--to", f"hf:{llama}", "-o", ours)
+    assert code == 2
+    assert "holds an adapter already" in text
+    code, text = command(
+        *("convert", tmp_path / "loha", "--to", f"hf:{llama}", "-o", ours, "--force", "--json"),
+    )
+    assert code == 0, text
+    assert {site["rank"] for site in json.loads(text)["sites"]} == {4}
+
+
+def test_convert_says_what_is_missing(llama: Path, tmp_path: Path) -> None:
+    code, text = command("convert", llama, "-o", tmp_path / "out")
+    assert (code, "--to MODEL" in text) == (2, True)
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peft.get_peft_model(loaded(llama), config).save_pretrained(tmp_path / "prompt")
+    code, text = command(
+        "convert", tmp_path / "prompt", "--to", f"hf:{llama}", "-o", tmp_path / "x"
+    )
+    assert code == 2
+    assert "put before the input" in " ".join(text.split())
+    assert not (tmp_path / "x").exists()
