@@ -1,7 +1,7 @@
 """Make an adapter of the difference between two models.
 
-A change may come from a tuned checkpoint, or from an adapter of another method: anything that says for each
-parameter what it was and what it is now. Weights of linear operations become factors, whatever their form
+A change may come from a tuned checkpoint, or from an adapter of another method: anything that gives the old
+and the new value of each parameter. Weights of linear operations become factors, whatever their form
 (layers, convolutions, einsums, embeddings, experts). Other parameters are stored in full.
 """
 
@@ -162,7 +162,7 @@ def extract(
     progress: Progress = False,
     config: LoraConfig | None = None,
 ) -> tuple[ModelT, ExtractionReport]:
-    """Return a model with an adapter that makes a change, and the report of what is lost.
+    """Return a model with an adapter that makes a change, and the report of the errors.
 
     Args:
         model: The base; it may be on the meta device.
@@ -256,8 +256,8 @@ def _sites(sites: Iterable[Site], changed: Set[str]) -> tuple[list[Site], dict[s
     heads: dict[str, list[str]] = {}
     for site in affected:
         if site.family == "embedding":
-            others = [other for other in affected if other.weight in site.tied_to]
-            heads[site.name] = [other.name for other in others if other.family != "embedding"]
+            tied = [other for other in affected if other.weight in site.tied_to]
+            heads[site.name] = [other.name for other in tied if other.family != "embedding"]
     shared = {name for names in heads.values() for name in names}
     return [site for site in affected if site.name not in shared], heads
 
@@ -393,7 +393,7 @@ def _fill(
     buffers: Iterable[str],
     left_out: Iterable[Site],
 ) -> list[str]:
-    """Write everything that changed into an adapter, and return what has no other place than its name."""
+    """Write all changes into an adapter, and return the names of parameters without another place."""
     record = adapter_record(adapted, adapter)
     values: list[tuple[Slot, Tensor]] = []
     covered = {name for site in left_out for name in (site.weight, *site.tied_to)}
@@ -409,23 +409,23 @@ def _fill(
     for name in record.own:
         covered.add(name)
         values.append((Slot("", name, own_value(adapted, adapter, name)), difference.after(name)))
-    rest = {name: difference.after(name) for name in sorted(changed - covered)}
-    place_given(adapted, adapter, rest)
+    by_name = {name: difference.after(name) for name in sorted(changed - covered)}
+    place_given(adapted, adapter, by_name)
     values += [
         (Slot("", name, adapted.get_buffer(name)), difference.after(name)) for name in buffers
     ]
     fill(adapted, adapter, values)
-    return list(rest)
+    return list(by_name)
 
 
 def _parameters(
     adapted: nn.Module, record: AdapterRecord, adapter: str, placed: Iterable[str]
 ) -> int:
-    held = sum(
+    of_factors = sum(
         value.numel()
         for row in record.sites
         if not row.tied
         for value in factors_of(adapted, row, adapter).present
     )
     names = {*record.own, *placed}
-    return held + sum(own_value(adapted, adapter, name).numel() for name in names)
+    return of_factors + sum(own_value(adapted, adapter, name).numel() for name in names)

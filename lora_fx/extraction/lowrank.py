@@ -82,7 +82,7 @@ class RankChoice:
             raise ConfigError(
                 f"{' and '.join(chosen)} are given: the ranks follow from one of rank, energy and budget"
             )
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        if rank is not None and not (type(rank) is int and rank > 0):
             raise ConfigError(f"rank: found {rank!r}; a whole number of at least 1 is needed")
         if energy is not None and not (_is_number(energy) and 0 < energy <= 1):
             raise ConfigError(
@@ -124,7 +124,8 @@ def spectrum(matrices: Tensor) -> Tensor:
     """
     exact = matrices.double()
     gram = exact @ exact.mT if exact.shape[1] <= exact.shape[2] else exact.mT @ exact
-    return torch.linalg.eigvalsh(gram).clamp_min(0).flip(-1).sum(0)
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp_min(0).flip(-1).sum(0)
 
 
 def rank_of_energy(squares: Tensor, energy: float) -> int:
@@ -215,6 +216,7 @@ def root_of(moments: Tensor) -> Tensor:
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     damping = _DAMPING
     while damping < 1 and mean > 0 and math.isfinite(mean):
+        lower: Tensor
         lower, failed = torch.linalg.cholesky_ex(moments + identity * (damping * mean))
         if not failed:
             return lower

@@ -39,13 +39,13 @@ def extract(
         rank: The rank of all sites; by default 16.
         energy: Instead of the rank: the share of the change to keep at each site, above 0 and at most 1.
         budget: Instead of the rank: a number of parameters, or a size such as 20MB.
-        picture: Draw what was lost where: .html, .svg, .dot, .graphml or .json.
+        picture: Draw the loss of each site: .html, .svg, .dot, .graphml or .json.
         every: Show a line for each site.
         force: Replace an adapter in the folder.
         as_json: Print the report as JSON.
     """
-    folders = [Path(name.removeprefix("hf:")) for name in (base, tuned)]
-    for folder in folders:
+    old, new = (Path(name.removeprefix("hf:")) for name in (base, tuned))
+    for folder in (old, new):
         if not folder.expanduser().is_dir():
             raise ConfigError(
                 f"{folder} is not a folder: give the folders of two models of transformers, with safetensors"
@@ -55,7 +55,8 @@ def extract(
 
     with console.progress("extracting") as advance:
         report = extract_files(
-            *folders,
+            old,
+            new,
             out,
             rank=rank,
             energy=energy,

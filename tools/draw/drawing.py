@@ -399,11 +399,11 @@ def visualize(
     :meth:`lora_fx.tools.draw.picture.Picture.to_dict`. The same model gives the same bytes.
 
     Args:
-        model_or_plan: A module (plain, captured, rewritten or merged), a capture, a plan, the report of a
-            merge, an extraction or an export, a session, or the path of an ``.onnx`` file or an adapter
-            folder. A plan shows its sites by name, and the other operations with the reasons. A session shows
-            the provider that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by
-            their titles, are drawn next to each other, in ``.html`` only.
+        model_or_plan: A module (plain, captured, rewritten or merged), a capture, a plan, a report of a
+            merge, extraction or export, a session, or the path of an ``.onnx`` file or adapter folder. A plan
+            shows its sites by name, and the other operations with the reasons. A session shows the provider
+            that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by their
+            titles, are drawn next to each other, in ``.html`` only.
         path: The file to write.
         force: False to refuse an existing file instead of replacing it.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between

@@ -277,7 +277,7 @@ def picture_of_merge(report: MergeReport) -> Picture:
 
 
 def picture_of_extraction(report: ExtractionReport) -> Picture:
-    """Draw an extraction: the operations that changed, their ranks, and what is kept."""
+    """Draw an extraction: the operations that changed, their ranks, and the shares kept."""
     named = []
     rows = []
     for site in report.sites:
