@@ -86,6 +86,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.extraction import extract_adapter
+    from lora_fx.folders import resize_adapter
     from lora_fx.formats import keep_quantized, register_format
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
@@ -160,6 +161,7 @@ __all__ = [
     "register_format",
     "register_pattern",
     "replace_lora_weights_loftq",
+    "resize_adapter",
     "rewrite",
     "save_adapter",
     "save_onnx_adapter",
@@ -205,6 +207,9 @@ _HOMES = {
     """,
     "lora_fx.extraction": """
         extract_adapter
+    """,
+    "lora_fx.folders": """
+        resize_adapter
     """,
     "lora_fx.formats": """
         keep_quantized register_format

@@ -46,14 +46,27 @@ from lora_fx.adapters.training import (
     parameter_groups,
     train_together,
 )
-from lora_fx.adapters.weighted import add_weighted_adapter
+from lora_fx.adapters.weighted import (
+    COMBINATIONS,
+    Combination,
+    CombinationType,
+    Election,
+    Term,
+    add_weighted_adapter,
+    combine,
+)
 
 __all__ = [
+    "COMBINATIONS",
     "WRAPPER",
+    "Combination",
+    "CombinationType",
+    "Election",
     "Forward",
     "Layout",
     "Originals",
     "Target",
+    "Term",
     "active_adapters",
     "adapter_ids",
     "adapter_losses",
@@ -62,6 +75,7 @@ __all__ = [
     "add_adapter",
     "add_weighted_adapter",
     "base_capture",
+    "combine",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",

@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import lora_fx
+from tests.algebra import randomize
 from tests.methods.test_peft_folders import IDS, output, peft
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -77,3 +78,31 @@ def test_convert_says_what_is_missing(llama: Path, tmp_path: Path) -> None:
     assert code == 2
     assert "put before the input" in " ".join(text.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_resize_and_combine_work_on_folders(llama: Path, tmp_path: Path) -> None:
+    model = lora_fx.rewrite(loaded(llama), lora_fx.LoraConfig(r=4, target_modules=["q_proj"]))
+    for name in ("a", "b"):
+        randomize(model)
+        lora_fx.save_adapter(model, tmp_path / name)
+    code, text = command("resize", tmp_path / "a", "-o", tmp_path / "small", "--rank", 2, "--all")
+    assert code == 0, text
+    assert "2 layer(s), rank 4 before, 2 now" in text
+    assert "rank 2 of 4, error" in text
+    code, text = command("resize", tmp_path / "a", "-o", tmp_path / "json", "--json")
+    assert code == 0, text
+    assert json.loads(text)["kept"] == 1
+    adapters = (tmp_path / "a", tmp_path / "b")
+    code, text = command(
+        *("combine", *adapters, "-o", tmp_path / "sum", "--weights", "0.5,-1", "--type", "cat")
+    )
+    assert code == 0, text
+    assert json.loads((tmp_path / "sum" / "adapter_config.json").read_text())["r"] == 8
+    for arguments, says in (
+        (("resize", tmp_path / "a"), "--out DIR"),
+        (("combine", *adapters), "--out DIR"),
+        (("combine", *adapters, "-o", tmp_path / "x", "--weights", "a"), "numbers with commas"),
+        (("combine", *adapters, "-o", tmp_path / "x", "--type", "sum"), "combination_type"),
+    ):
+        code, text = command(*arguments)
+        assert (code, says in " ".join(text.split())) == (2, True), text

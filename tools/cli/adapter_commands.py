@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lora_fx.errors import ConfigError
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli import options as o
 
 if TYPE_CHECKING:
+    from lora_fx.adapters import CombinationType
     from lora_fx.extraction import ExtractionReport
 
-__all__ = ["convert", "extract"]
+__all__ = ["combine", "convert", "extract", "resize"]
 
 
 @o.command()
@@ -123,6 +124,83 @@ def convert(
             progress=advance,
         )
     _tell(report, out, picture=picture, every=every, as_json=as_json)
+
+
+@o.command(folder={"metavar": "DIR"}, out={"name": ("--out", "-o")})
+def resize(
+    folder: Path,
+    out: Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    every: bool = False,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Write a LoRA adapter with the closest factors of a smaller rank. No model is needed.
+
+    Args:
+        folder: The adapter folder.
+        out: The folder to write.
+        rank: The rank of all layers; by default 16.
+        energy: Instead of the rank: the share of the change to keep at each layer.
+        every: Show a line for each layer.
+        force: Replace an adapter in the folder.
+        as_json: Print the report as JSON.
+    """
+    if out is None:
+        raise ConfigError("say where to write the adapter: --out DIR")
+
+    from lora_fx.folders import resize_adapter
+
+    report = resize_adapter(folder, out, rank=rank, energy=energy, force=force)
+    if as_json:
+        console.say_json(report.to_json())
+        return
+    console.say(f"{report if every else report.summary}\nwrote {out}")
+
+
+@o.command(
+    folders={"metavar": "DIR..."},
+    out={"name": ("--out", "-o")},
+    weight={"name": "--weights"},
+    kind={"name": "--type"},
+)
+def combine(
+    folders: list[Path],
+    out: Path | None = None,
+    weight: str | None = None,
+    kind: str = "svd",
+    rank: int | None = None,
+    density: float | None = None,
+    force: bool = False,
+) -> None:
+    """Write the weighted combination of LoRA adapters. No model is needed.
+
+    Args:
+        folders: The adapter folders.
+        out: The folder to write.
+        weight: A number for each adapter, with commas; by default 1 for each.
+        kind: svd (the closest of a rank), cat (exact, the sum of the ranks), linear, ties, dare_ties and
+            others, as in PEFT.
+        rank: For types with svd: the rank; by default the largest of the adapters.
+        density: For types that drop elements: the share to keep.
+        force: Replace an adapter in the folder.
+    """
+    if out is None:
+        raise ConfigError("say where to write the adapter: --out DIR")
+    try:
+        weights = [1.0] * len(folders) if weight is None else [float(w) for w in weight.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"--weights: found {weight!r}; give numbers with commas: 0.7,0.3"
+        ) from error
+
+    from lora_fx.adapters import Combination
+    from lora_fx.folders import combine_folders
+
+    how = Combination(cast("CombinationType", kind), svd_rank=rank, density=density)
+    count = combine_folders(folders, weights, out, how, force=force)
+    console.say(f"{len(folders)} adapters, {count} layer(s)\nwrote {out}")
 
 
 def _size(budget: str | None) -> int | str | None:
