@@ -217,14 +217,14 @@ def _by_first_name(
                 users.setdefault(id(parameter), []).append(join(name, leaf))
     changes = {}
     for change in adapter.changes:
-        parameter = id(model.get_parameter(change.parameter))
-        if len(users[parameter]) > 1:
+        key = id(model.get_parameter(change.parameter))
+        if len(users[key]) > 1:
             raise ConfigError(
-                f"{' and '.join(users[parameter])} are one parameter, and the adapter of {adapter.method} "
+                f"{' and '.join(users[key])} are one parameter, and the adapter of {adapter.method} "
                 f"changes {change.parameter} alone: give a model that does not share it "
                 "(tie_word_embeddings=False in the configuration of a model of transformers)"
             )
-        changes[first[parameter]] = change
+        changes[first[key]] = change
     whole = {}
     for name, value in adapter.whole.items():
         owner, _, leaf = name.rpartition(".")

@@ -33,7 +33,7 @@ from lora_fx.checkpoint import (
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.extraction import RankChoice, rank_of_energy
-from lora_fx.ir import json_text
+from lora_fx.ir import Layout, json_text
 from lora_fx.kinds import chosen_kind, is_plain
 from lora_fx.methods import check_peft_type
 
@@ -152,7 +152,7 @@ class _Folder:
     path: Path
     config: LoraConfig
     pairs: Mapping[str, _Pair]
-    others: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
     notes: Mapping[str, str]
 
 
@@ -188,7 +188,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
     # Ranks of the parts of a weight are lost, so that loading adapts the whole weight.
     notes = {key: text for key, text in metadata.items() if key not in ("format", PARTS_NOTE)}
     factors: dict[str, dict[str, str]] = {}
-    others = {}
+    kept = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         if match is not None:
@@ -197,7 +197,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
         elif ".lora_" in key and not key.endswith(_OF_ANY_RANK):
             raise ConfigError(f"{path}: the meaning of {key} may depend on the rank")
         else:
-            others[key] = value
+            kept[key] = value
     if not factors:
         raise CheckpointError(f"{path} holds no LoRA factor")
     pairs = {}
@@ -207,7 +207,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
                 f"{path}: {next(iter(keys.values()))} has no other factor: the file was cut short"
             )
         pairs[name] = _pair(path, name, (keys["A"], keys["B"]), tensors, config)
-    return _Folder(path, config, pairs, others, notes)
+    return _Folder(path, config, pairs, kept, notes)
 
 
 def _pair(
@@ -279,7 +279,7 @@ def resize_adapter(
         raise ConfigError(f"{out} is the adapter that is resized: give another folder")
     check_free(target, force=force)
     source = _read(folder)
-    tensors = dict(source.others)
+    tensors = dict(source.kept)
     layers, targets, total, lost = [], [], 0.0, 0.0
     for name, pair in source.pairs.items():
         (a, b), squares = _closest(pair)
@@ -371,7 +371,7 @@ def combine_folders(
     how = how.among(len(sources))
     tensors = _in_full(sources)
     targets = []
-    layout = "in_out" if sources[0].config.fan_in_fan_out else "out_in"
+    layout: Layout = "in_out" if sources[0].config.fan_in_fan_out else "out_in"
     largest = max(pair.rank for source in sources for pair in source.pairs.values())
     names = dict.fromkeys(name for source in sources for name in source.pairs)
     for name in names:
@@ -439,7 +439,7 @@ def _in_full(sources: Iterable[_Folder]) -> dict[str, Tensor]:
     """Return the tensors that adapters store in full, each of which only one adapter may have."""
     tensors: dict[str, Tensor] = {}
     for source in sources:
-        for key, value in source.others.items():
+        for key, value in source.kept.items():
             if key in tensors and not torch.equal(tensors[key], value):
                 raise ConfigError(
                     f"several adapters have {key} in full (modules_to_save): there is no sum of "
@@ -469,8 +469,10 @@ def _selecting(sources: Sequence[_Folder], names: Iterable[str]) -> LoraConfig:
         rank_pattern={},
         alpha_pattern={},
     )
-    fields = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform")
-    fields = (*fields, "layers_pattern", "scope")
+    fields = (
+        *("target_modules", "target_parameters", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern", "scope"),
+    )
     if len({tuple(getattr(s.config, field) for field in fields) for s in sources}) == 1:
         return config
     if any(s.config.target_parameters for s in sources):

@@ -308,7 +308,7 @@ class _Ranks:
     def rank(self, site: Site, change: Tensor) -> int:
         """Return the rank of the matrices of a site; 0 for no adapter."""
         bound = self._bounds.get(site.weight, max(change.shape))
-        most = min(*change.shape[1:], max(bound, 1))
+        most: int = min(*change.shape[1:], max(bound, 1))
         if self._choice.budget is not None:
             return self._allocated[site.name]
         if self._choice.energy is not None:

@@ -29,7 +29,7 @@ class AdaLora(Method):
         rank = a.shape[0]
         b, e = layer.take("lora_B", out, rank), layer.take("lora_E", rank, 1)
         alpha = float(layer.setting("lora_alpha", (int, float)))
-        initial = layer.setting("init_r", int)
+        initial: int = layer.setting("init_r", int)
         scale = (alpha if alpha > 0 else float(rank)) / (initial + 1e-5)
 
         def delta() -> Tensor:

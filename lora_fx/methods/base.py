@@ -176,9 +176,9 @@ class Layer:
             if expected is not None:
                 wrong = wrong or (size < expected if shared else size != expected)
         if wrong:
-            expected = ", ".join("any" if size is None else str(size) for size in sizes)
+            shape = ", ".join("any" if size is None else str(size) for size in sizes)
             least = "at least " if shared else ""
-            raise self.misfit(f"{key} is {list(value.shape)}, and {role} is {least}[{expected}]")
+            raise self.misfit(f"{key} is {list(value.shape)}, and {role} is {least}[{shape}]")
         return value
 
     def scale(self, rank: int | None) -> float:

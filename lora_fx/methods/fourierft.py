@@ -37,7 +37,8 @@ class FourierFt(Method):
             order = torch.randperm(out * inputs, generator=generator, device="cpu")
             dense = torch.zeros(out * inputs, dtype=torch.float64)
             dense[order[: len(spectrum)]] = spectrum.double().cpu()
-            return torch.fft.ifft2(dense.reshape(out, inputs)).real * scale
+            waves: Tensor = torch.fft.ifft2(dense.reshape(out, inputs)).real
+            return waves * scale
 
         yield layer.addition(delta, 2 * len(spectrum))
 

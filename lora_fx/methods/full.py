@@ -30,9 +30,14 @@ class Full(Method):
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:
         """Yield the changes of the parameters."""
-        for role, leaf in zip(self.roles, ("weight", "bias"), strict=False):
-            if role in layer.tensors:
-                yield _addition(layer, role, leaf)
+        yield from _additions(layer, self.roles[:2])
+
+
+def _additions(layer: Layer, roles: tuple[str, ...]) -> Iterator[ParameterChange]:
+    """Yield the changes of a weight and a bias that have these roles."""
+    for role, leaf in zip(roles, ("weight", "bias"), strict=True):
+        if role in layer.tensors:
+            yield _addition(layer, role, leaf)
 
 
 def _addition(layer: Layer, role: str, leaf: str) -> ParameterChange:
@@ -42,12 +47,17 @@ def _addition(layer: Layer, role: str, leaf: str) -> ParameterChange:
     return change
 
 
-class Norm(Full):
+class Norm(Method):
     """Differences of the weight and the bias of a norm: ``w_norm`` and ``b_norm``."""
 
     name = "trained norms"
     does = "trained norms (LyCORIS)"
+    in_files = True
     roles = ("w_norm", "b_norm")
+
+    def changes(self, layer: Layer) -> Iterator[ParameterChange]:
+        """Yield the changes of the parameters."""
+        yield from _additions(layer, self.roles)
 
 
 METHODS = (Full(), Norm())

@@ -221,6 +221,7 @@ def _with_magnitudes(layer: Layer, change: ParameterChange) -> ParameterChange:
         norms = torch.linalg.vector_norm(value, dim=reduced, keepdim=True)
         # LyCORIS adds the smallest step of fp32.
         norms = norms + torch.finfo(torch.float32).eps
-        return value * (magnitudes.to(value).reshape(norms.shape) / norms)
+        factors: Tensor = magnitudes.to(value).reshape(norms.shape) / norms
+        return value * factors
 
     return layer.change(adapted)

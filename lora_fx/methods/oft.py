@@ -30,7 +30,8 @@ __all__ = [
 def cayley(skew: Tensor) -> Tensor:
     """Return ``(I - S)(I + S)⁻¹`` for each block of a batch: orthogonal, because S is skew-symmetric."""
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-    return torch.linalg.solve(identity + skew, identity - skew, left=False)
+    rotations: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
+    return rotations
 
 
 def check_rotation(layer: Layer) -> None:

@@ -62,12 +62,12 @@ def read_peft_folder(
             _check_shared(folder, key, value, shared.setdefault(shared_role, value))
         elif role:
             by_layer[layer_of][role] = (key, value)
-        elif (name := _stored_whole(bare, value, modules)) is not None:
+        elif (stored := _stored_whole(bare, value, modules)) is not None:
             # bias="all" also saves the unused original of a module that is trained in full.
             if _ORIGINAL not in bare.split("."):
-                whole[name] = value
+                whole[stored] = value
             else:
-                whole.setdefault(name, value)
+                whole.setdefault(stored, value)
         else:
             unknown.append(f"{key} {list(value.shape)}")
     unknown += [
