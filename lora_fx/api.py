@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, fx, nn
 
-from lora_fx.adapters import input_moments, set_adapter
+from lora_fx.adapters import allot_ranks, input_moments, set_adapter
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, MergeError
 from lora_fx.formats import Deploy
@@ -46,6 +47,7 @@ from lora_fx.passes.merge import (
     with_prediction,
 )
 from lora_fx.passes.parameters import claim_unfrozen, inside, protect
+from lora_fx.passes.plan import with_advice
 from lora_fx.progress import Progress
 from lora_fx.torch_private import pytree
 
@@ -146,10 +148,16 @@ def plan(
     frontend: Frontend = "auto",
     deploy: Deploy | str | None = None,
     merge_into: Deploy | str | None = None,
+    tokens: int | None = None,
+    budget: int | str | None = None,
+    inputs: Iterable[Any] | None = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress = False,
 ) -> Plan:
-    """Return a plan of what :func:`rewrite` would do, with reasons and costs.
+    """Return a plan of what :func:`rewrite` would do, with reasons, costs and advice.
 
-    It is a dry run: nothing is changed.
+    It is a dry run: nothing is changed. With ``budget``, the plan's ``config`` has the ranks to use.
 
     Args:
         model: Any module that is not rewritten yet.
@@ -166,27 +174,60 @@ def plan(
         deploy: As for :func:`rewrite`. The plan checks that each site can have this storage.
         merge_into: A storage, named as for ``deploy``. The plan then has for each site the least
             ``‖ΔW‖ / ‖W‖`` of which a merge that rounds to nearest keeps nine tenths.
+        tokens: Number of tokens in the training data that the loss counts, each once. The advice then
+            compares the data with the capacity of the adapter, and has a learning rate
+            (:mod:`lora_fx.ir.advice`).
+        budget: The most that the adapter may train: a number of parameters, or bytes of its tensors as
+            ``"20MB"`` (10^6 bytes) or ``"20MiB"``. The gradients of ``inputs`` choose the rank of each site
+            (:mod:`lora_fx.adapters.budget`). ``r`` and ``rank_pattern`` then only give the scales, which
+            stay. Each site keeps at least its smallest rank.
+        inputs: For ``budget``: a few batches with labels, as for :func:`initialize`.
+        loss_fn: For ``budget``, as for :func:`initialize`.
+        forward: For ``budget``, as for :func:`initialize`.
+        progress: For ``budget``, as for :func:`initialize`.
 
     Returns:
-        A plan: print it, or read ``sites``, ``skipped``, ``rejections`` and ``unmatched``.
+        A plan: print it, or read ``sites``, ``skipped``, ``rejections``, ``unmatched`` and ``advice``.
 
     Raises:
         NoMatchError: If nothing is selected; lists the nearest names.
         PartialMatchError: With ``strict``.
-        ConfigError: If a site cannot be trained for the storage of ``deploy``; names it and the reason.
+        ConfigError: If a site cannot be trained for the storage of ``deploy``; names it and the reason. If
+            the budget is too small; says how large it has to be. If its gradients cannot be computed.
         CaptureError: If the model cannot be captured.
     """
-    _, planned = pipeline.plan_model(
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"tokens is {tokens}: give the number of tokens of the training data")
+    if inputs is not None and budget is None:
+        raise ConfigError("inputs are for a budget: add budget=, or pass them as example_inputs")
+    planning = functools.partial(
+        pipeline.plan_model,
         model,
-        config,
-        example_inputs,
+        example_inputs=example_inputs,
         memory=memory,
         loss=loss,
         strict=strict,
         frontend=frontend,
         deploy=deploy,
     )
+    captured, planned = planning(config)
     pipeline.check_trains(planned)
+    if budget is not None:
+        allotment = allot_ranks(
+            planned,
+            model,
+            budget,
+            inputs,
+            example_inputs=example_inputs,
+            loss_fn=loss_fn,
+            forward=forward,
+            frontend=frontend,
+            progress=progress,
+        )
+        config = allotment.config
+        captured, planned = planning(config)
+        planned = allotment.onto(planned)
+    planned = with_advice(planned, captured, example_inputs, tokens=tokens)
     if merge_into is not None:
         planned = with_prediction(planned, model, merge_into)
     return with_kept(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import safetensors
 
-from lora_fx.errors import CheckpointError, OutputPathError, some
+from lora_fx.errors import CheckpointError, ConfigError, OutputPathError, some
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +28,33 @@ if TYPE_CHECKING:
 __all__ = [
     "StoredHead",
     "WeightFiles",
+    "bytes_in",
     "current",
     "flush",
     "output_file",
     "replacing",
     "replacing_files",
 ]
+
+
+_POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def bytes_in(text: str, option: str) -> int:
+    """Return the bytes of a size: ``24GB`` (24 · 10^9 bytes) or ``16GiB`` (16 · 2^30 bytes).
+
+    Args:
+        text: The size.
+        option: Name of the option, for the error.
+
+    Raises:
+        ConfigError: If the text is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(f"{option} {text!r} is no size of a memory: write 24GB or 16GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** _POWERS[match[2].upper()])
 
 
 def output_file(path: object, suffixes: Sequence[str]) -> Path:

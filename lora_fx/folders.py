@@ -32,10 +32,11 @@ from lora_fx.checkpoint import (
 )
 from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
-from lora_fx.extraction import RankChoice, rank_of_energy
+from lora_fx.extraction import RankChoice
 from lora_fx.ir import Layout, json_text
 from lora_fx.kinds import chosen_kind, is_plain
 from lora_fx.methods import check_peft_type
+from lora_fx.passes.lowrank import rank_of_energy
 
 __all__ = ["ResizeReport", "ResizedLayer", "combine_folders", "resize_adapter"]
 

@@ -67,7 +67,7 @@ from lora_fx.passes.parameters import (
     mark_adapted,
     protect,
 )
-from lora_fx.passes.plan import FindSavings, MakePlan, with_sample_cost
+from lora_fx.passes.plan import FindSavings, MakePlan, with_advice, with_sample_cost
 from lora_fx.passes.trainers import instance_forwards
 from lora_fx.runtime import check_adapter_name, watch
 
@@ -326,10 +326,10 @@ def plan_all(
             raise
         plans[name] = plan
     mixed = len({plan.unit for plan in plans.values()}) > 1
-    return {
-        name: with_sample_cost(plan, captured, example_inputs, compared=mixed)
-        for name, plan in plans.items()
-    }
+    for name, plan in plans.items():
+        priced = with_sample_cost(plan, captured, example_inputs, compared=mixed)
+        plans[name] = with_advice(priced, captured, example_inputs)
+    return plans
 
 
 def _captured(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from lora_fx.config import LoraConfig
-from lora_fx.errors import ConfigError
+from lora_fx.files import bytes_in
 from lora_fx.ir import Memory
 from lora_fx.tools.cluster import (
     Mesh,
@@ -46,7 +45,6 @@ CONTEXT = 500_000_000
 FRAGMENTS = 0.05
 """Share of a card that the allocator loses to fragments."""
 
-_UNITS = {"": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _STEP = 256  # tokens
 _LONGEST = 1 << 22
 MOST_PLANS = 12
@@ -61,11 +59,7 @@ def size_of(option: str, text: str) -> int:
     Raises:
         ConfigError: If the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) <= 0 or not match[2]:
-        raise ConfigError(f"--{option} {text!r} is no size of a memory: write 24GB or 16GiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** _UNITS[match[2].upper()])
+    return bytes_in(text, f"--{option}")
 
 
 def usable(card: int) -> int:

@@ -189,6 +189,9 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
     """
     if adapter is None or not (adapter / CONFIG_NAME).is_file():
         return None
+    from lora_fx.methods import check_peft_type
+
+    check_peft_type(adapter)
     trained = LoraConfig.from_pretrained(adapter)
     named = trained.auto_mapping or {}
     library = named.get("parent_library", "")

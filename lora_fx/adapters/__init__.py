@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.adapters.budget import allot_ranks, budget_of
 from lora_fx.adapters.calibration import input_moments
 from lora_fx.adapters.initialization import Forward, initialize, restart
 from lora_fx.adapters.manage import (
@@ -74,7 +75,9 @@ __all__ = [
     "adapter_record",
     "add_adapter",
     "add_weighted_adapter",
+    "allot_ranks",
     "base_capture",
+    "budget_of",
     "combine",
     "correct_gradients",
     "delete_adapter",

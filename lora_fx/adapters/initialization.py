@@ -33,7 +33,6 @@ from lora_fx.passes.insert import (
     data_start,
     drop_site,
     initial_start,
-    low_rank_svd,
     observed,
     place_slots,
     place_start,
@@ -41,6 +40,7 @@ from lora_fx.passes.insert import (
     site_generator,
     slot_start,
 )
+from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters import (
     base_dtype,
     base_parameters,
@@ -65,12 +65,14 @@ __all__ = [
     "Data",
     "Forward",
     "Report",
+    "check_has_values",
     "gradients",
     "initialize",
     "loss_of",
     "moments",
     "reporting",
     "restart",
+    "running_base",
     "same_modes",
     "show_inputs",
     "tokens_seen",
@@ -429,20 +431,36 @@ def initialize(
         _start_plainly(model, entry, adapter_name)
         return model
     _check(model, entry, adapter_name, loss_fn)
-    with ExitStack() as stack:
-        report = stack.enter_context(reporting(progress, dataloader))
-        # Makes the draws of training mode reproducible, and leaves the global random state alone.
-        device = next(model.parameters()).device
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(entry.config.seed or 0)
-        stack.enter_context(same_modes(model))
-        stack.enter_context(disable_adapter(model))
-        data = Data(dataloader, device, forward, report)
+    with running_base(model, dataloader, forward, progress, seed=entry.config.seed or 0) as data:
         if entry.config.init_lora_weights == "eva":
             _from_components(model, entry, adapter_name, data)
         else:
             _from_statistics(model, entry, adapter_name, data, loss_fn)
     return model
+
+
+@contextmanager
+def running_base(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    progress: Progress,
+    *,
+    seed: int,
+) -> Iterator[Data]:
+    """Yield the data, while the model runs without adapters and with random numbers from a seed.
+
+    The modes of modules and the global random state are restored at the end.
+    """
+    with ExitStack() as stack:
+        report = stack.enter_context(reporting(progress, batches))
+        # Makes the draws of training mode reproducible, and leaves the global random state alone.
+        device = next(model.parameters()).device
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(seed)
+        stack.enter_context(same_modes(model))
+        stack.enter_context(disable_adapter(model))
+        yield Data(batches, device, forward, report)
 
 
 def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) -> None:
@@ -455,7 +473,7 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
             f"the adapter {adapter_name!r} has values of the base in it (init_lora_weights={start!r}, "
             "modules_to_save, bias, trainable_token_indices): rewrite the model when it has its weights"
         )
-    _check_has_values(model)
+    check_has_values(model)
     reshard(model)
     for row in entry.sites:
         factors = factors_of(model, row, adapter_name)
@@ -479,7 +497,8 @@ def _stand_in(model: nn.Module, site: Site) -> torch.Tensor:
     return torch.empty((), dtype=base_dtype(model, site), device=device).expand(site.weight_shape)
 
 
-def _check_has_values(model: nn.Module) -> None:
+def check_has_values(model: nn.Module) -> None:
+    """Raise if a parameter is on the meta device."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError("the model is on the meta device: give it its weights first")
 
@@ -505,7 +524,7 @@ def _check(model: nn.Module, entry: AdapterRecord, adapter_name: str, loss_fn: o
             )
     if loss_fn is not None and start != "lora_ga":
         raise ConfigError(f"init_lora_weights={start!r} needs no gradients: leave out loss_fn")
-    _check_has_values(model)
+    check_has_values(model)
 
 
 def _from_components(model: nn.Module, entry: AdapterRecord, adapter_name: str, data: Data) -> None:

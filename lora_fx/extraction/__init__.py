@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from lora_fx.extraction.differences import Difference, Weights, weights_in, weights_of
 from lora_fx.extraction.extracting import extract, extract_adapter
-from lora_fx.extraction.lowrank import (
-    RankChoice,
-    allocate,
-    decompose,
-    rank_of_energy,
-    spectrum,
-)
+from lora_fx.extraction.ranks import RankChoice
 from lora_fx.extraction.report import ExtractedSite, ExtractionReport
 
 __all__ = [
@@ -19,12 +13,8 @@ __all__ = [
     "ExtractionReport",
     "RankChoice",
     "Weights",
-    "allocate",
-    "decompose",
     "extract",
     "extract_adapter",
-    "rank_of_energy",
-    "spectrum",
     "weights_in",
     "weights_of",
 ]

@@ -20,18 +20,18 @@ from lora_fx.checkpoint import Slot, fill, place_given
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.extraction.differences import Difference, weights_of
-from lora_fx.extraction.lowrank import (
-    RankChoice,
+from lora_fx.extraction.ranks import RankChoice
+from lora_fx.extraction.report import ExtractedSite, ExtractionReport
+from lora_fx.ir import AdapterRecord, ModelT, Site, join
+from lora_fx.passes.capture import Frontend
+from lora_fx.passes.capture import capture as capture_model
+from lora_fx.passes.lowrank import (
     allocate,
     decompose,
     rank_of_energy,
     root_of,
     spectrum,
 )
-from lora_fx.extraction.report import ExtractedSite, ExtractionReport
-from lora_fx.ir import AdapterRecord, ModelT, Site, join
-from lora_fx.passes.capture import Frontend
-from lora_fx.passes.capture import capture as capture_model
 from lora_fx.passes.parameters import (
     as_factors,
     base_parameters,
@@ -303,7 +303,8 @@ class _Ranks:
                 f"budget: {self._choice.budget:,} parameters are too few. Norms and other parameters take "
                 f"{in_full:,}, and the smallest site, {name}, needs {costs[name]:,} for rank 1"
             )
-        self._allocated = allocate(squares, costs, left)
+        gains = {name: values.tolist() for name, values in squares.items()}
+        self._allocated = allocate(gains, costs, left)
 
     def rank(self, site: Site, change: Tensor) -> int:
         """Return the rank of the matrices of a site; 0 for no adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_fx.ir.advice import Advice, Capacity, Coverage, LearningRate, Spending
 from lora_fx.ir.graph import (
     BASE_READ,
     META_KEY,
@@ -82,11 +83,14 @@ __all__ = [
     "META_KEY",
     "ActiveAdapters",
     "AdapterRecord",
+    "Advice",
     "Base",
     "BranchBuilder",
     "Call",
+    "Capacity",
     "Capture",
     "Comparison",
+    "Coverage",
     "Deployment",
     "Factors",
     "FoldedRow",
@@ -94,6 +98,7 @@ __all__ = [
     "Kept",
     "Kind",
     "Layout",
+    "LearningRate",
     "Loss",
     "Match",
     "Matches",
@@ -121,6 +126,7 @@ __all__ = [
     "Site",
     "Skipped",
     "Span",
+    "Spending",
     "Tag",
     "adapters_of",
     "folded",

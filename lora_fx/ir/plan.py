@@ -12,6 +12,7 @@ import torch
 
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import ConfigError, hint, some
+from lora_fx.ir.advice import Advice, Spending
 from lora_fx.ir.savings import Savings
 from lora_fx.ir.site import Rejection, Site
 from lora_fx.ir.tables import (
@@ -73,6 +74,7 @@ class PlannedSite:
         reason: The setting of the configuration that selects it.
         deploy: The storage that its adapted weight is trained for; None for no rounding.
         least_change: The least ``‖ΔW‖ / ‖W‖`` of which a merge keeps nine tenths, if it was predicted.
+        gain: The share that its rank adds to :attr:`Spending.kept`; None without a budget.
     """
 
     site: Site
@@ -88,6 +90,7 @@ class PlannedSite:
     reason: str = ""
     deploy: Deployment | None = None
     least_change: float | None = None
+    gain: float | None = None
 
     @property
     def name(self) -> str:
@@ -187,6 +190,8 @@ class Plan:
             bytes cannot be counted without values.
         savings: With ``memory="least"``: the modules that are recomputed or run in tiles. None without it.
         merge_into: The storage for which the sites have a ``least_change``; empty for none.
+        advice: Advice on the targets, the rank and the learning rate.
+        spent: The use of a budget; None without one.
     """
 
     sites: tuple[PlannedSite, ...]
@@ -209,6 +214,8 @@ class Plan:
     kept: Kept | None = None
     savings: Savings | None = None
     merge_into: str = ""
+    advice: Advice = dataclasses.field(default_factory=Advice)
+    spent: Spending | None = None
 
     def _predicted(self) -> str:
         """Return in words how large changes have to be to survive a merge."""
@@ -302,6 +309,8 @@ class Plan:
         ]
         if self.merge_into:
             lines.append(self._predicted())
+        if self.spent is not None:
+            lines.append(self.spent.line())
         for kind, trains in self.kinds:
             count = sum(row.kind == kind for row in self.sites)
             lines.append(f"with {trains}: {count} site(s)")
@@ -483,6 +492,8 @@ class Plan:
             "tokens": {row.name: list(row.indices) for row in self.tokens},
             "loss": None if self.loss is None else dict(self.loss),
             "savings": None if self.savings is None else dataclasses.asdict(self.savings),
+            "advice": dataclasses.asdict(self.advice),
+            "spent": None if self.spent is None else dataclasses.asdict(self.spent),
             "config": self.config.to_dict(),
         }
 
@@ -503,6 +514,7 @@ class Plan:
                 f"{row.parameters:,}",
                 f"{flops:,}",
                 f"{saved:,}",
+                *(() if self.spent is None else (f"{100 * (row.gain or 0):.1f}",)),
             )
             for row, (flops, saved) in zip(self.sites, costs, strict=True)
         ]
@@ -512,7 +524,7 @@ class Plan:
         """The headings of :meth:`rows`."""
         costs = (f"FLOPs/{self.unit}", f"saved B/{self.unit}")
         sizes = ("weight", "r", "scale", "trainable", *costs)
-        return ("site", "pattern", *sizes)
+        return ("site", "pattern", *sizes, *(() if self.spent is None else ("gain %",)))
 
     def warnings(self) -> list[str]:
         """Return likely mistakes, which are shown before the table."""
@@ -555,7 +567,9 @@ class Plan:
         for title, listed in self.sections().items():
             lines += [f"{title} ({len(listed)}):"] if listed else []
             lines += [f"  {row.name}: {row.cells[0]}" for row in grouped(listed)]
-        return "\n".join([*lines, *self.capture_lines()])
+        lines += self.capture_lines()
+        advice = self.advice.lines()
+        return "\n".join([*lines, *(["advice:"] if advice else []), *(f"  {a}" for a in advice)])
 
     def __repr__(self) -> str:
         return (
@@ -580,6 +594,8 @@ class Plan:
                 blocks.append(html_block(f"{title} ({len(listed)})", table))
         for title, *notes in filter(None, [self.capture_lines()]):
             blocks.append(html_block(title, html_lines(notes)))
+        advice = self.advice.lines()
+        blocks += [html_block("advice", html_lines(advice), opened=True)] if advice else []
         return f"<div>{marks}{facts}{''.join(blocks)}</div>"
 
 

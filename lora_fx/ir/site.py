@@ -129,6 +129,7 @@ class Site:
         head: ``declared`` or ``found``, for the operation that computes the model's output: declared by the
             model or found in the graph. Empty for any other operation.
         router: True if its output decides which experts of a mixture process a token.
+        chosen: For a router, the number of experts that process a token; 0 if the graph does not say it.
         all_linear: True if ``target_modules="all-linear"`` includes it.
         quantized: The storage of the weight, if it is quantized; ``weight_shape`` and ``layout`` are those
             of its values.
@@ -157,6 +158,7 @@ class Site:
     tied_to: tuple[str, ...] = ()
     head: Literal["", "declared", "found"] = ""
     router: bool = False
+    chosen: int = 0
     all_linear: bool = False
     quantized: Quantization | None = None
     loss: str = ""

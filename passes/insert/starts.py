@@ -16,6 +16,7 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
+from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters import (
     adapter_dtype,
     as_factors,
@@ -35,7 +36,6 @@ __all__ = [
     "levels",
     "loftq",
     "lora_ga",
-    "low_rank_svd",
     "olora",
     "orthogonal",
     "pissa",
@@ -177,39 +177,6 @@ def signs(directions: torch.Tensor) -> torch.Tensor:
     """
     largest = directions.gather(-1, directions.abs().argmax(-1, keepdim=True)).squeeze(-1)
     return torch.where(largest < 0, -1.0, 1.0).to(directions)
-
-
-def low_rank_svd(
-    matrices: torch.Tensor, size: int, iterations: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return leading singular triples by subspace iteration (Halko et al. 2009, arXiv:0909.4061, 4.4, 5.1).
-
-    Same as :func:`torch.svd_lowrank`, but with its own generator. So the result is the same on every
-    device, and independent of earlier random draws.
-
-    Args:
-        matrices: [n, rows, columns].
-        size: Dimension of the subspace. With the full dimension the result is exact.
-        iterations: Number of iterations.
-        generator: A generator on the CPU.
-
-    Returns:
-        U [n, rows, size], S [n, size], Vᴴ [n, size, columns].
-    """
-    count, rows, columns = matrices.shape
-    if size >= min(rows, columns):
-        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-        return u, s, vh
-    if rows < columns:
-        u, s, vh = low_rank_svd(matrices.mT, size, iterations, generator)
-        return vh.mT, s, u.mT
-    drawn = torch.empty(count, columns, size, dtype=matrices.dtype).normal_(generator=generator)
-    basis = torch.linalg.qr(matrices @ drawn.to(matrices.device)).Q
-    for _ in range(iterations):
-        basis = torch.linalg.qr(matrices.mT @ basis).Q
-        basis = torch.linalg.qr(matrices @ basis).Q
-    u, s, vh = torch.linalg.svd(basis.mT @ matrices, full_matrices=False)
-    return basis @ u, s, vh
 
 
 _BLOCK: Final = 64

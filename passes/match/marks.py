@@ -295,11 +295,18 @@ def find_routers(capture: Capture, matches: Matches) -> Matches:
         above = _above(site.owner)
         if not any(site.out_features in experts.get(name, ()) for name in above):
             return site
-        chooses = any(
-            flow().follow(call.region, call.output, _chooses, _KEEPING).arrives
+        counts: list[int] = []
+
+        def chooses(region: Region, user: fx.Node, value: fx.Node) -> bool:
+            chosen = _chooses(region, user, value)
+            counts.extend([_number_chosen(user)] if chosen else [])
+            return chosen
+
+        arrives = any(
+            flow().follow(call.region, call.output, chooses, _KEEPING).arrives
             for call in site.calls
         )
-        return dataclasses.replace(site, router=True) if chooses else site
+        return dataclasses.replace(site, router=True, chosen=max(counts)) if arrives else site
 
     return dataclasses.replace(matches, sites=tuple(marked(site) for site in matches.sites))
 
@@ -567,6 +574,14 @@ def _chooses(_: Region, user: fx.Node, value: fx.Node) -> bool:
         return True
     # The largest values alone choose nothing: their indices do.
     return any(_is_index(part) and part.users for part in user.users)
+
+
+def _number_chosen(node: fx.Node) -> int:
+    """Return how many experts a node chooses for each token; 0 if the graph does not say it."""
+    if _name(node) in ("argmax", "max"):
+        return 1
+    count = arguments(node, _CHOICES["topk"])["k"] if _name(node) == "topk" else None
+    return count if isinstance(count, int) else 0
 
 
 def _is_index(node: fx.Node) -> bool:

@@ -42,7 +42,16 @@ from lora_fx.passes.parameters import base_dtype, base_modules
 from lora_fx.passes.patterns import lookup, pattern_of
 from lora_fx.torch_private import pytree
 
-__all__ = ["Choice", "choices", "planned_tokens", "priced", "sample_cost", "with_sample_cost"]
+__all__ = [
+    "Choice",
+    "Positions",
+    "choices",
+    "planned_tokens",
+    "positions_of",
+    "priced",
+    "sample_cost",
+    "with_sample_cost",
+]
 
 _ROWS = re.compile(r"(?P<name>.+)\.(?P<start>\d+)_(?P<stop>\d+)")
 
@@ -403,7 +412,9 @@ _log = logging.getLogger("lora_fx")
 
 
 @dataclasses.dataclass
-class _Positions:
+class Positions:
+    """The vectors that an operation reads and writes in a call of the model."""
+
     inputs: int = 0
     outputs: int = 0
 
@@ -447,14 +458,7 @@ def sample_cost(
     Returns:
         The sum, and the cost of each of ``rows``.
     """
-    inputs = synthesise(model).inputs if example_inputs is None else example_inputs
-    if inputs is None:
-        return None
-    try:
-        samples, positions = _positions(model, [*(row.site for row in rows), *skipped], inputs)
-    except Exception as error:  # noqa: BLE001  the user's code may raise anything without values
-        _log.debug("no cost of a sample: %s: %s", type(error).__name__, error)
-        return None
+    samples, positions = _counted(model, [*(row.site for row in rows), *skipped], example_inputs)
     if not samples or any(row.name not in positions for row in rows):
         return None
     costs = [_cost(model, row, positions[row.name]) for row in rows]
@@ -463,7 +467,34 @@ def sample_cost(
     return (flops, saved), each
 
 
-def _cost(model: nn.Module, row: PlannedSite, positions: _Positions) -> tuple[int, int]:
+def positions_of(
+    model: nn.Module, sites: Sequence[Site], example_inputs: Any
+) -> dict[str, Positions]:
+    """Return the positions of operations in a call, by name. Those without a known number are left out.
+
+    Args:
+        model: The model. It is called without data.
+        sites: The operations.
+        example_inputs: As for :func:`lora_fx.plan`; None to make inputs from the model's own description.
+    """
+    return _counted(model, list(sites), example_inputs)[1]
+
+
+def _counted(
+    model: nn.Module, sites: list[Site], example_inputs: Any
+) -> tuple[int | None, dict[str, Positions]]:
+    """Return what :func:`_positions` counts, or None and nothing if the model cannot be called."""
+    inputs = synthesise(model).inputs if example_inputs is None else example_inputs
+    if inputs is None:
+        return None, {}
+    try:
+        return _positions(model, sites, inputs)
+    except Exception as error:  # noqa: BLE001  the user's code may raise anything without values
+        _log.debug("no count of positions: %s: %s", type(error).__name__, error)
+        return None, {}
+
+
+def _cost(model: nn.Module, row: PlannedSite, positions: Positions) -> tuple[int, int]:
     """Return FLOPs and bytes of a site for all positions of a batch."""
     times = max(Counter(call.region for call in row.site.calls).values())
     itemsize = base_dtype(model, row.site).itemsize
@@ -483,7 +514,7 @@ def _cost(model: nn.Module, row: PlannedSite, positions: _Positions) -> tuple[in
 
 def _positions(
     model: nn.Module, sites: list[Site], example_inputs: Any
-) -> tuple[int | None, dict[str, _Positions]]:
+) -> tuple[int | None, dict[str, Positions]]:
     """Count the positions of each site over a batch, and the samples of the batch, 0 if unknown.
 
     The samples are the batch size of the first convolution, if an input has as many rows. The count is wrong
@@ -531,7 +562,7 @@ class _Products(Listener):
             if site.weight in values and not site.experts:
                 self._sites[id(values[site.weight])].append(site)
         self._given = [(tensor.dim(), tensor.shape[:1]) for tensor in inputs]
-        self.found: dict[str, _Positions] = defaultdict(_Positions)
+        self.found: dict[str, Positions] = defaultdict(Positions)
         self.elsewhere: set[str] = set()
         self.samples: int | None = None
 

@@ -48,6 +48,7 @@ LAYERS = (
     "lora_fx.passes.capture",
     "lora_fx.passes.match",
     "lora_fx.passes.plan",
+    "lora_fx.passes.lowrank",
     "lora_fx.passes.insert",
     "lora_fx.passes.optimize",
     "lora_fx.passes.effective",

@@ -67,6 +67,20 @@ def test_convert_writes_lora_for_a_folder_of_transformers(llama: Path, tmp_path:
     assert {site["rank"] for site in json.loads(text)["sites"]} == {4}
 
 
+def test_other_commands_name_the_converter(llama: Path, tmp_path: Path) -> None:
+    config = peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(loaded(llama), config).save_pretrained(tmp_path / "loha")
+    out = tmp_path / "out"
+    for arguments in (
+        ("merge", f"hf:{llama}", tmp_path / "loha", out),
+        ("inspect", tmp_path / "loha"),
+        ("resize", tmp_path / "loha", "-o", out),
+    ):
+        code, text = command(*arguments)
+        assert (code, "lora-fx convert" in " ".join(text.split())) == (2, True), text
+    assert not out.exists()
+
+
 def test_convert_says_what_is_missing(llama: Path, tmp_path: Path) -> None:
     code, text = command("convert", llama, "-o", tmp_path / "out")
     assert (code, "--to MODEL" in text) == (2, True)

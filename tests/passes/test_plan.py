@@ -220,7 +220,9 @@ def test_a_long_refusal_counts_what_it_leaves_out() -> None:
 
 def test_a_plan_begins_with_its_totals_and_names_reasons_once() -> None:
     model = nn.Sequential(OrderedDict({f"layer_{name}": nn.Linear(2, 2) for name in "abcd"}))
-    first, *_, last = str(lora_fx.plan(model, LoraConfig(target_modules=["layer_a"]))).splitlines()
+    plan = lora_fx.plan(model, LoraConfig(target_modules=["layer_a"]))
+    first, *_, last, title, _ = str(plan).splitlines()
+    assert title == "advice:"
     assert first.startswith("1 site(s), 32 trainable of ")
     assert last == "  layer_b, layer_c, layer_d: matches no target in target_modules"
 

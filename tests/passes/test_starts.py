@@ -16,7 +16,8 @@ import lora_fx
 from lora_fx.config.lora_config import LoraConfig
 from lora_fx.errors import ConfigError, NoMatchError
 from lora_fx.ir.record import record_of
-from lora_fx.passes.insert.starts import levels, low_rank_svd, quantized
+from lora_fx.passes.insert.starts import levels, quantized
+from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters.factors import as_matrices
 from tests import zoo
 from tests.numerics import assert_close, assert_same_bits, relative_error

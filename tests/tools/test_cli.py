@@ -83,6 +83,19 @@ def rows():
 
 def misfits():
     return torch.randn(3, 7)
+
+class Lossy(Net):
+    def forward(self, x, labels=None):
+        out = super().forward(x)
+        return out if labels is None else nn.functional.mse_loss(out, labels)
+
+def lossy():
+    torch.manual_seed(0)
+    return Lossy()
+
+def labeled():
+    torch.manual_seed(1)
+    return {"x": torch.randn(30, 8), "labels": torch.randn(30, 4)}
 """
 MODEL = "cli_net_for_tests:net"
 
@@ -326,6 +339,32 @@ def test_a_traceback_only_for_debugging() -> None:
     assert isinstance(lora("plan", MODEL, "--r", "0").exception, SystemExit)
     for args in (("--debug", "plan", MODEL, "--r", "0"), ("plan", MODEL, "--r", "0", "--debug")):
         assert isinstance(lora(*args).exception, lora_fx.ConfigError)
+
+
+def test_plan_advises() -> None:
+    text = " ".join(worked("plan", MODEL, "--target", "layers.0", "--tokens", "5000").split())
+    assert "only 33 % of the FLOPs of linear operations are adapted" in text
+    assert "layers.{1-2} 67 %" in text
+    assert "5,000 tokens hold at most about 5 kbit: to store all" in text
+    assert "10 times that of full fine-tuning" in text
+    made = json.loads(worked("plan", MODEL, "--target", "layers.0", "--tokens", "5000", "--json"))
+    assert made["advice"]["capacity"]["tokens"] == 5000
+
+
+def test_plan_chooses_ranks_for_a_budget(here: Path) -> None:
+    lossy = ("plan", "cli_net_for_tests:lossy", "--inputs", "cli_net_for_tests:labeled")
+    text = worked(*lossy, "--budget", "200", "--out", "ranks.json")
+    assert "of 200 parameters; the ranks hold" in text
+    made = json.loads(worked(*lossy, "--config", "ranks.json", "--json"))
+    again = json.loads(worked(*lossy, "--budget", "0.8kB", "--json"))
+    ranks = [site["rank"] for site in made["sites"]]
+    assert ranks == [site["rank"] for site in again["sites"]]
+    assert 192 == made["trainable_parameters"] == again["spent"]["used"] / 4
+    assert sum(ranks) == 12
+    assert "exists: give another name" in refused(*lossy, "--budget", "200", "--out", "ranks.json")
+    assert "--budget needs --inputs" in refused("plan", MODEL, "--budget", "200")
+    assert "--out is for the ranks of --budget" in refused("plan", MODEL, "--out", "x.json")
+    assert "no size of a memory" in refused(*lossy, "--budget", "much")
 
 
 def test_plan_says_what_the_text_of_a_plan_says(here: Path) -> None:

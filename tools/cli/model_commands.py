@@ -53,6 +53,7 @@ def plan(
     store: o.Storing,
     look: o.Capturing,
     training: o.Training,
+    sizing: o.Sizing,
     why: str | None = None,
     diff: Path | None = None,
     deploy: str | None = None,
@@ -70,6 +71,7 @@ def plan(
         store: How to quantize it.
         look: How to capture.
         training: On which GPUs.
+        sizing: Which ranks.
         why: Say what happens to an operation, or to those in a module, and why. Takes a name or its end.
         diff: Another configuration, as for --config: show the changes.
         deploy: Check that every site can be trained for a storage: bf16, fp16, int8, int4, nf4, …
@@ -82,6 +84,7 @@ def plan(
     o.check_names(model)
     training.check()
     store.check()
+    sizing.check(look, compares=diff is not None)
 
     from lora_fx.api import compare
     from lora_fx.api import plan as make_plan
@@ -104,8 +107,10 @@ def plan(
                 strict=adapters.strict,
                 deploy=deploy,
                 merge_into=merge_into,
+                **sizing.of(how["example_inputs"]),
                 **how,
             )
+            chosen = sizing.write(planned.config, chosen)
     if why is not None:
         reasons = planned.why(why)
         _answer(("operation", "what becomes of it"), reasons.items(), as_json)

@@ -40,6 +40,7 @@ __all__ = [
     "Adapters",
     "Capturing",
     "ModelName",
+    "Sizing",
     "Storing",
     "Training",
     "TypedError",
@@ -475,6 +476,76 @@ class Training(Options):
             need = plan(ledger=timeline)
             write_page(timeline, page, loaded.name, {"step": self.title(text=text)})
             return need, timeline.largest(_LARGEST)
+
+
+@dataclasses.dataclass
+class Sizing(Options):
+    """Options for the size of an adapter.
+
+    Attributes:
+        tokens: Tokens of the training data: compare them with the capacity of the adapter, and advise a
+            learning rate.
+        budget: Choose the rank of each site within a size (20MB) or a number of parameters, from the
+            gradients of --inputs: a batch with labels.
+        out: Write the configuration with the ranks of --budget, for --config: FILE.json.
+    """
+
+    PANEL = "Which ranks"
+
+    tokens: int | None = None
+    budget: str | None = dataclasses.field(default=None, metadata={"metavar": "SIZE"})
+    out: str | None = dataclasses.field(default=None, metadata={"metavar": "FILE.json"})
+
+    def check(self, look: Capturing, *, compares: bool) -> None:
+        """Check the options before a model is loaded.
+
+        Args:
+            look: The options with the inputs.
+            compares: True if several configurations are planned.
+
+        Raises:
+            ConfigError: If an option is not valid.
+        """
+        if compares and (self.budget is not None or self.tokens is not None):
+            raise ConfigError("--budget and --tokens are for one configuration: leave --diff out")
+        if self.budget is None:
+            if self.out is not None:
+                raise ConfigError("--out is for the ranks of --budget")
+            return
+        if look.inputs is None:
+            raise ConfigError(
+                "--budget needs --inputs, a callable that returns a batch with labels"
+            )
+        self.file()
+
+    def file(self) -> Path | None:
+        """Return the file to write, or None.
+
+        Raises:
+            ConfigError: If it exists, or has another suffix.
+        """
+        return None if self.out is None else file_to_write(self.out, (".json",), force=False)
+
+    def of(self, inputs: Any) -> dict[str, Any]:
+        """Return the keyword arguments of the plan. ``inputs`` is a batch with labels."""
+        budget = self.budget
+        if budget is None:
+            return {"tokens": self.tokens}
+        size = int(budget) if budget.isdecimal() else budget
+        return {"tokens": self.tokens, "budget": size, "inputs": [inputs]}
+
+    def write(self, chosen: LoraConfig, before: LoraConfig) -> LoraConfig:
+        """Write the configuration of a plan if that is asked for.
+
+        Returns:
+            The configuration with the ranks of a budget, or the one from before.
+        """
+        if self.budget is None:
+            return before
+        file = self.file()
+        if file is not None:
+            file.write_text(json.dumps(chosen.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return chosen
 
 
 @dataclasses.dataclass

@@ -56,6 +56,9 @@ def render_plan(plan: Plan, *, width: int, every: bool = False) -> RenderableTyp
         parts += _section(title, rows, every)
     for title, *notes in filter(None, [plan.capture_lines()]):
         parts += [Text(title), *(_indented(Text(note.strip(), "dim")) for note in notes)]
+    advice = plan.advice.lines()
+    parts += [Text("advice:", "bold")] if advice else []
+    parts += [_indented(Text(line)) for line in advice]
     return Group(*parts)
 
 

@@ -1,0 +1,314 @@
+"""Ranks for a budget: each site gets the rank that its gradients justify.
+
+A step along the gradient G of a weight, restricted to rank r, decreases the loss in first order by the sum of
+the r largest squared singular values of G: no other update of rank r and of this norm decreases it more
+(Eckart and Young; LoRA-GA, arXiv:2407.05000, starts from the same directions). So the squared singular value
+number r is the gain of the r-th rank, and (in + out) elements are its cost. Within a site gains only
+decrease. The next rank goes to the site with the most gain for its cost, until nothing fits. GoRA
+(arXiv:2502.12171) also distributes ranks by gradients, with another measure.
+
+Every site keeps its smallest rank, because LoRA is to be on all layers that the user has named. The scale of
+each site is that of the configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_fx.adapters.initialization import (
+    Forward,
+    check_has_values,
+    gradients,
+    running_base,
+)
+from lora_fx.adapters.manage import adapter_record
+from lora_fx.adapters.settings import Target, with_patterns
+from lora_fx.config import LoraConfig, parameter_entry
+from lora_fx.errors import ConfigError, some
+from lora_fx.files import bytes_in
+from lora_fx.ir import Plan, PlannedSite, Site, Spending
+from lora_fx.kinds import chosen_kind
+from lora_fx.passes.capture import Frontend
+from lora_fx.passes.lowrank import allocate, spectrum
+from lora_fx.passes.parameters import (
+    adapter_dtype,
+    as_matrices,
+    base_parameters,
+    matrix_shape,
+    part_of,
+)
+from lora_fx.passes.pipeline import RewriteOptions, rewrite_model
+from lora_fx.passes.plan import at_rank, start_objection
+from lora_fx.progress import Progress
+
+__all__ = ["Allotment", "Unit", "allot_ranks", "budget_of"]
+
+Unit = Literal["bytes", "parameters"]
+
+
+def budget_of(budget: object) -> tuple[int, Unit]:
+    """Return a budget and its unit: a number is one of parameters, and ``"20MB"`` one of bytes.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    if isinstance(budget, str):
+        return bytes_in(budget, "budget"), "bytes"
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
+        return budget, "parameters"
+    raise ConfigError(
+        f"budget is {budget!r}: give a number of parameters, or a size of the adapter's tensors such as "
+        "'20MB'"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Allotment:
+    """The ranks of all sites within a budget.
+
+    Attributes:
+        config: The configuration with these ranks, and with alphas that keep each site's scale.
+        gains: The share of all squared gradients that the rank of a site adds, by its name.
+        spent: The use of the budget.
+    """
+
+    config: LoraConfig
+    gains: Mapping[str, float]
+    spent: Spending
+
+    def onto(self, plan: Plan) -> Plan:
+        """Return a plan of :attr:`config` with the gains and the use of the budget."""
+        rows = (dataclasses.replace(row, gain=self.gains.get(row.name)) for row in plan.sites)
+        return dataclasses.replace(plan, sites=tuple(rows), spent=self.spent)
+
+
+def allot_ranks(
+    plan: Plan,
+    model: nn.Module,
+    budget: object,
+    batches: Iterable[Any] | None,
+    *,
+    example_inputs: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    forward: Forward | None = None,
+    frontend: Frontend = "auto",
+    progress: Progress = False,
+) -> Allotment:
+    """Choose the rank of each site of a plan within a budget.
+
+    The gradients of all adapted weights are held at once, in fp32 in the memory of the host.
+
+    Args:
+        plan: The plan. Its ranks only matter for the scales.
+        model: The user's model. It is not changed.
+        budget: As for :func:`lora_fx.plan`: the limit of everything that the adapter trains.
+        batches: As for :func:`lora_fx.initialize`.
+        example_inputs: As for :func:`lora_fx.capture`.
+        loss_fn: As for :func:`lora_fx.initialize`.
+        forward: As for :func:`lora_fx.initialize`.
+        frontend: As for :func:`lora_fx.capture`.
+        progress: As for :func:`lora_fx.initialize`.
+
+    Raises:
+        ConfigError: If the budget is none, or too small for the smallest rank everywhere. If there are no
+            batches, or their gradients cannot be computed. If the kind or the start of the adapter has no
+            rank to choose.
+    """
+    limit, unit = budget_of(budget)
+    _check(plan, model, batches)
+    sites = [_Site.of(model, row, plan.config, unit) for row in plan.sites if not row.tied]
+    fixed = _other(plan, model, unit)
+    least = fixed + sum(site.cost_of(site.step) for site in sites)
+    if limit < least:
+        raise ConfigError(
+            f"budget is {limit:,} {unit}, and the smallest rank at each of {len(sites)} sites takes "
+            f"{least:,}: give at least that, or name fewer operations in target_modules"
+        )
+    assert batches is not None
+    if isinstance(batches, torch.Tensor) or hasattr(batches, "keys"):
+        batches = [batches]
+    config = dataclasses.replace(
+        plan.config,
+        init_lora_weights=True,
+        loftq_config=None,
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
+    )
+    options = RewriteOptions(loaded=True, quiet=True)
+    # A copy over the same weights.
+    twin = rewrite_model(model, config, example_inputs, options=options, frontend=frontend)
+    rows = tuple(row for row in adapter_record(twin, "default").sites if not row.tied)
+    with running_base(twin, batches, forward, progress, seed=config.seed or 0) as data:
+        seen = gradients(twin, rows, data, loss_fn)
+    device = next(model.parameters()).device
+    for site in sites:
+        site.gains = _gains(site.row.site, seen[site.row.site.weight].to(device))
+    _distribute(sites, limit - fixed)
+    return _result(plan.config, sites, limit, fixed, unit)
+
+
+def _check(plan: Plan, model: nn.Module, batches: object) -> None:
+    config = plan.config
+    if not chosen_kind(config).low_rank:
+        raise ConfigError(
+            f"budget: the adapter kind {chosen_kind(config).name!r} has no rank to choose"
+        )
+    if not plan.sites:
+        raise ConfigError("budget: no operation is adapted, so that there is no rank to choose")
+    if config.init_lora_weights == "eva":
+        raise ConfigError(
+            "budget: init_lora_weights='eva' distributes the ranks itself, by the inputs: leave out one of "
+            "both"
+        )
+    if batches is None:
+        raise ConfigError(
+            "budget needs inputs: a few batches with labels, from whose gradients the ranks are chosen"
+        )
+    stored = [row.site.weight for row in plan.sites if row.site.quantized is not None]
+    if stored:
+        raise ConfigError(
+            f"budget: {some(stored, 3)} cannot have a gradient, because of quantization: plan over the dense "
+            "model, and use the config of that plan for the quantized one"
+        )
+    check_has_values(model)
+
+
+@dataclasses.dataclass
+class _Site:
+    """A site, its costs and its gains while ranks are distributed.
+
+    Attributes:
+        row: The plan for it.
+        step: The number by which its rank grows.
+        most: Its largest rank.
+        start, each: Cost of the smallest rank, and of each further step.
+        rank: Its rank.
+        gains: Gain of all ranks up to each (in a grouped convolution: of all groups), from rank 0 on.
+    """
+
+    row: PlannedSite
+    step: int
+    most: int
+    start: int
+    each: int
+    rank: int
+    gains: list[float] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, row: PlannedSite, config: LoraConfig, unit: Unit) -> _Site:
+        """Return a site at its smallest rank, without gains."""
+        site = row.site
+        _, out, inner = matrix_shape(site)
+        limit = min(out, inner) * site.groups
+        ranks = [
+            rank
+            for rank in range(site.groups, limit + 1, site.groups)
+            if start_objection(site, rank, config) is None
+        ]
+        step = ranks[0]
+        size = _bytes_each(model, site) if unit == "bytes" else 1
+        first, second = (
+            at_rank(model, row, rank, row.alpha, config).parameters * size
+            for rank in (step, 2 * step)
+        )
+        most = max(rank for rank in ranks if rank % step == 0)
+        return cls(row, step, most, first, second - first, step)
+
+    def cost_of(self, rank: int) -> int:
+        """Return the cost of a rank."""
+        return self.start + (rank // self.step - 1) * self.each
+
+    def gain_of(self, rank: int) -> float:
+        """Return the gain of all ranks up to this one."""
+        return self.gains[rank // self.row.site.groups]
+
+    @property
+    def further_gains(self) -> list[float]:
+        """The gain of each further step."""
+        gains = [self.gain_of(rank) for rank in range(self.rank, self.most + 1, self.step)]
+        return [after - before for before, after in itertools.pairwise(gains)]
+
+
+def _bytes_each(model: nn.Module, site: Site) -> int:
+    """Return the bytes of an element of the factors."""
+    return adapter_dtype(base_parameters(model)[site.weight]).itemsize
+
+
+def _other(plan: Plan, model: nn.Module, unit: Unit) -> int:
+    """Return the cost of all that is trained besides the sites."""
+    if unit == "parameters":
+        return plan.extra_parameters + sum(row.parameters for row in plan.tokens)
+    own = base_parameters(model)
+    inside = tuple(f"{name}." for name in plan.saved_modules)
+    once = {
+        id(own[name]): own[name] for name in own if name.startswith(inside) or name in plan.biases
+    }
+    trained = sum(p.numel() * adapter_dtype(p).itemsize for p in once.values())
+    return trained + sum(row.parameters * _bytes_each(model, row.site) for row in plan.tokens)
+
+
+def _gains(site: Site, gradient: torch.Tensor) -> list[float]:
+    """Return the gain of all ranks up to each, from 0 on: sums of squared singular values."""
+    squares = spectrum(as_matrices(site, part_of(site, gradient)))
+    return [0.0, *squares.cumsum(0).tolist()]
+
+
+def _distribute(sites: Sequence[_Site], room: int) -> None:
+    """Give the sites ranks whose cost is within the room."""
+    room -= sum(site.cost_of(site.rank) for site in sites)
+    steps = allocate(
+        {site.row.name: site.further_gains for site in sites},
+        {site.row.name: site.each for site in sites},
+        room,
+    )
+    for site in sites:
+        site.rank += site.step * steps[site.row.name]
+
+
+def _result(
+    config: LoraConfig, sites: Sequence[_Site], limit: int, fixed: int, unit: Unit
+) -> Allotment:
+    total = sum(site.gains[-1] for site in sites) or 1.0
+    targets = [_target(site, config) for site in sites]
+    gains = {site.row.name: site.gain_of(site.rank) / total for site in sites}
+    equal = _equal_rank(sites, limit - fixed)
+    spent = Spending(
+        limit=limit,
+        used=fixed + sum(site.cost_of(site.rank) for site in sites),
+        unit=unit,
+        kept=sum(gains.values()),
+        equal_rank=equal,
+        equal_kept=sum(site.gain_of(min(equal, site.most)) for site in sites) / total,
+    )
+    return Allotment(with_patterns(config, targets), gains, spent)
+
+
+def _target(site: _Site, config: LoraConfig) -> Target:
+    """Return the rank of a site by the name that the configuration looks up, with its scale kept."""
+    row = site.row
+    named = parameter_entry(row.site.weight, config) is not None
+    growth = site.rank / row.rank
+    alpha = row.alpha * (growth**0.5 if config.use_rslora else growth)
+    return Target(row.site.weight if named else row.name, site.rank, alpha, parameter=named)
+
+
+def _equal_rank(sites: Sequence[_Site], room: int) -> int:
+    """Return the largest rank that every site could have, or its largest one; 0 if there is none."""
+
+    def cost(rank: int) -> int:
+        return sum(site.cost_of(min(rank, site.most)) for site in sites)
+
+    if any(site.step > 1 for site in sites):
+        return 0
+    low, high = 0, max(site.most for site in sites)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= room else (low, middle - 1)
+    return low

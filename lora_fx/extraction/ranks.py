@@ -1,0 +1,71 @@
+"""The rule for the ranks of an extracted adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Final
+
+from lora_fx.adapters import budget_of
+from lora_fx.errors import ConfigError
+
+__all__ = ["DEFAULT_RANK", "RankChoice"]
+
+DEFAULT_RANK: Final = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class RankChoice:
+    """The rule for the rank of each site. At most one of the three is set.
+
+    Attributes:
+        rank: The same rank for all sites; a smaller one where a matrix has no more.
+        energy: Each site gets the smallest rank that keeps this share of ``‖ΔW‖²``, in (0, 1].
+        budget: The number of elements of the whole adapter. Ranks go to the sites where they keep most of
+            ``‖ΔW‖²`` for their size.
+    """
+
+    rank: int | None = DEFAULT_RANK
+    energy: float | None = None
+    budget: int | None = None
+
+    @classmethod
+    def of(
+        cls, rank: int | None = None, energy: float | None = None, budget: int | str | None = None
+    ) -> RankChoice:
+        """Return a choice from the arguments of a caller. Without any, the rank is 16.
+
+        Args:
+            rank: A rank.
+            energy: A share.
+            budget: A number of parameters, or a size such as "20MB" for parameters of 4 bytes.
+
+        Raises:
+            ConfigError: If several are given, or a value is out of range.
+        """
+        named = {"rank": rank, "energy": energy, "budget": budget}
+        chosen = [name for name, value in named.items() if value is not None]
+        if len(chosen) > 1:
+            raise ConfigError(
+                f"{' and '.join(chosen)} are given: the ranks follow from one of rank, energy and budget"
+            )
+        if rank is not None and not (type(rank) is int and rank > 0):
+            raise ConfigError(f"rank: found {rank!r}; a whole number of at least 1 is needed")
+        if energy is not None and not (_is_number(energy) and 0 < energy <= 1):
+            raise ConfigError(
+                f"energy: found {energy!r}; it is the share of ‖ΔW‖² to keep, above 0 and at most 1"
+            )
+        return cls(
+            rank=DEFAULT_RANK if not chosen else rank,
+            energy=None if energy is None else float(energy),
+            budget=None if budget is None else _parameters(budget),
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _parameters(budget: int | str) -> int:
+    """Return a number of parameters from a number, or from a size in bytes with its unit."""
+    limit, unit = budget_of(budget)
+    return limit // 4 if unit == "bytes" else limit
