@@ -60,11 +60,12 @@ def convert_files(
     scheme, _, name = model_name.partition(":")
     folder = Path(name).expanduser()
     files = scheme == "hf" and folder.is_dir() and any(folder.glob("*.safetensors"))
-    model = load_model(model_name, weights=not files).model
+    trained = source if source.is_dir() else None
+    model = load_model(model_name, weights=not files, adapter=trained).model
     if files and getattr(getattr(model, "config", None), "quantization_config", None) is None:
         before = weights_in(ConvertedFiles(folder, model), model)
     else:
-        model = load_model(model_name).model if files else model
+        model = load_model(model_name, adapter=trained).model if files else model
         before = weights_of(model, model)
     adapter = read_foreign(source, model, component=component)
     adapted, report = convert(model, adapter, before, choice, progress=progress)

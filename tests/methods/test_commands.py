@@ -67,6 +67,28 @@ def test_convert_writes_lora_for_a_folder_of_transformers(llama: Path, tmp_path:
     assert {site["rank"] for site in json.loads(text)["sites"]} == {4}
 
 
+def test_a_head_that_the_base_lacks_is_stored_in_full(llama: Path, tmp_path: Path) -> None:
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    theirs.config.pad_token_id = 0
+    config = peft.VeraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(theirs, config).eval()
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape) * 0.3
+    theirs.save_pretrained(tmp_path / "vera")
+    ours = tmp_path / "ours"
+    code, text = command("convert", tmp_path / "vera", "--to", f"hf:{llama}", "-o", ours)
+    assert code == 0, text
+    assert "modules_to_save): score" in text
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(llama, num_labels=3)
+    base.config.pad_token_id = 0
+    for loaded_model in (
+        lora_fx.load_adapter(base, ours),
+        peft.PeftModel.from_pretrained(base, ours),
+    ):
+        assert torch.allclose(output(loaded_model.eval(), IDS), output(theirs, IDS), atol=1e-5)
+
+
 def test_other_commands_name_the_converter(llama: Path, tmp_path: Path) -> None:
     config = peft.LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(loaded(llama), config).save_pretrained(tmp_path / "loha")
