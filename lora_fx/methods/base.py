@@ -276,6 +276,7 @@ class Method:
         peft_type: ``peft_type`` of PEFT's folders; "" if PEFT has no such folders.
         in_files: True if files of LyCORIS, kohya or ComfyUI hold such layers.
         roles: Ends of the keys of a layer's tensors.
+        scaled: True if files have an alpha for each layer.
         shared: Roles of tensors of all layers together, in a folder.
     """
 
@@ -283,6 +284,7 @@ class Method:
     does: ClassVar[str]
     peft_type: ClassVar[str] = ""
     in_files: ClassVar[bool] = False
+    scaled: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
 

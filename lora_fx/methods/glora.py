@@ -18,6 +18,7 @@ class GLora(Method):
     name = "GLoRA"
     does = "low-rank products with and without the weight"
     in_files = True
+    scaled = True
     roles = ("a1.weight", "a2.weight", "b1.weight", "b2.weight")
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:

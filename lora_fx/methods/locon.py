@@ -24,6 +24,7 @@ class LoCon(Method):
     name = "LoCon"
     does = "low-rank products, with a kernel between A and B (Tucker form)"
     in_files = True
+    scaled = True
     # A and B have other names in files: see lora_fx.methods.layer_names.
     roles = ("A", "B", MID, "bias")
 

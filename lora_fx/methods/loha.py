@@ -22,6 +22,7 @@ class LoHa(Method):
     does = "products of two low-rank matrices, element by element"
     peft_type = "LOHA"
     in_files = True
+    scaled = True
     roles = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:

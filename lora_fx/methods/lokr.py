@@ -23,6 +23,7 @@ class LoKr(Method):
     does = "Kronecker products"
     peft_type = "LOKR"
     in_files = True
+    scaled = True
     roles = (
         "lokr_w1",
         "lokr_w1_a",

@@ -11,9 +11,10 @@ Sources: LyCORIS's ``lycoris/modules``, kohya's ``networks/oft.py``, ComfyUI's `
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,8 @@ from lora_fx.methods.locon import MID, LoCon
 from lora_fx.passes.parameters import base_modules
 
 __all__ = ["check_is_lora", "read_lycoris_file"]
+
+_log = logging.getLogger("lora_fx")
 
 _Tensors = dict[str, tuple[str, Tensor]]
 # Roles of tensors that belong to a layer of any method.
@@ -114,7 +117,20 @@ def read_lycoris_file(
         changes += _changes(layer, of_layer)
         for method in of_layer:
             whole |= method.whole(layer)
+    _warn_of_scales(path, placed.layers.values(), methods)
     return ForeignAdapter(" and ".join(dict.fromkeys(names)), tuple(changes), whole, {})
+
+
+def _warn_of_scales(path: Path, layers: Iterable[_Tensors], methods: Sequence[Method]) -> None:
+    """Log a warning if a file says nothing of scales."""
+    scaled = [
+        roles for roles in layers if any(method.scaled for method in _methods_of(roles, methods))
+    ]
+    if scaled and not any("alpha" in roles for roles in scaled):
+        _log.warning(
+            "%s says nothing of alpha: each is taken for the rank, so that products are added as they are",
+            path,
+        )
 
 
 def _check_alpha(layer: Layer, metadata: Mapping[str, str]) -> None:

@@ -87,6 +87,30 @@ def test_magnitudes_of_inputs_are_converted_but_not_loaded(tmp_path: Path) -> No
         lora_fx.load_adapter(case.model, case.file(tmp_path))
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "oft_unet_", "lora_te1_", "unet."])
+def test_files_of_other_trainers_have_other_prefixes(prefix: str, tmp_path: Path) -> None:
+    case = lycoris("oft")
+    case.tensors = {
+        prefix + key.removeprefix("lycoris_"): value for key, value in case.tensors.items()
+    }
+    with torch.no_grad():
+        adapted = applied(case.model, read_foreign(case.file(tmp_path), case.model))
+        assert_close(adapted(case.x), case.output, 1e-5)
+
+
+def test_a_file_without_any_alpha_is_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = lycoris("loha")
+    path = case.file(tmp_path)
+    with caplog.at_level("WARNING", "lora_fx"):
+        read_foreign(path, case.model)
+        assert not caplog.records
+        case.tensors = {key: v for key, v in case.tensors.items() if "alpha" not in key}
+        read_foreign(case.file(tmp_path), case.model)
+    assert "says nothing of alpha" in caplog.text
+
+
 def test_plain_files_are_read_and_loaded_alike(tmp_path: Path) -> None:
     case = lycoris("locon")
     loaded = lora_fx.load_adapter(case.model, case.file(tmp_path)).eval()
