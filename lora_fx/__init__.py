@@ -63,6 +63,7 @@ if _TYPE_CHECKING:
         trainer_callback,
     )
     from lora_fx.config import LoraConfig
+    from lora_fx.conversion import convert_adapter
     from lora_fx.delivery import Delivery, VllmServer, sync, sync_callback
     from lora_fx.errors import (
         CaptureError,
@@ -85,6 +86,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.extraction import extract_adapter
+    from lora_fx.folders import resize_adapter
     from lora_fx.formats import keep_quantized, register_format
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
@@ -129,6 +131,7 @@ __all__ = [
     "capture",
     "check",
     "compare",
+    "convert_adapter",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",
@@ -158,6 +161,7 @@ __all__ = [
     "register_format",
     "register_pattern",
     "replace_lora_weights_loftq",
+    "resize_adapter",
     "rewrite",
     "save_adapter",
     "save_onnx_adapter",
@@ -190,6 +194,9 @@ _HOMES = {
     "lora_fx.config": """
         LoraConfig
     """,
+    "lora_fx.conversion": """
+        convert_adapter
+    """,
     "lora_fx.delivery": """
         Delivery VllmServer sync sync_callback
     """,
@@ -200,6 +207,9 @@ _HOMES = {
     """,
     "lora_fx.extraction": """
         extract_adapter
+    """,
+    "lora_fx.folders": """
+        resize_adapter
     """,
     "lora_fx.formats": """
         keep_quantized register_format

@@ -41,6 +41,7 @@ from lora_fx.checkpoint import (
 )
 from lora_fx.errors import ConfigError
 from lora_fx.extras import load_optional
+from lora_fx.methods import check_peft_type
 
 _TASKS: Final = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
@@ -243,6 +244,7 @@ class _AutoPeftModel:
             CheckpointError: As :func:`lora_fx.load_adapter` raises.
         """
         folder = Path(pretrained_model_name_or_path)
+        check_peft_type(folder)
         config = _config.LoraConfig.from_pretrained(folder)
         if config.base_model_name_or_path is None:
             raise ConfigError(

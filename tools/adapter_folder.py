@@ -34,6 +34,7 @@ from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.export.providers import ProviderName
 from lora_fx.ir import folded, html_block, html_lines, html_table, json_text, plain, text_table
 from lora_fx.kinds import chosen_kind
+from lora_fx.methods import check_peft_type
 from lora_fx.servers import Server
 
 __all__ = [
@@ -250,6 +251,7 @@ def read_folder(
     Raises:
         CheckpointError: If the folder has no adapter, or an unreadable one.
     """
+    check_peft_type(path)
     config = LoraConfig.from_pretrained(path)
     pairs: dict[str, dict[str, Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}

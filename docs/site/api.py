@@ -25,7 +25,7 @@ _SECTIONS = {
     "Files": """
         save_adapter load_adapter adapter_state_dict load_adapter_state_dict
         as_peft_model hotswap_adapter prepare_hotswap inspect_adapter verify
-        extract_adapter extract_files
+        extract_adapter extract_files convert_adapter resize_adapter
     """,
     "Quantized bases": """
         quantize plan_quantization prepare_for_kbit_training keep_quantized quantized_parameters

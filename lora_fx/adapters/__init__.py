@@ -47,14 +47,27 @@ from lora_fx.adapters.training import (
     parameter_groups,
     train_together,
 )
-from lora_fx.adapters.weighted import add_weighted_adapter
+from lora_fx.adapters.weighted import (
+    COMBINATIONS,
+    Combination,
+    CombinationType,
+    Election,
+    Term,
+    add_weighted_adapter,
+    combine,
+)
 
 __all__ = [
+    "COMBINATIONS",
     "WRAPPER",
+    "Combination",
+    "CombinationType",
+    "Election",
     "Forward",
     "Layout",
     "Originals",
     "Target",
+    "Term",
     "active_adapters",
     "adapter_ids",
     "adapter_losses",
@@ -65,6 +78,7 @@ __all__ = [
     "allot_ranks",
     "base_capture",
     "budget_of",
+    "combine",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",

@@ -16,6 +16,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
+from lora_fx.adapter_files import (
+    DIFFUSERS_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    read_tensors,
+)
 from lora_fx.adapters import (
     adapter_names,
     adapter_record,
@@ -34,14 +40,7 @@ from lora_fx.checkpoint.dialects import (
     joined_metadata,
     read_dialect,
 )
-from lora_fx.checkpoint.files import (
-    DIFFUSERS_NAME,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    check_parts,
-    read_tensors,
-    write_folder,
-)
+from lora_fx.checkpoint.files import check_parts, write_folder
 from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
 from lora_fx.checkpoint.receipt import make_receipt
@@ -67,6 +66,7 @@ from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, Quantizat
 from lora_fx.files import current
 from lora_fx.formats import Deploy
 from lora_fx.ir import AdapterRecord, ModelT, record_of
+from lora_fx.methods import check_peft_type
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
@@ -415,6 +415,7 @@ def _read(
             f"component={component!r}: {folder} is a folder of one adapter, and has no parts"
         )
     else:
+        check_peft_type(folder)
         config = LoraConfig.from_pretrained(folder)
         read, metadata = read_tensors(folder)
         tensors = without_prefix(read)

@@ -25,6 +25,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapter_files import (
+    DIFFUSERS_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    read_file,
+    read_tensors,
+)
 from lora_fx.adapters import (
     active_adapters,
     adapter_record,
@@ -32,14 +39,7 @@ from lora_fx.adapters import (
     reference,
     set_adapter,
 )
-from lora_fx.checkpoint.files import (
-    DIFFUSERS_NAME,
-    PICKLE_NAME,
-    RECEIPT_NAME,
-    WEIGHTS_NAME,
-    read_file,
-    read_tensors,
-)
+from lora_fx.checkpoint.files import RECEIPT_NAME
 from lora_fx.errors import CheckpointError, ConfigError, LoraFxError
 from lora_fx.files import current
 from lora_fx.kinds import kind_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.config.fields import bad, changes_base, needs_data
-from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig
+from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig, read_json
 from lora_fx.config.selection import (
     Verdict,
     alpha_for,
@@ -37,6 +37,7 @@ __all__ = [
     "needs_data",
     "parameter_entry",
     "rank_for",
+    "read_json",
     "saved_by",
     "saved_entries",
     "saved_module",

@@ -43,6 +43,7 @@ __all__ = [
     "FrozenPattern",
     "LoraConfig",
     "check_together",
+    "read_json",
 ]
 
 
@@ -287,7 +288,7 @@ class LoraConfig:
             ConfigError: If a value is wrong or asks for a feature that lora_fx does not have.
         """
         path = current(Path(directory, CONFIG_NAME))
-        values = _read_json(path)
+        values = read_json(path)
         kind = values.get("peft_type")
         if kind != _peft_type(values.get("kind")):
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be read")
@@ -314,7 +315,12 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of an adapter folder.
+
+    Raises:
+        CheckpointError: If the file is missing, or holds anything else.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give the local folder of a PEFT adapter")
     try:

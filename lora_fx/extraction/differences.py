@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,10 +31,12 @@ class Difference:
     Attributes:
         before: The values of the base. It may lack parameters, such as those of a new head.
         changes: The values after the change. A parameter that did not change may be the same object.
+        ranks: Upper bounds of the ranks of changes, by parameter, if they are known.
     """
 
     before: Weights
     changes: Weights
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def after(self, name: str) -> Tensor:
         """Return a tensor after the change."""

@@ -208,7 +208,7 @@ def extract(
             observed, inputs, [adapter_name], forward=forward, progress=progress
         )
         roots = {name: root_of(values) for name, values in moments.items()}
-    rules = _Ranks(choice, roots)
+    rules = _Ranks(choice, roots, difference.ranks)
     in_full = sum(difference.after(name).numel() for name in changed - weights)
     with show_progress(progress, "site") as tell:
         rules.allocate(sites, difference, in_full)
@@ -270,13 +270,15 @@ def _cost(site: Site) -> int:
 class _Ranks:
     """The ranks of sites, in units of their groups."""
 
-    def __init__(self, choice: RankChoice, roots: Mapping[str, Tensor]) -> None:
-        self._choice, self._roots = choice, roots
+    def __init__(
+        self, choice: RankChoice, roots: Mapping[str, Tensor], bounds: Mapping[str, int]
+    ) -> None:
+        self._choice, self._roots, self._bounds = choice, roots, bounds
         self._allocated: dict[str, int] = {}
 
     def _squares(self, site: Site, change: Tensor) -> Tensor:
         root = self._roots.get(site.name)
-        return spectrum(change if root is None else change @ root)
+        return spectrum(change if root is None else change @ root.to(change))
 
     def allocate(self, sites: Iterable[Site], difference: Difference, in_full: int) -> None:
         """Share a budget among the sites, which needs the singular values of all of them.
@@ -306,11 +308,12 @@ class _Ranks:
 
     def rank(self, site: Site, change: Tensor) -> int:
         """Return the rank of the matrices of a site; 0 for no adapter."""
-        most = min(change.shape[1:])
+        bound = self._bounds.get(site.weight, max(change.shape))
+        most: int = min(*change.shape[1:], max(bound, 1))
         if self._choice.budget is not None:
             return self._allocated[site.name]
         if self._choice.energy is not None:
-            return rank_of_energy(self._squares(site, change), self._choice.energy)
+            return min(rank_of_energy(self._squares(site, change), self._choice.energy), most)
         assert self._choice.rank is not None
         return min(max(self._choice.rank // site.groups, 1), most)
 
@@ -327,6 +330,7 @@ def _decomposed(
         unit: The rank of each matrix.
         root: The factor of the second moments of the inputs, if they are known.
     """
+    root = None if root is None else root.to(change)
     a, b = decompose(change, unit, root)
     error = change - b @ a
     size, total = float(change.norm()), float(weight.norm())
