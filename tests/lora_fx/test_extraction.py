@@ -353,3 +353,27 @@ def test_a_report_is_text_json_and_a_picture(tmp_path: Path) -> None:
     assert "rank 4, " in page
     assert "Extraction" in page
     assert RankChoice.of() == RankChoice(rank=16)
+
+
+def test_the_command(folders, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lora_fx.tools.cli.app import app
+
+    old, new, base, after, inputs = folders
+    out, picture = tmp_path / "out", tmp_path / "lost.svg"
+
+    def run(*options: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["extract", str(old), f"hf:{new}", *options])
+        return result.exit_code, " ".join(result.output.split())
+
+    code, text = run("-o", str(out), "--rank", str(FULL), "--picture", str(picture))
+    assert code == 0, text
+    assert "100 % of ‖ΔW‖² kept" in text
+    assert text.endswith(f"wrote {out}")
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    assert distance(lora_fx.load_adapter(base, out), after, base, inputs) < 3e-6
+    code, text = run("-o", str(out))
+    assert code == 2
+    assert "holds an adapter already" in text
+    assert run("--rank", "2")[0] == 2

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 __all__ = ["combine", "convert", "extract", "resize"]
 
 
-@o.command()
+@o.command(base={"metavar": "BASE"}, tuned={"metavar": "TUNED"}, out={"name": ("--out", "-o")})
 def extract(
     base: str,
     tuned: str,
-    out: Path,
+    out: Path | None = None,
     rank: int | None = None,
     energy: float | None = None,
     budget: str | None = None,
@@ -45,6 +45,8 @@ def extract(
         force: Replace an adapter in the folder.
         as_json: Print the report as JSON.
     """
+    if out is None:
+        raise ConfigError("say where to write the adapter: --out DIR")
     old, new = (Path(name.removeprefix("hf:")) for name in (base, tuned))
     for folder in (old, new):
         if not folder.expanduser().is_dir():
