@@ -7,9 +7,10 @@ must have a slot in the model, and every slot a tensor. Otherwise nothing is cha
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -42,8 +43,9 @@ from lora_fx.checkpoint.files import (
     read_tensors,
     write_folder,
 )
-from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
+from lora_fx.checkpoint.joined import NOTE, note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.checkpoint.migration import Migration, plan_migration
 from lora_fx.checkpoint.receipt import make_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import (
@@ -76,6 +78,9 @@ __all__ = ["folder_of", "load_adapter", "load_onto_empty", "save_adapter"]
 
 
 _log = logging.getLogger("lora_fx")
+
+Match = Literal["name", "graph"]
+"""How the matrices of a folder are found in a model: by PEFT's names, or by structure."""
 
 
 @inside
@@ -276,6 +281,8 @@ def load_adapter(
     example_inputs: Any = None,
     frontend: Frontend = "auto",
     deploy: Deploy | str | Literal["saved"] | None = "saved",
+    match: Match = "name",
+    source: nn.Module | None = None,
 ) -> ModelT:
     """Load an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
 
@@ -294,6 +301,12 @@ def load_adapter(
         frontend: As for :func:`lora_fx.rewrite`.
         deploy: As for :func:`lora_fx.rewrite`, if the model is not rewritten. By default that with which the
             adapter was trained, which its folder says. None loads it without rounding.
+        match: "name" for an adapter of this model. "graph" for one with other names: of an older
+            transformers, with experts or projections in another form, or from a wrapper. What becomes of each
+            name is logged (:func:`lora_fx.plan_migration`). If the folder has a receipt, the outputs are
+            compared with it.
+        source: With "graph", the model that the adapter was made for, if it is at hand, perhaps on the meta
+            device. It tells the parts of fused matrices, and the order of execution.
 
     Returns:
         A model with the adapter, as from :func:`lora_fx.rewrite`: a new one, or ``model`` itself if it is
@@ -303,19 +316,25 @@ def load_adapter(
     Raises:
         CheckpointError: If the folder or a file is missing or damaged, is no LoRA adapter, or is a pickle
             that could run code. If it does not fit the model: the error names every tensor that is missing,
-            unexpected or of another shape. Nothing was changed then.
+            unexpected or of another shape. With "graph": if a name is ambiguous, or the outputs are not those
+            of the receipt. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or capture arguments are given
             for a rewritten model. If the model cannot have the storage that the adapter was trained for.
         CaptureError: If the model cannot be captured.
     """
     check_adapter_name(adapter_name)
+    if match not in ("name", "graph"):
+        raise ConfigError(f"match={match!r}: it is 'name' or 'graph'")
+    if source is not None and match != "graph":
+        raise ConfigError("source= is the model of an adapter with other names: give match='graph'")
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model must be a torch.nn.Module, found {type(model).__name__}: the model comes first, then the "
             "folder: lora_fx.load_adapter(model, folder)"
         )
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
-    return _load(model, directory, adapter_name, component, how, deploy)
+    fit = None if match == "name" else functools.partial(plan_migration, source=source)
+    return _load(model, directory, adapter_name, component, how, deploy, fit=fit)
 
 
 @inside
@@ -345,10 +364,19 @@ def _load(
     how: dict[str, Any],
     deploy: Deploy | str | Literal["saved"] | None,
     read: Read | None = None,
+    fit: Callable[..., Migration] | None = None,
 ) -> ModelT:
-    """Load an adapter; see :func:`load_adapter`."""
+    """Load an adapter; see :func:`load_adapter`. With ``fit``, the tensors are first given other names."""
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
+    if fit is not None:
+        moved = fit(model, tensors, config, example_inputs=how["example_inputs"])
+        moved.check()
+        _log.info("%s:\n%s", folder, moved)
+        tensors, config = moved.tensors, moved.config
+        metadata = {
+            key: value for key, value in metadata.items() if not moved.changed or key != NOTE
+        }
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
@@ -388,8 +416,9 @@ def _load(
         values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
             reasons = _reasons(model, exact, how)
+            remedy = [] if fit is not None else _remedy(model, tensors, config)
             raise CheckpointError(
-                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
+                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons, *remedy])
             )
         fill(target, adapter_name, values)
         check_alike(target, record.sites, adapter_name)
@@ -519,9 +548,21 @@ def _matches_nothing(
     how: dict[str, Any],
 ) -> CheckpointError:
     lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+    remedy = _remedy(model, tensors, exact)
     return CheckpointError(
-        "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how)])
+        "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how), *remedy])
     )
+
+
+def _remedy(model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig) -> list[str]:
+    """Return the advice to load an adapter with other names, if that is possible without doubt."""
+    moved = plan_migration(model, tensors, config)
+    if moved.problems or not moved.changed:
+        return []
+    return [
+        f'load_adapter(..., match="graph") loads it: {moved.changed} of its matrices have other names or '
+        "another form in this model"
+    ]
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:

@@ -1,0 +1,190 @@
+"""Names of one model matched with those of another: by the words in them, their numbers, and shapes.
+
+Names that differ only in numbers are a family (``layers.*.attn.q_proj``). Families are matched as a whole:
+each number has to exist on both sides with the same shape. Of several families with these shapes, that
+with the most words in common is taken, if it is clearly the nearest both ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from lora_fx.errors import some
+
+__all__ = ["Matched", "Named", "match_names"]
+
+_LEAST: Final = 0.6
+"""Share of common words from which a name counts. Below it, only a single family may have the shapes."""
+
+_SAME_PARENT: Final = 0.2
+"""What a family gains whose parent is that of families which are matched already."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Named:
+    """A matrix by its name.
+
+    Attributes:
+        name: The name; an index of a stack follows in brackets.
+        shape: Its shape.
+        kind: "embedding" or "linear"; empty if it may be either.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Matched:
+    """The result of a match.
+
+    Attributes:
+        names: The new name and the share of common words, by the old name.
+        problems: What is in the way of the other names, by the old name.
+    """
+
+    names: Mapping[str, tuple[str, float]]
+    problems: Mapping[str, str]
+
+
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+(?=\.|$)|(?<=\[)\d+(?=\]$)")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+|\*")
+
+
+@dataclasses.dataclass(eq=False)
+class _Family:
+    """Names that differ only in numbers.
+
+    Attributes:
+        pattern: The name with ``*`` for numbers.
+        members: Each member by its numbers.
+    """
+
+    pattern: str
+    members: dict[tuple[str, ...], Named]
+
+    @property
+    def parent(self) -> str:
+        return self.pattern.removesuffix(".weight").rpartition(".")[0]
+
+    @property
+    def words(self) -> list[str]:
+        return [word.lower() for word in _WORD.findall(self.pattern.removesuffix(".weight"))]
+
+    def takes(self, other: _Family) -> bool:
+        """Return True if this family has a member like each member of another."""
+        return all(
+            numbers in self.members
+            and self.members[numbers].shape == member.shape
+            and (not member.kind or member.kind == self.members[numbers].kind)
+            for numbers, member in other.members.items()
+        )
+
+
+def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
+    """Match names with those of another model.
+
+    Args:
+        old: The names to match.
+        new: The names of the other model that are free.
+    """
+    olds, news = _families(old), _families(new)
+    pairs: dict[_Family, tuple[_Family, float]] = {}
+    candidates = {family: [other for other in news if other.takes(family)] for family in olds}
+    parents: dict[str, str] = {}
+    while True:
+        settled = _settle(candidates, parents)
+        for family, other, score in settled:
+            pairs[family] = (other, score)
+            parents.setdefault(family.parent, other.parent)
+            del candidates[family]
+        for others in candidates.values():
+            others[:] = [
+                other for other in others if all(other is not pair[0] for pair in pairs.values())
+            ]
+        if not settled:
+            break
+    names = {
+        member.name: (other.members[numbers].name, score)
+        for family, (other, score) in pairs.items()
+        for numbers, member in family.members.items()
+    }
+    problems = {
+        member.name: _problem(family, others)
+        for family, others in candidates.items()
+        for member in family.members.values()
+    }
+    return Matched(names, problems)
+
+
+def _families(names: Iterable[Named]) -> list[_Family]:
+    families: dict[str, _Family] = {}
+    for member in names:
+        pattern = _NUMBER.sub("*", member.name)
+        family = families.setdefault(pattern, _Family(pattern, {}))
+        family.members.setdefault(tuple(_NUMBER.findall(member.name)), member)
+    return list(families.values())
+
+
+def _settle(
+    candidates: Mapping[_Family, Sequence[_Family]], parents: Mapping[str, str]
+) -> list[tuple[_Family, _Family, float]]:
+    """Return the families that are nearest to each other, with the share of common words."""
+    scores: dict[_Family, dict[_Family, float]] = defaultdict(dict)
+    back: dict[_Family, dict[_Family, float]] = defaultdict(dict)
+    shares: dict[tuple[_Family, _Family], float] = {}
+    for family, others in candidates.items():
+        for other in others:
+            share = _common(family.words, other.words)
+            shares[family, other] = share
+            near = parents.get(family.parent) == other.parent
+            scores[family][other] = back[other][family] = share + _SAME_PARENT * near
+    settled = []
+    for family, own in scores.items():
+        best = _only_best(own)
+        if best is None or _only_best(back[best]) is not family:
+            continue
+        alone = len(own) == 1 and len(back[best]) == 1
+        if alone or own[best] >= _LEAST:
+            settled.append((family, best, shares[family, best]))
+    return settled
+
+
+def _only_best(scores: Mapping[_Family, float]) -> _Family | None:
+    """Return the key of the largest value; None if several have it."""
+    most = max(scores.values())
+    best = [family for family, score in scores.items() if score > most - 1e-6]
+    return best[0] if len(best) == 1 else None
+
+
+def _common(left: Sequence[str], right: Sequence[str]) -> float:
+    """Return the share of words that two names have in common. A word may be cut short: q for query."""
+    rest = list(right)
+    count = 0
+    for word in sorted(left, key=len, reverse=True):
+        same = next((other for other in rest if other == word), None)
+        if same is None:
+            same = next((other for other in rest if _is_short(word, other)), None)
+        if same is not None:
+            rest.remove(same)
+            count += 1
+    return 2 * count / (len(left) + len(right)) if left or right else 1.0
+
+
+def _is_short(word: str, other: str) -> bool:
+    short, long = sorted((word, other), key=len)
+    return short.isalpha() and long.startswith(short)
+
+
+def _problem(family: _Family, others: Sequence[_Family]) -> str:
+    shapes = {member.shape for member in family.members.values()}
+    shape = " or ".join(str(list(shape)) for shape in sorted(shapes))
+    if not others:
+        return f"no operation that is free has the shape {shape} for each of these numbers"
+    nearest = sorted(others, key=lambda other: -_common(family.words, other.words))
+    return f"ambiguous, it may be {some([other.pattern for other in nearest], between=' or ')} ({shape})"
