@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from lora_fx.checkpoint.files import read_tensors
-from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
+from lora_fx.checkpoint.files import has_receipt, read_tensors
+from lora_fx.checkpoint.folder import (
+    load_adapter,
+    load_onto_empty,
+    plan_migration,
+    save_adapter,
+)
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
+from lora_fx.checkpoint.migration import Migration, Move
 from lora_fx.checkpoint.peft_model import (
     as_peft_model,
     cast_to_base,
@@ -39,6 +45,8 @@ from lora_fx.checkpoint.trainers import (
 
 __all__ = [
     "Dense",
+    "Migration",
+    "Move",
     "Receipt",
     "Slot",
     "StackedDown",
@@ -50,6 +58,7 @@ __all__ = [
     "callback_class",
     "cast_to_base",
     "converted",
+    "has_receipt",
     "hash_tensors",
     "hotswap_adapter",
     "labels_in",
@@ -61,6 +70,7 @@ __all__ = [
     "main_output",
     "peft_configs",
     "peft_model_class",
+    "plan_migration",
     "prepare_hotswap",
     "read_config",
     "read_receipt",

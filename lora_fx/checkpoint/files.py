@@ -26,6 +26,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "check_format",
     "check_parts",
+    "has_receipt",
     "read_file",
     "read_tensors",
     "write_folder",
@@ -68,6 +69,11 @@ def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path} is truncated or damaged ({error}); copy or save the adapter again"
         ) from error
+
+
+def has_receipt(folder: Path) -> bool:
+    """Return True if a folder has the receipt of its adapter."""
+    return folder.is_dir() and current(folder / RECEIPT_NAME).is_file()
 
 
 _OF_DIFFUSERS: Final = (DIFFUSERS_NAME,)

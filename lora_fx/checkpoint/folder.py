@@ -40,13 +40,14 @@ from lora_fx.checkpoint.files import (
     PICKLE_NAME,
     WEIGHTS_NAME,
     check_parts,
+    has_receipt,
     read_tensors,
     write_folder,
 )
 from lora_fx.checkpoint.joined import NOTE, note_of, parts_in, stored_targets
 from lora_fx.checkpoint.keys import PREFIX
-from lora_fx.checkpoint.migration import Migration, plan_migration
-from lora_fx.checkpoint.receipt import make_receipt
+from lora_fx.checkpoint.migration import Migration, move_adapter
+from lora_fx.checkpoint.receipt import judge_model, make_receipt, read_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import (
     Read,
@@ -74,7 +75,14 @@ from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
 from lora_fx.runtime import check_adapter_name
 
-__all__ = ["folder_of", "load_adapter", "load_onto_empty", "save_adapter"]
+__all__ = [
+    "Match",
+    "folder_of",
+    "load_adapter",
+    "load_onto_empty",
+    "plan_migration",
+    "save_adapter",
+]
 
 
 _log = logging.getLogger("lora_fx")
@@ -333,12 +341,47 @@ def load_adapter(
             "folder: lora_fx.load_adapter(model, folder)"
         )
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
-    fit = None if match == "name" else functools.partial(plan_migration, source=source)
+    fit = None if match == "name" else functools.partial(move_adapter, source=source)
     return _load(model, directory, adapter_name, component, how, deploy, fit=fit)
 
 
 @inside
-def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: Read) -> nn.Module:
+def plan_migration(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    source: nn.Module | None = None,
+    example_inputs: Any = None,
+) -> Migration:
+    """Say how an adapter of another model, or of another version of it, would be loaded. Changes nothing.
+
+    Args:
+        model: The model to load it on, perhaps on the meta device.
+        directory: As for :func:`load_adapter`.
+        adapter_name: As for :func:`load_adapter`.
+        source: As for :func:`load_adapter`.
+        example_inputs: As for :func:`load_adapter`.
+
+    Returns:
+        A row for each matrix of the adapter, with the reason and the confidence. ``str()`` is a table.
+
+    Raises:
+        CheckpointError: If the folder cannot be read.
+    """
+    tensors, config, _ = _read(_folder(directory, adapter_name), model, None)
+    return move_adapter(model, tensors, config, source=source, example_inputs=example_inputs)
+
+
+@inside
+def load_onto_empty(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    read: Read,
+    *,
+    match: Match = "name",
+    source: nn.Module | None = None,
+) -> nn.Module:
     """Load an adapter onto a model on the meta device. The adapter gets its values, and the base gets none.
 
     Args:
@@ -346,6 +389,8 @@ def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: R
         directory: As for :func:`load_adapter`.
         read: Returns the values of a weight of the base, to compare copies in the folder with them. None if
             they are unknown.
+        match: As for :func:`load_adapter`.
+        source: As for :func:`load_adapter`.
 
     Raises:
         CheckpointError: As :func:`load_adapter`.
@@ -353,7 +398,8 @@ def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: R
         CaptureError: As :func:`load_adapter`.
     """
     how: dict[str, Any] = {"example_inputs": None, "frontend": "auto"}
-    return _load(model, directory, "default", None, how, "saved", read)
+    fit = None if match == "name" else functools.partial(move_adapter, source=source)
+    return _load(model, directory, "default", None, how, "saved", read, fit)
 
 
 def _load(
@@ -420,8 +466,12 @@ def _load(
             raise CheckpointError(
                 "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons, *remedy])
             )
+        restorable = known and fit is not None
+        before = [(slot.tensor, slot.tensor.detach().clone()) for slot, _ in values if restorable]
         fill(target, adapter_name, values)
         check_alike(target, record.sites, adapter_name)
+        if fit is not None and read is None:
+            _prove(target, adapter_name, folder, before)
     except BaseException:
         if target is model and not known:
             delete_adapter(model, adapter_name)
@@ -430,6 +480,32 @@ def _load(
         _warn_of_deployment(folder, deployment_in(metadata), record)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return cast("ModelT", target)
+
+
+def _prove(
+    model: nn.Module,
+    adapter_name: str,
+    folder: Path,
+    before: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Compare the outputs with the receipt of the folder, if it has one.
+
+    Raises:
+        CheckpointError: If they are not those of the adapter. The values before are restored.
+    """
+    if not has_receipt(folder):
+        return
+    verdict = judge_model(model, adapter_name, read_receipt(folder))
+    if verdict.applied:
+        return
+    with torch.no_grad():
+        for tensor, value in before:
+            tensor.copy_(value)
+    raise CheckpointError(
+        f"{folder}: the matrices have places in this {type(model).__name__}, but its outputs are not those of "
+        f"the adapter's receipt ({verdict}). Nothing was changed; the weights of the base, or the order of "
+        "parts, differ"
+    )
 
 
 def _read(
@@ -556,13 +632,14 @@ def _matches_nothing(
 
 def _remedy(model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig) -> list[str]:
     """Return the advice to load an adapter with other names, if that is possible without doubt."""
-    moved = plan_migration(model, tensors, config)
+    moved = move_adapter(model, tensors, config)
     if moved.problems or not moved.changed:
         return []
-    return [
+    advice = (
         f'load_adapter(..., match="graph") loads it: {moved.changed} of its matrices have other names or '
         "another form in this model"
-    ]
+    )
+    return [advice]
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:

@@ -34,12 +34,12 @@ from lora_fx.checkpoint.matching import Named, match_names
 from lora_fx.checkpoint.places import Block, Place, Places
 from lora_fx.config import LoraConfig, alpha_for, parameter_entry, rank_for, saved_entries, scale_of
 from lora_fx.errors import CaptureError, CheckpointError, some
-from lora_fx.ir import Site, grouped, join, record_of, text_table
+from lora_fx.ir import Site, folded, join, record_of, text_table
 from lora_fx.passes.capture import capture
 from lora_fx.passes.graph import is_conv1d
 from lora_fx.passes.pipeline import find_operations
 
-__all__ = ["Migration", "Move", "plan_migration"]
+__all__ = ["Migration", "Move", "move_adapter"]
 
 _log = logging.getLogger("lora_fx")
 
@@ -59,11 +59,12 @@ class Move:
 
     Attributes:
         old: Its name in the folder.
-        new: The parameter of the model, with the expert and the rows if it is a part of one.
+        new: The parameter of the model, with the index of an expert in a stack in brackets.
         change: "unchanged", "renamed", "moved into a stack", "fused", "taken apart", or several of them.
-        reason: "same name"; "transformers" for its conversion of checkpoints; "names and shapes"; or "order of
-            execution".
+        reason: "same name"; "transformers" for its conversion of checkpoints; "names and shapes"; or "order
+            of execution".
         confidence: 1 for a rule that is exact. For names and shapes, the share of words in common.
+        part: The rows or columns of that parameter; empty for all.
     """
 
     old: str
@@ -71,6 +72,7 @@ class Move:
     change: str
     reason: Reason
     confidence: float = 1.0
+    part: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,23 +121,24 @@ class Migration:
 
     def __str__(self) -> str:
         shown = [move for move in self.moves if move.change != "unchanged"]
-        rows = grouped(
+        rows = folded(
             (
-                f"{move.old} -> {move.new}",
+                f"{move.old} -> {move.new}".replace("[", ".").replace("]", ""),
+                move.part,
                 move.change,
                 move.reason if move.confidence == 1.0 else f"{move.reason}, {move.confidence:.0%}",
             )
             for move in shown
         )
         cells = [(row.name, row.times, *row.cells) for row in rows]
-        lines = text_table(("matrix", "", "change", "by"), cells, 4) if cells else []
+        lines = text_table(("matrix", "", "part", "change", "by"), cells, 5) if cells else []
         same = len(self.moves) - len(shown)
         lines += [f"{same} of {len(self.moves)} keep their name and form"]
         lines += [f"problem: {problem}" for problem in self.problems]
         return "\n".join(lines)
 
 
-def plan_migration(
+def move_adapter(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
     config: LoraConfig,
@@ -149,8 +152,8 @@ def plan_migration(
         model: The model to load the adapter on; it is not changed, and may be on the meta device.
         tensors: The tensors of the folder, without PEFT's prefix.
         config: The configuration of the folder.
-        source: The model that the adapter was made for, if it is at hand, perhaps on the meta device. It tells
-            the parts of fused matrices, and the order of execution.
+        source: The model that the adapter was made for, if it is at hand, perhaps on the meta device. It
+            tells the parts of fused matrices, and the order of execution.
         example_inputs: Inputs of ``model``, if its graphs are needed and it is captured by calling it.
     """
     return _Migrator(model, tensors, config, source, example_inputs).run()
@@ -300,7 +303,7 @@ class _Migrator:
         return adapters, raw
 
     def _wrapped(self, module: str, count: int) -> list[str]:
-        """Return the parameters of a module that the folder adapts, the innermost first; "" for its weight."""
+        """Return the parameters of a module that are adapted, the innermost first; "" for its weight."""
         entries = self.config.target_parameters or ()
         leaves = []
         for entry in entries:
@@ -618,11 +621,12 @@ class _Migrator:
             self.claimed.add(f"{block.parameter}#")
             self.moves.append(
                 Move(
-                    item.name if item.expert is None else f"{item.name}[{item.expert}]",
-                    _where(block, self.state[block.parameter]),
+                    item.name.removesuffix(".weight") + _index(item.expert),
+                    block.parameter.removesuffix(".weight") + _index(block.expert),
                     _change(item, block, self.state[block.parameter]),
                     reason,
                     score,
+                    _part_of(block, self.state[block.parameter]),
                 )
             )
         self.claimed.add(place.name)
@@ -834,12 +838,14 @@ def _sites_of(model: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
         return ()
 
 
-def _where(block: Block, shape: Sequence[int]) -> str:
-    expert = "" if block.expert is None else f"[{block.expert}]"
+def _index(expert: int | None) -> str:
+    return "" if expert is None else f"[{expert}]"
+
+
+def _part_of(block: Block, shape: Sequence[int]) -> str:
     rows, columns = _span(block.first, shape[-2]), _span(block.last, shape[-1])
-    span = f" rows {rows}" if rows else ""
-    span += f" columns {columns}" if columns else ""
-    return f"{block.parameter}{expert}{span}"
+    parts = [f"rows {rows}" if rows else "", f"columns {columns}" if columns else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def _span(indices: Tensor, size: int) -> str:

@@ -1,4 +1,4 @@
-"""Places: the matrices that a model has, had in other versions, or applies in parts, and where each is stored.
+"""Places: the matrices that a model has, had in other versions, or applies in parts, and where they are.
 
 A place is a matrix with a name, and blocks of the model's parameters that hold its values. The experts of a
 stack are places, and so are the tensors of a checkpoint that transformers puts together on loading, and

@@ -188,6 +188,7 @@ PUBLIC = {
     "merge_files",
     "parameter_groups",
     "plan",
+    "plan_migration",
     "plan_quantization",
     "print_trainable_parameters",
     "quantize",

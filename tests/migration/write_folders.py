@@ -38,7 +38,13 @@ def main() -> None:
             write(model, inputs, arguments.out / name)
             print(name, "written", flush=True)
         except Exception as error:
-            print(name, "FAILED", type(error).__name__, str(error)[:200].replace("\n", " "), flush=True)
+            print(
+                name,
+                "FAILED",
+                type(error).__name__,
+                str(error)[:200].replace("\n", " "),
+                flush=True,
+            )
             traceback.print_exc(limit=-2, file=sys.stderr)
 
 
@@ -52,9 +58,13 @@ def write(model: nn.Module, inputs: Any, folder: Path) -> None:
         adapted = adapt(model)
         output = call(adapted, inputs)
     adapted.save_pretrained(folder / "adapter")
-    tensors = {f"input.{name}": value for name, value in dict(inputs).items() if torch.is_tensor(value)}
+    tensors = {
+        f"input.{name}": value for name, value in dict(inputs).items() if torch.is_tensor(value)
+    }
     tensors |= {"base": first(base), "adapted": first(output)}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "calls.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "calls.safetensors"
+    )
 
 
 def adapt(model: nn.Module) -> Any:
@@ -76,7 +86,9 @@ def first(output: Any) -> torch.Tensor:
     if logits is not None:
         return logits.detach()
     values = output if isinstance(output, (tuple, list)) else output.to_tuple()
-    return next(value for value in values if torch.is_tensor(value) and value.is_floating_point()).detach()
+    return next(
+        value for value in values if torch.is_tensor(value) and value.is_floating_point()
+    ).detach()
 
 
 if __name__ == "__main__":

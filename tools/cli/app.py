@@ -10,7 +10,15 @@ from typer.core import TyperGroup
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli.model_commands import inspect, merge, plan, rewrite, verify, visualize
+from lora_fx.tools.cli.model_commands import (
+    inspect,
+    merge,
+    migrate,
+    plan,
+    rewrite,
+    verify,
+    visualize,
+)
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import TypedError, as_options
 from lora_fx.tools.cli.project_commands import bench, demo, doctor, zoo
@@ -24,6 +32,7 @@ COMMANDS = (
     plan,
     rewrite,
     merge,
+    migrate,
     export,
     export_adapter,
     visualize,
