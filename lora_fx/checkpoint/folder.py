@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -369,8 +370,16 @@ def plan_migration(
     Raises:
         CheckpointError: If the folder cannot be read.
     """
-    tensors, config, _ = _read(_folder(directory, adapter_name), model, None)
-    return move_adapter(model, tensors, config, source=source, example_inputs=example_inputs)
+    folder = _folder(directory, adapter_name)
+    tensors, config, _ = _read(folder, model, None)
+    return move_adapter(
+        model,
+        tensors,
+        config,
+        source=source,
+        example_inputs=example_inputs,
+        written=_entries(folder),
+    )
 
 
 @inside
@@ -416,7 +425,8 @@ def _load(
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
     if fit is not None:
-        moved = fit(model, tensors, config, example_inputs=how["example_inputs"])
+        inputs = how["example_inputs"]
+        moved = fit(model, tensors, config, example_inputs=inputs, written=_entries(folder))
         moved.check()
         _log.info("%s:\n%s", folder, moved)
         tensors, config = moved.tensors, moved.config
@@ -462,7 +472,7 @@ def _load(
         values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
             reasons = _reasons(model, exact, how)
-            remedy = [] if fit is not None else _remedy(model, tensors, config)
+            remedy = [] if fit is not None else _remedy(model, tensors, config, folder)
             raise CheckpointError(
                 "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons, *remedy])
             )
@@ -480,6 +490,16 @@ def _load(
         _warn_of_deployment(folder, deployment_in(metadata), record)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return cast("ModelT", target)
+
+
+def _entries(folder: Path) -> Mapping[str, Any]:
+    """Return all entries of the configuration in a folder; none for a file of another library."""
+    if not folder.is_dir():
+        return {}
+    entries: Mapping[str, Any] = json.loads(
+        current(folder / CONFIG_NAME).read_text(encoding="utf-8")
+    )
+    return entries
 
 
 def _prove(
@@ -502,9 +522,9 @@ def _prove(
         for tensor, value in before:
             tensor.copy_(value)
     raise CheckpointError(
-        f"{folder}: the matrices have places in this {type(model).__name__}, but its outputs are not those of "
-        f"the adapter's receipt ({verdict}). Nothing was changed; the weights of the base, or the order of "
-        "parts, differ"
+        f"{folder}: the matrices have places in this {type(model).__name__}, but its outputs are not those "
+        f"of the adapter's receipt ({verdict}). Nothing was changed; the weights of the base, or the order "
+        "of parts, differ"
     )
 
 
@@ -624,15 +644,17 @@ def _matches_nothing(
     how: dict[str, Any],
 ) -> CheckpointError:
     lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
-    remedy = _remedy(model, tensors, exact)
+    remedy = _remedy(model, tensors, exact, folder)
     return CheckpointError(
         "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how), *remedy])
     )
 
 
-def _remedy(model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig) -> list[str]:
+def _remedy(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path
+) -> list[str]:
     """Return the advice to load an adapter with other names, if that is possible without doubt."""
-    moved = move_adapter(model, tensors, config)
+    moved = move_adapter(model, tensors, config, written=_entries(folder))
     if moved.problems or not moved.changed:
         return []
     advice = (

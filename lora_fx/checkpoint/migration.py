@@ -145,6 +145,7 @@ def move_adapter(
     *,
     source: nn.Module | None = None,
     example_inputs: Any = None,
+    written: Mapping[str, Any] | None = None,
 ) -> Migration:
     """Find the places of an adapter's matrices in a model with other names.
 
@@ -155,8 +156,9 @@ def move_adapter(
         source: The model that the adapter was made for, if it is at hand, perhaps on the meta device. It
             tells the parts of fused matrices, and the order of execution.
         example_inputs: Inputs of ``model``, if its graphs are needed and it is captured by calling it.
+        written: All entries of ``adapter_config.json``, which tell the version of PEFT.
     """
-    return _Migrator(model, tensors, config, source, example_inputs).run()
+    return _Migrator(model, tensors, config, source, example_inputs, written or {}).run()
 
 
 @dataclasses.dataclass(eq=False)
@@ -181,15 +183,20 @@ class _Adapter:
             return "embedding" if self.values.keys() & {"lora_embedding_A"} else ""
         return "embedding" if "lora_embedding_A" in self.values else "linear"
 
-    def shape(self, experts: int | None) -> tuple[int, ...]:
-        """Return the shape of the weight as PEFT reads it: [out, in, ...], or [E, out, in]."""
+    @property
+    def has_factors(self) -> bool:
+        return {*_PAIR} <= self.values.keys() or "lora_embedding_B" in self.values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight as PEFT reads it, [out, in, ...], or of one matrix of a stack."""
+        if not self.has_factors:
+            return tuple(next(iter(self.values.values())).shape)
         if "lora_embedding_A" in self.values:
-            return self.values["lora_embedding_A"].shape[1], self.values["lora_embedding_B"].shape[
-                0
-            ]
+            a, b = self.values["lora_embedding_A"], self.values["lora_embedding_B"]
+            return a.shape[1], b.shape[0]
         a, b = (self.values[leaf] for leaf in _PAIR)
-        matrix = (b.shape[0], *a.shape[1:])
-        return matrix if experts is None else (experts, *matrix)
+        return b.shape[0], *a.shape[1:]
 
 
 @dataclasses.dataclass(eq=False)
@@ -241,8 +248,9 @@ class _Migrator:
         config: LoraConfig,
         source: nn.Module | None,
         example_inputs: Any,
+        written: Mapping[str, Any],
     ) -> None:
-        self.model, self.config, self.tensors = model, config, tensors
+        self.model, self.config, self.tensors, self.written = model, config, tensors, written
         self.places = Places(model)
         self.source = None if source is None else Places(source)
         self.example_inputs = example_inputs
@@ -343,36 +351,51 @@ class _Migrator:
     # --- exact rules ------------------------------------------------------------------------------
 
     def _fits(self, adapter: _Adapter) -> bool:
-        """Return True if the model has the adapted weight under the same name, with the same shape."""
-        shape = self.state.get(adapter.weight)
-        if shape is None:
+        """Return True if the model has the adapted weight under the same name, in the same form."""
+        if adapter.weight not in self.state:
             module = self.modules.get(adapter.weight.removesuffix(".weight"))
             return adapter.name != adapter.weight and module is not None and is_attention(module)
-        return self._like(adapter, adapter.weight)
+        return self._like(adapter, adapter.weight) and not self._crossed(adapter, adapter.weight)
 
     def _like(self, adapter: _Adapter, parameter: str) -> bool:
         """Return True if an adapter is of the shape and the kind of a whole parameter."""
         shape = self.state[parameter]
-        if not ({*_PAIR} <= adapter.values.keys() or "lora_embedding_B" in adapter.values):
+        if not adapter.has_factors:
             return True
-        if (
-            len(shape) == 2
-            and "lora_embedding_B" not in adapter.values
-            and self._is_in_out(parameter)
-        ):
-            shape = shape[::-1]
-        own = adapter.shape(
-            shape[0] if len(shape) == 3 and adapter.name == adapter.weight else None
-        )
         if len(shape) == 3 and adapter.name == adapter.weight:
-            rank = rank_for(adapter.name, self.config)
-            if len(adapter.values[_PAIR[0]]) != rank * shape[0]:
-                return False
-            return sorted(own[1:]) == sorted(shape[1:])
+            experts = self._experts(adapter)
+            return experts == shape[0] and sorted(adapter.shape) == sorted(shape[1:])
+        if len(shape) == 2 and adapter.kind == "linear" and self._is_in_out(parameter):
+            shape = shape[::-1]
+        own = adapter.shape
         if len(shape) > 2:
             # The channels of a grouped convolution are those of all groups.
             return own[0] == shape[0] and own[2:] == shape[2:] and own[1] % shape[1] == 0
         return own == shape
+
+    def _crossed(self, adapter: _Adapter, parameter: str) -> bool:
+        """Return True if A and B of a stack are the other way round than PEFT has them from 0.20 on.
+
+        PEFT before 0.19 took every stack for [E, in, out]. 0.19 did so only if the module did not say that it
+        is. If the shapes do not tell, the version does.
+        """
+        shape = self.state[parameter]
+        if len(shape) != 3 or not adapter.has_factors:
+            return False
+        turned = self.places.orientation(parameter)
+        straight = shape[:0:-1] if turned else shape[1:]
+        if straight[0] != straight[1]:
+            return adapter.shape != straight
+        return self._crosses(turned)
+
+    def _crosses(self, turned: bool) -> bool:
+        """Return True if the PEFT that wrote the folder crossed stacks that are, or are not, [E, in, out]."""
+        version = self.written.get("peft_version")
+        if isinstance(version, str) and (match := re.match(r"0\.(\d+)", version)):
+            minor = int(match[1])
+            return minor == 19 if turned else minor <= 19
+        # Earlier versions wrote no version. lora_fx writes none either, but all fields of PEFT 0.21.
+        return bool(self.written) and "lora_ga_config" not in self.written and not turned
 
     def _is_in_out(self, parameter: str) -> bool:
         return self.places.orientation(parameter)
@@ -386,6 +409,9 @@ class _Migrator:
 
     def _known(self, adapter: _Adapter) -> list[_Item]:
         """Move an adapter by the conversions of transformers. Return the matrices that they do not know."""
+        if adapter.weight in self.state and self._like(adapter, adapter.weight):
+            self._move_whole(adapter, adapter.weight, "same name", 1.0)
+            return []
         renamed = self.places.renamed(adapter.weight)
         if renamed in self.state and self._like(adapter, renamed):
             self._move_whole(adapter, renamed, "transformers", 1.0)
@@ -405,35 +431,23 @@ class _Migrator:
 
     def _items(self, adapter: _Adapter) -> Iterator[_Item]:
         """Yield the matrices of an adapter: those of each expert, and with the old model its parts."""
-        experts = self._experts(adapter)
         if not {*_PAIR} <= adapter.values.keys():
-            shape = (
-                adapter.shape(None)
-                if "lora_embedding_B" in adapter.values
-                else tuple(next(iter(adapter.values.values())).shape)
-            )
-            yield _Item(adapter, adapter.weight, None, shape, _no_factors, True)
+            yield _Item(adapter, adapter.weight, None, adapter.shape, _no_factors, True)
             return
+        experts = self._experts(adapter)
         a, b = (adapter.values[leaf] for leaf in _PAIR)
-        if experts is not None:
-            down, up = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
-            for expert in range(experts):
-                factors = functools.partial(_pair, up[expert], down[expert])
-                shape = (b.shape[0], a.shape[1])
-                yield from self._divided(
-                    _Item(adapter, adapter.weight, expert, shape, factors, False)
-                )
-            return
-        yield from self._divided(
-            _Item(
-                adapter,
-                adapter.weight,
-                None,
-                adapter.shape(None),
-                functools.partial(_pair, b, a),
-                True,
+        if experts is None:
+            factors = functools.partial(_pair, b, a)
+            yield from self._divided(
+                _Item(adapter, adapter.weight, None, adapter.shape, factors, True)
             )
-        )
+            return
+        down, up = StackedDown(experts).decode(a), StackedUp(experts).decode(b)
+        for expert in range(experts):
+            factors = functools.partial(_pair, up[expert], down[expert])
+            yield from self._divided(
+                _Item(adapter, adapter.weight, expert, adapter.shape, factors, False)
+            )
 
     def _divided(self, item: _Item) -> Iterator[_Item]:
         """Yield a matrix, or the parts of it that the old model has by other names."""
@@ -589,10 +603,20 @@ class _Migrator:
             self.problems.append(
                 f"{adapter.name} and {self.wholes[parameter].name} are both {parameter} of the model"
             )
+        change = "renamed" if adapter.weight != parameter else "unchanged"
+        if self._crossed(adapter, parameter):
+            adapter = _turn(adapter, self.state[parameter][0])
+            change = "A and B swapped" if change == "unchanged" else f"{change}, A and B swapped"
         self.wholes[parameter] = adapter
         self.claimed.add(parameter)
         self.moves.append(
-            Move(adapter.name, parameter.removesuffix(".weight"), "renamed", reason, score)
+            Move(
+                adapter.name.removesuffix(".weight"),
+                parameter.removesuffix(".weight"),
+                change,
+                reason,
+                score,
+            )
         )
 
     def _move_part(self, item: _Item, place: Place, reason: Reason, score: float) -> None:
@@ -605,11 +629,8 @@ class _Migrator:
             )
             return
         left, right = item.pick()
-        if (
-            left.shape[0] != place.shape[0]
-            or right.shape[1] != place.shape[1]
-            or (place.shape[0] == place.shape[1] and self.config.fan_in_fan_out)
-        ):
+        straight = (left.shape[0], right.shape[1]) == place.shape
+        if not straight or (place.shape[0] == place.shape[1] and self._is_turned(item)):
             left, right = right.T, left.T
         name = item.adapter.name
         scale = scale_of(rank_for(name, self.config), alpha_for(name, self.config), self.config)
@@ -630,6 +651,12 @@ class _Migrator:
                 )
             )
         self.claimed.add(place.name)
+
+    def _is_turned(self, item: _Item) -> bool:
+        """Return True if B and A of a square matrix are of its columns and rows."""
+        if item.expert is not None:
+            return self._crosses(turned=False)
+        return bool(self.config.fan_in_fan_out)
 
     # --- the result -------------------------------------------------------------------------------
 
@@ -777,6 +804,18 @@ class _Migrator:
             }
             config = dataclasses.replace(config, trainable_token_indices=renamed)
         return config
+
+
+def _turn(adapter: _Adapter, experts: int) -> _Adapter:
+    """Return the adapter of a stack with A in the place of B, transposed."""
+    a, b = (adapter.values[leaf] for leaf in _PAIR)
+    down, up = StackedDown(experts), StackedUp(experts)
+    values = {
+        **adapter.values,
+        _PAIR[0]: down.encode(up.decode(b).mT).contiguous(),
+        _PAIR[1]: up.encode(down.decode(a).mT).contiguous(),
+    }
+    return dataclasses.replace(adapter, values=values)
 
 
 def _bare(name: str) -> str:
