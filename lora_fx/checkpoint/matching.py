@@ -8,6 +8,7 @@ with the most words in common is taken, if it is clearly the nearest both ways.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,10 @@ _SAME_PARENT: Final = 0.2
 """What a family gains whose parent is that of families which are matched already."""
 
 
+_SHORT: Final = 0.75
+"""What a word counts that is the beginning of the other, q of query."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Named:
     """A matrix by its name.
@@ -32,11 +37,18 @@ class Named:
         name: The name; an index of a stack follows in brackets.
         shape: Its shape.
         kind: "embedding" or "linear"; empty if it may be either.
+        turned: True if the shape may be [in, out] as well as [out, in].
     """
 
     name: str
     shape: tuple[int, ...]
     kind: str = ""
+    turned: bool = False
+
+    def is_like(self, other: Named) -> bool:
+        """Return True if another matrix has the shape and the kind."""
+        shapes = (self.shape, self.shape[::-1]) if self.turned else (self.shape,)
+        return other.shape in shapes and self.kind in ("", other.kind)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,16 +84,15 @@ class _Family:
     def parent(self) -> str:
         return self.pattern.removesuffix(".weight").rpartition(".")[0]
 
-    @property
-    def words(self) -> list[str]:
-        return [word.lower() for word in _WORD.findall(self.pattern.removesuffix(".weight"))]
+    def words(self, skipped: int = 0) -> list[str]:
+        """Return the words of the name, without some of its first parts."""
+        rest = ".".join(self.pattern.removesuffix(".weight").split(".")[skipped:])
+        return [word.lower() for word in _WORD.findall(rest)]
 
     def takes(self, other: _Family) -> bool:
         """Return True if this family has a member like each member of another."""
         return all(
-            numbers in self.members
-            and self.members[numbers].shape == member.shape
-            and (not member.kind or member.kind == self.members[numbers].kind)
+            numbers in self.members and member.is_like(self.members[numbers])
             for numbers, member in other.members.items()
         )
 
@@ -97,8 +108,9 @@ def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
     pairs: dict[_Family, tuple[_Family, float]] = {}
     candidates = {family: [other for other in news if other.takes(family)] for family in olds}
     parents: dict[str, str] = {}
+    skipped = _shared([family.pattern.split(".")[:-1] for family in olds])
     while True:
-        settled = _settle(candidates, parents)
+        settled = _settle(candidates, parents, skipped)
         for family, other, score in settled:
             pairs[family] = (other, score)
             parents.setdefault(family.parent, other.parent)
@@ -115,7 +127,7 @@ def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
         for numbers, member in family.members.items()
     }
     problems = {
-        member.name: _problem(family, others)
+        member.name: _problem(family, others, skipped)
         for family, others in candidates.items()
         for member in family.members.values()
     }
@@ -132,7 +144,7 @@ def _families(names: Iterable[Named]) -> list[_Family]:
 
 
 def _settle(
-    candidates: Mapping[_Family, Sequence[_Family]], parents: Mapping[str, str]
+    candidates: Mapping[_Family, Sequence[_Family]], parents: Mapping[str, str], skipped: int
 ) -> list[tuple[_Family, _Family, float]]:
     """Return the families that are nearest to each other, with the share of common words."""
     scores: dict[_Family, dict[_Family, float]] = defaultdict(dict)
@@ -140,7 +152,7 @@ def _settle(
     shares: dict[tuple[_Family, _Family], float] = {}
     for family, others in candidates.items():
         for other in others:
-            share = _common(family.words, other.words)
+            share = _alike(family, other, skipped)
             shares[family, other] = share
             near = parents.get(family.parent) == other.parent
             scores[family][other] = back[other][family] = share + _SAME_PARENT * near
@@ -162,17 +174,32 @@ def _only_best(scores: Mapping[_Family, float]) -> _Family | None:
     return best[0] if len(best) == 1 else None
 
 
+def _shared(names: Sequence[Sequence[str]]) -> int:
+    """Return the number of first parts that all names have in common."""
+    first, last = min(names, default=()), max(names, default=())
+    return next(
+        (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(last)),
+    )
+
+
+def _alike(family: _Family, other: _Family, skipped: int) -> float:
+    """Return the share of common words, with or without what all names begin with: a wrapper, perhaps."""
+    words = other.words()
+    return max(_common(family.words(count), words) for count in (0, skipped))
+
+
 def _common(left: Sequence[str], right: Sequence[str]) -> float:
-    """Return the share of words that two names have in common. A word may be cut short: q for query."""
-    rest = list(right)
-    count = 0
-    for word in sorted(left, key=len, reverse=True):
-        same = next((other for other in rest if other == word), None)
-        if same is None:
-            same = next((other for other in rest if _is_short(word, other)), None)
-        if same is not None:
-            rest.remove(same)
-            count += 1
+    """Return the share of words that two names have in common. A word that is cut short counts less."""
+    rest, other_rest = list(left), list(right)
+    count = 0.0
+    for same, weight in ((operator.eq, 1.0), (_is_short, _SHORT)):
+        for word in list(rest):
+            partner = next((other for other in other_rest if same(word, other)), None)
+            if partner is not None:
+                rest.remove(word)
+                other_rest.remove(partner)
+                count += weight
     return 2 * count / (len(left) + len(right)) if left or right else 1.0
 
 
@@ -181,10 +208,10 @@ def _is_short(word: str, other: str) -> bool:
     return short.isalpha() and long.startswith(short)
 
 
-def _problem(family: _Family, others: Sequence[_Family]) -> str:
+def _problem(family: _Family, others: Sequence[_Family], skipped: int) -> str:
     shapes = {member.shape for member in family.members.values()}
     shape = " or ".join(str(list(shape)) for shape in sorted(shapes))
     if not others:
         return f"no operation that is free has the shape {shape} for each of these numbers"
-    nearest = sorted(others, key=lambda other: -_common(family.words, other.words))
+    nearest = sorted(others, key=lambda other: -_alike(family, other, skipped))
     return f"ambiguous, it may be {some([other.pattern for other in nearest], between=' or ')} ({shape})"

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters import WRAPPER, Target, is_attention, with_targets
 from lora_fx.checkpoint.joined import stored_targets
-from lora_fx.checkpoint.keys import PREFIX, StackedDown, StackedUp
+from lora_fx.checkpoint.keys import StackedDown, StackedUp
 from lora_fx.checkpoint.matching import Named, match_names
 from lora_fx.checkpoint.places import Block, Place, Places
 from lora_fx.config import LoraConfig, alpha_for, parameter_entry, rank_for, saved_entries, scale_of
@@ -50,6 +50,7 @@ _LEAF: Final = re.compile(
     r"|lora_magnitude_vector(?:\.weight)?|token_adapter\.trainable_tokens_delta)"
 )
 _KINDS: Final = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ARROW: Final = ".->."  # a number next to a dot is folded
 _PAIR: Final = ("lora_A.weight", "lora_B.weight")
 
 
@@ -123,14 +124,14 @@ class Migration:
         shown = [move for move in self.moves if move.change != "unchanged"]
         rows = folded(
             (
-                f"{move.old} -> {move.new}".replace("[", ".").replace("]", ""),
+                f"{move.old}{_ARROW}{move.new}".replace("[", ".").replace("]", ""),
                 move.part,
                 move.change,
                 move.reason if move.confidence == 1.0 else f"{move.reason}, {move.confidence:.0%}",
             )
             for move in shown
         )
-        cells = [(row.name, row.times, *row.cells) for row in rows]
+        cells = [(row.name.replace(_ARROW, " -> "), row.times, *row.cells) for row in rows]
         lines = text_table(("matrix", "", "part", "change", "by"), cells, 5) if cells else []
         same = len(self.moves) - len(shown)
         lines += [f"{same} of {len(self.moves)} keep their name and form"]
@@ -291,7 +292,7 @@ class _Migrator:
         holders: dict[str, dict[str, str]] = defaultdict(dict)
         raw: dict[str, Tensor] = {}
         for key, value in self.tensors.items():
-            match = _LEAF.fullmatch(key.removeprefix(PREFIX))
+            match = _LEAF.fullmatch(key)
             if match is None:
                 raw[key] = value
             else:
@@ -498,9 +499,11 @@ class _Migrator:
         items = self._by_order(items)
         named = {self._searched(item): item for item in items}
         tensors = {self.places.renamed(_bare(name)): name for name in raw}
-        wanted = [Named(name, item.shape, item.adapter.kind) for name, item in named.items()] + [
-            Named(name, tuple(raw[old].shape)) for name, old in tensors.items()
+        wanted = [
+            Named(name, item.shape, item.adapter.kind, turned=item.expert is not None)
+            for name, item in named.items()
         ]
+        wanted += [Named(name, tuple(raw[old].shape)) for name, old in tensors.items()]
         places = {place.name: place for place in self._free(())}
         matched = match_names(wanted, self._named(places.values()))
         if matched.problems and any(len(item.shape) == 2 for item in items):
@@ -696,14 +699,14 @@ class _Migrator:
             tensors |= {join(prefix, leaf): value for leaf, value in values.items()}
         tensors |= self._kept_tensors(stacked)
         for old, (new, value) in self.raw.items():
-            tensors[old if old.endswith(new) else new] = value
+            tensors[old if new in (old, _bare(old)) else new] = value
         return tensors, exact
 
     def _kept_tensors(self, stacked: set[str]) -> dict[str, Tensor]:
         """Return the tensors that keep their place, with the wrappers that their module now has."""
         tensors = {}
         for key, value in self.kept.items():
-            match = _LEAF.fullmatch(key.removeprefix(PREFIX))
+            match = _LEAF.fullmatch(key)
             assert match is not None
             owner = _bare(match["holder"] or "")
             names = [name for name in stacked if name.rpartition(".")[0] == owner]

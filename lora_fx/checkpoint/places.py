@@ -97,7 +97,7 @@ class Places:
         """Return True if the last two dimensions of a parameter are [in, out] for PEFT."""
         owner, _, _ = parameter.rpartition(".")
         module = self.model.get_submodule(owner)
-        if len(self.parameters[parameter]) == 3:
+        if len(self.parameters.get(parameter, ())) == 3:
             return bool(getattr(module, "is_transposed", False))
         return is_conv1d(module)
 
