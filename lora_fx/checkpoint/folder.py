@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -46,7 +46,7 @@ from lora_fx.checkpoint.files import (
     write_folder,
 )
 from lora_fx.checkpoint.joined import NOTE, note_of, parts_in, stored_targets
-from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.checkpoint.keys import PREFIX, Slot
 from lora_fx.checkpoint.migration import Migration, move_adapter
 from lora_fx.checkpoint.receipt import judge_model, make_receipt, read_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
@@ -425,14 +425,8 @@ def _load(
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
     if fit is not None:
-        inputs = how["example_inputs"]
-        moved = fit(model, tensors, config, example_inputs=inputs, written=_entries(folder))
-        moved.check()
-        _log.info("%s:\n%s", folder, moved)
-        tensors, config = moved.tensors, moved.config
-        metadata = {
-            key: value for key, value in metadata.items() if not moved.changed or key != NOTE
-        }
+        tensors, config, metadata = _moved(folder, model, tensors, config, metadata, how, fit)
+    _check_how(model, how, deploy)
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
@@ -440,16 +434,6 @@ def _load(
         wanted = deployment_in(metadata) if deploy == "saved" else deploy
         with _noted_deployment(folder, wanted if deploy == "saved" else None):
             target = _rewritten(model, exact, tensors, folder, adapter_name, how, wanted)
-    elif how["example_inputs"] is not None or how["frontend"] != "auto":
-        raise ConfigError(
-            "the model is rewritten already: example_inputs and frontend say how to capture one that "
-            "is not. Leave them out, or give the original model"
-        )
-    elif deploy not in ("saved", None):
-        raise ConfigError(
-            f"the model is rewritten already, and deploy={deploy!r} says how to rewrite one that is not: "
-            "leave it out, or give the original model"
-        )
     elif known:
         exact, target = config, model
     else:
@@ -472,12 +456,12 @@ def _load(
         values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
             reasons = _reasons(model, exact, how)
-            remedy = [] if fit is not None else _remedy(model, tensors, config, folder)
+            if fit is None:
+                reasons += _remedy(model, tensors, config, folder)
             raise CheckpointError(
-                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons, *remedy])
+                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
             )
-        restorable = known and fit is not None
-        before = [(slot.tensor, slot.tensor.detach().clone()) for slot, _ in values if restorable]
+        before = _values_in(slot for slot, _ in values) if known and fit is not None else []
         fill(target, adapter_name, values)
         check_alike(target, record.sites, adapter_name)
         if fit is not None and read is None:
@@ -490,6 +474,50 @@ def _load(
         _warn_of_deployment(folder, deployment_in(metadata), record)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return cast("ModelT", target)
+
+
+def _check_how(model: nn.Module, how: Mapping[str, Any], deploy: object) -> None:
+    """Raise if arguments say how to rewrite a model that is rewritten already."""
+    if record_of(model) is None:
+        return
+    if how["example_inputs"] is not None or how["frontend"] != "auto":
+        raise ConfigError(
+            "the model is rewritten already: example_inputs and frontend say how to capture one that "
+            "is not. Leave them out, or give the original model"
+        )
+    if deploy not in ("saved", None):
+        raise ConfigError(
+            f"the model is rewritten already, and deploy={deploy!r} says how to rewrite one that is not: "
+            "leave it out, or give the original model"
+        )
+
+
+def _values_in(slots: Iterable[Slot]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(slot.tensor, slot.tensor.detach().clone()) for slot in slots]
+
+
+def _moved(
+    folder: Path,
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    metadata: Mapping[str, str],
+    how: Mapping[str, Any],
+    fit: Callable[..., Migration],
+) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
+    """Return the contents of a folder under the names of the model."""
+    inputs = how["example_inputs"]
+    moved = fit(model, tensors, config, example_inputs=inputs, written=_entries(folder))
+    moved.check()
+    _log.info("%s:\n%s", folder, moved)
+    notes = dict(metadata)
+    if moved.changed:
+        # The parts of joined sites have the old names. Without them, the whole is one site.
+        notes.pop(NOTE, None)
+        names = {move.old: move.new for move in moved.moves}
+        by_hand = {names.get(name, name) for name in by_hand_in(metadata)}
+        notes |= note_of_by_hand(by_hand)
+    return moved.tensors, moved.config, notes
 
 
 def _entries(folder: Path) -> Mapping[str, Any]:
@@ -657,9 +685,10 @@ def _remedy(
     moved = move_adapter(model, tensors, config, written=_entries(folder))
     if moved.problems or not moved.changed:
         return []
+    sure = "" if moved.confidence == 1.0 else ", if it is of this model under other names"
     advice = (
-        f'load_adapter(..., match="graph") loads it: {moved.changed} of its matrices have other names or '
-        "another form in this model"
+        f'load_adapter(..., match="graph") loads it{sure}: {moved.changed} of its matrices have other names '
+        "or another form in this model"
     )
     return [advice]
 

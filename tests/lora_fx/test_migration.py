@@ -17,6 +17,7 @@ import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
 from lora_fx.checkpoint import Migration
 from lora_fx.checkpoint.matching import Named, match_names
+from tests.mixtures import mixtral
 from tests.numerics import assert_close
 
 
@@ -152,7 +153,7 @@ def test_other_names_are_found(names: Mapping[str, str], tmp_path: Path) -> None
         TOKENS
     )
     rename(tmp_path, names)
-    with pytest.raises(CheckpointError, match="graph"):
+    with pytest.raises(CheckpointError, match="of this model under other names"):
         lora_fx.load_adapter(model, tmp_path)
     plan = planned(model, tmp_path)
     assert plan.changed == len(plan.moves) == 8
@@ -211,6 +212,53 @@ def test_a_stack_becomes_modules(tmp_path: Path) -> None:
     model = stack(modules)
     expected = trained(model, tmp_path, target_parameters=["experts.w2"])(X)
     assert_close(lora_fx.load_adapter(modules, tmp_path, match="graph")(X), expected)
+
+
+class Layer(nn.Module):
+    """A decoder layer of a Mixtral as transformers 4 has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict(
+            {f"{name}_proj": nn.Linear(16, 16, bias=False) for name in "qo"}
+        )
+        self.block_sparse_moe = nn.ModuleDict(
+            {
+                "experts": nn.ModuleList(
+                    nn.ModuleDict(
+                        {
+                            "w1": nn.Linear(16, 16, bias=False),
+                            "w2": nn.Linear(16, 16, bias=False),
+                            "w3": nn.Linear(16, 16, bias=False),
+                        }
+                    )
+                    for _ in range(4)
+                )
+            }
+        )
+
+
+def test_stacks_of_transformers_become_modules_with_the_old_model(tmp_path: Path) -> None:
+    source = mixtral()
+    adapted = trained(source, tmp_path, target_parameters=["gate_up_proj", "down_proj"])
+    old = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([Layer(), Layer()])})})
+    assert planned(old, tmp_path).problems
+    plan = planned(old, tmp_path, source=source)
+    assert not plan.problems
+    merged = dict(lora_fx.merge(adapted).named_parameters())
+    base = dict(source.named_parameters())
+    for layer in range(2):
+        change = {
+            name: merged[key] - base[key]
+            for name in ("gate_up_proj", "down_proj")
+            for key in [f"model.layers.{layer}.mlp.experts.{name}"]
+        }
+        for expert in range(4):
+            gate, up = change["gate_up_proj"][expert].chunk(2)
+            for name, exact in (("w1", gate), ("w3", up), ("w2", change["down_proj"][expert])):
+                key = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                a, b = (plan.tensors[f"{key}.lora_{end}.weight"] for end in "AB")
+                assert_close(1.5 * b @ a, exact, 1e-5)
 
 
 @pytest.mark.parametrize("version", ["0.18.1", "0.19.0", None])
@@ -376,3 +424,28 @@ def test_names_are_matched_as_families() -> None:
     found = match_names(old[:1], both)
     assert not found.names
     assert "image.layers.*.mlp.fc1" in found.problems["model.layers.0.mlp.fc1"]
+
+
+def test_parameters_trained_by_hand_are_renamed(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"layers": nn.Sequential(Split(), Split())})["layers"]
+    adapted = lora_fx.rewrite(
+        model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"])
+    )
+    trained_by_hand = adapted.get_parameter("1.o_proj.bias")
+    trained_by_hand.requires_grad_(True)
+    with torch.no_grad():
+        trained_by_hand.add_(1.0)
+    lora_fx.save_adapter(adapted, tmp_path)
+    expected = adapted.eval()(TOKENS)
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"layers": nn.Sequential(Split(), Split())})["layers"]
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.inner(x)
+
+    outer = Outer()
+    outer.inner.load_state_dict(model.state_dict())
+    assert_close(lora_fx.load_adapter(outer, tmp_path, match="graph").eval()(TOKENS), expected)
