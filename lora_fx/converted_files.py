@@ -205,13 +205,14 @@ class FormerNames:
             group = ConvertedGroup(model, target, entry, patterns)
             for part in group.shapes({name: self._state[name] for name in patterns}):
                 self.groups[part] = group
+        self._known: dict[str, object] = {**self._state, **self.groups}
 
     def renamed(self, name: str) -> str:
         """Return the name that a tensor of a checkpoint has in the model, or before it is put together."""
         from transformers.core_model_loading import rename_source_key
 
         target, _ = rename_source_key(
-            name, self._renamings, [], self._model.base_model_prefix, {**self._state, **self.groups}
+            name, self._renamings, [], self._model.base_model_prefix, self._known
         )
         return str(target)
 

@@ -550,7 +550,7 @@ def _prove(
         for tensor, value in before:
             tensor.copy_(value)
     raise CheckpointError(
-        f"{folder}: the matrices have places in this {type(model).__name__}, but its outputs are not those "
+        f"{folder}: the matrices fit this {type(model).__name__}, but its outputs are not those "
         f"of the adapter's receipt ({verdict}). Nothing was changed; the weights of the base, or the order "
         "of parts, differ"
     )

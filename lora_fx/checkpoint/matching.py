@@ -57,7 +57,7 @@ class Matched:
 
     Attributes:
         names: The new name and the share of common words, by the old name.
-        problems: What is in the way of the other names, by the old name.
+        problems: The reason why another name is not matched, by the old name.
     """
 
     names: Mapping[str, tuple[str, float]]
@@ -86,8 +86,8 @@ class _Family:
 
     def words(self, skipped: int = 0) -> list[str]:
         """Return the words of the name, without some of its first parts."""
-        rest = ".".join(self.pattern.removesuffix(".weight").split(".")[skipped:])
-        return [word.lower() for word in _WORD.findall(rest)]
+        tail = ".".join(self.pattern.removesuffix(".weight").split(".")[skipped:])
+        return [word.lower() for word in _WORD.findall(tail)]
 
     def takes(self, other: _Family) -> bool:
         """Return True if this family has a member like each member of another."""
@@ -115,9 +115,9 @@ def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
             pairs[family] = (other, score)
             parents.setdefault(family.parent, other.parent)
             del candidates[family]
-        for others in candidates.values():
-            others[:] = [
-                other for other in others if all(other is not pair[0] for pair in pairs.values())
+        for choices in candidates.values():
+            choices[:] = [
+                other for other in choices if all(other is not pair[0] for pair in pairs.values())
             ]
         if not settled:
             break
@@ -127,8 +127,8 @@ def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
         for numbers, member in family.members.items()
     }
     problems = {
-        member.name: _problem(family, others, skipped)
-        for family, others in candidates.items()
+        member.name: _problem(family, choices, skipped)
+        for family, choices in candidates.items()
         for member in family.members.values()
     }
     return Matched(names, problems)
@@ -150,8 +150,8 @@ def _settle(
     scores: dict[_Family, dict[_Family, float]] = defaultdict(dict)
     back: dict[_Family, dict[_Family, float]] = defaultdict(dict)
     shares: dict[tuple[_Family, _Family], float] = {}
-    for family, others in candidates.items():
-        for other in others:
+    for family, choices in candidates.items():
+        for other in choices:
             share = _alike(family, other, skipped)
             shares[family, other] = share
             near = parents.get(family.parent) == other.parent
@@ -174,9 +174,9 @@ def _only_best(scores: Mapping[_Family, float]) -> _Family | None:
     return best[0] if len(best) == 1 else None
 
 
-def _shared(names: Sequence[Sequence[str]]) -> int:
+def _shared(names: Sequence[list[str]]) -> int:
     """Return the number of first parts that all names have in common."""
-    first, last = min(names, default=()), max(names, default=())
+    first, last = min(names, default=[]), max(names, default=[])
     return next(
         (i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]),
         min(len(first), len(last)),
@@ -191,14 +191,14 @@ def _alike(family: _Family, other: _Family, skipped: int) -> float:
 
 def _common(left: Sequence[str], right: Sequence[str]) -> float:
     """Return the share of words that two names have in common. A word that is cut short counts less."""
-    rest, other_rest = list(left), list(right)
+    open_left, open_right = list(left), list(right)
     count = 0.0
     for same, weight in ((operator.eq, 1.0), (_is_short, _SHORT)):
-        for word in list(rest):
-            partner = next((other for other in other_rest if same(word, other)), None)
+        for word in list(open_left):
+            partner = next((other for other in open_right if same(word, other)), None)
             if partner is not None:
-                rest.remove(word)
-                other_rest.remove(partner)
+                open_left.remove(word)
+                open_right.remove(partner)
                 count += weight
     return 2 * count / (len(left) + len(right)) if left or right else 1.0
 
@@ -208,10 +208,10 @@ def _is_short(word: str, other: str) -> bool:
     return short.isalpha() and long.startswith(short)
 
 
-def _problem(family: _Family, others: Sequence[_Family], skipped: int) -> str:
+def _problem(family: _Family, choices: Sequence[_Family], skipped: int) -> str:
     shapes = {member.shape for member in family.members.values()}
     shape = " or ".join(str(list(shape)) for shape in sorted(shapes))
-    if not others:
+    if not choices:
         return f"no operation that is free has the shape {shape} for each of these numbers"
-    nearest = sorted(others, key=lambda other: -_alike(family, other, skipped))
+    nearest = sorted(choices, key=lambda other: -_alike(family, other, skipped))
     return f"ambiguous, it may be {some([other.pattern for other in nearest], between=' or ')} ({shape})"

@@ -5,7 +5,7 @@ stays the same. So each adapted matrix of the folder is looked up in the model i
 
 1. under its own name;
 2. under the name that transformers gives to it when it loads a checkpoint, with the exact parts of parameters
-   that it becomes (:mod:`lora_fx.checkpoint.places`);
+   that it becomes (:mod:`lora_fx.checkpoint.matrices`);
 3. by its words, numbers and shape (:mod:`lora_fx.checkpoint.matching`). With the model that the adapter was
    made for, also by the order of execution.
 
@@ -31,7 +31,7 @@ from lora_fx.adapters import WRAPPER, Target, is_attention, with_targets
 from lora_fx.checkpoint.joined import stored_targets
 from lora_fx.checkpoint.keys import StackedDown, StackedUp
 from lora_fx.checkpoint.matching import Named, match_names
-from lora_fx.checkpoint.places import Block, Place, Places
+from lora_fx.checkpoint.matrices import Block, Matrices, Matrix
 from lora_fx.config import LoraConfig, alpha_for, parameter_entry, rank_for, saved_entries, scale_of
 from lora_fx.errors import CaptureError, CheckpointError, some
 from lora_fx.ir import Site, folded, join, record_of, text_table
@@ -43,7 +43,7 @@ __all__ = ["Migration", "Move", "move_adapter"]
 
 _log = logging.getLogger("lora_fx")
 
-Reason = Literal["same name", "transformers", "names and shapes", "order of execution"]
+_Reason = Literal["same name", "transformers", "names and shapes", "order of execution"]
 
 _LEAF: Final = re.compile(
     r"(?:(?P<holder>.+)\.)?(?P<leaf>lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]"
@@ -56,7 +56,7 @@ _PAIR: Final = ("lora_A.weight", "lora_B.weight")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Move:
-    """What becomes of one matrix, or of one tensor, of a folder.
+    """A matrix, or another tensor, of a folder, and its new name and form.
 
     Attributes:
         old: Its name in the folder.
@@ -71,18 +71,18 @@ class Move:
     old: str
     new: str
     change: str
-    reason: Reason
+    reason: _Reason
     confidence: float = 1.0
     part: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Migration:
-    """A dry run: an adapter under the names of another model, and what is in the way.
+    """A dry run: an adapter under the names of another model, and the reasons against it.
 
     Attributes:
         moves: A row for each matrix and each other tensor of the folder.
-        problems: What is ambiguous, or has no place in the model. With any, nothing can be loaded.
+        problems: Names that are ambiguous, or that nothing in the model fits. With any, nothing is loaded.
         tensors: The tensors by PEFT's keys for the new model, without the prefix; empty with problems.
         config: The configuration that names their targets.
         model: The class of the model.
@@ -148,7 +148,7 @@ def move_adapter(
     example_inputs: Any = None,
     written: Mapping[str, Any] | None = None,
 ) -> Migration:
-    """Find the places of an adapter's matrices in a model with other names.
+    """Find the matrices of an adapter in a model with other names.
 
     Args:
         model: The model to load the adapter on; it is not changed, and may be on the meta device.
@@ -252,11 +252,11 @@ class _Migrator:
         written: Mapping[str, Any],
     ) -> None:
         self.model, self.config, self.tensors, self.written = model, config, tensors, written
-        self.places = Places(model)
-        self.source = None if source is None else Places(source)
+        self.matrices = Matrices(model)
+        self.source = None if source is None else Matrices(source)
         self.example_inputs = example_inputs
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.state = {**self.places.parameters, **_buffers(model)}
+        self.state = {**self.matrices.parameters, **_buffers(model)}
         self.moves: list[Move] = []
         self.problems: list[str] = []
         self.kept: dict[str, Tensor] = {}
@@ -327,14 +327,14 @@ class _Migrator:
 
     def _registered(self, module: str, leaves: Sequence[str]) -> list[str]:
         """Return names of parameters in the order in which their module registers them."""
-        for places in (self.source, self.places):
-            if places is None:
+        for matrices in (self.source, self.matrices):
+            if matrices is None:
                 continue
-            renamed = places.renamed(join(module, leaves[0])).rpartition(".")[0]
+            renamed = matrices.renamed(join(module, leaves[0])).rpartition(".")[0]
             for owner in (module, renamed):
                 known = [
                     name.rpartition(".")[2]
-                    for name in places.parameters
+                    for name in matrices.parameters
                     if name.rpartition(".")[0] == owner
                 ]
                 if set(leaves) <= set(known):
@@ -383,7 +383,7 @@ class _Migrator:
         shape = self.state[parameter]
         if len(shape) != 3 or not adapter.has_factors:
             return False
-        turned = self.places.orientation(parameter)
+        turned = self.matrices.orientation(parameter)
         straight = shape[:0:-1] if turned else shape[1:]
         if straight[0] != straight[1]:
             return adapter.shape != straight
@@ -399,7 +399,7 @@ class _Migrator:
         return bool(self.written) and "lora_ga_config" not in self.written and not turned
 
     def _is_in_out(self, parameter: str) -> bool:
-        return self.places.orientation(parameter)
+        return self.matrices.orientation(parameter)
 
     def _keep(self, adapter: _Adapter) -> None:
         self.kept |= {key: adapter.values[leaf] for leaf, key in adapter.keys.items()}
@@ -413,22 +413,22 @@ class _Migrator:
         if adapter.weight in self.state and self._like(adapter, adapter.weight):
             self._move_whole(adapter, adapter.weight, "same name", 1.0)
             return []
-        renamed = self.places.renamed(adapter.weight)
+        renamed = self.matrices.renamed(adapter.weight)
         if renamed in self.state and self._like(adapter, renamed):
             self._move_whole(adapter, renamed, "transformers", 1.0)
             return []
         items = list(self._items(adapter))
         open_items = []
         for item in items:
-            place = self.places.at(renamed, item.expert)
-            if place is not None and place.blocks and self._stored_like(item, place):
-                self._move_part(item, place, "transformers", 1.0)
+            matrix = self.matrices.at(renamed, item.expert)
+            if matrix is not None and matrix.blocks and self._stored_like(item, matrix):
+                self._move_part(item, matrix, "transformers", 1.0)
             else:
                 open_items.append(item)
         return open_items
 
-    def _stored_like(self, item: _Item, place: Place) -> bool:
-        return item.shape in (place.shape, place.shape[::-1])
+    def _stored_like(self, item: _Item, matrix: Matrix) -> bool:
+        return item.shape in (matrix.shape, matrix.shape[::-1])
 
     def _items(self, adapter: _Adapter) -> Iterator[_Item]:
         """Yield the matrices of an adapter: those of each expert, and with the old model its parts."""
@@ -451,29 +451,29 @@ class _Migrator:
             )
 
     def _divided(self, item: _Item) -> Iterator[_Item]:
-        """Yield a matrix, or the parts of it that the old model has by other names."""
-        places = self.source
+        """Yield a matrix, or its parts, which the old model has by other names."""
+        matrices = self.source
         weight = item.adapter.weight
-        if places is None or weight not in places.parameters or len(item.shape) != 2:
+        if matrices is None or weight not in matrices.parameters or len(item.shape) != 2:
             yield item
             return
         inner = [
-            (place, [block for block in place.blocks if block.expert == item.expert])
-            for place in places.inside(weight, self._source_sites)
+            (matrix, [block for block in matrix.blocks if block.expert == item.expert])
+            for matrix in matrices.inside(weight, self._source_sites)
         ]
         parts = [
-            (place, blocks) for place, blocks in inner if len(blocks) == len(place.blocks) == 1
+            (matrix, blocks) for matrix, blocks in inner if len(blocks) == len(matrix.blocks) == 1
         ]
-        if sum(math.prod(place.shape) for place, _ in parts) != math.prod(item.shape):
+        if sum(math.prod(matrix.shape) for matrix, _ in parts) != math.prod(item.shape):
             yield item
             return
-        turned = places.orientation(weight)
-        for place, (block,) in parts:
+        turned = matrices.orientation(weight)
+        for matrix, (block,) in parts:
             yield _Item(
                 item.adapter,
-                place.name,
+                matrix.name,
                 None,
-                place.shape,
+                matrix.shape,
                 functools.partial(_taken, item.pick, block, turned),
                 False,
             )
@@ -485,7 +485,7 @@ class _Migrator:
             self.raw[name] = (name, value)
             self.moves.append(Move(name, name, "unchanged", "same name"))
             return True
-        renamed = self.places.renamed(bare)
+        renamed = self.matrices.renamed(bare)
         if self.state.get(renamed) == tuple(value.shape):
             self.raw[name] = (renamed, value)
             self.moves.append(Move(name, renamed, "renamed", "transformers"))
@@ -498,31 +498,31 @@ class _Migrator:
         """Match what no exact rule knows."""
         items = self._by_order(items)
         named = {self._searched(item): item for item in items}
-        tensors = {self.places.renamed(_bare(name)): name for name in raw}
+        tensors = {self.matrices.renamed(_bare(name)): name for name in raw}
         wanted = [
             Named(name, item.shape, item.adapter.kind, turned=item.expert is not None)
             for name, item in named.items()
         ]
         wanted += [Named(name, tuple(raw[old].shape)) for name, old in tensors.items()]
-        places = {place.name: place for place in self._free(())}
-        matched = match_names(wanted, self._named(places.values()))
+        matrices = {matrix.name: matrix for matrix in self._free(())}
+        matched = match_names(wanted, self._named(matrices.values()))
         if matched.problems and any(len(item.shape) == 2 for item in items):
             sites = self._sites
             if any(site.parts for site in sites):
-                places = {place.name: place for place in self._free(sites)}
-                matched = match_names(wanted, self._named(places.values()))
+                matrices = {matrix.name: matrix for matrix in self._free(sites)}
+                matched = match_names(wanted, self._named(matrices.values()))
         for name, (new, score) in matched.names.items():
-            place = places[new]
+            matrix = matrices[new]
             if name in named:
-                self._move(named[name], place, "names and shapes", score)
-            elif place.whole:
-                self.raw[tensors[name]] = (place.whole, raw[tensors[name]])
+                self._move(named[name], matrix, "names and shapes", score)
+            elif matrix.whole:
+                self.raw[tensors[name]] = (matrix.whole, raw[tensors[name]])
                 self.moves.append(
-                    Move(tensors[name], place.whole, "renamed", "names and shapes", score)
+                    Move(tensors[name], matrix.whole, "renamed", "names and shapes", score)
                 )
             else:
                 self.problems.append(
-                    f"{tensors[name]}: it is a part of {place.blocks[0].parameter} in the model, and the "
+                    f"{tensors[name]}: it is a part of {matrix.blocks[0].parameter} in the model, and the "
                     "folder has no other part of it"
                 )
         olds = {**{name: item.adapter.name for name, item in named.items()}, **tensors}
@@ -536,33 +536,35 @@ class _Migrator:
             )
 
     def _searched(self, item: _Item) -> str:
-        name = self.places.renamed(item.name)
+        name = self.matrices.renamed(item.name)
         if item.expert is None:
             return name
         owner, _, leaf = name.rpartition(".")
         return f"{owner}.{item.expert}.{leaf}"
 
-    def _free(self, sites: Iterable[Site]) -> Iterator[Place]:
-        """Yield the places that no matrix is moved to yet."""
-        for place in self.places.all(sites):
-            parameters = {block.parameter for block in place.blocks} | {place.whole}
-            taken = {place.name, *(f"{name}#" for name in parameters)} & self.claimed
+    def _free(self, sites: Iterable[Site]) -> Iterator[Matrix]:
+        """Yield the matrices that no matrix is moved to yet."""
+        for matrix in self.matrices.all(sites):
+            parameters = {block.parameter for block in matrix.blocks} | {matrix.whole}
+            taken = {matrix.name, *(f"{name}#" for name in parameters)} & self.claimed
             if not taken and not parameters & self.claimed:
-                yield place
+                yield matrix
         for name, shape in _buffers(self.model).items():
             if name not in self.claimed:
-                yield Place(name, shape, (), name)
+                yield Matrix(name, shape, (), name)
 
-    def _named(self, places: Iterable[Place]) -> Iterator[Named]:
-        for place in places:
-            owner = (place.whole or place.name).rpartition(".")[0]
+    def _named(self, matrices: Iterable[Matrix]) -> Iterator[Named]:
+        for matrix in matrices:
+            owner = (matrix.whole or matrix.name).rpartition(".")[0]
             embedding = isinstance(self.modules.get(owner), nn.Embedding)
-            yield Named(place.name, self._read_shape(place), "embedding" if embedding else "linear")
+            yield Named(
+                matrix.name, self._read_shape(matrix), "embedding" if embedding else "linear"
+            )
 
-    def _read_shape(self, place: Place) -> tuple[int, ...]:
+    def _read_shape(self, matrix: Matrix) -> tuple[int, ...]:
         """Return the shape as PEFT reads it: a matrix [in, out] is turned."""
-        turned = place.whole and len(place.shape) == 2 and self._is_in_out(place.whole)
-        return place.shape[::-1] if turned else place.shape
+        turned = matrix.whole and len(matrix.shape) == 2 and self._is_in_out(matrix.whole)
+        return matrix.shape[::-1] if turned else matrix.shape
 
     def _by_order(self, items: list[_Item]) -> list[_Item]:
         """Move what the order of execution tells, if both models run operations of the same shapes."""
@@ -593,15 +595,15 @@ class _Migrator:
 
     # --- moves ------------------------------------------------------------------------------------
 
-    def _move(self, item: _Item, place: Place, reason: Reason, score: float) -> None:
-        if item.whole and place.whole:
-            self._move_whole(item.adapter, place.whole, reason, score)
-        elif place.blocks:
-            self._move_part(item, place, reason, score)
+    def _move(self, item: _Item, matrix: Matrix, reason: _Reason, score: float) -> None:
+        if item.whole and matrix.whole:
+            self._move_whole(item.adapter, matrix.whole, reason, score)
+        elif matrix.blocks:
+            self._move_part(item, matrix, reason, score)
         else:
-            self.problems.append(f"{item.name}: {place.name} of the model is no matrix")
+            self.problems.append(f"{item.name}: {matrix.name} of the model is no matrix")
 
-    def _move_whole(self, adapter: _Adapter, parameter: str, reason: Reason, score: float) -> None:
+    def _move_whole(self, adapter: _Adapter, parameter: str, reason: _Reason, score: float) -> None:
         if parameter in self.wholes:
             self.problems.append(
                 f"{adapter.name} and {self.wholes[parameter].name} are both {parameter} of the model"
@@ -622,22 +624,22 @@ class _Migrator:
             )
         )
 
-    def _move_part(self, item: _Item, place: Place, reason: Reason, score: float) -> None:
+    def _move_part(self, item: _Item, matrix: Matrix, reason: _Reason, score: float) -> None:
         extra = sorted(item.adapter.values.keys() - {*_PAIR})
         if extra:
             self.problems.append(
-                f"{item.adapter.name}: the model has it as part of {place.blocks[0].parameter}, and "
+                f"{item.adapter.name}: the model has it as part of {matrix.blocks[0].parameter}, and "
                 f"{', '.join(extra)} cannot be put together with others: merge the adapter with the library "
                 "that it was trained with"
             )
             return
         left, right = item.pick()
-        straight = (left.shape[0], right.shape[1]) == place.shape
-        if not straight or (place.shape[0] == place.shape[1] and self._is_turned(item)):
+        straight = (left.shape[0], right.shape[1]) == matrix.shape
+        if not straight or (matrix.shape[0] == matrix.shape[1] and self._is_turned(item)):
             left, right = right.T, left.T
         name = item.adapter.name
         scale = scale_of(rank_for(name, self.config), alpha_for(name, self.config), self.config)
-        for block in place.blocks:
+        for block in matrix.blocks:
             own = left[block.rows], right[:, block.columns]
             if block.flipped:
                 own = own[1].T, own[0].T
@@ -653,7 +655,7 @@ class _Migrator:
                     _part_of(block, self.state[block.parameter]),
                 )
             )
-        self.claimed.add(place.name)
+        self.claimed.add(matrix.name)
 
     def _is_turned(self, item: _Item) -> bool:
         """Return True if B and A of a square matrix are of its columns and rows."""
@@ -667,7 +669,7 @@ class _Migrator:
         """Return the tensors and the configuration for the model."""
         config = self._renamed_config()
         targets = stored_targets(self.model, config, self.kept, {})
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         moved: dict[str, dict[str, Tensor]] = {}
         for parameter, adapter in self.wholes.items():
             moved[parameter] = adapter.values
@@ -703,7 +705,7 @@ class _Migrator:
         return tensors, exact
 
     def _kept_tensors(self, stacked: set[str]) -> dict[str, Tensor]:
-        """Return the tensors that keep their place, with the wrappers that their module now has."""
+        """Return the tensors that keep their name, with the wrappers that their module now has."""
         tensors = {}
         for key, value in self.kept.items():
             match = _LEAF.fullmatch(key)
@@ -732,7 +734,7 @@ class _Migrator:
             return owner
         wrapped = [
             name
-            for name in self.places.parameters
+            for name in self.matrices.parameters
             if name.rpartition(".")[0] == owner and name in stacked
         ]
         return join(owner, *[WRAPPER] * (len(wrapped) - 1 - wrapped.index(parameter)))
@@ -743,7 +745,7 @@ class _Migrator:
         """Return the two factors of a parameter from its parts, their rank, and the scale."""
         shape = self.state[parameter]
         scale = max((part.scale for part in parts), key=abs)
-        turned = self.places.orientation(parameter)
+        turned = self.matrices.orientation(parameter)
         experts: dict[int | None, list[_Part]] = defaultdict(list)
         for part in parts:
             experts[part.block.expert].append(part)
@@ -795,13 +797,13 @@ class _Migrator:
             config = dataclasses.replace(config, modules_to_save=tuple(dict.fromkeys(saved)))
         rows = config.trainable_token_indices
         if isinstance(rows, Mapping):
-            places = {
+            matrices = {
                 adapter.weight.rpartition(".")[0]: parameter.rpartition(".")[0]
                 for parameter, adapter in self.wholes.items()
             }
             renamed = {
                 next(
-                    (new for old, new in places.items() if f".{old}".endswith(f".{name}")), name
+                    (new for old, new in matrices.items() if f".{old}".endswith(f".{name}")), name
                 ): indices
                 for name, indices in rows.items()
             }
@@ -810,7 +812,7 @@ class _Migrator:
 
 
 def _turn(adapter: _Adapter, experts: int) -> _Adapter:
-    """Return the adapter of a stack with A in the place of B, transposed."""
+    """Return the adapter of a stack with A and B swapped and transposed."""
     a, b = (adapter.values[leaf] for leaf in _PAIR)
     down, up = StackedDown(experts), StackedUp(experts)
     values = {
@@ -891,13 +893,11 @@ def _part_of(block: Block, shape: Sequence[int]) -> str:
 
 
 def _span(indices: Tensor, size: int) -> str:
-    if len(indices) == size and torch.equal(indices.long(), torch.arange(size)):
-        return ""
     low, high = int(indices.min()), int(indices.max()) + 1
-    step = indices.diff().unique()
-    if len(step) <= 1 and (not len(step) or int(step) == 1):
-        return f"{low}:{high}"
-    return f"{low}:{high}:{int(step)}" if len(step) == 1 else f"in {low}:{high}"
+    steps = set(indices.diff().tolist())
+    if steps <= {1}:
+        return "" if high - low == size else f"{low}:{high}"
+    return f"{low}:{high}:{steps.pop()}" if len(steps) == 1 else f"in {low}:{high}"
 
 
 def _change(item: _Item, block: Block, shape: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """Writes what the installed transformers and PEFT compute with tiny models and adapters, for other versions.
 
-It runs in an environment of transformers 4 (``requirements.txt`` beside it): ``python -m tests.migration.write``.
+It runs in an environment of transformers 4 (``requirements.txt`` beside it) as ``tests.migration.write``.
 The models are those of the zoo. Each file has a configuration, the names and shapes of the weights and of the
 adapter as this version writes them, the inputs, and some of the outputs.
 """
