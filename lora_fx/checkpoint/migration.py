@@ -532,7 +532,7 @@ class _Migrator:
         self.problems += [f"{some(sorted(set(names)), 3)}: {text}" for text, names in lines.items()]
         if matched.problems and self.source is None:
             self.problems.append(
-                "the model that the adapter was made for, as source=, tells parts and the order of execution"
+                "source=the_old_model tells the parts of fused matrices, and the order of execution"
             )
 
     def _searched(self, item: _Item) -> str:
