@@ -18,6 +18,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_fx.tools.zoo.models import library_models
@@ -59,9 +60,83 @@ ROWS: Mapping[str, Mapping[str, Any]] = {
     "SegFormer": {},
     "LLaVA": {},
     "VipLLaVA": {},
+    "Gemma3-VL": {},
 }
-OLD = ("LLaVA", "VipLLaVA", "Mixtral", "ViT")
+OLD = ("LLaVA", "VipLLaVA", "Mixtral", "ViT", "Qwen2-VL", "Qwen2.5-VL", "Gemma3-VL", "Mistral3")
 """Rows for versions before 4.52, which nested the parts of multimodal models otherwise."""
+
+_SIDES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_TEXT = {
+    **_SIDES,
+    "num_key_value_heads": 2,
+    "vocab_size": 40,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_QWEN = {
+    **_TEXT,
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]},
+    "image_token_id": 5,
+    "vision_start_token_id": 6,
+    "vision_end_token_id": 7,
+    "video_token_id": 8,
+}
+_BLOCKS = {
+    "depth": 2,
+    "num_heads": 4,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "hidden_size": 16,
+}
+_TOWER = {**_SIDES, "image_size": 16, "patch_size": 8}
+# Models whose options transformers 5 has renamed, so that the zoo does not build them in 4.
+BUILT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "Qwen2-VL": (
+        "Qwen2VLForConditionalGeneration",
+        {**_QWEN, "vision_config": {**_BLOCKS, "embed_dim": 16, "mlp_ratio": 2}},
+    ),
+    "Qwen2.5-VL": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            **_QWEN,
+            "vision_config": {
+                **_BLOCKS,
+                "intermediate_size": 24,
+                "out_hidden_size": 16,
+                "window_size": 16,
+                "fullatt_block_indexes": [1],
+            },
+        },
+    ),
+    "Gemma3-VL": (
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT,
+                "head_dim": 4,
+                "query_pre_attn_scalar": 4,
+                "sliding_window": 4,
+            },
+            "vision_config": _TOWER,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "Mistral3": (
+        "Mistral3ForConditionalGeneration",
+        {
+            "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 4},
+            "vision_config": {**_TOWER, "model_type": "pixtral", "head_dim": 4},
+        },
+    ),
+}
 
 
 def main() -> None:
@@ -77,16 +152,25 @@ def main() -> None:
     entries = {entry.name.partition("/")[2]: entry for entry in library_models("transformers")}
     for name in rows:
         record = {"transformers": version, "peft": importlib.metadata.version("peft")}
-        record |= recorded(entries[name], ROWS[name])
+        if name in BUILT:
+            class_name, settings = BUILT[name]
+            kind = getattr(transformers, class_name)
+            model, inputs = kind(kind.config_class(**settings)).eval(), WORDS
+        else:
+            model, inputs = entries[name].build()
+        record |= recorded(model, inputs, ROWS.get(name, {}))
         path = options.out / f"{name.lower()}-{release}.json"
         path.write_text(
             json.dumps(record, sort_keys=True, separators=(",", ":")) + "\n", encoding="utf-8"
         )
 
 
-def recorded(entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+WORDS = {"input_ids": torch.tensor([[9, 10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]])}
+"""Inputs without an image."""
+
+
+def recorded(model: Any, drawn: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return what one model computes, with and without an adapter."""
-    model, drawn = entry.build()
     stored = {
         name: value
         if not torch.is_tensor(value)
@@ -127,7 +211,10 @@ def recorded(entry: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         "config": config,
         "weights": weights,
         "adapter_config": {
-            key: value for key, value in adapter_config.items() if key != "base_model_name_or_path"
+            # PEFT writes sets, in any order.
+            key: sorted(value) if key == "target_modules" and isinstance(value, list) else value
+            for key, value in adapter_config.items()
+            if key != "base_model_name_or_path"
         },
         "adapter": shapes,
         "inputs": stored,
