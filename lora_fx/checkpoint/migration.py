@@ -33,7 +33,7 @@ from lora_fx.checkpoint.keys import StackedDown, StackedUp
 from lora_fx.checkpoint.matching import Named, match_names
 from lora_fx.checkpoint.matrices import Block, Matrices, Matrix
 from lora_fx.config import LoraConfig, alpha_for, parameter_entry, rank_for, saved_entries, scale_of
-from lora_fx.errors import CaptureError, CheckpointError, some
+from lora_fx.errors import CheckpointError, LoraFxError, some
 from lora_fx.ir import Site, folded, join, record_of, text_table
 from lora_fx.passes.capture import capture
 from lora_fx.passes.graph import is_conv1d
@@ -877,8 +877,8 @@ def _sites_of(model: nn.Module, example_inputs: Any) -> tuple[Site, ...]:
         return ()
     try:
         return find_operations(capture(model, example_inputs)).sites
-    except CaptureError as error:
-        _log.warning("the parts of fused weights are not known, because of: %s", error)
+    except LoraFxError as error:
+        _log.warning("the parts of fused weights are not known: %s", error)
         return ()
 
 
