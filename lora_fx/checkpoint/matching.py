@@ -2,7 +2,8 @@
 
 Names that differ only in numbers are a family (``layers.*.attn.q_proj``). Families are matched as a whole:
 each number has to exist on both sides with the same shape. Of several families with these shapes, that
-with the most words in common is taken, if it is clearly the nearest both ways.
+with the most words in common is taken, if it is the only one, both ways. Among equals, it is the one that
+begins with other words in the same way as names that are matched already.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from lora_fx.errors import some
@@ -21,8 +22,8 @@ __all__ = ["Matched", "Named", "match_names"]
 _LEAST: Final = 0.6
 """Share of common words from which a name counts. Below it, only a single family may have the shapes."""
 
-_SAME_PARENT: Final = 0.2
-"""What a family gains whose parent is that of families which are matched already."""
+_SAME_RULE: Final = 1.5
+"""The words that a name gains which has another beginning just as names that are matched already."""
 
 
 _SHORT: Final = 0.75
@@ -80,9 +81,14 @@ class _Family:
     pattern: str
     members: dict[tuple[str, ...], Named]
 
-    @property
-    def parent(self) -> str:
-        return self.pattern.removesuffix(".weight").rpartition(".")[0]
+    def rule(self, other: _Family) -> tuple[str, str]:
+        """Return how the names begin, before the parts that they end in alike."""
+        mine, theirs = (
+            family.pattern.removesuffix(".weight").split(".") for family in (self, other)
+        )
+        while mine and theirs and mine[-1] == theirs[-1]:
+            mine, theirs = mine[:-1], theirs[:-1]
+        return ".".join(mine), ".".join(theirs)
 
     def words(self, skipped: int = 0) -> list[str]:
         """Return the words of the name, without some of its first parts."""
@@ -107,13 +113,13 @@ def match_names(old: Iterable[Named], new: Iterable[Named]) -> Matched:
     olds, news = _families(old), _families(new)
     pairs: dict[_Family, tuple[_Family, float]] = {}
     candidates = {family: [other for other in news if other.takes(family)] for family in olds}
-    parents: dict[str, str] = {}
+    rules: set[tuple[str, str]] = set()
     skipped = _shared([family.pattern.split(".")[:-1] for family in olds])
     while True:
-        settled = _settle(candidates, parents, skipped)
+        settled = _settle(candidates, rules, skipped)
         for family, other, score in settled:
             pairs[family] = (other, score)
-            parents.setdefault(family.parent, other.parent)
+            rules.add(family.rule(other))
             del candidates[family]
         for choices in candidates.values():
             choices[:] = [
@@ -144,7 +150,9 @@ def _families(names: Iterable[Named]) -> list[_Family]:
 
 
 def _settle(
-    candidates: Mapping[_Family, Sequence[_Family]], parents: Mapping[str, str], skipped: int
+    candidates: Mapping[_Family, Sequence[_Family]],
+    rules: Collection[tuple[str, str]],
+    skipped: int,
 ) -> list[tuple[_Family, _Family, float]]:
     """Return the families that are nearest to each other, with the share of common words."""
     scores: dict[_Family, dict[_Family, float]] = defaultdict(dict)
@@ -154,15 +162,18 @@ def _settle(
         for other in choices:
             share = _alike(family, other, skipped)
             shares[family, other] = share
-            near = parents.get(family.parent) == other.parent
-            scores[family][other] = back[other][family] = share + _SAME_PARENT * near
+            # The number of common words: a longer name is not farther, unless the words are all the same.
+            size = len(family.words()) + len(other.words())
+            common = _common(family.words(), other.words()) * size / 2
+            value = common + _SAME_RULE * (family.rule(other) in rules) + (share == 1.0)
+            scores[family][other] = back[other][family] = value
     settled = []
     for family, own in scores.items():
         best = _only_best(own)
         if best is None or _only_best(back[best]) is not family:
             continue
         alone = len(own) == 1 and len(back[best]) == 1
-        if alone or own[best] >= _LEAST:
+        if alone or shares[family, best] >= _LEAST:
             settled.append((family, best, shares[family, best]))
     return settled
 

@@ -449,3 +449,17 @@ def test_parameters_trained_by_hand_are_renamed(tmp_path: Path) -> None:
     outer = Outer()
     outer.inner.load_state_dict(model.state_dict())
     assert_close(lora_fx.load_adapter(outer, tmp_path, match="graph").eval()(TOKENS), expected)
+
+
+def test_a_longer_name_is_not_farther() -> None:
+    def named(*names: str) -> list[Named]:
+        return [Named(name, (4, 4)) for name in names]
+
+    old = named("layers.0.attn.q_proj")
+    both = named("text.layers.0.attn.q_proj", "image.encoder.layers.0.attn.q_proj")
+    assert not match_names(old, both).names
+    # The tower that has the other operations is the one that is meant.
+    old += named("layers.0.mlp.gate_proj")
+    both += named("image.encoder.layers.0.mlp.gate_proj")
+    found = match_names(old, both)
+    assert found.names["layers.0.attn.q_proj"][0] == "image.encoder.layers.0.attn.q_proj"
