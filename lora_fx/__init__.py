@@ -58,6 +58,7 @@ if _TYPE_CHECKING:
         lightning_callback,
         load_adapter,
         load_adapter_state_dict,
+        plan_migration,
         prepare_hotswap,
         save_adapter,
         trainer_callback,
@@ -150,6 +151,7 @@ __all__ = [
     "merge_files",
     "parameter_groups",
     "plan",
+    "plan_migration",
     "plan_quantization",
     "prepare_for_kbit_training",
     "prepare_hotswap",
@@ -189,7 +191,7 @@ _HOMES = {
     """,
     "lora_fx.checkpoint": """
         adapter_state_dict as_peft_model hotswap_adapter lightning_callback load_adapter
-        load_adapter_state_dict prepare_hotswap save_adapter trainer_callback
+        load_adapter_state_dict plan_migration prepare_hotswap save_adapter trainer_callback
     """,
     "lora_fx.config": """
         LoraConfig

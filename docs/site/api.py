@@ -23,7 +23,7 @@ _SECTIONS = {
         adapter_names adapter_ids adapter_losses train_together add_weighted_adapter status
     """,
     "Files": """
-        save_adapter load_adapter adapter_state_dict load_adapter_state_dict
+        save_adapter load_adapter plan_migration adapter_state_dict load_adapter_state_dict
         as_peft_model hotswap_adapter prepare_hotswap inspect_adapter verify
         extract_adapter extract_files convert_adapter resize_adapter
     """,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from lora_fx.adapter_files import read_tensors
-from lora_fx.checkpoint.files import check_free, write_folder
-from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
+from lora_fx.checkpoint.files import check_free, has_receipt, write_folder
+from lora_fx.checkpoint.folder import (
+    load_adapter,
+    load_onto_empty,
+    plan_migration,
+    save_adapter,
+)
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.joined import NOTE as PARTS_NOTE
 from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, StackedDown, StackedUp
+from lora_fx.checkpoint.migration import Migration, Move
 from lora_fx.checkpoint.peft_model import (
     as_peft_model,
     cast_to_base,
@@ -47,6 +53,8 @@ __all__ = [
     "PARTS_NOTE",
     "PREFIX",
     "Dense",
+    "Migration",
+    "Move",
     "Receipt",
     "Slot",
     "StackedDown",
@@ -61,6 +69,7 @@ __all__ = [
     "check_free",
     "converted",
     "fill",
+    "has_receipt",
     "hash_tensors",
     "hotswap_adapter",
     "labels_in",
@@ -74,6 +83,7 @@ __all__ = [
     "peft_configs",
     "peft_model_class",
     "place_given",
+    "plan_migration",
     "prepare_hotswap",
     "read_config",
     "read_receipt",

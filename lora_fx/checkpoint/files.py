@@ -14,7 +14,7 @@ import torch
 from lora_fx.adapter_files import DIFFUSERS_NAME, PICKLE_NAME, WEIGHTS_NAME, read_file
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
-from lora_fx.files import flush, replacing_files
+from lora_fx.files import current, flush, replacing_files
 
 if TYPE_CHECKING:
     from lora_fx.checkpoint.receipt import Receipt
@@ -24,10 +24,17 @@ __all__ = [
     "check_format",
     "check_free",
     "check_parts",
+    "has_receipt",
     "write_folder",
 ]
 
 RECEIPT_NAME: Final = "adapter_receipt.safetensors"
+
+
+def has_receipt(folder: Path) -> bool:
+    """Return True if a folder has the receipt of its adapter."""
+    return folder.is_dir() and current(folder / RECEIPT_NAME).is_file()
+
 
 _OF_DIFFUSERS: Final = (DIFFUSERS_NAME,)
 _OF_PEFT: Final = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME)

@@ -199,6 +199,7 @@ PUBLIC = {
     "merge_files",
     "parameter_groups",
     "plan",
+    "plan_migration",
     "plan_quantization",
     "print_trainable_parameters",
     "quantize",

@@ -11,7 +11,15 @@ from typer.core import TyperGroup
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
 from lora_fx.tools.cli.adapter_commands import combine, convert, extract, resize
-from lora_fx.tools.cli.model_commands import inspect, merge, plan, rewrite, verify, visualize
+from lora_fx.tools.cli.model_commands import (
+    inspect,
+    merge,
+    migrate,
+    plan,
+    rewrite,
+    verify,
+    visualize,
+)
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import TypedError, as_options
 from lora_fx.tools.cli.project_commands import bench, demo, doctor, zoo
@@ -29,6 +37,7 @@ COMMANDS = (
     convert,
     resize,
     combine,
+    migrate,
     export,
     export_adapter,
     visualize,

@@ -801,7 +801,11 @@ _ARGUMENT = re.compile(
 )
 
 
-_COMMANDS = {"lora_fx.plan(model, lora_fx.LoraConfig())": "lora-fx plan MODEL"}
+_COMMANDS = {
+    "lora_fx.plan(model, lora_fx.LoraConfig())": "lora-fx plan MODEL",
+    'load_adapter(..., match="graph") loads it': "lora-fx migrate ADAPTER --to MODEL --out DIR writes it",
+    "source=the_old_model": "--from MODEL",
+}
 """Commands by the Python code that does the same."""
 
 
