@@ -10,16 +10,8 @@ from typer.core import TyperGroup
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli.adapter_commands import combine, convert, extract, resize
-from lora_fx.tools.cli.model_commands import (
-    inspect,
-    merge,
-    migrate,
-    plan,
-    rewrite,
-    verify,
-    visualize,
-)
+from lora_fx.tools.cli.adapter_commands import combine, convert, extract, migrate, resize
+from lora_fx.tools.cli.model_commands import inspect, merge, plan, rewrite, verify, visualize
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import TypedError, as_options
 from lora_fx.tools.cli.project_commands import bench, demo, doctor, zoo

@@ -30,7 +30,6 @@ __all__ = [
     "check_out",
     "inspect",
     "merge",
-    "migrate",
     "plan",
     "rewrite",
     "verify",
@@ -712,71 +711,3 @@ def verify(
         console.output().print(str(verdict), highlight=False)
     if not verdict.applied:
         raise typer.Exit(1)
-
-
-@o.command(
-    folder={"metavar": "DIR"},
-    to={"name": "--to", "metavar": "MODEL"},
-    source={"name": "--from", "metavar": "MODEL"},
-)
-def migrate(
-    folder: Path,
-    to: str | None = None,
-    out: Path | None = None,
-    source: str | None = None,
-    force: bool = False,
-    as_json: bool = False,
-) -> None:
-    """Show how an adapter fits a model with other names, as that of a newer transformers; write it so.
-
-    Without --out nothing is written. Anything ambiguous is an error.
-
-    Args:
-        folder: The adapter folder.
-        to: The model to load it on.
-        out: The folder to write, for PEFT, vLLM and others.
-        source: The model that the adapter was made for. It tells the parts of fused matrices, and the order
-            of execution.
-        force: Replace an adapter in the folder to write.
-        as_json: Print every move as JSON.
-    """
-    if to is None:
-        raise ConfigError("say which model the adapter is for: --to MODEL")
-    o.check_names(to, [folder])
-    if source is not None:
-        o.check_names(source)
-    if out is not None and out.resolve() == folder.resolve():
-        raise ConfigError(f"--out {out} is the adapter that is moved: give another folder")
-
-    from lora_fx.checkpoint import (
-        has_receipt,
-        load_adapter,
-        load_onto_empty,
-        plan_migration,
-        save_adapter,
-    )
-
-    proven = has_receipt(folder)
-    loaded = o.load(to, weights=proven, adapter=folder)
-    old = None if source is None else o.load(source, weights=False).model
-    with console.progress("matching"):
-        planned = plan_migration(loaded.model, folder, source=old)
-    if as_json:
-        from lora_fx.ir import json_text
-
-        console.say_json(json_text({"moves": planned.moves, "problems": planned.problems}))
-    else:
-        console.say(str(planned))
-    planned.check()
-    if out is None:
-        return
-    with console.progress("writing"):
-        if proven:
-            adapted = load_adapter(loaded.model, folder, match="graph", source=old)
-        else:
-            adapted = load_onto_empty(
-                loaded.model, folder, lambda name: None, match="graph", source=old
-            )
-        save_adapter(adapted, out, force=force)
-    if not as_json:
-        console.say(f"{out} written" + (", its outputs are those of the receipt" if proven else ""))
