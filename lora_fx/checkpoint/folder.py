@@ -67,6 +67,7 @@ from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, Quantizat
 from lora_fx.files import current
 from lora_fx.formats import Deploy
 from lora_fx.ir import AdapterRecord, ModelT, record_of
+from lora_fx.kinds import config_for
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
@@ -349,6 +350,7 @@ def _load(
     """Load an adapter; see :func:`load_adapter`."""
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
+    config = config_for(config, tensors)
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))

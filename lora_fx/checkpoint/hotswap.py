@@ -55,6 +55,10 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None
             raise ConfigError(
                 f"{row.name} has an adapter of the kind {row.kind!r}, which has no rank"
             )
+        if not kind_of(row).widens:
+            raise ConfigError(
+                f"{row.name} has an adapter of the kind {row.kind!r}, which has no room for a lower rank"
+            )
         if rank < row.rank:
             raise ConfigError(f"{row.name} has rank {row.rank}: rank={rank} gives it less room")
         if rank % row.site.groups:
@@ -153,6 +157,8 @@ def _problems(
             )
         elif (row.kind, bool(row.tied)) != (existing.kind, bool(existing.tied)):
             yield f"{row.name}: the variants differ ({_difference(row, existing)})"
+        elif row.rank != existing.rank and not kind_of(row).widens:
+            yield f"{row.name}: rank {row.rank}, and the kind {row.kind!r} holds rank {existing.rank} alone"
         elif existing.scale == 0:
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
         elif start_factors(model, row, incoming) or start_factors(model, existing, name):

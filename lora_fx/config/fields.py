@@ -20,6 +20,7 @@ from lora_fx.errors import ConfigError, hint
 __all__ = [
     "ALL_LINEAR",
     "FOREIGN",
+    "KIND_OPTIONS",
     "METADATA",
     "NORMALIZERS",
     "OPTIONS",
@@ -120,6 +121,7 @@ class _Option:
     default: Any
     check: Callable[[Any], bool]
     wanted: str
+    store: Callable[[Any], Any] = lambda value: value
 
 
 _FLAG: Final = (_is_flag, "True or False")
@@ -163,8 +165,34 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 }
 
 
+def _is_names(value: Any) -> bool:
+    listed = isinstance(value, list | tuple | set | frozenset)
+    return value is None or (listed and all(isinstance(item, str) for item in value))
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+
+
+_NAMES: Final = (_is_names, "a list of names, or None", _names)
+
+KIND_OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
+    "use_bdlora": {
+        "target_modules_bd_a": _Option(None, *_NAMES),
+        "target_modules_bd_b": _Option(None, *_NAMES),
+        "nblocks": _Option(1, _at_least(1), "a whole number of at least 1"),
+        "match_strict": _Option(True, *_FLAG),
+    },
+}
+"""PEFT's option classes of adapter kinds, field by field: BdLoraConfig."""
+
+_ALL_OPTIONS: Final = {**OPTIONS, **KIND_OPTIONS}
+
+
 def options(name: str, value: object) -> FrozenOptions[Any] | None:
-    """Read the options of an initialization from a mapping, or from an instance of PEFT's class.
+    """Read the options of an initialization or a kind from a mapping, or from an instance of PEFT's class.
 
     Raises:
         ConfigError: If there is no such option, or its value is not valid.
@@ -173,7 +201,7 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    known = OPTIONS[name]
+    known = _ALL_OPTIONS[name]
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"LoraConfig.{name}: found {value!r}; give a dict with {', '.join(known)}"
@@ -187,19 +215,19 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
 
 
 def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
-    """Return the options of an initialization, with defaults for the missing ones.
+    """Return the options of an initialization or a kind, with defaults for the missing ones.
 
     Raises:
         ConfigError: If a value is not valid.
     """
-    known = OPTIONS[name]
+    known = _ALL_OPTIONS[name]
     complete = {key: value.get(key, option.default) for key, option in known.items()}
     for key, option in known.items():
         if not option.check(complete[key]):
             raise ConfigError(
                 f"LoraConfig.{name}[{key!r}]: found {complete[key]!r}; give {option.wanted}"
             )
-    return FrozenOptions(complete)
+    return FrozenOptions({key: known[key].store(value) for key, value in complete.items()})
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -415,6 +443,13 @@ def _indices(name: str, value: object) -> tuple[int, ...]:
     return indices
 
 
+def _invocation(name: str, value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, list | tuple):
+        raise bad(name, value, "give the token indices of the phrase, in their order")
+    remedy = "a token index is a whole number of at least 0"
+    return tuple(_whole(name, index, remedy, 0) for index in value) or None
+
+
 def _base_class(name: str, value: object) -> FrozenOptions[Any]:
     wanted = ("base_model_class", "parent_library")
     if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in wanted):
@@ -455,6 +490,9 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
     "eva_config": options,
     "corda_config": options,
     "lora_ga_config": options,
+    "use_bdlora": options,
+    "alora_invocation_tokens": _optional(_invocation),
+    "dense_groups": _flag,
     "seed": _seed,
     "inference_mode": _flag,
     "base_model_name_or_path": _optional(_text),
@@ -481,9 +519,6 @@ class _Foreign(NamedTuple):
 
 
 FOREIGN: Final[Mapping[str, _Foreign]] = {
-    "alora_invocation_tokens": _Foreign(
-        None, "aLoRA, adapters that a phrase in the prompt switches on"
-    ),
     "arrow_config": _Foreign(None, "Arrow, a router over several adapters"),
     "kasa_config": _Foreign(None, "KaSA, another method than LoRA"),
     "layer_replication": _Foreign(
@@ -496,7 +531,6 @@ FOREIGN: Final[Mapping[str, _Foreign]] = {
     "runtime_config": _Foreign(
         None, "PEFT's runtime (offloading of norms), which saves nothing here"
     ),
-    "use_bdlora": _Foreign(None, "BD-LoRA, another method than LoRA"),
     "use_qalora": _Foreign(False, "QALoRA, another method than LoRA"),
     "velora_config": _Foreign(None, "VeLoRA, another method than LoRA"),
 }

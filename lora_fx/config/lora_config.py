@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -85,10 +85,16 @@ def _check_selection(config: Any) -> None:
 
 def _check_variant(config: Any) -> None:
     if config.kind is not None:
-        for name in ("use_dora", "lora_bias"):
+        for name in (
+            "use_dora",
+            "lora_bias",
+            "use_bdlora",
+            "alora_invocation_tokens",
+            "dense_groups",
+        ):
             if getattr(config, name):
                 remedy = f"kind={config.kind!r} is another adapter: leave out {name} or kind"
-                raise bad(name, True, remedy)
+                raise bad(name, getattr(config, name), remedy)
     if config.lora_bias:
         if config.use_dora:
             raise bad("lora_bias", True, "DoRA has no bias on B: leave out use_dora or lora_bias")
@@ -156,6 +162,14 @@ class LoraConfig:
         target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
             with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
             apply. With it, `target_modules=None` selects nothing.
+        use_bdlora: BD-LoRA: A or B is block-diagonal (https://arxiv.org/abs/2510.23346). PEFT's options:
+            `target_modules_bd_a` and `target_modules_bd_b`, parts of the names of layers; `nblocks`;
+            `match_strict`, False to give other layers plain LoRA.
+        alora_invocation_tokens: Activated LoRA (https://arxiv.org/abs/2504.12397): the adapter acts from the
+            last occurrence of these tokens in a prompt on.
+        dense_groups: True to train A of a grouped convolution as PEFT does: every row reads all input
+            channels. No weight of a grouped convolution can hold such a sum, so it cannot be merged. lora_fx
+            only: in a folder the values of A show it.
         bias: The biases of the base model to train: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
         ensure_weight_tying: True to keep tied weights tied: a head that shares the weight of an adapted
@@ -202,6 +216,8 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    use_bdlora: Mapping[str, Any] | None = None
+    alora_invocation_tokens: Sequence[int] | None = None
     bias: Bias = "none"
     modules_to_save: Collection[str] | None = None
     target_parameters: Collection[str] | None = None
@@ -220,6 +236,7 @@ class LoraConfig:
     revision: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
     scope: str | Collection[str] | None = None
+    dense_groups: bool = False
     kind: str | None = None
 
     def __post_init__(self) -> None:
@@ -233,10 +250,10 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON types; `from_dict` restores an equal config.
 
-        `scope` and `kind`, which PEFT does not have, are included only if they are set.
+        `scope`, `dense_groups` and `kind`, which PEFT does not have, are included only if they are set.
         """
         values = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
-        unset = [name for name in ("scope", "kind") if values[name] is None]
+        unset = [name for name in ("scope", "kind", "dense_groups") if not values[name]]
         return {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
@@ -255,7 +272,7 @@ class LoraConfig:
         """Write `adapter_config.json` for PEFT, and create the folder if it is missing.
 
         The order of `rank_pattern` and `alpha_pattern` is kept (PEFT's own writer sorts it, although the
-        first key wins). `seed` is not written.
+        first key wins). `seed` and `dense_groups` are not written.
 
         Raises:
             CheckpointError: If the file cannot be written. An existing file is then unchanged.
@@ -263,6 +280,7 @@ class LoraConfig:
         path = Path(directory, CONFIG_NAME)
         values = {**self.to_dict(), "peft_type": _peft_type(self.kind)}
         del values["seed"]
+        values.pop("dense_groups", None)
         text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

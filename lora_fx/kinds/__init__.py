@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError, hint
-from lora_fx.ir import OutputBuilder, PlannedSite, Site
+from lora_fx.ir import Factors, OutputBuilder, Pattern, PlannedSite, Region, Site
 
 __all__ = [
     "AdapterKind",
@@ -23,12 +24,15 @@ __all__ = [
     "Starting",
     "along",
     "chosen_kind",
+    "config_for",
     "is_plain",
     "kind_objection",
     "kind_of",
     "kind_with",
     "kinds",
+    "refusal",
     "register_adapter_kind",
+    "site_kind",
     "union_of",
 ]
 
@@ -103,6 +107,10 @@ class AdapterKind:
     from the existing one (:attr:`transforms`), with or without factors. Everything else that it trains is
     in slots, vectors over the output features.
 
+    A kind may store its factors in another shape than the pattern reads (:meth:`factors`,
+    :meth:`factor` in a graph, :meth:`pair` in a merge). It may depend on the site and on options
+    (:meth:`at`). It may depend on the call, and then no weight has its effect (:attr:`dynamic`).
+
     A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
     :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
     ``examples/custom_kind.py`` has an example.
@@ -116,12 +124,18 @@ class AdapterKind:
         keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
         field: The field of PEFT's configuration that chooses it; empty for a kind that
             ``LoraConfig(kind=name)`` chooses.
+        dynamic: The reason why no weight has the effect of the adapter, in words that continue "because";
+            empty if a weight has it. A merge, and code that reads the weight, is refused with it.
+        instead: A remedy for such a refusal.
+        reads_tokens: True if its graphs read the tokens of the running call
+            (:mod:`lora_fx.runtime.call_tokens`).
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
         depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
             in words; empty if it does not need them.
         constants: Functions of parameters alone, in its graphs, whose values a file stores instead.
         handed: Functions whose first argument a file that takes adapters as inputs receives already computed.
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
+        widens: True if zeros at the end of the rank (of each group of a convolution) change nothing.
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
     """
@@ -133,12 +147,76 @@ class AdapterKind:
     trains: str = ""
     keys: tuple[str, ...] = ()
     field: str = ""
+    dynamic: str = ""
+    instead: str = ""
+    reads_tokens: bool = False
     does: str = ""
     depends: str = ""
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
+    widens: bool = True
     deploys: bool = False
+
+    # --- choice -----------------------------------------------------------------------------------
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a configuration that choose it if all of them are set."""
+        return (self.field,) if self.field else ()
+
+    def at(self, site: Site, config: LoraConfig) -> AdapterKind:
+        """Return the kind that a site gets, for a kind that differs between sites or has options.
+
+        The name of a kind with options is ``name:options``. :meth:`with_options` reads it back.
+        """
+        return self
+
+    def with_options(self, options: str) -> AdapterKind:
+        """Return the kind with the options of a name.
+
+        Args:
+            options: The part of the name after the colon.
+        """
+        raise ConfigError(f"the kind {self.name!r} has no options, found {options!r}")
+
+    def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+        """Return the configuration of a folder, with settings that only its tensors show.
+
+        Args:
+            config: The configuration in the folder.
+            tensors: Its tensors by PEFT's keys, without the prefix.
+        """
+        return config
+
+    # --- factors ----------------------------------------------------------------------------------
+
+    def factors(self, site: Site, shapes: Factors) -> Factors:
+        """Return the shapes in which A and B are stored.
+
+        Args:
+            site: The site.
+            shapes: The shapes that the pattern reads.
+        """
+        return shapes
+
+    def start_of(self, letter: str, value: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the initial value of a factor, in the stored shape. A generator draws random numbers.
+
+        Args:
+            letter: "a" or "b".
+            value: The value that LoRA starts with in a factor of this shape.
+            generator: The site's generator.
+        """
+        return value
+
+    def pair(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors that the pattern reads, from the stored ones, differentiably.
+
+        Raises:
+            MergeError: If no such factors have the same effect.
+        """
+        return a, b
 
     # --- slots, costs, limits ---------------------------------------------------------------------
 
@@ -149,6 +227,10 @@ class AdapterKind:
     def costs(self, site: Site) -> Costs:
         """Return the costs of the slots at a site."""
         return Costs()
+
+    def flops(self, pattern: Pattern, site: Site, rank: int) -> int:
+        """Return the FLOPs of A and B for one token, as the pattern counts them."""
+        return pattern.flops(site, rank)
 
     def check(self, config: LoraConfig) -> None:
         """Raise if a configuration sets fields that do not apply to this kind.
@@ -200,6 +282,29 @@ class AdapterKind:
         return torch.full(slot.shape, slot.neutral)
 
     # --- graphs -----------------------------------------------------------------------------------
+
+    def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
+        """Write the factor that the pattern reads, and return its node.
+
+        Args:
+            build: Writes nodes.
+            letter: "a" or "b".
+            stored: The node that reads the stored factor.
+        """
+        return stored
+
+    def branch(
+        self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
+    ) -> fx.Node:
+        """Write ``B A drop(x)``, and return its node.
+
+        Args:
+            pattern: The pattern of the operation.
+            node: The operation.
+            region: Its region.
+            build: Writes nodes.
+        """
+        return pattern.branch(build.site, node, region, build)
 
     def factor_b(self, build: OutputBuilder) -> fx.Node:
         """Write B in the form in which the product takes it, and return its node."""
@@ -410,12 +515,21 @@ def _named(name: str) -> AdapterKind:
     for kind in _registry:
         if kind.name == name:
             return kind
+    name, _, options = name.partition(":")
+    for kind in _registry:
+        if kind.name == name and options:
+            return _with_options(kind, options)
     names = [kind.name for kind in _registry if kind not in _BUILT_IN]
     near = hint(name, names, "did you mean '{}'? ", count=1)
     raise ConfigError(
         f"the adapter kind {name!r} is not registered here: {near}call lora_fx.register_adapter_kind with it "
         "first"
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _with_options(kind: AdapterKind, options: str) -> AdapterKind:
+    return kind.with_options(options)
 
 
 def chosen_kind(config: LoraConfig) -> AdapterKind:
@@ -425,14 +539,35 @@ def chosen_kind(config: LoraConfig) -> AdapterKind:
         ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
     if config.kind is None:
-        chosen = (kind for kind in _BUILT_IN if kind.field and getattr(config, kind.field))
-        return next(chosen, _PLAIN)
+        fields = {field for kind in _BUILT_IN for field in kind.fields if getattr(config, field)}
+        chosen = next((kind for kind in _BUILT_IN if set(kind.fields) == fields), None)
+        if chosen is None:
+            raise ConfigError(
+                f"LoraConfig: {' and '.join(sorted(fields))} do not go together, as in PEFT: leave out all "
+                "but one"
+            )
+        return chosen
     kind = _named(config.kind)
     if kind in _BUILT_IN:
         reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
         raise ConfigError(f"LoraConfig.kind: found {kind.name!r}; {reason}: leave out kind")
     kind.check(config)
     return kind
+
+
+def site_kind(site: Site, config: LoraConfig) -> AdapterKind:
+    """Return the kind that a configuration chooses for a site."""
+    return chosen_kind(config).at(site, config)
+
+
+def config_for(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """Return the configuration of a folder, with settings that only its tensors show.
+
+    Args:
+        config: The configuration in the folder.
+        tensors: Its tensors by PEFT's keys, without the prefix.
+    """
+    return functools.reduce(lambda known, kind: kind.config_for(known, tensors), _registry, config)
 
 
 def is_plain(config: LoraConfig) -> bool:
@@ -446,7 +581,7 @@ def kind_objection(site: Site, config: LoraConfig) -> str | None:
     Raises:
         ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
-    reason = chosen_kind(config).objection(site)
+    reason = site_kind(site, config).objection(site)
     if reason is not None and _is_named(site.name, config):
         raise ConfigError(f"{site.name}: {reason}")
     return reason
@@ -459,6 +594,11 @@ def _is_named(name: str, config: LoraConfig) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def refusal(kind: AdapterKind) -> str:
+    """Return the reason why no weight has the effect of a kind, with a remedy."""
+    return f"no weight has the effect of this adapter, because {kind.dynamic}: {kind.instead}"
+
+
 def union_of(names: Iterable[str], site: Site) -> str:
     """Return the name of the kind that trains everything that any of these kinds trains at a site.
 
@@ -466,6 +606,8 @@ def union_of(names: Iterable[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     members = [_named(name) for name in dict.fromkeys(names)]
+    if dynamic := next((kind for kind in members if kind.dynamic), None):
+        raise ConfigError(f"{site.name}: {refusal(dynamic)}")
     return kind_with({slot.name for kind in members for slot in kind.slots(site)}, site)
 
 
@@ -476,7 +618,8 @@ def kind_with(slots: Collection[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     for kind in _registry:
-        if kind.low_rank and {slot.name for slot in kind.slots(site)} == set(slots):
+        plain = kind.low_rank and type(kind).pair is AdapterKind.pair and not kind.dynamic
+        if plain and {slot.name for slot in kind.slots(site)} == set(slots):
             return kind.name
     raise ConfigError(
         f"{site.name}: no registered kind has A, B and {', '.join(slots) or 'nothing else'}"

@@ -25,6 +25,7 @@ from lora_fx.runtime.adapter_modules import (
     KeptTensors,
     check_adapter_name,
 )
+from lora_fx.runtime.call_tokens import gated, unwatch_tokens, watch_tokens
 from lora_fx.runtime.captured import in_place, output_padding
 from lora_fx.runtime.classes import (
     BASE,
@@ -97,6 +98,7 @@ __all__ = [
     "follow",
     "fused_lora",
     "fused_rows",
+    "gated",
     "give_class",
     "held_in",
     "ignore_ids",
@@ -120,7 +122,9 @@ __all__ = [
     "tensors_in",
     "unfollow",
     "unwatch_calls",
+    "unwatch_tokens",
     "watch",
     "watch_calls",
+    "watch_tokens",
     "without_autocast",
 ]

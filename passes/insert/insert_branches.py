@@ -248,12 +248,12 @@ class Branch(Writer):
         return total
 
     def factor(self, letter: str) -> fx.Node:
-        """Return a factor in its own dtype, transposed back if it is stored transposed."""
+        """Return a factor in its own dtype, in the form that the pattern reads."""
         name = self._names[letter]
-        factor = self._read(name)
-        if not self._wiring.transposed:
-            return factor
-        return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, factor))
+        stored = self._read(name)
+        if self._wiring.transposed:
+            return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, stored))
+        return self.once(f"whole {name}", lambda: self._kind.factor(self, letter, stored))
 
     def cast_factor(self, letter: str) -> fx.Node:
         """Return a factor in the dtype in which the branch computes."""
@@ -393,8 +393,9 @@ class Insert(Pass):
             read_base(edited, base, wiring.site.weight)
             tag = functools.partial(_tag, job.part, self.adapter)
             build = Branch(graph, base, tag, wiring, items)
-            low_rank, pattern = kind_of(wiring).low_rank, pattern_of(wiring.call)
-            build.finish(pattern.branch(wiring.site, base, edited, build) if low_rank else None)
+            pattern = pattern_of(wiring.call)
+            kind = kind_of(wiring)
+            build.finish(kind.branch(pattern, base, edited, build) if kind.low_rank else None)
         graph.lint()
         return graph
 

@@ -16,6 +16,7 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
+from lora_fx.kinds import kind_of
 from lora_fx.passes.parameters import (
     adapter_dtype,
     as_factors,
@@ -23,6 +24,7 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     part_of,
     replaced,
+    shapes_of,
     wide,
 )
 from lora_fx.passes.patterns import pattern_of
@@ -417,7 +419,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
         ConfigError: If the weight has values that are not finite.
     """
     start = config.init_lora_weights
-    shapes = pattern_of(row.site).factors(row.site, row.rank)
+    shapes = shapes_of(row)
     if needs_data(start):
         start = True
     if weight.device.type == "meta":
@@ -432,7 +434,12 @@ def _with_values(
     """Return the start from a weight that has values."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
-        return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
+        pair = plain(row.site, shapes, start, generator)
+        a, b = (
+            kind_of(row).start_of(letter, value, generator)
+            for letter, value in zip("ab", pair, strict=True)
+        )
+        return Start(*_placed(a, b, weight))
     if start == "orthogonal":
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
     if not torch.isfinite(weight).all():

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from lora_fx import torch_private
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, PlannedTokens, Record
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import AdapterKind, kind_of, refusal
 from lora_fx.passes.merge.rounding import (
     Term,
     round_into,
@@ -47,6 +47,7 @@ __all__ = [
     "TokenWeight",
     "Workspace",
     "cannot_overflow",
+    "check_mergeable",
     "check_stored",
     "delta_weight",
     "is_finite",
@@ -103,10 +104,33 @@ def _pair(
     device: torch.device | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B in the site's own roles: those of a head that is tied to an embedding are transposed."""
+    """Return A and B as the pattern reads them: those of a head that is tied to an embedding are transposed.
+
+    Raises:
+        MergeError: If no weight has the effect of the adapter.
+    """
+    kind = kind_of(row)
+    if kind.dynamic:
+        raise MergeError(f"{row.name}: adapter {adapter!r}: {refusal(kind)}")
     pair = factors_of(model, row, adapter).pair
     a, b = (gathered(factor).to(device, dtype) for factor in pair)
-    return (a.T, b.T) if row.tied else (a, b)
+    if row.tied:
+        return a.T, b.T
+    try:
+        return kind.pair(row.site, a, b)
+    except MergeError as error:
+        raise MergeError(f"{row.name}: adapter {adapter!r}: {error}") from error
+
+
+def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    """Raise if no weight has the effect of an adapter at a site.
+
+    Raises:
+        MergeError: With the reason, and a remedy.
+    """
+    kind = kind_of(row)
+    if kind.low_rank and (kind.dynamic or type(kind).pair is not AdapterKind.pair):
+        _pair(model, row, adapter, None, torch.float32)
 
 
 def _sums_over_rank(row: PlannedSite) -> bool:

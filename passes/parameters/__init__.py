@@ -20,6 +20,7 @@ from lora_fx.passes.parameters.factors import (
     replaced,
     rows_name,
     rows_of,
+    shapes_of,
     tokens_of,
     wide,
 )
@@ -129,6 +130,7 @@ __all__ = [
     "reshard",
     "rows_name",
     "rows_of",
+    "shapes_of",
     "tokens_of",
     "trained_by_hand",
     "trained_starts",

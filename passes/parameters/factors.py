@@ -42,6 +42,7 @@ __all__ = [
     "replaced",
     "rows_name",
     "rows_of",
+    "shapes_of",
     "tokens_of",
     "wide",
 ]
@@ -131,6 +132,11 @@ def factor_names(row: PlannedSite) -> FactorNames:
     shapes = pattern_of(row.site).factors(row.site, row.rank)
     tied = ("lora_embedding_B", "lora_embedding_A")
     return FactorNames(*(tied if row.tied else (shapes.name_a, shapes.name_b)), slots)
+
+
+def shapes_of(row: PlannedSite) -> Factors:
+    """Return the shapes in which the kind of a site stores A and B."""
+    return kind_of(row).factors(row.site, pattern_of(row.site).factors(row.site, row.rank))
 
 
 def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:

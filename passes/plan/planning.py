@@ -47,7 +47,7 @@ from lora_fx.ir import (
     grouped,
     join,
 )
-from lora_fx.kinds import chosen_kind, kind_objection, kinds
+from lora_fx.kinds import AdapterKind, chosen_kind, kind_objection, kind_of, kinds, site_kind
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import (
     DROPOUT,
@@ -58,6 +58,7 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     module_at,
 )
+from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.deploying import with_deployment
 from lora_fx.passes.plan.peft_experts import with_experts
@@ -280,8 +281,15 @@ def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Ite
 
 
 def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
-    names = {row.kind for row in rows}
-    return tuple((kind.name, kind.trains) for kind in kinds() if kind.trains and kind.name in names)
+    found = {row.kind: kind_of(row) for row in rows}
+    order = kinds()
+
+    def place(kind: AdapterKind) -> int:
+        plain = kind.name.partition(":")[0]
+        return next(index for index, known in enumerate(order) if known.name == plain)
+
+    named = sorted((kind for kind in found.values() if kind.trains), key=place)
+    return tuple((kind.name, kind.trains) for kind in named)
 
 
 def choose(
@@ -332,11 +340,29 @@ def _objection(choice: Choice, config: LoraConfig) -> str | None:
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return kind_objection(site, config) or start_objection(site, rank, config)
+    return (
+        kind_objection(site, config)
+        or _shape_objection(site, rank, config)
+        or start_objection(site, rank, config)
+    )
+
+
+def _shape_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
+    """Refuse a start that depends on the weight for factors of another shape than LoRA's."""
+    start, shapes = config.init_lora_weights, pattern_of(site).factors(site, rank)
+    if not isinstance(start, str) or start == "gaussian":
+        return None
+    kind = site_kind(site, config)
+    if kind.factors(site, shapes) == shapes:
+        return None
+    return (
+        f"init_lora_weights={start!r} gives A and B the values of whole matrices, which the kind "
+        f"{kind.name!r} does not store: use init_lora_weights=True"
+    )
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
-    site, kind = choice.site, chosen_kind(config)
+    site, kind = choice.site, site_kind(choice.site, config)
     low_rank = kind.low_rank
     row = PlannedSite(
         site=site,
