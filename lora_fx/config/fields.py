@@ -185,8 +185,18 @@ KIND_OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
         "nblocks": _Option(1, _at_least(1), "a whole number of at least 1"),
         "match_strict": _Option(True, *_FLAG),
     },
+    "arrow_config": {
+        "top_k": _Option(3, _at_least(1), "a whole number of at least 1"),
+        "router_temperature": _Option(1.0, lambda v: _real(v) and v > 0, "a number greater than 0"),
+        "use_gks": _Option(False, *_FLAG),
+        "task_adapter_names": _Option(None, *_NAMES),
+        "gks_adapter_names": _Option(None, *_NAMES),
+        "rng_seed": _Option(
+            None, lambda v: v is None or _at_least(0)(v), "a whole number, or None"
+        ),
+    },
 }
-"""PEFT's option classes of adapter kinds, field by field: BdLoraConfig."""
+"""PEFT's option classes of adapter kinds, field by field: BdLoraConfig, ArrowConfig."""
 
 _ALL_OPTIONS: Final = {**OPTIONS, **KIND_OPTIONS}
 
@@ -491,6 +501,7 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
     "corda_config": options,
     "lora_ga_config": options,
     "use_bdlora": options,
+    "arrow_config": options,
     "alora_invocation_tokens": _optional(_invocation),
     "dense_groups": _flag,
     "seed": _seed,
@@ -519,7 +530,6 @@ class _Foreign(NamedTuple):
 
 
 FOREIGN: Final[Mapping[str, _Foreign]] = {
-    "arrow_config": _Foreign(None, "Arrow, a router over several adapters"),
     "kasa_config": _Foreign(None, "KaSA, another method than LoRA"),
     "layer_replication": _Foreign(
         None, "the replication of layers, which makes another model: build that one first"

@@ -83,15 +83,16 @@ def _check_selection(config: Any) -> None:
         raise bad("layers_pattern", config.layers_pattern, "give layers_to_transform as well")
 
 
+_KIND_FIELDS: Final = (
+    *("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens"),
+    "dense_groups",
+)
+"""The fields that choose an adapter kind."""
+
+
 def _check_variant(config: Any) -> None:
     if config.kind is not None:
-        for name in (
-            "use_dora",
-            "lora_bias",
-            "use_bdlora",
-            "alora_invocation_tokens",
-            "dense_groups",
-        ):
+        for name in _KIND_FIELDS:
             if getattr(config, name):
                 remedy = f"kind={config.kind!r} is another adapter: leave out {name} or kind"
                 raise bad(name, getattr(config, name), remedy)
@@ -165,6 +166,9 @@ class LoraConfig:
         use_bdlora: BD-LoRA: A or B is block-diagonal (https://arxiv.org/abs/2510.23346). PEFT's options:
             `target_modules_bd_a` and `target_modules_bd_b`, parts of the names of layers; `nblocks`;
             `match_strict`, False to give other layers plain LoRA.
+        arrow_config: Arrow: a router over other adapters of the model (https://arxiv.org/abs/2405.11157).
+            PEFT's options: `task_adapter_names`, `top_k`, `router_temperature`, `use_gks` with
+            `gks_adapter_names`, `rng_seed`. It trains nothing.
         alora_invocation_tokens: Activated LoRA (https://arxiv.org/abs/2504.12397): the adapter acts from the
             last occurrence of these tokens in a prompt on.
         dense_groups: True to train A of a grouped convolution as PEFT does: every row reads all input
@@ -217,6 +221,7 @@ class LoraConfig:
     use_dora: bool = False
     lora_bias: bool = False
     use_bdlora: Mapping[str, Any] | None = None
+    arrow_config: Mapping[str, Any] | None = None
     alora_invocation_tokens: Sequence[int] | None = None
     bias: Bias = "none"
     modules_to_save: Collection[str] | None = None

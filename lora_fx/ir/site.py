@@ -395,6 +395,10 @@ class OutputBuilder(BranchBuilder, Protocol):
         """The bias that the operation adds (:attr:`Call.bias`)."""
 
     @property
+    def input(self) -> fx.Node:
+        """The node that the operation multiplies with its weight."""
+
+    @property
     def operands(self) -> tuple[Any, Any, Any]:
         """Input, weight and bias of an operation that has these arguments."""
 
@@ -425,14 +429,23 @@ class OutputBuilder(BranchBuilder, Protocol):
     def read_weight(self, role: Role) -> fx.Node:
         """Return the weight of the site."""
 
+    def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
+        """Return A, B and the scale of another adapter at the site, one that the kind reads."""
+
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node in the dtype in which the branch computes."""
+
+    def cast_to_output(self, node: fx.Node) -> fx.Node:
+        """Return a node in the dtype of the operation's output."""
 
     def spread(self, vector: fx.Node) -> fx.Node:
         """Return a vector of the output features, shaped to broadcast against the output."""
 
     def padded(self, up: fx.Node) -> fx.Node:
         """Return the output of a branch, with zeros for output features outside the site."""
+
+    def beside(self, target: Any, *args: Any) -> fx.Node:
+        """Write a node of the whole call, [samples, ...]. A branch of some samples reads their rows."""
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """Return the node that ``make`` writes; it is called once for each key."""

@@ -126,7 +126,10 @@ class AdapterKind:
             ``LoraConfig(kind=name)`` chooses.
         dynamic: The reason why no weight has the effect of the adapter, in words that continue "because";
             empty if a weight has it. A merge, and code that reads the weight, is refused with it.
+        reads: Names of other adapters of the model whose factors its graphs read
+            (:meth:`lora_fx.ir.OutputBuilder.other`).
         instead: A remedy for such a refusal.
+        stores: True if an adapter folder holds parameters of it.
         reads_tokens: True if its graphs read the tokens of the running call
             (:mod:`lora_fx.runtime.call_tokens`).
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
@@ -149,6 +152,8 @@ class AdapterKind:
     field: str = ""
     dynamic: str = ""
     instead: str = ""
+    reads: tuple[str, ...] = ()
+    stores: bool = True
     reads_tokens: bool = False
     does: str = ""
     depends: str = ""

@@ -14,7 +14,7 @@ from lora_fx.config import LoraConfig
 from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds import AdapterKind
 from lora_fx.kinds.lora import Lora
-from lora_fx.runtime import gated
+from lora_fx.runtime import active_positions, gated
 
 __all__ = ["KINDS", "ActivatedLora"]
 
@@ -30,7 +30,7 @@ class ActivatedLora(Lora):
     reads_tokens = True
     dynamic = (
         "it acts from the invocation tokens of each prompt on (alora_invocation_tokens), and a merged weight "
-        "would act everywhere, as PEFT refuses it, too"
+        "would act everywhere (PEFT merges none either)"
     )
     instead = (
         "keep the adapter beside the model (lora_fx.save_adapter), which servers can load; or train plain "
@@ -65,8 +65,10 @@ class ActivatedLora(Lora):
         """Write ``total + gate(up · s)``."""
         assert up is not None
         scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
-        active = build.call(Role.SCALE, gated, scaled, self.phrase, build.site.weight)
-        return build.call(Role.ADD, operator.add, build.total, build.padded(active))
+        weight = build.site.weight
+        positions = build.beside(active_positions, build.input, self.phrase, weight)
+        active = build.call(Role.SCALE, gated, scaled, positions, weight)
+        return build.call(Role.ADD, operator.add, build.total, active)
 
 
 KINDS = (ActivatedLora(),)

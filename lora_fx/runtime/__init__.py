@@ -25,7 +25,7 @@ from lora_fx.runtime.adapter_modules import (
     KeptTensors,
     check_adapter_name,
 )
-from lora_fx.runtime.call_tokens import gated, unwatch_tokens, watch_tokens
+from lora_fx.runtime.call_tokens import active_positions, gated, unwatch_tokens, watch_tokens
 from lora_fx.runtime.captured import in_place, output_padding
 from lora_fx.runtime.classes import (
     BASE,
@@ -41,6 +41,7 @@ from lora_fx.runtime.classes import (
 from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.parts import called_by_all, check_equal
+from lora_fx.runtime.routing import routed
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.sample_calls import ignore_ids, tensors_in, unwatch_calls, watch_calls
 from lora_fx.runtime.samples import (
@@ -80,6 +81,7 @@ __all__ = [
     "LazyTensor",
     "SampleRows",
     "Source",
+    "active_positions",
     "add_rows",
     "around",
     "attention",
@@ -114,6 +116,7 @@ __all__ = [
     "places_of",
     "put_rows",
     "recompute",
+    "routed",
     "rows_added",
     "rows_of_tokens",
     "rows_selected",

@@ -24,7 +24,14 @@ from lora_fx.errors import ConfigError
 from lora_fx.runtime.sample_calls import entered, tensors_in
 from lora_fx.runtime.samples import in_backward
 
-__all__ = ["OFFSETS", "IDS_OF_TOKENS", "gated", "unwatch_tokens", "watch_tokens"]
+__all__ = [
+    "IDS_OF_TOKENS",
+    "OFFSETS",
+    "active_positions",
+    "gated",
+    "unwatch_tokens",
+    "watch_tokens",
+]
 
 OFFSETS = "alora_offsets"
 """Name of the call argument that gives each sample the number of positions, from its end, that are active."""
@@ -39,12 +46,12 @@ class _Seen(NamedTuple):
     """Tokens that a cache has seen.
 
     Attributes:
-        ids: The tokens, [samples, positions].
         active: By phrase, the samples in which it has occurred, [samples].
+        ids: The tokens, [samples, positions].
     """
 
-    ids: Tensor
     active: Mapping[tuple[int, ...], Tensor]
+    ids: Tensor
 
 
 class _Call:
@@ -83,16 +90,16 @@ class _Threads(threading.local):
 _threads = _Threads()
 
 
-def gated(up: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
-    """Return the output of a branch, with zeros at the positions before a phrase.
+def active_positions(x: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
+    """Return the positions from the last occurrence of a phrase on, [samples, positions].
 
     Args:
-        up: [samples, positions, out], or with positions of all samples one after the other, [n, out].
+        x: The input of the operation, [samples, positions, in] or [samples * positions, in].
         phrase: The tokens of the phrase.
         weight: Name of the adapted weight in its module.
 
     Raises:
-        ConfigError: If the positions of ``up`` are not those of the running call's tokens.
+        ConfigError: If no call with tokens is running.
     """
     call = _threads.running.call
     if call is None or (call.ids is None and call.offsets is None):
@@ -101,30 +108,39 @@ def gated(up: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
             f"{weight}: the adapter acts from a phrase in the prompt on, and {what}: call the model with "
             f"{IDS_OF_TOKENS}, or with {OFFSETS}=[...] (active positions of each sample from its end)"
         )
-    mask = _mask(call, tuple(phrase), up)
-    if up.shape[:-1] == mask.shape:
-        return torch.where(mask.unsqueeze(-1), up, 0)
-    if up.dim() == 2 and up.shape[0] == mask.numel():
-        return torch.where(mask.reshape(-1, 1), up, 0)
-    raise ConfigError(
-        f"{weight}: its output {list(up.shape)} does not have the positions of the call's tokens "
-        f"{list(mask.shape)}, so that nothing says where the phrase of the adapter is: leave the layer out "
-        "with exclude_modules, choose one adapter for the whole batch, or rewrite without memory='least'"
-    )
-
-
-def _mask(call: _Call, phrase: tuple[int, ...], up: Tensor) -> Tensor:
-    """Return the active positions of a call, [samples, positions]."""
     if call.offsets is not None:
         samples = len(call.offsets)
-        positions = up.shape[1] if up.dim() > 2 else up.shape[0] // max(samples, 1)
+        positions = x.shape[1] if x.dim() > 2 else x.shape[0] // max(samples, 1)
         active = [0 if offset is None else min(int(offset), positions) for offset in call.offsets]
-        first = positions - torch.tensor(active, device=up.device)
-        return torch.arange(positions, device=up.device) >= first.unsqueeze(1)
+        first = positions - torch.tensor(active, device=x.device)
+        return torch.arange(positions, device=x.device) >= first.unsqueeze(1)
+    phrase = tuple(phrase)
     if phrase not in call.masks:
         assert call.ids is not None
         call.masks[phrase] = _found(call.ids, phrase, call.seen)
-    return call.masks[phrase].to(up.device)
+    return call.masks[phrase].to(x.device)
+
+
+def gated(up: Tensor, positions: Tensor, weight: str) -> Tensor:
+    """Return the output of a branch, with zeros at all other positions than some.
+
+    Args:
+        up: [samples, positions, out], or with positions of all samples one after the other, [n, out].
+        positions: True where the branch acts, [samples, positions].
+        weight: Name of the adapted weight in its module.
+
+    Raises:
+        ConfigError: If the positions of ``up`` are not those of the tokens.
+    """
+    if up.shape[:-1] == positions.shape:
+        return torch.where(positions.unsqueeze(-1), up, 0)
+    if up.dim() == 2 and up.shape[0] == positions.numel():
+        return torch.where(positions.reshape(-1, 1), up, 0)
+    raise ConfigError(
+        f"{weight}: its output {list(up.shape)} does not have the positions of the call's tokens "
+        f"{list(positions.shape)}, so that nothing says where the phrase of the adapter is: leave the layer "
+        "out with exclude_modules, or rewrite without memory='least'"
+    )
 
 
 def _found(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
@@ -136,8 +152,9 @@ def _found(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
     samples, positions = ids.shape
     active = torch.zeros(samples, dtype=torch.bool, device=ids.device)
     text, before = ids, 0
-    if seen is not None and seen.ids.shape[1]:
-        active = seen.active.get(phrase, _occurrence(seen.ids, phrase)[0]).to(ids.device)
+    if seen is not None:
+        known = seen.active.get(phrase)
+        active = (_occurrence(seen.ids, phrase)[0] if known is None else known).to(ids.device)
         if positions == 1:
             return active.unsqueeze(1)
         tail = seen.ids[:, max(0, seen.ids.shape[1] - len(phrase) + 1) :].to(ids.device)
@@ -212,14 +229,14 @@ class _Closing:
         if state.depth:
             return
         call, state.call, state.opened_by = state.call, None, None
-        if call is None or torch.compiler.is_compiling():
+        if call is None:
             return
         # A call without a cache may return a new one.
-        returned = results.values() if isinstance(results, Mapping) else results
+        returned: Any = () if isinstance(results, Tensor) else results
+        returned = returned.values() if isinstance(returned, Mapping) else returned
         more = returned if isinstance(returned, Iterable) else ()
-        if not isinstance(results, Tensor):
-            _note(_cache_in((*args, *kwargs.values(), *more)), call)
-        if torch.is_grad_enabled():
+        _note(_cache_in((*args, *kwargs.values(), *more)), call)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             hook = functools.partial(_replay, call)
             for tensor in tensors_in(results):
                 if tensor.requires_grad and not tensor.is_leaf:
@@ -260,19 +277,25 @@ def _seen(cache: Any, ids: Tensor | None) -> _Seen | None:
     seen: _Seen | None = getattr(cache, _SEEN, None)
     if seen is None or ids is None:
         return None
-    # A cache may have been cut since, and generation may have repeated its samples.
-    kept = seen.ids[:, : int(getattr(cache, _LENGTH)())]
-    if len(kept) == len(ids):
-        return seen._replace(ids=kept) if kept.shape == seen.ids.shape else _Seen(kept, {})
-    repeats, left = divmod(len(ids), max(len(kept), 1))
+    active, before = seen
+    if ids.shape[1] > 1:
+        length = int(getattr(cache, _LENGTH)())
+        if length < before.shape[1]:  # the cache was cut
+            active, before = {}, before[:, :length]
+        elif length > before.shape[1]:  # others have written into it
+            before = before[:, :0]
+    # Generation may have repeated the samples.
+    repeats, left = divmod(ids.shape[0], max(seen.ids.shape[0], 1))
     if left or not repeats:
         raise ConfigError(
-            f"the cache of the call has seen {len(kept)} sample(s), and the call has {len(ids)}: nothing says in which of "
-            "them the phrase of the adapter was. Call the model with the whole prompt, or give "
-            f"{OFFSETS}=[...]"
+            f"the cache of the call has seen {len(seen.ids)} sample(s), and the call has {len(ids)}: nothing "
+            "says in which of them the phrase of the adapter was. Call the model with the whole prompt, or "
+            f"give {OFFSETS}=[...]"
         )
-    active = {phrase: samples.repeat_interleave(repeats) for phrase, samples in seen.active.items()}
-    return _Seen(kept.repeat_interleave(repeats, 0), active if kept.shape == seen.ids.shape else {})
+    if repeats > 1:
+        before = before.repeat_interleave(repeats, 0)
+        active = {key: value.repeat_interleave(repeats) for key, value in active.items()}
+    return _Seen(active, before)
 
 
 def _note(cache: Any, call: _Call) -> None:
@@ -284,4 +307,4 @@ def _note(cache: Any, call: _Call) -> None:
         ids = torch.cat([call.seen.ids.to(ids.device), ids], 1)
     active |= {phrase: mask[:, -1] for phrase, mask in call.masks.items()}
     with contextlib.suppress(AttributeError):
-        setattr(cache, _SEEN, _Seen(ids.detach(), active))
+        setattr(cache, _SEEN, _Seen(active, ids.detach()))

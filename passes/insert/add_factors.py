@@ -97,7 +97,12 @@ def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     above = module_at(model, site.owner)
     name = site.holder.rpartition(".")[2]
     holder = above if site.holder == site.owner else above._modules.get(name)
-    factors = None if holder is None else holder._modules.get(factor_names(row).present[0])
+    names = factor_names(row).present or ((DROPOUT,) if row.dropout else ())
+    if not names:
+        return True
+    factors = None if holder is None else holder._modules.get(names[0])
+    if isinstance(factors, AdapterDropouts):
+        return adapter in factors._modules
     return factors is not None and adapter in factors._parameters
 
 

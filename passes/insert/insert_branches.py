@@ -42,7 +42,14 @@ from lora_fx.ir import (
 )
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
-from lora_fx.passes.parameters import DROPOUT, adapter_dtype, factor_names, is_sharded, weight_at
+from lora_fx.passes.parameters import (
+    DROPOUT,
+    adapter_dtype,
+    factor_names,
+    is_sharded,
+    other_rows,
+    weight_at,
+)
 from lora_fx.passes.patterns import path_to_weight, pattern_of
 from lora_fx.runtime import branch, parts
 
@@ -67,6 +74,7 @@ class _Wiring:
         padding: Numbers of output features of the base operation before and after those of the
             branch; None if it has them all.
         deploy: The storage that the adapted weight is trained for; None for no rounding.
+        others: Other adapters that the kind reads: their names, the names of their factors, their scales.
     """
 
     site: Site
@@ -82,6 +90,7 @@ class _Wiring:
     transposed: bool = False
     padding: tuple[int, int] | None = None
     deploy: Deployment | None = None
+    others: tuple[tuple[str, str, str, float], ...] = ()
 
 
 class Writer:
@@ -175,6 +184,12 @@ class Branch(Writer):
         """Return the bias node of the base operation."""
         names = {node.name: node for node in self.base.all_input_nodes}
         return names[self.applied.bias]
+
+    @property
+    def input(self) -> fx.Node:
+        """Return the node that the operation multiplies with its weight."""
+        names = {node.name: node for node in self._graph.nodes}
+        return names[self.applied.input]
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
@@ -285,6 +300,15 @@ class Branch(Writer):
         """Return the weight of the site."""
         return self.make(role, "get_attr", self.site.weight)
 
+    def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
+        """Return A, B and the scale of another adapter at the site, as stored."""
+        a, b, scale = next(rest for name, *rest in self._wiring.others if name == adapter)
+        return self._read(a), self._read(b), scale
+
+    def cast_to_output(self, node: fx.Node) -> fx.Node:
+        """Return a node cast to the dtype of the operation's output."""
+        return self.call(Role.CAST, branch.cast_like, node, self.base)
+
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node cast to the dtype of the operation's output, if that differs."""
         return (
@@ -306,6 +330,12 @@ class Branch(Writer):
         return self.once(
             f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, branch.spread, *operands)
         )
+
+    def beside(self, target: Any, *args: Any) -> fx.Node:
+        """Return a node of the whole call. Without a tag it is no part of the branch."""
+        node = self.call(Role.ROWS, target, *args)
+        del node.meta[META_KEY]
+        return node
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """Return the node of a key, which ``make`` writes the first time."""
@@ -379,6 +409,14 @@ class Insert(Pass):
             transposed=bool(row.tied),
             padding=_padding(site),
             deploy=row.deploy,
+            others=tuple(
+                (
+                    name,
+                    *(join(holder, factor, name) for factor in factor_names(other).pair),
+                    other.scale,
+                )
+                for name, other in other_rows(capture.model, row)
+            ),
         )
         return _Job(relative(site.place, region.fqn), wiring)
 

@@ -129,7 +129,7 @@ def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         MergeError: With the reason, and a remedy.
     """
     kind = kind_of(row)
-    if kind.low_rank and (kind.dynamic or type(kind).pair is not AdapterKind.pair):
+    if kind.dynamic or type(kind).pair is not AdapterKind.pair:
         _pair(model, row, adapter, None, torch.float32)
 
 

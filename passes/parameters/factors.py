@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from lora_fx import torch_private
-from lora_fx.errors import CaptureError
-from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join
+from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptIndices, KeptTensors
@@ -38,6 +38,7 @@ __all__ = [
     "factors_of",
     "indices_name",
     "matrix_shape",
+    "other_rows",
     "part_of",
     "replaced",
     "rows_name",
@@ -132,6 +133,33 @@ def factor_names(row: PlannedSite) -> FactorNames:
     shapes = pattern_of(row.site).factors(row.site, row.rank)
     tied = ("lora_embedding_B", "lora_embedding_A")
     return FactorNames(*(tied if row.tied else (shapes.name_a, shapes.name_b)), slots)
+
+
+def other_rows(model: nn.Module, row: PlannedSite) -> list[tuple[str, PlannedSite]]:
+    """Return the other adapters that the kind of a site reads, each with its site.
+
+    Raises:
+        ConfigError: If the model does not have one of them, or it is not plain LoRA at the site.
+    """
+    names = kind_of(row).reads
+    record = record_of(model) if names else None
+    rows: list[tuple[str, PlannedSite]] = []
+    for name in names:
+        if record is None or name not in record.adapters:
+            has = ", ".join(map(repr, record.adapters)) if record is not None else "none"
+            raise ConfigError(
+                f"{row.name}: the adapter reads adapter {name!r}, and the model has {has}: load it first "
+                "(lora_fx.load_adapter), then add this one (lora_fx.add_adapter)"
+            )
+        found = next((site for site in record.adapters[name].sites if site.name == row.name), None)
+        if found is None or found.kind != "lora" or found.tied:
+            what = "has no factors there" if found is None else f"has the kind {found.kind!r} there"
+            raise ConfigError(
+                f"{row.name}: the adapter reads adapter {name!r}, which {what}: it reads plain LoRA with the "
+                "same sites only"
+            )
+        rows.append((name, found))
+    return rows
 
 
 def shapes_of(row: PlannedSite) -> Factors:

@@ -57,6 +57,7 @@ from lora_fx.passes.parameters import (
     factor_names,
     matrix_shape,
     module_at,
+    other_rows,
 )
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
@@ -376,7 +377,9 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         kind=kind.name,
         reason=choice.verdict.reason,
     )
-    return priced(capture.model, row)
+    row = priced(capture.model, row)
+    others = [other for _, other in other_rows(capture.model, row)]
+    return dataclasses.replace(row, flops=row.flops + sum(other.flops for other in others))
 
 
 def _keep_tied(
