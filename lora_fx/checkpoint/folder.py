@@ -410,7 +410,7 @@ def _load(
 def _add_without_values(
     model: ModelT, folder: Path, config: LoraConfig, adapter_name: str
 ) -> ModelT:
-    """Add an adapter that has no parameters of its own: it reads other adapters of the model.
+    """Add an adapter without parameters, which reads other adapters of the model.
 
     The folder's tensors are those that PEFT writes and never uses.
 

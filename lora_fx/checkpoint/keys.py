@@ -135,9 +135,8 @@ class Dense(Form):
         if remainder.any():
             raise CheckpointError(
                 "is dense, as PEFT trains it, and so reads channels that a convolution with "
-                f"{self.groups} groups does not: no weight of that shape holds the sum. LoRA with "
-                "dense_groups=True holds it, without a magnitude (load_adapter onto the original model "
-                "chooses that)"
+                f"{self.groups} groups does not: no weight of that shape holds the sum. An adapter with "
+                "dense_groups=True holds it (load_adapter onto the original model chooses that)"
             )
         return torch.cat(parts)
 

@@ -409,6 +409,9 @@ class OutputBuilder(BranchBuilder, Protocol):
     def factor(self, letter: str) -> fx.Node:
         """Return A or B in its own dtype, with the rank as :class:`Factors` has it."""
 
+    def stored(self, letter: str) -> fx.Node:
+        """Return A or B as stored."""
+
     def cast_factor(self, letter: str) -> fx.Node:
         """Return A or B in the dtype in which the branch computes."""
 

@@ -61,24 +61,24 @@ class Arrow(AdapterKind):
         Raises:
             ConfigError: If it names no adapters, or fewer than a token is routed to.
         """
-        given = config.arrow_config
-        assert given is not None
-        tasks = given["task_adapter_names"] or ()
-        general = (given["gks_adapter_names"] or ()) if given["use_gks"] else ()
-        if not tasks or (given["use_gks"] and not general):
+        router = config.arrow_config
+        assert router is not None
+        tasks = router["task_adapter_names"] or ()
+        general = (router["gks_adapter_names"] or ()) if router["use_gks"] else ()
+        if not tasks or (router["use_gks"] and not general):
             name = "gks_adapter_names" if tasks else "task_adapter_names"
             raise ConfigError(
                 f"LoraConfig.arrow_config[{name!r}]: found none; give the names of adapters of the model"
             )
-        if given["top_k"] > len(tasks):
+        if router["top_k"] > len(tasks):
             raise ConfigError(
-                f"LoraConfig.arrow_config['top_k']: found {given['top_k']}; there are {len(tasks)} adapters "
+                f"LoraConfig.arrow_config['top_k']: found {router['top_k']}; there are {len(tasks)} adapters "
                 "to route to (task_adapter_names)"
             )
-        seed = given["rng_seed"]
+        seed = router["rng_seed"]
         options = {
-            "top_k": given["top_k"],
-            "temperature": given["router_temperature"],
+            "top_k": router["top_k"],
+            "temperature": router["router_temperature"],
             "seed": (config.seed or 0) if seed is None else seed,
         }
         return Arrow(tuple(tasks), tuple(general), options)

@@ -71,9 +71,9 @@ class BlockDiagonal(Lora):
             )
         if len(matches) == 1:
             return BlockDiagonal(matches[0], options["nblocks"])
-        found = "both lists" if matches else "neither list"
+        lists = "both lists" if matches else "neither list"
         return BlockDiagonal(
-            problem=f"BD-LoRA: {found} of use_bdlora (target_modules_bd_a, target_modules_bd_b) "
+            problem=f"BD-LoRA: {lists} of use_bdlora (target_modules_bd_a, target_modules_bd_b) "
             f"{'match' if matches else 'matches'} its name: change them, or set match_strict=False to give "
             "the layers of neither list plain LoRA"
         )

@@ -103,9 +103,9 @@ def active_positions(x: Tensor, phrase: Sequence[int], weight: str) -> Tensor:
     """
     call = _threads.running.call
     if call is None or (call.ids is None and call.offsets is None):
-        what = "no call of the model is running" if call is None else "the call has no tokens"
+        reason = "no call of the model is running" if call is None else "the call has no tokens"
         raise ConfigError(
-            f"{weight}: the adapter acts from a phrase in the prompt on, and {what}: call the model with "
+            f"{weight}: the adapter acts from a phrase in the prompt on, and {reason}: call the model with "
             f"{IDS_OF_TOKENS}, or with {OFFSETS}=[...] (active positions of each sample from its end)"
         )
     if call.offsets is not None:
@@ -207,7 +207,7 @@ class _Opening:
         if state.opened_by is not None or in_backward():
             return None
         offsets = kwargs.get(OFFSETS)
-        ids = _ids(module, args, kwargs)
+        ids = _ids(args, kwargs)
         seen = _seen(_cache_in((*args, *kwargs.values())), ids)
         state.call, state.opened_by, state.depth = _Call(ids, offsets, seen), id(module), 1
         if OFFSETS not in kwargs:
@@ -229,7 +229,7 @@ class _Closing:
         if state.depth:
             return
         call, state.call, state.opened_by = state.call, None, None
-        if call is None:
+        if call is None or results is None:  # the call has failed
             return
         # A call without a cache may return a new one.
         returned: Any = () if isinstance(results, Tensor) else results
@@ -243,7 +243,7 @@ class _Closing:
                     tensor.register_hook(hook)
 
 
-def _ids(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """Return the tokens of a call: ``input_ids``, or its first argument if that is [samples, positions]."""
     ids = kwargs.get(IDS_OF_TOKENS, args[0] if args else None)
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2):

@@ -74,7 +74,7 @@ class _Wiring:
         padding: Numbers of output features of the base operation before and after those of the
             branch; None if it has them all.
         deploy: The storage that the adapted weight is trained for; None for no rounding.
-        others: Other adapters that the kind reads: their names, the names of their factors, their scales.
+        reads: Other adapters that the kind reads: their names, the names of their factors, their scales.
     """
 
     site: Site
@@ -90,7 +90,7 @@ class _Wiring:
     transposed: bool = False
     padding: tuple[int, int] | None = None
     deploy: Deployment | None = None
-    others: tuple[tuple[str, str, str, float], ...] = ()
+    reads: tuple[tuple[str, str, str, float], ...] = ()
 
 
 class Writer:
@@ -147,6 +147,7 @@ class Branch(Writer):
         self._names = {"a": wiring.a, "b": wiring.b}
         self._kind = kind_of(wiring)
         self._slots = dict(wiring.slots)
+        self._others = {name: (a, b, scale) for name, a, b, scale in wiring.reads}
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
         self._dropout: tuple[str, str] | None = None
@@ -264,11 +265,14 @@ class Branch(Writer):
 
     def factor(self, letter: str) -> fx.Node:
         """Return a factor in its own dtype, in the form that the pattern reads."""
-        name = self._names[letter]
-        stored = self._read(name)
+        name, stored = self._names[letter], self.stored(letter)
         if self._wiring.transposed:
             return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, stored))
         return self.once(f"whole {name}", lambda: self._kind.factor(self, letter, stored))
+
+    def stored(self, letter: str) -> fx.Node:
+        """Return a factor as it is stored."""
+        return self._read(self._names[letter])
 
     def cast_factor(self, letter: str) -> fx.Node:
         """Return a factor in the dtype in which the branch computes."""
@@ -302,7 +306,7 @@ class Branch(Writer):
 
     def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
         """Return A, B and the scale of another adapter at the site, as stored."""
-        a, b, scale = next(rest for name, *rest in self._wiring.others if name == adapter)
+        a, b, scale = self._others[adapter]
         return self._read(a), self._read(b), scale
 
     def cast_to_output(self, node: fx.Node) -> fx.Node:
@@ -409,7 +413,7 @@ class Insert(Pass):
             transposed=bool(row.tied),
             padding=_padding(site),
             deploy=row.deploy,
-            others=tuple(
+            reads=tuple(
                 (
                     name,
                     *(join(holder, factor, name) for factor in factor_names(other).pair),

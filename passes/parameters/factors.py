@@ -151,14 +151,16 @@ def other_rows(model: nn.Module, row: PlannedSite) -> list[tuple[str, PlannedSit
                 f"{row.name}: the adapter reads adapter {name!r}, and the model has {has}: load it first "
                 "(lora_fx.load_adapter), then add this one (lora_fx.add_adapter)"
             )
-        found = next((site for site in record.adapters[name].sites if site.name == row.name), None)
-        if found is None or found.kind != "lora" or found.tied:
-            what = "has no factors there" if found is None else f"has the kind {found.kind!r} there"
-            raise ConfigError(
-                f"{row.name}: the adapter reads adapter {name!r}, which {what}: it reads plain LoRA with the "
-                "same sites only"
+        other = next((site for site in record.adapters[name].sites if site.name == row.name), None)
+        if other is None or other.kind != "lora" or other.tied:
+            state = (
+                "has no factors there" if other is None else f"has the kind {other.kind!r} there"
             )
-        rows.append((name, found))
+            raise ConfigError(
+                f"{row.name}: the adapter reads adapter {name!r}, which {state}: it reads plain LoRA with "
+                "the same sites only"
+            )
+        rows.append((name, other))
     return rows
 
 

@@ -282,14 +282,14 @@ def _fresh(model: nn.Module, saved: Iterable[str], sites: Iterable[Site]) -> Ite
 
 
 def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
-    found = {row.kind: kind_of(row) for row in rows}
+    kinds_by_name = {row.kind: kind_of(row) for row in rows}
     order = kinds()
 
     def place(kind: AdapterKind) -> int:
         plain = kind.name.partition(":")[0]
         return next(index for index, known in enumerate(order) if known.name == plain)
 
-    named = sorted((kind for kind in found.values() if kind.trains), key=place)
+    named = sorted((kind for kind in kinds_by_name.values() if kind.trains), key=place)
     return tuple((kind.name, kind.trains) for kind in named)
 
 
@@ -378,8 +378,8 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         reason=choice.verdict.reason,
     )
     row = priced(capture.model, row)
-    others = [other for _, other in other_rows(capture.model, row)]
-    return dataclasses.replace(row, flops=row.flops + sum(other.flops for other in others))
+    read = sum(other.flops for _, other in other_rows(capture.model, row))
+    return dataclasses.replace(row, flops=row.flops + read)
 
 
 def _keep_tied(
