@@ -34,7 +34,7 @@ from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
 from lora_fx.ir import PlannedSite, join, require_record
-from lora_fx.kinds import chosen_kind, kind_of
+from lora_fx.kinds import chosen_kind, kind_of, stores_product
 from lora_fx.passes.parameters import factor_names, gathered, trained_by_hand
 
 __all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of", "values_of_model"]
@@ -186,7 +186,7 @@ def _unfit(config: LoraConfig) -> Iterator[str]:
     kind = chosen_kind(config)
     if kind.depends:
         yield kind.depends
-    if not kind.low_rank:
+    if not stores_product(kind):
         yield f"no file takes what its kind trains ({kind.name!r})"
     if config.target_parameters:
         yield "which operations read its parameters (target_parameters), only the model knows"

@@ -299,7 +299,8 @@ def figures_of(
             f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
             "they are no matrices"
         )
-    a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
+    pair = chosen_kind(config).listed(name, config, factors["A"], factors["B"])
+    a, b = (factor.double().flatten(1) for factor in pair)
     groups = _groups(factors["A"], b)
     rank, scale = len(a), scale_for(name, config)
     planned = rank_for(name, config)

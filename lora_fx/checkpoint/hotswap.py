@@ -215,7 +215,9 @@ def _swap(
         return
     source, ratio = factors_of(model, new, incoming), new.scale / row.scale
     if kind.low_rank and not row.tied:
-        a, b = _padded(row, source, row.rank)
+        a, b = source.a.detach(), source.b.detach()
+        if new.rank != row.rank:
+            a, b = _padded(row, source, row.rank)
         write(target.a, a)
         write(target.b, b * ratio)
     for slot, value in target.slots.items():

@@ -33,6 +33,7 @@ __all__ = [
     "refusal",
     "register_adapter_kind",
     "site_kind",
+    "stores_product",
     "union_of",
 ]
 
@@ -220,6 +221,17 @@ class AdapterKind:
 
         Raises:
             MergeError: If no such factors have the same effect.
+        """
+        return a, b
+
+    def listed(self, name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of a folder as :meth:`pair` does, without the model.
+
+        Args:
+            name: The name of the site.
+            config: The configuration of the folder.
+            a: A as stored.
+            b: B as stored.
         """
         return a, b
 
@@ -604,6 +616,12 @@ def refusal(kind: AdapterKind) -> str:
     return f"no weight has the effect of this adapter, because {kind.dynamic}: {kind.instead}"
 
 
+def stores_product(kind: AdapterKind) -> bool:
+    """Return True if the stored A and B are the factors of the change, ``s·BA``, of the weight."""
+    own = type(kind).pair is AdapterKind.pair
+    return kind.low_rank and own and not kind.dynamic
+
+
 def union_of(names: Iterable[str], site: Site) -> str:
     """Return the name of the kind that trains everything that any of these kinds trains at a site.
 
@@ -623,8 +641,7 @@ def kind_with(slots: Collection[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     for kind in _registry:
-        plain = kind.low_rank and type(kind).pair is AdapterKind.pair and not kind.dynamic
-        if plain and {slot.name for slot in kind.slots(site)} == set(slots):
+        if stores_product(kind) and {slot.name for slot in kind.slots(site)} == set(slots):
             return kind.name
     raise ConfigError(
         f"{site.name}: no registered kind has A, B and {', '.join(slots) or 'nothing else'}"

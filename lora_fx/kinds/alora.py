@@ -32,10 +32,7 @@ class ActivatedLora(Lora):
         "it acts from the invocation tokens of each prompt on (alora_invocation_tokens), and a merged weight "
         "would act everywhere (PEFT merges none either)"
     )
-    instead = (
-        "keep the adapter beside the model (lora_fx.save_adapter), which servers can load; or train plain "
-        "LoRA, which a merge can fold"
-    )
+    instead = "keep the adapter beside the model (lora_fx.save_adapter), or train plain LoRA"
 
     def __init__(self, phrase: tuple[int, ...] = ()) -> None:
         super().__init__()

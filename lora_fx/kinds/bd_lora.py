@@ -57,11 +57,7 @@ class BlockDiagonal(Lora):
         """Return the kind of a layer by its name: PEFT looks for each entry anywhere in the whole name."""
         options = config.use_bdlora
         assert options is not None
-        matches = [
-            letter
-            for letter in _FACTORS
-            if any(entry in site.name for entry in options[f"target_modules_bd_{letter}"] or ())
-        ]
+        matches = _letters(site.name, config)
         if not matches and not options["match_strict"]:
             return Lora()
         rank = rank_for(site.name, config)
@@ -115,9 +111,19 @@ class BlockDiagonal(Lora):
 
     def pair(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the factors as whole matrices."""
+        return self._whole(a, b)
+
+    def _whole(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.letter == "a":
             return block_diagonal(a, self.blocks), b
         return a, block_diagonal(b, self.blocks)
+
+    def listed(self, name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors as whole matrices."""
+        options, letters = config.use_bdlora, _letters(name, config)
+        if options is None or len(letters) != 1:
+            return a, b
+        return BlockDiagonal(letters[0], options["nblocks"])._whole(a, b)
 
     # --- graphs -----------------------------------------------------------------------------------
 
@@ -126,6 +132,18 @@ class BlockDiagonal(Lora):
         if letter != self.letter:
             return stored
         return build.call(Role.FACTOR, block_diagonal, stored, self.blocks)
+
+
+def _letters(name: str, config: LoraConfig) -> list[str]:
+    """Return the block-diagonal factors of a layer, "a" or "b", or both if the configuration is wrong."""
+    return [
+        letter
+        for letter in _FACTORS
+        if any(
+            entry in name
+            for entry in (config.use_bdlora or {}).get(f"target_modules_bd_{letter}") or ()
+        )
+    ]
 
 
 KINDS = (BlockDiagonal(),)

@@ -147,7 +147,7 @@ def _found(ids: Tensor, phrase: tuple[int, ...], seen: _Seen | None) -> Tensor:
     """Return the positions from the last occurrence of a phrase on, [samples, positions].
 
     A single token after a cached prompt is generated: it is active if the prompt has the phrase. More tokens
-    are a prompt, which may complete or repeat the phrase.
+    are a prompt, which may complete or repeat the phrase. Positions in the cache stay as they are.
     """
     samples, positions = ids.shape
     active = torch.zeros(samples, dtype=torch.bool, device=ids.device)

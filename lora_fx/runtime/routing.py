@@ -44,7 +44,7 @@ def prototype(a: Tensor, b: Tensor, seed: int) -> Tensor:
     return v.to(a.dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch_private.constant_when_compiled
 def _first_vector(size: int, seed: int, device: torch.device) -> Tensor:
     """Return PEFT's first vector of the power iteration, [size]."""
     generator = torch.Generator(device=device).manual_seed(seed)

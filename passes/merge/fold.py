@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from lora_fx import torch_private
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, PlannedTokens, Record
-from lora_fx.kinds import AdapterKind, kind_of, refusal
+from lora_fx.kinds import kind_of, refusal, stores_product
 from lora_fx.passes.merge.rounding import (
     Term,
     round_into,
@@ -129,7 +129,7 @@ def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         MergeError: With the reason, and a remedy.
     """
     kind = kind_of(row)
-    if kind.dynamic or type(kind).pair is not AdapterKind.pair:
+    if kind.dynamic or (kind.low_rank and not stores_product(kind)):
         _pair(model, row, adapter, None, torch.float32)
 
 

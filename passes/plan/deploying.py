@@ -44,7 +44,9 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
         )
     kind = chosen_kind(config)
     if not kind.deploys:
-        setting = f"{kind.field}=True" if kind.field else f"the kind {kind.name!r}"
+        setting = kind.field or f"the kind {kind.name!r}"
+        if getattr(config, setting, None) is True:
+            setting += "=True"
         raise ConfigError(
             f"{deploy} rounds W + s·BA, and {setting} changes more than that: use plain LoRA"
         )
