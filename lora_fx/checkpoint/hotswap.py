@@ -177,7 +177,8 @@ def _problems(
 def _difference(new: PlannedSite, old: PlannedSite) -> str:
     """Return the fields of a configuration that differ."""
     kinds = (kind_of(new), kind_of(old)) if new.kind != old.kind else ()
-    fields = {kind.field or "kind": None for kind in kinds if kind.slots(new.site)}
+    named = (kind for kind in kinds if kind.field or kind.slots(new.site))
+    fields: dict[str, None] = {kind.field or "kind": None for kind in named}
     if bool(new.tied) != bool(old.tied):
         fields["ensure_weight_tying"] = None
     return ", ".join(fields)

@@ -613,6 +613,32 @@ def test_refusals_of_activated_lora(tmp_path: Path) -> None:
         assert_same_bits(ours(inputs_embeds=embedded).logits, logits(base, ids))
 
 
+def test_a_phrase_belongs_to_the_adapter(tmp_path: Path) -> None:
+    base, _, ours, ids = activated(tmp_path / "one")
+    expected = logits(ours, ids)
+    other = in_peft(base, {**ALORA, "alora_invocation_tokens": [9]})
+    other.save_pretrained(tmp_path / "two")
+    plain = in_peft(base, {**ALORA, "alora_invocation_tokens": None})
+    plain.save_pretrained(tmp_path / "three")
+    for name in ("two", "three"):
+        with pytest.raises(
+            CheckpointError, match=r"kind: .* in the folder, 'alora:5,7' in the model"
+        ):
+            lora_fx.load_adapter(ours, tmp_path / name)
+        with pytest.raises(
+            CheckpointError, match=r"the variants differ \(alora_invocation_tokens\)"
+        ):
+            lora_fx.hotswap_adapter(ours, tmp_path / name)
+    with pytest.raises(
+        CheckpointError, match=r"kind: .* 'alora:5,7' in the folder, 'lora' in the mod"
+    ):
+        lora_fx.load_adapter(lora_fx.load_adapter(base, tmp_path / "three"), tmp_path / "one")
+    assert_same_bits(logits(ours, ids), expected)
+    lora_fx.load_adapter(ours, tmp_path / "two", adapter_name="other")
+    lora_fx.set_adapter(ours, "other")
+    assert_close(logits(ours, ids), logits(other, ids), 1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
