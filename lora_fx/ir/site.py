@@ -447,7 +447,7 @@ class OutputBuilder(BranchBuilder, Protocol):
     def padded(self, up: fx.Node) -> fx.Node:
         """Return the output of a branch, with zeros for output features outside the site."""
 
-    def beside(self, target: Any, *args: Any) -> fx.Node:
+    def of_call(self, target: Any, *args: Any) -> fx.Node:
         """Write a node of the whole call, [samples, ...]. A branch of some samples reads their rows."""
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:

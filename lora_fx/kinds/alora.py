@@ -32,7 +32,7 @@ class ActivatedLora(Lora):
         "it acts from the invocation tokens of each prompt on (alora_invocation_tokens), and a merged weight "
         "would act everywhere (PEFT merges none either)"
     )
-    instead = "keep the adapter beside the model (lora_fx.save_adapter), or train plain LoRA"
+    instead = "keep the adapter unmerged (lora_fx.save_adapter), or train plain LoRA"
 
     def __init__(self, phrase: tuple[int, ...] = ()) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ActivatedLora(Lora):
         assert up is not None
         scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
         weight = build.site.weight
-        positions = build.beside(active_positions, build.input, self.phrase, weight)
+        positions = build.of_call(active_positions, build.input, self.phrase, weight)
         active = build.call(Role.SCALE, gated, scaled, positions, weight)
         return build.call(Role.ADD, operator.add, build.total, active)
 

@@ -37,7 +37,7 @@ class Arrow(AdapterKind):
         "a router chooses other adapters for each token (arrow_config; PEFT merges none either)"
     )
     instead = (
-        "keep the adapters beside the model; or merge their sum, which lora_fx.add_weighted_adapter makes of "
+        "keep the adapters unmerged; or merge their sum, which lora_fx.add_weighted_adapter makes of "
         "them, as one that is the same for all tokens"
     )
 

@@ -30,7 +30,8 @@ def block_diagonal(stacked: Tensor, blocks: int) -> Tensor:
         stacked: The blocks, one below the other.
         blocks: k.
     """
-    return torch.block_diag(*stacked.chunk(blocks))
+    whole: Tensor = torch.block_diag(*stacked.chunk(blocks))  # type: ignore[no-untyped-call]
+    return whole
 
 
 class BlockDiagonal(Lora):
@@ -97,8 +98,11 @@ class BlockDiagonal(Lora):
 
     def factors(self, site: Site, shapes: Factors) -> Factors:
         """Return the shape of the blocks, one below the other."""
-        rows, columns = getattr(shapes, self.letter)
-        return dataclasses.replace(shapes, **{self.letter: (rows, columns // self.blocks)})
+        rows, columns = shapes.a if self.letter == "a" else shapes.b
+        blocks = (rows, columns // self.blocks)
+        if self.letter == "a":
+            return dataclasses.replace(shapes, a=blocks)
+        return dataclasses.replace(shapes, b=blocks)
 
     def start_of(self, letter: str, value: Tensor, generator: torch.Generator) -> Tensor:
         """Return PEFT's start: a block-diagonal A is Kaiming-uniform with gain √2, such a B is zero."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -137,8 +138,8 @@ class DenseLora(_Dense, Lora):
 class DenseDora(_Dense, Dora):
     """DoRA in the same form, with PEFT's gain (:func:`lora_fx.runtime.dora.dense_gain`)."""
 
-    constants = ()
-    handed = ()
+    constants: tuple[Any, ...] = ()
+    handed: tuple[Any, ...] = ()
     dynamic = (
         "A reads channels that a convolution with groups does not (dense_groups with use_dora, as PEFT "
         "trains it; PEFT merges none either)"

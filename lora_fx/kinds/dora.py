@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,8 @@ class Dora(AdapterKind):
     does = "DoRA scales"
     trains = "a trained magnitude (DoRA)"
     depends = "the norms of DoRA (use_dora) are those of the base weights"
-    constants = (dora.gain,)
-    handed = (dora.gain, dora.steered)
+    constants: tuple[Any, ...] = (dora.gain,)
+    handed: tuple[Any, ...] = (dora.gain, dora.steered)
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias

@@ -238,6 +238,7 @@ class _Closing:
         _note(_cache_in((*args, *kwargs.values(), *more)), call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             hook = functools.partial(_replay, call)
+            tensor: Any
             for tensor in tensors_in(results):
                 if tensor.requires_grad and not tensor.is_leaf:
                     tensor.register_hook(hook)

@@ -37,7 +37,7 @@ def prototype(a: Tensor, b: Tensor, seed: int) -> Tensor:
     """
     down, up = a.detach().float(), b.detach().float()
     gram = up.T @ up
-    v = _first_vector(a.shape[1], seed, a.device)
+    v: Tensor = _first_vector(a.shape[1], seed, a.device)
     for _ in range(_STEPS):
         w = down.T @ (gram @ (down @ v))
         v = w / (w.norm() + _EPS)
@@ -49,7 +49,8 @@ def _first_vector(size: int, seed: int, device: torch.device) -> Tensor:
     """Return PEFT's first vector of the power iteration, [size]."""
     generator = torch.Generator(device=device).manual_seed(seed)
     v = torch.randn(size, dtype=torch.float32, device=device, generator=generator)
-    return v / (v.norm() + _EPS)
+    vector: Tensor = v / (v.norm() + _EPS)
+    return vector
 
 
 def routed(

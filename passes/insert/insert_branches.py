@@ -189,7 +189,7 @@ class Branch(Writer):
     @property
     def input(self) -> fx.Node:
         """Return the node that the operation multiplies with its weight."""
-        names = {node.name: node for node in self._graph.nodes}
+        names: dict[str, fx.Node] = {node.name: node for node in self._graph.nodes}
         return names[self.applied.input]
 
     @property
@@ -335,7 +335,7 @@ class Branch(Writer):
             f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, branch.spread, *operands)
         )
 
-    def beside(self, target: Any, *args: Any) -> fx.Node:
+    def of_call(self, target: Any, *args: Any) -> fx.Node:
         """Return a node of the whole call. Without a tag it is no part of the branch."""
         node = self.call(Role.ROWS, target, *args)
         del node.meta[META_KEY]
@@ -414,12 +414,9 @@ class Insert(Pass):
             padding=_padding(site),
             deploy=row.deploy,
             reads=tuple(
-                (
-                    name,
-                    *(join(holder, factor, name) for factor in factor_names(other).pair),
-                    other.scale,
-                )
+                (name, join(holder, own.a, name), join(holder, own.b, name), other.scale)
                 for name, other in other_rows(capture.model, row)
+                for own in [factor_names(other)]
             ),
         )
         return _Job(relative(site.place, region.fqn), wiring)
