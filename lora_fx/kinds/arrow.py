@@ -27,7 +27,7 @@ class Arrow(AdapterKind):
     Attributes:
         tasks: Names of the adapters that tokens are routed to.
         general: Names of the adapters whose mean is subtracted from those (``use_gks``).
-        options: ``top_k``, ``router_temperature`` and the seed of the prototypes.
+        settings: ``top_k``, ``router_temperature`` and the seed of the prototypes.
     """
 
     low_rank = False
@@ -45,11 +45,11 @@ class Arrow(AdapterKind):
         self,
         tasks: tuple[str, ...] = (),
         general: tuple[str, ...] = (),
-        options: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tasks, self.general, self.options = tasks, general, dict(options or {})
+        self.tasks, self.general, self.settings = tasks, general, dict(settings or {})
         self.reads = (*tasks, *general)
-        written = json.dumps([tasks, general, self.options]) if tasks else ""
+        written = json.dumps([tasks, general, self.settings]) if tasks else ""
         self.name = f"arrow:{written}" if written else "arrow"
         self.trains = (
             f"a router over {', '.join(tasks)} (arrow_config), and nothing that is trained"
@@ -108,7 +108,7 @@ class Arrow(AdapterKind):
             ups,
             scales,
             (tuple(pair[0] for pair in general), tuple(pair[1] for pair in general)),
-            *(self.options[name] for name in ("top_k", "temperature", "seed")),
+            *(self.settings[name] for name in ("top_k", "temperature", "seed")),
         )
         return build.call(
             Role.ADD, operator.add, build.total, build.cast_to_output(build.dropped(delta))
