@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from lora_fx.config import LoraConfig
+from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import ConfigError, hint
-from lora_fx.ir import OutputBuilder, PlannedSite, Site
+from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
 
 __all__ = [
+    "RANK",
     "AdapterKind",
     "Costs",
     "Slot",
     "Starting",
     "along",
+    "base_change",
     "chosen_kind",
     "is_plain",
     "kind_objection",
@@ -31,6 +35,10 @@ __all__ = [
     "register_adapter_kind",
     "union_of",
 ]
+
+
+RANK: Final = -1
+"""The rank of a site, as a size in the shape of a slot."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,18 +58,24 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """A vector over the output features that a kind trains, in addition to A and B or without them.
+    """A tensor of a kind at a site, in addition to A and B or without them.
+
+    Most slots are trained vectors over the output features. A slot may also have any other shape, and the
+    rank as a size. A slot that is not trained is the state of an adapter: training calls write into it.
 
     Attributes:
-        name: The attribute of the site's holder that stores the vectors of all adapters.
-        key: Its key in an adapter folder, below the name of the module.
-        shape: The stored shape: the output features, and any axes of size 1.
+        name: The attribute of the site's holder that stores the tensors of all adapters.
+        key: Its key in an adapter folder, below the name of the module; empty if no folder has it.
+        shape: The stored shape; :data:`RANK` stands for the rank. For a vector over the output features:
+            their number, and any axes of size 1.
         what: A noun phrase for messages, which continue "has": "a magnitude".
         neutral: The value with which the slot changes nothing; None if that depends on the weight.
         scaled: True if the scale of the branch multiplies it.
         multiplies: True if it multiplies, False if it is added.
         role: Its input in a file that takes adapters as inputs: "bias" or "gain"; empty if it has none.
         normed: True if it is compared with the norm of the weight.
+        over_outputs: True for a vector over the output features. A merge takes it in slices, as the weight.
+        trained: False for state.
     """
 
     name: str
@@ -73,6 +87,12 @@ class Slot:
     multiplies: bool = False
     role: str = ""
     normed: bool = False
+    over_outputs: bool = True
+    trained: bool = True
+
+    def sized(self, rank: int) -> tuple[int, ...]:
+        """Return the stored shape at a rank."""
+        return tuple(rank if size == RANK else size for size in self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,12 +120,13 @@ class AdapterKind:
 
     A kind is **additive**, as LoRA is: it adds ``s · B A``, the product of two factors. The pattern of the
     operation defines their shapes (:attr:`low_rank`). Or it is **multiplicative**: it computes a new weight
-    from the existing one (:attr:`transforms`), with or without factors. Everything else that it trains is
-    in slots, vectors over the output features.
+    from the existing one (:attr:`transforms`), with or without factors. All its other tensors are in slots,
+    trained or not.
 
     A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
-    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
-    ``examples/custom_kind.py`` has an example.
+    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge. A kind with factors
+    may also change A (:meth:`factor_a`), B (:meth:`factor_b`) or the product with A (:meth:`down`).
+    :meth:`merged_factors` is then A and B as a merge sees them. ``examples/custom_kind.py`` has an example.
 
     Attributes:
         name: Unique, kebab-case.
@@ -124,6 +145,10 @@ class AdapterKind:
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
+        new_base: True if an adapter starts from another base weight: :meth:`start_base`.
+        averages: True if :func:`lora_fx.adapter_loss` has the mean of :meth:`penalty` over the sites, not the
+            sum.
+        options: The value of :attr:`field`, if that is a mapping; None for a kind without options.
     """
 
     name: str = ""
@@ -139,6 +164,17 @@ class AdapterKind:
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
     deploys: bool = False
+    new_base: bool = False
+    averages: bool = False
+    options: Mapping[str, Any] | None = None
+
+    def configured(self, options: Mapping[str, Any] | None) -> AdapterKind:
+        """Return the kind with the options of a configuration."""
+        if options is None:
+            return self
+        kind = copy.copy(self)
+        kind.options = options
+        return kind
 
     # --- slots, costs, limits ---------------------------------------------------------------------
 
@@ -148,6 +184,10 @@ class AdapterKind:
 
     def costs(self, site: Site) -> Costs:
         """Return the costs of the slots at a site."""
+        return Costs()
+
+    def rank_costs(self, site: Site) -> Costs:
+        """Return the costs of the slots at a site for each unit of the rank, in addition to :meth:`costs`."""
         return Costs()
 
     def check(self, config: LoraConfig) -> None:
@@ -165,9 +205,16 @@ class AdapterKind:
                     f"which this says something: leave it out"
                 )
 
+    @property
+    def remedy(self) -> str:
+        """The way to another kind, in words."""
+        if not self.field:
+            return "choose another kind"
+        return f"set {self.field}=False" if self.options is None else f"leave out {self.field}"
+
     def objection(self, site: Site) -> str | None:
         """Return the reason why a site cannot have this kind, with a remedy; None if it can."""
-        remedy = f"set {self.field}=False" if self.field else "choose another kind"
+        remedy = self.remedy
         for slot in self.slots(site):
             noun = slot.what.removeprefix("a ")
             if site.experts:
@@ -188,8 +235,12 @@ class AdapterKind:
             )
         return None
 
+    def rank_objection(self, site: Site, rank: int) -> str | None:
+        """Return the reason why a site cannot have this kind at a rank, with a remedy; None if it can."""
+        return None
+
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return the initial values of a slot, over the output features, in any shape and dtype.
+        """Return the initial values of a slot, in any shape and dtype.
 
         Args:
             slot: One of :meth:`slots`.
@@ -197,9 +248,46 @@ class AdapterKind:
         """
         if slot.neutral is None:
             raise NotImplementedError(f"the kind {self.name!r} does not say how {slot.name} starts")
-        return torch.full(slot.shape, slot.neutral)
+        return torch.full(slot.sized(starting.row.rank), slot.neutral)
+
+    def start_base(self, row: PlannedSite, weight: Tensor) -> Tensor:
+        """Return the weight that replaces that of the base, a new tensor (:attr:`new_base`).
+
+        Args:
+            row: The site.
+            weight: Its weight as stored. Do not write to it.
+        """
+        raise NotImplementedError(f"the kind {self.name!r} does not say from which base it starts")
+
+    def penalty(
+        self,
+        row: PlannedSite,
+        a: Tensor,
+        b: Tensor,
+        values: Mapping[str, Tensor],
+        *,
+        training: bool,
+    ) -> Tensor | None:
+        """Return the term of a site in the loss (:func:`lora_fx.adapter_loss`); None for no term.
+
+        Args:
+            row: The site.
+            a: A as stored.
+            b: B as stored.
+            values: The slots by name, as stored.
+            training: True if the site is in training mode.
+        """
+        return None
 
     # --- graphs -----------------------------------------------------------------------------------
+
+    def factor_a(self, build: OutputBuilder) -> fx.Node:
+        """Write A in the form in which the product takes it, and return its node."""
+        return build.cast_factor("a")
+
+    def down(self, build: OutputBuilder, x: fx.Node) -> fx.Node:
+        """Write ``A x`` for a product of vectors x [..., in] with the weight, and return its node."""
+        return build.call(Role.DOWN, F.linear, x, build.a)
 
     def factor_b(self, build: OutputBuilder) -> fx.Node:
         """Write B in the form in which the product takes it, and return its node."""
@@ -228,6 +316,28 @@ class AdapterKind:
 
     # --- merges -----------------------------------------------------------------------------------
 
+    def values(self, site: Site, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return slots as the methods below take them: vectors over the output features flat.
+
+        Args:
+            site: The site.
+            slots: The slots by name, as stored.
+        """
+        flat = {slot.name for slot in self.slots(site) if slot.over_outputs}
+        return {name: slot.flatten() if name in flat else slot for name, slot in slots.items()}
+
+    def merged_factors(
+        self, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the factors A and B of the change ``s·BA``.
+
+        Args:
+            a: A, in the site's own role.
+            b: B, in the site's own role.
+            values: The slots by name, in the dtype of the factors (:meth:`values`).
+        """
+        return a, b
+
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
         """Return the adapted weight, a new tensor of the same shape.
 
@@ -236,7 +346,7 @@ class AdapterKind:
         Args:
             weight: A slice of ``W + s·BA``, or of W without factors, in the dtype of the computation.
             site: The site.
-            values: The slots by name, flat, for the output features of the slice.
+            values: The slots by name (:meth:`values`), for the output features of the slice.
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what weight it makes")
 
@@ -281,7 +391,7 @@ class AdapterKind:
             weight: The base's weight.
             a: A.
             b: B.
-            values: The slots by name, flat.
+            values: The slots by name (:meth:`values`).
         """
         inputs = {"B": b.double() * row.scale}
         for slot in self.slots(row.site):
@@ -395,15 +505,17 @@ def _place(kind: AdapterKind) -> tuple[str, str]:
 class _Kinded(Protocol):
     @property
     def kind(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any] | None: ...
 
 
 def kind_of(row: _Kinded) -> AdapterKind:
-    """Return the kind of a planned site.
+    """Return the kind of a planned site, with its options.
 
     Raises:
         ConfigError: If it was registered in another process and not in this one.
     """
-    return _named(row.kind)
+    return _named(row.kind).configured(row.options)
 
 
 def _named(name: str) -> AdapterKind:
@@ -419,14 +531,16 @@ def _named(name: str) -> AdapterKind:
 
 
 def chosen_kind(config: LoraConfig) -> AdapterKind:
-    """Return the kind that a configuration chooses.
+    """Return the kind that a configuration chooses, with its options.
 
     Raises:
         ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
     if config.kind is None:
-        chosen = (kind for kind in _BUILT_IN if kind.field and getattr(config, kind.field))
-        return next(chosen, _PLAIN)
+        for kind in _BUILT_IN:
+            if kind.field and (value := getattr(config, kind.field)):
+                return kind.configured(value if isinstance(value, Mapping) else None)
+        return _PLAIN
     kind = _named(config.kind)
     if kind in _BUILT_IN:
         reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
@@ -440,13 +554,22 @@ def is_plain(config: LoraConfig) -> bool:
     return chosen_kind(config) is _PLAIN
 
 
-def kind_objection(site: Site, config: LoraConfig) -> str | None:
+def base_change(config: LoraConfig) -> str:
+    """Return the setting that makes an adapter start from another base weight; empty if there is none."""
+    if changes_base(config.init_lora_weights):
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    kind = chosen_kind(config)
+    return (kind.field or f"the kind {kind.name!r}") if kind.new_base else ""
+
+
+def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
         ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
-    reason = chosen_kind(config).objection(site)
+    kind = chosen_kind(config)
+    reason = kind.objection(site) or kind.rank_objection(site, rank)
     if reason is not None and _is_named(site.name, config):
         raise ConfigError(f"{site.name}: {reason}")
     return reason
