@@ -51,12 +51,15 @@ _TASKS: Final = (
 _CONFIGS: Final = {
     "CordaConfig": "peft.tuners.lora.config",
     "EvaConfig": "peft",
+    "KasaConfig": "peft",
     "LoftQConfig": "peft",
     "LoraConfig": "peft",
     "LoraGAConfig": "peft",
+    "MontecloraConfig": "peft",
     "PeftConfig": "peft",
     "PeftType": "peft",
     "TaskType": "peft",
+    "VeloraConfig": "peft",
 }
 
 # Aliases of a single class: the model itself already has everything that a task needs.

@@ -145,9 +145,10 @@ class AdapterKind:
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
+        direct: True if the change is ``s·BA`` of the stored factors: :meth:`merged_factors` returns them.
         new_base: True if an adapter starts from another base weight: :meth:`start_base`.
-        averages: True if :func:`lora_fx.adapter_loss` has the mean of :meth:`penalty` over the sites, not the
-            sum.
+        averages: True if :func:`lora_fx.adapter_penalty` has the mean of :meth:`penalty` over the sites, and
+            not the sum.
         options: The value of :attr:`field`, if that is a mapping; None for a kind without options.
     """
 
@@ -164,6 +165,7 @@ class AdapterKind:
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
     deploys: bool = False
+    direct: bool = True
     new_base: bool = False
     averages: bool = False
     options: Mapping[str, Any] | None = None
@@ -260,21 +262,13 @@ class AdapterKind:
         raise NotImplementedError(f"the kind {self.name!r} does not say from which base it starts")
 
     def penalty(
-        self,
-        row: PlannedSite,
-        a: Tensor,
-        b: Tensor,
-        values: Mapping[str, Tensor],
-        *,
-        training: bool,
+        self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool
     ) -> Tensor | None:
-        """Return the term of a site in the loss (:func:`lora_fx.adapter_loss`); None for no term.
+        """Return the term of a site in the loss (:func:`lora_fx.adapter_penalty`); None for no term.
 
         Args:
             row: The site.
-            a: A as stored.
-            b: B as stored.
-            values: The slots by name, as stored.
+            factors: A and B as "a" and "b", and the slots by name, as stored.
             training: True if the site is in training mode.
         """
         return None

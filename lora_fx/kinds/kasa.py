@@ -28,6 +28,7 @@ class Kasa(Lora):
     """Two factors, a diagonal between them, and a base without its smallest singular values."""
 
     in_parts = False
+    direct = False
     new_base = True
 
     def __init__(self) -> None:
@@ -88,18 +89,10 @@ class Kasa(Lora):
         base: Tensor = (u[:, :kept] * s[:kept]) @ vh[:kept]
         return base.to(weight.dtype)
 
-    def penalty(
-        self,
-        row: PlannedSite,
-        a: Tensor,
-        b: Tensor,
-        values: Mapping[str, Tensor],
-        *,
-        training: bool,
-    ) -> Tensor:
+    def penalty(self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool) -> Tensor:
         """Return ``β ‖d‖² + γ (‖BᵀB - I‖ + ‖A Aᵀ - I‖)`` in fp32 (equations 9 to 11)."""
         assert self.options is not None
-        a, b, diagonal = a.float(), b.float(), values[_DIAGONAL].float()
+        a, b, diagonal = (factors[name].float() for name in ("a", "b", _DIAGONAL))
         identity = torch.eye(len(diagonal), device=diagonal.device)
         norm = torch.linalg.norm(b.mT @ b - identity) + torch.linalg.norm(a @ a.mT - identity)
         return self.options["beta"] * diagonal.square().sum() + self.options["gamma"] * norm

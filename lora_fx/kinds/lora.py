@@ -46,7 +46,8 @@ def layer_objection(method: str, kind: AdapterKind, site: Site) -> str | None:
     """
     if site.is_layer:
         return None
-    return f"{method} is for linear layers with a weight of their own (as in PEFT): leave it out, or {kind.remedy}"
+    remedy = f"leave it out, or {kind.remedy}"
+    return f"{method} is for linear layers with a weight of their own (as in PEFT): {remedy}"
 
 
 class Lora(AdapterKind):

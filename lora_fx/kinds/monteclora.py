@@ -2,7 +2,7 @@
 
 A training call computes with ``A + Σᵢ wᵢ noiseᵢ``. The noise is normal, with variances that have a Wishart
 distribution. The weights have a Dirichlet distribution, here a normal one before a softmax. Both have trained
-parameters, and :func:`lora_fx.adapter_loss` keeps these near their priors. In evaluation mode, and in
+parameters, and :func:`lora_fx.adapter_penalty` keeps these near their priors. In evaluation mode, and in
 merges, it is LoRA.
 
 PEFT draws the noise of many calls ahead of time. Here a call draws its own, which has the same distribution.
@@ -89,32 +89,24 @@ class Monteclora(Lora):
             return torch.eye(len(values))
         return values + 1 / len(values) if slot.name == _WEIGHTS else values
 
-    def penalty(
-        self,
-        row: PlannedSite,
-        a: Tensor,
-        b: Tensor,
-        values: Mapping[str, Tensor],
-        *,
-        training: bool,
-    ) -> Tensor:
+    def penalty(self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool) -> Tensor:
         """Return the weighted divergences from the priors, plus ``Σ wᵢ²`` with ``use_entropy``.
 
         Variances and weights are those of the last training call. It is zero in evaluation mode.
         """
         assert self.options is not None
-        spread, prior = values[_SPREAD], values[_PRIOR]
+        spread, prior = factors[_SPREAD], factors[_PRIOR]
         if not training:
             return spread.new_zeros(())
-        drawn = values[_SQUARES].any()
+        drawn = factors[_SQUARES].any()
         variance = torch.where(
-            drawn, _variance(spread, values[_SQUARES]), values[_VARIANCE].diagonal()
+            drawn, _variance(spread, factors[_SQUARES]), factors[_VARIANCE].diagonal()
         )
         divergence = _dirichlet(prior.exp(), self.options["dirichlet_prior"])
         divergence = divergence + _wishart(spread) + len(prior) * _normal(variance)
         loss: Tensor = self.options["kl_loss_weight"] * divergence
         if self.options["use_entropy"]:
-            weights = torch.where(drawn, _weights(prior, values[_NORMALS]), values[_WEIGHTS])
+            weights = torch.where(drawn, _weights(prior, factors[_NORMALS]), factors[_WEIGHTS])
             loss = loss + weights.square().sum()
         return loss
 
