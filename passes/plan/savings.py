@@ -177,7 +177,9 @@ class _Finder:
         """Return the reason why a module does not treat each token on its own; empty if it does."""
         for owner, kind in self._counting.items():
             if _is_in(owner, fqn):
-                return f"its adapters are of the kind {kind!r}, which depends on all tokens of a call"
+                return (
+                    f"its adapters are of the kind {kind!r}, which depends on all tokens of a call"
+                )
         experts = any(site.experts for site in self._sites if _is_in(site.owner, fqn))
         sizes = {site.in_features for site in self._sites if _is_in(site.owner, fqn)}
         sizes |= {len(p) for p in module.parameters() if p.dim() == 1}
