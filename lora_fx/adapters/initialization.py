@@ -451,9 +451,10 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
     if needs_data(start):
         raise ConfigError(f"init_lora_weights={start!r} needs data: give initialize() a dataloader")
     if base_change(entry.config) or entry.own or entry.tokens:
+        setting = base_change(entry.config) or f"init_lora_weights={start!r}"
         raise ConfigError(
-            f"the adapter {adapter_name!r} has values of the base in it (init_lora_weights={start!r}, "
-            "modules_to_save, bias, trainable_token_indices): rewrite the model when it has its weights"
+            f"the adapter {adapter_name!r} has values of the base in it ({setting}, modules_to_save, bias, "
+            "trainable_token_indices): rewrite the model when it has its weights"
         )
     _check_has_values(model)
     reshard(model)

@@ -208,6 +208,13 @@ class AdapterKind:
                 )
 
     @property
+    def setting(self) -> str:
+        """The setting of a configuration that chooses it, in words."""
+        if not self.field:
+            return f"the kind {self.name!r}"
+        return f"{self.field}=True" if self.options is None else self.field
+
+    @property
     def remedy(self) -> str:
         """The way to another kind, in words."""
         if not self.field:
@@ -553,7 +560,7 @@ def base_change(config: LoraConfig) -> str:
     if changes_base(config.init_lora_weights):
         return f"init_lora_weights={config.init_lora_weights!r}"
     kind = chosen_kind(config)
-    return (kind.field or f"the kind {kind.name!r}") if kind.new_base else ""
+    return kind.setting if kind.new_base else ""
 
 
 def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:

@@ -142,16 +142,20 @@ def _refuse_quantized(
                     f"modules_to_save names {name}, and {leaf} in it is stored as {stored}, which cannot be "
                     f"trained: leave it out, or quantize the model with exclude=[{name!r}]"
                 )
-    setting = base_change(config)
+    setting, kind = base_change(config), chosen_kind(config)
     if not setting:
         return
+    remedy = (
+        kind.remedy
+        if kind.new_base
+        else "use True here and then lora_fx.replace_lora_weights_loftq(model, original), which makes up for "
+        "what quantizing lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+    )
     for site in sites:
         if site.quantized is not None:
             raise ConfigError(
                 f"{setting} changes the base weight, and {site.weight} is stored as {site.quantized}. Use it "
-                "over the dense model, or use init_lora_weights=True here and then "
-                "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantizing "
-                "lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+                f"over the dense model, or {remedy}"
             )
 
 
