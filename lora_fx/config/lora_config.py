@@ -23,6 +23,7 @@ from lora_fx.config.fields import (
     NORMALIZERS,
     OPTIONS,
     TASK_TYPES,
+    VARIANTS,
     Bias,
     FrozenOptions,
     FrozenPattern,
@@ -53,13 +54,8 @@ _log = logging.getLogger("lora_fx")
 _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
 
 
-_VARIANTS: Final = {
-    "use_dora": "DoRA",
-    "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-}
-"""The variants of LoRA by the fields that choose them. An adapter has at most one."""
+_VARIANTS: Final = ("use_dora", *VARIANTS)
+"""Fields that choose a variant of LoRA. An adapter has at most one."""
 
 
 def check_together(config: Any) -> None:
@@ -106,9 +102,8 @@ def _check_variant(config: Any) -> None:
         )
         raise bad(variants[1], getattr(config, variants[1]), remedy)
     if config.lora_bias:
-        for name in variants:
-            remedy = f"{_VARIANTS[name]} has no bias on B: leave out {name} or lora_bias"
-            raise bad("lora_bias", True, remedy)
+        if config.use_dora:
+            raise bad("lora_bias", True, "DoRA has no bias on B: leave out use_dora or lora_bias")
         if config.init_lora_weights not in (True, False):
             remedy = f"with init_lora_weights={config.init_lora_weights!r} B has no bias; use True or False"
             raise bad("lora_bias", True, remedy)
@@ -172,7 +167,7 @@ class LoraConfig:
         use_rslora: Rank-stabilized scale (https://arxiv.org/abs/2312.03732).
         use_dora: Weight-decomposed adapters: a trained magnitude for each output feature, in addition to the
             direction (https://arxiv.org/abs/2402.09353).
-        lora_bias: True to train a bias of B. Not with `use_dora` or another variant.
+        lora_bias: True to train a bias of B. Not with `use_dora`.
         target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
             with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
             apply. With it, `target_modules=None` selects nothing.

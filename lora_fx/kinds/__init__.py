@@ -137,6 +137,7 @@ class AdapterKind:
         keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
         field: The field of PEFT's configuration that chooses it; empty for a kind that
             ``LoraConfig(kind=name)`` chooses.
+        also: Other fields that have to be set as well. The kind with the most fields is chosen.
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
         depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
             in words; empty if it does not need them.
@@ -159,6 +160,7 @@ class AdapterKind:
     trains: str = ""
     keys: tuple[str, ...] = ()
     field: str = ""
+    also: tuple[str, ...] = ()
     does: str = ""
     depends: str = ""
     constants: tuple[Any, ...] = ()
@@ -538,10 +540,16 @@ def chosen_kind(config: LoraConfig) -> AdapterKind:
         ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
     if config.kind is None:
-        for kind in _BUILT_IN:
-            if kind.field and (value := getattr(config, kind.field)):
-                return kind.configured(value if isinstance(value, Mapping) else None)
-        return _PLAIN
+        chosen = [
+            kind
+            for kind in _BUILT_IN
+            if kind.field and all(getattr(config, name) for name in (kind.field, *kind.also))
+        ]
+        if not chosen:
+            return _PLAIN
+        kind = max(chosen, key=lambda kind: len(kind.also))
+        value = getattr(config, kind.field)
+        return kind.configured(value if isinstance(value, Mapping) else None)
     kind = _named(config.kind)
     if kind in _BUILT_IN:
         reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"

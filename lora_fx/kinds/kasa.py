@@ -31,14 +31,17 @@ class Kasa(Lora):
     direct = False
     new_base = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.name, self.field, self.deploys = "kasa", "kasa_config", False
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__(bias)
+        self.name = "kasa-bias" if bias else "kasa"
+        self.field, self.deploys = "kasa_config", False
+        self.also = ("lora_bias",) if bias else ()
         self.trains = "a trained diagonal between A and B (KaSA)"
+        self.trains += " and a bias on B (lora_bias)" if bias else ""
         self.options = complete_options(self.field, {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
-        """Return the diagonal, [r]."""
+        """Return the diagonal, [r], and B's bias, if B has one."""
         diagonal = Slot(
             _DIAGONAL,
             _DIAGONAL,
@@ -48,7 +51,7 @@ class Kasa(Lora):
             multiplies=True,
             over_outputs=False,
         )
-        return (diagonal,)
+        return (*super().slots(site), diagonal)
 
     def rank_costs(self, site: Site) -> Costs:
         """Return an element of the diagonal. Its product with B is not a cost per token."""
@@ -79,6 +82,8 @@ class Kasa(Lora):
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return normal numbers: B is zero at first, so that they change nothing."""
+        if slot.name != _DIAGONAL:
+            return super().start(slot, starting)
         name = f"{starting.row.name}.{_DIAGONAL}"
         return torch.empty(starting.row.rank).normal_(generator=starting.generator(name))
 
@@ -124,4 +129,4 @@ def _scaled(build: OutputBuilder) -> fx.Node:
     return build.once("B diag(d)", scale)
 
 
-KINDS = (Kasa(),)
+KINDS = (Kasa(), Kasa(bias=True))

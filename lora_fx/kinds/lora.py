@@ -88,8 +88,8 @@ class Lora(AdapterKind):
         return build.cast_slot(BIAS) if self.bias else None
 
     def without_bias(self) -> AdapterKind:
-        """Return plain LoRA: B's bias is added to that of the layer."""
-        return KINDS[0]
+        """Return the kind without B's bias, which is added to that of the layer."""
+        return type(self)().configured(self.options) if self.bias else self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Write ``total + pad(up · s)``."""

@@ -10,6 +10,7 @@ PEFT draws the noise of many calls ahead of time. Here a call draws its own, whi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from torch import Tensor, fx
 from lora_fx.config import complete_options
 from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
 from lora_fx.kinds import RANK, Costs, Slot, Starting
-from lora_fx.kinds.lora import Lora, layer_objection
+from lora_fx.kinds.lora import BIAS, Lora, layer_objection
 from lora_fx.runtime import fused_lora
 
 __all__ = ["KINDS", "Monteclora", "sampled"]
@@ -42,10 +43,13 @@ class Monteclora(Lora):
     in_parts = False
     averages = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.name, self.field, self.deploys = "monteclora", "monteclora_config", False
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__(bias)
+        self.name = "monteclora-bias" if bias else "monteclora"
+        self.field, self.deploys = "monteclora_config", False
+        self.also = ("lora_bias",) if bias else ()
         self.trains = "trained noise on A (MonteCLoRA)"
+        self.trains += " and a bias on B (lora_bias)" if bias else ""
         self.options = complete_options(self.field, {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
@@ -59,6 +63,7 @@ class Monteclora(Lora):
         trained: dict[str, Any] = {"what": "trained noise", "over_outputs": False}
         state: dict[str, Any] = {**trained, "trained": False}
         return (
+            *super().slots(site),
             Slot(_SPREAD, f"{_KEY}.std_prior", (RANK,), **trained),
             Slot(_PRIOR, f"{_KEY}.expert_weights_prior", count, **trained),
             Slot(_VARIANCE, f"{_KEY}.gaussian_var_prior", (RANK, RANK), **state),
@@ -70,7 +75,8 @@ class Monteclora(Lora):
     def costs(self, site: Site) -> Costs:
         """Return a parameter for each sample. The noise is not a cost per token."""
         assert self.options is not None
-        return Costs(parameters=self.options["num_samples"])
+        bias = super().costs(site)
+        return dataclasses.replace(bias, parameters=bias.parameters + self.options["num_samples"])
 
     def rank_costs(self, site: Site) -> Costs:
         """Return a parameter for each variance."""
@@ -82,6 +88,8 @@ class Monteclora(Lora):
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return uniform parameters, unit variances, equal weights, and no random numbers yet."""
+        if slot.name == BIAS:
+            return super().start(slot, starting)
         values = torch.zeros(slot.sized(starting.row.rank))
         if slot.trained:
             return values.uniform_(generator=starting.generator(f"{starting.row.name}.{slot.name}"))
@@ -205,4 +213,4 @@ def _normal(variance: Tensor) -> Tensor:
     return result
 
 
-KINDS = (Monteclora(),)
+KINDS = (Monteclora(), Monteclora(bias=True))

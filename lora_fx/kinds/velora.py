@@ -30,22 +30,27 @@ class Velora(Lora):
 
     in_parts = False
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.name, self.field, self.deploys = "velora", "velora_config", False
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__(bias)
+        self.name = "velora-bias" if bias else "velora"
+        self.field, self.deploys = "velora_config", False
+        self.also = ("lora_bias",) if bias else ()
         self.options = complete_options(self.field, {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the projection, [⌈in / groups⌉], and with "batch_average_once" a flag that it is computed.
+
+        B's bias comes first, if B has one.
 
         No folder has the flag, as in PEFT: a loaded adapter computes its projection from its first batch.
         """
         size = (_group_size(site.in_features, self._groups),)
         state: dict[str, Any] = {"over_outputs": False, "trained": False}
         projection = Slot(_PROJECTION, _PROJECTION, size, "a projection", **state)
+        slots = (*super().slots(site), projection)
         if self._start != "batch_average_once":
-            return (projection,)
-        return projection, Slot(_STARTED, "", (1,), "a projection", **state)
+            return slots
+        return (*slots, Slot(_STARTED, "", (1,), "a projection", **state))
 
     @property
     def _groups(self) -> int:
@@ -61,7 +66,9 @@ class Velora(Lora):
 
     def costs(self, site: Site) -> Costs:
         """Return the products with the projection. A number for each group is saved, and not the input."""
-        return Costs(flops=2 * site.in_features, saved=self._groups - site.in_features)
+        bias, flops = super().costs(site), 2 * site.in_features
+        saved = self._groups - site.in_features
+        return Costs(bias.parameters, bias.flops + flops, bias.saved + saved)
 
     def objection(self, site: Site) -> str | None:
         """Refuse everything but a linear layer."""
@@ -69,6 +76,8 @@ class Velora(Lora):
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return a random unit vector, or zeros until there is a batch."""
+        if slot.trained:
+            return super().start(slot, starting)
         values = torch.zeros(slot.sized(starting.row.rank))
         if slot.name == _PROJECTION and self._start == "random":
             values.normal_(generator=starting.generator(f"{starting.row.name}.{_PROJECTION}"))
@@ -171,4 +180,4 @@ def _normalized(vector: Tensor) -> Tensor:
     return torch.where(norm > 0, vector / norm, ones / torch.linalg.vector_norm(ones))
 
 
-KINDS = (Velora(),)
+KINDS = (Velora(), Velora(bias=True))

@@ -90,7 +90,7 @@ def in_tiles(module: nn.Module, compute: Callable[[Tensor], Any], x: Tensor) -> 
         compute: Function that returns the results of some tokens.
         x: All tokens, which :func:`fits` has checked.
     """
-    if not all(map(is_silent, _parts(module))) or counts_tokens(module):
+    if not all(map(is_silent, _parts(module))) or _counts_tokens(module):
         return None
     parameters = [p for p in module.parameters() if p.requires_grad]
     hooked = any(getattr(p, torch_private.TENSOR_HOOKS) for p in parameters)
@@ -131,7 +131,7 @@ def is_silent(part: nn.Module) -> bool:
     return not (draws or any(getattr(part, name) for name in torch_private.MODULE_HOOKS))
 
 
-def counts_tokens(module: nn.Module) -> bool:
+def _counts_tokens(module: nn.Module) -> bool:
     """Return True if an adapter in a module has state, which depends on all tokens of a call."""
     return any(isinstance(part, AdapterState) for part in module.modules())
 

@@ -80,6 +80,9 @@ ROWS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"lin0": 7},
         "use_rslora": True,
     },
+    "KaSA, bias": {**KASA, "lora_bias": True, "lora_alpha": 32},
+    "VeLoRA, bias": {"target_modules": ["lin0"], "velora_config": ONCE, "lora_bias": True},
+    "MonteCLoRA, bias": {"target_modules": ["lin1"], "monteclora_config": LOUD, "lora_bias": True},
     "VeLoRA, groups that do not divide": {
         "target_modules": ["lin0", "lin1"],
         "velora_config": UNEVEN,
@@ -296,6 +299,15 @@ def saved_elements(model: nn.Module, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
+@pytest.mark.parametrize(
+    ("row", "fused"), [(row, "VeLoRA" not in row) for row in ROWS if "bias" not in row]
+)
+def test_branches_are_fused_if_they_save_what_lora_saves(row: str, fused: bool) -> None:
+    model = lora_fx.rewrite(seeded(MLP)(), LoraConfig(**ROWS[row]))
+    targets = [getattr(node.target, "__name__", "") for node in lora_fx.graphs(model)["lin0"].nodes]
+    assert ("lora_linear" in targets) == fused
+
+
 def test_velora_saves_the_compressed_input() -> None:
     base = nn.Sequential(nn.Linear(64, 64))
     x = sample(1000, 64)
@@ -465,7 +477,6 @@ def test_a_quantized_weight_is_not_truncated() -> None:
     [
         ({"kasa_config": {}, "use_dora": True}, "kasa_config: found .* an adapter has one variant"),
         ({"kasa_config": {}, "velora_config": {}}, "velora_config: found .* one variant"),
-        ({"monteclora_config": {}, "lora_bias": True}, "MonteCLoRA has no bias on B"),
         ({"kasa_config": {}, "init_lora_weights": "pissa"}, "kasa_config changes the base"),
         ({"kasa_config": {"beta": -1}}, r"kasa_config\['beta'\]: found -1"),
         ({"velora_config": {"num_groups": 0}}, r"velora_config\['num_groups'\]"),
