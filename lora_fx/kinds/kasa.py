@@ -100,7 +100,8 @@ class Kasa(Lora):
         a, b, diagonal = (factors[name].float() for name in ("a", "b", _DIAGONAL))
         identity = torch.eye(len(diagonal), device=diagonal.device)
         norm = torch.linalg.norm(b.mT @ b - identity) + torch.linalg.norm(a @ a.mT - identity)
-        return self.options["beta"] * diagonal.square().sum() + self.options["gamma"] * norm
+        term: Tensor = self.options["beta"] * diagonal.square().sum() + self.options["gamma"] * norm
+        return term
 
     # --- graphs -----------------------------------------------------------------------------------
 

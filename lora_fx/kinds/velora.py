@@ -148,7 +148,7 @@ class _Down(torch.autograd.Function):
         return F.linear(x, a)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         compressed, a, projection = ctx.saved_tensors
         grad_x = grad_a = None
