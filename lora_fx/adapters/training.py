@@ -283,10 +283,11 @@ def adapter_penalty(model: nn.Module, adapter_names: Sequence[str] | str | None 
         adapter_names: Names of adapters; by default the active ones.
 
     Returns:
-        A scalar with a gradient; 0 if no adapter adds a term.
+        A scalar with a gradient; 0 if no adapter adds a term. If the model is sharded (FSDP2), all processes
+        have to call this.
 
     Raises:
-        ConfigError: If the model has no such adapter, or a library has its factors in shards.
+        ConfigError: If the model has no such adapter, or DeepSpeed has its factors in parts.
     """
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]
@@ -320,15 +321,21 @@ def _penalty(model: nn.Module, row: PlannedSite, adapter: str) -> Tensor | None:
         return None
     factors = factors_of(model, row, adapter)
     for name, factor in factors.values.items():
-        if is_sharded(factor) or is_partitioned(factor):
+        if is_partitioned(factor):
             raise ConfigError(
-                f"{row.name}: {name} is sharded, and adapter_penalty needs it whole: leave the penalty out, "
-                "or shard the base alone"
+                f"{row.name}: DeepSpeed has {name} in parts, and adapter_penalty needs it whole: call it in "
+                "deepspeed.zero.GatheredParameters, or leave the penalty out"
             )
     roles = dict(zip(filter(None, factors.names.pair), ("a", "b"), strict=False))
-    tensors = {roles.get(name, name): value for name, value in factors.values.items()}
+    tensors = {roles.get(name, name): _whole(value) for name, value in factors.values.items()}
     holder = model.get_submodule(row.site.holder).get_submodule(factors.names.present[0])
     return kind.penalty(row, tensors, training=holder.training)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor as a whole, with a gradient. It is the same in all processes."""
+    parts: Any = tensor
+    return parts.full_tensor() if is_sharded(tensor) else tensor
 
 
 # --- several adapters in one batch ----------------------------------------------------------------

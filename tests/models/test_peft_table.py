@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -502,3 +503,41 @@ def test_what_needs_plain_factors_says_so(tmp_path: Path) -> None:
         lora_fx.prepare_hotswap(model, 8)
     with pytest.raises(ConfigError, match="no adapter 'other'"):
         lora_fx.adapter_penalty(model, "other")
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+RANKS = 2
+SHARDED = ("KaSA, options", "VeLoRA, groups that do not divide", "MonteCLoRA, options")
+
+
+def step_with_penalty(row: str, sharded: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The penalty and the gradients after a step, the same in all processes."""
+    config = LoraConfig(**ROWS[row], init_lora_weights=False, seed=1)
+    model = lora_fx.rewrite(seeded(MLP)(), config).train()
+    if sharded:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (RANKS,))
+        fully_shard(model.lin0, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    torch.manual_seed(2)
+    output = model(sample(6, 10))
+    penalty = lora_fx.adapter_penalty(model)
+    (output.square().sum() + penalty).backward()
+    grads = [p.grad for p in lora_fx.trainable_parameters(model)]
+    return penalty.detach(), [getattr(g, "full_tensor", lambda g=g: g)() for g in grads]
+
+
+def run_rank(rank: int, folder: str) -> None:
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS)
+    torch.save({row: step_with_penalty(row, True) for row in SHARDED}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_a_sharded_model_has_the_penalty_of_one_process(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run_rank, (str(tmp_path),), nprocs=RANKS)
+    for row in SHARDED:
+        exact = step_with_penalty(row, False)
+        for rank in range(RANKS):
+            assert_close(torch.load(tmp_path / f"{rank}.pt")[row], exact)
