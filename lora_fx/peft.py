@@ -55,12 +55,15 @@ _CONFIGS: Final = {
     "BdLoraConfig": "peft",
     "CordaConfig": "peft.tuners.lora.config",
     "EvaConfig": "peft",
+    "KasaConfig": "peft",
     "LoftQConfig": "peft",
     "LoraConfig": "peft",
     "LoraGAConfig": "peft",
+    "MontecloraConfig": "peft",
     "PeftConfig": "peft",
     "PeftType": "peft",
     "TaskType": "peft",
+    "VeloraConfig": "peft",
 }
 
 # Aliases of a single class: the model itself already has everything that a task needs.

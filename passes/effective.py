@@ -281,17 +281,18 @@ def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tenso
     values = dict(zip(names.present, tensors, strict=True))
     before = rows_of(site, base)
     change = torch.zeros_like(before)
+    slots = kind.values(site, {name: values[name] for name in names.slots})
     if kind.low_rank:
         a, b = (values[name] for name in names.pair)
         try:
             a, b = (a.mT, b.mT) if row.tied else kind.pair(site, a, b)
+            a, b = kind.merged_factors(a, b, slots)
         except MergeError as error:
             raise CaptureError(
                 f"{site.weight} is read by code that is no known product, and {error}"
             ) from error
         change = pattern_of(site).delta(site, a, b * row.scale).reshape(before.shape)
     if kind.transforms:
-        slots = {name: value.flatten() for name, value in values.items() if name not in names.pair}
         change = kind.transformed(before + change, site, slots) - before
     return change
 

@@ -151,7 +151,9 @@ class AdapterReport:
         idle = [site.name for site in self.sites if site.norm == 0]
         broken = [site.name for site in self.sites if not math.isfinite(site.norm)]
         lines = []
-        if kinds := sorted({site.kind for site in self.sites} - {"lora"}):
+        own = chosen_kind(self.config)
+        in_figures = own.direct and not own.transforms and not own.new_base
+        if kinds := sorted(() if in_figures else {site.kind for site in self.sites}):
             lines.append(
                 f"figures of s · B A: what {', '.join(kinds)} changes depends on the base, which is not read"
             )

@@ -549,7 +549,7 @@ def _compensated(
         if slot.neutral is None:
             factors[slot.name] = slot_start(row, slot, stored, (a, b), entry.config)
         else:
-            factors[slot.name] = torch.full(slot.shape, slot.neutral)
+            factors[slot.name] = torch.full(slot.sized(row.rank), slot.neutral)
     return factors, report
 
 

@@ -378,13 +378,15 @@ def _parameter_slots(
 def _kind_slots(
     row: PlannedSite, factors: SiteFactors, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
-    """Yield the slots that the kind trains in addition to A and B.
+    """Yield the slots that the kind has in addition to A and B, and that folders have.
 
     PEFT writes the magnitude without ``.weight``.
     """
     holder = row.site.holder
     inside = layout.inside(holder) if holder == row.site.owner else holder
     for slot in kind_of(row).slots(row.site):
+        if not slot.key:
+            continue
         name, tensor = join(holder, slot.name, adapter), factors.values[slot.name]
         yield Slot(join(inside, slot.key), name, tensor)
         if inside != holder:

@@ -25,6 +25,7 @@ __all__ = [
     "NORMALIZERS",
     "OPTIONS",
     "TASK_TYPES",
+    "VARIANTS",
     "Bias",
     "FrozenOptions",
     "FrozenPattern",
@@ -37,6 +38,7 @@ __all__ = [
     "needs_data",
     "only_own",
     "options",
+    "variant",
 ]
 
 # --- starting values ------------------------------------------------------------------------------
@@ -127,6 +129,11 @@ class _Option:
 _FLAG: Final = (_is_flag, "True or False")
 _NO_FILE: Final = "None: lora_fx keeps statistics in memory and writes no cache"
 
+
+def _positive(value: Any) -> bool:
+    return _real(value) and value > 0
+
+
 # PEFT's option classes, field by field: LoftQConfig, EvaConfig, CordaConfig, LoraGAConfig.
 OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
     "loftq_config": {
@@ -164,6 +171,40 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
     },
 }
 
+# The same for PEFT's variants of LoRA: KasaConfig, VeloraConfig, MontecloraConfig.
+VARIANTS: Final[Mapping[str, Mapping[str, _Option]]] = {
+    "kasa_config": {
+        "beta": _Option(1e-4, lambda v: _real(v) and v >= 0, "a number of at least 0"),
+        "gamma": _Option(1e-3, lambda v: _real(v) and v >= 0, "a number of at least 0"),
+    },
+    "velora_config": {
+        "num_groups": _Option(64, _at_least(1), "a whole number of at least 1"),
+        "scale": _Option(1.0, _positive, "a number above 0"),
+        "init_type": _Option(
+            "batch_average",
+            _one_of("batch_average", "batch_average_once", "random"),
+            "'batch_average', 'batch_average_once' or 'random'",
+        ),
+    },
+    "monteclora_config": {
+        "num_samples": _Option(8, _at_least(1), "a whole number of at least 1"),
+        "use_entropy": _Option(False, *_FLAG),
+        "dirichlet_prior": _Option(0.1, _positive, "a number above 0"),
+        "sample_scaler": _Option(1e-4, _real, "a finite number"),
+        "kl_loss_weight": _Option(1e-5, _real, "a finite number"),
+        "buffer_size": _Option(150, _at_least(1), "a whole number of at least 1"),
+    },
+}
+
+
+def variant(name: str, value: object) -> FrozenOptions[Any] | None:
+    """Read the options of a variant, as :func:`options` does. An empty mapping chooses the defaults.
+
+    Raises:
+        ConfigError: If there is no such option, or its value is not valid.
+    """
+    return complete_options(name, {}) if value == {} else options(name, value)
+
 
 def _is_names(value: Any) -> bool:
     listed = isinstance(value, list | tuple | set | frozenset)
@@ -198,7 +239,7 @@ KIND_OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
 }
 """PEFT's option classes of adapter kinds, field by field: BdLoraConfig, ArrowConfig."""
 
-_ALL_OPTIONS: Final = {**OPTIONS, **KIND_OPTIONS}
+_KNOWN: Final = {**OPTIONS, **VARIANTS, **KIND_OPTIONS}
 
 
 def options(name: str, value: object) -> FrozenOptions[Any] | None:
@@ -211,7 +252,7 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    known = _ALL_OPTIONS[name]
+    known = _KNOWN[name]
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"LoraConfig.{name}: found {value!r}; give a dict with {', '.join(known)}"
@@ -230,7 +271,7 @@ def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
     Raises:
         ConfigError: If a value is not valid.
     """
-    known = _ALL_OPTIONS[name]
+    known = _KNOWN[name]
     complete = {key: value.get(key, option.default) for key, option in known.items()}
     for key, option in known.items():
         if not option.check(complete[key]):
@@ -504,6 +545,9 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
     "arrow_config": options,
     "alora_invocation_tokens": _optional(_invocation),
     "dense_groups": _flag,
+    "kasa_config": variant,
+    "velora_config": variant,
+    "monteclora_config": variant,
     "seed": _seed,
     "inference_mode": _flag,
     "base_model_name_or_path": _optional(_text),
@@ -530,19 +574,16 @@ class _Foreign(NamedTuple):
 
 
 FOREIGN: Final[Mapping[str, _Foreign]] = {
-    "kasa_config": _Foreign(None, "KaSA, another method than LoRA"),
     "layer_replication": _Foreign(
         None, "the replication of layers, which makes another model: build that one first"
     ),
     "megatron_config": _Foreign(None, "Megatron, an engine that lora_fx does not run on"),
     "megatron_core": _Foreign("megatron.core", "Megatron, an engine that lora_fx does not run on"),
-    "monteclora_config": _Foreign(None, "MonteCLoRA, another method than LoRA"),
     "qalora_group_size": _Foreign(16, "QALoRA, another method than LoRA"),
     "runtime_config": _Foreign(
         None, "PEFT's runtime (offloading of norms), which saves nothing here"
     ),
     "use_qalora": _Foreign(False, "QALoRA, another method than LoRA"),
-    "velora_config": _Foreign(None, "VeLoRA, another method than LoRA"),
 }
 
 

@@ -23,12 +23,14 @@ from lora_fx.config.fields import (
     NORMALIZERS,
     OPTIONS,
     TASK_TYPES,
+    VARIANTS,
     Bias,
     FrozenOptions,
     FrozenPattern,
     Start,
     TaskType,
     bad,
+    changes_base,
     complete_options,
     is_off,
     only_own,
@@ -50,6 +52,10 @@ _log = logging.getLogger("lora_fx")
 
 # The initialization that each field of options belongs to: loftq_config to init_lora_weights="loftq".
 _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
+
+
+_VARIANTS: Final = ("use_dora", *VARIANTS)
+"""Fields that choose a variant of LoRA. An adapter has at most one."""
 
 
 def check_together(config: Any) -> None:
@@ -83,25 +89,27 @@ def _check_selection(config: Any) -> None:
         raise bad("layers_pattern", config.layers_pattern, "give layers_to_transform as well")
 
 
-_KIND_FIELDS: Final = (
-    *("use_dora", "lora_bias", "use_bdlora", "arrow_config", "alora_invocation_tokens"),
-    "dense_groups",
-)
-"""The fields that choose an adapter kind."""
-
-
 def _check_variant(config: Any) -> None:
     if config.kind is not None:
-        for name in _KIND_FIELDS:
-            if getattr(config, name):
+        for name in (*_VARIANTS, "lora_bias", "dense_groups"):
+            if value := getattr(config, name):
                 remedy = f"kind={config.kind!r} is another adapter: leave out {name} or kind"
-                raise bad(name, getattr(config, name), remedy)
+                raise bad(name, value, remedy)
+    variants = [name for name in _VARIANTS if getattr(config, name)]
+    if len(variants) > 1:
+        remedy = (
+            f"an adapter has one variant, and {variants[0]} chooses another: leave out one of both"
+        )
+        raise bad(variants[1], getattr(config, variants[1]), remedy)
     if config.lora_bias:
         if config.use_dora:
             raise bad("lora_bias", True, "DoRA has no bias on B: leave out use_dora or lora_bias")
         if config.init_lora_weights not in (True, False):
             remedy = f"with init_lora_weights={config.init_lora_weights!r} B has no bias; use True or False"
             raise bad("lora_bias", True, remedy)
+    if config.kasa_config is not None and changes_base(config.init_lora_weights):
+        remedy = "kasa_config changes the base weight as well: use True, 'gaussian' or 'orthogonal'"
+        raise bad("init_lora_weights", config.init_lora_weights, remedy)
     if config.init_lora_weights == "orthogonal":
         for name, rank in (("r", config.r), *config.rank_pattern.items()):
             if rank % 2:
@@ -192,6 +200,13 @@ class LoraConfig:
             `adjust_scaling_factors`.
         corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
         lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
+        kasa_config: Options of KaSA, which it chooses: `beta`, `gamma`. The base loses its `r` smallest
+            singular values, and a diagonal between A and B is trained (https://arxiv.org/abs/2412.06071).
+        velora_config: Options of VeLoRA, which it chooses: `num_groups`, `scale`, `init_type`. Training keeps
+            compressed inputs for the gradient of A (https://arxiv.org/abs/2405.17991).
+        monteclora_config: Options of MonteCLoRA, which it chooses: `num_samples`, `use_entropy`,
+            `dirichlet_prior`, `sample_scaler`, `kl_loss_weight`. Training draws noise on A. `buffer_size` is
+            PEFT's, and has no effect: noise is drawn in the call that uses it.
         seed: Seeds the initialization of each site. None: `rewrite` and `add_adapter` draw a seed from
             PyTorch's global generator, so that `torch.manual_seed` has an effect, as in PEFT. lora_fx only:
             PEFT warns about unknown keys, so the seed is not saved.
@@ -235,6 +250,9 @@ class LoraConfig:
     eva_config: Mapping[str, Any] | None = None
     corda_config: Mapping[str, Any] | None = None
     lora_ga_config: Mapping[str, Any] | None = None
+    kasa_config: Mapping[str, Any] | None = None
+    velora_config: Mapping[str, Any] | None = None
+    monteclora_config: Mapping[str, Any] | None = None
     seed: int | None = None
     inference_mode: bool = False
     base_model_name_or_path: str | None = None

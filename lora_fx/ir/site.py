@@ -197,6 +197,19 @@ class Site:
         return "" if self.whole is None else self.whole.name
 
     @property
+    def reads_vectors(self) -> bool:
+        """True if the input features are the last dimension, or, for a left factor, the one before."""
+        products = {"linear", "matmul", "quantized"}
+        return not self.experts and {call.pattern for call in self.calls} <= products
+
+    @property
+    def is_layer(self) -> bool:
+        """True if it multiplies vectors with the whole of a matrix, as ``nn.Linear`` does."""
+        left = any(call.left for call in self.calls)
+        whole = self.rows is None and self.view is None
+        return self.family == "linear" and self.reads_vectors and whole and not left
+
+    @property
     def place(self) -> str:
         """The weight, with the rows that the site covers."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
@@ -435,6 +448,10 @@ class OutputBuilder(BranchBuilder, Protocol):
     def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
         """Return A, B and the scale of another adapter at the site, one that the kind reads."""
 
+    @property
+    def training(self) -> fx.Node:
+        """The training mode of the site, as it is at each call."""
+
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node in the dtype in which the branch computes."""
 
@@ -460,6 +477,8 @@ class OutputBuilder(BranchBuilder, Protocol):
         quantized: Callable[..., Any] | None = None,
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
+        a: fx.Node | None = None,
+        b: fx.Node | None = None,
     ) -> None:
         """Set the function that computes an operation with its branch, if the branch is :meth:`low_rank`.
 
@@ -472,6 +491,8 @@ class OutputBuilder(BranchBuilder, Protocol):
                 :func:`lora_fx.runtime.fused_rows.lora_rows`. None if there are no such functions.
             less: Options with which ``function`` saves less for the backward, and computes more, for
                 ``memory="balanced"``.
+            a: The node of A, in its own dtype, if that is not the stored factor.
+            b: The same for B.
         """
 
 

@@ -65,7 +65,8 @@ class _Wiring:
         call: The call that applies its weight.
         a, b: Names of the factors; empty for a kind without factors.
         kind: Name of the adapter kind.
-        slots: Other trained parameters: their slot names, and their names in the region.
+        options: Its options; None if it has none.
+        slots: Its other tensors: their slot names, and their names in the region.
         scale: The factor of the branch.
         dropout: The module with the dropout probability and the training mode; empty for none.
         cast: True to cast the factors to the base output's dtype, or bring them to its layout.
@@ -82,6 +83,7 @@ class _Wiring:
     a: str
     b: str
     kind: str = "lora"
+    options: Mapping[str, Any] | None = None
     slots: tuple[tuple[str, str], ...] = ()
     scale: float = 1.0
     dropout: str = ""
@@ -157,8 +159,8 @@ class Branch(Writer):
 
     @property
     def a(self) -> fx.Node:
-        """Return A, in the dtype in which the branch computes."""
-        return self.once("a", lambda: self.cast_factor("a"))
+        """Return A, in the form that the kind needs."""
+        return self.once("a", lambda: self._kind.factor_a(self))
 
     @property
     def b(self) -> fx.Node:
@@ -222,7 +224,7 @@ class Branch(Writer):
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
         """Return ``B (A drop(x))`` for a product that reads ``x``, with :attr:`bias` if `with_bias`."""
         self._low_rank = True
-        down = self.call(Role.DOWN, F.linear, self.dropped(x), self.a)
+        down = self._kind.down(self, self.dropped(x))
         bias = self.bias if with_bias else None
         return self.call(Role.UP, F.linear, down, self.b, *(() if bias is None else (bias,)))
 
@@ -233,6 +235,8 @@ class Branch(Writer):
         quantized: Callable[..., Any] | None = None,
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
+        a: fx.Node | None = None,
+        b: fx.Node | None = None,
     ) -> None:
         """Note the function that computes the operation with its branch."""
         if not self._low_rank:
@@ -240,8 +244,8 @@ class Branch(Writer):
         self._fused = FusedBranch(
             function,
             quantized,
-            self.factor("a").name,
-            self.factor("b").name,
+            (a or self.factor("a")).name,
+            (b or self.factor("b")).name,
             self.scale,
             tuple(value.name if isinstance(value, fx.Node) else value for value in more),
             self._dropout,
@@ -312,6 +316,12 @@ class Branch(Writer):
     def cast_to_output(self, node: fx.Node) -> fx.Node:
         """Return a node cast to the dtype of the operation's output."""
         return self.call(Role.CAST, branch.cast_like, node, self.base)
+
+    @property
+    def training(self) -> fx.Node:
+        """Return the training mode of the site's holder, which is read at each call."""
+        holder = self._names["a"] or next(iter(self._slots.values()))
+        return self._read(join(holder.rpartition(".")[0], "training"), Role.DROPOUT)
 
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node cast to the dtype of the operation's output, if that differs."""
@@ -405,6 +415,7 @@ class Insert(Pass):
             a=factor(names.a),
             b=factor(names.b),
             kind=kind.name,
+            options=kind.options,
             slots=tuple((name, factor(name)) for name in names.slots),
             scale=row.scale,
             dropout=factor(DROPOUT) if row.dropout else "",

@@ -16,7 +16,7 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import base_change, kind_of
 from lora_fx.passes.parameters import (
     adapter_dtype,
     as_factors,
@@ -418,14 +418,21 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
     Raises:
         ConfigError: If the weight has values that are not finite.
     """
-    start = config.init_lora_weights
+    start, kind = config.init_lora_weights, kind_of(row)
     shapes = shapes_of(row)
     if needs_data(start):
         start = True
     if weight.device.type == "meta":
-        return _without_values(shapes, weight, start)
+        empty = _without_values(shapes, weight, start)
+        return (
+            dataclasses.replace(empty, weight=torch.empty_like(weight)) if kind.new_base else empty
+        )
     with torch.device("cpu"):  # random numbers come from a generator there
-        return _with_values(row, weight, config, start, shapes)
+        values = _with_values(row, weight, config, start, shapes)
+    if not kind.new_base:
+        return values
+    _check_decomposes(row, weight, base_change(config))
+    return dataclasses.replace(values, weight=kind.start_base(row, weight.detach()))
 
 
 def _with_values(
@@ -442,12 +449,16 @@ def _with_values(
         return Start(*_placed(a, b, weight))
     if start == "orthogonal":
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
+    _check_decomposes(row, weight, f"init_lora_weights={start!r}")
+    return _from_weight(row, weight, config, generator)
+
+
+def _check_decomposes(row: PlannedSite, weight: torch.Tensor, setting: str) -> None:
     if not torch.isfinite(weight).all():
         raise ConfigError(
-            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has "
-            "values that are not finite"
+            f"{row.name}: {setting} decomposes the weight, and {row.site.weight} has values that are not "
+            "finite"
         )
-    return _from_weight(row, weight, config, generator)
 
 
 def data_start(

@@ -209,8 +209,10 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
     """
     site, kind = row.site, kind_of(row)
     itemsize = base_dtype(model, site).itemsize
-    costs = kind.costs(site)
-    parameters, flops, saved = costs.parameters, costs.flops, costs.saved * itemsize
+    costs, each = kind.costs(site), kind.rank_costs(site)
+    parameters = costs.parameters + row.rank * each.parameters
+    flops = costs.flops + row.rank * each.flops
+    saved = (costs.saved + row.rank * each.saved) * itemsize
     if kind.low_rank:
         pattern = pattern_of(site)
         parameters += 0 if row.tied else shapes_of(row).numel

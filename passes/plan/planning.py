@@ -18,7 +18,6 @@ from torch import nn
 from lora_fx.config import (
     LoraConfig,
     Verdict,
-    changes_base,
     judge,
     nearest_names,
     parameter_entry,
@@ -47,7 +46,15 @@ from lora_fx.ir import (
     grouped,
     join,
 )
-from lora_fx.kinds import AdapterKind, chosen_kind, kind_objection, kind_of, kinds, site_kind
+from lora_fx.kinds import (
+    AdapterKind,
+    base_change,
+    chosen_kind,
+    kind_objection,
+    kind_of,
+    kinds,
+    site_kind,
+)
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import (
     DROPOUT,
@@ -96,7 +103,7 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
         return (
             f"init_lora_weights={start!r} is for matrix products, not for convolutions: {leave_out}"
         )
-    if start in ("eva", "corda") and not _reads_vectors(site):
+    if start in ("eva", "corda") and not site.reads_vectors:
         return (
             f"init_lora_weights={start!r} looks at the inputs as vectors, which this operation does not read "
             f"one after the other: {leave_out}"
@@ -105,15 +112,6 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     if count * out * inner != math.prod(site.shape):
         return f"init_lora_weights={start!r} needs a weight that is a matrix: {leave_out}"
     return _rank_objection(str(start), rank // site.groups, inner, out, site.groups)
-
-
-def _reads_vectors(site: Site) -> bool:
-    """Return True if the input features are the last dimension, or, for a left factor, the one before."""
-    return not site.experts and {call.pattern for call in site.calls} <= {
-        "linear",
-        "matmul",
-        "quantized",
-    }
 
 
 def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) -> str | None:
@@ -154,16 +152,20 @@ def _refuse_quantized(
                     f"modules_to_save names {name}, and {leaf} in it is stored as {stored}, which cannot be "
                     f"trained: leave it out, or quantize the model with exclude=[{name!r}]"
                 )
-    start = config.init_lora_weights
-    if not changes_base(start):
+    setting, kind = base_change(config), chosen_kind(config)
+    if not setting:
         return
+    remedy = (
+        kind.remedy
+        if kind.new_base
+        else "use True here and then lora_fx.replace_lora_weights_loftq(model, original), which makes up for "
+        "what quantizing lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+    )
     for site in sites:
         if site.quantized is not None:
             raise ConfigError(
-                f"init_lora_weights={start!r} changes the base weight, and {site.weight} is stored as "
-                f"{site.quantized}. Use it over the dense model, or use True here and then "
-                "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantizing "
-                "lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+                f"{setting} changes the base weight, and {site.weight} is stored as {site.quantized}. Use it "
+                f"over the dense model, or {remedy}"
             )
 
 
@@ -335,14 +337,14 @@ def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
 def _objection(choice: Choice, config: LoraConfig) -> str | None:
     site, rank = choice.site, choice.rank(config)
     if not chosen_kind(config).low_rank:
-        return kind_objection(site, config)
+        return kind_objection(site, 0, config)
     if site.groups > 1 and rank % site.groups:
         return (
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
     return (
-        kind_objection(site, config)
+        kind_objection(site, rank, config)
         or _shape_objection(site, rank, config)
         or start_objection(site, rank, config)
     )
@@ -375,6 +377,7 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         flops=0,
         saved=0,
         kind=kind.name,
+        options=kind.options,
         reason=choice.verdict.reason,
     )
     row = priced(capture.model, row)

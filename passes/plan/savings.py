@@ -131,11 +131,12 @@ class _Finder:
         self.left: list[tuple[str, str]] = []
         self._capture, self._above = capture, above
         self._sites: Sequence[Site] = capture.matches.sites
-        # Tiles have the tokens of a call in another form.
-        self._reading = {
+        # Adapters with state, or with a phrase, depend on all tokens of a call.
+        self._counting = {
             row.site.owner: row.kind
             for row in (capture.plan.sites if capture.plan is not None else ())
             if kind_of(row).reads_tokens
+            or not all(slot.trained for slot in kind_of(row).slots(row.site))
         }
         self._known: dict[Any, str] = {}
 
@@ -175,9 +176,11 @@ class _Finder:
 
     def _reason(self, module: nn.Module, fqn: str) -> str:
         """Return the reason why a module does not treat each token on its own; empty if it does."""
-        for owner, kind in self._reading.items():
+        for owner, kind in self._counting.items():
             if _is_in(owner, fqn):
-                return f"its adapters are of the kind {kind!r}, which reads the tokens of a call"
+                return (
+                    f"its adapters are of the kind {kind!r}, which depends on all tokens of a call"
+                )
         experts = any(site.experts for site in self._sites if _is_in(site.owner, fqn))
         sizes = {site.in_features for site in self._sites if _is_in(site.owner, fqn)}
         sizes |= {len(p) for p in module.parameters() if p.dim() == 1}

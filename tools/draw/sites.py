@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import Originals
-from lora_fx.config import ALL_LINEAR, LoraConfig, changes_base
+from lora_fx.config import ALL_LINEAR, LoraConfig
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, Skipped, join
-from lora_fx.kinds import AdapterKind, site_kind
+from lora_fx.kinds import AdapterKind, base_change, site_kind
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan import choose, with_experts
@@ -103,9 +103,9 @@ def with_losses(
     matches = known.base.matches if isinstance(known, Record) else known
     adapters = known.adapters if isinstance(known, Record) else {}
     for name, adapter in adapters.items():
-        if changes_base(start := adapter.config.init_lora_weights):
+        if setting := base_change(adapter.config):
             raise ConfigError(
-                f"the start {start!r} of adapter {name!r} has changed the base, so that its difference to "
+                f"the start of adapter {name!r} ({setting}) has changed the base, so that its difference to "
                 "the original is not what quantizing has lost: leave original out"
             )
     weights = Originals(original, model)
