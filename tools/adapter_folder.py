@@ -151,7 +151,9 @@ class AdapterReport:
         idle = [site.name for site in self.sites if site.norm == 0]
         broken = [site.name for site in self.sites if not math.isfinite(site.norm)]
         lines = []
-        if kinds := sorted({site.kind for site in self.sites} - {"lora"}):
+        own = chosen_kind(self.config)
+        in_figures = own.direct and not own.transforms and not own.new_base
+        if kinds := sorted(() if in_figures else {site.kind for site in self.sites}):
             lines.append(
                 f"figures of s · B A: what {', '.join(kinds)} changes depends on the base, which is not read"
             )
@@ -299,7 +301,8 @@ def figures_of(
             f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
             "they are no matrices"
         )
-    a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
+    pair = chosen_kind(config).listed(name, config, factors["A"], factors["B"])
+    a, b = (factor.double().flatten(1) for factor in pair)
     groups = _groups(factors["A"], b)
     rank, scale = len(a), scale_for(name, config)
     planned = rank_for(name, config)

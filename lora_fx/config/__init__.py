@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.config.fields import bad, changes_base, needs_data
+from lora_fx.config.fields import bad, changes_base, complete_options, needs_data
 from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig
 from lora_fx.config.selection import (
     Verdict,
@@ -31,6 +31,7 @@ __all__ = [
     "alpha_for",
     "bad",
     "changes_base",
+    "complete_options",
     "excluded",
     "judge",
     "nearest_names",

@@ -71,6 +71,7 @@ class PlannedSite:
             masked input with its mask if there is dropout, the rank-r activation, and the tensors of the
             kind.
         kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
+        options: The options of the kind; None if it has none.
         reason: The setting of the configuration that selects it.
         deploy: The storage that its adapted weight is trained for; None for no rounding.
         least_change: The least ``‖ΔW‖ / ‖W‖`` of which a merge keeps nine tenths, if it was predicted.
@@ -91,6 +92,7 @@ class PlannedSite:
     deploy: Deployment | None = None
     least_change: float | None = None
     gain: float | None = None
+    options: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -684,4 +686,5 @@ def _site_dict(row: PlannedSite) -> dict[str, Any]:
         site["quantized"]["dtype"] = str(row.site.quantized.dtype).removeprefix("torch.")
     fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
     fields["deploy"] = None if row.deploy is None else row.deploy.format
+    fields["options"] = None if row.options is None else dict(row.options)
     return {**site, **fields}

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
-from lora_fx.config import LoraConfig
+from lora_fx.config import LoraConfig, changes_base
 from lora_fx.errors import ConfigError, hint
-from lora_fx.ir import OutputBuilder, PlannedSite, Site
+from lora_fx.ir import Factors, OutputBuilder, Pattern, PlannedSite, Region, Role, Site
 
 __all__ = [
+    "RANK",
     "AdapterKind",
     "Costs",
     "Slot",
     "Starting",
     "along",
+    "base_change",
     "chosen_kind",
+    "config_for",
     "is_plain",
     "kind_objection",
     "kind_of",
     "kind_with",
     "kinds",
+    "refusal",
     "register_adapter_kind",
+    "site_kind",
+    "stores_product",
     "union_of",
 ]
+
+
+RANK: Final = -1
+"""The rank of a site, as a size in the shape of a slot."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,18 +63,24 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """A vector over the output features that a kind trains, in addition to A and B or without them.
+    """A tensor of a kind at a site, in addition to A and B or without them.
+
+    Most slots are trained vectors over the output features. A slot may also have any other shape, and the
+    rank as a size. A slot that is not trained is the state of an adapter: training calls write into it.
 
     Attributes:
-        name: The attribute of the site's holder that stores the vectors of all adapters.
-        key: Its key in an adapter folder, below the name of the module.
-        shape: The stored shape: the output features, and any axes of size 1.
+        name: The attribute of the site's holder that stores the tensors of all adapters.
+        key: Its key in an adapter folder, below the name of the module; empty if no folder has it.
+        shape: The stored shape; :data:`RANK` stands for the rank. For a vector over the output features:
+            their number, and any axes of size 1.
         what: A noun phrase for messages, which continue "has": "a magnitude".
         neutral: The value with which the slot changes nothing; None if that depends on the weight.
         scaled: True if the scale of the branch multiplies it.
         multiplies: True if it multiplies, False if it is added.
         role: Its input in a file that takes adapters as inputs: "bias" or "gain"; empty if it has none.
         normed: True if it is compared with the norm of the weight.
+        over_outputs: True for a vector over the output features. A merge takes it in slices, as the weight.
+        trained: False for state.
     """
 
     name: str
@@ -73,6 +92,12 @@ class Slot:
     multiplies: bool = False
     role: str = ""
     normed: bool = False
+    over_outputs: bool = True
+    trained: bool = True
+
+    def sized(self, rank: int) -> tuple[int, ...]:
+        """Return the stored shape at a rank."""
+        return tuple(rank if size == RANK else size for size in self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,12 +125,17 @@ class AdapterKind:
 
     A kind is **additive**, as LoRA is: it adds ``s · B A``, the product of two factors. The pattern of the
     operation defines their shapes (:attr:`low_rank`). Or it is **multiplicative**: it computes a new weight
-    from the existing one (:attr:`transforms`), with or without factors. Everything else that it trains is
-    in slots, vectors over the output features.
+    from the existing one (:attr:`transforms`), with or without factors. All its other tensors are in slots,
+    trained or not.
+
+    A kind may store its factors in another shape than the pattern reads (:meth:`factors`,
+    :meth:`factor` in a graph, :meth:`pair` in a merge). It may depend on the site and on options
+    (:meth:`at`). It may depend on the call, and then no weight has its effect (:attr:`dynamic`).
 
     A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
-    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
-    ``examples/custom_kind.py`` has an example.
+    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge. A kind with factors
+    may also change A (:meth:`factor_a`), B (:meth:`factor_b`) or the product with A (:meth:`down`).
+    :meth:`merged_factors` is then A and B as a merge sees them. ``examples/custom_kind.py`` has an example.
 
     Attributes:
         name: Unique, kebab-case.
@@ -116,14 +146,29 @@ class AdapterKind:
         keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
         field: The field of PEFT's configuration that chooses it; empty for a kind that
             ``LoraConfig(kind=name)`` chooses.
+        also: Other fields that have to be set as well. The kind with the most fields is chosen.
+        dynamic: The reason why no weight has the effect of the adapter, in words that continue "because";
+            empty if a weight has it. A merge, and code that reads the weight, is refused with it.
+        reads: Names of other adapters of the model whose factors its graphs read
+            (:meth:`lora_fx.ir.OutputBuilder.other`).
+        instead: A remedy for such a refusal.
+        stores: True if an adapter folder holds parameters of it.
+        reads_tokens: True if its graphs read the tokens of the running call
+            (:mod:`lora_fx.runtime.call_tokens`).
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
         depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
             in words; empty if it does not need them.
         constants: Functions of parameters alone, in its graphs, whose values a file stores instead.
         handed: Functions whose first argument a file that takes adapters as inputs receives already computed.
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
+        widens: True if zeros at the end of the rank (of each group of a convolution) change nothing.
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
+        direct: True if the change is ``s·BA`` of the stored factors: :meth:`merged_factors` returns them.
+        new_base: True if an adapter starts from another base weight: :meth:`start_base`.
+        averages: True if :func:`lora_fx.adapter_penalty` has the mean of :meth:`penalty` over the sites, and
+            not the sum.
+        options: The value of :attr:`field`, if that is a mapping; None for a kind without options.
     """
 
     name: str = ""
@@ -133,12 +178,102 @@ class AdapterKind:
     trains: str = ""
     keys: tuple[str, ...] = ()
     field: str = ""
+    also: tuple[str, ...] = ()
+    dynamic: str = ""
+    instead: str = ""
+    reads: tuple[str, ...] = ()
+    stores: bool = True
+    reads_tokens: bool = False
     does: str = ""
     depends: str = ""
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
+    widens: bool = True
     deploys: bool = False
+    direct: bool = True
+    new_base: bool = False
+    averages: bool = False
+    options: Mapping[str, Any] | None = None
+
+    def configured(self, options: Mapping[str, Any] | None) -> AdapterKind:
+        """Return the kind with the options of a configuration."""
+        if options is None:
+            return self
+        kind = copy.copy(self)
+        kind.options = options
+        return kind
+
+    # --- choice -----------------------------------------------------------------------------------
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of a configuration that choose it if all of them are set."""
+        return (self.field, *self.also) if self.field else ()
+
+    def at(self, site: Site, config: LoraConfig) -> AdapterKind:
+        """Return the kind that a site gets, for a kind that differs between sites or has options.
+
+        The name of a kind with options is ``name:options``. :meth:`with_options` reads it back.
+        """
+        return self
+
+    def with_options(self, options: str) -> AdapterKind:
+        """Return the kind with the options of a name.
+
+        Args:
+            options: The part of the name after the colon.
+        """
+        raise ConfigError(f"the kind {self.name!r} has no options, found {options!r}")
+
+    def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+        """Return the configuration of a folder, with settings that only its tensors show.
+
+        Args:
+            config: The configuration in the folder.
+            tensors: Its tensors by PEFT's keys, without the prefix.
+        """
+        return config
+
+    # --- factors ----------------------------------------------------------------------------------
+
+    def factors(self, site: Site, shapes: Factors) -> Factors:
+        """Return the shapes in which A and B are stored.
+
+        Args:
+            site: The site.
+            shapes: The shapes that the pattern reads.
+        """
+        return shapes
+
+    def start_of(self, letter: str, value: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the initial value of a factor, in the stored shape. A generator draws random numbers.
+
+        Args:
+            letter: "a" or "b".
+            value: The value that LoRA starts with in a factor of this shape.
+            generator: The site's generator.
+        """
+        return value
+
+    def pair(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors that the pattern reads, from the stored ones, differentiably.
+
+        Raises:
+            MergeError: If no such factors have the same effect.
+        """
+        return a, b
+
+    def listed(self, name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the factors of a folder as :meth:`pair` does, without the model.
+
+        Args:
+            name: The name of the site.
+            config: The configuration of the folder.
+            a: A as stored.
+            b: B as stored.
+        """
+        return a, b
 
     # --- slots, costs, limits ---------------------------------------------------------------------
 
@@ -148,6 +283,14 @@ class AdapterKind:
 
     def costs(self, site: Site) -> Costs:
         """Return the costs of the slots at a site."""
+        return Costs()
+
+    def flops(self, pattern: Pattern, site: Site, rank: int) -> int:
+        """Return the FLOPs of A and B for one token, as the pattern counts them."""
+        return pattern.flops(site, rank)
+
+    def rank_costs(self, site: Site) -> Costs:
+        """Return the costs of the slots at a site for each unit of the rank, in addition to :meth:`costs`."""
         return Costs()
 
     def check(self, config: LoraConfig) -> None:
@@ -165,9 +308,23 @@ class AdapterKind:
                     f"which this says something: leave it out"
                 )
 
+    @property
+    def setting(self) -> str:
+        """The setting of a configuration that chooses it, in words."""
+        if not self.field:
+            return f"the kind {self.name!r}"
+        return f"{self.field}=True" if self.options is None else self.field
+
+    @property
+    def remedy(self) -> str:
+        """The way to another kind, in words."""
+        if not self.field:
+            return "choose another kind"
+        return f"set {self.field}=False" if self.options is None else f"leave out {self.field}"
+
     def objection(self, site: Site) -> str | None:
         """Return the reason why a site cannot have this kind, with a remedy; None if it can."""
-        remedy = f"set {self.field}=False" if self.field else "choose another kind"
+        remedy = self.remedy
         for slot in self.slots(site):
             noun = slot.what.removeprefix("a ")
             if site.experts:
@@ -188,8 +345,12 @@ class AdapterKind:
             )
         return None
 
+    def rank_objection(self, site: Site, rank: int) -> str | None:
+        """Return the reason why a site cannot have this kind at a rank, with a remedy; None if it can."""
+        return None
+
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return the initial values of a slot, over the output features, in any shape and dtype.
+        """Return the initial values of a slot, in any shape and dtype.
 
         Args:
             slot: One of :meth:`slots`.
@@ -197,9 +358,61 @@ class AdapterKind:
         """
         if slot.neutral is None:
             raise NotImplementedError(f"the kind {self.name!r} does not say how {slot.name} starts")
-        return torch.full(slot.shape, slot.neutral)
+        return torch.full(slot.sized(starting.row.rank), slot.neutral)
+
+    def start_base(self, row: PlannedSite, weight: Tensor) -> Tensor:
+        """Return the weight that replaces that of the base, a new tensor (:attr:`new_base`).
+
+        Args:
+            row: The site.
+            weight: Its weight as stored. Do not write to it.
+        """
+        raise NotImplementedError(f"the kind {self.name!r} does not say from which base it starts")
+
+    def penalty(
+        self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool
+    ) -> Tensor | None:
+        """Return the term of a site in the loss (:func:`lora_fx.adapter_penalty`); None for no term.
+
+        Args:
+            row: The site.
+            factors: A and B as "a" and "b", and the slots by name, as stored.
+            training: True if the site is in training mode.
+        """
+        return None
 
     # --- graphs -----------------------------------------------------------------------------------
+
+    def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
+        """Write the factor that the pattern reads, and return its node.
+
+        Args:
+            build: Writes nodes.
+            letter: "a" or "b".
+            stored: The node that reads the stored factor.
+        """
+        return stored
+
+    def branch(
+        self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
+    ) -> fx.Node:
+        """Write ``B A drop(x)``, and return its node.
+
+        Args:
+            pattern: The pattern of the operation.
+            node: The operation.
+            region: Its region.
+            build: Writes nodes.
+        """
+        return pattern.branch(build.site, node, region, build)
+
+    def factor_a(self, build: OutputBuilder) -> fx.Node:
+        """Write A in the form in which the product takes it, and return its node."""
+        return build.cast_factor("a")
+
+    def down(self, build: OutputBuilder, x: fx.Node) -> fx.Node:
+        """Write ``A x`` for a product of vectors x [..., in] with the weight, and return its node."""
+        return build.call(Role.DOWN, F.linear, x, build.a)
 
     def factor_b(self, build: OutputBuilder) -> fx.Node:
         """Write B in the form in which the product takes it, and return its node."""
@@ -228,6 +441,28 @@ class AdapterKind:
 
     # --- merges -----------------------------------------------------------------------------------
 
+    def values(self, site: Site, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return slots as the methods below take them: vectors over the output features flat.
+
+        Args:
+            site: The site.
+            slots: The slots by name, as stored.
+        """
+        flat = {slot.name for slot in self.slots(site) if slot.over_outputs}
+        return {name: slot.flatten() if name in flat else slot for name, slot in slots.items()}
+
+    def merged_factors(
+        self, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the factors A and B of the change ``s·BA``.
+
+        Args:
+            a: A, in the site's own role.
+            b: B, in the site's own role.
+            values: The slots by name, in the dtype of the factors (:meth:`values`).
+        """
+        return a, b
+
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
         """Return the adapted weight, a new tensor of the same shape.
 
@@ -236,7 +471,7 @@ class AdapterKind:
         Args:
             weight: A slice of ``W + s·BA``, or of W without factors, in the dtype of the computation.
             site: The site.
-            values: The slots by name, flat, for the output features of the slice.
+            values: The slots by name (:meth:`values`), for the output features of the slice.
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what weight it makes")
 
@@ -281,7 +516,7 @@ class AdapterKind:
             weight: The base's weight.
             a: A.
             b: B.
-            values: The slots by name, flat.
+            values: The slots by name (:meth:`values`).
         """
         inputs = {"B": b.double() * row.scale}
         for slot in self.slots(row.site):
@@ -395,21 +630,27 @@ def _place(kind: AdapterKind) -> tuple[str, str]:
 class _Kinded(Protocol):
     @property
     def kind(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any] | None: ...
 
 
 def kind_of(row: _Kinded) -> AdapterKind:
-    """Return the kind of a planned site.
+    """Return the kind of a planned site, with its options.
 
     Raises:
         ConfigError: If it was registered in another process and not in this one.
     """
-    return _named(row.kind)
+    return _named(row.kind).configured(row.options)
 
 
 def _named(name: str) -> AdapterKind:
     for kind in _registry:
         if kind.name == name:
             return kind
+    name, _, options = name.partition(":")
+    for kind in _registry:
+        if kind.name == name and options:
+            return _with_options(kind, options)
     names = [kind.name for kind in _registry if kind not in _BUILT_IN]
     near = hint(name, names, "did you mean '{}'? ", count=1)
     raise ConfigError(
@@ -418,15 +659,27 @@ def _named(name: str) -> AdapterKind:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def _with_options(kind: AdapterKind, options: str) -> AdapterKind:
+    return kind.with_options(options)
+
+
 def chosen_kind(config: LoraConfig) -> AdapterKind:
-    """Return the kind that a configuration chooses.
+    """Return the kind that a configuration chooses, with its options.
 
     Raises:
         ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
     if config.kind is None:
-        chosen = (kind for kind in _BUILT_IN if kind.field and getattr(config, kind.field))
-        return next(chosen, _PLAIN)
+        fields = {field for kind in _BUILT_IN for field in kind.fields if getattr(config, field)}
+        chosen = next((kind for kind in _BUILT_IN if set(kind.fields) == fields), None)
+        if chosen is None:
+            raise ConfigError(
+                f"LoraConfig: {' and '.join(sorted(fields))} do not go together, as in PEFT: leave out all "
+                "but one"
+            )
+        value = getattr(config, chosen.field) if chosen.field else None
+        return chosen.configured(value if isinstance(value, Mapping) else None)
     kind = _named(config.kind)
     if kind in _BUILT_IN:
         reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
@@ -435,18 +688,42 @@ def chosen_kind(config: LoraConfig) -> AdapterKind:
     return kind
 
 
+def site_kind(site: Site, config: LoraConfig) -> AdapterKind:
+    """Return the kind that a configuration chooses for a site."""
+    return chosen_kind(config).at(site, config)
+
+
+def config_for(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """Return the configuration of a folder, with settings that only its tensors show.
+
+    Args:
+        config: The configuration in the folder.
+        tensors: Its tensors by PEFT's keys, without the prefix.
+    """
+    return functools.reduce(lambda known, kind: kind.config_for(known, tensors), _registry, config)
+
+
 def is_plain(config: LoraConfig) -> bool:
     """Return True if a configuration chooses A and B and nothing else: ``W' = W + s · B A``."""
     return chosen_kind(config) is _PLAIN
 
 
-def kind_objection(site: Site, config: LoraConfig) -> str | None:
+def base_change(config: LoraConfig) -> str:
+    """Return the setting that makes an adapter start from another base weight; empty if there is none."""
+    if changes_base(config.init_lora_weights):
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    kind = chosen_kind(config)
+    return kind.setting if kind.new_base else ""
+
+
+def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
         ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
-    reason = chosen_kind(config).objection(site)
+    kind = site_kind(site, config)
+    reason = kind.objection(site) or kind.rank_objection(site, rank)
     if reason is not None and _is_named(site.name, config):
         raise ConfigError(f"{site.name}: {reason}")
     return reason
@@ -459,6 +736,17 @@ def _is_named(name: str, config: LoraConfig) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def refusal(kind: AdapterKind) -> str:
+    """Return the reason why no weight has the effect of a kind, with a remedy."""
+    return f"no weight has the effect of this adapter, because {kind.dynamic}: {kind.instead}"
+
+
+def stores_product(kind: AdapterKind) -> bool:
+    """Return True if the stored A and B are the factors of the change, ``s·BA``, of the weight."""
+    own = type(kind).pair is AdapterKind.pair
+    return kind.low_rank and kind.direct and own and not kind.dynamic
+
+
 def union_of(names: Iterable[str], site: Site) -> str:
     """Return the name of the kind that trains everything that any of these kinds trains at a site.
 
@@ -466,6 +754,8 @@ def union_of(names: Iterable[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     members = [_named(name) for name in dict.fromkeys(names)]
+    if dynamic := next((kind for kind in members if kind.dynamic), None):
+        raise ConfigError(f"{site.name}: {refusal(dynamic)}")
     return kind_with({slot.name for kind in members for slot in kind.slots(site)}, site)
 
 
@@ -476,7 +766,7 @@ def kind_with(slots: Collection[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     for kind in _registry:
-        if kind.low_rank and {slot.name for slot in kind.slots(site)} == set(slots):
+        if stores_product(kind) and {slot.name for slot in kind.slots(site)} == set(slots):
             return kind.name
     raise ConfigError(
         f"{site.name}: no registered kind has A, B and {', '.join(slots) or 'nothing else'}"

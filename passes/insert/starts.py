@@ -17,6 +17,7 @@ from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
 from lora_fx.passes.lowrank import low_rank_svd
+from lora_fx.kinds import base_change, kind_of
 from lora_fx.passes.parameters import (
     adapter_dtype,
     as_factors,
@@ -24,6 +25,7 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     part_of,
     replaced,
+    shapes_of,
     wide,
 )
 from lora_fx.passes.patterns import pattern_of
@@ -383,14 +385,21 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
     Raises:
         ConfigError: If the weight has values that are not finite.
     """
-    start = config.init_lora_weights
-    shapes = pattern_of(row.site).factors(row.site, row.rank)
+    start, kind = config.init_lora_weights, kind_of(row)
+    shapes = shapes_of(row)
     if needs_data(start):
         start = True
     if weight.device.type == "meta":
-        return _without_values(shapes, weight, start)
+        empty = _without_values(shapes, weight, start)
+        return (
+            dataclasses.replace(empty, weight=torch.empty_like(weight)) if kind.new_base else empty
+        )
     with torch.device("cpu"):  # random numbers come from a generator there
-        return _with_values(row, weight, config, start, shapes)
+        values = _with_values(row, weight, config, start, shapes)
+    if not kind.new_base:
+        return values
+    _check_decomposes(row, weight, base_change(config))
+    return dataclasses.replace(values, weight=kind.start_base(row, weight.detach()))
 
 
 def _with_values(
@@ -399,15 +408,24 @@ def _with_values(
     """Return the start from a weight that has values."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
-        return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
+        pair = plain(row.site, shapes, start, generator)
+        a, b = (
+            kind_of(row).start_of(letter, value, generator)
+            for letter, value in zip("ab", pair, strict=True)
+        )
+        return Start(*_placed(a, b, weight))
     if start == "orthogonal":
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
+    _check_decomposes(row, weight, f"init_lora_weights={start!r}")
+    return _from_weight(row, weight, config, generator)
+
+
+def _check_decomposes(row: PlannedSite, weight: torch.Tensor, setting: str) -> None:
     if not torch.isfinite(weight).all():
         raise ConfigError(
-            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has "
-            "values that are not finite"
+            f"{row.name}: {setting} decomposes the weight, and {row.site.weight} has values that are not "
+            "finite"
         )
-    return _from_weight(row, weight, config, generator)
 
 
 def data_start(

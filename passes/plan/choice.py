@@ -38,7 +38,7 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import Capture, Matches, Plan, PlannedSite, PlannedTokens, Site
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import Listener, normalize, synthesise
-from lora_fx.passes.parameters import base_dtype, base_modules
+from lora_fx.passes.parameters import base_dtype, base_modules, shapes_of
 from lora_fx.passes.patterns import lookup, pattern_of
 from lora_fx.torch_private import pytree
 
@@ -218,12 +218,14 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
     """
     site, kind = row.site, kind_of(row)
     itemsize = base_dtype(model, site).itemsize
-    costs = kind.costs(site)
-    parameters, flops, saved = costs.parameters, costs.flops, costs.saved * itemsize
+    costs, each = kind.costs(site), kind.rank_costs(site)
+    parameters = costs.parameters + row.rank * each.parameters
+    flops = costs.flops + row.rank * each.flops
+    saved = (costs.saved + row.rank * each.saved) * itemsize
     if kind.low_rank:
         pattern = pattern_of(site)
-        parameters += 0 if row.tied else pattern.factors(site, row.rank).numel
-        flops += pattern.flops(site, row.rank)
+        parameters += 0 if row.tied else shapes_of(row).numel
+        flops += kind.flops(pattern, site, row.rank)
         # A lookup saves its index. With dropout the masked input and its mask are saved as well.
         saved += 8 if site.family == "embedding" else site.in_features * itemsize
         saved += site.in_features * (itemsize + 1) if row.dropout else 0

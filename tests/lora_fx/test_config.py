@@ -59,13 +59,16 @@ def test_fields_and_defaults_are_pefts() -> None:
     }
 
 
+_OURS = {"seed", "scope", "kind", "dense_groups"}
+
+
 def test_every_peft_field_is_known() -> None:
     theirs = {one.name for one in dataclasses.fields(peft.LoraConfig)}
-    ours = {one.name for one in dataclasses.fields(LoraConfig)} - {"seed", "scope", "kind"}
+    ours = {one.name for one in dataclasses.fields(LoraConfig)} - _OURS
     unsupported = set(_config_fields.FOREIGN)
     assert ours | unsupported | set(_config_fields.METADATA) == theirs
     assert not ours & unsupported
-    assert set(_config_fields.NORMALIZERS) == ours | {"seed", "scope", "kind"}
+    assert set(_config_fields.NORMALIZERS) == ours | _OURS
 
 
 def test_defaults_of_unsupported_fields_are_pefts() -> None:

@@ -149,6 +149,7 @@ PUBLIC = {
     "adapter_losses",
     "train_together",
     "adapter_names",
+    "adapter_penalty",
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
