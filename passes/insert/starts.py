@@ -16,8 +16,8 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
-from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.kinds import base_change, kind_of
+from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters import (
     adapter_dtype,
     as_factors,

@@ -322,6 +322,23 @@ def test_velora_saves_the_compressed_input() -> None:
     assert saved_elements(compressed.eval(), x) >= 64 * 1000
 
 
+def test_dropout_comes_before_the_projection(tmp_path: Path) -> None:
+    """With PyTorch's dropout and one seed, the gradients are PEFT's."""
+    base = seeded(MLP)().double()
+    options = {"target_modules": ["lin0"], "velora_config": AVERAGE, "lora_dropout": 0.5}
+    config = peft.LoraConfig(**options, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).train()
+    theirs.save_pretrained(tmp_path)
+    ours = lora_fx.rewrite(base, LoraConfig(**options), optimize=False).train()
+    lora_fx.load_adapter(ours, tmp_path)
+    x = sample(6, 10, dtype=torch.float64)
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        model(x).square().sum().backward()
+    assert_alike(gradients(ours), gradients(theirs))
+    assert_alike(by_key(ours), by_key(theirs))
+
+
 def test_a_call_does_not_change_what_an_earlier_one_saved() -> None:
     """Two forwards, then both backwards, as with gradient accumulation over a list of losses."""
     base = nn.Sequential(nn.Linear(6, 5))
