@@ -285,8 +285,8 @@ def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tenso
     if kind.low_rank:
         a, b = (values[name] for name in names.pair)
         try:
-            a, b = (a.mT, b.mT) if row.tied else kind.pair(site, a, b)
-            a, b = kind.merged_factors(a, b, slots)
+            a, b = (a.mT, b.mT) if row.tied else (a, b)
+            a, b = kind.merged_factors(site, a, b, slots)
         except MergeError as error:
             raise CaptureError(
                 f"{site.weight} is read by code that is no known product, and {error}"

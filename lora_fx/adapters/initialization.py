@@ -479,7 +479,9 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
     for row in entry.sites:
         factors = factors_of(model, row, adapter_name)
         if kind_of(row).low_rank and not row.tied:
-            begun = initial_start(row, _stand_in(model, row.site), entry.config)
+            reads = kind_of(row).starts_from_weight
+            weight = gathered(base_weight(model, row.site)) if reads else _stand_in(model, row.site)
+            begun = initial_start(row, weight, entry.config)
             write(factors.a, begun.a)
             write(factors.b, begun.b)
         slots = kind_of(row).slots(row.site)

@@ -38,6 +38,7 @@ from lora_fx.passes.parameters import (
     check_can_add,
     check_sharded_alike,
     drop_factors,
+    frozen_parameters,
     in_adapter,
     inside,
     own_value,
@@ -384,8 +385,9 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 
 
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
+    frozen = frozen_parameters(model, name, adapter.sites)
     for parameter in adapter_parameters(model, name):
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(id(parameter) not in frozen)
     # Weights that an initialization changed, or that came with a folder, stay frozen.
     weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     for own in adapter.own:
@@ -583,7 +585,10 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
         if own not in weights:
             value = own_value(model, name, own)
             trained[id(value)] = value
-    wanting = {p.requires_grad for p in trained.values() if p.is_floating_point()}
+    frozen = frozen_parameters(model, name, adapter.sites)
+    wanting = {
+        p.requires_grad for key, p in trained.items() if p.is_floating_point() and key not in frozen
+    }
     ranks = [row.rank for row in adapter.sites]
     return AdapterStatus(
         name=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
-from lora_fx.kinds import AdapterKind, kind_of, kinds
+from lora_fx.kinds import AdapterKind, kind_of
 from lora_fx.passes.graph import is_partitioned
 from lora_fx.passes.parameters import (
     adapter_parameters,
@@ -291,7 +292,7 @@ def adapter_penalty(model: nn.Module, adapter_names: Sequence[str] | str | None 
     """
     if isinstance(adapter_names, str):
         adapter_names = [adapter_names]
-    terms: dict[str, list[Tensor]] = {}
+    terms: list[Tensor] = []
     with without_wrappers(model) as inner:
         record = require_record(inner)
         names = record.active if adapter_names is None else adapter_names
@@ -299,23 +300,17 @@ def adapter_penalty(model: nn.Module, adapter_names: Sequence[str] | str | None 
             if name not in record.adapters:
                 has = ", ".join(map(repr, record.adapters))
                 raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
-            for row in record.adapters[name].sites:
-                term = _penalty(inner, row, name)
-                if term is not None:
-                    terms.setdefault(row.kind, []).append(term)
-        sums = [
-            torch.stack(own).mean() if _averages(kind) else torch.stack(own).sum()
-            for kind, own in terms.items()
-        ]
+        rows = [(row, name) for name in names for row in record.adapters[name].sites]
+        counts = Counter(row.kind for row, _ in rows)
+        for row, name in rows:
+            term = _penalty(inner, row, name, counts[row.kind])
+            if term is not None:
+                terms.append(term)
         device = next((parameter.device for parameter in inner.parameters()), None)
-    return torch.stack(sums).sum() if sums else torch.zeros((), device=device)
+    return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
 
 
-def _averages(name: str) -> bool:
-    return next(kind.averages for kind in kinds() if kind.name == name)
-
-
-def _penalty(model: nn.Module, row: PlannedSite, adapter: str) -> Tensor | None:
+def _penalty(model: nn.Module, row: PlannedSite, adapter: str, sites: int) -> Tensor | None:
     kind = kind_of(row)
     if type(kind).penalty is AdapterKind.penalty:
         return None
@@ -329,7 +324,7 @@ def _penalty(model: nn.Module, row: PlannedSite, adapter: str) -> Tensor | None:
     roles = dict(zip(filter(None, factors.names.pair), ("a", "b"), strict=False))
     tensors = {roles.get(name, name): _whole(value) for name, value in factors.values.items()}
     holder = model.get_submodule(row.site.holder).get_submodule(factors.names.present[0])
-    return kind.penalty(row, tensors, training=holder.training)
+    return kind.penalty(row, tensors, sites=sites, training=holder.training)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -203,9 +203,9 @@ def _of_kinds(record: AdapterRecord) -> Iterator[str]:
     for row in record.sites:
         kind = kind_of(row)
         if kind.dynamic or (kind.low_rank and not stores_product(kind)):
-            yield f"{kind.field or 'kind'}: {row.name} is more than a product of A and B ({kind.name})"
+            yield f"{kind.field}: {row.name} is more than a product of A and B ({kind.name})"
         for slot in kind.slots(row.site):
-            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
+            yield f"{kind.field}: {row.name} has {slot.what}"
 
 
 def _in_full(adapter: Stored, record: AdapterRecord) -> Iterator[str]:

@@ -193,8 +193,8 @@ def _sized_by_rank(row: PlannedSite) -> bool:
 def _difference(new: PlannedSite, old: PlannedSite) -> str:
     """Return the fields of a configuration that differ."""
     kinds = (kind_of(new), kind_of(old)) if _variant(new)[:2] != _variant(old)[:2] else ()
-    named = (kind for kind in kinds if kind.field or kind.slots(new.site))
-    fields: dict[str, None] = {kind.field or "kind": None for kind in named}
+    named = (kind for kind in kinds if kind.name != "lora")
+    fields: dict[str, None] = {kind.field: None for kind in named}
     if bool(new.tied) != bool(old.tied):
         fields["ensure_weight_tying"] = None
     return ", ".join(fields)

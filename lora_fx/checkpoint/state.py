@@ -29,7 +29,7 @@ from lora_fx.checkpoint.starts import Converted, converted, other_start
 from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, join, record_of, require_record
-from lora_fx.kinds import kind_of, site_kind
+from lora_fx.kinds import AdapterKind, kind_of, site_kind
 from lora_fx.passes.graph import exchange, memory_of, original_class
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
@@ -425,12 +425,18 @@ def _other_kinds(record: AdapterRecord, config: LoraConfig) -> Iterator[str]:
     Most kinds differ in their tensors, which are compared anyway.
     """
     for row in record.sites:
-        kind = site_kind(row.site, config)
-        if kind.name != row.kind and (kind.dynamic or kind_of(row).dynamic):
+        kind, existing = site_kind(row.site, config), kind_of(row)
+        same = (kind.name, kind.options) == (existing.name, existing.options)
+        if not same and (kind.dynamic or existing.dynamic):
             yield (
-                f"kind: {row.name} has the kind {kind.name!r} in the folder, {row.kind!r} in the model: load "
+                f"kind: {row.name} has {_described(kind)} in the folder, {_described(existing)} in the model: load "
                 "the adapter under another name, or onto the original model"
             )
+
+
+def _described(kind: AdapterKind) -> str:
+    options = (f"{name}={value!r}" for name, value in (kind.options or {}).items())
+    return f"the kind {' '.join((kind.name, *options))}"
 
 
 def _leftover(

@@ -293,7 +293,7 @@ TASK_TYPES: Final = get_args(TaskType)
 Bias: TypeAlias = Literal["none", "all", "lora_only"]
 
 Start: TypeAlias = Literal[
-    "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"
+    "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica"
 ]
 """Names of starting values; ``pissa_niter_N`` for any number is valid as well."""
 
@@ -376,8 +376,6 @@ def _init(name: str, value: object) -> bool | str:
         return value
     if isinstance(value, str) and (value.lower() in _INITS or _NITER.fullmatch(value.lower())):
         return value.lower()
-    if isinstance(value, str) and value.lower() == "mica":
-        raise bad(name, value, "lora_fx does not support it: MiCA is another method, with B frozen")
     known = ", ".join(map(repr, _INITS))
     raise bad(name, value, f"the initializations are True, False, {known} and 'pissa_niter_N'")
 

@@ -479,8 +479,6 @@ class OutputBuilder(BranchBuilder, Protocol):
         quantized: Callable[..., Any] | None = None,
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
-        a: fx.Node | None = None,
-        b: fx.Node | None = None,
     ) -> None:
         """Set the function that computes an operation with its branch, if the branch is :meth:`low_rank`.
 
@@ -493,8 +491,6 @@ class OutputBuilder(BranchBuilder, Protocol):
                 :func:`lora_fx.runtime.fused_rows.lora_rows`. None if there are no such functions.
             less: Options with which ``function`` saves less for the backward, and computes more, for
                 ``memory="balanced"``.
-            a: The node of A, in its own dtype, if that is not the stored factor.
-            b: The same for B.
         """
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from lora_fx.config import LoraConfig, changes_base
+from lora_fx.config import FrozenOptions, LoraConfig, changes_base
 from lora_fx.errors import ConfigError, hint
-from lora_fx.ir import Factors, OutputBuilder, Pattern, PlannedSite, Region, Role, Site
+from lora_fx.ir import Factors, OutputBuilder, Pattern, PlannedSite, Region, Site
 
 __all__ = [
     "RANK",
@@ -128,14 +127,14 @@ class AdapterKind:
     from the existing one (:attr:`transforms`), with or without factors. All its other tensors are in slots,
     trained or not.
 
-    A kind may store its factors in another shape than the pattern reads (:meth:`factors`,
-    :meth:`factor` in a graph, :meth:`pair` in a merge). It may depend on the site and on options
-    (:meth:`at`). It may depend on the call, and then no weight has its effect (:attr:`dynamic`).
+    The pattern may read other factors than the stored ones: in another shape (:meth:`factors`), or computed
+    from them and the slots. They are :meth:`factor` in a graph and :meth:`merged_factors` in a merge. A kind
+    may differ between sites (:meth:`at`). It may depend on the call, and then no weight has its effect
+    (:attr:`dynamic`).
 
     A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
-    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge. A kind with factors
-    may also change A (:meth:`factor_a`), B (:meth:`factor_b`) or the product with A (:meth:`down`).
-    :meth:`merged_factors` is then A and B as a merge sees them. ``examples/custom_kind.py`` has an example.
+    :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
+    ``examples/custom_kind.py`` has an example.
 
     Attributes:
         name: Unique, kebab-case.
@@ -144,15 +143,12 @@ class AdapterKind:
         scales_bias: True if it also changes the bias that the operation adds, which must be a parameter then.
         trains: The parts that it trains in addition to A and B, in words for the dry run; empty for none.
         keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
-        field: The field of PEFT's configuration that chooses it; empty for a kind that
-            ``LoraConfig(kind=name)`` chooses.
-        also: Other fields that have to be set as well. The kind with the most fields is chosen.
-        dynamic: The reason why no weight has the effect of the adapter, in words that continue "because";
-            empty if a weight has it. A merge, and code that reads the weight, is refused with it.
-        reads: Names of other adapters of the model whose factors its graphs read
-            (:meth:`lora_fx.ir.OutputBuilder.other`).
-        instead: A remedy for such a refusal.
-        stores: True if an adapter folder holds parameters of it.
+        fields: The fields of PEFT's configuration that choose it if exactly these are set; empty for a kind
+            that ``LoraConfig(kind=name)`` chooses.
+        chosen_start: The value of ``init_lora_weights`` that chooses it as well; empty for any other value.
+        frozen: The factors that are not trained: "a", "b" or both.
+        dynamic: The reason why no weight has the effect of the adapter, and a remedy, in words that continue
+            "because"; empty if a weight has it. A merge, and code that reads the weight, is refused with it.
         reads_tokens: True if its graphs read the tokens of the running call
             (:mod:`lora_fx.runtime.call_tokens`).
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
@@ -164,11 +160,7 @@ class AdapterKind:
         widens: True if zeros at the end of the rank (of each group of a convolution) change nothing.
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
-        direct: True if the change is ``s·BA`` of the stored factors: :meth:`merged_factors` returns them.
-        new_base: True if an adapter starts from another base weight: :meth:`start_base`.
-        averages: True if :func:`lora_fx.adapter_penalty` has the mean of :meth:`penalty` over the sites, and
-            not the sum.
-        options: The value of :attr:`field`, if that is a mapping; None for a kind without options.
+        options: The settings of the kind at a site (:meth:`at`); None for a kind without settings.
     """
 
     name: str = ""
@@ -177,12 +169,10 @@ class AdapterKind:
     scales_bias: bool = False
     trains: str = ""
     keys: tuple[str, ...] = ()
-    field: str = ""
-    also: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
+    chosen_start: str = ""
+    frozen: tuple[str, ...] = ()
     dynamic: str = ""
-    instead: str = ""
-    reads: tuple[str, ...] = ()
-    stores: bool = True
     reads_tokens: bool = False
     does: str = ""
     depends: str = ""
@@ -191,40 +181,52 @@ class AdapterKind:
     in_parts: bool = False
     widens: bool = True
     deploys: bool = False
-    direct: bool = True
-    new_base: bool = False
-    averages: bool = False
     options: Mapping[str, Any] | None = None
-
-    def configured(self, options: Mapping[str, Any] | None) -> AdapterKind:
-        """Return the kind with the options of a configuration."""
-        if options is None:
-            return self
-        kind = copy.copy(self)
-        kind.options = options
-        return kind
 
     # --- choice -----------------------------------------------------------------------------------
 
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a configuration that choose it if all of them are set."""
-        return (self.field, *self.also) if self.field else ()
-
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
-        """Return the kind that a site gets, for a kind that differs between sites or has options.
+        """Return the kind that a site gets: this one with its :meth:`options <with_options>`, or another.
 
-        The name of a kind with options is ``name:options``. :meth:`with_options` reads it back.
+        The default has the value of the field that chooses the kind, if that is a mapping.
         """
-        return self
+        value = getattr(config, self.fields[0]) if self.fields else None
+        return self.with_options(value) if isinstance(value, Mapping) else self
 
-    def with_options(self, options: str) -> AdapterKind:
-        """Return the kind with the options of a name.
+    def with_options(self, options: Mapping[str, Any] | None) -> AdapterKind:
+        """Return the kind with options. A planned site stores them: plain, hashable values."""
+        if options is None:
+            return self
+        kind = copy.copy(self)
+        kind.options = FrozenOptions(options)
+        return kind
 
-        Args:
-            options: The part of the name after the colon.
-        """
-        raise ConfigError(f"the kind {self.name!r} has no options, found {options!r}")
+    @property
+    def field(self) -> str:
+        """The first of the fields that choose it, for messages; "kind" if none does."""
+        return (
+            self.fields[0] if self.fields else "init_lora_weights" if self.chosen_start else "kind"
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of other adapters whose factors its graphs read (:meth:`lora_fx.ir.OutputBuilder.other`)."""
+        return ()
+
+    @property
+    def stores(self) -> bool:
+        """True if an adapter folder holds parameters of it."""
+        return self.low_rank or bool(self.keys)
+
+    @property
+    def direct(self) -> bool:
+        """True if the change is ``s·BA`` of the stored factors: :meth:`merged_factors` returns them."""
+        return type(self).merged_factors is AdapterKind.merged_factors
+
+    @property
+    def new_base(self) -> bool:
+        """True if an adapter starts from another base weight: :meth:`start_base`."""
+        return type(self).start_base is not AdapterKind.start_base
 
     def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
         """Return the configuration of a folder, with settings that only its tensors show.
@@ -246,34 +248,20 @@ class AdapterKind:
         """
         return shapes
 
-    def start_of(self, letter: str, value: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the initial value of a factor, in the stored shape. A generator draws random numbers.
+    def start_pair(self, starting: Starting) -> tuple[Tensor, Tensor]:
+        """Return the initial values of A and B, in the stored shapes.
 
         Args:
-            letter: "a" or "b".
-            value: The value that LoRA starts with in a factor of this shape.
-            generator: The site's generator.
+            starting: The values to compute them from. Its A and B are those that LoRA starts with.
         """
-        return value
+        assert starting.a is not None
+        assert starting.b is not None
+        return starting.a, starting.b
 
-    def pair(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors that the pattern reads, from the stored ones, differentiably.
-
-        Raises:
-            MergeError: If no such factors have the same effect.
-        """
-        return a, b
-
-    def listed(self, name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors of a folder as :meth:`pair` does, without the model.
-
-        Args:
-            name: The name of the site.
-            config: The configuration of the folder.
-            a: A as stored.
-            b: B as stored.
-        """
-        return a, b
+    @property
+    def starts_from_weight(self) -> bool:
+        """True if initial values may depend on the weight of the site."""
+        return self.new_base or type(self).start_pair is not AdapterKind.start_pair
 
     # --- slots, costs, limits ---------------------------------------------------------------------
 
@@ -281,16 +269,8 @@ class AdapterKind:
         """Return the slots that it trains at a site in addition to A and B."""
         return ()
 
-    def costs(self, site: Site) -> Costs:
-        """Return the costs of the slots at a site."""
-        return Costs()
-
-    def flops(self, pattern: Pattern, site: Site, rank: int) -> int:
-        """Return the FLOPs of A and B for one token, as the pattern counts them."""
-        return pattern.flops(site, rank)
-
-    def rank_costs(self, site: Site) -> Costs:
-        """Return the costs of the slots at a site for each unit of the rank, in addition to :meth:`costs`."""
+    def costs(self, site: Site, rank: int) -> Costs:
+        """Return the costs at a site, in addition to those of the pattern's A and B."""
         return Costs()
 
     def check(self, config: LoraConfig) -> None:
@@ -311,19 +291,28 @@ class AdapterKind:
     @property
     def setting(self) -> str:
         """The setting of a configuration that chooses it, in words."""
-        if not self.field:
+        if self.chosen_start:
+            return f"init_lora_weights={self.chosen_start!r}"
+        if not self.fields:
             return f"the kind {self.name!r}"
         return f"{self.field}=True" if self.options is None else self.field
 
     @property
     def remedy(self) -> str:
         """The way to another kind, in words."""
-        if not self.field:
+        if self.chosen_start:
+            return "set init_lora_weights=True"
+        if not self.fields:
             return "choose another kind"
         return f"set {self.field}=False" if self.options is None else f"leave out {self.field}"
 
-    def objection(self, site: Site) -> str | None:
-        """Return the reason why a site cannot have this kind, with a remedy; None if it can."""
+    def objection(self, site: Site, rank: int) -> str | None:
+        """Return the reason why a site cannot have this kind, with a remedy; None if it can.
+
+        Args:
+            site: The site.
+            rank: Its rank; 0 for a kind without factors.
+        """
         remedy = self.remedy
         for slot in self.slots(site):
             noun = slot.what.removeprefix("a ")
@@ -345,10 +334,6 @@ class AdapterKind:
             )
         return None
 
-    def rank_objection(self, site: Site, rank: int) -> str | None:
-        """Return the reason why a site cannot have this kind at a rank, with a remedy; None if it can."""
-        return None
-
     def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return the initial values of a slot, in any shape and dtype.
 
@@ -361,22 +346,23 @@ class AdapterKind:
         return torch.full(slot.sized(starting.row.rank), slot.neutral)
 
     def start_base(self, row: PlannedSite, weight: Tensor) -> Tensor:
-        """Return the weight that replaces that of the base, a new tensor (:attr:`new_base`).
+        """Return the weight that replaces that of the base, a new tensor. The default changes no weight.
 
         Args:
             row: The site.
             weight: Its weight as stored. Do not write to it.
         """
-        raise NotImplementedError(f"the kind {self.name!r} does not say from which base it starts")
+        return weight
 
     def penalty(
-        self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool
+        self, row: PlannedSite, factors: Mapping[str, Tensor], *, sites: int, training: bool
     ) -> Tensor | None:
         """Return the term of a site in the loss (:func:`lora_fx.adapter_penalty`); None for no term.
 
         Args:
             row: The site.
             factors: A and B as "a" and "b", and the slots by name, as stored.
+            sites: The number of sites with this kind. The terms are summed: divide by it for a mean.
             training: True if the site is in training mode.
         """
         return None
@@ -384,12 +370,12 @@ class AdapterKind:
     # --- graphs -----------------------------------------------------------------------------------
 
     def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
-        """Write the factor that the pattern reads, and return its node.
+        """Write the factor that the pattern reads, in its own dtype, and return its node.
 
         Args:
             build: Writes nodes.
             letter: "a" or "b".
-            stored: The node that reads the stored factor.
+            stored: The node that reads the stored factor, in the site's own role.
         """
         return stored
 
@@ -406,16 +392,8 @@ class AdapterKind:
         """
         return pattern.branch(build.site, node, region, build)
 
-    def factor_a(self, build: OutputBuilder) -> fx.Node:
-        """Write A in the form in which the product takes it, and return its node."""
-        return build.cast_factor("a")
-
-    def down(self, build: OutputBuilder, x: fx.Node) -> fx.Node:
-        """Write ``A x`` for a product of vectors x [..., in] with the weight, and return its node."""
-        return build.call(Role.DOWN, F.linear, x, build.a)
-
     def factor_b(self, build: OutputBuilder) -> fx.Node:
-        """Write B in the form in which the product takes it, and return its node."""
+        """Write B as the product takes it, in the dtype of the branch. The default casts :meth:`factor`."""
         return build.cast_factor("b")
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
@@ -452,14 +430,18 @@ class AdapterKind:
         return {name: slot.flatten() if name in flat else slot for name, slot in slots.items()}
 
     def merged_factors(
-        self, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+        self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the factors A and B of the change ``s·BA``.
+        """Return the factors of the change ``s·BA``, in the pattern's shapes, differentiably.
 
         Args:
-            a: A, in the site's own role.
-            b: B, in the site's own role.
+            site: The site.
+            a: A as stored, in the site's own role.
+            b: B as stored, in the site's own role.
             values: The slots by name, in the dtype of the factors (:meth:`values`).
+
+        Raises:
+            MergeError: If no such factors have the effect of the adapter.
         """
         return a, b
 
@@ -640,17 +622,13 @@ def kind_of(row: _Kinded) -> AdapterKind:
     Raises:
         ConfigError: If it was registered in another process and not in this one.
     """
-    return _named(row.kind).configured(row.options)
+    return _named(row.kind).with_options(row.options)
 
 
 def _named(name: str) -> AdapterKind:
     for kind in _registry:
         if kind.name == name:
             return kind
-    name, _, options = name.partition(":")
-    for kind in _registry:
-        if kind.name == name and options:
-            return _with_options(kind, options)
     names = [kind.name for kind in _registry if kind not in _BUILT_IN]
     near = hint(name, names, "did you mean '{}'? ", count=1)
     raise ConfigError(
@@ -659,31 +637,31 @@ def _named(name: str) -> AdapterKind:
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _with_options(kind: AdapterKind, options: str) -> AdapterKind:
-    return kind.with_options(options)
-
-
 def chosen_kind(config: LoraConfig) -> AdapterKind:
-    """Return the kind that a configuration chooses, with its options.
+    """Return the kind that a configuration chooses, without a site's options.
 
     Raises:
         ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
+    start = next(
+        (k.chosen_start for k in _BUILT_IN if k.chosen_start == config.init_lora_weights), ""
+    )
     if config.kind is None:
         fields = {field for kind in _BUILT_IN for field in kind.fields if getattr(config, field)}
-        chosen = next((kind for kind in _BUILT_IN if set(kind.fields) == fields), None)
-        if chosen is None:
-            raise ConfigError(
-                f"LoraConfig: {' and '.join(sorted(fields))} do not go together, as in PEFT: leave out all "
-                "but one"
-            )
-        value = getattr(config, chosen.field) if chosen.field else None
-        return chosen.configured(value if isinstance(value, Mapping) else None)
+        for kind in _BUILT_IN:
+            if set(kind.fields) == fields and kind.chosen_start == start:
+                return kind
+        settings = [*sorted(fields), *([f"init_lora_weights={start!r}"] if start else ())]
+        raise ConfigError(
+            f"LoraConfig: {' and '.join(settings)} do not go together, as in PEFT: leave out all but one"
+        )
     kind = _named(config.kind)
     if kind in _BUILT_IN:
-        reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
+        reason = f"{kind.setting} chooses it" if kind.fields else "it is not chosen by name"
         raise ConfigError(f"LoraConfig.kind: found {kind.name!r}; {reason}: leave out kind")
+    if start:
+        remedy = f"kind={config.kind!r} is another adapter: leave out one of both"
+        raise ConfigError(f"LoraConfig.init_lora_weights: found {start!r}; {remedy}")
     kind.check(config)
     return kind
 
@@ -723,7 +701,7 @@ def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
         ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
     kind = site_kind(site, config)
-    reason = kind.objection(site) or kind.rank_objection(site, rank)
+    reason = kind.objection(site, rank)
     if reason is not None and _is_named(site.name, config):
         raise ConfigError(f"{site.name}: {reason}")
     return reason
@@ -738,13 +716,12 @@ def _is_named(name: str, config: LoraConfig) -> bool:
 
 def refusal(kind: AdapterKind) -> str:
     """Return the reason why no weight has the effect of a kind, with a remedy."""
-    return f"no weight has the effect of this adapter, because {kind.dynamic}: {kind.instead}"
+    return f"no weight has the effect of this adapter, because {kind.dynamic}"
 
 
 def stores_product(kind: AdapterKind) -> bool:
     """Return True if the stored A and B are the factors of the change, ``s·BA``, of the weight."""
-    own = type(kind).pair is AdapterKind.pair
-    return kind.low_rank and kind.direct and own and not kind.dynamic
+    return kind.low_rank and kind.direct and not kind.dynamic
 
 
 def union_of(names: Iterable[str], site: Site) -> str:

@@ -5,10 +5,7 @@ For each token it weights the outputs of the adapters (:mod:`lora_fx.runtime.rou
 
 from __future__ import annotations
 
-import json
 import operator
-from collections.abc import Mapping
-from typing import Any
 
 from torch import fx
 
@@ -24,36 +21,24 @@ __all__ = ["KINDS", "Arrow"]
 class Arrow(AdapterKind):
     """A router over the adapters that ``arrow_config`` names.
 
-    Attributes:
-        tasks: Names of the adapters that tokens are routed to.
-        general: Names of the adapters whose mean is subtracted from those (``use_gks``).
-        settings: ``top_k``, ``router_temperature`` and the seed of the prototypes.
+    Its options: the adapters that tokens are routed to (``tasks``), those whose mean is subtracted from them
+    (``general``, for ``use_gks``), ``top_k``, ``temperature``, and the ``seed`` of the prototypes.
     """
 
     low_rank = False
-    stores = False
-    field = "arrow_config"
+    name = "arrow"
+    fields = ("arrow_config",)
+    trains = "a router over other adapters (arrow_config), and nothing that is trained"
     dynamic = (
-        "a router chooses other adapters for each token (arrow_config; PEFT merges none either)"
-    )
-    instead = (
-        "keep the adapters unmerged; or merge their sum, which lora_fx.add_weighted_adapter makes of "
-        "them, as one that is the same for all tokens"
+        "a router chooses other adapters for each token (arrow_config; PEFT merges none either): keep the "
+        "adapters unmerged; or merge their sum, which lora_fx.add_weighted_adapter makes of them, as one "
+        "that is the same for all tokens"
     )
 
-    def __init__(
-        self,
-        tasks: tuple[str, ...] = (),
-        general: tuple[str, ...] = (),
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.tasks, self.general, self.settings = tasks, general, dict(settings or {})
-        self.reads = (*tasks, *general)
-        written = json.dumps([tasks, general, self.settings]) if tasks else ""
-        self.name = f"arrow:{written}" if written else "arrow"
-        self.trains = (
-            f"a router over {', '.join(tasks)} (arrow_config), and nothing that is trained"
-        )
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The adapters that it routes to, and those that it subtracts."""
+        return () if self.options is None else (*self.options["tasks"], *self.options["general"])
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
         """Return the kind with the configuration's adapters and options.
@@ -76,30 +61,30 @@ class Arrow(AdapterKind):
                 "to route to (task_adapter_names)"
             )
         seed = router["rng_seed"]
-        options = {
-            "top_k": router["top_k"],
-            "temperature": router["router_temperature"],
-            "seed": (config.seed or 0) if seed is None else seed,
-        }
-        return Arrow(tuple(tasks), tuple(general), options)
+        return self.with_options(
+            {
+                "tasks": tuple(tasks),
+                "general": tuple(general),
+                "top_k": router["top_k"],
+                "temperature": router["router_temperature"],
+                "seed": (config.seed or 0) if seed is None else seed,
+            }
+        )
 
-    def with_options(self, options: str) -> AdapterKind:
-        """Return the kind with the adapters and options in JSON."""
-        tasks, general, values = json.loads(options)
-        return Arrow(tuple(tasks), tuple(general), values)
-
-    def objection(self, site: Site) -> str | None:
+    def objection(self, site: Site, rank: int) -> str | None:
         """Refuse other layers than linear ones, as PEFT does."""
         whole = site.rows is None and not site.experts and not site.attention
         vectors = all(call.axes == (-1,) and not call.left for call in site.calls)
         if site.family != "linear" or not whole or not vectors:
             return "Arrow is for linear layers alone (as in PEFT): leave it out"
-        return super().objection(site)
+        return super().objection(site, rank)
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Write ``total + drop(routed(x))``."""
-        downs, ups, scales = zip(*map(build.other, self.tasks), strict=True)
-        general = [build.other(name) for name in self.general]
+        options = self.options
+        assert options is not None
+        downs, ups, scales = zip(*map(build.other, options["tasks"]), strict=True)
+        general = [build.other(name) for name in options["general"]]
         delta = build.call(
             Role.UP,
             routed,
@@ -108,7 +93,7 @@ class Arrow(AdapterKind):
             ups,
             scales,
             (tuple(pair[0] for pair in general), tuple(pair[1] for pair in general)),
-            *(self.settings[name] for name in ("top_k", "temperature", "seed")),
+            *(options[name] for name in ("top_k", "temperature", "seed")),
         )
         return build.call(
             Role.ADD, operator.add, build.total, build.cast_to_output(build.dropped(delta))

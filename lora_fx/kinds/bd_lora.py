@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from lora_fx.config import LoraConfig, rank_for
 from lora_fx.ir import Factors, OutputBuilder, Role, Site
-from lora_fx.kinds import AdapterKind
+from lora_fx.kinds import AdapterKind, Starting
 from lora_fx.kinds.lora import Lora
 
 __all__ = ["KINDS", "BlockDiagonal", "block_diagonal"]
@@ -37,22 +38,29 @@ def block_diagonal(stacked: Tensor, blocks: int) -> Tensor:
 class BlockDiagonal(Lora):
     """LoRA with a block-diagonal factor: A or B by the name of the layer.
 
-    Attributes:
-        letter: The block-diagonal factor, "a" or "b"; empty before a site is known.
-        blocks: The number of its blocks.
-        problem: The reason why a site cannot have it.
+    Its options: the block-diagonal factor (``letter``), the number of its blocks (``blocks``), and the
+    ``problem`` of a site that cannot have it.
     """
 
     in_parts = False
     widens = False
 
-    def __init__(self, letter: str = "", blocks: int = 1, problem: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.deploys = False
-        self.letter, self.blocks, self.problem = letter, blocks, problem
-        self.name = f"bd-lora:{letter}{blocks}" if letter else "bd-lora"
-        self.field = "use_bdlora"
-        self.trains = f"a block-diagonal {letter.upper()} of {blocks} blocks (use_bdlora)"
+        self.name = "bd-lora"
+        self.fields = ("use_bdlora",)
+        self.trains = "a block-diagonal A or B (use_bdlora)"
+
+    @property
+    def letter(self) -> str:
+        """The block-diagonal factor, "a" or "b"; empty before a site is known."""
+        return "" if self.options is None else str(self.options["letter"])
+
+    @property
+    def blocks(self) -> int:
+        """The number of its blocks."""
+        return 1 if self.options is None else int(self.options["blocks"])
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
         """Return the kind of a layer by its name: PEFT looks for each entry anywhere in the whole name."""
@@ -61,38 +69,37 @@ class BlockDiagonal(Lora):
         matches = _letters(site.name, config)
         if not matches and not options["match_strict"]:
             return Lora()
-        rank = rank_for(site.name, config)
-        if len(matches) == 1 and rank % options["nblocks"]:
-            return BlockDiagonal(
-                problem=f"BD-LoRA: {options['nblocks']} blocks do not divide rank {rank}: change nblocks or r"
+        rank, blocks = rank_for(site.name, config), options["nblocks"]
+        if len(matches) == 1 and rank % blocks:
+            return self._refused(
+                f"BD-LoRA: {blocks} blocks do not divide rank {rank}: change nblocks or r"
             )
         if len(matches) == 1:
-            return BlockDiagonal(matches[0], options["nblocks"])
+            return self.with_options({"letter": matches[0], "blocks": blocks})
         lists = "both lists" if matches else "neither list"
-        return BlockDiagonal(
-            problem=f"BD-LoRA: {lists} of use_bdlora (target_modules_bd_a, target_modules_bd_b) "
+        return self._refused(
+            f"BD-LoRA: {lists} of use_bdlora (target_modules_bd_a, target_modules_bd_b) "
             f"{'match' if matches else 'matches'} its name: change them, or set match_strict=False to give "
             "the layers of neither list plain LoRA"
         )
 
-    def with_options(self, options: str) -> AdapterKind:
-        """Return the kind with a factor and its number of blocks: "a4"."""
-        return BlockDiagonal(options[0], int(options[1:]))
+    def _refused(self, problem: str) -> AdapterKind:
+        return self.with_options({"letter": "", "blocks": 1, "problem": problem})
 
-    def objection(self, site: Site) -> str | None:
+    def objection(self, site: Site, rank: int) -> str | None:
         """Refuse what PEFT refuses: other layers than linear ones, and sizes that blocks do not divide."""
         whole = site.rows is None and site.parameter == "weight" and not site.experts
         if site.family != "linear" or not whole or site.attention:
             return "BD-LoRA is for linear layers alone (as in PEFT): leave it out"
         size = site.in_features if self.letter == "a" else site.out_features
-        if self.problem:
-            return self.problem
+        if problem := (self.options or {}).get("problem"):
+            return str(problem)
         if size % self.blocks:
             return (
                 f"BD-LoRA: {self.blocks} blocks do not divide its {size} features: change nblocks, or "
                 "leave it out"
             )
-        return super().objection(site)
+        return super().objection(site, rank)
 
     # --- factors ----------------------------------------------------------------------------------
 
@@ -104,30 +111,22 @@ class BlockDiagonal(Lora):
             return dataclasses.replace(shapes, a=blocks)
         return dataclasses.replace(shapes, b=blocks)
 
-    def start_of(self, letter: str, value: Tensor, generator: torch.Generator) -> Tensor:
+    def start_pair(self, starting: Starting) -> tuple[Tensor, Tensor]:
         """Return PEFT's start: a block-diagonal A is Kaiming-uniform with gain √2, such a B is zero."""
-        if letter != self.letter:
-            return value
-        if letter == "b":
-            return torch.zeros_like(value)
-        bound = math.sqrt(6 / value.shape[1])
-        return value.uniform_(-bound, bound, generator=generator)
+        a, b = super().start_pair(starting)
+        if self.letter == "b":
+            return a, torch.zeros_like(b)
+        bound = math.sqrt(6 / a.shape[1])
+        generator = starting.generator(f"{starting.row.name}.block-diagonal")
+        return a.uniform_(-bound, bound, generator=generator), b
 
-    def pair(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def merged_factors(
+        self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return the factors as whole matrices."""
-        return self._whole(a, b)
-
-    def _whole(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if self.letter == "a":
             return block_diagonal(a, self.blocks), b
         return a, block_diagonal(b, self.blocks)
-
-    def listed(self, name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the factors as whole matrices."""
-        options, letters = config.use_bdlora, _letters(name, config)
-        if options is None or len(letters) != 1:
-            return a, b
-        return BlockDiagonal(letters[0], options["nblocks"])._whole(a, b)
 
     # --- graphs -----------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ group are zero outside of the channels of that group. A folder whose A is of tha
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from lora_fx.config import LoraConfig
 from lora_fx.errors import MergeError
 from lora_fx.ir import Factors, OutputBuilder, Pattern, Region, Role, Site
-from lora_fx.kinds import AdapterKind, Slot, Starting
+from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
 from lora_fx.kinds.dora import MAGNITUDE, Dora
 from lora_fx.kinds.lora import Lora
 from lora_fx.runtime import dora
@@ -74,11 +75,16 @@ class _Dense(AdapterKind):
         rank, inner, *kernel = shapes.a
         return dataclasses.replace(shapes, a=(rank, inner * site.groups, *kernel))
 
-    def flops(self, pattern: Pattern, site: Site, rank: int) -> int:
-        """Return the FLOPs of a branch without groups."""
-        return pattern.flops(dataclasses.replace(site, groups=1), rank)
+    def costs(self, site: Site, rank: int) -> Costs:
+        """Return the FLOPs that a branch without groups has in addition, for one output position."""
+        costs, kernel = super().costs(site, rank), math.prod(site.weight_shape[2:])
+        elements = rank * (site.in_features * kernel + site.out_features)
+        more = 2 * (elements - elements // site.groups)
+        return dataclasses.replace(costs, flops=costs.flops + more)
 
-    def pair(self, site: Site, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    def merged_factors(
+        self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Return A without the channels of other groups, if it is zero there."""
         own, outside = between_groups(a, site.groups)
         if outside.any():
@@ -117,14 +123,9 @@ class DenseLora(_Dense, Lora):
         super().__init__(bias)
         self.deploys = False
         self.name = "dense-groups-bias" if bias else "dense-groups"
-        self.field = "dense_groups"
+        self.fields = ("dense_groups", "lora_bias") if bias else ("dense_groups",)
         also = f", and {self.trains}" if bias else ""
         self.trains = f"an A that reads all groups of a convolution (dense_groups){also}"
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a configuration that choose it."""
-        return ("dense_groups", "lora_bias") if self.bias else ("dense_groups",)
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
         """Return plain LoRA for a site without groups."""
@@ -142,22 +143,16 @@ class DenseDora(_Dense, Dora):
     handed: tuple[Any, ...] = ()
     dynamic = (
         "A reads channels that a convolution with groups does not (dense_groups with use_dora, as PEFT "
-        "trains it; PEFT merges none either)"
+        "trains it; PEFT merges none either): keep the adapter unmerged, or train it without dense_groups"
     )
-    instead = "keep the adapter unmerged, or train it without dense_groups"
 
     def __init__(self) -> None:
         super().__init__()
         self.name = "dense-groups-dora"
-        self.field = "dense_groups"
+        self.fields = ("dense_groups", "use_dora")
         self.trains = (
             f"an A that reads all groups of a convolution (dense_groups), and {Dora.trains}"
         )
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The fields of a configuration that choose it."""
-        return ("dense_groups", "use_dora")
 
     def at(self, site: Site, config: LoraConfig) -> AdapterKind:
         """Return plain DoRA for a site without groups."""

@@ -54,7 +54,7 @@ class Dora(AdapterKind):
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
         self.name = "dora-bias" if bias else "dora"
-        self.field = "" if bias else "use_dora"
+        self.fields = () if bias else ("use_dora",)
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the magnitude: [out], or [1, out, 1, ...] for a convolution, as PEFT stores it."""
@@ -73,7 +73,7 @@ class Dora(AdapterKind):
         )
         return (bias_slot(site), magnitude) if self.bias else (magnitude,)
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, rank: int) -> Costs:
         """Return a product and a sum per output feature. The norm is not a cost per token."""
         out = site.out_features
         return Costs(out, 2 * out, out)

@@ -6,6 +6,7 @@ computed again from the weight of the model, as in PEFT.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Mapping
 from typing import Final
@@ -17,7 +18,6 @@ from lora_fx.config import complete_options
 from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
 from lora_fx.kinds import RANK, Costs, Slot, Starting
 from lora_fx.kinds.lora import Lora, layer_objection
-from lora_fx.runtime import fused_lora
 
 __all__ = ["KINDS", "Kasa"]
 
@@ -28,17 +28,15 @@ class Kasa(Lora):
     """Two factors, a diagonal between them, and a base without its smallest singular values."""
 
     in_parts = False
-    direct = False
-    new_base = True
 
     def __init__(self, bias: bool = False) -> None:
         super().__init__(bias)
         self.name = "kasa-bias" if bias else "kasa"
-        self.field, self.deploys = "kasa_config", False
-        self.also = ("lora_bias",) if bias else ()
+        self.deploys = False
+        self.fields = ("kasa_config", "lora_bias") if bias else ("kasa_config",)
         self.trains = "a trained diagonal between A and B (KaSA)"
         self.trains += " and a bias on B (lora_bias)" if bias else ""
-        self.options = complete_options(self.field, {})
+        self.options = complete_options(self.fields[0], {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the diagonal, [r], and B's bias, if B has one."""
@@ -53,12 +51,16 @@ class Kasa(Lora):
         )
         return (*super().slots(site), diagonal)
 
-    def rank_costs(self, site: Site) -> Costs:
-        """Return an element of the diagonal. Its product with B is not a cost per token."""
-        return Costs(parameters=1)
+    def costs(self, site: Site, rank: int) -> Costs:
+        """Return the elements of the diagonal. Its product with B is not a cost per token."""
+        bias = super().costs(site, rank)
+        return dataclasses.replace(bias, parameters=bias.parameters + rank)
 
-    def objection(self, site: Site) -> str | None:
-        """Refuse everything but a linear layer, stored [out, in], whose weight nothing else reads."""
+    def objection(self, site: Site, rank: int) -> str | None:
+        """Refuse everything but a linear layer, stored [out, in], whose weight nothing else reads.
+
+        Also refuse a rank that leaves no singular value of the weight.
+        """
         if reason := layer_objection("KaSA", self, site):
             return reason
         if site.layout == "in_out":
@@ -68,10 +70,6 @@ class Kasa(Lora):
                 f"KaSA changes its weight, which {', '.join(site.tied_to)} shares: leave it out, or "
                 f"{self.remedy}"
             )
-        return None
-
-    def rank_objection(self, site: Site, rank: int) -> str | None:
-        """Refuse a rank that leaves no singular value of the weight."""
         least = min(site.in_features, site.out_features)
         if rank < least:
             return None
@@ -94,7 +92,9 @@ class Kasa(Lora):
         base: Tensor = (u[:, :kept] * s[:kept]) @ vh[:kept]
         return base.to(weight.dtype)
 
-    def penalty(self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool) -> Tensor:
+    def penalty(
+        self, row: PlannedSite, factors: Mapping[str, Tensor], *, sites: int, training: bool
+    ) -> Tensor:
         """Return ``β ‖d‖² + γ (‖BᵀB - I‖ + ‖A Aᵀ - I‖)`` in fp32 (equations 9 to 11)."""
         assert self.options is not None
         a, b, diagonal = (factors[name].float() for name in ("a", "b", _DIAGONAL))
@@ -105,29 +105,19 @@ class Kasa(Lora):
 
     # --- graphs -----------------------------------------------------------------------------------
 
-    def factor_b(self, build: OutputBuilder) -> fx.Node:
-        """Write ``B diag(d)``."""
-        return build.cast(_scaled(build))
-
-    def fuse(self, build: OutputBuilder) -> None:
-        """Name LoRA's function, over ``B diag(d)``."""
-        quantized = fused_lora.quantized_lora_linear
-        build.fuse_by(fused_lora.lora_linear, quantized=quantized, b=_scaled(build))
+    def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
+        """Write ``B diag(d)`` for B."""
+        if letter == "a":
+            return stored
+        return build.call(Role.FACTOR, operator.mul, stored, build.read_slot(_DIAGONAL))
 
     # --- merges -----------------------------------------------------------------------------------
 
     def merged_factors(
-        self, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+        self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return A and ``B diag(d)``."""
         return a, b * values[_DIAGONAL]
-
-
-def _scaled(build: OutputBuilder) -> fx.Node:
-    def scale() -> fx.Node:
-        return build.call(Role.FACTOR, operator.mul, build.factor("b"), build.read_slot(_DIAGONAL))
-
-    return build.once("B diag(d)", scale)
 
 
 KINDS = (Kasa(), Kasa(bias=True))

@@ -60,24 +60,24 @@ class Lora(AdapterKind):
         self.bias = bias
         self.deploys = not bias
         self.name = "lora-bias" if bias else "lora"
-        self.field = "lora_bias" if bias else ""
+        self.fields = ("lora_bias",) if bias else ()
         self.trains = "a bias on B (lora_bias)" if bias else ""
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the slot of B's bias, if B has one."""
         return (bias_slot(site),) if self.bias else ()
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, rank: int) -> Costs:
         """Return one addition for each output feature, if B has a bias."""
         return Costs(site.out_features, site.out_features) if self.bias else Costs()
 
-    def objection(self, site: Site) -> str | None:
+    def objection(self, site: Site, rank: int) -> str | None:
         """Refuse a bias on B for an embedding: a lookup has no product that a bias could follow."""
         if self.bias and site.family == "embedding":
             return (
                 "an embedding has no bias on B (as in PEFT): leave it out, or set lora_bias=False"
             )
-        return super().objection(site)
+        return super().objection(site, rank)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return the start of B's bias."""
@@ -89,7 +89,7 @@ class Lora(AdapterKind):
 
     def without_bias(self) -> AdapterKind:
         """Return the kind without B's bias, which is added to that of the layer."""
-        return type(self)().configured(self.options) if self.bias else self
+        return type(self)().with_options(self.options) if self.bias else self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Write ``total + pad(up · s)``."""

@@ -21,7 +21,6 @@ from lora_fx.config import complete_options
 from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
 from lora_fx.kinds import RANK, Costs, Slot, Starting
 from lora_fx.kinds.lora import BIAS, Lora, layer_objection
-from lora_fx.runtime import fused_lora
 
 __all__ = ["KINDS", "Monteclora", "sampled"]
 
@@ -41,16 +40,15 @@ class Monteclora(Lora):
     """Two factors, and the parameters and the state of the noise on A."""
 
     in_parts = False
-    averages = True
 
     def __init__(self, bias: bool = False) -> None:
         super().__init__(bias)
         self.name = "monteclora-bias" if bias else "monteclora"
-        self.field, self.deploys = "monteclora_config", False
-        self.also = ("lora_bias",) if bias else ()
+        self.deploys = False
+        self.fields = ("monteclora_config", "lora_bias") if bias else ("monteclora_config",)
         self.trains = "trained noise on A (MonteCLoRA)"
         self.trains += " and a bias on B (lora_bias)" if bias else ""
-        self.options = complete_options(self.field, {})
+        self.options = complete_options(self.fields[0], {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the trained parameters of the noise, and the state that the last training call has left.
@@ -72,17 +70,14 @@ class Monteclora(Lora):
             Slot(_NORMALS, "", count, **state),
         )
 
-    def costs(self, site: Site) -> Costs:
-        """Return a parameter for each sample. The noise is not a cost per token."""
+    def costs(self, site: Site, rank: int) -> Costs:
+        """Return a parameter for each sample and each variance. The noise is not a cost per token."""
         assert self.options is not None
-        bias = super().costs(site)
-        return dataclasses.replace(bias, parameters=bias.parameters + self.options["num_samples"])
+        bias = super().costs(site, rank)
+        own = self.options["num_samples"] + rank
+        return dataclasses.replace(bias, parameters=bias.parameters + own)
 
-    def rank_costs(self, site: Site) -> Costs:
-        """Return a parameter for each variance."""
-        return Costs(parameters=1)
-
-    def objection(self, site: Site) -> str | None:
+    def objection(self, site: Site, rank: int) -> str | None:
         """Refuse everything but a linear layer."""
         return layer_objection("MonteCLoRA", self, site)
 
@@ -97,8 +92,10 @@ class Monteclora(Lora):
             return torch.eye(len(values))
         return values + 1 / len(values) if slot.name == _WEIGHTS else values
 
-    def penalty(self, row: PlannedSite, factors: Mapping[str, Tensor], *, training: bool) -> Tensor:
-        """Return the weighted divergences from the priors, plus ``Σ wᵢ²`` with ``use_entropy``.
+    def penalty(
+        self, row: PlannedSite, factors: Mapping[str, Tensor], *, sites: int, training: bool
+    ) -> Tensor:
+        """Return the mean of the weighted divergences from the priors, plus ``Σ wᵢ²`` with ``use_entropy``.
 
         Variances and weights are those of the last training call. It is zero in evaluation mode.
         """
@@ -116,27 +113,17 @@ class Monteclora(Lora):
         if self.options["use_entropy"]:
             weights = torch.where(drawn, _weights(prior, factors[_NORMALS]), factors[_WEIGHTS])
             loss = loss + weights.square().sum()
-        return loss
+        return loss / sites
 
-    def factor_a(self, build: OutputBuilder) -> fx.Node:
-        """Write A with noise."""
-        return build.cast(self._sampled(build))
-
-    def fuse(self, build: OutputBuilder) -> None:
-        """Name LoRA's function, over A with noise."""
-        quantized = fused_lora.quantized_lora_linear
-        build.fuse_by(fused_lora.lora_linear, quantized=quantized, a=self._sampled(build))
-
-    def _sampled(self, build: OutputBuilder) -> fx.Node:
+    def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
+        """Write A with noise for A."""
+        if letter == "b":
+            return stored
         assert self.options is not None
+        names = (_SPREAD, _PRIOR, _VARIANCE, _WEIGHTS, _SQUARES, _NORMALS)
+        slots = map(build.read_slot, names)
         scale = self.options["sample_scaler"]
-
-        def sample() -> fx.Node:
-            names = (_SPREAD, _PRIOR, _VARIANCE, _WEIGHTS, _SQUARES, _NORMALS)
-            tensors = (build.factor("a"), *map(build.read_slot, names))
-            return build.call(Role.FACTOR, sampled, *tensors, scale, build.training)
-
-        return build.once("A with noise", sample)
+        return build.call(Role.FACTOR, sampled, stored, *slots, scale, build.training)
 
 
 def sampled(

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.autograd.function import once_differentiable
 
 from lora_fx.config import complete_options
-from lora_fx.ir import OutputBuilder, Role, Site
+from lora_fx.ir import OutputBuilder, Pattern, Region, Role, Site
 from lora_fx.kinds import Costs, Slot, Starting
 from lora_fx.kinds.lora import Lora, layer_objection
 
@@ -33,9 +33,9 @@ class Velora(Lora):
     def __init__(self, bias: bool = False) -> None:
         super().__init__(bias)
         self.name = "velora-bias" if bias else "velora"
-        self.field, self.deploys = "velora_config", False
-        self.also = ("lora_bias",) if bias else ()
-        self.options = complete_options(self.field, {})
+        self.deploys = False
+        self.fields = ("velora_config", "lora_bias") if bias else ("velora_config",)
+        self.options = complete_options(self.fields[0], {})
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the projection, [⌈in / groups⌉], and with "batch_average_once" a flag that it is computed.
@@ -64,13 +64,13 @@ class Velora(Lora):
         start: str = self.options["init_type"]
         return start
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, rank: int) -> Costs:
         """Return the products with the projection. A number for each group is saved, and not the input."""
-        bias, flops = super().costs(site), 2 * site.in_features
+        bias, flops = super().costs(site, rank), 2 * site.in_features
         saved = self._groups - site.in_features
         return Costs(bias.parameters, bias.flops + flops, bias.saved + saved)
 
-    def objection(self, site: Site) -> str | None:
+    def objection(self, site: Site, rank: int) -> str | None:
         """Refuse everything but a linear layer."""
         return layer_objection("VeLoRA", self, site)
 
@@ -84,17 +84,18 @@ class Velora(Lora):
             return _normalized(values)
         return values
 
-    def down(self, build: OutputBuilder, x: fx.Node) -> fx.Node:
-        """Write ``A x``, which saves compressed inputs."""
+    def branch(
+        self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
+    ) -> fx.Node:
+        """Write the branch of a layer with an ``A x`` that saves compressed inputs."""
         assert self.options is not None
         once = self._start == "batch_average_once"
         started = build.read_slot(_STARTED) if once else None
         state = (build.read_slot(_PROJECTION), started, build.training)
         options = (self._groups, self.options["scale"], self._start != "random")
-        return build.call(Role.DOWN, down, x, build.a, *state, *options)
-
-    def fuse(self, build: OutputBuilder) -> None:
-        """Name no function: those of LoRA save the input."""
+        x = build.dropped(build.input)
+        product = build.call(Role.DOWN, down, x, build.a, *state, *options)
+        return build.call(Role.UP, F.linear, product, build.b)
 
 
 def down(

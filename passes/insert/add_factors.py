@@ -16,9 +16,9 @@ from typing import ClassVar, Final
 import torch
 from torch import nn
 
-from lora_fx.config import LoraConfig, needs_data
+from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
-from lora_fx.kinds import Slot, Starting, base_change, kind_of
+from lora_fx.kinds import Slot, Starting, kind_of
 from lora_fx.passes.graph import partition_of
 from lora_fx.passes.insert.starts import Start, initial_start, site_generator
 from lora_fx.passes.parameters import (
@@ -87,7 +87,7 @@ class AddFactors(Pass):
         for row in rows:
             kind = kind_of(row)
             if row.site.bias is None and any(slot.scaled for slot in kind.slots(row.site)):
-                alone.setdefault(kind.field or kind.name, []).append(row.name)
+                alone.setdefault(kind.field, []).append(row.name)
         for setting, names in alone.items():
             _log.warning(
                 "no merge can fold the bias on B (%s) of these, which have none of their own: %s",
@@ -117,7 +117,9 @@ def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter
         return
     # The changes of the parts of one weight add up: each part starts from the weight left by the one
     # before.
-    reads = bool(base_change(config)) and not needs_data(config.init_lora_weights)
+    start = config.init_lora_weights
+    reads = changes_base(start) and not needs_data(start)
+    reads = reads or kind_of(row).starts_from_weight
     weight = gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
     place_start(model, row, adapter, initial_start(row, weight, config))
     place_slots(model, row, adapter, config)
@@ -180,8 +182,9 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
     """Set the factors of a site to a start, replacing the adapter's former factors if it has any."""
     names = factor_names(row)
     start = _where_the_weight_is(model, row, start)
-    for name, value in ((names.a, start.a), (names.b, start.b)):
-        _put(model, row.site, name, adapter, value)
+    fixed = kind_of(row).frozen
+    for letter, name, value in (("a", names.a, start.a), ("b", names.b, start.b)):
+        _put(model, row.site, name, adapter, value, trained=letter not in fixed)
     if start.subtracted:
         for name, value in ((_START_A, start.a), (_START_B, start.b)):
             # Copies, because training writes into the factors.
@@ -236,11 +239,19 @@ def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraCo
             _factors_module(model, row.site, slot.name, AdapterState).add(adapter, value)
 
 
-def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:
-    """Set a parameter, frozen if the former one was (that of an inactive adapter is)."""
+def _put(
+    model: nn.Module,
+    site: Site,
+    name: str,
+    adapter: str,
+    value: torch.Tensor,
+    *,
+    trained: bool = True,
+) -> None:
+    """Set a parameter, frozen if it is not trained or the former one was (that of an inactive adapter is)."""
     factors = _factors_module(model, site, name)
     former = factors._parameters.get(adapter)
-    trained = former is None or former.requires_grad
+    trained = trained and (former is None or former.requires_grad)
     factors.add(adapter, nn.Parameter(value, requires_grad=trained))
 
 

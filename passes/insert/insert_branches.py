@@ -159,8 +159,8 @@ class Branch(Writer):
 
     @property
     def a(self) -> fx.Node:
-        """Return A, in the form that the kind needs."""
-        return self.once("a", lambda: self._kind.factor_a(self))
+        """Return A, in the dtype in which the branch computes."""
+        return self.once("a", lambda: self.cast_factor("a"))
 
     @property
     def b(self) -> fx.Node:
@@ -224,7 +224,7 @@ class Branch(Writer):
     def low_rank(self, x: fx.Node, *, with_bias: bool = True) -> fx.Node:
         """Return ``B (A drop(x))`` for a product that reads ``x``, with :attr:`bias` if `with_bias`."""
         self._low_rank = True
-        down = self._kind.down(self, self.dropped(x))
+        down = self.call(Role.DOWN, F.linear, self.dropped(x), self.a)
         bias = self.bias if with_bias else None
         return self.call(Role.UP, F.linear, down, self.b, *(() if bias is None else (bias,)))
 
@@ -235,8 +235,6 @@ class Branch(Writer):
         quantized: Callable[..., Any] | None = None,
         rows: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
         less: Mapping[str, Any] | None = None,
-        a: fx.Node | None = None,
-        b: fx.Node | None = None,
     ) -> None:
         """Note the function that computes the operation with its branch."""
         if not self._low_rank:
@@ -244,8 +242,8 @@ class Branch(Writer):
         self._fused = FusedBranch(
             function,
             quantized,
-            (a or self.factor("a")).name,
-            (b or self.factor("b")).name,
+            self.factor("a").name,
+            self.factor("b").name,
             self.scale,
             tuple(value.name if isinstance(value, fx.Node) else value for value in more),
             self._dropout,
@@ -269,10 +267,13 @@ class Branch(Writer):
 
     def factor(self, letter: str) -> fx.Node:
         """Return a factor in its own dtype, in the form that the pattern reads."""
-        name, stored = self._names[letter], self.stored(letter)
+        return self.once(f"factor {letter}", lambda: self._new_factor(letter))
+
+    def _new_factor(self, letter: str) -> fx.Node:
+        stored = self.stored(letter)
         if self._wiring.transposed:
-            return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, stored))
-        return self.once(f"whole {name}", lambda: self._kind.factor(self, letter, stored))
+            stored = self.call(Role.FACTOR, torch.t, stored)
+        return self._kind.factor(self, letter, stored)
 
     def stored(self, letter: str) -> fx.Node:
         """Return a factor as it is stored."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -16,7 +17,7 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
-from lora_fx.kinds import base_change, kind_of
+from lora_fx.kinds import Starting, kind_of
 from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters import (
     adapter_dtype,
@@ -387,7 +388,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
     """
     start, kind = config.init_lora_weights, kind_of(row)
     shapes = shapes_of(row)
-    if needs_data(start):
+    if needs_data(start) or kind.chosen_start:
         start = True
     if weight.device.type == "meta":
         empty = _without_values(shapes, weight, start)
@@ -398,7 +399,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
         values = _with_values(row, weight, config, start, shapes)
     if not kind.new_base:
         return values
-    _check_decomposes(row, weight, base_change(config))
+    _check_decomposes(row, weight, kind.setting)
     return dataclasses.replace(values, weight=kind.start_base(row, weight.detach()))
 
 
@@ -409,11 +410,11 @@ def _with_values(
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
         pair = plain(row.site, shapes, start, generator)
-        a, b = (
-            kind_of(row).start_of(letter, value, generator)
-            for letter, value in zip("ab", pair, strict=True)
-        )
-        return Start(*_placed(a, b, weight))
+        kind, make = kind_of(row), functools.partial(site_generator, config=config)
+        if kind.chosen_start:
+            _check_decomposes(row, weight, kind.setting)
+        pair = kind.start_pair(Starting(row, weight.detach(), *pair, config, make))
+        return Start(*_placed(*pair, weight))
     if start == "orthogonal":
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
     _check_decomposes(row, weight, f"init_lora_weights={start!r}")

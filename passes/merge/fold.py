@@ -115,11 +115,11 @@ def _pair(
     factors = factors_of(model, row, adapter)
     a, b = (gathered(factor).to(device, dtype) for factor in factors.pair)
     slots = {name: gathered(slot).to(device, dtype) for name, slot in factors.slots.items()}
+    a, b = (a.T, b.T) if row.tied else (a, b)
     try:
-        a, b = (a.T, b.T) if row.tied else kind.pair(row.site, a, b)
+        return kind.merged_factors(row.site, a, b, kind.values(row.site, slots))
     except MergeError as error:
         raise MergeError(f"{row.name}: adapter {adapter!r}: {error}") from error
-    return kind.merged_factors(a, b, kind.values(row.site, slots))
 
 
 def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
@@ -244,8 +244,7 @@ def cannot_overflow(
         if kind.low_rank:
             if not _sums_over_rank(row):
                 return False
-            slots = {name: gathered(slot) for name, slot in factors.slots.items()}
-            a, b = kind.merged_factors(factors.a, factors.b, kind.values(row.site, slots))
+            a, b = _pair(model, row, adapter, None, factors.a.dtype)
             change += abs(row.scale) * row.rank * _largest(a) * _largest(b)
         if kind.transforms:
             bound = kind.bound({name: gathered(slot) for name, slot in factors.slots.items()})
@@ -727,7 +726,7 @@ def merged_biases(
                 (slot for slot in kind.slots(site) if slot.scaled), kind.slots(site)[0]
             ).what
             raise MergeError(
-                f"{row.name}: adapter {adapter!r} has {noun} ({kind.field or kind.name}), and the operation "
+                f"{row.name}: adapter {adapter!r} has {noun} ({kind.field}), and the operation "
                 "has none that could take it. Give it one (zeros) before the rewrite, or keep the adapter "
                 "unmerged"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import torch
@@ -42,6 +42,7 @@ __all__ = [
     "drop_factors",
     "factor_names",
     "factors_of",
+    "frozen_parameters",
     "indices_name",
     "matrix_shape",
     "other_rows",
@@ -211,6 +212,18 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
+
+
+def frozen_parameters(model: nn.Module, adapter: str, rows: Iterable[PlannedSite]) -> set[int]:
+    """Return the ids of the factors of an adapter that its kinds do not train."""
+    frozen: set[int] = set()
+    for row in rows:
+        if letters := kind_of(row).frozen:
+            pair = factors_of(model, row, adapter).pair
+            frozen |= {
+                id(value) for letter, value in zip("ab", pair, strict=True) if letter in letters
+            }
+    return frozen
 
 
 def drop_factors(model: nn.Module, adapter: str) -> None:

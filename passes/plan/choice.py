@@ -218,14 +218,13 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
     """
     site, kind = row.site, kind_of(row)
     itemsize = base_dtype(model, site).itemsize
-    costs, each = kind.costs(site), kind.rank_costs(site)
-    parameters = costs.parameters + row.rank * each.parameters
-    flops = costs.flops + row.rank * each.flops
-    saved = (costs.saved + row.rank * each.saved) * itemsize
+    costs = kind.costs(site, row.rank)
+    parameters, flops, saved = costs.parameters, costs.flops, costs.saved * itemsize
     if kind.low_rank:
         pattern = pattern_of(site)
-        parameters += 0 if row.tied else shapes_of(row).numel
-        flops += kind.flops(pattern, site, row.rank)
+        pair = () if row.tied else zip("ab", (shapes_of(row).a, shapes_of(row).b), strict=True)
+        parameters += sum(math.prod(shape) for letter, shape in pair if letter not in kind.frozen)
+        flops += pattern.flops(site, row.rank)
         # A lookup saves its index. With dropout the masked input and its mask are saved as well.
         saved += 8 if site.family == "embedding" else site.in_features * itemsize
         saved += site.in_features * (itemsize + 1) if row.dropout else 0

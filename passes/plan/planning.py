@@ -93,7 +93,7 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     PEFT gives such sites a plain start, most of the time silently, or fails.
     """
     start = config.init_lora_weights
-    if not isinstance(start, str) or start == "gaussian":
+    if start in (True, False, "gaussian", chosen_kind(config).chosen_start):
         return None
     leave_out = "take it out of target_modules, or use init_lora_weights=True"
     if site.family == "embedding":
@@ -297,8 +297,7 @@ def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
     order = kinds()
 
     def place(kind: AdapterKind) -> int:
-        plain = kind.name.partition(":")[0]
-        return next(index for index, known in enumerate(order) if known.name == plain)
+        return next(index for index, known in enumerate(order) if known.name == kind.name)
 
     named = sorted((kind for kind in kinds_by_name.values() if kind.trains), key=place)
     return tuple((kind.name, kind.trains) for kind in named)

@@ -372,16 +372,14 @@ class Core(AdapterKind):
     """``W/2 + s · B M A``: a trained matrix over the rank, a count of the calls, and another base."""
 
     name = "core"
-    new_base = True
-    direct = False
 
     def slots(self, site: Any) -> tuple[Slot, ...]:
         """M, [r, r], and the number of training calls, which no folder has."""
         core = Slot("core_m", "core_m", (RANK, RANK), "a core", over_outputs=False)
         return core, Slot("core_calls", "", (1,), "a count", over_outputs=False, trained=False)
 
-    def rank_costs(self, site: Any) -> Costs:
-        return Costs(parameters=2)  # of the rank 2 of the tests
+    def costs(self, site: Any, rank: int) -> Costs:
+        return Costs(parameters=rank**2)
 
     def start(self, slot: Slot, starting: Any) -> torch.Tensor:
         return torch.eye(starting.row.rank) if slot.name == "core_m" else torch.zeros(1)
@@ -389,20 +387,23 @@ class Core(AdapterKind):
     def start_base(self, row: Any, weight: torch.Tensor) -> torch.Tensor:
         return weight / 2
 
-    def penalty(self, row: Any, factors: Any, *, training: bool) -> torch.Tensor:
+    def penalty(self, row: Any, factors: Any, *, sites: int, training: bool) -> torch.Tensor:
+        assert (sites, training) == (2, True)
         assert factors["a"].shape == (row.rank, row.site.in_features)
         return factors["core_m"].square().sum() + factors["core_calls"].sum()
 
-    def factor_a(self, build: Any) -> Any:
-        operands = (build.factor("a"), build.read_slot("core_m"), build.read_slot("core_calls"))
-        return build.cast(build.call(Role.FACTOR, multiplied, *operands, build.training))
+    def factor(self, build: Any, letter: str, stored: Any) -> Any:
+        if letter == "b":
+            return stored
+        slots = map(build.read_slot, ("core_m", "core_calls"))
+        return build.call(Role.FACTOR, multiplied, stored, *slots, build.training)
 
     def joined(self, build: Any, up: Any) -> Any:
         scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
         return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
 
     def merged_factors(
-        self, a: torch.Tensor, b: torch.Tensor, values: Any
+        self, site: Any, a: torch.Tensor, b: torch.Tensor, values: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return a, b @ values["core_m"]
 
@@ -426,7 +427,7 @@ class Louder(AdapterKind):
     def slots(self, site: Any) -> tuple[Slot, ...]:
         return (Slot("louder_g", "louder_g", (1,), "a gain", neutral=1.0, over_outputs=False),)
 
-    def costs(self, site: Any) -> Costs:
+    def costs(self, site: Any, rank: int) -> Costs:
         return Costs(parameters=1)
 
     def joined(self, build: Any, up: Any) -> Any:

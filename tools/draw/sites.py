@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import Originals
-from lora_fx.config import ALL_LINEAR, LoraConfig
+from lora_fx.config import ALL_LINEAR, LoraConfig, rank_for
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, Skipped, join
 from lora_fx.kinds import AdapterKind, base_change, site_kind
@@ -192,23 +192,28 @@ def targets_of(
     times = {choice.site.name: choice.rank(every) for choice in linear}
     refused = (Target(rejection.name, reason=rejection.reason) for rejection in rejections)
     return (
-        *(_target(site, site_kind(site, config), times.get(site.name, 0)) for site in wholes),
+        *(
+            _target(site, site_kind(site, config), config, times.get(site.name, 0))
+            for site in wholes
+        ),
         *refused,
     )
 
 
-def _target(site: Site, kind: AdapterKind, linear: int) -> Target:
+def _target(site: Site, kind: AdapterKind, config: LoraConfig, linear: int) -> Target:
+    rank = rank_for(site.name, config) if kind.low_rank else 0
+    fixed, each = (kind.costs(site, size).parameters for size in (0, 1))
     return Target(
         name=site.name,
         weight="" if site.weight == join(site.name, "weight") else site.weight,
         default=_in_default(site),
         linear=linear,
-        each_rank=_each_rank(site) if kind.low_rank else 0.0,
-        fixed=kind.costs(site).parameters,
+        each_rank=_each_rank(site) + each - fixed if kind.low_rank else 0.0,
+        fixed=fixed,
         attention=site.attention,
         width=site.out_features if site.divisible else 0,
         parts=site.parts,
-        reason=kind.objection(site) or "",
+        reason=kind.objection(site, rank) or "",
     )
 
 
