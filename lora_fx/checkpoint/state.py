@@ -429,8 +429,8 @@ def _other_kinds(record: AdapterRecord, config: LoraConfig) -> Iterator[str]:
         same = (kind.name, kind.options) == (existing.name, existing.options)
         if not same and (kind.dynamic or existing.dynamic):
             yield (
-                f"kind: {row.name} has {_described(kind)} in the folder, {_described(existing)} in the model: load "
-                "the adapter under another name, or onto the original model"
+                f"kind: {row.name} has {_described(kind)} in the folder and {_described(existing)} in the "
+                "model: load the adapter under another name, or onto the original model"
             )
 
 

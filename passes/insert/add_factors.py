@@ -64,12 +64,14 @@ class AddFactors(Pass):
 
     Attributes:
         adapter: The adapter's name.
+        loaded: True if the factors are loaded next, so that no start is computed from a weight.
     """
 
     name: ClassVar[str] = "add-factors"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
     adapter: str = "default"
+    loaded: bool = False
 
     def __call__(self, capture: Capture) -> PassResult:
         """Add the parameters that are missing."""
@@ -81,7 +83,7 @@ class AddFactors(Pass):
             if row.tied:
                 _tie_factors(capture.model, row, plan, self.adapter)
             else:
-                _add_factors(capture.model, row, plan.config, self.adapter)
+                self._add_factors(capture.model, row, plan.config)
             _add_dropout(capture.model, row, self.adapter)
         alone: dict[str, list[str]] = {}
         for row in rows:
@@ -96,6 +98,20 @@ class AddFactors(Pass):
             )
         return PassResult(capture, bool(rows))
 
+    def _add_factors(self, model: nn.Module, row: PlannedSite, config: LoraConfig) -> None:
+        kind, start = kind_of(row), config.init_lora_weights
+        if kind.low_rank:
+            # The changes of the parts of one weight add up: each part starts from the weight left by the
+            # one before.
+            reads = changes_base(start) and not needs_data(start)
+            reads = reads or kind.new_base or (kind.starts_from_weight and not self.loaded)
+            weight = (
+                gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
+            )
+            begun = initial_start(row, weight, config, loaded=self.loaded)
+            place_start(model, row, self.adapter, begun)
+        place_slots(model, row, self.adapter, config)
+
 
 def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     site = row.site
@@ -109,20 +125,6 @@ def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     if isinstance(factors, AdapterDropouts):
         return adapter in factors._modules
     return factors is not None and adapter in factors._parameters
-
-
-def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
-    if not kind_of(row).low_rank:
-        place_slots(model, row, adapter, config)
-        return
-    # The changes of the parts of one weight add up: each part starts from the weight left by the one
-    # before.
-    start = config.init_lora_weights
-    reads = changes_base(start) and not needs_data(start)
-    reads = reads or kind_of(row).starts_from_weight
-    weight = gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
-    place_start(model, row, adapter, initial_start(row, weight, config))
-    place_slots(model, row, adapter, config)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:

@@ -375,13 +375,16 @@ class Start:
     subtracted: bool = False
 
 
-def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> Start:
+def initial_start(
+    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, *, loaded: bool = False
+) -> Start:
     """Return the start from the weight alone. An initialization that needs data gets a plain start first.
 
     Args:
         row: The site.
         weight: Its weight. It is not changed.
         config: The configuration. Random numbers come from a generator for each site.
+        loaded: True if the factors are loaded next, so that the kind need not compute their start.
 
     Raises:
         ConfigError: If the weight has values that are not finite.
@@ -396,7 +399,7 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
             dataclasses.replace(empty, weight=torch.empty_like(weight)) if kind.new_base else empty
         )
     with torch.device("cpu"):  # random numbers come from a generator there
-        values = _with_values(row, weight, config, start, shapes)
+        values = _with_values(row, weight, config, start, shapes, loaded)
     if not kind.new_base:
         return values
     _check_decomposes(row, weight, kind.setting)
@@ -404,13 +407,20 @@ def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) ->
 
 
 def _with_values(
-    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, start: Any, shapes: Any
+    row: PlannedSite,
+    weight: torch.Tensor,
+    config: LoraConfig,
+    start: Any,
+    shapes: Any,
+    loaded: bool,
 ) -> Start:
     """Return the start from a weight that has values."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
         pair = plain(row.site, shapes, start, generator)
         kind, make = kind_of(row), functools.partial(site_generator, config=config)
+        if loaded:
+            return Start(*_placed(*pair, weight))
         if kind.chosen_start:
             _check_decomposes(row, weight, kind.setting)
         pair = kind.start_pair(Starting(row, weight.detach(), *pair, config, make))

@@ -623,7 +623,7 @@ def test_a_phrase_belongs_to_the_adapter(tmp_path: Path) -> None:
     for name in ("two", "three"):
         with pytest.raises(
             CheckpointError,
-            match=r"kind: .* in the folder, the kind alora tokens=\(5, 7\) in the m",
+            match=r"kind: .* in the folder and the kind alora tokens=\(5, 7\) in the m",
         ):
             lora_fx.load_adapter(ours, tmp_path / name)
         with pytest.raises(
@@ -631,7 +631,7 @@ def test_a_phrase_belongs_to_the_adapter(tmp_path: Path) -> None:
         ):
             lora_fx.hotswap_adapter(ours, tmp_path / name)
     with pytest.raises(
-        CheckpointError, match=r"kind alora tokens=\(5, 7\) in the folder, the kind lora in the mod"
+        CheckpointError, match=r"kind alora tokens=\(5, 7\) in the folder and the kind lora in the"
     ):
         lora_fx.load_adapter(lora_fx.load_adapter(base, tmp_path / "three"), tmp_path / "one")
     assert_same_bits(logits(ours, ids), expected)
