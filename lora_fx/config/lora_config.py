@@ -193,8 +193,8 @@ class LoraConfig:
         fan_in_fan_out: PEFT's flag for weights that are stored as (in, out).
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False: both random,
             so that the adapter changes the output immediately. "orthogonal", "pissa", "pissa_niter_N",
-            "olora" and "loftq" depend on the weight. "eva", "corda" and "lora_ga" also depend on data: call
-            `lora_fx.initialize`.
+            "olora" and "loftq" depend on the weight. So does "mica", with a frozen B (MiCA). "eva",
+            "corda" and "lora_ga" also depend on data: call `lora_fx.initialize`.
         loftq_config: Options of "loftq": `loftq_bits`, `loftq_iter`.
         eva_config: Options of "eva": `rho`, `tau`, `use_label_mask`, `label_mask_value`, `whiten`,
             `adjust_scaling_factors`.

@@ -65,6 +65,7 @@ class PlannedSite:
         rank, alpha, scale, dropout: The adapter's hyperparameters at this site; rank 0 and scale 1 for a
             kind without factors.
         parameters: Trainable elements added.
+        frozen: Elements of factors that are not trained.
         flops: Extra forward FLOPs for one token.
         tied: Name of the site whose factors it shares, transposed; empty if it has its own.
         saved: Bytes saved for backward for one token, beyond those of the frozen model: the input, the
@@ -93,6 +94,7 @@ class PlannedSite:
     least_change: float | None = None
     gain: float | None = None
     options: Mapping[str, Any] | None = None
+    frozen: int = 0
 
     @property
     def name(self) -> str:
@@ -291,7 +293,8 @@ class Plan:
     @property
     def total_parameters(self) -> int:
         """Elements of the model with its adapters."""
-        return self.base_parameters + self.added_parameters
+        frozen = sum(row.frozen for row in self.sites)
+        return self.base_parameters + self.added_parameters + frozen
 
     def totals(self) -> tuple[str, str]:
         """Return the number of trainable elements and that of all parameters, in words."""

@@ -220,10 +220,13 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
     itemsize = base_dtype(model, site).itemsize
     costs = kind.costs(site, row.rank)
     parameters, flops, saved = costs.parameters, costs.flops, costs.saved * itemsize
+    frozen = 0
     if kind.low_rank:
         pattern = pattern_of(site)
-        pair = () if row.tied else zip("ab", (shapes_of(row).a, shapes_of(row).b), strict=True)
-        parameters += sum(math.prod(shape) for letter, shape in pair if letter not in kind.frozen)
+        shapes = shapes_of(row)
+        sizes = {"a": math.prod(shapes.a), "b": math.prod(shapes.b)}
+        frozen = 0 if row.tied else sum(sizes[letter] for letter in kind.frozen)
+        parameters += 0 if row.tied else sum(sizes.values()) - frozen
         flops += pattern.flops(site, row.rank)
         # A lookup saves its index. With dropout the masked input and its mask are saved as well.
         saved += 8 if site.family == "embedding" else site.in_features * itemsize
@@ -231,7 +234,9 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
         saved += row.rank * itemsize
     # The region of a whole model and the regions below it show the same application twice.
     times = max(Counter(call.region for call in site.calls).values())
-    return dataclasses.replace(row, parameters=parameters, flops=flops * times, saved=saved * times)
+    return dataclasses.replace(
+        row, parameters=parameters, frozen=frozen, flops=flops * times, saved=saved * times
+    )
 
 
 _NAME = "trainable_token_indices"

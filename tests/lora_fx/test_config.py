@@ -226,7 +226,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": 1}, "init_lora_weights: found 1"),
     ({"init_lora_weights": None}, "init_lora_weights: found None"),
     ({"init_lora_weights": "pissa_niter_"}, "the initializations are"),
-    ({"init_lora_weights": "mica"}, "does not support it: MiCA"),
     ({"seed": -1}, "seed: found -1"),
     ({"seed": 2**63}, "seed: found"),
     ({"seed": True}, "seed: found True"),

@@ -1,4 +1,4 @@
-"""PEFT's own kinds of LoRA, row by row of PEFT's tests: BD-LoRA, aLoRA, Arrow, and grouped convolutions.
+"""BD-LoRA, aLoRA, Arrow and grouped convolutions with all options; ``test_peft_table.py`` has PEFT's rows.
 
 For each row: the folder that PEFT saves with random numbers loads here and gives PEFT's output, PEFT's
 gradients and PEFT's merged weights, or the merge is refused as PEFT refuses it. The folder that is saved here

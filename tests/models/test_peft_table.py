@@ -419,4 +419,5 @@ def test_what_a_rewrite_starts_with(row: Row) -> None:
     assert shapes[0] == shapes[1]
     assert_close(ours.eval()(x), theirs.eval()(x), tolerance)
     counts = [sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs)]
-    assert counts[0] == counts[1] == lora_fx.plan(base, config).trainable_parameters
+    plan = lora_fx.plan(base, config)
+    assert counts[0] == counts[1] == plan.trainable_parameters

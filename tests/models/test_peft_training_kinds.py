@@ -532,6 +532,8 @@ def test_mica_starts_as_in_peft(tmp_path: Path) -> None:
     theirs, ours = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**MICA)), mica()
     assert_alike(by_key(ours), by_key(theirs), 1e-5)
     assert_same_bits(ours(WORDS), base(WORDS))
+    plan = lora_fx.plan(base, LoraConfig(**MICA))
+    assert plan.total_parameters == sum(p.numel() for p in ours.parameters())
     names = trained(ours)
     assert len(names) == 4
     assert not any("lora_B" in name or "embedding_B" in name for name in names)
