@@ -30,7 +30,7 @@ from lora_fx.ir import (
     record_of,
     require_record,
 )
-from lora_fx.kinds import kind_of, kind_with, kinds, union_of
+from lora_fx.kinds import kind_of, kind_with, kinds, stores_product, union_of
 from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import (
     copy_graph,
@@ -267,7 +267,7 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
         yield "its base was quantized for it (init_lora_weights='loftq')"
     for row in adapter.sites:
         kind = kind_of(row)
-        if not kind.low_rank or not all(slot.role for slot in kind.slots(row.site)):
+        if not stores_product(kind) or not all(slot.role for slot in kind.slots(row.site)):
             yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
     yield from (f"{name} is trained in full (modules_to_save)" for name in adapter.saved_modules)
     inside = tuple(f"{name}." for name in adapter.saved_modules)

@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
         adapter_ids,
         adapter_losses,
         adapter_names,
+        adapter_penalty,
         add_adapter,
         add_weighted_adapter,
         correct_gradients,
@@ -125,6 +126,7 @@ __all__ = [
     "adapter_ids",
     "adapter_losses",
     "adapter_names",
+    "adapter_penalty",
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
@@ -181,8 +183,9 @@ __all__ = [
 # The module of each name. The imports above are the same for type checkers.
 _HOMES = {
     "lora_fx.adapters": """
-        active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter
-        correct_gradients delete_adapter disable_adapter initialize parameter_groups plan_quantization
+        active_adapters adapter_ids adapter_losses adapter_names adapter_penalty add_adapter
+        add_weighted_adapter correct_gradients delete_adapter disable_adapter initialize parameter_groups
+        plan_quantization
         prepare_for_kbit_training quantize quantized_parameters reference replace_lora_weights_loftq
         set_adapter status train_together
     """,

@@ -15,7 +15,7 @@ _SECTIONS = {
         LoraConfig plan compare rewrite capture graphs check CheckReport
     """,
     "Training": """
-        trainable_parameters print_trainable_parameters parameter_groups correct_gradients
+        trainable_parameters print_trainable_parameters parameter_groups correct_gradients adapter_penalty
         initialize reference trainer_callback lightning_callback sync sync_callback VllmServer Delivery
     """,
     "Adapters": """

@@ -43,6 +43,7 @@ from lora_fx.adapters.settings import (
 from lora_fx.adapters.switching import base_capture, on_base, run_with
 from lora_fx.adapters.training import (
     adapter_losses,
+    adapter_penalty,
     correct_gradients,
     parameter_groups,
     train_together,
@@ -72,6 +73,7 @@ __all__ = [
     "adapter_ids",
     "adapter_losses",
     "adapter_names",
+    "adapter_penalty",
     "adapter_record",
     "add_adapter",
     "add_weighted_adapter",

@@ -35,7 +35,7 @@ from lora_fx.checkpoint.state import Stored
 from lora_fx.config import LoraConfig, alpha_for, scale_of
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.ir import AdapterRecord
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import kind_of, stores_product
 from lora_fx.methods import (
     CONVERTER,
     PARTS,
@@ -210,8 +210,10 @@ def _refuse(problems: Iterable[str], reader: Reader) -> None:
 def _of_kinds(record: AdapterRecord) -> Iterator[str]:
     for row in record.sites:
         kind = kind_of(row)
+        if kind.dynamic or (kind.low_rank and not stores_product(kind)):
+            yield f"{kind.field}: {row.name} is more than a product of A and B ({kind.name})"
         for slot in kind.slots(row.site):
-            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
+            yield f"{kind.field}: {row.name} has {slot.what}"
 
 
 def _in_full(adapter: Stored, record: AdapterRecord) -> Iterator[str]:

@@ -69,6 +69,7 @@ from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, Quantizat
 from lora_fx.files import current
 from lora_fx.formats import Deploy
 from lora_fx.ir import AdapterRecord, ModelT, record_of
+from lora_fx.kinds import chosen_kind, config_for
 from lora_fx.methods import check_peft_type
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
@@ -426,6 +427,9 @@ def _load(
     if fit is not None:
         tensors, config, metadata = _moved(folder, model, tensors, config, metadata, how, fit)
     _check_how(model, how, deploy)
+    if not chosen_kind(config).stores:
+        return _add_without_values(model, folder, config, adapter_name)
+    config = config_for(config, tensors)
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
@@ -553,6 +557,31 @@ def _prove(
         f"of the adapter's receipt ({verdict}). Nothing was changed; the weights of the base, or the order "
         "of parts, differ"
     )
+
+
+def _add_without_values(
+    model: ModelT, folder: Path, config: LoraConfig, adapter_name: str
+) -> ModelT:
+    """Add an adapter without parameters, which reads other adapters of the model.
+
+    The folder's tensors are those that PEFT writes and never uses.
+
+    Raises:
+        CheckpointError: If the model is not rewritten, or has an adapter of this name.
+    """
+    if record_of(model) is None:
+        raise CheckpointError(
+            f"{folder}: the adapter reads other adapters ({chosen_kind(config).field}) and has no parameters "
+            "of its own: load those first, under the names that it gives them, and then this one onto the "
+            "same model"
+        )
+    if adapter_name in adapter_names(model):
+        raise CheckpointError(
+            f"{folder}: the model has an adapter {adapter_name!r}, and this one has no values to write into "
+            "it: give another name"
+        )
+    put_adapter(model, config, adapter_name)
+    return model
 
 
 def _read(

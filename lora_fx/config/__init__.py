@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.config.fields import bad, changes_base, needs_data
+from lora_fx.config.fields import FrozenOptions, bad, changes_base, complete_options, needs_data
 from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig, read_json
 from lora_fx.config.selection import (
     Verdict,
@@ -26,11 +26,13 @@ from lora_fx.config.selection import (
 __all__ = [
     "ALL_LINEAR",
     "CONFIG_NAME",
+    "FrozenOptions",
     "LoraConfig",
     "Verdict",
     "alpha_for",
     "bad",
     "changes_base",
+    "complete_options",
     "excluded",
     "judge",
     "nearest_names",

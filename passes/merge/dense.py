@@ -49,7 +49,7 @@ from lora_fx.passes.parameters import (
     with_part,
 )
 from lora_fx.passes.trainers import copy_without_trainers
-from lora_fx.runtime import AdapterModule, unwatch_calls
+from lora_fx.runtime import AdapterModule, unwatch_calls, unwatch_tokens
 
 __all__ = [
     "KEPT_IN_FP32",
@@ -400,6 +400,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     unwatch_calls(result)
+    unwatch_tokens(result)
     unprotect(result)
     kept = {name: result.get_submodule(name) for name in record.base.kept}
     for module in list(result.modules()):

@@ -55,6 +55,7 @@ from lora_fx.passes.merge.fold import (
     Fold,
     TokenFold,
     Workspace,
+    check_mergeable,
     check_stored,
     is_finite,
     merged_biases,
@@ -530,6 +531,7 @@ def _sites_by_weight(
                 tied[row.site.weight] = weights[row.tied]
             rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
             _check_finite(model, row, name)
+            check_mergeable(model, row, name)
     return rows, tied
 
 

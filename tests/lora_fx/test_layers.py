@@ -155,6 +155,7 @@ PUBLIC = {
     "adapter_losses",
     "train_together",
     "adapter_names",
+    "adapter_penalty",
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
