@@ -446,15 +446,7 @@ def _load(
     try:
         if not known:
             repeat_start(target, adapter_name, config)
-            record = adapter_record(target, adapter_name)
-            base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
-            if base_values:
-                _log.warning(
-                    "%s: the folder has other values of %s than the model: they come and go with the adapter",
-                    folder,
-                    ", ".join(base_values),
-                )
-            place_given(target, adapter_name, base_values, read)
+            _place_base_values(target, adapter_name, tensors, metadata, folder, read)
         record = adapter_record(target, adapter_name)
         values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
@@ -477,6 +469,26 @@ def _load(
         _warn_of_deployment(folder, deployment_in(metadata), record)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return cast("ModelT", target)
+
+
+def _place_base_values(
+    target: nn.Module,
+    adapter_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    folder: Path,
+    read: Read | None,
+) -> None:
+    """Replace weights of the base of which the folder has other values."""
+    record = adapter_record(target, adapter_name)
+    base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
+    if base_values:
+        _log.warning(
+            "%s: the folder has other values of %s than the model: they come and go with the adapter",
+            folder,
+            ", ".join(base_values),
+        )
+    place_given(target, adapter_name, base_values, read)
 
 
 def _check_how(model: nn.Module, how: Mapping[str, Any], deploy: object) -> None:
