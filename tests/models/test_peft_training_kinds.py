@@ -494,6 +494,32 @@ def test_a_sharded_model_has_the_penalty_of_one_process(tmp_path: Path) -> None:
             assert_close(torch.load(tmp_path / f"{rank}.pt")[row], exact)
 
 
+@pytest.mark.parametrize("row", ["VeLoRA, bias", "MonteCLoRA, bias", "MonteCLoRA, options"])
+@pytest.mark.parametrize("optimize", [True, False])
+def test_samples_choose_an_adapter(row: str, optimize: bool) -> None:
+    """Rows are those of a model with the one adapter, and get the gradients of these rows."""
+    base, x = seeded(MLP)().double(), sample(3, 10, dtype=torch.float64)
+    config = LoraConfig(**ROWS[row], init_lora_weights=row.endswith("bias"), seed=1)
+    model = lora_fx.rewrite(base, config, optimize=optimize)
+    lora_fx.add_adapter(model, LoraConfig(**ROWS[row], seed=2), "other")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * numbered(4, *parameter.shape))
+    expected = [base(x)]
+    for name in ("default", "other"):
+        lora_fx.set_adapter(model, name)
+        expected.append(model.eval()(x))
+    with lora_fx.adapter_ids(model, [None, "default", "other"]):
+        rows = model(x)
+        assert_close(rows, torch.stack([output[i] for i, output in enumerate(expected)]))
+        model.train()(x).square().sum().backward()
+    # The adapter that was chosen last is trained.
+    grads = [p.grad for p in lora_fx.trainable_parameters(model)]
+    assert grads
+    assert all(grad is not None and float(grad.abs().sum()) > 0 for grad in grads)
+
+
 # --- MiCA -----------------------------------------------------------------------------------------
 
 

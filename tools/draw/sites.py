@@ -208,7 +208,7 @@ def _target(site: Site, kind: AdapterKind, config: LoraConfig, linear: int) -> T
         weight="" if site.weight == join(site.name, "weight") else site.weight,
         default=_in_default(site),
         linear=linear,
-        each_rank=_each_rank(site) + each - fixed if kind.low_rank else 0.0,
+        each_rank=_each_rank(site, kind) + each - fixed if kind.low_rank else 0.0,
         fixed=fixed,
         attention=site.attention,
         width=site.out_features if site.divisible else 0,
@@ -221,10 +221,12 @@ def _refused(rejection: Rejection) -> SiteRow:
     return SiteRow(name=rejection.name, state=State.REFUSED, reason=rejection.reason)
 
 
-def _each_rank(site: Site) -> float:
+def _each_rank(site: Site, kind: AdapterKind) -> float:
     """Return the trainable elements per rank. A convolution's rank must be a multiple of its groups."""
     try:
-        return pattern_of(site).factors(site, site.groups).numel / site.groups
+        shapes = pattern_of(site).factors(site, site.groups)
+        sizes = {"a": math.prod(shapes.a), "b": math.prod(shapes.b)}
+        return sum(sizes[letter] for letter in sizes.keys() - set(kind.frozen)) / site.groups
     except LoraFxError:
         return 0.0
 
