@@ -182,7 +182,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
     if not is_plain(config) and not config.use_dora and not config.lora_bias:
         kind = chosen_kind(config)
         raise ConfigError(
-            f"{path}: {kind.field or kind.name!r} trains more than A and B, whose meaning depends on the rank"
+            f"{path}: {kind.setting or kind.name} trains more than A and B, whose meaning depends on the rank"
         )
     read, metadata = read_tensors(path)
     tensors = without_prefix(read)
