@@ -9,7 +9,7 @@ and the graph, whose weights are computed when they are written.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator over the values of the weights that it reads. A view stays without values."""
         kwargs = kwargs or {}
-        if not self._entries:
+        if not any(map(self._entry_of, _operands((*args, *kwargs.values())))):
             return func(*args, **kwargs)
         schema = torch_private.schema_of(func)
         if any(argument.is_write for argument in _aliases(schema.arguments)):
@@ -84,7 +84,11 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         return self._values(entry).as_strided(value.shape, value.stride(), value.storage_offset())
 
     def _entry_of(self, value: Any) -> _Entry | None:
-        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+        if (
+            not self._entries
+            or type(value) not in (Tensor, nn.Parameter)
+            or value.layout is not torch.strided
+        ):
             return None
         return self._entries.get(value.untyped_storage().data_ptr())
 
@@ -185,6 +189,11 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             return TorchTensor(values.contiguous(), name=name)
 
         return ir.LazyTensor(make, dtype=dtype, shape=ir.Shape(shape), name=name, cache=False)
+
+
+def _operands(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        yield from value if isinstance(value, list | tuple) else (value,)
 
 
 def _aliases(values: Iterable[Any]) -> Iterable[Any]:

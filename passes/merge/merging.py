@@ -70,6 +70,7 @@ from lora_fx.passes.merge.forms import (
     deployed_site,
     requantized_site,
     rounded_site,
+    rounded_weight,
 )
 from lora_fx.passes.merge.origins import find_origins, note_origins, values_by_name
 from lora_fx.passes.merge.placing import (
@@ -175,7 +176,7 @@ def _fold_all(
             return
 
         def again() -> torch.Tensor:
-            return rounded_site(change, old, dtype, rounding, measure=False)[0]
+            return rounded_weight(change, old, dtype, rounding)
 
         lasting = weight in held and memory_of(old) == memory_of(held[weight])
         merged[weight] = distributed_as(keep(new, again if lasting else None), stored)
