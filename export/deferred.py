@@ -72,8 +72,8 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         schema = torch_private.schema_of(func)
         if any(argument.is_write for argument in _aliases(schema.arguments)):
             self._keep_written(schema, args, kwargs)
-        elif any(_aliases(schema.returns)):
-            return func(*args, **kwargs)
+        elif any(_aliases(schema.returns)) and not torch_private.is_composite(func):
+            return func(*args, **kwargs)  # a composite one, such as a cast, may return a copy
         args, kwargs = torch_private.pytree.tree_map(self._read, (tuple(args), dict(kwargs)))
         return func(*args, **kwargs)
 
