@@ -397,11 +397,12 @@ def _traced(
 
 def _read_by(traced: Trace) -> list[Tensor]:
     """Return the weights that a trace reads."""
-    names = traced.program.graph_signature.inputs_to_parameters
+    signature = traced.program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     return [
         traced.program.state_dict[names[node.name]]
         for node in traced.program.graph.find_nodes(op="placeholder")
-        if node.name in names and node.users
+        if node.users and names.get(node.name) in traced.program.state_dict
     ]
 
 
