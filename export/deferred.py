@@ -30,11 +30,11 @@ class _Entry:
     """A weight without memory.
 
     Attributes:
-        place: The tensor that stands in its place, contiguous.
-        make: Computes the weight; None if ``place`` has the values.
+        stand_in: The tensor that stands in its place, contiguous.
+        make: Computes the weight; None if ``stand_in`` has the values.
     """
 
-    place: Tensor
+    stand_in: Tensor
     make: Callable[[], Tensor] | None
 
 
@@ -58,11 +58,11 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         """
         # The system gives no memory to pages that nobody writes.
         with torch_private.disable_dispatch_modes():
-            place = torch.empty(like.shape, dtype=like.dtype)
-        start = place.data_ptr()
-        self._entries[start] = _Entry(place, make)
+            stand_in = torch.empty(like.shape, dtype=like.dtype)
+        start = stand_in.data_ptr()
+        self._entries[start] = _Entry(stand_in, make)
         bisect.insort(self._starts, start)
-        return place
+        return stand_in
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator over the values of the weights that it reads. A view stays without values."""
@@ -96,8 +96,8 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         assert entry.make is not None
         with self, torch.no_grad():  # the recipe may read others
             values = entry.make()
-        place = entry.place
-        assert (values.shape, values.dtype) == (place.shape, place.dtype)
+        stand_in = entry.stand_in
+        assert (values.shape, values.dtype) == (stand_in.shape, stand_in.dtype)
         return values.contiguous()
 
     def _keep_written(self, schema: Any, args: Any, kwargs: Any) -> None:
@@ -114,7 +114,7 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             values = self._values(entry)
             entry.make = None
             with torch_private.disable_dispatch_modes(), torch.no_grad():
-                entry.place.copy_(values)
+                entry.stand_in.copy_(values)
 
     def link(self, model: ir.Model, used: Iterable[Tensor]) -> bool:
         """Let the weights of a graph be computed when they are written.
@@ -133,15 +133,14 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             tensor = value.const_value
             view = None if tensor is None else self._view(tensor)
             if view is not None:
-                entry, shape, strides, offset = view
-                seen.add(entry.place.data_ptr())
-                value.const_value = self._lazy(entry, tensor, shape, strides, offset)
+                seen.add(view[0].stand_in.data_ptr())
+                value.const_value = self._lazy(tensor, *view)
         missing = [
             tensor
             for tensor in used
             if (entry := self._entry_of(tensor)) is not None
             and entry.make is not None
-            and entry.place.data_ptr() not in seen
+            and entry.stand_in.data_ptr() not in seen
         ]
         for tensor in missing:
             self._settle(tensor)
@@ -154,17 +153,18 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         raw: Any = getattr(tensor, "raw", None)
         if isinstance(raw, Tensor):
             entry = self._entry_of(raw)
-            shape, strides, offset = tuple(raw.shape), raw.stride(), raw.storage_offset()
+            shape, strides, offset = tuple(raw.shape), raw.stride(), int(raw.storage_offset())
         elif isinstance(raw, np.ndarray):
             address = raw.ctypes.data
             index = bisect.bisect_right(self._starts, address) - 1
             entry = self._entries[self._starts[index]] if index >= 0 else None
-            if entry is None or address >= entry.place.data_ptr() + entry.place.nbytes:
+            if entry is None or address >= entry.stand_in.data_ptr() + entry.stand_in.nbytes:
                 return None
-            size = entry.place.element_size()
-            assert raw.itemsize == size
+            size = entry.stand_in.element_size()
+            if raw.itemsize != size:
+                return None
             shape, strides = raw.shape, tuple(stride // size for stride in raw.strides)
-            offset = (address - entry.place.data_ptr()) // size
+            offset = (address - entry.stand_in.data_ptr()) // size
         else:
             return None
         if entry is None or entry.make is None:
@@ -173,8 +173,8 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
     def _lazy(
         self,
-        entry: _Entry,
         tensor: Any,
+        entry: _Entry,
         shape: tuple[int, ...],
         strides: tuple[int, ...],
         offset: int,

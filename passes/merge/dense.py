@@ -97,7 +97,7 @@ class Keep(Protocol):
 
         Args:
             weight: The new weight.
-            again: Computes it again, the same each time; None if what it is made of does not stay.
+            again: Computes it again, the same each time; None if its sources do not stay.
         """
         ...
 

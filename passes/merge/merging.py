@@ -128,7 +128,7 @@ def _fold_all(
     measure: bool,
     progress: Progress,
     keep: Keep,
-    held: Mapping[str, torch.Tensor],
+    lasting: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, MergedSite]]:
     """Fold weights. Everything that can fail is done before the first weight is overwritten.
 
@@ -143,7 +143,7 @@ def _fold_all(
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Called with each new tensor, returns the tensor to use instead.
-        held: Tensors that stay as they are, by FQN. A weight that is made of one can be computed again.
+        lasting: Tensors that stay as they are, by FQN. A weight that is made of one can be computed again.
 
     Returns:
         The merged weights that are new tensors, and the row of each weight in the report, both by FQN.
@@ -178,8 +178,8 @@ def _fold_all(
         def again() -> torch.Tensor:
             return rounded_weight(change, old, dtype, rounding)
 
-        lasting = weight in held and memory_of(old) == memory_of(held[weight])
-        merged[weight] = distributed_as(keep(new, again if lasting else None), stored)
+        stays = weight in lasting and memory_of(old) == memory_of(lasting[weight])
+        merged[weight] = distributed_as(keep(new, again if stays else None), stored)
 
     # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
@@ -340,7 +340,7 @@ def merge(
         measure=measure,
         progress=progress,
         keep=keep,
-        held=dict(before) if into is None else {},
+        lasting=dict(before) if into is None else {},
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
