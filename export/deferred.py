@@ -1,7 +1,7 @@
 """New weights of an export that have no memory: each is computed when something reads it, and then dropped.
 
 A merged or cast weight is a function of weights that the caller has. So it is stored as a recipe, and the
-modules hold a tensor in its place whose memory nobody writes. Views of that memory are known by their
+modules hold a tensor in its place whose memory is never written. Views of that memory are known by their
 addresses. That is how both readers find the recipe: a dispatch mode, which runs operators over the values,
 and the graph, whose weights are computed when they are written.
 """
@@ -56,7 +56,7 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
             like: A tensor of the shape and dtype of the weight, on the CPU.
             make: Computes the weight. It is called at each read, and has to return the same values.
         """
-        # The system gives no memory to pages that nobody writes.
+        # The system gives no memory to pages that are never written.
         with torch_private.disable_dispatch_modes():
             stand_in = torch.empty(like.shape, dtype=like.dtype)
         start = stand_in.data_ptr()
