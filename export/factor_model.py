@@ -41,7 +41,7 @@ from lora_fx.passes.graph import (
     share_copy,
     target_of,
 )
-from lora_fx.passes.merge import merge, stripped
+from lora_fx.passes.merge import Keep, merge, stripped
 from lora_fx.passes.parameters import drop_factors, factor_names
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import (
@@ -380,7 +380,7 @@ class FactorModel(FlatModel):
         return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
 
     @torch.no_grad()
-    def merged(self, factors: Sequence[Tensor], keep: Callable[[Tensor], Tensor]) -> FlatModel:
+    def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
         """Return the same call of a model whose weights have the adapter inputs folded in.
 
         It shares no code with the file: it has no branch, no graph and no low-rank product. The values of

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_fx import torch_private
 from lora_fx.errors import ExportError, OutputPathError, ParityError, some
 from lora_fx.export.arguments import Sizes
 from lora_fx.export.convert import (
@@ -220,13 +221,13 @@ class _Export:
 
     Attributes:
         options: Options of every file.
-        keep: Called with each new weight, see ``Scratch.keep``.
+        scratch: Storage of new weights.
         clock: Clock of the stages.
         adapt: Changes a finished graph for a runtime; None for any runtime.
     """
 
     options: _FileOptions
-    keep: Callable[[Tensor], Tensor]
+    scratch: Scratch
     clock: _Stages
     adapt: Callable[[ir.Model], None] | None
 
@@ -250,13 +251,13 @@ class _Export:
         options = self.options
         opset, why = options.opset_for(prepared.dtype)
         failures: list[str] = []
-        traceable = prepared.to_trace(self.keep)
+        traceable = prepared.to_trace(self.scratch.keep)
         traced = _traced(traceable, dynamic_shapes, failures, 0)
         while True:
             assert traced is not None
             try:
                 self.clock.start("converting to ONNX")
-                converted = convert(traced, traceable, opset)
+                converted = self._converted(traced, traceable, opset)
                 _, version = installed("onnxruntime")
                 target = Target(options.optimize, options.provider, prepared.dtype, version)
                 prove = partial(self._prove, prepared, traced, stage)
@@ -292,6 +293,15 @@ class _Export:
             **_graph_facts(traced, written.model, written.parity),
         )
 
+    def _converted(self, traced: Trace, traceable: Prepared, opset: int) -> ir.Model:
+        """Return the graph of a trace. Its weights that have no memory are computed when they are written."""
+        deferred = self.scratch.deferred
+        while True:
+            with torch_private.disable_dispatch_modes():
+                converted = convert(traced, traceable, opset)
+            if deferred.link(converted, _read_by(traced)):
+                return converted
+
     def _store(self, model: ir.Model, stage: Staging) -> Mapping[str, int]:
         """Write a graph into its staging folder, and return the sizes of its files in bytes."""
         if self.adapt is not None:
@@ -305,7 +315,7 @@ class _Export:
         if not self.options.verify:
             return Parity(reason="verify=False")
         self.clock.start("comparing with PyTorch in ONNX Runtime")
-        return verify_file(prepared, traced, stage.model, self.keep, large=stage.has_data())
+        return verify_file(prepared, traced, stage.model, self.scratch.keep, large=stage.has_data())
 
     def _write_fused(
         self,
@@ -380,8 +390,20 @@ def _traced(
 ) -> Trace | None:
     task = dynamic_shapes is None and prepared.dynamic_shapes is not None
     wanted = prepared.dynamic_shapes if task else dynamic_shapes
-    with torch_export_context():
+    # A trace reads no values of weights.
+    with torch_private.disable_dispatch_modes(), torch_export_context():
         return trace(prepared.model, prepared.arguments, wanted, failures, attempt, task=task)
+
+
+def _read_by(traced: Trace) -> list[Tensor]:
+    """Return the weights that a trace reads."""
+    signature = traced.program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return [
+        traced.program.state_dict[names[node.name]]
+        for node in traced.program.graph.find_nodes(op="placeholder")
+        if node.users and names.get(node.name) in traced.program.state_dict
+    ]
 
 
 @contextlib.contextmanager
@@ -560,14 +582,20 @@ def export_onnx(
     clock = _Stages(progress)
 
     model = _without_trainers(model)
-    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(file_path, data) as stage:
-        keep = Scratch(stage).keep
-        export = _Export(options, keep, clock, None if runtime is None else runtime.adapt)
+    with (
+        ONE_AT_A_TIME,
+        _without_ambient_autocast(model),
+        staging(file_path, data) as stage,
+        contextlib.ExitStack() as reading,
+    ):
+        scratch = Scratch(stage)
+        reading.enter_context(scratch.deferred)
+        export = _Export(options, scratch, clock, None if runtime is None else runtime.adapt)
         clock.start("capturing the model")
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        prepared = _preparation(adapters, bank)(model, example_inputs, dtype, keep, task)
+        prepared = _preparation(adapters, bank)(model, example_inputs, dtype, scratch.keep, task)
         report = _build_all(export, prepared, stage, dynamic_shapes)
         if runtime is not None:
             file_names = runtime.finish(

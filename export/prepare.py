@@ -49,7 +49,7 @@ from lora_fx.passes.plan import foreign_factors
 from lora_fx.runtime import AdapterFactors, base_parameter
 
 if TYPE_CHECKING:
-    from lora_fx.passes.merge import MergeReport
+    from lora_fx.passes.merge import Keep, MergeReport
 
 
 __all__ = ["Prepared", "over_quantized", "prepare", "prepare_bank", "prepare_swappable"]
@@ -200,7 +200,7 @@ class Prepared:
             if self.source is not None
         ]
 
-    def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
+    def to_trace(self, keep: Keep) -> Prepared:
         """Return a copy with a model that torch.export and torch.onnx can trace.
 
         Args:
@@ -225,7 +225,7 @@ def prepare_swappable(
     model: nn.Module,
     example_inputs: object,
     dtype: str | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     task: str | None = None,
 ) -> tuple[Prepared, ...]:
     """Prepare files whose adapters are inputs, as :func:`prepare` does.
@@ -248,7 +248,7 @@ def prepare_bank(
     model: nn.Module,
     example_inputs: object,
     dtype: str | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     task: str | None = None,
     *,
     capacity: int | None = None,
@@ -353,7 +353,7 @@ def prepare(
     model: nn.Module,
     example_inputs: object,
     dtype: str | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     task: str | None = None,
     *,
     merged: bool = True,
@@ -425,7 +425,7 @@ def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared
 
 
 def _merged(
-    model: nn.Module, keep: Callable[[Tensor], Tensor], dtype: torch.dtype | None
+    model: nn.Module, keep: Keep, dtype: torch.dtype | None
 ) -> tuple[nn.Module, MergeReport | None]:
     if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
         if (name := next(foreign_factors(model), None)) is not None:

@@ -37,6 +37,7 @@ from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
 from lora_fx.passes.capture import largest_difference
 from lora_fx.passes.graph import share_copy
+from lora_fx.passes.merge import Keep
 
 __all__ = [
     "TOLERANCES",
@@ -804,9 +805,7 @@ class _Adapted(FlatModel):
     passed to the traced model.
     """
 
-    def __init__(
-        self, model: FactorModel, values: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, model: FactorModel, values: Mapping[str, Tensor], keep: Keep) -> None:
         super().__init__(model.model, model.arguments, model.call)
         self._flat = model
         self._values = values
@@ -846,7 +845,7 @@ def verify(
     prepared: Prepared,
     traced: Trace,
     file: Path,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     *,
     large: bool = False,
 ) -> Parity:

@@ -70,6 +70,7 @@ LAYERS = (
     "lora_fx.export.tasks",
     "lora_fx.export.providers",
     "lora_fx.export.ort",
+    "lora_fx.export.deferred",
     "lora_fx.export.staging",
     "lora_fx.export.copy",
     "lora_fx.export.mixtures",
