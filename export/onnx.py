@@ -318,6 +318,10 @@ class _Export:
         """Write a graph into its staging folder, and return the sizes of its files in bytes."""
         if self.adapt is not None:
             self.adapt(model)
+        for value in model.graph.initializers.values():
+            # Quantizers turn matrices over, and would leave a second note of their shapes as it is.
+            if not value.is_graph_input():
+                value.shape = value.type = None
         self.clock.start("writing the file")
         options = self.options
         return write(model, stage, options.external_data_bytes, options.shard_bytes)

@@ -109,26 +109,12 @@ def quantized_graph(
         )
     proto = ir.to_proto(model)
     whole = ONNXModel(proto)
-    left = {str(name) for name in exclude}
     with _quiet():
         try:
-            # A Gemm that reads factors is put aside, because the tool would turn over what it reads.
-            gemms = {node.name: node.op_type for node in proto.graph.node if node.name in left}
-            for node in proto.graph.node:
-                if gemms.get(node.name) == "Gemm":
-                    node.op_type = _ASIDE
             whole.replace_gemm_with_matmul()
-            for node in whole.model.graph.node:
-                if node.op_type == _ASIDE:
-                    node.op_type = "Gemm"
-            # The tool turns matrices over, and leaves what was said about their shapes.
-            stored = {tensor.name for tensor in whole.model.graph.initializer}
-            shapes = [v for v in whole.model.graph.value_info if v.name not in stored]
-            del whole.model.graph.value_info[:]
-            whole.model.graph.value_info.extend(shapes)
             products = whole.model.graph.node
             before = {node.output[0] for node in products if node.op_type == "MatMul"}
-            done = _TOOLS[scheme](whole.model, sorted(left))
+            done = _TOOLS[scheme](whole.model, sorted(exclude))
         except Exception as error:
             raise ExportError(
                 f"quantize={scheme!r}: ONNX Runtime's tool fails: {error}. Quantize the model in PyTorch "
@@ -141,9 +127,6 @@ def quantized_graph(
             f"quantize={scheme!r}: none of the {len(before)} products has a constant matrix: leave it out"
         )
     return quantized, form
-
-
-_ASIDE = "LoraFxAside"
 
 
 def _int4(proto: Any, exclude: list[str]) -> Any:

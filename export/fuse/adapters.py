@@ -45,6 +45,8 @@ def adapter_nodes(model: ir.Model, manifest: Manifest | None) -> tuple[str, ...]
         if not any(value in known for value in read):
             continue
         readers.append(str(node.name))
+        if node.op_type == "Gemm":  # quantizers make a MatMul of it first, with this name
+            readers.append(f"{node.name}_MatMul")
         if all(value in known or value.const_value is not None for value in read):
             known.update(node.outputs)
     return tuple(readers)
