@@ -40,6 +40,7 @@ from lora_fx.export.fuse import (
     adapter_nodes,
     fuse,
     guard_ids,
+    guard_ranks,
 )
 from lora_fx.export.fuse import check_target as check_fusions
 from lora_fx.export.prepare import (
@@ -391,6 +392,8 @@ class _Export:
                 model.metadata_props[ADAPTER_NODES_KEY] = json.dumps(readers)
             if manifest is not None and manifest.bank is not None:
                 guard_ids(model, manifest)
+            elif manifest is not None and manifest.required:
+                guard_ranks(model, manifest)
             shield_half_inputs(model)
             names = converted.graph.initializers, model.graph.initializers
             forms = stored_formats(traceable.model.model, *names)

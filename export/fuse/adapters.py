@@ -13,7 +13,7 @@ from lora_fx.export.fuse.graph import Builder
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ADAPTER_NODES_KEY", "adapter_nodes", "guard_ids"]
+__all__ = ["ADAPTER_NODES_KEY", "adapter_nodes", "guard_ids", "guard_ranks"]
 
 ADAPTER_NODES_KEY = "lora_fx.adapter_nodes"
 """Metadata entry with the names of the nodes that read factors, as JSON: quantizers have to exclude them."""
@@ -92,8 +92,35 @@ def guard_ids(model: ir.Model, manifest: Manifest) -> None:
     _spoil(model, exists)
 
 
+def guard_ranks(model: ir.Model, manifest: Manifest) -> None:
+    """Make the outputs NaN if the rank of a factor is 0, as OpenVINO takes an input that is not fed.
+
+    Args:
+        model: Changed in place, after all fusions.
+        manifest: The adapter inputs of a file in which they are required.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    values = {value.name: value for value in graph.inputs}
+    build = Builder(model, graph[0])
+    sizes = []
+    for entry in manifest.inputs.values():
+        axis, value = entry.rank_axis, values[entry.name]
+        if axis is not None and list(value.uses()):
+            between = {"start": axis, "end": axis + 1}
+            sizes.append(build.op("Shape", [value], between, shape=[1]))
+    if not sizes:
+        return
+    every = build.op("Concat", sizes, {"axis": 0}, like=sizes[0], shape=[len(sizes)])
+    least = build.op("ReduceMin", [every], {"keepdims": 1}, like=every, shape=[1])
+    exists = build.op("Greater", [least, build.ints(0)], shape=[1])
+    exists.dtype = ir.DataType.BOOL
+    _spoil(model, exists)
+
+
 def _spoil(model: ir.Model, exists: ir.Value) -> None:
-    """Add NaN to the rows of the outputs whose ids do not exist.
+    """Add NaN to the rows of the outputs whose adapters do not exist.
 
     Args:
         model: Changed in place.

@@ -163,6 +163,21 @@ def test_required_factors_are_fed_by_a_session_and_missed_by_others(
         torch.testing.assert_close(session.run(X, adapter=name)["output"], wanted[number], **EXACT)
 
 
+def test_a_factor_without_a_rank_gives_nan(files: dict[str, tuple[Path, ExportReport]]) -> None:
+    """OpenVINO takes inputs that are not fed for empty ones."""
+    path = files["required"][0]
+    ports = stock(path).get_inputs()
+    empty = {
+        port.name: np.ones(
+            [size if isinstance(size, int) else 0 for size in port.shape], np.float32
+        )
+        for port in ports
+        if port.name != "ids"
+    }
+    (got,) = stock(path).run(None, {"ids": X.numpy(), **empty})
+    assert bool(np.isnan(got).all())
+
+
 # --- ids that no adapter has ----------------------------------------------------------------------
 
 
