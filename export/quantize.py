@@ -77,7 +77,7 @@ def check_dense(model: nn.Module, scheme: str, dtype: str | None) -> None:
 def quantized_graph(
     model: ir.Model, scheme: QuantizedScheme, exclude: Collection[str]
 ) -> tuple[ir.Model, StoredFormat]:
-    """Return a copy of a graph with quantized products, and what is stored.
+    """Return a copy of a graph with quantized products, and the format of its weights.
 
     The constant matrix of each ``MatMul`` and ``Gemm`` is quantized: with "int4" in blocks of 32 along the
     inputs, symmetric, for ``MatMulNBits``; with "int8" per output channel, for ``MatMulInteger``, which also

@@ -74,18 +74,18 @@ def guard_ids(model: ir.Model, manifest: Manifest) -> None:
         return
     build = Builder(model, graph[0])
     rows = list(ids.shape or ())
-    minus, zero, one = (build.ints(number) for number in (-1, 0, 1))
+    minus, zero, step = (build.ints(number) for number in (-1, 0, 1))
     size = build.op("Shape", [bank], {"start": 0, "end": 1}, shape=[1])
     count = build.op("Squeeze", [size], like=ids, shape=[])
-    slots = build.op("Range", [zero, count, one], like=ids, shape=[None])
+    slots = build.op("Range", [zero, count, step], like=ids, shape=[None])
     positive = build.op("Max", [ids, minus], like=ids, shape=rows)
-    above = build.op("Add", [positive, one], like=ids, shape=rows)
+    above = build.op("Add", [positive, step], like=ids, shape=rows)
     # One past the end at most, because OpenVINO crashes far from there.
     slot = build.op("Min", [above, count], like=ids, shape=rows)
     exists = build.op("Less", [slot, count], shape=rows)
     exists.dtype = ir.DataType.BOOL
     looked_up = build.op("Gather", [slots, slot], {"axis": 0}, like=ids, shape=rows)
-    own = build.op("Sub", [looked_up, one], like=ids, shape=rows)
+    own = build.op("Sub", [looked_up, step], like=ids, shape=rows)
     safe = build.op("Where", [exists, own, minus], like=ids, shape=rows)
     for node, position in users:
         node.replace_input_with(position, safe)
