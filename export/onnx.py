@@ -198,7 +198,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-QUANTIZED_KEY = "lora_fx.quantized"
+_QUANTIZED_KEY = "lora_fx.quantized"
 _DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
 _BF16_OPSET = 22, "the first in which convolutions and pooling take bf16"
 
@@ -353,7 +353,7 @@ class _Export:
         self.clock.start("quantizing")
         readers = json.loads(written.model.metadata_props.get(ADAPTER_NODES_KEY, "[]"))
         model, form = quantized_graph(written.model, scheme, readers)
-        model.metadata_props[QUANTIZED_KEY] = json.dumps([dataclasses.asdict(form)])
+        model.metadata_props[_QUANTIZED_KEY] = json.dumps([dataclasses.asdict(form)])
         stage.discard()
         files = self._store(model, stage)
         parity = prove(QUANTIZED_TOLERANCES[scheme])
@@ -399,7 +399,7 @@ class _Export:
             forms = stored_formats(traceable.model.model, *names)
             if forms:
                 described = json.dumps([dataclasses.asdict(form) for form in forms])
-                model.metadata_props[QUANTIZED_KEY] = described
+                model.metadata_props[_QUANTIZED_KEY] = described
             files = self._store(model, stage)
             try:
                 return _Written(model, files, forms, prove(), target, fused, fallbacks)

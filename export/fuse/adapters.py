@@ -79,9 +79,10 @@ def guard_ids(model: ir.Model, manifest: Manifest) -> None:
     count = build.op("Squeeze", [size], like=ids, shape=[])
     slots = build.op("Range", [zero, count, step], like=ids, shape=[None])
     positive = build.op("Max", [ids, minus], like=ids, shape=rows)
-    above = build.op("Add", [positive, step], like=ids, shape=rows)
-    # One past the end at most, because OpenVINO crashes far from there.
-    slot = build.op("Min", [above, count], like=ids, shape=rows)
+    # One past the end at most, because OpenVINO crashes far from there, and the next sum could overflow.
+    first_wrong = build.op("Sub", [count, step], like=ids, shape=[])
+    near = build.op("Min", [positive, first_wrong], like=ids, shape=rows)
+    slot = build.op("Add", [near, step], like=ids, shape=rows)
     exists = build.op("Less", [slot, count], shape=rows)
     exists.dtype = ir.DataType.BOOL
     looked_up = build.op("Gather", [slots, slot], {"axis": 0}, like=ids, shape=rows)
