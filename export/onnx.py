@@ -32,7 +32,17 @@ from lora_fx.export.convert import (
 )
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
-from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
+from lora_fx.export.fuse import (
+    ADAPTER_NODES_KEY,
+    Fused,
+    Level,
+    Provider,
+    Target,
+    adapter_nodes,
+    fuse,
+    guard_ids,
+    guard_ranks,
+)
 from lora_fx.export.fuse import check_target as check_fusions
 from lora_fx.export.prepare import (
     Prepared,
@@ -42,6 +52,13 @@ from lora_fx.export.prepare import (
     prepare_swappable,
 )
 from lora_fx.export.providers import ProviderName, chosen_provider
+from lora_fx.export.quantize import (
+    QUANTIZED_TOLERANCES,
+    QuantizedScheme,
+    check_dense,
+    check_scheme,
+    quantized_graph,
+)
 from lora_fx.export.report import ExportReport, StoredFormat
 from lora_fx.export.staging import (
     EXTERNAL_DATA_BYTES,
@@ -182,6 +199,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+_QUANTIZED_KEY = "lora_fx.quantized"
 _DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
 _BF16_OPSET = 22, "the first in which convolutions and pooling take bf16"
 
@@ -194,6 +212,7 @@ class _FileOptions:
     optimize: Level
     provider: Provider
     verify: bool
+    quantize: QuantizedScheme | None
     external_data_bytes: int
     shard_bytes: int
 
@@ -275,6 +294,7 @@ class _Export:
                 if traced is None:
                     raise
                 _log.warning("export with fewer dynamic axes: %s", failures[-1])
+        written = self._quantized(written, stage, partial(self._prove, prepared, traced, stage))
         manifest = traceable.manifest
         return ExportReport(
             path=str(stage.target),
@@ -287,6 +307,9 @@ class _Export:
             swappable=tuple(site.name for site in manifest.sites) if manifest else (),
             bank=manifest.bank if manifest else None,
             merged=traceable.merged,
+            adapter_nodes=tuple(
+                json.loads(written.model.metadata_props.get(ADAPTER_NODES_KEY, "[]"))
+            ),
             optimize=written.target.level,
             fused=dict(written.fused.done),
             not_fused={**written.fused.refused, **written.fallbacks},
@@ -306,16 +329,47 @@ class _Export:
         """Write a graph into its staging folder, and return the sizes of its files in bytes."""
         if self.adapt is not None:
             self.adapt(model)
+        for value in model.graph.initializers.values():
+            # Quantizers turn matrices over, and would leave a second note of their shapes as it is.
+            if not value.is_graph_input():
+                value.shape = value.type = None
         self.clock.start("writing the file")
         options = self.options
         return write(model, stage, options.external_data_bytes, options.shard_bytes)
 
-    def _prove(self, prepared: Prepared, traced: Trace, stage: Staging) -> Parity:
+    def _prove(
+        self, prepared: Prepared, traced: Trace, stage: Staging, tolerance: float | None = None
+    ) -> Parity:
         """Compare the written file with the model."""
         if not self.options.verify:
             return Parity(reason="verify=False")
         self.clock.start("comparing with PyTorch in ONNX Runtime")
-        return verify_file(prepared, traced, stage.model, self.scratch.keep, large=stage.has_data())
+        large = stage.has_data()
+        return verify_file(
+            prepared, traced, stage.model, self.scratch.keep, large=large, tolerance=tolerance
+        )
+
+    def _quantized(
+        self, written: _Written, stage: Staging, prove: Callable[[float], Parity]
+    ) -> _Written:
+        """Replace a file that matches the model by one with quantized weights.
+
+        Raises:
+            ParityError: The outputs differ by more than quantization explains.
+        """
+        scheme = self.options.quantize
+        if scheme is None:
+            return written
+        self.clock.start("quantizing")
+        readers = json.loads(written.model.metadata_props.get(ADAPTER_NODES_KEY, "[]"))
+        model, form = quantized_graph(written.model, scheme, readers)
+        model.metadata_props[_QUANTIZED_KEY] = json.dumps([dataclasses.asdict(form)])
+        stage.discard()
+        files = self._store(model, stage)
+        parity = prove(QUANTIZED_TOLERANCES[scheme])
+        return dataclasses.replace(
+            written, model=model, files=files, quantized=(form,), parity=parity
+        )
 
     def _write_fused(
         self,
@@ -342,12 +396,20 @@ class _Export:
         while True:
             model = converted if target.level == "none" else converted.clone()
             fused = fuse(model, target)
+            manifest = traceable.manifest
+            readers = adapter_nodes(model, manifest)
+            if readers:
+                model.metadata_props[ADAPTER_NODES_KEY] = json.dumps(readers)
+            if manifest is not None and manifest.bank is not None:
+                guard_ids(model, manifest)
+            elif manifest is not None and manifest.required:
+                guard_ranks(model, manifest)
             shield_half_inputs(model)
             names = converted.graph.initializers, model.graph.initializers
             forms = stored_formats(traceable.model.model, *names)
             if forms:
                 described = json.dumps([dataclasses.asdict(form) for form in forms])
-                model.metadata_props["lora_fx.quantized"] = described
+                model.metadata_props[_QUANTIZED_KEY] = described
             files = self._store(model, stage)
             try:
                 return _Written(model, files, forms, prove(), target, fused, fallbacks)
@@ -462,11 +524,13 @@ def export_onnx(
     adapters: Literal["merge", "inline", "inputs", "bank"] | None = None,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    required_inputs: bool = False,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
     optimize: Level = "standard",
     provider: ProviderName | None = None,
+    quantize: QuantizedScheme | None = None,
     verify: bool = True,
     force: bool | None = None,
     progress: Callable[[str], None] | None = None,
@@ -508,12 +572,17 @@ def export_onnx(
             rewrite it to choose other sites. ``save_onnx_adapter`` writes adapters for the file, and
             ``OnnxSession`` runs them.
             "bank" for the same with many adapters at once. The file has the model's adapters and takes more.
-            Its input ``adapter_ids``, [batch], selects the adapter of each row, -1 for none. None for
+            Its input ``adapter_ids``, [batch] or [1], selects the adapter of each row, -1 for none. A number
+            that no adapter has is an error, or gives NaN in the outputs of its row. None for
             "inline" if an active adapter is at a quantized weight, else for "merge".
         max_adapters: With "bank", the largest number of adapters; None for the number in the model, and at
             least 8.
         max_rank: With "bank", the highest rank, to which all adapters are padded; None for the highest in
             the model, and 16 for a model without adapters.
+        required_inputs: True for a file without inputs that have a default, for consumers other than
+            ``OnnxSession``: many runtimes do not feed such inputs, and many tools take them out. With
+            "inputs", every factor is then a required input, and the file does not run alone. With "bank",
+            the adapters are constants, and no others can be loaded. ``adapter_ids`` is required in any case.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep the model's dtypes. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision. The tolerance is that of the dtype.
@@ -530,6 +599,11 @@ def export_onnx(
             report says why.
         provider: Provider for ``optimize="runtime"``: "cpu" (None), "cuda" or "webgpu", or ONNX Runtime's
             name of it.
+        quantize: "int4" or "int8" to quantize the products of a dense model with ONNX Runtime's own tools,
+            after the dense file was compared. Factors of adapters stay as they are. "int4" stores weights in
+            blocks of 32 (``MatMulNBits``); "int8" also rounds activations (``MatMulInteger``), and is for
+            fp32. The quantized file is compared with the dense model as well: its outputs may differ by 0.5
+            ("int4") or 0.1 ("int8") of their largest magnitude.
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: False to refuse an existing file instead of replacing it. With ``target``, files of another
@@ -553,11 +627,15 @@ def export_onnx(
             folder without write permission. Also a full disk, with the size of the file.
     """
     chosen = "cpu" if provider is None else chosen_provider(provider)
-    options = _FileOptions(opset, optimize, chosen, verify, external_data_bytes, shard_bytes)
+    options = _FileOptions(
+        opset, optimize, chosen, verify, quantize, external_data_bytes, shard_bytes
+    )
     bank = _BankSizes(max_adapters, max_rank)
     _check_arguments(model, adapters, dtype, opset)
     bank.check(adapters)
+    _check_required(model, adapters, target, bank, required=required_inputs)
     check_fusions(optimize, None if provider is None else chosen)
+    check_scheme(quantize, optimize)
     options.check()
     runtime = None if target is None else find_runtime(target)
     task = _task_of(model, task, runtime, dynamic_shapes)
@@ -595,7 +673,11 @@ def export_onnx(
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
+        if quantize is not None:
+            check_dense(unwrapped(model), quantize, dtype)
         prepared = _preparation(adapters, bank)(model, example_inputs, dtype, scratch.keep, task)
+        if required_inputs:
+            prepared = tuple(part.requiring() for part in prepared)
         report = _build_all(export, prepared, stage, dynamic_shapes)
         if runtime is not None:
             file_names = runtime.finish(
@@ -627,6 +709,40 @@ class _BankSizes:
         """
         if adapters != "bank" and (self.capacity, self.rank) != (None, None):
             raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
+
+
+def _check_required(
+    model: nn.Module, adapters: str | None, target: str | None, bank: _BankSizes, *, required: bool
+) -> None:
+    """Raise if a file without defaults is asked for that could not take adapters.
+
+    Raises:
+        ExportError: It names the argument and the remedy.
+    """
+    if not required:
+        return
+    if adapters not in ("inputs", "bank"):
+        raise ExportError(
+            "required_inputs=True is of adapters='inputs' and adapters='bank': other files have no inputs "
+            "for adapters. Leave it out"
+        )
+    if target is not None:
+        raise ExportError(
+            f"required_inputs=True: {target} runs a file without an adapter as well, which needs the "
+            "defaults. Leave it out"
+        )
+    if adapters == "bank":
+        if bank.capacity is not None:
+            raise ExportError(
+                "max_adapters is for adapters that are loaded later, and with required_inputs=True those of "
+                "the model are constants: leave one of them out"
+            )
+        record = record_of(unwrapped(model))
+        if record is None or not record.adapters:
+            raise ExportError(
+                "required_inputs=True makes constants of the adapters of the model, and it has none: load "
+                "some, or leave it out"
+            )
 
 
 def _task_of(

@@ -186,6 +186,11 @@ class Prepared:
         """Return a copy whose metadata says that ``file`` holds the part ``name``."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
 
+    def requiring(self) -> Prepared:
+        """Return a copy whose file has no inputs with a default."""
+        assert self.manifest is not None
+        return dataclasses.replace(self, manifest=self.manifest.require())
+
     def banked(self) -> list[dict[str, Tensor]]:
         """Return the values of the adapters in the file's bank, in its order.
 

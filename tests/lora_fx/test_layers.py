@@ -89,6 +89,7 @@ LAYERS = (
     "lora_fx.export.session",
     "lora_fx.export.verify",
     "lora_fx.export.targets",
+    "lora_fx.export.quantize",
     "lora_fx.export.onnx",
     "lora_fx.conversion",
     "lora_fx.folders",
