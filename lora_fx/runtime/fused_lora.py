@@ -100,14 +100,15 @@ def apply(
         function: A function with ``setup_context``.
         plain: A function that computes the same outputs with plain operations, none of them in place. It runs
             under the transforms of ``torch.func``, because vmap cannot write a batch into a tensor without
-            one, and for a sparse x, which has few operations.
+            one, in programs of ``torch.export``, and for a sparse x, which has few operations.
         arguments: The arguments of both; the first is x.
     """
     compiling = torch.compiler.is_compiling()
     if transformed() or arguments[0].layout is not torch.strided:
         return plain(*arguments)
-    if compiling and not _needs_gradient(arguments):
-        # Dynamo does not trace a function that has no gradient to compute.
+    if compiling and (torch_private.in_export() or not _needs_gradient(arguments)):
+        # Runtimes of exported programs lay tensors out in other ways than the trace, in which a view of an
+        # output may not exist. And Dynamo does not trace a function that has no gradient to compute.
         return plain(*arguments)
     if not torch.is_grad_enabled():
         return tuple(function.forward(*arguments)[:-1])
