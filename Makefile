@@ -202,6 +202,7 @@ PEER_optimum := optimum-onnx[onnxruntime] peft
 
 # What vLLM asks for and can do without: wheels for CUDA, which do not load where torch is for the CPU.
 UNWANTED_vllm := torchaudio torchcodec
+UNWANTED_openvino := openvino-telemetry
 
 .peers/.runtime-%: tests/runtimes/requirements/%.txt | $(BIN)/python
 	$(BIN)/python -m venv .peers/$*

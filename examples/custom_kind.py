@@ -40,7 +40,7 @@ class Ia3(AdapterKind):
         shape = (site.out_features,)
         return (Slot(SCALE, SCALE, shape, "a scale", neutral=1.0, multiplies=True),)
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, rank: int) -> Costs:
         """A product for each output feature, whose gradient needs the output of the operation."""
         return Costs(parameters=site.out_features, flops=site.out_features, saved=site.out_features)
 

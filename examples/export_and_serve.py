@@ -7,6 +7,11 @@ As it stands a tiny classifier and two adapters are made, exported and asked in 
     python examples/export_and_serve.py --serve --model FOLDER --adapter maths=FOLDER --adapter code=FOLDER
     curl -H 'Content-Type: application/json' -d '{"input_ids": [[5, 7, 2]], "adapter": "maths"}' \
         http://127.0.0.1:8000/classify
+
+Adapters come and go while it serves. New ones are folders below ``--adapters``::
+
+    curl -X PUT -H 'Content-Type: application/json' -d '{"folder": "law"}' http://127.0.0.1:8000/adapters/law
+    curl -X DELETE http://127.0.0.1:8000/adapters/maths
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from fastapi import FastAPI, HTTPException
+from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from pydantic import BaseModel
 from torch import nn
 from transformers import (
@@ -56,21 +62,59 @@ def train(base: nn.Module, token: int) -> nn.Module:
     return model.eval()
 
 
-def serve(session: lora_fx.OnnxSession, adapters: list[str]) -> FastAPI:
-    """The application. Its handlers run in threads, which share the session."""
+class Source(BaseModel):
+    """Where a new adapter is: a folder below that of all adapters."""
+
+    folder: str
+
+
+def serve(session: lora_fx.OnnxSession, root: Path | None = None) -> FastAPI:
+    """The application. Its handlers run in threads, which share the session.
+
+    A run that has begun ends with the adapter that it began with. So nothing waits for an adapter that is
+    loaded or removed, and the session alone knows which adapters there are.
+    """
     app = FastAPI(title="adapters")
+    # A page in a browser reaches this port, too, under a name of its own.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
 
     @app.get("/adapters")
     def list_adapters() -> list[str]:
-        return adapters
+        return list(session.adapters)
+
+    @app.put("/adapters/{name}", status_code=204)
+    def load(name: str, source: Source) -> None:
+        if root is None:
+            raise HTTPException(403, "the server was started without --adapters")
+        folder = (root / source.folder).resolve()
+        if not folder.is_relative_to(root.resolve()):
+            raise HTTPException(403, f"{source.folder!r} is not below the folder of the adapters")
+        try:
+            session.load_adapter(name, folder)
+        except lora_fx.LoraFxError as error:
+            raise HTTPException(422, str(error)) from error
+
+    @app.delete("/adapters/{name}", status_code=204)
+    def unload(name: str) -> None:
+        try:
+            session.unload_adapter(name)
+        except lora_fx.ConfigError as error:
+            raise HTTPException(404, str(error)) from error
 
     @app.post("/classify")
     def classify(question: Question) -> dict[str, list[int]]:
-        if question.adapter is not None and question.adapter not in adapters:
-            raise HTTPException(404, f"no adapter {question.adapter!r}; there are {adapters}")
-        ids = torch.tensor(question.input_ids)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        logits = session.run(inputs, adapter=question.adapter)["logits"]
+        try:
+            ids = torch.tensor(question.input_ids)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            logits = session.run(inputs, adapter=question.adapter)["logits"]
+        # No look before the run: the adapter may go in between.
+        except lora_fx.ConfigError as error:
+            raise HTTPException(404, str(error)) from error
+        except (
+            lora_fx.ExportError,
+            ValueError,
+        ) as error:  # no such token, or rows of unequal length
+            raise HTTPException(422, str(error)) from error
         return {"labels": logits.argmax(-1).tolist()}
 
     return app
@@ -80,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="serve adapters over one ONNX file")
     parser.add_argument("--model", metavar="FOLDER", help="a sequence classifier of transformers")
     parser.add_argument("--adapter", metavar="NAME=FOLDER", action="append", default=[])
+    parser.add_argument("--adapters", metavar="FOLDER", type=Path, help="where new adapters are")
     parser.add_argument("--serve", action="store_true", help="listen on 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
@@ -103,7 +148,7 @@ def main() -> None:
         session = lora_fx.OnnxSession(file, provider="cpu")
         for name, adapter in adapters.items():
             session.load_adapter(name, adapter)
-        app = serve(session, list(adapters))
+        app = serve(session, options.adapters)
         if options.serve:
             import uvicorn
 
@@ -112,7 +157,7 @@ def main() -> None:
 
         from fastapi.testclient import TestClient
 
-        client = TestClient(app)
+        client = TestClient(app, base_url="http://127.0.0.1")
         for name in [*adapters, None]:
             question = {
                 "input_ids": [[5, 7, 11, 12, 13, 14], [9, 12, 1, 14, 15, 16]],
@@ -121,6 +166,10 @@ def main() -> None:
             print(f"{name or 'base'}: {client.post('/classify', json=question).json()['labels']}")
         refused = client.post("/classify", json={"input_ids": [[1]], "adapter": "unknown"})
         print(f"unknown: {refused.status_code}, {refused.json()['detail']}")
+        gone = next(iter(adapters))
+        client.delete(f"/adapters/{gone}").raise_for_status()
+        refused = client.post("/classify", json={"input_ids": [[1]], "adapter": gone})
+        print(f"{gone}: {refused.status_code}, {refused.json()['detail']}")
 
 
 if __name__ == "__main__":

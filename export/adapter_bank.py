@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -440,7 +439,7 @@ def prove_rows(model: BankModel) -> None:
 def make_bank_overridable(
     model: ir.Model, manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]], batched: str
 ) -> None:
-    """Give the ids and the banks defaults: no adapter for any row, and the adapters of the model.
+    """Give the banks the adapters of the model, as defaults or as constants. The ids have no default.
 
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
@@ -455,18 +454,20 @@ def make_bank_overridable(
 
     inputs = {value.name: value for value in model.graph.inputs}
     banks = stacked(manifest, adapters)
-    defaults: dict[str, Any] = {SLOTS_INPUT: np.array([-1], np.int64)}
-    for name, value in (*defaults.items(), *banks.items()):
+    for name, value in banks.items():
         port = inputs[name]
         tensor = ir.tensor(value, dtype=port.dtype, name=name)
-        if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+        if value.dtype == torch.bfloat16:
             raw = value.contiguous().view(torch.uint16).numpy().view(ir.DataType.BFLOAT16.numpy())
             tensor = ir.tensor(raw, dtype=ir.DataType.BFLOAT16, name=name)
         port.const_value = tensor
         model.graph.register_initializer(port)
-    _part_rows_from_batch(
-        model, inputs[SLOTS_INPUT], inputs[batched], {inputs[name] for name in defaults | banks}
-    )
+    ids = inputs[SLOTS_INPUT]
+    adapter_inputs = {inputs[name] for name in banks}
+    _part_rows_from_batch(model, ids, inputs[batched], {ids, *adapter_inputs})
+    if manifest.required:
+        for value in adapter_inputs:
+            model.graph.inputs.remove(value)
 
 
 def _part_rows_from_batch(
@@ -532,9 +533,11 @@ class AdapterBank(AdapterStore):
 
     Args:
         path: The file, whose adapters are in the bank from the start.
+        fixed: True if the stacks are constants of the file, so that nothing can be loaded.
     """
 
     path: Path | None = None
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -558,8 +561,9 @@ class AdapterBank(AdapterStore):
         Raises:
             CheckpointError: The values do not match the inputs of the file, or do not fit into its bank. The
                 bank is then unchanged.
-            ConfigError: The bank is full.
+            ConfigError: The bank is full, or its adapters are constants of the file.
         """
+        self._check_open()
         check_values(self.manifest, values, description)
         check_ranks(self.manifest, values, description, self.max_rank)
         with self._lock:
@@ -578,8 +582,9 @@ class AdapterBank(AdapterStore):
         """Remove an adapter from the bank. A run that uses it already finishes with it.
 
         Raises:
-            ConfigError: There is no such adapter.
+            ConfigError: There is no such adapter, or it is a constant of the file.
         """
+        self._check_open()
         with self._lock:
             slot = self._slot(name)
             remaining = {key: index for key, index in self._names.items() if key != name}
@@ -611,6 +616,19 @@ class AdapterBank(AdapterStore):
             bound = self._bound
         fed = self._placed({SLOTS_INPUT: ids})
         return HeldAdapter({}, bound, {}, len(rows) if several else None, fed)
+
+    def _check_open(self) -> None:
+        """Raise if the adapters of the file cannot be replaced."""
+        if self.fixed:
+            cause = (
+                "it was exported with required_inputs=True"
+                if self.manifest.required
+                else "a tool took them for constants"
+            )
+            raise ConfigError(
+                f"the adapters of {self.file} are constants ({cause}), which cannot be replaced: export the "
+                "model again, with its adapters or without required_inputs"
+            )
 
     def _slot(self, name: object) -> int:
         if name is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_fx.adapters import adapter_record, the_adapter
 from lora_fx.checkpoint import Dense, Slot, converted, read_tensors, without_prefix
-from lora_fx.config import LoraConfig, changes_base, scale_for
+from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, ExportError, some
 from lora_fx.export.adapter_manifest import (
     SUFFIXES,
@@ -34,7 +34,7 @@ from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
 from lora_fx.ir import PlannedSite, join, require_record
-from lora_fx.kinds import chosen_kind, kind_of
+from lora_fx.kinds import base_change, chosen_kind, kind_of, stores_product
 from lora_fx.passes.parameters import factor_names, gathered, trained_by_hand
 
 __all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of", "values_of_model"]
@@ -186,12 +186,12 @@ def _unfit(config: LoraConfig) -> Iterator[str]:
     kind = chosen_kind(config)
     if kind.depends:
         yield kind.depends
-    if not kind.low_rank:
+    if not stores_product(kind):
         yield f"no file takes what its kind trains ({kind.name!r})"
     if config.target_parameters:
         yield "which operations read its parameters (target_parameters), only the model knows"
-    if changes_base(config.init_lora_weights):
-        yield f"its start (init_lora_weights={config.init_lora_weights!r}) changed the base weights"
+    if setting := base_change(config):
+        yield f"its start ({setting}) changed the base weights"
 
 
 def _folder_site(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +36,8 @@ _FORMAT = 1
 _BANK_FORMAT = 2  # versions from before banks refuse it
 
 SLOTS_INPUT = "adapter_ids"
-"""Input of a file with a bank: the id of the adapter of each row of the batch, negative for none."""
+"""Input of a file with a bank: the id of the adapter of each row of the batch, negative for none. It has no
+default, so that a runtime that does not feed it fails."""
 ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
 """Axis of that input, the batch or 1 if all rows have the same adapter; and the first axis of a bank."""
 
@@ -169,12 +170,38 @@ class Manifest:
             versions of lora_fx wrote defaults of rank 0, which should not be run.
         bank: The size of the bank, if each row of the batch has its own adapter. None for a file that takes
             one adapter at a time.
+        required: True if no input of the file has a default. The factors of a bank are then constants.
     """
 
     base: str
     sites: tuple[SiteInputs, ...]
     runs_alone: bool = True
     bank: BankSize | None = None
+    required: bool = False
+
+    def require(self) -> Manifest:
+        """Return the manifest of the same file without defaults."""
+        bank = self.bank
+        if bank is not None:
+            bank = dataclasses.replace(bank, capacity=len(bank.adapters))
+        return dataclasses.replace(self, required=True, runs_alone=bank is not None, bank=bank)
+
+    @property
+    def choosing(self) -> tuple[str, ...]:
+        """Inputs that choose the adapters of a run: without one of them, it would be that of the base."""
+        return tuple(self.inputs) if self.bank is None else (SLOTS_INPUT,)
+
+    @property
+    def replaceable(self) -> tuple[str, ...]:
+        """Inputs that further adapters are loaded into."""
+        return () if self.bank is not None and self.required else tuple(self.inputs)
+
+    def missing(self, inputs: Collection[str]) -> tuple[list[str], list[str]]:
+        """Return the inputs of :attr:`choosing`, and those of :attr:`replaceable`, that a file lacks."""
+        return (
+            [name for name in self.choosing if name not in inputs],
+            [name for name in self.replaceable if name not in inputs],
+        )
 
     @property
     def inputs(self) -> dict[str, AdapterInput]:
@@ -201,6 +228,8 @@ class Manifest:
         """Return the manifest as text for the metadata of the file."""
         sites = [dataclasses.asdict(site) for site in self.sites]
         data = {"format": _FORMAT, "base": self.base, "runs_alone": self.runs_alone, "sites": sites}
+        if self.required:
+            data["required"] = True
         if self.bank is not None:
             data |= {"format": _BANK_FORMAT, "bank": dataclasses.asdict(self.bank)}
         return json.dumps(data)
@@ -230,7 +259,8 @@ class Manifest:
             if data["format"] == _BANK_FORMAT:
                 size = data["bank"]
                 bank = BankSize(tuple(size["adapters"]), int(size["capacity"]), int(size["rank"]))
-            return cls(data["base"], sites, bool(data.get("runs_alone", False)), bank)
+            alone, required = (bool(data.get(key, False)) for key in ("runs_alone", "required"))
+            return cls(data["base"], sites, alone, bank, required)
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(
                 f"the metadata {MANIFEST_KEY} of the file are damaged ({error}): export it again"

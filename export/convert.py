@@ -806,7 +806,7 @@ def _argument(node: fx.Node, position: int) -> object:
 
 
 def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
-    """Give every adapter input a default, so that the file alone is the base model.
+    """Give every adapter input a default, so that the file alone is the base model, unless it is required.
 
     The default is zeros of rank 1 (a gain of 1), see :attr:`SiteInputs.least_rank`: a product with them is
     zero and costs next to nothing. No other initializer is an input, because an optimizer does not treat
@@ -824,11 +824,12 @@ def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
             value = inputs[adapter_input.name]
             dtype = value.dtype
             assert dtype is not None
-            neutral = np.full(
-                adapter_input.sized(site.least_rank), adapter_input.neutral, dtype.numpy()
-            )
-            value.const_value = ir.tensor(neutral, dtype=dtype, name=adapter_input.name)
-            model.graph.register_initializer(value)
+            if not manifest.required:
+                neutral = np.full(
+                    adapter_input.sized(site.least_rank), adapter_input.neutral, dtype.numpy()
+                )
+                value.const_value = ir.tensor(neutral, dtype=dtype, name=adapter_input.name)
+                model.graph.register_initializer(value)
             _feed_as_stored(value)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import (
-    Callable,
     Collection,
     Container,
     Hashable,
@@ -40,7 +39,7 @@ from lora_fx.formats import (
 from lora_fx.ir import NoOperator, OnnxWeight, Quantization
 from lora_fx.passes.capture import experts_implementation, written_out_layer
 from lora_fx.passes.graph import is_region, memory_of, share_copy
-from lora_fx.passes.merge import KEPT_IN_FP32
+from lora_fx.passes.merge import KEPT_IN_FP32, Keep
 from lora_fx.runtime import AdapterModule, experts
 
 __all__ = [
@@ -310,9 +309,7 @@ class PackedWeight(StandIn):
 
     order: nn.Parameter | None
 
-    def __init__(
-        self, weight: HeldWeight, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, weight: HeldWeight, dtype: torch.dtype, keep: Keep) -> None:
         super().__init__(weight.where, weight.stored, weight.dtype)
         onnx_weight = _onnx_weight_of(weight)
         self.turned = weight.turned
@@ -365,7 +362,7 @@ class PackedWeight(StandIn):
         return sum(parameter.nbytes for parameter in self.parameters())
 
 
-def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Callable[[Tensor], Tensor]) -> None:
+def pack_quantized(twin: nn.Module, dtype: torch.dtype, keep: Keep) -> None:
     """Replace quantized weights by the arrays of their ONNX operators.
 
     Args:
@@ -460,7 +457,7 @@ class Casts:
         keep: Called with each new tensor, see ``Scratch.keep``.
     """
 
-    def __init__(self, keep: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, keep: Keep) -> None:
         self.keep = keep
         # A reference to the source prevents another tensor from being allocated at its address.
         self._made: dict[Hashable, tuple[Tensor, nn.Parameter]] = {}
@@ -471,7 +468,11 @@ class Casts:
             return parameter
         key = (memory_of(parameter), parameter.dtype, dtype)
         if key not in self._made:
-            cast = nn.Parameter(self.keep(parameter.detach().to(dtype)), requires_grad=False)
+
+            def convert() -> Tensor:
+                return parameter.detach().to(dtype)
+
+            cast = nn.Parameter(self.keep(convert(), convert), requires_grad=False)
             self._made[key] = parameter, cast
         return self._made[key][1]
 

@@ -30,7 +30,7 @@ from lora_fx.ir import (
     record_of,
     require_record,
 )
-from lora_fx.kinds import kind_of, kind_with, kinds, union_of
+from lora_fx.kinds import kind_of, kind_with, kinds, stores_product, union_of
 from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import (
     copy_graph,
@@ -41,7 +41,7 @@ from lora_fx.passes.graph import (
     share_copy,
     target_of,
 )
-from lora_fx.passes.merge import merge, stripped
+from lora_fx.passes.merge import Keep, merge, stripped
 from lora_fx.passes.parameters import drop_factors, factor_names
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import (
@@ -267,7 +267,7 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
         yield "its base was quantized for it (init_lora_weights='loftq')"
     for row in adapter.sites:
         kind = kind_of(row)
-        if not kind.low_rank or not all(slot.role for slot in kind.slots(row.site)):
+        if not stores_product(kind) or not all(slot.role for slot in kind.slots(row.site)):
             yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
     yield from (f"{name} is trained in full (modules_to_save)" for name in adapter.saved_modules)
     inside = tuple(f"{name}." for name in adapter.saved_modules)
@@ -382,7 +382,7 @@ class FactorModel(FlatModel):
         return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
 
     @torch.no_grad()
-    def merged(self, factors: Sequence[Tensor], keep: Callable[[Tensor], Tensor]) -> FlatModel:
+    def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
         """Return the same call of a model whose weights have the adapter inputs folded in.
 
         It shares no code with the file: it has no branch, no graph and no low-rank product. The values of

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lora_fx import torch_private
 from lora_fx.errors import ExportError, some
-from lora_fx.export.adapter_manifest import SLOTS_INPUT, SUFFIXES, Manifest
+from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
 from lora_fx.extras import load_optional
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ class Finding:
 
 _FOLDED = (
     "a tool took them for constants (optimizers and quantizers do, as onnxslim, onnxsim and "
-    "quantize_dynamic): an adapter would change nothing. Export again, and use such tools on merged files"
+    "quantize_dynamic): an adapter would change nothing. Export again with required_inputs=True, and exclude "
+    "the nodes in the metadata lora_fx.adapter_nodes from a quantizer"
 )
 
 
@@ -285,18 +286,24 @@ def _adapter_inputs(model: onnx.ModelProto) -> Iterator[Finding]:
         yield Finding(topic, "bank", State.OK, str(manifest.bank))
         own = ", ".join(manifest.bank.adapters) or "none yet"
         yield Finding(topic, "in the file", State.OK, own)
-    wanted = [*manifest.inputs, *([] if manifest.bank is None else [SLOTS_INPUT])]
-    gone = [name for name in wanted if name not in inputs]
+    lost, constant = manifest.missing(inputs)
+    wanted = list(dict.fromkeys((*manifest.choosing, *manifest.replaceable)))
     idle = [name for name in wanted if name in inputs and name not in read]
     detail = f"{len(wanted)} at {len(manifest.sites)} sites"
-    if gone:
-        lost = f"{len(gone)} of {detail} are gone: {some(gone, 3)}"
-        yield Finding(topic, "inputs", State.PROBLEM, lost, _FOLDED)
+    if manifest.required:
+        detail += ", without defaults"
+    if lost:
+        text = f"{len(lost)} of {detail} are gone: {some(lost, 3)}"
+        yield Finding(topic, "inputs", State.PROBLEM, text, _FOLDED)
     elif idle:
-        lost = f"{len(idle)} of {detail} are read by no node: {some(idle, 3)}"
-        yield Finding(topic, "inputs", State.PROBLEM, lost, _FOLDED)
+        text = f"{len(idle)} of {detail} are read by no node: {some(idle, 3)}"
+        yield Finding(topic, "inputs", State.PROBLEM, text, _FOLDED)
     else:
         yield Finding(topic, "inputs", State.OK, detail)
+    if constant and manifest.bank is not None:
+        text = f"a tool made constants of {len(constant)} factors"
+        remedy = "the adapters in the file run; to load others, export again without that tool"
+        yield Finding(topic, "further adapters", State.NOTE, text, remedy)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lora_fx import torch_private
 from lora_fx.errors import ExportError, OutputPathError, ParityError, some
 from lora_fx.export.arguments import Sizes
 from lora_fx.export.convert import (
@@ -31,7 +32,17 @@ from lora_fx.export.convert import (
 )
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
 from lora_fx.export.failures import headline
-from lora_fx.export.fuse import Fused, Level, Provider, Target, fuse
+from lora_fx.export.fuse import (
+    ADAPTER_NODES_KEY,
+    Fused,
+    Level,
+    Provider,
+    Target,
+    adapter_nodes,
+    fuse,
+    guard_ids,
+    guard_ranks,
+)
 from lora_fx.export.fuse import check_target as check_fusions
 from lora_fx.export.prepare import (
     DEFAULT_RANK,
@@ -42,6 +53,13 @@ from lora_fx.export.prepare import (
     prepare_swappable,
 )
 from lora_fx.export.providers import ProviderName, chosen_provider
+from lora_fx.export.quantize import (
+    QUANTIZED_TOLERANCES,
+    QuantizedScheme,
+    check_dense,
+    check_scheme,
+    quantized_graph,
+)
 from lora_fx.export.report import ExportReport, StoredFormat
 from lora_fx.export.staging import (
     EXTERNAL_DATA_BYTES,
@@ -110,8 +128,8 @@ class _Stages:
             self._open = None
 
 
-_PACKAGES = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu")
-_PACKAGES += ("openvino", "executorch")
+_PACKAGES: tuple[str, ...] = ("lora-fx", "torch", "onnx", "onnxscript", "onnx-ir")
+_PACKAGES += ("onnxruntime", "onnxruntime-gpu", "openvino", "executorch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +240,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+_QUANTIZED_KEY = "lora_fx.quantized"
 _DEFAULT_OPSET = 20, "what both providers run in fp32 and fp16"
 _BF16_OPSET = 22, "the first in which convolutions and pooling take bf16"
 
@@ -234,6 +253,7 @@ class _FileOptions:
     optimize: Level
     provider: Provider
     verify: bool
+    quantize: QuantizedScheme | None
     external_data_bytes: int
     shard_bytes: int
 
@@ -261,7 +281,7 @@ class _Export:
 
     Attributes:
         options: Options of every file.
-        keep: Called with each new weight, see ``Scratch.keep``.
+        scratch: Storage of new weights.
         clock: Clock of the stages.
         adapt: Changes a finished graph for a runtime; None for any runtime.
         runtime: The runtime that takes a program instead of an ONNX file; None for ONNX.
@@ -269,7 +289,7 @@ class _Export:
     """
 
     options: _FileOptions
-    keep: Callable[[Tensor], Tensor]
+    scratch: Scratch
     clock: _Stages
     adapt: Callable[[ir.Model], None] | None
     runtime: ProgramTarget | None = None
@@ -295,7 +315,7 @@ class _Export:
         options = self.options
         opset, why = (0, "") if self.runtime else options.opset_for(prepared.dtype)
         failures: list[str] = []
-        traceable = prepared.to_trace(self.keep)
+        traceable = prepared.to_trace(self.scratch.keep)
         if self.runtime is not None and not self.runtime.dynamic:
             dynamic_shapes = {}
         traced = _traced(traceable, dynamic_shapes, failures, 0)
@@ -306,7 +326,7 @@ class _Export:
                     written = self._write_program(self.runtime, traced, traceable, prepared, stage)
                     break
                 self.clock.start("converting to ONNX")
-                converted = convert(traced, traceable, opset)
+                converted = self._converted(traced, traceable, opset)
                 _, version = installed("onnxruntime")
                 target = Target(options.optimize, options.provider, prepared.dtype, version)
                 prove = partial(self._prove, prepared, traced, stage)
@@ -324,6 +344,7 @@ class _Export:
                 if traced is None:
                     raise
                 _log.warning("export with fewer dynamic axes: %s", failures[-1])
+        written = self._quantized(written, stage, partial(self._prove, prepared, traced, stage))
         manifest = traceable.manifest
         return ExportReport(
             path=str(stage.target),
@@ -336,11 +357,21 @@ class _Export:
             swappable=tuple(site.name for site in manifest.sites) if manifest else (),
             bank=manifest.bank if manifest else None,
             merged=traceable.merged,
+            adapter_nodes=tuple(json.loads(written.contents.metadata.get(ADAPTER_NODES_KEY, "[]"))),
             optimize=written.target.level,
             fused=dict(written.fused.done),
             not_fused={**written.fused.refused, **written.fallbacks},
             **_graph_facts(traced, written.contents, written.parity),
         )
+
+    def _converted(self, traced: Trace, traceable: Prepared, opset: int) -> ir.Model:
+        """Return the graph of a trace. Its weights that have no memory are computed when they are written."""
+        deferred = self.scratch.deferred
+        while True:
+            with torch_private.disable_dispatch_modes():
+                converted = convert(traced, traceable, opset)
+            if deferred.link(converted, _read_by(traced)):
+                return converted
 
     def _write_program(
         self,
@@ -364,24 +395,57 @@ class _Export:
         if self.options.verify:
             self.clock.start(f"comparing with PyTorch in {runtime.runtime}")
             loaded = runtime.loaded(program, stage.model)
-            parity = verify_file(prepared, traced, stage.model, self.keep, loaded=loaded)
-        target = Target("none", self.options.provider, prepared.dtype, None)
-        return _Written(_Contents.of_program(program), files, (), parity, target, Fused(), {})
+            parity = verify_file(prepared, traced, stage.model, self.scratch.keep, loaded=loaded)
+        target = Target("none", self.options.provider, prepared.dtype)
+        return _Written(_Contents.of_program(program), None, files, (), parity, target, Fused(), {})
 
     def _store(self, model: ir.Model, stage: Staging) -> Mapping[str, int]:
         """Write a graph into its staging folder, and return the sizes of its files in bytes."""
         if self.adapt is not None:
             self.adapt(model)
+        for value in model.graph.initializers.values():
+            # Quantizers turn matrices over, and would leave a second note of their shapes as it is.
+            if not value.is_graph_input():
+                value.shape = value.type = None
         self.clock.start("writing the file")
         options = self.options
         return write(model, stage, options.external_data_bytes, options.shard_bytes)
 
-    def _prove(self, prepared: Prepared, traced: Trace, stage: Staging) -> Parity:
+    def _prove(
+        self, prepared: Prepared, traced: Trace, stage: Staging, tolerance: float | None = None
+    ) -> Parity:
         """Compare the written file with the model."""
         if not self.options.verify:
             return Parity(reason="verify=False")
         self.clock.start("comparing with PyTorch in ONNX Runtime")
-        return verify_file(prepared, traced, stage.model, self.keep, large=stage.has_data())
+        large = stage.has_data()
+        return verify_file(
+            prepared, traced, stage.model, self.scratch.keep, large=large, tolerance=tolerance
+        )
+
+    def _quantized(
+        self, written: _Written, stage: Staging, prove: Callable[[float], Parity]
+    ) -> _Written:
+        """Replace a file that matches the model by one with quantized weights.
+
+        Raises:
+            ParityError: The outputs differ by more than quantization explains.
+        """
+        scheme = self.options.quantize
+        if scheme is None:
+            return written
+        assert written.model is not None
+        self.clock.start("quantizing")
+        readers = json.loads(written.contents.metadata.get(ADAPTER_NODES_KEY, "[]"))
+        model, form = quantized_graph(written.model, scheme, readers)
+        model.metadata_props[_QUANTIZED_KEY] = json.dumps([dataclasses.asdict(form)])
+        stage.discard()
+        files = self._store(model, stage)
+        parity = prove(QUANTIZED_TOLERANCES[scheme])
+        contents = _Contents.of_graph(model)
+        return dataclasses.replace(
+            written, contents=contents, model=model, files=files, quantized=(form,), parity=parity
+        )
 
     def _write_fused(
         self,
@@ -408,16 +472,24 @@ class _Export:
         while True:
             model = converted if target.level == "none" else converted.clone()
             fused = fuse(model, target)
+            manifest = traceable.manifest
+            readers = adapter_nodes(model, manifest)
+            if readers:
+                model.metadata_props[ADAPTER_NODES_KEY] = json.dumps(readers)
+            if manifest is not None and manifest.bank is not None:
+                guard_ids(model, manifest)
+            elif manifest is not None and manifest.required:
+                guard_ranks(model, manifest)
             shield_half_inputs(model)
             names = converted.graph.initializers, model.graph.initializers
             forms = stored_formats(traceable.model.model, *names)
             if forms:
                 described = json.dumps([dataclasses.asdict(form) for form in forms])
-                model.metadata_props["lora_fx.quantized"] = described
+                model.metadata_props[_QUANTIZED_KEY] = described
             files = self._store(model, stage)
             try:
                 contents = _Contents.of_graph(model)
-                return _Written(contents, files, forms, prove(), target, fused, fallbacks)
+                return _Written(contents, model, files, forms, prove(), target, fused, fallbacks)
             except (ConversionError, ParityError) as error:
                 lower = target.lower()
                 if lower is None or not fused.done:
@@ -435,6 +507,7 @@ class _Written:
 
     Attributes:
         contents: Contents of the file.
+        model: The graph of an ONNX file; None for a program of another runtime.
         files: Sizes of all files by name, in bytes.
         quantized: The formats of its quantized weights.
         parity: Result of the comparison.
@@ -444,6 +517,7 @@ class _Written:
     """
 
     contents: _Contents
+    model: ir.Model | None
     files: Mapping[str, int]
     quantized: tuple[StoredFormat, ...]
     parity: Parity
@@ -457,8 +531,20 @@ def _traced(
 ) -> Trace | None:
     task = dynamic_shapes is None and prepared.dynamic_shapes is not None
     wanted = prepared.dynamic_shapes if task else dynamic_shapes
-    with torch_export_context():
+    # A trace reads no values of weights.
+    with torch_private.disable_dispatch_modes(), torch_export_context():
         return trace(prepared.model, prepared.arguments, wanted, failures, attempt, task=task)
+
+
+def _read_by(traced: Trace) -> list[Tensor]:
+    """Return the weights that a trace reads."""
+    signature = traced.program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return [
+        traced.program.state_dict[names[node.name]]
+        for node in traced.program.graph.find_nodes(op="placeholder")
+        if node.users and names.get(node.name) in traced.program.state_dict
+    ]
 
 
 @contextlib.contextmanager
@@ -517,11 +603,13 @@ def export_onnx(
     adapters: Literal["merge", "inline", "inputs", "bank"] | None = None,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    required_inputs: bool = False,
     dtype: Literal["fp32", "fp16", "bf16"] | None = None,
     dynamic_shapes: object = None,
     opset: int | None = None,
     optimize: Level = "standard",
     provider: ProviderName | None = None,
+    quantize: QuantizedScheme | None = None,
     verify: bool = True,
     force: bool | None = None,
     progress: Callable[[str], None] | None = None,
@@ -566,12 +654,17 @@ def export_onnx(
             rewrite it to choose other sites. ``save_onnx_adapter`` writes adapters for the file, and
             ``OnnxSession`` runs them.
             "bank" for the same with many adapters at once. The file has the model's adapters and takes more.
-            Its input ``adapter_ids``, [batch], selects the adapter of each row, -1 for none. None for
+            Its input ``adapter_ids``, [batch] or [1], selects the adapter of each row, -1 for none. A number
+            that no adapter has is an error, or gives NaN in the outputs of its row. None for
             "inline" if an active adapter is at a quantized weight, else for "merge".
         max_adapters: With "bank", the largest number of adapters; None for the number in the model, and at
             least 8.
         max_rank: With "bank", and with "inputs" for OpenVINO and ExecuTorch, the highest rank, to which all
             adapters are padded; None for the highest in the model, and 16 for a model without adapters.
+        required_inputs: True for a file without inputs that have a default, for consumers other than
+            ``OnnxSession``: many runtimes do not feed such inputs, and many tools take them out. With
+            "inputs", every factor is then a required input, and the file does not run alone. With "bank",
+            the adapters are constants, and no others can be loaded. ``adapter_ids`` is required in any case.
         dtype: "fp32", "fp16", "bf16" to export the model cast to it, floating inputs included;
             None to keep the model's dtypes. A half-precision file is compared with the model in fp32, its
             weights rounded to half precision. The tolerance is that of the dtype.
@@ -588,6 +681,11 @@ def export_onnx(
             report says why.
         provider: Provider for ``optimize="runtime"``: "cpu" (None), "cuda" or "webgpu", or ONNX Runtime's
             name of it.
+        quantize: "int4" or "int8" to quantize the products of a dense model with ONNX Runtime's own tools,
+            after the dense file was compared. Factors of adapters stay as they are. "int4" stores weights in
+            blocks of 32 (``MatMulNBits``); "int8" also rounds activations (``MatMulInteger``), and is for
+            fp32. The quantized file is compared with the dense model as well: its outputs may differ by 0.5
+            ("int4") or 0.1 ("int8") of their largest magnitude.
         verify: Compare the file, run by ONNX Runtime on the CPU, with PyTorch on fresh inputs of
             other shapes.
         force: False to refuse an existing file instead of replacing it. With ``target``, files of another
@@ -611,17 +709,26 @@ def export_onnx(
             folder without write permission. Also a full disk, with the size of the file.
     """
     chosen = "cpu" if provider is None else chosen_provider(provider)
-    options = _FileOptions(opset, optimize, chosen, verify, external_data_bytes, shard_bytes)
+    options = _FileOptions(
+        opset, optimize, chosen, verify, quantize, external_data_bytes, shard_bytes
+    )
     bank = _BankSizes(max_adapters, max_rank)
     _check_arguments(model, adapters, dtype, opset)
     runtime = None if target is None else find_runtime(target)
-    program = runtime if isinstance(runtime, ProgramTarget) else None
+    program = _program_target(
+        runtime,
+        dynamic_shapes=dynamic_shapes is not None,
+        opset=opset is not None,
+        optimize=optimize == "runtime",
+        quantize=quantize is not None,
+        required_inputs=required_inputs,
+    )
     padded = program is not None and adapters == "inputs"
     bank.check(adapters, padded=padded)
+    _check_required(model, adapters, target, bank, required=required_inputs)
     check_fusions(optimize, None if provider is None else chosen)
+    check_scheme(quantize, optimize)
     options.check()
-    if program is not None:
-        _check_program(program, dynamic_shapes, optimize, opset)
     task = _task_of(model, task, runtime, dynamic_shapes)
     data: str | None = None
     if runtime is None:
@@ -645,14 +752,27 @@ def export_onnx(
     clock = _Stages(progress)
 
     model = _without_trainers(model)
-    with ONE_AT_A_TIME, _without_ambient_autocast(model), staging(file_path, data) as stage:
-        keep = Scratch(stage).keep
-        export = _Export(options, keep, clock, None if runtime is None else runtime.adapt)
+    with (
+        ONE_AT_A_TIME,
+        _without_ambient_autocast(model),
+        staging(file_path, data) as stage,
+        contextlib.ExitStack() as reading,
+    ):
+        if program is None:
+            scratch = Scratch(stage)
+            reading.enter_context(scratch.deferred)
+        else:  # its runtime reads the memory of the weights
+            scratch = Scratch(stage, deferred_bytes=sys.maxsize)
+        export = _Export(options, scratch, clock, None if runtime is None else runtime.adapt)
         clock.start("capturing the model")
         _refuse_nan(model)
         if adapters is None:
             adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        prepared = _preparation(adapters, bank)(model, example_inputs, dtype, keep, task)
+        if quantize is not None:
+            check_dense(unwrapped(model), quantize, dtype)
+        prepared = _preparation(adapters, bank)(model, example_inputs, dtype, scratch.keep, task)
+        if required_inputs:
+            prepared = tuple(part.requiring() for part in prepared)
         if program is not None:
             rank = _rank_of(model, max_rank) if padded else None
             export = dataclasses.replace(export, runtime=program, rank=rank)
@@ -700,24 +820,33 @@ class _BankSizes:
             raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
 
 
-def _check_program(
-    program: ProgramTarget, dynamic_shapes: object, optimize: str, opset: int | None
-) -> None:
-    """Raise for arguments of ONNX files.
+def _program_target(
+    runtime: RuntimeTarget | ProgramTarget | None, *, dynamic_shapes: bool, **onnx_only: bool
+) -> ProgramTarget | None:
+    """Return a target without an ONNX file; None for any other.
+
+    Args:
+        runtime: The target of the export, or None.
+        dynamic_shapes: True if the caller names dynamic axes.
+        onnx_only: True by the name of each argument of ONNX files that the caller sets.
 
     Raises:
-        ExportError: The message names the argument.
+        ExportError: An argument has no meaning for the target. The message names it.
     """
-    for name, is_given in (("opset", opset is not None), ("optimize", optimize == "runtime")):
+    if not isinstance(runtime, ProgramTarget):
+        return None
+    program = runtime
+    for name, is_given in onnx_only.items():
         if is_given:
             raise ExportError(
                 f"target={program.name!r} writes no ONNX file, so it has no {name}: leave it out"
             )
-    if dynamic_shapes is not None and not program.dynamic:
+    if dynamic_shapes and not program.dynamic:
         raise ExportError(
             f"target={program.name!r} plans memory for the sizes of the example: leave dynamic_shapes out, "
             "and give an example of the largest size"
         )
+    return program
 
 
 def _rank_of(model: nn.Module, max_rank: int | None) -> int:
@@ -735,6 +864,40 @@ def _rank_of(model: nn.Module, max_rank: int | None) -> int:
             "or more, or leave it out"
         )
     return max_rank or highest or DEFAULT_RANK
+
+
+def _check_required(
+    model: nn.Module, adapters: str | None, target: str | None, bank: _BankSizes, *, required: bool
+) -> None:
+    """Raise if a file without defaults is asked for that could not take adapters.
+
+    Raises:
+        ExportError: It names the argument and the remedy.
+    """
+    if not required:
+        return
+    if adapters not in ("inputs", "bank"):
+        raise ExportError(
+            "required_inputs=True is of adapters='inputs' and adapters='bank': other files have no inputs "
+            "for adapters. Leave it out"
+        )
+    if target is not None:
+        raise ExportError(
+            f"required_inputs=True: {target} runs a file without an adapter as well, which needs the "
+            "defaults. Leave it out"
+        )
+    if adapters == "bank":
+        if bank.capacity is not None:
+            raise ExportError(
+                "max_adapters is for adapters that are loaded later, and with required_inputs=True those of "
+                "the model are constants: leave one of them out"
+            )
+        record = record_of(unwrapped(model))
+        if record is None or not record.adapters:
+            raise ExportError(
+                "required_inputs=True makes constants of the adapters of the model, and it has none: load "
+                "some, or leave it out"
+            )
 
 
 def _task_of(

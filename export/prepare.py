@@ -49,7 +49,7 @@ from lora_fx.passes.plan import foreign_factors
 from lora_fx.runtime import AdapterFactors, base_parameter
 
 if TYPE_CHECKING:
-    from lora_fx.passes.merge import MergeReport
+    from lora_fx.passes.merge import Keep, MergeReport
 
 
 __all__ = [
@@ -193,6 +193,11 @@ class Prepared:
         """Return a copy whose metadata says that ``file`` holds the part ``name``."""
         return dataclasses.replace(self, metadata={**self.metadata, f"lora_fx.{name}": file})
 
+    def requiring(self) -> Prepared:
+        """Return a copy whose file has no inputs with a default."""
+        assert self.manifest is not None
+        return dataclasses.replace(self, manifest=self.manifest.require())
+
     def banked(self) -> list[dict[str, Tensor]]:
         """Return the values of the adapters in the file's bank, in its order.
 
@@ -223,7 +228,7 @@ class Prepared:
         tensors = [tensor[: len(like)] if like.ndim else tensor for tensor, like in pairs]
         return dataclasses.replace(self, arguments=self.arguments.replace(tensors))
 
-    def to_trace(self, keep: Callable[[Tensor], Tensor]) -> Prepared:
+    def to_trace(self, keep: Keep) -> Prepared:
         """Return a copy with a model that torch.export and torch.onnx can trace.
 
         Args:
@@ -248,7 +253,7 @@ def prepare_swappable(
     model: nn.Module,
     example_inputs: object,
     dtype: str | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     task: str | None = None,
 ) -> tuple[Prepared, ...]:
     """Prepare files whose adapters are inputs, as :func:`prepare` does.
@@ -271,7 +276,7 @@ def prepare_bank(
     model: nn.Module,
     example_inputs: object,
     dtype: str | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     task: str | None = None,
     *,
     capacity: int | None = None,
@@ -376,7 +381,7 @@ def prepare(
     model: nn.Module,
     example_inputs: object,
     dtype: str | None,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     task: str | None = None,
     *,
     merged: bool = True,
@@ -448,7 +453,7 @@ def _of_part(twin: nn.Module, part: Part, origin: Mapping[str, str]) -> Prepared
 
 
 def _merged(
-    model: nn.Module, keep: Callable[[Tensor], Tensor], dtype: torch.dtype | None
+    model: nn.Module, keep: Keep, dtype: torch.dtype | None
 ) -> tuple[nn.Module, MergeReport | None]:
     if "_lora_fx" not in vars(model):  # the record that a rewrite leaves on the root module
         if (name := next(foreign_factors(model), None)) is not None:

@@ -159,6 +159,8 @@ class ExportReport:
             fusions did not match the model.
         fused: Number of applications of each fusion by name.
         not_fused: Reasons why a fusion or a level of fusions was not applied, everywhere or at some nodes.
+        adapter_nodes: Names of the nodes that read adapters. Quantizers have to leave them out, as
+            ``nodes_to_exclude`` of those of ONNX Runtime. The metadata of the file has them as well.
         merged: The merge of the adapters, rounded to the dtypes of the file; None without a merge.
     """
 
@@ -200,6 +202,7 @@ class ExportReport:
     fused: Mapping[str, int] = field(default_factory=dict)
     not_fused: Mapping[str, str] = field(default_factory=dict)
     merged: MergeReport | None = None
+    adapter_nodes: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:

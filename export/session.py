@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_fx.errors import ConfigError, ExportError
+from lora_fx.errors import ConfigError, ExportError, some
 from lora_fx.export import ort
 from lora_fx.export import providers as onnx_providers
 from lora_fx.export.adapter_bank import AdapterBank
@@ -27,6 +28,8 @@ from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Provider, check_attention
 from lora_fx.export.generation import Generates
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
+
+_log = logging.getLogger("lora_fx")
 
 
 # Runs at fixed shapes and fixed addresses, which a CUDA graph needs.
@@ -225,7 +228,7 @@ class OnnxSession(Generates):
             takes adapters: every adapter then runs at this rank.
 
     Attributes:
-        inputs: Inputs of ``run``.
+        inputs: Inputs of ``run``. Those of adapters are not among them, because ``adapter=`` feeds them.
         outputs: Outputs of ``run``.
         metadata: Metadata entries of the file.
         encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.
@@ -233,7 +236,7 @@ class OnnxSession(Generates):
     Raises:
         ProviderError: The provider is unknown, not installed, lacks libraries or a device, or has
             no kernel for an operation of the file.
-        ExportError: The file is missing, damaged or no ONNX model.
+        ExportError: The file is missing, damaged or no ONNX model. A tool took adapter inputs out of it.
         ConfigError: The arguments contradict each other.
     """
 
@@ -273,10 +276,15 @@ class OnnxSession(Generates):
         # Both files of a model always have the same adapters.
         self._swapping = threading.Lock()
         store_args = self._runtime, manifest, self._device, self.path.name, max_rank
+        fixed = _check_inputs(self._session, manifest, self.path.name)
         banked = manifest is not None and manifest.bank is not None
-        self._store = AdapterBank(*store_args, self.path) if banked else AdapterStore(*store_args)
+        self._store = (
+            AdapterBank(*store_args, self.path, fixed) if banked else AdapterStore(*store_args)
+        )
         axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
-        self.inputs = tuple(ort.port_of(value, axes) for value in self._session.get_inputs())
+        own = {*manifest.inputs, *manifest.choosing} if manifest else set()
+        ports = [ort.port_of(value, axes) for value in self._session.get_inputs()]
+        self.inputs = tuple(port for port in ports if port.name not in own)
         self.outputs = tuple(ort.port_of(value, axes) for value in self._session.get_outputs())
         cache = next(
             (value.dtype for value in self.inputs if value.name.startswith("past_key_values.")), ""
@@ -533,6 +541,34 @@ class OnnxSession(Generates):
     def _parts(self) -> tuple[OnnxSession, ...]:
         # Both files of an encoder-decoder list every site of an adapter, whichever applies it.
         return (self,) if self.encoder is None else (self, self.encoder)
+
+
+def _check_inputs(session: Any, manifest: Manifest | None, file: str) -> bool:
+    """Raise if a tool took inputs out of a file that choose adapters.
+
+    Returns:
+        True if the file has its adapters, but no further ones can be loaded.
+
+    Raises:
+        ExportError: It names the inputs and what to do.
+    """
+    if manifest is None:
+        return False
+    values = (*session.get_inputs(), *session.get_overridable_initializers())
+    lost, constant = manifest.missing({value.name for value in values})
+    if lost:
+        raise ExportError(
+            f"{file} lacks {len(lost)} inputs for adapters, so that every run would be that of the base "
+            f"model: {some(lost, 3)}. A tool took them for constants, as optimizers do with inputs that "
+            "have a default. Export the model with required_inputs=True before such a tool"
+        )
+    if constant:
+        _log.warning(
+            "a tool made constants of %s in %s: it runs the adapters that it has, and loads no others",
+            some(constant, 3),
+            file,
+        )
+    return bool(constant) or (manifest.bank is not None and manifest.required)
 
 
 def _places(provider: str, index: int) -> tuple[torch.device, torch.device | ort.Place]:

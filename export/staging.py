@@ -1,8 +1,9 @@
 """The staging folder of an export, and memory for its new weights.
 
 New weights are merged weights and weights of another precision. A model may fill the machine's memory and
-leave no room for a second one. So weights beyond a small allowance go into files in the staging folder that
-are mapped into memory. The system writes them out when memory runs short and reads them back on use.
+leave no room for a second one. So weights that can be computed again take no memory
+(:mod:`lora_fx.export.deferred`). Others beyond a small allowance go into files in the staging folder that are
+mapped into memory. The system writes them out when memory runs short and reads them back on use.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from lora_fx.errors import ExportError, OutputPathError, some
+from lora_fx.export.deferred import Deferred
 from lora_fx.export.report import size_text
 from lora_fx.files import flush
 
@@ -357,6 +359,8 @@ def write(
 
 
 _ALLOWANCE_BYTES = 256 * 1024**2
+# Smaller weights take little memory, and constants of them may be folded.
+_DEFERRED_BYTES = 1024**2
 
 
 @dataclass
@@ -366,19 +370,35 @@ class Scratch:
     Args:
         stage: The stage whose folder gets the files.
         allowance: Bytes that may stay in memory.
+        deferred_bytes: Size from which a weight is computed when it is read, if that is possible.
+
+    Attributes:
+        deferred: Weights that are computed when they are read.
     """
 
     stage: Staging
     allowance: int = _ALLOWANCE_BYTES
+    deferred_bytes: int = _DEFERRED_BYTES
+    deferred: Deferred = field(default_factory=Deferred, init=False)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Return the tensor itself, or a copy in a mapped file if it exceeds the rest of the allowance.
+    def keep(self, tensor: Tensor, again: Callable[[], Tensor] | None = None, /) -> Tensor:
+        """Return the tensor itself, or one of the same values that takes no memory.
+
+        If it can be computed again, that is done at each read. Else a copy is in a mapped file if it exceeds
+        the rest of the allowance.
+
+        Args:
+            tensor: A new weight.
+            again: Computes it again, the same each time; None if that is not possible.
 
         Raises:
             ExportError: The disk is full or cannot be written to.
         """
         if tensor.device.type != "cpu":
             return tensor
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided
+        if again is not None and plain and tensor.nbytes >= self.deferred_bytes:
+            return self.deferred.add(tensor, again)
         if tensor.nbytes <= self.allowance:
             self.allowance -= tensor.nbytes
             return tensor

@@ -37,6 +37,7 @@ from lora_fx.export.session import OnnxSession
 from lora_fx.export.trace import Trace
 from lora_fx.passes.capture import largest_difference
 from lora_fx.passes.graph import share_copy
+from lora_fx.passes.merge import Keep
 
 __all__ = [
     "TOLERANCES",
@@ -285,6 +286,7 @@ class Compared:
         got: The result that is judged, of the same shape.
         precision: The coarsest dtype in which ``got`` was computed.
         valid: Mask of the positions that count, expandable to the shape; None for all.
+        tolerance: Largest difference; None for that of the precision.
     """
 
     name: str
@@ -292,6 +294,7 @@ class Compared:
     got: Tensor
     precision: torch.dtype
     valid: Tensor | None = None
+    tolerance: float | None = None
 
     @property
     def admitted(self) -> Tensor:
@@ -304,7 +307,8 @@ class Compared:
 def difference(output: Compared) -> OutputParity:
     """Return the differences, with the tolerance of the precision. It is 0 for integers and booleans."""
     want, got = output.want, output.admitted
-    tolerance = TOLERANCES[output.precision] if want.is_floating_point() else 0.0
+    tolerance = TOLERANCES[output.precision] if output.tolerance is None else output.tolerance
+    tolerance = tolerance if want.is_floating_point() else 0.0
     left, right = want.detach().double(), got.double()
     if got.is_floating_point():
         # Masks are filled with the lowest number of their dtype, which differs between dtypes.
@@ -388,10 +392,12 @@ class Reference(Protocol):
     Attributes:
         precision: The coarsest floating dtype of the model, which sets the tolerance.
         description: The reference in words, for the report.
+        tolerance: Largest difference of a file with quantized weights; None for that of the precision.
     """
 
     precision: torch.dtype
     description: str
+    tolerance: float | None
 
     @property
     def model(self) -> nn.Module:
@@ -417,10 +423,12 @@ class ModelReference:
     Args:
         exported: The model that was exported, alone or with an adapter.
         casts: Makes the widened weights.
+        tolerance: Largest difference; None for that of the precision.
     """
 
-    def __init__(self, exported: FlatModel, casts: Casts) -> None:
+    def __init__(self, exported: FlatModel, casts: Casts, tolerance: float | None = None) -> None:
         self._exported = exported
+        self.tolerance = tolerance
         over = (
             ", over the values of its quantized weights"
             if any(isinstance(module, StandIn) for module in exported.model.modules())
@@ -574,7 +582,8 @@ def _compare(
                 f"output '{name}' has shape {list(got.shape)} in the exported file and "
                 f"{list(want.shape)} in PyTorch on {shapes}; nothing was written"
             )
-        output = Compared(name, want, got, model.precision, case.valid.get(name))
+        valid = case.valid.get(name)
+        output = Compared(name, want, got, model.precision, valid, model.tolerance)
         row = difference(output)
         if name in narrow:
             row = _judged(row, output, narrow[name], shapes)
@@ -622,7 +631,9 @@ def _check(
     traced: Trace,
     session: Loaded | OnnxSession,
     casts: Casts,
+    *,
     max_rank: int | None = None,
+    tolerance: float | None = None,
 ) -> Parity:
     """Compare the file with PyTorch: alone, with every adapter of the model, and with random adapters.
 
@@ -636,6 +647,7 @@ def _check(
         session: The file.
         casts: Makes the weights of the references of a half-precision file.
         max_rank: The highest rank that the file takes; None for any.
+        tolerance: Largest difference; None for that of the precision.
 
     Raises:
         PrecisionError: The model, or an adapter, is wrong in the precision of the file.
@@ -656,24 +668,25 @@ def _check(
         parity.rows |= _labeled(label, _rows_of(f"with {label}", model, traced, with_it, prepared))
         session.unload_adapter(label)
 
-    base, manifest = ModelReference(prepared.base, casts), prepared.manifest
+    reference = functools.partial(ModelReference, casts=casts, tolerance=tolerance)
+    base, manifest = reference(prepared.base), prepared.manifest
     parity = _check_parity(base, traced, run, prepared.cases)
     if manifest is None:
         return parity
     if isinstance(prepared.model, BankModel):
         assert isinstance(session, OnnxSession)
-        return _check_bank(prepared, prepared.model, traced, session, casts, parity)
+        return _check_bank(prepared, prepared.model, traced, session, casts, parity, tolerance)
     assert isinstance(prepared.model, FactorModel)
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
         values = _in_range(name, manifest, values_of_model(prepared.source, name))
-        compare_adapter(f"adapter {name!r}", ModelReference(active(), casts), values)
+        compare_adapter(f"adapter {name!r}", reference(active()), values)
     for rank in _RANDOM_RANKS:
         if max_rank is not None and rank > max_rank:
             continue
         values = _random_values(prepared.model, manifest, rank, max_rank=max_rank)
         label = f"a random adapter of rank {rank}"
-        model = ModelReference(_Adapted(prepared.model, values, casts.keep), casts)
+        model = reference(_Adapted(prepared.model, values, casts.keep))
         compare_adapter(label, model, values)
         rows = _rows_of(f"alone, after a run with {label}", base, traced, run, prepared)
         parity.rows |= {name: worse(parity.rows[name], row) for name, row in rows.items()}
@@ -718,6 +731,7 @@ class _RowsReference:
         self._rows = rows
         self.precision = rows[0].precision
         self.description = rows[0].description
+        self.tolerance = rows[0].tolerance
 
     @property
     def model(self) -> nn.Module:
@@ -772,6 +786,7 @@ def _check_bank(
     session: OnnxSession,
     casts: Casts,
     parity: Parity,
+    tolerance: float | None,
 ) -> Parity:
     """Compare a file that has a bank: each adapter for all rows, then a different adapter for each row.
 
@@ -782,12 +797,14 @@ def _check_bank(
         session: The file.
         casts: Makes the weights of the references of a half-precision file.
         parity: Result for the file alone.
+        tolerance: Largest difference; None for that of the precision.
 
     Raises:
         PrecisionError, ParityError: As :func:`_check`.
     """
     assert prepared.manifest is not None
-    manifest, base = prepared.manifest, ModelReference(prepared.base, casts)
+    make = functools.partial(ModelReference, casts=casts, tolerance=tolerance)
+    manifest, base = prepared.manifest, make(prepared.base)
     batched = model.batched
 
     def compare(label: str, rows: Sequence[tuple[str | None, Reference]]) -> None:
@@ -802,10 +819,12 @@ def _check_bank(
     for name, active in prepared.adapters.items():
         assert prepared.source is not None
         _in_range(name, manifest, values_of_model(prepared.source, name))
-        own.append((name, ModelReference(active(), casts)))
+        own.append((name, make(active())))
         compare(f"adapter {name!r}", own[-1:])
     if own:
         compare("an adapter for each row", [*own, (None, base)])
+    if manifest.required:  # no others can be loaded
+        return parity
     for name in session.adapters:
         session.unload_adapter(name)
     drawn: list[tuple[str | None, Reference]] = [(None, base)]
@@ -814,7 +833,7 @@ def _check_bank(
         values = _random_values(model, manifest, rank, seed)
         name = f"random {seed}"
         session.load_adapter(name, values)
-        drawn.append((name, ModelReference(_Adapted(model.single, values, casts.keep), casts)))
+        drawn.append((name, make(_Adapted(model.single, values, casts.keep))))
         compare(f"a random adapter of rank {rank}", drawn[-1:])
     compare("a random adapter for each row", drawn[::-1])
     return parity
@@ -842,9 +861,7 @@ class _Adapted(FlatModel):
     passed to the traced model.
     """
 
-    def __init__(
-        self, model: FactorModel, values: Mapping[str, Tensor], keep: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, model: FactorModel, values: Mapping[str, Tensor], keep: Keep) -> None:
         super().__init__(model.model, model.arguments, model.call)
         self._flat = model
         self._values = values
@@ -884,10 +901,11 @@ def verify(
     prepared: Prepared,
     traced: Trace,
     file: Path,
-    keep: Callable[[Tensor], Tensor],
+    keep: Keep,
     *,
     large: bool = False,
     loaded: Loaded | None = None,
+    tolerance: float | None = None,
 ) -> Parity:
     """Run a file and the model that it was made from on the same fresh inputs.
 
@@ -896,6 +914,7 @@ def verify(
         traced: The trace that the file was made from.
         file: The written file.
         keep: Called with each new weight of the reference, see ``Scratch.keep``.
+        tolerance: Largest difference of an output; None for that of the precision.
         large: Leave the weights in the file and map it into memory, which is slower.
         loaded: The file in its runtime; None to load an ONNX file in ONNX Runtime.
 
@@ -906,7 +925,9 @@ def verify(
     """
     casts = Casts(keep)  # shared, because all references have the same weights
     if loaded is not None:
-        parity = _check(prepared, traced, loaded, casts, loaded.max_rank)
+        parity = _check(
+            prepared, traced, loaded, casts, max_rank=loaded.max_rank, tolerance=tolerance
+        )
         return dataclasses.replace(parity, provider=loaded.provider)
     try:
         session = OnnxSession(file, "cpu", low_memory=large)
@@ -924,5 +945,5 @@ def verify(
         raise ConversionError(
             f"ONNX Runtime refuses the exported file, so nothing was written: {error.__cause__}"
         ) from error
-    parity = _check(prepared, traced, session, casts)
+    parity = _check(prepared, traced, session, casts, tolerance=tolerance)
     return dataclasses.replace(parity, provider=session.provider)

@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
         adapter_ids,
         adapter_losses,
         adapter_names,
+        adapter_penalty,
         add_adapter,
         add_weighted_adapter,
         correct_gradients,
@@ -58,11 +59,13 @@ if _TYPE_CHECKING:
         lightning_callback,
         load_adapter,
         load_adapter_state_dict,
+        plan_migration,
         prepare_hotswap,
         save_adapter,
         trainer_callback,
     )
     from lora_fx.config import LoraConfig
+    from lora_fx.conversion import convert_adapter
     from lora_fx.delivery import Delivery, VllmServer, sync, sync_callback
     from lora_fx.errors import (
         CaptureError,
@@ -85,6 +88,7 @@ if _TYPE_CHECKING:
     from lora_fx.export.onnx import export_onnx
     from lora_fx.export.session import OnnxSession
     from lora_fx.extraction import extract_adapter
+    from lora_fx.folders import resize_adapter
     from lora_fx.formats import keep_quantized, register_format
     from lora_fx.kinds import register_adapter_kind
     from lora_fx.passes.oracle import CheckReport, check
@@ -122,6 +126,7 @@ __all__ = [
     "adapter_ids",
     "adapter_losses",
     "adapter_names",
+    "adapter_penalty",
     "adapter_state_dict",
     "add_adapter",
     "add_weighted_adapter",
@@ -129,6 +134,7 @@ __all__ = [
     "capture",
     "check",
     "compare",
+    "convert_adapter",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",
@@ -147,6 +153,7 @@ __all__ = [
     "merge_files",
     "parameter_groups",
     "plan",
+    "plan_migration",
     "plan_quantization",
     "prepare_for_kbit_training",
     "prepare_hotswap",
@@ -158,6 +165,7 @@ __all__ = [
     "register_format",
     "register_pattern",
     "replace_lora_weights_loftq",
+    "resize_adapter",
     "rewrite",
     "save_adapter",
     "save_onnx_adapter",
@@ -175,8 +183,9 @@ __all__ = [
 # The module of each name. The imports above are the same for type checkers.
 _HOMES = {
     "lora_fx.adapters": """
-        active_adapters adapter_ids adapter_losses adapter_names add_adapter add_weighted_adapter
-        correct_gradients delete_adapter disable_adapter initialize parameter_groups plan_quantization
+        active_adapters adapter_ids adapter_losses adapter_names adapter_penalty add_adapter
+        add_weighted_adapter correct_gradients delete_adapter disable_adapter initialize parameter_groups
+        plan_quantization
         prepare_for_kbit_training quantize quantized_parameters reference replace_lora_weights_loftq
         set_adapter status train_together
     """,
@@ -185,10 +194,13 @@ _HOMES = {
     """,
     "lora_fx.checkpoint": """
         adapter_state_dict as_peft_model hotswap_adapter lightning_callback load_adapter
-        load_adapter_state_dict prepare_hotswap save_adapter trainer_callback
+        load_adapter_state_dict plan_migration prepare_hotswap save_adapter trainer_callback
     """,
     "lora_fx.config": """
         LoraConfig
+    """,
+    "lora_fx.conversion": """
+        convert_adapter
     """,
     "lora_fx.delivery": """
         Delivery VllmServer sync sync_callback
@@ -200,6 +212,9 @@ _HOMES = {
     """,
     "lora_fx.extraction": """
         extract_adapter
+    """,
+    "lora_fx.folders": """
+        resize_adapter
     """,
     "lora_fx.formats": """
         keep_quantized register_format

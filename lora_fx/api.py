@@ -468,7 +468,10 @@ def merge(
     how = Rounding.named(rounding, seed=seed)
     if inputs is not None:
         names = merging.chosen(require_record(model, MergeError), adapter_names)
-        moments = input_moments(model, inputs, names, forward=forward, progress=progress)
+        try:
+            moments = input_moments(model, inputs, names, forward=forward, progress=progress)
+        except ConfigError as error:
+            raise MergeError(f"inputs: {error}; nothing was merged") from error
         how = dataclasses.replace(how, moments=moments)
     merged, report = merging.merge(
         model,

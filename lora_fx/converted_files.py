@@ -6,6 +6,7 @@ parameter for all of them.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["ConvertedFiles", "converted", "is_converted"]
+__all__ = ["ConvertedFiles", "ConvertedGroup", "FormerNames", "converted", "is_converted"]
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -161,3 +162,105 @@ def converted(
     values = own.convert(key, model=model, config=model.config)[key]
     result: torch.Tensor = values[0] if isinstance(values, list) else values
     return result
+
+
+class FormerNames:
+    """The names of a model's parameters in checkpoints, which transformers converts on loading.
+
+    Names and modules of earlier versions of transformers are among them. A parameter that is made of several
+    tensors has all of their names.
+
+    Attributes:
+        groups: For each name of a tensor, the parameters that it is made into, and the names of all tensors
+            that are made into the same ones.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Read the conversions of a model of transformers."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, apply_converters
+
+        mapping = get_model_conversion_mapping(model)
+        self._renamings: Any = [
+            entry for entry in mapping if not isinstance(entry, WeightConverter)
+        ]
+        self._model = model
+        self._state = {name: value.shape for name, value in model.state_dict().items()}
+        self._reversed: list[Any] = []
+        for entry in mapping:
+            if isinstance(entry, WeightConverter):
+                with contextlib.suppress(NotImplementedError, ValueError):
+                    self._reversed.append(entry.reverse_transform())
+        by_pattern = {
+            pattern: entry for entry in self._reversed for pattern in entry.source_patterns
+        }
+        sources: dict[str, dict[str, str]] = defaultdict(dict)
+        for name in self._state:
+            target, pattern = apply_converters(name, self._reversed)
+            if pattern is not None:
+                sources[target][name] = pattern
+        self.groups: dict[str, ConvertedGroup] = {}
+        for target, patterns in sources.items():
+            entry = by_pattern[next(iter(patterns.values()))]
+            group = ConvertedGroup(model, target, entry, patterns)
+            for part in group.shapes({name: self._state[name] for name in patterns}):
+                self.groups[part] = group
+        self._known: dict[str, object] = {**self._state, **self.groups}
+
+    def renamed(self, name: str) -> str:
+        """Return the name that a tensor of a checkpoint has in the model, or before it is put together."""
+        from transformers.core_model_loading import rename_source_key
+
+        target, _ = rename_source_key(
+            name, self._renamings, [], self._model.base_model_prefix, self._known
+        )
+        return str(target)
+
+
+class ConvertedGroup:
+    """Parameters of a model of transformers, and the tensors of a checkpoint that they are made of."""
+
+    def __init__(
+        self, model: Any, target: str, converter: Any, patterns: Mapping[str, str]
+    ) -> None:
+        """Keep the conversion.
+
+        Args:
+            model: The model.
+            target: The name of the first tensor, as the conversion names it.
+            converter: The conversion from the parameters to the tensors; it is not changed.
+            patterns: The pattern of each parameter in the conversion, by its FQN.
+        """
+        self._model, self._target, self._converter = model, target, converter
+        self._patterns = patterns
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """FQNs of the parameters."""
+        return tuple(self._patterns)
+
+    def key(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[object, ...]:
+        """Return a value that is equal for groups of equal layers: they are converted alike."""
+        return id(self._converter), tuple(tuple(shapes[name]) for name in self._patterns)
+
+    def parts(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the tensors of the checkpoint, by name, for values of the parameters.
+
+        Returns:
+            The tensors; empty if the conversion cannot be undone.
+        """
+        own = copy.deepcopy(self._converter)
+        for name, pattern in self._patterns.items():
+            own.add_tensor(self._target, name, pattern, values[name])
+        try:
+            parts = own.convert(self._target, model=self._model, config=self._model.config)
+        except (KeyError, ValueError, RuntimeError, NotImplementedError, TypeError):
+            return {}
+        return {name: part[0] if isinstance(part, list) else part for name, part in parts.items()}
+
+    def shapes(self, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors, by name, for shapes of the parameters."""
+        import torch
+
+        empty = {name: torch.empty(shapes[name], device="meta") for name in self._patterns}
+        return {name: tuple(part.shape) for name, part in self.parts(empty).items()}

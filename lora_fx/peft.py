@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,8 @@ from torch import nn
 
 from lora_fx import config as _config
 from lora_fx.adapters import (
+    adapter_record,
+    add_adapter,
     initialize,
     prepare_for_kbit_training,
     replace_lora_weights_loftq,
@@ -41,6 +43,7 @@ from lora_fx.checkpoint import (
 )
 from lora_fx.errors import ConfigError
 from lora_fx.extras import load_optional
+from lora_fx.methods import check_peft_type
 
 _TASKS: Final = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
@@ -49,14 +52,19 @@ _TASKS: Final = (
 
 # Classes of PEFT and their modules.
 _CONFIGS: Final = {
+    "ArrowConfig": "peft",
+    "BdLoraConfig": "peft",
     "CordaConfig": "peft.tuners.lora.config",
     "EvaConfig": "peft",
+    "KasaConfig": "peft",
     "LoftQConfig": "peft",
     "LoraConfig": "peft",
     "LoraGAConfig": "peft",
+    "MontecloraConfig": "peft",
     "PeftConfig": "peft",
     "PeftType": "peft",
     "TaskType": "peft",
+    "VeloraConfig": "peft",
 }
 
 # Aliases of a single class: the model itself already has everything that a task needs.
@@ -77,6 +85,7 @@ _AUTO: Final[dict[str, str | None]] = {
 }
 
 __all__ = [
+    "create_arrow_model",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
@@ -138,6 +147,52 @@ def get_peft_model(
     result = as_peft_model(adapted)
     train_adapters(result)
     return result
+
+
+def create_arrow_model(
+    base_model: nn.Module,
+    task_specific_adapter_paths: Sequence[str | os.PathLike[str]],
+    arrow_config: Any,
+    general_adapter_paths: Sequence[str | os.PathLike[str]] | None = None,
+    **adapter_kwargs: Any,
+) -> Any:
+    """Load adapters onto a model, and route each token to some of them (Arrow).
+
+    The adapters are called ``task_0``, ``task_1`` and so on, the general ones ``gks_0`` and so on, and the
+    router ``arrow_router``, as in PEFT. Unlike in PEFT, ``use_gks`` leaves the adapters as they are.
+
+    Args:
+        base_model: The model, which is not changed.
+        task_specific_adapter_paths: Local adapter folders to route to.
+        arrow_config: An ``ArrowConfig``.
+        general_adapter_paths: Local adapter folders whose mean is subtracted, with ``use_gks``.
+        adapter_kwargs: Arguments of ``PeftModel.from_pretrained`` and ``load_adapter`` for each folder.
+
+    Raises:
+        ConfigError: If there is no folder, or the adapters do not have the same sites.
+        CheckpointError: As :func:`lora_fx.load_adapter` raises.
+    """
+    general = list(general_adapter_paths or ()) if arrow_config.use_gks else []
+    groups = {"task": list(task_specific_adapter_paths), "gks": general}
+    folders = {
+        f"{group}_{index}": folder
+        for group, paths in groups.items()
+        for index, folder in enumerate(paths)
+    }
+    if not groups["task"]:
+        raise ConfigError("task_specific_adapter_paths: give at least one adapter folder")
+    first, *further = folders.items()
+    model = peft_model_class().from_pretrained(base_model, first[1], first[0], **adapter_kwargs)
+    for name, folder in further:
+        model.load_adapter(folder, name, **adapter_kwargs)
+    options = dataclasses.asdict(arrow_config)
+    for group, paths in groups.items():
+        options[f"{group}_adapter_names"] = [f"{group}_{index}" for index in range(len(paths))]
+    sites = [row.name for row in adapter_record(model.get_base_model(), first[0]).sites]
+    router = _config.LoraConfig(target_modules=sites, arrow_config=options)
+    add_adapter(model.get_base_model(), router, "arrow_router")
+    model.set_adapter("arrow_router")
+    return model
 
 
 def prepare_model_for_kbit_training(
@@ -243,6 +298,7 @@ class _AutoPeftModel:
             CheckpointError: As :func:`lora_fx.load_adapter` raises.
         """
         folder = Path(pretrained_model_name_or_path)
+        check_peft_type(folder)
         config = _config.LoraConfig.from_pretrained(folder)
         if config.base_model_name_or_path is None:
             raise ConfigError(

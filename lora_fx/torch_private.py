@@ -70,6 +70,7 @@ __all__ = [
     "by_public_names",
     "codegen_of",
     "compiled_module_class",
+    "constant_when_compiled",
     "data_address",
     "disable_dispatch_modes",
     "dispatch_mode",
@@ -333,6 +334,15 @@ def running_node_number() -> int | None:
 
 SET_GRAD_ENABLED: Final = torch._C._set_grad_enabled
 """Function that ``torch.no_grad``, ``enable_grad`` and ``set_grad_enabled`` call."""
+
+
+def constant_when_compiled(function: _T) -> _T:
+    """Mark a function of constants, which Dynamo runs once and does not trace.
+
+    ``torch.compiler.assume_constant_result`` does the same, and loads Dynamo at once.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def after_backward(callback: Callable[[], None]) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from lora_fx.errors import CaptureError
+from lora_fx.errors import CaptureError, MergeError
 from lora_fx.ir import (
     Capture,
     Pass,
@@ -24,7 +24,7 @@ from lora_fx.ir import (
     record_of,
     relative,
 )
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import kind_of, refusal
 from lora_fx.passes.graph import Code, generated
 from lora_fx.passes.insert import Insert, SelectRows
 from lora_fx.passes.match import ask
@@ -39,7 +39,15 @@ from lora_fx.passes.parameters import (
     wide,
 )
 from lora_fx.passes.patterns import pattern_of, site_name
-from lora_fx.runtime import CHANGES, EffectiveWeight, base_parameter, deployed, watch
+from lora_fx.runtime import (
+    CHANGES,
+    EffectiveWeight,
+    base_parameter,
+    deployed,
+    unwatch_tokens,
+    watch,
+    watch_tokens,
+)
 from lora_fx.torch_private import pytree
 
 __all__ = ["arm"]
@@ -173,6 +181,12 @@ class _Change(NamedTuple):
 
     def _check_means_something(self) -> None:
         """Raise if only a product with the weight has a meaning: with dropout or adapters per sample."""
+        for row in self.adapted.rows:
+            kind = kind_of(row.planned) if isinstance(row.planned, PlannedSite) else None
+            if kind is not None and kind.dynamic:
+                raise CaptureError(
+                    f"{self.name} is read by code that is no known product, and {refusal(kind)}"
+                )
         if self.adapted.record.per_sample:
             raise CaptureError(
                 f"{self.name} is read where each sample of a batch has its own adapter, and then only a "
@@ -267,13 +281,18 @@ def _changed(row: PlannedSite, base: torch.Tensor, tensors: Sequence[torch.Tenso
     values = dict(zip(names.present, tensors, strict=True))
     before = rows_of(site, base)
     change = torch.zeros_like(before)
+    slots = kind.values(site, {name: values[name] for name in names.slots})
     if kind.low_rank:
         a, b = (values[name] for name in names.pair)
-        if row.tied:
-            a, b = a.mT, b.mT
+        try:
+            a, b = (a.mT, b.mT) if row.tied else (a, b)
+            a, b = kind.merged_factors(site, a, b, slots)
+        except MergeError as error:
+            raise CaptureError(
+                f"{site.weight} is read by code that is no known product, and {error}"
+            ) from error
         change = pattern_of(site).delta(site, a, b * row.scale).reshape(before.shape)
     if kind.transforms:
-        slots = {name: value.flatten() for name, value in values.items() if name not in names.pair}
         change = kind.transformed(before + change, site, slots) - before
     return change
 
@@ -303,6 +322,11 @@ def arm(model: nn.Module) -> None:
     record = record_of(model)
     if record is not None:
         _place_changes(model, record)
+        sites = (row for name in record.active for row in record.adapters[name].sites)
+        if any(kind_of(row).reads_tokens for row in sites):
+            watch_tokens(model)
+        else:
+            unwatch_tokens(model)
     watch.arm(model)
 
 

@@ -271,11 +271,12 @@ def _randomize(model: nn.Module, rows: Sequence[tuple[PlannedSite, str]]) -> _Pl
     for row, adapter in rows:
         holder, names = model.get_submodule(row.site.holder), factor_names(row)
         slots = {slot.name: slot for slot in kind_of(row).slots(row.site)}
+        trained = [name for name in names.present if name not in slots or slots[name].trained]
         weight = model.get_parameter(row.site.weight)
         size = 1.0 if quantization_of(weight) is not None else _size(weight)
-        parts = [holder.get_submodule(name) for name in names.present]
+        parts = [holder.get_submodule(name) for name in trained]
         before[row.name, adapter] = [(part, adapter, part.get_parameter(adapter)) for part in parts]
-        for name, part in zip(names.present, parts, strict=True):
+        for name, part in zip(trained, parts, strict=True):
             old = part.get_parameter(adapter)
             if id(old) not in replacements:
                 noise = torch.randn(old.shape, generator=generator).to(old)

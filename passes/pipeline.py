@@ -148,7 +148,11 @@ def _find_passes(loss: Loss = DEFAULT_LOSS) -> tuple[Pass, ...]:
 
 
 def _parameter_passes(adapter: str, *, loaded: bool = False) -> tuple[Pass, ...]:
-    return AddFactors(adapter=adapter), AddTokens(adapter=adapter, loaded=loaded), Unfreeze()
+    return (
+        AddFactors(adapter=adapter, loaded=loaded),
+        AddTokens(adapter=adapter, loaded=loaded),
+        Unfreeze(),
+    )
 
 
 def _optimize_passes(memory: Memory) -> tuple[Pass, ...]:

@@ -32,8 +32,19 @@ from lora_fx.config import LoraConfig, rank_for, scale_for
 from lora_fx.delivery import run_session
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.export.providers import ProviderName
-from lora_fx.ir import folded, html_block, html_lines, html_table, json_text, plain, text_table
-from lora_fx.kinds import chosen_kind
+from lora_fx.ir import (
+    Site,
+    folded,
+    html_block,
+    html_lines,
+    html_table,
+    join,
+    json_text,
+    plain,
+    text_table,
+)
+from lora_fx.kinds import chosen_kind, site_kind
+from lora_fx.methods import check_peft_type
 from lora_fx.servers import Server
 
 __all__ = [
@@ -151,7 +162,9 @@ class AdapterReport:
         idle = [site.name for site in self.sites if site.norm == 0]
         broken = [site.name for site in self.sites if not math.isfinite(site.norm)]
         lines = []
-        if kinds := sorted({site.kind for site in self.sites} - {"lora"}):
+        own = chosen_kind(self.config)
+        in_figures = own.direct and not own.transforms and not own.new_base
+        if kinds := sorted(() if in_figures else {site.kind for site in self.sites}):
             lines.append(
                 f"figures of s · B A: what {', '.join(kinds)} changes depends on the base, which is not read"
             )
@@ -250,6 +263,7 @@ def read_folder(
     Raises:
         CheckpointError: If the folder has no adapter, or an unreadable one.
     """
+    check_peft_type(path)
     config = LoraConfig.from_pretrained(path)
     pairs: dict[str, dict[str, Tensor]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -299,7 +313,8 @@ def figures_of(
             f"{path}: {name or 'the root'}: lora_A has shape {shapes['A']} and lora_B {shapes['B']}: "
             "they are no matrices"
         )
-    a, b = factors["A"].double().flatten(1), factors["B"].double().flatten(1)
+    pair = _whole_factors(name, config, factors["A"], factors["B"])
+    a, b = (factor.double().flatten(1) for factor in pair)
     groups = _groups(factors["A"], b)
     rank, scale = len(a), scale_for(name, config)
     planned = rank_for(name, config)
@@ -329,6 +344,17 @@ def figures_of(
         sum(factor.numel() for factor in factors.values()),
         str(factors["A"].dtype),
     )
+
+
+def _whole_factors(name: str, config: LoraConfig, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of the change, for a linear layer whose kind computes them from the stored ones."""
+    if a.dim() != 2:
+        return a, b
+    out, inner = b.shape[0], a.shape[1]
+    weight = join(name, "weight")
+    site = Site(name, "linear", "linear", weight, None, inner, out, "out_in", (out, inner), ())
+    kind = site_kind(site, config)
+    return (a, b) if kind.slots(site) else kind.merged_factors(site, a, b, {})
 
 
 def _groups(a: Tensor, b: Tensor) -> int:

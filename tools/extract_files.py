@@ -71,6 +71,8 @@ def extract_files(
                 f"{folder} is not a folder: give a folder of transformers, with safetensors"
             )
         WeightFiles(folder)  # raises for damaged files
+        if folder.resolve() == Path(out).resolve():
+            raise ConfigError(f"{out} is the folder of a model: give another one for the adapter")
     check_free(Path(out), force=force)
     model = load_model(f"hf:{target}", weights=False).model
     _check_dense(model, target)

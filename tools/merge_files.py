@@ -34,6 +34,7 @@ from lora_fx.export.report import size_text
 from lora_fx.export.staging import in_use, owned
 from lora_fx.files import StoredHead, WeightFiles, flush, replacing
 from lora_fx.ir import require_record
+from lora_fx.kinds import base_change
 from lora_fx.passes.merge import (
     KEPT_IN_FP32,
     Changes,
@@ -283,10 +284,8 @@ class _Merge:
         for name in record.active:
             for fqn in record.adapters[name].own:
                 if own_value(adapted, name, fqn).is_meta:
-                    start = record.adapters[name].config.init_lora_weights
-                    self._refuse(
-                        f"{fqn}: the start of the adapter (init_lora_weights={start!r}) has changed it"
-                    )
+                    setting = base_change(record.adapters[name].config)
+                    self._refuse(f"{fqn}: the start of the adapter ({setting}) has changed it")
             for row in record.adapters[name].sites:
                 if row.deploy is not None:
                     self._refuse(f"the adapter was trained for {row.deploy.format}")

@@ -21,9 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.config import CONFIG_NAME, LoraConfig
+from lora_fx.config import CONFIG_NAME, read_json
 from lora_fx.errors import CheckpointError, ConfigError, hint, some
 from lora_fx.extras import install_command, is_installed, load_optional
+from lora_fx.files import current
 from lora_fx.gguf_files import check_gguf, check_rope, is_gguf, open_gguf, weight_files
 
 if TYPE_CHECKING:
@@ -189,8 +190,9 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
     """
     if adapter is None or not (adapter / CONFIG_NAME).is_file():
         return None
-    trained = LoraConfig.from_pretrained(adapter)
-    named = trained.auto_mapping or {}
+    # The adapter may be of another method.
+    trained = read_json(current(adapter / CONFIG_NAME))
+    named = trained.get("auto_mapping") or {}
     library = named.get("parent_library", "")
     if library.partition(".")[0] == "transformers":
         architecture: Any = load_optional(
@@ -204,16 +206,17 @@ def _architecture_of(adapter: Path | None, transformers: Any, config: Any) -> An
                 "model that was trained"
             )
         return architecture
-    classes = getattr(transformers, _CLASSES_OF_TASK.get(trained.task_type or "", ""), {})
+    classes = getattr(transformers, _CLASSES_OF_TASK.get(trained.get("task_type") or "", ""), {})
     return classes.get(type(config), None)
 
 
 def _shapes_and_labels(adapter: Path) -> tuple[dict[str, list[int]], dict[int, str]]:
     """Return the shapes of an adapter's tensors by their names in the model, and its class names."""
-    from lora_fx.checkpoint import labels_in, read_tensors, without_prefix
+    from lora_fx.checkpoint import PREFIX, labels_in, read_tensors
 
     tensors, metadata = read_tensors(adapter)
-    shapes = {name: list(tensor.shape) for name, tensor in without_prefix(tensors).items()}
+    # Other methods have tensors of all layers, without this prefix.
+    shapes = {key.removeprefix(PREFIX): list(tensor.shape) for key, tensor in tensors.items()}
     return shapes, labels_in(metadata)
 
 

@@ -15,7 +15,7 @@ _SECTIONS = {
         LoraConfig plan compare rewrite capture graphs check CheckReport
     """,
     "Training": """
-        trainable_parameters print_trainable_parameters parameter_groups correct_gradients
+        trainable_parameters print_trainable_parameters parameter_groups correct_gradients adapter_penalty
         initialize reference trainer_callback lightning_callback sync sync_callback VllmServer Delivery
     """,
     "Adapters": """
@@ -23,9 +23,9 @@ _SECTIONS = {
         adapter_names adapter_ids adapter_losses train_together add_weighted_adapter status
     """,
     "Files": """
-        save_adapter load_adapter adapter_state_dict load_adapter_state_dict
+        save_adapter load_adapter plan_migration adapter_state_dict load_adapter_state_dict
         as_peft_model hotswap_adapter prepare_hotswap inspect_adapter verify
-        extract_adapter extract_files
+        extract_adapter extract_files convert_adapter resize_adapter
     """,
     "Quantized bases": """
         quantize plan_quantization prepare_for_kbit_training keep_quantized quantized_parameters

@@ -3,6 +3,7 @@
 Each module has one family of fusions. They match patterns of a graph, not classes of models.
 """
 
+from lora_fx.export.fuse.adapters import ADAPTER_NODES_KEY, adapter_nodes, guard_ids, guard_ranks
 from lora_fx.export.fuse.fused_attention import (
     ONE_ROW_CHUNKS_KEY,
     SHARED_CACHE_KEY,
@@ -20,6 +21,7 @@ from lora_fx.export.fuse.pipeline import (
 )
 
 __all__ = [
+    "ADAPTER_NODES_KEY",
     "FUSIONS",
     "ONE_ROW_CHUNKS_KEY",
     "SHARED_CACHE_KEY",
@@ -27,8 +29,11 @@ __all__ = [
     "Level",
     "Provider",
     "Target",
+    "adapter_nodes",
     "check_attention",
     "check_target",
     "fuse",
     "fusion_table",
+    "guard_ids",
+    "guard_ranks",
 ]

@@ -24,6 +24,7 @@ __all__ = [
     "consumers",
     "factors_of",
     "input_axis",
+    "is_constant",
     "joined",
     "made_by",
     "names_of",
@@ -120,6 +121,13 @@ def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
     if len(users) != 1 or users[0].domain != "" or users[0].op_type not in operators:
         return None
     return users[0]
+
+
+def is_constant(value: ir.Value) -> bool:
+    """Return True if a value has a weight or a number of the file, which is not read here."""
+    if value.const_value is not None:
+        return not value.is_graph_input()
+    return array_of(value) is not None
 
 
 def array_of(value: ir.Value | None) -> np.ndarray[Any, Any] | None:

@@ -15,6 +15,7 @@ from lora_fx.export.fuse.graph import (
     at_each,
     at_nodes,
     axis_size,
+    is_constant,
     made_by,
     names_of,
     nodes_of,
@@ -264,7 +265,7 @@ def fold_scales(model: ir.Model, node: ir.Node) -> bool:
 def _is_low_rank(inner: ir.Value | None, factor: ir.Value) -> bool:
     """Return True if this is the second of two products and the size between them is the smallest."""
     first = made_by(inner, "MatMul")
-    if first is None or rank(factor) != 2 or len(factor.uses()) != 1 or array_of(factor) is None:
+    if first is None or rank(factor) != 2 or len(factor.uses()) != 1 or not is_constant(factor):
         return False
     low, wide, source = axis_size(factor, 0), axis_size(factor, 1), axis_size(first.inputs[0], -1)
     if not isinstance(low, int) or not isinstance(wide, int) or not isinstance(source, int):

@@ -43,28 +43,44 @@ from lora_fx.adapters.settings import (
 from lora_fx.adapters.switching import base_capture, on_base, run_with
 from lora_fx.adapters.training import (
     adapter_losses,
+    adapter_penalty,
     correct_gradients,
     parameter_groups,
     train_together,
 )
-from lora_fx.adapters.weighted import add_weighted_adapter
+from lora_fx.adapters.weighted import (
+    COMBINATIONS,
+    Combination,
+    CombinationType,
+    Election,
+    Term,
+    add_weighted_adapter,
+    combine,
+)
 
 __all__ = [
+    "COMBINATIONS",
     "WRAPPER",
+    "Combination",
+    "CombinationType",
+    "Election",
     "Forward",
     "Layout",
     "Originals",
     "Target",
+    "Term",
     "active_adapters",
     "adapter_ids",
     "adapter_losses",
     "adapter_names",
+    "adapter_penalty",
     "adapter_record",
     "add_adapter",
     "add_weighted_adapter",
     "allot_ranks",
     "base_capture",
     "budget_of",
+    "combine",
     "correct_gradients",
     "delete_adapter",
     "disable_adapter",

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fx.adapters.initialization import Data, Forward, moments, reporting, same_modes
 from lora_fx.adapters.manage import disable_adapter
-from lora_fx.errors import ConfigError, MergeError
+from lora_fx.errors import ConfigError
 from lora_fx.ir import require_record
 from lora_fx.passes.graph import share_copy
 from lora_fx.passes.merge import is_matrix_product
@@ -40,13 +40,13 @@ def input_moments(
         progress: As for :func:`lora_fx.initialize`.
 
     Raises:
-        MergeError: If the batches are empty, do not fit the model, do not reach a site, or give it values
+        ConfigError: If the batches are empty, do not fit the model, do not reach a site, or give it values
             that are not finite.
     """
     if isinstance(batches, torch.Tensor) or hasattr(batches, "keys"):
         batches = [batches]
     if not isinstance(batches, Iterable):
-        raise MergeError(f"inputs is a {type(batches).__name__}: give a list of batches")
+        raise ConfigError(f"inputs is a {type(batches).__name__}: give a list of batches")
     twin = share_copy(model)
     record = require_record(twin)
     rows = {
@@ -62,8 +62,5 @@ def input_moments(
         stack.enter_context(same_modes(twin))
         stack.enter_context(disable_adapter(twin))
         device = next(twin.parameters()).device
-        try:
-            data = Data(batches, device, forward, report)
-            return moments(twin, record, tuple(rows.values()), data)
-        except ConfigError as error:
-            raise MergeError(f"inputs: {error}; nothing was merged") from error
+        data = Data(batches, device, forward, report)
+        return moments(twin, record, tuple(rows.values()), data)

@@ -21,10 +21,10 @@ from torch import nn
 from lora_fx.adapters.manage import adapter_record, disable_adapter, the_adapter
 from lora_fx.adapters.settings import by_site, with_patterns
 from lora_fx.adapters.switching import base_capture, on_base
-from lora_fx.config import LoraConfig, changes_base, needs_data
+from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import ConfigError, LoraFxError, some
 from lora_fx.ir import AdapterRecord, ModelT, PlannedSite, Record, Region, Site, require_record
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import base_change, kind_of
 from lora_fx.passes.graph import install
 from lora_fx.passes.insert import (
     See,
@@ -468,17 +468,20 @@ def _start_plainly(model: nn.Module, entry: AdapterRecord, adapter_name: str) ->
     start = entry.config.init_lora_weights
     if needs_data(start):
         raise ConfigError(f"init_lora_weights={start!r} needs data: give initialize() a dataloader")
-    if changes_base(start) or entry.own or entry.tokens:
+    if base_change(entry.config) or entry.own or entry.tokens:
+        setting = base_change(entry.config) or f"init_lora_weights={start!r}"
         raise ConfigError(
-            f"the adapter {adapter_name!r} has values of the base in it (init_lora_weights={start!r}, "
-            "modules_to_save, bias, trainable_token_indices): rewrite the model when it has its weights"
+            f"the adapter {adapter_name!r} has values of the base in it ({setting}, modules_to_save, bias, "
+            "trainable_token_indices): rewrite the model when it has its weights"
         )
     check_has_values(model)
     reshard(model)
     for row in entry.sites:
         factors = factors_of(model, row, adapter_name)
         if kind_of(row).low_rank and not row.tied:
-            begun = initial_start(row, _stand_in(model, row.site), entry.config)
+            reads = kind_of(row).starts_from_weight
+            weight = gathered(base_weight(model, row.site)) if reads else _stand_in(model, row.site)
+            begun = initial_start(row, weight, entry.config)
             write(factors.a, begun.a)
             write(factors.b, begun.b)
         slots = kind_of(row).slots(row.site)

@@ -25,9 +25,10 @@ from lora_fx.adapters.switching import (
     on_base,
     run_with,
 )
-from lora_fx.config import LoraConfig, changes_base
+from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_lines, html_table, require_record
+from lora_fx.kinds import base_change, kind_of
 from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import is_partitioned, own_partition
 from lora_fx.passes.insert import with_seed
@@ -37,6 +38,7 @@ from lora_fx.passes.parameters import (
     check_can_add,
     check_sharded_alike,
     drop_factors,
+    frozen_parameters,
     in_adapter,
     inside,
     own_value,
@@ -209,7 +211,7 @@ def _trains_beside_weights(config: LoraConfig) -> bool:
         config.trainable_token_indices,
         config.bias != "none",
     )
-    return not any(more) and not changes_base(config.init_lora_weights)
+    return not any(more) and not base_change(config)
 
 
 @inside
@@ -279,6 +281,11 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             f"the adapter {adapter_name!r} is active: activate another one first, with "
             "lora_fx.set_adapter(model, name), or none, with an empty list"
         )
+    for other, entry in record.adapters.items():
+        if any(adapter_name in kind_of(row).reads for row in entry.sites):
+            raise ConfigError(
+                f"the adapter {other!r} reads {adapter_name!r}: delete that one first"
+            )
     drop_factors(model, adapter_name)
     chosen = record.chosen
     if chosen is not None:
@@ -378,8 +385,9 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
 
 
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
+    frozen = frozen_parameters(model, name, adapter.sites)
     for parameter in adapter_parameters(model, name):
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(id(parameter) not in frozen)
     # Weights that an initialization changed, or that came with a folder, stay frozen.
     weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     for own in adapter.own:
@@ -577,7 +585,10 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
         if own not in weights:
             value = own_value(model, name, own)
             trained[id(value)] = value
-    wanting = {p.requires_grad for p in trained.values() if p.is_floating_point()}
+    frozen = frozen_parameters(model, name, adapter.sites)
+    wanting = {
+        p.requires_grad for key, p in trained.items() if p.is_floating_point() and key not in frozen
+    }
     ranks = [row.rank for row in adapter.sites]
     return AdapterStatus(
         name=name,

@@ -41,6 +41,7 @@ from lora_fx.passes.parameters import (
     inside,
     matrix_shape,
     part_of,
+    shapes_of,
 )
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import find_operations, run_passes
@@ -520,6 +521,11 @@ def _compensated(
         raise ConfigError(
             f"{row.name}: the kind {row.kind!r} has no factors that could make up for what quantizing lost"
         )
+    if shapes_of(row) != pattern_of(row.site).factors(row.site, row.rank):
+        raise ConfigError(
+            f"{row.name}: the factors of the kind {row.kind!r} cannot be any matrices, so that they do not "
+            "make up for what quantizing lost"
+        )
     site, stored = row.site, base_weight(model, row.site)
     _, out, inner = matrix_shape(site)
     if row.rank > min(out, inner):
@@ -543,7 +549,7 @@ def _compensated(
         if slot.neutral is None:
             factors[slot.name] = slot_start(row, slot, stored, (a, b), entry.config)
         else:
-            factors[slot.name] = torch.full(slot.shape, slot.neutral)
+            factors[slot.name] = torch.full(slot.sized(row.rank), slot.neutral)
     return factors, report
 
 

@@ -269,7 +269,7 @@ def with_targets(config: LoraConfig, targets: Iterable[Target], model: nn.Module
         scope=None,
         layers_to_transform=None,
         layers_pattern=None,
-        init_lora_weights=True,
+        init_lora_weights=chosen_kind(config).chosen_start or True,
         loftq_config=None,
         eva_config=None,
         corda_config=None,

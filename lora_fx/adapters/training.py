@@ -1,10 +1,11 @@
-"""Helpers for training loops: parameter groups, corrected gradients, losses of several adapters."""
+"""Helpers for training loops: parameter groups, corrected gradients, penalties, several adapters."""
 
 from __future__ import annotations
 
 import functools
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,18 +16,26 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import AdapterKind, kind_of
+from lora_fx.passes.graph import is_partitioned
 from lora_fx.passes.parameters import (
     adapter_parameters,
     claim_unfrozen,
     factors_of,
     inside,
+    is_sharded,
     own_value,
     without_wrappers,
 )
 from lora_fx.runtime import IDS
 
-__all__ = ["adapter_losses", "correct_gradients", "parameter_groups", "train_together"]
+__all__ = [
+    "adapter_losses",
+    "adapter_penalty",
+    "correct_gradients",
+    "parameter_groups",
+    "train_together",
+]
 
 # --- inputs of an optimizer -----------------------------------------------------------------------
 # Parameter groups, and the gradient correction of LoRA-FA.
@@ -210,7 +219,8 @@ def _rows(record: Record) -> Iterator[tuple[PlannedSite, str]]:
     """Yield the sites with untied factors in a product. Lookups are left out, because they save no input."""
     for adapter, adapter_record in record.adapters.items():
         for row in adapter_record.sites:
-            factors = kind_of(row).low_rank and not row.tied
+            kind = kind_of(row)
+            factors = kind.low_rank and kind.direct and not row.tied
             if factors and row.site.family != "embedding":
                 yield row, adapter
 
@@ -254,6 +264,73 @@ def _check_number(name: str, value: Any) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value < 0:
         raise ConfigError(f"{name}: found {value!r}; give a finite number of at least 0")
+
+
+# --- penalties ------------------------------------------------------------------------------------
+# Terms of a loss that depend on the adapters alone, as KaSA and MonteCLoRA have them.
+
+
+@inside
+def adapter_penalty(model: nn.Module, adapter_names: Sequence[str] | str | None = None) -> Tensor:
+    """Return the terms that adapters add to a loss; add them: ``loss + lora_fx.adapter_penalty(model)``.
+
+    For KaSA, it is the sum over the layers of ``β ‖d‖² + γ (‖BᵀB - I‖ + ‖A Aᵀ - I‖)`` (arXiv:2412.06071,
+    equations 9 to 11). For MonteCLoRA, it is the mean over the layers of the weighted divergences from the
+    priors, for the noise of the last call, and zero in evaluation mode. Other kinds add nothing. PEFT has it
+    as ``_get_kasa_loss`` and ``_get_monteclora_loss``.
+
+    Args:
+        model: A rewritten model.
+        adapter_names: Names of adapters; by default the active ones.
+
+    Returns:
+        A scalar with a gradient; 0 if no adapter adds a term. If the model is sharded (FSDP2), all processes
+        have to call this.
+
+    Raises:
+        ConfigError: If the model has no such adapter, or DeepSpeed has its factors in parts.
+    """
+    if isinstance(adapter_names, str):
+        adapter_names = [adapter_names]
+    terms: list[Tensor] = []
+    with without_wrappers(model) as inner:
+        record = require_record(inner)
+        names = record.active if adapter_names is None else adapter_names
+        for name in names:
+            if name not in record.adapters:
+                has = ", ".join(map(repr, record.adapters))
+                raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
+        rows = [(row, name) for name in names for row in record.adapters[name].sites]
+        counts = Counter(row.kind for row, _ in rows)
+        for row, name in rows:
+            term = _penalty(inner, row, name, counts[row.kind])
+            if term is not None:
+                terms.append(term)
+        device = next((parameter.device for parameter in inner.parameters()), None)
+    return torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+
+
+def _penalty(model: nn.Module, row: PlannedSite, adapter: str, sites: int) -> Tensor | None:
+    kind = kind_of(row)
+    if type(kind).penalty is AdapterKind.penalty:
+        return None
+    factors = factors_of(model, row, adapter)
+    for name, factor in factors.values.items():
+        if is_partitioned(factor):
+            raise ConfigError(
+                f"{row.name}: DeepSpeed has {name} in parts, and adapter_penalty needs it whole: call it in "
+                "deepspeed.zero.GatheredParameters, or leave the penalty out"
+            )
+    roles = dict(zip(filter(None, factors.names.pair), ("a", "b"), strict=False))
+    tensors = {roles.get(name, name): _whole(value) for name, value in factors.values.items()}
+    holder = model.get_submodule(row.site.holder).get_submodule(factors.names.present[0])
+    return kind.penalty(row, tensors, sites=sites, training=holder.training)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Return a sharded tensor as a whole, with a gradient. It is the same in all processes."""
+    parts: Any = tensor
+    return parts.full_tensor() if is_sharded(tensor) else tensor
 
 
 # --- several adapters in one batch ----------------------------------------------------------------

@@ -464,9 +464,7 @@ def _objections(source: Source) -> Iterator[str]:
     """Yield the reasons why an adapter has no weighted sum, such as tensors other than A and B."""
     config, record = source.record.config, source.record
     if not is_plain(config) or config.trainable_token_indices:
-        name = (
-            "trainable_token_indices" if is_plain(config) else chosen_kind(config).field or "kind"
-        )
+        name = "trainable_token_indices" if is_plain(config) else chosen_kind(config).field
         yield f"of {name}={getattr(config, name)!r} there is no weighted sum"
     if not record.initialized:
         yield (

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from lora_fx.checkpoint.files import check_free, read_tensors
-from lora_fx.checkpoint.folder import load_adapter, load_onto_empty, save_adapter
+from lora_fx.adapter_files import read_tensors
+from lora_fx.checkpoint.files import check_free, has_receipt, write_folder
+from lora_fx.checkpoint.folder import (
+    load_adapter,
+    load_onto_empty,
+    plan_migration,
+    save_adapter,
+)
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
-from lora_fx.checkpoint.keys import Dense, Slot, StackedDown, StackedUp
+from lora_fx.checkpoint.joined import NOTE as PARTS_NOTE
+from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, StackedDown, StackedUp
+from lora_fx.checkpoint.migration import Migration, Move
 from lora_fx.checkpoint.peft_model import (
     as_peft_model,
     cast_to_base,
@@ -26,9 +34,11 @@ from lora_fx.checkpoint.receipt import (
 from lora_fx.checkpoint.starts import converted
 from lora_fx.checkpoint.state import (
     adapter_state_dict,
+    by_hand_in,
     fill,
     labels_in,
     load_adapter_state_dict,
+    note_of_by_hand,
     place_given,
     without_prefix,
 )
@@ -40,7 +50,11 @@ from lora_fx.checkpoint.trainers import (
 )
 
 __all__ = [
+    "PARTS_NOTE",
+    "PREFIX",
     "Dense",
+    "Migration",
+    "Move",
     "Receipt",
     "Slot",
     "StackedDown",
@@ -48,12 +62,14 @@ __all__ = [
     "Verdict",
     "adapter_state_dict",
     "as_peft_model",
+    "by_hand_in",
     "call_with",
     "callback_class",
     "cast_to_base",
     "check_free",
     "converted",
     "fill",
+    "has_receipt",
     "hash_tensors",
     "hotswap_adapter",
     "labels_in",
@@ -63,9 +79,11 @@ __all__ = [
     "load_onto_empty",
     "log_probabilities",
     "main_output",
+    "note_of_by_hand",
     "peft_configs",
     "peft_model_class",
     "place_given",
+    "plan_migration",
     "prepare_hotswap",
     "read_config",
     "read_receipt",
@@ -75,4 +93,5 @@ __all__ = [
     "train_adapters",
     "trainer_callback",
     "without_prefix",
+    "write_folder",
 ]

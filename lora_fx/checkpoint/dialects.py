@@ -29,13 +29,21 @@ from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
+from lora_fx.adapter_files import read_file
 from lora_fx.adapters import Target, with_patterns
-from lora_fx.checkpoint.files import read_file
 from lora_fx.checkpoint.state import Stored
 from lora_fx.config import LoraConfig, alpha_for, scale_of
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.ir import AdapterRecord
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import kind_of, stores_product
+from lora_fx.methods import (
+    CONVERTER,
+    PARTS,
+    check_is_lora,
+    check_part,
+    lora_role,
+    place_layers,
+)
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import base_modules
 
@@ -202,8 +210,10 @@ def _refuse(problems: Iterable[str], reader: Reader) -> None:
 def _of_kinds(record: AdapterRecord) -> Iterator[str]:
     for row in record.sites:
         kind = kind_of(row)
+        if kind.dynamic or (kind.low_rank and not stores_product(kind)):
+            yield f"{kind.field}: {row.name} is more than a product of A and B ({kind.name})"
         for slot in kind.slots(row.site):
-            yield f"{kind.field or 'kind'}: {row.name} has {slot.what}"
+            yield f"{kind.field}: {row.name} has {slot.what}"
 
 
 def _in_full(adapter: Stored, record: AdapterRecord) -> Iterator[str]:
@@ -227,23 +237,6 @@ def _unknown_targets(adapter: Stored) -> Iterator[str]:
 
 # --- which part of a pipeline ---------------------------------------------------------------------
 
-# Prefixes of the keys of each part, as written by diffusers, kohya and LyCORIS.
-_COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "unet": ("unet.", "lora_unet_", "lycoris_"),
-    "transformer": (
-        *("transformer.", "lora_transformer_", "lora_unet_", "lycoris_"),
-        "diffusion_model.",
-    ),
-    "text_encoder": ("text_encoder.", "lora_te_", "lora_te1_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-    "text_encoder_3": ("text_encoder_3.", "lora_te3_"),
-}
-_FLATTENED: Final = tuple(
-    start for begins in _COMPONENTS.values() for start in begins if start.endswith("_")
-)
-# The outermost module of a text encoder, which transformers had until version 5.
-_AROUND = ("text_model.", "text_model_")
-
 
 def component_of(model: nn.Module, component: str | None) -> str:
     """Return the part of a pipeline that a model is: the given one, or the one that its class tells.
@@ -252,7 +245,7 @@ def component_of(model: nn.Module, component: str | None) -> str:
         ConfigError: If there is no such part, or the class does not tell.
     """
     if component is not None:
-        _check_component(component)
+        check_part(component)
         return component
     cls = original_class(model)
     for base in cls.__mro__:
@@ -266,56 +259,11 @@ def component_of(model: nn.Module, component: str | None) -> str:
                     return part
     raise ConfigError(
         f"format='diffusers' needs to know which part of a pipeline this {cls.__name__} is: give component= "
-        f"one of {', '.join(map(repr, _COMPONENTS))}"
+        f"one of {', '.join(map(repr, PARTS))}"
     )
-
-
-def _check_component(component: str) -> None:
-    if component not in tuple(_COMPONENTS):
-        raise ConfigError(
-            f"component={component!r}: it is one of {', '.join(map(repr, _COMPONENTS))}"
-        )
 
 
 # --- reading --------------------------------------------------------------------------------------
-
-# The role of a tensor in its layer, by the end of its key. "magnitude" is DoRA's in PEFT's shape,
-# "dora_scale" the same in kohya's shape, and "bias" the bias of B.
-_ROLES: Final = tuple(
-    (re.compile(rf"(?P<name>.+?){end}"), role)
-    for end, role in (
-        (r"\.lora_A(?:\.default)?\.weight", "A"),
-        (r"\.lora_B(?:\.default)?\.weight", "B"),
-        (r"\.lora_B(?:\.default)?\.bias", "bias"),
-        (r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?", "magnitude"),
-        (r"\.lora_down\.weight", "A"),
-        (r"\.lora_up\.weight", "B"),
-        (r"\.alpha", "alpha"),
-        (r"\.dora_scale", "dora_scale"),
-        (r"\.lora(?:_linear_layer)?\.down\.weight", "A"),
-        (r"\.lora(?:_linear_layer)?\.up\.weight", "B"),
-        (r"_lora\.down\.weight", "old A"),
-        (r"_lora\.up\.weight", "old B"),
-    )
-)
-# Other methods, by the names of their tensors.
-_METHODS: Final[Mapping[str, str]] = {
-    r"\.hada_[wt]\d": "LoHa, products of two low-rank matrices, element by element",
-    r"\.lokr_[wt]\d": "LoKr, Kronecker products",
-    r"\.lora_mid\.": "LoCon's Tucker form, with a kernel between A and B",
-    r"\.oft_(?:blocks|diag)": "OFT, orthogonal factors",
-    r"\.b_norm|\.w_norm": "trained norms (LyCORIS)",
-    r"\.diff(?:_b)?$": "differences of whole weights",
-    r"\.set_weight$": "whole weights",
-    r"\.reshape_weight$": "weights of another shape than the model's",
-    r"\.scaled_lora|\.lora_ga_": "another method than LoRA",
-}
-_OLD = {
-    "to_out": ("to_out.0", "out_proj"),
-    "to_q": ("q_proj",),
-    "to_k": ("k_proj",),
-    "to_v": ("v_proj",),
-}
 
 
 def read_dialect(
@@ -338,11 +286,11 @@ def read_dialect(
         ConfigError: If the component does not exist, or the metadata ask for a feature that lora_fx lacks.
     """
     if component is not None:
-        _check_component(component)
+        check_part(component)
     read, metadata = read_file(path)
-    _refuse_methods(path, read)
+    check_is_lora(path, read)
     modules = dict(base_modules(model, every_name=True))
-    part, names, layers = _layers_for(path, _layers(path, read), modules, component)
+    part, names, layers = place_layers(path, _layers(path, read), modules, component)
     config = _config_in(path, metadata, part)
     tensors: dict[str, Tensor] = {}
     targets = []
@@ -383,14 +331,30 @@ def read_dialect(
     return tensors, with_patterns(base, targets)
 
 
-def _refuse_methods(path: Path, keys: Iterable[str]) -> None:
-    for key in keys:
-        for end, kind in _METHODS.items():
-            if re.search(end, key):
-                raise CheckpointError(
-                    f"{path}: {key} belongs to {kind}. lora_fx reads LoRA and DoRA; merge this one with the "
-                    "library that made it"
-                )
+_Layers = dict[str, dict[str, Tensor]]
+
+
+def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
+    """Return the tensors by role, for each name of a layer in the file."""
+    layers: _Layers = defaultdict(dict)
+    unknown = []
+    for key, value in read.items():
+        named = lora_role(key)
+        if named is None:
+            unknown.append(f"{key} {list(value.shape)}")
+            continue
+        name, role = named
+        if role in layers[name]:
+            layer = name.removesuffix("|old")
+            raise CheckpointError(f"{path}: {layer} has several tensors for its {role}")
+        layers[name][role] = value
+    if unknown:
+        raise CheckpointError(
+            f"{path}: these tensors are no part of a LoRA adapter of diffusers or kohya: {some(unknown)}"
+        )
+    if not layers:
+        raise CheckpointError(f"{path} holds no tensor")
+    return layers
 
 
 def _check_values(path: Path, name: str, roles: Mapping[str, Tensor]) -> None:
@@ -412,165 +376,6 @@ def _check_values(path: Path, name: str, roles: Mapping[str, Tensor]) -> None:
         )
 
 
-_Layers = dict[str, dict[str, Tensor]]
-
-
-def _layers(path: Path, read: Mapping[str, Tensor]) -> _Layers:
-    """Return the tensors by role, for each name of a layer in the file."""
-    layers: _Layers = defaultdict(dict)
-    unknown = []
-    for key, value in read.items():
-        for end, role in _ROLES:
-            match = end.fullmatch(key)
-            if match is not None:
-                roles = layers[match["name"] + ("|old" if role.startswith("old") else "")]
-                role = role.removeprefix("old ")
-                if role in roles:
-                    raise CheckpointError(
-                        f"{path}: {match['name']} has several tensors for its {role}"
-                    )
-                roles[role] = value
-                break
-        else:
-            unknown.append(f"{key} {list(value.shape)}")
-    if unknown:
-        raise CheckpointError(
-            f"{path}: these tensors are no part of a LoRA adapter of diffusers or kohya: {some(unknown)}"
-        )
-    if not layers:
-        raise CheckpointError(f"{path} holds no tensor")
-    return layers
-
-
-def _layers_for(
-    path: Path, layers: _Layers, modules: Mapping[str, nn.Module], component: str | None
-) -> tuple[str, dict[str, str], _Layers]:
-    """Return the layers of a file that belong to this model.
-
-    Returns:
-        The part of the pipeline, the layers' names in the file by their names in the model, and their
-        tensors.
-    """
-    flat, parts = _flattened_names(modules), _by_part(layers, component)
-    flattened = {name for name in layers if name.startswith(_FLATTENED)}
-    fits: dict[str, tuple[str, dict[str, str], _Layers]] = {}
-    missing: dict[str, list[str]] = {}
-    for part, named in parts.items():
-        targets = {
-            name: _place(path, bare, modules, flat, exact=name not in flattened or bare == name)
-            for name, bare in named.items()
-        }
-        lost = [name for name, target in targets.items() if target is None]
-        if lost:
-            missing[part] = lost
-        else:
-            _check_once(path, targets)
-            fits[part] = (
-                part,
-                {str(target): named[name] for name, target in targets.items()},
-                {str(target): layers[name] for name, target in targets.items()},
-            )
-    # A file for a single model has no parts.
-    if "" in fits and component is None:
-        return fits[""]
-    # Kohya calls every image model unet.
-    if fits and len({frozenset(parts[part]) for part in fits}) == 1:
-        return next(iter(fits.values()))
-    if fits:
-        raise CheckpointError(
-            f"{path} has adapters that fit this model under {' and '.join(fits)}: give component= one of "
-            "them"
-        )
-    names = sorted(set(parts) - {""}) or ["no part of a pipeline that lora_fx knows"]
-    lost = min(missing.values(), key=len) if missing else list(layers)
-    raise CheckpointError(
-        f"{path} is for another model: it has adapters for {', '.join(names)}, and of its layers this model "
-        f"has no {some([name.removesuffix('|old') for name in lost])}"
-    )
-
-
-def _flattened_names(modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Return the modules' names by their flattened names, with ``_`` for ``.``. Several can share one."""
-    names: dict[str, list[str]] = defaultdict(list)
-    first: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        first.setdefault(module, name)
-        # A module with several names is one layer, known by its first name.
-        if first[module] not in names[name.replace(".", "_")]:
-            names[name.replace(".", "_")].append(first[module])
-    return names
-
-
-def _by_part(layers: _Layers, component: str | None) -> dict[str, dict[str, str]]:
-    """Return the names of layers by the part of the pipeline that they may belong to.
-
-    The values are the names without the part's prefix.
-    """
-    parts: dict[str, dict[str, str]] = {}
-    for part, begins in {"": ("", "base_model.model."), **_COMPONENTS}.items():
-        for start in begins:
-            named = {name: name.removeprefix(start) for name in layers if name.startswith(start)}
-            if named and (component is None or component == part):
-                parts.setdefault(part, {}).update(named)
-    return parts
-
-
-def _check_once(path: Path, targets: Mapping[str, str | None]) -> None:
-    """Raise if two adapters belong to the same layer, because only one of them would be loaded."""
-    first: dict[str, str] = {}
-    for layer, target in targets.items():
-        other = first.setdefault(str(target), layer)
-        if other != layer:
-            names = " and ".join(name.removesuffix("|old") for name in (other, layer))
-            raise CheckpointError(f"{path} has two adapters for {target} of this model: {names}")
-
-
-def _place(
-    path: Path,
-    name: str,
-    modules: Mapping[str, nn.Module],
-    flat: Mapping[str, list[str]],
-    *,
-    exact: bool,
-) -> str | None:
-    """Return the module that a layer of the file belongs to.
-
-    Args:
-        path: The file.
-        name: The name in the file, without the prefix of the part.
-        modules: The modules of the model.
-        flat: The modules' names, by the same names with ``_`` for ``.``.
-        exact: True if a module of exactly this name wins. In a flattened name each ``_`` may be a dot.
-    """
-    name, _, old = name.partition("|")
-    candidates = [name]
-    if old:
-        owner, _, leaf = name.replace(".processor.", ".").rpartition(".")
-        candidates = [f"{owner}.{leaf}", *(f"{owner}.{new}" for new in _OLD.get(leaf, ()))]
-    candidates += [alias.removeprefix(start) for alias in candidates for start in _AROUND]
-    for candidate in candidates if exact else ():
-        if candidate in modules and _has_weight(modules[candidate]):
-            return next(
-                known
-                for known in flat[candidate.replace(".", "_")]
-                if modules[known] is modules[candidate]
-            )
-    several = [
-        known
-        for alias in candidates
-        for known in flat.get(alias, ())
-        if _has_weight(modules[known])
-    ]
-    several = list(dict.fromkeys(several))
-    if len(several) > 1:
-        raise CheckpointError(f"{path}: {name} may be {' or '.join(several)} of this model")
-    return several[0] if several else None
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return module._parameters.get("weight") is not None
-
-
 def _as_peft(
     path: Path, name: str, role: str, value: Tensor, module: nn.Module, b: Tensor
 ) -> tuple[str, Tensor]:
@@ -589,7 +394,7 @@ def _as_peft(
     if value.numel() != out or (role == "dora_scale" and value.shape[0] != out):
         raise CheckpointError(
             f"{path}: the magnitudes of {name} are {list(value.shape)}, one for each input. lora_fx has "
-            f"DoRA's, one for each of the {out} outputs"
+            f"DoRA's, one for each of the {out} outputs. {CONVERTER}"
         )
     shape = (1, out, *(1,) * (dims - 2)) if dims > 2 else (out,)
     return f"{name}.lora_magnitude_vector", value.reshape(shape)

@@ -1,8 +1,7 @@
-"""The files of an adapter folder: loaded without running code, and replaced atomically."""
+"""The files of an adapter folder, replaced atomically."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from lora_fx.adapter_files import DIFFUSERS_NAME, PICKLE_NAME, WEIGHTS_NAME, read_file
 from lora_fx.config import CONFIG_NAME, LoraConfig
 from lora_fx.errors import CheckpointError
 from lora_fx.files import current, flush, replacing_files
@@ -20,55 +20,20 @@ if TYPE_CHECKING:
     from lora_fx.checkpoint.receipt import Receipt
 
 __all__ = [
-    "DIFFUSERS_NAME",
-    "PICKLE_NAME",
     "RECEIPT_NAME",
-    "WEIGHTS_NAME",
     "check_format",
     "check_free",
     "check_parts",
-    "read_file",
-    "read_tensors",
+    "has_receipt",
     "write_folder",
 ]
 
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-DIFFUSERS_NAME: Final = "pytorch_lora_weights.safetensors"
-PICKLE_NAME: Final = "adapter_model.bin"
 RECEIPT_NAME: Final = "adapter_receipt.safetensors"
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read the tensors of an adapter. A pickle is read only if it can hold nothing but tensors.
-
-    Returns:
-        Tensors on the CPU by the keys in the file, and the file's metadata.
-
-    Raises:
-        CheckpointError: If there is no file, or it is damaged, or a pickle that could run code.
-    """
-    path = current(folder / WEIGHTS_NAME)
-    if path.is_file():
-        return read_file(path)
-    if (folder / PICKLE_NAME).is_file():
-        return read_file(folder / PICKLE_NAME)
-    raise CheckpointError(
-        f"{folder} has neither {WEIGHTS_NAME} nor {PICKLE_NAME}; save the adapter again"
-    )
-
-
-def read_file(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read a single file of tensors, as :func:`read_tensors` does."""
-    if path.suffix != ".safetensors":
-        return _read_pickle(path), {}
-    try:
-        tensors = safetensors.torch.load_file(path)
-        with safetensors.safe_open(path, "pt") as file:
-            return tensors, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or damaged ({error}); copy or save the adapter again"
-        ) from error
+def has_receipt(folder: Path) -> bool:
+    """Return True if a folder has the receipt of its adapter."""
+    return folder.is_dir() and current(folder / RECEIPT_NAME).is_file()
 
 
 _OF_DIFFUSERS: Final = (DIFFUSERS_NAME,)
@@ -185,22 +150,6 @@ def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) ->
             f"{folder} holds an adapter already ({', '.join(existing)}), and force=False was given: leave it "
             "out to replace the adapter, or give another folder"
         )
-
-
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        values = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is refused: it does not load with torch.load(weights_only=True), so it is "
-            "damaged, or a pickle that can run any code. Get the adapter as "
-            f"{WEIGHTS_NAME} from where it was made"
-        ) from error
-    if not isinstance(values, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in values.items()
-    ):
-        raise CheckpointError(f"{path} does not hold tensors by name; save the adapter again")
-    return values
 
 
 @contextmanager

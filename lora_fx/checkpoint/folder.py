@@ -7,15 +7,23 @@ must have a slot in the model, and every slot a tensor. Otherwise nothing is cha
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
+from lora_fx.adapter_files import (
+    DIFFUSERS_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    read_tensors,
+)
 from lora_fx.adapters import (
     adapter_names,
     adapter_record,
@@ -34,17 +42,11 @@ from lora_fx.checkpoint.dialects import (
     joined_metadata,
     read_dialect,
 )
-from lora_fx.checkpoint.files import (
-    DIFFUSERS_NAME,
-    PICKLE_NAME,
-    WEIGHTS_NAME,
-    check_parts,
-    read_tensors,
-    write_folder,
-)
-from lora_fx.checkpoint.joined import note_of, parts_in, stored_targets
-from lora_fx.checkpoint.keys import PREFIX
-from lora_fx.checkpoint.receipt import make_receipt
+from lora_fx.checkpoint.files import check_parts, has_receipt, write_folder
+from lora_fx.checkpoint.joined import NOTE, note_of, parts_in, stored_targets
+from lora_fx.checkpoint.keys import PREFIX, Slot
+from lora_fx.checkpoint.migration import Migration, move_adapter
+from lora_fx.checkpoint.receipt import judge_model, make_receipt, read_receipt
 from lora_fx.checkpoint.starts import check_start, repeat_start
 from lora_fx.checkpoint.state import (
     Read,
@@ -67,15 +69,27 @@ from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, Quantizat
 from lora_fx.files import current
 from lora_fx.formats import Deploy
 from lora_fx.ir import AdapterRecord, ModelT, record_of
+from lora_fx.kinds import chosen_kind, config_for
+from lora_fx.methods import check_peft_type
 from lora_fx.passes.capture import Frontend
 from lora_fx.passes.parameters import check_alike, inside
 from lora_fx.passes.pipeline import RewriteOptions, plan_model, rewrite_model
 from lora_fx.runtime import check_adapter_name
 
-__all__ = ["folder_of", "load_adapter", "load_onto_empty", "save_adapter"]
+__all__ = [
+    "Match",
+    "folder_of",
+    "load_adapter",
+    "load_onto_empty",
+    "plan_migration",
+    "save_adapter",
+]
 
 
 _log = logging.getLogger("lora_fx")
+
+Match = Literal["name", "graph"]
+"""How the matrices of a folder are found in a model: by PEFT's names, or by structure."""
 
 
 @inside
@@ -276,6 +290,8 @@ def load_adapter(
     example_inputs: Any = None,
     frontend: Frontend = "auto",
     deploy: Deploy | str | Literal["saved"] | None = "saved",
+    match: Match = "name",
+    source: nn.Module | None = None,
 ) -> ModelT:
     """Load an adapter folder of PEFT or lora_fx, or an adapter file of diffusers or kohya.
 
@@ -294,6 +310,12 @@ def load_adapter(
         frontend: As for :func:`lora_fx.rewrite`.
         deploy: As for :func:`lora_fx.rewrite`, if the model is not rewritten. By default that with which the
             adapter was trained, which its folder says. None loads it without rounding.
+        match: "name" for an adapter of this model. "graph" for one with other names: of an older
+            transformers, with experts or projections in another form, or from a wrapper. What becomes of each
+            name is logged (:func:`lora_fx.plan_migration`). If the folder has a receipt, the outputs are
+            compared with it.
+        source: With "graph", the model that the adapter was made for, if it is at hand, perhaps on the meta
+            device. It tells the parts of fused matrices, and the order of execution.
 
     Returns:
         A model with the adapter, as from :func:`lora_fx.rewrite`: a new one, or ``model`` itself if it is
@@ -303,23 +325,72 @@ def load_adapter(
     Raises:
         CheckpointError: If the folder or a file is missing or damaged, is no LoRA adapter, or is a pickle
             that could run code. If it does not fit the model: the error names every tensor that is missing,
-            unexpected or of another shape. Nothing was changed then.
+            unexpected or of another shape. With "graph": if a name is ambiguous, or the outputs are not those
+            of the receipt. Nothing was changed then.
         ConfigError: If the adapter needs a feature that lora_fx does not have, or capture arguments are given
             for a rewritten model. If the model cannot have the storage that the adapter was trained for.
         CaptureError: If the model cannot be captured.
     """
     check_adapter_name(adapter_name)
+    if match not in ("name", "graph"):
+        raise ConfigError(f"match={match!r}: it is 'name' or 'graph'")
+    if source is not None and match != "graph":
+        raise ConfigError("source= is the model of an adapter with other names: give match='graph'")
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model must be a torch.nn.Module, found {type(model).__name__}: the model comes first, then the "
             "folder: lora_fx.load_adapter(model, folder)"
         )
     how: dict[str, Any] = {"example_inputs": example_inputs, "frontend": frontend}
-    return _load(model, directory, adapter_name, component, how, deploy)
+    fit = None if match == "name" else functools.partial(move_adapter, source=source)
+    return _load(model, directory, adapter_name, component, how, deploy, fit=fit)
 
 
 @inside
-def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: Read) -> nn.Module:
+def plan_migration(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    source: nn.Module | None = None,
+    example_inputs: Any = None,
+) -> Migration:
+    """Say how an adapter of another model, or of another version of it, would be loaded. Changes nothing.
+
+    Args:
+        model: The model to load it on, perhaps on the meta device.
+        directory: As for :func:`load_adapter`.
+        adapter_name: As for :func:`load_adapter`.
+        source: As for :func:`load_adapter`.
+        example_inputs: As for :func:`load_adapter`.
+
+    Returns:
+        A row for each matrix of the adapter, with the reason and the confidence. ``str()`` is a table.
+
+    Raises:
+        CheckpointError: If the folder cannot be read.
+    """
+    folder = _folder(directory, adapter_name)
+    tensors, config, _ = _read(folder, model, None)
+    return move_adapter(
+        model,
+        tensors,
+        config,
+        source=source,
+        example_inputs=example_inputs,
+        written=_entries(folder),
+    )
+
+
+@inside
+def load_onto_empty(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    read: Read,
+    *,
+    match: Match = "name",
+    source: nn.Module | None = None,
+) -> nn.Module:
     """Load an adapter onto a model on the meta device. The adapter gets its values, and the base gets none.
 
     Args:
@@ -327,6 +398,8 @@ def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: R
         directory: As for :func:`load_adapter`.
         read: Returns the values of a weight of the base, to compare copies in the folder with them. None if
             they are unknown.
+        match: As for :func:`load_adapter`.
+        source: As for :func:`load_adapter`.
 
     Raises:
         CheckpointError: As :func:`load_adapter`.
@@ -334,7 +407,8 @@ def load_onto_empty(model: nn.Module, directory: str | os.PathLike[str], read: R
         CaptureError: As :func:`load_adapter`.
     """
     how: dict[str, Any] = {"example_inputs": None, "frontend": "auto"}
-    return _load(model, directory, "default", None, how, "saved", read)
+    fit = None if match == "name" else functools.partial(move_adapter, source=source)
+    return _load(model, directory, "default", None, how, "saved", read, fit)
 
 
 def _load(
@@ -345,10 +419,17 @@ def _load(
     how: dict[str, Any],
     deploy: Deploy | str | Literal["saved"] | None,
     read: Read | None = None,
+    fit: Callable[..., Migration] | None = None,
 ) -> ModelT:
-    """Load an adapter; see :func:`load_adapter`."""
+    """Load an adapter; see :func:`load_adapter`. With ``fit``, the tensors are first given other names."""
     folder = _folder(directory, adapter_name)
     tensors, config, metadata = _read(folder, model, component)
+    if fit is not None:
+        tensors, config, metadata = _moved(folder, model, tensors, config, metadata, how, fit)
+    _check_how(model, how, deploy)
+    if not chosen_kind(config).stores:
+        return _add_without_values(model, folder, config, adapter_name)
+    config = config_for(config, tensors)
     known = record_of(model) is not None and adapter_name in adapter_names(model)
     if record_of(model) is None:
         targets = stored_targets(model, config, tensors, parts_in(metadata))
@@ -356,16 +437,6 @@ def _load(
         wanted = deployment_in(metadata) if deploy == "saved" else deploy
         with _noted_deployment(folder, wanted if deploy == "saved" else None):
             target = _rewritten(model, exact, tensors, folder, adapter_name, how, wanted)
-    elif how["example_inputs"] is not None or how["frontend"] != "auto":
-        raise ConfigError(
-            "the model is rewritten already: example_inputs and frontend say how to capture one that "
-            "is not. Leave them out, or give the original model"
-        )
-    elif deploy not in ("saved", None):
-        raise ConfigError(
-            f"the model is rewritten already, and deploy={deploy!r} says how to rewrite one that is not: "
-            "leave it out, or give the original model"
-        )
     elif known:
         exact, target = config, model
     else:
@@ -375,24 +446,21 @@ def _load(
     try:
         if not known:
             repeat_start(target, adapter_name, config)
-            record = adapter_record(target, adapter_name)
-            base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
-            if base_values:
-                _log.warning(
-                    "%s: the folder has other values of %s than the model: they come and go with the adapter",
-                    folder,
-                    ", ".join(base_values),
-                )
-            place_given(target, adapter_name, base_values, read)
+            _place_base_values(target, adapter_name, tensors, metadata, folder, read)
         record = adapter_record(target, adapter_name)
         values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
             reasons = _reasons(model, exact, how)
+            if fit is None:
+                reasons += _remedy(model, tensors, config, folder)
             raise CheckpointError(
                 "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
             )
+        before = _values_in(slot for slot, _ in values) if known and fit is not None else []
         fill(target, adapter_name, values)
         check_alike(target, record.sites, adapter_name)
+        if fit is not None and read is None:
+            _prove(target, adapter_name, folder, before)
     except BaseException:
         if target is model and not known:
             delete_adapter(model, adapter_name)
@@ -401,6 +469,131 @@ def _load(
         _warn_of_deployment(folder, deployment_in(metadata), record)
     _note_stale_buffers(target, {slot.name for slot, _ in values})
     return cast("ModelT", target)
+
+
+def _place_base_values(
+    target: nn.Module,
+    adapter_name: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    folder: Path,
+    read: Read | None,
+) -> None:
+    """Replace weights of the base of which the folder has other values."""
+    record = adapter_record(target, adapter_name)
+    base_values = given_values(target, record, tensors, by_hand_in(metadata), read)
+    if base_values:
+        _log.warning(
+            "%s: the folder has other values of %s than the model: they come and go with the adapter",
+            folder,
+            ", ".join(base_values),
+        )
+    place_given(target, adapter_name, base_values, read)
+
+
+def _check_how(model: nn.Module, how: Mapping[str, Any], deploy: object) -> None:
+    """Raise if arguments say how to rewrite a model that is rewritten already."""
+    if record_of(model) is None:
+        return
+    if how["example_inputs"] is not None or how["frontend"] != "auto":
+        raise ConfigError(
+            "the model is rewritten already: example_inputs and frontend say how to capture one that "
+            "is not. Leave them out, or give the original model"
+        )
+    if deploy not in ("saved", None):
+        raise ConfigError(
+            f"the model is rewritten already, and deploy={deploy!r} says how to rewrite one that is not: "
+            "leave it out, or give the original model"
+        )
+
+
+def _values_in(slots: Iterable[Slot]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(slot.tensor, slot.tensor.detach().clone()) for slot in slots]
+
+
+def _moved(
+    folder: Path,
+    model: nn.Module,
+    tensors: Mapping[str, torch.Tensor],
+    config: LoraConfig,
+    metadata: Mapping[str, str],
+    how: Mapping[str, Any],
+    fit: Callable[..., Migration],
+) -> tuple[Mapping[str, torch.Tensor], LoraConfig, dict[str, str]]:
+    """Return the contents of a folder under the names of the model."""
+    inputs = how["example_inputs"]
+    moved = fit(model, tensors, config, example_inputs=inputs, written=_entries(folder))
+    moved.check()
+    _log.info("%s:\n%s", folder, moved)
+    notes = dict(metadata)
+    if moved.changed:
+        # The parts of joined sites have the old names. Without them, the whole is one site.
+        notes.pop(NOTE, None)
+        names = {move.old: move.new for move in moved.moves}
+        by_hand = {names.get(name, name) for name in by_hand_in(metadata)}
+        notes |= note_of_by_hand(by_hand)
+    return moved.tensors, moved.config, notes
+
+
+def _entries(folder: Path) -> Mapping[str, Any]:
+    """Return all entries of the configuration in a folder; none for a file of another library."""
+    if not folder.is_dir():
+        return {}
+    entries: Mapping[str, Any] = json.loads(
+        current(folder / CONFIG_NAME).read_text(encoding="utf-8")
+    )
+    return entries
+
+
+def _prove(
+    model: nn.Module,
+    adapter_name: str,
+    folder: Path,
+    before: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Compare the outputs with the receipt of the folder, if it has one.
+
+    Raises:
+        CheckpointError: If they are not those of the adapter. The values before are restored.
+    """
+    if not has_receipt(folder):
+        return
+    verdict = judge_model(model, adapter_name, read_receipt(folder))
+    if verdict.applied:
+        return
+    with torch.no_grad():
+        for tensor, value in before:
+            tensor.copy_(value)
+    raise CheckpointError(
+        f"{folder}: the matrices fit this {type(model).__name__}, but its outputs are not those "
+        f"of the adapter's receipt ({verdict}). Nothing was changed; the weights of the base, or the order "
+        "of parts, differ"
+    )
+
+
+def _add_without_values(
+    model: ModelT, folder: Path, config: LoraConfig, adapter_name: str
+) -> ModelT:
+    """Add an adapter without parameters, which reads other adapters of the model.
+
+    The folder's tensors are those that PEFT writes and never uses.
+
+    Raises:
+        CheckpointError: If the model is not rewritten, or has an adapter of this name.
+    """
+    if record_of(model) is None:
+        raise CheckpointError(
+            f"{folder}: the adapter reads other adapters ({chosen_kind(config).field}) and has no parameters "
+            "of its own: load those first, under the names that it gives them, and then this one onto the "
+            "same model"
+        )
+    if adapter_name in adapter_names(model):
+        raise CheckpointError(
+            f"{folder}: the model has an adapter {adapter_name!r}, and this one has no values to write into "
+            "it: give another name"
+        )
+    put_adapter(model, config, adapter_name)
+    return model
 
 
 def _read(
@@ -415,6 +608,7 @@ def _read(
             f"component={component!r}: {folder} is a folder of one adapter, and has no parts"
         )
     else:
+        check_peft_type(folder)
         config = LoraConfig.from_pretrained(folder)
         read, metadata = read_tensors(folder)
         tensors = without_prefix(read)
@@ -519,9 +713,25 @@ def _matches_nothing(
     how: dict[str, Any],
 ) -> CheckpointError:
     lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+    remedy = _remedy(model, tensors, exact, folder)
     return CheckpointError(
-        "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how)])
+        "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how), *remedy])
     )
+
+
+def _remedy(
+    model: nn.Module, tensors: Mapping[str, torch.Tensor], config: LoraConfig, folder: Path
+) -> list[str]:
+    """Return the advice to load an adapter with other names, if that is possible without doubt."""
+    moved = move_adapter(model, tensors, config, written=_entries(folder))
+    if moved.problems or not moved.changed:
+        return []
+    sure = "" if moved.confidence == 1.0 else ", if it is of this model under other names"
+    advice = (
+        f'load_adapter(..., match="graph") loads it{sure}: {moved.changed} of its matrices have other names '
+        "or another form in this model"
+    )
+    return [advice]
 
 
 def _reasons(model: nn.Module, exact: LoraConfig, how: dict[str, Any]) -> list[str]:

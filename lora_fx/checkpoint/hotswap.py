@@ -18,7 +18,7 @@ from lora_fx.adapters import adapter_names, adapter_record, delete_adapter, note
 from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, require_record
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import RANK, kind_of
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import SiteFactors, factors_of, inside, own_value, tokens_of, write
 from lora_fx.passes.patterns import pattern_of
@@ -54,6 +54,15 @@ def prepare_hotswap(model: nn.Module, rank: int, adapter_name: str | None = None
         if not kind_of(row).low_rank:
             raise ConfigError(
                 f"{row.name} has an adapter of the kind {row.kind!r}, which has no rank"
+            )
+        if not kind_of(row).widens:
+            raise ConfigError(
+                f"{row.name} has an adapter of the kind {row.kind!r}, which has no room for a lower rank"
+            )
+        if _sized_by_rank(row):
+            raise ConfigError(
+                f"{row.name} has an adapter of the kind {row.kind!r}, whose other tensors have the size of "
+                "its rank: swap in adapters of the same rank"
             )
         if rank < row.rank:
             raise ConfigError(f"{row.name} has rank {row.rank}: rank={rank} gives it less room")
@@ -151,8 +160,12 @@ def _problems(
                 f"{row.name}: rank {row.rank}, and there is room for {existing.rank}: call "
                 f"lora_fx.prepare_hotswap(model, {row.rank}) before the model is compiled"
             )
-        elif (row.kind, bool(row.tied)) != (existing.kind, bool(existing.tied)):
+        elif _variant(row) != _variant(existing):
             yield f"{row.name}: the variants differ ({_difference(row, existing)})"
+        elif row.rank != existing.rank and (_sized_by_rank(row) or not kind_of(row).widens):
+            yield f"{row.name}: rank {row.rank}, and the kind {row.kind!r} has room for {existing.rank} alone"
+        elif kind_of(row).new_base:
+            yield f"{row.name}: its base is another ({kind_of(row).field}): load it as a second adapter"
         elif existing.scale == 0:
             yield f"{row.name}: the model's adapter has the scale 0, which no factor makes up for"
         elif start_factors(model, row, incoming) or start_factors(model, existing, name):
@@ -168,10 +181,20 @@ def _problems(
     yield from _problems_beside_sites(old, new)
 
 
+def _variant(row: PlannedSite) -> tuple[object, ...]:
+    return row.kind, row.options, bool(row.tied)
+
+
+def _sized_by_rank(row: PlannedSite) -> bool:
+    """Return True if the kind has tensors besides A and B that have the rank as a size."""
+    return any(RANK in slot.shape for slot in kind_of(row).slots(row.site))
+
+
 def _difference(new: PlannedSite, old: PlannedSite) -> str:
     """Return the fields of a configuration that differ."""
-    kinds = (kind_of(new), kind_of(old)) if new.kind != old.kind else ()
-    fields = {kind.field or "kind": None for kind in kinds if kind.slots(new.site)}
+    kinds = (kind_of(new), kind_of(old)) if _variant(new)[:2] != _variant(old)[:2] else ()
+    named = (kind for kind in kinds if kind.name != "lora")
+    fields: dict[str, None] = {kind.field: None for kind in named}
     if bool(new.tied) != bool(old.tied):
         fields["ensure_weight_tying"] = None
     return ", ".join(fields)
@@ -209,7 +232,9 @@ def _swap(
         return
     source, ratio = factors_of(model, new, incoming), new.scale / row.scale
     if kind.low_rank and not row.tied:
-        a, b = _padded(row, source, row.rank)
+        a, b = source.a.detach(), source.b.detach()
+        if new.rank != row.rank:
+            a, b = _padded(row, source, row.rank)
         write(target.a, a)
         write(target.b, b * ratio)
     for slot, value in target.slots.items():

@@ -49,6 +49,7 @@ from lora_fx.passes.parameters import (
     own_value,
     parameter_of,
     rows_name,
+    shapes_of,
     tokens_of,
     whole_shape,
 )
@@ -134,8 +135,8 @@ class Dense(Form):
         if remainder.any():
             raise CheckpointError(
                 "is dense, as PEFT trains it, and so reads channels that a convolution with "
-                f"{self.groups} groups does not: no weight of that shape holds the sum. Train it with "
-                "lora_fx, or leave this module out"
+                f"{self.groups} groups does not: no weight of that shape holds the sum. An adapter with "
+                "dense_groups=True holds it (load_adapter onto the original model chooses that)"
             )
         return torch.cat(parts)
 
@@ -347,7 +348,8 @@ def _factor_slots(
     for attribute, name, tensor in zip(attributes, names, pair, strict=True):
         # PEFT keeps the factors of an embedding in parameters, all others in modules.
         leaf = attribute if attribute.startswith("lora_embedding") else join(attribute, "weight")
-        form = Dense(site.groups) if tensor is pair[0] and site.groups > 1 else PLAIN
+        dense = tensor is pair[0] and site.groups > 1 and shapes.a == shapes_of(row).a
+        form = Dense(site.groups) if dense else PLAIN
         holder = layout.inside(site.holder) if wrapped else site.holder
         yield Slot(join(holder, leaf), name, tensor, form, alias=parameter)
         if holder != site.holder:
@@ -376,13 +378,15 @@ def _parameter_slots(
 def _kind_slots(
     row: PlannedSite, factors: SiteFactors, adapter: str, layout: Layout
 ) -> Iterator[Slot]:
-    """Yield the slots that the kind trains in addition to A and B.
+    """Yield the slots that the kind has in addition to A and B, and that folders have.
 
     PEFT writes the magnitude without ``.weight``.
     """
     holder = row.site.holder
     inside = layout.inside(holder) if holder == row.site.owner else holder
     for slot in kind_of(row).slots(row.site):
+        if not slot.key:
+            continue
         name, tensor = join(holder, slot.name, adapter), factors.values[slot.name]
         yield Slot(join(inside, slot.key), name, tensor)
         if inside != holder:

@@ -25,6 +25,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora_fx.adapter_files import (
+    DIFFUSERS_NAME,
+    PICKLE_NAME,
+    WEIGHTS_NAME,
+    read_file,
+    read_tensors,
+)
 from lora_fx.adapters import (
     active_adapters,
     adapter_record,
@@ -32,14 +39,7 @@ from lora_fx.adapters import (
     reference,
     set_adapter,
 )
-from lora_fx.checkpoint.files import (
-    DIFFUSERS_NAME,
-    PICKLE_NAME,
-    RECEIPT_NAME,
-    WEIGHTS_NAME,
-    read_file,
-    read_tensors,
-)
+from lora_fx.checkpoint.files import RECEIPT_NAME
 from lora_fx.errors import CheckpointError, ConfigError, LoraFxError
 from lora_fx.files import current
 from lora_fx.kinds import kind_of
@@ -51,6 +51,7 @@ __all__ = [
     "Verdict",
     "call_with",
     "hash_tensors",
+    "judge_model",
     "log_probabilities",
     "main_output",
     "make_receipt",
@@ -295,6 +296,28 @@ def make_receipt(
     receipt = dataclasses.replace(receipt, answers=answers)
     _check_effect(receipt, adapter_name)
     return receipt
+
+
+def judge_model(model: nn.Module, adapter_name: str, receipt: Receipt) -> Verdict:
+    """Compare an adapter of a rewritten model with a receipt, which may be of an earlier form of the model.
+
+    Args:
+        model: A rewritten model with weights.
+        adapter_name: One of its adapters.
+        receipt: The receipt.
+
+    Raises:
+        ConfigError: If the model cannot be called with the inputs of the receipt.
+        CheckpointError: If the output has another shape.
+    """
+    twin = reference(model)
+    if active_adapters(twin) != (adapter_name,):
+        set_adapter(twin, adapter_name)
+    with torch.no_grad():
+        answer = receipt.read(call_with(twin, receipt.inputs))
+        with disable_adapter(twin):
+            base = receipt.read(call_with(twin, receipt.inputs))
+    return receipt.judge(answer, base)
 
 
 def _likeliest(outputs: Mapping[float, Tensor], inputs: Mapping[str, Tensor]) -> Tensor:

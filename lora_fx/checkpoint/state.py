@@ -29,7 +29,7 @@ from lora_fx.checkpoint.starts import Converted, converted, other_start
 from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError
 from lora_fx.ir import AdapterRecord, PlannedSite, join, record_of, require_record
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import AdapterKind, kind_of, site_kind
 from lora_fx.passes.graph import exchange, memory_of, original_class
 from lora_fx.passes.insert import start_factors
 from lora_fx.passes.parameters import (
@@ -419,6 +419,26 @@ def _other_scales(record: AdapterRecord, config: LoraConfig, names: Mapping[str,
     ]
 
 
+def _other_kinds(record: AdapterRecord, config: LoraConfig) -> Iterator[str]:
+    """Yield a problem for each site where the folder's factors mean something else than the model's.
+
+    Most kinds differ in their tensors, which are compared anyway.
+    """
+    for row in record.sites:
+        kind, existing = site_kind(row.site, config), kind_of(row)
+        same = (kind.name, kind.options) == (existing.name, existing.options)
+        if not same and (kind.dynamic or existing.dynamic):
+            yield (
+                f"kind: {row.name} has {_described(kind)} in the folder and {_described(existing)} in the "
+                "model: load the adapter under another name, or onto the original model"
+            )
+
+
+def _described(kind: AdapterKind) -> str:
+    options = (f"{name}={value!r}" for name, value in (kind.options or {}).items())
+    return f"the kind {' '.join((kind.name, *options))}"
+
+
 def _leftover(
     key: str,
     value: torch.Tensor,
@@ -586,6 +606,7 @@ def fitted(
         names = {row.name: row.site.weight for row in rows if row.site.weight in weights}
         problems += _other_scales(dataclasses.replace(record, sites=rows), config, names)
         problems += [] if with_start else other_start(record, config)
+        problems += _other_kinds(record, config)
     # Processes may gather shards together here, so all need the same order. The order of a set differs.
     for key in [key for key in remaining if key not in slots]:
         problems += _leftover(key, remaining[key], model, record, read)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora_fx.config.fields import bad, changes_base, needs_data
-from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig
+from lora_fx.config.fields import FrozenOptions, bad, changes_base, complete_options, needs_data
+from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig, read_json
 from lora_fx.config.selection import (
     Verdict,
     alpha_for,
@@ -26,17 +26,20 @@ from lora_fx.config.selection import (
 __all__ = [
     "ALL_LINEAR",
     "CONFIG_NAME",
+    "FrozenOptions",
     "LoraConfig",
     "Verdict",
     "alpha_for",
     "bad",
     "changes_base",
+    "complete_options",
     "excluded",
     "judge",
     "nearest_names",
     "needs_data",
     "parameter_entry",
     "rank_for",
+    "read_json",
     "saved_by",
     "saved_entries",
     "saved_module",

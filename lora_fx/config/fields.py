@@ -20,10 +20,12 @@ from lora_fx.errors import ConfigError, hint
 __all__ = [
     "ALL_LINEAR",
     "FOREIGN",
+    "KIND_OPTIONS",
     "METADATA",
     "NORMALIZERS",
     "OPTIONS",
     "TASK_TYPES",
+    "VARIANTS",
     "Bias",
     "FrozenOptions",
     "FrozenPattern",
@@ -36,6 +38,7 @@ __all__ = [
     "needs_data",
     "only_own",
     "options",
+    "variant",
 ]
 
 # --- starting values ------------------------------------------------------------------------------
@@ -120,10 +123,16 @@ class _Option:
     default: Any
     check: Callable[[Any], bool]
     wanted: str
+    store: Callable[[Any], Any] = lambda value: value
 
 
 _FLAG: Final = (_is_flag, "True or False")
 _NO_FILE: Final = "None: lora_fx keeps statistics in memory and writes no cache"
+
+
+def _positive(value: Any) -> bool:
+    return _real(value) and value > 0
+
 
 # PEFT's option classes, field by field: LoftQConfig, EvaConfig, CordaConfig, LoraGAConfig.
 OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
@@ -162,9 +171,79 @@ OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
     },
 }
 
+# The same for PEFT's variants of LoRA: KasaConfig, VeloraConfig, MontecloraConfig.
+VARIANTS: Final[Mapping[str, Mapping[str, _Option]]] = {
+    "kasa_config": {
+        "beta": _Option(1e-4, lambda v: _real(v) and v >= 0, "a number of at least 0"),
+        "gamma": _Option(1e-3, lambda v: _real(v) and v >= 0, "a number of at least 0"),
+    },
+    "velora_config": {
+        "num_groups": _Option(64, _at_least(1), "a whole number of at least 1"),
+        "scale": _Option(1.0, _positive, "a number above 0"),
+        "init_type": _Option(
+            "batch_average",
+            _one_of("batch_average", "batch_average_once", "random"),
+            "'batch_average', 'batch_average_once' or 'random'",
+        ),
+    },
+    "monteclora_config": {
+        "num_samples": _Option(8, _at_least(1), "a whole number of at least 1"),
+        "use_entropy": _Option(False, *_FLAG),
+        "dirichlet_prior": _Option(0.1, _positive, "a number above 0"),
+        "sample_scaler": _Option(1e-4, _real, "a finite number"),
+        "kl_loss_weight": _Option(1e-5, _real, "a finite number"),
+        "buffer_size": _Option(150, _at_least(1), "a whole number of at least 1"),
+    },
+}
+
+
+def variant(name: str, value: object) -> FrozenOptions[Any] | None:
+    """Read the options of a variant, as :func:`options` does. An empty mapping chooses the defaults.
+
+    Raises:
+        ConfigError: If there is no such option, or its value is not valid.
+    """
+    return complete_options(name, {}) if value == {} else options(name, value)
+
+
+def _is_names(value: Any) -> bool:
+    listed = isinstance(value, list | tuple | set | frozenset)
+    return value is None or (listed and all(isinstance(item, str) for item in value))
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+
+
+_NAMES: Final = (_is_names, "a list of names, or None", _names)
+
+KIND_OPTIONS: Final[Mapping[str, Mapping[str, _Option]]] = {
+    "use_bdlora": {
+        "target_modules_bd_a": _Option(None, *_NAMES),
+        "target_modules_bd_b": _Option(None, *_NAMES),
+        "nblocks": _Option(1, _at_least(1), "a whole number of at least 1"),
+        "match_strict": _Option(True, *_FLAG),
+    },
+    "arrow_config": {
+        "top_k": _Option(3, _at_least(1), "a whole number of at least 1"),
+        "router_temperature": _Option(1.0, lambda v: _real(v) and v > 0, "a number greater than 0"),
+        "use_gks": _Option(False, *_FLAG),
+        "task_adapter_names": _Option(None, *_NAMES),
+        "gks_adapter_names": _Option(None, *_NAMES),
+        "rng_seed": _Option(
+            None, lambda v: v is None or _at_least(0)(v), "a whole number, or None"
+        ),
+    },
+}
+"""PEFT's option classes of adapter kinds, field by field: BdLoraConfig, ArrowConfig."""
+
+_KNOWN: Final = {**OPTIONS, **VARIANTS, **KIND_OPTIONS}
+
 
 def options(name: str, value: object) -> FrozenOptions[Any] | None:
-    """Read the options of an initialization from a mapping, or from an instance of PEFT's class.
+    """Read the options of an initialization or a kind from a mapping, or from an instance of PEFT's class.
 
     Raises:
         ConfigError: If there is no such option, or its value is not valid.
@@ -173,7 +252,7 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
         return None
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    known = OPTIONS[name]
+    known = _KNOWN[name]
     if not isinstance(value, Mapping):
         raise ConfigError(
             f"LoraConfig.{name}: found {value!r}; give a dict with {', '.join(known)}"
@@ -187,19 +266,19 @@ def options(name: str, value: object) -> FrozenOptions[Any] | None:
 
 
 def complete_options(name: str, value: Mapping[str, Any]) -> FrozenOptions[Any]:
-    """Return the options of an initialization, with defaults for the missing ones.
+    """Return the options of an initialization or a kind, with defaults for the missing ones.
 
     Raises:
         ConfigError: If a value is not valid.
     """
-    known = OPTIONS[name]
+    known = _KNOWN[name]
     complete = {key: value.get(key, option.default) for key, option in known.items()}
     for key, option in known.items():
         if not option.check(complete[key]):
             raise ConfigError(
                 f"LoraConfig.{name}[{key!r}]: found {complete[key]!r}; give {option.wanted}"
             )
-    return FrozenOptions(complete)
+    return FrozenOptions({key: known[key].store(value) for key, value in complete.items()})
 
 
 # --- fields ---------------------------------------------------------------------------------------
@@ -214,7 +293,7 @@ TASK_TYPES: Final = get_args(TaskType)
 Bias: TypeAlias = Literal["none", "all", "lora_only"]
 
 Start: TypeAlias = Literal[
-    "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga"
+    "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga", "mica"
 ]
 """Names of starting values; ``pissa_niter_N`` for any number is valid as well."""
 
@@ -297,8 +376,6 @@ def _init(name: str, value: object) -> bool | str:
         return value
     if isinstance(value, str) and (value.lower() in _INITS or _NITER.fullmatch(value.lower())):
         return value.lower()
-    if isinstance(value, str) and value.lower() == "mica":
-        raise bad(name, value, "lora_fx does not support it: MiCA is another method, with B frozen")
     known = ", ".join(map(repr, _INITS))
     raise bad(name, value, f"the initializations are True, False, {known} and 'pissa_niter_N'")
 
@@ -415,6 +492,13 @@ def _indices(name: str, value: object) -> tuple[int, ...]:
     return indices
 
 
+def _invocation(name: str, value: object) -> tuple[int, ...] | None:
+    if not isinstance(value, list | tuple):
+        raise bad(name, value, "give the token indices of the phrase, in their order")
+    remedy = "a token index is a whole number of at least 0"
+    return tuple(_whole(name, index, remedy, 0) for index in value) or None
+
+
 def _base_class(name: str, value: object) -> FrozenOptions[Any]:
     wanted = ("base_model_class", "parent_library")
     if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in wanted):
@@ -455,6 +539,13 @@ NORMALIZERS: Final[Mapping[str, _Check]] = {
     "eva_config": options,
     "corda_config": options,
     "lora_ga_config": options,
+    "use_bdlora": options,
+    "arrow_config": options,
+    "alora_invocation_tokens": _optional(_invocation),
+    "dense_groups": _flag,
+    "kasa_config": variant,
+    "velora_config": variant,
+    "monteclora_config": variant,
     "seed": _seed,
     "inference_mode": _flag,
     "base_model_name_or_path": _optional(_text),
@@ -481,24 +572,16 @@ class _Foreign(NamedTuple):
 
 
 FOREIGN: Final[Mapping[str, _Foreign]] = {
-    "alora_invocation_tokens": _Foreign(
-        None, "aLoRA, adapters that a phrase in the prompt switches on"
-    ),
-    "arrow_config": _Foreign(None, "Arrow, a router over several adapters"),
-    "kasa_config": _Foreign(None, "KaSA, another method than LoRA"),
     "layer_replication": _Foreign(
         None, "the replication of layers, which makes another model: build that one first"
     ),
     "megatron_config": _Foreign(None, "Megatron, an engine that lora_fx does not run on"),
     "megatron_core": _Foreign("megatron.core", "Megatron, an engine that lora_fx does not run on"),
-    "monteclora_config": _Foreign(None, "MonteCLoRA, another method than LoRA"),
     "qalora_group_size": _Foreign(16, "QALoRA, another method than LoRA"),
     "runtime_config": _Foreign(
         None, "PEFT's runtime (offloading of norms), which saves nothing here"
     ),
-    "use_bdlora": _Foreign(None, "BD-LoRA, another method than LoRA"),
     "use_qalora": _Foreign(False, "QALoRA, another method than LoRA"),
-    "velora_config": _Foreign(None, "VeLoRA, another method than LoRA"),
 }
 
 

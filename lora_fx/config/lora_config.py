@@ -11,7 +11,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,12 +23,14 @@ from lora_fx.config.fields import (
     NORMALIZERS,
     OPTIONS,
     TASK_TYPES,
+    VARIANTS,
     Bias,
     FrozenOptions,
     FrozenPattern,
     Start,
     TaskType,
     bad,
+    changes_base,
     complete_options,
     is_off,
     only_own,
@@ -43,6 +45,7 @@ __all__ = [
     "FrozenPattern",
     "LoraConfig",
     "check_together",
+    "read_json",
 ]
 
 
@@ -50,6 +53,10 @@ _log = logging.getLogger("lora_fx")
 
 # The initialization that each field of options belongs to: loftq_config to init_lora_weights="loftq".
 _OWNERS: Final = {name: name.removesuffix("_config") for name in OPTIONS}
+
+
+_VARIANTS: Final = ("use_dora", *VARIANTS)
+"""Fields that choose a variant of LoRA. An adapter has at most one."""
 
 
 def check_together(config: Any) -> None:
@@ -85,16 +92,25 @@ def _check_selection(config: Any) -> None:
 
 def _check_variant(config: Any) -> None:
     if config.kind is not None:
-        for name in ("use_dora", "lora_bias"):
-            if getattr(config, name):
+        for name in (*_VARIANTS, "lora_bias", "dense_groups"):
+            if value := getattr(config, name):
                 remedy = f"kind={config.kind!r} is another adapter: leave out {name} or kind"
-                raise bad(name, True, remedy)
+                raise bad(name, value, remedy)
+    variants = [name for name in _VARIANTS if getattr(config, name)]
+    if len(variants) > 1:
+        remedy = (
+            f"an adapter has one variant, and {variants[0]} chooses another: leave out one of both"
+        )
+        raise bad(variants[1], getattr(config, variants[1]), remedy)
     if config.lora_bias:
         if config.use_dora:
             raise bad("lora_bias", True, "DoRA has no bias on B: leave out use_dora or lora_bias")
         if config.init_lora_weights not in (True, False):
             remedy = f"with init_lora_weights={config.init_lora_weights!r} B has no bias; use True or False"
             raise bad("lora_bias", True, remedy)
+    if config.kasa_config is not None and changes_base(config.init_lora_weights):
+        remedy = "kasa_config changes the base weight as well: use True, 'gaussian' or 'orthogonal'"
+        raise bad("init_lora_weights", config.init_lora_weights, remedy)
     if config.init_lora_weights == "orthogonal":
         for name, rank in (("r", config.r), *config.rank_pattern.items()):
             if rank % 2:
@@ -156,6 +172,17 @@ class LoraConfig:
         target_parameters: Names of parameters, or their ends: matrices, or weights of three dimensions
             with a matrix for each expert. A list only; `exclude_modules` and the layer filters do not
             apply. With it, `target_modules=None` selects nothing.
+        use_bdlora: BD-LoRA: A or B is block-diagonal (https://arxiv.org/abs/2510.23346). PEFT's options:
+            `target_modules_bd_a` and `target_modules_bd_b`, parts of the names of layers; `nblocks`;
+            `match_strict`, False to give other layers plain LoRA.
+        arrow_config: Arrow: a router over other adapters of the model (https://arxiv.org/abs/2405.11157).
+            PEFT's options: `task_adapter_names`, `top_k`, `router_temperature`, `use_gks` with
+            `gks_adapter_names`, `rng_seed`. It trains nothing.
+        alora_invocation_tokens: Activated LoRA (https://arxiv.org/abs/2504.12397): the adapter acts from the
+            last occurrence of these tokens in a prompt on.
+        dense_groups: True to train A of a grouped convolution as PEFT does: every row reads all input
+            channels. No weight of a grouped convolution can hold such a sum, so it cannot be merged. lora_fx
+            only: in a folder the values of A show it.
         bias: The biases of the base model to train: "none", "all" or "lora_only".
         modules_to_save: Modules that are copied, trained in full and saved with the adapter.
         ensure_weight_tying: True to keep tied weights tied: a head that shares the weight of an adapted
@@ -167,13 +194,20 @@ class LoraConfig:
         fan_in_fan_out: PEFT's flag for weights that are stored as (in, out).
         init_lora_weights: True: A Kaiming-uniform, B zero. "gaussian": A normal, B zero. False: both random,
             so that the adapter changes the output immediately. "orthogonal", "pissa", "pissa_niter_N",
-            "olora" and "loftq" depend on the weight. "eva", "corda" and "lora_ga" also depend on data: call
-            `lora_fx.initialize`.
+            "olora" and "loftq" depend on the weight. So does "mica", with a frozen B (MiCA). "eva",
+            "corda" and "lora_ga" also depend on data: call `lora_fx.initialize`.
         loftq_config: Options of "loftq": `loftq_bits`, `loftq_iter`.
         eva_config: Options of "eva": `rho`, `tau`, `use_label_mask`, `label_mask_value`, `whiten`,
             `adjust_scaling_factors`.
         corda_config: Options of "corda": `corda_method`, `use_float16_for_covariance`.
         lora_ga_config: Options of "lora_ga": `direction`, `scale`, `stable_gamma`.
+        kasa_config: Options of KaSA, which it chooses: `beta`, `gamma`. The base loses its `r` smallest
+            singular values, and a diagonal between A and B is trained (https://arxiv.org/abs/2412.06071).
+        velora_config: Options of VeLoRA, which it chooses: `num_groups`, `scale`, `init_type`. Training keeps
+            compressed inputs for the gradient of A (https://arxiv.org/abs/2405.17991).
+        monteclora_config: Options of MonteCLoRA, which it chooses: `num_samples`, `use_entropy`,
+            `dirichlet_prior`, `sample_scaler`, `kl_loss_weight`. Training draws noise on A. `buffer_size` is
+            PEFT's, and has no effect: noise is drawn in the call that uses it.
         seed: Seeds the initialization of each site. None: `rewrite` and `add_adapter` draw a seed from
             PyTorch's global generator, so that `torch.manual_seed` has an effect, as in PEFT. lora_fx only:
             PEFT warns about unknown keys, so the seed is not saved.
@@ -202,6 +236,9 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    use_bdlora: Mapping[str, Any] | None = None
+    arrow_config: Mapping[str, Any] | None = None
+    alora_invocation_tokens: Sequence[int] | None = None
     bias: Bias = "none"
     modules_to_save: Collection[str] | None = None
     target_parameters: Collection[str] | None = None
@@ -214,12 +251,16 @@ class LoraConfig:
     eva_config: Mapping[str, Any] | None = None
     corda_config: Mapping[str, Any] | None = None
     lora_ga_config: Mapping[str, Any] | None = None
+    kasa_config: Mapping[str, Any] | None = None
+    velora_config: Mapping[str, Any] | None = None
+    monteclora_config: Mapping[str, Any] | None = None
     seed: int | None = None
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
     auto_mapping: Mapping[str, Any] | None = None
     scope: str | Collection[str] | None = None
+    dense_groups: bool = False
     kind: str | None = None
 
     def __post_init__(self) -> None:
@@ -233,10 +274,10 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON types; `from_dict` restores an equal config.
 
-        `scope` and `kind`, which PEFT does not have, are included only if they are set.
+        `scope`, `dense_groups` and `kind`, which PEFT does not have, are included only if they are set.
         """
         values = {entry.name: _plain(getattr(self, entry.name)) for entry in fields(self)}
-        unset = [name for name in ("scope", "kind") if values[name] is None]
+        unset = [name for name in ("scope", "kind", "dense_groups") if not values[name]]
         return {name: value for name, value in values.items() if name not in unset}
 
     @classmethod
@@ -255,7 +296,7 @@ class LoraConfig:
         """Write `adapter_config.json` for PEFT, and create the folder if it is missing.
 
         The order of `rank_pattern` and `alpha_pattern` is kept (PEFT's own writer sorts it, although the
-        first key wins). `seed` is not written.
+        first key wins). `seed` and `dense_groups` are not written.
 
         Raises:
             CheckpointError: If the file cannot be written. An existing file is then unchanged.
@@ -263,6 +304,7 @@ class LoraConfig:
         path = Path(directory, CONFIG_NAME)
         values = {**self.to_dict(), "peft_type": _peft_type(self.kind)}
         del values["seed"]
+        values.pop("dense_groups", None)
         text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -287,7 +329,7 @@ class LoraConfig:
             ConfigError: If a value is wrong or asks for a feature that lora_fx does not have.
         """
         path = current(Path(directory, CONFIG_NAME))
-        values = _read_json(path)
+        values = read_json(path)
         kind = values.get("peft_type")
         if kind != _peft_type(values.get("kind")):
             raise CheckpointError(f"{path}: peft_type is {kind!r}; only LoRA adapters can be read")
@@ -314,7 +356,12 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of an adapter folder.
+
+    Raises:
+        CheckpointError: If the file is missing, or holds anything else.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give the local folder of a PEFT adapter")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,10 +31,12 @@ class Difference:
     Attributes:
         before: The values of the base. It may lack parameters, such as those of a new head.
         changes: The values after the change. A parameter that did not change may be the same object.
+        ranks: Upper bounds of the ranks of changes, by parameter, if they are known.
     """
 
     before: Weights
     changes: Weights
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def after(self, name: str) -> Tensor:
         """Return a tensor after the change."""
@@ -55,8 +57,19 @@ class Difference:
             return False
         if old is None:
             return True
-        dtype = torch.promote_types(old.dtype, new.dtype)
-        return not torch.equal(old.to(dtype), new.to(old.device, dtype))
+        _check_values(name, old)
+        _check_values(name, new)
+        return not _equal(old, new)
+
+    def same(self, name: str, other: str) -> bool:
+        """Return True if two tensors have the same values, before the change and after it."""
+        return all(
+            first is second or (first is not None and second is not None and _equal(first, second))
+            for first, second in (
+                (self.before(name), self.before(other)),
+                (self.changes(name), self.changes(other)),
+            )
+        )
 
     def matrices(self, site: Site) -> tuple[Tensor, Tensor]:
         """Return the weight of a site before the change, and the change, both as [n, out, in]."""
@@ -66,6 +79,31 @@ class Difference:
             wide(part_of(site, weight.detach())) for weight in (stored, self.after(site.weight))
         )
         return as_matrices(site, old), as_matrices(site, new.to(old.device, old.dtype) - old)
+
+
+def _equal(value: Tensor, other: Tensor) -> bool:
+    if value.shape != other.shape:
+        return False
+    dtype = torch.promote_types(value.dtype, other.dtype)
+    return torch.equal(value.to(dtype), other.to(value.device, dtype))
+
+
+def _check_values(name: str, value: Tensor) -> None:
+    """Raise for values of which no difference can be taken.
+
+    Raises:
+        QuantizationError: If they are of 8 bits.
+        CheckpointError: If they are not finite.
+    """
+    if value.is_floating_point() and value.itemsize == 1:
+        raise QuantizationError(
+            f"{name} is {value.dtype}: extract from dense checkpoints. The adapter loads onto a quantized "
+            "base afterwards"
+        )
+    if not value.is_meta and not bool(torch.isfinite(value).all()):
+        raise CheckpointError(
+            f"{name} has values that are not finite, so that nothing is close to it"
+        )
 
 
 def weights_of(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> Weights:
@@ -88,7 +126,7 @@ def weights_of(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> 
             f"this {type(source).__name__} has adapters already: give a plain model, for example what "
             "lora_fx.merge returns"
         )
-    tensors = _tensors(source)
+    tensors = _unwrapped(_tensors(source))
     for name, tensor in tensors.items():
         if quantization_of(tensor) is not None:
             raise QuantizationError(
@@ -105,6 +143,14 @@ def weights_of(source: nn.Module | str | os.PathLike[str], model: nn.Module) -> 
         lines = [*([f"it has no {some(missing, 3)}"] if missing else []), *other[:3]]
         raise CheckpointError(_misfit(source, model, lines))
     return tensors.get
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors by the names that they have without a wrapper of torch.compile or DataParallel."""
+    for prefix in ("_orig_mod.", "module."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _misfit(source: nn.Module, model: nn.Module, lines: Iterable[str]) -> str:

@@ -34,7 +34,6 @@ from lora_fx.passes.lowrank import (
 )
 from lora_fx.passes.parameters import (
     as_factors,
-    base_parameters,
     factors_of,
     inside,
     matrix_shape,
@@ -182,21 +181,24 @@ def extract(
         CaptureError: As :func:`extract_adapter`.
     """
     matches = find_operations(capture_model(model, example_inputs, frontend=frontend))
-    names = list(base_parameters(model))
-    fresh = {*fresh_modules(model), *difference.new_modules(names)}
-    changed = {name for name in names if _is_in(name, fresh) or difference.changed(name)}
+    groups = _groups(model)
+    fresh = {*fresh_modules(model), *difference.new_modules(groups)}
+    changed = {name for name in groups if _is_in(name, fresh) or difference.changed(name)}
     buffers = [name for name in persistent_buffers(model) if difference.changed(name)]
     if not changed and not buffers:
         raise ConfigError(
             "no parameter differs between the two models: give the base first, then the tuned one"
         )
+    if not changed:
+        fresh |= {name.rpartition(".")[0] for name in buffers}
     sites, heads = _sites(
-        (site for site in matches.sites if not _is_in(site.weight, fresh)), changed
+        (site for site in matches.sites if not _is_in(site.weight, fresh)), changed, difference
     )
-    weights = {name for site in sites for name in (site.weight, *site.tied_to)}
+    factored = {name for site in (*sites, *heads) for name in groups[site.weight]}
+    in_full = _InFull.of(model, [*sites, *heads], changed - factored, fresh, groups)
 
     def build(kept: Iterable[Site], ranks: Mapping[str, int]) -> nn.Module:
-        exact = _config(model, kept, ranks, heads, changed - weights, fresh, config)
+        exact = _config(model, kept, ranks, heads, in_full, config)
         options = RewriteOptions(adapter_name, loaded=True, quiet=True)
         return rewrite_model(model, exact, options=options, frontend=frontend)
 
@@ -208,10 +210,9 @@ def extract(
             observed, inputs, [adapter_name], forward=forward, progress=progress
         )
         roots = {name: root_of(values) for name, values in moments.items()}
-    rules = _Ranks(choice, roots)
-    in_full = sum(difference.after(name).numel() for name in changed - weights)
+    rules = _Ranks(choice, roots, difference.ranks)
     with show_progress(progress, "site") as tell:
-        rules.allocate(sites, difference, in_full)
+        rules.allocate(sites, difference, in_full.elements(model))
         factors = {}
         rows = []
         for index, site in enumerate(sites):
@@ -227,7 +228,8 @@ def extract(
     ranks = {row.name: row.rank for row in rows}
     adapted = build(kept, ranks)
     left_out = [site for site in sites if site.name not in factors]
-    placed = _fill(adapted, adapter_name, factors, difference, changed, buffers, left_out)
+    uncovered = changed - {name for site in left_out for name in groups[site.weight]}
+    placed = _fill(adapted, adapter_name, factors, difference, uncovered, buffers, groups)
     record = adapter_record(adapted, adapter_name)
     report = ExtractionReport(
         sites=tuple(rows),
@@ -235,7 +237,7 @@ def extract(
         values=(*record.biases, *placed),
         buffers=tuple(buffers),
         left_out=tuple(site.name for site in left_out),
-        unchanged=len(names) - len(changed),
+        unchanged=len({*groups.values()}) - len({groups[name] for name in changed}),
         parameters=_parameters(adapted, record, adapter_name, placed),
     )
     return cast("ModelT", adapted), report
@@ -246,20 +248,89 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
     return any(name.startswith(f"{module}.") for module in modules)
 
 
-def _sites(sites: Iterable[Site], changed: Set[str]) -> tuple[list[Site], dict[str, list[str]]]:
+def _groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return all names of each parameter, by each of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
+
+
+def _sites(
+    sites: Iterable[Site], changed: Set[str], difference: Difference
+) -> tuple[list[Site], dict[Site, Site]]:
     """Return the operations whose weights changed, and the heads that share the factors of an embedding.
 
+    A tied head shares them if tuning has kept both weights equal.
+
     Returns:
-        The operations without those heads, and the names of the heads by the name of the embedding.
+        The operations without those heads, and the embedding of each head.
     """
-    affected = [site for site in sites if site.weight in changed or changed & {*site.tied_to}]
-    heads: dict[str, list[str]] = {}
-    for site in affected:
-        if site.family == "embedding":
-            tied = [other for other in affected if other.weight in site.tied_to]
-            heads[site.name] = [other.name for other in tied if other.family != "embedding"]
-    shared = {name for names in heads.values() for name in names}
-    return [site for site in affected if site.name not in shared], heads
+    affected = [site for site in sites if site.weight in changed]
+    heads = {
+        head: site
+        for site in affected
+        for head in affected
+        if site.family == "embedding" != head.family
+        and head.weight in site.tied_to
+        and difference.same(site.weight, head.weight)
+    }
+    return [site for site in affected if site not in heads], heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _InFull:
+    """The parameters that an adapter stores in full.
+
+    Attributes:
+        modules: Modules that it stores as a whole.
+        biases: Biases of adapted layers. PEFT stores them all if it stores one.
+        names: Other parameters.
+    """
+
+    modules: frozenset[str]
+    biases: frozenset[str]
+    names: frozenset[str]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        sites: Iterable[Site],
+        changed: Iterable[str],
+        fresh: Iterable[str],
+        groups: Mapping[str, tuple[str, ...]],
+    ) -> _InFull:
+        """Choose the place of each changed parameter that is no weight of an adapted operation."""
+        owners = {site.owner for site in sites}
+        modules, names, with_biases = set(fresh), set(), False
+        for name in changed:
+            owner, _, leaf = name.rpartition(".")
+            if _is_in(name, modules):
+                continue
+            own = {f"{owner}.{key}" for key in model.get_submodule(owner)._parameters}
+            shared = any(not own.issuperset(groups.get(other, ())) for other in own)
+            if owner in owners and leaf.endswith("bias"):
+                with_biases = True
+            elif owner and owner not in owners and not shared and _is_leaf(model, owner):
+                modules.add(owner)
+            else:
+                names.add(name)
+        biases = {f"{owner}.bias" for owner in owners} & groups.keys() if with_biases else set()
+        return cls(frozenset(modules), frozenset(biases), frozenset(names))
+
+    def elements(self, model: nn.Module) -> int:
+        """Return the number of elements."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        return sum(
+            parameter.numel()
+            for name, parameter in parameters.items()
+            if name in self.biases or name in self.names or _is_in(name, self.modules)
+        )
+
+
+def _is_leaf(model: nn.Module, name: str) -> bool:
+    return not list(model.get_submodule(name).children())
 
 
 def _cost(site: Site) -> int:
@@ -270,13 +341,15 @@ def _cost(site: Site) -> int:
 class _Ranks:
     """The ranks of sites, in units of their groups."""
 
-    def __init__(self, choice: RankChoice, roots: Mapping[str, Tensor]) -> None:
-        self._choice, self._roots = choice, roots
+    def __init__(
+        self, choice: RankChoice, roots: Mapping[str, Tensor], bounds: Mapping[str, int]
+    ) -> None:
+        self._choice, self._roots, self._bounds = choice, roots, bounds
         self._allocated: dict[str, int] = {}
 
     def _squares(self, site: Site, change: Tensor) -> Tensor:
         root = self._roots.get(site.name)
-        return spectrum(change if root is None else change @ root)
+        return spectrum(change if root is None else change @ root.to(change))
 
     def allocate(self, sites: Iterable[Site], difference: Difference, in_full: int) -> None:
         """Share a budget among the sites, which needs the singular values of all of them.
@@ -306,11 +379,12 @@ class _Ranks:
 
     def rank(self, site: Site, change: Tensor) -> int:
         """Return the rank of the matrices of a site; 0 for no adapter."""
-        most = min(change.shape[1:])
+        bound = self._bounds.get(site.weight, max(change.shape))
+        most: int = min(*change.shape[1:], max(bound, 1))
         if self._choice.budget is not None:
             return self._allocated[site.name]
         if self._choice.energy is not None:
-            return rank_of_energy(self._squares(site, change), self._choice.energy)
+            return min(rank_of_energy(self._squares(site, change), self._choice.energy), most)
         assert self._choice.rank is not None
         return min(max(self._choice.rank // site.groups, 1), most)
 
@@ -327,6 +401,7 @@ def _decomposed(
         unit: The rank of each matrix.
         root: The factor of the second moments of the inputs, if they are known.
     """
+    root = None if root is None else root.to(change)
     a, b = decompose(change, unit, root)
     error = change - b @ a
     size, total = float(change.norm()), float(weight.norm())
@@ -351,33 +426,20 @@ def _config(
     model: nn.Module,
     sites: Iterable[Site],
     ranks: Mapping[str, int],
-    heads: Mapping[str, Iterable[str]],
-    in_full: Iterable[str],
-    fresh: Iterable[str],
+    heads: Mapping[Site, Site],
+    in_full: _InFull,
     config: LoraConfig | None,
 ) -> LoraConfig:
     """Return the configuration of an adapter for these sites that has places for other parameters as well."""
-    sites = list(sites)
-    owners = {site.owner for site in sites}
-    whole, biases = set(fresh), False
-    for name in in_full:
-        owner, _, leaf = name.rpartition(".")
-        if _is_in(name, whole):
-            continue
-        biases |= owner in owners and leaf.endswith("bias")
-        if owner and owner not in owners and not list(model.get_submodule(owner).children()):
-            whole.add(owner)
+    names = {site.name: ranks[site.name] for site in sites}
+    shared = {head.name: names[site.name] for head, site in heads.items() if site.name in names}
     base = dataclasses.replace(
         LoraConfig() if config is None else config,
-        bias="lora_only" if biases else "none",
-        modules_to_save=tuple(sorted(whole)) or None,
-        ensure_weight_tying=any(heads.get(site.name) for site in sites),
+        bias="lora_only" if in_full.biases else "none",
+        modules_to_save=tuple(sorted(in_full.modules)) or None,
+        ensure_weight_tying=bool(shared),
     )
-    targets = []
-    for site in sites:
-        rank = ranks[site.name]
-        names = (site.name, *heads.get(site.name, ()))
-        targets += [Target(name, rank, float(rank)) for name in names]
+    targets = [Target(name, rank, float(rank)) for name, rank in {**names, **shared}.items()]
     return with_targets(base, targets, model)
 
 
@@ -388,14 +450,17 @@ def _fill(
     difference: Difference,
     changed: Set[str],
     buffers: Iterable[str],
-    left_out: Iterable[Site],
+    groups: Mapping[str, tuple[str, ...]],
 ) -> list[str]:
     """Write all changes into an adapter, and return the names of parameters without another place."""
     record = adapter_record(adapted, adapter)
     values: list[tuple[Slot, Tensor]] = []
-    covered = {name for site in left_out for name in (site.weight, *site.tied_to)}
+    covered: set[str] = set()
     for row in record.sites:
-        covered |= {row.site.weight, *row.site.tied_to}
+        # A tied weight that has an adapter of its own is another site.
+        covered |= {
+            name for name in groups[row.site.weight] if difference.same(name, row.site.weight)
+        }
         if row.tied:
             continue
         stored = factors_of(adapted, row, adapter)
@@ -404,9 +469,13 @@ def _fill(
         ):
             values.append((Slot("", join(row.site.holder, name, adapter), tensor), value))
     for name in record.own:
-        covered.add(name)
+        covered |= {*groups[name]}
         values.append((Slot("", name, own_value(adapted, adapter, name)), difference.after(name)))
-    by_name = {name: difference.after(name) for name in sorted(changed - covered)}
+    by_name = {
+        other: difference.after(other).to(adapted.get_parameter(other).dtype)
+        for name in sorted(changed - covered)
+        for other in groups[name]
+    }
     place_given(adapted, adapter, by_name)
     values += [
         (Slot("", name, adapted.get_buffer(name)), difference.after(name)) for name in buffers

@@ -65,12 +65,14 @@ class PlannedSite:
         rank, alpha, scale, dropout: The adapter's hyperparameters at this site; rank 0 and scale 1 for a
             kind without factors.
         parameters: Trainable elements added.
+        frozen: Elements of factors that are not trained.
         flops: Extra forward FLOPs for one token.
         tied: Name of the site whose factors it shares, transposed; empty if it has its own.
         saved: Bytes saved for backward for one token, beyond those of the frozen model: the input, the
             masked input with its mask if there is dropout, the rank-r activation, and the tensors of the
             kind.
         kind: Name of the adapter kind (:mod:`lora_fx.kinds`).
+        options: The options of the kind; None if it has none.
         reason: The setting of the configuration that selects it.
         deploy: The storage that its adapted weight is trained for; None for no rounding.
         least_change: The least ``‖ΔW‖ / ‖W‖`` of which a merge keeps nine tenths, if it was predicted.
@@ -91,6 +93,8 @@ class PlannedSite:
     deploy: Deployment | None = None
     least_change: float | None = None
     gain: float | None = None
+    options: Mapping[str, Any] | None = None
+    frozen: int = 0
 
     @property
     def name(self) -> str:
@@ -289,7 +293,8 @@ class Plan:
     @property
     def total_parameters(self) -> int:
         """Elements of the model with its adapters."""
-        return self.base_parameters + self.added_parameters
+        frozen = sum(row.frozen for row in self.sites)
+        return self.base_parameters + self.added_parameters + frozen
 
     def totals(self) -> tuple[str, str]:
         """Return the number of trainable elements and that of all parameters, in words."""
@@ -684,4 +689,5 @@ def _site_dict(row: PlannedSite) -> dict[str, Any]:
         site["quantized"]["dtype"] = str(row.site.quantized.dtype).removeprefix("torch.")
     fields = {f.name: getattr(row, f.name) for f in dataclasses.fields(row) if f.name != "site"}
     fields["deploy"] = None if row.deploy is None else row.deploy.format
+    fields["options"] = None if row.options is None else dict(row.options)
     return {**site, **fields}

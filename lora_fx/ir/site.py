@@ -199,6 +199,19 @@ class Site:
         return "" if self.whole is None else self.whole.name
 
     @property
+    def reads_vectors(self) -> bool:
+        """True if the input features are the last dimension, or, for a left factor, the one before."""
+        products = {"linear", "matmul", "quantized"}
+        return not self.experts and {call.pattern for call in self.calls} <= products
+
+    @property
+    def is_layer(self) -> bool:
+        """True if it multiplies vectors with the whole of a matrix, as ``nn.Linear`` does."""
+        left = any(call.left for call in self.calls)
+        whole = self.rows is None and self.view is None
+        return self.family == "linear" and self.reads_vectors and whole and not left
+
+    @property
     def place(self) -> str:
         """The weight, with the rows that the site covers."""
         return self.weight if self.rows is None else f"{self.weight}[{self.rows[0]}:{self.rows[1]}]"
@@ -397,6 +410,10 @@ class OutputBuilder(BranchBuilder, Protocol):
         """The bias that the operation adds (:attr:`Call.bias`)."""
 
     @property
+    def input(self) -> fx.Node:
+        """The node that the operation multiplies with its weight."""
+
+    @property
     def operands(self) -> tuple[Any, Any, Any]:
         """Input, weight and bias of an operation that has these arguments."""
 
@@ -406,6 +423,9 @@ class OutputBuilder(BranchBuilder, Protocol):
 
     def factor(self, letter: str) -> fx.Node:
         """Return A or B in its own dtype, with the rank as :class:`Factors` has it."""
+
+    def stored(self, letter: str) -> fx.Node:
+        """Return A or B as stored."""
 
     def cast_factor(self, letter: str) -> fx.Node:
         """Return A or B in the dtype in which the branch computes."""
@@ -427,14 +447,27 @@ class OutputBuilder(BranchBuilder, Protocol):
     def read_weight(self, role: Role) -> fx.Node:
         """Return the weight of the site."""
 
+    def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
+        """Return A, B and the scale of another adapter at the site, one that the kind reads."""
+
+    @property
+    def training(self) -> fx.Node:
+        """The training mode of the site, as it is at each call."""
+
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node in the dtype in which the branch computes."""
+
+    def cast_to_output(self, node: fx.Node) -> fx.Node:
+        """Return a node in the dtype of the operation's output."""
 
     def spread(self, vector: fx.Node) -> fx.Node:
         """Return a vector of the output features, shaped to broadcast against the output."""
 
     def padded(self, up: fx.Node) -> fx.Node:
         """Return the output of a branch, with zeros for output features outside the site."""
+
+    def of_call(self, target: Any, *args: Any) -> fx.Node:
+        """Write a node of the whole call, [samples, ...]. A branch of some samples reads their rows."""
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """Return the node that ``make`` writes; it is called once for each key."""

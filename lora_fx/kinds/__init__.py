@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, fx
 
-from lora_fx.config import LoraConfig
+from lora_fx.config import FrozenOptions, LoraConfig, changes_base
 from lora_fx.errors import ConfigError, hint
-from lora_fx.ir import OutputBuilder, PlannedSite, Site
+from lora_fx.ir import Factors, OutputBuilder, Pattern, PlannedSite, Region, Site
 
 __all__ = [
+    "RANK",
     "AdapterKind",
     "Costs",
     "Slot",
     "Starting",
     "along",
+    "base_change",
     "chosen_kind",
+    "config_for",
     "is_plain",
     "kind_objection",
     "kind_of",
     "kind_with",
     "kinds",
+    "refusal",
     "register_adapter_kind",
+    "site_kind",
+    "stores_product",
     "union_of",
 ]
+
+
+RANK: Final = -1
+"""The rank of a site, as a size in the shape of a slot."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,18 +62,24 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
-    """A vector over the output features that a kind trains, in addition to A and B or without them.
+    """A tensor of a kind at a site, in addition to A and B or without them.
+
+    Most slots are trained vectors over the output features. A slot may also have any other shape, and the
+    rank as a size. A slot that is not trained is the state of an adapter: training calls write into it.
 
     Attributes:
-        name: The attribute of the site's holder that stores the vectors of all adapters.
-        key: Its key in an adapter folder, below the name of the module.
-        shape: The stored shape: the output features, and any axes of size 1.
+        name: The attribute of the site's holder that stores the tensors of all adapters.
+        key: Its key in an adapter folder, below the name of the module; empty if no folder has it.
+        shape: The stored shape; :data:`RANK` stands for the rank. For a vector over the output features:
+            their number, and any axes of size 1.
         what: A noun phrase for messages, which continue "has": "a magnitude".
         neutral: The value with which the slot changes nothing; None if that depends on the weight.
         scaled: True if the scale of the branch multiplies it.
         multiplies: True if it multiplies, False if it is added.
         role: Its input in a file that takes adapters as inputs: "bias" or "gain"; empty if it has none.
         normed: True if it is compared with the norm of the weight.
+        over_outputs: True for a vector over the output features. A merge takes it in slices, as the weight.
+        trained: False for state.
     """
 
     name: str
@@ -73,6 +91,12 @@ class Slot:
     multiplies: bool = False
     role: str = ""
     normed: bool = False
+    over_outputs: bool = True
+    trained: bool = True
+
+    def sized(self, rank: int) -> tuple[int, ...]:
+        """Return the stored shape at a rank."""
+        return tuple(rank if size == RANK else size for size in self.shape)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,8 +124,13 @@ class AdapterKind:
 
     A kind is **additive**, as LoRA is: it adds ``s · B A``, the product of two factors. The pattern of the
     operation defines their shapes (:attr:`low_rank`). Or it is **multiplicative**: it computes a new weight
-    from the existing one (:attr:`transforms`), with or without factors. Everything else that it trains is
-    in slots, vectors over the output features.
+    from the existing one (:attr:`transforms`), with or without factors. All its other tensors are in slots,
+    trained or not.
+
+    The pattern may read other factors than the stored ones: in another shape (:meth:`factors`), or computed
+    from them and the slots. They are :meth:`factor` in a graph and :meth:`merged_factors` in a merge. A kind
+    may differ between sites (:meth:`at`). It may depend on the call, and then no weight has its effect
+    (:attr:`dynamic`).
 
     A kind needs at least a name, :meth:`slots`, :meth:`costs` and its computation. The computation is
     :meth:`joined` in a graph, and :meth:`transformed` and :meth:`bias_terms` in a merge.
@@ -114,16 +143,24 @@ class AdapterKind:
         scales_bias: True if it also changes the bias that the operation adds, which must be a parameter then.
         trains: The parts that it trains in addition to A and B, in words for the dry run; empty for none.
         keys: The keys of its slots in an adapter folder. They locate the sites of a kind without factors.
-        field: The field of PEFT's configuration that chooses it; empty for a kind that
-            ``LoraConfig(kind=name)`` chooses.
+        fields: The fields of PEFT's configuration that choose it if exactly these are set; empty for a kind
+            that ``LoraConfig(kind=name)`` chooses.
+        chosen_start: The value of ``init_lora_weights`` that chooses it as well; empty for any other value.
+        frozen: The factors that are not trained: "a", "b" or both.
+        dynamic: The reason why no weight has the effect of the adapter, and a remedy, in words that continue
+            "because"; empty if a weight has it. A merge, and code that reads the weight, is refused with it.
+        reads_tokens: True if its graphs read the tokens of the running call
+            (:mod:`lora_fx.runtime.call_tokens`).
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
         depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
             in words; empty if it does not need them.
         constants: Functions of parameters alone, in its graphs, whose values a file stores instead.
         handed: Functions whose first argument a file that takes adapters as inputs receives already computed.
         in_parts: True if its branch is right over a weight split across processes (tensor parallelism).
+        widens: True if zeros at the end of the rank (of each group of a convolution) change nothing.
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
+        options: The settings of the kind at a site (:meth:`at`); None for a kind without settings.
     """
 
     name: str = ""
@@ -132,13 +169,99 @@ class AdapterKind:
     scales_bias: bool = False
     trains: str = ""
     keys: tuple[str, ...] = ()
-    field: str = ""
+    fields: tuple[str, ...] = ()
+    chosen_start: str = ""
+    frozen: tuple[str, ...] = ()
+    dynamic: str = ""
+    reads_tokens: bool = False
     does: str = ""
     depends: str = ""
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()
     in_parts: bool = False
+    widens: bool = True
     deploys: bool = False
+    options: Mapping[str, Any] | None = None
+
+    # --- choice -----------------------------------------------------------------------------------
+
+    def at(self, site: Site, config: LoraConfig) -> AdapterKind:
+        """Return the kind that a site gets: this one with its :meth:`options <with_options>`, or another.
+
+        The default has the value of the field that chooses the kind, if that is a mapping.
+        """
+        value = getattr(config, self.fields[0]) if self.fields else None
+        return self.with_options(value) if isinstance(value, Mapping) else self
+
+    def with_options(self, options: Mapping[str, Any] | None) -> AdapterKind:
+        """Return the kind with options. A planned site stores them: plain, hashable values."""
+        if options is None:
+            return self
+        kind = copy.copy(self)
+        kind.options = FrozenOptions(options)
+        return kind
+
+    @property
+    def field(self) -> str:
+        """The first of the fields that choose it, for messages; "kind" if none does."""
+        return (
+            self.fields[0] if self.fields else "init_lora_weights" if self.chosen_start else "kind"
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of other adapters whose factors its graphs read (:meth:`lora_fx.ir.OutputBuilder.other`)."""
+        return ()
+
+    @property
+    def stores(self) -> bool:
+        """True if an adapter folder holds parameters of it."""
+        return self.low_rank or bool(self.keys)
+
+    @property
+    def direct(self) -> bool:
+        """True if the change is ``s·BA`` of the stored factors: :meth:`merged_factors` returns them."""
+        return type(self).merged_factors is AdapterKind.merged_factors
+
+    @property
+    def new_base(self) -> bool:
+        """True if an adapter starts from another base weight: :meth:`start_base`."""
+        return type(self).start_base is not AdapterKind.start_base
+
+    def config_for(self, config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+        """Return the configuration of a folder, with settings that only its tensors show.
+
+        Args:
+            config: The configuration in the folder.
+            tensors: Its tensors by PEFT's keys, without the prefix.
+        """
+        return config
+
+    # --- factors ----------------------------------------------------------------------------------
+
+    def factors(self, site: Site, shapes: Factors) -> Factors:
+        """Return the shapes in which A and B are stored.
+
+        Args:
+            site: The site.
+            shapes: The shapes that the pattern reads.
+        """
+        return shapes
+
+    def start_pair(self, starting: Starting) -> tuple[Tensor, Tensor]:
+        """Return the initial values of A and B, in the stored shapes.
+
+        Args:
+            starting: The values to compute them from. Its A and B are those that LoRA starts with.
+        """
+        assert starting.a is not None
+        assert starting.b is not None
+        return starting.a, starting.b
+
+    @property
+    def starts_from_weight(self) -> bool:
+        """True if initial values may depend on the weight of the site."""
+        return self.new_base or type(self).start_pair is not AdapterKind.start_pair
 
     # --- slots, costs, limits ---------------------------------------------------------------------
 
@@ -146,8 +269,8 @@ class AdapterKind:
         """Return the slots that it trains at a site in addition to A and B."""
         return ()
 
-    def costs(self, site: Site) -> Costs:
-        """Return the costs of the slots at a site."""
+    def costs(self, site: Site, rank: int) -> Costs:
+        """Return the costs at a site, in addition to those of the pattern's A and B."""
         return Costs()
 
     def check(self, config: LoraConfig) -> None:
@@ -165,9 +288,32 @@ class AdapterKind:
                     f"which this says something: leave it out"
                 )
 
-    def objection(self, site: Site) -> str | None:
-        """Return the reason why a site cannot have this kind, with a remedy; None if it can."""
-        remedy = f"set {self.field}=False" if self.field else "choose another kind"
+    @property
+    def setting(self) -> str:
+        """The setting of a configuration that chooses it, in words."""
+        if self.chosen_start:
+            return f"init_lora_weights={self.chosen_start!r}"
+        if not self.fields:
+            return f"the kind {self.name!r}"
+        return f"{self.field}=True" if self.options is None else self.field
+
+    @property
+    def remedy(self) -> str:
+        """The way to another kind, in words."""
+        if self.chosen_start:
+            return "set init_lora_weights=True"
+        if not self.fields:
+            return "choose another kind"
+        return f"set {self.field}=False" if self.options is None else f"leave out {self.field}"
+
+    def objection(self, site: Site, rank: int) -> str | None:
+        """Return the reason why a site cannot have this kind, with a remedy; None if it can.
+
+        Args:
+            site: The site.
+            rank: Its rank; 0 for a kind without factors.
+        """
+        remedy = self.remedy
         for slot in self.slots(site):
             noun = slot.what.removeprefix("a ")
             if site.experts:
@@ -189,7 +335,7 @@ class AdapterKind:
         return None
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return the initial values of a slot, over the output features, in any shape and dtype.
+        """Return the initial values of a slot, in any shape and dtype.
 
         Args:
             slot: One of :meth:`slots`.
@@ -197,12 +343,57 @@ class AdapterKind:
         """
         if slot.neutral is None:
             raise NotImplementedError(f"the kind {self.name!r} does not say how {slot.name} starts")
-        return torch.full(slot.shape, slot.neutral)
+        return torch.full(slot.sized(starting.row.rank), slot.neutral)
+
+    def start_base(self, row: PlannedSite, weight: Tensor) -> Tensor:
+        """Return the weight that replaces that of the base, a new tensor. The default changes no weight.
+
+        Args:
+            row: The site.
+            weight: Its weight as stored. Do not write to it.
+        """
+        return weight
+
+    def penalty(
+        self, row: PlannedSite, factors: Mapping[str, Tensor], *, sites: int, training: bool
+    ) -> Tensor | None:
+        """Return the term of a site in the loss (:func:`lora_fx.adapter_penalty`); None for no term.
+
+        Args:
+            row: The site.
+            factors: A and B as "a" and "b", and the slots by name, as stored.
+            sites: The number of sites with this kind. The terms are summed: divide by it for a mean.
+            training: True if the site is in training mode.
+        """
+        return None
 
     # --- graphs -----------------------------------------------------------------------------------
 
+    def factor(self, build: OutputBuilder, letter: str, stored: fx.Node) -> fx.Node:
+        """Write the factor that the pattern reads, in its own dtype, and return its node.
+
+        Args:
+            build: Writes nodes.
+            letter: "a" or "b".
+            stored: The node that reads the stored factor, in the site's own role.
+        """
+        return stored
+
+    def branch(
+        self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
+    ) -> fx.Node:
+        """Write ``B A drop(x)``, and return its node.
+
+        Args:
+            pattern: The pattern of the operation.
+            node: The operation.
+            region: Its region.
+            build: Writes nodes.
+        """
+        return pattern.branch(build.site, node, region, build)
+
     def factor_b(self, build: OutputBuilder) -> fx.Node:
-        """Write B in the form in which the product takes it, and return its node."""
+        """Write B as the product takes it, in the dtype of the branch. The default casts :meth:`factor`."""
         return build.cast_factor("b")
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
@@ -228,6 +419,32 @@ class AdapterKind:
 
     # --- merges -----------------------------------------------------------------------------------
 
+    def values(self, site: Site, slots: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return slots as the methods below take them: vectors over the output features flat.
+
+        Args:
+            site: The site.
+            slots: The slots by name, as stored.
+        """
+        flat = {slot.name for slot in self.slots(site) if slot.over_outputs}
+        return {name: slot.flatten() if name in flat else slot for name, slot in slots.items()}
+
+    def merged_factors(
+        self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the factors of the change ``s·BA``, in the pattern's shapes, differentiably.
+
+        Args:
+            site: The site.
+            a: A as stored, in the site's own role.
+            b: B as stored, in the site's own role.
+            values: The slots by name, in the dtype of the factors (:meth:`values`).
+
+        Raises:
+            MergeError: If no such factors have the effect of the adapter.
+        """
+        return a, b
+
     def transformed(self, weight: Tensor, site: Site, values: Mapping[str, Tensor]) -> Tensor:
         """Return the adapted weight, a new tensor of the same shape.
 
@@ -236,7 +453,7 @@ class AdapterKind:
         Args:
             weight: A slice of ``W + s·BA``, or of W without factors, in the dtype of the computation.
             site: The site.
-            values: The slots by name, flat, for the output features of the slice.
+            values: The slots by name (:meth:`values`), for the output features of the slice.
         """
         raise NotImplementedError(f"the kind {self.name!r} does not say what weight it makes")
 
@@ -281,7 +498,7 @@ class AdapterKind:
             weight: The base's weight.
             a: A.
             b: B.
-            values: The slots by name, flat.
+            values: The slots by name (:meth:`values`).
         """
         inputs = {"B": b.double() * row.scale}
         for slot in self.slots(row.site):
@@ -395,15 +612,17 @@ def _place(kind: AdapterKind) -> tuple[str, str]:
 class _Kinded(Protocol):
     @property
     def kind(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any] | None: ...
 
 
 def kind_of(row: _Kinded) -> AdapterKind:
-    """Return the kind of a planned site.
+    """Return the kind of a planned site, with its options.
 
     Raises:
         ConfigError: If it was registered in another process and not in this one.
     """
-    return _named(row.kind)
+    return _named(row.kind).with_options(row.options)
 
 
 def _named(name: str) -> AdapterKind:
@@ -419,20 +638,47 @@ def _named(name: str) -> AdapterKind:
 
 
 def chosen_kind(config: LoraConfig) -> AdapterKind:
-    """Return the kind that a configuration chooses.
+    """Return the kind that a configuration chooses, without a site's options.
 
     Raises:
         ConfigError: If it is not registered, other fields choose it, or other fields do not apply to it.
     """
+    start = next(
+        (k.chosen_start for k in _BUILT_IN if k.chosen_start == config.init_lora_weights), ""
+    )
     if config.kind is None:
-        chosen = (kind for kind in _BUILT_IN if kind.field and getattr(config, kind.field))
-        return next(chosen, _PLAIN)
+        fields = {field for kind in _BUILT_IN for field in kind.fields if getattr(config, field)}
+        for kind in _BUILT_IN:
+            if set(kind.fields) == fields and kind.chosen_start == start:
+                return kind
+        settings = [*sorted(fields), *([f"init_lora_weights={start!r}"] if start else ())]
+        raise ConfigError(
+            f"LoraConfig: {' and '.join(settings)} do not go together, as in PEFT: leave out all but one"
+        )
     kind = _named(config.kind)
     if kind in _BUILT_IN:
-        reason = f"{kind.field}=True chooses it" if kind.field else "it is not chosen by name"
+        reason = f"{kind.setting} chooses it" if kind.fields else "it is not chosen by name"
         raise ConfigError(f"LoraConfig.kind: found {kind.name!r}; {reason}: leave out kind")
+    if start:
+        remedy = f"kind={config.kind!r} is another adapter: leave out one of both"
+        raise ConfigError(f"LoraConfig.init_lora_weights: found {start!r}; {remedy}")
     kind.check(config)
     return kind
+
+
+def site_kind(site: Site, config: LoraConfig) -> AdapterKind:
+    """Return the kind that a configuration chooses for a site."""
+    return chosen_kind(config).at(site, config)
+
+
+def config_for(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """Return the configuration of a folder, with settings that only its tensors show.
+
+    Args:
+        config: The configuration in the folder.
+        tensors: Its tensors by PEFT's keys, without the prefix.
+    """
+    return functools.reduce(lambda known, kind: kind.config_for(known, tensors), _registry, config)
 
 
 def is_plain(config: LoraConfig) -> bool:
@@ -440,13 +686,22 @@ def is_plain(config: LoraConfig) -> bool:
     return chosen_kind(config) is _PLAIN
 
 
-def kind_objection(site: Site, config: LoraConfig) -> str | None:
+def base_change(config: LoraConfig) -> str:
+    """Return the setting that makes an adapter start from another base weight; empty if there is none."""
+    if changes_base(config.init_lora_weights):
+        return f"init_lora_weights={config.init_lora_weights!r}"
+    kind = chosen_kind(config)
+    return kind.setting if kind.new_base else ""
+
+
+def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     """Return the reason why a selected site cannot have the configuration's kind; None if it can.
 
     Raises:
         ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
-    reason = chosen_kind(config).objection(site)
+    kind = site_kind(site, config)
+    reason = kind.objection(site, rank)
     if reason is not None and _is_named(site.name, config):
         raise ConfigError(f"{site.name}: {reason}")
     return reason
@@ -459,6 +714,16 @@ def _is_named(name: str, config: LoraConfig) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
+def refusal(kind: AdapterKind) -> str:
+    """Return the reason why no weight has the effect of a kind, with a remedy."""
+    return f"no weight has the effect of this adapter, because {kind.dynamic}"
+
+
+def stores_product(kind: AdapterKind) -> bool:
+    """Return True if the stored A and B are the factors of the change, ``s·BA``, of the weight."""
+    return kind.low_rank and kind.direct and not kind.dynamic
+
+
 def union_of(names: Iterable[str], site: Site) -> str:
     """Return the name of the kind that trains everything that any of these kinds trains at a site.
 
@@ -466,6 +731,8 @@ def union_of(names: Iterable[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     members = [_named(name) for name in dict.fromkeys(names)]
+    if dynamic := next((kind for kind in members if kind.dynamic), None):
+        raise ConfigError(f"{site.name}: {refusal(dynamic)}")
     return kind_with({slot.name for kind in members for slot in kind.slots(site)}, site)
 
 
@@ -476,7 +743,7 @@ def kind_with(slots: Collection[str], site: Site) -> str:
         ConfigError: If no registered kind does.
     """
     for kind in _registry:
-        if kind.low_rank and {slot.name for slot in kind.slots(site)} == set(slots):
+        if stores_product(kind) and {slot.name for slot in kind.slots(site)} == set(slots):
             return kind.name
     raise ConfigError(
         f"{site.name}: no registered kind has A, B and {', '.join(slots) or 'nothing else'}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,9 @@ from lora_fx.kinds import AdapterKind, Costs, Slot, Starting, along
 from lora_fx.kinds.lora import BIAS, bias_slot, bias_start
 from lora_fx.runtime import dora, fused_dora
 
-__all__ = ["KINDS", "Dora"]
+__all__ = ["KINDS", "MAGNITUDE", "Dora"]
 
-_MAGNITUDE: Final = "lora_magnitude_vector"
+MAGNITUDE: Final = "lora_magnitude_vector"
 _LINEAR = (F.linear, torch.ops.aten.linear.default)
 
 
@@ -48,13 +48,13 @@ class Dora(AdapterKind):
     does = "DoRA scales"
     trains = "a trained magnitude (DoRA)"
     depends = "the norms of DoRA (use_dora) are those of the base weights"
-    constants = (dora.gain,)
-    handed = (dora.gain, dora.steered)
+    constants: tuple[Any, ...] = (dora.gain,)
+    handed: tuple[Any, ...] = (dora.gain, dora.steered)
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
         self.name = "dora-bias" if bias else "dora"
-        self.field = "" if bias else "use_dora"
+        self.fields = () if bias else ("use_dora",)
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the magnitude: [out], or [1, out, 1, ...] for a convolution, as PEFT stores it."""
@@ -62,7 +62,7 @@ class Dora(AdapterKind):
         if site.family == "conv":
             shape = (1, site.out_features, *(1 for _ in site.weight_shape[2:]))
         magnitude = Slot(
-            _MAGNITUDE,
+            MAGNITUDE,
             "lora_magnitude_vector",
             shape,
             "a magnitude",
@@ -73,7 +73,7 @@ class Dora(AdapterKind):
         )
         return (bias_slot(site), magnitude) if self.bias else (magnitude,)
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, rank: int) -> Costs:
         """Return a product and a sum per output feature. The norm is not a cost per token."""
         out = site.out_features
         return Costs(out, 2 * out, out)
@@ -97,7 +97,7 @@ class Dora(AdapterKind):
     def factor_b(self, build: OutputBuilder) -> fx.Node:
         """Write B, scaled and multiplied by the gain."""
         factor = build.factor("b")
-        factor = build.call(Role.SCALE, dora.steered, factor, _constant(build), build.scale)
+        factor = build.call(Role.SCALE, dora.steered, factor, self._constant(build), build.scale)
         return build.cast(factor)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
@@ -105,7 +105,7 @@ class Dora(AdapterKind):
         bias = build.cast_slot(BIAS) if self.bias else None
         if not build.applied.bias or build.padding is not None:
             return bias
-        shift = _shift(build, _constant(build), build.operand_bias)
+        shift = _shift(build, self._constant(build), build.operand_bias)
         return shift if bias is None else build.call(Role.MAGNITUDE, operator.add, bias, shift)
 
     def without_bias(self) -> AdapterKind:
@@ -115,7 +115,7 @@ class Dora(AdapterKind):
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Write ``g ∘ (total - bias) + bias`` with the branch: see :func:`lora_fx.runtime.dora.rescaled`."""
         assert up is not None
-        gains = _gain(build)
+        gains = self._gain(build)
         if self.bias and not build.bias_taken:
             up = build.call(Role.UP, operator.add, up, build.spread(build.cast_slot(BIAS)))
         if not self.bias:
@@ -127,7 +127,7 @@ class Dora(AdapterKind):
         spread_gains = build.spread(gains)
         bias = _met_bias(build) if build.applied.bias else None
         if bias is not None and (not build.bias_taken or (self.bias and build.padding is not None)):
-            constant = _constant(build) if build.padding is None else gains
+            constant = self._constant(build) if build.padding is None else gains
             shift = _shift(build, build.spread(constant), bias)
             up = build.call(Role.MAGNITUDE, operator.add, up, shift)
         if _again(build):
@@ -135,12 +135,39 @@ class Dora(AdapterKind):
                 Role.ADD, dora.recomputed, build.base, up, spread_gains, *build.operands
             )
         if _from_output(build):
-            operands = (build.spread(_constant(build)), bias)
+            operands = (build.spread(self._constant(build)), bias)
             return build.call(
                 Role.ADD, dora.rescaled, build.base, None, up, spread_gains, *operands
             )
         base = None if build.total is build.base else build.base
         return build.call(Role.ADD, dora.rescaled, build.total, base, up, spread_gains)
+
+    def _gain(self, build: OutputBuilder) -> fx.Node:
+        return build.once("gain", lambda: self.new_gain(build))
+
+    def new_gain(self, build: OutputBuilder) -> fx.Node:
+        """Write the gain, [out], and return its node."""
+        site = build.site
+        return build.call(
+            Role.MAGNITUDE,
+            dora.gain,
+            build.read_slot(MAGNITUDE, Role.MAGNITUDE),
+            build.read_weight(Role.MAGNITUDE),
+            build.factor("a"),
+            build.factor("b"),
+            build.scale,
+            site.layout,
+            site.groups,
+            site.view,
+            site.rows,
+            *(() if site.order is None else (site.order,)),
+        )
+
+    def _constant(self, build: OutputBuilder) -> fx.Node:
+        """Write the gain for the branch, detached if its gradient comes from the sum."""
+        if not _from_output(build):
+            return self._gain(build)
+        return build.once("held", lambda: build.call(Role.MAGNITUDE, dora.held, self._gain(build)))
 
     # --- merges -----------------------------------------------------------------------------------
 
@@ -148,12 +175,12 @@ class Dora(AdapterKind):
         """Return ``m / ‖W + s·BA‖ ∘ (W + s·BA)``."""
         norm = _norm(weight.detach(), site)  # a constant to the gradient (section 4.3)
         # Weights that are all zero have no direction and stay zero, as in the forward.
-        gain = torch.where(norm > 0, values[_MAGNITUDE] / torch.where(norm > 0, norm, 1), 1)
+        gain = torch.where(norm > 0, values[MAGNITUDE] / torch.where(norm > 0, norm, 1), 1)
         return weight * along(gain, weight, site)
 
     def bound(self, values: Mapping[str, Tensor]) -> float | None:
         """Return the largest magnitude: ``|W + s·BA|_ij ≤ ‖W + s·BA‖_i``."""
-        return max((abs(float(end)) for end in torch.aminmax(values[_MAGNITUDE])), default=0.0)
+        return max((abs(float(end)) for end in torch.aminmax(values[MAGNITUDE])), default=0.0)
 
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float
@@ -170,7 +197,7 @@ class Dora(AdapterKind):
         inputs = super().inputs(row, weight, a, b, values)
         site = row.site
         shape = (site.layout, site.groups, site.view, site.rows, site.order)
-        gain = dora.gain(values[_MAGNITUDE], weight, a, b, row.scale, *shape).double()
+        gain = dora.gain(values[MAGNITUDE], weight, a, b, row.scale, *shape).double()
         up = inputs["B"]
         return {**inputs, "gain": gain, "B": up * gain.view(-1, *(1 for _ in up.shape[1:]))}
 
@@ -184,35 +211,6 @@ class Dora(AdapterKind):
         shape = (site.layout, site.groups, site.view, site.rows)
         inverse = dora.gain(ones, weight, inputs["A"], b, 1.0, *shape)
         return {"B": b, "gain": gain / inverse.to(gain)}
-
-
-def _gain(build: OutputBuilder) -> fx.Node:
-    return build.once("gain", lambda: _new_gain(build))
-
-
-def _new_gain(build: OutputBuilder) -> fx.Node:
-    site = build.site
-    return build.call(
-        Role.MAGNITUDE,
-        dora.gain,
-        build.read_slot(_MAGNITUDE, Role.MAGNITUDE),
-        build.read_weight(Role.MAGNITUDE),
-        build.factor("a"),
-        build.factor("b"),
-        build.scale,
-        site.layout,
-        site.groups,
-        site.view,
-        site.rows,
-        *(() if site.order is None else (site.order,)),
-    )
-
-
-def _constant(build: OutputBuilder) -> fx.Node:
-    """Write the gain for the branch, detached if its gradient comes from the sum."""
-    if not _from_output(build):
-        return _gain(build)
-    return build.once("held", lambda: build.call(Role.MAGNITUDE, dora.held, _gain(build)))
 
 
 def _from_output(build: OutputBuilder) -> bool:

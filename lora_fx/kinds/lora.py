@@ -14,7 +14,7 @@ from lora_fx.ir import OutputBuilder, Role, Site
 from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
 from lora_fx.runtime import fused_lora, fused_rows
 
-__all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start"]
+__all__ = ["BIAS", "KINDS", "Lora", "bias_slot", "bias_start", "layer_objection"]
 
 BIAS: Final = "lora_bias"
 """Name of the slot of B's bias."""
@@ -36,6 +36,20 @@ def bias_start(starting: Starting) -> Tensor:
     return bias
 
 
+def layer_objection(method: str, kind: AdapterKind, site: Site) -> str | None:
+    """Return the reason why a site cannot have a variant of PEFT's that is for linear layers; None if it can.
+
+    Args:
+        method: The name of the variant.
+        kind: Its kind.
+        site: The site.
+    """
+    if site.is_layer:
+        return None
+    remedy = f"leave it out, or {kind.remedy}"
+    return f"{method} is for linear layers with a weight of their own (as in PEFT): {remedy}"
+
+
 class Lora(AdapterKind):
     """Two factors and, with ``bias``, a vector that is added to the output of B."""
 
@@ -46,24 +60,24 @@ class Lora(AdapterKind):
         self.bias = bias
         self.deploys = not bias
         self.name = "lora-bias" if bias else "lora"
-        self.field = "lora_bias" if bias else ""
+        self.fields = ("lora_bias",) if bias else ()
         self.trains = "a bias on B (lora_bias)" if bias else ""
 
     def slots(self, site: Site) -> tuple[Slot, ...]:
         """Return the slot of B's bias, if B has one."""
         return (bias_slot(site),) if self.bias else ()
 
-    def costs(self, site: Site) -> Costs:
+    def costs(self, site: Site, rank: int) -> Costs:
         """Return one addition for each output feature, if B has a bias."""
         return Costs(site.out_features, site.out_features) if self.bias else Costs()
 
-    def objection(self, site: Site) -> str | None:
+    def objection(self, site: Site, rank: int) -> str | None:
         """Refuse a bias on B for an embedding: a lookup has no product that a bias could follow."""
         if self.bias and site.family == "embedding":
             return (
                 "an embedding has no bias on B (as in PEFT): leave it out, or set lora_bias=False"
             )
-        return super().objection(site)
+        return super().objection(site, rank)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
         """Return the start of B's bias."""
@@ -74,23 +88,25 @@ class Lora(AdapterKind):
         return build.cast_slot(BIAS) if self.bias else None
 
     def without_bias(self) -> AdapterKind:
-        """Return plain LoRA: B's bias is added to that of the layer."""
-        return KINDS[0]
+        """Return the kind without B's bias, which is added to that of the layer."""
+        return type(self)().with_options(self.options) if self.bias else self
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
         """Write ``total + pad(up · s)``."""
         assert up is not None
         if not self.bias:
-            rows = (fused_rows.lora_rows, fused_rows.quantized_lora_rows)
-            build.fuse_by(
-                fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear, rows=rows
-            )
+            self.fuse(build)
         elif not build.bias_taken:
             bias = build.bias
             assert bias is not None
             up = build.call(Role.UP, operator.add, up, build.spread(bias))
         scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
         return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
+
+    def fuse(self, build: OutputBuilder) -> None:
+        """Name the function that computes the operation with its branch."""
+        rows = (fused_rows.lora_rows, fused_rows.quantized_lora_rows)
+        build.fuse_by(fused_lora.lora_linear, quantized=fused_lora.quantized_lora_linear, rows=rows)
 
     def bias_terms(
         self, bias: Tensor | None, values: Mapping[str, Tensor], scale: float

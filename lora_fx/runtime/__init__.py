@@ -20,11 +20,13 @@ from lora_fx.runtime.adapter_modules import (
     AdapterDropouts,
     AdapterFactors,
     AdapterModule,
+    AdapterState,
     Holder,
     KeptIndices,
     KeptTensors,
     check_adapter_name,
 )
+from lora_fx.runtime.call_tokens import active_positions, gated, unwatch_tokens, watch_tokens
 from lora_fx.runtime.captured import in_place, output_padding
 from lora_fx.runtime.classes import (
     BASE,
@@ -40,6 +42,7 @@ from lora_fx.runtime.classes import (
 from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.parts import called_by_all, check_equal
+from lora_fx.runtime.routing import routed
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.sample_calls import ignore_ids, tensors_in, unwatch_calls, watch_calls
 from lora_fx.runtime.samples import (
@@ -69,6 +72,7 @@ __all__ = [
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
+    "AdapterState",
     "Blank",
     "EffectiveWeight",
     "Follower",
@@ -79,6 +83,7 @@ __all__ = [
     "LazyTensor",
     "SampleRows",
     "Source",
+    "active_positions",
     "add_rows",
     "around",
     "attention",
@@ -97,6 +102,7 @@ __all__ = [
     "follow",
     "fused_lora",
     "fused_rows",
+    "gated",
     "give_class",
     "held_in",
     "ignore_ids",
@@ -112,6 +118,7 @@ __all__ = [
     "places_of",
     "put_rows",
     "recompute",
+    "routed",
     "rows_added",
     "rows_of_tokens",
     "rows_selected",
@@ -120,7 +127,9 @@ __all__ = [
     "tensors_in",
     "unfollow",
     "unwatch_calls",
+    "unwatch_tokens",
     "watch",
     "watch_calls",
+    "watch_tokens",
     "without_autocast",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "AdapterDropouts",
     "AdapterFactors",
     "AdapterModule",
+    "AdapterState",
     "Holder",
     "KeptIndices",
     "KeptTensors",
@@ -157,6 +158,17 @@ class KeptIndices(AdapterFactors):
             value: Integers, [n].
         """
         self.register_buffer(adapter, value, persistent=False)
+
+
+class AdapterState(AdapterFactors):
+    """Tensors of a kind for every adapter, which training calls write into, as buffers.
+
+    They are not trained. A module that runs again in the backward has those of its forward.
+    """
+
+    def add(self, adapter: str, value: torch.Tensor) -> None:
+        """Add or replace the tensor of an adapter."""
+        self.register_buffer(adapter, value.detach())
 
 
 class AdapterDropout(AdapterModule, nn.Dropout):

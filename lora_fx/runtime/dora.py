@@ -33,6 +33,8 @@ from lora_fx.runtime.recompute import lazy_copy
 
 __all__ = [
     "applied_weight",
+    "dense_gain",
+    "dense_norm",
     "divisible",
     "gain",
     "held",
@@ -207,6 +209,34 @@ def gain(
     applied = applied_weight(weight, layout, view, rows, order)
     norm = weight_norm(applied, a, b, scale, layout, groups)
     return _over_norm(magnitude, norm)
+
+
+def dense_gain(magnitude: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return PEFT's gain for a grouped convolution whose A is dense, differentiable in m only.
+
+    PEFT multiplies B, read as [out/g, r], with A, and reads the product in the shape of W. No layer computes
+    that product, but PEFT trains with its norm.
+
+    Args:
+        magnitude: m, with ``out`` elements.
+        weight: W, [out, in/g, *k].
+        a: A, [r, in, *k].
+        b: B, [out, r/g, 1, ...].
+        scale: s.
+
+    Returns:
+        [out], in fp32, or fp64 for an fp64 weight.
+    """
+    return _over_norm(magnitude, dense_norm(weight, a, b, scale))
+
+
+def dense_norm(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """Return the norm of :func:`dense_gain`, [out], detached."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    base, down, up = (tensor.detach().to(wide) for tensor in (weight, a, b))
+    product = (up.reshape(-1, len(a)) @ down.flatten(1)).reshape(base.shape)
+    norm: Tensor = torch.linalg.vector_norm((base + scale * product).flatten(1), dim=1)
+    return norm
 
 
 def _over_norm(magnitude: Tensor, norm: Tensor) -> Tensor:

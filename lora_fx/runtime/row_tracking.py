@@ -269,7 +269,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
     def _union(self, tensors: Iterable[Tensor]) -> Tensor | None:
         known = [self.read(tensor) for tensor in tensors]
-        return union(*(sets.flatten(1).amin(1) for sets in known if sets is not None))
+        return union(*(sets.reshape(len(sets), -1).amin(1) for sets in known if sets is not None))
 
     def _asked(self, tensors: Sequence[Tensor]) -> None:
         """Record that code reads values of the batch as numbers, and may branch on them."""
@@ -334,7 +334,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         with torch_private.disable_dispatch_modes(), torch.no_grad():
             sets = self.read(x)
             if sets is not None:
-                by_row = sets.flatten(2).amin(2)
+                by_row = sets.reshape(*sets.shape[:2], -1).amin(2)
                 self.write(result, by_row.reshape(*by_row.shape, *[1] * (result.dim() - 1)))
 
     def has_rows(self, result: Tensor) -> bool:

@@ -32,7 +32,7 @@ from lora_fx.runtime.samples import (
     unfollow,
 )
 
-__all__ = ["ignore_ids", "refuse_ids", "tensors_in", "unwatch_calls", "watch_calls"]
+__all__ = ["entered", "ignore_ids", "refuse_ids", "tensors_in", "unwatch_calls", "watch_calls"]
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -47,7 +47,7 @@ def watch_calls(model: nn.Module, table: SampleRows) -> None:
         model: A model whose sites read ``table``.
         table: The samples of each adapter.
     """
-    for name, module in _entered(model):
+    for name, module in entered(model):
         entry = _Entry(name, model, table)
         if isinstance(module, torch.jit.ScriptModule):
             continue  # it has no adapter, and does not support these hooks
@@ -94,7 +94,7 @@ def unwatch_calls(model: nn.Module) -> None:
         torch_private.remove_forward_hooks(module, _Entry, _Ignored, _Exit)
 
 
-def _entered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def entered(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the model and the modules that it calls directly: children, and children of containers."""
     seen = {id(model)}
     yield "", model

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_fx import torch_private
-from lora_fx.runtime.adapter_modules import AdapterModule
+from lora_fx.runtime.adapter_modules import AdapterModule, AdapterState
 from lora_fx.runtime.chunked import drawing, exact_dtype, generators
 from lora_fx.runtime.masks import TileMasks, transformed
 from lora_fx.runtime.recompute import autocast_of
@@ -90,7 +90,7 @@ def in_tiles(module: nn.Module, compute: Callable[[Tensor], Any], x: Tensor) -> 
         compute: Function that returns the results of some tokens.
         x: All tokens, which :func:`fits` has checked.
     """
-    if not all(map(is_silent, _parts(module))):
+    if not all(map(is_silent, _parts(module))) or _counts_tokens(module):
         return None
     parameters = [p for p in module.parameters() if p.requires_grad]
     hooked = any(getattr(p, torch_private.TENSOR_HOOKS) for p in parameters)
@@ -129,6 +129,11 @@ def is_silent(part: nn.Module) -> bool:
     """Return True if a part draws no random numbers, and has no hooks that would see tiles."""
     draws = part.training and getattr(part, "p", False) and "Dropout" in type(part).__name__
     return not (draws or any(getattr(part, name) for name in torch_private.MODULE_HOOKS))
+
+
+def _counts_tokens(module: nn.Module) -> bool:
+    """Return True if an adapter in a module has state, which depends on all tokens of a call."""
+    return any(isinstance(part, AdapterState) for part in module.modules())
 
 
 def draws(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.ir import Capture, Kind, Pass, PassResult, Plan, PlannedSite, Site
-from lora_fx.kinds import Slot, Starting, kind_of, kinds
+from lora_fx.kinds import Slot, Starting, kind_of
 from lora_fx.passes.graph import partition_of
 from lora_fx.passes.insert.starts import Start, initial_start, site_generator
 from lora_fx.passes.parameters import (
@@ -36,7 +36,13 @@ from lora_fx.passes.parameters import (
     module_at,
     weight_at,
 )
-from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptTensors
+from lora_fx.runtime import (
+    AdapterDropouts,
+    AdapterFactors,
+    AdapterState,
+    Holder,
+    KeptTensors,
+)
 
 __all__ = [
     "AddFactors",
@@ -58,12 +64,14 @@ class AddFactors(Pass):
 
     Attributes:
         adapter: The adapter's name.
+        loaded: True if the factors are loaded next, so that no start is computed from a weight.
     """
 
     name: ClassVar[str] = "add-factors"
     kind: ClassVar[Kind] = "in place"
     needs: ClassVar[str] = "plan"
     adapter: str = "default"
+    loaded: bool = False
 
     def __call__(self, capture: Capture) -> PassResult:
         """Add the parameters that are missing."""
@@ -75,21 +83,34 @@ class AddFactors(Pass):
             if row.tied:
                 _tie_factors(capture.model, row, plan, self.adapter)
             else:
-                _add_factors(capture.model, row, plan.config, self.adapter)
+                self._add_factors(capture.model, row, plan.config)
             _add_dropout(capture.model, row, self.adapter)
-        for kind in kinds():
-            without_bias = [row for row in rows if row.kind == kind.name and row.site.bias is None]
-            if alone := [
-                row.name
-                for row in without_bias
-                if any(slot.scaled for slot in kind.slots(row.site))
-            ]:
-                _log.warning(
-                    "no merge can fold the bias on B (%s) of these, which have none of their own: %s",
-                    kind.field or kind.name,
-                    ", ".join(alone),
-                )
+        alone: dict[str, list[str]] = {}
+        for row in rows:
+            kind = kind_of(row)
+            if row.site.bias is None and any(slot.scaled for slot in kind.slots(row.site)):
+                alone.setdefault(kind.field, []).append(row.name)
+        for setting, names in alone.items():
+            _log.warning(
+                "no merge can fold the bias on B (%s) of these, which have none of their own: %s",
+                setting,
+                ", ".join(names),
+            )
         return PassResult(capture, bool(rows))
+
+    def _add_factors(self, model: nn.Module, row: PlannedSite, config: LoraConfig) -> None:
+        kind, start = kind_of(row), config.init_lora_weights
+        if kind.low_rank:
+            # The changes of the parts of one weight add up: each part starts from the weight left by the
+            # one before.
+            reads = changes_base(start) and not needs_data(start)
+            reads = reads or kind.new_base or (kind.starts_from_weight and not self.loaded)
+            weight = (
+                gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
+            )
+            begun = initial_start(row, weight, config, loaded=self.loaded)
+            place_start(model, row, self.adapter, begun)
+        place_slots(model, row, self.adapter, config)
 
 
 def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
@@ -97,20 +118,13 @@ def _there(model: nn.Module, row: PlannedSite, adapter: str) -> bool:
     above = module_at(model, site.owner)
     name = site.holder.rpartition(".")[2]
     holder = above if site.holder == site.owner else above._modules.get(name)
-    factors = None if holder is None else holder._modules.get(factor_names(row).present[0])
+    names = factor_names(row).present or ((DROPOUT,) if row.dropout else ())
+    if not names:
+        return True
+    factors = None if holder is None else holder._modules.get(names[0])
+    if isinstance(factors, AdapterDropouts):
+        return adapter in factors._modules
     return factors is not None and adapter in factors._parameters
-
-
-def _add_factors(model: nn.Module, row: PlannedSite, config: LoraConfig, adapter: str) -> None:
-    if not kind_of(row).low_rank:
-        place_slots(model, row, adapter, config)
-        return
-    # The changes of the parts of one weight add up: each part starts from the weight left by the one
-    # before.
-    reads = changes_base(config.init_lora_weights) and not needs_data(config.init_lora_weights)
-    weight = gathered(base_weight(model, row.site)) if reads else _base_like(model, row.site)
-    place_start(model, row, adapter, initial_start(row, weight, config))
-    place_slots(model, row, adapter, config)
 
 
 def _tie_factors(model: nn.Module, row: PlannedSite, plan: Plan, adapter: str) -> None:
@@ -145,17 +159,18 @@ def slot_start(
 
     Args:
         row: The site.
-        slot: The trained parameter besides the factors.
+        slot: The tensor besides the factors.
         weight: Its weight.
         pair: Its A and B as they are stored, or None without factors.
         config: The configuration.
     """
     dtype = adapter_dtype(weight)
     if weight.device.type == "meta":
-        return torch.empty(slot.shape, dtype=dtype, device="meta")
+        return torch.empty(slot.sized(row.rank), dtype=dtype, device="meta")
     a, b = pair or (None, None)
     starting = Starting(row, weight, a, b, config, lambda name: site_generator(name, config))
-    return kind_of(row).start(slot, starting).reshape(slot.shape).to(weight.device, dtype)
+    start = kind_of(row).start(slot, starting)
+    return start.reshape(slot.sized(row.rank)).to(weight.device, dtype)
 
 
 _START_A: Final = "lora_A_start"
@@ -169,13 +184,14 @@ def place_start(model: nn.Module, row: PlannedSite, adapter: str, start: Start) 
     """Set the factors of a site to a start, replacing the adapter's former factors if it has any."""
     names = factor_names(row)
     start = _where_the_weight_is(model, row, start)
-    for name, value in ((names.a, start.a), (names.b, start.b)):
-        _put(model, row.site, name, adapter, value)
+    fixed = kind_of(row).frozen
+    for letter, name, value in (("a", names.a, start.a), ("b", names.b, start.b)):
+        _put(model, row.site, name, adapter, value, trained=letter not in fixed)
     if start.subtracted:
         for name, value in ((_START_A, start.a), (_START_B, start.b)):
             # Copies, because training writes into the factors.
             kept = nn.Parameter(value.clone(), requires_grad=False)
-            _factors_module(model, row.site, name).add(adapter, kept)
+            _factors_module(model, row.site, name, KeptTensors).add(adapter, kept)
     if start.weight is not None:
         owner = model.get_submodule(row.site.owner)
         before = owner._parameters[row.site.parameter]
@@ -204,7 +220,7 @@ def _where_the_weight_is(model: nn.Module, row: PlannedSite, start: Start) -> St
 
 
 def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraConfig) -> None:
-    """Set the slots of the kind, which are trained besides the factors. A tied site has its own slots."""
+    """Set the slots of the kind, its tensors besides the factors. A tied site has its own slots."""
     kind, names = kind_of(row), factor_names(row)
     if not names.slots:
         return
@@ -219,14 +235,25 @@ def place_slots(model: nn.Module, row: PlannedSite, adapter: str, config: LoraCo
         value = slot_start(row, slot, weight, pair, config)
         if layout is not None:
             value = distributed(value, layout.mesh, layout.slot)
-        _put(model, row.site, slot.name, adapter, value)
+        if slot.trained:
+            _put(model, row.site, slot.name, adapter, value)
+        else:
+            _factors_module(model, row.site, slot.name, AdapterState).add(adapter, value)
 
 
-def _put(model: nn.Module, site: Site, name: str, adapter: str, value: torch.Tensor) -> None:
-    """Set a parameter, frozen if the former one was (that of an inactive adapter is)."""
+def _put(
+    model: nn.Module,
+    site: Site,
+    name: str,
+    adapter: str,
+    value: torch.Tensor,
+    *,
+    trained: bool = True,
+) -> None:
+    """Set a parameter, frozen if it is not trained or the former one was (that of an inactive adapter is)."""
     factors = _factors_module(model, site, name)
     former = factors._parameters.get(adapter)
-    trained = former is None or former.requires_grad
+    trained = trained and (former is None or former.requires_grad)
     factors.add(adapter, nn.Parameter(value, requires_grad=trained))
 
 
@@ -275,7 +302,8 @@ def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         factors = holder._modules.get(name)
         if isinstance(factors, AdapterFactors):
             factors._parameters.pop(adapter, None)
-            if not factors._parameters:
+            factors._buffers.pop(adapter, None)
+            if not factors._parameters and not factors._buffers:
                 del holder._modules[name]
     dropouts = holder._modules.get(DROPOUT)
     if isinstance(dropouts, AdapterDropouts):
@@ -286,12 +314,13 @@ def drop_site(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         del model.get_submodule(row.site.owner)._modules[row.site.holder.rpartition(".")[2]]
 
 
-def _factors_module(model: nn.Module, site: Site, name: str) -> AdapterFactors:
-    """Return the module that holds a factor of a site for all adapters, and create it if needed."""
+def _factors_module(
+    model: nn.Module, site: Site, name: str, cls: type[AdapterFactors] = AdapterFactors
+) -> AdapterFactors:
+    """Return the module that holds a tensor of a site for all adapters, and create it if needed."""
     holder = _holder(model, site)
     if name not in holder._modules:
-        kept = name in (_START_A, _START_B)
-        holder.add_module(name, KeptTensors() if kept else AdapterFactors())
+        holder.add_module(name, cls())
     factors = holder.get_submodule(name)
     assert isinstance(factors, AdapterFactors)
     factors.train(holder.training)

@@ -42,7 +42,14 @@ from lora_fx.ir import (
 )
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import arguments, copy_graph
-from lora_fx.passes.parameters import DROPOUT, adapter_dtype, factor_names, is_sharded, weight_at
+from lora_fx.passes.parameters import (
+    DROPOUT,
+    adapter_dtype,
+    factor_names,
+    is_sharded,
+    other_rows,
+    weight_at,
+)
 from lora_fx.passes.patterns import path_to_weight, pattern_of
 from lora_fx.runtime import branch, parts
 
@@ -58,7 +65,8 @@ class _Wiring:
         call: The call that applies its weight.
         a, b: Names of the factors; empty for a kind without factors.
         kind: Name of the adapter kind.
-        slots: Other trained parameters: their slot names, and their names in the region.
+        options: Its options; None if it has none.
+        slots: Its other tensors: their slot names, and their names in the region.
         scale: The factor of the branch.
         dropout: The module with the dropout probability and the training mode; empty for none.
         cast: True to cast the factors to the base output's dtype, or bring them to its layout.
@@ -67,6 +75,7 @@ class _Wiring:
         padding: Numbers of output features of the base operation before and after those of the
             branch; None if it has them all.
         deploy: The storage that the adapted weight is trained for; None for no rounding.
+        reads: Other adapters that the kind reads: their names, the names of their factors, their scales.
     """
 
     site: Site
@@ -74,6 +83,7 @@ class _Wiring:
     a: str
     b: str
     kind: str = "lora"
+    options: Mapping[str, Any] | None = None
     slots: tuple[tuple[str, str], ...] = ()
     scale: float = 1.0
     dropout: str = ""
@@ -82,6 +92,7 @@ class _Wiring:
     transposed: bool = False
     padding: tuple[int, int] | None = None
     deploy: Deployment | None = None
+    reads: tuple[tuple[str, str, str, float], ...] = ()
 
 
 class Writer:
@@ -138,6 +149,7 @@ class Branch(Writer):
         self._names = {"a": wiring.a, "b": wiring.b}
         self._kind = kind_of(wiring)
         self._slots = dict(wiring.slots)
+        self._others = {name: (a, b, scale) for name, a, b, scale in wiring.reads}
         self._known: dict[str, fx.Node] = {}
         self._items = {} if items is None else items
         self._dropout: tuple[str, str] | None = None
@@ -175,6 +187,12 @@ class Branch(Writer):
         """Return the bias node of the base operation."""
         names = {node.name: node for node in self.base.all_input_nodes}
         return names[self.applied.bias]
+
+    @property
+    def input(self) -> fx.Node:
+        """Return the node that the operation multiplies with its weight."""
+        names: dict[str, fx.Node] = {node.name: node for node in self._graph.nodes}
+        return names[self.applied.input]
 
     @property
     def operands(self) -> tuple[Any, Any, Any]:
@@ -248,12 +266,18 @@ class Branch(Writer):
         return total
 
     def factor(self, letter: str) -> fx.Node:
-        """Return a factor in its own dtype, transposed back if it is stored transposed."""
-        name = self._names[letter]
-        factor = self._read(name)
-        if not self._wiring.transposed:
-            return factor
-        return self.once(f"turned {name}", lambda: self.call(Role.FACTOR, torch.t, factor))
+        """Return a factor in its own dtype, in the form that the pattern reads."""
+        return self.once(f"factor {letter}", lambda: self._new_factor(letter))
+
+    def _new_factor(self, letter: str) -> fx.Node:
+        stored = self.stored(letter)
+        if self._wiring.transposed:
+            stored = self.call(Role.FACTOR, torch.t, stored)
+        return self._kind.factor(self, letter, stored)
+
+    def stored(self, letter: str) -> fx.Node:
+        """Return a factor as it is stored."""
+        return self._read(self._names[letter])
 
     def cast_factor(self, letter: str) -> fx.Node:
         """Return a factor in the dtype in which the branch computes."""
@@ -285,6 +309,21 @@ class Branch(Writer):
         """Return the weight of the site."""
         return self.make(role, "get_attr", self.site.weight)
 
+    def other(self, adapter: str) -> tuple[fx.Node, fx.Node, float]:
+        """Return A, B and the scale of another adapter at the site, as stored."""
+        a, b, scale = self._others[adapter]
+        return self._read(a), self._read(b), scale
+
+    def cast_to_output(self, node: fx.Node) -> fx.Node:
+        """Return a node cast to the dtype of the operation's output."""
+        return self.call(Role.CAST, branch.cast_like, node, self.base)
+
+    @property
+    def training(self) -> fx.Node:
+        """Return the training mode of the site's holder, which is read at each call."""
+        holder = self._names["a"] or next(iter(self._slots.values()))
+        return self._read(join(holder.rpartition(".")[0], "training"), Role.DROPOUT)
+
     def cast(self, node: fx.Node) -> fx.Node:
         """Return a node cast to the dtype of the operation's output, if that differs."""
         return (
@@ -306,6 +345,12 @@ class Branch(Writer):
         return self.once(
             f"spread {vector.name}", lambda: self.call(Role.MAGNITUDE, branch.spread, *operands)
         )
+
+    def of_call(self, target: Any, *args: Any) -> fx.Node:
+        """Return a node of the whole call. Without a tag it is no part of the branch."""
+        node = self.call(Role.ROWS, target, *args)
+        del node.meta[META_KEY]
+        return node
 
     def once(self, key: str, make: Callable[[], fx.Node]) -> fx.Node:
         """Return the node of a key, which ``make`` writes the first time."""
@@ -371,6 +416,7 @@ class Insert(Pass):
             a=factor(names.a),
             b=factor(names.b),
             kind=kind.name,
+            options=kind.options,
             slots=tuple((name, factor(name)) for name in names.slots),
             scale=row.scale,
             dropout=factor(DROPOUT) if row.dropout else "",
@@ -379,6 +425,11 @@ class Insert(Pass):
             transposed=bool(row.tied),
             padding=_padding(site),
             deploy=row.deploy,
+            reads=tuple(
+                (name, join(holder, own.a, name), join(holder, own.b, name), other.scale)
+                for name, other in other_rows(capture.model, row)
+                for own in [factor_names(other)]
+            ),
         )
         return _Job(relative(site.place, region.fqn), wiring)
 
@@ -393,8 +444,9 @@ class Insert(Pass):
             read_base(edited, base, wiring.site.weight)
             tag = functools.partial(_tag, job.part, self.adapter)
             build = Branch(graph, base, tag, wiring, items)
-            low_rank, pattern = kind_of(wiring).low_rank, pattern_of(wiring.call)
-            build.finish(pattern.branch(wiring.site, base, edited, build) if low_rank else None)
+            pattern = pattern_of(wiring.call)
+            kind = kind_of(wiring)
+            build.finish(kind.branch(pattern, base, edited, build) if kind.low_rank else None)
         graph.lint()
         return graph
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -16,6 +17,7 @@ from lora_fx import torch_private
 from lora_fx.config import LoraConfig, changes_base, needs_data
 from lora_fx.errors import ConfigError, ProcessError
 from lora_fx.ir import Factors, PlannedSite, Site
+from lora_fx.kinds import Starting, kind_of
 from lora_fx.passes.lowrank import low_rank_svd
 from lora_fx.passes.parameters import (
     adapter_dtype,
@@ -24,6 +26,7 @@ from lora_fx.passes.parameters import (
     matrix_shape,
     part_of,
     replaced,
+    shapes_of,
     wide,
 )
 from lora_fx.passes.patterns import pattern_of
@@ -372,42 +375,68 @@ class Start:
     subtracted: bool = False
 
 
-def initial_start(row: PlannedSite, weight: torch.Tensor, config: LoraConfig) -> Start:
+def initial_start(
+    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, *, loaded: bool = False
+) -> Start:
     """Return the start from the weight alone. An initialization that needs data gets a plain start first.
 
     Args:
         row: The site.
         weight: Its weight. It is not changed.
         config: The configuration. Random numbers come from a generator for each site.
+        loaded: True if the factors are loaded next, so that the kind need not compute their start.
 
     Raises:
         ConfigError: If the weight has values that are not finite.
     """
-    start = config.init_lora_weights
-    shapes = pattern_of(row.site).factors(row.site, row.rank)
-    if needs_data(start):
+    start, kind = config.init_lora_weights, kind_of(row)
+    shapes = shapes_of(row)
+    if needs_data(start) or kind.chosen_start:
         start = True
     if weight.device.type == "meta":
-        return _without_values(shapes, weight, start)
+        empty = _without_values(shapes, weight, start)
+        return (
+            dataclasses.replace(empty, weight=torch.empty_like(weight)) if kind.new_base else empty
+        )
     with torch.device("cpu"):  # random numbers come from a generator there
-        return _with_values(row, weight, config, start, shapes)
+        values = _with_values(row, weight, config, start, shapes, loaded)
+    if not kind.new_base:
+        return values
+    _check_decomposes(row, weight, kind.setting)
+    return dataclasses.replace(values, weight=kind.start_base(row, weight.detach()))
 
 
 def _with_values(
-    row: PlannedSite, weight: torch.Tensor, config: LoraConfig, start: Any, shapes: Any
+    row: PlannedSite,
+    weight: torch.Tensor,
+    config: LoraConfig,
+    start: Any,
+    shapes: Any,
+    loaded: bool,
 ) -> Start:
     """Return the start from a weight that has values."""
     generator = site_generator(row.name, config)
     if not isinstance(start, str) or start == "gaussian":
-        return Start(*_placed(*plain(row.site, shapes, start, generator), weight))
+        pair = plain(row.site, shapes, start, generator)
+        kind, make = kind_of(row), functools.partial(site_generator, config=config)
+        if loaded:
+            return Start(*_placed(*pair, weight))
+        if kind.chosen_start:
+            _check_decomposes(row, weight, kind.setting)
+        pair = kind.start_pair(Starting(row, weight.detach(), *pair, config, make))
+        return Start(*_placed(*pair, weight))
     if start == "orthogonal":
         return Start(*_placed(*orthogonal(row.site, shapes, generator), weight))
+    _check_decomposes(row, weight, f"init_lora_weights={start!r}")
+    return _from_weight(row, weight, config, generator)
+
+
+def _check_decomposes(row: PlannedSite, weight: torch.Tensor, setting: str) -> None:
     if not torch.isfinite(weight).all():
         raise ConfigError(
-            f"{row.name}: init_lora_weights={start!r} decomposes the weight, and {row.site.weight} has "
-            "values that are not finite"
+            f"{row.name}: {setting} decomposes the weight, and {row.site.weight} has values that are not "
+            "finite"
         )
-    return _from_weight(row, weight, config, generator)
 
 
 def data_start(

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from lora_fx.passes.merge import merging
 from lora_fx.passes.merge.compensated import NEAREST, Rounding, RoundingName, is_matrix_product
-from lora_fx.passes.merge.dense import KEPT_IN_FP32, cast, check_dtype, forget_loader, stripped
+from lora_fx.passes.merge.dense import (
+    KEPT_IN_FP32,
+    Keep,
+    cast,
+    check_dtype,
+    forget_loader,
+    stripped,
+)
 from lora_fx.passes.merge.fold import delta_weight
 from lora_fx.passes.merge.forms import rounded_site
 from lora_fx.passes.merge.merging import (
@@ -22,6 +29,7 @@ __all__ = [
     "KEPT_IN_FP32",
     "NEAREST",
     "Changes",
+    "Keep",
     "MergeReport",
     "MergedSite",
     "OutputError",

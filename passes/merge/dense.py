@@ -12,7 +12,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -49,15 +49,17 @@ from lora_fx.passes.parameters import (
     with_part,
 )
 from lora_fx.passes.trainers import copy_without_trainers
-from lora_fx.runtime import AdapterModule, unwatch_calls
+from lora_fx.runtime import AdapterModule, unwatch_calls, unwatch_tokens
 
 __all__ = [
     "KEPT_IN_FP32",
+    "Keep",
     "cast",
     "cast_model",
     "check_dtype",
     "dtype_of_all",
     "forget_loader",
+    "keep_all",
     "layouts_of",
     "make_dense",
     "make_savable",
@@ -85,10 +87,32 @@ def check_dtype(dtype: object) -> None:
         raise MergeError(f"dtype is {dtype!r}; it is one of {known}")
 
 
+class Keep(Protocol):
+    """Function that decides where a new weight is stored."""
+
+    def __call__(
+        self, weight: torch.Tensor, again: Callable[[], torch.Tensor] | None = None, /
+    ) -> torch.Tensor:
+        """Return a tensor of the same values, to use instead of the weight.
+
+        Args:
+            weight: The new weight.
+            again: Computes it again, the same each time; None if its sources do not stay.
+        """
+        ...
+
+
+def keep_all(
+    weight: torch.Tensor, again: Callable[[], torch.Tensor] | None = None, /
+) -> torch.Tensor:
+    """Keep each new weight as it is; see :class:`Keep`."""
+    return weight
+
+
 def cast_model(
     model: nn.Module,
     dtype: torch.dtype,
-    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    keep: Keep = keep_all,
     *,
     buffers: bool = True,
 ) -> None:
@@ -142,7 +166,7 @@ def _cast_parameter(
     old: nn.Parameter,
     dtype: torch.dtype,
     name: str,
-    keep: Callable[[torch.Tensor], torch.Tensor],
+    keep: Keep,
 ) -> nn.Parameter:
     if is_partitioned(old):
         value = distributed_as(cast(gathered(old, name), dtype, name), old)
@@ -260,7 +284,7 @@ def make_dense(
     model: nn.Module,
     dtype: torch.dtype,
     layouts: Mapping[str, Layout],
-    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    keep: Keep = keep_all,
 ) -> None:
     """Replace the remaining quantized weights, one by one; the model is changed.
 
@@ -400,6 +424,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     unwatch_calls(result)
+    unwatch_tokens(result)
     unprotect(result)
     kept = {name: result.get_submodule(name) for name in record.base.kept}
     for module in list(result.modules()):

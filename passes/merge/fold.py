@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from lora_fx import torch_private
 from lora_fx.errors import MergeError
 from lora_fx.ir import PlannedSite, PlannedTokens, Record
-from lora_fx.kinds import kind_of
+from lora_fx.kinds import kind_of, refusal, stores_product
 from lora_fx.passes.merge.rounding import (
     Term,
     round_into,
@@ -47,6 +47,7 @@ __all__ = [
     "TokenWeight",
     "Workspace",
     "cannot_overflow",
+    "check_mergeable",
     "check_stored",
     "delta_weight",
     "is_finite",
@@ -103,10 +104,33 @@ def _pair(
     device: torch.device | None,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return A and B in the site's own roles: those of a head that is tied to an embedding are transposed."""
-    pair = factors_of(model, row, adapter).pair
-    a, b = (gathered(factor).to(device, dtype) for factor in pair)
-    return (a.T, b.T) if row.tied else (a, b)
+    """Return A and B as the pattern reads them: those of a head that is tied to an embedding are transposed.
+
+    Raises:
+        MergeError: If no weight has the effect of the adapter.
+    """
+    kind = kind_of(row)
+    if kind.dynamic:
+        raise MergeError(f"{row.name}: adapter {adapter!r}: {refusal(kind)}")
+    factors = factors_of(model, row, adapter)
+    a, b = (gathered(factor).to(device, dtype) for factor in factors.pair)
+    slots = {name: gathered(slot).to(device, dtype) for name, slot in factors.slots.items()}
+    a, b = (a.T, b.T) if row.tied else (a, b)
+    try:
+        return kind.merged_factors(row.site, a, b, kind.values(row.site, slots))
+    except MergeError as error:
+        raise MergeError(f"{row.name}: adapter {adapter!r}: {error}") from error
+
+
+def check_mergeable(model: nn.Module, row: PlannedSite, adapter: str) -> None:
+    """Raise if no weight has the effect of an adapter at a site.
+
+    Raises:
+        MergeError: With the reason, and a remedy.
+    """
+    kind = kind_of(row)
+    if kind.dynamic or (kind.low_rank and not stores_product(kind)):
+        _pair(model, row, adapter, None, torch.float32)
 
 
 def _sums_over_rank(row: PlannedSite) -> bool:
@@ -220,7 +244,8 @@ def cannot_overflow(
         if kind.low_rank:
             if not _sums_over_rank(row):
                 return False
-            change += abs(row.scale) * row.rank * _largest(factors.a) * _largest(factors.b)
+            a, b = _pair(model, row, adapter, None, factors.a.dtype)
+            change += abs(row.scale) * row.rank * _largest(a) * _largest(b)
         if kind.transforms:
             bound = kind.bound({name: gathered(slot) for name, slot in factors.slots.items()})
             # The bound holds only if nothing else is added to the transformed weight.
@@ -264,12 +289,14 @@ class _Part(NamedTuple):
     Attributes:
         pair: A and ``s · B``; None without factors.
         values: The slots of a kind that transforms the weight, by name.
+        sliced: The names of those over the output features.
         slices: A and ``s · B`` in slices whose products are exact; None if nothing is summed exactly.
     """
 
     pair: tuple[torch.Tensor, torch.Tensor] | None
     values: Mapping[str, torch.Tensor]
     slices: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+    sliced: frozenset[str] = frozenset()
 
     def rows(self, first: int, last: int, *, experts: bool) -> _Part:
         """Return the change of some output features, or experts."""
@@ -283,8 +310,11 @@ class _Part(NamedTuple):
         pair = self.pair
         if pair is not None:
             pair = (pair[0][first:last] if experts else pair[0], pair[1][first:last])
-        values = {name: slot[first:last] for name, slot in self.values.items()}
-        return _Part(pair, values, sliced)
+        values = {
+            name: slot[first:last] if name in self.sliced else slot
+            for name, slot in self.values.items()
+        }
+        return _Part(pair, values, sliced, self.sliced)
 
 
 class _Folded:
@@ -462,8 +492,9 @@ class Fold(_Folded):
                 pair = _wide_factors(self.model, row, adapter, dtype, device)
                 sliced = _sliced_factors(self.model, row, adapter, device) if exactly else None
             slots = factors_of(self.model, row, adapter).slots if kind.transforms else {}
-            values = {name: gathered(v).flatten().to(device, dtype) for name, v in slots.items()}
-            parts.append(_Part(pair, values, sliced))
+            slots = {name: gathered(slot).to(device, dtype) for name, slot in slots.items()}
+            over = frozenset(slot.name for slot in kind.slots(row.site) if slot.over_outputs)
+            parts.append(_Part(pair, kind.values(row.site, slots), sliced, over))
         return parts
 
     def _add(self, total: torch.Tensor, start: int, parts: list[_Part]) -> None:
@@ -686,8 +717,8 @@ def merged_biases(
         device = next(iter(slots.values())).device if source is None else source.device
         wide = torch.float32 if device.type == "mps" else torch.float64
         part = source[start:stop].to(wide) if source is not None and source.dim() == 1 else None
-        values = {name: gathered(slot).flatten().to(device, wide) for name, slot in slots.items()}
-        vectors = kind.bias_terms(part, values, row.scale)
+        slots = {name: gathered(slot).to(device, wide) for name, slot in slots.items()}
+        vectors = kind.bias_terms(part, kind.values(site, slots), row.scale)
         if not vectors:
             continue
         if site.bias is None or source is None:
@@ -695,7 +726,7 @@ def merged_biases(
                 (slot for slot in kind.slots(site) if slot.scaled), kind.slots(site)[0]
             ).what
             raise MergeError(
-                f"{row.name}: adapter {adapter!r} has {noun} ({kind.field or kind.name}), and the operation "
+                f"{row.name}: adapter {adapter!r} has {noun} ({kind.field}), and the operation "
                 "has none that could take it. Give it one (zeros) before the rewrite, or keep the adapter "
                 "unmerged"
             )

@@ -40,6 +40,7 @@ __all__ = [
     "deployed_site",
     "requantized_site",
     "rounded_site",
+    "rounded_weight",
 ]
 
 _SAMPLED = 1 << 16
@@ -120,6 +121,24 @@ def rounded_site(
     ulps = measure and chosen is None
     survival = measure_survival(slices, merged, change.sites, rounding.moments, ulps=ulps)
     return merged, _row(change, survival, rounding=name)
+
+
+def rounded_weight(
+    change: Fold | TokenFold, old: torch.Tensor, dtype: torch.dtype, rounding: Rounding
+) -> torch.Tensor:
+    """Return the merged weight of :func:`rounded_site` alone.
+
+    Args:
+        change: The changes to fold in.
+        old: The weight before.
+        dtype: The dtype of the result.
+        rounding: The way in which it is rounded.
+
+    Raises:
+        MergeError: If the merged weight overflows.
+    """
+    chosen = _chosen(change, old, dtype, rounding)
+    return change.folded(old, dtype) if chosen is None else chosen
 
 
 def _chosen(

@@ -34,16 +34,19 @@ from lora_fx.passes.graph import (
     exchange,
     is_region,
     is_unit,
+    memory_of,
     original_class,
     shard_again,
     units_of,
 )
 from lora_fx.passes.merge.compensated import NEAREST, Rounding
 from lora_fx.passes.merge.dense import (
+    Keep,
     cast_model,
     check_dtype,
     dtype_of_all,
     forget_loader,
+    keep_all,
     layouts_of,
     make_dense,
     make_savable,
@@ -55,6 +58,7 @@ from lora_fx.passes.merge.fold import (
     Fold,
     TokenFold,
     Workspace,
+    check_mergeable,
     check_stored,
     is_finite,
     merged_biases,
@@ -67,6 +71,7 @@ from lora_fx.passes.merge.forms import (
     deployed_site,
     requantized_site,
     rounded_site,
+    rounded_weight,
 )
 from lora_fx.passes.merge.origins import find_origins, note_origins, values_by_name
 from lora_fx.passes.merge.placing import (
@@ -123,7 +128,8 @@ def _fold_all(
     as_trained: Callable[[str], tuple[torch.Tensor, MergedSite] | None],
     measure: bool,
     progress: Progress,
-    keep: Callable[[torch.Tensor], torch.Tensor],
+    keep: Keep,
+    lasting: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, MergedSite]]:
     """Fold weights. Everything that can fail is done before the first weight is overwritten.
 
@@ -138,6 +144,7 @@ def _fold_all(
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
         keep: Called with each new tensor, returns the tensor to use instead.
+        lasting: Tensors that stay as they are, by FQN. A weight that is made of one can be computed again.
 
     Returns:
         The merged weights that are new tensors, and the row of each weight in the report, both by FQN.
@@ -166,8 +173,14 @@ def _fold_all(
         new, sites[weight] = rounded_site(
             change, old, dtype, rounding, measure=measure, in_place=weight in over
         )
-        if weight not in over:
-            merged[weight] = distributed_as(keep(new), stored)
+        if weight in over:
+            return
+
+        def again() -> torch.Tensor:
+            return rounded_weight(change, old, dtype, rounding)
+
+        stays = weight in lasting and memory_of(old) == memory_of(lasting[weight])
+        merged[weight] = distributed_as(keep(new, again if stays else None), stored)
 
     # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
@@ -239,7 +252,7 @@ def merge(
     cast_to: torch.dtype | None = None,
     measure: bool = False,
     progress: Progress = False,
-    keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
+    keep: Keep = keep_all,
 ) -> tuple[nn.Module, MergeReport]:
     """Fold adapters into the weights.
 
@@ -264,7 +277,7 @@ def merge(
             that is kept comes from a sample of each weight.
         progress: Called before each weight, as in :func:`lora_fx.merge`.
         keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
-            instead. A caller that is short of memory can store it elsewhere.
+            instead, see :class:`Keep`. A caller that is short of memory can store it elsewhere.
 
     Returns:
         The merged model, and the report.
@@ -328,6 +341,7 @@ def merge(
         measure=measure,
         progress=progress,
         keep=keep,
+        lasting=dict(before) if into is None else {},
     )
     place_trained(model, result, record, names, over)
     place_biases(result, biases, over)
@@ -530,6 +544,7 @@ def _sites_by_weight(
                 tied[row.site.weight] = weights[row.tied]
             rows[row.site.weight] = (*rows.get(row.site.weight, ()), (row, name))
             _check_finite(model, row, name)
+            check_mergeable(model, row, name)
     return rows, tied
 
 

@@ -462,7 +462,9 @@ def _part(branch: FusedBranch, base: Base) -> tuple[int, int] | None:
 def _holder(factor: fx.Node) -> str:
     """Return the FQN of the module that holds the factors of a site, and the table of rows."""
     while factor.op != "get_attr":
-        (factor,) = factor.all_input_nodes
+        factor = factor.all_input_nodes[
+            0
+        ]  # a kind computes it from the stored factor and slots beside it
     return str(factor.target).rpartition(".")[0].rpartition(".")[0]
 
 

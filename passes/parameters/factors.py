@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
 import torch
 from torch import nn
 
 from lora_fx import torch_private
-from lora_fx.errors import CaptureError
-from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join
+from lora_fx.errors import CaptureError, ConfigError
+from lora_fx.ir import Factors, PlannedSite, PlannedTokens, Site, join, record_of
 from lora_fx.kinds import kind_of
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import AdapterDropouts, AdapterFactors, Holder, KeptIndices, KeptTensors
+from lora_fx.runtime import (
+    AdapterDropouts,
+    AdapterFactors,
+    Holder,
+    KeptIndices,
+    KeptTensors,
+)
 
 __all__ = [
     "DROPOUT",
@@ -36,12 +42,15 @@ __all__ = [
     "drop_factors",
     "factor_names",
     "factors_of",
+    "frozen_parameters",
     "indices_name",
     "matrix_shape",
+    "other_rows",
     "part_of",
     "replaced",
     "rows_name",
     "rows_of",
+    "shapes_of",
     "tokens_of",
     "wide",
 ]
@@ -53,11 +62,11 @@ DROPOUT: Final = "lora_dropout"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FactorNames:
-    """The attributes of a site's holder that have its trained parameters.
+    """The attributes of a site's holder that have its factors and slots.
 
     Attributes:
         a, b: The factors; empty for a kind without factors.
-        slots: The other parameters of the kind.
+        slots: The other tensors of the kind.
     """
 
     a: str
@@ -77,25 +86,29 @@ class FactorNames:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SiteFactors:
-    """The trained parameters of a site for one adapter, as stored.
+    """The factors and slots of a site for one adapter, as stored.
 
     Attributes:
         names: Their names.
-        values: The parameters by those names.
+        values: The tensors by those names: parameters, and buffers for slots that are not trained.
     """
 
     names: FactorNames
-    values: Mapping[str, nn.Parameter]
+    values: Mapping[str, torch.Tensor]
 
     @property
     def a(self) -> nn.Parameter:
         """A, of a kind that has factors."""
-        return self.values[self.names.a]
+        return self._factor(self.names.a)
 
     @property
     def b(self) -> nn.Parameter:
         """B, of a kind that has factors."""
-        return self.values[self.names.b]
+        return self._factor(self.names.b)
+
+    def _factor(self, name: str) -> nn.Parameter:
+        factor: nn.Parameter = self.values[name]  # type: ignore[assignment]
+        return factor
 
     @property
     def pair(self) -> tuple[nn.Parameter, nn.Parameter]:
@@ -103,13 +116,13 @@ class SiteFactors:
         return self.a, self.b
 
     @property
-    def slots(self) -> dict[str, nn.Parameter]:
-        """The other parameters of the kind, by name."""
+    def slots(self) -> dict[str, torch.Tensor]:
+        """The other tensors of the kind, by name."""
         return {name: self.values[name] for name in self.names.slots}
 
     @property
-    def present(self) -> tuple[nn.Parameter, ...]:
-        """The parameters, in the order of :attr:`FactorNames.present`."""
+    def present(self) -> tuple[torch.Tensor, ...]:
+        """The tensors, in the order of :attr:`FactorNames.present`."""
         return tuple(self.values.values())
 
 
@@ -133,14 +146,48 @@ def factor_names(row: PlannedSite) -> FactorNames:
     return FactorNames(*(tied if row.tied else (shapes.name_a, shapes.name_b)), slots)
 
 
+def other_rows(model: nn.Module, row: PlannedSite) -> list[tuple[str, PlannedSite]]:
+    """Return the other adapters that the kind of a site reads, each with its site.
+
+    Raises:
+        ConfigError: If the model does not have one of them, or it is not plain LoRA at the site.
+    """
+    names = kind_of(row).reads
+    record = record_of(model) if names else None
+    rows: list[tuple[str, PlannedSite]] = []
+    for name in names:
+        if record is None or name not in record.adapters:
+            has = ", ".join(map(repr, record.adapters)) if record is not None else "none"
+            raise ConfigError(
+                f"{row.name}: the adapter reads adapter {name!r}, and the model has {has}: load it first "
+                "(lora_fx.load_adapter), then add this one (lora_fx.add_adapter)"
+            )
+        other = next((site for site in record.adapters[name].sites if site.name == row.name), None)
+        if other is None or other.kind != "lora" or other.tied:
+            state = (
+                "has no factors there" if other is None else f"has the kind {other.kind!r} there"
+            )
+            raise ConfigError(
+                f"{row.name}: the adapter reads adapter {name!r}, which {state}: it reads plain LoRA with "
+                "the same sites only"
+            )
+        rows.append((name, other))
+    return rows
+
+
+def shapes_of(row: PlannedSite) -> Factors:
+    """Return the shapes in which the kind of a site stores A and B."""
+    return kind_of(row).factors(row.site, pattern_of(row.site).factors(row.site, row.rank))
+
+
 def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
-    """Return the parameters named by :func:`factor_names`.
+    """Return the tensors named by :func:`factor_names`.
 
     Raises:
         CaptureError: If FSDP1 has them in shards.
     """
     holder, names = model.get_submodule(row.site.holder), factor_names(row)
-    factors = {name: holder.get_submodule(name).get_parameter(adapter) for name in names.present}
+    factors = {name: _held(holder.get_submodule(name), adapter) for name in names.present}
     for name in filter(None, names.pair):
         if torch_private.is_flat(factors[name]) and factors[name].dim() < 2:
             raise CaptureError(
@@ -149,6 +196,11 @@ def factors_of(model: nn.Module, row: PlannedSite, adapter: str) -> SiteFactors:
                 "wrapped model gives"
             )
     return SiteFactors(names, factors)
+
+
+def _held(factors: nn.Module, adapter: str) -> torch.Tensor:
+    buffer = factors._buffers.get(adapter)
+    return factors.get_parameter(adapter) if buffer is None else buffer
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
@@ -160,6 +212,18 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[nn.Parameter]
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield parameter
+
+
+def frozen_parameters(model: nn.Module, adapter: str, rows: Iterable[PlannedSite]) -> set[int]:
+    """Return the ids of the factors of an adapter that its kinds do not train."""
+    frozen: set[int] = set()
+    for row in rows:
+        if letters := kind_of(row).frozen:
+            pair = factors_of(model, row, adapter).pair
+            frozen |= {
+                id(value) for letter, value in zip("ab", pair, strict=True) if letter in letters
+            }
+    return frozen
 
 
 def drop_factors(model: nn.Module, adapter: str) -> None:

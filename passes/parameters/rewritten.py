@@ -35,6 +35,7 @@ from lora_fx.passes.graph import (
 )
 from lora_fx.passes.parameters.factors import DROPOUT, factor_names, rows_name
 from lora_fx.passes.parameters.replacements import KEPT, base_modules, base_parameters
+from lora_fx.runtime import AdapterModule
 
 __all__ = [
     "AroundModel",
@@ -292,13 +293,14 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the buffers that a state dict would have, by FQN.
+    """Return the buffers of the base that a state dict would have, by FQN.
 
     No state dict is made, because quantized embeddings of bitsandbytes refuse that.
     """
     persistent = {
         join(fqn, key)
         for fqn, module in model.named_modules(remove_duplicate=False)
+        if not isinstance(module, AdapterModule)
         # The buffers of a script module are in a container that cannot be iterated without keys().
         for key in module._buffers.keys()  # noqa: SIM118
         if key not in torch_private.transient_buffers(module)

@@ -38,7 +38,7 @@ from lora_fx.errors import ConfigError
 from lora_fx.ir import Capture, Matches, Plan, PlannedSite, PlannedTokens, Site
 from lora_fx.kinds import kind_of
 from lora_fx.passes.capture import Listener, normalize, synthesise
-from lora_fx.passes.parameters import base_dtype, base_modules
+from lora_fx.passes.parameters import base_dtype, base_modules, shapes_of
 from lora_fx.passes.patterns import lookup, pattern_of
 from lora_fx.torch_private import pytree
 
@@ -218,11 +218,15 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
     """
     site, kind = row.site, kind_of(row)
     itemsize = base_dtype(model, site).itemsize
-    costs = kind.costs(site)
+    costs = kind.costs(site, row.rank)
     parameters, flops, saved = costs.parameters, costs.flops, costs.saved * itemsize
+    frozen = 0
     if kind.low_rank:
         pattern = pattern_of(site)
-        parameters += 0 if row.tied else pattern.factors(site, row.rank).numel
+        shapes = shapes_of(row)
+        sizes = {"a": math.prod(shapes.a), "b": math.prod(shapes.b)}
+        frozen = 0 if row.tied else sum(sizes[letter] for letter in kind.frozen)
+        parameters += 0 if row.tied else sum(sizes.values()) - frozen
         flops += pattern.flops(site, row.rank)
         # A lookup saves its index. With dropout the masked input and its mask are saved as well.
         saved += 8 if site.family == "embedding" else site.in_features * itemsize
@@ -230,7 +234,9 @@ def priced(model: nn.Module, row: PlannedSite) -> PlannedSite:
         saved += row.rank * itemsize
     # The region of a whole model and the regions below it show the same application twice.
     times = max(Counter(call.region for call in site.calls).values())
-    return dataclasses.replace(row, parameters=parameters, flops=flops * times, saved=saved * times)
+    return dataclasses.replace(
+        row, parameters=parameters, frozen=frozen, flops=flops * times, saved=saved * times
+    )
 
 
 _NAME = "trainable_token_indices"

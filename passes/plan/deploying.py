@@ -44,9 +44,8 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
         )
     kind = chosen_kind(config)
     if not kind.deploys:
-        setting = f"{kind.field}=True" if kind.field else f"the kind {kind.name!r}"
         raise ConfigError(
-            f"{deploy} rounds W + s·BA, and {setting} changes more than that: use plain LoRA"
+            f"{deploy} rounds W + s·BA, and {kind.setting} changes more than that: use plain LoRA"
         )
     tokens = {row.site.weight: row.name for row in plan.tokens}
     for row in plan.sites:

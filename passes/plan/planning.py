@@ -18,7 +18,6 @@ from torch import nn
 from lora_fx.config import (
     LoraConfig,
     Verdict,
-    changes_base,
     judge,
     nearest_names,
     parameter_entry,
@@ -47,7 +46,15 @@ from lora_fx.ir import (
     grouped,
     join,
 )
-from lora_fx.kinds import chosen_kind, kind_objection, kinds
+from lora_fx.kinds import (
+    AdapterKind,
+    base_change,
+    chosen_kind,
+    kind_objection,
+    kind_of,
+    kinds,
+    site_kind,
+)
 from lora_fx.passes.graph import elements, storage_of
 from lora_fx.passes.parameters import (
     DROPOUT,
@@ -57,7 +64,9 @@ from lora_fx.passes.parameters import (
     factor_names,
     matrix_shape,
     module_at,
+    other_rows,
 )
+from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan.choice import Choice, choices, planned_tokens, priced
 from lora_fx.passes.plan.deploying import with_deployment
 from lora_fx.passes.plan.peft_experts import with_experts
@@ -84,7 +93,7 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     PEFT gives such sites a plain start, most of the time silently, or fails.
     """
     start = config.init_lora_weights
-    if not isinstance(start, str) or start == "gaussian":
+    if start in (True, False, "gaussian", chosen_kind(config).chosen_start):
         return None
     leave_out = "take it out of target_modules, or use init_lora_weights=True"
     if site.family == "embedding":
@@ -95,7 +104,7 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
         return (
             f"init_lora_weights={start!r} is for matrix products, not for convolutions: {leave_out}"
         )
-    if start in ("eva", "corda") and not _reads_vectors(site):
+    if start in ("eva", "corda") and not site.reads_vectors:
         return (
             f"init_lora_weights={start!r} looks at the inputs as vectors, which this operation does not read "
             f"one after the other: {leave_out}"
@@ -104,15 +113,6 @@ def start_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
     if count * out * inner != math.prod(site.shape):
         return f"init_lora_weights={start!r} needs a weight that is a matrix: {leave_out}"
     return _rank_objection(str(start), rank // site.groups, inner, out, site.groups)
-
-
-def _reads_vectors(site: Site) -> bool:
-    """Return True if the input features are the last dimension, or, for a left factor, the one before."""
-    return not site.experts and {call.pattern for call in site.calls} <= {
-        "linear",
-        "matmul",
-        "quantized",
-    }
 
 
 def _rank_objection(start: str, rank: int, inner: int, out: int, groups: int) -> str | None:
@@ -153,16 +153,20 @@ def _refuse_quantized(
                     f"modules_to_save names {name}, and {leaf} in it is stored as {stored}, which cannot be "
                     f"trained: leave it out, or quantize the model with exclude=[{name!r}]"
                 )
-    start = config.init_lora_weights
-    if not changes_base(start):
+    setting, kind = base_change(config), chosen_kind(config)
+    if not setting:
         return
+    remedy = (
+        kind.remedy
+        if kind.new_base
+        else "use True here and then lora_fx.replace_lora_weights_loftq(model, original), which makes up for "
+        "what quantizing lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+    )
     for site in sites:
         if site.quantized is not None:
             raise ConfigError(
-                f"init_lora_weights={start!r} changes the base weight, and {site.weight} is stored as "
-                f"{site.quantized}. Use it over the dense model, or use True here and then "
-                "lora_fx.replace_lora_weights_loftq(model, original), which makes up for what quantizing "
-                "lost; 'eva', 'orthogonal' and 'gaussian' leave the base as it is"
+                f"{setting} changes the base weight, and {site.weight} is stored as {site.quantized}. Use it "
+                f"over the dense model, or {remedy}"
             )
 
 
@@ -289,8 +293,14 @@ def fresh_modules(
 
 
 def _kinds_of(rows: Iterable[PlannedSite]) -> tuple[tuple[str, str], ...]:
-    names = {row.kind for row in rows}
-    return tuple((kind.name, kind.trains) for kind in kinds() if kind.trains and kind.name in names)
+    kinds_by_name = {row.kind: kind_of(row) for row in rows}
+    order = kinds()
+
+    def place(kind: AdapterKind) -> int:
+        return next(index for index, known in enumerate(order) if known.name == kind.name)
+
+    named = sorted((kind for kind in kinds_by_name.values() if kind.trains), key=place)
+    return tuple((kind.name, kind.trains) for kind in named)
 
 
 def choose(
@@ -335,17 +345,35 @@ def _why_not(site: Site, config: LoraConfig, reason: str) -> str:
 def _objection(choice: Choice, config: LoraConfig) -> str | None:
     site, rank = choice.site, choice.rank(config)
     if not chosen_kind(config).low_rank:
-        return kind_objection(site, config)
+        return kind_objection(site, 0, config)
     if site.groups > 1 and rank % site.groups:
         return (
             f"a convolution with {site.groups} groups needs a rank that they divide, not {rank}: "
             "set one with rank_pattern"
         )
-    return kind_objection(site, config) or start_objection(site, rank, config)
+    return (
+        kind_objection(site, rank, config)
+        or _shape_objection(site, rank, config)
+        or start_objection(site, rank, config)
+    )
+
+
+def _shape_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
+    """Refuse a start that depends on the weight for factors of another shape than LoRA's."""
+    start, shapes = config.init_lora_weights, pattern_of(site).factors(site, rank)
+    if not isinstance(start, str) or start == "gaussian":
+        return None
+    kind = site_kind(site, config)
+    if kind.factors(site, shapes) == shapes:
+        return None
+    return (
+        f"init_lora_weights={start!r} gives A and B the values of whole matrices, which the kind "
+        f"{kind.name!r} does not store: use init_lora_weights=True"
+    )
 
 
 def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
-    site, kind = choice.site, chosen_kind(config)
+    site, kind = choice.site, site_kind(choice.site, config)
     low_rank = kind.low_rank
     row = PlannedSite(
         site=site,
@@ -357,9 +385,12 @@ def _row(capture: Capture, choice: Choice, config: LoraConfig) -> PlannedSite:
         flops=0,
         saved=0,
         kind=kind.name,
+        options=kind.options,
         reason=choice.verdict.reason,
     )
-    return priced(capture.model, row)
+    row = priced(capture.model, row)
+    read = sum(other.flops for _, other in other_rows(capture.model, row))
+    return dataclasses.replace(row, flops=row.flops + read)
 
 
 def _keep_tied(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from lora_fx.formats import PackedTensor
 from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, Span, join
+from lora_fx.kinds import kind_of
 from lora_fx.passes.plan.spans import find_spans
 from lora_fx.runtime import AdapterModule, Follower
 from lora_fx.torch_private import data_address, pytree, version_counter
@@ -130,6 +131,13 @@ class _Finder:
         self.left: list[tuple[str, str]] = []
         self._capture, self._above = capture, above
         self._sites: Sequence[Site] = capture.matches.sites
+        # Adapters with state, or with a phrase, depend on all tokens of a call.
+        self._counting = {
+            row.site.owner: row.kind
+            for row in (capture.plan.sites if capture.plan is not None else ())
+            if kind_of(row).reads_tokens
+            or not all(slot.trained for slot in kind_of(row).slots(row.site))
+        }
         self._known: dict[Any, str] = {}
 
     def look(self, module: nn.Module, fqn: str) -> None:
@@ -168,6 +176,11 @@ class _Finder:
 
     def _reason(self, module: nn.Module, fqn: str) -> str:
         """Return the reason why a module does not treat each token on its own; empty if it does."""
+        for owner, kind in self._counting.items():
+            if _is_in(owner, fqn):
+                return (
+                    f"its adapters are of the kind {kind!r}, which depends on all tokens of a call"
+                )
         experts = any(site.experts for site in self._sites if _is_in(site.owner, fqn))
         sizes = {site.in_features for site in self._sites if _is_in(site.owner, fqn)}
         sizes |= {len(p) for p in module.parameters() if p.dim() == 1}

@@ -127,3 +127,4 @@ def test_each_request_gets_the_adapter_that_it_names(tmp_path: Path) -> None:
     printed = run("export_and_serve", tmp_path).splitlines()
     assert printed[2:4] == ["has seven: [1, 0]", "has nine: [0, 1]"]
     assert printed[5].startswith("unknown: 404")
+    assert printed[6].startswith("has seven: 404")

@@ -172,17 +172,17 @@ def test_other_programs_give_ids(exported: tuple[Path, ExportReport], model: nn.
     stock = onnxruntime.InferenceSession(str(exported[0]), providers=["CPUExecutionProvider"])
     x = ids(4, 3)
     for given, names in (
-        (None, [None] * 4),
+        ([-1], [None] * 4),
         ([1], ["dora"] * 4),
         ([0, -1, 2, -7], ["plain", None, "biased", None]),
     ):
-        feeds = {"ids": x.numpy()}
-        if given is not None:
-            feeds[SLOTS_INPUT] = np.array(given, np.int64)
-        (got,) = stock.run(None, feeds)
+        (got,) = stock.run(None, {"ids": x.numpy(), SLOTS_INPUT: np.array(given, np.int64)})
         torch.testing.assert_close(torch.from_numpy(got), row_by_row(model, x, names), **EXACT)
-    with pytest.raises(Exception, match=r"out of data bounds|idx"):
-        stock.run(None, {"ids": x.numpy(), SLOTS_INPUT: np.array([0, 1, 2, 3])})
+    for wrong in (3, 10**9, 2**62):
+        with pytest.raises(Exception, match=r"out of data bounds|idx"):
+            stock.run(None, {"ids": x.numpy(), SLOTS_INPUT: np.array([0, 1, 2, wrong])})
+    with pytest.raises(ValueError, match=r"Required inputs.*adapter_ids"):
+        stock.run(None, {"ids": x.numpy()})
 
 
 def test_the_report_says_how_much_there_is_room_for(

@@ -40,6 +40,8 @@ def adapted(**options: Any) -> nn.Module:
         ({"dtype": "bf16"}, "has no bf16"),
         ({"opset": 20}, "has no opset"),
         ({"optimize": "runtime"}, "has no optimize"),
+        ({"quantize": "int8"}, "has no quantize"),
+        ({"adapters": "inputs", "required_inputs": True}, "has no required_inputs"),
         ({"max_rank": 4}, "leave them out"),
         ({"adapters": "inputs", "max_rank": 0}, "max_rank=0"),
     ],

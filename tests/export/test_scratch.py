@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx_ir
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 import lora_fx
 from lora_fx.errors import ExportError
 from lora_fx.export import onnx as pipeline
+from lora_fx.export.deferred import Deferred
 from lora_fx.export.onnx import export_onnx
 from lora_fx.export.session import OnnxSession
 from lora_fx.export.staging import Scratch, staging
@@ -61,9 +63,14 @@ def test_without_the_call_for_it_blocks_are_written(
         assert torch.equal(Scratch(stage, allowance=0).keep(value), value)
 
 
+def adapted(base: nn.Module, **config: object) -> nn.Module:
+    return lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, init_lora_weights=False, **config))
+
+
 @pytest.mark.parametrize("dtype", [None, "fp16"])
+@pytest.mark.parametrize("deferred_bytes", [0, 2**30], ids=["deferred", "in files"])
 def test_an_export_without_memory_is_the_export_with_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, deferred_bytes: int
 ) -> None:
     base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     model = lora_fx.rewrite(base, lora_fx.LoraConfig(r=2, target_modules=["0", "2"]))
@@ -72,7 +79,8 @@ def test_an_export_without_memory_is_the_export_with_it(
             parameter.normal_()
     x = torch.randn(2, 8)
     export_onnx(model, tmp_path / "a.onnx", x, dtype=dtype)  # type: ignore[arg-type]
-    monkeypatch.setattr(pipeline, "Scratch", functools.partial(Scratch, allowance=0))
+    scratch = functools.partial(Scratch, allowance=0, deferred_bytes=deferred_bytes)
+    monkeypatch.setattr(pipeline, "Scratch", scratch)
     report = export_onnx(
         model, tmp_path / "b.onnx", x, dtype=dtype, external_data_bytes=0, shard_bytes=300
     )  # type: ignore[call-overload]
@@ -112,16 +120,77 @@ def test_what_fits_into_no_model_file_is_refused_in_time(
     assert not list(tmp_path.iterdir())
 
 
-# Peak of what no file backs, in bytes, over what was there before the export.
+def test_a_weight_that_the_conversion_folds_is_read_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch norm is folded into the convolution before it."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.norm(self.conv(x))
+            return out
+
+    base = Net().eval()
+    base.norm.running_var.fill_(3.0)
+    model = adapted(base, target_modules=["conv"])
+    x = torch.randn(2, 4, 8, 8)
+    monkeypatch.setattr(pipeline, "Scratch", functools.partial(Scratch, deferred_bytes=0))
+    export_onnx(model, tmp_path / "m.onnx", x, verify=False)
+    result = OnnxSession(tmp_path / "m.onnx", "cpu").run(x)["output"]
+    torch.testing.assert_close(result, lora_fx.merge(model)(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_a_merged_weight_has_the_bits_of_a_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    base = nn.Sequential(nn.Linear(8, 6, bias=False), nn.Tanh(), nn.Linear(6, 4, bias=False))
+    model = adapted(base, target_modules=["0", "2"])
+    monkeypatch.setattr(pipeline, "Scratch", functools.partial(Scratch, deferred_bytes=0))
+    export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 8), dtype=dtype, external_data_bytes=0)  # type: ignore[call-overload]
+    merged = lora_fx.merge(model, dtype=torch.float16 if dtype else None)
+    file = onnx_ir.load(tmp_path / "m.onnx").graph.initializers
+    for name, weight in merged.state_dict().items():
+        found = torch.from_numpy(file[name].const_value.numpy().copy())
+        assert torch.equal(found.T if found.shape != weight.shape else found, weight), name
+
+
+def test_operators_read_weights_without_memory() -> None:
+    deferred, x = Deferred(), torch.randn(3, 4)
+    calls: list[int] = []
+
+    def make() -> torch.Tensor:
+        calls.append(1)
+        return x.half()
+
+    place = deferred.add(x.half(), make)
+    wide = deferred.add(x, lambda: place.to(torch.float32))
+    with deferred:
+        view = place.T[1:, :2]
+        assert not calls
+        assert torch.equal(view + 0, x.half().T[1:, :2])
+        assert torch.equal(wide.sum(0), x.half().float().sum(0))
+        assert len(calls) == 2
+        assert all(torch.equal(part, x.half()) for part in torch.cat([place[None], place[None]]))
+        place.mul_(2)  # what is written has memory from then on
+        assert torch.equal(place + 0, 2 * x.half())
+    assert torch.equal(place, 2 * x.half())
+
+
+# Peak of the resident memory in bytes, mapped files included, over what was there before the export.
 _LARGE = """
 import json, sys, threading, time
 import torch
 from torch import nn
 import lora_fx
 
-def anonymous():
+def resident():
     with open("/proc/self/status") as status:
-        (line,) = [line for line in status if line.startswith("RssAnon")]
+        (line,) = [line for line in status if line.startswith("VmRSS")]
     return 1024 * int(line.split()[1])
 
 class Net(nn.Module):
@@ -137,17 +206,17 @@ layers, width = 9, 8192
 model = lora_fx.rewrite(Net(layers, width), lora_fx.LoraConfig(r=2))
 x = torch.randn(2, width)
 lora_fx.export_onnx(nn.Linear(4, 4), sys.argv[1] + "/warm.onnx", torch.randn(2, 4))
-before, peak, running = anonymous(), 0, True
+before, peak, running = resident(), 0, True
 
 def watch():
     global peak
     while running:
-        peak = max(peak, anonymous())
+        peak = max(peak, resident())
         time.sleep(0.01)
 
 thread = threading.Thread(target=watch)
 thread.start()
-report = lora_fx.export_onnx(model, sys.argv[1] + "/m.onnx", x)
+report = lora_fx.export_onnx(model, sys.argv[1] + "/m.onnx", x, verify=sys.argv[2] == "True")
 running = False
 thread.join()
 print(json.dumps({"peak": peak - before, "weights": 4 * layers * width**2,
@@ -157,18 +226,23 @@ print(json.dumps({"peak": peak - before, "weights": 4 * layers * width**2,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_over_two_gigabytes_without_a_second_copy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verify", [False, True])
+def test_over_two_gigabytes_without_a_second_copy(tmp_path: Path, verify: bool) -> None:
     free = shutil.disk_usage(tmp_path).free
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if free < 8e9 or memory < 6e9:
         pytest.skip("needs 8 GB of disk and 6 GB of memory")
     done = subprocess.run(
-        [sys.executable, "-c", _LARGE, str(tmp_path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _LARGE, str(tmp_path), str(verify)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["verified"]
+    assert found["verified"] == verify
     assert sum(found["files"].values()) > found["weights"] > 2**31
     assert {tmp_path / name for name in found["files"]} == set(tmp_path.glob("m.onnx*"))
-    # The allowance for merged weights, and one weight on its way through the merge and the check.
-    assert found["peak"] < 256 * 2**20 + 3 * found["weights"] / 9
+    # One weight on its way, and as it is stored. For the check, ONNX Runtime maps the file.
+    mapped = found["weights"] if verify else 0
+    assert found["peak"] < mapped + 2.5 * found["weights"] / 9

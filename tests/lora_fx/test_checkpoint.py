@@ -413,11 +413,16 @@ def test_a_grouped_transposed_convolution_comes_back(tmp_path: Path) -> None:
     assert_same_bits(run(load_adapter(base, folder), x), run(model, x))
 
 
-def test_a_dense_adapter_of_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_in_groups_refuses_a_dense_one(use_dora: bool, tmp_path: Path) -> None:
     base = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=2))
-    in_peft(base, {"r": 2, "target_modules": ["0"]}).save_pretrained(tmp_path)
+    options = {"r": 2, "target_modules": ["0"], "use_dora": use_dora}
+    in_peft(base, options).save_pretrained(tmp_path)
+    model = adapted(base, **options)
+    before = lora_fx.adapter_state_dict(model)
     with pytest.raises(CheckpointError, match=r"0\.lora_A\.weight is dense.*2 groups"):
-        load_adapter(base, tmp_path)
+        lora_fx.load_adapter(model, tmp_path)
+    assert_close(lora_fx.adapter_state_dict(model), before)
 
 
 @pytest.mark.parametrize("build", [zoo.Mlp, Convolutions], ids=["mlp", "convolutions"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, LoraConfig
-from lora_fx.checkpoint.files import DIFFUSERS_NAME
+from lora_fx.adapter_files import DIFFUSERS_NAME
 from tests.algebra import randomize
 from tests.numerics import assert_close
 

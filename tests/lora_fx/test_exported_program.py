@@ -1,4 +1,4 @@
-"""Programs of ``torch.export`` have adapters as plain operations, which any layout of tensors allows."""
+"""Programs of ``torch.export`` have adapters as plain operations, which other runtimes can lay out."""
 
 from __future__ import annotations
 

@@ -222,6 +222,93 @@ def test_a_tied_head_shares_the_factors() -> None:
     assert len([site for site in report.sites if site.weight.startswith("embed")]) <= 1
 
 
+class Repeated(nn.Module):
+    """A layer under two names, two layers that share a weight, and a bias with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(8, 8)
+        self.same = nn.ModuleList([layer, layer])
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.bias = self.first.bias
+
+    def forward(self, x):
+        for layer in (*self.same, self.first, self.second):
+            x = torch.tanh(layer(x))
+        return x + self.bias
+
+
+def test_parameters_with_several_names(tmp_path: Path) -> None:
+    base = seeded(Repeated)()
+    after = tuned(base)
+    adapted, report = lora_fx.extract_adapter(base, after, rank=FULL, return_report=True)
+    x = sample(3, 8)
+    assert_close(adapted(x), after(x), 1e-5)
+    assert {site.weight for site in report.sites} >= {"same.0.weight", "first.weight"}
+    lora_fx.save_adapter(adapted, tmp_path)
+    assert_close(lora_fx.load_adapter(base, tmp_path)(x), after(x), 1e-5)
+    assert_close(lora_fx.merge(adapted)(x), after(x), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False], ids=["base tied", "tuned tied"])
+def test_ends_that_tuning_has_tied_or_untied(tied: bool, tmp_path: Path) -> None:
+    base, inputs = TRANSFORMERS["llama"](tie_word_embeddings=tied)
+    other, _ = TRANSFORMERS["llama"](tie_word_embeddings=not tied)
+    after = tuned(other)
+    base.save_pretrained(tmp_path / "base")
+    after.save_pretrained(tmp_path / "tuned")
+    adapted = lora_fx.extract_adapter(base, after, rank=FULL)
+    assert distance(adapted, after, base, inputs) < 1e-5
+    lora_fx.extract_files(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", rank=FULL)
+    again = lora_fx.load_adapter(base, tmp_path / "out")
+    assert distance(again, after, base, inputs) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_bias_that_the_head_shares(tmp_path: Path) -> None:
+    """BERT's language models have the bias of the decoder twice, and its weight is the embedding's."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    config = BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    base = seeded(lambda: BertForMaskedLM(config).eval())()
+    after = tuned(base)
+    ids = {"input_ids": torch.tensor([[1, 5, 9, 3]])}
+    adapted = lora_fx.extract_adapter(base, after, rank=FULL)
+    assert distance(adapted, after, base, ids) < 1e-5
+    lora_fx.save_adapter(adapted, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert distance(theirs, after, base, ids) < 1e-5
+    _, report = lora_fx.extract_adapter(base, after, budget=3_000, return_report=True)
+    assert report.parameters <= 3_000
+
+
+def test_other_dtypes_and_wrappers() -> None:
+    base, inputs = TRANSFORMERS["vit"]()
+    half = copy.deepcopy(base).bfloat16()
+    adapted = lora_fx.extract_adapter(half, tuned(base), rank=2)
+    assert {p.dtype for n, p in adapted.named_parameters() if "lora" not in n} == {torch.bfloat16}
+    pixels = {key: value.bfloat16() for key, value in inputs.items()}
+    assert torch.isfinite(called(adapted, pixels).logits).all()
+    first, second = planted()
+    wrapped = nn.DataParallel(second)
+    adapted = lora_fx.extract_adapter(first, wrapped)
+    assert distance(adapted, second, first, sample(2, 160)) < 1e-5
+
+
+def test_statistics_alone() -> None:
+    base = seeded(lambda: nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))()
+    after = copy.deepcopy(base)
+    after[1].running_mean += 1
+    adapted, report = lora_fx.extract_adapter(base, after, return_report=True)
+    assert report.saved_modules == ("1",)
+    x = sample(3, 4)
+    assert_close(called(adapted, x), called(after, x), 1e-6)
+    assert float(base[1].running_mean.abs().sum()) == 0
+
+
 def test_a_new_head_is_stored_in_full(tmp_path: Path) -> None:
     """The difference to a head that starts at random would be another one the next time."""
     transformers = pytest.importorskip("transformers")
@@ -318,6 +405,17 @@ def test_bad_input(folders, tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     quantized = lora_fx.quantize(TRANSFORMERS["llama"]()[0], "int8")
     with pytest.raises(QuantizationError, match="extract from dense models"):
         lora_fx.extract_adapter(TRANSFORMERS["llama"]()[0], quantized)
+    broken = copy.deepcopy(after)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    with pytest.raises(
+        CheckpointError, match=r"model\.norm\.weight has values that are not finite"
+    ):
+        lora_fx.extract_adapter(base, broken)
+    with pytest.raises(ConfigError, match=r"no batch|empty"):
+        lora_fx.extract_adapter(base, after, inputs=[])
+    with pytest.raises(ConfigError, match="is the folder of a model"):
+        lora_fx.extract_files(old, new, old)
     shard = sorted(new.glob("*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
@@ -353,3 +451,27 @@ def test_a_report_is_text_json_and_a_picture(tmp_path: Path) -> None:
     assert "rank 4, " in page
     assert "Extraction" in page
     assert RankChoice.of() == RankChoice(rank=16)
+
+
+def test_the_command(folders, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lora_fx.tools.cli.app import app
+
+    old, new, base, after, inputs = folders
+    out, picture = tmp_path / "out", tmp_path / "lost.svg"
+
+    def run(*options: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["extract", str(old), f"hf:{new}", *options])
+        return result.exit_code, " ".join(result.output.split())
+
+    code, text = run("-o", str(out), "--rank", str(FULL), "--picture", str(picture))
+    assert code == 0, text
+    assert "100 % of ‖ΔW‖² kept" in text
+    assert text.endswith(f"wrote {out}")
+    assert "<svg" in picture.read_text(encoding="utf-8")
+    assert distance(lora_fx.load_adapter(base, out), after, base, inputs) < 3e-6
+    code, text = run("-o", str(out))
+    assert code == 2
+    assert "holds an adapter already" in text
+    assert run("--rank", "2")[0] == 2

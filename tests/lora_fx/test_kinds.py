@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,17 @@ from torch import nn
 import lora_fx
 import lora_fx.kinds as _registry
 from lora_fx import CheckpointError, ConfigError, ExportError, LoraConfig
-from lora_fx.kinds import AdapterKind, chosen_kind, kind_of, kinds, register_adapter_kind
+from lora_fx.ir import Role
+from lora_fx.kinds import (
+    RANK,
+    AdapterKind,
+    Costs,
+    Slot,
+    chosen_kind,
+    kind_of,
+    kinds,
+    register_adapter_kind,
+)
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_kind.py"
 
@@ -355,3 +366,131 @@ def test_costs_are_those_of_the_site_whatever_led_to_its_rank() -> None:
         lora_fx.prepare_hotswap(adapted, 4)
         planned = lora_fx.plan(model, dataclasses.replace(config, r=4, lora_alpha=4))
         assert adapted._lora_fx.adapters["default"].sites == planned.sites
+
+
+class Core(AdapterKind):
+    """``W/2 + s · B M A``: a trained matrix over the rank, a count of the calls, and another base."""
+
+    name = "core"
+
+    def slots(self, site: Any) -> tuple[Slot, ...]:
+        """M, [r, r], and the number of training calls, which no folder has."""
+        core = Slot("core_m", "core_m", (RANK, RANK), "a core", over_outputs=False)
+        return core, Slot("core_calls", "", (1,), "a count", over_outputs=False, trained=False)
+
+    def costs(self, site: Any, rank: int) -> Costs:
+        return Costs(parameters=rank**2)
+
+    def start(self, slot: Slot, starting: Any) -> torch.Tensor:
+        return torch.eye(starting.row.rank) if slot.name == "core_m" else torch.zeros(1)
+
+    def start_base(self, row: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight / 2
+
+    def penalty(self, row: Any, factors: Any, *, sites: int, training: bool) -> torch.Tensor:
+        assert (sites, training) == (2, True)
+        assert factors["a"].shape == (row.rank, row.site.in_features)
+        return factors["core_m"].square().sum() + factors["core_calls"].sum()
+
+    def factor(self, build: Any, letter: str, stored: Any) -> Any:
+        if letter == "b":
+            return stored
+        slots = map(build.read_slot, ("core_m", "core_calls"))
+        return build.call(Role.FACTOR, multiplied, stored, *slots, build.training)
+
+    def joined(self, build: Any, up: Any) -> Any:
+        scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
+        return build.call(Role.ADD, operator.add, build.total, build.padded(scaled))
+
+    def merged_factors(
+        self, site: Any, a: torch.Tensor, b: torch.Tensor, values: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return a, b @ values["core_m"]
+
+
+def multiplied(
+    a: torch.Tensor, core: torch.Tensor, calls: torch.Tensor, training: bool
+) -> torch.Tensor:
+    """M A; counts the calls in training mode."""
+    if training:
+        with torch.no_grad():
+            calls.add_(1)
+    return core @ a
+
+
+class Louder(AdapterKind):
+    """``g · (W + s · BA)`` with one number g for the whole weight."""
+
+    name = "louder"
+    transforms = True
+
+    def slots(self, site: Any) -> tuple[Slot, ...]:
+        return (Slot("louder_g", "louder_g", (1,), "a gain", neutral=1.0, over_outputs=False),)
+
+    def costs(self, site: Any, rank: int) -> Costs:
+        return Costs(parameters=1)
+
+    def joined(self, build: Any, up: Any) -> Any:
+        scaled = build.call(Role.SCALE, operator.mul, up, build.scale)
+        total = build.call(Role.SCALE, operator.add, build.total, scaled)
+        return build.call(Role.ADD, operator.mul, total, build.cast_slot("louder_g"))
+
+    def transformed(self, weight: torch.Tensor, site: Any, values: Any) -> torch.Tensor:
+        assert values["louder_g"].shape == (1,)
+        return weight * values["louder_g"]
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in lora_fx.trainable_parameters(model):
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def test_slots_over_the_rank_state_and_another_base(tmp_path: Path) -> None:
+    register_adapter_kind(Core())
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    config = LoraConfig(kind="core", r=2, target_modules=["0", "2"])
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model = shaken(lora_fx.rewrite(base, config, (x,))).train()
+    assert sum(row.parameters for row in lora_fx.plan(base, config).sites) == sum(
+        parameter.numel() for parameter in lora_fx.trainable_parameters(model)
+    )
+    model(x).square().sum().backward()
+    model(x)
+    layer = model[0]
+    factors = [layer.get_submodule(f"{name}").default for name in ("lora_B", "core_m", "lora_A")]
+    exact = base[0].weight / 2 + 4 * torch.linalg.multi_dot([f.detach() for f in factors])
+    torch.testing.assert_close(lora_fx.merge(model)[0].weight, exact)
+    torch.testing.assert_close(model[0].weight, exact)  # as code reads it
+    assert all(parameter.grad is not None for parameter in lora_fx.trainable_parameters(model))
+
+    calls = [value for name, value in model.named_buffers() if "core_calls" in name]
+    assert [float(value) for value in calls] == [2, 2]
+    squares = sum(model.get_submodule(name).core_m.default.square().sum() for name in ("0", "2"))
+    torch.testing.assert_close(lora_fx.adapter_penalty(model), squares + 4)
+
+    lora_fx.save_adapter(model, tmp_path)
+    assert not [key for key in lora_fx.adapter_state_dict(model) if "calls" in key]
+    again = lora_fx.load_adapter(base, tmp_path)
+    torch.testing.assert_close(again.eval()(x), model.eval()(x))
+    assert lora_fx.check(again, (x,)).error < 1e-10
+    with lora_fx.disable_adapter(again):
+        torch.testing.assert_close(again(x), base(x))
+
+
+def test_a_slot_that_is_no_vector_is_whole_in_every_slice_of_a_merge() -> None:
+    register_adapter_kind(Louder())
+    base = nn.Sequential(
+        nn.Linear(512, 1200)
+    )  # more than the elements that a merge widens at a time
+    model = shaken(lora_fx.rewrite(base, LoraConfig(kind="louder", r=2, target_modules=["0"])))
+    layer = model[0]
+    gain, a, b = (
+        layer.get_submodule(name).default.detach().double()
+        for name in ("louder_g", "lora_A", "lora_B")
+    )
+    exact = gain * (base[0].weight.double() + 4 * b @ a)
+    torch.testing.assert_close(lora_fx.merge(model)[0].weight.double(), exact, rtol=1e-6, atol=0)

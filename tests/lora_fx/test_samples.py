@@ -187,6 +187,45 @@ def test_products_that_mix_samples_are_refused(way: str) -> None:
         model(torch.randn(5, 5))
 
 
+class Scored(nn.Module):
+    """Scores of the samples, and one number of all of them."""
+
+    def __init__(self, score: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.score = score
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.layer(x)
+        return {"out": out, "score": self.score(out.mean())}
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        torch.linalg.vector_norm,
+        torch.median,
+        lambda mean: mean.kthvalue(1).values,
+        lambda mean: torch.var_mean(mean, correction=0)[1],
+        lambda mean: mean.gather(0, torch.tensor(0)),
+    ],
+    ids=["norm", "median", "kthvalue", "var_mean", "gather"],
+)
+def test_a_result_may_be_a_single_number_of_all_samples(
+    score: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    model = three(Scored(score), target_modules=["layer"])
+    x, ids = torch.randn(3, 4), ["b", None, "c"]
+    wanted = []
+    for row, name in zip(x, ids, strict=True):
+        lora_fx.set_adapter(model, [] if name is None else name)
+        wanted.append(model(row[None])["out"])
+    with lora_fx.adapter_ids(model, ids):
+        found = model(x)
+    assert_close(found["out"], torch.cat(wanted))
+    assert_close(found["score"], score(found["out"].mean()))
+
+
 def test_gradients_reach_each_adapter_from_its_own_samples() -> None:
     model = three(Residual().eval())
     ids = ["b", None, "a", "b", None]

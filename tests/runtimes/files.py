@@ -130,7 +130,7 @@ def case(kind: str, adapters: str, folder: Path, **options: Any) -> Case:
             for name, value in with_adapter.want.items()
         }
         calls = [
-            Call(feeds, base, following=following),
+            Call({**feeds, SLOTS_INPUT: torch.tensor([-1])}, base, following=following),
             Call({**feeds, SLOTS_INPUT: slots}, mixed, following=following),
             Call({**feeds, SLOTS_INPUT: slots[:1]}, with_adapter.want, following=following),
         ]

@@ -65,23 +65,15 @@ def as_json(call: Call) -> dict[str, Any]:
     }
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)")
-@pytest.mark.parametrize("provider", ["wasm", "webgpu"])
-@pytest.mark.parametrize("adapters", ["merge", "inputs"])
-def test_a_browser_gives_what_pytorch_does(adapters: str, provider: str, tmp_path: Path) -> None:
+def browse(page: str, provider: str, folder: Path) -> Any:
+    """What a page of a folder posts in Chromium, with onnxruntime-web under ``/ort/``."""
     web = require("js") / "node_modules" / "onnxruntime-web" / "dist"
-    one = case("encoder", adapters, tmp_path)
-    # onnxruntime-web knows no inputs that have a default: there such a file is the base model.
-    plain = [call for call in one.calls if call.adapter is None]
-    calls = json.dumps([as_json(call) for call in plain])
-    (tmp_path / "calls.json").write_text(calls, encoding="utf-8")
-    shutil.copyfile(CONSUMERS / "browser.html", tmp_path / "browser.html")
     found: queue.Queue[Any] = queue.Queue()
-    handler = partial(Handler, web=web, found=found, directory=str(tmp_path))
+    handler = partial(Handler, web=web, found=found, directory=str(folder))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/browser.html?provider={provider}"
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        address = f"http://127.0.0.1:{server.server_port}/{page}?provider={provider}"
+        profile = f"--user-data-dir={folder / 'profile'}"
         browser = subprocess.Popen(
             [str(CHROMIUM), *FLAGS, profile, address],
             stdout=subprocess.DEVNULL,
@@ -93,6 +85,26 @@ def test_a_browser_gives_what_pytorch_does(adapters: str, provider: str, tmp_pat
             browser.terminate()
             browser.wait(timeout=30)
             server.shutdown()
+    return said
+
+
+in_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="Chromium is not installed (Debian: chromium)"
+)
+
+
+@in_chromium
+@pytest.mark.parametrize("provider", ["wasm", "webgpu"])
+@pytest.mark.parametrize("adapters", ["merge", "inputs"])
+def test_a_browser_gives_what_pytorch_does(adapters: str, provider: str, tmp_path: Path) -> None:
+    require("js")
+    one = case("encoder", adapters, tmp_path)
+    # onnxruntime-web knows no inputs that have a default: there such a file is the base model.
+    plain = [call for call in one.calls if call.adapter is None]
+    calls = json.dumps([as_json(call) for call in plain])
+    (tmp_path / "calls.json").write_text(calls, encoding="utf-8")
+    shutil.copyfile(CONSUMERS / "browser.html", tmp_path / "browser.html")
+    said = browse("browser.html", provider, tmp_path)
     assert "results" in said, said
     for call, result in zip(plain, said["results"], strict=True):
         for name, want in call.want.items():

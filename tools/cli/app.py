@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 from lora_fx.errors import LoraFxError
 from lora_fx.tools.cli import console
-from lora_fx.tools.cli.adapter_commands import extract
+from lora_fx.tools.cli.adapter_commands import combine, convert, extract, migrate, resize
 from lora_fx.tools.cli.model_commands import inspect, merge, plan, rewrite, verify, visualize
 from lora_fx.tools.cli.onnx_commands import export, export_adapter, generate, run
 from lora_fx.tools.cli.options import TypedError, as_options
@@ -26,6 +26,10 @@ COMMANDS = (
     rewrite,
     merge,
     extract,
+    convert,
+    resize,
+    combine,
+    migrate,
     export,
     export_adapter,
     visualize,

@@ -36,10 +36,12 @@ def export(
     adapters: str | None = None,
     max_adapters: int | None = None,
     max_rank: int | None = None,
+    required_inputs: bool = False,
     dtype: str | None = None,
     opset: int | None = None,
     optimize: str = "standard",
     provider: str | None = None,
+    quantize: str | None = None,
     verify: bool = True,
     force: bool = False,
     as_json: bool = False,
@@ -59,11 +61,14 @@ def export(
             model, which takes an adapter when it runs; bank: one that takes an adapter for each row.
         max_adapters: With a bank, how many adapters there may be.
         max_rank: With a bank, their highest rank.
+        required_inputs: Give no input a default, for browsers, Node, OpenVINO and tools that rewrite files;
+            the adapters of a bank are then constants.
         dtype: fp32, fp16 or bf16; by default the model's.
         opset: ONNX opset; by default 20, or 22 for bf16.
         optimize: standard: operators of ONNX, fast on every provider; runtime: those of ONNX Runtime as
             well; none: the graph as PyTorch exports it.
         provider: cpu, cuda or webgpu: what --optimize runtime is for; cpu by default.
+        quantize: int4 or int8: quantize the products of a dense model, but no factors.
         verify: Compare ONNX Runtime with PyTorch.
         force: Overwrite existing files.
         as_json: Print the report as JSON.
@@ -79,6 +84,7 @@ def export(
     from lora_fx.tools.cli.tables import render_export
 
     choices = {"task": task, "target": target, "adapters": adapters, "optimize": optimize}
+    choices["quantize"] = quantize
     o.check_choices(export_onnx, **choices)
     loaded = o.load(model, adapter=next(iter(folders), None))
     inputs = loaded.inputs()
@@ -95,6 +101,7 @@ def export(
             base = load_adapter(base, folder, adapter_name=called)
     chosen: dict[str, Any] = {**choices, "dtype": dtype, "tokenizer": tokenizer}
     chosen |= {"max_adapters": max_adapters, "max_rank": max_rank, "provider": provider}
+    chosen["required_inputs"] = required_inputs
     with console.steps("exporting", _STAGES) as begin:
         report = export_onnx(
             base, path, inputs, opset=opset, verify=verify, force=force, progress=begin, **chosen

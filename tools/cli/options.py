@@ -83,9 +83,9 @@ def command(**special: dict[str, Any]) -> Callable[[Callable[..., None]], Callab
     off by default has no opposite.
 
     Args:
-        special: Settings by parameter: its ``name`` on the command line if it differs, ``argument`` to make
-            a parameter with a default an argument, and further arguments of ``typer.Option`` or
-            ``typer.Argument``.
+        special: Settings by parameter: its ``name`` or names on the command line if they differ,
+            ``argument`` to make a parameter with a default an argument, and further arguments of
+            ``typer.Option`` or ``typer.Argument``.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -143,7 +143,7 @@ def _option(
         name = settings.pop("name", _NAMES.get(parameter.name))
         if name is None and parameter.default is False:
             name = f"--{parameter.name.replace('_', '-')}"
-        named = [] if name is None else [name]
+        named = [name] if isinstance(name, str) else list(name or ())
         info = typer.Option(*named, rich_help_panel=getattr(owner, "PANEL", None), **settings)
     return parameter.replace(annotation=Annotated[parameter.annotation, info])
 
@@ -801,7 +801,11 @@ _ARGUMENT = re.compile(
 )
 
 
-_COMMANDS = {"lora_fx.plan(model, lora_fx.LoraConfig())": "lora-fx plan MODEL"}
+_COMMANDS = {
+    "lora_fx.plan(model, lora_fx.LoraConfig())": "lora-fx plan MODEL",
+    'load_adapter(..., match="graph") loads it': "lora-fx migrate ADAPTER --to MODEL --out DIR writes it",
+    "source=the_old_model": "--from MODEL",
+}
 """Commands by the Python code that does the same."""
 
 

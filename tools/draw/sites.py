@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import Originals
-from lora_fx.config import ALL_LINEAR, LoraConfig, changes_base
+from lora_fx.config import ALL_LINEAR, LoraConfig, rank_for
 from lora_fx.errors import ConfigError, LoraFxError
 from lora_fx.ir import Matches, Plan, PlannedSite, Record, Rejection, Site, Skipped, join
-from lora_fx.kinds import AdapterKind, chosen_kind
+from lora_fx.kinds import AdapterKind, base_change, site_kind
 from lora_fx.passes.parameters import base_weight, factors_of, part_of, weight_at
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.plan import choose, with_experts
@@ -103,9 +103,9 @@ def with_losses(
     matches = known.base.matches if isinstance(known, Record) else known
     adapters = known.adapters if isinstance(known, Record) else {}
     for name, adapter in adapters.items():
-        if changes_base(start := adapter.config.init_lora_weights):
+        if setting := base_change(adapter.config):
             raise ConfigError(
-                f"the start {start!r} of adapter {name!r} has changed the base, so that its difference to "
+                f"the start of adapter {name!r} ({setting}) has changed the base, so that its difference to "
                 "the original is not what quantizing has lost: leave original out"
             )
     weights = Originals(original, model)
@@ -183,7 +183,7 @@ def targets_of(
         config: The configuration that sets the adapter's kind; None is LoRA.
         model: The model, for the experts that ``"all-linear"`` selects; None if it is unknown.
     """
-    kind = chosen_kind(config or LoraConfig())
+    config = config or LoraConfig()
     wholes = tuple(dict.fromkeys(site.whole or site for site in sites))
     every = LoraConfig(r=1, target_modules=ALL_LINEAR)
     if model is not None:
@@ -191,21 +191,29 @@ def targets_of(
     linear, _ = choose(Matches(wholes, ()), every, ())
     times = {choice.site.name: choice.rank(every) for choice in linear}
     refused = (Target(rejection.name, reason=rejection.reason) for rejection in rejections)
-    return (*(_target(site, kind, times.get(site.name, 0)) for site in wholes), *refused)
+    return (
+        *(
+            _target(site, site_kind(site, config), config, times.get(site.name, 0))
+            for site in wholes
+        ),
+        *refused,
+    )
 
 
-def _target(site: Site, kind: AdapterKind, linear: int) -> Target:
+def _target(site: Site, kind: AdapterKind, config: LoraConfig, linear: int) -> Target:
+    rank = rank_for(site.name, config) if kind.low_rank else 0
+    fixed, each = (kind.costs(site, size).parameters for size in (0, 1))
     return Target(
         name=site.name,
         weight="" if site.weight == join(site.name, "weight") else site.weight,
         default=_in_default(site),
         linear=linear,
-        each_rank=_each_rank(site) if kind.low_rank else 0.0,
-        fixed=kind.costs(site).parameters,
+        each_rank=_each_rank(site, kind) + each - fixed if kind.low_rank else 0.0,
+        fixed=fixed,
         attention=site.attention,
         width=site.out_features if site.divisible else 0,
         parts=site.parts,
-        reason=kind.objection(site) or "",
+        reason=kind.objection(site, rank) or "",
     )
 
 
@@ -213,10 +221,12 @@ def _refused(rejection: Rejection) -> SiteRow:
     return SiteRow(name=rejection.name, state=State.REFUSED, reason=rejection.reason)
 
 
-def _each_rank(site: Site) -> float:
+def _each_rank(site: Site, kind: AdapterKind) -> float:
     """Return the trainable elements per rank. A convolution's rank must be a multiple of its groups."""
     try:
-        return pattern_of(site).factors(site, site.groups).numel / site.groups
+        shapes = pattern_of(site).factors(site, site.groups)
+        sizes = {"a": math.prod(shapes.a), "b": math.prod(shapes.b)}
+        return sum(sizes[letter] for letter in sizes.keys() - set(kind.frozen)) / site.groups
     except LoraFxError:
         return 0.0
 

@@ -42,7 +42,8 @@ def base() -> tuple[nn.Module, dict[str, Tensor] | Tensor, list[str]]:
         return network, torch.randn(2, 3, 64, 64), [*names, "fc"]
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    # A weight of 1 MiB is large enough that an ONNX file would get it without memory.
+    sizes = {"hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 64}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     return (
         LlamaForCausalLM(config).eval(),

@@ -1,0 +1,152 @@
+"""PEFT's folders of other methods than LoRA.
+
+The keys are those of LoRA's folders: ``base_model.model.<layer>.<role>``. Tensors of all layers together have
+the prefix ``base_model.`` alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from lora_fx.adapter_files import read_tensors
+from lora_fx.errors import CheckpointError, some
+from lora_fx.ir import join
+from lora_fx.methods.base import ForeignAdapter, Layer, Method, ParameterChange
+from lora_fx.passes.parameters import base_modules
+
+__all__ = ["read_peft_folder"]
+
+_PREFIXES: Final = ("base_model.model.", "base_model.")
+# Modules that PEFT puts around those of the model.
+_ORIGINAL: Final = "original_module"
+_WRAPPERS: Final = frozenset({"base_layer", "modules_to_save", _ORIGINAL})
+_KEPT: Final = ("task_type", "base_model_name_or_path", "modules_to_save")
+
+
+def read_peft_folder(
+    folder: Path, model: nn.Module, method: Method, config: Mapping[str, Any]
+) -> ForeignAdapter:
+    """Read a folder.
+
+    Args:
+        folder: The folder.
+        model: The base model. Only its names, classes and shapes are used.
+        method: The method of the folder.
+        config: Values of ``adapter_config.json``.
+
+    Raises:
+        CheckpointError: If the files are damaged, or for another model. All tensors that the model has no
+            place for are named.
+    """
+    tensors, _ = read_tensors(folder)
+    modules = dict(base_modules(model, every_name=True))
+    first_names: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        first_names.setdefault(module, name)
+    by_layer: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
+    shared: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
+    unknown = []
+    for key, value in tensors.items():
+        bare = _bare(key)
+        layer_of, role = _split(bare, method.roles)
+        _, shared_role = _split(bare, method.shared)
+        if shared_role:
+            _check_shared(folder, key, value, shared.setdefault(shared_role, value))
+        elif role:
+            by_layer[layer_of][role] = (key, value)
+        elif (stored := _stored_whole(bare, value, modules)) is not None:
+            # bias="all" also saves the unused original of a module that is trained in full.
+            if _ORIGINAL not in bare.split("."):
+                whole[stored] = value
+            else:
+                whole.setdefault(stored, value)
+        else:
+            unknown.append(f"{key} {list(value.shape)}")
+    unknown += [
+        f"{key} {list(value.shape)}"
+        for name, roles in by_layer.items()
+        if name not in modules
+        for key, value in roles.values()
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: this {type(model).__name__} has no place for these tensors of {method.name}; give "
+            f"the model that the adapter was trained on: {some(unknown)}"
+        )
+    if not by_layer:
+        raise CheckpointError(f"{folder} holds no tensor of {method.name}; save the adapter again")
+    # PEFT goes through the modules in their order, which matters for what it computes on loading.
+    layers = [
+        Layer(
+            folder,
+            first_names[module],
+            name,
+            module,
+            {role: value for role, (_, value) in by_layer[name].items()},
+            {role: key for role, (key, _) in by_layer[name].items()},
+            config,
+        )
+        for name, module in modules.items()
+        if name in by_layer
+    ]
+    shared = dict(method.derive_shared(layers, shared))
+    changes: list[ParameterChange] = []
+    for layer in layers:
+        layer = dataclasses.replace(layer, shared=shared)
+        changes += method.changes(layer)
+        whole |= method.whole(layer)
+    return ForeignAdapter(
+        method.name,
+        tuple(changes),
+        whole,
+        {name: config[name] for name in _KEPT if name in config},
+    )
+
+
+def _bare(key: str) -> str:
+    for prefix in _PREFIXES:
+        if key.startswith(prefix):
+            return key.removeprefix(prefix)
+    return key
+
+
+def _split(key: str, roles: tuple[str, ...]) -> tuple[str, str]:
+    """Return the layer and the role of a tensor; two empty texts if it has none of the roles.
+
+    Rotations of OFT end in ``.weight``.
+    """
+    for role in roles:
+        for end in (f".{role}", f".{role}.weight"):
+            if f".{key}".endswith(end):
+                return f".{key}".removesuffix(end).removeprefix("."), role
+    return "", ""
+
+
+def _check_shared(folder: Path, key: str, value: Tensor, first: Tensor) -> None:
+    """Raise if copies of a tensor that all layers share differ: PEFT may save one for each layer."""
+    if not torch.equal(value, first):
+        raise CheckpointError(
+            f"{folder}: {key} differs from the same tensor of another layer, which all layers share: the "
+            "file is damaged"
+        )
+
+
+def _stored_whole(key: str, value: Tensor, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return the FQN of a parameter or buffer that is stored in full, if it has this shape."""
+    bare = join(*(atom for atom in key.split(".") if atom not in _WRAPPERS))
+    for name in (key, bare):
+        owner, _, leaf = name.rpartition(".")
+        module = modules.get(owner)
+        if module is not None:
+            tensor = module._parameters.get(leaf, module._buffers.get(leaf))
+            if tensor is not None and tensor.shape == value.shape:
+                return name
+    return None
