@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError
 from lora_fx.export.staging import Staging, write_errors
@@ -23,6 +24,22 @@ __all__ = ["OpenVinoTarget"]
 
 def _openvino() -> Any:
     return load_optional("openvino", "target='openvino'", "lora-fx[openvino]", error=ExportError)
+
+
+def _converted(program: ExportedProgram) -> Any:
+    """Return the model of OpenVINO for a program.
+
+    ``openvino.convert_model`` calls the same front end, and sends telemetry.
+    """
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    front_end = FrontEndManager().load_by_framework("pytorch")
+    decoder = TorchFXPythonDecoder.from_exported_program(program)
+    model = front_end.convert(front_end.load(decoder))
+    apply_moc_transformations(model, cf=False, smart_reshape=True)
+    return model
 
 
 class OpenVinoTarget(ProgramTarget):
@@ -48,7 +65,7 @@ class OpenVinoTarget(ProgramTarget):
         self.refuse_quantized(program)
         openvino = _openvino()
         try:
-            model = openvino.convert_model(program.trace.program)
+            model = _converted(program.trace.program)
         except Exception as error:
             raise self.refusal(error) from error
         names = program.trace.input_names, program.outputs
