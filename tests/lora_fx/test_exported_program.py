@@ -1,4 +1,4 @@
-"""Programs of ``torch.export`` have adapters as plain operations, so that other runtimes can lay tensors out."""
+"""Programs of ``torch.export`` have adapters as plain operations, which other runtimes can lay out."""
 
 from __future__ import annotations
 
