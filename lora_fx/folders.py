@@ -23,7 +23,6 @@ from lora_fx.adapters import Combination, Target, Term, combine, with_patterns
 from lora_fx.checkpoint import (
     PARTS_NOTE,
     PREFIX,
-    PROJECTIONS,
     StackedDown,
     StackedUp,
     attention_around,
@@ -275,13 +274,6 @@ def _pair(
     return _Pair(target, keys, a, b, rank, scale_for(target, config), groups, experts)
 
 
-def _target(pair: _Pair, name: str, rank: int, alpha: float) -> Target:
-    """Return the target of a pair. lora_fx looks up the projections of an attention layer first."""
-    projections = PROJECTIONS if pair.target != name else ()
-    within = tuple(f"{pair.target}.{projection}" for projection in projections)
-    return Target(pair.target, rank, alpha, within=within)
-
-
 # --- another rank ---------------------------------------------------------------------------------
 
 
@@ -335,7 +327,7 @@ def resize_adapter(
             total, lost = total + before, lost + missing
             error = math.sqrt(missing / before) if before else 0.0
             layers.append(ResizedLayer(name, pair.rank, new_rank, error))
-            targets.append(_target(pair, name, new_rank, pair.scale * new_rank))
+            targets.append(Target(pair.target, new_rank, pair.scale * new_rank))
     if source.config.target_parameters and len({layer.rank for layer in layers}) > 1:
         raise ConfigError(
             f"{source.path}: layers would have different ranks, and it adapts parameters, whose patterns "
@@ -444,7 +436,7 @@ def combine_folders(
             where=name,
         )
         rank = a.shape[1] if first.experts else a.shape[0]
-        targets.append(_target(first, name, rank, float(rank)))
+        targets.append(Target(first.target, rank, float(rank)))
         tensors |= zip(first.keys, first.stored(a, b), strict=True)
     selected = dict.fromkeys(target.name for target in targets)
     config = with_patterns(_selecting(sources, selected), targets)

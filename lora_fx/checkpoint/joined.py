@@ -20,7 +20,6 @@ from lora_fx.passes.parameters import base_modules
 
 __all__ = [
     "NOTE",
-    "PROJECTIONS",
     "Joined",
     "Pair",
     "Parts",
@@ -287,8 +286,7 @@ Parts = Mapping[str, Mapping[str, tuple[int, float]]]
 """Rank and alpha of the joined sites, by the name of PEFT's adapter and the name of the site."""
 
 _FACTORS = r"lora_(?:[AB]\.weight|embedding_[AB])"
-PROJECTIONS = ("q", "k", "v", "out_proj")
-"""Names of the sites of an attention layer, within the layer."""
+_PROJECTIONS = ("q", "k", "v", "out_proj")
 
 
 def note_of(joined: Iterable[Joined]) -> dict[str, str]:
@@ -386,7 +384,7 @@ def _targets(
     name = name or "weight"
     within: tuple[str, ...] = ()
     if name in modules and is_attention(modules[name]):
-        within = tuple(f"{name}.{projection}" for projection in PROJECTIONS)
+        within = tuple(f"{name}.{projection}" for projection in _PROJECTIONS)
     yield Target(name, rank_for(name, config), alpha_for(name, config), parameter, within)
 
 

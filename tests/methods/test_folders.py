@@ -322,16 +322,6 @@ def test_projections_of_an_attention_layer_get_one_rank(tmp_path: Path) -> None:
     check_outputs(base, tmp_path / "out")
 
 
-def test_adapters_of_different_layers_select_the_attention_layer(tmp_path: Path) -> None:
-    base, _ = attending(tmp_path / "a")
-    config = peft.LoraConfig(r=2, target_modules="out_proj", init_lora_weights=False)
-    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "b")
-    combine_folders(
-        [tmp_path / "a", tmp_path / "b"], [1.0, 1.0], tmp_path / "sum", Combination("cat")
-    )
-    check_outputs(base, tmp_path / "sum")
-
-
 @pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "corda", "lora_ga"])
 def test_adapters_of_a_changed_base_are_refused(start: str, tmp_path: Path) -> None:
     saved("linear", tmp_path / "a")
