@@ -159,8 +159,8 @@ def allot_ranks(
         site.gains = _gains(site.row.site, seen[site.row.site.weight].to(device))
     if not any(site.gains[-1] for site in sites):
         raise ConfigError(
-            "budget: the gradients of all adapted weights are 0, so that no rank is better than another: give "
-            "batches whose loss depends on these weights (labels that count, a model without zeros)"
+            "budget: the gradients of all adapted weights are 0, so that no rank is better than another: "
+            "give batches and labels whose loss depends on these weights"
         )
     _distribute(sites, limit - fixed)
     return _result(plan.config, sites, limit, fixed, unit)

@@ -97,7 +97,7 @@ class FrozenOptions(Mapping[str, _Value]):
 
 
 def whole_number(value: object) -> int | None:
-    """Return an integral number, such as one of NumPy, as an int. None for any other value, and for a bool."""
+    """Return an integral number, such as one of NumPy, as an int. None for other values, and for a bool."""
     integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return operator.index(value) if integral else None
 
