@@ -264,8 +264,8 @@ def _whole_by_name(
     for key, values in stored.items():
         if len(values) < len(users[key]):
             raise _shared(adapter, users[key], "has only some of them in full")
-        value, *others = values.values()
-        if not all(torch.equal(value, other) for other in others):
+        first, *copies = values.values()
+        if not all(torch.equal(first, copy) for copy in copies):
             raise _shared(adapter, users[key], "has different values for them")
     return whole
 

@@ -132,15 +132,15 @@ def _warn_of_parts(
 ) -> None:
     """Log a warning if a file has layers of other parts of a pipeline."""
     own = {id(roles) for roles in placed.layers.values()}
-    others = [name for name, roles in by_name.items() if id(roles) not in own]
-    if others:
+    left_out = [name for name, roles in by_name.items() if id(roles) not in own]
+    if left_out:
         _log.warning(
             "%s: %d layer(s) are left out, because they are not of the part %r, which this model was taken "
             "for: %s. Convert them with the model of their part",
             path,
-            len(others),
+            len(left_out),
             placed.part,
-            some(others),
+            some(left_out),
         )
 
 

@@ -50,6 +50,7 @@ __all__ = [
     "positions_of",
     "priced",
     "sample_cost",
+    "tied_embedding",
     "with_sample_cost",
 ]
 
