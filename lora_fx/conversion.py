@@ -20,10 +20,10 @@ from lora_fx.extraction import (
     extract,
     weights_of,
 )
-from lora_fx.ir import ModelT, join
+from lora_fx.ir import ModelT
 from lora_fx.methods import ForeignAdapter, ParameterChange, read_foreign
 from lora_fx.passes.capture import Frontend
-from lora_fx.passes.parameters import base_modules, base_parameters, inside
+from lora_fx.passes.parameters import base_parameters, inside
 from lora_fx.progress import Progress
 
 __all__ = ["convert", "convert_adapter"]
@@ -206,25 +206,20 @@ def _by_name(
     """Return the changes and the stored values by all names of a model's parameters.
 
     Raises:
-        ConfigError: If a parameter is used by several modules, of which the adapter changes only some, or to
-            which it gives different values.
+        ConfigError: If a parameter has several names, of which the adapter changes only some, or to which it
+            gives different values. PEFT adapts a module with several names by the first one alone.
         CheckpointError: If the adapter stores a parameter and changes it.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model).items():
         names.setdefault(id(parameter), []).append(name)
-    users: dict[int, list[str]] = {}
-    for name, module in base_modules(model):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(join(name, leaf))
     changes: dict[str, ParameterChange] = {}
     for change in adapter.changes:
         key = id(model.get_parameter(change.parameter))
-        if len(users[key]) > 1 and not change.tied:
-            raise _shared(adapter, users[key], f"changes {change.parameter} alone")
+        if len(names[key]) > 1 and not change.tied:
+            raise _shared(adapter, names[key], f"changes {change.parameter} alone")
         changes |= dict.fromkeys(names[key], change)
-    whole = _whole_by_name(model, adapter, names, users)
+    whole = _whole_by_name(model, adapter, names)
     both = sorted(changes.keys() & whole.keys())
     if both:
         raise CheckpointError(
@@ -234,10 +229,7 @@ def _by_name(
 
 
 def _whole_by_name(
-    model: nn.Module,
-    adapter: ForeignAdapter,
-    names: Mapping[int, Sequence[str]],
-    users: Mapping[int, Sequence[str]],
+    model: nn.Module, adapter: ForeignAdapter, names: Mapping[int, Sequence[str]]
 ) -> dict[str, Tensor]:
     """Return the stored values by all names of a model's parameters.
 
@@ -245,35 +237,32 @@ def _whole_by_name(
         model: The base.
         adapter: The adapter.
         names: All names of each parameter, by its id.
-        users: A name of each parameter for every module that uses it, by the parameter's id.
 
     Raises:
-        ConfigError: If a parameter is used by several modules, which do not all get the same value.
+        ConfigError: If a parameter has several names, which do not all get the same value.
     """
     whole: dict[str, Tensor] = {}
-    stored: dict[int, dict[nn.Module, Tensor]] = {}
+    stored: dict[int, list[Tensor]] = {}
     for name, value in adapter.whole.items():
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        parameter = module._parameters.get(leaf)
+        parameter = model.get_submodule(owner)._parameters.get(leaf)
         if parameter is None:
             whole[name] = value
         else:
-            stored.setdefault(id(parameter), {})[module] = value
+            stored.setdefault(id(parameter), []).append(value)
             whole |= dict.fromkeys(names[id(parameter)], value)
     for key, values in stored.items():
-        if len(values) < len(users[key]):
-            raise _shared(adapter, users[key], "has only some of them in full")
-        first, *copies = values.values()
-        if not all(torch.equal(first, copy) for copy in copies):
-            raise _shared(adapter, users[key], "has different values for them")
+        if len(values) < len(names[key]):
+            raise _shared(adapter, names[key], "has only some of them in full")
+        if not all(torch.equal(values[0], value) for value in values):
+            raise _shared(adapter, names[key], "has different values for them")
     return whole
 
 
-def _shared(adapter: ForeignAdapter, users: Sequence[str], problem: str) -> ConfigError:
-    """Return an error about a parameter that several modules use."""
+def _shared(adapter: ForeignAdapter, names: Sequence[str], problem: str) -> ConfigError:
+    """Return an error about a parameter that has several names."""
     return ConfigError(
-        f"{' and '.join(users)} are one parameter, and the adapter of {adapter.method} {problem}: give a "
+        f"{' and '.join(names)} are one parameter, and the adapter of {adapter.method} {problem}: give a "
         "model that does not share it (tie_word_embeddings=False in the configuration of a model of "
         "transformers)"
     )

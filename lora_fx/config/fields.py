@@ -98,8 +98,9 @@ class FrozenOptions(Mapping[str, _Value]):
 
 def whole_number(value: object) -> int | None:
     """Return an integral number, such as one of NumPy, as an int. None for other values, and for a bool."""
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    return operator.index(value) if integral else None
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return operator.index(value)
+    return None
 
 
 def _at_least(least: int) -> Callable[[Any], bool]:

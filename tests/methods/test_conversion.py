@@ -224,6 +224,25 @@ def test_a_tied_weight_with_one_value_in_full_stays_tied(tmp_path: Path) -> None
     assert_close(output(ours, IDS), output(adapted, IDS), 2e-5)
 
 
+def test_a_module_with_two_names_is_refused(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        """A layer with two names, of which PEFT adapts the first alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+            self.down = self.up
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.down(torch.tanh(self.up(x)))
+            return output
+
+    config = peft.LoHaConfig(r=2, target_modules=["up", "down"], init_weights=False)
+    peft.get_peft_model(Twice(), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"up.weight and down.weight are one parameter"):
+        lora_fx.convert_adapter(Twice(), tmp_path)
+
+
 def test_what_cannot_be_converted_says_why(tmp_path: Path) -> None:
     config = peft.LoHaConfig(r=2, target_modules=LINEAR)
     peft.get_peft_model(Words(), config).save_pretrained(tmp_path)
