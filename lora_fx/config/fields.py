@@ -98,9 +98,9 @@ class FrozenOptions(Mapping[str, _Value]):
 
 def whole_number(value: object) -> int | None:
     """Return an integral number, such as one of NumPy, as an int. None for other values, and for a bool."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return operator.index(value)
-    return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return None
+    return operator.index(value)
 
 
 def _at_least(least: int) -> Callable[[Any], bool]:
