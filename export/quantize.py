@@ -173,12 +173,12 @@ def _stored(model: ir.Model, scheme: QuantizedScheme) -> StoredFormat:
         if node.op_type != operator:
             continue
         constants = [value for value in node.inputs[1:] if value is not None and value.const_value]
-        name = str(node.inputs[1].name)  # type: ignore[union-attr]
+        name = str(node.inputs[1].name)
         if scheme == "int4":
             values = node.attributes.get_int("K", 0) * node.attributes.get_int("N", 0)
         else:
-            values = math.prod(node.inputs[1].shape.numpy())  # type: ignore[union-attr]
-        matrices[name] = values, sum(value.const_value.nbytes for value in constants)  # type: ignore[union-attr]
+            values = math.prod(node.inputs[1].shape.numpy())
+        matrices[name] = values, sum(value.const_value.nbytes for value in constants)
     values, size = (
         (sum(part) for part in zip(*matrices.values(), strict=True)) if matrices else (0, 0)
     )

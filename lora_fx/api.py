@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.adapters import allot_ranks, input_moments, set_adapter
-from lora_fx.config import LoraConfig
+from lora_fx.config import LoraConfig, whole_number
 from lora_fx.errors import ConfigError, MergeError
 from lora_fx.formats import Deploy
 from lora_fx.ir import (
@@ -196,8 +196,13 @@ def plan(
             the budget is too small; says how large it has to be. If its gradients cannot be computed.
         CaptureError: If the model cannot be captured.
     """
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"tokens is {tokens}: give the number of tokens of the training data")
+    if tokens is not None:
+        number = whole_number(tokens)
+        if number is None or number < 1:
+            raise ConfigError(
+                f"tokens is {tokens!r}: give the number of tokens of the training data"
+            )
+        tokens = number
     if inputs is not None and budget is None:
         raise ConfigError("inputs are for a budget: add budget=, or pass them as example_inputs")
     planning = functools.partial(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -20,10 +20,10 @@ from lora_fx.extraction import (
     extract,
     weights_of,
 )
-from lora_fx.ir import ModelT, join
+from lora_fx.ir import ModelT
 from lora_fx.methods import ForeignAdapter, ParameterChange, read_foreign
 from lora_fx.passes.capture import Frontend
-from lora_fx.passes.parameters import base_modules, base_parameters, inside
+from lora_fx.passes.parameters import base_parameters, inside
 from lora_fx.progress import Progress
 
 __all__ = ["convert", "convert_adapter"]
@@ -150,7 +150,7 @@ def convert(
         ConfigError: If the adapter changes nothing, or a weight that the model uses twice.
         CaptureError: As :func:`convert_adapter`.
     """
-    changes, whole = _by_first_name(model, adapter)
+    changes, whole = _by_name(model, adapter)
     values = _Values(before, changes, whole)
     ranks = {name: change.rank for name, change in changes.items() if change.rank is not None}
     difference = Difference(values.before, values.after, ranks)
@@ -200,39 +200,69 @@ class _Values:
             return self._changes[name].adapted(value)
 
 
-def _by_first_name(
+def _by_name(
     model: nn.Module, adapter: ForeignAdapter
 ) -> tuple[dict[str, ParameterChange], dict[str, Tensor]]:
-    """Return the changes and the stored values by the names that a model's parameters have first.
+    """Return the changes and the stored values by all names of a model's parameters.
 
     Raises:
-        ConfigError: If a parameter is used by several modules, of which the adapter changes only some.
+        ConfigError: If a parameter has several names, of which the adapter changes only some, or to which it
+            gives different values. PEFT adapts a module with several names by the first one alone.
         CheckpointError: If the adapter stores a parameter and changes it.
     """
-    first = {id(parameter): name for name, parameter in base_parameters(model).items()}
-    users: dict[int, list[str]] = {}
-    for name, module in base_modules(model):
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(join(name, leaf))
-    changes = {}
+    names: dict[int, list[str]] = {}
+    for name, parameter in base_parameters(model).items():
+        names.setdefault(id(parameter), []).append(name)
+    changes: dict[str, ParameterChange] = {}
     for change in adapter.changes:
         key = id(model.get_parameter(change.parameter))
-        if len(users[key]) > 1:
-            raise ConfigError(
-                f"{' and '.join(users[key])} are one parameter, and the adapter of {adapter.method} "
-                f"changes {change.parameter} alone: give a model that does not share it "
-                "(tie_word_embeddings=False in the configuration of a model of transformers)"
-            )
-        changes[first[key]] = change
-    whole = {}
-    for name, value in adapter.whole.items():
-        owner, _, leaf = name.rpartition(".")
-        stored = model.get_submodule(owner)._parameters.get(leaf)
-        whole[name if stored is None else first[id(stored)]] = value
+        if len(names[key]) > 1 and not change.tied:
+            raise _shared(adapter, names[key], f"changes {change.parameter} alone")
+        changes |= dict.fromkeys(names[key], change)
+    whole = _whole_by_name(model, adapter, names)
     both = sorted(changes.keys() & whole.keys())
     if both:
         raise CheckpointError(
             f"the adapter of {adapter.method} stores {both[0]} in full and changes it: it is damaged"
         )
     return changes, whole
+
+
+def _whole_by_name(
+    model: nn.Module, adapter: ForeignAdapter, names: Mapping[int, Sequence[str]]
+) -> dict[str, Tensor]:
+    """Return the stored values by all names of a model's parameters.
+
+    Args:
+        model: The base.
+        adapter: The adapter.
+        names: All names of each parameter, by its id.
+
+    Raises:
+        ConfigError: If a parameter has several names, which do not all get the same value.
+    """
+    whole: dict[str, Tensor] = {}
+    stored: dict[int, list[Tensor]] = {}
+    for name, value in adapter.whole.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = model.get_submodule(owner)._parameters.get(leaf)
+        if parameter is None:
+            whole[name] = value
+        else:
+            stored.setdefault(id(parameter), []).append(value)
+            whole |= dict.fromkeys(names[id(parameter)], value)
+    for key, values in stored.items():
+        if len(values) < len(names[key]):
+            raise _shared(adapter, names[key], "has only some of them in full")
+        if not all(torch.equal(values[0], value) for value in values):
+            raise _shared(adapter, names[key], "has different values for them")
+    return whole
+
+
+def _shared(adapter: ForeignAdapter, names: Sequence[str], problem: str) -> ConfigError:
+    """Return an error about a parameter that has several names."""
+    return ConfigError(
+        f"{' and '.join(names)} are one parameter, and the adapter of {adapter.method} {problem}: give a "
+        "model that does not share it (tie_word_embeddings=False in the configuration of a model of "
+        "transformers)"
+    )

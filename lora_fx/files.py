@@ -41,7 +41,7 @@ _POWERS: Final = {"K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def bytes_in(text: str, option: str) -> int:
-    """Return the bytes of a size: ``24GB`` (24 · 10^9 bytes) or ``16GiB`` (16 · 2^30 bytes).
+    """Return the bytes of a size: ``24GB`` (24 · 10^9 bytes), ``16GiB`` (16 · 2^30 bytes) or ``500B``.
 
     Args:
         text: The size.
@@ -50,11 +50,12 @@ def bytes_in(text: str, option: str) -> int:
     Raises:
         ConfigError: If the text is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ConfigError(f"{option} {text!r} is no size of a memory: write 24GB or 16GiB")
     base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** _POWERS[match[2].upper()])
+    power = _POWERS[match[2].upper()] if match[2] else 0
+    return int(float(match[1]) * base**power)
 
 
 def output_file(path: object, suffixes: Sequence[str]) -> Path:

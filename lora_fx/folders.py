@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,17 +25,19 @@ from lora_fx.checkpoint import (
     PREFIX,
     StackedDown,
     StackedUp,
+    attention_around,
     by_hand_in,
     check_free,
+    check_start,
     note_of_by_hand,
     without_prefix,
     write_folder,
 )
-from lora_fx.config import LoraConfig, rank_for, scale_for
+from lora_fx.config import LoraConfig, rank_for, saved_by, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.extraction import RankChoice
 from lora_fx.ir import Layout, json_text
-from lora_fx.kinds import chosen_kind, is_plain
+from lora_fx.kinds import base_change, chosen_kind, is_plain
 from lora_fx.methods import check_peft_type
 from lora_fx.passes.lowrank import rank_of_energy
 
@@ -110,6 +113,7 @@ class _Pair:
     """The factors of a layer.
 
     Attributes:
+        target: Name of the layer that PEFT looks up rank and alpha by. An attention layer has several pairs.
         keys: Keys of A and B.
         a, b: A and B as they are stored.
         rank, scale: Rank and scale of each matrix.
@@ -117,6 +121,7 @@ class _Pair:
         experts: Number of matrices of a stack of experts; 0 for a layer.
     """
 
+    target: str
     keys: tuple[str, str]
     a: Tensor
     b: Tensor
@@ -174,7 +179,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
 
     Raises:
         CheckpointError: If it is damaged, or no LoRA adapter.
-        ConfigError: If its rank cannot be told from its tensors.
+        ConfigError: If its rank cannot be told from its tensors, or its start changes the base.
     """
     path = Path(folder)
     check_peft_type(path)
@@ -184,6 +189,7 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
         raise ConfigError(
             f"{path}: {kind.setting or kind.name} trains more than A and B, whose meaning depends on the rank"
         )
+    _check_base(path, config)
     read, metadata = read_tensors(path)
     tensors = without_prefix(read)
     # Ranks of the parts of a weight are lost, so that loading adapts the whole weight.
@@ -211,6 +217,28 @@ def _read(folder: str | os.PathLike[str]) -> _Folder:
     return _Folder(path, config, pairs, kept, notes)
 
 
+def _check_base(path: Path, config: LoraConfig) -> None:
+    """Raise if loading a folder changes the base, by as much as the ranks of the folder say.
+
+    Raises:
+        CheckpointError: If that change needs data.
+        ConfigError: If it does not.
+    """
+    setting = base_change(config)
+    if not setting:
+        return
+    check_start(config, path)
+    remedy = (
+        "lora_fx.extract_adapter(base, lora_fx.merge(lora_fx.load_adapter(base, folder)), rank=...)"
+        if config.init_lora_weights == "loftq"
+        else "lora_fx.save_adapter(lora_fx.load_adapter(base, folder), other_folder)"
+    )
+    raise ConfigError(
+        f"{path}: {setting} changes the base, and another rank changes it in another way: make an adapter of "
+        f"the unchanged base first, with {remedy}"
+    )
+
+
 def _pair(
     path: Path,
     name: str,
@@ -225,7 +253,8 @@ def _pair(
                 f"{path}: {key} is {value.dtype} {list(value.shape)}, and a factor has finite floating-point "
                 "numbers: the file is damaged"
             )
-    rank = rank_for(name, config)
+    target = attention_around(name) or name
+    rank = rank_for(target, config)
     experts = 0
     if config.target_parameters and a.dim() == 2 and a.shape[0] != rank:
         if config.rank_pattern or config.alpha_pattern:
@@ -242,7 +271,7 @@ def _pair(
             f"{path}: {keys[0]} is {list(a.shape)} and {keys[1]} {list(b.shape)}, and the rank in "
             f"adapter_config.json is {rank}: the file is damaged"
         )
-    return _Pair(keys, a, b, rank, scale_for(name, config), groups, experts)
+    return _Pair(target, keys, a, b, rank, scale_for(target, config), groups, experts)
 
 
 # --- another rank ---------------------------------------------------------------------------------
@@ -258,8 +287,9 @@ def resize_adapter(
 ) -> ResizeReport:
     """Write an adapter with the closest product of a smaller rank at each layer.
 
-    The scale of each layer stays, and so do magnitudes (DoRA), biases and modules that are stored in full. No
-    model is needed.
+    The scale of each layer stays, and so do magnitudes (DoRA), biases and modules that are stored in full.
+    The rank of a convolution is a multiple of its groups, and at least their number. Projections of an
+    ``nn.MultiheadAttention`` have one rank. No model is needed.
 
     Args:
         folder: The adapter folder.
@@ -272,7 +302,7 @@ def resize_adapter(
         CheckpointError: If the folder is damaged or no LoRA adapter, or ``out`` has an adapter and ``force``
             is False.
         ConfigError: If a choice makes no sense, or the adapter trains tensors whose meaning depends on the
-            rank.
+            rank, or its start changes the base (PiSSA, OLoRA, LoftQ).
     """
     choice = RankChoice.of(rank, energy)
     target = Path(out)
@@ -282,20 +312,22 @@ def resize_adapter(
     source = _read(folder)
     tensors = dict(source.kept)
     layers, targets, total, lost = [], [], 0.0, 0.0
-    for name, pair in source.pairs.items():
-        (a, b), squares = _closest(pair)
-        unit = _rank(choice, pair, squares)
-        before, missing = float(squares.sum()), float(squares[unit:].sum())
-        new_rank = unit * pair.groups
-        if new_rank < pair.rank:
-            tensors |= zip(pair.keys, pair.stored(a[:, :unit], b[:, :, :unit]), strict=True)
-        else:
-            new_rank, missing = pair.rank, 0.0
-            tensors |= zip(pair.keys, (pair.a, pair.b), strict=True)
-        total, lost = total + before, lost + missing
-        error = math.sqrt(missing / before) if before else 0.0
-        layers.append(ResizedLayer(name, pair.rank, new_rank, error))
-        targets.append(Target(name, new_rank, pair.scale * new_rank))
+    for members in _by_target(source.pairs).values():
+        closest = {name: _closest(pair) for name, pair in members.items()}
+        unit = max(_rank(choice, pair, closest[name][1]) for name, pair in members.items())
+        for name, pair in members.items():
+            (a, b), squares = closest[name]
+            before, missing = float(squares.sum()), float(squares[unit:].sum())
+            new_rank = unit * pair.groups
+            if new_rank < pair.rank:
+                tensors |= zip(pair.keys, pair.stored(a[:, :unit], b[:, :, :unit]), strict=True)
+            else:
+                new_rank, missing = pair.rank, 0.0
+                tensors |= zip(pair.keys, (pair.a, pair.b), strict=True)
+            total, lost = total + before, lost + missing
+            error = math.sqrt(missing / before) if before else 0.0
+            layers.append(ResizedLayer(name, pair.rank, new_rank, error))
+            targets.append(Target(pair.target, new_rank, pair.scale * new_rank))
     if source.config.target_parameters and len({layer.rank for layer in layers}) > 1:
         raise ConfigError(
             f"{source.path}: layers would have different ranks, and it adapts parameters, whose patterns "
@@ -304,6 +336,14 @@ def resize_adapter(
     config = with_patterns(dataclasses.replace(source.config, use_rslora=False), targets)
     _write(target, tensors, config, source.notes, force=force)
     return ResizeReport(tuple(layers), 1 - lost / total if total else 1.0)
+
+
+def _by_target(pairs: Mapping[str, _Pair]) -> dict[str, dict[str, _Pair]]:
+    """Return the pairs of each target, by name. Pairs of one target have one rank and one scale."""
+    by_target: dict[str, dict[str, _Pair]] = defaultdict(dict)
+    for name, pair in pairs.items():
+        by_target[pair.target][name] = pair
+    return by_target
 
 
 def _closest(pair: _Pair) -> tuple[tuple[Tensor, Tensor], Tensor]:
@@ -342,7 +382,7 @@ def combine_folders(
     """Write the weighted combination of adapters, as :func:`lora_fx.add_weighted_adapter` computes it.
 
     No model is needed. A layer that only some adapters have is combined from those. Tensors that one of them
-    stores in full are copied.
+    stores in full are copied: no weight applies to them, and a warning says so.
 
     Args:
         folders: The adapter folders.
@@ -357,7 +397,8 @@ def combine_folders(
     Raises:
         CheckpointError: If a folder is damaged or no LoRA adapter, or ``out`` has an adapter and ``force`` is
             False.
-        ConfigError: If there is not a weight for each folder, or the adapters have no sum.
+        ConfigError: If there is not a weight for each folder, the adapters have no sum, or the start of one
+            changes the base (PiSSA, OLoRA, LoftQ).
     """
     target = Path(out)
     if len(folders) != len(weights):
@@ -371,6 +412,7 @@ def combine_folders(
     _check_sum(sources)
     how = how.among(len(sources))
     tensors = _in_full(sources)
+    _warn_of_copies(sources, weights)
     targets = []
     layout: Layout = "in_out" if sources[0].config.fan_in_fan_out else "out_in"
     largest = max(pair.rank for source in sources for pair in source.pairs.values())
@@ -394,9 +436,10 @@ def combine_folders(
             where=name,
         )
         rank = a.shape[1] if first.experts else a.shape[0]
-        targets.append(Target(name, rank, float(rank)))
+        targets.append(Target(first.target, rank, float(rank)))
         tensors |= zip(first.keys, first.stored(a, b), strict=True)
-    config = with_patterns(_selecting(sources, names), targets)
+    selected = dict.fromkeys(target.name for target in targets)
+    config = with_patterns(_selecting(sources, selected), targets)
     _write(target, tensors, config, _notes(sources), force=force)
     return len(names)
 
@@ -450,6 +493,20 @@ def _in_full(sources: Iterable[_Folder]) -> dict[str, Tensor]:
     return tensors
 
 
+def _warn_of_copies(sources: Sequence[_Folder], weights: Sequence[float]) -> None:
+    """Log a warning of modules that are trained in full by an adapter whose weight is not 1."""
+    for source, weight in zip(sources, weights, strict=True):
+        saved = [key for key in source.kept if saved_by(key.rpartition(".")[0], source.config)]
+        if saved and weight != 1:
+            _log.warning(
+                "%s has %s in full (modules_to_save), which is copied as it is: the weight %s does not apply "
+                "to it, because that takes the values of the base",
+                source.path,
+                some(saved),
+                weight,
+            )
+
+
 def _notes(sources: Sequence[_Folder]) -> dict[str, str]:
     """Return the metadata of a combination: those of the first adapter that has them."""
     notes: dict[str, str] = {}
@@ -470,6 +527,12 @@ def _selecting(sources: Sequence[_Folder], names: Iterable[str]) -> LoraConfig:
         rank_pattern={},
         alpha_pattern={},
     )
+    for name in names:
+        if (entry := saved_by(name, config)) is not None:
+            raise ConfigError(
+                f"{name}: an adapter has LoRA there, and another one has {entry} in full (modules_to_save): "
+                "there is no sum of these; train both in the same way"
+            )
     fields = (
         *("target_modules", "target_parameters", "exclude_modules"),
         *("layers_to_transform", "layers_pattern", "scope"),

@@ -29,7 +29,7 @@ from lora_fx.adapters.initialization import (
 )
 from lora_fx.adapters.manage import adapter_record
 from lora_fx.adapters.settings import Target, with_patterns
-from lora_fx.config import LoraConfig, parameter_entry
+from lora_fx.config import LoraConfig, parameter_entry, whole_number
 from lora_fx.errors import ConfigError, some
 from lora_fx.files import bytes_in
 from lora_fx.ir import Plan, PlannedSite, Site, Spending
@@ -53,15 +53,22 @@ Unit = Literal["bytes", "parameters"]
 
 
 def budget_of(budget: object) -> tuple[int, Unit]:
-    """Return a budget and its unit: a number is one of parameters, and ``"20MB"`` one of bytes.
+    """Return a budget and its unit: ``3000`` and ``"3000"`` are parameters, and ``"20MB"`` is bytes.
 
     Raises:
         ConfigError: If it is neither.
     """
-    if isinstance(budget, str):
-        return bytes_in(budget, "budget"), "bytes"
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget > 0:
-        return budget, "parameters"
+    digits = isinstance(budget, str) and budget.strip().isdecimal()
+    number = int(budget) if isinstance(budget, str) and digits else whole_number(budget)
+    if number is not None and number > 0:
+        return number, "parameters"
+    if isinstance(budget, str) and not digits:
+        try:
+            return bytes_in(budget, "budget"), "bytes"
+        except ConfigError as error:
+            raise ConfigError(
+                f"budget {budget!r} is no size and no number of parameters: write 20MB, 16MiB or 3000000"
+            ) from error
     raise ConfigError(
         f"budget is {budget!r}: give a number of parameters, or a size of the adapter's tensors such as "
         "'20MB'"
@@ -117,8 +124,8 @@ def allot_ranks(
 
     Raises:
         ConfigError: If the budget is none, or too small for the smallest rank everywhere. If there are no
-            batches, or their gradients cannot be computed. If the kind or the start of the adapter has no
-            rank to choose.
+            batches, or their gradients cannot be computed or are all 0. If the kind or the start of the
+            adapter has no rank to choose.
     """
     limit, unit = budget_of(budget)
     _check(plan, model, batches)
@@ -150,6 +157,11 @@ def allot_ranks(
     device = next(model.parameters()).device
     for site in sites:
         site.gains = _gains(site.row.site, seen[site.row.site.weight].to(device))
+    if not any(site.gains[-1] for site in sites):
+        raise ConfigError(
+            "budget: the gradients of all adapted weights are 0, so that no rank is better than another: "
+            "give batches and labels whose loss depends on these weights"
+        )
     _distribute(sites, limit - fixed)
     return _result(plan.config, sites, limit, fixed, unit)
 
@@ -275,7 +287,7 @@ def _distribute(sites: Sequence[_Site], room: int) -> None:
 def _result(
     config: LoraConfig, sites: Sequence[_Site], limit: int, fixed: int, unit: Unit
 ) -> Allotment:
-    total = sum(site.gains[-1] for site in sites) or 1.0
+    total = sum(site.gains[-1] for site in sites)
     targets = [_target(site, config) for site in sites]
     gains = {site.row.name: site.gain_of(site.rank) / total for site in sites}
     equal = _equal_rank(sites, limit - fixed)

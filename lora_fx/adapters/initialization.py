@@ -283,8 +283,14 @@ def gradients(
         loss_fn: The loss of an output and a batch.
 
     Raises:
-        ConfigError: If a gradient is not finite, there is no loss, or a weight has no gradient.
+        ConfigError: If a gradient is not finite, there is no loss, or the loss or a weight has no gradient.
+            If the call is inside of ``torch.inference_mode()``.
     """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ConfigError(
+            "gradients are needed, and torch.inference_mode() allows none: create the model and call this "
+            "outside of it"
+        )
     before = base_parameters(model)
     wanted = {id(p): p.requires_grad for p in model.parameters()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -299,7 +305,13 @@ def gradients(
             data.report(number, "collecting gradients")
             with torch.enable_grad():
                 output = data.output(model.train(), batch, number)
-                torch.autograd.backward(loss_of(output, batch, loss_fn))
+                loss = loss_of(output, batch, loss_fn)
+                if not loss.requires_grad:
+                    raise ConfigError(
+                        "the loss of a batch does not depend on any adapted weight: leave out detach() and "
+                        "torch.no_grad() in the model's forward and in loss_fn"
+                    )
+                torch.autograd.backward(loss)
             seen = number + 1
     finally:
         put_back(model, before)

@@ -12,6 +12,7 @@ from lora_fx.checkpoint.folder import (
 )
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.joined import NOTE as PARTS_NOTE
+from lora_fx.checkpoint.joined import attention_around
 from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, StackedDown, StackedUp
 from lora_fx.checkpoint.migration import Migration, Move
 from lora_fx.checkpoint.peft_model import (
@@ -31,7 +32,7 @@ from lora_fx.checkpoint.receipt import (
     main_output,
     read_receipt,
 )
-from lora_fx.checkpoint.starts import converted
+from lora_fx.checkpoint.starts import check_start, converted
 from lora_fx.checkpoint.state import (
     adapter_state_dict,
     by_hand_in,
@@ -62,11 +63,13 @@ __all__ = [
     "Verdict",
     "adapter_state_dict",
     "as_peft_model",
+    "attention_around",
     "by_hand_in",
     "call_with",
     "callback_class",
     "cast_to_base",
     "check_free",
+    "check_start",
     "converted",
     "fill",
     "has_receipt",

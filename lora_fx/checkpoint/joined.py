@@ -24,6 +24,7 @@ __all__ = [
     "Pair",
     "Parts",
     "Tensors",
+    "attention_around",
     "joined_of",
     "note_of",
     "parts_in",
@@ -375,10 +376,8 @@ def _targets(
         name = wrapped[len(wrapped) - 1 - depth]
     elif name.endswith("_lora") and name not in modules:
         name = _part_name(name.removesuffix("_lora"), modules)
-    outer, _, leaf = name.rpartition(".")
-    if leaf == "out_proj" and not parameter and f"{outer}.{WRAPPER}." in f"{holder}.":
-        # It is part of the adapter of the attention layer around it.
-        name = outer
+    if name != holder and not parameter:
+        name = attention_around(holder) or name
     if name in parts:
         yield from (Target(site, *numbers) for site, numbers in parts[name].items())
         return
@@ -387,6 +386,18 @@ def _targets(
     if name in modules and is_attention(modules[name]):
         within = tuple(f"{name}.{projection}" for projection in _PROJECTIONS)
     yield Target(name, rank_for(name, config), alpha_for(name, config), parameter, within)
+
+
+def attention_around(holder: str) -> str:
+    """Return the attention layer whose rank and alpha PEFT gives these factors, or an empty string.
+
+    PEFT adapts an ``nn.MultiheadAttention`` as a whole, and its ``out_proj`` is inside the wrapped layer.
+
+    Args:
+        holder: Name of the module that has the factors, in a folder.
+    """
+    outer, _, leaf = _bare(holder).rpartition(".")
+    return outer if leaf == "out_proj" and f"{outer}.{WRAPPER}." in f"{holder}." else ""
 
 
 def _part_name(name: str, modules: Mapping[str, nn.Module]) -> str:

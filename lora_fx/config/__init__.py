@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from lora_fx.config.fields import FrozenOptions, bad, changes_base, complete_options, needs_data
+from lora_fx.config.fields import (
+    FrozenOptions,
+    bad,
+    changes_base,
+    complete_options,
+    needs_data,
+    whole_number,
+)
 from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig, read_json
 from lora_fx.config.selection import (
     Verdict,
@@ -49,4 +56,5 @@ __all__ = [
     "unmatched_saved",
     "unmatched_targets",
     "uses_default_targets",
+    "whole_number",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import operator
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,6 +40,7 @@ __all__ = [
     "only_own",
     "options",
     "variant",
+    "whole_number",
 ]
 
 # --- starting values ------------------------------------------------------------------------------
@@ -94,10 +96,17 @@ class FrozenOptions(Mapping[str, _Value]):
         return type(self), (dict(self._data),)
 
 
+def whole_number(value: object) -> int | None:
+    """Return an integral number, such as one of NumPy, as an int. None for other values, and for a bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        return None
+    return operator.index(value)
+
+
 def _at_least(least: int) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
-        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-        return whole and int(value) >= least
+        number = whole_number(value)
+        return number is not None and number >= least
 
     return check
 

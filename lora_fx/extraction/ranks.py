@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Final
 
 from lora_fx.adapters import budget_of
+from lora_fx.config import whole_number
 from lora_fx.errors import ConfigError
 
 __all__ = ["DEFAULT_RANK", "RankChoice"]
@@ -48,21 +50,22 @@ class RankChoice:
             raise ConfigError(
                 f"{' and '.join(chosen)} are given: the ranks follow from one of rank, energy and budget"
             )
-        if rank is not None and not (type(rank) is int and rank > 0):
+        number = whole_number(rank)
+        if rank is not None and (number is None or number < 1):
             raise ConfigError(f"rank: found {rank!r}; a whole number of at least 1 is needed")
         if energy is not None and not (_is_number(energy) and 0 < energy <= 1):
             raise ConfigError(
                 f"energy: found {energy!r}; it is the share of ‖ΔW‖² to keep, above 0 and at most 1"
             )
         return cls(
-            rank=DEFAULT_RANK if not chosen else rank,
+            rank=DEFAULT_RANK if not chosen else number,
             energy=None if energy is None else float(energy),
             budget=None if budget is None else _parameters(budget),
         )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _parameters(budget: int | str) -> int:

@@ -36,11 +36,13 @@ class ParameterChange:
             is computed in fp32 and rounded once.
         rank: An upper bound of the rank of the change, as a matrix [outputs, everything else]. None if the
             method guarantees none.
+        tied: True if the adapter changes every module that shares the parameter, and not one of them alone.
     """
 
     parameter: str
     adapted: _Adapted
     rank: int | None = None
+    tied: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,6 +280,8 @@ class Method:
         roles: Ends of the keys of a layer's tensors.
         scaled: True if files have an alpha for each layer.
         shared: Roles of tensors of all layers together, in a folder.
+        ties: True if PEFT ties the adapter of the input embedding to modules that share its weight, in a
+            model that declares this.
     """
 
     name: ClassVar[str]
@@ -287,6 +291,7 @@ class Method:
     scaled: ClassVar[bool] = False
     roles: ClassVar[tuple[str, ...]]
     shared: ClassVar[tuple[str, ...]] = ()
+    ties: ClassVar[bool] = False
 
     def is_file_layer(self, tensors: Mapping[str, Tensor]) -> bool:
         """Return True if a layer of a file of LyCORIS is of this method, by the roles of its tensors."""

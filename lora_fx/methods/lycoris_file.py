@@ -25,7 +25,7 @@ from lora_fx.adapter_files import read_file
 from lora_fx.errors import CheckpointError, some
 from lora_fx.ir import join
 from lora_fx.methods.base import CONVERTER, ForeignAdapter, Layer, Method, ParameterChange
-from lora_fx.methods.layer_names import check_part, lora_role, place_layers
+from lora_fx.methods.layer_names import PlacedLayers, check_part, lora_role, place_layers
 from lora_fx.methods.locon import MID, LoCon
 from lora_fx.passes.parameters import base_modules
 
@@ -57,17 +57,21 @@ def check_is_lora(path: Path, tensors: Mapping[str, Tensor], methods: Sequence[M
         CheckpointError: The message names the tensor, its method, and the converter.
     """
     layers, _ = _group(path, tensors, methods)
-    for roles in layers.values():
+    for key, method in _beyond_lora(layers.values(), methods):
+        raise CheckpointError(
+            f"{path}: {key} belongs to {method.name}: {method.does}. load_adapter reads LoRA and DoRA. "
+            f"{CONVERTER}"
+        )
+
+
+def _beyond_lora(
+    layers: Iterable[_Tensors], methods: Sequence[Method]
+) -> Iterator[tuple[str, Method]]:
+    """Yield the keys of tensors that are not of LoRA or DoRA, and their methods."""
+    for roles in layers:
         for method in _methods_of(roles, methods):
-            own = [role for role in method.roles if role in roles]
-            if isinstance(method, LoCon):
-                own = [role for role in own if role == MID]
-            if own:
-                key = roles[own[0]][0]
-                raise CheckpointError(
-                    f"{path}: {key} belongs to {method.name}: {method.does}. load_adapter reads LoRA and "
-                    f"DoRA. {CONVERTER}"
-                )
+            own = (MID,) if isinstance(method, LoCon) else method.roles
+            yield from ((roles[role][0], method) for role in own if role in roles)
 
 
 def read_lycoris_file(
@@ -117,8 +121,40 @@ def read_lycoris_file(
         changes += _changes(layer, of_layer)
         for method in of_layer:
             whole |= method.whole(layer)
+    _warn_of_parts(path, by_name, placed)
+    _warn_of_plain_lora(path, placed.layers.values(), methods)
     _warn_of_scales(path, placed.layers.values(), methods)
     return ForeignAdapter(" and ".join(dict.fromkeys(names)), tuple(changes), whole, {})
+
+
+def _warn_of_parts(
+    path: Path, by_name: Mapping[str, _Tensors], placed: PlacedLayers[_Tensors]
+) -> None:
+    """Log a warning if a file has layers of other parts of a pipeline."""
+    own = {id(roles) for roles in placed.layers.values()}
+    left_out = [name for name, roles in by_name.items() if id(roles) not in own]
+    if left_out:
+        _log.warning(
+            "%s: %d layer(s) are left out, because they are not of the part %r, which this model was taken "
+            "for: %s. Convert them with the model of their part",
+            path,
+            len(left_out),
+            placed.part,
+            some(left_out),
+        )
+
+
+def _warn_of_plain_lora(path: Path, layers: Iterable[_Tensors], methods: Sequence[Method]) -> None:
+    """Log a warning if no conversion is needed."""
+    layers = list(layers)
+    scales = [roles["dora_scale"][1] for roles in layers if "dora_scale" in roles]
+    per_input = any(scale.shape[:1] == (1,) for scale in scales)
+    if not per_input and not any(_beyond_lora(layers, methods)):
+        _log.warning(
+            "%s is plain LoRA or DoRA: lora_fx.load_adapter(model, path) reads it as it is, and a conversion "
+            "may lose some of it",
+            path,
+        )
 
 
 def _warn_of_scales(path: Path, layers: Iterable[_Tensors], methods: Sequence[Method]) -> None:

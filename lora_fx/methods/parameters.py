@@ -39,6 +39,7 @@ class TrainableTokens(Method):
     does = "rows of an embedding that are trained in full"
     peft_type = "TRAINABLE_TOKENS"
     roles = ("trainable_tokens_delta",)
+    ties = True
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:
         """Yield the change of the embedding."""

@@ -20,6 +20,7 @@ from lora_fx.errors import CheckpointError, some
 from lora_fx.ir import join
 from lora_fx.methods.base import ForeignAdapter, Layer, Method, ParameterChange
 from lora_fx.passes.parameters import base_modules
+from lora_fx.passes.plan import tied_embedding
 
 __all__ = ["read_peft_folder"]
 
@@ -99,9 +100,17 @@ def read_peft_folder(
     ]
     shared = dict(method.derive_shared(layers, shared))
     changes: list[ParameterChange] = []
+    source = tied_embedding(model) if method.ties else None
+    leader = next((layer for layer in layers if layer.module is source), None)
     for layer in layers:
         layer = dataclasses.replace(layer, shared=shared)
-        changes += method.changes(layer)
+        tied = leader is not None and layer.module.weight is leader.module.weight
+        if leader is not None and tied and layer.module is not source:
+            # PEFT stores the tensors of the embedding again.
+            for role, value in layer.tensors.items():
+                _check_shared(folder, layer.keys[role], value, leader.tensors[role])
+            continue
+        changes += (dataclasses.replace(c, tied=tied) for c in method.changes(layer))
         whole |= method.whole(layer)
     return ForeignAdapter(
         method.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_fx.passes.plan.advice import with_advice
-from lora_fx.passes.plan.choice import priced, sample_cost, with_sample_cost
+from lora_fx.passes.plan.choice import priced, sample_cost, tied_embedding, with_sample_cost
 from lora_fx.passes.plan.peft_experts import expert_names, with_experts
 from lora_fx.passes.plan.planning import (
     MakePlan,
@@ -26,6 +26,7 @@ __all__ = [
     "priced",
     "sample_cost",
     "start_objection",
+    "tied_embedding",
     "with_advice",
     "with_experts",
     "with_sample_cost",

@@ -50,6 +50,7 @@ __all__ = [
     "positions_of",
     "priced",
     "sample_cost",
+    "tied_embedding",
     "with_sample_cost",
 ]
 
@@ -300,12 +301,7 @@ def _has_rows(site: Site) -> bool:
 def _input_embedding(model: nn.Module, matches: Matches) -> str:
     """Return the name of the embedding to which a list of token indices applies."""
     names = {id(module): name for name, module in base_modules(model)}
-    getter = getattr(model, "get_input_embeddings", None)
-    # Some models have the method, but raise in it or return something else.
-    try:
-        declared = names.get(id(getter())) if callable(getter) else None
-    except NotImplementedError:
-        declared = None
+    declared = names.get(id(_declared_embedding(model)))
     if declared is not None:
         return declared
     lookups = [site.name for site in matches.sites if site.family == "embedding"]
@@ -314,6 +310,22 @@ def _input_embedding(model: nn.Module, matches: Matches) -> str:
         has = f"it has {', '.join(tokens)}: give a dict by name" if tokens else "it has none"
         raise ConfigError(f"LoraConfig.{_NAME}: a list is about the model's one embedding; {has}")
     return tokens[0]
+
+
+def _declared_embedding(model: nn.Module) -> object:
+    """Return the result of a transformers model's ``get_input_embeddings``, or None."""
+    getter = getattr(model, "get_input_embeddings", None)
+    # Some models have the method, but raise in it or return something else.
+    try:
+        return getter() if callable(getter) else None
+    except NotImplementedError:
+        return None
+
+
+def tied_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the input embedding of a model that declares that others share its weight, or None."""
+    embedding = _declared_embedding(model) if _declares_tying(model) else None
+    return embedding if isinstance(embedding, nn.Module) else None
 
 
 def _named_tokens(

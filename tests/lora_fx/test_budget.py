@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lora_fx
 import lora_fx.kinds as kinds
 from lora_fx import ConfigError, LoraConfig
+from lora_fx.extraction import RankChoice
 from tests import zoo
 from tests.lora_fx.test_initialize import tokens
 from tests.lora_fx.test_kinds import example
@@ -155,10 +160,29 @@ def test_a_large_budget_ends_at_full_ranks() -> None:
     assert plan.spent.used == 4 * 16 * 48 * 4
 
 
-@pytest.mark.parametrize("budget", ["lots", "12", 0, -1, True, 2.5, "0MB"])
+@pytest.mark.parametrize("budget", ["lots", "3e4", "0", 0, -1, True, 2.5, "0MB", ""])
 def test_a_budget_is_a_size_or_a_number(budget) -> None:
     with pytest.raises(ConfigError, match="budget"):
         planted(budget=budget)
+
+
+def test_a_budget_is_a_number_in_any_form() -> None:
+    plan = planted(budget=48 * 12)
+    assert ranks(planted(budget=str(48 * 12))) == ranks(plan)
+    assert ranks(planted(budget=np.int64(48 * 12))) == ranks(plan)
+    assert ranks(planted(budget=f"{4 * 48 * 12}B")) == ranks(plan)
+    with pytest.raises(ConfigError, match=r"'3e4' is no size and no number of parameters"):
+        planted(budget="3e4")
+
+
+def test_numbers_of_numpy_choose_ranks() -> None:
+    choice = RankChoice.of(rank=np.int64(8))
+    assert choice == RankChoice(rank=8)
+    assert type(choice.rank) is int
+    assert RankChoice.of(energy=np.float32(0.5)) == RankChoice(rank=None, energy=0.5)
+    assert RankChoice.of(budget="3000") == RankChoice(rank=None, budget=3000)
+    with pytest.raises(ConfigError, match="rank: found True"):
+        RankChoice.of(rank=True)
 
 
 # --- the configuration ----------------------------------------------------------------------------
@@ -290,6 +314,32 @@ def test_what_a_budget_needs() -> None:
         empty = Planted()
     with pytest.raises(ConfigError, match="meta device"):
         lora_fx.plan(empty, config, budget=1000, inputs=[(torch.randn(2, 32),)], loss_fn=mean)
+
+
+def test_gradients_that_cannot_be_computed_say_why() -> None:
+    config = LoraConfig(r=2, target_modules=r"layers\.\d")
+    batches = [(torch.randn(2, 32),)]
+
+    def planned(loss_fn: Callable[[Tensor, Any], Tensor]) -> lora_fx.Plan:
+        model = zoo.seeded(Planted)()
+        return lora_fx.plan(model, config, budget=1000, inputs=batches, loss_fn=loss_fn)
+
+    with pytest.raises(ConfigError, match="does not depend on any adapted weight"):
+        planned(lambda output, batch: mean(output.detach(), batch))
+    with pytest.raises(ConfigError, match="gradients of all adapted weights are 0"):
+        planned(lambda output, batch: 0 * mean(output, batch))
+    model = zoo.seeded(Planted)()
+    with torch.inference_mode(), pytest.raises(ConfigError, match="inference_mode"):
+        lora_fx.plan(model, config, budget=1000, inputs=batches, loss_fn=mean)
+
+
+@pytest.mark.parametrize("number", ["5M", True, math.nan, 0, 1.5])
+def test_a_number_of_tokens_is_whole(number: Any) -> None:
+    model, config = zoo.seeded(Planted)(), LoraConfig(r=2, target_modules=r"layers\.\d")
+    with pytest.raises(ConfigError, match="tokens is"):
+        lora_fx.plan(model, config, tokens=number)
+    advice = lora_fx.plan(model, config, tokens=np.int64(5000)).advice
+    assert advice == lora_fx.plan(model, config, tokens=5000).advice
 
 
 def test_a_kind_without_factors_has_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -794,7 +794,7 @@ def test_the_meta_device_has_no_values(tmp_path: Path) -> None:
 def test_an_adapter_is_replaced_unless_force_is_false(folder: Path) -> None:
     before = contents(folder)
     model = adapted(RESIDUAL()[0], r=2)
-    with pytest.raises(CheckpointError, match=r"holds an adapter already.*force=False"):
+    with pytest.raises(CheckpointError, match=r"holds an adapter already.*force=True"):
         save_adapter(model, folder, force=False)
     assert contents(folder) == before
     (folder / "notes.txt").write_text("mine")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -156,6 +157,90 @@ def test_a_weight_that_is_used_twice_is_refused(tmp_path: Path) -> None:
     peft.get_peft_model(Shared(), config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"emb.weight and head.weight are one parameter"):
         lora_fx.convert_adapter(Shared(), tmp_path)
+
+
+def adapted_by_peft(base: nn.Module, config: peft.PeftConfig, folder: Path) -> nn.Module:
+    """Return what PEFT loads from a folder with a trained adapter of a model."""
+    adapted = peft.get_peft_model(copy.deepcopy(base), config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder)
+    return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+
+
+def test_trained_tokens_of_a_tied_model_change_its_head(tmp_path: Path) -> None:
+    base = base_of("gpt2")
+    config = peft.TrainableTokensConfig(token_indices=[1, 5], target_modules=["wte"])
+    expected = output(adapted_by_peft(base, config, tmp_path / "theirs"), IDS)
+    adapted = lora_fx.convert_adapter(base, tmp_path / "theirs", energy=1.0)
+    assert_close(output(adapted.eval(), IDS), expected, 2e-5)
+    lora_fx.save_adapter(adapted, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_close(output(loaded, IDS), expected, 2e-5)
+    path = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors[next(key for key in tensors if "lm_head" in key)] += 1
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=r"lm_head.* differs from the same tensor"):
+        lora_fx.convert_adapter(base, tmp_path / "theirs")
+
+
+def test_trained_tokens_of_a_tied_head_alone_are_refused(tmp_path: Path) -> None:
+    base = base_of("gpt2")
+    adapted_by_peft(
+        base, peft.TrainableTokensConfig(token_indices=[1], target_modules=["lm_head"]), tmp_path
+    )
+    with pytest.raises(ConfigError, match=r"changes lm_head.weight alone"):
+        lora_fx.convert_adapter(base, tmp_path)
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["wte"], ["wte", "lm_head"]])
+def test_a_tied_weight_in_full_is_refused(saved: list[str], tmp_path: Path) -> None:
+    base = base_of("gpt2")
+    config = peft.IA3Config(
+        target_modules=["c_proj"], feedforward_modules=[], modules_to_save=saved
+    )
+    adapted_by_peft(base, config, tmp_path)
+    problem = "only some of them in full" if len(saved) == 1 else "different values for them"
+    with pytest.raises(ConfigError, match=rf"wte.weight and lm_head.weight are .* {problem}"):
+        lora_fx.convert_adapter(base, tmp_path)
+
+
+def test_a_tied_weight_with_one_value_in_full_stays_tied(tmp_path: Path) -> None:
+    base = base_of("gpt2")
+    config = peft.IA3Config(
+        target_modules=["c_proj"], feedforward_modules=[], modules_to_save=["wte", "lm_head"]
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.1
+    adapted.save_pretrained(tmp_path)
+    ours = lora_fx.convert_adapter(base, tmp_path, energy=1.0).eval()
+    assert_close(output(ours, IDS), output(adapted, IDS), 2e-5)
+
+
+def test_a_module_with_two_names_is_refused(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        """A layer with two names, of which PEFT adapts the first alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+            self.down = self.up
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.down(torch.tanh(self.up(x)))
+            return output
+
+    config = peft.LoHaConfig(r=2, target_modules=["up", "down"], init_weights=False)
+    peft.get_peft_model(Twice(), config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"up.weight and down.weight are one parameter"):
+        lora_fx.convert_adapter(Twice(), tmp_path)
 
 
 def test_what_cannot_be_converted_says_why(tmp_path: Path) -> None:

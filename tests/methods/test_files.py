@@ -111,6 +111,40 @@ def test_a_file_without_any_alpha_is_noted(
     assert "says nothing of alpha" in caplog.text
 
 
+def test_layers_of_other_parts_are_noted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = lycoris("loha")
+    names = dict.fromkeys(key.partition(".")[0] for key in case.tensors)
+    assert all(name.startswith("lycoris_") for name in names)
+    text = {
+        f"lora_te_text_model_layer.{key.partition('.')[2]}": value.clone()
+        for key, value in case.tensors.items()
+        if key.startswith(f"{next(iter(names))}.")
+    }
+    unet = {key.replace("lycoris_", "lora_unet_"): v for key, v in case.tensors.items()}
+    case.tensors = unet
+    with caplog.at_level("WARNING", "lora_fx"):
+        read_foreign(case.file(tmp_path), case.model)
+        assert not caplog.records
+        case.tensors = unet | text
+        adapter = read_foreign(case.file(tmp_path), case.model)
+    assert "1 layer(s) are left out" in caplog.text
+    assert "lora_te_text_model_layer" in caplog.text
+    with torch.no_grad():
+        assert_close(applied(case.model, adapter)(case.x), case.output, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("locon", True), ("locon-dora-inputs", False), ("loha", False)]
+)
+def test_converting_plain_lora_names_the_loader(
+    name: str, plain: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = lycoris(name)
+    with caplog.at_level("WARNING", "lora_fx"):
+        read_foreign(case.file(tmp_path), case.model)
+    assert ("lora_fx.load_adapter(model, path) reads it" in caplog.text) is plain
+
+
 def test_plain_files_are_read_and_loaded_alike(tmp_path: Path) -> None:
     case = lycoris("locon")
     loaded = lora_fx.load_adapter(case.model, case.file(tmp_path)).eval()

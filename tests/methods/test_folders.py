@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -247,3 +249,129 @@ def test_damaged_and_unfit_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"peft_type is 'LOHA'"):
         lora_fx.resize_adapter(tmp_path / "loha", out)
     assert not out.exists()
+
+
+class Attending(nn.Module):
+    """An attention layer of PyTorch, and a layer whose name is that of a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out_proj = nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.out_proj(self.attn(x, x, x)[0])
+        return output
+
+
+ROWS = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
+
+
+def attending(folder: Path, **options: Any) -> tuple[nn.Module, Tensor]:
+    """Return a base and the outputs of an adapter of PEFT that is saved in a folder."""
+    torch.manual_seed(0)
+    base = Attending().eval()
+    config = peft.LoraConfig(
+        r=8, target_modules="attn|out_proj", init_lora_weights=False, **options
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    adapted.save_pretrained(folder)
+    return base, adapted(ROWS)
+
+
+def check_outputs(base: nn.Module, folder: Path, expected: Tensor | None = None) -> None:
+    """Check that PEFT and lora_fx compute the same outputs with a folder."""
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()(ROWS)
+    ours = lora_fx.load_adapter(copy.deepcopy(base), folder).eval()(ROWS)
+    assert_close(ours, theirs, 2e-5)
+    if expected is not None:
+        assert_close(ours, expected, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha_pattern": {"attn": 32}},
+        {"rank_pattern": {"attn": 4}},
+        {"rank_pattern": {"out_proj": 4}, "use_rslora": True},
+    ],
+    ids=["alpha", "rank", "rslora"],
+)
+def test_an_attention_layer_has_the_rank_and_scale_of_its_name(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    base, expected = attending(tmp_path / "a", **options)
+    lora_fx.resize_adapter(tmp_path / "a", tmp_path / "resized", rank=100)
+    check_outputs(base, tmp_path / "resized", expected)
+    combine_folders([tmp_path / "a"], [1.0], tmp_path / "sum", Combination("cat"))
+    check_outputs(base, tmp_path / "sum", expected)
+
+
+def test_projections_of_an_attention_layer_get_one_rank(tmp_path: Path) -> None:
+    base, _ = attending(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    key = "base_model.model.attn.base_layer.out_proj.lora_B.weight"
+    # Alone, this projection would need rank 1.
+    tensors[key][:, 1:] *= 1e-3
+    safetensors.torch.save_file(tensors, path)
+    report = lora_fx.resize_adapter(tmp_path / "a", tmp_path / "out", energy=0.6)
+    ranks = {layer.name: layer.rank for layer in report.layers}
+    assert ranks["attn"] == ranks["attn.base_layer.out_proj"] > 1
+    assert ranks["out_proj"] < 8
+    check_outputs(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "corda", "lora_ga"])
+def test_adapters_of_a_changed_base_are_refused(start: str, tmp_path: Path) -> None:
+    saved("linear", tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    settings = json.loads(path.read_text()) | {"init_lora_weights": start}
+    path.write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    error = CheckpointError if start in ("corda", "lora_ga") else ConfigError
+    with pytest.raises(error, match=rf"'{start}',? (which changed|changes) the base"):
+        lora_fx.resize_adapter(tmp_path / "a", out, rank=2)
+    with pytest.raises(error, match=rf"'{start}',? (which changed|changes) the base"):
+        combine_folders([tmp_path / "a"], [0.5], out, Combination("cat"))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_the_remedy_for_a_changed_base_keeps_the_outputs(start: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["up"], init_lora_weights=start)
+    adapted = peft.get_peft_model(base_of("words"), config).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "a")
+    loaded = lora_fx.load_adapter(base_of("words"), tmp_path / "a")
+    lora_fx.save_adapter(loaded, tmp_path / "converted")
+    lora_fx.resize_adapter(tmp_path / "converted", tmp_path / "out", rank=100)
+    again = lora_fx.load_adapter(base_of("words"), tmp_path / "out").eval()
+    assert_close(output(again, IDS), output(adapted, IDS), 2e-5)
+
+
+def test_lora_on_a_module_that_another_adapter_has_in_full_is_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"])
+    peft.get_peft_model(base_of("words"), config).save_pretrained(tmp_path / "a")
+    saved("embedding", tmp_path / "b")
+    with pytest.raises(ConfigError, match=r"head: an adapter has LoRA there, and another one"):
+        combine_folders(
+            *([tmp_path / "a", tmp_path / "b"], [1.0, 1.0]),
+            *(tmp_path / "out", Combination("cat")),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_does_not_apply_to_modules_in_full(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved("modules", tmp_path / "a")
+    with caplog.at_level(logging.WARNING, "lora_fx"):
+        combine_folders([tmp_path / "a"], [1.0], tmp_path / "all", Combination("cat"))
+        assert "in full" not in caplog.text
+        combine_folders([tmp_path / "a"], [0.5], tmp_path / "half", Combination("cat"))
+    assert "norm.weight in full (modules_to_save), which is copied" in caplog.text
+    assert "the weight 0.5 does not apply" in caplog.text

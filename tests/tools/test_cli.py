@@ -364,7 +364,7 @@ def test_plan_chooses_ranks_for_a_budget(here: Path) -> None:
     assert "exists: give another name" in refused(*lossy, "--budget", "200", "--out", "ranks.json")
     assert "--budget needs --inputs" in refused("plan", MODEL, "--budget", "200")
     assert "--out is for the ranks of --budget" in refused("plan", MODEL, "--out", "x.json")
-    assert "no size of a memory" in refused(*lossy, "--budget", "much")
+    assert "no size and no number of parameters" in refused(*lossy, "--budget", "much")
 
 
 def test_plan_says_what_the_text_of_a_plan_says(here: Path) -> None:

@@ -63,7 +63,7 @@ def extract(
             out,
             rank=rank,
             energy=energy,
-            budget=_size(budget),
+            budget=budget,
             force=force,
             progress=advance,
         )
@@ -189,7 +189,7 @@ def convert(
             out,
             rank=rank,
             energy=energy,
-            budget=_size(budget),
+            budget=budget,
             component=component,
             force=force,
             progress=advance,
@@ -272,10 +272,6 @@ def combine(
     how = Combination(cast("CombinationType", kind), svd_rank=rank, density=density)
     count = combine_folders(folders, weights, out, how, force=force)
     console.say(f"{len(folders)} adapters, {count} layer(s)\nwrote {out}")
-
-
-def _size(budget: str | None) -> int | str | None:
-    return int(budget) if budget is not None and budget.isdecimal() else budget
 
 
 def _tell(

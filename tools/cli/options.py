@@ -531,8 +531,7 @@ class Sizing(Options):
         budget = self.budget
         if budget is None:
             return {"tokens": self.tokens}
-        size = int(budget) if budget.isdecimal() else budget
-        return {"tokens": self.tokens, "budget": size, "inputs": [inputs]}
+        return {"tokens": self.tokens, "budget": budget, "inputs": [inputs]}
 
     def write(self, chosen: LoraConfig, before: LoraConfig) -> LoraConfig:
         """Write the configuration of a plan if that is asked for.
