@@ -29,7 +29,7 @@ def _openvino() -> Any:
 def _converted(program: ExportedProgram) -> Any:
     """Return the model of OpenVINO for a program.
 
-    ``openvino.convert_model`` calls the same front end, and sends telemetry.
+    ``openvino.convert_model`` calls the same front end, and sends telemetry about each call.
     """
     from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
