@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_an_encoder_and_its_decoder_in_half_precision_and_in_shards(tmp_path: Pa
 def test_each_weight_is_cast_once_whatever_copy_it_is_in() -> None:
     made = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor, compute: Callable[[], Tensor] | None = None) -> Tensor:
         made.append(tensor)
         return tensor
 
