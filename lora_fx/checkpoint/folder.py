@@ -264,6 +264,12 @@ def folder_of(
             folder,
             some(sorted(adapter.by_hand)),
         )
+    if chosen_kind(config).reads_tokens and config.task_type != "CAUSAL_LM":
+        _log.warning(
+            "%s: PEFT applies this adapter only with task_type='CAUSAL_LM', and computes the base without "
+            "it: set it in the configuration before the rewrite",
+            folder,
+        )
     if config.lora_dropout != record.config.lora_dropout:
         _log.warning(
             "%s: PEFT allows no dropout where it adapts a parameter (%s): lora_dropout=%g was left out of "

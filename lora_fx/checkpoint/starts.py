@@ -194,7 +194,9 @@ def other_start(record: AdapterRecord, config: LoraConfig) -> list[str]:
 
 
 def _starting(config: LoraConfig) -> dict[str, Any]:
+    start = config.init_lora_weights
     return {
-        "init_lora_weights": config.init_lora_weights,
+        # Starts that do not change the base are alike.
+        "init_lora_weights": start if changes_base(start) else True,
         "loftq_config": config.loftq_config,
     }

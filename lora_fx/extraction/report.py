@@ -86,6 +86,9 @@ class ExtractionReport:
             ranks = [site.rank for site in self.sites]
             span = str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
             parts += [f"rank {span}", f"{_percent(self.kept)} of ‖ΔW‖² kept"]
+            least = min(self.sites, key=lambda site: site.kept)
+            if least.kept < 0.9 * self.kept:
+                parts[-1] += f", of {least.name} only {_percent(least.kept)}"
         if not math.isnan(self.output_error):
             parts.append(f"outputs of sites off by {_percent(self.output_error)} of their change")
         return ", ".join(parts)

@@ -701,10 +701,28 @@ def kind_objection(site: Site, rank: int, config: LoraConfig) -> str | None:
         ConfigError: If it cannot, and the configuration names the site in a list, so that skipping is wrong.
     """
     kind = site_kind(site, config)
+    _check_merges(kind, site)
     reason = kind.objection(site, rank)
     if reason is not None and _is_named(site.name, config):
         raise ConfigError(f"{site.name}: {reason}")
     return reason
+
+
+def _check_merges(kind: AdapterKind, site: Site) -> None:
+    """Raise for a kind that trains slots whose effect on a merged model is unknown.
+
+    Raises:
+        ConfigError: It names the slots and the methods.
+    """
+    if not kind.low_rank or kind.transforms or kind.dynamic or not kind.direct:
+        return
+    trained = [slot.name for slot in kind.slots(site) if slot.trained]
+    if trained and not kind.bias_terms(None, {name: torch.zeros(()) for name in trained}, 1.0):
+        raise ConfigError(
+            f"the kind {kind.name!r} trains {', '.join(trained)} at {site.name}, and does not say what that "
+            "changes in a merged model: override merged_factors, transformed (with transforms=True) or "
+            "bias_terms; or say in dynamic why no weight has its effect"
+        )
 
 
 def _is_named(name: str, config: LoraConfig) -> bool:

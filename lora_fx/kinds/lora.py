@@ -80,8 +80,8 @@ class Lora(AdapterKind):
         return super().objection(site, rank)
 
     def start(self, slot: Slot, starting: Starting) -> Tensor:
-        """Return the start of B's bias."""
-        return bias_start(starting)
+        """Return the start of B's bias, or of a slot of a subclass."""
+        return bias_start(starting) if slot.name == BIAS else super().start(slot, starting)
 
     def branch_bias(self, build: OutputBuilder) -> fx.Node | None:
         """Write B's bias, if B has one."""

@@ -52,9 +52,9 @@ def test_a_cache_and_adapters_are_judged_in_fp32_with_one_set_of_weights(
     kept: Counter[tuple[torch.Size, torch.dtype]] = Counter()
 
     class Counting(Scratch):
-        def keep(self, tensor: Tensor) -> Tensor:
+        def keep(self, tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
             kept[tensor.shape, tensor.dtype] += 1
-            return super().keep(tensor)
+            return super().keep(tensor, compute)
 
     monkeypatch.setattr(pipeline, "Scratch", Counting)
     model = with_two_adapters(llama())

@@ -17,7 +17,7 @@ from torch import nn
 import lora_fx
 import lora_fx.kinds as _registry
 from lora_fx import CheckpointError, ConfigError, ExportError, LoraConfig
-from lora_fx.ir import Role
+from lora_fx.ir import Role, Site
 from lora_fx.kinds import (
     RANK,
     AdapterKind,
@@ -28,6 +28,7 @@ from lora_fx.kinds import (
     kinds,
     register_adapter_kind,
 )
+from lora_fx.kinds.lora import Lora
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_kind.py"
 
@@ -494,3 +495,24 @@ def test_a_slot_that_is_no_vector_is_whole_in_every_slice_of_a_merge() -> None:
     )
     exact = gain * (base[0].weight.double() + 4 * b @ a)
     torch.testing.assert_close(lora_fx.merge(model)[0].weight.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_a_slot_that_no_merge_knows_is_refused() -> None:
+    """A kind that multiplies by its slot in a graph alone would be merged without it."""
+
+    class Silent(Lora):
+        def __init__(self) -> None:
+            super().__init__()
+            self.name, self.trains = "silent", "a gain"
+
+        def slots(self, site: Site) -> tuple[Slot, ...]:
+            return (Slot("gain", "lora_gain", (1,), "a gain", 1.0, over_outputs=False),)
+
+        def factor(self, build: Any, letter: str, stored: Any) -> Any:
+            gain = build.read_slot("gain")
+            return build.call(Role.FACTOR, operator.mul, stored, gain) if letter == "b" else stored
+
+    lora_fx.register_adapter_kind(Silent())
+    config = lora_fx.LoraConfig(kind="silent", r=2, target_modules=["0"])
+    with pytest.raises(ConfigError, match=r"trains gain at 0, .*override merged_factors"):
+        lora_fx.rewrite(nn.Sequential(nn.Linear(4, 4)), config)

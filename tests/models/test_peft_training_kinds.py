@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -631,3 +632,37 @@ def test_layers_without_mica() -> None:
     quantized = lora_fx.quantize(nn.Sequential(*layers), "int8")
     with pytest.raises(ConfigError, match=r"0: MiCA takes singular vectors .* int8"):
         lora_fx.rewrite(quantized, config)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_start_is_that_of_the_same_base(tmp_path: Path) -> None:
+    """KaSA changes the base; whether B starts at zero or at random does not."""
+    base = nn.Sequential(nn.Linear(12, 10))
+    config = peft.LoraConfig(
+        r=2, target_modules=["0"], kasa_config=peft.KasaConfig(), init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path)
+    x = torch.randn(3, 12)
+    ours = lora_fx.load_adapter(base, tmp_path).eval()
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert not torch.allclose(ours(x), base(x), atol=1e-3)
+
+
+def test_saving_tells_that_peft_needs_the_task(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.up = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.up(self.embed(input_ids))
+            return output
+
+    config = lora_fx.LoraConfig(r=2, target_modules=["up"], alora_invocation_tokens=[3])
+    model = lora_fx.rewrite(Net(), config)
+    with caplog.at_level(logging.WARNING, logger="lora_fx"):
+        lora_fx.save_adapter(model, tmp_path)
+    assert "only with task_type='CAUSAL_LM'" in caplog.text
