@@ -456,11 +456,10 @@ def _load(
         record = adapter_record(target, adapter_name)
         values, problems = fitted(target, record, adapter_name, tensors, config, read)
         if problems:
-            reasons = _reasons(model, exact, how)
-            if fit is None:
-                reasons += _remedy(model, tensors, config, folder)
+            remedy = _remedy(model, tensors, config, folder) if fit is None else []
+            first = [_misfit(folder, model, known), *remedy]
             raise CheckpointError(
-                "\n  ".join([_misfit(folder, model, known), *sorted(problems), *reasons])
+                "\n  ".join([*first, *sorted(problems), *_reasons(model, exact, how)])
             )
         before = _values_in(slot for slot, _ in values) if known and fit is not None else []
         fill(target, adapter_name, values)
@@ -721,7 +720,7 @@ def _matches_nothing(
     lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
     remedy = _remedy(model, tensors, exact, folder)
     return CheckpointError(
-        "\n  ".join([_misfit(folder, model), *lines, *_reasons(model, exact, how), *remedy])
+        "\n  ".join([_misfit(folder, model), *remedy, *lines, *_reasons(model, exact, how)])
     )
 
 

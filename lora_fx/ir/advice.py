@@ -107,7 +107,7 @@ class LearningRate:
     Attributes:
         low, high: Its range for language models; None outside of the widths for which it was measured.
         width: Features of a token between layers of a language model; None for any other model.
-        alpha: The most frequent ``scale * r`` of the sites.
+        alpha: ``scale * r`` of most sites; the median if no value is that of most.
     """
 
     low: float | None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -291,5 +292,7 @@ def _width_of_language_model(plan: Plan) -> int | None:
 
 
 def _common_alpha(rows: Iterable[PlannedSite]) -> float:
-    counts = Counter(round(row.scale * row.rank, 6) for row in rows)
-    return counts.most_common(1)[0][0]
+    """Return the ``scale * r`` of most sites, or the median if they differ, as after a budget."""
+    alphas = [round(row.scale * row.rank, 6) for row in rows]
+    alpha, count = Counter(alphas).most_common(1)[0]
+    return alpha if 2 * count > len(alphas) else statistics.median(alphas)
