@@ -147,8 +147,8 @@ def check_free(folder: Path, names: Iterable[str] = _OF_PEFT, *, force: bool) ->
     existing = [name for name in names if (folder / name).exists()]
     if existing and not force:
         raise CheckpointError(
-            f"{folder} holds an adapter already ({', '.join(existing)}): replace it with force=True (--force "
-            "for a command), or give another folder"
+            f"{folder} holds an adapter already ({', '.join(existing)}): replace it with force=True, or give "
+            "another folder"
         )
 
 

@@ -8,6 +8,7 @@ makes of modules that are none. Deviations that are documented (``target_modules
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable
@@ -329,6 +330,8 @@ def test_the_rows_are_what_plan_gives(name: str) -> None:
             plan = lora_fx.plan(model_of(name), LoraConfig(**values))
         except NoMatchError:
             assert rows is None
+        else:
+            plan = dataclasses.replace(plan, advice=None)  # the rows have none
         assert plan == rows
 
 

@@ -42,7 +42,7 @@ def test_a_folder_of_transformers_4(tmp_path: Path) -> None:
         output = folders.spread(lora_fx.load_adapter(model, out).eval()(**inputs))
     assert_close(output, torch.tensor(record["adapted"]))
     assert "keep their name" in run(str(out), "--to", base)
-    assert "force=False" in run(str(adapter), "--to", base, "--out", str(out), code=2)
+    assert "--force" in run(str(adapter), "--to", base, "--out", str(out), code=2)
     run(str(adapter), "--to", base, "--out", str(out), "--force")
 
 
