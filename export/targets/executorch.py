@@ -69,7 +69,7 @@ class ExecutorchTarget(ProgramTarget):
         with write_errors(stage.target), stage.model.open("wb") as file:
             lowered.write_to_file(file)
 
-    def open(self, program: TracedProgram, file: Path) -> ProgramSession:
+    def start(self, program: TracedProgram, file: Path) -> ProgramSession:
         """Load the program."""
         return _Session(program, file)
 

@@ -84,7 +84,7 @@ class OpenVinoTarget(ProgramTarget):
         with write_errors(stage.target):
             openvino.save_model(model, str(stage.model), compress_to_fp16=False)
 
-    def open(self, program: TracedProgram, file: Path) -> ProgramSession:
+    def start(self, program: TracedProgram, file: Path) -> ProgramSession:
         """Compile the IR for the CPU."""
         return _Session(program, file)
 

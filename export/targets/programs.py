@@ -268,12 +268,12 @@ class ProgramTarget(ABC):
             ExportError: The runtime refuses it.
         """
         try:
-            return self.open(program, file)
+            return self.start(program, file)
         except Exception as error:
             raise self.refusal(error) from error
 
     @abstractmethod
-    def open(self, program: TracedProgram, file: Path) -> ProgramSession:
+    def start(self, program: TracedProgram, file: Path) -> ProgramSession:
         """Load a written program in the runtime. Raise what the runtime raises."""
 
     @abstractmethod
