@@ -118,7 +118,8 @@ def test_a_precision_that_is_too_coarse_is_told_from_a_wrong_file(
     def corrupting(model: onnx_ir.Model, file: Path, **options: Any) -> None:
         value = model.graph.initializers["bias"]
         assert value.const_value is not None
-        value.const_value = onnx_ir.tensor(value.const_value.numpy() + value.dtype.numpy().type(1))
+        one = value.const_value.dtype.numpy().type(1)
+        value.const_value = onnx_ir.tensor(value.const_value.numpy() + one)
         save(model, file, **options)
 
     monkeypatch.setattr(onnx_ir, "save", corrupting)
