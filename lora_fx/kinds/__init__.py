@@ -160,6 +160,7 @@ class AdapterKind:
         widens: True if zeros at the end of the rank (of each group of a convolution) change nothing.
         deploys: True if it changes nothing but the weight, by ``s·BA``, so that ``deploy=`` of
             :func:`lora_fx.rewrite` can round the adapted weight.
+        trains_only: True if its slots act in training alone, so that a merge needs nothing but A and B.
         options: The settings of the kind at a site (:meth:`at`); None for a kind without settings.
     """
 
@@ -181,6 +182,7 @@ class AdapterKind:
     in_parts: bool = False
     widens: bool = True
     deploys: bool = False
+    trains_only: bool = False
     options: Mapping[str, Any] | None = None
 
     # --- choice -----------------------------------------------------------------------------------
@@ -714,14 +716,16 @@ def _check_merges(kind: AdapterKind, site: Site) -> None:
     Raises:
         ConfigError: It names the slots and the methods.
     """
-    if not kind.low_rank or kind.transforms or kind.dynamic or not kind.direct:
+    said = kind.transforms or kind.dynamic or kind.trains_only or not kind.direct
+    if said or not kind.low_rank:
         return
     trained = [slot.name for slot in kind.slots(site) if slot.trained]
     if trained and not kind.bias_terms(None, {name: torch.zeros(()) for name in trained}, 1.0):
         raise ConfigError(
             f"the kind {kind.name!r} trains {', '.join(trained)} at {site.name}, and does not say what that "
             "changes in a merged model: override merged_factors, transformed (with transforms=True) or "
-            "bias_terms; or say in dynamic why no weight has its effect"
+            "bias_terms; set trains_only=True if it acts in training alone; or say in dynamic why no weight "
+            "has its effect"
         )
 
 

@@ -39,6 +39,7 @@ _LEAST: Final = 1e-6
 class Monteclora(Lora):
     """Two factors, and the parameters and the state of the noise on A."""
 
+    trains_only = True
     in_parts = False
 
     def __init__(self, bias: bool = False) -> None:
