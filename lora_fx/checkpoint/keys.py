@@ -54,6 +54,7 @@ from lora_fx.passes.parameters import (
     whole_shape,
 )
 from lora_fx.passes.patterns import pattern_of
+from lora_fx.runtime import grouped
 
 __all__ = [
     "PLAIN",
@@ -120,33 +121,25 @@ class Dense(Form):
 
     def encode(self, value: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        dense = value.new_zeros(len(value), value.shape[1] * self.groups, *value.shape[2:])
-        for rows, channels in self._blocks(dense):
-            dense[rows, channels] = value[rows]
-        return dense
+        own = value.reshape(self.groups, -1, *value.shape[1:])
+        dense = value.new_zeros(*own.shape[:2], self.groups, *own.shape[2:])
+        index = torch.arange(self.groups, device=value.device)
+        dense[index, :, index] = own
+        return dense.flatten(0, 1).flatten(1, 2)
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """See :class:`Form`."""
-        remainder = stored.clone()
-        parts = []
-        for rows, channels in self._blocks(stored):
-            parts.append(stored[rows, channels])
-            remainder[rows, channels] = 0
-        if remainder.any():
+        divisible = not any(size % self.groups for size in stored.shape[:2])
+        own, outside = (
+            grouped.between_groups(stored, self.groups) if divisible else (stored, stored)
+        )
+        if outside.any():
             raise CheckpointError(
                 "is dense, as PEFT trains it, and so reads channels that a convolution with "
                 f"{self.groups} groups does not: no weight of that shape holds the sum. An adapter with "
                 "dense_groups=True holds it (load_adapter onto the original model chooses that)"
             )
-        return torch.cat(parts)
-
-    def _blocks(self, dense: torch.Tensor) -> Iterator[tuple[slice, slice]]:
-        rows, channels = (size // self.groups for size in dense.shape[:2])
-        for group in range(self.groups):
-            yield (
-                slice(group * rows, (group + 1) * rows),
-                slice(group * channels, (group + 1) * channels),
-            )
+        return own
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

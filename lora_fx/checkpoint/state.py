@@ -50,7 +50,7 @@ from lora_fx.passes.parameters import (
     write,
 )
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import called_by_all, check_equal
+from lora_fx.runtime import called_by_all, check_equal, dora
 
 __all__ = [
     "NOTE",
@@ -866,11 +866,7 @@ def _ratio(
     delta = pattern_of(row.site).delta
     if start is not None:
         weight = weight + row.scale * delta(row.site, *start)
-    dense = Dense(row.site.groups).encode(a)
-    mixed = (b.reshape(-1, len(a)) @ dense.flatten(1)).reshape(weight.shape)
-    own, theirs = (
-        (weight + row.scale * change).flatten(1).norm(dim=1)
-        for change in (delta(row.site, a, b), mixed)
-    )
+    own = (weight + row.scale * delta(row.site, a, b)).flatten(1).norm(dim=1)
+    theirs = dora.dense_norm(weight, Dense(row.site.groups).encode(a), b, row.scale)
     # PEFT has no gain for a feature without weights, so any stored value works.
     return torch.where((own > 0) & (theirs > 0), theirs / own, 1.0)

@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from lora_fx.config import LoraConfig
@@ -21,31 +20,9 @@ from lora_fx.ir import Factors, OutputBuilder, Pattern, Region, Role, Site
 from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
 from lora_fx.kinds.dora import MAGNITUDE, Dora
 from lora_fx.kinds.lora import Lora
-from lora_fx.runtime import dora
+from lora_fx.runtime import dora, grouped
 
-__all__ = ["KINDS", "DenseDora", "DenseLora", "between_groups", "of_groups"]
-
-
-def of_groups(b: Tensor, groups: int) -> Tensor:
-    """Return the B of a grouped convolution, [out, r/g, ...], as a dense one, [out, r, ...]."""
-    blocks = b.unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]
-    own = torch.eye(groups, dtype=b.dtype, device=b.device)
-    dense = torch.einsum("gor...,gh->gohr...", blocks, own)
-    return dense.flatten(0, 1).flatten(1, 2)
-
-
-def between_groups(a: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Split a dense A, [r, in, ...], into its blocks, [r, in/g, ...], and all other values.
-
-    Returns:
-        The values for the channels of each row's own group, and the tensor without them.
-    """
-    rows = a.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # type: ignore[no-untyped-call]
-    index = torch.arange(groups, device=a.device)
-    own = rows[index, :, index]
-    outside = rows.detach().clone()
-    outside[index, :, index] = 0
-    return own.flatten(0, 1), outside
+__all__ = ["KINDS", "DenseDora", "DenseLora"]
 
 
 class _Dense(AdapterKind):
@@ -64,7 +41,7 @@ class _Dense(AdapterKind):
                 continue
             groups, left = divmod(a.shape[0], b.shape[1])
             fits = not left and groups > 1 and not (a.shape[1] % groups or b.shape[0] % groups)
-            if fits and between_groups(a, groups)[1].any():
+            if fits and grouped.between_groups(a, groups)[1].any():
                 return dataclasses.replace(config, dense_groups=True)
         return config
 
@@ -86,7 +63,7 @@ class _Dense(AdapterKind):
         self, site: Site, a: Tensor, b: Tensor, values: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return A without the channels of other groups, if it is zero there."""
-        own, outside = between_groups(a, site.groups)
+        own, outside = grouped.between_groups(a, site.groups)
         if outside.any():
             raise MergeError(
                 f"A reads channels that a convolution with {site.groups} groups does not (dense_groups, as "
@@ -101,7 +78,7 @@ class _Dense(AdapterKind):
         """Write B as a dense matrix: the branch is a convolution without groups."""
         if letter == "a":
             return stored
-        return build.call(Role.FACTOR, of_groups, stored, build.site.groups)
+        return build.call(Role.FACTOR, grouped.of_groups, stored, build.site.groups)
 
     def branch(
         self, pattern: Pattern, node: fx.Node, region: Region, build: OutputBuilder
