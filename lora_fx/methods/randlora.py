@@ -7,18 +7,18 @@ layer's numbers of inputs and outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lora_fx.methods.base import Layer, Method, ParameterChange
-from lora_fx.methods.vera import as_in_model
+from lora_fx.methods.base import Layer, ParameterChange
+from lora_fx.methods.projections import Projected
 
 __all__ = ["METHODS", "RandLora"]
 
 
-class RandLora(Method):
+class RandLora(Projected):
     """Scales for random bases that all layers share. The change has full rank."""
 
     name = "RandLoRA"
@@ -27,18 +27,11 @@ class RandLora(Method):
     roles = ("randlora_lambda", "randlora_gamma")
     shared = ("randlora_A", "randlora_B")
 
-    def derive_shared(
-        self, layers: Sequence[Layer], shared: Mapping[str, Tensor]
+    def draw(
+        self, layer: Layer, rank: int, largest: tuple[int, int], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Return A and B: those of the file, or, if it has none, those of the seed in the configuration."""
-        layer = layers[0]
-        if shared or layer.setting("save_projection", bool, True):
-            return shared
-        sizes = [layer.features for layer in layers]
-        out, inputs = max(out for out, _ in sizes), max(inputs for _, inputs in sizes)
-        small, large = min(out, inputs), max(out, inputs)
-        rank, seed = layer.setting("r", int), layer.setting("projection_prng_key", int)
-        generator = torch.Generator("cpu").manual_seed(seed)
+        """See :class:`Projected`."""
+        small, large = min(largest), max(largest)
         count = -(-small // rank)
         if layer.config.get("sparse") or layer.config.get("very_sparse"):
             sparsity = math.sqrt(small) if layer.config.get("very_sparse") else 3
@@ -47,8 +40,7 @@ class RandLora(Method):
         else:
             a = _uniform((rank, 1, small), generator)
             b = torch.cat([_uniform((large, 1, rank), generator) for _ in range(count)], dim=1)
-        bases = {"randlora_A": a / a.std(), "randlora_B": b / b.std()}
-        return {role: as_in_model(base, layers) for role, base in bases.items()}
+        return {"randlora_A": a / a.std(), "randlora_B": b / b.std()}
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:
         """Yield the change of the weight."""

@@ -6,17 +6,18 @@ A and B are random, and the same for all layers. A layer uses their first column
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from lora_fx.methods.base import Layer, Method, ParameterChange
+from lora_fx.methods.base import Layer, ParameterChange
+from lora_fx.methods.projections import Projected
 
-__all__ = ["METHODS", "Vera", "as_in_model"]
+__all__ = ["METHODS", "Vera"]
 
 
-class Vera(Method):
+class Vera(Projected):
     """Two vectors for each layer, around random matrices that all layers share."""
 
     name = "VeRA"
@@ -25,19 +26,13 @@ class Vera(Method):
     roles = ("vera_lambda_b", "vera_lambda_d")
     shared = ("vera_A", "vera_B")
 
-    def derive_shared(
-        self, layers: Sequence[Layer], shared: Mapping[str, Tensor]
+    def draw(
+        self, layer: Layer, rank: int, largest: tuple[int, int], generator: torch.Generator
     ) -> Mapping[str, Tensor]:
-        """Return A and B: those of the file, or, if it has none, those of the seed in the configuration."""
-        layer = layers[0]
-        if shared or layer.setting("save_projection", bool, True):
-            return shared
-        sizes = [layer.features for layer in layers]
-        rank, seed = layer.setting("r", int), layer.setting("projection_prng_key", int)
-        generator = torch.Generator("cpu").manual_seed(seed)
-        a = _uniform(rank, max(inputs for _, inputs in sizes), generator)
-        b = _uniform(max(out for out, _ in sizes), rank, generator)
-        return {"vera_A": as_in_model(a, layers), "vera_B": as_in_model(b, layers)}
+        """See :class:`Projected`."""
+        out, inputs = largest
+        a = _uniform(rank, inputs, generator)
+        return {"vera_A": a, "vera_B": _uniform(out, rank, generator)}
 
     def changes(self, layer: Layer) -> Iterator[ParameterChange]:
         """Yield the change of the weight."""
@@ -62,15 +57,6 @@ def _uniform(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.float32, device="cpu").uniform_(
         -bound, bound, generator=generator
     )
-
-
-def as_in_model(projection: Tensor, layers: Sequence[Layer]) -> Tensor:
-    """Return a random matrix with the rounding of PEFT, which keeps it in the dtypes of the layers."""
-    for layer in layers:
-        dtype = layer.module.get_parameter("weight").dtype
-        if dtype.is_floating_point:
-            projection = projection.to(dtype)
-    return projection.float()
 
 
 METHODS = (Vera(),)
