@@ -18,6 +18,7 @@ from lora_fx.extraction import (
     RankChoice,
     Weights,
     extract,
+    names_of,
     weights_of,
 )
 from lora_fx.ir import ModelT
@@ -210,15 +211,13 @@ def _by_name(
             gives different values. PEFT adapts a module with several names by the first one alone.
         CheckpointError: If the adapter stores a parameter and changes it.
     """
-    names: dict[int, list[str]] = {}
-    for name, parameter in base_parameters(model).items():
-        names.setdefault(id(parameter), []).append(name)
+    names = names_of(base_parameters(model))
     changes: dict[str, ParameterChange] = {}
     for change in adapter.changes:
-        key = id(model.get_parameter(change.parameter))
-        if len(names[key]) > 1 and not change.tied:
-            raise _shared(adapter, names[key], f"changes {change.parameter} alone")
-        changes |= dict.fromkeys(names[key], change)
+        group = names[change.parameter]
+        if len(group) > 1 and not change.tied:
+            raise _shared(adapter, group, f"changes {change.parameter} alone")
+        changes |= dict.fromkeys(group, change)
     whole = _whole_by_name(model, adapter, names)
     both = sorted(changes.keys() & whole.keys())
     if both:
@@ -229,33 +228,33 @@ def _by_name(
 
 
 def _whole_by_name(
-    model: nn.Module, adapter: ForeignAdapter, names: Mapping[int, Sequence[str]]
+    model: nn.Module, adapter: ForeignAdapter, names: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Tensor]:
     """Return the stored values by all names of a model's parameters.
 
     Args:
         model: The base.
         adapter: The adapter.
-        names: All names of each parameter, by its id.
+        names: All names of each parameter, by each of its names.
 
     Raises:
         ConfigError: If a parameter has several names, which do not all get the same value.
     """
     whole: dict[str, Tensor] = {}
-    stored: dict[int, list[Tensor]] = {}
+    stored: dict[tuple[str, ...], list[Tensor]] = {}
     for name, value in adapter.whole.items():
         owner, _, leaf = name.rpartition(".")
         parameter = model.get_submodule(owner)._parameters.get(leaf)
         if parameter is None:
             whole[name] = value
         else:
-            stored.setdefault(id(parameter), []).append(value)
-            whole |= dict.fromkeys(names[id(parameter)], value)
-    for key, values in stored.items():
-        if len(values) < len(names[key]):
-            raise _shared(adapter, names[key], "has only some of them in full")
+            stored.setdefault(names[name], []).append(value)
+            whole |= dict.fromkeys(names[name], value)
+    for group, values in stored.items():
+        if len(values) < len(group):
+            raise _shared(adapter, group, "has only some of them in full")
         if not all(torch.equal(values[0], value) for value in values):
-            raise _shared(adapter, names[key], "has different values for them")
+            raise _shared(adapter, group, "has different values for them")
     return whole
 
 

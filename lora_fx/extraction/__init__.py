@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_fx.extraction.differences import Difference, Weights, weights_in, weights_of
+from lora_fx.extraction.differences import Difference, Weights, names_of, weights_in, weights_of
 from lora_fx.extraction.extracting import extract, extract_adapter
 from lora_fx.extraction.ranks import RankChoice
 from lora_fx.extraction.report import ExtractedSite, ExtractionReport
@@ -15,6 +15,7 @@ __all__ = [
     "Weights",
     "extract",
     "extract_adapter",
+    "names_of",
     "weights_in",
     "weights_of",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lora_fx.formats import quantization_of
 from lora_fx.ir import Site, record_of
 from lora_fx.passes.parameters import as_matrices, part_of, persistent_buffers, wide
 
-__all__ = ["Difference", "Weights", "weights_in", "weights_of"]
+__all__ = ["Difference", "Weights", "names_of", "weights_in", "weights_of"]
 
 Weights: TypeAlias = Callable[[str], Tensor | None]
 """Function that returns a parameter or buffer by its FQN; None if there is none."""
@@ -44,22 +44,25 @@ class Difference:
         assert value is not None, name
         return value
 
-    def new_modules(self, names: Iterable[str]) -> Iterator[str]:
-        """Yield the modules of parameters that the base lacks."""
-        for name in names:
-            if self.before(name) is None:
-                yield name.rpartition(".")[0]
+    def compare(self, name: str) -> Literal["new", "changed", "same"]:
+        """Compare the values of a tensor before and after the change. It is new if the base lacks it.
+
+        Raises:
+            CheckpointError: If there are values that are not finite.
+            QuantizationError: If values have 8 bits.
+        """
+        old, new = self.before(name), self.after(name)
+        if old is new:
+            return "same"
+        if old is None:
+            return "new"
+        _check_values(name, old)
+        _check_values(name, new)
+        return "same" if _equal(old, new) else "changed"
 
     def changed(self, name: str) -> bool:
         """Return True if a tensor has other values after the change, or none before it."""
-        old, new = self.before(name), self.after(name)
-        if old is new:
-            return False
-        if old is None:
-            return True
-        _check_values(name, old)
-        _check_values(name, new)
-        return not _equal(old, new)
+        return self.compare(name) != "same"
 
     def same(self, name: str, other: str) -> bool:
         """Return True if two tensors have the same values, before the change and after it."""
@@ -177,12 +180,10 @@ def weights_in(files: WeightFiles, model: nn.Module) -> Weights:
     A tied weight may have any of its names in the files.
     """
     tensors = _tensors(model)
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        aliases.setdefault(id(tensor), []).append(name)
+    aliases = names_of(tensors)
 
     def read(name: str) -> Tensor | None:
-        values = files.tensor(name, *aliases[id(tensors[name])])
+        values = files.tensor(name, *aliases[name])
         if values is not None and values.shape != tensors[name].shape:
             raise CheckpointError(
                 f"{name} is {tuple(values.shape)} in {files.path}, and {tuple(tensors[name].shape)} in the "
@@ -191,6 +192,14 @@ def weights_in(files: WeightFiles, model: nn.Module) -> Weights:
         return values
 
     return read
+
+
+def names_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Return all names of each tensor, by each of its names."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from lora_fx.adapters import Forward, Target, adapter_record, input_moments, wit
 from lora_fx.checkpoint import Slot, fill, place_given
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ConfigError
-from lora_fx.extraction.differences import Difference, weights_of
+from lora_fx.extraction.differences import Difference, names_of, weights_of
 from lora_fx.extraction.ranks import RankChoice
 from lora_fx.extraction.report import ExtractedSite, ExtractionReport
 from lora_fx.ir import AdapterRecord, ModelT, Site, join
@@ -181,9 +181,11 @@ def extract(
         CaptureError: As :func:`extract_adapter`.
     """
     matches = find_operations(capture_model(model, example_inputs, frontend=frontend))
-    groups = _groups(model)
-    fresh = {*fresh_modules(model), *difference.new_modules(groups)}
-    changed = {name for name in groups if _is_in(name, fresh) or difference.changed(name)}
+    groups = names_of(dict(model.named_parameters(remove_duplicate=False)))
+    fresh = set(fresh_modules(model))
+    states = {name: difference.compare(name) for name in groups if not _is_in(name, fresh)}
+    fresh |= {name.rpartition(".")[0] for name, state in states.items() if state == "new"}
+    changed = {name for name in groups if _is_in(name, fresh) or states[name] != "same"}
     buffers = [name for name in persistent_buffers(model) if difference.changed(name)]
     if not changed and not buffers:
         raise ConfigError(
@@ -246,14 +248,6 @@ def extract(
 def _is_in(name: str, modules: Iterable[str]) -> bool:
     """Return True if a parameter is inside one of some modules."""
     return any(name.startswith(f"{module}.") for module in modules)
-
-
-def _groups(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return all names of each parameter, by each of its names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: tuple(group) for group in names.values() for name in group}
 
 
 def _sites(
