@@ -230,7 +230,7 @@ def plan(
             progress=progress,
         )
         config = allotment.config
-        captured, planned = planning(config)
+        _, planned = planning(config, captured=captured)
         planned = allotment.onto(planned)
     planned = with_advice(planned, captured, example_inputs, tokens=tokens)
     if merge_into is not None:

@@ -284,15 +284,17 @@ def plan_model(
     strict: bool = False,
     frontend: Frontend = "auto",
     deploy: str | None = None,
+    captured: Capture | None = None,
 ) -> tuple[Capture, Plan]:
-    """Capture a model and plan its rewrite.
+    """Capture a model, unless there is a capture of it already, and plan its rewrite.
 
     Raises:
         ConfigError: If ``config`` is no :class:`LoraConfig`, or the model is rewritten already.
     """
     options = RewriteOptions(memory=memory, loss=loss, strict=strict, deploy=deploy)
     options.check()
-    captured = _captured(model, config, example_inputs, frontend)
+    if captured is None:
+        captured = _captured(model, config, example_inputs, frontend)
     plan = plan_capture(
         captured,
         config,
