@@ -61,8 +61,9 @@ def convert_files(
     folder = Path(name).expanduser()
     files = scheme == "hf" and folder.is_dir() and any(folder.glob("*.safetensors"))
     trained = source if source.is_dir() else None
-    model = load_model(model_name, weights=not files, adapter=trained).model
-    if files and getattr(getattr(model, "config", None), "quantization_config", None) is None:
+    loaded = load_model(model_name, weights=not files, adapter=trained)
+    model = loaded.model
+    if files and loaded.stored_in is None:
         before = weights_in(ConvertedFiles(folder, model), model)
     else:
         model = load_model(model_name, adapter=trained).model if files else model

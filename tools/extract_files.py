@@ -74,8 +74,13 @@ def extract_files(
         if folder.resolve() == Path(out).resolve():
             raise ConfigError(f"{out} is the folder of a model: give another one for the adapter")
     check_free(Path(out), force=force)
-    model = load_model(f"hf:{target}", weights=False).model
-    _check_dense(model, target)
+    loaded = load_model(f"hf:{target}", weights=False)
+    if loaded.stored_in is not None:
+        raise QuantizationError(
+            f"{target} is quantized: extract from dense checkpoints. The adapter loads onto a quantized base "
+            "afterwards"
+        )
+    model = loaded.model
     difference = Difference(
         weights_in(ConvertedFiles(source, model), model), weights_of(target, model)
     )
@@ -83,11 +88,3 @@ def extract_files(
     adapted, report = extract(model, difference, choice, progress=progress, config=config)
     save_adapter(adapted, out, force=force, save_embedding_layers=False)
     return report
-
-
-def _check_dense(model: object, folder: Path) -> None:
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise QuantizationError(
-            f"{folder} is quantized: extract from dense checkpoints. The adapter loads onto a quantized base "
-            "afterwards"
-        )

@@ -163,7 +163,7 @@ def merge_files(
         return stage.finish()
     _check_out(source, target, force=force)
     merge = _Merge(source, adapter, dtype, how, measure=measure)
-    with _write_errors(target, stage.folder), stage.open():
+    with _write_errors(target, stage.folder), stage.taken():
         pending = [file for file in merge.files if not stage.has(file)]
         stage.check_space(sum(merge.size(file) for file in pending))
         total = sum(map(len, merge.files.values()))
@@ -602,7 +602,7 @@ class _Stage:
         self._receipt = receipt if receipt.get("key") == key else new
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
+    def taken(self) -> Iterator[None]:
         """Create the folder, or take over that of a call that was killed.
 
         Raises:
