@@ -19,7 +19,7 @@ from lora_fx.files import flush
 ROOT = Path(__file__).resolve().parents[2]
 PRODUCT = ("lora_fx", "passes", "export", "tools")
 FOLDERS = (*PRODUCT, "tests", "docs", "examples")
-NOT_FILES = ("os", "opener", "stage")  # what is opened by these names has no encoding
+NOT_FILES = ("os", "opener")  # what is opened by these names has no encoding
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 

@@ -34,6 +34,7 @@ from lora_fx.errors import (
     MergeError,
     NoMatchError,
 )
+from tests.models.test_peft_table import in_peft as trained_in_peft
 from tests.numerics import assert_close, assert_same_bits, relative_error
 from tests.zoo import sample, seeded
 
@@ -134,14 +135,8 @@ ROWS: dict[str, Row] = {
 
 
 def in_peft(base: nn.Module, options: Mapping[str, Any]) -> Any:
-    """PEFT's model with random numbers in its factors."""
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return theirs.eval()
+    """PEFT's model with random numbers in its factors, in evaluation."""
+    return trained_in_peft(base, dict(options)).eval()
 
 
 def read_by_peft(base: nn.Module, folder: Path) -> Any:
