@@ -47,16 +47,9 @@ class ConvertedFiles(WeightFiles):
             CheckpointError: If there are no files, or a file is damaged.
         """
         super().__init__(path)
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            dot_natural_key,
-            rename_source_key,
-        )
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        mapping = get_model_conversion_mapping(model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        renamings: Any = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+        renamings, converters = _conversions(model)
         self._model = model
         self._converters = {
             pattern: entry for entry in converters for pattern in entry.source_patterns
@@ -156,12 +149,28 @@ def converted(
         loads: For each tensor, its pattern in the conversion and a function that reads it, by its name.
         model: A model of transformers.
     """
+    return _convert(converter, key, loads, model)[key]
+
+
+def _convert(
+    converter: Any, key: str, loads: Mapping[str, tuple[str | None, Any]], model: Any
+) -> dict[str, torch.Tensor]:
+    """Return all tensors that a conversion makes; see :func:`converted`. Loads may be tensors."""
     own = copy.deepcopy(converter)
     for name, (pattern, load) in loads.items():
         own.add_tensor(key, name, pattern, load)
-    values = own.convert(key, model=model, config=model.config)[key]
-    result: torch.Tensor = values[0] if isinstance(values, list) else values
-    return result
+    values = own.convert(key, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _conversions(model: Any) -> tuple[Any, list[Any]]:
+    """Return the renamings, and the conversions of weights, that transformers has for a model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    mapping = get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return [entry for entry in mapping if not isinstance(entry, WeightConverter)], converters
 
 
 class FormerNames:
@@ -177,20 +186,15 @@ class FormerNames:
 
     def __init__(self, model: Any) -> None:
         """Read the conversions of a model of transformers."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, apply_converters
+        from transformers.core_model_loading import apply_converters
 
-        mapping = get_model_conversion_mapping(model)
-        self._renamings: Any = [
-            entry for entry in mapping if not isinstance(entry, WeightConverter)
-        ]
+        self._renamings, converters = _conversions(model)
         self._model = model
         self._state = {name: value.shape for name, value in model.state_dict().items()}
         self._reversed: list[Any] = []
-        for entry in mapping:
-            if isinstance(entry, WeightConverter):
-                with contextlib.suppress(NotImplementedError, ValueError):
-                    self._reversed.append(entry.reverse_transform())
+        for entry in converters:
+            with contextlib.suppress(NotImplementedError, ValueError):
+                self._reversed.append(entry.reverse_transform())
         by_pattern = {
             pattern: entry for entry in self._reversed for pattern in entry.source_patterns
         }
@@ -249,14 +253,11 @@ class ConvertedGroup:
         Returns:
             The tensors; empty if the conversion cannot be undone.
         """
-        own = copy.deepcopy(self._converter)
-        for name, pattern in self._patterns.items():
-            own.add_tensor(self._target, name, pattern, values[name])
+        loads = {name: (pattern, values[name]) for name, pattern in self._patterns.items()}
         try:
-            parts = own.convert(self._target, model=self._model, config=self._model.config)
+            return _convert(self._converter, self._target, loads, self._model)
         except (KeyError, ValueError, RuntimeError, NotImplementedError, TypeError):
             return {}
-        return {name: part[0] if isinstance(part, list) else part for name, part in parts.items()}
 
     def shapes(self, shapes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors, by name, for shapes of the parameters."""

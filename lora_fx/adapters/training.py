@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_fx.adapters.switching import check_known
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite, Record, record_of, require_record
 from lora_fx.kinds import AdapterKind, kind_of
@@ -296,10 +297,7 @@ def adapter_penalty(model: nn.Module, adapter_names: Sequence[str] | str | None 
     with without_wrappers(model) as inner:
         record = require_record(inner)
         names = record.active if adapter_names is None else adapter_names
-        for name in names:
-            if name not in record.adapters:
-                has = ", ".join(map(repr, record.adapters))
-                raise ConfigError(f"there is no adapter {name!r}: the model has {has}")
+        check_known(record, names)
         rows = [(row, name) for name in names for row in record.adapters[name].sites]
         counts = Counter(row.kind for row, _ in rows)
         for row, name in rows:
