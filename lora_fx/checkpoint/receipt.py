@@ -40,6 +40,7 @@ from lora_fx.adapters import (
     set_adapter,
 )
 from lora_fx.checkpoint.files import RECEIPT_NAME
+from lora_fx.digests import add_values
 from lora_fx.errors import CheckpointError, ConfigError, LoraFxError
 from lora_fx.files import current
 from lora_fx.kinds import kind_of
@@ -405,9 +406,9 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of the names, dtypes, shapes and values of tensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
+        value = tensors[name]
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        add_values(digest, value)
     return digest.hexdigest()
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx import torch_private
+from lora_fx.digests import add_values
 from lora_fx.errors import ConfigError, ProcessError, QuantizationError
 from lora_fx.formats import WHOLE_WEIGHTS, formats, quantization_of
 from lora_fx.ir import record_of
@@ -328,10 +329,9 @@ def note_whole(module: nn.Module, name: str, value: Any) -> None:
 def _digest(whole: Tensor) -> str:
     digest = hashlib.blake2b(f"{list(whole.shape)} {whole.dtype}".encode(), digest_size=8)
     try:
-        values = whole.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
+        add_values(digest, whole)
     except (NotImplementedError, RuntimeError):  # meta and fake tensors have no values
         return _UNKNOWN
-    digest.update(values.tobytes())
     return digest.hexdigest()
 
 

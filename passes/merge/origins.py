@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import nn
 
+from lora_fx.digests import add_values
 from lora_fx.errors import MergeError, some
 
 __all__ = ["find_origins", "note_origins", "values_by_name"]
@@ -58,7 +59,7 @@ def _fingerprint(value: torch.Tensor) -> str:
     else:
         parts = [flat]
     for part in parts:
-        digest.update(part.cpu().view(torch.uint8).numpy().tobytes())
+        add_values(digest, part)
     return digest.hexdigest()
 
 

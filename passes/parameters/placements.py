@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora_fx import torch_private
+from lora_fx.digests import add_values
 from lora_fx.errors import ConfigError
 from lora_fx.ir import PlannedSite
 from lora_fx.kinds import kind_of, kinds
@@ -104,14 +105,7 @@ def _digest(model: nn.Module, row: PlannedSite, adapter: str) -> str:
         if not is_sharded(values) or all(
             placement.is_replicate() for placement in values.placements
         ):
-            digest.update(
-                torch_private.local_tensor(values)
-                .contiguous()
-                .cpu()
-                .view(torch.uint8)
-                .numpy()
-                .tobytes()
-            )
+            add_values(digest, torch_private.local_tensor(values))
     return digest.hexdigest()
 
 

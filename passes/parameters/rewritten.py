@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from lora_fx import torch_private
+from lora_fx.digests import add_values
 from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.formats import quantization_of
 from lora_fx.ir import PlannedSite, Record, join, record_of
@@ -327,7 +328,7 @@ def digest_of(tensor: torch.Tensor) -> str:
     """Return a short digest of a tensor's values, whatever its shape and its layout."""
     digest = hashlib.blake2b(digest_size=16)
     for part in _strided_parts(tensor.detach()):
-        digest.update(part.to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        add_values(digest, part)
     return digest.hexdigest()
 
 

@@ -30,6 +30,7 @@ LAYERS = (
     "lora_fx.errors",
     "lora_fx.versions",
     "lora_fx.torch_private",
+    "lora_fx.digests",
     "lora_fx.extras",
     "lora_fx.progress",
     "lora_fx.files",
