@@ -43,6 +43,7 @@ from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.parts import called_by_all, check_equal
 from lora_fx.runtime.routing import routed
+from lora_fx.runtime.row_parameters import RowParameter
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.sample_calls import ignore_ids, tensors_in, unwatch_calls, watch_calls
 from lora_fx.runtime.samples import (
@@ -60,6 +61,7 @@ from lora_fx.runtime.samples import (
     unfollow,
 )
 from lora_fx.runtime.spans import LazyTensor, Source, lazy_result
+from lora_fx.runtime.token_rows import PatchedWeight
 from lora_fx.runtime.watch import CODE, GRAPH, Hooked, disarm, entry, is_checked, places_of
 
 __all__ = [
@@ -81,6 +83,8 @@ __all__ = [
     "KeptIndices",
     "KeptTensors",
     "LazyTensor",
+    "PatchedWeight",
+    "RowParameter",
     "SampleRows",
     "Source",
     "active_positions",

@@ -24,12 +24,18 @@ __all__ = [
     "banked_linear",
     "banked_pointwise",
     "banked_vector",
+    "slots_of_each",
     "spread_channels",
 ]
 
 
 def banked_linear(
-    x: Tensor, bank: Tensor, slots: Tensor, bias: Tensor | None = None, weight: str = ""
+    x: Tensor,
+    bank: Tensor,
+    slots: Tensor,
+    bias: Tensor | None = None,
+    weight: str = "",
+    turned: bool = False,
 ) -> Tensor:
     """Return ``x @ bank[slots]``, row by row of the batch.
 
@@ -39,16 +45,18 @@ def banked_linear(
         slots: [rows].
         bias: A tensor to add, in a shape that broadcasts to the result, or None.
         weight: Name of the adapted weight in its module.
+        turned: True for a bank of weights as a linear layer has them, [slots, out, in].
     """
     check_rows_followed(x, weight)
     factor = bank.index_select(0, slots)
+    factor = factor.mT if turned else factor
     if x.dim() == 3 and _is_equal(x.shape[0], slots.shape[0]):
         result = torch.bmm(x, factor)
     elif x.dim() == 2 and _is_equal(x.shape[0], slots.shape[0]):
         result = torch.bmm(x.unsqueeze(1), factor).squeeze(1)
     else:
         rows = x.reshape(slots.shape[0], -1, x.shape[-1])
-        result = torch.bmm(rows, factor).reshape(*x.shape[:-1], bank.shape[-1])
+        result = torch.bmm(rows, factor).reshape(*x.shape[:-1], factor.shape[-1])
     return result if bias is None else result + bias
 
 
@@ -65,7 +73,7 @@ def banked_embedding(x: Tensor, bank: Tensor, slots: Tensor, weight: str = "") -
         [rows, ..., width].
     """
     check_rows_followed(x, weight)
-    return bank[_beside(slots, x), x]
+    return bank[slots_of_each(slots, x), x]
 
 
 _CONVOLUTIONS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -90,9 +98,8 @@ def banked_conv(x: Tensor, bank: Tensor, slots: Tensor, *geometry: Any, weight: 
     check_rows_followed(x, weight)
     every: Tensor = _CONVOLUTIONS[x.dim()](x, bank.flatten(0, 1), None, *geometry)
     rows = torch.arange(x.shape[0], device=x.device)
-    # ``rows * 0`` broadcasts a single slot to all rows.
     each = every.reshape(x.shape[0], *bank.shape[:2], *every.shape[2:])
-    return each[rows, _repeated(slots, x) + rows * 0]
+    return each[rows, slots_of_each(slots, rows)]
 
 
 def banked_pointwise(
@@ -138,9 +145,15 @@ def banked_vector(bank: Tensor, slots: Tensor, like: Tensor, channels: bool = Fa
     return own
 
 
-def _beside(slots: Tensor, x: Tensor) -> Tensor:
-    """Return the slots in a shape that broadcasts to an activation."""
+def slots_of_each(slots: Tensor, x: Tensor) -> Tensor:
+    """Return the slots in a shape that broadcasts to other indices of a bank, [rows, ...].
+
+    If those have one axis, the slots have an element for each row, even where a file is fed a single one for
+    all. In ONNX both need one shape, and a trace, in which the sizes are equal, would not expand the slots.
+    """
     own = _repeated(slots, x)
+    if x.dim() == 1:
+        return own + torch.arange(x.shape[0], device=x.device) * 0
     for _ in range(x.dim() - 1):
         own = own.unsqueeze(-1)
     return own

@@ -1,0 +1,320 @@
+"""Parameters of which each row of a batch has its own values: the heads, norms and biases of its adapter.
+
+A :class:`RowParameter` takes the place of a parameter in a module. It holds the values of all adapters as a
+bank (:mod:`lora_fx.runtime.banked`), and the slot of each row. Functions that take a parameter compute with
+the values of each row, in any code: a module of PyTorch, a generated graph, or a method of a library.
+Functions without such a form raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx import torch_private
+from lora_fx.errors import ConfigError
+from lora_fx.runtime import banked
+from lora_fx.runtime.samples import check_rows_followed
+from lora_fx.torch_private import pytree
+
+__all__ = ["ComputedParameter", "RowParameter", "functions"]
+
+
+class ComputedParameter(Tensor):
+    """A parameter without memory, in place of one of a module. Functions compute with other values instead.
+
+    Attributes:
+        fqn: FQN of the parameter.
+    """
+
+    fqn: str
+
+    @classmethod
+    def forms(cls) -> Mapping[Any, Callable[..., Any]]:
+        """Return the functions that may take it, with the functions that then run instead.
+
+        A form returns NotImplemented for arguments that it does not take.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run the form of a function.
+
+        Raises:
+            ConfigError: The function has no form.
+        """
+        kwargs = kwargs or {}
+        if func in _FACTS:
+            with torch_private.without_torch_function():
+                return func(*args, **kwargs)
+        form = cls.forms().get(func)
+        result = NotImplemented if form is None else form(*args, **kwargs)
+        if result is NotImplemented:
+            own = next(value for value in pytree.tree_leaves((args, kwargs)) if type(value) is cls)
+            _refuse(own.fqn, f"{getattr(func, '__name__', func)}()")
+        return result
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Raise, because operators below the functions of PyTorch have no forms.
+
+        Raises:
+            ConfigError: Always.
+        """
+        own = next(value for value in pytree.tree_leaves((args, kwargs)) if type(value) is cls)
+        _refuse(own.fqn, str(func))
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Return a description, without values."""
+        return f"{type(self).__name__}({self.fqn}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+
+def _refuse(fqn: str, function: str) -> NoReturn:
+    raise ConfigError(f"{fqn} has no values for each row in {function}, which reads it")
+
+
+class RowParameter(ComputedParameter):
+    """A parameter with its values for each row of a batch. It has the shape and dtype of the parameter.
+
+    Attributes:
+        bank: The values of all adapters, [slots, *shape].
+        slots: The slot of each row, [rows], or of all rows, [1].
+    """
+
+    bank: Tensor
+    slots: Tensor
+
+    @staticmethod
+    def __new__(cls, fqn: str, bank: Tensor, slots: Tensor) -> RowParameter:
+        """Create a parameter."""
+        parameter: RowParameter = torch_private.make_wrapper_subclass(
+            cls, bank.shape[1:], dtype=bank.dtype, device=bank.device
+        )
+        parameter.fqn, parameter.bank, parameter.slots = fqn, bank, slots
+        return parameter
+
+    @classmethod
+    def forms(cls) -> Mapping[Any, Callable[..., Any]]:
+        """Return the functions that compute with the values of each row."""
+        return _FORMS
+
+    def spread(self, like: Tensor, *, channels: bool = False) -> Tensor:
+        """Return the vector of each row in a shape that broadcasts to an activation.
+
+        Args:
+            like: The activation, [rows, ..., size], or [rows, size, ...] for channels.
+            channels: True if the parameter has a number for each channel.
+        """
+        check_rows_followed(like, self.fqn)
+        vector = banked.banked_vector(self.bank, self.slots, like, channels)
+        return banked.spread_channels(vector, like) if channels else vector
+
+
+_Value: TypeAlias = Tensor | None
+
+
+def _split(value: _Value) -> tuple[RowParameter | None, _Value]:
+    """Return a value as a parameter of rows or as any other one."""
+    return (value, None) if isinstance(value, RowParameter) else (None, value)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
+    if isinstance(x, RowParameter):
+        return NotImplemented
+    own, shared = _split(bias)
+    if isinstance(weight, RowParameter):
+        result = banked.banked_linear(x, weight.bank, weight.slots, shared, weight.fqn, turned=True)
+    else:
+        result = F.linear(x, weight, shared)
+    return result if own is None else result + own.spread(result)
+
+
+def _matmul(x: Tensor, weight: Tensor) -> Any:
+    if isinstance(x, RowParameter) or not isinstance(weight, RowParameter) or weight.dim() != 2:
+        return NotImplemented
+    return banked.banked_linear(x, weight.bank, weight.slots, None, weight.fqn)
+
+
+def _embedding(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
+    if not isinstance(weight, RowParameter):
+        return NotImplemented
+    return banked.banked_embedding(x, weight.bank, weight.slots, weight.fqn)
+
+
+def _scaled(result: Tensor, weight: _Value, bias: _Value, *, channels: bool = False) -> Tensor:
+    """Multiply a normalized activation by its weight and add its bias."""
+    for value, function in ((weight, torch.mul), (bias, torch.add)):
+        if isinstance(value, RowParameter):
+            result = function(result, value.spread(result, channels=channels))
+        elif value is not None:
+            vector = banked.spread_channels(value, result) if channels else value
+            result = function(result, vector)
+    return result
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: _Value = None, bias: _Value = None, eps: float = 1e-5
+) -> Any:
+    if len(shape) != 1:
+        return NotImplemented
+    return _scaled(F.layer_norm(x, shape, None, None, eps), weight, bias)
+
+
+def _rms_norm(
+    x: Tensor, shape: Sequence[int], weight: _Value = None, eps: float | None = None
+) -> Any:
+    if len(shape) != 1:
+        return NotImplemented
+    return _scaled(F.rms_norm(x, shape, None, eps), weight, None)
+
+
+def _group_norm(
+    x: Tensor, groups: int, weight: _Value = None, bias: _Value = None, eps: float = 1e-5
+) -> Tensor:
+    return _scaled(F.group_norm(x, groups, None, None, eps), weight, bias, channels=True)
+
+
+def _batch_norm(
+    x: Tensor,
+    mean: _Value,
+    variance: _Value,
+    weight: _Value = None,
+    bias: _Value = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    result = F.batch_norm(x, mean, variance, None, None, training, momentum, eps)
+    return _scaled(result, weight, bias, channels=True)
+
+
+def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the form of a convolution with a kernel, or a bias, for each row."""
+
+    def form(
+        x: Tensor,
+        weight: Tensor,
+        bias: _Value = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        if isinstance(x, RowParameter):
+            return NotImplemented
+        if isinstance(weight, RowParameter):
+            if groups != 1:
+                return NotImplemented
+            geometry = stride, padding, dilation
+            result = banked.banked_conv(x, weight.bank, weight.slots, *geometry, weight=weight.fqn)
+        else:
+            result = function(x, weight, None, stride, padding, dilation, groups)
+        return _scaled(result, None, bias, channels=True)
+
+    return form
+
+
+def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the form of a function of each element: of the rows of an activation, or of the bank itself."""
+
+    def form(*args: Any, **kwargs: Any) -> Any:
+        rows = [value for value in args if isinstance(value, RowParameter)]
+        activations = [
+            value for value in args if isinstance(value, Tensor) and type(value) is not RowParameter
+        ]
+        if not activations:
+            alike = all(value.bank.shape == rows[0].bank.shape for value in rows)
+            if not alike:
+                return NotImplemented
+            banks = [value.bank if isinstance(value, RowParameter) else value for value in args]
+            return RowParameter(rows[0].fqn, function(*banks, **kwargs), rows[0].slots)
+        like = max(activations, key=Tensor.dim)
+        if like.dim() < 2 or any(value.dim() != 1 for value in rows):
+            return NotImplemented
+        spread = [
+            value.spread(like) if isinstance(value, RowParameter) else value for value in args
+        ]
+        return function(*spread, **kwargs)
+
+    return form
+
+
+def _of_bank(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Return the form of a function that has the same result for each adapter, such as a cast."""
+
+    def form(own: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(own, RowParameter):
+            return NotImplemented
+        return RowParameter(own.fqn, function(own.bank, *args, **kwargs), own.slots)
+
+    return form
+
+
+def _turned(own: Any, *axes: int) -> Any:
+    if own.dim() != 2 or (axes and {axis % 2 for axis in axes} != {0, 1}):
+        return NotImplemented
+    return RowParameter(own.fqn, own.bank.mT, own.slots)
+
+
+def functions(*names: str) -> list[Any]:
+    """Return the functions of these names in torch, and as methods of tensors."""
+    homes = (torch, torch.Tensor, F)
+    return [getattr(home, name) for home in homes for name in names if hasattr(home, name)]
+
+
+_ARITHMETIC = ("mul", "add", "sub", "div", "multiply", "true_divide")
+_OPERATORS = tuple(
+    f"__{side}{name}__" for name in ("mul", "add", "sub", "truediv") for side in ("", "r")
+)
+_CASTS = ("to", "float", "double", "half", "bfloat16", "contiguous", "detach", "clone")
+
+_FORMS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(functions("linear"), _linear),
+    **dict.fromkeys(functions("matmul", "mm", "__matmul__"), _matmul),
+    **dict.fromkeys([F.embedding, torch.embedding], _embedding),
+    **dict.fromkeys([F.layer_norm], _layer_norm),
+    **dict.fromkeys([F.rms_norm], _rms_norm),
+    **dict.fromkeys([F.group_norm], _group_norm),
+    **dict.fromkeys([F.batch_norm], _batch_norm),
+    **{
+        function: _convolution(function)
+        for dims in (1, 2, 3)
+        for function in functions(f"conv{dims}d")
+    },
+    **{
+        function: _elementwise(function)
+        for function in functions(*_ARITHMETIC, *_OPERATORS, "neg", "exp")
+    },
+    **{function: _of_bank(function) for function in functions(*_CASTS)},
+    **dict.fromkeys(
+        [
+            *functions("t", "transpose", "swapaxes"),
+            torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+            torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
+        ],
+        _turned,
+    ),
+}
+"""Functions that take a parameter of each row."""
+
+_PROPERTIES = [
+    *("shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_leaf", "grad_fn"),
+    *("is_cuda", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_cpu"),
+]
+_FACTS = frozenset(
+    (
+        *functions("size", "dim", "numel", "is_floating_point", "is_complex", "element_size"),
+        torch.Tensor.__len__,
+        *(getattr(torch.Tensor, name).__get__ for name in _PROPERTIES),
+    )
+)
+"""Functions that read no values."""

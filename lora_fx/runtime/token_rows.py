@@ -1,0 +1,132 @@
+"""Weights of embeddings of which an adapter replaces some rows: those of the tokens that it has trained.
+
+The indices and the rows are tensors, so that one file takes those of any adapter, and each row of a batch
+takes those of its adapter. An index may be named twice, with the same row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_fx import torch_private
+from lora_fx.runtime import banked
+from lora_fx.runtime.row_parameters import ComputedParameter, functions
+from lora_fx.runtime.samples import check_rows_followed, like_rows, unseen
+
+__all__ = ["PatchedWeight"]
+
+
+class PatchedWeight(ComputedParameter):
+    """A weight, [vocabulary, width], with other rows at some indices.
+
+    Attributes:
+        base: The weight, or a :class:`RowParameter` of it.
+        tokens: Indices of the replaced rows, [n], or of those of all adapters, [slots, n].
+        rows: The rows, [n, width], or [slots, n, width].
+        slots: The slot of each row of the batch, [rows], or of all, [1]; None without slots.
+        turned: True for the transposed weight.
+    """
+
+    base: Tensor
+    tokens: Tensor
+    rows: Tensor
+    slots: Tensor | None
+    turned: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        fqn: str,
+        base: Tensor,
+        tokens: Tensor,
+        rows: Tensor,
+        slots: Tensor | None = None,
+        turned: bool = False,
+    ) -> PatchedWeight:
+        """Create a weight."""
+        shape = tuple(base.shape)[::-1] if turned else tuple(base.shape)
+        weight: PatchedWeight = torch_private.make_wrapper_subclass(
+            cls, shape, dtype=base.dtype, device=base.device
+        )
+        weight.fqn, weight.base, weight.tokens, weight.rows = fqn, base, tokens, rows
+        weight.slots, weight.turned = slots, turned
+        return weight
+
+    @classmethod
+    def forms(cls) -> Mapping[Any, Callable[..., Any]]:
+        """Return the functions that read the replaced rows: lookups, and products for logits."""
+        return _FORMS
+
+    def looked_up(self, x: Tensor) -> Tensor:
+        """Return the row of each token, [..., width], for tokens ``x``, [...]."""
+        before = F.embedding(x, self.base)
+        if self.slots is None:
+            hit = x.unsqueeze(-1) == self.tokens
+            own = self.rows[hit.to(torch.int64).argmax(-1)]
+        else:
+            check_rows_followed(x, self.fqn)
+            each = x.unsqueeze(-1)
+            hit = each == banked.banked_vector(self.tokens, self.slots, each)
+            position = hit.to(torch.int64).argmax(-1)
+            own = self.rows[banked.slots_of_each(self.slots, x), position]
+        return torch.where(hit.any(-1, keepdim=True), own, before)
+
+    def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the logit of each token, [..., vocabulary], for activations [..., width]."""
+        logits = F.linear(x, self.base, bias)
+        if self.slots is None:
+            own, tokens = F.linear(x, self.rows), self.tokens
+        else:
+            own = banked.banked_linear(x, self.rows, self.slots, None, self.fqn, turned=True)
+            tokens = banked.banked_vector(self.tokens, self.slots, own)
+        if bias is not None:
+            own = own + bias[tokens]
+        # In a file that is fed one slot for all rows, an expansion of equal sizes would be missing.
+        tokens = tokens + torch.zeros_like(own, dtype=tokens.dtype)
+        # Indices that values of the batch decide cannot be followed. They are of the last axis, not of rows.
+        return like_rows(unseen(torch.scatter, logits, -1, tokens, own), logits)
+
+
+def _embedding(x: Tensor, weight: Any, *_: Any, **__: Any) -> Any:
+    if not isinstance(weight, PatchedWeight) or weight.turned:
+        return NotImplemented
+    return weight.looked_up(x)
+
+
+def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
+    if isinstance(x, PatchedWeight) or not isinstance(weight, PatchedWeight) or weight.turned:
+        return NotImplemented
+    return weight.multiplied(x, bias)
+
+
+def _matmul(x: Tensor, weight: Any) -> Any:
+    if isinstance(x, PatchedWeight) or not weight.turned:
+        return NotImplemented
+    return weight.multiplied(x, None)
+
+
+def _turned(weight: PatchedWeight, *axes: int) -> Any:
+    if axes and {axis % 2 for axis in axes} != {0, 1}:
+        return NotImplemented
+    parts = weight.base, weight.tokens, weight.rows, weight.slots, not weight.turned
+    return PatchedWeight(weight.fqn, *parts)
+
+
+_FORMS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys([F.embedding, torch.embedding], _embedding),
+    **dict.fromkeys(functions("linear"), _linear),
+    **dict.fromkeys(functions("matmul", "__matmul__"), _matmul),
+    **dict.fromkeys(
+        [
+            *functions("t", "transpose"),
+            torch.Tensor.T.__get__,  # type: ignore[attr-defined]
+            torch.Tensor.mT.__get__,  # type: ignore[attr-defined]
+        ],
+        _turned,
+    ),
+}
