@@ -23,14 +23,15 @@ from lora_fx.export.adapter_manifest import (
     AdapterInput,
     Manifest,
     check_values,
+    fill_tokens,
     ranks_of,
 )
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.arguments import Arguments, Extra, named_outputs
 from lora_fx.export.factor_model import FactorModel, Swappable
+from lora_fx.export.inspection import read_defaults
 from lora_fx.export.ort import Bound
 from lora_fx.export.report import BankSize
-from lora_fx.extras import load_optional
 from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, join, tag_of
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
@@ -44,6 +45,7 @@ __all__ = [
     "BankModel",
     "check_bank_sites",
     "check_ranks",
+    "constant_tensor",
     "make_bank_overridable",
     "prove_rows",
     "put",
@@ -124,32 +126,34 @@ def check_ranks(
         )
 
 
-def stacked(manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def stacked(
+    manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Stack adapters into banks, by input name, [slots, ...].
 
     Args:
         manifest: The manifest of the file.
         adapters: Values by input name. An input that an adapter lacks gets its neutral value.
+        base: The base's values of the manifest's parameters, by name.
 
     Returns:
-        Slot 0 is neutral; the adapters follow in order. Factors are padded with zeros to the bank's rank.
+        Slot 0 is the base; the adapters follow in order. Factors are padded with zeros to the bank's rank.
     """
     bank = manifest.bank
     assert bank is not None
     stacks = {}
     for entry in manifest.inputs.values():
-        shape = (1 + len(adapters), *entry.sized(bank.rank))
-        whole = torch.full(shape, entry.neutral, dtype=getattr(torch, entry.dtype))
+        neutral = base[entry.name] if entry.name in base else entry.fill(bank.rank)
+        whole = neutral.repeat(1 + len(adapters), *[1] * neutral.dim())
         for slot, values in enumerate(adapters, start=1):
-            if entry.name in values:
-                put(whole[slot], entry, values[entry.name])
+            put(whole[slot], entry, values.get(entry.name), neutral)
         stacks[entry.name] = whole
     return stacks
 
 
-def put(slot: Tensor, entry: AdapterInput, value: Tensor | None) -> None:
+def put(slot: Tensor, entry: AdapterInput, value: Tensor | None, neutral: Tensor) -> None:
     """Write an adapter's value into its slot of a bank, or the neutral value if it is None."""
-    slot.fill_(entry.neutral)
+    slot.copy_(neutral)
     if value is not None:
         axis = entry.rank_axis
         part = slot if axis is None else slot.narrow(axis, 0, value.shape[axis])
@@ -344,7 +348,7 @@ class BankModel(FactorModel):
         # Any negative id means no adapter. Some providers would count from the end or read garbage.
         slots = ids.clamp(min=-1) + 1
         values = dict.fromkeys((f"model.{name}" for name in self._slots), slots)
-        values |= {f"model.{name}": stack for name, stack in zip(self._places, banks, strict=True)}
+        values |= self.parameters_of(banks, slots)
         return named_outputs(self._called(values, self.call, *args, **kwargs))
 
     @property
@@ -366,12 +370,13 @@ class BankModel(FactorModel):
         slots = Dim(SLOTS_AXIS, min=1)
         for entry in self.adapter_inputs:
             shape = entry.sized(self.bank.rank)
+            neutral = entry.neutral
             dims: dict[int, object] = {0: slots}
             dims |= {axis + 1: Dim.STATIC for axis in range(len(shape))}
             example = torch.full(
                 (_SLOTS_IN_EXAMPLE, *shape),
-                entry.neutral,
-                dtype=getattr(torch, entry.dtype),
+                0.0 if neutral is None else neutral,
+                dtype=entry.torch_dtype,
                 device=self.device,
             )
             extras.append(Extra(entry.name, example, dims, (SLOTS_AXIS, *shape), 0))
@@ -437,7 +442,11 @@ def prove_rows(model: BankModel) -> None:
 
 
 def make_bank_overridable(
-    model: ir.Model, manifest: Manifest, adapters: Sequence[Mapping[str, Tensor]], batched: str
+    model: ir.Model,
+    manifest: Manifest,
+    adapters: Sequence[Mapping[str, Tensor]],
+    base: Mapping[str, Tensor],
+    batched: str,
 ) -> None:
     """Give the banks the adapters of the model, as defaults or as constants. The ids have no default.
 
@@ -445,22 +454,17 @@ def make_bank_overridable(
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
         adapters: Values by input name, one mapping for each adapter of the manifest's bank, in order.
+        base: The base's values of the manifest's parameters, by name.
         batched: Name of an input whose first axis is the batch.
 
     Raises:
         ExportError: The graph reads the number of ids in a way that cannot be replaced by the batch size.
     """
-    import onnx_ir as ir
-
     inputs = {value.name: value for value in model.graph.inputs}
-    banks = stacked(manifest, adapters)
+    banks = stacked(manifest, adapters, base)
     for name, value in banks.items():
         port = inputs[name]
-        tensor = ir.tensor(value, dtype=port.dtype, name=name)
-        if value.dtype == torch.bfloat16:
-            raw = value.contiguous().view(torch.uint16).numpy().view(ir.DataType.BFLOAT16.numpy())
-            tensor = ir.tensor(raw, dtype=ir.DataType.BFLOAT16, name=name)
-        port.const_value = tensor
+        port.const_value = constant_tensor(name, value)
         model.graph.register_initializer(port)
     ids = inputs[SLOTS_INPUT]
     adapter_inputs = {inputs[name] for name in banks}
@@ -468,6 +472,17 @@ def make_bank_overridable(
     if manifest.required:
         for value in adapter_inputs:
             model.graph.inputs.remove(value)
+
+
+def constant_tensor(name: str, value: Tensor) -> ir.TensorProtocol:
+    """Return the values of a tensor for an initializer. Later writes into the tensor do not change them."""
+    import onnx_ir as ir
+
+    value = value.detach().cpu().contiguous().clone()
+    if value.dtype == torch.bfloat16:
+        raw = value.view(torch.uint16).numpy().view(ir.DataType.BFLOAT16.numpy())
+        return ir.tensor(raw, dtype=ir.DataType.BFLOAT16, name=name)
+    return ir.tensor(value, name=name)
 
 
 def _part_rows_from_batch(
@@ -564,6 +579,7 @@ class AdapterBank(AdapterStore):
             ConfigError: The bank is full, or its adapters are constants of the file.
         """
         self._check_open()
+        values = fill_tokens(self.manifest, values)
         check_values(self.manifest, values, description)
         check_ranks(self.manifest, values, description, self.max_rank)
         with self._lock:
@@ -648,57 +664,17 @@ class AdapterBank(AdapterStore):
         banks = {}
         for entry in self.manifest.inputs.values():
             old = before[entry.name]
-            new = torch.full((count, *old.shape[1:]), entry.neutral, dtype=old.dtype)
+            neutral = old[0]
+            new = neutral.repeat(count, *[1] * neutral.dim())
             shared = min(count, len(old))
             new[:shared] = old[:shared]
             if slot < count:
-                put(new[slot], entry, values.get(entry.name))
+                put(new[slot], entry, values.get(entry.name), neutral)
             banks[entry.name] = new
         self._bound = Bound(self._placed(banks))
         self._banks, self._names = banks, names
 
     def _file_banks(self) -> dict[str, Tensor]:
-        """Read the stacks from the file, because ONNX Runtime does not expose them.
-
-        Raises:
-            ExportError: onnx is not installed, or the file cannot be read.
-            CheckpointError: The file lacks a stack.
-        """
+        """Read the stacks from the file, because ONNX Runtime does not expose them."""
         assert self.path is not None
-        purpose = f"reading the adapters in {self.file}"
-        for package in ("onnx", "onnx_ir"):
-            load_optional(package, purpose, "lora-fx[onnx]", error=ExportError)
-        import onnx
-        from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
-
-        try:
-            proto = onnx.load(str(self.path), load_external_data=False)
-            wanted = self.manifest.inputs
-            tensors = {}
-            for tensor in proto.graph.initializer:
-                if tensor.name in wanted:
-                    if uses_external_data(tensor):
-                        load_external_data_for_tensor(tensor, str(self.path.parent))
-                    tensors[tensor.name] = _read(tensor)
-        except Exception as error:
-            raise ExportError(
-                f"{self.path} cannot be read again: were its files moved or changed while the session was "
-                f"open? {error}"
-            ) from error
-        lost = [name for name in wanted if name not in tensors]
-        if lost:
-            raise CheckpointError(
-                f"{self.file} lacks {some(lost)}: a tool took them for constants. Export the model again"
-            )
-        return tensors
-
-
-def _read(tensor: Any) -> Tensor:
-    import onnx_ir as ir
-
-    value = ir.from_proto(tensor)
-    if value.dtype == ir.DataType.BFLOAT16:
-        return torch.frombuffer(bytearray(value.tobytes()), dtype=torch.bfloat16).view(
-            *value.shape.numpy()
-        )
-    return torch.from_numpy(value.numpy().copy())
+        return read_defaults(self.path, tuple(self.manifest.inputs))

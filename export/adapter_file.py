@@ -23,24 +23,46 @@ from lora_fx.export.adapter_manifest import (
     Manifest,
     Role,
     SiteInputs,
+    TokenInputs,
     cast_to,
     check_values,
+    fill_tokens,
 )
 from lora_fx.export.copy import DTYPES, unwrapped
-from lora_fx.export.factor_model import check_swappable, flip, site_inputs
+from lora_fx.export.factor_model import (
+    check_swappable,
+    flip,
+    site_inputs,
+    trained_parameters,
+    trained_tokens,
+    untrained_rows,
+)
 from lora_fx.export.inspection import metadata_of, read_file
 from lora_fx.export.ort import to_runtime, to_tensor
 from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
-from lora_fx.ir import PlannedSite, join, require_record
+from lora_fx.ir import PlannedSite, PlannedTokens, join, require_record
 from lora_fx.kinds import base_change, chosen_kind, kind_of, stores_product
-from lora_fx.passes.parameters import factor_names, gathered, trained_by_hand
+from lora_fx.passes.parameters import (
+    factor_names,
+    gathered,
+    own_value,
+    tokens_of,
+    trained_by_hand,
+)
 
-__all__ = ["manifest_of_file", "read_adapter", "save_onnx_adapter", "values_of", "values_of_model"]
+__all__ = [
+    "base_values",
+    "manifest_of_file",
+    "read_adapter",
+    "save_onnx_adapter",
+    "values_of",
+    "values_of_model",
+]
 
 
-_WRAPPED = "base_layer"
+_WRAPPED, _TRAINED_ROWS = "base_layer", ["token_adapter", "trainable_tokens_delta"]
 _ROLES: dict[str, Role] = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -56,13 +78,16 @@ _KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES
 def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
     """Return the values of an adapter by input name, in the dtype of the weights that they adapt.
 
+    A parameter that only other adapters of the model train has the base's values, with which the model runs
+    this adapter.
+
     Args:
         model: A rewritten model.
         adapter_name: Name of the adapter; by default the only one, or the only active one.
 
     Raises:
         ConfigError: The model has no such adapter, or the choice is ambiguous.
-        ExportError: The adapter trains parameters that are not factors.
+        ExportError: The adapter does more than add factors and replace parameters.
         CheckpointError: The model is on the meta device.
     """
     adapter = the_adapter(model, adapter_name)
@@ -86,7 +111,58 @@ def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[s
     values: dict[str, Tensor] = {}
     for row in whole.record.sites:
         values |= _site_values(model, row, adapter, tensors)
+    for name in trained_parameters(require_record(model)):
+        value = own_value(model, adapter, name) if name in record.own else _of_base(model, name)
+        values[name] = _copied(value)
+    trained = {row.name: row for row in record.tokens}
+    for target in trained_tokens(require_record(model)):
+        if not target.tied:
+            values |= _token_values(model, trained.get(target.name), target, adapter)
     return values
+
+
+def _token_values(
+    model: nn.Module, trained: PlannedTokens | None, row: PlannedTokens, adapter: str
+) -> dict[str, Tensor]:
+    """Return the trained rows of an embedding, or rows that change nothing if the adapter has none.
+
+    Args:
+        model: A rewritten model.
+        trained: The rows that the adapter trains; None if it trains none of the embedding.
+        row: The rows that any adapter trains.
+        adapter: Name of the adapter.
+    """
+    weight = _of_base(model, row.site.weight)
+    indices = row.indices if trained is None else trained.indices
+    target = TokenInputs(row.name, "", (len(indices), row.site.weight_shape[1]))
+    if trained is None:
+        return untrained_rows(target, _copied(weight))
+    values = _copied(tokens_of(model, trained, adapter)).to(weight.dtype)
+    return dict(zip(target.names, (torch.tensor(indices), values), strict=True))
+
+
+def base_values(model: nn.Module, manifest: Manifest) -> dict[str, Tensor]:
+    """Return the base's values of the inputs of :attr:`Manifest.own` by name, in their dtypes.
+
+    Args:
+        model: A rewritten model.
+        manifest: The manifest of a file that was exported from it.
+    """
+    values = {target.name: _copied(_of_base(model, target.name)) for target in manifest.parameters}
+    weights = {row.name: row.site.weight for row in trained_tokens(require_record(model))}
+    for target in manifest.tokens:
+        values |= untrained_rows(target, _copied(_of_base(model, weights[target.name])))
+    return cast_to(manifest, values)
+
+
+def _of_base(model: nn.Module, name: str) -> Tensor:
+    """Return the base's value of a parameter, which an active adapter may have replaced."""
+    original = require_record(model).originals.get(name)
+    return model.get_parameter(name) if original is None else original
+
+
+def _copied(value: Tensor) -> Tensor:
+    return gathered(value).detach().cpu().contiguous().clone()
 
 
 def _site_values(
@@ -97,8 +173,7 @@ def _site_values(
     if row.tied:  # the factors belong to the embedding, so A and B are swapped
         a, b = a.T, b.T
     # The original weight of the base, because the factors here include a change by the initialization.
-    weight = require_record(model).originals.get(site.weight)
-    weight = model.get_parameter(site.weight) if weight is None else weight
+    weight = _of_base(model, site.weight)
     if names.slots and site.quantized is None:  # a quantized weight is not a plain tensor
         weight = gathered(weight)
     slots = {name: tensors[join(site.holder, name, adapter)].flatten() for name in names.slots}
@@ -121,26 +196,32 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
         manifest: The manifest of the file, if it is known.
 
     Raises:
-        CheckpointError: The folder is missing or damaged, or has values that are not low-rank inputs, or
-            that depend on the base weights.
+        CheckpointError: The folder is missing or damaged, or has values that no input takes, or that depend
+            on the base weights.
         ConfigError: The adapter needs a feature that lora_fx does not have.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the local folder of a PEFT adapter")
     config = LoraConfig.from_pretrained(folder)
     tensors = without_prefix(read_tensors(folder)[0])
-    _refuse_trained_in_full(folder, config, tensors)
     problems = [*_unfit(config)]
     sites: dict[str, dict[Role, Tensor]] = {}
+    values: dict[str, Tensor] = {}
     for key, value in tensors.items():
         match = _KEY.fullmatch(key)
         names = key.split(".")
+        if names[-2:] == _TRAINED_ROWS:
+            values |= _folder_tokens(".".join(names[:-2]), value, config)
+            continue
+        if not any(part.startswith("lora_") for part in names):
+            values[".".join(part for part in names if part != _WRAPPED)] = value.contiguous()
+            continue
         # PEFT has no name for the factors of a parameter. lora_fx keeps them in "<name>_lora".
         if match is None or _WRAPPED in names or (match["site"] or "").endswith("_lora"):
             problems.append(f"{key} is no factor of an operation")
         else:
             sites.setdefault(match["site"] or "", {})[_ROLES[match["kind"]]] = value
-    if not sites and not problems:
+    if not sites and not values and not problems:
         problems.append("it holds no tensor")
     if problems:
         raise CheckpointError(
@@ -149,36 +230,12 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
             "line, name the model with --model"
         )
     known = {site.name: site for site in manifest.sites} if manifest else {}
-    values: dict[str, Tensor] = {}
     for name, parts in sites.items():
         try:
             values |= _folder_site(name, parts, scale_for(name, config), known.get(name))
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {error}") from error
     return values
-
-
-def _refuse_trained_in_full(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor]
-) -> None:
-    """Raise if a folder has tensors trained in full, which cannot be inputs even from a model."""
-    full = [key.replace(f".{_WRAPPED}", "") for key in tensors if "lora_" not in key]
-    if not full:
-        return
-    settings = {
-        "modules_to_save": config.modules_to_save,
-        "bias": config.bias != "none",
-        "trainable_token_indices": config.trainable_token_indices,
-    }
-    causes = (
-        ", ".join(name for name, value in settings.items() if value) or "they came with the folder"
-    )
-    raise CheckpointError(
-        f"{folder} trains {some(full)} in full ({causes}), and only "
-        "factors can be inputs of a file. Merge it into a file of its own: export_onnx("
-        f"lora_fx.load_adapter(model, {str(folder)!r}), ..., adapters='merge'), or on the command line "
-        f"`lora-fx export MODEL FILE --adapter {folder}`"
-    )
 
 
 def _unfit(config: LoraConfig) -> Iterator[str]:
@@ -192,6 +249,26 @@ def _unfit(config: LoraConfig) -> Iterator[str]:
         yield "which operations read its parameters (target_parameters), only the model knows"
     if setting := base_change(config):
         yield f"its start ({setting}) changed the base weights"
+
+
+def _folder_tokens(name: str, rows: Tensor, config: LoraConfig) -> dict[str, Tensor]:
+    """Return the trained rows of an embedding.
+
+    Raises:
+        CheckpointError: The configuration has another number of tokens.
+    """
+    chosen = config.trainable_token_indices
+    if isinstance(chosen, Mapping):
+        ends = [key for key in chosen if name == key or name.endswith(f".{key}")]
+        chosen = chosen[max(ends, key=len)] if ends else ()
+    indices = list(chosen or ())
+    if len(indices) != len(rows):
+        raise CheckpointError(
+            f"{name} has {len(rows)} trained rows, and trainable_token_indices names {len(indices)} tokens: "
+            "save the adapter again"
+        )
+    names = TokenInputs(name, "", (len(rows), rows.shape[1])).names
+    return dict(zip(names, (torch.tensor(indices), rows.contiguous()), strict=True))
 
 
 def _folder_site(
@@ -354,7 +431,7 @@ def values_of(
         values = _values_of_folder(Path(source), manifest)
     else:
         return read_adapter(Path(source))
-    return values if manifest is None else cast_to(manifest, values)
+    return values if manifest is None else fill_tokens(manifest, cast_to(manifest, values))
 
 
 def read_adapter(path: Path) -> dict[str, Tensor]:

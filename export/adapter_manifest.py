@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +22,13 @@ __all__ = [
     "SUFFIXES",
     "AdapterInput",
     "Manifest",
+    "ParameterInput",
     "Role",
     "SiteInputs",
+    "TokenInputs",
     "cast_to",
     "check_values",
+    "fill_tokens",
     "ranks_of",
 ]
 
@@ -34,6 +37,8 @@ MANIFEST_KEY = "lora_fx.adapters"
 
 _FORMAT = 1
 _BANK_FORMAT = 2  # versions from before banks refuse it
+_PARAMETER_FORMAT = 3  # versions that would run the base's parameters with an adapter refuse it
+_FORMATS = (_FORMAT, _BANK_FORMAT, _PARAMETER_FORMAT)
 
 SLOTS_INPUT = "adapter_ids"
 """Input of a file with a bank: the id of the adapter of each row of the batch, negative for none. It has no
@@ -41,7 +46,9 @@ default, so that a runtime that does not feed it fails."""
 ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
 """Axis of that input, the batch or 1 if all rows have the same adapter; and the first axis of a bank."""
 
-Role = Literal["A", "B", "bias", "gain"]
+Role = Literal["A", "B", "bias", "gain", "parameter"]
+_INDICES, _ROWS = "lora_tokens.indices", "lora_tokens.weight"
+"""Ends of the names of the inputs for trained rows of an embedding."""
 SUFFIXES: dict[Role, str] = {
     "A": "lora_A.weight",
     "B": "lora_B.weight",
@@ -56,8 +63,9 @@ class AdapterInput:
 
     Attributes:
         name: Name of the input in the file.
-        site: Name of its site.
-        role: "A", "B", "bias" (of B) or "gain" (of the output).
+        site: Name of its site, or the FQN of a parameter.
+        role: "A", "B", "bias" (of B) or "gain" (of the output); "parameter" for a parameter of the model that
+            each adapter has its own values of.
         shape: Sizes of its axes; None for the axis of the rank.
         dtype: torch's name of its dtype.
         multiple: The rank divided by the size of the rank axis.
@@ -74,20 +82,36 @@ class AdapterInput:
 
     @property
     def rank_axis(self) -> int | None:
-        """Index of the axis with the rank, or a part of it; None for a bias and a gain."""
+        """Index of the axis with the rank, or a part of it; None for an input without a rank."""
         return self.shape.index(None) if None in self.shape else None
 
     @property
-    def neutral(self) -> float:
-        """The number that fills the input if there is no adapter: 1 for a gain, otherwise 0."""
+    def neutral(self) -> float | None:
+        """The number that fills the input if there is no adapter: 1 for a gain, otherwise 0.
+
+        None for a parameter, which then has the values of the base.
+        """
+        if self.role == "parameter":
+            return None
         return 1.0 if self.role == "gain" else 0.0
 
     def sized(self, rank: int) -> tuple[int, ...]:
         """Return the shape at a rank."""
         return tuple(rank // self.multiple if size is None else size for size in self.shape)
 
+    def fill(self, rank: int) -> Tensor:
+        """Return the neutral value at a rank. A parameter has none."""
+        assert self.neutral is not None
+        return torch.full(self.sized(rank), self.neutral, dtype=self.torch_dtype)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the input."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
     def rank_of(self, shape: tuple[int, ...]) -> int:
-        """Return the rank of a value of this shape, or 0 for a bias and a gain."""
+        """Return the rank of a value of this shape, or 0 for an input without a rank."""
         return 0 if self.rank_axis is None else shape[self.rank_axis] * self.multiple
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -157,6 +181,69 @@ class SiteInputs:
 
 
 @dataclass(frozen=True)
+class ParameterInput:
+    """A parameter that each adapter has its own values of: of a head, a norm, or a bias.
+
+    Attributes:
+        name: FQN of the parameter, and name of its input.
+        dtype: torch's name of its dtype.
+        shape: Its shape.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    groups: ClassVar = 1
+    least_rank: ClassVar = 1
+
+    def inputs(self) -> Iterator[AdapterInput]:
+        """Yield the only input."""
+        yield AdapterInput(self.name, self.name, "parameter", self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """Rows of an embedding that each adapter has trained for its own tokens.
+
+    An adapter with fewer rows names its first one several times.
+
+    Attributes:
+        name: FQN of the embedding.
+        dtype: torch's name of the dtype of the rows.
+        shape: Number of rows of an adapter, and their length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+
+    groups: ClassVar = 1
+    least_rank: ClassVar = 1
+
+    def inputs(self) -> Iterator[AdapterInput]:
+        """Yield the indices, [n] int64, and the rows, [n, width]."""
+        indices, rows = self.names
+        yield AdapterInput(indices, self.name, "parameter", self.shape[:1], "int64")
+        yield AdapterInput(rows, self.name, "parameter", self.shape, self.dtype)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of the inputs: of the indices, and of the rows."""
+        prefix = f"{self.name}." if self.name else ""
+        return f"{prefix}{_INDICES}", f"{prefix}{_ROWS}"
+
+    def fill(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the values of an adapter with as many rows as the file takes. Others stay unchanged."""
+        filled = dict(values)
+        for name in self.names:
+            missing = self.shape[0] - len(values[name]) if name in values else 0
+            if missing > 0 and len(values[name]):
+                filled[name] = torch.cat([values[name], *[values[name][:1]] * missing])
+        return filled
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The adapter inputs of a file.
 
@@ -171,6 +258,8 @@ class Manifest:
         bank: The size of the bank, if each row of the batch has its own adapter. None for a file that takes
             one adapter at a time.
         required: True if no input of the file has a default. The factors of a bank are then constants.
+        parameters: The parameters that each adapter has its own values of. Every adapter has all of them.
+        tokens: The embeddings of which each adapter has trained rows. Every adapter has some of each.
     """
 
     base: str
@@ -178,6 +267,23 @@ class Manifest:
     runs_alone: bool = True
     bank: BankSize | None = None
     required: bool = False
+    parameters: tuple[ParameterInput, ...] = ()
+    tokens: tuple[TokenInputs, ...] = ()
+
+    @property
+    def targets(self) -> tuple[SiteInputs | ParameterInput | TokenInputs, ...]:
+        """The sites, then the parameters, then the embeddings."""
+        return (*self.sites, *self.own)
+
+    @property
+    def own(self) -> tuple[ParameterInput | TokenInputs, ...]:
+        """The targets without factors. Every adapter has its values there, and the base has others."""
+        return (*self.parameters, *self.tokens)
+
+    @property
+    def own_inputs(self) -> tuple[str, ...]:
+        """Names of the inputs of these targets."""
+        return tuple(adapter_input.name for target in self.own for adapter_input in target.inputs())
 
     def require(self) -> Manifest:
         """Return the manifest of the same file without defaults."""
@@ -208,18 +314,17 @@ class Manifest:
         """All adapter inputs by name."""
         return {
             adapter_input.name: adapter_input
-            for site in self.sites
-            for adapter_input in site.inputs()
+            for target in self.targets
+            for adapter_input in target.inputs()
         }
 
     def no_adapter(self) -> dict[str, Tensor]:
-        """Return neutral values by input name: zeros of the least rank, and gains of 1."""
+        """Return neutral values by input name: zeros of the least rank, and gains of 1.
+
+        Parameters are left out, because only the base has their values.
+        """
         return {
-            adapter_input.name: torch.full(
-                adapter_input.sized(site.least_rank),
-                adapter_input.neutral,
-                dtype=getattr(torch, adapter_input.dtype),
-            )
+            adapter_input.name: adapter_input.fill(site.least_rank)
             for site in self.sites
             for adapter_input in site.inputs()
         }
@@ -232,6 +337,10 @@ class Manifest:
             data["required"] = True
         if self.bank is not None:
             data |= {"format": _BANK_FORMAT, "bank": dataclasses.asdict(self.bank)}
+        if self.own:
+            data["format"] = _PARAMETER_FORMAT
+            data["parameters"] = [dataclasses.asdict(parameter) for parameter in self.parameters]
+            data["tokens"] = [dataclasses.asdict(target) for target in self.tokens]
         return json.dumps(data)
 
     @classmethod
@@ -246,21 +355,29 @@ class Manifest:
             return None
         try:
             data = json.loads(text)
-            if data["format"] not in (_FORMAT, _BANK_FORMAT):
+            if data["format"] not in _FORMATS:
                 raise ExportError(
                     f"the file has adapter inputs of format {data['format']}, this lora_fx reads "
-                    f"{_FORMAT} and {_BANK_FORMAT}: update lora_fx, or export the model again"
+                    f"{some(list(map(str, _FORMATS)))}: update lora_fx, or export the model again"
                 )
             sites = tuple(
                 SiteInputs(**{**site, "a": tuple(site["a"]), "b": tuple(site["b"])})
                 for site in data["sites"]
             )
+            parameters = tuple(
+                ParameterInput(**{**target, "shape": tuple(target["shape"])})
+                for target in data.get("parameters", ())
+            )
+            tokens = tuple(
+                TokenInputs(**{**target, "shape": tuple(target["shape"])})
+                for target in data.get("tokens", ())
+            )
             bank = None
-            if data["format"] == _BANK_FORMAT:
+            if "bank" in data:
                 size = data["bank"]
                 bank = BankSize(tuple(size["adapters"]), int(size["capacity"]), int(size["rank"]))
             alone, required = (bool(data.get(key, False)) for key in ("runs_alone", "required"))
-            return cls(data["base"], sites, alone, bank, required)
+            return cls(data["base"], sites, alone, bank, required, parameters, tokens)
         except (ValueError, KeyError, TypeError) as error:
             raise ExportError(
                 f"the metadata {MANIFEST_KEY} of the file are damaged ({error}): export it again"
@@ -308,6 +425,14 @@ def cast_to(manifest: Manifest, values: Mapping[str, Tensor]) -> dict[str, Tenso
     }
 
 
+def fill_tokens(manifest: Manifest, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values of an adapter with as many trained rows of embeddings as a file takes."""
+    filled = dict(values)
+    for target in manifest.tokens:
+        filled = target.fill(filled)
+    return filled
+
+
 def _problems(
     manifest: Manifest, values: Mapping[str, Tensor], max_rank: int | None
 ) -> Iterator[str]:
@@ -317,16 +442,25 @@ def _problems(
     for name in values:
         if name not in inputs:
             yield _unknown(name, manifest)
-    for site in manifest.sites:
-        by_role = {
-            adapter_input.role: adapter_input
-            for adapter_input in site.inputs()
-            if adapter_input.name in values
-        }
-        for adapter_input in by_role.values():
-            yield from _value_problems(adapter_input, values[adapter_input.name])
-        if by_role:
+    if values:
+        yield from _lacking(manifest, values)
+    for site in manifest.targets:
+        present = [entry for entry in site.inputs() if entry.name in values]
+        for entry in present:
+            yield from _value_problems(entry, values[entry.name])
+        by_role = {entry.role: entry for entry in present}
+        if by_role and isinstance(site, SiteInputs):
             yield from _site_problems(site, by_role, values, max_rank)
+
+
+def _lacking(manifest: Manifest, values: Mapping[str, Tensor]) -> Iterator[str]:
+    lost = [name for name in manifest.own_inputs if name not in values]
+    if lost:
+        yield (
+            f"{some(lost)}: each adapter of the file has its own values, and this has none. Train them "
+            "(modules_to_save, trainable_token_indices), or load the adapter onto the model "
+            "(lora_fx.load_adapter(model, folder)) and give the model, whose base has values"
+        )
 
 
 def _unknown(name: str, manifest: Manifest) -> str:

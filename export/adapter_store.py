@@ -12,8 +12,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lora_fx.errors import ConfigError
-from lora_fx.export.adapter_manifest import AdapterInput, Manifest, check_values, ranks_of
+from lora_fx.errors import ConfigError, some
+from lora_fx.export.adapter_manifest import (
+    AdapterInput,
+    Manifest,
+    check_values,
+    fill_tokens,
+    ranks_of,
+)
 from lora_fx.export.ort import Bound, placed
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
@@ -81,6 +87,7 @@ class AdapterStore:
         alone = self.takes is None or self.takes.runs_alone
         neutral = {} if alone else self.manifest.no_adapter()
         self._none = HeldAdapter({}, Bound(self._placed(neutral)), {})
+        self._no_base = not alone and bool(self.manifest.own)
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
 
@@ -110,6 +117,7 @@ class AdapterStore:
         Raises:
             CheckpointError: The values do not match the inputs of the file. The store is then unchanged.
         """
+        values = fill_tokens(self.manifest, values)
         check_values(self.manifest, values, description, self.max_rank)
         adapter = self._hold(values)
         with self._lock:
@@ -135,6 +143,12 @@ class AdapterStore:
                 more than the session's maximum.
         """
         if choice is None:
+            if self._no_base:
+                raise ConfigError(
+                    f"{self.file} has no base: each of its adapters has its own "
+                    f"{some([target.name for target in self.manifest.own])}, without defaults "
+                    "(required_inputs=True): choose an adapter"
+                )
             return self._none
         if isinstance(choice, HeldAdapter):
             return choice
@@ -209,11 +223,22 @@ def weighted_sum(
         manifest: The manifest of the file.
         parts: For each adapter its values by input name, and its weight.
 
+    Raises:
+        ConfigError: The adapters have different values of a parameter, or different rows of an embedding.
+
     Returns:
         Values by input name. The A are concatenated along the rank, and the B too, after multiplication by
         the weights.
     """
     summed = {}
+    for name in manifest.own_inputs:
+        first, *later = (values[name] for values, _ in parts)
+        if not all(torch.equal(first, value) for value in later):
+            raise ConfigError(
+                f"the adapters have different values of {name}, which have no weighted sum: choose one of "
+                "them"
+            )
+        summed[name] = first
     for site in manifest.sites:
         for adapter_input in site.inputs():
             terms = [
@@ -230,8 +255,10 @@ def _joined(adapter_input: AdapterInput, parts: list[tuple[Tensor, float]], grou
     dtype = parts[0][0].dtype
     if adapter_input.rank_axis is None:
         # The weight of a gain applies to its difference from 1.
-        total = sum((value.double() - adapter_input.neutral) * weight for value, weight in parts)
-        return (torch.as_tensor(total) + adapter_input.neutral).to(dtype)
+        neutral = adapter_input.neutral
+        assert neutral is not None
+        total = sum((value.double() - neutral) * weight for value, weight in parts)
+        return (torch.as_tensor(total) + neutral).to(dtype)
     if adapter_input.role == "B":
         scaled = [(value.double() * weight).to(dtype) for value, weight in parts]
         return torch.cat(scaled, adapter_input.rank_axis)

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import lora_fx.export.copy  # noqa: F401  # it registers operators that are translated here
 from lora_fx import torch_private
 from lora_fx.errors import ExportError
-from lora_fx.export.adapter_bank import make_bank_overridable
+from lora_fx.export.adapter_bank import constant_tensor, make_bank_overridable
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.arguments import FlatModel
 from lora_fx.export.failures import SourceLocation, headline, inner_module, place_of, user_line
@@ -805,32 +805,28 @@ def _argument(node: fx.Node, position: int) -> object:
     return node.args[position] if len(node.args) > position else None
 
 
-def _make_overridable(model: ir.Model, manifest: Manifest) -> None:
+def _make_overridable(
+    model: ir.Model, manifest: Manifest, base: Mapping[str, torch.Tensor]
+) -> None:
     """Give every adapter input a default, so that the file alone is the base model, unless it is required.
 
     The default is zeros of rank 1 (a gain of 1), see :attr:`SiteInputs.least_rank`: a product with them is
-    zero and costs next to nothing. No other initializer is an input, because an optimizer does not treat
-    such a value as a constant, and the weights must stay constants.
+    zero and costs next to nothing. A parameter has the base's values. No other initializer is an input,
+    because an optimizer does not treat such a value as a constant, and the weights must stay constants.
 
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
+        base: The base's values of the inputs of :attr:`Manifest.own`, by name.
     """
-    import onnx_ir as ir
-
     inputs = {value.name: value for value in model.graph.inputs}
-    for site in manifest.sites:
-        for adapter_input in site.inputs():
-            value = inputs[adapter_input.name]
-            dtype = value.dtype
-            assert dtype is not None
-            if not manifest.required:
-                neutral = np.full(
-                    adapter_input.sized(site.least_rank), adapter_input.neutral, dtype.numpy()
-                )
-                value.const_value = ir.tensor(neutral, dtype=dtype, name=adapter_input.name)
-                model.graph.register_initializer(value)
-            _feed_as_stored(value)
+    defaults = {} if manifest.required else {**manifest.no_adapter(), **base}
+    for name in manifest.inputs:
+        value = inputs[name]
+        if name in defaults:
+            value.const_value = constant_tensor(name, defaults[name])
+            model.graph.register_initializer(value)
+        _feed_as_stored(value)
 
 
 def _input_with_rows(trace: Trace) -> str:
@@ -932,10 +928,11 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     manifest = prepared.manifest
     if manifest is not None:
         if manifest.bank is None:
-            _make_overridable(program, manifest)
+            _make_overridable(program, manifest, prepared.base_values())
         else:
             batched = _input_with_rows(trace)
-            make_bank_overridable(program, manifest, prepared.banked(), batched)
+            stacks = prepared.banked(), prepared.base_values()
+            make_bank_overridable(program, manifest, *stacks, batched)
         program.metadata_props[MANIFEST_KEY] = manifest.to_json()
     return program
 

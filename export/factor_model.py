@@ -15,7 +15,13 @@ from torch.export import Dim
 from lora_fx.adapters import base_capture, run_with
 from lora_fx.config import LoraConfig
 from lora_fx.errors import ExportError, NoMatchError
-from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.adapter_manifest import (
+    AdapterInput,
+    Manifest,
+    ParameterInput,
+    SiteInputs,
+    TokenInputs,
+)
 from lora_fx.export.arguments import Arguments, Extra, FlatModel, named_outputs
 from lora_fx.export.copy import DTYPES, dtype_name
 from lora_fx.ir import (
@@ -24,6 +30,7 @@ from lora_fx.ir import (
     Capture,
     Plan,
     PlannedSite,
+    PlannedTokens,
     Record,
     Region,
     join,
@@ -52,6 +59,7 @@ from lora_fx.passes.pipeline import (
     rewrite_model,
     run_passes,
 )
+from lora_fx.runtime import PatchedWeight, RowParameter
 
 __all__ = [
     "FactorModel",
@@ -65,6 +73,9 @@ __all__ = [
     "replace_calls",
     "site_inputs",
     "swappable",
+    "trained_parameters",
+    "trained_tokens",
+    "untrained_rows",
     "with_adapter",
 ]
 
@@ -141,11 +152,15 @@ class Swappable:
         model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
         rows: The sites of the adapter.
         record: The record of the copy, which does not carry it.
+        parameters: FQNs of the base's parameters that an adapter has its own values of.
+        tokens: Embeddings of which an adapter has trained rows, and heads that share their weight.
     """
 
     model: nn.Module
     rows: tuple[PlannedSite, ...]
     record: Record
+    parameters: tuple[str, ...]
+    tokens: tuple[PlannedTokens, ...]
 
 
 def swappable(
@@ -170,8 +185,8 @@ def swappable(
         record = require_record(model)
     for name, adapter in record.adapters.items():
         check_swappable(name, adapter)
-    rows = _union(record)
-    if not rows:
+    rows, parameters, tokens = _union(record), trained_parameters(record), trained_tokens(record)
+    if not rows and not parameters and not tokens:
         raise ExportError("no adapter of the model is at an operation: there is nothing to swap")
     twin = share_copy(model)
     run_with(twin, dataclasses.replace(record, chosen=ActiveAdapters(), blocks=()), rebuild=True)
@@ -194,7 +209,7 @@ def swappable(
         arm(twin)
     # The copy is no longer a rewritten model, so nobody can switch its adapters.
     del twin.__dict__["_lora_fx"]
-    return Swappable(twin, rows, bare)
+    return Swappable(twin, rows, bare, parameters, tokens)
 
 
 def _check_without_graphs(capture: Capture, rows: Sequence[PlannedSite], *, in_rows: bool) -> None:
@@ -248,7 +263,7 @@ def with_adapter(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_swappable(name: str, adapter: AdapterRecord) -> None:
-    """Raise if an adapter does more than add a low-rank product.
+    """Raise if an adapter does more than add a low-rank product and replace values of the base.
 
     Raises:
         ExportError: The message lists everything else that it does.
@@ -256,8 +271,9 @@ def check_swappable(name: str, adapter: AdapterRecord) -> None:
     more = list(dict.fromkeys(_more(adapter)))
     if more:
         raise ExportError(
-            f"the adapter {name!r} cannot be an input of a file: {'; '.join(more)}. Only factors can be "
-            "swapped: merge it into a file of its own, with export_onnx(..., adapters='merge')"
+            f"the adapter {name!r} cannot be an input of a file: {'; '.join(more)}. Only factors and "
+            "parameters can be swapped: merge it into a file of its own, with export_onnx(..., "
+            "adapters='merge')"
         )
 
 
@@ -269,17 +285,33 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
         kind = kind_of(row)
         if not stores_product(kind) or not all(slot.role for slot in kind.slots(row.site)):
             yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
-    yield from (f"{name} is trained in full (modules_to_save)" for name in adapter.saved_modules)
-    inside = tuple(f"{name}." for name in adapter.saved_modules)
-    yield from (
-        f"{name} is trained (bias)" for name in adapter.biases if not name.startswith(inside)
-    )
-    yield from (
-        f"rows of {row.name} are trained (trainable_token_indices)" for row in adapter.tokens
-    )
-    yield from (f"{name} came with its folder" for name in adapter.given)
     if not adapter.initialized:
         yield f"it waits for data (init_lora_weights={start!r}): lora_fx.initialize gives it some"
+
+
+def trained_parameters(record: Record) -> tuple[str, ...]:
+    """Return the FQNs of the base's parameters that any adapter has its own values of, in their order.
+
+    They are those of saved modules, biases, and values that came with a folder. A weight that an
+    initialization changed is not among them: its adapter is written with factors for the original weight.
+    """
+    names: dict[str, None] = {}
+    for adapter in record.adapters.values():
+        inside = tuple(f"{name}." for name in adapter.saved_modules)
+        plain = {*adapter.biases, *adapter.given, *adapter.saved_modules}
+        names |= dict.fromkeys(
+            name for name in adapter.own if name in plain or name.startswith(inside)
+        )
+    return tuple(names)
+
+
+def trained_tokens(record: Record) -> tuple[PlannedTokens, ...]:
+    """Return each embedding of which any adapter has trained rows once, with the highest number of rows."""
+    highest: dict[str, PlannedTokens] = {}
+    for row in (row for adapter in record.adapters.values() for row in adapter.tokens):
+        previous = highest.get(row.name, row)
+        highest[row.name] = max(previous, row, key=lambda tokens: len(tokens.indices))
+    return tuple(highest.values())
 
 
 def _union(record: Record) -> tuple[PlannedSite, ...]:
@@ -351,11 +383,14 @@ class FactorModel(FlatModel):
         super().__init__(model, arguments, call)
         self._made = prepared
         self.manifest = Manifest(
-            _base_name(model), tuple(site_inputs(model, row) for row in prepared.rows)
+            _base_name(model),
+            tuple(site_inputs(model, row) for row in prepared.rows),
+            parameters=tuple(_parameter_input(model, name) for name in prepared.parameters),
+            tokens=tuple(_token_inputs(model, row) for row in prepared.tokens if not row.tied),
         )
         self.adapter_inputs = tuple(self.manifest.inputs.values())
         self.device = next(model.parameters()).device
-        self._places = tuple(name for row in prepared.rows for name in _parameters(row))
+        self._factors = tuple(name for row in prepared.rows for name in _parameters(row))
         self.rank: int | None = None
 
     def named(self, tensors: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
@@ -372,14 +407,56 @@ class FactorModel(FlatModel):
         self, factors: Sequence[Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
         """Return ``call(model, *args, **kwargs)`` with values for the adapter inputs."""
-        bindings = zip(self._places, self.adapter_inputs, factors, strict=True)
-        values = {f"model.{name}": flip(input_, tensor) for name, input_, tensor in bindings}
-        return self._called(values, call, *args, **kwargs)
+        return self._called(self.parameters_of(factors), call, *args, **kwargs)
+
+    def parameters_of(
+        self, tensors: Sequence[Tensor], slots: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Return tensors for the parameters of a call, by their names.
+
+        Args:
+            tensors: Values of the adapter inputs, in order.
+            slots: The slot of each row, [rows], if the values are banks.
+        """
+        names = (entry.name for entry in self.adapter_inputs)
+        values = dict(zip(names, tensors, strict=True))
+        parameters: dict[str, Tensor] = {}
+        entries = (entry for site in self.manifest.sites for entry in site.inputs())
+        for fqn, entry in zip(self._factors, entries, strict=True):
+            value = values[entry.name]
+            parameters[fqn] = flip(entry, value) if slots is None else value
+        for fqn in self._made.parameters:
+            value = values[fqn]
+            parameters[fqn] = value if slots is None else RowParameter(fqn, value, slots)
+        for row, target in self._token_targets():
+            fqn = row.site.weight
+            indices, rows = (values[name] for name in target.names)
+            base = parameters.get(fqn, self.model.get_parameter(fqn))
+            parameters[fqn] = PatchedWeight(fqn, base, indices, rows, slots)
+        return {f"model.{fqn}": value for fqn, value in parameters.items()}
+
+    def _token_targets(self) -> Iterator[tuple[PlannedTokens, TokenInputs]]:
+        """Yield each weight with trained rows, with the inputs for them. A tied head has those of another."""
+        targets = {target.name: target for target in self.manifest.tokens}
+        for row in self._made.tokens:
+            yield row, targets[row.tied or row.name]
 
     def _called(
         self, values: dict[str, Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
-        return torch.func.functional_call(_Called(self.model, call), values, args, kwargs)
+        # Of two names of a tied parameter, an adapter may have its own values for one alone.
+        return torch.func.functional_call(
+            _Called(self.model, call), values, args, kwargs, tie_weights=False
+        )
+
+    def base_values(self) -> dict[str, Tensor]:
+        """Return the base's values of the inputs of :attr:`Manifest.own`, by name."""
+        values: dict[str, Tensor] = {
+            name: self.model.get_parameter(name) for name in self._made.parameters
+        }
+        for row, target in self._token_targets():
+            values |= untrained_rows(target, self.model.get_parameter(row.site.weight))
+        return values
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
@@ -410,6 +487,15 @@ class FactorModel(FlatModel):
                 owner, _, leaf = name.rpartition(".")
                 value = nn.Parameter(by_role[input_.role], requires_grad=False)
                 twin.get_submodule(owner)._parameters[leaf] = value
+        for name in self._made.parameters:
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(values[name], requires_grad=False)
+            twin.get_submodule(owner)._parameters[leaf] = value
+        for token_row, target in self._token_targets():
+            owner, _, leaf = token_row.site.weight.rpartition(".")
+            whole = twin.get_parameter(token_row.site.weight).detach().clone()
+            whole[values[target.names[0]]] = values[target.names[1]]
+            twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(whole, False)
         twin.__dict__["_lora_fx"] = self._foldable()
         dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
         return FlatModel(dense, self.arguments, self.call).eval()
@@ -448,7 +534,7 @@ class FactorModel(FlatModel):
         """
         extras = []
         if self.rank is not None:
-            for site in self.manifest.sites:
+            for site in self.manifest.targets:
                 for input_ in site.inputs():
                     shape = input_.sized(-(-self.rank // site.groups) * site.groups)
                     dtype = getattr(torch, input_.dtype)
@@ -456,7 +542,7 @@ class FactorModel(FlatModel):
                     fixed = dict.fromkeys(range(len(shape)), Dim.STATIC)
                     extras.append(Extra(input_.name, example, fixed, shape, None))
             return tuple(extras)
-        for index, site in enumerate(self.manifest.sites):
+        for index, site in enumerate(self.manifest.targets):
             rank = f"lora_rank_{index}"
             dim = Dim(rank, min=1)
             for input_ in site.inputs():
@@ -509,7 +595,8 @@ def random_factors(
         max_rank: The highest rank that a file takes, if it is not that of a bank; None for any.
 
     Returns:
-        Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth.
+        Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth. A
+        matrix among the parameters keeps the magnitude, too, and a vector is close to 1.
     """
     draw = torch.Generator().manual_seed(seed)
     most = max_rank if manifest.bank is None else manifest.bank.rank
@@ -527,7 +614,19 @@ def random_factors(
                 )
             elif input_.role in ("B", "gain"):
                 value *= 0.1 / ranked**0.5 if input_.role == "B" else 0.1
-            values[input_.name] = (input_.neutral + value).to(getattr(torch, input_.dtype))
+            assert input_.neutral is not None
+            values[input_.name] = (input_.neutral + value).to(input_.torch_dtype)
+    for target in manifest.tokens:
+        indices, rows = target.names
+        values[indices] = torch.randperm(target.shape[0], generator=draw)
+        values[rows] = torch.randn(target.shape, generator=draw).to(getattr(torch, target.dtype))
+    for parameter in manifest.parameters:
+        value = torch.randn(parameter.shape, generator=draw)
+        if value.dim() < 2:
+            value = 1 + 0.1 * value
+        else:
+            value /= max(1, value[0].numel()) ** 0.5
+        values[parameter.name] = value.to(getattr(torch, parameter.dtype))
     return values
 
 
@@ -555,6 +654,23 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
         bias="bias" in roles,
         gain="gain" in roles,
     )
+
+
+def _parameter_input(model: nn.Module, name: str) -> ParameterInput:
+    value = model.get_parameter(name)
+    return ParameterInput(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
+
+
+def _token_inputs(model: nn.Module, row: PlannedTokens) -> TokenInputs:
+    dtype = str(model.get_parameter(row.site.weight).dtype).removeprefix("torch.")
+    return TokenInputs(row.name, dtype, (len(row.indices), row.site.weight_shape[1]))
+
+
+def untrained_rows(target: TokenInputs, weight: Tensor) -> dict[str, Tensor]:
+    """Return values with which an embedding stays as it is: its first row, for the first token."""
+    indices, rows = target.names
+    first = weight[:1].detach()
+    return target.fill({indices: torch.zeros(1, dtype=torch.int64), rows: first.clone()})
 
 
 def _unbiased(row: PlannedSite) -> str:

@@ -7,13 +7,16 @@ import dataclasses
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from lora_fx import torch_private
-from lora_fx.errors import ExportError, some
+from lora_fx.errors import CheckpointError, ExportError, some
 from lora_fx.export.adapter_manifest import SUFFIXES, Manifest
 from lora_fx.extras import load_optional
 
@@ -27,6 +30,7 @@ __all__ = [
     "State",
     "examine_file",
     "metadata_of",
+    "read_defaults",
     "read_file",
     "read_graph",
 ]
@@ -106,6 +110,54 @@ def read_graph(path: Path) -> FileGraph:
         nodes=tuple(map(_node, graph.node)),
         metadata=metadata_of(model),
     )
+
+
+def read_defaults(path: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Read the defaults of inputs from a file that is open, because ONNX Runtime does not expose them.
+
+    Args:
+        path: The ``.onnx`` file.
+        names: Names of the inputs.
+
+    Raises:
+        ExportError: onnx is not installed, or the file cannot be read.
+        CheckpointError: The file lacks a default.
+    """
+    purpose = f"reading the adapters in {path.name}"
+    for package in ("onnx", "onnx_ir"):
+        load_optional(package, purpose, "lora-fx[onnx]", error=ExportError)
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+    tensors = {}
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+        for tensor in proto.graph.initializer:
+            if tensor.name in names:
+                if uses_external_data(tensor):
+                    load_external_data_for_tensor(tensor, str(path.parent))
+                tensors[tensor.name] = _values(tensor)
+    except Exception as error:
+        raise ExportError(
+            f"{path} cannot be read again: were its files moved or changed while the session was open? "
+            f"{error}"
+        ) from error
+    lost = [name for name in names if name not in tensors]
+    if lost:
+        raise CheckpointError(
+            f"{path.name} lacks {some(lost)}: a tool took them for constants. Export the model again"
+        )
+    return tensors
+
+
+def _values(tensor: onnx.TensorProto) -> Tensor:
+    import onnx_ir as ir
+
+    value = ir.from_proto(tensor)
+    if value.dtype == ir.DataType.BFLOAT16:
+        raw = torch.frombuffer(bytearray(value.tobytes()), dtype=torch.bfloat16)
+        return raw.view(*value.shape.numpy())
+    return torch.from_numpy(value.numpy().copy())
 
 
 def _node(node: onnx.NodeProto) -> FileNode:

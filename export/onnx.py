@@ -354,7 +354,7 @@ class _Export:
             dtype=traceable.dtype,
             quantized=written.quantized,
             seconds={},
-            swappable=tuple(site.name for site in manifest.sites) if manifest else (),
+            swappable=tuple(target.name for target in manifest.targets) if manifest else (),
             bank=manifest.bank if manifest else None,
             merged=traceable.merged,
             adapter_nodes=tuple(json.loads(written.contents.metadata.get(ADAPTER_NODES_KEY, "[]"))),

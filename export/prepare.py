@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from lora_fx.errors import ExportError, some
 from lora_fx.export.adapter_bank import BankModel, check_bank_sites, prove_rows, row_editor
 from lora_fx.export.adapter_file import values_of_model
-from lora_fx.export.adapter_manifest import SUFFIXES, Manifest, cast_to
+from lora_fx.export.adapter_manifest import SUFFIXES, Manifest, cast_to, fill_tokens
 from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
 from lora_fx.export.copy import (
     DTYPES,
@@ -207,10 +207,14 @@ class Prepared:
         if self.manifest is None or self.manifest.bank is None:
             return []
         return [
-            cast_to(self.manifest, values_of_model(self.source, name))
+            fill_tokens(self.manifest, cast_to(self.manifest, values_of_model(self.source, name)))
             for name in self.manifest.bank.adapters
             if self.source is not None
         ]
+
+    def base_values(self) -> dict[str, Tensor]:
+        """Return the base's values of the inputs of :attr:`Manifest.own`, by name."""
+        return self.model.base_values() if isinstance(self.model, FactorModel) else {}
 
     def fixed(self, example_inputs: object, rank: int | None) -> Prepared:
         """Return a copy for a runtime that takes one rank, or has no dynamic axes.

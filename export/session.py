@@ -21,11 +21,18 @@ from lora_fx.export import ort
 from lora_fx.export import providers as onnx_providers
 from lora_fx.export.adapter_bank import AdapterBank
 from lora_fx.export.adapter_file import values_of
-from lora_fx.export.adapter_manifest import AdapterInput, Manifest, SiteInputs
+from lora_fx.export.adapter_manifest import (
+    AdapterInput,
+    Manifest,
+    ParameterInput,
+    SiteInputs,
+    TokenInputs,
+)
 from lora_fx.export.adapter_store import AdapterChoice, AdapterStore, HeldAdapter
 from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
 from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Provider, check_attention
 from lora_fx.export.generation import Generates
+from lora_fx.export.inspection import read_defaults
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
 
@@ -66,6 +73,7 @@ class StaticRunner:
         manifest: The adapter inputs; None for a file without adapters.
         max_rank: The rank that factors are padded to.
         device: Device of the session.
+        path: The file.
     """
 
     runtime: Any
@@ -74,6 +82,7 @@ class StaticRunner:
     manifest: Manifest | None
     max_rank: int
     device: torch.device
+    path: Path
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -113,9 +122,15 @@ class StaticRunner:
         if self._loaded is adapter:
             return
         self._loaded = None  # after an error, incomplete buffers are written again
-        for site in self.manifest.sites if self.manifest else ():
+        targets = self.manifest.targets if self.manifest else ()
+        own = self.manifest.own_inputs if self.manifest else ()
+        lost = [
+            name for name in own if name not in adapter.values
+        ]  # without an adapter, the base's
+        values = {**adapter.values, **(read_defaults(self.path, lost) if lost else {})}
+        for site in targets:
             for input_ in site.inputs():
-                value = filled_up(site, input_, adapter.values.get(input_.name), self.max_rank)
+                value = filled_up(site, input_, values.get(input_.name), self.max_rank)
                 if input_.name not in self._factors:
                     self._factors[input_.name] = self._buffer(value.shape, ort.element_of(value))
                 ort.write(self._factors[input_.name], value)
@@ -176,23 +191,28 @@ class StaticRunner:
         return taken
 
 
-def filled_up(site: SiteInputs, entry: AdapterInput, value: Tensor | None, max_rank: int) -> Tensor:
+def filled_up(
+    site: SiteInputs | ParameterInput | TokenInputs,
+    entry: AdapterInput,
+    value: Tensor | None,
+    max_rank: int,
+) -> Tensor:
     """Return a factor padded to the highest rank. The padding is zero, and so adds nothing.
 
     Args:
-        site: The site of the factor.
-        entry: The input: a factor, bias or gain.
+        site: The site of the factor, or the parameter.
+        entry: The input.
         value: The value, or None for an adapter that is not at this site.
         max_rank: The highest rank. A grouped convolution takes the next multiple of its groups.
     """
     groups = site.groups
     rank = -(-max_rank // groups) * groups
-    whole = torch.full(entry.sized(rank), entry.neutral, dtype=getattr(torch, entry.dtype))
-    if value is None:
-        return whole
     axis = entry.rank_axis
+    if value is None:
+        return entry.fill(rank)
     if axis is None:
         return value
+    whole = entry.fill(rank)
     if entry.role == "A" and groups > 1:
         # The ranks are ordered by group, so each group is padded separately.
         size = len(value) // groups
@@ -531,7 +551,8 @@ class OnnxSession(Generates):
                 "one will have. A graph has fixed shapes, so that every adapter is filled up to that"
             )
         runtime, session = self._runtime, self._session
-        return StaticRunner(runtime, session, self.outputs, manifest, max_rank or 0, self._device)
+        options = max_rank or 0, self._device, self.path
+        return StaticRunner(runtime, session, self.outputs, manifest, *options)
 
     def _hold(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
         """Return the adapter in each file of the model, all from the same moment."""

@@ -659,7 +659,13 @@ def _check(
         pairs = zip(tensors, session.inputs, strict=True)
         return [tensor.to(getattr(torch, port.dtype)) for tensor, port in pairs]
 
-    def run(tensors: list[Tensor], adapter: str | None = None) -> dict[str, Any]:
+    alone = None
+    manifest = prepared.manifest
+    if manifest is not None and manifest.required and manifest.bank is None:
+        alone = "base"
+        session.load_adapter(alone, {**manifest.no_adapter(), **prepared.base_values()})
+
+    def run(tensors: list[Tensor], adapter: str | None = alone) -> dict[str, Any]:
         return session.run(taken(tensors), adapter=adapter)
 
     def compare_adapter(label: str, model: Reference, values: Mapping[str, Tensor]) -> None:
@@ -669,7 +675,7 @@ def _check(
         session.unload_adapter(label)
 
     reference = functools.partial(ModelReference, casts=casts, tolerance=tolerance)
-    base, manifest = reference(prepared.base), prepared.manifest
+    base = reference(prepared.base)
     parity = _check_parity(base, traced, run, prepared.cases)
     if manifest is None:
         return parity

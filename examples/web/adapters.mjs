@@ -12,7 +12,8 @@
 const IDS = "adapter_ids";
 const MANIFEST = "lora_fx.adapters";
 const SUFFIXES = { A: "lora_A.weight", B: "lora_B.weight", bias: "lora_B.bias", gain: "lora_gain" };
-const ARRAYS = { float32: Float32Array, float64: Float64Array, float16: Uint16Array };
+const TOKENS = ["lora_tokens.indices", "lora_tokens.weight"];
+const ARRAYS = { float32: Float32Array, float64: Float64Array, float16: Uint16Array, int64: BigInt64Array };
 const ONE_IN_HALF = 0x3c00;
 
 /** A model whose adapters are chosen for each run. */
@@ -49,7 +50,10 @@ export class AdapterModel {
     }
     this.loaded = new Map((this.bank?.adapters ?? []).map((name, number) => [name, number]));
     this.neutral = {};
+    // Heads and other parameters that each adapter has its own values of: the base's are in no file of required inputs.
+    this.own = [...this.inputs].filter(([, entry]) => entry.role === "parameter").map(([name]) => name);
     for (const [name, entry] of this.inputs) {
+      if (entry.role === "parameter") continue;
       const data = new ARRAYS[entry.dtype](entry.least.reduce((a, b) => a * b, 1));
       if (entry.role === "gain") data.fill(entry.dtype === "float16" ? ONE_IN_HALF : 1);
       this.neutral[name] = new ort.Tensor(entry.dtype, data, entry.least);
@@ -71,10 +75,13 @@ export class AdapterModel {
         entry && dims.length === entry.shape.length && dims.every((size, axis) => (entry.shape[axis] ?? size) === size);
       if (!fits) throw new Error(`adapter ${name}: the file takes no ${key} of shape [${dims}]`);
       if (dtype !== entry.dtype) throw new Error(`adapter ${name}: ${key} is ${dtype}, the file takes ${entry.dtype}`);
-      if (dtype !== "float16" && !data.every(Number.isFinite)) {
+      if (dtype.startsWith("float") && dtype !== "float16" && !data.every(Number.isFinite)) {
         throw new Error(`adapter ${name}: ${key} has values that are not finite`);
       }
       values[key] = new this.ort.Tensor(dtype, data, dims);
+    }
+    for (const key of this.own) {
+      if (!(key in values)) throw new Error(`adapter ${name}: it lacks its own ${key}, which the file takes`);
     }
     for (const [key, entry] of this.inputs) {
       // Only both factors of a site, of one rank, are an adapter.
@@ -104,6 +111,9 @@ export class AdapterModel {
   async run(feeds, adapter = null) {
     if (!this.bank) {
       if (Array.isArray(adapter)) throw new Error("the file runs one adapter for the whole batch: export a bank");
+      if (adapter === null && this.own.length > 0) {
+        throw new Error(`the file has no base: each adapter has its own ${this.own[0]}`);
+      }
       return this.session.run({ ...feeds, ...(adapter === null ? this.neutral : this.#find(adapter)) });
     }
     const rows = Array.isArray(adapter) ? adapter : [adapter];
@@ -140,6 +150,15 @@ function inputsOf(manifest) {
     add("B", site.b, groups);
     if (site.bias) add("bias", [site.out_features]);
     if (site.gain) add("gain", [site.out_features]);
+  }
+  for (const { name, dtype, shape } of manifest.parameters ?? []) {
+    if (!(dtype in ARRAYS)) throw new Error(`${name}: JavaScript has no arrays of ${dtype}`);
+    inputs.set(name, { role: "parameter", dtype, shape });
+  }
+  for (const { name, dtype, shape } of manifest.tokens ?? []) {
+    const [indices, rows] = TOKENS.map((end) => (name ? `${name}.${end}` : end));
+    inputs.set(indices, { role: "parameter", dtype: "int64", shape: shape.slice(0, 1) });
+    inputs.set(rows, { role: "parameter", dtype, shape });
   }
   return inputs;
 }
@@ -187,7 +206,7 @@ function* fields(bytes) {
 }
 
 const decode = (bytes) => new TextDecoder().decode(Uint8Array.from(bytes));
-const DTYPES = { 1: "float32", 10: "float16", 11: "float64" };
+const DTYPES = { 1: "float32", 7: "int64", 10: "float16", 11: "float64" };
 
 /** The values of an .onnx_adapter file, a flatbuffer of ONNX Runtime: names with dtype, dims and data. */
 export function readAdapter(bytes) {

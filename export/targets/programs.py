@@ -1,7 +1,8 @@
 """Targets whose runtimes take a program of ``torch.export`` and not an ONNX file.
 
 The factors of swappable adapters are inputs of the program, after those of the call. An application feeds the
-tensors of an adapter's file, so that the base stays loaded. Zeros (and gains of 1) are no adapter.
+tensors of an adapter's file, so that the base stays loaded. Zeros (and gains of 1) are no adapter. If
+adapters have heads of their own, the base has a file, too.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from lora_fx.errors import ExportError, some
-from lora_fx.export.adapter_file import values_of_model
-from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest, cast_to, check_values
+from lora_fx.export.adapter_file import base_values, values_of_model
+from lora_fx.export.adapter_manifest import (
+    MANIFEST_KEY,
+    Manifest,
+    cast_to,
+    check_values,
+    fill_tokens,
+)
 from lora_fx.export.copy import StandIn, unwrapped
 from lora_fx.export.prepare import Prepared
 from lora_fx.export.session import filled_up
@@ -37,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["ProgramSession", "ProgramTarget", "TracedProgram", "direct_products", "fed_values"]
 
 _RANK_KEY = "lora_fx.rank"
+_BASE = "base"
+"""Name of the file of the base, if adapters have their own values of its parameters."""
 _OPERATION = re.compile(r"\baten(?:\.|::)\w+(?:\.(?!default\b)\w+)?")
 
 
@@ -130,6 +139,7 @@ class ProgramSession(ABC):
         """Keep an adapter by name."""
         manifest = self._program.prepared.manifest
         assert manifest is not None
+        values = fill_tokens(manifest, values)
         check_values(manifest, values, f"adapter {name!r}", self.max_rank)
         self._adapters[name] = fed_values(manifest, values, self.max_rank)
 
@@ -150,11 +160,12 @@ class ProgramSession(ABC):
         Raises:
             ExportError: The runtime refuses the call.
         """
-        manifest = self._program.prepared.manifest
+        prepared = self._program.prepared
         factors: dict[str, Tensor] = {}
-        if manifest is not None:
-            alone = {} if adapter is None else self._adapters[adapter]
-            factors = alone or fed_values(manifest, {}, self.max_rank)
+        if adapter is not None:
+            factors = self._adapters[adapter]
+        elif prepared.manifest is not None:
+            factors = fed_values(prepared.manifest, prepared.base_values(), self.max_rank)
         inputs = [tensor.detach().contiguous() for tensor in (*tensors, *factors.values())]
         try:
             results = self.call(inputs)
@@ -225,7 +236,10 @@ class ProgramTarget(ABC):
         manifest = Manifest.from_metadata(report.metadata)
         rank = report.metadata.get(_RANK_KEY)
         limit = None if rank is None else int(rank)
-        factors = {} if manifest is None else fed_values(manifest, {}, limit)
+        model = unwrapped(written.model)
+        factors: dict[str, Tensor] = {}
+        if manifest is not None:
+            factors = fed_values(manifest, base_values(model, manifest), limit)
         described = {
             "inputs": {name: list(axes) for name, axes in report.inputs.items()},
             "adapter_inputs": {name: list(value.shape) for name, value in factors.items()},
@@ -238,13 +252,17 @@ class ProgramTarget(ABC):
         files = {path: path.name}
         files |= add_tokenizer(written.tokenizer, written.folder / "tokenizer")
         if manifest is not None:
-            files |= self._adapters(written, manifest, limit)
+            files |= self._adapters(model, written.folder, manifest, limit)
+            if manifest.own:
+                path = self.write_adapter(written.folder / _BASE, factors)
+                files[path] = path.name
         return files
 
-    def _adapters(self, written: Written, manifest: Manifest, rank: int | None) -> dict[Path, str]:
-        model = unwrapped(written.model)
+    def _adapters(
+        self, model: nn.Module, within: Path, manifest: Manifest, rank: int | None
+    ) -> dict[Path, str]:
         record = record_of(model)
-        folder = written.folder / "adapters"
+        folder = within / "adapters"
         folder.mkdir()
         paths = {}
         for name in () if record is None else record.adapters:
@@ -310,14 +328,15 @@ def fed_values(
 
     Args:
         manifest: The adapter inputs.
-        values: An adapter; sites that it lacks get neutral values.
+        values: An adapter; sites that it lacks get neutral values. It has all of the manifest's parameters.
         rank: The rank that factors are padded to; None to leave them as they are.
     """
+    values = fill_tokens(manifest, values)
     if rank is None:
-        return manifest.no_adapter() | dict(values)
+        return manifest.no_adapter() | values
     return {
         entry.name: filled_up(site, entry, values.get(entry.name), rank).contiguous()
-        for site in manifest.sites
+        for site in manifest.targets
         for entry in site.inputs()
     }
 

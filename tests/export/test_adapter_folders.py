@@ -140,25 +140,6 @@ def test_what_a_folder_cannot_say_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight in full \(modules_to_save\)"),
-        ({"bias": "lora_only"}, r"c_fc\.bias in full \(bias\)"),
-    ],
-)
-def test_what_no_file_takes_says_to_merge(
-    tmp_path: Path, base: Path, options: dict[str, Any], message: str
-) -> None:
-    folder = tmp_path / "adapter"
-    saved(gpt2(), folder, r=2, target_modules=["c_fc"], **options)
-    message += r".*adapters='merge'.*lora-fx export MODEL FILE --adapter"
-    with pytest.raises(CheckpointError, match=message):
-        save_onnx_adapter(folder, tmp_path / "a.onnx_adapter")
-    with pytest.raises(CheckpointError, match=message):
-        OnnxSession(base, "cpu").load_adapter("a", folder)
-
-
 class Joined(nn.Module):
     """A weight whose parts can be adapted one by one."""
 

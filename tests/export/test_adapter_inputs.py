@@ -560,9 +560,6 @@ def test_a_merged_file_takes_no_adapter(tmp_path: Path, model: nn.Module) -> Non
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"modules_to_save": ["head"]}, r"head is trained in full \(modules_to_save\)"),
-        ({"bias": "all"}, r"fc\.bias is trained \(bias\)"),
-        ({"trainable_token_indices": {"embed": [1]}}, "rows of embed are trained"),
         ({"init_lora_weights": "loftq"}, "its base was quantized for it"),
         ({"init_lora_weights": "eva"}, "waits for data"),
     ],
