@@ -79,7 +79,11 @@ def match(capture: Capture) -> Matches:
     rejections.update(_opaque(capture, rejections, sites))
     for weight, rejection in _unfit(capture.model):
         sites.pop(weight, None)
-        rejections.pop(join(rejection.region, "parametrizations", weight.rpartition(".")[2]), None)
+        originals = join(rejection.region, "parametrizations", weight.rpartition(".")[2])
+        rejections.pop(originals, None)
+        # Code of a parametrization multiplies by its parameters, too, as for the norm of a matrix.
+        for name in [name for name in sites if name.startswith(f"{originals}.")]:
+            del sites[name]
         rejections[rejection.name] = rejection
     return Matches(tuple(_ordered(capture.model, sites)), tuple(rejections.values()))
 

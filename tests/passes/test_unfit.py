@@ -187,6 +187,18 @@ def test_it_is_a_row_of_the_dry_run_and_the_rest_is_adapted(name: str, frontend:
     assert type(lora_fx.merge(adapted).bad) is type(model.bad)
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_an_exported_graph_shows_the_products_of_a_parametrization(norm: str) -> None:
+    """The norm of a matrix is a product with it, and no application of a layer."""
+    model = nn.Sequential(getattr(parametrizations, norm)(linear()), linear(), linear()).eval()
+    x = torch.randn(2, 4)
+    plan = lora_fx.plan(model, LoraConfig(r=2), (x,), frontend="export")
+    assert plan.frontend == "export"
+    assert [row.name for row in plan] == ["1"]
+    adapted = lora_fx.rewrite(model, LoraConfig(r=2), (x,), frontend="export")
+    torch.testing.assert_close(adapted(x), model(x))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_to_name_it_is_an_error_with_the_reason(name: str) -> None:
     build, reason = CASES[name]
