@@ -30,9 +30,11 @@ from lora_fx.export.failures import SourceLocation, headline, inner_module, plac
 from lora_fx.export.mixtures import MARK, MARK_DOMAIN, Mixture
 from lora_fx.export.ort import AXIS_LIMITS_KEY, INNER_SIZES_KEY, inner_sizes
 from lora_fx.export.prepare import Prepared
+from lora_fx.export.providers import RUNTIME_KEY
 from lora_fx.export.trace import Trace
 from lora_fx.formats import CONTRIB, operator_named
 from lora_fx.ir import OnnxProduct
+from lora_fx.versions import installed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -1017,6 +1019,7 @@ def _stamp(model: ir.Model, trace: Trace, prepared: Prepared, opset: int) -> Non
         {
             "lora_fx.version": version,
             "lora_fx.opset": str(opset),
+            RUNTIME_KEY: installed("onnxruntime")[1],
             "lora_fx.dtype": prepared.dtype,
             "lora_fx.dynamic_axes": json.dumps(trace.dynamic_axes()),
             AXIS_LIMITS_KEY: json.dumps(trace.axis_limits()),

@@ -26,6 +26,7 @@ from lora_fx.extras import load_optional
 
 __all__ = [
     "PROVIDERS",
+    "RUNTIME_KEY",
     "SLOW_OR_BROKEN",
     "NodePlacement",
     "Optimizer",
@@ -353,10 +354,13 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
                 f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of "
                 "Vulkan, Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
             ) from error
-        if "Unrecognized attribute" in reason:
+        if lacking := _LATER.search(str(error)):
+            version = _checked_with(path)
+            checked = f"The file was checked with {version}. " if version else ""
             raise ProviderError(
                 f"{path} has an operator of a later ONNX Runtime, and this is {runtime.__version__}: "
-                f"{reason}. Upgrade it, or export the model with optimize='standard'"
+                f"{lacking[0]}. {checked}Install {version or 'a later version'}, or export the "
+                "model with optimize='standard' and a lower opset"
             ) from error
         raise ExportError(
             f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
@@ -370,6 +374,27 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
         )
     session.disable_fallback()
     return session
+
+
+RUNTIME_KEY = "lora_fx.onnxruntime"
+"""Metadata entry: the version of ONNX Runtime beside which a file was written."""
+
+_LATER = re.compile(
+    r"Unrecognized attribute: .+|No Op registered for .+|\S+ is not a registered function/op"
+    r"|Opset \d+ is under development"
+)
+"""The parts of errors of ONNX Runtime that name an operator, or an opset, of a later version."""
+
+
+def _checked_with(path: Path) -> str:
+    """Return the version of ONNX Runtime beside which a file was written, or "" if it is unknown."""
+    try:
+        import onnx
+
+        entries = onnx.load(str(path), load_external_data=False).metadata_props
+    except Exception:  # noqa: BLE001  # the error of ONNX Runtime is raised in any case
+        return ""
+    return next((entry.value for entry in entries if entry.key == RUNTIME_KEY), "")
 
 
 def _has_bf16(path: Path) -> bool:

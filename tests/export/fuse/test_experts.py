@@ -243,12 +243,35 @@ def test_adapted_experts_keep_their_products(adapters: Any, tmp_path: Path) -> N
     assert operators(path)["MatMulNBits"] == 10
 
 
-def test_a_file_for_a_later_runtime_is_refused(tmp_path: Path) -> None:
+LATER: dict[str, tuple[str, str, int, dict[str, Any], str]] = {
+    "attribute": ("FastGelu", "com.microsoft", 20, {"later": 1}, "attribute: later for .*FastGelu"),
+    "operator": (
+        "Later",
+        "com.microsoft",
+        20,
+        {},
+        r"com\.microsoft:Later\(-1\) is not a registered",
+    ),
+    "operator of ONNX": ("Later", "", 20, {}, "No Op registered for Later"),
+    "opset": ("Relu", "", 99, {}, "Opset 99 is under development"),
+}
+
+
+@pytest.mark.parametrize("case", LATER)
+def test_a_file_for_a_later_runtime_is_refused(tmp_path: Path, case: str) -> None:
+    operator, domain, opset, attributes, message = LATER[case]
     path = tmp_path / "later.onnx"
-    node = oh.make_node("FastGelu", ["x"], ["y"], domain="com.microsoft", of_a_later_version=1)
+    node = oh.make_node(operator, ["x"], ["y"], domain=domain, **attributes)
     ports = [oh.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"]
-    opsets = [oh.make_opsetid("", 20), oh.make_opsetid("com.microsoft", 1)]
+    opsets = [oh.make_opsetid("", opset), oh.make_opsetid("com.microsoft", 1)]
     graph = oh.make_graph([node], "later", ports[:1], ports[1:])
-    onnx.save(oh.make_model(graph, opset_imports=opsets, ir_version=10), path)
-    with pytest.raises(lora_fx.errors.ProviderError, match="of a later ONNX Runtime, and this is"):
+    model = oh.make_model(graph, opset_imports=opsets, ir_version=10)
+    onnx.helper.set_model_props(model, {"lora_fx.onnxruntime": "9.8.7"})
+    onnx.save(model, path)
+    message = f"of a later ONNX Runtime, and this is .*{message}.*checked with 9\\.8\\.7.*Install 9"
+    with pytest.raises(lora_fx.errors.ProviderError, match=message):
+        lora_fx.OnnxSession(path, "cpu")
+    onnx.helper.set_model_props(model, {})
+    onnx.save(model, path)
+    with pytest.raises(lora_fx.errors.ProviderError, match="Install a later version"):
         lora_fx.OnnxSession(path, "cpu")
