@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from lora_fx import torch_private
 from lora_fx.errors import CaptureError, MergeError
 from lora_fx.ir import (
     Capture,
@@ -26,11 +27,12 @@ from lora_fx.ir import (
 )
 from lora_fx.kinds import kind_of, refusal
 from lora_fx.passes.graph import Code, generated
-from lora_fx.passes.insert import Insert, SelectRows
+from lora_fx.passes.insert import ROWS, Insert, SelectRows
 from lora_fx.passes.match import ask
 from lora_fx.passes.optimize import Deploy, Fuse, FuseRows
 from lora_fx.passes.parameters import (
     DROPOUT,
+    KEPT,
     factor_names,
     module_at,
     parameter_of,
@@ -42,8 +44,13 @@ from lora_fx.passes.patterns import pattern_of, site_name
 from lora_fx.runtime import (
     CHANGES,
     EffectiveWeight,
+    PatchedWeight,
+    RowParameter,
+    SampleRows,
+    SampleSlots,
     base_parameter,
     deployed,
+    effective_weight,
     unwatch_tokens,
     watch,
     watch_tokens,
@@ -95,11 +102,65 @@ class _Adapted:
         """Reduce to the other fields. A copy generates its own functions of products."""
         return type(self), (self.name, self.rows, self.record)
 
-    def at(self, owner: nn.Module) -> _Change:
-        """Return the change with the factors that the module of the weight has now."""
+    def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
+        """Return the weight with the factors that its module has now."""
         names = (name for row in self.rows for name in row.parameters)
         factors = tuple(_held(owner, name) for name in names)
-        return _Change(self, owner, factors)
+        return effective_weight(_Change(self, owner, factors), base)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnBySample:
+    """Values of a parameter that each sample of a batch chooses by its adapter.
+
+    Attributes:
+        name: FQN of the parameter.
+        adapters: The adapters of the samples.
+        tokens: The adapters that have trained rows of it, with the rows.
+    """
+
+    name: str
+    adapters: tuple[str, ...]
+    tokens: tuple[tuple[str, PlannedTokens], ...] = ()
+
+    def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
+        """Return a parameter with values for each row of a batch. An adapter without some has the base's."""
+        leaf = self.name.rpartition(".")[2]
+        table = owner.get_submodule(ROWS)
+        assert isinstance(table, SampleRows)
+        slots = SampleSlots(table, self.adapters)
+        stored = owner._modules.get(KEPT + leaf)
+        result = base
+        if stored is not None:
+            own = dict(stored.named_parameters(recurse=False))
+            values = (own.get(adapter, base) for adapter in self.adapters)
+            bank = torch.stack([base, *(value.to(base.dtype) for value in values)])
+            result = RowParameter(self.name, bank, slots)
+        if self.tokens:
+            indices, rows = self._trained(owner, base)
+            result = PatchedWeight(self.name, result, indices, rows, slots)
+        return torch_private.as_parameter(result)  # isinstance(layer.weight, nn.Parameter) holds
+
+    def _trained(self, owner: nn.Module, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens and the rows of all adapters, [slots, n] and [slots, n, width].
+
+        Where an adapter has fewer, its first is repeated. An adapter without any has the base's first row.
+        """
+        trained = dict(self.tokens)
+        count = max(len(planned.indices) for planned in trained.values())
+        indices = [[0] * count]
+        rows = [base[:1].expand(count, -1)]
+        for adapter in self.adapters:
+            planned = trained.get(adapter)
+            if planned is None:
+                indices.append(indices[0])
+                rows.append(rows[0])
+                continue
+            own = _held(owner, relative(rows_name(planned, adapter), planned.site.owner))
+            repeats = count - len(planned.indices)
+            indices.append([*planned.indices, *[planned.indices[0]] * repeats])
+            rows.append(torch.cat([own, own[:1].expand(repeats, -1)]).to(base.dtype))
+        return torch.tensor(indices, device=base.device), torch.stack(rows)
 
 
 def _held(owner: nn.Module, name: str) -> torch.Tensor:
@@ -335,12 +396,15 @@ def _place_changes(model: nn.Module, record: Record) -> None:
     for adapter in record.active:
         for planned in record.adapters[adapter].sites:
             weights[planned.site.weight].append(_row(planned, adapter))
-    for adapter in record.active:
+    for adapter in record.placed:
         for tokens in record.adapters[adapter].tokens:
             name = relative(rows_name(tokens, adapter), tokens.site.owner)
             weights[tokens.site.weight].append(_Row(tokens, adapter, (name,)))
     for module in model.modules():
         module.__dict__.pop(CHANGES, None)
+    for name, own in _own_by_sample(record).items():
+        owner, _, leaf = name.rpartition(".")
+        module_at(model, owner).__dict__.setdefault(CHANGES, {})[leaf] = own
     for weight, rows in weights.items():
         owner, _, leaf = weight.rpartition(".")
         # Layers with a quantized weight have their own forward over packed values, which no other code reads.
@@ -348,6 +412,17 @@ def _place_changes(model: nn.Module, record: Record) -> None:
         if not opaque and parameter_of(model, weight) is not None:
             changes = module_at(model, owner).__dict__.setdefault(CHANGES, {})
             changes[leaf] = _Adapted(weight, tuple(rows), record)
+
+
+def _own_by_sample(record: Record) -> dict[str, _OwnBySample]:
+    """Return the parameters that samples choose by their adapters, by FQN."""
+    tokens: dict[str, list[tuple[str, PlannedTokens]]] = {}
+    for adapter in record.active if record.per_sample else ():
+        for name in record.adapters[adapter].own:
+            tokens.setdefault(name, [])
+        for planned in record.adapters[adapter].tokens:
+            tokens.setdefault(planned.site.weight, []).append((adapter, planned))
+    return {name: _OwnBySample(name, record.active, tuple(own)) for name, own in tokens.items()}
 
 
 def _row(planned: PlannedSite, adapter: str) -> _Row:

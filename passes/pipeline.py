@@ -186,7 +186,9 @@ def branch_passes(
         per_sample: True if each sample of a batch has one of the adapters, or none.
     """
     inserted = [Insert(record.sites, name) for name, record in adapters.items()]
-    trained: list[Pass] = [TrainTokens(record.tokens, name) for name, record in adapters.items()]
+    trained: list[Pass] = []
+    if not per_sample:
+        trained += [TrainTokens(record.tokens, name) for name, record in adapters.items()]
     trained += _deploy_passes(
         any(row.deploy for record in adapters.values() for row in record.sites)
     )

@@ -237,8 +237,8 @@ def set_adapter(
 
     Raises:
         ConfigError: If there is no such adapter, a name is repeated, or two adapters replace the same
-            parameter of the base. With ``per_sample``, if an adapter replaces any parameter, or has a site
-            whose rows are not samples. The model is unchanged then.
+            parameter of the base. With ``per_sample``, if an adapter replaces a parameter of a layer that has
+            factors, or has a site whose rows are not samples. The model is unchanged then.
     """
     record = require_record(model)
     if adapter_name is None:

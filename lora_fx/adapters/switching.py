@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from lora_fx.errors import CaptureError, ConfigError
 from lora_fx.ir import (
     ActiveAdapters,
+    AdapterRecord,
     Capture,
     PlannedSite,
     PlannedTokens,
@@ -87,20 +88,12 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
     """Raise if adapters cannot be active together in a model, or in a batch.
 
     Raises:
-        ConfigError: If two adapters replace the same parameter of the base, or (``per_sample``) an adapter
-            replaces any.
+        ConfigError: If two adapters replace the same parameter of the base. With ``per_sample``, if an
+            adapter replaces a parameter of a layer that one of them adapts.
     """
-    for name in names if per_sample else ():
-        for parameter in record.adapters[name].own:
-            raise ConfigError(
-                f"{name!r} has its own {parameter} (modules_to_save, bias, or an initialization that "
-                "changed the base): a batch has one value of it, so that samples cannot choose"
-            )
-        for tokens in record.adapters[name].tokens:
-            raise ConfigError(
-                f"{name!r} trains rows of {tokens.name} (trainable_token_indices), which a batch has one "
-                "value of: choose one adapter for the whole batch"
-            )
+    if per_sample:
+        _check_layers(record, names)
+        return
     _check_tokens(record, names)
     owners: dict[str, str] = {}
     for name in names:
@@ -109,6 +102,21 @@ def check_together(record: Record, names: Sequence[str], per_sample: bool) -> No
                 raise ConfigError(
                     f"{owners[parameter]!r} and {name!r} cannot be active together: each has its own "
                     f"{parameter} (modules_to_save, bias, or an initialization that changed the base)"
+                )
+
+
+def _check_layers(record: Record, names: Sequence[str]) -> None:
+    """Raise if an adapter has its own values in a layer that has factors, which read the base's values."""
+    adapted = {row.site.owner for name in names for row in record.adapters[name].sites}
+    for name in names:
+        adapter = record.adapters[name]
+        replaced = (*adapter.own, *(tokens.site.weight for tokens in adapter.tokens))
+        for parameter in replaced:
+            if parameter.rpartition(".")[0] in adapted:
+                raise ConfigError(
+                    f"{name!r} has its own {parameter} (modules_to_save, bias, trainable_token_indices, or "
+                    "an initialization that changed the base), and factors adapt that layer, so that samples "
+                    "of a batch cannot choose its values. Choose one adapter for the whole batch"
                 )
 
 
@@ -283,7 +291,10 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     rows = tuple(row for name in names for row in record.adapters[name].sites)
     capture = base_capture(model, record)
     adapters = {name: record.adapters[name] for name in names}
-    targets = tuple(target for adapter in adapters.values() for target in adapter.places)
+    # Trained tokens of samples are in the weight that a lookup reads, and in no graph.
+    targets: tuple[PlannedSite | PlannedTokens, ...] = rows
+    if not per_sample:
+        targets = tuple(target for adapter in adapters.values() for target in adapter.places)
     check_regions(capture, targets)
     passes = branch_passes(
         adapters,
@@ -300,7 +311,7 @@ def _edit(model: nn.Module, record: Record, wanted: ActiveAdapters) -> None:
     for module in (child for child in model.modules() if is_region(child) and child not in running):
         uninstall(module)
     install(regions)
-    _place_rows(model, rows, names if per_sample else ())
+    _place_rows(model, adapters if per_sample else {})
     if not per_sample and record.blocks and record.choice.per_sample:
         ignore_ids(model)
     record = dataclasses.replace(record, active=names, per_sample=per_sample)
@@ -321,19 +332,28 @@ def _check_parametrized(model: nn.Module, record: Record) -> None:
             )
 
 
-def _place_rows(model: nn.Module, rows: Sequence[PlannedSite], names: tuple[str, ...]) -> None:
-    """Add the shared table of samples to the holder of every site's factors, or remove it."""
+def _place_rows(model: nn.Module, adapters: Mapping[str, AdapterRecord]) -> None:
+    """Add the shared table of samples to the holders of factors, and to modules with values of adapters.
+
+    Args:
+        model: The model.
+        adapters: The adapters of the samples; empty to remove the table.
+    """
     unwatch_calls(model)
     for module in model.modules():
         # The children of a script module cannot be deleted.
         if ROWS in module._modules:
             del module._modules[ROWS]
-    if names:
-        device = next(model.parameters()).device
-        table = SampleRows(names, device)
-        for row in rows:
-            model.get_submodule(row.site.holder).add_module(ROWS, table)
-        watch_calls(model, table)
+    if not adapters:
+        return
+    table = SampleRows(tuple(adapters), next(model.parameters()).device)
+    for adapter in adapters.values():
+        owners = {name.rpartition(".")[0] for name in adapter.own}
+        owners |= {tokens.site.owner for tokens in adapter.tokens}
+        owners |= {row.site.holder for row in adapter.sites}
+        for owner in owners:
+            model.get_submodule(owner).add_module(ROWS, table)
+    watch_calls(model, table)
 
 
 @contextlib.contextmanager
@@ -357,12 +377,12 @@ def on_base(model: nn.Module) -> Iterator[Mapping[str, nn.Parameter]]:
 def _take_out(model: nn.Module, record: Record) -> None:
     """Restore the base's parameters in a model, and keep those of its active adapters aside."""
     reshard(model)
-    for name in record.active:
+    for name in record.placed:
         place_base(model, name, record.adapters[name].own, record.originals)
 
 
 def _put_in(model: nn.Module, record: Record) -> None:
     """Replace the base's parameters in a model by those of its active adapters."""
     reshard(model)
-    for name in record.active:
+    for name in record.placed:
         place_own(model, name, record.adapters[name].own)

@@ -300,6 +300,14 @@ class Record:
         return dataclasses.replace(self, adapters={**self.adapters, name: adapter}, **fields)
 
     @property
+    def placed(self) -> tuple[str, ...]:
+        """The adapters whose own parameters are in the place of the base's.
+
+        Where samples have different adapters, the base's are in the model, and those of adapters are stored.
+        """
+        return () if self.per_sample else self.active
+
+    @property
     def deploys(self) -> bool:
         """True if an adapter is trained for a storage of its weights."""
         return any(row.deploy for adapter in self.adapters.values() for row in adapter.sites)

@@ -39,7 +39,7 @@ from lora_fx.runtime.classes import (
     inner_of,
     subclass,
 )
-from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter
+from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter, effective_weight
 from lora_fx.runtime.fused_lora import without_autocast
 from lora_fx.runtime.parts import called_by_all, check_equal
 from lora_fx.runtime.routing import routed
@@ -50,6 +50,7 @@ from lora_fx.runtime.samples import (
     COLUMNS,
     IDS,
     SampleRows,
+    SampleSlots,
     add_rows,
     ends_selected,
     follow,
@@ -86,6 +87,7 @@ __all__ = [
     "PatchedWeight",
     "RowParameter",
     "SampleRows",
+    "SampleSlots",
     "Source",
     "active_positions",
     "add_rows",
@@ -100,6 +102,7 @@ __all__ = [
     "check_equal",
     "deployed",
     "disarm",
+    "effective_weight",
     "ends_selected",
     "entry",
     "experts",

@@ -44,17 +44,19 @@ CHANGES = "_lora_fx_changes"
 
 
 class Change(Protocol):
-    """Change of one weight by the active adapters, bound to their current factors.
+    """Change of one weight by the active adapters, bound to their current factors."""
 
-    Attributes:
-        name: FQN of the weight.
-        factors: The tensors that the change is computed from, in addition to the weight.
-        transposed: Whether it changes the transposed weight.
-    """
+    @property
+    def name(self) -> str:
+        """FQN of the weight."""
 
-    name: str
-    factors: tuple[torch.Tensor, ...]
-    transposed: bool
+    @property
+    def factors(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that the change is computed from, in addition to the weight."""
+
+    @property
+    def transposed(self) -> bool:
+        """True if it changes the transposed weight."""
 
     def applied(self, weight: torch.Tensor, factors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the adapted weight, differentiable with respect to the weight and the factors.
@@ -76,8 +78,13 @@ class Change(Protocol):
 class Adapted(Protocol):
     """Change of one weight by the active adapters, not bound to a module."""
 
-    def at(self, owner: nn.Module) -> Change:
-        """Return the change with the factors of the module that owns the weight."""
+    def read(self, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
+        """Return the tensor for code that reads the weight.
+
+        Args:
+            owner: The module that owns the weight.
+            base: The base weight.
+        """
 
 
 class EffectiveWeight(torch.Tensor):
@@ -356,19 +363,17 @@ class _Make(torch.autograd.Function):
         return None, *(next(own) if want else None for want in wanted)
 
 
-def effective_weight(adapted: Adapted, owner: nn.Module, base: torch.Tensor) -> torch.Tensor:
+def effective_weight(change: Change, base: torch.Tensor) -> torch.Tensor:
     """Return a weight with its adapters.
 
     Args:
-        adapted: Change of the weight by the adapters.
-        owner: The module that owns the weight.
+        change: Change of the weight by the adapters, with the factors of its module.
         base: The base weight.
 
     Returns:
         An :class:`EffectiveWeight`. The adapted weight is computed at once under a compiler, an export or a
         ``torch.func`` transform, or if the base weight is a tensor subclass.
     """
-    change = adapted.at(owner)
     factors = change.factors
     kinds = {_kind_of(tensor) for tensor in (base, *factors)}
     if len(kinds) > 1:
@@ -503,7 +508,7 @@ def weight_property(name: str) -> property:
                 "module of the original"
             )
         try:
-            return effective_weight(change, self, base)
+            return change.read(self, base)
         except AttributeError as error:  # Python would treat it as a missing attribute
             raise RuntimeError(f"{name} of a {type(self).__name__}: {error}") from error
 

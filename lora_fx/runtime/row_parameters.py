@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.runtime import banked
-from lora_fx.runtime.samples import check_rows_followed
+from lora_fx.runtime.samples import SampleSlots, slots_for
 from lora_fx.torch_private import pytree
 
 __all__ = ["ComputedParameter", "RowParameter", "functions"]
@@ -57,8 +57,7 @@ class ComputedParameter(Tensor):
         form = cls.forms().get(func)
         result = NotImplemented if form is None else form(*args, **kwargs)
         if result is NotImplemented:
-            own = next(value for value in pytree.tree_leaves((args, kwargs)) if type(value) is cls)
-            _refuse(own.fqn, f"{getattr(func, '__name__', func)}()")
+            _refuse(_parameter_among(args, kwargs), f"{getattr(func, '__name__', func)}()")
         return result
 
     @classmethod
@@ -70,16 +69,20 @@ class ComputedParameter(Tensor):
         Raises:
             ConfigError: Always.
         """
-        own = next(value for value in pytree.tree_leaves((args, kwargs)) if type(value) is cls)
-        _refuse(own.fqn, str(func))
+        _refuse(_parameter_among(args, kwargs), str(func))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Return a description, without values."""
         return f"{type(self).__name__}({self.fqn}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
 
-def _refuse(fqn: str, function: str) -> NoReturn:
-    raise ConfigError(f"{fqn} has no values for each row in {function}, which reads it")
+def _parameter_among(args: Any, kwargs: Any) -> ComputedParameter:
+    leaves = pytree.tree_leaves((args, kwargs))
+    return next(value for value in leaves if isinstance(value, ComputedParameter))
+
+
+def _refuse(parameter: ComputedParameter, function: str) -> NoReturn:
+    raise ConfigError(f"{parameter.fqn} has no values for each row in {function}, which reads it")
 
 
 class RowParameter(ComputedParameter):
@@ -87,14 +90,14 @@ class RowParameter(ComputedParameter):
 
     Attributes:
         bank: The values of all adapters, [slots, *shape].
-        slots: The slot of each row, [rows], or of all rows, [1].
+        slots: The slot of each row, [rows], or of all rows, [1], or the adapters of the samples of a call.
     """
 
     bank: Tensor
-    slots: Tensor
+    slots: Tensor | SampleSlots
 
     @staticmethod
-    def __new__(cls, fqn: str, bank: Tensor, slots: Tensor) -> RowParameter:
+    def __new__(cls, fqn: str, bank: Tensor, slots: Tensor | SampleSlots) -> RowParameter:
         """Create a parameter."""
         parameter: RowParameter = torch_private.make_wrapper_subclass(
             cls, bank.shape[1:], dtype=bank.dtype, device=bank.device
@@ -114,8 +117,8 @@ class RowParameter(ComputedParameter):
             like: The activation, [rows, ..., size], or [rows, size, ...] for channels.
             channels: True if the parameter has a number for each channel.
         """
-        check_rows_followed(like, self.fqn)
-        vector = banked.banked_vector(self.bank, self.slots, like, channels)
+        slots = slots_for(self.slots, like, self.fqn)
+        vector = banked.banked_vector(self.bank, slots, like, channels)
         return banked.spread_channels(vector, like) if channels else vector
 
 
@@ -132,7 +135,8 @@ def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
         return NotImplemented
     own, shared = _split(bias)
     if isinstance(weight, RowParameter):
-        result = banked.banked_linear(x, weight.bank, weight.slots, shared, weight.fqn, turned=True)
+        slots = slots_for(weight.slots, x, weight.fqn)
+        result = banked.banked_linear(x, weight.bank, slots, shared, weight.fqn, turned=True)
     else:
         result = F.linear(x, weight, shared)
     return result if own is None else result + own.spread(result)
@@ -141,13 +145,15 @@ def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
 def _matmul(x: Tensor, weight: Tensor) -> Any:
     if isinstance(x, RowParameter) or not isinstance(weight, RowParameter) or weight.dim() != 2:
         return NotImplemented
-    return banked.banked_linear(x, weight.bank, weight.slots, None, weight.fqn)
+    slots = slots_for(weight.slots, x, weight.fqn)
+    return banked.banked_linear(x, weight.bank, slots, None, weight.fqn)
 
 
 def _embedding(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
     if not isinstance(weight, RowParameter):
         return NotImplemented
-    return banked.banked_embedding(x, weight.bank, weight.slots, weight.fqn)
+    slots = slots_for(weight.slots, x, weight.fqn)
+    return banked.banked_embedding(x, weight.bank, slots, weight.fqn)
 
 
 def _scaled(result: Tensor, weight: _Value, bias: _Value, *, channels: bool = False) -> Tensor:
@@ -215,7 +221,8 @@ def _convolution(function: Callable[..., Tensor]) -> Callable[..., Any]:
             if groups != 1:
                 return NotImplemented
             geometry = stride, padding, dilation
-            result = banked.banked_conv(x, weight.bank, weight.slots, *geometry, weight=weight.fqn)
+            slots = slots_for(weight.slots, x, weight.fqn)
+            result = banked.banked_conv(x, weight.bank, slots, *geometry, weight=weight.fqn)
         else:
             result = function(x, weight, None, stride, padding, dilation, groups)
         return _scaled(result, None, bias, channels=True)

@@ -13,6 +13,7 @@ import enum
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ __all__ = [
     "CallState",
     "Layout",
     "SampleRows",
+    "SampleSlots",
     "add_rows",
     "check_rows_followed",
     "ends_selected",
@@ -45,6 +47,7 @@ __all__ = [
     "rows_of_tokens",
     "rows_selected",
     "select_rows",
+    "slots_for",
     "unfollow",
     "unfollowed",
     "unseen",
@@ -146,7 +149,7 @@ class _ThreadState:
         samples, repeats: The same fields of ``assigned``.
         alike: Whether all samples have the same adapter. Then the order of the rows does not matter.
         rows: Indices of each adapter's samples, [n], by its name.
-        layouts: Cache of :meth:`SampleRows.lay_out` for these samples.
+        layouts: Cache of :meth:`SampleRows.lay_out` and :meth:`SampleRows.slots` for these samples.
         shared: Whether several asyncio tasks of this thread are inside blocks. Between calls the thread then
             has no samples.
         state: State of the running call.
@@ -161,7 +164,7 @@ class _ThreadState:
         self.assigned = Assigned()
         self.samples, self.repeats, self.alike = 0, 1, True
         self.rows: dict[str, Tensor] = {}
-        self.layouts: dict[Any, Layout] = {}
+        self.layouts: dict[Any, Any] = {}
         self.shared = False
         self.state = CallState.CLOSED
         self.opened_by: str | None = None
@@ -301,7 +304,29 @@ class SampleRows(AdapterModule):
         layouts = self.thread.layouts
         if key not in layouts:
             layouts[key] = self._laid_out(adapters, each, x.device)
-        return layouts[key]
+        layout: Layout = layouts[key]
+        return layout
+
+    def slots(self, x: Tensor, adapters: tuple[str, ...]) -> Tensor:
+        """Return the number of each sample's adapter among these, counted from 1, [samples]; 0 for none.
+
+        Args:
+            x: [samples, ...]. Samples may be repeated, or have several consecutive rows.
+            adapters: Names of adapters.
+
+        Raises:
+            ConfigError: If the first dimension is not that of the samples.
+        """
+        _check(x, self.samples, self.repeats, self.state)
+        key = "slots", adapters, x.device
+        layouts = self.thread.layouts
+        if key not in layouts:
+            slots = torch.zeros(self.samples, dtype=torch.long)
+            for number, name in enumerate(adapters, start=1):
+                slots[list(self.assigned.indices.get(name, ()))] = number
+            layouts[key] = slots.to(x.device)
+        numbers: Tensor = layouts[key]
+        return numbers
 
     def _laid_out(self, adapters: tuple[str, ...], each: int, device: torch.device) -> Layout:
         """Return the layout for samples with ``each`` rows."""
@@ -352,6 +377,34 @@ def follow(follower: Follower) -> None:
 def unfollow() -> None:
     """Remove the innermost follower of this thread."""
     _following.followers.pop()
+
+
+@dataclass(frozen=True)
+class SampleSlots:
+    """The adapters of the samples of whatever call is running, as slots of a bank.
+
+    Attributes:
+        table: The samples of each adapter.
+        adapters: The adapters of slots 1, 2, and so on. Slot 0 is the base.
+    """
+
+    table: SampleRows
+    adapters: tuple[str, ...]
+
+
+def slots_for(slots: Tensor | SampleSlots, x: Tensor, weight: str) -> Tensor:
+    """Return the slot of each row of an activation, [rows].
+
+    Args:
+        slots: The slots, or the adapters of the samples.
+        x: The activation, [rows, ...].
+        weight: Name of the weight that is chosen by the slots, for messages.
+
+    Raises:
+        ConfigError: If the rows are not those of the samples, in their order.
+    """
+    check_rows_followed(x, weight)
+    return slots if isinstance(slots, Tensor) else slots.table.slots(x, slots.adapters)
 
 
 def check_rows_followed(x: Tensor, weight: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_fx import torch_private
 from lora_fx.runtime import banked
 from lora_fx.runtime.row_parameters import ComputedParameter, functions
-from lora_fx.runtime.samples import check_rows_followed, like_rows, unseen
+from lora_fx.runtime.samples import SampleSlots, like_rows, slots_for, unseen
 
 __all__ = ["PatchedWeight"]
 
@@ -28,14 +28,14 @@ class PatchedWeight(ComputedParameter):
         base: The weight, or a :class:`RowParameter` of it.
         tokens: Indices of the replaced rows, [n], or of those of all adapters, [slots, n].
         rows: The rows, [n, width], or [slots, n, width].
-        slots: The slot of each row of the batch, [rows], or of all, [1]; None without slots.
+        slots: The slots of the rows of a batch, as for a :class:`RowParameter`; None without slots.
         turned: True for the transposed weight.
     """
 
     base: Tensor
     tokens: Tensor
     rows: Tensor
-    slots: Tensor | None
+    slots: Tensor | SampleSlots | None
     turned: bool
 
     @staticmethod
@@ -45,7 +45,7 @@ class PatchedWeight(ComputedParameter):
         base: Tensor,
         tokens: Tensor,
         rows: Tensor,
-        slots: Tensor | None = None,
+        slots: Tensor | SampleSlots | None = None,
         turned: bool = False,
     ) -> PatchedWeight:
         """Create a weight."""
@@ -69,11 +69,11 @@ class PatchedWeight(ComputedParameter):
             hit = x.unsqueeze(-1) == self.tokens
             own = self.rows[hit.to(torch.int64).argmax(-1)]
         else:
-            check_rows_followed(x, self.fqn)
+            slots = slots_for(self.slots, x, self.fqn)
             each = x.unsqueeze(-1)
-            hit = each == banked.banked_vector(self.tokens, self.slots, each)
+            hit = each == banked.banked_vector(self.tokens, slots, each)
             position = hit.to(torch.int64).argmax(-1)
-            own = self.rows[banked.slots_of_each(self.slots, x), position]
+            own = self.rows[banked.slots_of_each(slots, x), position]
         return torch.where(hit.any(-1, keepdim=True), own, before)
 
     def multiplied(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,8 +82,9 @@ class PatchedWeight(ComputedParameter):
         if self.slots is None:
             own, tokens = F.linear(x, self.rows), self.tokens
         else:
-            own = banked.banked_linear(x, self.rows, self.slots, None, self.fqn, turned=True)
-            tokens = banked.banked_vector(self.tokens, self.slots, own)
+            slots = slots_for(self.slots, x, self.fqn)
+            own = banked.banked_linear(x, self.rows, slots, None, self.fqn, turned=True)
+            tokens = banked.banked_vector(self.tokens, slots, own)
         if bias is not None:
             own = own + bias[tokens]
         # In a file that is fed one slot for all rows, an expansion of equal sizes would be missing.

@@ -232,6 +232,9 @@ def arm(model: nn.Module) -> None:
     # The sites of an adapter are created once, so that they identify it.
     state.choose(record.per_sample, *(record.adapters[name].sites for name in record.active))
     owners = {row.site.owner for name in record.active for row in record.adapters[name].places}
+    if record.per_sample:
+        own = (name for adapter in record.active for name in record.adapters[adapter].own)
+        owners |= {name.rpartition(".")[0] for name in own}
     above = _above(owners)
     for fqn, module in model.named_modules():
         if isinstance(module, AdapterModule | torch.jit.ScriptModule):

@@ -420,7 +420,7 @@ def stripped(model: nn.Module, record: Record) -> nn.Module:
     """
     by_hand = trained_by_hand(model, record)
     result = copy_without_trainers(model, record.forwards, MergeError)
-    for name in record.active:
+    for name in record.placed:
         place_base(result, name, record.adapters[name].own, record.originals, keep=False)
     del result.__dict__["_lora_fx"]
     unwatch_calls(result)

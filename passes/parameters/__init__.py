@@ -34,6 +34,7 @@ from lora_fx.passes.parameters.placements import (
     factor_layout,
 )
 from lora_fx.passes.parameters.replacements import (
+    KEPT,
     agreed,
     base_dtype,
     base_modules,
@@ -79,6 +80,7 @@ from lora_fx.passes.parameters.rewritten import (
 
 __all__ = [
     "DROPOUT",
+    "KEPT",
     "AroundModel",
     "SiteFactors",
     "adapter_dtype",

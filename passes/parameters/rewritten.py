@@ -128,7 +128,7 @@ def trained_by_hand(model: nn.Module, record: Record) -> dict[str, nn.Parameter]
         model: A rewritten model.
         record: Its record.
     """
-    owned = {name for adapter in record.active for name in record.adapters[adapter].own}
+    owned = {name for adapter in record.placed for name in record.adapters[adapter].own}
     parameters = base_parameters(model)
     replaced = tuple(f"{name}." for name in _replaced_modules(model, record))
     return {
@@ -383,8 +383,7 @@ def _lost(model: nn.Module, record: Record) -> Iterator[str]:
                 yield f"{tokens.name}: it has no trained rows of adapter {adapter!r}{replacement}"
         for name in entry.own:
             owner, _, leaf = name.rpartition(".")
-            # The value of an active adapter has replaced the base's.
-            stored = name if adapter in record.active else join(owner, KEPT + leaf, adapter)
+            stored = name if adapter in record.placed else join(owner, KEPT + leaf, adapter)
             if not _has(modules, stored):
                 yield f"{name}: adapter {adapter!r} has its own value of it, and it is not there"
     for fqn in record.base.kept:
