@@ -377,7 +377,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
 
 
 RUNTIME_KEY = "lora_fx.onnxruntime"
-"""Metadata entry: the version of ONNX Runtime beside which a file was written."""
+"""Metadata entry: the version of ONNX Runtime that was installed when the file was written."""
 
 _LATER = re.compile(
     r"Unrecognized attribute: .+|No Op registered for .+|\S+ is not a registered function/op"
@@ -387,7 +387,7 @@ _LATER = re.compile(
 
 
 def _checked_with(path: Path) -> str:
-    """Return the version of ONNX Runtime beside which a file was written, or "" if it is unknown."""
+    """Return the version of ONNX Runtime that was installed when a file was written, or ""."""
     try:
         import onnx
 
