@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,15 +34,13 @@ from lora_fx.export.factor_model import (
     flip,
     site_inputs,
     trained_parameters,
-    trained_tokens,
-    untrained_rows,
 )
 from lora_fx.export.inspection import metadata_of, read_file
 from lora_fx.export.ort import to_runtime, to_tensor
 from lora_fx.export.providers import import_onnxruntime, reason_of
 from lora_fx.export.staging import check_target, staging, write_errors
 from lora_fx.files import output_file
-from lora_fx.ir import PlannedSite, PlannedTokens, join, require_record
+from lora_fx.ir import PlannedSite, join, require_record
 from lora_fx.kinds import base_change, chosen_kind, kind_of, stores_product
 from lora_fx.passes.parameters import (
     factor_names,
@@ -62,6 +60,7 @@ __all__ = [
 ]
 
 
+_ORIGINAL, _SAVED = "original_module", "modules_to_save"
 _WRAPPED, _TRAINED_ROWS = "base_layer", ["token_adapter", "trainable_tokens_delta"]
 _ROLES: dict[str, Role] = {
     "lora_A.weight": "A",
@@ -75,15 +74,18 @@ _KEY = re.compile(rf"(?:(?P<site>.+)\.)?(?P<kind>{'|'.join(map(re.escape, _ROLES
 
 
 @torch.no_grad()
-def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[str, Tensor]:
+def values_of_model(
+    model: nn.Module, adapter_name: str | None = None, manifest: Manifest | None = None
+) -> dict[str, Tensor]:
     """Return the values of an adapter by input name, in the dtype of the weights that they adapt.
 
-    A parameter that only other adapters of the model train has the base's values, with which the model runs
-    this adapter.
+    A parameter that the adapter does not train has the base's values, with which the model runs it.
 
     Args:
         model: A rewritten model.
         adapter_name: Name of the adapter; by default the only one, or the only active one.
+        manifest: The manifest of the file for the adapter, whose parameters are among the values; None for
+            those that any adapter of the model trains.
 
     Raises:
         ConfigError: The model has no such adapter, or the choice is ambiguous.
@@ -111,48 +113,36 @@ def values_of_model(model: nn.Module, adapter_name: str | None = None) -> dict[s
     values: dict[str, Tensor] = {}
     for row in whole.record.sites:
         values |= _site_values(model, row, adapter, tensors)
-    for name in trained_parameters(require_record(model)):
+    names = dict.fromkeys(trained_parameters(require_record(model)))
+    if manifest is not None:
+        known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        names |= {target.name: None for target in manifest.parameters if target.name in known}
+    for name in names:
         value = own_value(model, adapter, name) if name in record.own else _of_base(model, name)
         values[name] = _copied(value)
-    trained = {row.name: row for row in record.tokens}
-    for target in trained_tokens(require_record(model)):
-        if not target.tied:
-            values |= _token_values(model, trained.get(target.name), target, adapter)
+    for tokens in record.tokens:
+        if not tokens.tied:
+            rows = _copied(tokens_of(model, tokens, adapter))
+            rows = rows.to(_of_base(model, tokens.site.weight).dtype)
+            values |= _token_values(tokens.name, tokens.indices, rows)
     return values
 
 
-def _token_values(
-    model: nn.Module, trained: PlannedTokens | None, row: PlannedTokens, adapter: str
-) -> dict[str, Tensor]:
-    """Return the trained rows of an embedding, or rows that change nothing if the adapter has none.
-
-    Args:
-        model: A rewritten model.
-        trained: The rows that the adapter trains; None if it trains none of the embedding.
-        row: The rows that any adapter trains.
-        adapter: Name of the adapter.
-    """
-    weight = _of_base(model, row.site.weight)
-    indices = row.indices if trained is None else trained.indices
-    target = TokenInputs(row.name, "", (len(indices), row.site.weight_shape[1]))
-    if trained is None:
-        return untrained_rows(target, _copied(weight))
-    values = _copied(tokens_of(model, trained, adapter)).to(weight.dtype)
-    return dict(zip(target.names, (torch.tensor(indices), values), strict=True))
+def _token_values(name: str, tokens: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
+    """Return the inputs for trained rows of an embedding, [n, width]."""
+    names = TokenInputs(name, "", (len(rows), rows.shape[1]), 0).names
+    return dict(zip(names, (torch.tensor(tokens), rows.contiguous()), strict=True))
 
 
 def base_values(model: nn.Module, manifest: Manifest) -> dict[str, Tensor]:
-    """Return the base's values of the inputs of :attr:`Manifest.own` by name, in their dtypes.
+    """Return the base's values of the parameters of a manifest by name, in their dtypes.
 
     Args:
         model: A rewritten model.
         manifest: The manifest of a file that was exported from it.
     """
-    values = {target.name: _copied(_of_base(model, target.name)) for target in manifest.parameters}
-    weights = {row.name: row.site.weight for row in trained_tokens(require_record(model))}
-    for target in manifest.tokens:
-        values |= untrained_rows(target, _copied(_of_base(model, weights[target.name])))
-    return cast_to(manifest, values)
+    names = [parameter.name for parameter in manifest.parameters]
+    return cast_to(manifest, {name: _copied(_of_base(model, name)) for name in names})
 
 
 def _of_base(model: nn.Module, name: str) -> Tensor:
@@ -213,8 +203,14 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
         if names[-2:] == _TRAINED_ROWS:
             values |= _folder_tokens(".".join(names[:-2]), value, config)
             continue
+        if names[-2:-1] == [_WRAPPED] and (manifest is None or key not in manifest.inputs):
+            # It is the base's, or was trained by hand, which shows beside the base alone.
+            problems.append(f"{key} is a weight of the base")
+            continue
+        if _ORIGINAL in names:
+            continue  # PEFT also saves biases of the module that another one has replaced
         if not any(part.startswith("lora_") for part in names):
-            values[".".join(part for part in names if part != _WRAPPED)] = value.contiguous()
+            values[_without_wrappers(names)] = value.contiguous()
             continue
         # PEFT has no name for the factors of a parameter. lora_fx keeps them in "<name>_lora".
         if match is None or _WRAPPED in names or (match["site"] or "").endswith("_lora"):
@@ -251,6 +247,16 @@ def _unfit(config: LoraConfig) -> Iterator[str]:
         yield f"its start ({setting}) changed the base weights"
 
 
+def _without_wrappers(names: Sequence[str]) -> str:
+    """Return the FQN of a parameter from its name in a folder of PEFT, without its wrappers."""
+    kept = list(names)
+    if _SAVED in kept:
+        at = kept.index(_SAVED)
+        # The name of the adapter follows, unless PEFT has left it out.
+        del kept[at : at + (2 if at + 3 <= len(kept) else 1)]
+    return ".".join(name for name in kept if name != _WRAPPED)
+
+
 def _folder_tokens(name: str, rows: Tensor, config: LoraConfig) -> dict[str, Tensor]:
     """Return the trained rows of an embedding.
 
@@ -267,8 +273,7 @@ def _folder_tokens(name: str, rows: Tensor, config: LoraConfig) -> dict[str, Ten
             f"{name} has {len(rows)} trained rows, and trainable_token_indices names {len(indices)} tokens: "
             "save the adapter again"
         )
-    names = TokenInputs(name, "", (len(rows), rows.shape[1])).names
-    return dict(zip(names, (torch.tensor(indices), rows.contiguous()), strict=True))
+    return _token_values(name, indices, rows)
 
 
 def _folder_site(
@@ -368,7 +373,9 @@ def save_onnx_adapter(
     elif dtype is not None:
         # A gain keeps its dtype, because half precision cannot hold small differences from 1.
         values = {
-            name: value if name.endswith(f".{SUFFIXES['gain']}") else value.to(DTYPES[dtype])
+            name: value.to(DTYPES[dtype])
+            if value.is_floating_point() and not name.endswith(f".{SUFFIXES['gain']}")
+            else value
             for name, value in values.items()
         }
     broken = [name for name, value in values.items() if not bool(value.isfinite().all())]
@@ -418,7 +425,7 @@ def values_of(
             "adapter: leave it out"
         )
     if isinstance(source, nn.Module):
-        values = values_of_model(unwrapped(source), adapter_name)
+        values = values_of_model(unwrapped(source), adapter_name, manifest)
     elif isinstance(source, Mapping):
         # Copied, because the caller may write into the tensors later.
         return {str(name): torch.as_tensor(value).clone() for name, value in source.items()}

@@ -46,7 +46,7 @@ default, so that a runtime that does not feed it fails."""
 ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
 """Axis of that input, the batch or 1 if all rows have the same adapter; and the first axis of a bank."""
 
-Role = Literal["A", "B", "bias", "gain", "parameter"]
+Role = Literal["A", "B", "bias", "gain", "parameter", "tokens", "rows"]
 _INDICES, _ROWS = "lora_tokens.indices", "lora_tokens.weight"
 """Ends of the names of the inputs for trained rows of an embedding."""
 SUFFIXES: dict[Role, str] = {
@@ -65,7 +65,7 @@ class AdapterInput:
         name: Name of the input in the file.
         site: Name of its site, or the FQN of a parameter.
         role: "A", "B", "bias" (of B) or "gain" (of the output); "parameter" for a parameter of the model that
-            each adapter has its own values of.
+            each adapter has its own values of; "tokens" and "rows" for trained rows of an embedding.
         shape: Sizes of its axes; None for the axis of the rank.
         dtype: torch's name of its dtype.
         multiple: The rank divided by the size of the rank axis.
@@ -87,13 +87,14 @@ class AdapterInput:
 
     @property
     def neutral(self) -> float | None:
-        """The number that fills the input if there is no adapter: 1 for a gain, otherwise 0.
+        """The number that fills the input if there is no adapter.
 
-        None for a parameter, which then has the values of the base.
+        It is 1 for a gain, -1 for tokens, and otherwise 0. None for a parameter, which then has the values of
+        the base.
         """
         if self.role == "parameter":
             return None
-        return 1.0 if self.role == "gain" else 0.0
+        return {"gain": 1.0, "tokens": -1.0}.get(self.role, 0.0)
 
     def sized(self, rank: int) -> tuple[int, ...]:
         """Return the shape at a rank."""
@@ -204,43 +205,66 @@ class ParameterInput:
 
 @dataclass(frozen=True)
 class TokenInputs:
-    """Rows of an embedding that each adapter has trained for its own tokens.
+    """Rows of an embedding that an adapter has trained for its own tokens.
 
-    An adapter with fewer rows names its first one several times.
+    An adapter with fewer rows names its first token several times. One without any has tokens of -1.
 
     Attributes:
         name: FQN of the embedding.
         dtype: torch's name of the dtype of the rows.
-        shape: Number of rows of an adapter, and their length.
+        shape: Highest number of rows of an adapter, and their length.
+        vocabulary: Number of tokens of the embedding.
     """
 
     name: str
     dtype: str
     shape: tuple[int, int]
+    vocabulary: int
 
     groups: ClassVar = 1
     least_rank: ClassVar = 1
 
     def inputs(self) -> Iterator[AdapterInput]:
-        """Yield the indices, [n] int64, and the rows, [n, width]."""
-        indices, rows = self.names
-        yield AdapterInput(indices, self.name, "parameter", self.shape[:1], "int64")
-        yield AdapterInput(rows, self.name, "parameter", self.shape, self.dtype)
+        """Yield the tokens, [n] int64, and the rows, [n, width]."""
+        tokens, rows = self.names
+        yield AdapterInput(tokens, self.name, "tokens", self.shape[:1], "int64")
+        yield AdapterInput(rows, self.name, "rows", self.shape, self.dtype)
 
     @property
     def names(self) -> tuple[str, str]:
-        """Names of the inputs: of the indices, and of the rows."""
+        """Names of the inputs: of the tokens, and of the rows."""
         prefix = f"{self.name}." if self.name else ""
         return f"{prefix}{_INDICES}", f"{prefix}{_ROWS}"
 
     def fill(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the values of an adapter with as many rows as the file takes. Others stay unchanged."""
-        filled = dict(values)
-        for name in self.names:
-            missing = self.shape[0] - len(values[name]) if name in values else 0
-            if missing > 0 and len(values[name]):
-                filled[name] = torch.cat([values[name], *[values[name][:1]] * missing])
-        return filled
+        own = [values[name] for name in self.names if name in values]
+        if len(own) < 2 or len(own[0]) != len(own[1]) or not 0 < len(own[0]) < self.shape[0]:
+            return dict(values)
+        missing = self.shape[0] - len(own[0])
+        repeated = [torch.cat([value, *[value[:1]] * missing]) for value in own]
+        return {**values, **dict(zip(self.names, repeated, strict=True))}
+
+    def problems(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        """Yield what is wrong with an adapter's values, which have the right shapes."""
+        own = [values.get(name) for name in self.names]
+        tokens, rows = own
+        if tokens is None or rows is None:
+            if tokens is not rows:
+                yield f"{self.name}: it has only one of {' and '.join(self.names)}"
+            return
+        if bool((tokens == -1).all()):
+            return
+        wrong = [int(token) for token in tokens if not 0 <= int(token) < self.vocabulary]
+        if wrong:
+            yield f"{self.names[0]}: {wrong[0]} is none of the {self.vocabulary} tokens"
+        twice = [
+            int(token)
+            for token in tokens.unique()
+            if bool((rows[tokens == token] != rows[tokens == token][:1]).any())
+        ]
+        if twice:
+            yield f"{self.names[1]}: it has different rows for the token {twice[0]}"
 
 
 @dataclass(frozen=True)
@@ -259,7 +283,7 @@ class Manifest:
             one adapter at a time.
         required: True if no input of the file has a default. The factors of a bank are then constants.
         parameters: The parameters that each adapter has its own values of. Every adapter has all of them.
-        tokens: The embeddings of which each adapter has trained rows. Every adapter has some of each.
+        tokens: The embeddings of which adapters have trained rows.
     """
 
     base: str
@@ -273,17 +297,7 @@ class Manifest:
     @property
     def targets(self) -> tuple[SiteInputs | ParameterInput | TokenInputs, ...]:
         """The sites, then the parameters, then the embeddings."""
-        return (*self.sites, *self.own)
-
-    @property
-    def own(self) -> tuple[ParameterInput | TokenInputs, ...]:
-        """The targets without factors. Every adapter has its values there, and the base has others."""
-        return (*self.parameters, *self.tokens)
-
-    @property
-    def own_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs of these targets."""
-        return tuple(adapter_input.name for target in self.own for adapter_input in target.inputs())
+        return (*self.sites, *self.parameters, *self.tokens)
 
     def require(self) -> Manifest:
         """Return the manifest of the same file without defaults."""
@@ -319,14 +333,14 @@ class Manifest:
         }
 
     def no_adapter(self) -> dict[str, Tensor]:
-        """Return neutral values by input name: zeros of the least rank, and gains of 1.
+        """Return neutral values by input name: zeros of the least rank, gains of 1, and tokens of -1.
 
         Parameters are left out, because only the base has their values.
         """
         return {
-            adapter_input.name: adapter_input.fill(site.least_rank)
-            for site in self.sites
-            for adapter_input in site.inputs()
+            adapter_input.name: adapter_input.fill(target.least_rank)
+            for target in (*self.sites, *self.tokens)
+            for adapter_input in target.inputs()
         }
 
     def to_json(self) -> str:
@@ -337,7 +351,7 @@ class Manifest:
             data["required"] = True
         if self.bank is not None:
             data |= {"format": _BANK_FORMAT, "bank": dataclasses.asdict(self.bank)}
-        if self.own:
+        if self.parameters or self.tokens:
             data["format"] = _PARAMETER_FORMAT
             data["parameters"] = [dataclasses.asdict(parameter) for parameter in self.parameters]
             data["tokens"] = [dataclasses.asdict(target) for target in self.tokens]
@@ -449,17 +463,21 @@ def _problems(
         for entry in present:
             yield from _value_problems(entry, values[entry.name])
         by_role = {entry.role: entry for entry in present}
+        if isinstance(site, TokenInputs) and all(
+            entry.fits(tuple(values[entry.name].shape)) for entry in present
+        ):
+            yield from site.problems(values)
         if by_role and isinstance(site, SiteInputs):
             yield from _site_problems(site, by_role, values, max_rank)
 
 
 def _lacking(manifest: Manifest, values: Mapping[str, Tensor]) -> Iterator[str]:
-    lost = [name for name in manifest.own_inputs if name not in values]
+    lost = [parameter.name for parameter in manifest.parameters if parameter.name not in values]
     if lost:
         yield (
             f"{some(lost)}: each adapter of the file has its own values, and this has none. Train them "
-            "(modules_to_save, trainable_token_indices), or load the adapter onto the model "
-            "(lora_fx.load_adapter(model, folder)) and give the model, whose base has values"
+            "(modules_to_save), or load the adapter onto the model (lora_fx.load_adapter(model, folder)) and "
+            "give the model, whose base has values"
         )
 
 
@@ -468,7 +486,10 @@ def _unknown(name: str, manifest: Manifest) -> str:
     near = hint(name, manifest.inputs, " (the nearest that there is: {})", count=1)
     suffix = next((ending for ending in SUFFIXES.values() if name.endswith(f".{ending}")), None)
     if suffix is None:
-        return f"{name}: the file has no such input{near}"
+        return (
+            f"{name}: the file has no such input{near}. If the adapter trains it, export the model again "
+            "with such an adapter"
+        )
     fqn = name.removesuffix(suffix).removesuffix(".")
     sites = {site.name: site for site in manifest.sites}
     advice = "Export the model again with an adapter that has it"

@@ -87,7 +87,7 @@ class AdapterStore:
         alone = self.takes is None or self.takes.runs_alone
         neutral = {} if alone else self.manifest.no_adapter()
         self._none = HeldAdapter({}, Bound(self._placed(neutral)), {})
-        self._no_base = not alone and bool(self.manifest.own)
+        self._no_base = not alone and bool(self.manifest.parameters)
         self._held: dict[str, HeldAdapter] = {}
         self._sums: OrderedDict[tuple[tuple[HeldAdapter, float], ...], HeldAdapter] = OrderedDict()
 
@@ -142,11 +142,11 @@ class AdapterStore:
             ConfigError: There is no such adapter, a weight is not a finite number, or the ranks add up to
                 more than the session's maximum.
         """
-        if choice is None:
+        if choice is None or (isinstance(choice, Mapping) and not choice):
             if self._no_base:
                 raise ConfigError(
                     f"{self.file} has no base: each of its adapters has its own "
-                    f"{some([target.name for target in self.manifest.own])}, without defaults "
+                    f"{some([parameter.name for parameter in self.manifest.parameters])}, without defaults "
                     "(required_inputs=True): choose an adapter"
                 )
             return self._none
@@ -231,14 +231,16 @@ def weighted_sum(
         the weights.
     """
     summed = {}
-    for name in manifest.own_inputs:
-        first, *later = (values[name] for values, _ in parts)
-        if not all(torch.equal(first, value) for value in later):
+    names = [parameter.name for parameter in manifest.parameters]
+    for name in (*names, *(name for target in manifest.tokens for name in target.names)):
+        own = [values[name] for values, _ in parts if name in values]
+        if not all(torch.equal(own[0], value) for value in own):
             raise ConfigError(
                 f"the adapters have different values of {name}, which have no weighted sum: choose one of "
                 "them"
             )
-        summed[name] = first
+        if own:
+            summed[name] = own[0]
     for site in manifest.sites:
         for adapter_input in site.inputs():
             terms = [

@@ -819,7 +819,7 @@ def _make_overridable(
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
-        base: The base's values of the inputs of :attr:`Manifest.own`, by name.
+        base: The base's values of the manifest's parameters, by name.
     """
     inputs = {value.name: value for value in model.graph.inputs}
     defaults = {} if manifest.required else {**manifest.no_adapter(), **base}

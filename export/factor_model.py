@@ -75,7 +75,6 @@ __all__ = [
     "swappable",
     "trained_parameters",
     "trained_tokens",
-    "untrained_rows",
     "with_adapter",
 ]
 
@@ -285,6 +284,11 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
         kind = kind_of(row)
         if not stores_product(kind) or not all(slot.role for slot in kind.slots(row.site)):
             yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
+    yield from (
+        f"{name} is computed from parameters (parametrizations), of which a file holds the result alone"
+        for name in _replaced(adapter)
+        if ".parametrizations." in f".{name}."
+    )
     if not adapter.initialized:
         yield f"it waits for data (init_lora_weights={start!r}): lora_fx.initialize gives it some"
 
@@ -295,14 +299,17 @@ def trained_parameters(record: Record) -> tuple[str, ...]:
     They are those of saved modules, biases, and values that came with a folder. A weight that an
     initialization changed is not among them: its adapter is written with factors for the original weight.
     """
-    names: dict[str, None] = {}
-    for adapter in record.adapters.values():
-        inside = tuple(f"{name}." for name in adapter.saved_modules)
-        plain = {*adapter.biases, *adapter.given, *adapter.saved_modules}
-        names |= dict.fromkeys(
-            name for name in adapter.own if name in plain or name.startswith(inside)
-        )
-    return tuple(names)
+    every = (name for adapter in record.adapters.values() for name in _replaced(adapter))
+    return tuple(dict.fromkeys(every))
+
+
+def _replaced(adapter: AdapterRecord) -> Iterator[str]:
+    """Yield the FQNs of the base's parameters that an adapter has its own values of, in their order."""
+    inside = tuple(f"{name}." for name in adapter.saved_modules)
+    started = {row.site.weight for row in adapter.sites} - {*adapter.given, *adapter.saved_modules}
+    for name in adapter.own:
+        if name not in started or name.startswith(inside):
+            yield name
 
 
 def trained_tokens(record: Record) -> tuple[PlannedTokens, ...]:
@@ -450,13 +457,8 @@ class FactorModel(FlatModel):
         )
 
     def base_values(self) -> dict[str, Tensor]:
-        """Return the base's values of the inputs of :attr:`Manifest.own`, by name."""
-        values: dict[str, Tensor] = {
-            name: self.model.get_parameter(name) for name in self._made.parameters
-        }
-        for row, target in self._token_targets():
-            values |= untrained_rows(target, self.model.get_parameter(row.site.weight))
-        return values
+        """Return the base's values of the parameters of the manifest, by name."""
+        return {name: self.model.get_parameter(name) for name in self._made.parameters}
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
@@ -494,7 +496,8 @@ class FactorModel(FlatModel):
         for token_row, target in self._token_targets():
             owner, _, leaf = token_row.site.weight.rpartition(".")
             whole = twin.get_parameter(token_row.site.weight).detach().clone()
-            whole[values[target.names[0]]] = values[target.names[1]]
+            tokens, own = (values[name] for name in target.names)
+            whole[tokens[tokens >= 0]] = own[tokens >= 0]
             twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(whole, False)
         twin.__dict__["_lora_fx"] = self._foldable()
         dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
@@ -596,12 +599,17 @@ def random_factors(
 
     Returns:
         Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth. A
-        matrix among the parameters keeps the magnitude, too, and a vector is close to 1.
+        matrix among the parameters keeps the magnitude, too, and a vector is close to 1. Sites that read one
+        of the parameters have neutral values, because no adapter has both.
     """
     draw = torch.Generator().manual_seed(seed)
     most = max_rank if manifest.bank is None else manifest.bank.rank
     values = {}
+    whole = [parameter.name for parameter in manifest.parameters if len(parameter.shape) > 1]
     for index, site in enumerate(manifest.sites):
+        if any(name.startswith(f"{site.name}.") for name in whole):
+            values |= {input_.name: input_.fill(site.least_rank) for input_ in site.inputs()}
+            continue
         # Ranks differ between sites, which reveals ranks that were mixed up.
         ranked = site.groups * max(1, (rank + index % 3) // site.groups)
         ranked = ranked if most is None else min(ranked, max(most, site.groups))
@@ -617,8 +625,8 @@ def random_factors(
             assert input_.neutral is not None
             values[input_.name] = (input_.neutral + value).to(input_.torch_dtype)
     for target in manifest.tokens:
-        indices, rows = target.names
-        values[indices] = torch.randperm(target.shape[0], generator=draw)
+        tokens, rows = target.names
+        values[tokens] = torch.randperm(target.vocabulary, generator=draw)[: target.shape[0]]
         values[rows] = torch.randn(target.shape, generator=draw).to(getattr(torch, target.dtype))
     for parameter in manifest.parameters:
         value = torch.randn(parameter.shape, generator=draw)
@@ -663,14 +671,8 @@ def _parameter_input(model: nn.Module, name: str) -> ParameterInput:
 
 def _token_inputs(model: nn.Module, row: PlannedTokens) -> TokenInputs:
     dtype = str(model.get_parameter(row.site.weight).dtype).removeprefix("torch.")
-    return TokenInputs(row.name, dtype, (len(row.indices), row.site.weight_shape[1]))
-
-
-def untrained_rows(target: TokenInputs, weight: Tensor) -> dict[str, Tensor]:
-    """Return values with which an embedding stays as it is: its first row, for the first token."""
-    indices, rows = target.names
-    first = weight[:1].detach()
-    return target.fill({indices: torch.zeros(1, dtype=torch.int64), rows: first.clone()})
+    vocabulary, width = row.site.weight_shape
+    return TokenInputs(row.name, dtype, (len(row.indices), width), vocabulary)
 
 
 def _unbiased(row: PlannedSite) -> str:

@@ -41,7 +41,7 @@ from lora_fx.export.mixtures import mark_mixtures
 from lora_fx.export.report import BankSize
 from lora_fx.export.tasks import Part, find_task
 from lora_fx.export.trace import widen_batch
-from lora_fx.ir import Region, record_of
+from lora_fx.ir import AdapterRecord, PlannedSite, Region, record_of
 from lora_fx.kinds import kinds
 from lora_fx.passes.capture import State
 from lora_fx.passes.graph import graphs_of, install, share_copy, target_of
@@ -213,7 +213,7 @@ class Prepared:
         ]
 
     def base_values(self) -> dict[str, Tensor]:
-        """Return the base's values of the inputs of :attr:`Manifest.own`, by name."""
+        """Return the base's values of the parameters of the manifest, by name."""
         return self.model.base_values() if isinstance(self.model, FactorModel) else {}
 
     def fixed(self, example_inputs: object, rank: int | None) -> Prepared:
@@ -306,9 +306,9 @@ def prepare_bank(
     record = record_of(model)
     names = tuple(record.adapters) if record else ()
     ranks = {
-        (name, row.name): row.rank
+        (name, row.name): rank
         for name in names
-        for row in (record.adapters[name].sites if record else ())
+        for row, rank in (_written_ranks(record.adapters[name]) if record else ())
     }
     size = BankSize(
         names,
@@ -335,6 +335,15 @@ def prepare_bank(
 
 
 _CAPACITY, DEFAULT_RANK = 8, 16
+
+
+def _written_ranks(adapter: AdapterRecord) -> Iterator[tuple[PlannedSite, int]]:
+    """Yield the sites of an adapter with their ranks in a file.
+
+    Where an initialization has changed the weight, factors for the original weight have twice the rank.
+    """
+    for row in adapter.sites:
+        yield row, row.rank * (2 if row.site.weight in adapter.own else 1)
 
 
 def _check_size(size: BankSize, ranks: Mapping[tuple[str, str], int]) -> None:

@@ -123,10 +123,9 @@ class StaticRunner:
             return
         self._loaded = None  # after an error, incomplete buffers are written again
         targets = self.manifest.targets if self.manifest else ()
-        own = self.manifest.own_inputs if self.manifest else ()
-        lost = [
-            name for name in own if name not in adapter.values
-        ]  # without an adapter, the base's
+        own = self.manifest.parameters if self.manifest else ()
+        # Without an adapter, parameters are the base's.
+        lost = [parameter.name for parameter in own if parameter.name not in adapter.values]
         values = {**adapter.values, **(read_defaults(self.path, lost) if lost else {})}
         for site in targets:
             for input_ in site.inputs():

@@ -137,19 +137,19 @@ class _OwnBySample:
             bank = torch.stack([base, *(value.to(base.dtype) for value in values)])
             result = RowParameter(self.name, bank, slots)
         if self.tokens:
-            indices, rows = self._trained(owner, base)
-            result = PatchedWeight(self.name, result, indices, rows, slots)
+            tokens, rows = self._trained(owner, base)
+            result = PatchedWeight(self.name, result, tokens, rows, slots)
         return torch_private.as_parameter(result)  # isinstance(layer.weight, nn.Parameter) holds
 
     def _trained(self, owner: nn.Module, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens and the rows of all adapters, [slots, n] and [slots, n, width].
 
-        Where an adapter has fewer, its first is repeated. An adapter without any has the base's first row.
+        Where an adapter has fewer, its first is repeated. An adapter without any has tokens of -1.
         """
         trained = dict(self.tokens)
         count = max(len(planned.indices) for planned in trained.values())
-        indices = [[0] * count]
-        rows = [base[:1].expand(count, -1)]
+        indices = [[-1] * count]
+        rows = [base.new_zeros(count, base.shape[1])]
         for adapter in self.adapters:
             planned = trained.get(adapter)
             if planned is None:

@@ -56,6 +56,7 @@ export class AdapterModel {
       if (entry.role === "parameter") continue;
       const data = new ARRAYS[entry.dtype](entry.least.reduce((a, b) => a * b, 1));
       if (entry.role === "gain") data.fill(entry.dtype === "float16" ? ONE_IN_HALF : 1);
+      if (entry.role === "tokens") data.fill(-1n);
       this.neutral[name] = new ort.Tensor(entry.dtype, data, entry.least);
     }
   }
@@ -156,9 +157,10 @@ function inputsOf(manifest) {
     inputs.set(name, { role: "parameter", dtype, shape });
   }
   for (const { name, dtype, shape } of manifest.tokens ?? []) {
-    const [indices, rows] = TOKENS.map((end) => (name ? `${name}.${end}` : end));
-    inputs.set(indices, { role: "parameter", dtype: "int64", shape: shape.slice(0, 1) });
-    inputs.set(rows, { role: "parameter", dtype, shape });
+    const [tokens, rows] = TOKENS.map((end) => (name ? `${name}.${end}` : end));
+    const length = shape.slice(0, 1);
+    inputs.set(tokens, { role: "tokens", dtype: "int64", shape: length, least: length });
+    inputs.set(rows, { role: "rows", dtype, shape, least: shape });
   }
   return inputs;
 }

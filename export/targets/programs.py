@@ -253,7 +253,7 @@ class ProgramTarget(ABC):
         files |= add_tokenizer(written.tokenizer, written.folder / "tokenizer")
         if manifest is not None:
             files |= self._adapters(model, written.folder, manifest, limit)
-            if manifest.own:
+            if manifest.parameters:
                 path = self.write_adapter(written.folder / _BASE, factors)
                 files[path] = path.name
         return files

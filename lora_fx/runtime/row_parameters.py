@@ -50,7 +50,9 @@ class ComputedParameter(Tensor):
         Raises:
             ConfigError: The function has no form.
         """
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if "input" in kwargs:  # the first argument of functions
+            args = (kwargs.pop("input"), *args)
         if func in _FACTS:
             with torch_private.without_torch_function():
                 return func(*args, **kwargs)
@@ -142,15 +144,29 @@ def _linear(x: Tensor, weight: Tensor, bias: _Value = None) -> Any:
     return result if own is None else result + own.spread(result)
 
 
-def _matmul(x: Tensor, weight: Tensor) -> Any:
-    if isinstance(x, RowParameter) or not isinstance(weight, RowParameter) or weight.dim() != 2:
+def _matmul(x: Tensor, other: Tensor) -> Any:
+    if isinstance(x, RowParameter) or not isinstance(other, RowParameter) or other.dim() != 2:
         return NotImplemented
-    slots = slots_for(weight.slots, x, weight.fqn)
-    return banked.banked_linear(x, weight.bank, slots, None, weight.fqn)
+    slots = slots_for(other.slots, x, other.fqn)
+    return banked.banked_linear(x, other.bank, slots, None, other.fqn)
 
 
-def _embedding(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Any:
-    if not isinstance(weight, RowParameter):
+def _addmm(x: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    if isinstance(mat1, RowParameter) or (beta, alpha) != (1, 1):
+        return NotImplemented
+    result = _matmul(mat1, mat2) if isinstance(mat2, RowParameter) else torch.mm(mat1, mat2)
+    return result + (x.spread(result) if isinstance(x, RowParameter) else x)
+
+
+def _embedding(
+    x: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_: Any,
+    **__: Any,
+) -> Any:
+    if not isinstance(weight, RowParameter) or max_norm is not None:
         return NotImplemented
     slots = slots_for(weight.slots, x, weight.fqn)
     return banked.banked_embedding(x, weight.bank, slots, weight.fqn)
@@ -168,38 +184,47 @@ def _scaled(result: Tensor, weight: _Value, bias: _Value, *, channels: bool = Fa
 
 
 def _layer_norm(
-    x: Tensor, shape: Sequence[int], weight: _Value = None, bias: _Value = None, eps: float = 1e-5
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: _Value = None,
+    bias: _Value = None,
+    eps: float = 1e-5,
 ) -> Any:
-    if len(shape) != 1:
+    if len(normalized_shape) != 1:
         return NotImplemented
-    return _scaled(F.layer_norm(x, shape, None, None, eps), weight, bias)
+    return _scaled(F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
 
 
 def _rms_norm(
-    x: Tensor, shape: Sequence[int], weight: _Value = None, eps: float | None = None
+    x: Tensor, normalized_shape: Sequence[int], weight: _Value = None, eps: float | None = None
 ) -> Any:
-    if len(shape) != 1:
+    if len(normalized_shape) != 1:
         return NotImplemented
-    return _scaled(F.rms_norm(x, shape, None, eps), weight, None)
+    return _scaled(F.rms_norm(x, normalized_shape, None, eps), weight, None)
 
 
 def _group_norm(
-    x: Tensor, groups: int, weight: _Value = None, bias: _Value = None, eps: float = 1e-5
+    x: Tensor,
+    num_groups: int,
+    weight: _Value = None,
+    bias: _Value = None,
+    eps: float = 1e-5,
 ) -> Tensor:
-    return _scaled(F.group_norm(x, groups, None, None, eps), weight, bias, channels=True)
+    return _scaled(F.group_norm(x, num_groups, None, None, eps), weight, bias, channels=True)
 
 
 def _batch_norm(
     x: Tensor,
-    mean: _Value,
-    variance: _Value,
+    running_mean: _Value,
+    running_var: _Value,
     weight: _Value = None,
     bias: _Value = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    result = F.batch_norm(x, mean, variance, None, None, training, momentum, eps)
+    statistics = running_mean, running_var
+    result = F.batch_norm(x, *statistics, None, None, training, momentum, eps)
     return _scaled(result, weight, bias, channels=True)
 
 
@@ -234,9 +259,14 @@ def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Any]:
     """Return the form of a function of each element: of the rows of an activation, or of the bank itself."""
 
     def form(*args: Any, **kwargs: Any) -> Any:
+        args = (*args, *(kwargs.pop(name) for name in ("other",) if name in kwargs))
+        if any(isinstance(value, Tensor) for value in kwargs.values()):
+            return NotImplemented
         rows = [value for value in args if isinstance(value, RowParameter)]
         activations = [
-            value for value in args if isinstance(value, Tensor) and type(value) is not RowParameter
+            value
+            for value in args
+            if isinstance(value, Tensor) and not isinstance(value, ComputedParameter)
         ]
         if not activations:
             alike = all(value.bank.shape == rows[0].bank.shape for value in rows)
@@ -272,21 +302,38 @@ def _turned(own: Any, *axes: int) -> Any:
     return RowParameter(own.fqn, own.bank.mT, own.slots)
 
 
+def _permuted(own: Any, *axes: Any) -> Any:
+    order = axes[0] if len(axes) == 1 else axes
+    return _turned(own) if [axis % 2 for axis in order] == [1, 0] else NotImplemented
+
+
 def functions(*names: str) -> list[Any]:
     """Return the functions of these names in torch, and as methods of tensors."""
     homes = (torch, torch.Tensor, F)
     return [getattr(home, name) for home in homes for name in names if hasattr(home, name)]
 
 
-_ARITHMETIC = ("mul", "add", "sub", "div", "multiply", "true_divide")
+_ARITHMETIC = (
+    "mul",
+    "add",
+    "sub",
+    "div",
+    "multiply",
+    "true_divide",
+    "mul_",
+    "add_",
+    "sub_",
+    "div_",
+)
 _OPERATORS = tuple(
-    f"__{side}{name}__" for name in ("mul", "add", "sub", "truediv") for side in ("", "r")
+    f"__{side}{name}__" for name in ("mul", "add", "sub", "truediv") for side in ("", "r", "i")
 )
 _CASTS = ("to", "float", "double", "half", "bfloat16", "contiguous", "detach", "clone")
 
 _FORMS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(functions("linear"), _linear),
     **dict.fromkeys(functions("matmul", "mm", "__matmul__"), _matmul),
+    **dict.fromkeys(functions("addmm"), _addmm),
     **dict.fromkeys([F.embedding, torch.embedding], _embedding),
     **dict.fromkeys([F.layer_norm], _layer_norm),
     **dict.fromkeys([F.rms_norm], _rms_norm),
@@ -302,6 +349,7 @@ _FORMS: dict[Any, Callable[..., Any]] = {
         for function in functions(*_ARITHMETIC, *_OPERATORS, "neg", "exp")
     },
     **{function: _of_bank(function) for function in functions(*_CASTS)},
+    **dict.fromkeys(functions("permute"), _permuted),
     **dict.fromkeys(
         [
             *functions("t", "transpose", "swapaxes"),

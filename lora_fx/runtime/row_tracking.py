@@ -472,6 +472,8 @@ def caller(model: nn.Module, weight: str) -> str:
     while frame is not None and fqn is None:
         fqn = names.get(id(frame.f_locals.get("self")))
         frame = frame.f_back
+    if fqn and weight.startswith(f"{fqn}."):
+        return weight  # it is known by its FQN
     return ".".join(part for part in (fqn or "", weight) if part)
 
 

@@ -1,7 +1,8 @@
 """Weights of embeddings of which an adapter replaces some rows: those of the tokens that it has trained.
 
-The indices and the rows are tensors, so that one file takes those of any adapter, and each row of a batch
-takes those of its adapter. An index may be named twice, with the same row.
+The tokens and the rows are tensors, so that one file takes those of any adapter, and each row of a batch
+takes those of its adapter. A token may be named twice, with the same row. A token of -1 replaces no row, and
+then all of an adapter are -1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class PatchedWeight(ComputedParameter):
 
     Attributes:
         base: The weight, or a :class:`RowParameter` of it.
-        tokens: Indices of the replaced rows, [n], or of those of all adapters, [slots, n].
+        tokens: Tokens with other rows, [n], or those of all adapters, [slots, n].
         rows: The rows, [n, width], or [slots, n, width].
         slots: The slots of the rows of a batch, as for a :class:`RowParameter`; None without slots.
         turned: True for the transposed weight.
@@ -86,29 +87,44 @@ class PatchedWeight(ComputedParameter):
             own = banked.banked_linear(x, self.rows, slots, None, self.fqn, turned=True)
             tokens = banked.banked_vector(self.tokens, slots, own)
         if bias is not None:
-            own = own + bias[tokens]
+            own = own + bias[tokens.clamp(min=0)]
         # In a file that is fed one slot for all rows, an expansion of equal sizes would be missing.
         tokens = tokens + torch.zeros_like(own, dtype=tokens.dtype)
         # Indices that values of the batch decide cannot be followed. They are of the last axis, not of rows.
-        return like_rows(unseen(torch.scatter, logits, -1, tokens, own), logits)
+        return like_rows(unseen(_with_logits, logits, tokens, own), logits)
 
 
-def _embedding(x: Tensor, weight: Any, *_: Any, **__: Any) -> Any:
-    if not isinstance(weight, PatchedWeight) or weight.turned:
-        return NotImplemented
-    return weight.looked_up(x)
+def _with_logits(logits: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
+    """Replace the logits of tokens, [..., n]. Those of -1 write the first logit as it is."""
+    places = tokens.clamp(min=0)
+    own = torch.where(tokens < 0, logits.gather(-1, places), own)
+    return logits.scatter(-1, places, own)
+
+
+def _embedding(
+    x: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    *_: Any,
+    **__: Any,
+) -> Any:
+    known = isinstance(weight, PatchedWeight) and not weight.turned
+    return weight.looked_up(x) if known and max_norm is None else NotImplemented
 
 
 def _linear(x: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
-    if isinstance(x, PatchedWeight) or not isinstance(weight, PatchedWeight) or weight.turned:
+    known = isinstance(weight, PatchedWeight) and not weight.turned
+    if isinstance(x, PatchedWeight) or not known:
         return NotImplemented
     return weight.multiplied(x, bias)
 
 
-def _matmul(x: Tensor, weight: Any) -> Any:
-    if isinstance(x, PatchedWeight) or not weight.turned:
+def _matmul(x: Tensor, other: Any) -> Any:
+    known = isinstance(other, PatchedWeight) and other.turned
+    if isinstance(x, PatchedWeight) or not known:
         return NotImplemented
-    return weight.multiplied(x, None)
+    return other.multiplied(x, None)
 
 
 def _turned(weight: PatchedWeight, *axes: int) -> Any:

@@ -30,6 +30,22 @@ class Scaled(nn.Module):
         return x * (1.0 + self.weight.to(x.dtype)) + self.bias / 2
 
 
+class Named(nn.Module):
+    """Functions with keyword arguments, in-place sums, and the product of transformers' Conv1D."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6, 3))
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(input=x, weight=self.weight.permute(1, 0), bias=self.bias)
+        y = torch.add(input=y, other=self.bias)
+        y += self.bias
+        flat = x.reshape(-1, 6)
+        return torch.add(y, other=torch.addmm(self.bias, flat, self.weight).view_as(y))
+
+
 class Tied(nn.Module):
     """A matrix that is looked up, and whose transpose is multiplied by."""
 
@@ -62,6 +78,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "batch norm": (lambda: nn.BatchNorm2d(6), drawn(4, 6, 5, 5)),
     "convolution of signals": (lambda: nn.Conv1d(6, 3, 3, padding=1), drawn(4, 6, 5)),
     "convolution of images": (lambda: nn.Conv2d(6, 3, 3, stride=2), drawn(4, 6, 5, 5)),
+    "named arguments": (Named, drawn(4, 5, 6)),
     "embedding": (lambda: nn.Embedding(9, 6), ids(4, 5)),
     "tied embedding": (Tied, ids(4, 5)),
     "head": (
@@ -127,8 +144,9 @@ def test_gradients_reach_the_bank() -> None:
         lambda x, w: x * w.norm(),
         lambda x, w: F.linear(w, w),
         lambda x, w: torch.stack([w, w]),
+        lambda x, w: F.embedding(x.long(), w, max_norm=1.0),
     ],
-    ids=["einsum", "sum", "item", "norm", "on both sides", "stack"],
+    ids=["einsum", "sum", "item", "norm", "on both sides", "stack", "max_norm"],
 )
 def test_a_function_without_a_form_is_named(compute: Callable[[Tensor, Tensor], Tensor]) -> None:
     weight = RowParameter("head.weight", drawn(3, 6, 6), SLOTS)
@@ -144,7 +162,7 @@ def test_it_looks_like_the_parameter() -> None:
     assert repr(weight) == "RowParameter(head.weight, shape=(2, 6), dtype=torch.float64)"
 
 
-INDICES = torch.tensor([[0, 0], [7, 2], [4, 4]])
+INDICES = torch.tensor([[-1, -1], [7, 2], [4, 4]])
 """Of three adapters: none, two tokens, and one that is named twice."""
 
 
@@ -163,7 +181,7 @@ class Ends(nn.Module):
 
 
 def patched(weight: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
-    return weight.index_copy(0, indices, rows)
+    return weight.index_copy(0, indices[indices >= 0], rows[indices >= 0])
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (4,), (4, 2, 3), (20,)], ids=str)
@@ -172,7 +190,6 @@ def test_rows_of_tokens_are_replaced(shape: tuple[int, ...], turned: bool) -> No
     module = Ends(turned=turned).double()
     x, weight, bias = ids(*shape), drawn(9, 6), drawn(9)
     rows = drawn(3, 2, 6) + 5
-    rows[0] = weight[0]
     rows[2, 1] = rows[2, 0]
     fixed = {"bias": bias}
     together = PatchedWeight("weight", weight, INDICES, rows, SLOTS)
