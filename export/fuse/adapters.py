@@ -19,6 +19,7 @@ ADAPTER_NODES_KEY = "lora_fx.adapter_nodes"
 """Metadata entry with the names of the nodes that read factors, as JSON: quantizers have to exclude them."""
 
 _FACTOR = re.compile(r"(^|\.)lora_[A-Za-z_]+(\.|$)")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _CACHE = "present."  # outputs that are inputs of the next run
 
 
@@ -97,7 +98,7 @@ def guard_sizes(model: ir.Model, manifest: Manifest) -> None:
     """Make the outputs NaN if an adapter input is empty, as OpenVINO takes one that is not fed.
 
     OpenVINO takes an input of fixed sizes for memory with any values. So inputs without a rank get a name for
-    their first axis, except kernels: OpenVINO has no convolution with a kernel of dynamic size.
+    their first axis. Kernels and biases of convolutions stay fixed, because OpenVINO takes no others.
 
     Args:
         model: Changed in place, after all fusions.
@@ -111,7 +112,8 @@ def guard_sizes(model: ir.Model, manifest: Manifest) -> None:
     sizes = []
     for index, entry in enumerate(manifest.inputs.values()):
         axis, value = entry.rank_axis, values[entry.name]
-        if axis is None and 1 <= len(entry.shape) <= 2:
+        convolves = any(node.op_type in _CONVOLUTIONS for node, _ in value.uses())
+        if axis is None and not convolves:
             axis = 0
             value.shape = ir.Shape([f"adapter_size_{index}", *entry.shape[1:]])
         if axis is not None and list(value.uses()):
