@@ -41,7 +41,7 @@ from lora_fx.export.fuse import (
     adapter_nodes,
     fuse,
     guard_ids,
-    guard_ranks,
+    guard_sizes,
 )
 from lora_fx.export.fuse import check_target as check_fusions
 from lora_fx.export.prepare import (
@@ -479,7 +479,7 @@ class _Export:
             if manifest is not None and manifest.bank is not None:
                 guard_ids(model, manifest)
             elif manifest is not None and manifest.required:
-                guard_ranks(model, manifest)
+                guard_sizes(model, manifest)
             shield_half_inputs(model)
             names = converted.graph.initializers, model.graph.initializers
             forms = stored_formats(traceable.model.model, *names)

@@ -66,6 +66,11 @@ export class AdapterModel {
     return [...this.loaded.keys()];
   }
 
+  /** False if each adapter has its own head: the file then holds none for the base model. */
+  get hasBase() {
+    return this.own.length === 0;
+  }
+
   /** Load an adapter from the bytes of an .onnx_adapter file. One of the same name is replaced. */
   load(name, bytes) {
     if (this.bank) throw new Error("the adapters of a bank are in its file: export it again with the new one");
@@ -112,7 +117,7 @@ export class AdapterModel {
   async run(feeds, adapter = null) {
     if (!this.bank) {
       if (Array.isArray(adapter)) throw new Error("the file runs one adapter for the whole batch: export a bank");
-      if (adapter === null && this.own.length > 0) {
+      if (adapter === null && !this.hasBase) {
         throw new Error(`the file has no base: each adapter has its own ${this.own[0]}`);
       }
       return this.session.run({ ...feeds, ...(adapter === null ? this.neutral : this.#find(adapter)) });

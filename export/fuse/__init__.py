@@ -3,7 +3,7 @@
 Each module has one family of fusions. They match patterns of a graph, not classes of models.
 """
 
-from lora_fx.export.fuse.adapters import ADAPTER_NODES_KEY, adapter_nodes, guard_ids, guard_ranks
+from lora_fx.export.fuse.adapters import ADAPTER_NODES_KEY, adapter_nodes, guard_ids, guard_sizes
 from lora_fx.export.fuse.fused_attention import (
     ONE_ROW_CHUNKS_KEY,
     SHARED_CACHE_KEY,
@@ -35,5 +35,5 @@ __all__ = [
     "fuse",
     "fusion_table",
     "guard_ids",
-    "guard_ranks",
+    "guard_sizes",
 ]

@@ -13,12 +13,13 @@ from lora_fx.export.fuse.graph import Builder
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["ADAPTER_NODES_KEY", "adapter_nodes", "guard_ids", "guard_ranks"]
+__all__ = ["ADAPTER_NODES_KEY", "adapter_nodes", "guard_ids", "guard_sizes"]
 
 ADAPTER_NODES_KEY = "lora_fx.adapter_nodes"
 """Metadata entry with the names of the nodes that read factors, as JSON: quantizers have to exclude them."""
 
 _FACTOR = re.compile(r"(^|\.)lora_[A-Za-z_]+(\.|$)")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
 _CACHE = "present."  # outputs that are inputs of the next run
 
 
@@ -93,8 +94,11 @@ def guard_ids(model: ir.Model, manifest: Manifest) -> None:
     _spoil(model, exists)
 
 
-def guard_ranks(model: ir.Model, manifest: Manifest) -> None:
-    """Make the outputs NaN if the rank of a factor is 0, as OpenVINO takes an input that is not fed.
+def guard_sizes(model: ir.Model, manifest: Manifest) -> None:
+    """Make the outputs NaN if an adapter input is empty, as OpenVINO takes one that is not fed.
+
+    OpenVINO takes an input of fixed sizes for memory with any values. So inputs without a rank get a name for
+    their first axis. Kernels and biases of convolutions stay fixed, because OpenVINO takes no others.
 
     Args:
         model: Changed in place, after all fusions.
@@ -106,8 +110,12 @@ def guard_ranks(model: ir.Model, manifest: Manifest) -> None:
     values = {value.name: value for value in graph.inputs}
     build = Builder(model, graph[0])
     sizes = []
-    for entry in manifest.inputs.values():
+    for index, entry in enumerate(manifest.inputs.values()):
         axis, value = entry.rank_axis, values[entry.name]
+        convolves = any(node.op_type in _CONVOLUTIONS for node, _ in value.uses())
+        if axis is None and not convolves:
+            axis = 0
+            value.shape = ir.Shape([f"adapter_size_{index}", *entry.shape[1:]])
         if axis is not None and list(value.uses()):
             between = {"start": axis, "end": axis + 1}
             sizes.append(build.op("Shape", [value], between, shape=[1]))

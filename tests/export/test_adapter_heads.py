@@ -16,6 +16,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, ExportError, LoraConfig, OnnxSession
+from lora_fx.export.adapter_file import manifest_of_file
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.inspection import metadata_of
 from lora_fx.export.onnx import export_onnx
@@ -250,6 +251,12 @@ def test_required_inputs(tmp_path: Path, model: Any, wanted: Any) -> None:
     report = export_onnx(model, swappable, feeds(2), adapters="inputs", required_inputs=True)
     assert report.verified
     assert set(HEAD) <= set(report.swappable)
+    # An input that OpenVINO is not fed is empty if a size has a name, and otherwise memory with any values.
+    shapes = {
+        value.name: value.type.tensor_type.shape for value in onnx.load(swappable).graph.input
+    }
+    inputs_of_adapters = manifest_of_file(swappable).inputs
+    assert all(any(axis.dim_param for axis in shapes[name].dim) for name in inputs_of_adapters)
     session = OnnxSession(swappable, "cpu")
     session.load_adapter("topic", model, adapter_name="topic")
     got = session.run(x, adapter="topic")["logits"]

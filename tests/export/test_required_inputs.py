@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import ConfigError, ExportError, LoraConfig, OnnxSession
+from lora_fx.export.adapter_file import manifest_of_file
 from lora_fx.export.adapter_manifest import SLOTS_INPUT
 from lora_fx.export.fuse import ADAPTER_NODES_KEY
 from lora_fx.export.inspection import State, examine_file, metadata_of
@@ -167,15 +168,24 @@ def test_a_factor_without_a_rank_gives_nan(files: dict[str, tuple[Path, ExportRe
     """OpenVINO takes inputs that are not fed for empty ones."""
     path = files["required"][0]
     ports = stock(path).get_inputs()
-    empty = {
-        port.name: np.ones(
-            [size if isinstance(size, int) else 0 for size in port.shape], np.float32
-        )
+    entries = manifest_of_file(path).inputs
+    ones = {
+        port.name: np.ones(entries[port.name].sized(2), np.float32)
         for port in ports
         if port.name != "ids"
     }
+    axes = {name: entries[name].rank_axis for name in ones}
+    empty = {
+        name: value if axes[name] is None else value.take([], axes[name])
+        for name, value in ones.items()
+    }
     (got,) = stock(path).run(None, {"ids": X.numpy(), **empty})
     assert bool(np.isnan(got).all())
+    gains = {name: value[:0] for name, value in ones.items() if axes[name] is None}
+    assert gains
+    for name, value in gains.items():
+        with pytest.raises(Exception, match="Can broadcast 0"):
+            stock(path).run(None, {"ids": X.numpy(), **ones, name: value})
 
 
 # --- ids that no adapter has ----------------------------------------------------------------------

@@ -24,22 +24,36 @@ from torch import Tensor, nn  # noqa: E402
 import lora_fx  # noqa: E402
 
 
-def base() -> tuple[nn.Module, dict[str, Tensor] | Tensor, list[str]]:
-    """Return a model, a call of it, and what to adapt."""
+def base() -> tuple[nn.Module, dict[str, Tensor] | Tensor, dict[str, Any]]:
+    """Return a model, a call of it, and what to adapt: options of ``LoraConfig``."""
     torch.manual_seed(0)
+    bert = {"target_modules": ["query", "value"]}
     if kind == "minilm":
         from lora_fx.tools.demo import SentenceClassifier
 
         model = SentenceClassifier.pretrained(5)
         nn.init.normal_(model.head.weight, std=0.1)
         ids = torch.randint(1000, 2000, (2, 16))
-        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ["query", "value"]
+        return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, bert
     if kind == "resnet":
         from torchvision.models import resnet18
 
         network = resnet18().eval()
         names = [name for name, part in network.named_modules() if isinstance(part, nn.Conv2d)]
-        return network, torch.randn(2, 3, 64, 64), [*names, "fc"]
+        return network, torch.randn(2, 3, 64, 64), {"target_modules": [*names, "fc"]}
+    if kind == "heads":
+        from transformers import BertConfig, BertForSequenceClassification
+
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+        config = BertConfig(**small, num_hidden_layers=2, vocab_size=64, num_labels=3)
+        ids = torch.tensor([[5, 9, 3, 7, 2], [8, 2, 1, 0, 0]])
+        options = {
+            **bert,
+            "modules_to_save": ["classifier", "LayerNorm"],
+            "trainable_token_indices": {"word_embeddings": [9, 2]},
+        }
+        call = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+        return BertForSequenceClassification(config).eval(), call, options
     from transformers import LlamaConfig, LlamaForCausalLM
 
     # A weight of 1 MiB is large enough that an ONNX file would get it without memory.
@@ -48,7 +62,7 @@ def base() -> tuple[nn.Module, dict[str, Tensor] | Tensor, list[str]]:
     return (
         LlamaForCausalLM(config).eval(),
         {"input_ids": torch.randint(64, (2, 8))},
-        ["q_proj", "v_proj", "down_proj"],
+        {"target_modules": ["q_proj", "v_proj", "down_proj"]},
     )
 
 
@@ -86,12 +100,15 @@ class Executorch:
     def read(self, path: Path) -> dict[str, Tensor]:
         """Read an adapter."""
         from executorch.exir._serialize._cord import Cord
+        from executorch.exir.scalar_type import ScalarType
         from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 
         data = FlatTensorSerializer().deserialize(Cord(path.read_bytes()))
+        dtypes = {ScalarType.FLOAT: torch.float32, ScalarType.LONG: torch.int64}
         return {
             name: torch.frombuffer(
-                bytearray(data.buffers[entry.buffer_index]), dtype=torch.float32
+                bytearray(data.buffers[entry.buffer_index]),
+                dtype=dtypes[entry.tensor_layout.scalar_type],
             ).reshape(entry.tensor_layout.sizes)
             for name, entry in data.named_data.items()
         }
@@ -102,17 +119,20 @@ class Executorch:
 
 
 def main() -> None:
-    model, example, names = base()
-    config = lora_fx.LoraConfig(r=4, target_modules=names)
-    adapted = lora_fx.rewrite(model, config, adapter_name="first")
-    lora_fx.add_adapter(adapted, lora_fx.LoraConfig(r=2, target_modules=names), "second")
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.05)
+    model, example, options = base()
+    adapted = lora_fx.rewrite(model, lora_fx.LoraConfig(r=4, **options), adapter_name="first")
+    if "trainable_token_indices" in options:  # fewer tokens than the folder takes
+        options["trainable_token_indices"] = {"word_embeddings": [2]}
+    lora_fx.add_adapter(adapted, lora_fx.LoraConfig(r=2, **options), "second")
+    for name in ("first", "second"):
+        lora_fx.set_adapter(adapted, name)
+        with torch.no_grad():
+            for parameter in lora_fx.trainable_parameters(adapted):
+                parameter.add_(0.05 * torch.randn_like(parameter))
     adapted.eval()
     call = {"x": example} if isinstance(example, Tensor) else example
     application: Any = {"openvino": OpenVino, "executorch": Executorch}[target]
-    said: dict[str, Any] = {}
+    said: dict[str, Any] = {"lora_fx": lora_fx.__file__}
 
     @torch.no_grad()
     def wanted(name: str | None) -> Tensor:
@@ -141,13 +161,17 @@ def main() -> None:
     described = json.loads((folder / "program.json").read_text())
     loaded = application(folder)
     files = {path.stem: path for path in (folder / "adapters").iterdir()}
+    bases = list(folder.glob("base.*"))
     none = {name: torch.zeros(size) for name, size in described["adapter_inputs"].items()}
+    if bases:
+        none = loaded.read(bases[0])
     values = {None: none, **{name: loaded.read(path) for name, path in files.items()}}
     said["swapped"] = [
         error(loaded.run({**call, **values[name]}, described["order"]), wanted(name))
         for name in ("first", "second", None, "first")
     ]
-    said["apart"] = error(wanted("first"), wanted("second"))
+    said["base"] = len(bases)
+    said["apart"] = min(error(wanted("first"), wanted(name)) for name in ("second", None))
     said["adapters"] = {name: path.stat().st_size for name, path in files.items()}
     said["swapped_bytes"] = report.size_bytes
     sys.stdout.write(json.dumps(said) + "\n")
