@@ -499,17 +499,18 @@ def _part_rows_from_batch(
     known = set(adapter_inputs)
     from_ids = {rows}
     for node in model.graph:
-        if not any(value in from_ids for value in node.inputs):
-            continue
-        if node.op_type in ("Shape", "Size"):
+        reads_ids = any(value in from_ids for value in node.inputs)
+        if reads_ids and node.op_type in ("Shape", "Size"):
             _read_size(node, batched)
             continue
         constant = [value is None or value.const_value is not None for value in node.inputs]
-        if not all(
+        if not any(value in known for value in node.inputs) or not all(
             value in known or fixed for value, fixed in zip(node.inputs, constant, strict=True)
         ):
             continue
         known.update(node.outputs)
+        if not reads_ids:
+            continue
         from_ids.update(node.outputs)
         for output in node.outputs:
             if output.shape is not None and len(output.shape):

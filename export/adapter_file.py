@@ -203,14 +203,16 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
         if names[-2:] == _TRAINED_ROWS:
             values |= _folder_tokens(".".join(names[:-2]), value, config)
             continue
-        if names[-2:-1] == [_WRAPPED] and (manifest is None or key not in manifest.inputs):
+        stripped = _without_wrappers(names)
+        known = manifest is not None and stripped in manifest.inputs
+        if names[-2:] == [_WRAPPED, "weight"] and not known:
             # It is the base's, or was trained by hand, which shows beside the base alone.
             problems.append(f"{key} is a weight of the base")
             continue
         if _ORIGINAL in names:
             continue  # PEFT also saves biases of the module that another one has replaced
         if not any(part.startswith("lora_") for part in names):
-            values[_without_wrappers(names)] = value.contiguous()
+            values[stripped] = value.contiguous()
             continue
         # PEFT has no name for the factors of a parameter. lora_fx keeps them in "<name>_lora".
         if match is None or _WRAPPED in names or (match["site"] or "").endswith("_lora"):

@@ -12,11 +12,16 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import lora_fx
 from lora_fx import CheckpointError, ConfigError, ExportError, LoraConfig, OnnxSession
-from lora_fx.export.adapter_file import manifest_of_file
+from lora_fx.export.adapter_file import manifest_of_file, read_adapter
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.inspection import metadata_of
 from lora_fx.export.onnx import export_onnx
@@ -127,7 +132,6 @@ def swappable(tmp_path_factory: pytest.TempPathFactory, model: nn.Module) -> Pat
     return path
 
 
-@pytest.mark.feature("PEFT heads", "bank", "export")
 def test_each_row_of_a_bank_has_the_head_of_its_adapter(bank: Path, wanted: Any) -> None:
     session = OnnxSession(bank, "cpu")
     x = feeds(len(ROWS))
@@ -154,7 +158,6 @@ def test_adapters_of_a_bank_are_exchanged_with_their_heads(
     torch.testing.assert_close(got, rows_of(wanted, ["spam", "mood", None], x), **EXACT)
 
 
-@pytest.mark.feature("PEFT heads", "swap", "export")
 def test_a_swappable_file_takes_the_head_with_the_adapter(
     swappable: Path, model: Any, wanted: Any
 ) -> None:
@@ -230,6 +233,38 @@ def test_a_head_of_another_size_is_refused_by_shape(
             session.load_adapter("wider", wider)
 
 
+def test_the_model_gives_what_a_folder_lacks(
+    tmp_path: Path, swappable: Path, folders: dict[str, Path], wanted: Any
+) -> None:
+    """A model runs the adapter with the parameters of its base, and the file does so, too."""
+    plain = lora_fx.rewrite(base_model(), LoraConfig(r=2, target_modules=["query"])).eval()
+    randomize(lora_fx.trainable_parameters(plain), 7)
+    session = OnnxSession(swappable, "cpu")
+    x = feeds(2)
+    for name, model in (("plain", plain), ("mood", loaded({"mood": folders["mood"]}))):
+        session.load_adapter(name, model)
+        got = session.run(x, adapter=name)["logits"]
+        torch.testing.assert_close(got, logits(model, x), **EXACT)
+    with pytest.raises(CheckpointError, match="export the model again with such an adapter"):
+        path = tmp_path / "plain.onnx"
+        export_onnx(plain, path, feeds(2), adapters="inputs", verify=False)
+        OnnxSession(path, "cpu").load_adapter("mood", folders["mood"])
+
+
+def test_biases_of_a_folder_with_a_saved_head(tmp_path: Path) -> None:
+    """PEFT also writes the biases of the head that was replaced."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="all")
+    wrapped = peft.get_peft_model(base_model(), config)
+    randomize((p for p in wrapped.parameters() if p.requires_grad), 3)
+    wrapped.eval().save_pretrained(tmp_path / "peft")
+    model = lora_fx.load_adapter(base_model(), tmp_path / "peft").eval()
+    export_onnx(model, tmp_path / "m.onnx", feeds(2), adapters="inputs", verify=False)
+    session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    session.load_adapter("a", tmp_path / "peft")
+    got = session.run(feeds(3), adapter="a")["logits"]
+    torch.testing.assert_close(got, logits(wrapped, feeds(3)), **EXACT)
+
+
 def test_different_heads_have_no_sum(swappable: Path, model: Any) -> None:
     session = OnnxSession(swappable, "cpu")
     for name in ("mood", "topic"):
@@ -237,6 +272,8 @@ def test_different_heads_have_no_sum(swappable: Path, model: Any) -> None:
     with pytest.raises(ConfigError, match=r"different values of classifier\.dense\.weight"):
         session.run(feeds(2), adapter={"mood": 0.5, "topic": 0.5})
     assert session.run(feeds(2), adapter={"mood": 0.5})["logits"].isfinite().all()
+    plain = session.run(feeds(2))["logits"]
+    torch.testing.assert_close(session.run(feeds(2), adapter={})["logits"], plain, rtol=0, atol=0)
 
 
 def test_required_inputs(tmp_path: Path, model: Any, wanted: Any) -> None:
@@ -347,6 +384,47 @@ def test_biases(tmp_path: Path) -> None:
         torch.testing.assert_close(got, logits(model, feeds(3)), **EXACT)
 
 
+@pytest.mark.parametrize("adapters", ["bank", "inputs"])
+@pytest.mark.parametrize("init", [False, "pissa"])
+def test_kinds_beside_a_head(tmp_path: Path, adapters: Any, init: Any) -> None:
+    """DoRA and a trained bias of one layer, a layer that one adapter saves and another adapts, PiSSA."""
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 5)).eval()
+    start = {"r": 2, "init_lora_weights": init}
+    first = LoraConfig(target_modules=["0"], use_dora=not init, bias="lora_only", **start)
+    model = lora_fx.rewrite(model, first, adapter_name="first")
+    lora_fx.add_adapter(
+        model, LoraConfig(target_modules=["0"], modules_to_save=["2"], **start), "second"
+    )
+    lora_fx.add_adapter(model, LoraConfig(target_modules=["2"], use_dora=True, **start), "third")
+    for seed, name in enumerate(("first", "second", "third")):
+        lora_fx.set_adapter(model, name)
+        randomize(lora_fx.trainable_parameters(model), seed)
+    report = export_onnx(model.eval(), tmp_path / "m.onnx", torch.randn(3, 8), adapters=adapters)
+    assert report.verified
+
+
+def test_a_tied_bias_is_replaced_under_both_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = BertForMaskedLM(BertConfig(vocab_size=50, intermediate_size=24, **sizes)).eval()
+    config = LoraConfig(r=2, target_modules=["query"], bias="all", init_lora_weights=False)
+    model = lora_fx.rewrite(base, config)
+    randomize(lora_fx.trainable_parameters(model), 0)
+    for adapters in ("bank", "inputs"):
+        path = tmp_path / f"{adapters}.onnx"
+        assert export_onnx(model.eval(), path, feeds(2), adapters=adapters).verified
+
+
+def test_a_parametrized_head_is_refused_by_name(tmp_path: Path) -> None:
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(8, 5))
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    model = lora_fx.rewrite(nn.Sequential(nn.Linear(8, 8), head), config)
+    with pytest.raises(
+        ExportError, match=r"1\.parametrizations\.weight\.original0 is computed from"
+    ):
+        export_onnx(model.eval(), tmp_path / "m.onnx", torch.randn(3, 8), adapters="inputs")
+
+
 class Odd(nn.Module):
     """A head whose matrix is read by a function that has no form with a matrix for each row."""
 
@@ -454,6 +532,55 @@ def test_trained_rows_of_peft_folders(tmp_path: Path) -> None:
     file = lora_fx.save_onnx_adapter(tmp_path / "peft", tmp_path / "a.onnx_adapter")
     session.load_adapter("file", file)
     torch.testing.assert_close(session.run(IDS, adapter="file")["output"], want, **EXACT)
+
+
+def test_trained_rows_beside_a_whole_embedding(tmp_path: Path) -> None:
+    """An adapter without rows of tokens has the values that it has saved, for every token."""
+    model = language(tied=True)
+    whole = LoraConfig(r=2, target_modules=["up"], modules_to_save=["head"])
+    lora_fx.add_adapter(model, whole, "whole")
+    lora_fx.set_adapter(model, "whole")
+    randomize(lora_fx.trainable_parameters(model), 5)
+    names: list[str | None] = ["whole", "three", "whole"]
+    want = []
+    for row, name in enumerate(names):
+        lora_fx.set_adapter(model, name)
+        want.append(model(IDS[row : row + 1]).detach())
+    for adapters in ("bank", "inputs"):
+        path = tmp_path / f"{adapters}.onnx"
+        assert export_onnx(model, path, IDS, adapters=adapters).verified
+    got = OnnxSession(tmp_path / "bank.onnx", "cpu").run(IDS, adapter=names)["output"]
+    torch.testing.assert_close(got, torch.cat(want), **EXACT)
+
+
+BAD_TOKENS: dict[str, tuple[list[int], list[float], str]] = {
+    "negative": ([-1, 3, 5], [1, 2, 3], "-1 is none of the 20 tokens"),
+    "unknown": ([1, 20, 5], [1, 2, 3], "20 is none of the 20 tokens"),
+    "twice": ([1, 1, 5], [1, 2, 3], "different rows for the token 1"),
+    "fewer rows": ([1, 2, 3], [1, 2], r"lora_tokens\.weight: it has shape \[2, 8\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TOKENS)
+def test_tokens_that_cannot_be(tmp_path: Path, case: str) -> None:
+    tokens, rows, message = BAD_TOKENS[case]
+    path = tmp_path / "m.onnx"
+    export_onnx(language(tied=False), path, IDS, adapters="inputs", verify=False)
+    values = {
+        "embed.lora_tokens.indices": torch.tensor(tokens),
+        "embed.lora_tokens.weight": torch.tensor(rows)[:, None].expand(-1, 8).contiguous(),
+    }
+    with pytest.raises(CheckpointError, match=message):
+        OnnxSession(path, "cpu").load_adapter("bad", values)
+
+
+def test_tokens_stay_whole_numbers_in_half_precision(tmp_path: Path) -> None:
+    file = lora_fx.save_onnx_adapter(
+        language(tied=False), tmp_path / "a.onnx_adapter", adapter_name="three", dtype="fp16"
+    )
+    values = read_adapter(file)
+    assert values["embed.lora_tokens.indices"].tolist() == TOKENS["three"]
+    assert values["embed.lora_tokens.weight"].dtype == torch.float16
 
 
 def test_more_rows_than_the_file_takes_are_refused(tmp_path: Path) -> None:

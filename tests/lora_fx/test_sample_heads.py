@@ -103,7 +103,6 @@ def each_alone(model: Any, ids: list[str | None], x: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.feature("PEFT heads", "per sample")
 def test_a_batch_is_that_of_peft(tmp_path: Path) -> None:
     def build() -> Any:  # PEFT takes a mixed batch where the head is a layer of PyTorch
         torch.manual_seed(0)
