@@ -32,6 +32,7 @@ from lora_fx.export.copy import DTYPES, unwrapped
 from lora_fx.export.factor_model import (
     check_swappable,
     flip,
+    replaced_parameters,
     site_inputs,
     trained_parameters,
 )
@@ -117,8 +118,9 @@ def values_of_model(
     if manifest is not None:
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         names |= {target.name: None for target in manifest.parameters if target.name in known}
+    own = set(replaced_parameters(record))
     for name in names:
-        value = own_value(model, adapter, name) if name in record.own else _of_base(model, name)
+        value = own_value(model, adapter, name) if name in own else _of_base(model, name)
         values[name] = _copied(value)
     for tokens in record.tokens:
         if not tokens.tied:

@@ -71,6 +71,7 @@ __all__ = [
     "origin_metadata",
     "random_factors",
     "replace_calls",
+    "replaced_parameters",
     "site_inputs",
     "swappable",
     "trained_parameters",
@@ -286,7 +287,7 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
             yield f"{row.name} has the kind {kind.name!r}, which no file takes as inputs"
     yield from (
         f"{name} is computed from parameters (parametrizations), of which a file holds the result alone"
-        for name in _replaced(adapter)
+        for name in replaced_parameters(adapter)
         if ".parametrizations." in f".{name}."
     )
     if not adapter.initialized:
@@ -299,11 +300,11 @@ def trained_parameters(record: Record) -> tuple[str, ...]:
     They are those of saved modules, biases, and values that came with a folder. A weight that an
     initialization changed is not among them: its adapter is written with factors for the original weight.
     """
-    every = (name for adapter in record.adapters.values() for name in _replaced(adapter))
+    every = (name for adapter in record.adapters.values() for name in replaced_parameters(adapter))
     return tuple(dict.fromkeys(every))
 
 
-def _replaced(adapter: AdapterRecord) -> Iterator[str]:
+def replaced_parameters(adapter: AdapterRecord) -> Iterator[str]:
     """Yield the FQNs of the base's parameters that an adapter has its own values of, in their order."""
     inside = tuple(f"{name}." for name in adapter.saved_modules)
     started = {row.site.weight for row in adapter.sites} - {*adapter.given, *adapter.saved_modules}
@@ -476,6 +477,16 @@ class FactorModel(FlatModel):
         """
         twin = share_copy(self.model)
         values = dict(zip((input_.name for input_ in self.adapter_inputs), factors, strict=True))
+        for name in self._made.parameters:
+            owner, _, leaf = name.rpartition(".")
+            value = nn.Parameter(values[name], requires_grad=False)
+            twin.get_submodule(owner)._parameters[leaf] = value
+        for token_row, target in self._token_targets():
+            owner, _, leaf = token_row.site.weight.rpartition(".")
+            whole = twin.get_parameter(token_row.site.weight).detach().clone()
+            tokens, rows = (values[name] for name in target.names)
+            whole[tokens[tokens >= 0]] = rows[tokens >= 0]
+            twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(whole, False)
         for row, site in zip(self._made.rows, self.manifest.sites, strict=True):
             by_role: dict[str, Tensor] = {
                 input_.role: flip(input_, values[input_.name]) for input_ in site.inputs()
@@ -489,16 +500,6 @@ class FactorModel(FlatModel):
                 owner, _, leaf = name.rpartition(".")
                 value = nn.Parameter(by_role[input_.role], requires_grad=False)
                 twin.get_submodule(owner)._parameters[leaf] = value
-        for name in self._made.parameters:
-            owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(values[name], requires_grad=False)
-            twin.get_submodule(owner)._parameters[leaf] = value
-        for token_row, target in self._token_targets():
-            owner, _, leaf = token_row.site.weight.rpartition(".")
-            whole = twin.get_parameter(token_row.site.weight).detach().clone()
-            tokens, own = (values[name] for name in target.names)
-            whole[tokens[tokens >= 0]] = own[tokens >= 0]
-            twin.get_submodule(owner)._parameters[leaf] = nn.Parameter(whole, False)
         twin.__dict__["_lora_fx"] = self._foldable()
         dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
         return FlatModel(dense, self.arguments, self.call).eval()

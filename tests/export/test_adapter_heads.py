@@ -245,10 +245,11 @@ def test_the_model_gives_what_a_folder_lacks(
         session.load_adapter(name, model)
         got = session.run(x, adapter=name)["logits"]
         torch.testing.assert_close(got, logits(model, x), **EXACT)
+    path = tmp_path / "plain.onnx"
+    export_onnx(plain, path, feeds(2), adapters="inputs", verify=False)
+    session = OnnxSession(path, "cpu")
     with pytest.raises(CheckpointError, match="export the model again with such an adapter"):
-        path = tmp_path / "plain.onnx"
-        export_onnx(plain, path, feeds(2), adapters="inputs", verify=False)
-        OnnxSession(path, "cpu").load_adapter("mood", folders["mood"])
+        session.load_adapter("mood", folders["mood"])
 
 
 def test_biases_of_a_folder_with_a_saved_head(tmp_path: Path) -> None:
