@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from lora_fx.adapters import (
-    active_adapters,
     adapter_ids,
     adapter_names,
     add_adapter,
@@ -244,8 +243,8 @@ class _Tuner(AroundModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        return list(active_adapters(self._model))
+        """The names of the active adapters, also in a block that disables them, as in PEFT."""
+        return list(require_record(self._model).choice.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -274,7 +273,8 @@ class _Tuner(AroundModel):
         """Run a merged model instead of this one, until :meth:`unmerge_adapter`.
 
         Weights are not changed in place and restored: the merged weights are new tensors, which take memory
-        until then. The other weights are shared.
+        until then. The other weights are shared. Inside :meth:`disable_adapter`, the base runs until the end
+        of the block.
 
         Args:
             adapter_names: The adapters to merge; by default the active ones.
@@ -282,16 +282,27 @@ class _Tuner(AroundModel):
         """
         self.unmerge_adapter()
         adapted = self._model
-        merged, _ = _merge(adapted, adapter_names=adapter_names)
-        # Only factors are trained, and they are in the waiting model.
+        merged, _ = _merge(adapted, adapter_names=self._to_merge(adapter_names))
+        # Only factors are trained, and they are in the adapted model.
         merged.train(adapted.training).requires_grad_(False)
-        self._inside.model, self._inside.waiting = merged, (adapted,)
+        self._inside.merged = (merged,)
+        self._inside.run_merged(not self._is_disabled())
 
     def unmerge_adapter(self) -> None:
         """Run the adapted model again, which is bitwise unchanged."""
         tuner = self._inside
         if tuner.waiting:
-            tuner.model, tuner.waiting = tuner.waiting[0].train(tuner.model.training), ()
+            tuner.waiting[0].train(tuner.model.training)
+        tuner.run_merged(False)
+        tuner.merged = ()
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
+        """Return the adapters to merge; None if none is active, which a merge refuses."""
+        return (self.active_adapters or None) if adapter_names is None else adapter_names
+
+    def _is_disabled(self) -> bool:
+        """Return True in a block of :meth:`disable_adapter`."""
+        return any(not block.ids for block in require_record(self._model).blocks)
 
     def merge_and_unload(
         self,
@@ -300,7 +311,8 @@ class _Tuner(AroundModel):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Return a merged model, as :func:`lora_fx.merge` does: a new model, with all checks."""
-        merged, _ = _merge(self._model, adapter_names=adapter_names, progress=progressbar)
+        names = self._to_merge(adapter_names)
+        merged, _ = _merge(self._model, adapter_names=names, progress=progressbar)
         return merged
 
     def unload(self) -> nn.Module:
@@ -316,6 +328,8 @@ class _Inside(_Tuner, nn.Module):
         model: The model that runs: the rewritten model, or its merged copy.
         waiting: The rewritten model while the merged one runs. It is in a tuple, so that it is no child
             module then.
+        merged: The merged copy from ``merge_adapter`` until ``unmerge_adapter``. While adapters are disabled,
+            it does not run.
         configs: PEFT's configurations from earlier calls.
     """
 
@@ -325,6 +339,7 @@ class _Inside(_Tuner, nn.Module):
         nn.Module.__init__(self)
         self.model = model
         self.waiting: tuple[nn.Module, ...] = ()
+        self.merged: tuple[nn.Module, ...] = ()
         self.configs: _Known = {}
         self.training = model.training
 
@@ -339,9 +354,21 @@ class _Inside(_Tuner, nn.Module):
         except AttributeError:
             return getattr(nn.Module.__getattr__(self, "model"), name)
 
+    def run_merged(self, merged: bool) -> None:
+        """Run the merged copy if there is one, or the rewritten model."""
+        adapted = self.waiting[0] if self.waiting else self.model
+        self.waiting = (adapted,) if merged and self.merged else ()
+        before, self.model = self.model, self.merged[0] if self.waiting else adapted
+        if self.model.training != before.training:
+            self.model.train(before.training)
+
+    def _idle(self) -> list[nn.Module]:
+        """Return the rewritten model or its merged copy if it does not run."""
+        return [model for model in (*self.waiting, *self.merged) if model is not self.model]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the waiting model as well."""
-        for model in self.waiting:
+        """Move or cast the idle model as well."""
+        for model in self._idle():
             model._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
 
@@ -506,15 +533,12 @@ class _Adapted(_Tuner):
     def disable_adapter(self) -> Iterator[None]:
         """Run the base within the context, as :func:`lora_fx.disable_adapter`."""
         tuner = self.base_model
-        merged = tuner.model if tuner.waiting else None
-        if merged is not None:
-            tuner.model, tuner.waiting = self._model, ()
         try:
             with disable_adapter(self._model):
+                tuner.run_merged(False)
                 yield
         finally:
-            if merged is not None:
-                tuner.model, tuner.waiting = merged, (self._model,)
+            tuner.run_merged(not self._is_disabled())
 
     def load_adapter(
         self,

@@ -293,6 +293,31 @@ def test_what_is_done_to_a_merged_model_is_not_lost(folders: Path) -> None:
     assert {p.dtype for p in inner.parameters()} == {torch.float64}
 
 
+def test_merges_inside_a_block_take_effect_after_it(folders: Path) -> None:
+    base, adapted = llama()(IDS).logits, theirs(folders / "a")
+    for library in (lora_fx.peft, peft):
+        model = library.PeftModel.from_pretrained(llama(), folders / "a", "a")
+        with model.disable_adapter():
+            assert model.active_adapters == ["a"]
+            model.merge_adapter()
+            assert_close(model(IDS).logits, base)
+        assert_close(model(IDS).logits, adapted)
+        model.unmerge_adapter()
+        assert_close(model(IDS).logits, adapted)
+    model = lora_fx.peft.PeftModel.from_pretrained(llama(), folders / "a", "a")
+    model.load_adapter(folders / "b", "b")
+    with model.disable_adapter(), model.disable_adapter():
+        assert_close(model.merge_and_unload()(IDS).logits, adapted)
+        model.merge_adapter(["b"])
+        model.to(torch.float64)
+    assert_close(model(IDS).logits, theirs(folders / "b").double(), 1e-5)
+    model.train()
+    with model.disable_adapter():
+        assert model.get_base_model().training
+        model.unmerge_adapter()
+    assert_close(model.eval()(IDS).logits, adapted.double(), 1e-5)
+
+
 def test_states_have_the_names_of_peft(tmp_path: Path) -> None:
     model, other = wrapped(), wrapped()
     state = lora_fx.peft.get_peft_model_state_dict(model)
