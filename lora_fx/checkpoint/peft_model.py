@@ -34,6 +34,7 @@ from lora_fx.adapters import (
 )
 from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.checkpoint.peft_status import layer_status, model_status
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict
 from lora_fx.checkpoint.trainers import save_peft_folder
 from lora_fx.config import LoraConfig
@@ -282,11 +283,12 @@ class _Tuner(AroundModel):
         """
         self.unmerge_adapter()
         adapted = self._model
-        merged, _ = _merge(adapted, adapter_names=self._to_merge(adapter_names))
+        names = self._to_merge(adapter_names)
+        merged, _ = _merge(adapted, adapter_names=names)
         # Only factors are trained, and they are in the adapted model.
         merged.train(adapted.training).requires_grad_(False)
-        self._inside.merged = (merged,)
-        self._inside.run_merged(not self._is_disabled())
+        self._inside.merged, self._inside.merged_names = (merged,), tuple(names or ())
+        self._inside.run_merged(not require_record(adapted).is_disabled)
 
     def unmerge_adapter(self) -> None:
         """Run the adapted model again, which is bitwise unchanged."""
@@ -294,15 +296,11 @@ class _Tuner(AroundModel):
         if tuner.waiting:
             tuner.waiting[0].train(tuner.model.training)
         tuner.run_merged(False)
-        tuner.merged = ()
+        tuner.merged, tuner.merged_names = (), ()
 
     def _to_merge(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
         """Return the adapters to merge; None if none is active, which a merge refuses."""
         return (self.active_adapters or None) if adapter_names is None else adapter_names
-
-    def _is_disabled(self) -> bool:
-        """Return True in a block of :meth:`disable_adapter`."""
-        return any(not block.ids for block in require_record(self._model).blocks)
 
     def merge_and_unload(
         self,
@@ -330,6 +328,7 @@ class _Inside(_Tuner, nn.Module):
             module then.
         merged: The merged copy from ``merge_adapter`` until ``unmerge_adapter``. While adapters are disabled,
             it does not run.
+        merged_names: The adapters that are merged in it.
         configs: PEFT's configurations from earlier calls.
     """
 
@@ -340,6 +339,7 @@ class _Inside(_Tuner, nn.Module):
         self.model = model
         self.waiting: tuple[nn.Module, ...] = ()
         self.merged: tuple[nn.Module, ...] = ()
+        self.merged_names: tuple[str, ...] = ()
         self.configs: _Known = {}
         self.training = model.training
 
@@ -529,6 +529,15 @@ class _Adapted(_Tuner):
             values = adapter_state_dict(self._model, _TRAINED)
             load_adapter_state_dict(self._model, values, _REFERENCE)
 
+    def get_layer_status(self) -> list[Any]:
+        """Return a ``peft.peft_model.TunerLayerStatus`` for each layer with adapters."""
+        rows = layer_status(self._model, self.base_model.merged_names)
+        return [dataclasses.replace(row, name=f"model.{row.name}") for row in rows]
+
+    def get_model_status(self) -> Any:
+        """Return a ``peft.peft_model.TunerModelStatus``."""
+        return model_status(self._model, self.base_model.merged_names)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base within the context, as :func:`lora_fx.disable_adapter`."""
@@ -538,7 +547,7 @@ class _Adapted(_Tuner):
                 tuner.run_merged(False)
                 yield
         finally:
-            tuner.run_merged(not self._is_disabled())
+            tuner.run_merged(not require_record(self._model).is_disabled)
 
     def load_adapter(
         self,
