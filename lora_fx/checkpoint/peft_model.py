@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 import sys
@@ -60,6 +61,8 @@ __all__ = [
     "read_config",
     "train_adapters",
 ]
+
+_log = logging.getLogger(__name__)
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
@@ -393,6 +396,7 @@ class _Adapted(_Tuner):
 
     base_model: Any
     modules_to_save: None = None  # PEFT's attribute, for tasks with a head
+    _is_warned = False
 
     def __init__(self, model: nn.Module, *more: Any) -> None:
         if more:
@@ -504,6 +508,17 @@ class _Adapted(_Tuner):
                 "the trainer the rewritten model itself then, model.get_base_model()"
             )
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode. Before training, warn of checkpoints that accelerate could not write."""
+        if mode and not self._is_warned and _has_sharded_checkpoints():
+            self._is_warned = True
+            _log.warning(
+                "accelerate's checkpoints of FSDP will fail for this PeftModel: PEFT finds none of its "
+                "layers in it: give the trainer model.get_base_model(), or use version 2 of FSDP with "
+                "state_dict_type FULL_STATE_DICT"
+            )
+        return super().train(mode)  # type: ignore[misc]  # of the other base
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze or unfreeze all parameters."""
@@ -621,6 +636,16 @@ class _Adapted(_Tuner):
         }
         origin = origin_of(self._model)
         save_peft_folder(self._model, Path(save_directory), names, origin, values, said)
+
+
+def _has_sharded_checkpoints() -> bool:
+    """Return True if accelerate runs FSDP and asks PEFT for the tensors of a ``PeftModel``."""
+    state = sys.modules.get("accelerate.state")
+    plugin = None if state is None else state.AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is None:
+        return False
+    # accelerate gathers whole tensors of FSDP2 by itself (_get_model_state_dict in utils/fsdp_utils.py).
+    return plugin.fsdp_version != 2 or plugin.state_dict_type.name != "FULL_STATE_DICT"
 
 
 def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
