@@ -46,7 +46,6 @@ from lora_fx.checkpoint import (
 from lora_fx.errors import ConfigError
 from lora_fx.extras import load_optional
 from lora_fx.methods import check_peft_type
-from lora_fx.passes.parameters import AroundModel
 
 _TASKS: Final = (
     *("CausalLM", "FeatureExtraction", "QuestionAnswering", "Seq2SeqLM"),
@@ -236,9 +235,8 @@ def get_layer_status(model: Any) -> list[Any]:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    rows: list[Any] = (
-        model.get_layer_status() if isinstance(model, AroundModel) else layer_status(model)
-    )
+    wrapped = isinstance(model, peft_model_class())
+    rows: list[Any] = model.get_layer_status() if wrapped else layer_status(model)
     return rows
 
 
@@ -251,7 +249,8 @@ def get_model_status(model: Any) -> Any:
     Raises:
         ConfigError: If the model is not rewritten.
     """
-    return model.get_model_status() if isinstance(model, AroundModel) else model_status(model)
+    wrapped = isinstance(model, peft_model_class())
+    return model.get_model_status() if wrapped else model_status(model)
 
 
 def get_peft_model_state_dict(

@@ -645,7 +645,7 @@ def _has_sharded_checkpoints() -> bool:
     if plugin is None:
         return False
     # accelerate gathers whole tensors of FSDP2 by itself (_get_model_state_dict in utils/fsdp_utils.py).
-    return plugin.fsdp_version != 2 or plugin.state_dict_type.name != "FULL_STATE_DICT"
+    return (plugin.fsdp_version, plugin.state_dict_type.name) != (2, "FULL_STATE_DICT")
 
 
 def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:

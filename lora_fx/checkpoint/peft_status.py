@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_fx.extras import load_optional
-from lora_fx.ir import PlannedSite, PlannedTokens, Record, require_record
+from lora_fx.ir import PlannedSite, Record, require_record
 from lora_fx.passes.graph import original_class
 from lora_fx.passes.parameters import factors_of, inside, own_value, tokens_of
 
@@ -132,7 +132,7 @@ def _parts(
             scheme = None if row.site.quantized is None else row.site.quantized.scheme
             kind = f"lora.{original_class(model.get_submodule(owner)).__name__}"
             yield row.name, owner, _Layer(kind, scheme=scheme), list(_factors(model, row, adapter))
-        elif isinstance(row, PlannedTokens) and not row.tied:
+        elif not row.tied:
             layer, rows = _Layer("TrainableTokensLayer", whole=True), tokens_of(model, row, adapter)
             yield f"{row.name}.token_adapter", owner, layer, [rows]
     for module in planned.saved_modules:
