@@ -82,7 +82,15 @@ class ProcessError(LoraFxError, RuntimeError):
 
 
 class NoMatchError(LoraFxError, ValueError):
-    """The configuration, or a target that it names, selects nothing that can be adapted."""
+    """The configuration, or a target that it names, selects nothing that can be adapted.
+
+    Attributes:
+        refused: The targets that name what cannot be adapted; empty if nothing at all is selected.
+    """
+
+    def __init__(self, message: str, refused: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class PartialMatchError(LoraFxError, ValueError):

@@ -36,7 +36,9 @@ from lora_fx.checkpoint import (
     adapter_state_dict,
     as_peft_model,
     cast_to_base,
+    layer_status,
     load_adapter_state_dict,
+    model_status,
     peft_model_class,
     read_config,
     train_adapters,
@@ -86,6 +88,8 @@ _AUTO: Final[dict[str, str | None]] = {
 
 __all__ = [
     "create_arrow_model",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "initialize_lora_eva_weights",
@@ -218,6 +222,35 @@ def initialize_lora_eva_weights(
 ) -> None:
     """Initialize adapters by EVA from batches: :func:`lora_fx.initialize`."""
     initialize(model, dataloader, adapter_name=adapter_name, progress=show_progress_bar)
+
+
+def get_layer_status(model: Any) -> list[Any]:
+    """Return a ``peft.peft_model.TunerLayerStatus`` for each layer with adapters, in their order.
+
+    ``module_type`` has the class of the layer in your model. ``quantization_backend`` is the weight format.
+
+    Args:
+        model: A rewritten model, or a ``PeftModel`` of this module.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+    """
+    wrapped = isinstance(model, peft_model_class())
+    rows: list[Any] = model.get_layer_status() if wrapped else layer_status(model)
+    return rows
+
+
+def get_model_status(model: Any) -> Any:
+    """Return a ``peft.peft_model.TunerModelStatus``: what :func:`get_layer_status` says of the whole model.
+
+    Args:
+        model: A rewritten model, or a ``PeftModel`` of this module.
+
+    Raises:
+        ConfigError: If the model is not rewritten.
+    """
+    wrapped = isinstance(model, peft_model_class())
+    return model.get_model_status() if wrapped else model_status(model)
 
 
 def get_peft_model_state_dict(

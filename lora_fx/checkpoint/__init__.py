@@ -23,6 +23,7 @@ from lora_fx.checkpoint.peft_model import (
     read_config,
     train_adapters,
 )
+from lora_fx.checkpoint.peft_status import layer_status, model_status
 from lora_fx.checkpoint.receipt import (
     Receipt,
     Verdict,
@@ -76,12 +77,14 @@ __all__ = [
     "hash_tensors",
     "hotswap_adapter",
     "labels_in",
+    "layer_status",
     "lightning_callback",
     "load_adapter",
     "load_adapter_state_dict",
     "load_onto_empty",
     "log_probabilities",
     "main_output",
+    "model_status",
     "note_of_by_hand",
     "peft_configs",
     "peft_model_class",

@@ -667,7 +667,7 @@ def _rewritten(
         options = RewriteOptions(adapter_name, loaded=True, deploy=deploy)
         return rewrite_model(model, exact, options=options, **how)
     except NoMatchError as error:
-        raise _matches_nothing(model, exact, tensors, folder, how) from error
+        raise _matches_nothing(model, exact, tensors, folder, how, error.refused) from error
 
 
 @contextlib.contextmanager
@@ -708,7 +708,7 @@ def _extend(
     try:
         put_adapter(model, exact, adapter_name)
     except NoMatchError as error:
-        raise _matches_nothing(model, exact, tensors, folder, {}) from error
+        raise _matches_nothing(model, exact, tensors, folder, {}, error.refused) from error
 
 
 def _matches_nothing(
@@ -717,8 +717,21 @@ def _matches_nothing(
     tensors: Mapping[str, torch.Tensor],
     folder: Path,
     how: dict[str, Any],
+    refused: tuple[str, ...],
 ) -> CheckpointError:
-    lines = [f"unexpected: {key} {list(value.shape)}" for key, value in sorted(tensors.items())]
+    """Return the error for a folder with tensors of layers that have no operation that can be adapted.
+
+    Args:
+        model: The model.
+        exact: The configuration of the folder.
+        tensors: Its tensors.
+        folder: The folder.
+        how: Options of the rewrite.
+        refused: The names of these layers; empty if they are all layers of the folder.
+    """
+    layers = tuple(f"{name}." for name in refused)
+    keys = [key for key in sorted(tensors) if key.startswith(layers)] or sorted(tensors)
+    lines = [f"unexpected: {key} {list(tensors[key].shape)}" for key in keys]
     remedy = _remedy(model, tensors, exact, folder)
     return CheckpointError(
         "\n  ".join([_misfit(folder, model), *remedy, *lines, *_reasons(model, exact, how)])

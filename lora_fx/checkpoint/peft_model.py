@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import os
 import re
 import sys
@@ -23,7 +24,6 @@ import torch
 from torch import nn
 
 from lora_fx.adapters import (
-    active_adapters,
     adapter_ids,
     adapter_names,
     add_adapter,
@@ -35,6 +35,7 @@ from lora_fx.adapters import (
 )
 from lora_fx.checkpoint.folder import load_adapter
 from lora_fx.checkpoint.keys import PREFIX
+from lora_fx.checkpoint.peft_status import layer_status, model_status
 from lora_fx.checkpoint.state import adapter_state_dict, load_adapter_state_dict
 from lora_fx.checkpoint.trainers import save_peft_folder
 from lora_fx.config import LoraConfig
@@ -60,6 +61,8 @@ __all__ = [
     "read_config",
     "train_adapters",
 ]
+
+_log = logging.getLogger(__name__)
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
@@ -244,8 +247,8 @@ class _Tuner(AroundModel):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The names of the active adapters."""
-        return list(active_adapters(self._model))
+        """The names of the active adapters, also in a block that disables them, as in PEFT."""
+        return list(require_record(self._model).choice.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -274,7 +277,8 @@ class _Tuner(AroundModel):
         """Run a merged model instead of this one, until :meth:`unmerge_adapter`.
 
         Weights are not changed in place and restored: the merged weights are new tensors, which take memory
-        until then. The other weights are shared.
+        until then. The other weights are shared. Inside :meth:`disable_adapter`, the base runs until the end
+        of the block.
 
         Args:
             adapter_names: The adapters to merge; by default the active ones.
@@ -282,16 +286,24 @@ class _Tuner(AroundModel):
         """
         self.unmerge_adapter()
         adapted = self._model
-        merged, _ = _merge(adapted, adapter_names=adapter_names)
-        # Only factors are trained, and they are in the waiting model.
+        names = self._to_merge(adapter_names)
+        merged, _ = _merge(adapted, adapter_names=names)
+        # Only factors are trained, and they are in the adapted model.
         merged.train(adapted.training).requires_grad_(False)
-        self._inside.model, self._inside.waiting = merged, (adapted,)
+        self._inside.merged, self._inside.merged_names = (merged,), tuple(names or ())
+        self._inside.run_merged(not require_record(adapted).is_disabled)
 
     def unmerge_adapter(self) -> None:
         """Run the adapted model again, which is bitwise unchanged."""
         tuner = self._inside
         if tuner.waiting:
-            tuner.model, tuner.waiting = tuner.waiting[0].train(tuner.model.training), ()
+            tuner.waiting[0].train(tuner.model.training)
+        tuner.run_merged(False)
+        tuner.merged, tuner.merged_names = (), ()
+
+    def _to_merge(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
+        """Return the adapters to merge; None if none is active, which a merge refuses."""
+        return (self.active_adapters or None) if adapter_names is None else adapter_names
 
     def merge_and_unload(
         self,
@@ -300,7 +312,8 @@ class _Tuner(AroundModel):
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Return a merged model, as :func:`lora_fx.merge` does: a new model, with all checks."""
-        merged, _ = _merge(self._model, adapter_names=adapter_names, progress=progressbar)
+        names = self._to_merge(adapter_names)
+        merged, _ = _merge(self._model, adapter_names=names, progress=progressbar)
         return merged
 
     def unload(self) -> nn.Module:
@@ -316,6 +329,9 @@ class _Inside(_Tuner, nn.Module):
         model: The model that runs: the rewritten model, or its merged copy.
         waiting: The rewritten model while the merged one runs. It is in a tuple, so that it is no child
             module then.
+        merged: The merged copy from ``merge_adapter`` until ``unmerge_adapter``. While adapters are disabled,
+            it does not run.
+        merged_names: The adapters that are merged in it.
         configs: PEFT's configurations from earlier calls.
     """
 
@@ -325,6 +341,8 @@ class _Inside(_Tuner, nn.Module):
         nn.Module.__init__(self)
         self.model = model
         self.waiting: tuple[nn.Module, ...] = ()
+        self.merged: tuple[nn.Module, ...] = ()
+        self.merged_names: tuple[str, ...] = ()
         self.configs: _Known = {}
         self.training = model.training
 
@@ -339,9 +357,21 @@ class _Inside(_Tuner, nn.Module):
         except AttributeError:
             return getattr(nn.Module.__getattr__(self, "model"), name)
 
+    def run_merged(self, merged: bool) -> None:
+        """Run the merged copy if there is one, or the rewritten model."""
+        adapted = self.waiting[0] if self.waiting else self.model
+        self.waiting = (adapted,) if merged and self.merged else ()
+        before, self.model = self.model, self.merged[0] if self.waiting else adapted
+        if self.model.training != before.training:
+            self.model.train(before.training)
+
+    def _idle(self) -> list[nn.Module]:
+        """Return the rewritten model or its merged copy if it does not run."""
+        return [model for model in (*self.waiting, *self.merged) if model is not self.model]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move or cast the waiting model as well."""
-        for model in self.waiting:
+        """Move or cast the idle model as well."""
+        for model in self._idle():
             model._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch
 
@@ -366,6 +396,7 @@ class _Adapted(_Tuner):
 
     base_model: Any
     modules_to_save: None = None  # PEFT's attribute, for tasks with a head
+    _is_warned = False
 
     def __init__(self, model: nn.Module, *more: Any) -> None:
         if more:
@@ -478,6 +509,17 @@ class _Adapted(_Tuner):
             )
         return super().state_dict(*args, **kwargs)  # type: ignore[misc]  # of the other base
 
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode. Before training, warn of checkpoints that accelerate could not write."""
+        if mode and not self._is_warned and _has_sharded_checkpoints():
+            self._is_warned = True
+            _log.warning(
+                "accelerate's checkpoints of FSDP will fail for this PeftModel: PEFT finds none of its "
+                "layers in it: give the trainer model.get_base_model(), or use version 2 of FSDP with "
+                "state_dict_type FULL_STATE_DICT"
+            )
+        return super().train(mode)  # type: ignore[misc]  # of the other base
+
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze or unfreeze all parameters."""
         self.base_model.requires_grad_(requires_grad)
@@ -502,19 +544,25 @@ class _Adapted(_Tuner):
             values = adapter_state_dict(self._model, _TRAINED)
             load_adapter_state_dict(self._model, values, _REFERENCE)
 
+    def get_layer_status(self) -> list[Any]:
+        """Return a ``peft.peft_model.TunerLayerStatus`` for each layer with adapters."""
+        rows = layer_status(self._model, self.base_model.merged_names)
+        return [dataclasses.replace(row, name=f"model.{row.name}") for row in rows]
+
+    def get_model_status(self) -> Any:
+        """Return a ``peft.peft_model.TunerModelStatus``."""
+        return model_status(self._model, self.base_model.merged_names)
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base within the context, as :func:`lora_fx.disable_adapter`."""
         tuner = self.base_model
-        merged = tuner.model if tuner.waiting else None
-        if merged is not None:
-            tuner.model, tuner.waiting = self._model, ()
         try:
             with disable_adapter(self._model):
+                tuner.run_merged(False)
                 yield
         finally:
-            if merged is not None:
-                tuner.model, tuner.waiting = merged, (self._model,)
+            tuner.run_merged(not require_record(self._model).is_disabled)
 
     def load_adapter(
         self,
@@ -588,6 +636,16 @@ class _Adapted(_Tuner):
         }
         origin = origin_of(self._model)
         save_peft_folder(self._model, Path(save_directory), names, origin, values, said)
+
+
+def _has_sharded_checkpoints() -> bool:
+    """Return True if accelerate runs FSDP and asks PEFT for the tensors of a ``PeftModel``."""
+    state = sys.modules.get("accelerate.state")
+    plugin = None if state is None else state.AcceleratorState._shared_state.get("fsdp_plugin")
+    if plugin is None:
+        return False
+    # accelerate gathers whole tensors of FSDP2 by itself (_get_model_state_dict in utils/fsdp_utils.py).
+    return (plugin.fsdp_version, plugin.state_dict_type.name) != (2, "FULL_STATE_DICT")
 
 
 def _with_our_names(_: nn.Module, state: dict[str, Any], *__: Any) -> None:

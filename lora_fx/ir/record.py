@@ -313,6 +313,11 @@ class Record:
         return any(row.deploy for adapter in self.adapters.values() for row in adapter.sites)
 
     @property
+    def is_disabled(self) -> bool:
+        """True in a block that runs the base."""
+        return any(not block.ids for block in self.blocks)
+
+    @property
     def choice(self) -> ActiveAdapters:
         """The choice outside of all ``with`` blocks."""
         return self.chosen or ActiveAdapters(self.active, self.per_sample)

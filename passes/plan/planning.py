@@ -518,11 +518,13 @@ def _check(
     _check_holders(capture.model, plan)
     refused = list(refusals(idle, matches.rejections, config))
     for target, hopeless, why in idle_parameters(capture.model, config, matches, chosen):
-        refused += [f"{target!r}: {why}"] if hopeless else []
+        refused += [(target, why)] if hopeless else []
     if refused:
+        lines = [f"{target!r}: {why}" for target, why in refused]
         raise NoMatchError(
             "the configuration names what cannot be adapted; take it out of the list:\n  "
-            + "\n  ".join(refused)
+            + "\n  ".join(lines),
+            tuple(dict.fromkeys(target for target, _ in refused)),
         )
     if strict and plan.unmatched:
         raise PartialMatchError(
@@ -595,8 +597,8 @@ def _named_by(target: str, rejections: Iterable[Rejection], config: LoraConfig) 
 
 def refusals(
     targets: Iterable[str], rejections: tuple[Rejection, ...], config: LoraConfig
-) -> Iterator[str]:
-    """Yield a line for each entry that selects only refused weights.
+) -> Iterator[tuple[str, str]]:
+    """Yield each entry that selects only refused weights, and the reason.
 
     Args:
         targets: Entries of ``target_modules``, a list, that selected no site.
@@ -609,7 +611,7 @@ def refusals(
         for rejection in selected:
             reasons.setdefault(rejection.reason, []).append(rejection.name)
         for reason, names in reasons.items():
-            yield f"{target!r}: {some(names, 3)} cannot be adapted: {reason}"
+            yield target, f"{some(names, 3)} cannot be adapted: {reason}"
 
 
 def target_names(matches: Matches, chosen: Iterable[Choice]) -> list[str]:

@@ -655,6 +655,28 @@ def test_a_module_that_is_no_linear_operation_says_why(folder: Path) -> None:
         load_adapter(base, folder)
 
 
+class WithEmptyLayer(nn.Module):
+    """A model with a layer that has no weights, as heads of transformers have in some configurations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.empty = nn.Linear(4, 4), nn.Linear(4, 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.up(x), self.empty(x)], -1)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_one_layer_that_cannot_be_adapted_is_the_only_one_that_is_listed(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["up", "empty"])
+    peft.get_peft_model(WithEmptyLayer(), config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(WithEmptyLayer(), tmp_path)
+    message = str(caught.value)
+    assert message.count("unexpected: ") == message.count("unexpected: empty.lora_") == 2
+    assert "empty cannot be adapted: its weight has no elements" in message
+
+
 def test_a_failed_load_changes_nothing(folder: Path) -> None:
     model = adapted(RESIDUAL()[0], r=4, target_modules=["up", "down"])
     before = copy.deepcopy(model.state_dict())

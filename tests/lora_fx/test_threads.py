@@ -68,6 +68,12 @@ def by_block(served: Served, model: nn.Module, ids: list[str | None]) -> Any:
         return model(served.batch)
 
 
+def by_names_of_peft(served: Served, model: nn.Module, ids: list[str | None]) -> Any:
+    """PEFT's own argument, for a model that is wrapped as a PeftModel."""
+    names = ["__base__" if name is None else name for name in ids]
+    return lora_fx.as_peft_model(model)(served.batch, adapter_names=names)
+
+
 def any_ids(draw: random.Random) -> list[str | None]:
     return [draw.choice(NAMES) for _ in range(4)]
 
@@ -96,7 +102,7 @@ def calls(
         return sum(pool.map(work, range(THREADS)))
 
 
-@pytest.mark.parametrize("way", [by_argument, by_block])
+@pytest.mark.parametrize("way", [by_argument, by_block, by_names_of_peft])
 @pytest.mark.parametrize("made", [mlp, llama])
 def test_threads(made: Callable[..., Any], way: Callable[..., Any]) -> None:
     served = Served(made)

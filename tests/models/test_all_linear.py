@@ -116,3 +116,7 @@ def test_adapters_that_peft_trained_load(name: str, tmp_path: Path) -> None:
         expected = theirs.eval()(**inputs).logits
         assert_close(loaded.eval()(**inputs).logits, expected)
         assert not torch.allclose(base.eval()(**inputs).logits, expected, atol=1e-3)
+    lora_fx.save_adapter(loaded, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    with torch.no_grad():
+        assert_close(again.eval()(**inputs).logits, expected)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_apply_ac
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     CheckpointWrapper,
@@ -43,7 +46,26 @@ def offload(model: nn.Module) -> None:
         model.model.layers[place] = offload_wrapper(layer)
 
 
-WRAPS = {"layers": wrap, "layers and parts": wrap_twice, "offload": offload}
+def wrap_as_accelerate(model: nn.Module, offload: bool = False) -> None:
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        activation_checkpointing=True,
+        activation_checkpointing_offload=offload,
+    )
+    # It reads nothing else of the accelerator, which has a plugin on GPUs only.
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    fsdp2_apply_ac(SimpleNamespace(state=state), model)
+
+
+WRAPS = {
+    "layers": wrap,
+    "layers and parts": wrap_twice,
+    "offload": offload,
+    "accelerate": wrap_as_accelerate,
+    "accelerate, offload": functools.partial(wrap_as_accelerate, offload=True),
+}
 
 
 def before(wraps: str) -> nn.Module:
@@ -69,7 +91,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 def test_every_verb_works_on_what_is_inside(wrapped, wraps: str, tmp_path: Path) -> None:
     model, plain = wrapped(wraps), lora_fx.rewrite(tiny_llama()[0], CONFIG)
     count = sum(type(one).__name__.endswith("Wrapper") for one in model.modules())
-    assert count == (4 if wraps == "layers and parts" else 2)
+    assert count == (4 if wraps in ("layers and parts", "accelerate, offload") else 2)
     assert_close(gradients(model), gradients(plain))
     model.eval(), plain.eval()
 

@@ -11,6 +11,9 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import fsdp_utils
 from torch import nn
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -126,6 +129,29 @@ def test_what_libraries_ask_of_a_peft_model(tmp_path: Path) -> None:
         wrapped.save_pretrained(tmp_path, selected_adapters=["lost"])
     with pytest.raises(ConfigError, match="has no adapters"):
         lora_fx.as_peft_model(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_checkpoints_of_fsdp_that_would_fail_are_named_before_the_training(
+    version: int, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type=kind)
+    # accelerate puts it there by itself on GPUs only.
+    monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
+    model = lora_fx.as_peft_model(adapted(LoraConfig(**TARGETS)))
+    assert "accelerate" not in caplog.text
+    model.train()
+    model.eval().train()
+    works = (version, kind) == (2, "FULL_STATE_DICT")
+    assert caplog.text.count(r"model.get_base_model()") == (0 if works else 1)
+    options = fsdp_utils._prepare_sd_options(plugin)
+    if works:
+        state = fsdp_utils._get_model_state_dict(model, adapter_only=True, sd_options=options)
+        assert state.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    else:
+        with pytest.raises(ConfigError, match=r"model\.get_base_model\(\)"):
+            fsdp_utils._get_model_state_dict(model, adapter_only=True, sd_options=options)
 
 
 def preferences() -> Any:

@@ -293,6 +293,84 @@ def test_what_is_done_to_a_merged_model_is_not_lost(folders: Path) -> None:
     assert {p.dtype for p in inner.parameters()} == {torch.float64}
 
 
+def test_merges_inside_a_block_take_effect_after_it(folders: Path) -> None:
+    base, adapted = llama()(IDS).logits, theirs(folders / "a")
+    for library in (lora_fx.peft, peft):
+        model = library.PeftModel.from_pretrained(llama(), folders / "a", "a")
+        with model.disable_adapter():
+            assert model.active_adapters == ["a"]
+            model.merge_adapter()
+            assert_close(model(IDS).logits, base)
+        assert_close(model(IDS).logits, adapted)
+        model.unmerge_adapter()
+        assert_close(model(IDS).logits, adapted)
+    model = lora_fx.peft.PeftModel.from_pretrained(llama(), folders / "a", "a")
+    model.load_adapter(folders / "b", "b")
+    with model.disable_adapter(), model.disable_adapter():
+        assert_close(model.merge_and_unload()(IDS).logits, adapted)
+        model.merge_adapter(["b"])
+        model.to(torch.float64)
+    assert_close(model(IDS).logits, theirs(folders / "b").double(), 1e-5)
+    model.train()
+    with model.disable_adapter():
+        assert model.get_base_model().training
+        model.unmerge_adapter()
+    assert_close(model.eval()(IDS).logits, adapted.double(), 1e-5)
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "head": {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [1, 2]}},
+    "dora": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_status_is_pefts(name: str) -> None:
+    models = [
+        library.get_peft_model(llama(), peft.LoraConfig(r=2, **CONFIGS[name]))
+        for library in (lora_fx.peft, peft)
+    ]
+
+    def check() -> None:
+        ours, theirs = (model.get_layer_status() for model in models)
+        assert ours == theirs
+        ours, theirs = (model.get_model_status() for model in models)
+        if name == "head":
+            # PEFT counts the base's head, too, and finds "other" irregular, which has none.
+            theirs.active_adapters, theirs.total_params = ours.active_adapters, ours.total_params
+        elif name == "tokens":
+            theirs.active_adapters = ours.active_adapters
+        assert ours == theirs
+
+    check()
+    for model in models:
+        model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"]))
+    check()
+    for model in models:
+        model.set_adapter("other")
+    check()
+    for model in models:
+        with model.disable_adapter():
+            # PEFT's factors need no gradient in it.
+            assert not model.get_model_status().enabled
+            assert not any(row.enabled for row in model.get_layer_status())
+        model.merge_adapter()
+    check()
+
+
+def test_the_status_of_a_plain_rewritten_model() -> None:
+    model = adapted()
+    rows = lora_fx.peft.get_layer_status(model)
+    assert rows[0].name == "model.layers.0.self_attn.q_proj"
+    assert lora_fx.peft.get_layer_status(torch.compile(model, backend="eager")) == rows
+    wrapper = lora_fx.as_peft_model(model)
+    assert lora_fx.peft.get_layer_status(wrapper) == wrapper.get_layer_status()
+    assert lora_fx.peft.get_model_status(wrapper) == lora_fx.peft.get_model_status(model)
+    with pytest.raises(ConfigError, match="has no adapters"):
+        lora_fx.peft.get_model_status(llama())
+
+
 def test_states_have_the_names_of_peft(tmp_path: Path) -> None:
     model, other = wrapped(), wrapped()
     state = lora_fx.peft.get_peft_model_state_dict(model)
