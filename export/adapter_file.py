@@ -206,8 +206,8 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
             values |= _folder_tokens(".".join(names[:-2]), value, config)
             continue
         stripped = _without_wrappers(names)
-        known = manifest is not None and stripped in manifest.inputs
-        if names[-2:] == [_WRAPPED, "weight"] and not known:
+        taken = manifest is not None and stripped in manifest.inputs
+        if names[-2:] == [_WRAPPED, "weight"] and not taken:
             # It is the base's, or was trained by hand, which shows beside the base alone.
             problems.append(f"{key} is a weight of the base")
             continue

@@ -64,8 +64,8 @@ class AdapterInput:
     Attributes:
         name: Name of the input in the file.
         site: Name of its site, or the FQN of a parameter.
-        role: "A", "B", "bias" (of B) or "gain" (of the output); "parameter" for a parameter of the model that
-            each adapter has its own values of; "tokens" and "rows" for trained rows of an embedding.
+        role: "A", "B", "bias" (of B) or "gain" (of the output) at a site. "parameter" for a parameter of the
+            model that each adapter has its own values of. "tokens" and "rows" for trained rows of an embedding.
         shape: Sizes of its axes; None for the axis of the rank.
         dtype: torch's name of its dtype.
         multiple: The rank divided by the size of the rank axis.
@@ -246,7 +246,7 @@ class TokenInputs:
         return {**values, **dict(zip(self.names, repeated, strict=True))}
 
     def problems(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield what is wrong with an adapter's values, which have the right shapes."""
+        """Yield the errors of an adapter's values, which have the right shapes."""
         own = [values.get(name) for name in self.names]
         tokens, rows = own
         if tokens is None or rows is None:
@@ -260,7 +260,7 @@ class TokenInputs:
             yield f"{self.names[0]}: {wrong[0]} is none of the {self.vocabulary} tokens"
         twice = [
             int(token)
-            for token in tokens.unique()
+            for token in set(tokens.tolist())
             if bool((rows[tokens == token] != rows[tokens == token][:1]).any())
         ]
         if twice:
@@ -337,9 +337,10 @@ class Manifest:
 
         Parameters are left out, because only the base has their values.
         """
+        targets: tuple[SiteInputs | TokenInputs, ...] = (*self.sites, *self.tokens)
         return {
             adapter_input.name: adapter_input.fill(target.least_rank)
-            for target in (*self.sites, *self.tokens)
+            for target in targets
             for adapter_input in target.inputs()
         }
 

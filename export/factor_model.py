@@ -605,7 +605,7 @@ def random_factors(
     """
     draw = torch.Generator().manual_seed(seed)
     most = max_rank if manifest.bank is None else manifest.bank.rank
-    values = {}
+    values: dict[str, Tensor] = {}
     whole = [parameter.name for parameter in manifest.parameters if len(parameter.shape) > 1]
     for index, site in enumerate(manifest.sites):
         if any(name.startswith(f"{site.name}.") for name in whole):

@@ -791,17 +791,17 @@ def _check_statistics(
     Raises:
         CheckpointError: The message names the buffers and what to do.
     """
-    others = [name for name in require_record(model).adapters if name != adapter_name]
+    running = [name for name in require_record(model).adapters if name != adapter_name]
     buffers = {id(buffer): name for name, buffer in model.named_buffers()}
     changed = [
         buffers[id(slot.tensor)]
         for slot, value in values
         if id(slot.tensor) in buffers and not torch.equal(slot.tensor, value.to(slot.tensor))
     ]
-    if others and changed:
+    if running and changed:
         raise CheckpointError(
             f"{folder} has its own {some(changed)}, and a model has one of each, with which "
-            f"{some([repr(name) for name in others])} run: load it onto a model of its own"
+            f"{some([repr(name) for name in running])} run: load it onto a model of its own"
         )
 
 

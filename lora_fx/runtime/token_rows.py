@@ -96,9 +96,9 @@ class PatchedWeight(ComputedParameter):
 
 def _with_logits(logits: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
     """Replace the logits of tokens, [..., n]. Those of -1 write the first logit as it is."""
-    places = tokens.clamp(min=0)
-    own = torch.where(tokens < 0, logits.gather(-1, places), own)
-    return logits.scatter(-1, places, own)
+    indices = tokens.clamp(min=0)
+    own = torch.where(tokens < 0, logits.gather(-1, indices), own)
+    return logits.scatter(-1, indices, own)
 
 
 def _embedding(
