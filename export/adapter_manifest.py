@@ -65,7 +65,8 @@ class AdapterInput:
         name: Name of the input in the file.
         site: Name of its site, or the FQN of a parameter.
         role: "A", "B", "bias" (of B) or "gain" (of the output) at a site. "parameter" for a parameter of the
-            model that each adapter has its own values of. "tokens" and "rows" for trained rows of an embedding.
+            model that each adapter has its own values of. "tokens" and "rows" for trained rows of an
+            embedding.
         shape: Sizes of its axes; None for the axis of the rank.
         dtype: torch's name of its dtype.
         multiple: The rank divided by the size of the rank axis.
