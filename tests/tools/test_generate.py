@@ -86,4 +86,4 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path) -> None:
         assert made.exit_code == 2
         assert words in made.stderr
     made = lora("export", f"hf:{folder / 'model'}", tmp_path / "y.onnx", "--task", "generation")
-    assert "Did you mean 'text-generation'" in made.stderr
+    assert "give one of text-generation, text2text-generation" in made.stderr

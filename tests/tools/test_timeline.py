@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 
 import lora_fx
-from lora_fx.tools.cluster import Mesh, Need, plan_step, step_inputs
+from lora_fx.tools.cluster import Mesh, Need, Settings, plan_step, step_inputs
 from lora_fx.tools.timeline import Allocation, Kind, Timeline, document_of, write_page
 from tests.tools.browser import CHROMIUM, browser
 from tests.tools.cluster_ranks import BATCH, CONFIG, SEQUENCE, model
@@ -25,9 +25,8 @@ NASTY = "a<b>&\"c'</script><img src=x onerror=alert`1`>"
 def recorded(mesh: str = "fsdp=1", *, checkpointing: bool = False) -> tuple[Need, Timeline]:
     net, timeline = model().to("meta"), Timeline()
     inputs = step_inputs(net, None, batch=BATCH, sequence=SEQUENCE)
-    need = plan_step(
-        net, CONFIG, Mesh.parse(mesh), inputs, checkpointing=checkpointing, ledger=timeline
-    )
+    settings = Settings(checkpointing=checkpointing)
+    need = plan_step(net, CONFIG, Mesh.parse(mesh), inputs, settings, ledger=timeline)
     return need, timeline
 
 
@@ -101,7 +100,8 @@ def test_kinds_are_those_of_the_plan(mesh: str, checkpointing: bool) -> None:
 def test_recording_changes_no_figure(mesh: str, checkpointing: bool) -> None:
     net = model().to("meta")
     inputs = step_inputs(net, None, batch=BATCH, sequence=SEQUENCE)
-    plain = plan_step(net, CONFIG, Mesh.parse(mesh), inputs, checkpointing=checkpointing)
+    settings = Settings(checkpointing=checkpointing)
+    plain = plan_step(net, CONFIG, Mesh.parse(mesh), inputs, settings)
     assert recorded(mesh, checkpointing=checkpointing)[0] == plain
 
 
@@ -208,7 +208,7 @@ def test_a_page_of_32_layers_is_small(tmp_path: Path) -> None:
         lora_fx.LoraConfig(r=8, target_modules="all-linear"),
         Mesh(),
         step_inputs(net, None, batch=1, sequence=64),
-        dtype=torch.bfloat16,
+        Settings(dtype=torch.bfloat16),
         ledger=timeline,
     )
     write_page(timeline, tmp_path / "llama.html", "llama", {})
