@@ -786,13 +786,21 @@ def _check_statistics(
     values: Iterable[tuple[Slot, torch.Tensor]],
     folder: Path,
 ) -> None:
-    """Raise if a folder would replace buffers, such as those of batch norms, with which other adapters run.
+    """Raise if a folder would replace statistics in a saved module, with which other adapters run.
+
+    PEFT has a copy of the module for each adapter. A rewritten model has copies of parameters alone.
 
     Raises:
         CheckpointError: The message names the buffers and what to do.
     """
-    running = [name for name in require_record(model).adapters if name != adapter_name]
-    buffers = {id(buffer): name for name, buffer in model.named_buffers()}
+    record = require_record(model)
+    running = [name for name in record.adapters if name != adapter_name]
+    inside = tuple(f"{name}." for name in record.adapters[adapter_name].saved_modules)
+    buffers = {
+        id(buffer): name
+        for name, buffer in model.named_buffers()
+        if name.startswith(inside) and not buffer.is_meta
+    }
     changed = [
         buffers[id(slot.tensor)]
         for slot, value in values

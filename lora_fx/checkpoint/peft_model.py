@@ -641,7 +641,9 @@ class _Adapted(_Tuner):
 def _has_sharded_checkpoints() -> bool:
     """Return True if accelerate runs FSDP and asks PEFT for the tensors of a ``PeftModel``."""
     state = sys.modules.get("accelerate.state")
-    plugin = None if state is None else state.AcceleratorState._shared_state.get("fsdp_plugin")
+    if state is None or not state.is_initialized():
+        return False
+    plugin = getattr(state.AcceleratorState(), "fsdp_plugin", None)
     if plugin is None:
         return False
     # accelerate gathers whole tensors of FSDP2 by itself (_get_model_state_dict in utils/fsdp_utils.py).

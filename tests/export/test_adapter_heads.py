@@ -594,3 +594,25 @@ def test_more_rows_than_the_file_takes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         session.load_adapter("four", model)
     assert session.adapters == tuple(TOKENS)
+
+
+def test_statistics_of_saved_modules_are_of_one_adapter(tmp_path: Path) -> None:
+    """PEFT has a copy of the module for each adapter. A model of ours has one set of statistics."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+        return nn.Sequential(nn.Linear(8, 8), head).eval()
+
+    for number, name in enumerate(("one", "two")):
+        config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+        wrapped = peft.get_peft_model(build(), config)  # type: ignore[arg-type]
+        wrapped.train()(torch.randn(8, 8) + number)
+        wrapped.eval().save_pretrained(str(tmp_path / name))
+    model = lora_fx.load_adapter(build(), tmp_path / "one", adapter_name="one")
+    x = torch.randn(2, 8)
+    before = model(x)
+    with pytest.raises(CheckpointError, match=r"own 1\.0\.running_mean.*'one' run"):
+        lora_fx.load_adapter(model, tmp_path / "two", adapter_name="two")
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+    assert [entry.name for entry in lora_fx.status(model).adapters] == ["one"]

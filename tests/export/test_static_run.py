@@ -85,7 +85,8 @@ def static(path: Path, model: nn.Module) -> OnnxSession:
     """As with cuda_graph=True, but for the capture, which the CPU provider does not do."""
     session = loaded(OnnxSession(path, "cpu", max_rank=8), model)
     manifest = session._store.manifest
-    session._static = StaticRunner(onnxruntime, session._session, session.outputs, manifest, 8, CPU)
+    options = session.outputs, manifest, 8, CPU, session.path
+    session._static = StaticRunner(onnxruntime, session._session, *options)
     return session
 
 

@@ -336,11 +336,14 @@ def test_adapters_switch_and_are_deleted() -> None:
     assert not [n for n, _ in model.named_modules() if "token_adapter" in n]
 
 
-def test_samples_cannot_choose_rows() -> None:
+def test_samples_cannot_choose_rows_of_an_adapted_embedding() -> None:
     config = LoraConfig(target_modules=Q, trainable_token_indices=[3])
     model = lora_fx.rewrite(llama(), config)
-    with pytest.raises(ConfigError, match=r"trains rows of model\.embed_tokens"):
-        lora_fx.set_adapter(model, "default", per_sample=True)
+    lora_fx.add_adapter(model, LoraConfig(target_modules=["embed_tokens"]), "other")
+    with pytest.raises(
+        ConfigError, match=r"own model\.embed_tokens\.weight .*factors adapt that layer"
+    ):
+        lora_fx.set_adapter(model, ["default", "other"], per_sample=True)
 
 
 def test_survives_copies_pickles_and_moves() -> None:
