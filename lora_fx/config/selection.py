@@ -288,11 +288,17 @@ def unmatched_targets(names: Iterable[str], config: LoraConfig) -> tuple[str, ..
 def unmatched_saved(module_names: Iterable[str], config: LoraConfig) -> tuple[str, ...]:
     """Return the entries of `modules_to_save` that match no module.
 
-    Heads that `task_type` adds are optional.
+    PEFT writes every name of a head that `task_type` may mean into a folder. One of them suffices.
     """
     names = list(module_names)
-    entries = tuple(config.modules_to_save or ())
-    return tuple(entry for entry in entries if not any(name.endswith(entry) for name in names))
+
+    def matches(entry: str) -> bool:
+        return any(name.endswith(entry) for name in names)
+
+    heads = _HEADS.get(config.task_type, ())
+    optional = heads if any(map(matches, heads)) else ()
+    entries = [entry for entry in config.modules_to_save or () if entry not in optional]
+    return tuple(entry for entry in entries if not matches(entry))
 
 
 def nearest_names(target: str, names: Iterable[str], n: int = 3) -> tuple[str, ...]:

@@ -668,10 +668,12 @@ def idle_entries(
         ("alpha_pattern", idle.alpha_keys),
         ("layers_to_transform", idle.layers),
         ("layers_pattern", idle.layers_patterns),
-        ("modules_to_save", unmatched_saved(modules, config)),
     ):
         for entry in entries:
             yield f"{title} {entry!r}: matches nothing"
+    for entry in unmatched_saved(modules, config):
+        near = _nearest(nearest_names(entry, modules))
+        yield f"modules_to_save {entry!r}: matches nothing{near}"
 
 
 def idle_parameters(

@@ -26,6 +26,23 @@ def names(model: nn.Module, **options) -> list[str]:
 BLOCKS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
 
 
+def test_names_of_saved_modules_that_match_nothing() -> None:
+    """PEFT writes both names of a classifier's head into its folder, and a model has one of them."""
+    layers = OrderedDict(up=nn.Linear(4, 4), classifier=nn.Linear(4, 2))
+    model = nn.Sequential(layers)
+    for heads, task, unmatched in (
+        (["classifier", "score"], "SEQ_CLS", ()),
+        (["score"], None, ("modules_to_save 'score': matches nothing",)),
+        (
+            ["clasifier"],
+            "SEQ_CLS",
+            ("modules_to_save 'clasifier': matches nothing; nearest: 'classifier'",),
+        ),
+    ):
+        config = LoraConfig(target_modules=["up"], modules_to_save=heads, task_type=task)
+        assert lora_fx.plan(model, config).unmatched == unmatched
+
+
 def test_none_is_every_linear_operation_but_the_head() -> None:
     plan = lora_fx.plan(Residual(), LoraConfig())
     assert [row.name for row in plan] == BLOCKS
