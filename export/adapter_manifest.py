@@ -389,7 +389,7 @@ class Manifest:
                 for target in data.get("tokens", ())
             )
             bank = None
-            if "bank" in data:
+            if data["format"] == _BANK_FORMAT or "bank" in data:
                 size = data["bank"]
                 bank = BankSize(tuple(size["adapters"]), int(size["capacity"]), int(size["rank"]))
             alone, required = (bool(data.get(key, False)) for key in ("runs_alone", "required"))

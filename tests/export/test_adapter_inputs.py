@@ -278,8 +278,8 @@ def test_the_manifest_is_in_the_file(path: Path) -> None:
     assert Manifest.from_metadata({}) is None
     with pytest.raises(ExportError, match="damaged"):
         Manifest.from_metadata({MANIFEST_KEY: "{}"})
-    newer = json.dumps({"format": 3, "base": "", "sites": []})
-    with pytest.raises(ExportError, match=r"format 3.*update lora_fx"):
+    newer = json.dumps({"format": 4, "base": "", "sites": []})
+    with pytest.raises(ExportError, match=r"format 4.*update lora_fx"):
         Manifest.from_metadata({MANIFEST_KEY: newer})
 
 
