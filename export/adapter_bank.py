@@ -442,26 +442,20 @@ def prove_rows(model: BankModel) -> None:
 
 
 def make_bank_overridable(
-    model: ir.Model,
-    manifest: Manifest,
-    adapters: Sequence[Mapping[str, Tensor]],
-    base: Mapping[str, Tensor],
-    batched: str,
+    model: ir.Model, manifest: Manifest, banks: Mapping[str, Tensor], batched: str
 ) -> None:
     """Give the banks the adapters of the model, as defaults or as constants. The ids have no default.
 
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
-        adapters: Values by input name, one mapping for each adapter of the manifest's bank, in order.
-        base: The base's values of the manifest's parameters, by name.
+        banks: The stacks of :func:`stacked`, by input name.
         batched: Name of an input whose first axis is the batch.
 
     Raises:
         ExportError: The graph reads the number of ids in a way that cannot be replaced by the batch size.
     """
     inputs = {value.name: value for value in model.graph.inputs}
-    banks = stacked(manifest, adapters, base)
     for name, value in banks.items():
         port = inputs[name]
         port.const_value = constant_tensor(name, value)
@@ -475,10 +469,9 @@ def make_bank_overridable(
 
 
 def constant_tensor(name: str, value: Tensor) -> ir.TensorProtocol:
-    """Return the values of a tensor for an initializer. Later writes into the tensor do not change them."""
+    """Return the values of a tensor on the CPU for an initializer."""
     import onnx_ir as ir
 
-    value = value.detach().cpu().contiguous().clone()
     if value.dtype == torch.bfloat16:
         raw = value.view(torch.uint16).numpy().view(ir.DataType.BFLOAT16.numpy())
         return ir.tensor(raw, dtype=ir.DataType.BFLOAT16, name=name)

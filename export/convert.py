@@ -808,7 +808,7 @@ def _argument(node: fx.Node, position: int) -> object:
 
 
 def _make_overridable(
-    model: ir.Model, manifest: Manifest, base: Mapping[str, torch.Tensor]
+    model: ir.Model, manifest: Manifest, defaults: Mapping[str, torch.Tensor]
 ) -> None:
     """Give every adapter input a default, so that the file alone is the base model, unless it is required.
 
@@ -819,10 +819,9 @@ def _make_overridable(
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
         manifest: The adapter inputs.
-        base: The base's values of the manifest's parameters, by name.
+        defaults: The defaults by name.
     """
     inputs = {value.name: value for value in model.graph.inputs}
-    defaults = {} if manifest.required else {**manifest.no_adapter(), **base}
     for name in manifest.inputs:
         value = inputs[name]
         if name in defaults:
@@ -904,13 +903,16 @@ class ConversionError(ExportError):
     """Error for an exported program that cannot become a runnable ONNX file. Another export may work."""
 
 
-def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
+def convert(
+    trace: Trace, prepared: Prepared, opset: int, defaults: Mapping[str, torch.Tensor] = {}
+) -> ir.Model:
     """Translate a trace to ONNX, and name the inputs, outputs, weights and axes of the result.
 
     Args:
         trace: The result of ``trace()`` for the model.
         prepared: The model, for the FQNs of its weights and the names of its outputs.
         opset: ONNX opset to write.
+        defaults: The values of adapter inputs that the file holds: ``Prepared.defaults``.
 
     Raises:
         ExportError: torch.onnx has no translation for something, or the graph is random.
@@ -930,11 +932,9 @@ def convert(trace: Trace, prepared: Prepared, opset: int) -> ir.Model:
     manifest = prepared.manifest
     if manifest is not None:
         if manifest.bank is None:
-            _make_overridable(program, manifest, prepared.base_values())
+            _make_overridable(program, manifest, defaults)
         else:
-            batched = _input_with_rows(trace)
-            stacks = prepared.banked(), prepared.base_values()
-            make_bank_overridable(program, manifest, *stacks, batched)
+            make_bank_overridable(program, manifest, defaults, _input_with_rows(trace))
         program.metadata_props[MANIFEST_KEY] = manifest.to_json()
     return program
 

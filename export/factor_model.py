@@ -458,8 +458,14 @@ class FactorModel(FlatModel):
         )
 
     def base_values(self) -> dict[str, Tensor]:
-        """Return the base's values of the parameters of the manifest, by name."""
-        return {name: self.model.get_parameter(name) for name in self._made.parameters}
+        """Return copies of the base's values of the parameters of the manifest on the CPU, by name.
+
+        A copied weight may be one that is computed when an operator reads it, so only a copy has values.
+        """
+        return {
+            name: self.model.get_parameter(name).detach().clone().cpu()
+            for name in self._made.parameters
+        }
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:

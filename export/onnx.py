@@ -367,9 +367,10 @@ class _Export:
     def _converted(self, traced: Trace, traceable: Prepared, opset: int) -> ir.Model:
         """Return the graph of a trace. Its weights that have no memory are computed when they are written."""
         deferred = self.scratch.deferred
+        defaults = traceable.defaults()  # values, which a conversion does not compute
         while True:
             with torch_private.disable_dispatch_modes():
-                converted = convert(traced, traceable, opset)
+                converted = convert(traced, traceable, opset, defaults)
             if deferred.link(converted, _read_by(traced)):
                 return converted
 

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from lora_fx.errors import ExportError, some
-from lora_fx.export.adapter_bank import BankModel, check_bank_sites, prove_rows, row_editor
+from lora_fx.export.adapter_bank import (
+    BankModel,
+    check_bank_sites,
+    prove_rows,
+    row_editor,
+    stacked,
+)
 from lora_fx.export.adapter_file import values_of_model
 from lora_fx.export.adapter_manifest import SUFFIXES, Manifest, cast_to, fill_tokens
 from lora_fx.export.arguments import Arguments, Cases, FlatModel, cast_floating
@@ -198,19 +204,23 @@ class Prepared:
         assert self.manifest is not None
         return dataclasses.replace(self, manifest=self.manifest.require())
 
-    def banked(self) -> list[dict[str, Tensor]]:
-        """Return the values of the adapters in the file's bank, in its order.
+    def defaults(self) -> dict[str, Tensor]:
+        """Return the values of the adapter inputs that the file holds, by name: those of the base, or a bank.
 
         Raises:
             CheckpointError, ExportError: As ``values_of_model``.
         """
-        if self.manifest is None or self.manifest.bank is None:
-            return []
-        return [
-            fill_tokens(self.manifest, cast_to(self.manifest, values_of_model(self.source, name)))
-            for name in self.manifest.bank.adapters
+        manifest = self.manifest
+        if manifest is None or (manifest.required and manifest.bank is None):
+            return {}
+        if manifest.bank is None:
+            return {**manifest.no_adapter(), **self.base_values()}
+        adapters = [
+            fill_tokens(manifest, cast_to(manifest, values_of_model(self.source, name)))
+            for name in manifest.bank.adapters
             if self.source is not None
         ]
+        return stacked(manifest, adapters, self.base_values())
 
     def base_values(self) -> dict[str, Tensor]:
         """Return the base's values of the parameters of the manifest, by name."""

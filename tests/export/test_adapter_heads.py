@@ -327,6 +327,32 @@ def test_files_in_half_precision(tmp_path: Path, model: Any, wanted: Any) -> Non
         assert report.verified
 
 
+@pytest.mark.parametrize("required", [False, True], ids=["defaults", "required"])
+@pytest.mark.parametrize("adapters", ["bank", "inputs"])
+def test_the_base_of_a_large_head_in_half_precision(
+    tmp_path: Path, adapters: Any, required: bool
+) -> None:
+    """A cast of that size is computed when it is read, and the file holds its values."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 20_000)).eval()
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["2"])
+    model = lora_fx.rewrite(base, config)
+    randomize(lora_fx.trainable_parameters(model), 0)
+    x = torch.randn(2, 8)
+    options: Any = {"adapters": adapters, "dtype": "fp16", "required_inputs": required}
+    assert export_onnx(model, tmp_path / "m.onnx", x, **options).verified
+    export_onnx(model, tmp_path / "m.onnx", x, **options, verify=False)
+    session = OnnxSession(tmp_path / "m.onnx", "cpu")
+    if adapters == "inputs":
+        session.load_adapter("default", model)
+    want: dict[str | None, Tensor] = {"default": model(x)}
+    with lora_fx.disable_adapter(model):
+        want[None] = model(x)
+    for name in ["default"] if required and adapters == "inputs" else want:
+        got = session.run(x.half(), adapter=name)["output"].float()
+        torch.testing.assert_close(got, want[name].detach(), rtol=1e-2, atol=1e-2)
+
+
 def test_earlier_versions_refuse_the_file(bank: Path, model: Any) -> None:
     metadata = metadata_of(onnx.load(bank))
     manifest = Manifest.from_metadata(metadata)
