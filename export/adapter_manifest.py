@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx.errors import CheckpointError, ExportError, hint, some
@@ -208,7 +209,7 @@ class ParameterInput:
 class TokenInputs:
     """Rows of an embedding that an adapter has trained for its own tokens.
 
-    An adapter with fewer rows names its first token several times. One without any has tokens of -1.
+    The tokens of an adapter with fewer rows end with -1.
 
     Attributes:
         name: FQN of the embedding.
@@ -239,23 +240,26 @@ class TokenInputs:
 
     def fill(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the values of an adapter with as many rows as the file takes. Others stay unchanged."""
-        own = [values[name] for name in self.names if name in values]
-        if len(own) < 2 or len(own[0]) != len(own[1]) or not 0 < len(own[0]) < self.shape[0]:
+        tokens, rows = (values.get(name) for name in self.names)
+        if tokens is None or rows is None or (tokens.dim(), rows.dim()) != (1, 2):
             return dict(values)
-        missing = self.shape[0] - len(own[0])
-        repeated = [torch.cat([value, *[value[:1]] * missing]) for value in own]
-        return {**values, **dict(zip(self.names, repeated, strict=True))}
+        missing = self.shape[0] - len(tokens)
+        if len(tokens) != len(rows) or not 0 < missing < self.shape[0]:
+            return dict(values)
+        filled = F.pad(tokens, (0, missing), value=-1), F.pad(rows, (0, 0, 0, missing))
+        return {**values, **dict(zip(self.names, filled, strict=True))}
 
     def problems(self, values: Mapping[str, Tensor]) -> Iterator[str]:
         """Yield the errors of an adapter's values, which have the right shapes."""
-        own = [values.get(name) for name in self.names]
-        tokens, rows = own
+        tokens, rows = (values.get(name) for name in self.names)
         if tokens is None or rows is None:
             if tokens is not rows:
                 yield f"{self.name}: it has only one of {' and '.join(self.names)}"
             return
-        if bool((tokens == -1).all()):
-            return
+        count = len(tokens) - int(
+            (tokens.flip(0) == -1).cumprod(0).sum()
+        )  # without those at the end
+        tokens, rows = tokens[:count], rows[:count]
         wrong = [int(token) for token in tokens if not 0 <= int(token) < self.vocabulary]
         if wrong:
             yield f"{self.names[0]}: {wrong[0]} is none of the {self.vocabulary} tokens"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from lora_fx import torch_private
@@ -144,7 +145,7 @@ class _OwnBySample:
     def _trained(self, owner: nn.Module, base: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the tokens and the rows of all adapters, [slots, n] and [slots, n, width].
 
-        Where an adapter has fewer, its first is repeated. An adapter without any has tokens of -1.
+        Where an adapter has fewer, the rest are tokens of -1.
         """
         trained = dict(self.tokens)
         count = max(len(planned.indices) for planned in trained.values())
@@ -157,9 +158,9 @@ class _OwnBySample:
                 rows.append(rows[0])
                 continue
             own = _held(owner, relative(rows_name(planned, adapter), planned.site.owner))
-            repeats = count - len(planned.indices)
-            indices.append([*planned.indices, *[planned.indices[0]] * repeats])
-            rows.append(torch.cat([own, own[:1].expand(repeats, -1)]).to(base.dtype))
+            rest = count - len(planned.indices)
+            indices.append([*planned.indices, *[-1] * rest])
+            rows.append(F.pad(own, (0, 0, 0, rest)).to(base.dtype))
         return torch.tensor(indices, device=base.device), torch.stack(rows)
 
 

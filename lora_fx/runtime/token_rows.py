@@ -1,8 +1,7 @@
 """Weights of embeddings of which an adapter replaces some rows: those of the tokens that it has trained.
 
 The tokens and the rows are tensors, so that one file takes those of any adapter, and each row of a batch
-takes those of its adapter. A token may be named twice, with the same row. A token of -1 replaces no row, and
-then all of an adapter are -1.
+takes those of its adapter. A token of -1 replaces no row: it fills up the tokens of an adapter with fewer.
 """
 
 from __future__ import annotations
@@ -95,10 +94,9 @@ class PatchedWeight(ComputedParameter):
 
 
 def _with_logits(logits: Tensor, tokens: Tensor, own: Tensor) -> Tensor:
-    """Replace the logits of tokens, [..., n]. Those of -1 write the first logit as it is."""
-    indices = tokens.clamp(min=0)
-    own = torch.where(tokens < 0, logits.gather(-1, indices), own)
-    return logits.scatter(-1, indices, own)
+    """Replace the logits of tokens, [..., n]. Those of -1 are written to a place that is cut off."""
+    indices = torch.where(tokens < 0, logits.shape[-1], tokens)
+    return F.pad(logits, (0, 1)).scatter(-1, indices, own)[..., :-1]
 
 
 def _embedding(

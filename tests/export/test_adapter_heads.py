@@ -580,9 +580,10 @@ def test_trained_rows_beside_a_whole_embedding(tmp_path: Path) -> None:
     torch.testing.assert_close(got, torch.cat(want), **EXACT)
 
 
-BAD_TOKENS: dict[str, tuple[list[int], list[float], str]] = {
+BAD_TOKENS: dict[str, tuple[list[int], list[float] | None, str]] = {
     "negative": ([-1, 3, 5], [1, 2, 3], "-1 is none of the 20 tokens"),
     "unknown": ([1, 20, 5], [1, 2, 3], "20 is none of the 20 tokens"),
+    "one axis": ([1, 2], None, r"lora_tokens\.weight: it has shape \[2\]"),
     "twice": ([1, 1, 5], [1, 2, 3], "different rows for the token 1"),
     "fewer rows": ([1, 2, 3], [1, 2], r"lora_tokens\.weight: it has shape \[2, 8\]"),
 }
@@ -595,7 +596,9 @@ def test_tokens_that_cannot_be(tmp_path: Path, case: str) -> None:
     export_onnx(language(tied=False), path, IDS, adapters="inputs", verify=False)
     values = {
         "embed.lora_tokens.indices": torch.tensor(tokens),
-        "embed.lora_tokens.weight": torch.tensor(rows)[:, None].expand(-1, 8).contiguous(),
+        "embed.lora_tokens.weight": torch.ones(2)
+        if rows is None
+        else torch.tensor(rows)[:, None].expand(-1, 8).contiguous(),
     }
     with pytest.raises(CheckpointError, match=message):
         OnnxSession(path, "cpu").load_adapter("bad", values)

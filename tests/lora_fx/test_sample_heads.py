@@ -138,28 +138,30 @@ def test_a_batch_is_that_of_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ADAPTERS)
 def test_outputs_and_gradients_are_those_of_one_adapter_at_a_time(case: str) -> None:
     model = adapted(case)
-    want = each_alone(model, IDS, X)
-    want.square().sum().backward()
-    lora_fx.set_adapter(model, list(ADAPTERS[case][1]), per_sample=True)
-    trained = dict(model.named_parameters())
-    stored = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
-    by_adapter = {}
-    for name in ADAPTERS[case][1]:
+    names = list(ADAPTERS[case][1])
+    trained = {}
+    for name in names:
         lora_fx.set_adapter(model, name)
-        by_adapter[name] = [p.grad for p in lora_fx.trainable_parameters(model)]
-    assert stored
-    lora_fx.set_adapter(model, list(ADAPTERS[case][1]), per_sample=True)
-    model.zero_grad()
+        trained[name] = list(lora_fx.trainable_parameters(model))
+    # An adapter is frozen while another one is active, so that each row has its own backward.
+    want = []
+    for adapter, row in zip(IDS, X, strict=True):
+        lora_fx.set_adapter(model, [] if adapter is None else adapter)
+        want.append(model(row[None]).logits)
+        if adapter is not None:
+            want[-1].square().sum().backward()
+    gradients = {name: [p.grad for p in own] for name, own in trained.items()}
+    for parameter in (p for own in trained.values() for p in own):
+        parameter.grad = None
+    lora_fx.set_adapter(model, names, per_sample=True)
     got = model(X, adapter_ids=IDS).logits
-    torch.testing.assert_close(got, want, **EXACT)
+    torch.testing.assert_close(got, torch.cat(want), **EXACT)
     got.square().sum().backward()
-    for name, gradients in by_adapter.items():
-        lora_fx.set_adapter(model, name)
-        parameters = list(lora_fx.trainable_parameters(model))
-        assert len(parameters) == len(gradients)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                torch.testing.assert_close(parameter.grad, gradient, **EXACT)
+    for name in names:
+        assert trained[name]
+        for parameter, gradient in zip(trained[name], gradients[name], strict=True):
+            assert gradient is not None
+            torch.testing.assert_close(parameter.grad, gradient, **EXACT)
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
