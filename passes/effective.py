@@ -158,9 +158,9 @@ class _OwnBySample:
                 rows.append(rows[0])
                 continue
             own = _held(owner, relative(rows_name(planned, adapter), planned.site.owner))
-            rest = count - len(planned.indices)
-            indices.append([*planned.indices, *[-1] * rest])
-            rows.append(F.pad(own, (0, 0, 0, rest)).to(base.dtype))
+            missing = count - len(planned.indices)
+            indices.append([*planned.indices, *[-1] * missing])
+            rows.append(F.pad(own, (0, 0, 0, missing)).to(base.dtype))
         return torch.tensor(indices, device=base.device), torch.stack(rows)
 
 
