@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_fx.adapters import adapter_record, the_adapter
-from lora_fx.checkpoint import Dense, Slot, converted, read_tensors, without_prefix
+from lora_fx.checkpoint import UNREAD, Dense, Slot, converted, read_tensors, without_prefix
 from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError, ExportError, some
 from lora_fx.export.adapter_manifest import (
@@ -61,7 +61,6 @@ __all__ = [
 ]
 
 
-_ORIGINAL, _SAVED = "original_module", "modules_to_save"
 _WRAPPED, _TRAINED_ROWS = "base_layer", ["token_adapter", "trainable_tokens_delta"]
 _ROLES: dict[str, Role] = {
     "lora_A.weight": "A",
@@ -205,14 +204,14 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
         if names[-2:] == _TRAINED_ROWS:
             values |= _folder_tokens(".".join(names[:-2]), value, config)
             continue
-        stripped = _without_wrappers(names)
+        if any(name in UNREAD for name in names):
+            continue
+        stripped = ".".join(name for name in names if name != _WRAPPED)
         taken = manifest is not None and stripped in manifest.inputs
         if names[-2:] == [_WRAPPED, "weight"] and not taken:
             # It is the base's, or was trained by hand, which shows beside the base alone.
             problems.append(f"{key} is a weight of the base")
             continue
-        if _ORIGINAL in names:
-            continue  # PEFT also saves biases of the module that another one has replaced
         if not any(part.startswith("lora_") for part in names):
             values[stripped] = value.contiguous()
             continue
@@ -249,16 +248,6 @@ def _unfit(config: LoraConfig) -> Iterator[str]:
         yield "which operations read its parameters (target_parameters), only the model knows"
     if setting := base_change(config):
         yield f"its start ({setting}) changed the base weights"
-
-
-def _without_wrappers(names: Sequence[str]) -> str:
-    """Return the FQN of a parameter from its name in a folder of PEFT, without its wrappers."""
-    kept = list(names)
-    if _SAVED in kept:
-        at = kept.index(_SAVED)
-        # The name of the adapter follows, unless PEFT has left it out.
-        del kept[at : at + (2 if at + 3 <= len(kept) else 1)]
-    return ".".join(name for name in kept if name != _WRAPPED)
 
 
 def _folder_tokens(name: str, rows: Tensor, config: LoraConfig) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ __all__ = [
     "forms",
     "sample",
     "seeded",
+    "tiny_classifier",
 ]
 
 P = ParamSpec("P")
@@ -622,6 +623,22 @@ def tiny_bert(**changes: Any) -> tuple[nn.Module, Inputs]:
         "input_ids": ids,
         "attention_mask": mask,
     }
+
+
+@seeded
+def tiny_classifier() -> Any:
+    """A RoBERTa whose head is a module of several layers, with three classes."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_labels=3,
+    )
+    return RobertaForSequenceClassification(config).eval()
 
 
 @seeded

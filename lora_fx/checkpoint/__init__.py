@@ -13,7 +13,7 @@ from lora_fx.checkpoint.folder import (
 from lora_fx.checkpoint.hotswap import hotswap_adapter, prepare_hotswap
 from lora_fx.checkpoint.joined import NOTE as PARTS_NOTE
 from lora_fx.checkpoint.joined import attention_around
-from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, StackedDown, StackedUp
+from lora_fx.checkpoint.keys import PREFIX, UNREAD, Dense, Slot, StackedDown, StackedUp
 from lora_fx.checkpoint.migration import Migration, Move
 from lora_fx.checkpoint.peft_model import (
     as_peft_model,
@@ -54,6 +54,7 @@ from lora_fx.checkpoint.trainers import (
 __all__ = [
     "PARTS_NOTE",
     "PREFIX",
+    "UNREAD",
     "Dense",
     "Migration",
     "Move",

@@ -59,6 +59,7 @@ from lora_fx.runtime import grouped
 __all__ = [
     "PLAIN",
     "PREFIX",
+    "UNREAD",
     "Dense",
     "Form",
     "Slot",
@@ -186,6 +187,10 @@ class StackedUp(Form):
         value = stored.reshape(len(stored), -1, self.experts).permute(2, 0, 1)
         return value.mT if self.transposed else value
 
+
+UNREAD = ("original_module", "modules_to_save")
+"""PEFT's wrappers of a saved module. With ``bias="all"`` it also writes biases under their names, which
+nothing reads: the values are under the names of the model."""
 
 PREFIX = "base_model.model."
 """The prefix that PEFT writes before every key."""

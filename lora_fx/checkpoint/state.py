@@ -24,7 +24,7 @@ from lora_fx.adapters import (
     the_adapter,
 )
 from lora_fx.checkpoint.joined import Joined, joined_of, wrapped_parameters
-from lora_fx.checkpoint.keys import PREFIX, Dense, Slot, base_name, slots_of
+from lora_fx.checkpoint.keys import PREFIX, UNREAD, Dense, Slot, base_name, slots_of
 from lora_fx.checkpoint.starts import Converted, converted, other_start
 from lora_fx.config import LoraConfig, scale_for
 from lora_fx.errors import CheckpointError, ConfigError
@@ -448,11 +448,9 @@ def _leftover(
 ) -> Iterator[str]:
     """Yield the problem with a tensor that is not part of the adapter; nothing if the model has the tensor.
 
-    PEFT writes the base weight of an embedding or head that it adapts. With ``bias="all"`` it also writes the
-    biases of the originals of ``modules_to_save``, which nothing reads.
+    PEFT writes the base weight of an embedding or head that it adapts.
     """
-    kinds = ("original_module", "modules_to_save")
-    unread = tuple(f"{name}.{kind}." for name in record.saved_modules for kind in kinds)
+    unread = tuple(f"{name}.{kind}." for name in record.saved_modules for kind in UNREAD)
     if key.startswith(unread):
         return
     name = base_name(key, model)

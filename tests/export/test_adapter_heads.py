@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 import lora_fx
@@ -25,6 +23,7 @@ from lora_fx.export.adapter_file import manifest_of_file, read_adapter
 from lora_fx.export.adapter_manifest import MANIFEST_KEY, Manifest
 from lora_fx.export.inspection import metadata_of
 from lora_fx.export.onnx import export_onnx
+from tests.zoo import tiny_classifier
 
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
 NAMES = ["mood", "topic", "spam"]
@@ -32,19 +31,6 @@ ROWS = ["spam", None, "mood", "topic", "spam"]
 HEAD = [
     f"classifier.{layer}.{part}" for layer in ("dense", "out_proj") for part in ("weight", "bias")
 ]
-
-
-def base_model() -> Any:
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=3,
-    )
-    return RobertaForSequenceClassification(config).eval()
 
 
 def feeds(batch: int, length: int = 7) -> dict[str, Tensor]:
@@ -74,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             target_modules=["query", "value"],
             modules_to_save=norms,
         )
-        wrapped = peft.get_peft_model(base_model(), config)
+        wrapped = peft.get_peft_model(tiny_classifier(), config)
         randomize((p for p in wrapped.parameters() if p.requires_grad), seed)
         folders[name] = tmp_path_factory.mktemp(name)
         wrapped.save_pretrained(folders[name])
@@ -85,10 +71,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def wanted(folders: dict[str, Path]) -> dict[str | None, Any]:
     """PEFT's own model of each adapter, by name, and the base."""
     models: dict[str | None, Any] = {
-        name: peft.PeftModel.from_pretrained(base_model(), folder).eval()
+        name: peft.PeftModel.from_pretrained(tiny_classifier(), folder).eval()
         for name, folder in folders.items()
     }
-    return {**models, None: base_model()}
+    return {**models, None: tiny_classifier()}
 
 
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -109,7 +95,7 @@ def rows_of(wanted: dict[str | None, Any], names: list[str | None], x: dict[str,
 def loaded(folders: dict[str, Path]) -> nn.Module:
     model: Any = None
     for name, folder in folders.items():
-        model = lora_fx.load_adapter(model or base_model(), folder, adapter_name=name)
+        model = lora_fx.load_adapter(model or tiny_classifier(), folder, adapter_name=name)
     return model.eval()
 
 
@@ -195,7 +181,7 @@ def test_folders_of_peft_are_loaded_without_their_model(
 def test_an_adapter_without_the_head_is_refused_and_nothing_is_lost(
     tmp_path: Path, swappable: Path, bank: Path, folders: dict[str, Path], model: Any, wanted: Any
 ) -> None:
-    plain = lora_fx.rewrite(base_model(), LoraConfig(r=2, target_modules=["query", "value"]))
+    plain = lora_fx.rewrite(tiny_classifier(), LoraConfig(r=2, target_modules=["query", "value"]))
     lora_fx.save_adapter(plain, tmp_path / "plain")
     # "spam" also trains norms, of which the folder of "mood" has no values, and its model has the base's.
     lacking = {tmp_path / "plain": r"classifier\.dense\.weight", folders["mood"]: "LayerNorm"}
@@ -237,7 +223,7 @@ def test_the_model_gives_what_a_folder_lacks(
     tmp_path: Path, swappable: Path, folders: dict[str, Path], wanted: Any
 ) -> None:
     """A model runs the adapter with the parameters of its base, and the file does so, too."""
-    plain = lora_fx.rewrite(base_model(), LoraConfig(r=2, target_modules=["query"])).eval()
+    plain = lora_fx.rewrite(tiny_classifier(), LoraConfig(r=2, target_modules=["query"])).eval()
     randomize(lora_fx.trainable_parameters(plain), 7)
     session = OnnxSession(swappable, "cpu")
     x = feeds(2)
@@ -255,10 +241,10 @@ def test_the_model_gives_what_a_folder_lacks(
 def test_biases_of_a_folder_with_a_saved_head(tmp_path: Path) -> None:
     """PEFT also writes the biases of the head that was replaced."""
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="all")
-    wrapped = peft.get_peft_model(base_model(), config)
+    wrapped = peft.get_peft_model(tiny_classifier(), config)
     randomize((p for p in wrapped.parameters() if p.requires_grad), 3)
     wrapped.eval().save_pretrained(tmp_path / "peft")
-    model = lora_fx.load_adapter(base_model(), tmp_path / "peft").eval()
+    model = lora_fx.load_adapter(tiny_classifier(), tmp_path / "peft").eval()
     export_onnx(model, tmp_path / "m.onnx", feeds(2), adapters="inputs", verify=False)
     session = OnnxSession(tmp_path / "m.onnx", "cpu")
     session.load_adapter("a", tmp_path / "peft")
@@ -400,7 +386,7 @@ def test_parameters_of_any_layer(tmp_path: Path, adapters: Any) -> None:
 
 def test_biases(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["query"], bias="all", init_lora_weights=False)
-    model = lora_fx.rewrite(base_model(), config, adapter_name="mood")
+    model = lora_fx.rewrite(tiny_classifier(), config, adapter_name="mood")
     randomize(lora_fx.trainable_parameters(model), 0)
     for adapters in ("bank", "inputs"):
         path = tmp_path / f"{adapters}.onnx"

@@ -17,13 +17,12 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
 )
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
 from tests.algebra import randomize
+from tests.zoo import tiny_classifier
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 IDS: list[str | None] = ["mood", None, "spam", "plain", "mood"]
@@ -31,16 +30,7 @@ X = torch.randint(3, 50, (5, 7), generator=torch.Generator().manual_seed(0))
 
 
 def classifier() -> Any:
-    torch.manual_seed(0)
-    config = RobertaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        num_labels=3,
-    )
-    return RobertaForSequenceClassification(config).double().eval()
+    return tiny_classifier().double()
 
 
 def language(tied: bool) -> Any:
