@@ -21,12 +21,13 @@ from lora_fx.export.adapter_manifest import (
     ranks_of,
 )
 from lora_fx.export.ort import Bound, placed
+from lora_fx.ir import BASE_NAME
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 
 AdapterChoice: TypeAlias = str | Mapping[str, Any] | Sequence[str | None] | None
-"""Choice of adapters: one by name, several with weights, or None for the base model. A file with a bank
-also takes a name or None for each row of the batch."""
+"""Choice of adapters: one by name, several with weights, or None for the base model, which PEFT calls
+``"__base__"``. A file with a bank also takes a name or None for each row of the batch."""
 
 _CACHED_SUMS = 8
 
@@ -142,7 +143,7 @@ class AdapterStore:
             ConfigError: There is no such adapter, a weight is not a finite number, or the ranks add up to
                 more than the session's maximum.
         """
-        if choice is None or (isinstance(choice, Mapping) and not choice):
+        if choice is None or choice == BASE_NAME or (isinstance(choice, Mapping) and not choice):
             if self._no_base:
                 raise ConfigError(
                     f"{self.file} has no base: each of its adapters has its own "

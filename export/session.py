@@ -33,6 +33,7 @@ from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
 from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Provider, check_attention
 from lora_fx.export.generation import Generates
 from lora_fx.export.inspection import read_defaults
+from lora_fx.ir import BASE_NAME
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
 
@@ -301,9 +302,9 @@ class OnnxSession(Generates):
             AdapterBank(*store_args, self.path, fixed) if banked else AdapterStore(*store_args)
         )
         axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
-        own = {*manifest.inputs, *manifest.choosing} if manifest else set()
+        self._fed = frozenset({*manifest.inputs, *manifest.choosing} if manifest else ())
         ports = [ort.port_of(value, axes) for value in self._session.get_inputs()]
-        self.inputs = tuple(port for port in ports if port.name not in own)
+        self.inputs = tuple(port for port in ports if port.name not in self._fed)
         self.outputs = tuple(ort.port_of(value, axes) for value in self._session.get_outputs())
         cache = next(
             (value.dtype for value in self.inputs if value.name.startswith("past_key_values.")), ""
@@ -379,8 +380,8 @@ class OnnxSession(Generates):
         """
         manifest = self._store.manifest
         untyped: object = name
-        if not isinstance(untyped, str) or not untyped:
-            raise ConfigError(f"the name of an adapter is {name!r}: give a text")
+        if not isinstance(untyped, str) or untyped in ("", BASE_NAME):
+            raise ConfigError(f"the name of an adapter is {name!r}: give another text")
         values = values_of(source, adapter_name, manifest)
         description = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"
         with self._swapping:
@@ -424,6 +425,11 @@ class OnnxSession(Generates):
         """
         names = [port.name for port in self.inputs]
         generates = TASK_KEY in self.metadata
+        if isinstance(inputs, Mapping) and (fed := self._fed.intersection(inputs)):
+            raise ExportError(
+                f"the session feeds {some(sorted(fed), 3)} of {self.path.name} itself: leave it out, and "
+                "choose by name, with adapter='name' or a list of names"
+            )
         complete = ort.with_empty_caches(inputs, self.inputs) if generates else inputs
         arguments = ort.inputs_by_name(complete, names, self.path.name)
         feeds = {

@@ -27,7 +27,15 @@ from lora_fx.adapters.switching import (
 )
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, some
-from lora_fx.ir import ActiveAdapters, AdapterRecord, ModelT, html_lines, html_table, require_record
+from lora_fx.ir import (
+    BASE_NAME,
+    ActiveAdapters,
+    AdapterRecord,
+    ModelT,
+    html_lines,
+    html_table,
+    require_record,
+)
 from lora_fx.kinds import base_change, kind_of
 from lora_fx.passes.effective import arm
 from lora_fx.passes.graph import is_partitioned, own_partition
@@ -338,7 +346,7 @@ def adapter_ids(
         model: A rewritten model. The first dimension of its arguments is the samples, and its activations
             have the samples there in the same order. This is checked by tracing the first call of each form
             and range of sizes. Later calls cost nothing.
-        ids: The name of an adapter for each sample; None for the base model.
+        ids: The name of an adapter for each sample; None, or PEFT's ``"__base__"``, for the base model.
         repeats: Number of times that ``generate`` of transformers repeats each sample: its ``num_beams`` or
             ``num_return_sequences``, whichever is larger. Batches with the samples repeated this often are
             accepted as well.
@@ -355,6 +363,7 @@ def adapter_ids(
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
     if type(repeats) is not int or repeats < 1:
         raise ConfigError(f"repeats: found {repeats!r}; a whole number of at least 1 is needed")
+    ids = [None if name == BASE_NAME else name for name in ids]
     names = tuple(dict.fromkeys(name for name in ids if name is not None))
     with without_wrappers(model) as inner:
         record = require_record(inner)

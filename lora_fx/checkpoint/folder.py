@@ -639,12 +639,6 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
     inner = folder / adapter_name
     if adapter_name != "default" and current(inner / CONFIG_NAME).is_file():
         return inner
-    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
-    if below and not current(folder / CONFIG_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} has no {CONFIG_NAME}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
-            'that is not called "default" is saved into a subfolder of its name'
-        )
     return folder
 
 

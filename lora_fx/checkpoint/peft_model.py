@@ -66,7 +66,6 @@ _log = logging.getLogger(__name__)
 
 # TRL's names of the adapter that it trains, and of its copy.
 _TRAINED, _REFERENCE = "default", "ref"
-_BASE = "__base__"  # PEFT's name for no adapter, for samples of a batch
 
 # A factor is a module in PEFT, and a parameter here.
 _FACTOR_OF_PEFT = re.compile(r"(\.lora_(?:A|B|magnitude_vector)\.[^.]+)\.weight$")
@@ -490,8 +489,7 @@ class _Adapted(_Tuner):
             raise ConfigError(
                 "adapter_names: the adapters are merged; call unmerge_adapter() first"
             )
-        ids = [None if name == _BASE else name for name in names]
-        with adapter_ids(self._model, ids, repeats=repeats):
+        with adapter_ids(self._model, names, repeats=repeats):
             yield
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

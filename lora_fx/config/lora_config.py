@@ -363,6 +363,12 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing, or holds anything else.
     """
     if not path.is_file():
+        folder = path.parent
+        if below := sorted(inner.parent for inner in folder.glob(f"*/{path.name}")):
+            raise CheckpointError(
+                f"{folder} has no {path.name}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
+                'that is not called "default" is saved into a subfolder of its name'
+            )
         raise CheckpointError(f"{path} does not exist; give the local folder of a PEFT adapter")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -21,6 +21,7 @@ from lora_fx.ir.savings import Savings
 from lora_fx.ir.site import Matches
 
 __all__ = [
+    "BASE_NAME",
     "DEFAULT_LOSS",
     "DEFAULT_MEMORY",
     "ActiveAdapters",
@@ -45,6 +46,10 @@ Loss: TypeAlias = Literal["whole", "chunked"]
 """The logits for the loss of a training step: all at once, or chunk by chunk."""
 
 DEFAULT_LOSS: Loss = "whole"
+
+
+BASE_NAME = "__base__"
+"""PEFT's name for no adapter, where rows of a batch choose their adapters. None means the same."""
 
 
 class _Ref(str):

@@ -216,6 +216,8 @@ def test_an_adapter_for_another_model(tmp_path: Path, base: Path) -> None:
         CheckpointError, match=r"GPT2LMHeadModel.*\n.*plain: the file takes no adapter there"
     ):
         session.load_adapter("other", folder)
+    with pytest.raises(CheckpointError, match=f"did you mean {folder}\\?"):
+        session.load_adapter("other", tmp_path)
     with pytest.raises(CheckpointError, match="no adapter for this file"):
         save_onnx_adapter(folder, tmp_path / "a.onnx_adapter", base=base)
     wide = transformers.GPT2LMHeadModel(

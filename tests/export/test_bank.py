@@ -156,6 +156,12 @@ def test_each_row_has_its_adapter(session: OnnxSession, model: nn.Module) -> Non
     again = session.run(x, adapter=tuple(others))["output"]
     torch.testing.assert_close(again, row_by_row(model, x, others), **EXACT)
     assert not torch.allclose(want, again, **EXACT)
+    peft = [name or "__base__" for name in MIXED]
+    torch.testing.assert_close(session.run(x, adapter=peft)["output"], want, **EXACT)
+    with pytest.raises(ExportError, match=r"feeds adapter_ids of net\.onnx itself.*adapter='name'"):
+        session.run({"ids": x, SLOTS_INPUT: torch.zeros(len(x), dtype=torch.long)})
+    with pytest.raises(ConfigError, match="the name of an adapter is '__base__'"):
+        session.load_adapter("__base__", model, adapter_name="dora")
 
 
 @pytest.mark.parametrize("name", [*NAMES, None])

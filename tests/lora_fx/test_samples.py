@@ -56,6 +56,9 @@ def test_every_sample_gets_its_own_adapter() -> None:
         found = model(IDS)
     assert_close(found, alone(model, IDS, ids))
     assert_same_bits(model(IDS), out)
+    lora_fx.set_adapter(model, ["a", "b", "c"], per_sample=True)
+    assert_close(model(IDS, adapter_ids=["b", "__base__", "a", "c", "b"]), found)
+    lora_fx.set_adapter(model, "a")
     assert lora_fx.active_adapters(model) == ("a",)
     assert not [name for name, _ in model.named_modules() if name.endswith("lora_rows")]
 
@@ -282,7 +285,7 @@ def test_a_model_of_transformers_as_peft_does_it() -> None:
             if ".lora_" in name:
                 parameter.copy_(values[name.removesuffix(".weight")])
     names = ["b", "__base__", "a", "b"]
-    with lora_fx.adapter_ids(model, [None if n == "__base__" else n for n in names]):
+    with lora_fx.adapter_ids(model, names):
         found = model(ids, attention_mask=mask).logits
     expected = theirs(ids, attention_mask=mask, adapter_names=names).logits
     assert_close(found, expected)
