@@ -366,7 +366,9 @@ def merge(
     if not requantize:  # such a model is refused as `into`
         note_origins(result, origins, written)
     shard_again(result, units)
-    report = MergeReport(rows_of_report(folds, still_tied, sites), untied, shared=shared)
+    left_out = tuple(name for name in record.adapters if name not in names)
+    rows = rows_of_report(folds, still_tied, sites)
+    report = MergeReport(rows, untied, shared=shared, left_out=left_out)
     warn_of_loss(report)
     return result, report
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from lora_fx.errors import some
 from lora_fx.formats import ulp
 from lora_fx.ir import html_block, html_lines, html_table, json_text
 
@@ -294,12 +295,14 @@ class MergeReport:
         untied: FQNs that shared their storage with another parameter before the merge, but not after it.
         outputs: The effect of rounding on the outputs; None if that was not measured.
         shared: FQNs of the frozen parameters that are shared with the model before the rewrite.
+        left_out: Names of the model's adapters that were not merged.
     """
 
     sites: tuple[MergedSite, ...]
     untied: tuple[str, ...] = ()
     outputs: OutputError | None = None
     shared: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def max_ulp(self) -> float:
@@ -398,6 +401,8 @@ class MergeReport:
         if trained:
             names = ", ".join(dict.fromkeys(site.deployed for site in trained))
             parts.append(f"{len(trained)} stored as {names}, for which they were trained")
+        if self.left_out:
+            parts.append(f"without {some(list(map(repr, self.left_out)))}")
         return ", ".join(parts)
 
     def __str__(self) -> str:

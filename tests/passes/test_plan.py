@@ -751,3 +751,8 @@ def test_other_reports_show_themselves_short_and_as_html() -> None:
     assert repr(report).startswith("<MergeReport: 4 weight(s) merged, ")
     assert "<table>" in report._repr_html_()
     assert len(json.loads(report.to_json())["sites"]) == 4
+    assert report.left_out == ()
+    lora_fx.add_adapter(adapted, LoraConfig(r=2), "other")
+    _, report = lora_fx.merge(adapted, return_report=True)
+    assert report.left_out == ("other",)
+    assert report.summary.endswith("without 'other'")
