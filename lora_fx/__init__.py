@@ -16,7 +16,9 @@ import importlib as _importlib
 from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from lora_fx import garbage as _garbage
 from lora_fx import versions as _versions
+
 
 if _TYPE_CHECKING:
     from lora_fx.adapters import (
@@ -274,7 +276,8 @@ def __getattr__(name: str) -> object:
     """Load a name, or a module of the package, on first use."""
     if name in _HOME_OF:
         _versions.warn_untested()
-        value = getattr(_importlib.import_module(_HOME_OF[name]), name)
+        with _garbage.collector_paused():
+            value = getattr(_importlib.import_module(_HOME_OF[name]), name)
         return globals().setdefault(name, value)
     spec = None if name.startswith("_") else _find_spec(f"lora_fx.{name}")
     if spec is not None:

@@ -16,6 +16,7 @@ from torch import fx, nn
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
 from lora_fx.formats import deployment
+from lora_fx.garbage import collector_paused
 from lora_fx.ir import (
     DEFAULT_LOSS,
     DEFAULT_MEMORY,
@@ -463,6 +464,7 @@ class RewriteOptions:
         _check_option("loss", self.computed_loss)
 
 
+@collector_paused()
 @without_zero_init()
 def rewrite_model(
     model: nn.Module,

@@ -28,6 +28,7 @@ FOLDERS = {
 # counts as a package of its own.
 LAYERS = (
     "lora_fx.errors",
+    "lora_fx.garbage",
     "lora_fx.versions",
     "lora_fx.torch_private",
     "lora_fx.digests",
