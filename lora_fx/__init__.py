@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from lora_fx import garbage as _garbage
 from lora_fx import versions as _versions
 
-
 if _TYPE_CHECKING:
     from lora_fx.adapters import (
         active_adapters,
