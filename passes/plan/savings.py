@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lora_fx.formats import PackedTensor
 from lora_fx.ir import Capture, Pass, PassResult, Savings, Site, Span, join
@@ -36,6 +37,8 @@ __all__ = ["FindSavings", "find_blocks", "find_savings"]
 
 _TOKENS, _TOKENS_OF_EXPERTS = 12, 60
 _STEP = 16
+_SPARE = 4
+"""Tolerance of :class:`_Bounded`: heads and gates have more elements than a layer's result."""
 
 _log = logging.getLogger("lora_fx")
 
@@ -308,6 +311,34 @@ def _results(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [result.reshape(tokens, -1) for result in results]
 
 
+class _Bounded(TorchFunctionMode):
+    """Mode in which a function fails whose result is far larger than that of a module for these tokens.
+
+    An image model may take the tokens for rows of pixels, and attend from each pixel to each.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        widths = (
+            p.numel() // min((size for size in p.shape if size > 1), default=1)
+            for p in module.parameters()
+        )
+        self._most = _SPARE * x.shape[:-1].numel() * (x.shape[-1] + sum(widths))
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run a function.
+
+        Raises:
+            ValueError: Its result is too large.
+        """
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.numel() > self._most:
+            raise ValueError(f"a result has {result.numel()} elements")
+        return result
+
+
 def _mixture(module: nn.Module, x: Tensor) -> str:
     """Return the reason why rules do not show that each token is computed on its own; empty if they do.
 
@@ -315,7 +346,7 @@ def _mixture(module: nn.Module, x: Tensor) -> str:
         module: The module.
         x: Its argument, [1, tokens, features].
     """
-    with torch.no_grad():
+    with torch.no_grad(), _Bounded(module, x):
         _results(module, x)  # a first call may set attributes for good
     before = _state(module)
     tokens = x.shape[1]

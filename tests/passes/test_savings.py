@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -160,3 +160,30 @@ def test_a_model_without_blocks() -> None:
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     reasons = dict(savings_of(net).left)
     assert reasons[""] == "no list of layers of the same class was found: nothing is recomputed"
+
+
+class Pixels(nn.Module):
+    """Attention from each pixel of an image to each, after a scale for each channel."""
+
+    pixels: ClassVar[list[int]] = []
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width, 1, 1))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.proj((x * self.scale).flatten(-2).mT)
+        scores = y @ y.mT
+        if isinstance(size := y.shape[-2], int):  # no trace
+            self.pixels.append(size)
+        return (scores.softmax(-1) @ y).mT.unflatten(-1, x.shape[-2:])
+
+
+def test_tokens_that_are_taken_for_pixels_are_not_attended() -> None:
+    model = nn.Sequential(Pixels(160), Pixels(160))
+    Pixels.pixels.clear()
+    assert savings_of(model).tiles == ()
+    assert Pixels.pixels == []
+    assert model(torch.randn(160, 3, 5)).shape == (160, 3, 5)
+    assert Pixels.pixels == [15, 15]
