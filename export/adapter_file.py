@@ -44,9 +44,11 @@ from lora_fx.files import output_file
 from lora_fx.ir import PlannedSite, join, require_record
 from lora_fx.kinds import base_change, chosen_kind, kind_of, stores_product
 from lora_fx.passes.parameters import (
+    base_statistics,
     factor_names,
     gathered,
     own_value,
+    replaceable,
     tokens_of,
     trained_by_hand,
 )
@@ -116,6 +118,7 @@ def values_of_model(
     names = dict.fromkeys(trained_parameters(require_record(model)))
     if manifest is not None:
         known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        known |= base_statistics(model).keys()
         names |= {target.name: None for target in manifest.parameters if target.name in known}
     own = set(replaced_parameters(record))
     for name in names:
@@ -149,7 +152,7 @@ def base_values(model: nn.Module, manifest: Manifest) -> dict[str, Tensor]:
 def _of_base(model: nn.Module, name: str) -> Tensor:
     """Return the base's value of a parameter, which an active adapter may have replaced."""
     original = require_record(model).originals.get(name)
-    return model.get_parameter(name) if original is None else original
+    return replaceable(model, name) if original is None else original
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -213,7 +216,8 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
             problems.append(f"{key} is a weight of the base")
             continue
         if not any(part.startswith("lora_") for part in names):
-            values[stripped] = value.contiguous()
+            if value.is_floating_point():  # a counter of batches has no effect on outputs
+                values[stripped] = value.contiguous()
             continue
         # PEFT has no name for the factors of a parameter. lora_fx keeps them in "<name>_lora".
         if match is None or _WRAPPED in names or (match["site"] or "").endswith("_lora"):

@@ -49,7 +49,7 @@ from lora_fx.passes.graph import (
     target_of,
 )
 from lora_fx.passes.merge import Keep, merge, stripped
-from lora_fx.passes.parameters import drop_factors, factor_names
+from lora_fx.passes.parameters import drop_factors, factor_names, replaceable
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import (
     RewriteOptions,
@@ -463,7 +463,7 @@ class FactorModel(FlatModel):
         A copied weight may be one that is computed when an operator reads it, so only a copy has values.
         """
         return {
-            name: self.model.get_parameter(name).detach().clone().cpu()
+            name: replaceable(self.model, name).detach().clone().cpu()
             for name in self._made.parameters
         }
 
@@ -485,8 +485,11 @@ class FactorModel(FlatModel):
         values = dict(zip((input_.name for input_ in self.adapter_inputs), factors, strict=True))
         for name in self._made.parameters:
             owner, _, leaf = name.rpartition(".")
-            value = nn.Parameter(values[name], requires_grad=False)
-            twin.get_submodule(owner)._parameters[leaf] = value
+            module = twin.get_submodule(owner)
+            if leaf in module._buffers:
+                module._buffers[leaf] = values[name]
+            else:
+                module._parameters[leaf] = nn.Parameter(values[name], requires_grad=False)
         for token_row, target in self._token_targets():
             owner, _, leaf = token_row.site.weight.rpartition(".")
             whole = twin.get_parameter(token_row.site.weight).detach().clone()
@@ -672,7 +675,7 @@ def site_inputs(model: nn.Module, row: PlannedSite) -> SiteInputs:
 
 
 def _parameter_input(model: nn.Module, name: str) -> ParameterInput:
-    value = model.get_parameter(name)
+    value = replaceable(model, name)
     return ParameterInput(name, str(value.dtype).removeprefix("torch."), tuple(value.shape))
 
 

@@ -133,7 +133,7 @@ class _OwnBySample:
         stored = owner._modules.get(KEPT + leaf)
         result = base
         if stored is not None:
-            own = dict(stored.named_parameters(recurse=False))
+            own = {**stored._parameters, **stored._buffers}
             values = (own.get(adapter, base) for adapter in self.adapters)
             bank = torch.stack([base, *(value.to(base.dtype) for value in values)])
             result = RowParameter(self.name, bank, slots)

@@ -62,6 +62,7 @@ from lora_fx.passes.optimize import (
 from lora_fx.passes.oracle import check_rewritten
 from lora_fx.passes.parameters import (
     base_parameters,
+    base_statistics,
     buffer_digests,
     check_alike,
     detached,
@@ -655,11 +656,12 @@ def add_adapter_parameters(
     """
     plan = capture.plan
     assert plan is not None
-    before = base_parameters(capture.model)
-    _check_frozen(before, plan)
+    parameters = base_parameters(capture.model)
+    _check_frozen(parameters, plan)
+    before = {**parameters, **base_statistics(capture.model)}
     run_passes(capture, _parameter_passes(adapter_name) if passes is None else passes, callback)
-    after = base_parameters(capture.model)
-    own = tuple(name for name, parameter in after.items() if parameter is not before[name])
+    after = {**base_parameters(capture.model), **base_statistics(capture.model)}
+    own = tuple(name for name, tensor in after.items() if tensor is not before[name])
     adapter = AdapterRecord(
         plan.config,
         plan.sites,

@@ -390,7 +390,9 @@ def _freeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     for parameter in adapter_parameters(model, name):
         parameter.requires_grad_(False)
     for own in adapter.own:
-        own_value(model, name, own).requires_grad_(False)
+        value = own_value(model, name, own)
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(False)
 
 
 def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
@@ -401,7 +403,8 @@ def _unfreeze(model: nn.Module, name: str, adapter: AdapterRecord) -> None:
     weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     for own in adapter.own:
         value = own_value(model, name, own)
-        value.requires_grad_(own not in weights and value.is_floating_point())
+        if isinstance(value, nn.Parameter):
+            value.requires_grad_(own not in weights and value.is_floating_point())
 
 
 @inside
@@ -591,8 +594,8 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
     weights = {row.site.weight for row in adapter.sites} | set(adapter.given)
     trained: dict[int, nn.Parameter] = {id(p): p for p in adapter_parameters(model, name)}
     for own in adapter.own:
-        if own not in weights:
-            value = own_value(model, name, own)
+        value = own_value(model, name, own)
+        if own not in weights and isinstance(value, nn.Parameter):
             trained[id(value)] = value
     frozen = frozen_parameters(model, name, adapter.sites)
     wanting = {

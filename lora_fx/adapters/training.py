@@ -255,7 +255,7 @@ def _of_adapter(model: nn.Module, record: Record, adapter_name: str) -> set[int]
     if adapter_name not in record.adapters:
         has = ", ".join(map(repr, record.adapters))
         raise ConfigError(f"there is no adapter {adapter_name!r}: the model has {has}")
-    own = [own_value(model, adapter_name, name) for name in record.adapters[adapter_name].own]
+    own = (own_value(model, adapter_name, name) for name in record.adapters[adapter_name].own)
     return {id(parameter) for parameter in (*adapter_parameters(model, adapter_name), *own)}
 
 

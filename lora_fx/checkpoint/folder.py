@@ -68,7 +68,7 @@ from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, QuantizationError, some
 from lora_fx.files import current
 from lora_fx.formats import Deploy
-from lora_fx.ir import AdapterRecord, ModelT, record_of, require_record
+from lora_fx.ir import AdapterRecord, ModelT, record_of
 from lora_fx.kinds import chosen_kind, config_for
 from lora_fx.methods import check_peft_type
 from lora_fx.passes.capture import Frontend
@@ -461,7 +461,6 @@ def _load(
             raise CheckpointError(
                 "\n  ".join([*first, *sorted(problems), *_reasons(model, exact, how)])
             )
-        _check_statistics(target, adapter_name, values, folder)
         before = _values_in(slot for slot, _ in values) if known and fit is not None else []
         fill(target, adapter_name, values)
         check_alike(target, record.sites, adapter_name)
@@ -772,39 +771,6 @@ def _misfit(folder: Path, model: nn.Module, known: bool = False) -> str:
         "Give the model that it was trained on (and the frontend and the example_inputs, if that was "
         "rewritten with some):"
     )
-
-
-def _check_statistics(
-    model: nn.Module,
-    adapter_name: str,
-    values: Iterable[tuple[Slot, torch.Tensor]],
-    folder: Path,
-) -> None:
-    """Raise if a folder would replace statistics in a saved module, with which other adapters run.
-
-    PEFT has a copy of the module for each adapter. A rewritten model has copies of parameters alone.
-
-    Raises:
-        CheckpointError: The message names the buffers and what to do.
-    """
-    record = require_record(model)
-    running = [name for name in record.adapters if name != adapter_name]
-    inside = tuple(f"{name}." for name in record.adapters[adapter_name].saved_modules)
-    buffers = {
-        id(buffer): name
-        for name, buffer in model.named_buffers()
-        if name.startswith(inside) and not buffer.is_meta
-    }
-    changed = [
-        buffers[id(slot.tensor)]
-        for slot, value in values
-        if id(slot.tensor) in buffers and not torch.equal(slot.tensor, value.to(slot.tensor))
-    ]
-    if running and changed:
-        raise CheckpointError(
-            f"{folder} has its own {some(changed)}, and a model has one of each, with which "
-            f"{some([repr(name) for name in running])} run: load it onto a model of its own"
-        )
 
 
 def _note_stale_buffers(model: nn.Module, loaded: set[str]) -> None:

@@ -113,7 +113,7 @@ def hotswap_adapter(
             "shape"
         )
     incoming = _free_name(model, adapter_name)
-    # Buffers belong to the model, not to an adapter: loading writes them before anything is compared.
+    # Buffers outside of saved modules belong to the model: loading writes them before anything is compared.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     load_adapter(model, directory, adapter_name=incoming)
     try:

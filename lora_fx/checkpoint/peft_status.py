@@ -137,7 +137,8 @@ def _parts(
             yield f"{row.name}.token_adapter", owner, layer, [rows]
     for module in planned.saved_modules:
         names = [name for name in planned.own if name.startswith(f"{module}.")]
-        tensors: list[Tensor] = [own_value(model, adapter, name) for name in names]
+        values = (own_value(model, adapter, name) for name in names)
+        tensors: list[Tensor] = [value for value in values if isinstance(value, nn.Parameter)]
         yield module, module, _Layer("ModulesToSaveWrapper", whole=True), tensors
 
 

@@ -147,6 +147,7 @@ def left_out_of_checkpoints(model: nn.Module, record: Record) -> frozenset[str]:
     by_hand = trained_by_hand(model, record)
     own = {name for adapter in record.adapters.values() for name in adapter.own}
     kept = {name for name, _ in changed_buffers(model, record)}
+    kept |= {name for name, _ in model.named_buffers() if name in own or in_adapter(model, name)}
     seen: set[object] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         trained = parameter.requires_grad or name in by_hand or name in own

@@ -463,7 +463,7 @@ def _fill(
         ):
             values.append((Slot("", join(row.site.holder, name, adapter), tensor), value))
     for name in record.own:
-        covered |= {*groups[name]}
+        covered |= {*groups.get(name, ())}
         values.append((Slot("", name, own_value(adapted, adapter, name)), difference.after(name)))
     by_name = {
         other: difference.after(other).to(adapted.get_parameter(other).dtype)
@@ -472,7 +472,9 @@ def _fill(
     }
     place_given(adapted, adapter, by_name)
     values += [
-        (Slot("", name, adapted.get_buffer(name)), difference.after(name)) for name in buffers
+        (Slot("", name, adapted.get_buffer(name)), difference.after(name))
+        for name in buffers
+        if name not in record.own
     ]
     fill(adapted, adapter, values)
     return list(by_name)
@@ -487,5 +489,5 @@ def _parameters(
         if not row.tied
         for value in factors_of(adapted, row, adapter).present
     )
-    names = {*record.own, *placed}
-    return of_factors + sum(own_value(adapted, adapter, name).numel() for name in names)
+    values = (own_value(adapted, adapter, name) for name in {*record.own, *placed})
+    return of_factors + sum(value.numel() for value in values if isinstance(value, nn.Parameter))

@@ -152,8 +152,9 @@ class AdapterRecord:
         sites: The sites that it adapts.
         saved_modules: Modules that it trains in full.
         biases: FQNs of the biases that it trains.
-        own: FQNs of the base's parameters that it replaces: those biases, the parameters of those modules,
-            and weights that its initialization has changed. The replacements are in the model while the
+        own: FQNs of the base's tensors that it replaces: those biases, the parameters and the learned
+            buffers of those modules, and weights that its initialization has changed. The replacements are in
+            the model while the
             adapter is active, and stored outside it otherwise
             (:mod:`lora_fx.passes.parameters.replacements`).
         initialized: True if it has the start that its configuration names; False if it waits for data.
@@ -269,7 +270,7 @@ class Record:
         buffers: A fingerprint of every persistent buffer at the rewrite. A buffer that has changed since is
             saved, because it was learned.
         base: The graphs without branches.
-        originals: The base's own value of every parameter that an adapter has replaced
+        originals: The base's own value of every tensor that an adapter has replaced
             (:attr:`AdapterRecord.own`), by FQN. They share their storage with the model before the rewrite.
         optimize: True if branches are fused with their operations.
         chosen: The choice of :func:`lora_fx.set_adapter`, while a ``with`` block overrides it.

@@ -429,6 +429,7 @@ def _held(attributes: Mapping[str, Any], name: str) -> Any:
     """Return a base parameter, or the view that a library has set as an instance attribute over it."""
     view = attributes.get(name)
     base = attributes["_parameters"].get(name) if view is None else view
+    base = attributes["_buffers"].get(name) if base is None else base
     if type(base) is EffectiveWeight:
         raise CaptureError(
             f"{base.change.name} was read with its adapters and given to a module that adds them (as by "

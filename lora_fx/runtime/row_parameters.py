@@ -222,9 +222,17 @@ def _batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+) -> Any:
     statistics = running_mean, running_var
-    result = F.batch_norm(x, *statistics, None, None, training, momentum, eps)
+    if any(isinstance(value, RowParameter) for value in statistics):
+        if training:  # the statistics are those of the whole batch
+            return NotImplemented
+        assert running_mean is not None
+        assert running_var is not None
+        centered = _scaled(x, None, -running_mean, channels=True)
+        result = _scaled(centered, (running_var + eps).rsqrt(), None, channels=True)
+    else:
+        result = F.batch_norm(x, *statistics, None, None, training, momentum, eps)
     return _scaled(result, weight, bias, channels=True)
 
 
@@ -346,7 +354,7 @@ _FORMS: dict[Any, Callable[..., Any]] = {
     },
     **{
         function: _elementwise(function)
-        for function in functions(*_ARITHMETIC, *_OPERATORS, "neg", "exp")
+        for function in functions(*_ARITHMETIC, *_OPERATORS, "neg", "exp", "rsqrt")
     },
     **{function: _of_bank(function) for function in functions(*_CASTS)},
     **dict.fromkeys(functions("permute"), _permuted),

@@ -42,6 +42,7 @@ from lora_fx.passes.parameters import (
     gathered,
     indices_name,
     rows_name,
+    statistics,
     tokens_of,
 )
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
@@ -228,7 +229,9 @@ class Unfreeze(Pass):
 
 
 def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) -> bool:
-    """Make all parameters of a module trainable. A weight tied to one outside stays frozen there.
+    """Make all parameters of a module trainable, and copy its statistics.
+
+    A weight tied to one outside stays frozen there.
 
     Args:
         root: The module.
@@ -244,6 +247,8 @@ def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) 
                 copies[parameter] = _trained_copy(parameter)
             module._parameters[name] = copies[parameter]
             changed = True
+        for name, buffer in statistics(module):
+            module._buffers[name] = buffer.clone()
     return changed
 
 

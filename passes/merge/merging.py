@@ -82,12 +82,12 @@ from lora_fx.passes.merge.placing import (
     place_trained,
     set_parameter,
     trained,
+    trained_buffers,
     unshared,
     untie_config,
 )
 from lora_fx.passes.merge.rounding import MergedSite, MergeReport
 from lora_fx.passes.parameters import (
-    changed_buffers,
     check_intact,
     distributed_as,
     factors_of,
@@ -308,7 +308,7 @@ def merge(
     base = stripped(model, record)
     result = base if into is None else into
     full = dict(trained(model, record, names))
-    whole = {*full, *(name for name, _ in changed_buffers(model, record))}
+    whole = {*full, *trained_buffers(model, record, names)}
     written = {*folds, *whole}
     written |= {row.site.bias for row, _ in _rows_of(folds) if row.site.bias}
     sources = {} if into is None else values_by_name(base)

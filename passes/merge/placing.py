@@ -40,6 +40,7 @@ __all__ = [
     "place_trained",
     "set_parameter",
     "trained",
+    "trained_buffers",
     "unshared",
     "untie_config",
 ]
@@ -145,8 +146,9 @@ def trained(
         adapter = record.adapters[name]
         weights = {row.site.weight for row in adapter.sites}
         for fqn in adapter.own:
-            if fqn not in weights:
-                yield fqn, own_value(model, name, fqn)
+            value = own_value(model, name, fqn)
+            if fqn not in weights and isinstance(value, nn.Parameter):
+                yield fqn, value
     yield from trained_by_hand(model, record).items()
 
 
@@ -173,9 +175,21 @@ def place_trained(
         if not isinstance(module, torch.jit.ScriptModule):
             module._parameters[key] = copies[id(parameter)]
     buffers = dict(result.named_buffers())
-    for name, buffer in changed_buffers(model, record):
+    for name, buffer in trained_buffers(model, record, names).items():
         if name in buffers:
             buffers[name].copy_(buffer)
+
+
+def trained_buffers(
+    model: nn.Module, record: Record, names: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """Return the buffers that a training has changed, by FQN: those of adapters, and those of the model."""
+    own = {fqn: name for name, adapter in record.adapters.items() for fqn in adapter.own}
+    buffers = {name: buffer for name, buffer in changed_buffers(model, record) if name not in own}
+    for adapter in names:
+        values = ((fqn, own_value(model, adapter, fqn)) for fqn in record.adapters[adapter].own)
+        buffers |= {fqn: value for fqn, value in values if not isinstance(value, nn.Parameter)}
+    return buffers
 
 
 def freeze_shared(result: nn.Module, model: nn.Module, record: Record) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_fx import torch_private
 from lora_fx.errors import LoraFxError, ProcessError
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
@@ -30,6 +31,7 @@ __all__ = [
     "base_dtype",
     "base_modules",
     "base_parameters",
+    "base_statistics",
     "base_weight",
     "check_whole",
     "computed_as_parameters",
@@ -46,7 +48,9 @@ __all__ = [
     "place_base",
     "place_own",
     "put_back",
+    "replaceable",
     "reshard",
+    "statistics",
     "weight_at",
     "with_part",
     "write",
@@ -64,6 +68,31 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter is not None:
                 parameters[join(fqn, name)] = parameter
     return parameters
+
+
+def base_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the base's buffers that a training changes, such as batch-norm statistics, by FQN."""
+    return {
+        join(fqn, name): buffer
+        for fqn, module in base_modules(model)
+        for name, buffer in statistics(module)
+    }
+
+
+def statistics(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers of a module itself that a state dict has and that are no whole numbers."""
+    transient = torch_private.transient_buffers(module)
+    return [
+        (name, buffer)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and name not in transient
+    ]
+
+
+def replaceable(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a tensor that an adapter may replace: a parameter, or a buffer of statistics."""
+    owner, leaf = _owner(model, name)
+    return owner.get_buffer(leaf) if leaf in owner._buffers else owner.get_parameter(leaf)
 
 
 def base_modules(model: nn.Module, *, every_name: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -121,13 +150,13 @@ def in_adapter(model: nn.Module, name: str) -> bool:
     return isinstance(module_at(model, owner), AdapterModule)
 
 
-def own_value(model: nn.Module, adapter: str, name: str) -> nn.Parameter:
-    """Return an adapter's value of a parameter, whether it is active or stored."""
+def own_value(model: nn.Module, adapter: str, name: str) -> torch.Tensor:
+    """Return an adapter's value of a tensor of the base, whether it is active or stored."""
     owner, leaf = _owner(model, name)
     stored = owner._modules.get(KEPT + leaf)
-    if stored is not None and adapter in stored._parameters:
-        return stored.get_parameter(adapter)
-    return owner.get_parameter(leaf)
+    if stored is not None and (adapter in stored._parameters or adapter in stored._buffers):
+        return replaceable(stored, adapter)
+    return replaceable(model, name)
 
 
 @contextmanager
@@ -169,13 +198,16 @@ def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
     for _, owner, leaf in _places(model, names):
         stored = owner._modules[KEPT + leaf]
         assert isinstance(stored, KeptTensors)
-        value, current = stored._parameters.pop(adapter), owner._parameters[leaf]
-        assert value is not None
-        if current is not None and (is_sharded(current) or is_partitioned(current)):
-            write(current, value)
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = stored._buffers.pop(adapter)
         else:
-            owner._parameters[leaf] = value
-        if not stored._parameters:
+            value, current = stored._parameters.pop(adapter), owner._parameters[leaf]
+            assert value is not None
+            if current is not None and (is_sharded(current) or is_partitioned(current)):
+                write(current, value)
+            else:
+                owner._parameters[leaf] = value
+        if not stored._parameters and not stored._buffers:
             del owner._modules[KEPT + leaf]
 
 
@@ -199,7 +231,15 @@ def place_base(
     names = set(names)
     live = {memory_of(p): p for n, p in base_parameters(model).items() if n not in names}
     for name, owner, leaf in _places(model, sorted(names)):
-        old, original = owner.get_parameter(leaf), originals[name]
+        original = originals[name]
+        if leaf in owner._buffers:
+            statistic = owner.get_buffer(leaf)
+            # A copy, because training modes write into it.
+            owner._buffers[leaf] = original.to(statistic.device, statistic.dtype, copy=True)
+            if keep:
+                _beside(owner, leaf).register_buffer(adapter, statistic)
+            continue
+        old = owner.get_parameter(leaf)
         if not keep and isinstance(original, nn.Parameter) and is_partitioned(original):
             memory = memory_of(original)
             if memory not in live:

@@ -381,7 +381,7 @@ def test_parameters_of_any_layer(tmp_path: Path, adapters: Any) -> None:
     assert report.verified
     assert len(report.parity) >= 4
     parameters = [name for name in report.swappable if name.partition(".")[0] in saved]
-    assert len(parameters) == 10
+    assert len(parameters) == 12  # with the mean and the variance of the batch norm
 
 
 def test_biases(tmp_path: Path) -> None:
@@ -611,23 +611,35 @@ def test_more_rows_than_the_file_takes_are_refused(tmp_path: Path) -> None:
     assert session.adapters == tuple(TOKENS)
 
 
-def test_statistics_of_saved_modules_are_of_one_adapter(tmp_path: Path) -> None:
-    """PEFT has a copy of the module for each adapter. A model of ours has one set of statistics."""
+@pytest.mark.parametrize("adapters", ["bank", "inputs"])
+def test_statistics_of_saved_modules(tmp_path: Path, adapters: Any) -> None:
+    """PEFT has a copy of the module for each adapter, with the statistics of its batch norm."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
         head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
         return nn.Sequential(nn.Linear(8, 8), head).eval()
 
+    model, x = build(), torch.randn(4, 8)
+    expected = {None: model(x)}
     for number, name in enumerate(("one", "two")):
         config = peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
         wrapped = peft.get_peft_model(build(), config)  # type: ignore[arg-type]
         wrapped.train()(torch.randn(8, 8) + number)
         wrapped.eval().save_pretrained(str(tmp_path / name))
-    model = lora_fx.load_adapter(build(), tmp_path / "one", adapter_name="one")
-    x = torch.randn(2, 8)
-    before = model(x)
-    with pytest.raises(CheckpointError, match=r"own 1\.0\.running_mean.*'one' run"):
-        lora_fx.load_adapter(model, tmp_path / "two", adapter_name="two")
-    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-    assert [entry.name for entry in lora_fx.status(model).adapters] == ["one"]
+        expected[name] = wrapped(x)
+        model = lora_fx.load_adapter(model, tmp_path / name, adapter_name=name)
+    path = tmp_path / "m.onnx"
+    assert export_onnx(model, path, torch.randn(3, 8), adapters=adapters).verified
+    session = OnnxSession(path, "cpu")
+    for name in ("one", "two"):
+        session.load_adapter(f"{name} again", tmp_path / name)
+        session.load_adapter(name, model, adapter_name=name)
+    for name, want in expected.items():
+        lora_fx.set_adapter(model, [name] if name else [])
+        torch.testing.assert_close(model(x), want, **EXACT)
+        (got,) = session.run(x, adapter=name).values()
+        torch.testing.assert_close(got, want, **EXACT)
+        if name:
+            (got,) = session.run(x, adapter=f"{name} again").values()
+            torch.testing.assert_close(got, want, **EXACT)
