@@ -542,7 +542,7 @@ def _moved(
 
 
 def _entries(folder: Path) -> Mapping[str, Any]:
-    """Return all entries of the configuration in a folder; none for a file of another library."""
+    """Return the contents of ``adapter_config.json``; nothing for a single file of another library."""
     if not folder.is_dir():
         return {}
     entries: Mapping[str, Any] = json.loads(
@@ -580,9 +580,9 @@ def _prove(
 def _add_without_values(
     model: ModelT, folder: Path, config: LoraConfig, adapter_name: str
 ) -> ModelT:
-    """Add an adapter without parameters, which reads other adapters of the model.
+    """Add an adapter that has no parameters because it only reads other adapters, such as Arrow's router.
 
-    The folder's tensors are those that PEFT writes and never uses.
+    PEFT writes tensors into such a folder, too. It never uses them, so they are not read.
 
     Raises:
         CheckpointError: If the model is not rewritten, or has an adapter of this name.

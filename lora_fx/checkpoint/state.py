@@ -558,7 +558,7 @@ def fitted(
     config: LoraConfig | None,
     read: Read | None = None,
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """Return the values for the slots of an adapter, and the problems with them. Nothing is written yet.
+    """Assign saved tensors to the parameters of an adapter. Nothing is written yet.
 
     Args:
         model: A rewritten model.
@@ -567,6 +567,9 @@ def fitted(
         tensors: By key, without the prefix.
         config: The configuration of the saved adapter; None if there is none.
         read: For a model on the meta device, the values of its base, as for :func:`given_values`.
+
+    Returns:
+        The slots with their values, and a text for each problem.
     """
     remaining = dict(tensors)
     named = wrapped_parameters(model, config) if config else {}
@@ -651,7 +654,11 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 def _replace_empty(
     model: nn.Module, values: Iterable[tuple[Slot, torch.Tensor]]
 ) -> list[tuple[Slot, torch.Tensor]]:
-    """Replace the slots on the meta device by tensors with the values, and return the other values."""
+    """Give memory and values to the slots that are on the meta device.
+
+    Returns:
+        The slots that have memory already, with the values that are still to be written into them.
+    """
     left: list[tuple[Slot, torch.Tensor]] = []
     new: dict[int, torch.Tensor] = {}
     for slot, value in values:

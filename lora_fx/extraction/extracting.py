@@ -328,12 +328,15 @@ def _is_leaf(model: nn.Module, name: str) -> bool:
 
 
 def _cost(site: Site) -> int:
-    """Return the number of elements of the factors of the smallest rank."""
+    """Return the number of elements that A and B have at the smallest possible rank."""
     return pattern_of(site).factors(site, site.groups).numel
 
 
 class _Ranks:
-    """The ranks of sites, in units of their groups."""
+    """The rank of each site, as the user's :class:`RankChoice` asks for it.
+
+    A convolution with groups has a matrix for each group. Its rank here is that of one such matrix.
+    """
 
     def __init__(
         self, choice: RankChoice, roots: Mapping[str, Tensor], bounds: Mapping[str, int]
