@@ -64,7 +64,14 @@ from lora_fx.checkpoint.state import (
     stored,
     without_prefix,
 )
-from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
+from lora_fx.config import (
+    CONFIG_NAME,
+    LoraConfig,
+    adapters_below,
+    judge,
+    missing_adapter,
+    saved_entries,
+)
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, QuantizationError, some
 from lora_fx.files import current
 from lora_fx.formats import Deploy
@@ -630,19 +637,17 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
         )
         return folder.parent if beside else folder
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder on this machine, and nothing is downloaded: give the local folder of "
-            "a PEFT adapter, or a file of diffusers or kohya (.safetensors)"
-        )
+        raise CheckpointError(missing_adapter(folder))
     if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         return folder / DIFFUSERS_NAME
     inner = folder / adapter_name
     if adapter_name != "default" and current(inner / CONFIG_NAME).is_file():
         return inner
-    below = sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+    below = adapters_below(folder)
     if below and not current(folder / CONFIG_NAME).is_file():
+        near = some([str(path) for path in below], between=" or ")
         raise CheckpointError(
-            f"{folder} has no {CONFIG_NAME}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
+            f"{folder} has no {CONFIG_NAME}; did you mean {near}? An adapter "
             'that is not called "default" is saved into a subfolder of its name'
         )
     return folder

@@ -377,7 +377,7 @@ def _values_for(
             continue
         seen.add(slot.name)
         if tuple(stored.shape) != slot.shape:
-            problems.append(_shapes(key, stored, slot.shape))
+            problems.append(_shapes(key, stored, slot.shape) + slot.remedy)
             continue
         try:
             value = slot.form.decode(stored)
@@ -461,7 +461,12 @@ def _leftover(
     assert parameter is not None
     own = _with_values(gathered(parameter, name), name, read)
     if own.shape != value.shape:
-        yield _shapes(key, value, own.shape)
+        resized = own.dim() == 2 and own.shape[1:] == value.shape[1:]
+        yield _shapes(key, value, own.shape) + (
+            f". If tokens were added to the model, call model.resize_token_embeddings({len(value)}) first"
+            if resized
+            else ""
+        )
     elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):
         yield (
             f"other base: {key} has other values than {name}, which is frozen in the model. The "

@@ -583,7 +583,7 @@ def _merged_by_files(
         with console.progress("merging") as advance:
             return merge_files(folder, adapter, out, dtype=dtype, progress=advance, **options)
     except WholeModelError as error:
-        _log.warning("loaded whole, not tensor by tensor: %s", error)
+        _log.warning("the whole model is loaded and merged in memory: %s", error.reason)
         return None
 
 
