@@ -44,8 +44,8 @@ __all__ = [
     "TASK_TYPES",
     "FrozenPattern",
     "LoraConfig",
-    "check_together",
     "adapters_below",
+    "check_together",
     "missing_adapter",
     "read_json",
 ]
