@@ -487,9 +487,9 @@ def _merged(
                 name or "its root",
             )
         return model, None
-    from lora_fx.passes.merge import merge
+    from lora_fx.passes.merge import Storage, merge
 
-    merged, report = merge(model, keep=keep, cast_to=dtype)
+    merged, report = merge(model, storage=Storage(keep=keep, cast_to=dtype))
     _log.info("export: %s", report)
     return merged, report
 
