@@ -240,9 +240,9 @@ def _fold_all(
         if (trained_weight := weights.as_trained(weight)) is not None:
             merged[weight], sites[weight] = trained_weight
             return
-        change, held = folds[weight], weights.before(weight)
+        change, base = folds[weight], weights.before(weight)
         # If processes hold parts, each of them gathers only one whole weight at a time.
-        old = gathered(held, weight)
+        old = gathered(base, weight)
         if weights.requantize and weight in weights.stored and isinstance(change, Fold):
             packed = weights.result.get_parameter(weight)
             merged[weight], sites[weight] = requantized_site(change, old, packed, rounding)
@@ -259,7 +259,7 @@ def _fold_all(
 
         lasting = weights.lasting.get(weight)
         stays = lasting is not None and memory_of(old) == memory_of(lasting)
-        merged[weight] = distributed_as(weights.storage.keep(new, again if stays else None), held)
+        merged[weight] = distributed_as(weights.storage.keep(new, again if stays else None), base)
 
     # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
