@@ -74,7 +74,7 @@ def read_peft_folder(
 
 @dataclasses.dataclass(frozen=True)
 class _Tensors:
-    """The tensors of a folder, by what they are for.
+    """The tensors of a folder, by their purpose.
 
     Attributes:
         by_layer: The tensors of each layer: their keys in the folder and values, by role.

@@ -133,7 +133,7 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Needs:
-    """What a training step of a plan needs on the GPUs that the options name.
+    """The needs of a training step of a plan, on the GPUs that the options name.
 
     Attributes:
         need: The memory on each GPU; None without a mesh.
