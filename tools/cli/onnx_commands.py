@@ -230,7 +230,7 @@ def _session(file: Path, provider: str, adapters: list[str] | None) -> tuple[Any
 
 def _timed(
     session: Any, feeds: Mapping[str, Any], adapter: Any, repeat: int
-) -> tuple[Mapping[str, Any], list[float]]:
+) -> tuple[dict[str, Any], list[float]]:
     """Run a file several times. Return the outputs, and the seconds of each run."""
     seconds = []
     with console.progress("running") as advance:
