@@ -92,7 +92,9 @@ def over_quantized(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _fix_gains(model: nn.Module) -> None:
-    """Replace gains by constants ``layer.lora_gain.NAME`` in fp32.
+    """Compute the values that only depend on weights, such as DoRA's gain, and make them constants.
+
+    They get the names ``layer.lora_gain.NAME``, in fp32.
 
     Args:
         model: Copy of a rewritten model. Its graphs are replaced.

@@ -66,7 +66,7 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """Site of a weight.
+    """One adapter at one weight: the site, and the names of the adapter's parameters.
 
     Attributes:
         planned: The site, or rows of an embedding that are trained.

@@ -242,7 +242,7 @@ class _Part:
 
 
 class _Migrator:
-    """One migration in progress."""
+    """The moves of matrices that a migration has found so far, and the problems."""
 
     def __init__(
         self,

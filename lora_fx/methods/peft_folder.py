@@ -34,7 +34,7 @@ _KEPT: Final = ("task_type", "base_model_name_or_path", "modules_to_save")
 def read_peft_folder(
     folder: Path, model: nn.Module, method: Method, config: Mapping[str, Any]
 ) -> ForeignAdapter:
-    """Read a folder.
+    """Read a folder of PEFT that has an adapter of another method than LoRA.
 
     Args:
         folder: The folder.

@@ -640,7 +640,7 @@ def check_names(
     provider: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Raise if a model, an adapter, a provider or a dtype cannot be what its name says.
+    """Raise if the name of a model, an adapter, a provider or a dtype is wrong. Nothing is loaded.
 
     Raises:
         ConfigError: The message has the name and the remedy.
