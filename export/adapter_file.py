@@ -63,6 +63,9 @@ __all__ = [
 ]
 
 
+_WITHOUT_EFFECT = frozenset({*UNREAD, "num_batches_tracked"})
+"""Parts of the keys of tensors that outputs do not depend on."""
+
 _WRAPPED, _TRAINED_ROWS = "base_layer", ["token_adapter", "trainable_tokens_delta"]
 _ROLES: dict[str, Role] = {
     "lora_A.weight": "A",
@@ -207,7 +210,7 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
         if names[-2:] == _TRAINED_ROWS:
             values |= _folder_tokens(".".join(names[:-2]), value, config)
             continue
-        if any(name in UNREAD for name in names):
+        if any(name in _WITHOUT_EFFECT for name in names):
             continue
         stripped = ".".join(name for name in names if name != _WRAPPED)
         taken = manifest is not None and stripped in manifest.inputs
@@ -216,8 +219,7 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
             problems.append(f"{key} is a weight of the base")
             continue
         if not any(part.startswith("lora_") for part in names):
-            if value.is_floating_point():  # a counter of batches has no effect on outputs
-                values[stripped] = value.contiguous()
+            values[stripped] = value.contiguous()
             continue
         # PEFT has no name for the factors of a parameter. lora_fx keeps them in "<name>_lora".
         if match is None or _WRAPPED in names or (match["site"] or "").endswith("_lora"):

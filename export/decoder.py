@@ -311,7 +311,7 @@ class Decoder:
         self._new = 0  # tokens of the last step
 
     def step(self, ids: Tensor) -> Tensor:
-        """Read more tokens.
+        """Run the decoder over more tokens, and keep their keys and values in the cache.
 
         Args:
             ids: The next tokens of each text, [batch, sequence].

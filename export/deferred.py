@@ -50,10 +50,10 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         self._starts: list[int] = []
 
     def add(self, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """Return a tensor in the place of a weight.
+        """Return a tensor that stands for a weight. It takes no memory until something writes into it.
 
         Args:
-            like: A tensor of the shape and dtype of the weight, on the CPU.
+            like: A tensor of the shape and dtype of the weight.
             make: Computes the weight. It is called at each read, and has to return the same values.
         """
         # The system gives no memory to pages that are never written.

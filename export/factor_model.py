@@ -48,7 +48,7 @@ from lora_fx.passes.graph import (
     share_copy,
     target_of,
 )
-from lora_fx.passes.merge import Keep, merge, stripped
+from lora_fx.passes.merge import Keep, Storage, merge, stripped
 from lora_fx.passes.parameters import drop_factors, factor_names, replaceable
 from lora_fx.passes.patterns import pattern_of
 from lora_fx.passes.pipeline import (
@@ -510,7 +510,7 @@ class FactorModel(FlatModel):
                 value = nn.Parameter(by_role[input_.role], requires_grad=False)
                 twin.get_submodule(owner)._parameters[leaf] = value
         twin.__dict__["_lora_fx"] = self._foldable()
-        dense, _ = merge(twin, adapter_names=_ADAPTER, keep=keep)
+        dense, _ = merge(twin, adapter_names=_ADAPTER, storage=Storage(keep=keep))
         return FlatModel(dense, self.arguments, self.call).eval()
 
     def loose_biases(self) -> set[str]:

@@ -259,6 +259,28 @@ class _Call:
             self.decoder.reorder(rows)
         return search.result()
 
+    def run(self, streamer: Streamer | None) -> Any:
+        """Generate all tokens, and return the texts.
+
+        Raises:
+            ExportError: A streamer is given for beams.
+        """
+        if self.settings.num_beams > 1:
+            if streamer is not None:
+                raise ExportError(
+                    f"streamer and num_beams={self.settings.num_beams}: beam search does not know its tokens "
+                    "before it ends. Pass num_beams=1, or no streamer"
+                )
+            return self.given_back(self.searched())
+        if streamer is not None:
+            streamer.put(self.ids)
+        for tokens in self.sampled():
+            if streamer is not None:
+                streamer.put(tokens)
+        if streamer is not None:
+            streamer.end()
+        return self.given_back(self.ids)
+
     def given_back(self, ids: Tensor) -> Any:
         """Return ``ids`` in the form of the inputs: as an array, or as a tensor on their device."""
         return ids.numpy() if self.arrays else ids.to(self.device)
@@ -449,21 +471,7 @@ class Generates(Decodes):
                 adapter,
             ),
         )
-        if call.settings.num_beams > 1:
-            if streamer is not None:
-                raise ExportError(
-                    f"streamer and num_beams={call.settings.num_beams}: beam search does not know its tokens "
-                    "before it ends. Pass num_beams=1, or no streamer"
-                )
-            return call.given_back(call.searched())
-        if streamer is not None:
-            streamer.put(call.ids)
-        for tokens in call.sampled():
-            if streamer is not None:
-                streamer.put(tokens)
-        if streamer is not None:
-            streamer.end()
-        return call.given_back(call.ids)
+        return call.run(streamer)
 
     def stream(
         self,

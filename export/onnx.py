@@ -713,7 +713,7 @@ def export_onnx(
     options = _FileOptions(
         opset, optimize, chosen, verify, quantize, external_data_bytes, shard_bytes
     )
-    bank = _BankSizes(max_adapters, max_rank)
+    adapted = _AdapterOptions(adapters, max_adapters, max_rank, required_inputs)
     _check_arguments(model, adapters, dtype, opset)
     runtime = None if target is None else find_runtime(target)
     program = _program_target(
@@ -724,39 +724,117 @@ def export_onnx(
         quantize=quantize is not None,
         required_inputs=required_inputs,
     )
-    padded = program is not None and adapters == "inputs"
-    bank.check(adapters, padded=padded)
-    _check_required(model, adapters, target, bank, required=required_inputs)
+    adapted.check(model, target, program)
     check_fusions(optimize, None if provider is None else chosen)
     check_scheme(quantize, optimize)
     options.check()
     task = _task_of(model, task, runtime, dynamic_shapes)
-    data: str | None = None
-    if runtime is None:
-        if tokenizer is not None:
-            raise ExportError("tokenizer= goes into the folder of a target: give target= as well")
-        if isinstance(example_inputs, str | Path) and not isinstance(path, str | Path):
-            raise OutputPathError(
-                f"path is a {type(path).__name__}: the file, {str(example_inputs)!r}, comes before the "
-                "example inputs"
-            )
-        file_path = output_file(path, (".onnx",))
-    else:
+    if runtime is not None:
         runtime.check(task=task, adapters=adapters, dtype=dtype)
-        file_path = runtime.file(Path(path), dtype)
-        data, example_inputs = runtime.data_name(file_path), runtime.example(example_inputs)
-        if data is not None:  # the runtime reads a single file of weights
-            options = dataclasses.replace(options, shard_bytes=sys.maxsize)
-    check_target(file_path, force=force)
+    destination = _destination(path, runtime, example_inputs, dtype, tokenizer, force)
+    if runtime is not None:
+        example_inputs = runtime.example(example_inputs)
+    check_target(destination.file, force=force)
     if program is None:
         _require_packages()
-    clock = _Stages(progress)
+    subject = _Subject(_without_trainers(model), example_inputs, dtype, task, dynamic_shapes)
+    return _write_files(subject, options, adapted, destination, _Stages(progress))
 
-    model = _without_trainers(model)
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """The model of an export, and how it is called; see :func:`export_onnx`."""
+
+    model: nn.Module
+    example_inputs: object
+    dtype: Literal["fp32", "fp16", "bf16"] | None
+    task: TaskName | None
+    dynamic_shapes: object
+
+
+@dataclasses.dataclass(frozen=True)
+class _Destination:
+    """The place of the files, and the runtime that takes them.
+
+    Attributes:
+        path: The path that the caller gave.
+        file: The model's file.
+        data: Name of the only file of weights that the runtime reads; None for any number of them.
+        runtime: The runtime that loads a folder; None for a single file.
+        tokenizer: The tokenizer for the folder.
+        force: As for :func:`export_onnx`.
+    """
+
+    path: Path
+    file: Path
+    data: str | None = None
+    runtime: RuntimeTarget | None = None
+    tokenizer: Any = None
+    force: bool | None = None
+
+    @property
+    def program(self) -> ProgramTarget | None:
+        """The runtime if it takes a program instead of an ONNX file."""
+        return self.runtime if isinstance(self.runtime, ProgramTarget) else None
+
+    def finish(self, model: nn.Module, report: ExportReport, stage: Staging) -> ExportReport:
+        """Add the runtime's files to the folder, and return the report with them."""
+        if self.runtime is None:
+            return report
+        file_names = self.runtime.finish(
+            Written(model, report, stage.model, stage.folder, self.path, self.tokenizer)
+        )
+        stage.extras = {file: Path(self.path, name) for file, name in file_names.items()}
+        return dataclasses.replace(
+            _renamed(report, self.runtime.axes),
+            target=self.runtime.name,
+            companions={name: file.stat().st_size for file, name in file_names.items()},
+        )
+
+
+def _destination(
+    path: str | Path,
+    runtime: RuntimeTarget | None,
+    example_inputs: object,
+    dtype: str | None,
+    tokenizer: Any,
+    force: bool | None,
+) -> _Destination:
+    """Return where an export goes; for the arguments see :func:`export_onnx`.
+
+    Raises:
+        ExportError: There is a tokenizer, and no folder for it.
+        OutputPathError: The path and the example inputs are swapped, or the path cannot be that of a file.
+    """
+    if runtime is not None:
+        file = runtime.file(Path(path), dtype)
+        return _Destination(Path(path), file, runtime.data_name(file), runtime, tokenizer, force)
+    if tokenizer is not None:
+        raise ExportError("tokenizer= goes into the folder of a target: give target= as well")
+    if isinstance(example_inputs, str | Path) and not isinstance(path, str | Path):
+        raise OutputPathError(
+            f"path is a {type(path).__name__}: the file, {str(example_inputs)!r}, comes before the "
+            "example inputs"
+        )
+    file = output_file(path, (".onnx",))
+    return _Destination(file, file, force=force)
+
+
+def _write_files(
+    subject: _Subject,
+    options: _FileOptions,
+    adapted: _AdapterOptions,
+    destination: _Destination,
+    clock: _Stages,
+) -> ExportReport:
+    """Write the files of a model whose arguments are checked, and move them into place."""
+    model, runtime, program = subject.model, destination.runtime, destination.program
+    if destination.data is not None:  # the runtime reads a single file of weights
+        options = dataclasses.replace(options, shard_bytes=sys.maxsize)
     with (
         ONE_AT_A_TIME,
         _without_ambient_autocast(model),
-        staging(file_path, data) as stage,
+        staging(destination.file, destination.data) as stage,
         contextlib.ExitStack() as reading,
     ):
         if program is None:
@@ -764,61 +842,70 @@ def export_onnx(
             reading.enter_context(scratch.deferred)
         else:  # its runtime reads the memory of the weights
             scratch = Scratch(stage, deferred_bytes=sys.maxsize)
-        export = _Export(options, scratch, clock, None if runtime is None else runtime.adapt)
+        rank = _rank_of(model, adapted.rank) if adapted.is_padded(program) else None
+        adapt = None if runtime is None else runtime.adapt
+        export = _Export(options, scratch, clock, adapt, program, rank)
         clock.start("capturing the model")
         _refuse_nan(model)
-        if adapters is None:
-            adapters = "inline" if over_quantized(unwrapped(model)) else "merge"
-        if quantize is not None:
-            check_dense(unwrapped(model), quantize, dtype)
-        prepared = _preparation(adapters, bank)(model, example_inputs, dtype, scratch.keep, task)
-        if required_inputs:
+        how = adapted.how
+        if how is None:
+            how = "inline" if over_quantized(unwrapped(model)) else "merge"
+        if options.quantize is not None:
+            check_dense(unwrapped(model), options.quantize, subject.dtype)
+        prepared = _preparation(how, adapted)(
+            model, subject.example_inputs, subject.dtype, scratch.keep, subject.task
+        )
+        if adapted.required:
             prepared = tuple(part.requiring() for part in prepared)
         if program is not None:
-            rank = _rank_of(model, max_rank) if padded else None
-            export = dataclasses.replace(export, runtime=program, rank=rank)
-            prepared = tuple(
-                part.fixed(None if program.dynamic else example_inputs, rank) for part in prepared
-            )
-        report = _build_all(export, prepared, stage, dynamic_shapes)
-        if runtime is not None:
-            file_names = runtime.finish(
-                Written(model, report, stage.model, stage.folder, Path(path), tokenizer)
-            )
-            stage.extras = {file: Path(path, name) for file, name in file_names.items()}
-            companion_sizes = {name: file.stat().st_size for file, name in file_names.items()}
-            report = dataclasses.replace(
-                _renamed(report, runtime.axes), target=target, companions=companion_sizes
-            )
+            example = None if program.dynamic else subject.example_inputs
+            prepared = tuple(part.fixed(example, rank) for part in prepared)
+        report = _build_all(export, prepared, stage, subject.dynamic_shapes)
+        report = destination.finish(model, report, stage)
         clock.start("moving into place")
-        stage.commit(force=force)
+        stage.commit(force=destination.force)
     clock.stop()
-    return dataclasses.replace(report, task=task, adapters=adapters, seconds=clock.seconds)
+    return dataclasses.replace(report, task=subject.task, adapters=how, seconds=clock.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
-class _BankSizes:
-    """Sizes of a file with many adapters: their largest number, and their highest rank."""
+class _AdapterOptions:
+    """The options for adapters in a file; see :func:`export_onnx`.
 
+    Attributes:
+        how: "merge", "inline", "inputs" or "bank"; None for the default of the model.
+        capacity: The largest number of adapters.
+        rank: Their highest rank.
+        required: True for a file without inputs that have a default.
+    """
+
+    how: Literal["merge", "inline", "inputs", "bank"] | None
     capacity: int | None
     rank: int | None
+    required: bool
 
-    def check(self, adapters: str | None, *, padded: bool = False) -> None:
-        """Raise for sizes of a file that has no bank.
+    def is_padded(self, program: ProgramTarget | None) -> bool:
+        """Return True if all factors of a file have one rank, as in a program that takes adapters."""
+        return program is not None and self.how == "inputs"
+
+    def check(self, model: nn.Module, target: str | None, program: ProgramTarget | None) -> None:
+        """Raise for options that exclude each other.
 
         Args:
-            adapters: As for :func:`export_onnx`.
-            padded: True for a file whose factors have one rank.
+            model: The model.
+            target: As for :func:`export_onnx`.
+            program: The target if it takes a program.
 
         Raises:
-            ExportError: There are any.
+            ExportError: The message names the argument.
         """
-        if padded and self.capacity is None:
+        if self.is_padded(program) and self.capacity is None:
             if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
                 raise ExportError(f"max_rank={self.rank!r}: give a whole number of at least 1")
-            return
-        if adapters != "bank" and (self.capacity, self.rank) != (None, None):
+        elif self.how != "bank" and (self.capacity, self.rank) != (None, None):
             raise ExportError("max_adapters and max_rank are of adapters='bank': leave them out")
+        if self.required:
+            _check_required(model, target, self)
 
 
 def _program_target(
@@ -867,17 +954,13 @@ def _rank_of(model: nn.Module, max_rank: int | None) -> int:
     return max_rank or highest or DEFAULT_RANK
 
 
-def _check_required(
-    model: nn.Module, adapters: str | None, target: str | None, bank: _BankSizes, *, required: bool
-) -> None:
+def _check_required(model: nn.Module, target: str | None, adapted: _AdapterOptions) -> None:
     """Raise if a file without defaults is asked for that could not take adapters.
 
     Raises:
         ExportError: It names the argument and the remedy.
     """
-    if not required:
-        return
-    if adapters not in ("inputs", "bank"):
+    if adapted.how not in ("inputs", "bank"):
         raise ExportError(
             "required_inputs=True is of adapters='inputs' and adapters='bank': other files have no inputs "
             "for adapters. Leave it out"
@@ -887,8 +970,8 @@ def _check_required(
             f"required_inputs=True: {target} runs a file without an adapter as well, which needs the "
             "defaults. Leave it out"
         )
-    if adapters == "bank":
-        if bank.capacity is not None:
+    if adapted.how == "bank":
+        if adapted.capacity is not None:
             raise ExportError(
                 "max_adapters is for adapters that are loaded later, and with required_inputs=True those of "
                 "the model are constants: leave one of them out"
@@ -920,7 +1003,7 @@ def _task_of(
     return task
 
 
-def _preparation(adapters: str, bank: _BankSizes) -> Callable[..., tuple[Prepared, ...]]:
+def _preparation(adapters: str, bank: _AdapterOptions) -> Callable[..., tuple[Prepared, ...]]:
     """Return the function that prepares a model whose adapters are exported in this way."""
     preparations: dict[str, Callable[..., tuple[Prepared, ...]]] = {
         "merge": prepare,

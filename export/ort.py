@@ -689,7 +689,7 @@ def size_of(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
 
 
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> Fraction:
-    """Compute an expression.
+    """Compute the size of an axis that is an expression, such as ``2*batch``.
 
     Raises:
         ValueError: The expression has more than sizes and arithmetic.

@@ -92,7 +92,9 @@ def over_quantized(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _fix_gains(model: nn.Module) -> None:
-    """Replace gains by constants ``layer.lora_gain.NAME`` in fp32.
+    """Compute the values that only depend on weights, such as DoRA's gain, and make them constants.
+
+    They get the names ``layer.lora_gain.NAME``, in fp32.
 
     Args:
         model: Copy of a rewritten model. Its graphs are replaced.
@@ -487,9 +489,9 @@ def _merged(
                 name or "its root",
             )
         return model, None
-    from lora_fx.passes.merge import merge
+    from lora_fx.passes.merge import Storage, merge
 
-    merged, report = merge(model, keep=keep, cast_to=dtype)
+    merged, report = merge(model, storage=Storage(keep=keep, cast_to=dtype))
     _log.info("export: %s", report)
     return merged, report
 

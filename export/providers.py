@@ -333,39 +333,7 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
             disabled_optimizers=optimizers_off(runtime.__version__, provider, path),
         )
     except Exception as error:
-        reason = reason_of(error)
-        kind = type(error).__name__
-        if options.get("enable_cuda_graph") == "1" and kind in ("Fail", "NotImplemented", "EPFail"):
-            raise ProviderError(
-                f"{path} cannot be captured as a CUDA graph: {reason}. That takes a model without control "
-                f"flow, all of it on the GPU: load it without cuda_graph"
-            ) from error
-        if kind in ("NotImplemented", "EPFail"):
-            bf16 = (
-                "bf16 needs provider='cuda'; for the CPU, export with dtype='fp32' or 'fp16'"
-                if provider == "cpu" and _has_bf16(path)
-                else ""
-            )
-            raise ProviderError(
-                f"the {provider} provider cannot run {path}: {bf16 or reason}"
-            ) from error
-        if provider == "webgpu" and "WebGPU adapter" in str(error):
-            raise ProviderError(
-                f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of "
-                "Vulkan, Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
-            ) from error
-        if lacking := _LATER.search(str(error)):
-            version = _checked_with(path)
-            checked = f"The file was checked with {version}. " if version else ""
-            raise ProviderError(
-                f"{path} has an operator of a later ONNX Runtime, and this is {runtime.__version__}: "
-                f"{lacking[0]}. {checked}Install {version or 'a later version'}, or export the "
-                "model with optimize='standard' and a lower opset"
-            ) from error
-        raise ExportError(
-            f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
-            f"external data beside it? Export it again if not"
-        ) from error
+        raise _refusal(runtime, path, provider, options, error) from error
     actual = session.get_providers()[0]
     if actual != name:
         raise ProviderError(
@@ -374,6 +342,51 @@ def load(runtime: Any, path: Path, provider: str, options: Mapping[str, str], se
         )
     session.disable_fallback()
     return session
+
+
+def _refusal(
+    runtime: Any, path: Path, provider: str, options: Mapping[str, str], error: Exception
+) -> ExportError:
+    """Return an error that says why ONNX Runtime cannot load a file, and what to do.
+
+    Args:
+        runtime: The onnxruntime module.
+        path: The file.
+        provider: The provider that was asked for.
+        options: Its options.
+        error: The error of ONNX Runtime.
+    """
+    reason = reason_of(error)
+    kind = type(error).__name__
+    if options.get("enable_cuda_graph") == "1" and kind in ("Fail", "NotImplemented", "EPFail"):
+        return ProviderError(
+            f"{path} cannot be captured as a CUDA graph: {reason}. That takes a model without control "
+            f"flow, all of it on the GPU: load it without cuda_graph"
+        )
+    if kind in ("NotImplemented", "EPFail"):
+        bf16 = (
+            "bf16 needs provider='cuda'; for the CPU, export with dtype='fp32' or 'fp16'"
+            if provider == "cpu" and _has_bf16(path)
+            else ""
+        )
+        return ProviderError(f"the {provider} provider cannot run {path}: {bf16 or reason}")
+    if provider == "webgpu" and "WebGPU adapter" in str(error):
+        return ProviderError(
+            f"the webgpu provider finds no GPU ({reason.rpartition(': ')[2]}): it needs a driver of "
+            "Vulkan, Metal or Direct3D 12; Mesa's lavapipe (mesa-vulkan-drivers) is one in software"
+        )
+    if lacking := _LATER.search(str(error)):
+        version = _checked_with(path)
+        checked = f"The file was checked with {version}. " if version else ""
+        return ProviderError(
+            f"{path} has an operator of a later ONNX Runtime, and this is {runtime.__version__}: "
+            f"{lacking[0]}. {checked}Install {version or 'a later version'}, or export the "
+            "model with optimize='standard' and a lower opset"
+        )
+    return ExportError(
+        f"{path} cannot be loaded: {reason}. Is it a whole ONNX file, with its "
+        f"external data beside it? Export it again if not"
+    )
 
 
 RUNTIME_KEY = "lora_fx.onnxruntime"

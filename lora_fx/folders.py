@@ -175,7 +175,7 @@ def _write(
 
 
 def _read(folder: str | os.PathLike[str]) -> _Folder:
-    """Read a folder.
+    """Read the factors and the configuration of a LoRA folder.
 
     Raises:
         CheckpointError: If it is damaged, or no LoRA adapter.

@@ -66,7 +66,7 @@ _log = logging.getLogger("lora_fx")
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """Site of a weight.
+    """One adapter at one weight: the site, and the names of the adapter's parameters.
 
     Attributes:
         planned: The site, or rows of an embedding that are trained.
@@ -133,8 +133,9 @@ class _OwnBySample:
         stored = owner._modules.get(KEPT + leaf)
         result = base
         if stored is not None:
-            own = {**stored._parameters, **stored._buffers}
-            values = (own.get(adapter, base) for adapter in self.adapters)
+            own = (*stored.named_parameters(recurse=False), *stored.named_buffers(recurse=False))
+            known = dict(own)
+            values = (known.get(adapter, base) for adapter in self.adapters)
             bank = torch.stack([base, *(value.to(base.dtype) for value in values)])
             result = RowParameter(self.name, bank, slots)
         if self.tokens:

@@ -531,7 +531,7 @@ class _FlashAttention(Listener):
     """
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer calls of attention."""
+        """Compute calls of scaled dot-product attention as a flash kernel; leave others to PyTorch."""
         if func is not nn.functional.scaled_dot_product_attention:
             return NotImplemented
         return _flash(*args, **kwargs)

@@ -101,7 +101,15 @@ _RESULT = "model"
 
 
 class WholeModelError(MergeError):
-    """The files do not have what a merge needs, and :func:`lora_fx.merge` can do it in memory."""
+    """The files do not have what a merge needs, and :func:`lora_fx.merge` can do it in memory.
+
+    Attributes:
+        reason: The message without the remedy, for a caller that loads the model itself.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}. {remedy}")
+        self.reason = reason
 
 
 def merge_files(
@@ -311,8 +319,9 @@ class _Merge:
 
     def _refuse(self, reason: str) -> NoReturn:
         raise WholeModelError(
-            f"{reason}, so that its files cannot be merged one by one. Load the model and merge it in "
-            f"memory: lora_fx.merge(lora_fx.load_adapter(model, {str(self._adapter)!r}))"
+            f"{reason}, so that its files cannot be merged one by one",
+            "Load the model and merge it in memory: "
+            f"lora_fx.merge(lora_fx.load_adapter(model, {str(self._adapter)!r}))",
         )
 
     def _planned(self) -> dict[Path, list[_Output]]:
@@ -543,9 +552,9 @@ def _check_dense(folder: Path, adapter: Path) -> None:
         return
     method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
     raise WholeModelError(
-        f"{folder} is quantized ({method}), and files of quantized weights are not merged one by one. Give "
-        "the folder that it was quantized from; or load the model and merge it in memory, which can also "
-        f"quantize again: lora_fx.merge(lora_fx.load_adapter(model, {str(adapter)!r}), requantize=True)"
+        f"{folder} is quantized ({method}), and files of quantized weights are not merged one by one",
+        "Give the folder that it was quantized from; or load the model and merge it in memory, which can "
+        f"also quantize again: lora_fx.merge(lora_fx.load_adapter(model, {str(adapter)!r}), requantize=True)",
     )
 
 

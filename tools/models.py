@@ -10,6 +10,7 @@ Names are checked without importing PyTorch, so that a wrong one is reported at 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from lora_fx.config import CONFIG_NAME, read_json
+from lora_fx.config import CONFIG_NAME, missing_adapter, read_json
 from lora_fx.errors import CheckpointError, ConfigError, hint, some
 from lora_fx.extras import install_command, is_installed, load_optional
 from lora_fx.files import current
@@ -252,12 +253,17 @@ def _set_labels(
         config.id2label = dict(labels)
         config.label2id = {label: index for index, label in labels.items()}
     elif all(label == f"LABEL_{index}" for index, label in config.id2label.items()):
-        _log.warning(
-            "%s does not say what its %d classes are called: they are LABEL_0, LABEL_1 and so on. Set "
-            "id2label in the config.json of the result",
-            adapter,
-            shape[0],
-        )
+        _warn_of_names(adapter, shape[0])
+
+
+@functools.cache  # a merge that has to load the model after all reads the adapter twice
+def _warn_of_names(adapter: Path, classes: int) -> None:
+    _log.warning(
+        "%s does not say what its %d classes are called: they are LABEL_0, LABEL_1 and so on. Set id2label "
+        "in the config.json of the result",
+        adapter,
+        classes,
+    )
 
 
 def _architecture(transformers: Any, config: Any, path: Path) -> Any:
@@ -396,10 +402,7 @@ def check_adapter_path(path: Path) -> None:
         ConfigError: If there is no such folder or file, or it is the folder of a model.
     """
     if not path.exists():
-        raise ConfigError(
-            f"{path} is not a folder on this machine, and nothing is downloaded: give the folder of an "
-            "adapter, or a file of diffusers or kohya (.safetensors)"
-        )
+        raise ConfigError(missing_adapter(path))
     if (path / "config.json").is_file() and not any(path.rglob(CONFIG_NAME)):
         raise ConfigError(
             f"{path} is the folder of a model, and an adapter is needed here: the model comes first, then "

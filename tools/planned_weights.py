@@ -50,7 +50,7 @@ MXFP4: a byte for 32 values of 4 bits. FP8: fp32 for 128 x 128 values. GPTQ and 
 
 
 class PlannedTensor(PackedTensor):
-    """A matrix without values."""
+    """A stand-in for a quantized matrix: it has a shape and a size in bytes, and no values."""
 
 
 class _PlannedFormat(PackedFormat):

@@ -63,7 +63,7 @@ class Kind(StrEnum):
 
 @dataclass(eq=False)
 class Allocation:
-    """A storage.
+    """A block of memory that holds tensors during a training step.
 
     Attributes:
         module: Name of the module that owns the parameter, or whose forward or backward allocated the
@@ -88,7 +88,7 @@ class Allocation:
 
     @property
     def kind(self) -> Kind:
-        """Return the kind."""
+        """Return the purpose of the memory; temporary if it is not known."""
         return self.purpose or Kind.TEMPORARIES
 
     @property

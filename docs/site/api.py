@@ -48,6 +48,13 @@ _SECTIONS = {
 }
 
 
+_OPENING = (
+    "All public names; each is `lora_fx.NAME`. The text of a section is the docstring of the name, which",
+    "`help(lora_fx.plan)` prints as well. In a clone, this page has only the names: `make docs` builds the",
+    "site, and the page is then `out/site/api.html`.",
+)
+
+
 def text() -> str:
     """Return the page."""
     named = [name for names in _SECTIONS.values() for name in names.split()]
@@ -55,7 +62,7 @@ def text() -> str:
     unknown = set(named) - set(lora_fx.__all__)
     if missing or unknown:
         sys.exit(f"docs/site/api.py: no section has {sorted(missing)}; unknown: {sorted(unknown)}")
-    lines = ["# API", "", "All public names; each is `lora_fx.NAME`.", ""]
+    lines = ["# API", "", *_OPENING, ""]
     for title, names in _SECTIONS.items():
         lines += [f"## {title}", ""]
         for name in names.split():

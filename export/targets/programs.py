@@ -351,9 +351,9 @@ def _first_line(error: Exception) -> str:
 
 
 def direct_products(program: ExportedProgram) -> None:
-    """Multiply by factors as they are, in place of a linear operation over a transposed factor.
+    """Replace ``linear(x, factor.mT)`` by ``matmul(x, factor)`` if the factor is an input.
 
-    XNNPACK's pass that finds linear operations takes the factor for a weight that was transposed once.
+    XNNPACK would take the transposed input for a constant weight.
     """
     graph = program.graph
     aten = torch.ops.aten

@@ -464,6 +464,8 @@ class AdapterStatus:
         dtypes: The dtypes of its parameters.
         devices: The devices of its parameters.
         waits: True if its start waits for data: call :func:`lora_fx.initialize`.
+        tokens: Embeddings and heads of which it trains rows (``trainable_token_indices``), each with the
+            number of rows.
     """
 
     name: str
@@ -477,6 +479,7 @@ class AdapterStatus:
     dtypes: tuple[str, ...]
     devices: tuple[str, ...]
     waits: bool = False
+    tokens: tuple[tuple[str, int], ...] = ()
 
     @property
     def rank_text(self) -> str:
@@ -491,6 +494,7 @@ class AdapterStatus:
         trained = _TRAINED[self.trainable]
         ranks = f"{self.sites} site(s) of rank {self.rank_text}" if self.ranks else "no site"
         more = ["waits for data (lora_fx.initialize)"] if self.waits else []
+        more += [f"trains {count} token(s) of {name}" for name, count in self.tokens]
         more += [f"trains {name} in full" for name in self.saved_modules]
         more += [f"trains {len(self.biases)} bias(es)"] if self.biases else []
         where = f"{', '.join(self.dtypes)} on {', '.join(self.devices)}" if self.dtypes else ""
@@ -530,7 +534,17 @@ class ModelStatus:
         return f"<ModelStatus: {', '.join(named) or 'no adapter'}; print it for more>"
 
     def _repr_html_(self) -> str:
-        columns = ("adapter", "", "trained", "sites", "rank", "parameters", "dtype", "device")
+        columns = (
+            "adapter",
+            "",
+            "trained",
+            "sites",
+            "rank",
+            "tokens",
+            "parameters",
+            "dtype",
+            "device",
+        )
         rows = [
             (
                 adapter.name,
@@ -538,6 +552,7 @@ class ModelStatus:
                 _TRAINED[adapter.trainable],
                 str(adapter.sites),
                 adapter.rank_text,
+                str(sum(count for _, count in adapter.tokens) or ""),
                 f"{adapter.parameters:,}",
                 ", ".join(adapter.dtypes),
                 ", ".join(adapter.devices),
@@ -614,4 +629,5 @@ def _status(model: nn.Module, name: str, adapter: AdapterRecord, active: bool) -
         dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in trained.values()})),
         devices=tuple(sorted({str(p.device) for p in trained.values()})),
         waits=not adapter.initialized,
+        tokens=tuple((row.name, len(row.indices)) for row in adapter.tokens if not row.tied),
     )

@@ -64,7 +64,13 @@ from lora_fx.checkpoint.state import (
     stored,
     without_prefix,
 )
-from lora_fx.config import CONFIG_NAME, LoraConfig, judge, saved_entries
+from lora_fx.config import (
+    CONFIG_NAME,
+    LoraConfig,
+    judge,
+    missing_adapter,
+    saved_entries,
+)
 from lora_fx.errors import CheckpointError, ConfigError, NoMatchError, QuantizationError, some
 from lora_fx.files import current
 from lora_fx.formats import Deploy
@@ -541,7 +547,7 @@ def _moved(
 
 
 def _entries(folder: Path) -> Mapping[str, Any]:
-    """Return all entries of the configuration in a folder; none for a file of another library."""
+    """Return the contents of ``adapter_config.json``; nothing for a single file of another library."""
     if not folder.is_dir():
         return {}
     entries: Mapping[str, Any] = json.loads(
@@ -579,9 +585,9 @@ def _prove(
 def _add_without_values(
     model: ModelT, folder: Path, config: LoraConfig, adapter_name: str
 ) -> ModelT:
-    """Add an adapter without parameters, which reads other adapters of the model.
+    """Add an adapter that has no parameters because it only reads other adapters, such as Arrow's router.
 
-    The folder's tensors are those that PEFT writes and never uses.
+    PEFT writes tensors into such a folder, too. It never uses them, so they are not read.
 
     Raises:
         CheckpointError: If the model is not rewritten, or has an adapter of this name.
@@ -629,10 +635,7 @@ def _folder(directory: str | os.PathLike[str], adapter_name: str) -> Path:
         )
         return folder.parent if beside else folder
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder} is not a folder on this machine, and nothing is downloaded: give the local folder of "
-            "a PEFT adapter, or a file of diffusers or kohya (.safetensors)"
-        )
+        raise CheckpointError(missing_adapter(folder))
     if (folder / DIFFUSERS_NAME).is_file() and not (folder / CONFIG_NAME).is_file():
         return folder / DIFFUSERS_NAME
     inner = folder / adapter_name

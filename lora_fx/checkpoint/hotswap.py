@@ -186,7 +186,7 @@ def _variant(row: PlannedSite) -> tuple[object, ...]:
 
 
 def _sized_by_rank(row: PlannedSite) -> bool:
-    """Return True if the kind has tensors besides A and B that have the rank as a size."""
+    """Return True if a tensor of the kind, besides A and B, has the rank in its shape."""
     return any(RANK in slot.shape for slot in kind_of(row).slots(row.site))
 
 

@@ -196,6 +196,12 @@ PREFIX = "base_model.model."
 """The prefix that PEFT writes before every key."""
 
 
+_OTHER_TOKENS = (
+    ". Rewrite the base with the trainable_token_indices of the adapter, or let load_adapter do so. If the "
+    "widths differ, the adapter is of another model"
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slot:
     """A tensor of a rewritten model that belongs in a checkpoint.
@@ -207,6 +213,7 @@ class Slot:
         form: The form in which it is stored.
         required: True if a checkpoint without it is incomplete.
         alias: True if the key is an additional name of a slot: it is read, but not written.
+        remedy: The end of the message if a checkpoint has a tensor of another shape: what to do.
     """
 
     key: str
@@ -215,6 +222,7 @@ class Slot:
     form: Form = PLAIN
     required: bool = True
     alias: bool = False
+    remedy: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -265,7 +273,8 @@ def slots_of(
         # A head that is tied to an embedding uses the rows of the embedding.
         if not tokens.tied:
             name = rows_name(tokens, adapter)
-            slots.append(Slot(name.rpartition(".")[0], name, tokens_of(model, tokens, adapter)))
+            rows = tokens_of(model, tokens, adapter)
+            slots.append(Slot(name.rpartition(".")[0], name, rows, remedy=_OTHER_TOKENS))
     inside = tuple(f"{name}." for name in record.saved_modules)
     for name in record.saved_modules:
         for own, tensor in _saved_values(model, record, adapter, name):

@@ -223,6 +223,12 @@ def _problem(family: _Family, choices: Sequence[_Family], skipped: int) -> str:
     shapes = {member.shape for member in family.members.values()}
     shape = " or ".join(str(list(shape)) for shape in sorted(shapes))
     if not choices:
-        return f"no operation that is free has the shape {shape} for each of these numbers"
+        count = len(family.members)
+        where = (
+            f"for each of the {count} numbers of {family.pattern}"
+            if "*" in family.pattern
+            else "and a name without numbers, like this one"
+        )
+        return f"no operation that is not matched yet has the shape {shape} {where}"
     nearest = sorted(choices, key=lambda other: -_alike(family, other, skipped))
     return f"ambiguous, it may be {some([other.pattern for other in nearest], between=' or ')} ({shape})"

@@ -223,11 +223,13 @@ class _Item:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Part:
-    """A block of a parameter, with the factors of its change.
+    """The change that an old matrix makes to one block of a parameter of the new model.
+
+    The block changes by ``scale * left @ right``.
 
     Attributes:
-        block: The block.
-        left, right: The factors, [first, r] and [r, last].
+        block: The rows and columns of the parameter, or the expert of a stack.
+        left, right: The factors, [rows, r] and [r, columns].
         scale: The scale of the old adapter.
         old: Name of the old matrix.
     """
@@ -240,7 +242,7 @@ class _Part:
 
 
 class _Migrator:
-    """One migration in progress."""
+    """The moves of matrices that a migration has found so far, and the problems."""
 
     def __init__(
         self,

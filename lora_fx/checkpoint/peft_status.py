@@ -21,7 +21,7 @@ __all__ = ["layer_status", "model_status"]
 
 @dataclasses.dataclass
 class _Layer:
-    """A layer with adapters.
+    """One row of PEFT's layer status, for a layer with adapters.
 
     Attributes:
         kind: PEFT's name of the layer's class.

@@ -107,10 +107,10 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Receipt:
-    """The effect of an adapter on some inputs.
+    """The effect of an adapter on a few inputs, by which a copy of it is recognized elsewhere.
 
     Attributes:
-        inputs: The canary inputs by name; ``""`` if the model is called with a single tensor.
+        inputs: These inputs by name; ``""`` if the model is called with a single tensor.
         chosen: Indices of the compared tokens of each row, or of the compared elements of the output.
         answers: The answers by scale of the adapter: log-probabilities [rows, tokens], or elements.
         tokens: True if the model gives logits of tokens.

@@ -123,7 +123,7 @@ def _side_by_side(site: Site, new: torch.Tensor, old: torch.Tensor, is_b: bool) 
 
 
 def _parted(site: Site, whole: torch.Tensor, is_b: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo :func:`_side_by_side`."""
+    """Split the factors of a difference into those of the two adapters; see :func:`_side_by_side`."""
     if is_b or site.experts:
         first, last = whole.chunk(2, (2 if site.experts else 1) if is_b else 1)
         return first, last

@@ -377,7 +377,7 @@ def _values_for(
             continue
         seen.add(slot.name)
         if tuple(stored.shape) != slot.shape:
-            problems.append(_shapes(key, stored, slot.shape))
+            problems.append(_shapes(key, stored, slot.shape) + slot.remedy)
             continue
         try:
             value = slot.form.decode(stored)
@@ -461,7 +461,12 @@ def _leftover(
     assert parameter is not None
     own = _with_values(gathered(parameter, name), name, read)
     if own.shape != value.shape:
-        yield _shapes(key, value, own.shape)
+        resized = own.dim() == 2 and own.shape[1:] == value.shape[1:]
+        yield _shapes(key, value, own.shape) + (
+            f". If tokens were added to the model, call model.resize_token_embeddings({len(value)}) first"
+            if resized
+            else ""
+        )
     elif not own.is_meta and not torch.equal(own, value.to(own.device, own.dtype)):
         yield (
             f"other base: {key} has other values than {name}, which is frozen in the model. The "
@@ -558,7 +563,7 @@ def fitted(
     config: LoraConfig | None,
     read: Read | None = None,
 ) -> tuple[list[tuple[Slot, torch.Tensor]], list[str]]:
-    """Return the values for the slots of an adapter, and the problems with them. Nothing is written yet.
+    """Assign saved tensors to the parameters of an adapter. Nothing is written yet.
 
     Args:
         model: A rewritten model.
@@ -567,6 +572,9 @@ def fitted(
         tensors: By key, without the prefix.
         config: The configuration of the saved adapter; None if there is none.
         read: For a model on the meta device, the values of its base, as for :func:`given_values`.
+
+    Returns:
+        The slots with their values, and a text for each problem.
     """
     remaining = dict(tensors)
     named = wrapped_parameters(model, config) if config else {}
@@ -651,7 +659,11 @@ def fill(model: nn.Module, adapter: str, values: Iterable[tuple[Slot, torch.Tens
 def _replace_empty(
     model: nn.Module, values: Iterable[tuple[Slot, torch.Tensor]]
 ) -> list[tuple[Slot, torch.Tensor]]:
-    """Replace the slots on the meta device by tensors with the values, and return the other values."""
+    """Give memory and values to the slots that are on the meta device.
+
+    Returns:
+        The slots that have memory already, with the values that are still to be written into them.
+    """
     left: list[tuple[Slot, torch.Tensor]] = []
     new: dict[int, torch.Tensor] = {}
     for slot, value in values:

@@ -10,7 +10,14 @@ from lora_fx.config.fields import (
     needs_data,
     whole_number,
 )
-from lora_fx.config.lora_config import ALL_LINEAR, CONFIG_NAME, LoraConfig, read_json
+from lora_fx.config.lora_config import (
+    ALL_LINEAR,
+    CONFIG_NAME,
+    LoraConfig,
+    adapters_below,
+    missing_adapter,
+    read_json,
+)
 from lora_fx.config.selection import (
     Verdict,
     alpha_for,
@@ -36,12 +43,14 @@ __all__ = [
     "FrozenOptions",
     "LoraConfig",
     "Verdict",
+    "adapters_below",
     "alpha_for",
     "bad",
     "changes_base",
     "complete_options",
     "excluded",
     "judge",
+    "missing_adapter",
     "nearest_names",
     "needs_data",
     "parameter_entry",

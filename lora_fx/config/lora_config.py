@@ -35,7 +35,7 @@ from lora_fx.config.fields import (
     is_off,
     only_own,
 )
-from lora_fx.errors import CheckpointError, ConfigError
+from lora_fx.errors import CheckpointError, ConfigError, some
 from lora_fx.files import current, replacing
 
 __all__ = [
@@ -44,7 +44,9 @@ __all__ = [
     "TASK_TYPES",
     "FrozenPattern",
     "LoraConfig",
+    "adapters_below",
     "check_together",
+    "missing_adapter",
     "read_json",
 ]
 
@@ -356,6 +358,21 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def adapters_below(folder: Path) -> list[Path]:
+    """Return the subfolders that hold an adapter, in the order of their names."""
+    return sorted(path.parent for path in folder.glob(f"*/{CONFIG_NAME}"))
+
+
+def missing_adapter(path: Path) -> str:
+    """Return the message for a path that does not exist, with the adapters next to it."""
+    message = (
+        f"{path} is not a folder on this machine, and nothing is downloaded: give the folder of an adapter, "
+        "or a file of diffusers or kohya (.safetensors)"
+    )
+    siblings = [str(folder) for folder in adapters_below(path.parent)]
+    return f"{message}. Adapters that exist: {some(siblings)}" if siblings else message
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file of an adapter folder.
 
@@ -363,13 +380,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing, or holds anything else.
     """
     if not path.is_file():
-        folder = path.parent
-        if below := sorted(inner.parent for inner in folder.glob(f"*/{path.name}")):
-            raise CheckpointError(
-                f"{folder} has no {path.name}; did you mean {' or '.join(map(str, below[:5]))}? An adapter "
-                'that is not called "default" is saved into a subfolder of its name'
-            )
-        raise CheckpointError(f"{path} does not exist; give the local folder of a PEFT adapter")
+        below = [str(folder) for folder in adapters_below(path.parent)]
+        named = f"; did you mean {some(below, between=' or ')}?" if below else ""
+        raise CheckpointError(
+            f"{path} does not exist{named or '; give the local folder of a PEFT adapter'}"
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as exc:

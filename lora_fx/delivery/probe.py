@@ -1,4 +1,7 @@
-"""Probes: a few inputs whose answers distinguish versions of an adapter, and the compared values."""
+"""Probes: a few inputs that are run before and after a delivery to see which adapter answers.
+
+For a language model, the log-probabilities of the next token are compared, otherwise all outputs.
+"""
 
 from __future__ import annotations
 

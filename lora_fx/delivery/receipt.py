@@ -1,4 +1,4 @@
-"""Receipts of deliveries: an answer is judged by its distances from those of this version and of others.
+"""Receipts of deliveries: does a server answer with the delivered version of an adapter, or with another?
 
 Let ``d`` be the root mean square of a difference of log-probabilities (of elements, as a share of their size,
 if a model has no logits). An answer fits a version if ``d`` is at most the tolerance. By the triangle

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, cast, overload
 
 from torch import Tensor, nn
@@ -181,26 +181,11 @@ def extract(
         CaptureError: As :func:`extract_adapter`.
     """
     matches = find_operations(capture_model(model, example_inputs, frontend=frontend))
-    groups = names_of(dict(model.named_parameters(remove_duplicate=False)))
-    fresh = set(fresh_modules(model))
-    states = {name: difference.compare(name) for name in groups if not _is_in(name, fresh)}
-    fresh |= {name.rpartition(".")[0] for name, state in states.items() if state == "new"}
-    changed = {name for name in groups if _is_in(name, fresh) or states[name] != "same"}
-    buffers = [name for name in persistent_buffers(model) if difference.changed(name)]
-    if not changed and not buffers:
-        raise ConfigError(
-            "no parameter differs between the two models: give the base first, then the tuned one"
-        )
-    if not changed:
-        fresh |= {name.rpartition(".")[0] for name in buffers}
-    sites, heads = _sites(
-        (site for site in matches.sites if not _is_in(site.weight, fresh)), changed, difference
-    )
-    factored = {name for site in (*sites, *heads) for name in groups[site.weight]}
-    in_full = _InFull.of(model, [*sites, *heads], changed - factored, fresh, groups)
+    changed = _Changed.of(model, difference, matches.sites)
+    sites, groups = changed.sites, changed.groups
 
     def build(kept: Iterable[Site], ranks: Mapping[str, int]) -> nn.Module:
-        exact = _config(model, kept, ranks, heads, in_full, config)
+        exact = _config(model, kept, ranks, changed.heads, changed.in_full, config)
         options = RewriteOptions(adapter_name, loaded=True, quiet=True)
         return rewrite_model(model, exact, options=options, frontend=frontend)
 
@@ -214,9 +199,8 @@ def extract(
         roots = {name: root_of(values) for name, values in moments.items()}
     rules = _Ranks(choice, roots, difference.ranks)
     with show_progress(progress, "site") as tell:
-        rules.allocate(sites, difference, in_full.elements(model))
-        factors = {}
-        rows = []
+        rules.allocate(sites, difference, changed.in_full.elements(model))
+        factors, rows = {}, []
         for index, site in enumerate(sites):
             tell(index, len(sites), site.name)
             weight, change = difference.matrices(site)
@@ -230,16 +214,16 @@ def extract(
     ranks = {row.name: row.rank for row in rows}
     adapted = build(kept, ranks)
     left_out = [site for site in sites if site.name not in factors]
-    uncovered = changed - {name for site in left_out for name in groups[site.weight]}
-    placed = _fill(adapted, adapter_name, factors, difference, uncovered, buffers, groups)
+    uncovered = changed.names - {name for site in left_out for name in groups[site.weight]}
+    placed = _fill(adapted, adapter_name, factors, difference, uncovered, changed.buffers, groups)
     record = adapter_record(adapted, adapter_name)
     report = ExtractionReport(
         sites=tuple(rows),
         saved_modules=record.saved_modules,
         values=(*record.biases, *placed),
-        buffers=tuple(buffers),
+        buffers=changed.buffers,
         left_out=tuple(site.name for site in left_out),
-        unchanged=len({*groups.values()}) - len({groups[name] for name in changed}),
+        unchanged=len({*groups.values()}) - len({groups[name] for name in changed.names}),
         parameters=_parameters(adapted, record, adapter_name, placed),
     )
     return cast("ModelT", adapted), report
@@ -323,17 +307,72 @@ class _InFull:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """The changed tensors of a model, and where an adapter stores each of them.
+
+    Attributes:
+        groups: All names of each parameter, by each of them.
+        names: The changed parameters, by FQN.
+        buffers: The changed buffers, by FQN.
+        sites: The operations that get factors.
+        heads: The embedding of each head that shares the factors of an embedding.
+        in_full: The parameters that are stored in full.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+    names: Set[str]
+    buffers: tuple[str, ...]
+    sites: Sequence[Site]
+    heads: Mapping[Site, Site]
+    in_full: _InFull
+
+    @classmethod
+    def of(cls, model: nn.Module, difference: Difference, sites: Iterable[Site]) -> _Changed:
+        """Compare all tensors of a model.
+
+        Args:
+            model: The base.
+            difference: The values before and after the change.
+            sites: The linear operations of the base.
+
+        Raises:
+            ConfigError: If nothing has changed.
+        """
+        groups = names_of(dict(model.named_parameters(remove_duplicate=False)))
+        fresh = set(fresh_modules(model))
+        states = {name: difference.compare(name) for name in groups if not _is_in(name, fresh)}
+        fresh |= {name.rpartition(".")[0] for name, state in states.items() if state == "new"}
+        names = {name for name in groups if _is_in(name, fresh) or states[name] != "same"}
+        buffers = tuple(name for name in persistent_buffers(model) if difference.changed(name))
+        if not names and not buffers:
+            raise ConfigError(
+                "no parameter differs between the two models: give the base first, then the tuned one"
+            )
+        if not names:
+            fresh |= {name.rpartition(".")[0] for name in buffers}
+        present = (site for site in sites if not _is_in(site.weight, fresh))
+        with_factors, heads = _sites(present, names, difference)
+        adapted = [*with_factors, *heads]
+        factored = {name for site in adapted for name in groups[site.weight]}
+        in_full = _InFull.of(model, adapted, names - factored, fresh, groups)
+        return cls(groups, names, buffers, with_factors, heads, in_full)
+
+
 def _is_leaf(model: nn.Module, name: str) -> bool:
     return not list(model.get_submodule(name).children())
 
 
 def _cost(site: Site) -> int:
-    """Return the number of elements of the factors of the smallest rank."""
+    """Return the number of elements that A and B have at the smallest possible rank."""
     return pattern_of(site).factors(site, site.groups).numel
 
 
 class _Ranks:
-    """The ranks of sites, in units of their groups."""
+    """The rank of each site, as the user's :class:`RankChoice` asks for it.
+
+    A convolution with groups has a matrix for each group. Its rank here is that of one such matrix.
+    """
 
     def __init__(
         self, choice: RankChoice, roots: Mapping[str, Tensor], bounds: Mapping[str, int]

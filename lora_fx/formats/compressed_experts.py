@@ -158,14 +158,15 @@ def _projections(patterns: Sequence[str]) -> tuple[str, ...]:
 def _stack(
     tensors: dict[str, list[Tensor]], patterns: list[str], name: str, model: nn.Module, scheme: Any
 ) -> nn.Parameter:
-    """Return a stack.
+    """Return one parameter that holds the packed matrices of all experts.
 
     Args:
-        tensors: The tensors of all experts, by the pattern of their names.
-        patterns: The patterns, in the order of the rows.
+        tensors: The tensors of all experts, by the pattern of their names in the checkpoint.
+        patterns: The patterns of the matrices. If the stack joins several, such as gate and up, the order is
+            that of the rows.
         name: The FQN of the parameter.
-        model: The model, with the dense parameter.
-        scheme: The library's scheme of the experts.
+        model: The model. It still has the dense parameter, which gives the shape.
+        scheme: The settings of compressed-tensors for the experts.
     """
     parts: dict[str, list[Tensor]] = {}
     for pattern in patterns:

@@ -287,7 +287,10 @@ def _grid(weight: Any) -> tuple[Tensor, Tensor]:
 
 
 def _extremes(values: Tensor, options: _Scheme) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the largest of the values that share a scale, [scales, scales of a row]."""
+    """Return the minimum and the maximum of each block of values that has one scale.
+
+    Both results have the shape of the scales: [blocks of rows, blocks of columns].
+    """
     rows, columns = values.shape
     block = min(options.block or columns, columns)
     padded = nn.functional.pad(values, (0, -columns % block, 0, -rows % options.rows))

@@ -45,8 +45,8 @@ class Parts:
         tensors: The tensors, by their names in the layer.
         shape: Rows and columns of the matrix, [out, in].
         options: The remaining settings of the weight. Weights with equal options are decoded alike.
-        dtype: The dtype of the layer's output; None for that of most values of the model outside of
-            quantized weights.
+        dtype: The dtype of the layer's output. If it is None, the layer computes in the dtype that most of
+            the model's weights have that are not quantized.
     """
 
     tensors: Mapping[str, Tensor]

@@ -80,7 +80,7 @@ class Arrow(AdapterKind):
         return super().objection(site, rank)
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """Write ``total + drop(routed(x))``."""
+        """Write the nodes that route the input to the tasks' adapters and add their outputs."""
         options = self.options
         assert options is not None
         downs, ups, scales = zip(*map(build.other, options["tasks"]), strict=True)

@@ -151,7 +151,7 @@ class DenseDora(_Dense, Dora):
         return dora.dense_norm(starting.weight, starting.a, starting.b, row.scale)
 
     def new_gain(self, build: OutputBuilder) -> fx.Node:
-        """Write PEFT's gain."""
+        """Write the node that computes DoRA's gain as PEFT does: magnitude over norm."""
         return build.call(
             Role.MAGNITUDE,
             dora.dense_gain,

@@ -77,7 +77,7 @@ def _beyond_lora(
 def read_lycoris_file(
     path: Path, model: nn.Module, component: str | None, methods: Sequence[Method]
 ) -> ForeignAdapter:
-    """Read a file.
+    """Read an adapter in a file of LyCORIS, kohya or ComfyUI.
 
     Args:
         path: The file.

@@ -34,7 +34,7 @@ _KEPT: Final = ("task_type", "base_model_name_or_path", "modules_to_save")
 def read_peft_folder(
     folder: Path, model: nn.Module, method: Method, config: Mapping[str, Any]
 ) -> ForeignAdapter:
-    """Read a folder.
+    """Read a folder of PEFT that has an adapter of another method than LoRA.
 
     Args:
         folder: The folder.
@@ -46,16 +46,60 @@ def read_peft_folder(
         CheckpointError: If the files are damaged, or for another model. All tensors that the model has no
             place for are named.
     """
-    tensors, _ = read_tensors(folder)
     modules = dict(base_modules(model, every_name=True))
-    first_names: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        first_names.setdefault(module, name)
+    tensors = _sort_tensors(folder, model, method, modules)
+    layers = _layers(folder, tensors, modules, config)
+    shared = dict(method.derive_shared(layers, tensors.shared))
+    whole = dict(tensors.whole)
+    changes: list[ParameterChange] = []
+    source = tied_embedding(model) if method.ties else None
+    leader = next((layer for layer in layers if layer.module is source), None)
+    for layer in layers:
+        layer = dataclasses.replace(layer, shared=shared)
+        tied = leader is not None and layer.module.weight is leader.module.weight
+        if leader is not None and tied and layer.module is not source:
+            # PEFT stores the tensors of the embedding again.
+            for role, value in layer.tensors.items():
+                _check_shared(folder, layer.keys[role], value, leader.tensors[role])
+            continue
+        changes += (dataclasses.replace(c, tied=tied) for c in method.changes(layer))
+        whole |= method.whole(layer)
+    return ForeignAdapter(
+        method.name,
+        tuple(changes),
+        whole,
+        {name: config[name] for name in _KEPT if name in config},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """The tensors of a folder, by their purpose.
+
+    Attributes:
+        by_layer: The tensors of each layer: their keys in the folder and values, by role.
+        shared: The tensors that all layers share, by role.
+        whole: Parameters that are stored in full, by FQN.
+    """
+
+    by_layer: Mapping[str, Mapping[str, tuple[str, Tensor]]]
+    shared: Mapping[str, Tensor]
+    whole: Mapping[str, Tensor]
+
+
+def _sort_tensors(
+    folder: Path, model: nn.Module, method: Method, modules: Mapping[str, nn.Module]
+) -> _Tensors:
+    """Read the tensors of a folder, and find the layer and the role of each.
+
+    Raises:
+        CheckpointError: As :func:`read_peft_folder`.
+    """
     by_layer: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
     shared: dict[str, Tensor] = {}
     whole: dict[str, Tensor] = {}
     unknown = []
-    for key, value in tensors.items():
+    for key, value in read_tensors(folder)[0].items():
         bare = _bare(key)
         layer_of, role = _split(bare, method.roles)
         _, shared_role = _split(bare, method.shared)
@@ -84,8 +128,21 @@ def read_peft_folder(
         )
     if not by_layer:
         raise CheckpointError(f"{folder} holds no tensor of {method.name}; save the adapter again")
-    # PEFT goes through the modules in their order, which matters for what it computes on loading.
-    layers = [
+    return _Tensors(by_layer, shared, whole)
+
+
+def _layers(
+    folder: Path,
+    tensors: _Tensors,
+    modules: Mapping[str, nn.Module],
+    config: Mapping[str, Any],
+) -> list[Layer]:
+    """Return the layers of an adapter in the order of the modules, in which PEFT computes on loading."""
+    first_names: dict[nn.Module, str] = {}
+    for name, module in modules.items():
+        first_names.setdefault(module, name)
+    by_layer = tensors.by_layer
+    return [
         Layer(
             folder,
             first_names[module],
@@ -98,26 +155,6 @@ def read_peft_folder(
         for name, module in modules.items()
         if name in by_layer
     ]
-    shared = dict(method.derive_shared(layers, shared))
-    changes: list[ParameterChange] = []
-    source = tied_embedding(model) if method.ties else None
-    leader = next((layer for layer in layers if layer.module is source), None)
-    for layer in layers:
-        layer = dataclasses.replace(layer, shared=shared)
-        tied = leader is not None and layer.module.weight is leader.module.weight
-        if leader is not None and tied and layer.module is not source:
-            # PEFT stores the tensors of the embedding again.
-            for role, value in layer.tensors.items():
-                _check_shared(folder, layer.keys[role], value, leader.tensors[role])
-            continue
-        changes += (dataclasses.replace(c, tied=tied) for c in method.changes(layer))
-        whole |= method.whole(layer)
-    return ForeignAdapter(
-        method.name,
-        tuple(changes),
-        whole,
-        {name: config[name] for name in _KEPT if name in config},
-    )
 
 
 def _bare(key: str) -> str:

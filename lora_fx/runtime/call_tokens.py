@@ -55,7 +55,7 @@ class _Seen(NamedTuple):
 
 
 class _Call:
-    """A running call.
+    """The tokens of a running call, for adapters that act after a certain phrase.
 
     Attributes:
         ids: The tokens of the call, [samples, positions]; None if it has none.

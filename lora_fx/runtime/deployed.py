@@ -154,7 +154,7 @@ def _(
 
 
 class _Options(NamedTuple):
-    """Options of an operation.
+    """The options of a product with a weight that is rounded as it will be stored.
 
     Attributes:
         scale: The factor s of the branch.

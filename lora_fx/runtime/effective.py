@@ -467,14 +467,15 @@ def assigned(module: nn.Module, name: str, value: Any) -> Any:
         ConfigError: If other code than that which moves parameters assigns it. A value that was read from the
             attribute has the adapters already, and would get them twice.
     """
-    if name not in module.__dict__.get(CHANGES, _NONE) or not isinstance(value, nn.Parameter):
+    change = module.__dict__.get(CHANGES, _NONE).get(name)
+    if change is None or not isinstance(value, nn.Parameter):
         return value
     if isinstance(value, EffectiveWeight):
         return value.base
     if not _asked_by_mover():
         raise ConfigError(
-            f"{name} of this {type(module).__name__} has adapters, which are added to whatever is assigned: "
-            "write the base's new values into model.get_parameter(...).data, or merge the adapters first"
+            f"{change.name} has adapters, which are added to whatever is assigned: write the base's new "
+            f"values into model.get_parameter({change.name!r}).data, or merge the adapters first"
         )
     return value
 

@@ -111,7 +111,7 @@ class _Scope:
         return chunked.checkpoint_here() is self.checkpoint
 
     def close(self, out: Any) -> Any:
-        """End the call.
+        """End a call of the model. Logits that no loss has taken are computed now, before their inputs go.
 
         Args:
             out: The output of the forward.
@@ -397,7 +397,7 @@ class Logits(Tensor):
             return Gone(self._group.head.__name__, tuple(self.shape))
 
     def _value(self) -> Tensor:
-        """Return the computed logits."""
+        """Return the logits; compute them if nobody has asked for them before."""
         if self._whole is None:
             self._group.make()
         assert self._whole is not None

@@ -171,7 +171,7 @@ class Chain(Subgraph):
         if torch.compiler.is_compiling() or not self._applies(leaves):
             return self.run(None, *leaves)
         recipe = _Recipe(self, leaves)
-        saved = recipe.given(leaves)
+        saved = recipe.saved_inputs(leaves)
         if self.saves:
             out: Tensor = _Made.apply(recipe, leaves, *saved)  # type: ignore[no-untyped-call]
         else:
@@ -258,7 +258,12 @@ def _is_plain(value: Any, classes: tuple[type, ...]) -> bool:
 
 
 def _is_small(parameter: Any, elements: int) -> bool:
-    """Return True if a recipe may hold a copy of this parameter, or the parameter itself."""
+    """Return True if a :class:`_Recipe` may keep this parameter from the forward until the backward.
+
+    Args:
+        parameter: An input of a chain.
+        elements: The number of elements of the activation that the chain computes with.
+    """
     if not _is_plain(parameter, (Tensor, nn.Parameter)) or parameter.numel() * _SMALL > elements:
         return False
     # A recipe keeps a trained parameter itself. FSDP frees its values once the forward of its module is over.
@@ -310,12 +315,12 @@ class _Recipe:
         self._readers = self._waiting = 0
         self._made: tuple[Tensor, list[Tensor]] | None = None
 
-    def given(self, leaves: Sequence[Any]) -> list[Tensor]:
+    def saved_inputs(self, leaves: Sequence[Any]) -> list[Tensor]:
         """Return the inputs that autograd saves: those that require a gradient."""
         return [leaves[index] for index in self._places]
 
     def run(self, saved: Sequence[Tensor]) -> Tensor:
-        """Compute the output from saved tensors, in the order of :meth:`given`."""
+        """Compute the output again from the tensors that :meth:`saved_inputs` returned."""
         leaves = list(self._leaves)
         for index, tensor in zip(self._places, saved, strict=True):
             leaves[index] = tensor

@@ -51,7 +51,7 @@ Sets = Tensor | None
 
 
 class Operation(NamedTuple):
-    """Call of an operator.
+    """One call of an ATen operator, while rows of a batch are followed through it.
 
     Attributes:
         reader: The samples of tensors.
@@ -235,7 +235,10 @@ def _normalized(op: Operation) -> Sets | list[Sets]:
 
 
 def batch_normalized(op: Operation) -> Sets | list[Sets]:
-    """Keep the samples of each element, although batch statistics mix all samples in training."""
+    """Give each output element the samples of its input element.
+
+    In training, statistics of the batch depend on all samples. That is not counted as mixing them.
+    """
     return [op.sets("input"), *[None] * (len(op.outs) - 1)]
 
 

@@ -262,7 +262,7 @@ class Follower(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         self._reads.__exit__(*error)  # type: ignore[no-untyped-call]  # of torch
 
     def asked(self, tensors: Sequence[Tensor]) -> None:
-        """Record a read of values that no operator shows."""
+        """Record that code reads values without an operator, as ``tolist()`` and ``bool()`` do."""
         with torch_private.disable_dispatch_modes():
             if any(self.read(tensor) is not None for tensor in tensors):
                 self.by_values = True

@@ -57,7 +57,7 @@ _T = TypeVar("_T")
 
 
 class CallState(enum.Enum):
-    """State of a thread.
+    """The running call of a thread, by how its rows belong to samples.
 
     Attributes:
         CLOSED: No call is running.

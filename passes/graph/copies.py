@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import sys
 import threading
 import types
@@ -509,7 +510,12 @@ def check_model(model: object) -> None:
         CaptureError: If `model` is no module, is compiled or scripted, or lies on several devices.
     """
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module, found {type(model).__name__}")
+        loaded = (
+            ": load the model first, for one of transformers by AutoModel.from_pretrained(folder)"
+            if isinstance(model, str | os.PathLike)
+            else ""
+        )
+        raise CaptureError(f"expected a torch.nn.Module, found {type(model).__name__}{loaded}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError(
             f"{type(model).__name__} is a TorchScript module: pass the model that it was made from"

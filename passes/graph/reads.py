@@ -128,7 +128,7 @@ class PresenceRead(Read):
 
 @dataclasses.dataclass(frozen=True)
 class ShapeRead(Read):
-    """Shape of a parameter."""
+    """Shape of a parameter that the trace has read, and that a guard compares."""
 
     shape: tuple[int, ...]
 

@@ -17,6 +17,7 @@ from lora_fx.passes.merge.forms import rounded_site
 from lora_fx.passes.merge.merging import (
     Changes,
     MergeReport,
+    Storage,
     changes_of,
     merge,
     rows_of_report,
@@ -35,6 +36,7 @@ __all__ = [
     "OutputError",
     "Rounding",
     "RoundingName",
+    "Storage",
     "cast",
     "changes_of",
     "check_dtype",

@@ -16,7 +16,8 @@ import dataclasses
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import nn
@@ -28,7 +29,15 @@ from lora_fx.formats import (
     formats,
     quantization_of,
 )
-from lora_fx.ir import PlannedSite, Quantization, Record, join, record_of, require_record
+from lora_fx.ir import (
+    Layout,
+    PlannedSite,
+    Quantization,
+    Record,
+    join,
+    record_of,
+    require_record,
+)
 from lora_fx.kinds import kind_of
 from lora_fx.passes.graph import (
     exchange,
@@ -104,6 +113,7 @@ from lora_fx.runtime import called_by_all, check_equal
 __all__ = [
     "Changes",
     "MergeReport",
+    "Storage",
     "changes_of",
     "chosen",
     "merge",
@@ -117,34 +127,100 @@ _LOSS = 0.1
 """The share of the adapters' change that a merge may lose without a warning."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The way in which a merge stores its result.
+
+    Attributes:
+        dtype: The dtype of everything in the result; by default each weight's own. Over a quantized base
+            that becomes dense all parameters have :func:`dtype_of_all`.
+        cast_to: The dtype to which the caller casts the result. Merged weights have it already, so that they
+            are rounded once.
+        requantize: True to store merged weights that were quantized in the same format again. By default all
+            quantized weights become dense. Weights that were trained for a format are stored in it anyway,
+            and quantized ones stay so.
+        own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
+            By default unfolded parameters are shared and frozen.
+        keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
+            instead, see :class:`Keep`. A caller that is short of memory can store it elsewhere.
+    """
+
+    dtype: torch.dtype | None = None
+    cast_to: torch.dtype | None = None
+    requantize: bool = False
+    own: bool = False
+    keep: Keep = keep_all
+
+
+_AS_BEFORE: Final = Storage()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The weights of one merge: their values before it, and how each is stored. Nothing is written yet.
+
+    Attributes:
+        model: The rewritten model.
+        result: The model whose weights the changes are added to.
+        folds: The changes of each weight, by FQN.
+        full: The parameters that are trained in full, by FQN.
+        targets: The sites that were trained for a storage, each with its adapter, by weight.
+        over: The weights of the result to overwrite.
+        lasting: Tensors that stay as they are, by FQN. A weight that is made of one can be computed again.
+        layouts: The layouts of packed weights, by FQN.
+        stored: The quantized weights of the result, by FQN.
+        requantize: True to store these in their formats again.
+        dense: The dtype of all parameters of a result that becomes dense, or that the user asked for; None
+            for the dtype of each.
+        storage: The way in which the user wants the result.
+    """
+
+    model: nn.Module
+    result: nn.Module
+    folds: Mapping[str, Fold | TokenFold]
+    full: Mapping[str, nn.Parameter]
+    targets: Mapping[str, tuple[PlannedSite, str]]
+    over: frozenset[str]
+    lasting: Mapping[str, torch.Tensor]
+    layouts: Mapping[str, Layout]
+    stored: Mapping[str, Quantization]
+    requantize: bool
+    dense: torch.dtype | None
+    storage: Storage
+
+    @property
+    def common(self) -> torch.dtype | None:
+        """The dtype of all merged weights and biases; None if each has its own."""
+        return self.storage.cast_to or self.dense
+
+    def dtype(self, weight: str) -> torch.dtype | None:
+        """Return the dtype of a merged weight; None for that of the old one."""
+        if self.common is not None:
+            return self.common
+        return self.stored[weight].dtype if weight in self.stored else None
+
+    def before(self, weight: str) -> torch.Tensor:
+        """Return a weight before the merge."""
+        values = values_of(self.result, weight, self.layouts, self.dtype(weight))
+        return _unadapted(values, weight, self.full)
+
+    def as_trained(self, weight: str) -> tuple[torch.Tensor, MergedSite] | None:
+        """Return a weight as it was trained to be stored, with its row; None for any other."""
+        if weight not in self.targets:
+            return None
+        return deployed_site(self.model, *self.targets[weight], self.dtype(weight))
+
+
 def _fold_all(
-    changes: Mapping[str, Fold | TokenFold],
-    old_of: Callable[[str], torch.Tensor],
-    *,
-    over: Collection[str],
-    dtypes: Mapping[str, torch.dtype],
-    formats: Mapping[str, nn.Parameter],
-    rounding: Rounding,
-    as_trained: Callable[[str], tuple[torch.Tensor, MergedSite] | None],
-    measure: bool,
-    progress: Progress,
-    keep: Keep,
-    lasting: Mapping[str, torch.Tensor],
+    weights: _Weights, *, rounding: Rounding, measure: bool, progress: Progress
 ) -> tuple[dict[str, torch.Tensor], dict[str, MergedSite]]:
     """Fold weights. Everything that can fail is done before the first weight is overwritten.
 
     Args:
-        changes: The changes of each weight, by FQN.
-        old_of: Returns a weight before the merge.
-        over: The weights to overwrite.
-        dtypes: The dtypes of the merged weights; by default the old weight's.
-        formats: The quantized weights in whose formats merged ones are stored again.
+        weights: The weights.
         rounding: The way in which weights are rounded.
-        as_trained: Returns a weight as it was trained to be stored, with its row; None for any other.
         measure: True to compare every merged element with fp64.
         progress: Called with (done, total, site name) before each weight.
-        keep: Called with each new tensor, returns the tensor to use instead.
-        lasting: Tensors that stay as they are, by FQN. A weight that is made of one can be computed again.
 
     Returns:
         The merged weights that are new tensors, and the row of each weight in the report, both by FQN.
@@ -152,24 +228,26 @@ def _fold_all(
     Raises:
         MergeError: If a merged weight overflows; nothing has been written then.
     """
+    folds, over = weights.folds, weights.over - weights.full.keys()
     # All processes need the same order to gather parts together; the order of a set may differ.
-    for weight, change in changes.items():
+    for weight, change in folds.items():
         if weight in over:
-            change.check(old_of(weight))
+            change.check(weights.before(weight))
     merged: dict[str, torch.Tensor] = {}
     sites: dict[str, MergedSite] = {}
 
     def fold(weight: str) -> None:
-        if (trained_weight := as_trained(weight)) is not None:
+        if (trained_weight := weights.as_trained(weight)) is not None:
             merged[weight], sites[weight] = trained_weight
             return
-        change, stored = changes[weight], old_of(weight)
+        change, base = folds[weight], weights.before(weight)
         # If processes hold parts, each of them gathers only one whole weight at a time.
-        old = gathered(stored, weight)
-        if weight in formats and isinstance(change, Fold):
-            merged[weight], sites[weight] = requantized_site(change, old, formats[weight], rounding)
+        old = gathered(base, weight)
+        if weights.requantize and weight in weights.stored and isinstance(change, Fold):
+            packed = weights.result.get_parameter(weight)
+            merged[weight], sites[weight] = requantized_site(change, old, packed, rounding)
             return
-        dtype = dtypes.get(weight) or old.dtype
+        dtype = weights.dtype(weight) or old.dtype
         new, sites[weight] = rounded_site(
             change, old, dtype, rounding, measure=measure, in_place=weight in over
         )
@@ -179,13 +257,14 @@ def _fold_all(
         def again() -> torch.Tensor:
             return rounded_weight(change, old, dtype, rounding)
 
-        stays = weight in lasting and memory_of(old) == memory_of(lasting[weight])
-        merged[weight] = distributed_as(keep(new, again if stays else None), stored)
+        lasting = weights.lasting.get(weight)
+        stays = lasting is not None and memory_of(old) == memory_of(lasting)
+        merged[weight] = distributed_as(weights.storage.keep(new, again if stays else None), base)
 
     # A stable sort: weights that may still fail come first.
     with show_progress(progress, "weight") as tell:
-        for done, weight in enumerate(sorted(changes, key=lambda name: name in over)):
-            tell(done, len(changes), changes[weight].name)
+        for done, weight in enumerate(sorted(folds, key=lambda name: name in over)):
+            tell(done, len(folds), folds[weight].name)
             fold(weight)
     return merged, sites
 
@@ -245,14 +324,10 @@ def merge(
     *,
     adapter_names: Sequence[str] | str | None = None,
     into: nn.Module | None = None,
-    dtype: torch.dtype | None = None,
-    requantize: bool = False,
-    own: bool = False,
+    storage: Storage = _AS_BEFORE,
     rounding: Rounding = NEAREST,
-    cast_to: torch.dtype | None = None,
     measure: bool = False,
     progress: Progress = False,
-    keep: Keep = keep_all,
 ) -> tuple[nn.Module, MergeReport]:
     """Fold adapters into the weights.
 
@@ -263,21 +338,11 @@ def merge(
             are overwritten slice by slice. A weight that shares its memory, as those of the model before the
             rewrite do, gets a new parameter. Over a quantized base it is a dense model, and the change is
             added to its weights.
-        dtype: The dtype of everything in the result; by default each weight's own. Over a quantized base
-            that becomes dense all parameters have :func:`dtype_of_all`.
-        requantize: True to store merged weights that were quantized in the same format again. By default all
-            quantized weights become dense. Weights that were trained for a format are stored in it anyway,
-            and quantized ones stay so.
-        own: True to give the result separate storage for everything, and ``requires_grad`` of the original.
-            By default unfolded parameters are shared and frozen.
+        storage: The way in which the result is stored.
         rounding: The way in which weights are rounded.
-        cast_to: The dtype to which the caller casts the result. Merged weights have it already, so that they
-            are rounded once.
         measure: True to compare every merged element with fp64. Otherwise the share of the change
             that is kept comes from a sample of each weight.
         progress: Called before each weight, as in :func:`lora_fx.merge`.
-        keep: Called with each merged weight that is a new tensor, returns a tensor of the same values to use
-            instead, see :class:`Keep`. A caller that is short of memory can store it elsewhere.
 
     Returns:
         The merged model, and the report.
@@ -290,77 +355,48 @@ def merge(
             unchanged, or has the weights from before the earlier merge. An interruption, or an error that
             ``progress`` raises, may leave some of its weights merged.
     """
-    record = require_record(model, MergeError)
-    check_intact(model, record)
-    _check_processes(model)
+    record, names = _checked(model, adapter_names, into, storage)
     units = units_of(model)
-    names = chosen(record, adapter_names)
-    _check_storage(into, dtype, requantize, own)
-    if into is not None:
-        _check_fits(model, into, record, names)
     folds, tied = _folds(model, record, names)
     targets = _targets(folds)
     trained_for = [row for row, _ in targets.values()]
-    check_deployed(trained_for, into, dtype)
+    check_deployed(trained_for, into, storage.dtype)
     for_format = any(row.deploy and row.deploy.dtype is None for row in trained_for)
-    requantize = requantize or for_format
+    requantize = storage.requantize or for_format
     _check_stored(model, folds, requantize=requantize)
     base = stripped(model, record)
     result = base if into is None else into
     full = dict(trained(model, record, names))
     whole = {*full, *trained_buffers(model, record, names)}
-    written = {*folds, *whole}
-    written |= {row.site.bias for row, _ in _rows_of(folds) if row.site.bias}
-    sources = {} if into is None else values_by_name(base)
-    restored, origins = find_origins(result, sources, written, whole)
-    before = list(result.named_parameters(remove_duplicate=False))
-    _restore(result, restored)
-    stored = _quantized_before(result, requantize=requantize and not for_format)
-    common = dtype or (None if requantize else dtype_of_all(result))
-    biases = merged_biases(model, result, _rows_of(folds), full, cast_to or common)
-    over = frozenset() if into is None else _written_over(into, full)
-    layouts = layouts_of(record.base.matches.sites)
-    dtypes = {name: quantization.dtype for name, quantization in stored.items()}
-    for_folds = cast_to or common
-    dtypes |= {} if for_folds is None else dict.fromkeys(folds, for_folds)
-    # The last step that can fail, before its first write: `into` changes completely or not at all.
-    merged, sites = _fold_all(
+    written = {*folds, *whole, *(row.site.bias for row, _ in _rows_of(folds) if row.site.bias)}
+    origins, before = _take_back(result, base, written, whole)
+    weights = _Weights(
+        model,
+        result,
         folds,
-        lambda weight: _unadapted(
-            values_of(result, weight, layouts, dtypes.get(weight)), weight, full
-        ),
-        over=over - full.keys(),
-        dtypes=dtypes,
-        formats={name: result.get_parameter(name) for name in stored if requantize},
-        rounding=rounding,
-        as_trained=lambda weight: (
-            deployed_site(model, *targets[weight], dtypes.get(weight))
-            if weight in targets
-            else None
-        ),
-        measure=measure,
-        progress=progress,
-        keep=keep,
+        full,
+        targets,
+        over=frozenset() if into is None else _written_over(into, full),
         lasting=dict(before) if into is None else {},
+        layouts=layouts_of(record.base.matches.sites),
+        stored=_quantized_before(result, requantize=storage.requantize and not for_format),
+        requantize=requantize,
+        dense=storage.dtype or (None if requantize else dtype_of_all(result)),
+        storage=storage,
     )
-    place_trained(model, result, record, names, over)
-    place_biases(result, biases, over)
+    biases = merged_biases(model, result, _rows_of(folds), full, weights.common)
+    # The last step that can fail, before its first write: `into` changes completely or not at all.
+    merged, sites = _fold_all(weights, rounding=rounding, measure=measure, progress=progress)
+    place_trained(model, result, record, names, weights.over)
+    place_biases(result, biases, weights.over)
     still_tied = _still_tied(tied, folds, full)
-    untied = place_merged(result, merged, still_tied, over)
+    untied = place_merged(result, merged, still_tied, weights.over)
     become_layers(result, trained_for)
-    untie_config(result)
-    if stored:
-        make_savable(result)
-        if common is not None:
-            make_dense(result, common, layouts, keep)
-    else:
-        forget_loader(result)
-    if common is not None:
-        cast_model(result, common, keep, buffers=dtype is not None)
+    _make_alike(weights)
     # Lists, objects and functions of the model may refer to weights, too.
     exchange(result, before)
-    shared = freeze_shared(result, model, record) if into is None and not own else ()
-    if own:
+    shared = freeze_shared(result, model, record) if into is None and not storage.own else ()
+    if storage.own:
         result = copy_shared(result, model, record)
         exchange(result, before)
     if not requantize:  # such a model is refused as `into`
@@ -371,6 +407,58 @@ def merge(
     report = MergeReport(rows, untied, shared=shared, left_out=left_out)
     warn_of_loss(report)
     return result, report
+
+
+def _checked(
+    model: nn.Module,
+    adapter_names: Sequence[str] | str | None,
+    into: nn.Module | None,
+    storage: Storage,
+) -> tuple[Record, tuple[str, ...]]:
+    """Return the record of a model and the adapters to merge. Raise if the arguments do not fit."""
+    record = require_record(model, MergeError)
+    check_intact(model, record)
+    _check_processes(model)
+    names = chosen(record, adapter_names)
+    _check_storage(into, storage)
+    if into is not None:
+        _check_fits(model, into, record, names)
+    return record, names
+
+
+def _take_back(
+    result: nn.Module, base: nn.Module, written: Collection[str], whole: Collection[str]
+) -> tuple[dict[str, str], list[tuple[str, nn.Parameter]]]:
+    """Take an earlier merge into a model back.
+
+    Args:
+        result: The model.
+        base: The base of the adapters, which may be ``result``.
+        written: FQNs of the weights that the merge will write.
+        whole: FQNs of the weights that it will replace as a whole.
+
+    Returns:
+        Fingerprints of the weights before the first merge, by name, and the parameters until now.
+    """
+    sources = {} if result is base else values_by_name(base)
+    restored, origins = find_origins(result, sources, written, whole)
+    before = list(result.named_parameters(remove_duplicate=False))
+    _restore(result, restored)
+    return origins, before
+
+
+def _make_alike(weights: _Weights) -> None:
+    """Make the remaining weights of the result dense, and of the same dtype, if the user wants that."""
+    result, keep = weights.result, weights.storage.keep
+    untie_config(result)
+    if weights.stored:
+        make_savable(result)
+        if weights.dense is not None:
+            make_dense(result, weights.dense, weights.layouts, keep)
+    else:
+        forget_loader(result)
+    if weights.dense is not None:
+        cast_model(result, weights.dense, keep, buffers=weights.storage.dtype is not None)
 
 
 def _restore(into: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
@@ -582,16 +670,14 @@ def _check_finite(model: nn.Module, row: PlannedSite, adapter: str) -> None:
         )
 
 
-def _check_storage(
-    into: nn.Module | None, dtype: torch.dtype | None, requantize: bool, own: bool
-) -> None:
-    check_dtype(dtype)
-    if into is not None and own:
+def _check_storage(into: nn.Module | None, storage: Storage) -> None:
+    check_dtype(storage.dtype)
+    if into is not None and storage.own:
         raise MergeError("into is a model of its own already: leave out own")
-    if requantize and (into is not None or dtype is not None):
+    if storage.requantize and (into is not None or storage.dtype is not None):
         other = "dtype" if into is None else "into"
         raise MergeError(f"requantize=True keeps the formats of the base: leave out {other}")
-    if into is not None and dtype is not None:
+    if into is not None and storage.dtype is not None:
         raise MergeError("into keeps its dtype: leave out dtype, or cast that model before")
     if into is not None and (stored := quantized_weights(into)):
         raise MergeError(

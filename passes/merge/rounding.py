@@ -145,7 +145,7 @@ def _halved(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Round once, as :func:`round_into`."""
+    """Return fp64 values rounded once to a dtype; see :func:`round_into`."""
     result = torch.empty(values.shape, dtype=dtype, device=values.device)
     round_into(result, values)
     return result
@@ -214,7 +214,7 @@ def _by_odd(values: torch.Tensor) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MergedSite:
-    """One folded weight.
+    """One weight of a merge report: what rounding has left of the adapters' change.
 
     Attributes:
         name: FQN of the site.

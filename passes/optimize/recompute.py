@@ -122,7 +122,7 @@ def _is_dtype(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """Chain in a graph.
+    """A run of cheap operations in a graph that may be recomputed: a :class:`lora_fx.runtime.Chain`.
 
     Attributes:
         root: Its result.

@@ -270,7 +270,7 @@ def place_base(
 
 
 def put_back(model: nn.Module, before: Mapping[str, nn.Parameter]) -> None:
-    """Undo replacements.
+    """Put earlier parameters of the base back into a model.
 
     Args:
         model: A rewritten model.

@@ -394,7 +394,13 @@ def _check_tokens(
     size = row.site.weight_shape[0]
     outside = [index for index in row.indices if index >= size]
     if outside:
-        raise bad(_NAME, outside, f"{row.name} has {size} rows, 0 to {size - 1}")
+        needed = max(outside) + 1
+        raise bad(
+            _NAME,
+            outside,
+            f"{row.name} has {size} rows, 0 to {size - 1}. For new tokens, give the model {needed} rows "
+            f"first (transformers: model.resize_token_embeddings({needed}))",
+        )
     for objection in _token_objections(capture, row, rows, saved):
         raise bad(_NAME, list(row.indices), f"{row.name} {objection}")
 

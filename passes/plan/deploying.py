@@ -69,7 +69,11 @@ def with_deployment(capture: Capture, plan: Plan, how: Deployment) -> Plan:
 
 
 def _of_site(site: Site, how: Deployment) -> Deployment:
-    """Return the storage of a site: the options of a quantized base, or those of the format."""
+    """Return how the merged weight of a site will be stored.
+
+    A weight that is quantized now keeps its options. Any other weight gets those of ``how``, with a block
+    size that fits its shape.
+    """
     stored = site.quantized
     if stored is not None:
         return Deployment(how.format, None, stored.block_size, stored.double, as_base=True)

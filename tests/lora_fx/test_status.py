@@ -10,7 +10,7 @@ import torch
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from tests.zoo import Mlp, Residual
+from tests.zoo import Mlp, Residual, tiny_llama
 
 
 def test_every_adapter_has_a_line() -> None:
@@ -39,6 +39,19 @@ def test_every_adapter_has_a_line() -> None:
     assert next(x for x in lora_fx.status(model) if x.name == "b").trainable is None
     lora_fx.set_adapter(model, "a", per_sample=True)
     assert "each sample of a batch" in str(lora_fx.status(model))
+
+
+def test_trained_tokens_are_counted() -> None:
+    base, config = (
+        tiny_llama()[0],
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**config)).get_model_status()
+    (ours,) = lora_fx.status(lora_fx.rewrite(base, LoraConfig(**config)))
+    assert ours.tokens == (("model.embed_tokens", 2),)
+    assert ours.parameters == theirs.trainable_params
+    assert ours.sites + len(ours.tokens) == theirs.num_adapter_layers
+    assert "trains 2 token(s) of model.embed_tokens" in str(ours)
 
 
 def test_the_numbers_are_pefts() -> None:

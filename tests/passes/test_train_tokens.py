@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import lora_fx
-from lora_fx import ConfigError, LoraConfig, MergeError
+from lora_fx import CheckpointError, ConfigError, LoraConfig, MergeError
 from lora_fx.ir.record import record_of
 from lora_fx.passes.insert.trained_whole import AddTokens, TrainTokens
 from lora_fx.passes.pipeline import plan_model
@@ -411,6 +411,28 @@ def test_a_tie_that_is_not_declared_is_kept_if_it_is_asked_for(ensure: bool) -> 
     assert_close(merged(ids), model(ids))
 
 
+def test_rows_of_other_tokens_name_the_remedy() -> None:
+    adapters = [
+        lora_fx.rewrite(llama(), LoraConfig(target_modules=Q, trainable_token_indices=tokens))
+        for tokens in ([3], [3, 5])
+    ]
+    state = lora_fx.adapter_state_dict(adapters[0])
+    with pytest.raises(
+        CheckpointError, match=r"\[1, 8\] .*\[2, 8\] in the model\. Rewrite the base with the train"
+    ):
+        lora_fx.load_adapter_state_dict(adapters[1], state)
+
+
+def test_a_vocabulary_that_was_resized_names_the_remedy(tmp_path: Path) -> None:
+    larger: Any = llama()
+    larger.resize_token_embeddings(20)
+    adapted = lora_fx.rewrite(larger, LoraConfig(target_modules=Q))
+    lora_fx.save_adapter(adapted, tmp_path, save_embedding_layers=True)
+    with pytest.raises(CheckpointError, match=r"resize_token_embeddings\(20\) first") as refusal:
+        lora_fx.load_adapter(llama(), tmp_path)
+    assert str(refusal.value).count("resize") == 2
+
+
 @pytest.mark.parametrize(
     ("make", "values", "message"),
     [
@@ -420,7 +442,7 @@ def test_a_tie_that_is_not_declared_is_kept_if_it_is_asked_for(ensure: bool) -> 
                  "trainable_token_indices": [3]},
          "trained in full as part of model.embed_tokens"),
         (llama, {"target_modules": Q, "trainable_token_indices": [3, 99]},
-         "found [99]; model.embed_tokens has 16 rows, 0 to 15"),
+         "found [99]; model.embed_tokens has 16 rows, 0 to 15. For new tokens, give the model 100 rows"),
         (llama, {"target_modules": Q, "trainable_token_indices": {"wte": [3]}},
          "found 'wte'; no module has a name that ends so; the embeddings are model.embed_tokens"),
         (llama, {"target_modules": Q, "trainable_token_indices": {"q_proj": [3]}},

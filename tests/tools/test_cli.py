@@ -231,6 +231,19 @@ def test_swapped_arguments_are_told(here: Path, adapter: Path) -> None:
     assert words in " ".join(refused("merge", MODEL, "base", "out.safetensors").split())
 
 
+def test_a_wrong_name_of_an_adapter_is_told_with_those_that_exist(
+    here: Path, adapter: Path
+) -> None:
+    for name in ("code", "maths"):
+        shutil.copytree(adapter, here / "several" / name)
+    for args in (("merge", MODEL, "several/cod", "out.safetensors"), ("inspect", "several/cod")):
+        text = " ".join(refused(*args).split())
+        assert "Adapters that exist: several/code, several/maths" in text
+    text = " ".join(refused("inspect", "several").split())
+    assert "did you mean several/code or several/maths?" in text
+    assert "exist" not in " ".join(refused("inspect", "nowhere/cod").split())
+
+
 def test_the_suffixes_of_pictures_are_those_of_visualize() -> None:
     from lora_fx.tools.cli import model_commands
     from lora_fx.tools.draw import FORMATS
@@ -668,7 +681,8 @@ def test_export_of_a_bank(here: Path, adapter: Path) -> None:
     assert "2 of at most 3 adapters" in " ".join(worked("doctor", "bank.onnx").split())
     for chosen in (str(adapter), "other-v2"):
         worked("run", "bank.onnx", "--adapter", chosen, "--repeat", "1")
-    assert "no adapter at" in refused("run", "bank.onnx", "--adapter", "other-v3")
+    text = " ".join(refused("run", "bank.onnx", "--adapter", "other-v3").split())
+    assert "exist: adapter (in the file), other-v2 (in the file), adapter, other.v2" in text
     each = [word for name in (str(adapter), "none", "other-v2") for word in ("--adapter", name)]
     worked("run", "bank.onnx", *each, "--size", "batch=3", "--output", "rows.npz", "--repeat", "1")
     session, rows = lora_fx.OnnxSession("bank.onnx", "cpu"), np.load("rows.npz")
@@ -712,7 +726,10 @@ def test_export_with_adapters_as_inputs(here: Path, adapter: Path) -> None:
     assert np.abs(want - alone).max() > 1e-3
     for got in found.values():
         np.testing.assert_allclose(got, want, atol=1e-5)
-    assert "there is no adapter at" in refused("run", "base.onnx", "--adapter", "gone")
+    text = " ".join(refused("run", "base.onnx", "--adapter", "gone").split())
+    assert (
+        "there is no such adapter. Those that exist: adapter, a.onnx_adapter, b.onnx_adap" in text
+    )
 
 
 def test_a_model_without_inputs_cannot_be_exported(here: Path) -> None:

@@ -59,7 +59,7 @@ _Text = Callable[[], list[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """Results of the contenders.
+    """The times in which the contenders generate a text, and whether the tokens are equal.
 
     Attributes:
         samples: CPU seconds of a text, by contender.
@@ -314,7 +314,7 @@ _RUNS_SECONDS = 40.0
 
 @dataclasses.dataclass(frozen=True)
 class Runs:
-    """Results of single runs.
+    """The times of single runs of a file, without generation.
 
     Attributes:
         samples: CPU seconds of a run by contender, for each model and step.

@@ -564,7 +564,10 @@ def swapped_step(results: generation.Runs, most: float) -> Verdict | None:
 
 
 def generated(results: generation.Generated, adapted: float, most: float) -> Verdict | None:
-    """Judge the time of a token relative to the peer. The peer's second process shows the noise."""
+    """Judge the time of a token relative to the peer.
+
+    The peer runs in two processes. The ratio of their times is the noise, which a miss has to exceed.
+    """
     if generation.PEER not in results.samples:
         return None
     name = generation.ADAPTED if adapted else generation.MERGED

@@ -63,7 +63,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Results of the section.
+    """The times of guards, and of the steps that they are a part of.
 
     Attributes:
         cases: Results of the guards.

@@ -49,7 +49,7 @@ _SEEDS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """The results.
+    """The accuracy of each contender after training.
 
     Attributes:
         accuracy: Fraction of the held-out text that each contender classifies correctly, by seed.

@@ -123,7 +123,7 @@ def no_charts(results: Any) -> dict[str, Chart]:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One section.
+    """One section of the benchmarks: a measurement with its table and pictures.
 
     Attributes:
         name: Name on the command line.

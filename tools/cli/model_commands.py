@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,9 +22,14 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import fx, nn
 
-    from lora_fx.ir import Capture
+    from lora_fx.config import LoraConfig
+    from lora_fx.ir import Capture, Comparison, Memory, Plan
     from lora_fx.passes.merge import MergeReport, RoundingName
+    from lora_fx.passes.quantize import QuantizationPlan
+    from lora_fx.tools.cluster import Need
+    from lora_fx.tools.fit import Fit
     from lora_fx.tools.models import LoadedModel
+    from lora_fx.tools.timeline import Row
 
 __all__ = [
     "check_out",
@@ -88,7 +93,7 @@ def plan(
 
     from lora_fx.api import compare
     from lora_fx.api import plan as make_plan
-    from lora_fx.tools.cli.tables import dict_of_fit, render_fits, render_need, render_plan
+    from lora_fx.tools.cli.tables import render_plan
 
     # A prediction reads the weights.
     loaded = look.load(model) if merge_into is None else o.load(model)
@@ -99,11 +104,10 @@ def plan(
             both = compare({_HERE: chosen, str(diff): other}, loaded.model, **how)
             planned = both[_HERE]
         else:
-            memory: Any = training.memory or "fast"
             planned = make_plan(
                 loaded.model,
                 chosen,
-                memory=memory,
+                memory=cast("Memory", training.memory or "fast"),
                 strict=adapters.strict,
                 deploy=deploy,
                 merge_into=merge_into,
@@ -112,48 +116,100 @@ def plan(
             )
             chosen = sizing.write(planned.config, chosen)
     if why is not None:
-        reasons = planned.why(why)
-        _answer(("operation", "what becomes of it"), reasons.items(), as_json)
-        if not any(text.startswith(_TRAINED) for text in reasons.values()):
-            raise typer.Exit(1)
-        return
+        raise typer.Exit(_say_why(planned, why, as_json))
     if diff is not None:
-        changed = planned.changes(both[str(diff)])
-        if not as_json:
-            console.say(str(both))
-        rows = [(name, *texts) for name, texts in changed.items()]
-        _answer(("differs", _HERE, str(diff)), rows, as_json)
-        if changed:
-            raise typer.Exit(1)
-        return
-    from lora_fx.tools.cluster import takes_text
-
-    inputs = loaded.example_inputs if how["example_inputs"] is None else how["example_inputs"]
-    text = takes_text(loaded.model)
-    fitting = training.fitting(loaded, chosen, store.quantize)
-    need, largest = training.planned(loaded, chosen, inputs, text=text, quantize=store.quantize)
+        raise typer.Exit(_say_difference(both, diff, as_json))
+    need = _Needs.of(loaded, chosen, how["example_inputs"], training, store.quantize)
     if as_json:
-        shown = planned.to_dict()
-        if need is not None:
-            shown["training"] = dataclasses.asdict(need)
-            shown["training"]["largest"] = [dataclasses.asdict(row) for row in largest]
-        shown |= {"fits": [dict_of_fit(row) for row in fitting]} if fitting else {}
+        shown = planned.to_dict() | need.to_dict()
         shown |= {} if stored is None else {"quantization": stored.to_dict()}
         console.say_json({**shown, "stored_in": loaded.stored_in})
         return
     out = console.output()
-    if stored is not None:
-        console.say(stored.summary())
-    _say_format(loaded)
+    _say_storage(loaded, stored)
     out.print(render_plan(planned, width=out.width, every=every), highlight=False)
-    if need is not None:
-        out.print(render_need(need, training, largest, text=text), highlight=False)
-    if fitting:
-        out.print(render_fits(fitting, training), highlight=False)
+    need.show(training)
 
 
-def _say_format(loaded: LoadedModel) -> None:
-    """Print the format in which a folder has the weights, unless they are dense."""
+@dataclasses.dataclass(frozen=True)
+class _Needs:
+    """The needs of a training step of a plan, on the GPUs that the options name.
+
+    Attributes:
+        need: The memory on each GPU; None without a mesh.
+        largest: The largest tensors of the step, if they were asked for.
+        fitting: The largest batches or contexts that fit, if they were asked for.
+        text: True if the model takes texts, so that a context has tokens.
+    """
+
+    need: Need | None
+    largest: Sequence[Row]
+    fitting: Sequence[Fit]
+    text: bool
+
+    @classmethod
+    def of(
+        cls,
+        loaded: LoadedModel,
+        config: LoraConfig,
+        inputs: Any,
+        training: o.Training,
+        quantize: str | None,
+    ) -> _Needs:
+        """Compute the needs of a plan. Without inputs, they are those of the model's name."""
+        from lora_fx.tools.cluster import takes_text
+
+        inputs = loaded.example_inputs if inputs is None else inputs
+        text = takes_text(loaded.model)
+        fitting = training.fitting(loaded, config, quantize)
+        need, largest = training.planned(loaded, config, inputs, text=text, quantize=quantize)
+        return cls(need, largest, fitting, text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the needs as JSON values."""
+        from lora_fx.tools.cli.tables import dict_of_fit
+
+        shown: dict[str, Any] = {}
+        if self.need is not None:
+            shown["training"] = dataclasses.asdict(self.need)
+            shown["training"]["largest"] = [dataclasses.asdict(row) for row in self.largest]
+        return shown | (
+            {"fits": [dict_of_fit(row) for row in self.fitting]} if self.fitting else {}
+        )
+
+    def show(self, training: o.Training) -> None:
+        """Print tables of the needs."""
+        from lora_fx.tools.cli.tables import render_fits, render_need
+
+        out = console.output()
+        if self.need is not None:
+            table = render_need(self.need, training, self.largest, text=self.text)
+            out.print(table, highlight=False)
+        if self.fitting:
+            out.print(render_fits(self.fitting, training), highlight=False)
+
+
+def _say_why(planned: Plan, name: str, as_json: bool) -> int:
+    """Print what becomes of an operation. Return the exit code: 1 if it is not adapted."""
+    reasons = planned.why(name)
+    _answer(("operation", "what becomes of it"), reasons.items(), as_json)
+    return int(not any(text.startswith(_TRAINED) for text in reasons.values()))
+
+
+def _say_difference(both: Comparison, other: Path, as_json: bool) -> int:
+    """Print how the plan of another configuration differs. Return the exit code: 1 if it does."""
+    changed = both[_HERE].changes(both[str(other)])
+    if not as_json:
+        console.say(str(both))
+    rows = [(name, *texts) for name, texts in changed.items()]
+    _answer(("differs", _HERE, str(other)), rows, as_json)
+    return int(bool(changed))
+
+
+def _say_storage(loaded: LoadedModel, planned: QuantizationPlan | None) -> None:
+    """Print how weights will be quantized, and the format in which a folder has them unless dense."""
+    if planned is not None:
+        console.say(planned.summary())
     if loaded.folder is not None and loaded.stored_in is not None:
         console.say(
             f"the weights of {loaded.name} are quantized: {loaded.stored_in} (quantization_config in its "
@@ -583,7 +639,7 @@ def _merged_by_files(
         with console.progress("merging") as advance:
             return merge_files(folder, adapter, out, dtype=dtype, progress=advance, **options)
     except WholeModelError as error:
-        _log.warning("loaded whole, not tensor by tensor: %s", error)
+        _log.warning("the whole model is loaded and merged in memory: %s", error.reason)
         return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -181,24 +181,13 @@ def run(
     o.check_names(provider=provider)
     o.check_file(file)
 
-    from lora_fx.export.session import OnnxSession
-
-    wanted: Any = provider
-    with console.progress(f"loading {file}"):
-        session = OnnxSession(file, wanted)
-        chosen = o.loaded_adapters(session, adapter)
+    session, chosen = _session(file, provider, adapter)
     files = _pairs(inputs, "--input")
     feeds = _feeds(session.inputs, files, _pairs(sizes, "--size"))
     random = [name for name in feeds if name not in files]
-    seconds = []
-    with console.progress("running") as advance:
-        # The first run allocates memory and chooses kernels.
-        results = session.run(feeds, adapter=chosen)
-        for done in range(repeat):
-            advance(done, repeat, "")
-            began = time.perf_counter()
-            results = session.run(feeds, adapter=chosen)
-            seconds.append(time.perf_counter() - began)
+    results, seconds = _timed(session, feeds, chosen, repeat)
+    if written is not None:
+        _write(written, results)
     screen = console.output()
     median = 1e3 * statistics.median(seconds)
     if as_json:
@@ -214,8 +203,6 @@ def run(
             "outputs": _figures(results),
         }
         console.say_json(report)
-        if written is not None:
-            _write(written, results)
         return
     screen.print(_table("input", feeds))
     screen.print(_table("output", results))
@@ -228,8 +215,33 @@ def run(
             f"random values were used for {some(random)}: for your own, give --input NAME=FILE.npy"
         )
     if written is not None:
-        _write(written, results)
         console.say(f"wrote {written}")
+
+
+def _session(file: Path, provider: str, adapters: list[str] | None) -> tuple[Any, Any]:
+    """Load a file, and return the session and the names of the chosen adapters in it."""
+    from lora_fx.export.session import OnnxSession
+
+    wanted: Any = provider
+    with console.progress(f"loading {file}"):
+        session = OnnxSession(file, wanted)
+        return session, o.loaded_adapters(session, adapters)
+
+
+def _timed(
+    session: Any, feeds: Mapping[str, Any], adapter: Any, repeat: int
+) -> tuple[dict[str, Any], list[float]]:
+    """Run a file several times. Return the outputs, and the seconds of each run."""
+    seconds = []
+    with console.progress("running") as advance:
+        # The first run allocates memory and chooses kernels.
+        results = session.run(feeds, adapter=adapter)
+        for done in range(repeat):
+            advance(done, repeat, "")
+            began = time.perf_counter()
+            results = session.run(feeds, adapter=adapter)
+            seconds.append(time.perf_counter() - began)
+    return results, seconds
 
 
 def _output_file(path: str, *, force: bool) -> Path:
@@ -391,27 +403,16 @@ def generate(
         seed: Of the draws.
         as_json: Print tokens, text and times as JSON.
     """
-    if ids and text:
-        raise ConfigError("--ids and --text say two things: give one of them")
-    if text and tokenizer is None:
-        raise ConfigError("--text needs --tokenizer, the folder of the model's tokenizer")
-    if tokenizer is not None and not tokenizer.is_dir():
-        raise ConfigError(f"--tokenizer {tokenizer}: there is no such folder")
+    _check_prompt(ids, text, tokenizer)
     o.check_names(provider=provider)
     o.check_file(file)
 
     import torch
 
-    from lora_fx.export.session import OnnxSession
-
-    reader = _tokenizer(tokenizer) if tokenizer is not None else None
-    files = _pairs(inputs, "--input", "FILE.npy")
-    feeds = {name: _read(path) for name, path in files.items()}
+    reader = None if tokenizer is None else _tokenizer(tokenizer)
+    feeds = {name: _read(path) for name, path in _pairs(inputs, "--input", "FILE.npy").items()}
     prompts = _prompts(ids, text, reader)
-    wanted: Any = provider
-    with console.progress(f"loading {file}"):
-        session = OnnxSession(file, wanted)
-        chosen = o.loaded_adapters(session, adapter)
+    session, chosen = _session(file, provider, adapter)
     feeds.update(_padded(prompts))
     began = time.perf_counter()
     with console.progress("generating"):
@@ -429,23 +430,30 @@ def generate(
     # A decoder repeats its prompt; an encoder-decoder does not.
     start = 0 if session.encoder is not None else max(map(len, prompts), default=0)
     rows = tokens[:, start:].tolist()
-    texts = (
-        None
-        if reader is None
-        else [str(reader.decode(row, skip_special_tokens=True)) for row in rows]
-    )
-    new = tokens.shape[1] - start
+    texts = None
+    if reader is not None:
+        texts = [str(reader.decode(row, skip_special_tokens=True)) for row in rows]
     if as_json:
         report = {"provider": session.provider, "seconds": seconds, "tokens": rows, "text": texts}
         console.say_json(report)
         return
     for shown in texts or [" ".join(map(str, row)) for row in rows]:
         console.say(shown)
+    new = tokens[:, start:].numel()
     console.say(
-        f"{session.provider}: {len(tokens)} × {new} tokens in {seconds:.2f} s, "
-        f"{len(tokens) * new / seconds:.0f} a second",
+        f"{session.provider}: {len(rows)} × {new // len(rows)} tokens in {seconds:.2f} s, "
+        f"{new / seconds:.0f} a second",
         to=console.error_console(),
     )
+
+
+def _check_prompt(ids: list[str] | None, text: list[str] | None, tokenizer: Path | None) -> None:
+    if ids and text:
+        raise ConfigError("--ids and --text say two things: give one of them")
+    if text and tokenizer is None:
+        raise ConfigError("--text needs --tokenizer, the folder of the model's tokenizer")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise ConfigError(f"--tokenizer {tokenizer}: there is no such folder")
 
 
 def _prompts(ids: list[str] | None, text: list[str] | None, reader: Any) -> list[list[int]]:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_h
 
 import typer
 
-from lora_fx.config import ALL_LINEAR, LoraConfig
-from lora_fx.errors import CheckpointError, ConfigError, QuantizationError
+from lora_fx.config import ALL_LINEAR, LoraConfig, adapters_below
+from lora_fx.errors import CheckpointError, ConfigError, QuantizationError, some
 from lora_fx.extras import load_optional
 from lora_fx.files import output_file
 from lora_fx.tools.cli import console
@@ -640,7 +640,7 @@ def check_names(
     provider: str | None = None,
     dtype: str | None = None,
 ) -> None:
-    """Raise if a model, an adapter, a provider or a dtype cannot be what its name says.
+    """Raise if the name of a model, an adapter, a provider or a dtype is wrong. Nothing is loaded.
 
     Raises:
         ConfigError: The message has the name and the remedy.
@@ -774,7 +774,7 @@ def loaded_adapters(session: Any, sources: Iterable[str] | None) -> str | list[s
         The adapter's name in the session, or a list of several names, one for each row of the batch.
 
     Raises:
-        TypedError: If two adapters would have the same name.
+        TypedError: If two adapters would have the same name, or there is no such adapter.
     """
     names: dict[str, str | None] = {}
     for source in (rows := list(sources or ())):
@@ -788,10 +788,24 @@ def loaded_adapters(session: Any, sources: Iterable[str] | None) -> str | list[s
                 f"--adapter {source}: another one is named {path.stem}: rename its folder"
             )
         else:
-            session.load_adapter(path.stem, path)
+            try:
+                session.load_adapter(path.stem, path)
+            except CheckpointError as error:
+                if path.exists():
+                    raise
+                raise TypedError(f"--adapter {_missing(path, session.adapters)}") from error
             names[source] = path.stem
     chosen = [names[source] for source in rows]
     return chosen if len(chosen) > 1 else next(iter(chosen), None)
+
+
+def _missing(path: Path, known: Sequence[str]) -> str:
+    """Return the message for an adapter that is neither in a session nor on the disk."""
+    exist = [f"{name} (in the file)" for name in known]
+    exist += map(str, [*adapters_below(path.parent), *sorted(path.parent.glob("*.onnx_adapter"))])
+    if exist:
+        return f"{path}: there is no such adapter. Those that exist: {some(exist)}"
+    return f"{path}: there is no such adapter: lora-fx export-adapter writes one"
 
 
 # Keyword arguments, except inside a call, which stays Python.

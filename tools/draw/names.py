@@ -40,7 +40,7 @@ _Facts = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class _Leaf:
-    """Contents of one name.
+    """The contents of a box that has no boxes inside, for one name.
 
     Attributes:
         kind, caption, facts, branches, marks, state: As in :class:`~lora_fx.tools.draw.picture.Box`.

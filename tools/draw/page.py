@@ -96,31 +96,18 @@ def document_of(picture: Picture) -> dict[str, Any]:
     adapters = {name: index for index, name in enumerate(picture.adapters)}
     entries = []
     for box in boxes:
-        name, caption = words_of(box)
-        width, height = sizes_of(box)
-        count = count_of(box)
         box_layers = layers.get(box.id)
         elements = (box.trainable + box.frozen) // max(len(box.repeats), 1)
         entry: dict[str, Any] = {
-            "kind": strings(str(box.kind)),
-            "name": strings(name),
-            "caption": caption and strings(caption),
-            "fqn": strings(box.fqn),
-            "size": [width, int(height)],
+            **_words(box, strings),
             "parent": parents.get(box.id),
             "children": [indices[child.id] for child in box.children],
             "open": box.id in opened,
             "layout": None
             if box_layers is None
             else layouts.setdefault(_layout(box, box_layers), len(layouts)),
-            "facts": [strings(t) for fact in box.facts if not is_internal(fact[0]) for t in fact],
-            "internals": [strings(t) for fact in box.facts if is_internal(fact[0]) for t in fact],
-            "repeats": [strings(fqn) for fqn in box.repeats],
             "sites": box.sites,
             "elements": (elements or None) if picture.counted else None,
-            "count": count and strings(count),
-            "state": str(box.state) and strings(str(box.state)),
-            "marks": [[strings(mark), mark_width(clean(mark))] for mark in box.marks],
             "lines": [
                 [strings(line.words), adapters.get(line.adapter, 0), int(line.active)]
                 for line in lines_of(box)
@@ -148,6 +135,26 @@ def document_of(picture: Picture) -> dict[str, Any]:
         "strings": list(strings.places),
         "metrics": METRICS,
         "chips": {str(kind): letter for kind, letter in CHIPS.items()},
+    }
+
+
+def _words(box: Box, strings: _Strings) -> dict[str, Any]:
+    """Return the texts of a box, as indices in ``strings``, and the room that they take."""
+    name, caption = words_of(box)
+    width, height = sizes_of(box)
+    count = count_of(box)
+    return {
+        "kind": strings(str(box.kind)),
+        "name": strings(name),
+        "caption": caption and strings(caption),
+        "fqn": strings(box.fqn),
+        "size": [width, int(height)],
+        "facts": [strings(t) for fact in box.facts if not is_internal(fact[0]) for t in fact],
+        "internals": [strings(t) for fact in box.facts if is_internal(fact[0]) for t in fact],
+        "repeats": [strings(fqn) for fqn in box.repeats],
+        "count": count and strings(count),
+        "state": str(box.state) and strings(str(box.state)),
+        "marks": [[strings(mark), mark_width(clean(mark))] for mark in box.marks],
     }
 
 

@@ -532,14 +532,13 @@ class _Painter:
         if not branches:
             branches = tuple(self._switched_off(fqn))
         state, marks, reasons = self._standing(module, fqn, branches)
-        size = human(total // len(fqns))
-        if len(fqns) > 1:
-            size = f"{len(fqns)} × {size}"
+        times = f"{len(fqns)} × " if len(fqns) > 1 else ""
+        size = f" · {times}{human(total // len(fqns))}" if children and total else ""
         return Box(
             id=box_id,
             kind=kind,
             name=name,
-            caption=_caption(module) + (f" · {size}" if children and total else ""),
+            caption=_caption(module) + size,
             fqn=fqn,
             facts=facts + reasons,
             children=children,

@@ -191,7 +191,7 @@ class Row:
         return row
 
     def with_others_of(self, earlier: Row) -> Row:
-        """Return this row with an earlier row's results of the parts that were not run again."""
+        """Return this row, completed by an earlier row: results of parts that did not run this time."""
         kept = dataclasses.replace(self if PARTS[0] in self.dates else earlier, stage="")
         for part, names in _FIELDS.items():
             for name in names:
