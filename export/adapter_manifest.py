@@ -517,9 +517,24 @@ def _unknown(name: str, manifest: Manifest) -> str:
     return f"{fqn}: the file takes no adapter there{near}. {advice}, if it is of this model"
 
 
+_SHAPE_REMEDIES: Mapping[Role, str] = {
+    "parameter": (
+        ". All adapters of a file have heads of one shape: train this one with as many classes, or export "
+        "its model to a file of its own"
+    ),
+    "tokens": (
+        ". A file takes as many trained tokens as the adapters that it was exported with: export the model "
+        "again with this adapter"
+    ),
+}
+
+
 def _value_problems(expected: AdapterInput, value: Tensor) -> Iterator[str]:
     if not expected.fits(tuple(value.shape)):
-        yield f"{expected.name}: it has shape {list(value.shape)}, the file takes {expected}"
+        yield (
+            f"{expected.name}: it has shape {list(value.shape)}, the file takes {expected}"
+            f"{_SHAPE_REMEDIES.get(expected.role, '')}"
+        )
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype != expected.dtype:
         yield (

@@ -278,6 +278,7 @@ class OnnxSession(Generates):
             provider, provider_options, max_rank, tf32=tf32, cuda_graph=cuda_graph
         )
         self.path = Path(path)
+        self._swapping = threading.Lock()  # both files of a model always have the same adapters
         self._runtime = onnx_providers.import_onnxruntime()
         options = dict(provider_options or {})
         if provider == "cuda":
@@ -293,14 +294,7 @@ class OnnxSession(Generates):
         manifest = Manifest.from_metadata(self.metadata)
         self._limits: dict[str, int] = json.loads(self.metadata.get(ort.AXIS_LIMITS_KEY, "{}"))
         self._inner_sizes: list[str] = json.loads(self.metadata.get(ort.INNER_SIZES_KEY, "[]"))
-        # Both files of a model always have the same adapters.
-        self._swapping = threading.Lock()
-        store_args = self._runtime, manifest, self._device, self.path.name, max_rank
-        fixed = _check_inputs(self._session, manifest, self.path.name)
-        banked = manifest is not None and manifest.bank is not None
-        self._store = (
-            AdapterBank(*store_args, self.path, fixed) if banked else AdapterStore(*store_args)
-        )
+        self._store = self._adapter_store(manifest, max_rank)
         axes: dict[str, str] = json.loads(self.metadata.get(ort.AXES_KEY, "{}"))
         self._fed = frozenset({*manifest.inputs, *manifest.choosing} if manifest else ())
         ports = [ort.port_of(value, axes) for value in self._session.get_inputs()]
@@ -312,15 +306,8 @@ class OnnxSession(Generates):
         check_attention(self.metadata, provider, self._runtime.__version__, cache, self.path.name)
         self.encoder: OnnxSession | None = None
         if ENCODER_KEY in self.metadata:
-            encoder_path = self.path.with_name(self.metadata[ENCODER_KEY])
-            if not encoder_path.is_file():
-                raise ExportError(
-                    f"{self.path.name} is the decoder of a model whose encoder is {encoder_path.name}, "
-                    f"and that is not in {encoder_path.parent}: keep both files, and their data, "
-                    "in one folder"
-                )
             self.encoder = OnnxSession(
-                encoder_path,
+                self._encoder_path(),
                 provider,
                 provider_options=provider_options,
                 session_options=session_options,
@@ -334,6 +321,28 @@ class OnnxSession(Generates):
             onnx_providers.warn_of_work(
                 self._session, onnx_providers.PROVIDERS[provider], self.path.name
             )
+
+    def _adapter_store(self, manifest: Manifest | None, max_rank: int | None) -> AdapterStore:
+        """Return the store for the adapters of the file."""
+        arguments = self._runtime, manifest, self._device, self.path.name, max_rank
+        fixed = _check_inputs(self._session, manifest, self.path.name)
+        if manifest is not None and manifest.bank is not None:
+            return AdapterBank(*arguments, self.path, fixed)
+        return AdapterStore(*arguments)
+
+    def _encoder_path(self) -> Path:
+        """Return the path of the encoder of an encoder-decoder.
+
+        Raises:
+            ExportError: The file is not there.
+        """
+        path = self.path.with_name(self.metadata[ENCODER_KEY])
+        if not path.is_file():
+            raise ExportError(
+                f"{self.path.name} is the decoder of a model whose encoder is {path.name}, and that is not "
+                f"in {path.parent}: keep both files, and their data, in one folder"
+            )
+        return path
 
     def __repr__(self) -> str:
         return f"OnnxSession({str(self.path)!r}, provider={self.provider!r})"

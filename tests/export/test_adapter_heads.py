@@ -214,7 +214,8 @@ def test_a_head_of_another_size_is_refused_by_shape(
     for path in (swappable, bank):
         session = OnnxSession(path, "cpu")
         with pytest.raises(
-            CheckpointError, match=r"out_proj\.weight: it has shape \[5, 16\].*\[3, 16\]"
+            CheckpointError,
+            match=r"out_proj\.weight: it has shape \[5, 16\].*\[3, 16\].*as many classes",
         ):
             session.load_adapter("wider", wider)
 
@@ -605,7 +606,7 @@ def test_more_rows_than_the_file_takes_are_refused(tmp_path: Path) -> None:
     config = LoraConfig(r=2, target_modules=["up"], trainable_token_indices={"embed": [1, 2, 3, 4]})
     model = lora_fx.rewrite(Language(tied=False), config)
     session = OnnxSession(path, "cpu")
-    message = r"embed\.lora_tokens\.indices: it has shape \[4\], the file takes .*\[3\]"
+    message = r"embed\.lora_tokens\.indices: it has shape \[4\], .*\[3\].*export the model again"
     with pytest.raises(CheckpointError, match=message):
         session.load_adapter("four", model)
     assert session.adapters == tuple(TOKENS)
