@@ -726,6 +726,18 @@ def _repaired(program: ExportedProgram) -> ExportedProgram:
             # Rotary embeddings with complex numbers (Llama 4, DeepSeek-V2).
             tensor, axis = node.args
             node.target, node.args = torch.ops.aten.stack.default, ([tensor], axis)
+        elif (
+            node.op == "call_function"
+            and node.target is torch.ops.aten.rsub.Scalar
+            and isinstance(value, torch.Tensor)
+            and value.dtype != node.all_input_nodes[0].meta["val"].dtype
+        ):
+            # 1.0 minus a mask of whole numbers: torch.onnx takes no number that changes the dtype.
+            whole = node.all_input_nodes[0]
+            with program.graph.inserting_before(node):
+                cast = program.graph.call_function(torch.ops.aten.to.dtype, (whole, value.dtype))
+            cast.meta = {**whole.meta, "val": whole.meta["val"].to(value.dtype)}
+            node.replace_input_with(whole, cast)
     program.graph_module.recompile()
     return program
 

@@ -64,6 +64,24 @@ def test_rotary_embedding_with_complex_numbers(batch: int, tmp_path: Path) -> No
     assert_close(got, Rotary()(*given), 1e-6)
 
 
+class Masked(nn.Module):
+    """Older models compute with ``1.0 - attention_mask``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.fc(x) * (1.0 - mask)[..., None]
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.uint8])
+def test_a_number_minus_a_mask_of_whole_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    mask = torch.tensor([0, 1, 2], dtype=dtype)
+    report = lora_fx.export_onnx(Masked().eval(), tmp_path / "m.onnx", (torch.randn(3, 4), mask))
+    assert report.verified
+
+
 @pytest.mark.parametrize("value", [True, False])
 def test_sums_over_truth(value: bool, tmp_path: Path) -> None:
     class Truth(nn.Module):
