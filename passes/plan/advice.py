@@ -182,7 +182,7 @@ def _experts_left(plan: Plan) -> Iterator[str]:
         rows = grouped([(name, "") for name in names])
         yield (
             f"experts that no name of a layer selects, because they are parameters: {rows[0].name}; "
-            "name them in target_parameters"
+            "name them in target_modules, or in PEFT's target_parameters"
         )
 
 

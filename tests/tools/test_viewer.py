@@ -27,6 +27,7 @@ from lora_fx.tools.draw.picture import Box, Kind, Picture, SiteRow, State
 from tests.passes.test_selection import CASES, LINEARS
 from tests.tools.browser import CHROMIUM, Page, browser
 from tests.tools.pictures import Block, Net, Untraceable, adapted
+from tests.zoo import tiny_llama
 
 NODE = shutil.which("node")
 NASTY = "a<b>&\"c'</script><img src=x onerror=alert`1`>"
@@ -1180,6 +1181,21 @@ def test_a_click_closes_the_tooltip(opened: Page) -> None:
     opened.mouse("mouseMoved", *spot(opened, "blocks.0"))
     opened.settle()
     assert not opened.run("document.querySelector('#tooltip').hidden")
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_a_tooltip_begins_with_the_reason(chromium: Page, tmp_path: Path) -> None:
+    model = lora_fx.rewrite(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    chromium.open(visualize(model, tmp_path / "graph.html").as_uri())
+    name = "model.layers.0.self_attn.k_proj"
+    chromium.run("loraFx.select('model.layers.0.self_attn.q_proj')")  # opens what is around it
+    chromium.press("#fit")
+    assert chromium.run(f"loraFx.graphs[0].boxOf({json.dumps(name)}).facts.length") > 8
+    chromium.mouse("mouseMoved", *spot(chromium, name))
+    chromium.settle()
+    told = chromium.run("document.querySelector('#tooltip').textContent")
+    assert told.startswith("not selectedmatches no target in target_modules")
 
 
 @pytest.mark.slow

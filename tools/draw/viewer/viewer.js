@@ -536,7 +536,8 @@
     // The panel has the facts of the selected box.
     tooltip.hidden = !box || !box.facts.length || box === graph.selected;
     if (tooltip.hidden) return;
-    tooltip.replaceChildren(...box.facts.slice(0, 8).flatMap(([label, value]) => [made("dt", {}, label), made("dd", {}, value)]));
+    const facts = [...box.facts].sort(([label], [other]) => !!REASONS[other] - !!REASONS[label]); // first why it is not adapted
+    tooltip.replaceChildren(...facts.slice(0, 8).flatMap(([label, value]) => [made("dt", {}, label), made("dd", {}, value)]));
     const { width, height } = tooltip.getBoundingClientRect();
     tooltip.style.left = `${Math.max(8, Math.min(event.clientX + 16, innerWidth - width - 12))}px`;
     tooltip.style.top = `${Math.max(8, event.clientY + 18 + height > innerHeight ? event.clientY - height - 12 : event.clientY + 18)}px`;
