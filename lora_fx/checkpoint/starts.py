@@ -156,7 +156,9 @@ def check_start(config: LoraConfig, folder: Path) -> None:
 
 
 def repeat_start(model: nn.Module, adapter_name: str, config: LoraConfig) -> None:
-    """Change the base of a newly rewritten model, or of a new adapter, as the folder's configuration says.
+    """Give a new adapter the start of its configuration, if that start changes the base (PiSSA, OLoRA).
+
+    A folder of PEFT holds factors for the base that was changed so.
 
     Raises:
         CheckpointError: If PEFT's start cannot be reproduced at a site. The model is unchanged then.

@@ -121,7 +121,7 @@ class PackedTensor(Tensor):
         return type(self)(Parts(tensors, self.shape, self.options), dtype or self.dtype)
 
     def with_parts(self, tensors: Mapping[str, Tensor]) -> nn.Parameter:
-        """Return a frozen parameter of the same form, in which these tensors replace those of their names."""
+        """Return a frozen parameter of the same form with other tensors, by the names of its parts."""
         parts = Parts({**self.parts, **tensors}, self.shape, self.options)
         return nn.Parameter(type(self)(parts, self.dtype), requires_grad=False)
 

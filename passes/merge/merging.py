@@ -474,7 +474,7 @@ def _restore(into: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 def _check_processes(model: nn.Module) -> None:
-    """Check that all processes merge the same adapters together, and shard gathered weights again."""
+    """Raise unless all processes merge the same adapters. Gathered weights are sharded again."""
     reshard(model)
     check_equal(model)
     called_by_all(model.parameters(), "a merge")

@@ -373,7 +373,10 @@ def _has_product(graph: fx.Graph) -> bool:
 
 
 def _edited(finder: _Finder, region: Region) -> tuple[fx.Graph | None, tuple[str, ...]]:
-    """Return a graph with a call for each chain (None without chains), and the modules that chains call."""
+    """Return a graph in which each chain of cheap operations is one call, and the modules that chains call.
+
+    The graph is None if there is no chain.
+    """
     known = tuple(_called_by(region.graph))
     if not any(True for _ in finder.find(region)):
         return None, known

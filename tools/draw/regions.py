@@ -591,7 +591,7 @@ class RegionPainter:
                 yield self._branch(weight, adapter, label, active=False)
 
     def _name_of(self, weight: str) -> str:
-        """Return the name of a weight's operation: that of the site, if it is one."""
+        """Return the name of the operation that reads a weight. An adapted one has the name of its site."""
         full_name = join(self._fqn, weight)
         planned = (row for (at, _), row in self._painter.planned.items() if at == full_name)
         row = next(planned, None)

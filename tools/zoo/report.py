@@ -414,7 +414,7 @@ def _not_by_torch(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _dates(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the days on which each part of the rows was run. Rows may differ in them."""
+    """Yield a line for each part of the rows, with the days on which it was run."""
     titles = "all columns but those of exports", "exports", "with the operators of ONNX Runtime"
     for part, label in zip(PARTS, titles, strict=True):
         days = sorted({row.dates[part] for row in rows if part in row.dates})
