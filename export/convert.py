@@ -45,6 +45,7 @@ __all__ = [
     "expand_grouped",
     "expand_quantized",
     "shield_half_inputs",
+    "shield_padded_pools",
     "torch_export_context",
     "translation_table",
 ]
@@ -717,6 +718,11 @@ def _repaired(program: ExportedProgram) -> ExportedProgram:
     """
     for node in program.graph.nodes:
         value = node.meta.get("val")
+        if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
+            # PyTorch leaves an axis of another size than 1 as it is (PixArt), and ONNX refuses it.
+            (whole,) = node.all_input_nodes
+            if whole.meta["val"].ndim == value.ndim > 0:
+                node.replace_all_uses_with(whole)
         if (
             node.op == "call_function"
             and node.target is torch.ops.aten.unsqueeze.default
@@ -873,6 +879,39 @@ def _feed_as_stored(value: ir.Value) -> None:
                 gemm.replace_input_with(position, value)
         if not list(node.outputs[0].uses()) and not node.outputs[0].is_graph_output():
             node.graph.remove(node, safe=True)
+
+
+def shield_padded_pools(model: ir.Model) -> None:
+    """Let a Pad with zeros before a MaxPool have the value -0.0.
+
+    ONNX Runtime moves zeros into the MaxPool, which pads with the lowest number: padding then no longer wins
+    over negative values (``Pad_Fusion``; microsoft/onnxruntime#24737). It takes 0.0 for a zero, bit by bit.
+
+    Args:
+        model: Changed in place, after all fusions.
+    """
+    import onnx_ir as ir
+
+    initializers = model.graph.initializers
+    for node in list(model.graph):
+        x = node.inputs[0] if node.op_type == "MaxPool" else None
+        pad = None if x is None else x.producer()
+        if pad is None or pad.op_type != "Pad" or x is None or x.dtype is None:
+            continue
+        value = pad.inputs[2] if len(pad.inputs) > 2 else None
+        constant = None if value is None else ir.convenience.get_const_tensor(value)
+        if value is not None and (constant is None or constant.numpy().any()):
+            continue
+        name = f"lora_fx.zero_{x.dtype.name.lower()}"
+        if name not in initializers:
+            tensor = ir.tensor(np.array(-0.0, x.dtype.numpy()), dtype=x.dtype, name=name)
+            zero = ir.Value(name=name, const_value=tensor, type=ir.TensorType(x.dtype))
+            zero.shape = ir.Shape([])
+            model.graph.register_initializer(zero)
+        pad.resize_inputs(max(3, len(pad.inputs)))
+        pad.replace_input_with(2, initializers[name])
+        if value is not None and value.is_initializer() and not value.uses():
+            del initializers[value.name]
 
 
 def shield_half_inputs(model: ir.Model) -> None:

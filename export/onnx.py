@@ -28,6 +28,7 @@ from lora_fx.export.convert import (
     ConversionError,
     convert,
     shield_half_inputs,
+    shield_padded_pools,
     torch_export_context,
 )
 from lora_fx.export.copy import DTYPES, stored_formats, unwrapped
@@ -482,6 +483,7 @@ class _Export:
             elif manifest is not None and manifest.required:
                 guard_sizes(model, manifest)
             shield_half_inputs(model)
+            shield_padded_pools(model)
             names = converted.graph.initializers, model.graph.initializers
             forms = stored_formats(traceable.model.model, *names)
             if forms:

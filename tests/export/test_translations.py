@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,41 @@ class Masked(nn.Module):
 def test_a_number_minus_a_mask_of_whole_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
     mask = torch.tensor([0, 1, 2], dtype=dtype)
     report = lora_fx.export_onnx(Masked().eval(), tmp_path / "m.onnx", (torch.randn(3, 4), mask))
+    assert report.verified
+
+
+class Pooled(nn.Module):
+    """Zeros around an image win over its negative values, or lose (-inf)."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.pad = nn.ConstantPad2d(1, value)
+        self.pool = nn.MaxPool2d(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(self.pad(self.conv(x) - 3))
+
+
+@pytest.mark.parametrize("value", [0.0, -100.0])
+@pytest.mark.parametrize("optimize", ["none", "standard", "runtime"])
+def test_zeros_before_a_maximum(value: float, optimize: Any, tmp_path: Path) -> None:
+    model, x = Pooled(value).eval(), torch.randn(2, 3, 9, 9)
+    assert lora_fx.export_onnx(model, tmp_path / "m.onnx", x, optimize=optimize).verified
+    stock = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    (got,) = stock.run(None, {stock.get_inputs()[0].name: x.numpy()})
+    assert_close(torch.from_numpy(got), model(x), 1e-5)
+
+
+class Squeezed(nn.Module):
+    """PyTorch squeezes an axis of another size than 1 into itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(1) * 2 + x.unsqueeze(1).squeeze(1)
+
+
+def test_an_axis_that_cannot_be_squeezed(tmp_path: Path) -> None:
+    report = lora_fx.export_onnx(Squeezed(), tmp_path / "m.onnx", torch.randn(2, 5, 3))
     assert report.verified
 
 
