@@ -32,7 +32,7 @@ from lora_fx.export.factor_model import FactorModel, Swappable
 from lora_fx.export.inspection import read_defaults
 from lora_fx.export.ort import Bound
 from lora_fx.export.report import BankSize
-from lora_fx.ir import BASE_NAME, META_KEY, PlannedSite, Region, Role, Tag, join, tag_of
+from lora_fx.ir import META_KEY, PlannedSite, Region, Role, Tag, is_base, join, tag_of
 from lora_fx.passes.graph import copy_graph, erase_dead, target_of
 from lora_fx.passes.parameters import factor_names
 from lora_fx.runtime import Follower, banked, branch, follow, unfollow
@@ -641,7 +641,7 @@ class AdapterBank(AdapterStore):
             )
 
     def _slot(self, name: object) -> int:
-        if name in (None, BASE_NAME):
+        if is_base(name):
             return 0
         if not isinstance(name, str) or name not in self._names:
             has = ", ".join(map(repr, self._names)) or "none"

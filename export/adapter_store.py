@@ -21,7 +21,7 @@ from lora_fx.export.adapter_manifest import (
     ranks_of,
 )
 from lora_fx.export.ort import Bound, placed
-from lora_fx.ir import BASE_NAME
+from lora_fx.ir import is_base
 
 __all__ = ["AdapterChoice", "AdapterStore", "HeldAdapter", "weighted_sum"]
 
@@ -143,7 +143,7 @@ class AdapterStore:
             ConfigError: There is no such adapter, a weight is not a finite number, or the ranks add up to
                 more than the session's maximum.
         """
-        if choice is None or choice == BASE_NAME or (isinstance(choice, Mapping) and not choice):
+        if is_base(choice) or (isinstance(choice, Mapping) and not choice):
             if self._no_base:
                 raise ConfigError(
                     f"{self.file} has no base: each of its adapters has its own "

@@ -28,12 +28,12 @@ from lora_fx.adapters.switching import (
 from lora_fx.config import LoraConfig
 from lora_fx.errors import CaptureError, ConfigError, some
 from lora_fx.ir import (
-    BASE_NAME,
     ActiveAdapters,
     AdapterRecord,
     ModelT,
     html_lines,
     html_table,
+    is_base,
     require_record,
 )
 from lora_fx.kinds import base_change, kind_of
@@ -363,7 +363,7 @@ def adapter_ids(
         raise ConfigError(f"adapter_ids needs one name or None for each sample, found {ids!r}")
     if type(repeats) is not int or repeats < 1:
         raise ConfigError(f"repeats: found {repeats!r}; a whole number of at least 1 is needed")
-    ids = [None if name == BASE_NAME else name for name in ids]
+    ids = [None if is_base(name) else name for name in ids]
     names = tuple(dict.fromkeys(name for name in ids if name is not None))
     with without_wrappers(model) as inner:
         record = require_record(inner)

@@ -31,6 +31,7 @@ __all__ = [
     "Memory",
     "Record",
     "freeze",
+    "is_base",
     "record_of",
     "require_record",
     "thaw",
@@ -50,6 +51,11 @@ DEFAULT_LOSS: Loss = "whole"
 
 BASE_NAME = "__base__"
 """PEFT's name for no adapter, where rows of a batch choose their adapters. None means the same."""
+
+
+def is_base(name: object) -> bool:
+    """Return True for the two names of no adapter."""
+    return name is None or (isinstance(name, str) and name == BASE_NAME)
 
 
 class _Ref(str):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.ir import BASE_NAME
+from lora_fx.ir import is_base
 from lora_fx.runtime.masks import transformed
 from lora_fx.runtime.row_tracking import Follower
 from lora_fx.runtime.samples import (
@@ -316,9 +316,9 @@ def _named(ids: Any, table: SampleRows) -> list[str | None]:
     for value in ids:
         if isinstance(value, int) and not isinstance(value, bool) and -1 <= value < len(names):
             adapters.append(names[value] if value >= 0 else None)
-        elif value == BASE_NAME:
+        elif is_base(value):
             adapters.append(None)
-        elif value is None or value in names:
+        elif value in names:
             adapters.append(value)
         else:
             raise ConfigError(
