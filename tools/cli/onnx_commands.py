@@ -439,7 +439,7 @@ def generate(
         return
     for shown in texts or [" ".join(map(str, row)) for row in rows]:
         console.say(shown)
-    new = tokens[:, start:].numel()
+    new = sum(map(len, rows))
     console.say(
         f"{session.provider}: {len(rows)} × {new // len(rows)} tokens in {seconds:.2f} s, "
         f"{new / seconds:.0f} a second",
