@@ -143,7 +143,7 @@ class AdapterStore:
             ConfigError: There is no such adapter, a weight is not a finite number, or the ranks add up to
                 more than the session's maximum.
         """
-        if is_base(choice) or (isinstance(choice, Mapping) and not choice):
+        if choice is None or is_base(choice) or (isinstance(choice, Mapping) and not choice):
             if self._no_base:
                 raise ConfigError(
                     f"{self.file} has no base: each of its adapters has its own "
