@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -133,9 +134,9 @@ class _OwnBySample:
         stored = owner._modules.get(KEPT + leaf)
         result = base
         if stored is not None:
-            own = (*stored.named_parameters(recurse=False), *stored.named_buffers(recurse=False))
-            known = dict(own)
-            values = (known.get(adapter, base) for adapter in self.adapters)
+            tensors = stored.named_parameters(recurse=False), stored.named_buffers(recurse=False)
+            own = dict(itertools.chain(*tensors))
+            values = (own.get(adapter, base) for adapter in self.adapters)
             bank = torch.stack([base, *(value.to(base.dtype) for value in values)])
             result = RowParameter(self.name, bank, slots)
         if self.tokens:

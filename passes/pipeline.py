@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, get_args
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lora_fx.config import LoraConfig, needs_data
 from lora_fx.errors import CaptureError, ConfigError, LoraFxError, NoMatchError
@@ -656,11 +656,10 @@ def add_adapter_parameters(
     """
     plan = capture.plan
     assert plan is not None
-    parameters = base_parameters(capture.model)
-    _check_frozen(parameters, plan)
-    before = {**parameters, **base_statistics(capture.model)}
+    before = _replaceable(capture.model, plan)
+    _check_frozen(before, plan)
     run_passes(capture, _parameter_passes(adapter_name) if passes is None else passes, callback)
-    after = {**base_parameters(capture.model), **base_statistics(capture.model)}
+    after = _replaceable(capture.model, plan)
     own = tuple(name for name, tensor in after.items() if tensor is not before[name])
     adapter = AdapterRecord(
         plan.config,
@@ -679,11 +678,17 @@ def add_adapter_parameters(
     )
 
 
-def _check_frozen(parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
+def _replaceable(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Return the tensors of the base that an adapter may replace, by FQN."""
+    statistics = base_statistics(model) if plan.saved_modules else {}
+    return {**base_parameters(model), **statistics}
+
+
+def _check_frozen(tensors: Mapping[str, Tensor], plan: Plan) -> None:
     """Raise if the adapter would train a parameter that the user has unfrozen for an optimizer."""
     inside = tuple(f"{name}." for name in plan.saved_modules)
-    for name, parameter in parameters.items():
-        if parameter.requires_grad and (name in plan.biases or name.startswith(inside)):
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and (name in plan.biases or name.startswith(inside)):
             raise ConfigError(
                 f"{name} was unfrozen by hand, and the adapter is to have its own value of it "
                 "(modules_to_save, bias): freeze it first, with requires_grad_(False). The adapter starts "

@@ -39,10 +39,11 @@ from lora_fx.passes.parameters import (
     adapter_dtype,
     add_tokens,
     base_modules,
+    base_statistics,
     gathered,
     indices_name,
+    module_at,
     rows_name,
-    statistics,
     tokens_of,
 )
 from lora_fx.passes.patterns import ARGUMENTS, Product, lookup, product_of
@@ -247,8 +248,9 @@ def _unfreeze_module(root: nn.Module, copies: dict[nn.Parameter, nn.Parameter]) 
                 copies[parameter] = _trained_copy(parameter)
             module._parameters[name] = copies[parameter]
             changed = True
-        for name, buffer in statistics(module):
-            module._buffers[name] = buffer.clone()
+    for name, buffer in base_statistics(root).items():
+        owner, _, leaf = name.rpartition(".")
+        module_at(root, owner)._buffers[leaf] = buffer.clone()
     return changed
 
 

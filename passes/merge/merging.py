@@ -367,7 +367,8 @@ def merge(
     base = stripped(model, record)
     result = base if into is None else into
     full = dict(trained(model, record, names))
-    whole = {*full, *trained_buffers(model, record, names)}
+    buffers = trained_buffers(model, record, names)
+    whole = {*full, *buffers}
     written = {*folds, *whole, *(row.site.bias for row, _ in _rows_of(folds) if row.site.bias)}
     origins, before = _take_back(result, base, written, whole)
     weights = _Weights(
@@ -387,7 +388,7 @@ def merge(
     biases = merged_biases(model, result, _rows_of(folds), full, weights.common)
     # The last step that can fail, before its first write: `into` changes completely or not at all.
     merged, sites = _fold_all(weights, rounding=rounding, measure=measure, progress=progress)
-    place_trained(model, result, record, names, weights.over)
+    place_trained(result, full, buffers, weights.over)
     place_biases(result, biases, weights.over)
     still_tied = _still_tied(tied, folds, full)
     untied = place_merged(result, merged, still_tied, weights.over)

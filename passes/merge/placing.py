@@ -153,15 +153,21 @@ def trained(
 
 
 def place_trained(
-    model: nn.Module,
     result: nn.Module,
-    record: Record,
-    names: Sequence[str],
+    parameters: Mapping[str, nn.Parameter],
+    buffers: Mapping[str, torch.Tensor],
     over: Collection[str] = (),
 ) -> None:
-    """Copy the parameters that were trained besides the factors: training of the model may continue."""
+    """Copy tensors that were trained besides the factors, because training of the model may continue.
+
+    Args:
+        result: The model to store it in.
+        parameters: The parameters of :func:`trained`, by FQN.
+        buffers: The buffers of :func:`trained_buffers`, by FQN.
+        over: Parameters to overwrite.
+    """
     copies: dict[int, nn.Parameter] = {}
-    for name, parameter in trained(model, record, names):
+    for name, parameter in parameters.items():
         if id(parameter) not in copies:
             value, old = parameter.detach(), _parameter(result, name)
             if is_partitioned(parameter):
@@ -174,17 +180,17 @@ def place_trained(
         module = result.get_submodule(owner)
         if not isinstance(module, torch.jit.ScriptModule):
             module._parameters[key] = copies[id(parameter)]
-    buffers = dict(result.named_buffers())
-    for name, buffer in trained_buffers(model, record, names).items():
-        if name in buffers:
-            buffers[name].copy_(buffer)
+    present = dict(result.named_buffers())
+    for name, buffer in buffers.items():
+        if name in present:
+            present[name].copy_(buffer)
 
 
 def trained_buffers(
     model: nn.Module, record: Record, names: Sequence[str]
 ) -> dict[str, torch.Tensor]:
     """Return the buffers that a training has changed, by FQN: those of adapters, and those of the model."""
-    own = {fqn: name for name, adapter in record.adapters.items() for fqn in adapter.own}
+    own = {fqn for adapter in record.adapters.values() for fqn in adapter.own}
     buffers = {name: buffer for name, buffer in changed_buffers(model, record) if name not in own}
     for adapter in names:
         values = ((fqn, own_value(model, adapter, fqn)) for fqn in record.adapters[adapter].own)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_fx import torch_private
 from lora_fx.errors import LoraFxError, ProcessError
 from lora_fx.formats import dense
 from lora_fx.ir import Site, join
@@ -31,7 +30,6 @@ __all__ = [
     "base_dtype",
     "base_modules",
     "base_parameters",
-    "base_statistics",
     "base_weight",
     "check_whole",
     "computed_as_parameters",
@@ -50,7 +48,6 @@ __all__ = [
     "put_back",
     "replaceable",
     "reshard",
-    "statistics",
     "weight_at",
     "with_part",
     "write",
@@ -68,25 +65,6 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if parameter is not None:
                 parameters[join(fqn, name)] = parameter
     return parameters
-
-
-def base_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the base's buffers that a training changes, such as batch-norm statistics, by FQN."""
-    return {
-        join(fqn, name): buffer
-        for fqn, module in base_modules(model)
-        for name, buffer in statistics(module)
-    }
-
-
-def statistics(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return the buffers of a module itself that a state dict has and that are no whole numbers."""
-    transient = torch_private.transient_buffers(module)
-    return [
-        (name, buffer)
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.is_floating_point() and name not in transient
-    ]
 
 
 def replaceable(model: nn.Module, name: str) -> torch.Tensor:
@@ -194,7 +172,7 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def place_own(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
-    """Replace parameters of the base by the stored values of an adapter."""
+    """Replace tensors of the base by the stored values of an adapter."""
     for _, owner, leaf in _places(model, names):
         stored = owner._modules[KEPT + leaf]
         assert isinstance(stored, KeptTensors)
@@ -224,7 +202,7 @@ def place_base(
     Args:
         model: A rewritten model.
         adapter: The adapter.
-        names: FQNs of the parameters that the adapter has replaced.
+        names: FQNs of the tensors that the adapter has replaced.
         originals: The base's values. Values that share memory become one parameter again.
         keep: True to store the adapter's values.
     """

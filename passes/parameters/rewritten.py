@@ -40,6 +40,7 @@ from lora_fx.runtime import AdapterModule
 
 __all__ = [
     "AroundModel",
+    "base_statistics",
     "buffer_digests",
     "changed_buffers",
     "check_intact",
@@ -307,6 +308,15 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
         if key not in torch_private.transient_buffers(module)
     }
     return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def base_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the base's buffers that a training changes, such as batch-norm statistics, by FQN.
+
+    Counters of batches are whole numbers, and not among them.
+    """
+    buffers = persistent_buffers(model).items()
+    return {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
 
 
 def buffer_digests(model: nn.Module) -> dict[str, str]:
