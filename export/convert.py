@@ -716,39 +716,38 @@ def _repaired(program: ExportedProgram) -> ExportedProgram:
     Returns:
         The program.
     """
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "call_function" and node.target is torch.ops.aten.squeeze.dim:
-            # PyTorch leaves an axis of another size than 1 as it is (PixArt), and ONNX refuses it.
-            (whole,) = node.all_input_nodes
-            if whole.meta["val"].ndim == value.ndim > 0:
-                node.replace_all_uses_with(whole)
-        if (
-            node.op == "call_function"
-            and node.target is torch.ops.aten.unsqueeze.default
-            and isinstance(value, torch.Tensor)
-            and value.is_complex()
-        ):
-            # Rotary embeddings with complex numbers (Llama 4, DeepSeek-V2).
-            tensor, axis = node.args
-            node.target, node.args = torch.ops.aten.stack.default, ([tensor], axis)
-        elif (
-            node.op == "call_function"
-            and node.target is torch.ops.aten.rsub.Scalar
-            and isinstance(value, torch.Tensor)
-            and value.dtype != node.all_input_nodes[0].meta["val"].dtype
-        ):
-            # 1.0 minus a mask of whole numbers: torch.onnx takes no number that changes the dtype.
-            whole = node.all_input_nodes[0]
-            with program.graph.inserting_before(node):
-                cast = program.graph.call_function(torch.ops.aten.to.dtype, (whole, value.dtype))
-            cast.meta = {**whole.meta, "val": whole.meta["val"].to(value.dtype)}
-            node.replace_input_with(whole, cast)
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and node.target in _REPAIRED:
+            _repair(node)
     program.graph_module.recompile()
     return program
 
 
 _ATEN = torch.ops.aten
+_SQUEEZED = _ATEN.squeeze.dim, _ATEN.squeeze.dims
+_REPAIRED = (_ATEN.unsqueeze.default, *_SQUEEZED, _ATEN.rsub.Scalar)
+"""Operators that torch.onnx cannot translate in some calls."""
+
+
+def _repair(node: fx.Node) -> None:
+    """Rewrite a call of one of these operators, unless torch.onnx translates it."""
+    x, value = node.all_input_nodes[0], node.meta["val"]
+    before = x.meta["val"]
+    if node.target is _ATEN.unsqueeze.default and value.is_complex():
+        # Rotary embeddings with complex numbers (Llama 4, DeepSeek-V2).
+        tensor, axis = node.args
+        node.target, node.args = _ATEN.stack.default, ([tensor], axis)
+    elif node.target in _SQUEEZED and value.ndim == before.ndim:
+        # PyTorch leaves axes of other sizes than 1 as they are (PixArt), and ONNX refuses them.
+        node.target, node.args = _ATEN.clone.default, (x,)
+    elif node.target is _ATEN.rsub.Scalar and value.dtype != before.dtype:
+        # 1.0 minus a mask of whole numbers: torch.onnx takes no number that changes the dtype.
+        with node.graph.inserting_before(node):
+            cast = node.graph.call_function(_ATEN.to.dtype, (x, value.dtype))
+        cast.meta = {**x.meta, "val": before.to(value.dtype)}
+        node.replace_input_with(x, cast)
+
+
 _DROPOUTS = (
     _ATEN.dropout.default,
     _ATEN.feature_dropout.default,

@@ -114,8 +114,16 @@ class Squeezed(nn.Module):
         return x.squeeze(1) * 2 + x.unsqueeze(1).squeeze(1)
 
 
-def test_an_axis_that_cannot_be_squeezed(tmp_path: Path) -> None:
-    report = lora_fx.export_onnx(Squeezed(), tmp_path / "m.onnx", torch.randn(2, 5, 3))
+class SqueezedTwice(nn.Module):
+    """As above, for several axes, and as an output."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.squeeze(1), x.squeeze((1, 2)) + x.unsqueeze(1).squeeze((1, 2))
+
+
+@pytest.mark.parametrize("model", [Squeezed(), SqueezedTwice()])
+def test_axes_that_cannot_be_squeezed(model: nn.Module, tmp_path: Path) -> None:
+    report = lora_fx.export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 5, 3))
     assert report.verified
 
 
