@@ -33,7 +33,7 @@ from lora_fx.export.decoder_cache import ENCODER_KEY, TASK_KEY
 from lora_fx.export.fuse import ONE_ROW_CHUNKS_KEY, Provider, check_attention
 from lora_fx.export.generation import Generates
 from lora_fx.export.inspection import read_defaults
-from lora_fx.ir import BASE_NAME
+from lora_fx.ir import is_base
 
 __all__ = ["MAX_SHAPES", "OnnxSession", "StaticRunner", "filled_up"]
 
@@ -389,7 +389,7 @@ class OnnxSession(Generates):
         """
         manifest = self._store.manifest
         untyped: object = name
-        if not isinstance(untyped, str) or untyped in ("", BASE_NAME):
+        if not isinstance(untyped, str) or not untyped or is_base(untyped):
             raise ConfigError(f"the name of an adapter is {name!r}: give another text")
         values = values_of(source, adapter_name, manifest)
         description = str(source) if isinstance(source, str | os.PathLike) else f"adapter {name!r}"

@@ -1,4 +1,4 @@
-"""Python's collector of garbage, which finds nothing while modules load or a model is traced."""
+"""Python's collector of garbage, which finds nothing while modules load or a model is rewritten."""
 
 from __future__ import annotations
 

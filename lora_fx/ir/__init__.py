@@ -32,7 +32,6 @@ from lora_fx.ir.plan import (
     Skipped,
 )
 from lora_fx.ir.record import (
-    BASE_NAME,
     DEFAULT_LOSS,
     DEFAULT_MEMORY,
     ActiveAdapters,
@@ -79,7 +78,6 @@ from lora_fx.ir.tables import (
 )
 
 __all__ = [
-    "BASE_NAME",
     "BASE_READ",
     "DEFAULT_LOSS",
     "DEFAULT_MEMORY",

@@ -21,7 +21,6 @@ from lora_fx.ir.savings import Savings
 from lora_fx.ir.site import Matches
 
 __all__ = [
-    "BASE_NAME",
     "DEFAULT_LOSS",
     "DEFAULT_MEMORY",
     "ActiveAdapters",
@@ -49,13 +48,9 @@ Loss: TypeAlias = Literal["whole", "chunked"]
 DEFAULT_LOSS: Loss = "whole"
 
 
-BASE_NAME = "__base__"
-"""PEFT's name for no adapter, where rows of a batch choose their adapters. None means the same."""
-
-
 def is_base(name: object) -> bool:
-    """Return True for the two names of no adapter."""
-    return name is None or (isinstance(name, str) and name == BASE_NAME)
+    """Return True for the names of no adapter, where rows of a batch choose theirs: None, and PEFT's."""
+    return name is None or (isinstance(name, str) and name == "__base__")
 
 
 class _Ref(str):
@@ -159,9 +154,8 @@ class AdapterRecord:
         saved_modules: Modules that it trains in full.
         biases: FQNs of the biases that it trains.
         own: FQNs of the base's tensors that it replaces: those biases, the parameters and the learned
-            buffers of those modules, and weights that its initialization has changed. The replacements are in
-            the model while the
-            adapter is active, and stored outside it otherwise
+            buffers of those modules, and weights that its initialization has changed. The replacements are
+            in the model while the adapter is active, and stored outside it otherwise
             (:mod:`lora_fx.passes.parameters.replacements`).
         initialized: True if it has the start that its configuration names; False if it waits for data.
         tokens: Rows of embeddings that it trains.
