@@ -302,16 +302,16 @@ def rewrite(
             inputs, which a step keeps anyway (:mod:`lora_fx.passes.optimize.recompute`). Square layers with
             DoRA then compute their product twice, for the gradient of the magnitude. Outputs are bitwise
             equal. Without ``optimize`` this has no effect. "least" also runs whole blocks again in the
-            backward, with their inputs on the host (:mod:`lora_fx.runtime.blocks`). It computes modules that
-            treat each token on its own (norms, MLPs, experts) a tile of tokens at a time
-            (:mod:`lora_fx.runtime.tiles`), and the loss in chunks. A step takes about as long as with
+            backward, with their inputs on the host (:mod:`lora_fx.runtime.memory.blocks`). It computes
+            modules that treat each token on its own (norms, MLPs, experts) a tile of tokens at a time
+            (:mod:`lora_fx.runtime.memory.tiles`), and the loss in chunks. A step takes about as long as with
             gradient checkpointing. :func:`plan` lists the blocks and modules.
         loss: "chunked" computes a cross entropy of the output head a few rows at a time, in training calls
-            (:mod:`lora_fx.runtime.logits`). The logits of all tokens, their softmax and their gradient never
-            exist at once. The output then has a placeholder for the logits, which raises a
+            (:mod:`lora_fx.runtime.loss.logits`). The logits of all tokens, their softmax and their gradient
+            never exist at once. The output then has a placeholder for the logits, which raises a
             :class:`LogitsError` when it is read. Calls in eval mode, without gradients or without a loss are
-            the same as with "whole", which computes the model's own loss and is the default unless
-            ``memory`` is "least".
+            the same as with "whole", which computes the model's own loss and is the default unless ``memory``
+            is "least".
         strict: True to raise if an entry of the configuration selects nothing.
         frontend: As for :func:`capture`.
         callback: A function that is called with the pass's name and the capture after each pass: ``capture``,
@@ -319,9 +319,9 @@ def rewrite(
         deploy: The storage in which the adapted weights will be used: a format of :func:`quantize`
             ("int4", "int8", "nf4", …), "bf16", "fp16", or the format of a quantized base. The forward then
             multiplies with the rounded weights, ``Q(W + s·BA)``, and gradients pass through the rounding
-            (:mod:`lora_fx.runtime.deployed`). :func:`merge` and :func:`export_onnx` store the same codes and
-            scales. ``lora_dropout`` must be 0. Only plain LoRA of matrix products is supported, one adapter
-            at a time. Over a dense base, a format needs ``nn.Linear`` layers.
+            (:mod:`lora_fx.runtime.kernels.deployed`). :func:`merge` and :func:`export_onnx` store the same
+            codes and scales. ``lora_dropout`` must be 0. Only plain LoRA of matrix products is supported, one
+            adapter at a time. Over a dense base, a format needs ``nn.Linear`` layers.
 
     Returns:
         A module of the model's class with the same outputs, ready to train. The base is frozen and shared

@@ -85,7 +85,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def packed_masks() -> Iterator[None]:
     """Dropout masks as bits for small tensors too: what large ones have, on small numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_fx.runtime.masks.FEW", 0)
+        patch.setattr("lora_fx.runtime.kernels.masks.FEW", 0)
         yield
 
 

@@ -14,10 +14,10 @@ from torch.autograd import forward_ad
 
 import lora_fx
 from lora_fx.ir import Role, role_of
-from lora_fx.runtime import dora
-from lora_fx.runtime.fused_dora import dora_linear
-from lora_fx.runtime.fused_lora import lora_linear
-from lora_fx.runtime.masks import draw, kept, unpacked
+from lora_fx.runtime.kernels import dora
+from lora_fx.runtime.kernels.fused_dora import dora_linear
+from lora_fx.runtime.kernels.fused_lora import lora_linear
+from lora_fx.runtime.kernels.masks import draw, kept, unpacked
 
 __all__ = [
     "Operands",

@@ -29,7 +29,7 @@ from lora_fx.formats import PackedTensor
 from lora_fx.ir import Loss, Memory
 from lora_fx.passes.capture import Listener, named_inputs
 from lora_fx.passes.graph import share_copy
-from lora_fx.runtime import blocks, offload
+from lora_fx.runtime.memory import blocks, offload
 from lora_fx.torch_private import pytree
 
 if TYPE_CHECKING:

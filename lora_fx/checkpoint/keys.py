@@ -54,7 +54,7 @@ from lora_fx.passes.parameters import (
     whole_shape,
 )
 from lora_fx.passes.patterns import pattern_of
-from lora_fx.runtime import grouped
+from lora_fx.runtime.kernels import grouped
 
 __all__ = [
     "PLAIN",

@@ -488,7 +488,7 @@ class OutputBuilder(BranchBuilder, Protocol):
             quantized: The same function for a quantized weight; None if there is none.
             rows: The function that computes the operation with the branches of several adapters, each for
                 its own rows, and the same for a quantized weight. They take the arguments of
-                :func:`lora_fx.runtime.fused_rows.lora_rows`. None if there are no such functions.
+                :func:`lora_fx.runtime.rows.fused_rows.lora_rows`. None if there are no such functions.
             less: Options with which ``function`` saves less for the backward, and computes more, for
                 ``memory="balanced"``.
         """

@@ -150,7 +150,7 @@ class AdapterKind:
         dynamic: The reason why no weight has the effect of the adapter, and a remedy, in words that continue
             "because"; empty if a weight has it. A merge, and code that reads the weight, is refused with it.
         reads_tokens: True if its graphs read the tokens of the running call
-            (:mod:`lora_fx.runtime.call_tokens`).
+            (:mod:`lora_fx.runtime.rows.call_tokens`).
         does: The effect on each output feature, in words that continue so: "a bias on B adds to".
         depends: The reason why a file that takes adapters as inputs needs the base weights for its values,
             in words; empty if it does not need them.

@@ -1,6 +1,6 @@
 """Arrow (arXiv:2405.11157): a router over other adapters of the model, which trains nothing itself.
 
-For each token it weights the outputs of the adapters (:mod:`lora_fx.runtime.routing`).
+For each token it weights the outputs of the adapters (:mod:`lora_fx.runtime.rows.routing`).
 """
 
 from __future__ import annotations

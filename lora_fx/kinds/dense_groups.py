@@ -20,7 +20,7 @@ from lora_fx.ir import Factors, OutputBuilder, Pattern, Region, Role, Site
 from lora_fx.kinds import AdapterKind, Costs, Slot, Starting
 from lora_fx.kinds.dora import MAGNITUDE, Dora
 from lora_fx.kinds.lora import Lora
-from lora_fx.runtime import dora, grouped
+from lora_fx.runtime.kernels import dora, grouped
 
 __all__ = ["KINDS", "DenseDora", "DenseLora"]
 
@@ -114,7 +114,7 @@ class DenseLora(_Dense, Lora):
 
 
 class DenseDora(_Dense, Dora):
-    """DoRA in the same form, with PEFT's gain (:func:`lora_fx.runtime.dora.dense_gain`)."""
+    """DoRA in the same form, with PEFT's gain (:func:`lora_fx.runtime.kernels.dora.dense_gain`)."""
 
     constants: tuple[Any, ...] = ()
     handed: tuple[Any, ...] = ()

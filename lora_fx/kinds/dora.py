@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353): a trained magnitude for each output feature of ``W + s·BA``.
 
 ``W' = g ∘ (W + s·BA)`` with ``g = m / ‖W + s·BA‖``. Its computation in training is in
-:mod:`lora_fx.runtime.dora`. A bias of the operation is not scaled.
+:mod:`lora_fx.runtime.kernels.dora`. A bias of the operation is not scaled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from lora_fx.ir import OutputBuilder, PlannedSite, Role, Site
 from lora_fx.kinds import AdapterKind, Costs, Slot, Starting, along
 from lora_fx.kinds.lora import BIAS, bias_slot, bias_start
-from lora_fx.runtime import dora, fused_dora
+from lora_fx.runtime.kernels import dora, fused_dora
 
 __all__ = ["KINDS", "MAGNITUDE", "Dora"]
 
@@ -113,7 +113,7 @@ class Dora(AdapterKind):
         return KINDS[0]
 
     def joined(self, build: OutputBuilder, up: fx.Node | None) -> fx.Node:
-        """Write ``g ∘ (total - bias) + bias`` with the branch: see :func:`lora_fx.runtime.dora.rescaled`."""
+        """Write ``g ∘ (total - bias) + bias`` (:func:`lora_fx.runtime.kernels.dora.rescaled`)."""
         assert up is not None
         gains = self._gain(build)
         if self.bias and not build.bias_taken:

@@ -2,67 +2,63 @@
 
 from __future__ import annotations
 
-from lora_fx.runtime import (
-    attention,
-    banked,
-    branch,
-    deployed,
-    experts,
-    fused_lora,
-    fused_rows,
-    logits,
-    masks,
-    parts,
-    recompute,
-    watch,
-)
-from lora_fx.runtime.adapter_modules import (
+from lora_fx.runtime import attention, experts, watch
+from lora_fx.runtime.captured import in_place, output_padding
+from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter, effective_weight
+from lora_fx.runtime.kernels import branch, deployed, fused_lora, masks, recompute, without_autocast
+from lora_fx.runtime.loss import logits
+from lora_fx.runtime.memory import LazyTensor, Source, lazy_result
+from lora_fx.runtime.modules import (
+    BASE,
     AdapterDropouts,
     AdapterFactors,
     AdapterModule,
     AdapterState,
+    Blank,
     Holder,
     KeptIndices,
     KeptTensors,
-    check_adapter_name,
-)
-from lora_fx.runtime.call_tokens import active_positions, gated, unwatch_tokens, watch_tokens
-from lora_fx.runtime.captured import in_place, output_padding
-from lora_fx.runtime.classes import (
-    BASE,
-    Blank,
     around,
     blank,
+    called_by_all,
+    check_adapter_name,
+    check_equal,
     give_class,
     held_in,
     inner_class,
     inner_of,
+    parts,
     subclass,
 )
-from lora_fx.runtime.effective import CHANGES, EffectiveWeight, base_parameter, effective_weight
-from lora_fx.runtime.fused_lora import without_autocast
-from lora_fx.runtime.parts import called_by_all, check_equal
-from lora_fx.runtime.routing import routed
-from lora_fx.runtime.row_parameters import RowParameter
-from lora_fx.runtime.row_tracking import Follower
-from lora_fx.runtime.sample_calls import ignore_ids, tensors_in, unwatch_calls, watch_calls
-from lora_fx.runtime.samples import (
+from lora_fx.runtime.rows import (
     COLUMNS,
     IDS,
+    Follower,
+    PatchedWeight,
+    RowParameter,
     SampleRows,
     SampleSlots,
+    active_positions,
     add_rows,
+    banked,
     ends_selected,
     follow,
+    fused_rows,
+    gated,
+    ignore_ids,
     put_rows,
+    routed,
     rows_added,
     rows_of_tokens,
     rows_selected,
     select_rows,
+    tensors_in,
     unfollow,
+    unwatch_calls,
+    unwatch_tokens,
+    watch_calls,
+    watch_tokens,
 )
-from lora_fx.runtime.spans import LazyTensor, Source, lazy_result
-from lora_fx.runtime.token_rows import PatchedWeight
 from lora_fx.runtime.watch import CODE, GRAPH, Hooked, disarm, entry, is_checked, places_of
 
 __all__ = [

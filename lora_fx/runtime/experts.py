@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from lora_fx.formats import StackedTensor, grouped_product
-from lora_fx.runtime.samples import like_rows, unseen
+from lora_fx.runtime.rows import like_rows, unseen
 
 __all__ = [
     "as_before",

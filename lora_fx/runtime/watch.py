@@ -8,8 +8,8 @@ them. If such a value meets data in code outside of lora-fx, the call ends with 
 mode is "watched".
 
 An entry point is the forward of a module. A form is its training and gradient mode, and the classes and sizes
-of its arguments (:mod:`lora_fx.runtime.call_sizes`). Later calls of a form cost one set lookup. Compiled
-calls and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
+of its arguments (:mod:`lora_fx.runtime.modules.call_sizes`). Later calls of a form cost one set lookup.
+Compiled calls and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from lora_fx import torch_private
 from lora_fx.errors import CaptureError
 from lora_fx.formats import formats
 from lora_fx.ir import META_KEY, Saving, Site, record_of
-from lora_fx.runtime import blocks, chunked, logits, spans, tiles
-from lora_fx.runtime.adapter_modules import AdapterModule
-from lora_fx.runtime.call_sizes import Sizes
-from lora_fx.runtime.classes import (
+from lora_fx.runtime.effective import CHANGES, assigned, weight_property
+from lora_fx.runtime.loss import chunked, logits
+from lora_fx.runtime.memory import blocks, spans, tiles
+from lora_fx.runtime.modules import (
     BASE,
+    AdapterModule,
     Blank,
+    Sizes,
     around,
     blank,
+    check_equal,
     give_class,
     inner_class,
     inner_of,
     members_of,
     subclass,
 )
-from lora_fx.runtime.effective import CHANGES, assigned, weight_property
-from lora_fx.runtime.parts import check_equal
-from lora_fx.runtime.sample_calls import refuse_ids
-from lora_fx.runtime.samples import IDS
+from lora_fx.runtime.rows import IDS, refuse_ids
 from lora_fx.torch_private import pytree
 
 __all__ = [
@@ -538,7 +538,8 @@ class _How(NamedTuple):
 
     Attributes:
         whole: Whether to watch calls of the module. If not, it only gets properties for effective weights.
-        scoped: Whether heads in it may leave their output to a loss (:func:`lora_fx.runtime.logits.scoped`).
+        scoped: Whether heads in it may leave their output to a loss
+            (:func:`lora_fx.runtime.loss.logits.scoped`).
         weights: Names of the parameters whose attribute reads apply adapters.
         saving: How its calls keep less for the backward.
     """

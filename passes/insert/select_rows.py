@@ -43,7 +43,7 @@ from lora_fx.runtime import (
 __all__ = ["ROWS", "SelectRows"]
 
 ROWS = "lora_rows"
-"""Name of the :class:`lora_fx.runtime.samples.SampleRows` next to the factors of a site."""
+"""Name of the :class:`lora_fx.runtime.rows.samples.SampleRows` next to the factors of a site."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,8 @@ class _Axes(NamedTuple):
     """Axes of the rows in the input and the output of an operation.
 
     Attributes:
-        source, result: The axis in the input and the output. :data:`lora_fx.runtime.samples.COLUMNS` for a
-            weight on the left.
+        source, result: The axis in the input and the output. :data:`lora_fx.runtime.rows.samples.COLUMNS` for
+            a weight on the left.
         least: Smallest number of dimensions of the input; 0 for no minimum.
         base: The operation.
     """

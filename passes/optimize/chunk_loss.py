@@ -1,7 +1,7 @@
 """Pass that turns a model's head into one call, a function of rows, so that the loss runs in chunks.
 
 The operation and its branches, of every adapter and kind, move into a separate graph
-(:class:`lora_fx.runtime.logits.Head`). There, values depend on rows only through the input of the head.
+(:class:`lora_fx.runtime.loss.logits.Head`). There, values depend on rows only through the input of the head.
 Everything else that they read (weights, factors, settings) is passed as arguments.
 """
 

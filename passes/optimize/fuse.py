@@ -11,7 +11,8 @@
   branches of all adapters into one node.
 - :class:`Deploy` fuses the operations whose adapted weight is trained for a storage (``deploy=``), always:
   only a function that rounds the weight computes the operation.
-- :class:`CheapDropout` gives the other branches a cheap dropout (:func:`lora_fx.runtime.masks.dropped`).
+- :class:`CheapDropout` gives the other branches a cheap dropout
+  (:func:`lora_fx.runtime.kernels.masks.dropped`).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Base:
         turned: True if the weight is [in, out].
         outputs: Number of output features.
         kernel: For a quantized weight, the options of its product: arguments of
-            :func:`lora_fx.runtime.fused_lora.quantized_lora_linear`. None for any other weight.
+            :func:`lora_fx.runtime.kernels.fused_lora.quantized_lora_linear`. None for any other weight.
     """
 
     x: fx.Node

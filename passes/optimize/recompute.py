@@ -2,9 +2,9 @@
 
 A *chain* is a connected part of a graph with one result, of operations that cost little compared with a
 matrix product. Autograd over them keeps the inputs of the chain, and often more. The pass replaces the
-chain by one call (:class:`lora_fx.runtime.recompute.Chain`), which keeps the inputs only. A fused product
-need not keep the result, either. A chain never keeps more than its operations did: some operation of it
-keeps each of its inputs.
+chain by one call (:class:`lora_fx.runtime.kernels.recompute.Chain`), which keeps the inputs only. A fused
+product need not keep the result, either. A chain never keeps more than its operations did: some operation of
+it keeps each of its inputs.
 
 Norms and activations are modules without matrices, which have no graph. Those that are a chain get one.
 """

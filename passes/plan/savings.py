@@ -1,9 +1,9 @@
 """Pass that finds the blocks and the modules that treat each token on its own, for ``memory="least"``.
 
 A module may run in tiles of tokens if it computes each token from that token alone, in the same way at every
-position. Both are tried on a few random tokens. The rules of :mod:`lora_fx.runtime.row_rules`, applied to the
-axis of the tokens, show which tokens each element of the result was computed from. The results of two halves
-are compared with the result of the whole. No class is known by its name.
+position. Both are tried on a few random tokens. The rules of :mod:`lora_fx.runtime.rows.row_rules`, applied
+to the axis of the tokens, show which tokens each element of the result was computed from. The results of two
+halves are compared with the result of the whole. No class is known by its name.
 
 Experts sort the tokens by their values, which no rule follows: for them, the trial of values decides.
 

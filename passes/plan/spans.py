@@ -2,8 +2,8 @@
 
 A graph of the layer shows which modules it calls, even if the graph never runs or ends early. The search
 follows the output of each widening module through the graph, and through the graphs of called modules.
-The other operations run on a few tokens as in a step (:mod:`lora_fx.runtime.spans`). So a span is found only
-if a step records all of its operations.
+The other operations run on a few tokens as in a step (:mod:`lora_fx.runtime.memory.spans`). So a span is
+found only if a step records all of its operations.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import CaptureError, ConfigError, LoraConfig
-from lora_fx.runtime.masks import draw, dropped, kept, recovery, unpacked
+from lora_fx.runtime.kernels.masks import draw, dropped, kept, recovery, unpacked
 from tests.algebra import randomize
 from tests.mixtures import mixtral
 from tests.numerics import assert_close, assert_same_bits, tensors

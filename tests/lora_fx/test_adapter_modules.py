@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora_fx
-from lora_fx.runtime.adapter_modules import AdapterFactors, check_adapter_name
+from lora_fx.runtime.modules.adapter_modules import AdapterFactors, check_adapter_name
 from tests.numerics import assert_same_bits
 from tests.zoo import Mlp
 

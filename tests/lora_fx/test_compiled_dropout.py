@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.runtime.masks import draw, in_planes, kept, masked, unpacked
+from lora_fx.runtime.kernels.masks import draw, in_planes, kept, masked, unpacked
 from lora_fx.tools.bench.counted import saved_bytes
 from tests.algebra import randomize
 from tests.numerics import assert_close, assert_same_bits

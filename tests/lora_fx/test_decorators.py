@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.errors import CaptureError
-from lora_fx.runtime.classes import around, inner_of
+from lora_fx.runtime.modules.classes import around, inner_of
 from tests.algebra import randomize
 from tests.numerics import assert_close
 

@@ -13,7 +13,8 @@ from torch.autograd import gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime import branch, dora
+from lora_fx.runtime import branch
+from lora_fx.runtime.kernels import dora
 from tests.numerics import assert_close, assert_same_bits
 from tests.zoo import sample
 
@@ -101,7 +102,7 @@ def test_nothing_of_the_size_of_the_weight_is_made(
     monkeypatch, shape, layout, channels_last, dtype
 ) -> None:
     # As if the weight were many times what is widened at a time.
-    monkeypatch.setattr("lora_fx.runtime.dora._CHUNK", 1 << 15)
+    monkeypatch.setattr("lora_fx.runtime.kernels.dora._CHUNK", 1 << 15)
     weight = sample(*shape, dtype=dtype)
     if channels_last:
         weight = weight.to(memory_format=torch.channels_last)

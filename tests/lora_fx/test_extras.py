@@ -237,7 +237,7 @@ def test_each_use_names_the_command(
 HANDLERS = {
     "export/staging.py": "no fcntl on Windows: folders of processes that died stay there",
     "passes/graph/reads.py": "the name of a function leads to no module: no package is asked for",
-    "lora_fx/runtime/masks.py": "without Triton, masks and products are PyTorch's",
+    "lora_fx/runtime/kernels/masks.py": "without Triton, masks and products are PyTorch's",
     "tools/cli/__init__.py": "the command line itself is missing",
     "tools/models.py": "a module of the user's",
 }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.fused_lora import lora_linear
+from lora_fx.runtime.kernels.fused_lora import lora_linear
 from tests.fused import (
     Operands,
     assert_close_to_exact,

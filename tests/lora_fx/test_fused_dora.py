@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.fused_dora import dora_linear
+from lora_fx.runtime.kernels.fused_dora import dora_linear
 from lora_fx.tools.bench.counted import saved_bytes
 from tests.dora import randomize_magnitudes
 from tests.fused import (

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.runtime.fused_lora import lora_linear
+from lora_fx.runtime.kernels.fused_lora import lora_linear
 from lora_fx.tools.bench.counted import saved_bytes
 from tests.fused import (
     SEED,

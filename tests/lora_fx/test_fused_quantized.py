@@ -13,8 +13,8 @@ import lora_fx
 from lora_fx.errors import QuantizationError
 from lora_fx.formats import dense, quantized_linear
 from lora_fx.ir.graph import Role
-from lora_fx.runtime.fused_lora import quantized_lora_linear
-from lora_fx.runtime.masks import FEW, draw
+from lora_fx.runtime.kernels.fused_lora import quantized_lora_linear
+from lora_fx.runtime.kernels.masks import FEW, draw
 from tests.fused import SEED, Operands, errors, gradients, operands, roles
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig, LoraFxError
-from lora_fx.runtime.fused_rows import lora_rows
-from lora_fx.runtime.samples import CallState, SampleRows
+from lora_fx.runtime.rows.fused_rows import lora_rows
+from lora_fx.runtime.rows.samples import CallState, SampleRows
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close, assert_same_bits
 

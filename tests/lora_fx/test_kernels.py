@@ -28,8 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.runtime import masks
-from lora_fx.runtime.fused_lora import lora_linear
-from lora_fx.runtime.masks import draw, kept, unpacked
+from lora_fx.runtime.kernels.fused_lora import lora_linear
+from lora_fx.runtime.kernels.masks import draw, kept, unpacked
 from tests.fused import (
     SEED,
     Operands,
@@ -111,18 +111,18 @@ def test_they_compile_for_a_gpu(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lora_fx.runtime import kernels
+    from lora_fx.runtime.kernels import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     pointers = {**dict.fromkeys(("x", "a", "grad", "total", "out"), pointer), "mask": "*i64"}
-    tiles = kernels._tiles(rank, dtype)
+    tiles = triton_kernels._tiles(rank, dtype)
     options = {name: tiles.pop(name) for name in tuple(tiles) if name.islower()}
     each = {
-        kernels._mask_kernel: ({"ROWS": 32, "COLUMNS": 128}, {"out": "*u8"}),
-        kernels._product_kernel: (tiles, {}),
-        kernels._outer_kernel: (tiles, {}),
-        kernels._add_kernel: ({**tiles, "RANK": min(tiles["RANK"], 64)}, {}),
+        triton_kernels._mask_kernel: ({"ROWS": 32, "COLUMNS": 128}, {"out": "*u8"}),
+        triton_kernels._product_kernel: (tiles, {}),
+        triton_kernels._outer_kernel: (tiles, {}),
+        triton_kernels._add_kernel: ({**tiles, "RANK": min(tiles["RANK"], 64)}, {}),
     }
     for kernel, (constants, special) in each.items():
         types = dict.fromkeys(kernel.arg_names, "i32") | pointers | special
@@ -162,11 +162,11 @@ def test_where_they_do_not_run_the_log_says_why(
 def test_kernels_that_are_wrong_on_a_device_are_found(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_fx.runtime import kernels
+    from lora_fx.runtime.kernels import triton_kernels
 
-    check = kernels.check.__wrapped__
+    check = triton_kernels.check.__wrapped__
     assert check(device) == ""
-    monkeypatch.setattr(kernels, "dropped_product", lambda x, a, mask: x @ a.T)
+    monkeypatch.setattr(triton_kernels, "dropped_product", lambda x, a, mask: x @ a.T)
     assert check(device) == "drop(x) Aᵀ is not what PyTorch computes"
 
 

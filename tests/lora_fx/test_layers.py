@@ -42,6 +42,11 @@ LAYERS = (
     "lora_fx.config",
     "lora_fx.ir",
     "lora_fx.formats",
+    "lora_fx.runtime.modules",
+    "lora_fx.runtime.kernels",
+    "lora_fx.runtime.rows",
+    "lora_fx.runtime.loss",
+    "lora_fx.runtime.memory",
     "lora_fx.runtime",
     "lora_fx.kinds",
     "lora_fx.passes.graph",
@@ -376,7 +381,11 @@ def test_imports_go_downward(module: Module) -> None:
     [
         ("lora_fx.errors", "import lora_fx.config", "lies below"),
         ("lora_fx.ir.plan", "from lora_fx.passes.match import Match", "lies below"),
-        ("lora_fx.runtime.branch", "def f():\n    from lora_fx.api import plan", "lies below"),
+        (
+            "lora_fx.runtime.kernels.branch",
+            "def f():\n    from lora_fx.api import plan",
+            "lies below",
+        ),
         ("lora_fx.api", "from lora_fx.tools.cli import main", "lies below"),
         ("lora_fx.passes.match.marks", "from lora_fx.passes.merge import x", "lies below"),
         ("lora_fx.passes.match.marks", "from lora_fx import LoraConfig", "in no package"),
@@ -491,7 +500,7 @@ def test_every_module_can_be_imported_first(tmp_path: Path) -> None:
     # The script of another exporter runs where that is installed.
     names = [name for name in MODULES if not name.endswith("peer_script")]
     if importlib.util.find_spec("triton") is None:
-        names.remove("lora_fx.runtime.kernels")
+        names.remove("lora_fx.runtime.kernels.triton_kernels")
     assert not printed(ALONE, tmp_path, *names)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_fx.runtime.recompute import lazy_copy
+from lora_fx.runtime.kernels.recompute import lazy_copy
 
 
 def address(tensor: Tensor) -> int:

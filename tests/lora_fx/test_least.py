@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from lora_fx.runtime import offload, tiles
+from lora_fx.runtime.memory import offload, tiles
 from lora_fx.tools.cluster import Ledger
 
 TOKENS = 600  # three tiles

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_fx.runtime import masks
-from lora_fx.runtime.masks import draw, kept, unpacked
+from lora_fx.runtime.kernels.masks import draw, kept, unpacked
 from tests.numerics import assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("packed_masks")

@@ -18,8 +18,8 @@ from torch import nn
 import lora_fx
 from lora_fx import ConfigError
 from lora_fx.ir.record import record_of
-from lora_fx.runtime.row_tracking import Follower
-from lora_fx.runtime.samples import SampleRows
+from lora_fx.runtime.rows.row_tracking import Follower
+from lora_fx.runtime.rows.samples import SampleRows
 from tests.lora_fx.test_samples import three
 from tests.numerics import assert_close
 from tests.zoo import TIMM, TORCHVISION

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from lora_fx.runtime import sample_calls
+from lora_fx.runtime.rows import sample_calls
 from tests.lora_fx.test_owners import NAMES, Program, expected, model_of, table_of, tokens
 from tests.lora_fx.test_samples import alone
 from tests.numerics import TORCH, assert_close

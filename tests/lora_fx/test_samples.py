@@ -16,7 +16,7 @@ from torch import nn
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
 from lora_fx.ir.record import record_of
-from lora_fx.runtime.samples import CallState, add_rows, select_rows
+from lora_fx.runtime.rows.samples import CallState, add_rows, select_rows
 from tests.golden import check_golden, printed
 from tests.mixtures import MODELS
 from tests.numerics import assert_close, assert_same_bits

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from lora_fx.runtime import offload
+from lora_fx.runtime.memory import offload
 from lora_fx.tools.cluster import Ledger, Mesh, Settings, plan_step
 from tests.lora_fx.test_least import assert_equal
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx.runtime import fused_lora as _fused_branch
-from lora_fx.runtime.masks import recovery
+from lora_fx.runtime.kernels.masks import recovery
 from lora_fx.tools.demo import Batch, SentenceClassifier, batches, collect, tokens
 
 pytestmark = pytest.mark.slow

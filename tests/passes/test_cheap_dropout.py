@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.runtime.masks import dropped, kept
+from lora_fx.runtime.kernels.masks import dropped, kept
 from tests.golden import check_golden, printed
 
 pytestmark = pytest.mark.usefixtures("packed_masks")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_fx
 from lora_fx.ir.graph import META_KEY, Tag
-from lora_fx.runtime.masks import dropped
+from lora_fx.runtime.kernels.masks import dropped
 from tests.algebra import adapt, randomize, scale_of
 from tests.dora import (
     adapted_weight,

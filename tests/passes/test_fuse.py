@@ -17,8 +17,8 @@ from lora_fx.passes.capture.auto import capture
 from lora_fx.passes.insert.insert_branches import Insert
 from lora_fx.passes.optimize.fuse import Fuse
 from lora_fx.passes.pipeline import plan_capture
-from lora_fx.runtime.fused_dora import dora_linear
-from lora_fx.runtime.fused_lora import lora_linear, quantized_lora_linear
+from lora_fx.runtime.kernels.fused_dora import dora_linear
+from lora_fx.runtime.kernels.fused_lora import lora_linear, quantized_lora_linear
 from tests import algebra
 from tests.algebra import Letters
 from tests.fused import roles

@@ -19,7 +19,7 @@ import lora_fx
 from lora_fx import LoraConfig
 from lora_fx.errors import ConfigError
 from lora_fx.passes.graph import is_region
-from lora_fx.runtime.recompute import Chain, source_of
+from lora_fx.runtime.kernels.recompute import Chain, source_of
 from lora_fx.tools.bench.counted import saved_bytes
 from tests.golden import check_golden, printed
 from tests.numerics import TOLERANCE, assert_close

@@ -11,7 +11,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import LoraConfig
-from lora_fx.runtime.fused_lora import lora_linear, lora_linears
+from lora_fx.runtime.kernels.fused_lora import lora_linear, lora_linears
 from tests.golden import check_golden, printed
 from tests.numerics import assert_close
 from tests.passes.test_fuse import pair, run

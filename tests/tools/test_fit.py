@@ -13,7 +13,7 @@ from torch import nn
 
 import lora_fx
 from lora_fx import ConfigError, LoraConfig
-from lora_fx.runtime import offload
+from lora_fx.runtime.memory import offload
 from lora_fx.tools.cluster import Ledger, Mesh, Settings, plan_step, step_inputs, without_memory
 from lora_fx.tools.fit import best_format, fits, size_of, stored_bytes
 from tests.allocator import allocator_growth

@@ -2,7 +2,7 @@
 
 A dispatch mode sees every operator of a call, whatever code runs it. Each storage has a shadow, which holds
 the samples of its elements. A tensor and its samples have the same geometry, so views and writes need no
-rule. The rules of the other operators are in :mod:`lora_fx.runtime.row_rules`.
+rule. The rules of the other operators are in :mod:`lora_fx.runtime.rows.row_rules`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.row_rules import Operation, batch_normalized, operands_of, rule_of, union
+from lora_fx.runtime.rows.row_rules import Operation, batch_normalized, operands_of, rule_of, union
 
 __all__ = ["Follower", "caller"]
 

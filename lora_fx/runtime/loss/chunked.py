@@ -2,8 +2,8 @@
 
 A vocabulary is much wider than the input of a head, so that logits, their softmax and their gradient are the
 largest tensors of a training step. :class:`Job` takes a chunk of rows through the head, the model's
-operations on logits (:mod:`lora_fx.runtime.logits`) and the loss, and runs the backward of the chunk at once.
-It keeps only the gradients of the head's input and of the trained weights and factors.
+operations on logits (:mod:`lora_fx.runtime.loss.logits`) and the loss, and runs the backward of the chunk at
+once. It keeps only the gradients of the head's input and of the trained weights and factors.
 
 ``torch.nn.functional.linear_cross_entropy`` does not suffice. It takes a single dense weight, but a head has
 adapters, casts, caps and scales. It also computes the gradient of a frozen weight.

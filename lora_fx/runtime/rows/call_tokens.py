@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.sample_calls import entered, tensors_in
-from lora_fx.runtime.samples import in_backward
+from lora_fx.runtime.rows.sample_calls import entered, tensors_in
+from lora_fx.runtime.rows.samples import in_backward
 
 __all__ = [
     "IDS_OF_TOKENS",

@@ -1,12 +1,13 @@
 """A linear operation and its DoRA branch as one function: ``y = g ∘ (x Wᵀ + s · (drop(x) Aᵀ) Bᵀ) + bias``.
 
 The gain and the branch are applied to the output in place. For the backward it saves the same tensors as
-:mod:`lora_fx.runtime.fused_lora`, and the gain ([out]): x (or the inputs that x is recomputed from), the
-product with A ([tokens, r]) and, with dropout, a bit for each element of x.
+:mod:`lora_fx.runtime.kernels.fused_lora`, and the gain ([out]): x (or the inputs that x is recomputed from),
+the product with A ([tokens, r]) and, with dropout, a bit for each element of x.
 
-The gradient of the gain is a sum over ``y - bias``, which is not saved, as in :mod:`lora_fx.runtime.dora`.
-Either the product is recomputed, or the output is divided by the gain. For the latter a lazy copy of the
-output is saved, which no caller can write into. Often the next layer saves the output anyway.
+The gradient of the gain is a sum over ``y - bias``, which is not saved, as in
+:mod:`lora_fx.runtime.kernels.dora`. Either the product is recomputed, or the output is divided by the gain.
+For the latter a lazy copy of the output is saved, which no caller can write into. Often the next layer saves
+the output anyway.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.dora import divisible, times_gains
-from lora_fx.runtime.fused_lora import (
+from lora_fx.runtime.kernels.dora import divisible, times_gains
+from lora_fx.runtime.kernels.fused_lora import (
     add_product,
     apply,
     autocast_dtype,
@@ -31,8 +32,8 @@ from lora_fx.runtime.fused_lora import (
     without_autocast,
     writable,
 )
-from lora_fx.runtime.masks import draw, masked, recovery, seed_of, unpacked
-from lora_fx.runtime.recompute import Source, lazy_copy, source_of
+from lora_fx.runtime.kernels.masks import draw, masked, recovery, seed_of, unpacked
+from lora_fx.runtime.kernels.recompute import Source, lazy_copy, source_of
 
 __all__ = ["dora_linear"]
 
@@ -55,9 +56,9 @@ def dora_linear(
     """Compute a linear operation with a weight-decomposed branch (DoRA, Liu et al. 2024, arXiv:2402.09353).
 
     Dtypes, autocast and the transforms of ``torch.func`` work as in
-    :func:`lora_fx.runtime.fused_lora.lora_linear`. A compiler sees plain operations, and decides which
-    tensors to save. Dropout is applied to the branch only. x is saved only for the gradients of A and W, and
-    for that of the gain if the product is recomputed.
+    :func:`lora_fx.runtime.kernels.fused_lora.lora_linear`. A compiler sees plain operations, and decides
+    which tensors to save. Dropout is applied to the branch only. x is saved only for the gradients of A and
+    W, and for that of the gain if the product is recomputed.
 
     Args:
         x: [..., in].
@@ -66,11 +67,12 @@ def dora_linear(
         a: A, [r, in].
         b: B, [n, r], with n the number of ``rows``.
         scale: The scale s of the branch.
-        gains: g of :func:`lora_fx.runtime.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
+        gains: g of :func:`lora_fx.runtime.kernels.dora.gain`, [n], in fp32, or fp64 for an fp64 weight.
         again: True to recompute ``x Wᵀ`` for the gradient of g, which costs a product and no memory.
             Otherwise it is computed from the output, which is saved. It is recomputed anyway if a gain is
             near 0, if the values of the gains cannot be read, or if only some ``rows`` have the branch.
-        dropout: Dropout probability of the branch's input, rounded as in :func:`lora_fx.runtime.masks.kept`.
+        dropout: Dropout probability of the branch's input, rounded as in
+            :func:`lora_fx.runtime.kernels.masks.kept`.
         training: True if dropout is active.
         rows: The outputs (start, stop) that have the branch and the gain, or None for all.
 
@@ -190,7 +192,8 @@ class _DoraLinear(torch.autograd.Function):
         if bias is not None:
             mine.add_(((1 - gains) * options.own(bias)).to(x.dtype))
         mine.addmm_(down, options.steered(b, gains, x.dtype).T)
-        # As in lora_fx.runtime.fused_lora: callers cannot write in place into a view that a function returns.
+        # As in lora_fx.runtime.kernels.fused_lora: callers cannot write in place into a view that a function
+        # returns.
         return torch_private.UNSAFE_VIEW(out, out.shape), down
 
     @staticmethod

@@ -5,9 +5,9 @@ of each adapter over its own rows, forward and backward. Ranks may differ, and n
 of each adapter are contiguous, they are read and written in place. Otherwise they are sorted by adapter
 first, once for all adapters.
 
-For the backward it saves the same tensors as :mod:`lora_fx.runtime.fused_lora` does for one adapter: x (or
-the inputs that x is recomputed from), the products with the A's, and bit masks. An adapter without a row in
-the batch gets no gradient, as if it had not run.
+For the backward it saves the same tensors as :mod:`lora_fx.runtime.kernels.fused_lora` does for one adapter:
+x (or the inputs that x is recomputed from), the products with the A's, and bit masks. An adapter without a
+row in the batch gets no gradient, as if it had not run.
 """
 
 from __future__ import annotations
@@ -21,21 +21,26 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
-from lora_fx.runtime.fused_lora import (
+from lora_fx.runtime.kernels import (
     Kernel,
     Rows,
+    Source,
     add_product,
     autocast_dtype,
     cast,
+    draw,
     flat,
+    masked,
     quantized_kernel,
+    recovery,
+    source_of,
+    transformed,
+    unpacked,
     without_autocast,
     writable,
 )
-from lora_fx.runtime.masks import draw, masked, recovery, transformed, unpacked
-from lora_fx.runtime.parts import check_not_in_parts
-from lora_fx.runtime.recompute import Source, source_of
-from lora_fx.runtime.samples import (
+from lora_fx.runtime.modules import check_not_in_parts
+from lora_fx.runtime.rows.samples import (
     Layout,
     SampleRows,
     check_rows_followed,
@@ -107,8 +112,8 @@ def lora_rows(
     """Compute a linear operation with an adapter for each row of the batch.
 
     Dtypes, autocast, second derivatives and the transforms of ``torch.func`` work as in
-    :func:`lora_fx.runtime.fused_lora.lora_linear`. A compiler sees plain operations, so that one compilation
-    serves all orders of the rows.
+    :func:`lora_fx.runtime.kernels.fused_lora.lora_linear`. A compiler sees plain operations, so that one
+    compilation serves all orders of the rows.
 
     Args:
         x: [samples, ..., in]. Samples may be repeated, or have several consecutive rows.
@@ -157,7 +162,7 @@ def quantized_lora_rows(
 ) -> Tensor:
     """Compute :func:`lora_rows` over a quantized weight, which is frozen.
 
-    The last three arguments are those of :func:`lora_fx.runtime.fused_lora.quantized_lora_linear`.
+    The last three arguments are those of :func:`lora_fx.runtime.kernels.fused_lora.quantized_lora_linear`.
     """
     kernel, dtype = quantized_kernel(x, weight, compute_dtype, threshold, base_training)
     options = _Adapters(scales, _probabilities(dropouts), parts, kernel, dtype)

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_fx import torch_private
-from lora_fx.runtime.adapter_modules import AdapterModule, AdapterState
-from lora_fx.runtime.chunked import drawing, exact_dtype, generators
-from lora_fx.runtime.masks import TileMasks, transformed
-from lora_fx.runtime.recompute import autocast_of
-from lora_fx.runtime.replay import Replay
+from lora_fx.runtime.kernels import TileMasks, autocast_of, transformed
+from lora_fx.runtime.loss import drawing, exact_dtype, generators
+from lora_fx.runtime.memory.replay import Replay
+from lora_fx.runtime.modules import AdapterModule, AdapterState
 from lora_fx.torch_private import pytree
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Blocks of a model whose forward runs again in the backward pass, so that only their inputs are kept.
 
 This is PyTorch's activation checkpointing without reentrant autograd (arXiv:1604.06174), with the inputs of
-the blocks on the host (:mod:`lora_fx.runtime.offload`).
+the blocks on the host (:mod:`lora_fx.runtime.memory.offload`).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.offload import on_host
-from lora_fx.runtime.replay import Replay
+from lora_fx.runtime.kernels import transformed
+from lora_fx.runtime.memory.offload import on_host
+from lora_fx.runtime.memory.replay import Replay
 from lora_fx.torch_private import pytree
 
 __all__ = ["recomputed", "recomputing_in"]

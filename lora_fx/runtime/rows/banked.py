@@ -4,8 +4,8 @@ A *bank* stacks the factors A (or B, or a vector) of all adapters, [slots, in, o
 ``slots``, [rows], has the slot of each row of the batch. If samples have several rows each, those of a sample
 are adjacent, [rows * t, in].
 
-While a call is followed (:mod:`lora_fx.runtime.row_tracking`), each of these functions checks that the rows
-of its input are the samples.
+While a call is followed (:mod:`lora_fx.runtime.rows.row_tracking`), each of these functions checks that the
+rows of its input are the samples.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_fx.runtime.samples import check_rows_followed
+from lora_fx.runtime.rows.samples import check_rows_followed
 
 __all__ = [
     "banked_conv",

@@ -2,16 +2,17 @@
 
 PyTorch on a GPU draws a number of four bytes for each element and compares it. It multiplies x with the
 result into a new matrix, and saves a byte for each element. Here a mask is a *seed* of eight bytes
-(:func:`lora_fx.runtime.masks.draw`). Each kernel draws the elements of its tile, in registers, from Philox
-4x32-10 (Salmon et al. 2011, SC '11). Its outputs depend only on the seed and the position in the matrix. So
-the forward, the backward and a checkpoint's recomputation have the same mask, whatever their tiles are. One
+(:func:`lora_fx.runtime.kernels.masks.draw`). Each kernel draws the elements of its tile, in registers, from
+Philox 4x32-10 (Salmon et al. 2011, SC '11). Its outputs depend only on the seed and the position in the
+matrix. So the forward, the backward and a checkpoint's recomputation have the same mask, whatever their tiles
+are. One
 call of Philox gives the bytes of sixteen neighbors in a row: element (i, j) is kept if byte ``j % 16`` of the
 call with the counter ``(j // 16, i, 0, 0)`` is at least the threshold.
 
 Sums over tokens or features are split by the shapes alone, and added in a fixed order. No operation is
 atomic, and a run repeats bit for bit. The products are operators, ``lora_fx::…``, so that modes of PyTorch
 see them. No other module imports Triton. This module is imported when a mask is first drawn on a GPU
-(:func:`lora_fx.runtime.masks.has_kernels`).
+(:func:`lora_fx.runtime.kernels.masks.has_kernels`).
 """
 
 from __future__ import annotations
@@ -293,7 +294,7 @@ def dropout_mask(mask: Tensor, rows: int, columns: int) -> Tensor:
     """Return the mask of a seed, bool [rows, columns], which is True for the elements to keep.
 
     Args:
-        mask: A seed of :func:`lora_fx.runtime.masks.draw`.
+        mask: A seed of :func:`lora_fx.runtime.kernels.masks.draw`.
         rows: The number of rows of the matrix.
         columns: Its number of columns.
     """

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.chunked import ROWS, drawing, generators
-from lora_fx.runtime.lazy import Unmade, asks
-from lora_fx.runtime.recompute import autocast_of
-from lora_fx.runtime.row_rules import is_elementwise
-from lora_fx.runtime.tiles import called, draws, fits, in_tiles, is_silent
+from lora_fx.runtime.kernels import autocast_of
+from lora_fx.runtime.loss import ROWS, Unmade, asks, drawing, generators
+from lora_fx.runtime.memory.tiles import called, draws, fits, in_tiles, is_silent
+from lora_fx.runtime.rows import is_elementwise
 from lora_fx.torch_private import pytree
 
 __all__ = ["LazyTensor", "Source", "closed", "lazy_result", "opened", "spanned"]

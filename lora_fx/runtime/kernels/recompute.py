@@ -29,8 +29,8 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from lora_fx import torch_private
 from lora_fx.ir import freeze, thaw
-from lora_fx.runtime.classes import BASE, inner_class
-from lora_fx.runtime.masks import transformed
+from lora_fx.runtime.kernels.masks import transformed
+from lora_fx.runtime.modules import BASE, inner_class
 
 __all__ = [
     "ACTIVATION",

@@ -1,7 +1,8 @@
 """Parameters of which each row of a batch has its own values: the heads, norms and biases of its adapter.
 
 A :class:`RowParameter` takes the place of a parameter in a module. It holds the values of all adapters as a
-bank (:mod:`lora_fx.runtime.banked`), and the slot of each row. Functions that take a parameter compute with
+bank (:mod:`lora_fx.runtime.rows.banked`), and the slot of each row. Functions that take a parameter compute
+with
 the values of each row, in any code: a module of PyTorch, a generated graph, or a method of a library.
 Functions without such a form raise.
 """
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime import banked
-from lora_fx.runtime.samples import SampleSlots, slots_for
+from lora_fx.runtime.rows import banked
+from lora_fx.runtime.rows.samples import SampleSlots, slots_for
 from lora_fx.torch_private import pytree
 
 __all__ = ["ComputedParameter", "RowParameter", "functions"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.parts import note_whole
+from lora_fx.runtime.modules.parts import note_whole
 
 __all__ = [
     "AdapterDropout",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-# Attributes of modules, and of lora_fx.runtime.samples.SampleRows.
+# Attributes of modules, and of lora_fx.runtime.rows.samples.SampleRows.
 _TAKEN = (
     *(
         "training",

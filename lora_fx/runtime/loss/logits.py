@@ -5,7 +5,7 @@ With ``rewrite(..., loss="chunked")`` the graph of the head calls a :class:`Head
 returns :class:`Logits`, a tensor that knows its shape and how to compute itself. It records the operations of
 the model between head and loss: views, slices, casts, a soft cap, a scale. A cross entropy then takes a few
 rows at a time through the head and these operations, and computes their gradient at once
-(:mod:`lora_fx.runtime.chunked`).
+(:mod:`lora_fx.runtime.loss.chunked`).
 
 Any other operation of the call computes all logits, as without the option: the result is right, and no memory
 is saved. When the model's forward ends, logits that no loss has used are computed. In place of the other
@@ -30,11 +30,10 @@ from torch import Tensor, fx, nn
 from lora_fx import torch_private
 from lora_fx.errors import LogitsError, LoraFxError
 from lora_fx.ir import thaw
-from lora_fx.runtime import chunked
-from lora_fx.runtime.chunked import REMEDY, ROWS, Given, Job, Read, Step, loss_of, running
-from lora_fx.runtime.lazy import Unmade, asks, name_of
-from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.recompute import Subgraph, autocast_of
+from lora_fx.runtime.kernels import Subgraph, autocast_of, transformed
+from lora_fx.runtime.loss import chunked
+from lora_fx.runtime.loss.chunked import REMEDY, ROWS, Given, Job, Read, Step, loss_of, running
+from lora_fx.runtime.loss.lazy import Unmade, asks, name_of
 from lora_fx.torch_private import pytree
 
 __all__ = ["Gone", "Head", "Logits", "head_of", "scoped"]

@@ -21,16 +21,16 @@ from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import KeptWeight, dense, quantization_of, rounded
 from lora_fx.ir import Deployment
-from lora_fx.runtime.fused_lora import (
+from lora_fx.runtime.kernels.fused_lora import (
     autocast_dtype,
     cast,
     flat,
     quantized_kernel,
     without_autocast,
 )
-from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.parts import check_not_in_parts
-from lora_fx.runtime.recompute import Source, source_of
+from lora_fx.runtime.kernels.masks import transformed
+from lora_fx.runtime.kernels.recompute import Source, source_of
+from lora_fx.runtime.modules import check_not_in_parts
 
 __all__ = ["adapted_weight", "deployed_linear", "deployed_weight", "straight_through"]
 
@@ -159,7 +159,7 @@ class _Options(NamedTuple):
     Attributes:
         scale: The factor s of the branch.
         deploy: The storage.
-        kernel: Arguments of :func:`lora_fx.runtime.fused_lora.quantized_kernel` after the weight.
+        kernel: Arguments of :func:`lora_fx.runtime.kernels.fused_lora.quantized_kernel` after the weight.
         dtype: Dtype of the products.
         opaque: True if the values come from one operator, because a compiler or a tensor without values
             cannot run the code of a library.

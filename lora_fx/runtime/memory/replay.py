@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.recompute import lazy_copy
+from lora_fx.runtime.kernels import lazy_copy
 
 __all__ = ["Replay"]
 

@@ -1,7 +1,7 @@
 """Hooks around the calls of a model with one adapter per sample.
 
-The first call of each form is followed while it runs (:mod:`lora_fx.runtime.row_tracking`). It raises if a
-site reads rows that are not those of the samples in their order. Later calls of that form run without the
+The first call of each form is followed while it runs (:mod:`lora_fx.runtime.rows.row_tracking`). It raises if
+a site reads rows that are not those of the samples in their order. Later calls of that form run without the
 follower.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
 from lora_fx.ir import is_base
-from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.row_tracking import Follower
-from lora_fx.runtime.samples import (
+from lora_fx.runtime.kernels import transformed
+from lora_fx.runtime.rows.row_tracking import Follower
+from lora_fx.runtime.rows.samples import (
     IDS,
     Assigned,
     CallState,

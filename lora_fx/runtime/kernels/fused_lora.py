@@ -2,9 +2,9 @@
 
 The branch is added in place (``addmm_``). Without dropout, neither pass allocates a tensor of tokens ×
 features for it. For the backward pass it keeps x, or the tensors from which x is computed again
-(:mod:`lora_fx.runtime.recompute`). It also keeps the product with A ([tokens, r]) and, with dropout, one
-bit for each element of x. Autograd over the plain operations keeps the masked input and its mask, and makes
-four more passes over the output.
+(:mod:`lora_fx.runtime.kernels.recompute`). It also keeps the product with A ([tokens, r]) and, with dropout,
+one bit for each element of x. Autograd over the plain operations keeps the masked input and its mask, and
+makes four more passes over the output.
 
 Operations that share x have one product with all their A's in each pass, and one gradient of x. Over a
 quantized weight (QLoRA, arXiv:2305.14314) the kernel of its library computes ``x Wᵀ``. The backward pass
@@ -25,7 +25,7 @@ from torch import Tensor
 from lora_fx import torch_private
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import KeptWeight, quantized_linear
-from lora_fx.runtime.masks import (
+from lora_fx.runtime.kernels.masks import (
     draw,
     in_planes,
     masked,
@@ -35,8 +35,8 @@ from lora_fx.runtime.masks import (
     transformed,
     unpacked,
 )
-from lora_fx.runtime.parts import check_not_in_parts
-from lora_fx.runtime.recompute import Source, source_of
+from lora_fx.runtime.kernels.recompute import Source, source_of
+from lora_fx.runtime.modules import check_not_in_parts
 
 __all__ = [
     "Kernel",
@@ -584,7 +584,7 @@ def lora_linear(
         b: B, [n, r], with n the number of ``rows``.
         scale: The factor s of the branch.
         dropout: Probability with which an element of the branch's input is zero; rounded as
-            :func:`lora_fx.runtime.masks.kept` says.
+            :func:`lora_fx.runtime.kernels.masks.kept` says.
         training: True to apply dropout.
         rows: The outputs (start, stop) to which the branch is added; None for all.
 
@@ -672,8 +672,8 @@ def quantized_lora_linear(
 
     The base's product and its dtype are equal to the last bit to those of the operation alone, also under
     autocast. The branch is computed in autocast's dtype, or in that of ``x``. The weight is frozen. Otherwise
-    it behaves as :func:`lora_fx.runtime.fused_lora.lora_linear` does, except that a compiler sees plain
-    operations and decides what to keep.
+    it behaves as :func:`lora_fx.runtime.kernels.fused_lora.lora_linear` does, except that a compiler sees
+    plain operations and decides what to keep.
 
     Args:
         x: [..., in].
@@ -683,7 +683,7 @@ def quantized_lora_linear(
         b: B, [n, r], with n the number of ``rows``.
         scale: The factor s of the branch.
         dropout: Probability with which an element of the branch's input is zero; rounded as
-            :func:`lora_fx.runtime.masks.kept` says.
+            :func:`lora_fx.runtime.kernels.masks.kept` says.
         training: True to apply dropout.
         rows: The outputs (start, stop) to which the branch is added; None for all.
         compute_dtype: Dtype of the base's product; see :func:`lora_fx.formats.weights.quantized_linear`.

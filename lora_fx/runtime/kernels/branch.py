@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from lora_fx.runtime.parts import factor_beside, is_in_parts
+from lora_fx.runtime.modules import factor_beside, is_in_parts
 
 __all__ = ["cast_like", "pad_features", "spread"]
 

@@ -3,7 +3,7 @@
 Threads and asyncio tasks may share a model. A ``with`` block keeps the samples in a context variable, so they
 apply to the thread or task that is in the block. A call runs in one thread from start to end. Its state is in
 a thread-local object, which a compiler can read, too. Hooks open and close a call
-(:mod:`lora_fx.runtime.sample_calls`).
+(:mod:`lora_fx.runtime.rows.sample_calls`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.adapter_modules import AdapterModule
-from lora_fx.runtime.call_sizes import Sizes
-from lora_fx.runtime.row_tracking import Follower
+from lora_fx.runtime.modules import AdapterModule, Sizes
+from lora_fx.runtime.rows.row_tracking import Follower
 
 __all__ = [
     "COLUMNS",

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lora_fx.errors import LoraFxError
 from lora_fx.formats import dense, quantization_of
-from lora_fx.runtime.masks import transformed
-from lora_fx.runtime.parts import (
+from lora_fx.runtime.kernels.masks import transformed
+from lora_fx.runtime.kernels.recompute import lazy_copy
+from lora_fx.runtime.modules import (
     check_not_in_parts,
     compute_in_parts,
     factor_beside,
@@ -29,7 +30,6 @@ from lora_fx.runtime.parts import (
     own_part,
     summed_over_inputs,
 )
-from lora_fx.runtime.recompute import lazy_copy
 
 __all__ = [
     "applied_weight",

@@ -10,7 +10,8 @@ eight elements that are an eighth of a row apart (*planes*). The operator is a f
 compiled code draws with PyTorch's generator. A compiler handles such draws: it does not merge two of them,
 and repeats them for a checkpoint.
 
-On a GPU with Triton, a mask is a *seed*, from which the kernels of :mod:`lora_fx.runtime.kernels` draw bits.
+On a GPU with Triton, a mask is a *seed*, from which the kernels of
+:mod:`lora_fx.runtime.kernels.triton_kernels` draw bits.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from lora_fx import torch_private
 from lora_fx.errors import ConfigError
-from lora_fx.runtime.parts import is_in_parts
+from lora_fx.runtime.modules import is_in_parts
 
 __all__ = [
     "FEW",
@@ -310,7 +311,7 @@ def _takes_seed(x: Tensor) -> bool:
 
 @functools.cache
 def has_kernels(device: torch.device) -> bool:
-    """Return True if the kernels of :mod:`lora_fx.runtime.kernels` run correctly on a device.
+    """Return True if the kernels of :mod:`lora_fx.runtime.kernels.triton_kernels` run correctly on a device.
 
     They need Triton and a GPU of compute capability 8.0 (Ampere). If both are present and the kernels fail,
     log the reason. Masks and products then use PyTorch.
@@ -331,10 +332,10 @@ def has_kernels(device: torch.device) -> bool:
 
 def _problem(device: torch.device) -> str:
     try:
-        from lora_fx.runtime import kernels
+        from lora_fx.runtime.kernels import triton_kernels
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    return kernels.check(device)
+    return triton_kernels.check(device)
 
 
 def seed_of(mask: Tensor | None, a: Tensor) -> Tensor | None:

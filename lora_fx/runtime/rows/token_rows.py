@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_fx import torch_private
-from lora_fx.runtime import banked
-from lora_fx.runtime.row_parameters import ComputedParameter, functions
-from lora_fx.runtime.samples import SampleSlots, like_rows, slots_for, unseen
+from lora_fx.runtime.rows import banked
+from lora_fx.runtime.rows.row_parameters import ComputedParameter, functions
+from lora_fx.runtime.rows.samples import SampleSlots, like_rows, slots_for, unseen
 
 __all__ = ["PatchedWeight"]
 
