@@ -99,8 +99,9 @@ _OPERATIONS = ("lora_fx.runtime.", "lora_fx.passes.effective", "lora_fx.formats.
 _AROUND = frozenset(
     f"lora_fx.runtime.{name}"
     for name in (
-        *("blocks", "chunked", "logits", "recompute", "replay", "row_tracking"),
-        *("samples", "spans", "tiles", "watch"),
+        *("memory.blocks", "memory.replay", "memory.spans", "memory.tiles"),
+        *("loss.chunked", "loss.logits", "kernels.recompute"),
+        *("rows.row_tracking", "rows.samples", "watch"),
     )
 )
 
