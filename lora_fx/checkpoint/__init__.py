@@ -18,10 +18,12 @@ from lora_fx.checkpoint.migration import Migration, Move
 from lora_fx.checkpoint.peft_model import (
     as_peft_model,
     cast_to_base,
+    merge_and_unload,
     peft_configs,
     peft_model_class,
     read_config,
     train_adapters,
+    unload,
 )
 from lora_fx.checkpoint.peft_status import layer_status, model_status
 from lora_fx.checkpoint.receipt import (
@@ -85,6 +87,7 @@ __all__ = [
     "load_onto_empty",
     "log_probabilities",
     "main_output",
+    "merge_and_unload",
     "model_status",
     "note_of_by_hand",
     "peft_configs",
@@ -99,6 +102,7 @@ __all__ = [
     "save_adapter",
     "train_adapters",
     "trainer_callback",
+    "unload",
     "without_prefix",
     "write_folder",
 ]

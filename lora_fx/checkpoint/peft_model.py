@@ -56,10 +56,12 @@ from lora_fx.runtime import AdapterModule
 __all__ = [
     "as_peft_model",
     "cast_to_base",
+    "merge_and_unload",
     "peft_configs",
     "peft_model_class",
     "read_config",
     "train_adapters",
+    "unload",
 ]
 
 _log = logging.getLogger(__name__)
@@ -211,6 +213,32 @@ def _check_options(call: str, options: Mapping[str, Any]) -> None:
 _merge = inside(merging.merge)
 
 
+def merge_and_unload(
+    model: nn.Module,
+    progressbar: bool = False,
+    safe_merge: bool = False,
+    adapter_names: Sequence[str] | None = None,
+) -> nn.Module:
+    """Return a merged model, as :func:`lora_fx.merge` does: a new model, with all checks.
+
+    Args:
+        model: A rewritten model.
+        progressbar: True to show the progress.
+        safe_merge: No effect: weights that are not finite are always refused.
+        adapter_names: The adapters to merge. None for the active ones.
+    """
+    if adapter_names is None:
+        adapter_names = list(require_record(model).choice.names) or None
+    merged, _ = _merge(model, adapter_names=adapter_names, progress=progressbar)
+    return merged
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Return a rewritten model without its adapters. Over a quantized base it is dense."""
+    merged, _ = _merge(model, adapter_names=())
+    return merged
+
+
 class _Tuner(AroundModel):
     """The methods that PEFT's tuner and its ``PeftModel`` have in common."""
 
@@ -285,7 +313,8 @@ class _Tuner(AroundModel):
         """
         self.unmerge_adapter()
         adapted = self._model
-        names = self._to_merge(adapter_names)
+        # None stands for the active adapters. A merge refuses if there are none.
+        names = (self.active_adapters or None) if adapter_names is None else adapter_names
         merged, _ = _merge(adapted, adapter_names=names)
         # Only factors are trained, and they are in the adapted model.
         merged.train(adapted.training).requires_grad_(False)
@@ -300,25 +329,18 @@ class _Tuner(AroundModel):
         tuner.run_merged(False)
         tuner.merged, tuner.merged_names = (), ()
 
-    def _to_merge(self, adapter_names: Sequence[str] | None) -> Sequence[str] | None:
-        """Return the adapters to merge; None if none is active, which a merge refuses."""
-        return (self.active_adapters or None) if adapter_names is None else adapter_names
-
     def merge_and_unload(
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
-        """Return a merged model, as :func:`lora_fx.merge` does: a new model, with all checks."""
-        names = self._to_merge(adapter_names)
-        merged, _ = _merge(self._model, adapter_names=names, progress=progressbar)
-        return merged
+        """Return a merged model (:func:`merge_and_unload`)."""
+        return merge_and_unload(self._model, progressbar, safe_merge, adapter_names)
 
     def unload(self) -> nn.Module:
-        """Return the model without adapters. Over a quantized base it is dense."""
-        merged, _ = _merge(self._model, adapter_names=())
-        return merged
+        """Return the model without adapters (:func:`unload`)."""
+        return unload(self._model)
 
 
 class _Inside(_Tuner, nn.Module):

@@ -91,7 +91,12 @@ STATE = "_lora_fx_watch"
 
 _MADE = "_lora_fx_made_of"
 _HOW = "_lora_fx_how"
-_PRINT = "print_trainable_parameters"
+# PEFT's methods that a rewritten model has, and the functions that they call.
+_PEFT_METHODS = {
+    "merge_and_unload": "lora_fx.checkpoint:merge_and_unload",
+    "print_trainable_parameters": "lora_fx.api:print_trainable_parameters",
+    "unload": "lora_fx.checkpoint:unload",
+}
 _LIBRARIES = frozenset({"torch", "lora_fx", "triton"})
 _GENERATED = "<lora_fx "
 # Modules of lora-fx's own operations, and those among them that call code of the model.
@@ -587,8 +592,8 @@ def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
             **{name: value for name, value in cls.__dict__.items() if name.startswith("_lora_fx_")},
             **entries,
             **(members_of(cls) if how.whole else {}),
-            # A method of this name that the user's class has is the user's.
-            **({} if hasattr(cls, _PRINT) else {_PRINT: _Printer()}),
+            # A method of the same name that the user's class has stays.
+            **{name: _PeftMethod(name) for name in _PEFT_METHODS if not hasattr(cls, name)},
             **{name: weight_property(name) for name in how.weights},
             _MADE: cls,
             _HOW: how,
@@ -598,18 +603,21 @@ def watched_class(cls: type[nn.Module], how: _How) -> type[nn.Module]:
     return watched_cls
 
 
-class _Printer:
-    """``print_trainable_parameters`` of a rewritten model, which users of PEFT call as a method.
+class _PeftMethod:
+    """Method of PEFT's models, for users who call it on a rewritten model.
 
     An attribute of the model with that name comes first, because a descriptor without ``__set__`` yields.
     """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def __get__(self, model: nn.Module | None, owner: type) -> Any:
         if model is None:
             return self
         if record_of(model) is None:
-            raise AttributeError(_PRINT)  # Python goes on with __getattr__
-        return functools.partial(pkgutil.resolve_name(f"lora_fx.api:{_PRINT}"), model)
+            raise AttributeError(self._name)  # Python goes on with __getattr__
+        return functools.partial(pkgutil.resolve_name(_PEFT_METHODS[self._name]), model)
 
 
 def _watch(module: nn.Module, how: _How) -> None:

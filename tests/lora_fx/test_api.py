@@ -7,7 +7,7 @@ import io
 import pickle
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -526,10 +526,31 @@ def test_a_rewritten_model_prints_as_pefts_does(capsys) -> None:
         assert not hasattr(one, "print_trainable_parameters")
         with pytest.raises(AttributeError, match="has no attribute 'print_trainable_parameters'"):
             one.print_trainable_parameters()
-    own = lora_fx.rewrite(Prints(), LoraConfig(r=2))
+    own: Any = lora_fx.rewrite(Prints(), LoraConfig(r=2))
     assert own.print_trainable_parameters() == "mine"
     adapted.print_trainable_parameters = lambda: "replaced"
     assert adapted.print_trainable_parameters() == "replaced"
+
+
+def test_a_rewritten_model_merges_by_pefts_methods() -> None:
+    model = Mlp()
+    adapted: Any = lora_fx.rewrite(model, LoraConfig(r=2, init_lora_weights=False))
+    lora_fx.add_adapter(adapted, LoraConfig(r=2, init_lora_weights=False), "other")
+    expected = {
+        names: lora_fx.merge(adapted, adapter_names=names).state_dict()
+        for names in (None, ("other",))
+    }
+    for names, values in expected.items():
+        merged = adapted.merge_and_unload(safe_merge=True, adapter_names=names)
+        assert type(merged) is Mlp
+        assert_equal(merged.state_dict(), values)
+    assert_equal(adapted.unload().state_dict(), model.state_dict())
+    assert not hasattr(model, "merge_and_unload")
+    assert not hasattr(adapted.first, "unload")
+
+
+def assert_equal(values: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(dict(values), dict(expected), rtol=0, atol=0)
 
 
 def test_swapped_arguments_are_told(tmp_path: Path) -> None:
