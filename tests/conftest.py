@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Subprocesses of a test, too.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import gc
 import logging
 import random
 import sys
@@ -22,6 +23,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from lora_fx.garbage import collector_paused
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -66,6 +69,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 def _file_of(name: str) -> str:
     return name.partition("::")[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Keep Python's collector from looking through 17,000 tests, again and again.
+
+    It takes half of the time of the collection otherwise, and half a second each later time.
+    """
+    with collector_paused():
+        yield
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
