@@ -23,6 +23,14 @@ def require(runtime: str) -> Path:
     return peer
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test of a runtime that is not installed before its fixtures write files for it."""
+    for mark in item.iter_markers("runtime"):
+        for runtime in mark.args:
+            require(runtime)
+
+
 @pytest.fixture
 def consume() -> Callable[..., Any]:
     """Runs a script of ``consumers`` with a runtime, and reads the JSON that it prints last."""

@@ -20,7 +20,7 @@ import lora_fx
 from lora_fx import ConfigError, ExportError, LoraConfig, OnnxSession
 from lora_fx.export.adapter_file import manifest_of_file, read_adapter
 from lora_fx.export.adapter_manifest import SLOTS_INPUT
-from tests.runtimes.conftest import CONSUMERS, ROOT, require
+from tests.runtimes.conftest import CONSUMERS, ROOT
 from tests.runtimes.files import MASKED, encoder
 from tests.runtimes.test_browser import browse, in_chromium
 from tests.runtimes.test_genai import llama
@@ -250,10 +250,10 @@ def in_browser(request: dict[str, Any], provider: str, written: Path, folder: Pa
 
 @with_heads
 @pytest.mark.parametrize("kind", ["bank", "inputs"])
+@pytest.mark.runtime("js")
 def test_node_switches_adapters(
     kind: str, files: Written, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("js")
     file = str(files.folder / f"{kind}.onnx")
     request = bank_request(file)
     if kind == "inputs":
@@ -263,10 +263,10 @@ def test_node_switches_adapters(
     (check_bank if kind == "bank" else check_inputs)(found, files)
 
 
+@pytest.mark.runtime("js")
 def test_a_file_that_node_would_run_without_its_adapters_is_refused(
     tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("js")
     model = lora_fx.rewrite(encoder(), LoraConfig(r=4)).eval()
     lora_fx.export_onnx(model, tmp_path / "m.onnx", MASKED, adapters="inputs")
     request = inputs_request(str(tmp_path / "m.onnx"), {})
@@ -278,10 +278,10 @@ def test_a_file_that_node_would_run_without_its_adapters_is_refused(
 @with_heads
 @pytest.mark.parametrize("provider", ["wasm", "webgpu"])
 @pytest.mark.parametrize("kind", ["bank", "inputs"])
+@pytest.mark.runtime("js")
 def test_chromium_switches_adapters(
     kind: str, provider: str, files: Written, tmp_path: Path
 ) -> None:
-    require("js")
     query = f"model={kind}.onnx&provider={provider}"
     if kind == "bank":
         request = bank_request("/bank.onnx")
@@ -355,10 +355,10 @@ def check_generation(found: dict[str, Any], written: Written, kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["bank", "inputs"])
+@pytest.mark.runtime("js")
 def test_node_generates_with_adapters(
     kind: str, speech: Written, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("js")
     paths = {name: str(speech.folder / f"{name}.onnx_adapter") for name in NAMES}
     file = str(speech.folder / f"{kind}.onnx")
     request = generation_request(file, paths if kind == "inputs" else {})
@@ -368,10 +368,10 @@ def test_node_generates_with_adapters(
 @in_chromium
 @pytest.mark.parametrize("provider", ["wasm", "webgpu"])
 @pytest.mark.parametrize("kind", ["bank", "inputs"])
+@pytest.mark.runtime("js")
 def test_chromium_generates_with_adapters(
     kind: str, provider: str, speech: Written, tmp_path: Path
 ) -> None:
-    require("js")
     paths = {name: f"/{name}.onnx_adapter" for name in NAMES}
     request = generation_request(f"/{kind}.onnx", paths if kind == "inputs" else {})
     check_generation(in_browser(request, provider, speech.folder, tmp_path), speech, kind)
@@ -394,10 +394,10 @@ def ask_openvino(
 
 
 @pytest.mark.parametrize("files", ["text", "signal", "heads", "kernels"], indirect=True)
+@pytest.mark.runtime("openvino")
 def test_openvino_gives_each_row_its_adapter(
     files: Written, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("openvino")
     numbers = {"maths": 0, "code": 1, None: -1}
     calls: list[dict[str, Any]] = [
         {**MASKED, SLOTS_INPUT: np.array([numbers[name] for name in names])} for names in MIXES
@@ -418,10 +418,10 @@ def test_openvino_gives_each_row_its_adapter(
 
 
 @pytest.mark.parametrize("files", ["text", "heads", "kernels"], indirect=True)
+@pytest.mark.runtime("openvino")
 def test_openvino_takes_factors(
     files: Written, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("openvino")
     file = files.folder / "inputs.onnx"
     neutral = manifest_of_file(file).no_adapter()
     values = {name: read_adapter(files.folder / f"{name}.onnx_adapter") for name in NAMES}
@@ -442,10 +442,10 @@ def test_openvino_takes_factors(
         assert isinstance(got, str) or bool(np.isnan(got).all())
 
 
+@pytest.mark.runtime("openvino")
 def test_openvino_has_no_convolutions_with_kernels_of_any_rank(
     signal: Written, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("openvino")
     with pytest.raises(AssertionError, match="Doesn't support dynamic weights shape"):
         ask_openvino(signal.folder / "inputs.onnx", [MASKED], tmp_path, consume)
 
@@ -456,10 +456,10 @@ def test_openvino_has_no_convolutions_with_kernels_of_any_rank(
 @with_heads
 @pytest.mark.parametrize("kind", ["bank", "inputs"])
 @pytest.mark.parametrize("tool", ["onnxslim", "onnxsim", "int4", "int8"])
+@pytest.mark.runtime("graph_tools")
 def test_rows_are_right_after_a_tool(
     tool: str, kind: str, files: Written, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    require("graph_tools")
     out = tmp_path / "out.onnx"
     consume("graph_tools", "rewrite_onnx.py", tool, files.folder / f"{kind}.onnx", out)
     session = OnnxSession(out, "cpu")
