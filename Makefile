@@ -36,8 +36,8 @@ test-slow: $(VENV)/.dev ## Run the tests marked slow
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "slow and not cuda" $(ARGS)
 
 .PHONY: slow-list
-slow-list: $(VENV)/.dev ## Write tests/slow.txt: what takes more than 1.5 seconds is run by test-slow
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not cuda and not stack and not runtime" --write-slow 1.5 $(ARGS)
+slow-list: $(VENV)/.dev ## Write tests/slow.txt: what takes more than a second is run by test-slow
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not cuda and not stack and not runtime" --write-slow 1 $(ARGS)
 
 .PHONY: test-cuda
 test-cuda: $(VENV)/.dev ## Run the tests that need a CUDA device
