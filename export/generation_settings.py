@@ -116,7 +116,7 @@ class GenerationSettings:
         max_length: The same with the prompt; used if ``max_new_tokens`` is None.
         min_new_tokens: Number of tokens before the first possible end-of-sequence token.
         min_length: The same with the prompt.
-        do_sample: Draw the next token, else take the likeliest.
+        do_sample: True to draw the next token, False to take the likeliest.
         temperature: Divisor of the logits.
         top_k: Number of likeliest tokens to draw from; 0 for all.
         top_p: Draw from the likeliest tokens that have this probability together.

@@ -641,7 +641,7 @@ def empty_outputs(
         for axis, (label, size) in enumerate(zip(port.shape, shapes[port.name], strict=True)):
             if isinstance(label, str):
                 sizes[label] = size
-            # A fixed axis of size 0 is the same in the example, which the file was compared on.
+            # A fixed axis of size 0 also had size 0 in the example, on which the file was compared.
             fine = label == 0 or (task and label == _MAY_BE_EMPTY)
             if size == 0 and not fine:
                 empty = empty or f"axis {axis} of '{port.name}' has size 0"

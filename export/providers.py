@@ -262,7 +262,7 @@ def _needed(library: Path) -> list[str]:
 
 def _check_cuda(runtime: Any, available: list[str]) -> None:
     words = io.StringIO()
-    # It prints the libraries that it cannot load instead of raising. They are tried below.
+    # preload_dlls prints the libraries that it cannot load instead of raising. They are tried below.
     with contextlib.redirect_stdout(words):
         runtime.preload_dlls()
     for line in filter(None, map(str.strip, words.getvalue().splitlines())):

@@ -49,11 +49,11 @@ _TESTS: Mapping[Any, bool] = {
 """Result of each test for a finite number."""
 
 _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
-"""Reductions of a test, with the result that they keep if all values are finite."""
+"""Reductions of tests, with the result of the tests that each reduction keeps if all tests have it."""
 
 
 class _FiniteValues(Listener):
-    """Listener that answers conditions such as ``torch.isfinite(x).all()`` in a trace: all values are finite.
+    """Listener that answers conditions such as ``torch.isfinite(x).all()`` in a trace for finite values.
 
     Args:
         model: The model that is traced.
@@ -71,7 +71,7 @@ class _FiniteValues(Listener):
         self._answers: dict[int, tuple[Tensor, bool]] = {}
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer a condition that is a reduced test."""
+        """Answer a condition that reduces a test for finite values."""
         if func is not Tensor.__bool__ or id(args[0]) not in self._answers:
             return NotImplemented
         self.places.setdefault(str(here(self._modules)))
@@ -139,7 +139,10 @@ unknown number of windows takes half the time of an export, which is wasted if t
 
 
 class _AnswerableQuestions(Listener):
-    """Listener that ends a trace early if a question about sizes stays open."""
+    """Listener that ends a trace early if a question about sizes stays open.
+
+    A question is a condition on sizes in the model's code. It is open if other known sizes do not answer it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -534,7 +537,7 @@ def _reason(
 
 
 def _free_name(owner: str, name: str, taken: Collection[str]) -> str:
-    """Return the name of an axis, with that of its input before it until no other axis has it."""
+    """Return a unique name of an axis: the input's name is prepended until no other axis has the result."""
     while name in taken:
         name = f"{owner}_{name}"
     return name

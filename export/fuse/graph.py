@@ -124,7 +124,7 @@ def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
 
 
 def is_constant(value: ir.Value) -> bool:
-    """Return True if a value has a weight or a number of the file, which is not read here."""
+    """Return True if a value is a constant of the file. The data of a weight is not read."""
     if value.const_value is not None:
         return not value.is_graph_input()
     return array_of(value) is not None
@@ -270,7 +270,7 @@ _SIZE_OPERATORS: Mapping[str, Callable[[ir.Node], _Sizes]] = {
 
 
 def factors_of(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """Split a value into the value without constant scalar factors and divisors, and their product."""
+    """Split a value into an unscaled value and the product of its constant scalar factors."""
     factor = 1.0
     while True:
         node = made_by(value, "Mul", "Div")

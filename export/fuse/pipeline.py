@@ -295,7 +295,7 @@ def fuse(model: ir.Model, target: Target) -> Fused:
 
     Args:
         model: Changed in place.
-        target: The target. Its fusions are applied.
+        target: The target, which selects the fusions.
 
     Returns:
         The report of applied and refused fusions.
