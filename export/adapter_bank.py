@@ -266,7 +266,7 @@ class _Work:
         rows.meta[META_KEY] = node.meta[META_KEY]
 
     def _has_channels(self, node: fx.Node) -> bool:
-        """Return True if a node belongs to a convolution, whose outputs have channels second."""
+        """Return True if a node belongs to a convolution, which has channels on axis 1 of its output."""
         target = target_of(self._base_of(node))
         return any(target is operation for operation in _CONVOLUTIONS)
 
@@ -364,7 +364,7 @@ class BankModel(FactorModel):
         return next(i for i, tensor in enumerate(self.arguments.tensors) if tensor.dim())
 
     def over(self, model: nn.Module) -> BankModel:
-        """Return the same call of another copy of the model."""
+        """Return a flat model with the same call around another copy of the model."""
         bank_model = BankModel(self._made, model, self.arguments, self.call, self.bank, self.single)
         bank_model.eval()
         return bank_model

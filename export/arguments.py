@@ -153,7 +153,7 @@ class FlatModel(nn.Module):
         return call(self.model, *args, **kwargs)
 
     def over(self, model: nn.Module) -> FlatModel:
-        """Return the same call of another model."""
+        """Return a flat model with the same call around another model."""
         return FlatModel(model, self.arguments, self.call).eval()
 
     def extras(self) -> tuple[Extra, ...]:

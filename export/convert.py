@@ -676,8 +676,7 @@ def _values(model: ir.Model) -> list[ir.Value]:
     return list(values)
 
 
-# The first logger warns of empty lists that torchlib itself writes. The last one warns that it has no
-# advice on a branch on values.
+# The first logger warns of empty lists that torchlib itself writes.
 _LOGGERS = (
     "onnx_ir._convenience",
     *torch_private.CHATTY_LOGGERS,

@@ -518,7 +518,7 @@ def exportable_twin(
 
 
 def _refuse_other_implementations(twin: nn.Module) -> None:
-    """Raise if graphs of quantized experts lack grouped products. A file can read a stack by no other way."""
+    """Raise if graphs of quantized experts lack grouped products. A file reads a stack in no other way."""
     for module in twin.modules():
         chosen = experts_implementation(module)
         stacks = [child for child in module.children() if isinstance(child, StandIn)]

@@ -87,7 +87,7 @@ def origin_metadata(model: nn.Module, adapters: str = "merged") -> dict[str, str
     """Return metadata entries about a model, without anything about the machine.
 
     Args:
-        model: A rewritten model, or any other.
+        model: Any model, rewritten or not.
         adapters: Location of the active adapters: "merged" into weights, or "inline" in the graph.
 
     Returns:
@@ -470,7 +470,7 @@ class FactorModel(FlatModel):
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
-        """Return the same call of a model whose weights have the adapter inputs merged in.
+        """Return a flat model with the same call and the adapter inputs merged into the weights.
 
         The file is compared with it, so it shares no code with the file: it has no branch, no graph and no
         low-rank product. The values of :meth:`loose_biases` are left out.
@@ -536,7 +536,7 @@ class FactorModel(FlatModel):
         )
 
     def over(self, model: nn.Module) -> FactorModel:
-        """Return the same call of another copy of the model."""
+        """Return a flat model with the same call around another copy of the model."""
         other = FactorModel(self._made, model, self.arguments, self.call).eval()
         other.rank = self.rank
         return other
@@ -606,7 +606,7 @@ def random_factors(
         rank: The lowest rank. Sites differ by up to 2, and grouped convolutions need a multiple of their
             groups. The rank of a bank is the upper limit.
         seed: Seed of the random numbers.
-        max_rank: The highest rank that a file takes, if it is not that of a bank; None for any.
+        max_rank: The highest rank that a file without a bank takes; None for any.
 
     Returns:
         Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth. A

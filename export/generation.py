@@ -217,7 +217,7 @@ class _Call:
         return (tokens[:, None] == self._ends).any(dim=1)
 
     def sampled(self) -> Iterator[Tensor]:
-        """Yield the next tokens, [rows], until all texts end. ``ids`` includes those already yielded."""
+        """Yield the next tokens, [rows], until all texts end, and append them to ``ids``."""
         settings = self.settings
         count = self.ids.shape[1]
         whole = torch.empty(len(self.ids), self.length, dtype=torch.long)
@@ -418,7 +418,7 @@ class Generates(Decodes):
             min_p: Draw from tokens with at least this share of the highest probability.
             repetition_penalty: Divisor of the logits of tokens that are already in the text.
             eos_token_id: The token or tokens that end a text; an empty list for none.
-            pad_token_id: Token that fills rows which end before others.
+            pad_token_id: Token that fills rows that end before others.
             num_beams: Number of beams of beam search; 1 for no beam search.
             num_return_sequences: Number of texts for each prompt, from draws or from the beams.
             stop_strings: Texts that end a row, which keeps them. They need ``tokenizer``.

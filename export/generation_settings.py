@@ -124,7 +124,7 @@ class GenerationSettings:
         repetition_penalty: Divisor of the logits of tokens that are already in the text.
         no_repeat_ngram_size: Length of sequences that may not repeat; 0 for no limit.
         eos_token_id: Tokens that end a sequence.
-        pad_token_id: Token that fills rows which end before others.
+        pad_token_id: Token that fills rows that end before others.
         bos_token_id: First token of a text.
         decoder_start_token_id: First token of the decoder of an encoder-decoder.
         forced_bos_token_id: Token after the first one.

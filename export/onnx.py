@@ -805,7 +805,7 @@ def _destination(
 
     Raises:
         ExportError: There is a tokenizer, and no folder for it.
-        OutputPathError: The path and the example inputs are swapped, or the path cannot be that of a file.
+        OutputPathError: The path and the example inputs are swapped, or the path is not valid for a file.
     """
     if runtime is not None:
         file = runtime.file(Path(path), dtype)
@@ -1018,7 +1018,7 @@ def _preparation(adapters: str, bank: _AdapterOptions) -> Callable[..., tuple[Pr
 def _build_all(
     export: _Export, prepared: Sequence[Prepared], stage: Staging, dynamic_shapes: object
 ) -> ExportReport:
-    """Write the file of a model, which is the last of ``prepared``, and those of its encoders."""
+    """Write the files of a model: those of its encoders, and then its own, the last of ``prepared``."""
     *companions, main = prepared
     encoder: ExportReport | None = None
     for part in companions:

@@ -162,7 +162,7 @@ _REMEDIES = {
 
 
 def chosen_provider(provider: object) -> Provider:
-    """Return "cuda", "cpu" or "webgpu" for that name, for ONNX Runtime's, or for a list of one of them.
+    """Return "cuda", "cpu" or "webgpu" for the short name, ONNX Runtime's name, or a list of one name.
 
     Raises:
         ProviderError: The name is unknown, or the list has several: there is no fallback to a second one.

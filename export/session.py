@@ -248,7 +248,7 @@ class OnnxSession(Generates):
             takes adapters: every adapter then runs at this rank.
 
     Attributes:
-        inputs: Inputs of ``run``. Those of adapters are not among them, because ``adapter=`` feeds them.
+        inputs: Inputs of ``run``. Inputs for adapters are left out, because ``adapter=`` feeds them.
         outputs: Outputs of ``run``.
         metadata: Metadata entries of the file.
         encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.

@@ -1,7 +1,7 @@
 """Export of a model and one call to a program with as many dynamic axes as possible.
 
 Every axis of every input is offered to ``torch.export`` as dynamic. It keeps the axes that the model
-treats as dynamic. It fixes the rest, such as channels that meet a weight, or a grid of patches. Each
+treats as dynamic. It fixes the rest, such as channels whose number a weight sets, or a grid of patches. Each
 fixed axis has a reason.
 """
 
@@ -420,8 +420,8 @@ def _asked_of_sizes(
 def _unanswered(program: ExportedProgram) -> list[str]:
     """Return the conditions on dynamic sizes that the file cannot check: it has only the example's branch.
 
-    Limits of a single size are left out, because the file's metadata has them. So are conditions of
-    operations, which compute the same either way.
+    Limits of a single size are left out, because the file's metadata has them. Conditions inside of
+    operations are left out, because the operations compute the same either way.
     """
     return [str(question) for question in _open(_asked_of_sizes(program, _is_of_code))]
 

@@ -655,7 +655,7 @@ def _check(
     """
 
     def taken(tensors: Sequence[Tensor]) -> list[Tensor]:
-        # A runtime's file may take fp32 where the model takes half precision: no value changes.
+        # The file of a runtime may take fp32 although the model takes half precision. No value changes.
         pairs = zip(tensors, session.inputs, strict=True)
         return [tensor.to(getattr(torch, port.dtype)) for tensor, port in pairs]
 
@@ -718,7 +718,7 @@ def _labeled(label: str, rows: Mapping[str, OutputParity]) -> dict[str, OutputPa
 def _random_values(
     model: FactorModel, manifest: Manifest, rank: int, seed: int = 0, max_rank: int | None = None
 ) -> dict[str, Tensor]:
-    """Return a random adapter whose loose biases are zero, because no weight can take them."""
+    """Return a random adapter with zeros for the biases in ``model.loose_biases()``."""
     values = random_factors(manifest, rank, seed, max_rank)
     return values | {name: torch.zeros_like(values[name]) for name in model.loose_biases()}
 

@@ -151,7 +151,7 @@ def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
 
 
 def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
-    """Return the parts of an attention over a cache, or the reason why the attention is no such one."""
+    """Return the parts of an attention over a cache, or the reason why it cannot be fused."""
     width, sequence = axis_size(attention.query, 3), axis_size(attention.query, 2)
     if axis_size(attention.key, 3) != width or axis_size(attention.value, 3) != width:
         return "keys and values have different widths"

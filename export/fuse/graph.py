@@ -62,13 +62,13 @@ def nodes_of(model: ir.Model, *operators: str, domain: str = "") -> list[ir.Node
 def at_each(
     find: Callable[[ir.Model], Iterable[_T]],
 ) -> Callable[[Callable[[ir.Model, _T], bool | str]], Rewriting]:
-    """Return a decorator that turns a rule for one site into a fusion of all sites.
+    """Return a decorator that turns a rule for one match of a pattern into a fusion of all matches.
 
     Args:
-        find: Returns the sites of a model. It runs before any change.
+        find: Returns the matches in a model. It runs before any change.
 
     Returns:
-        A decorator. The rule changes a model at a site and returns True. If it changes nothing, it
+        A decorator. The rule changes a model at a match and returns True. If it changes nothing, it
         returns False, or the reason if that should be reported.
     """
 
@@ -308,7 +308,7 @@ class Builder:
         domain: str = "",
         outputs: int = 1,
     ) -> ir.Value:
-        """Insert a node and return its first output. ``.producer().outputs`` of it has all outputs.
+        """Insert a node and return its first output, whose ``.producer().outputs`` are all outputs.
 
         Args:
             operator: Operator of the node.

@@ -138,7 +138,7 @@ class Fused:
     Attributes:
         done: Map from the name of a fusion to how often it was applied.
         refused: Map from the name of a fusion to the reasons why it was not applied, everywhere or at some
-            sites.
+            nodes.
     """
 
     done: Mapping[str, int] = field(default_factory=dict)

@@ -262,7 +262,7 @@ def _layout(box: Box, layers: Layers) -> str:
 
 
 def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] = ()) -> str:
-    """Return the style classes of a box. The page makes the same ones (``classesOf`` in ``graph.js``)."""
+    """Return the style classes of a box, the same as ``classesOf`` in ``graph.js`` on the page."""
     classes = ["box", str(box.kind)]
     if is_open:
         classes += ["open", "odd"] if depth % 2 else ["open"]

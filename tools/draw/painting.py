@@ -286,7 +286,7 @@ class _Recorder(Listener):
         return name.partition(".")[0] or None
 
     def calls(self, *, with_dtypes: bool) -> Calls:
-        """Return the recorded calls. Of edges in both directions, keep those from earlier to later calls."""
+        """Return the recorded calls. An edge back to a module that was called earlier is left out."""
         shapes = {
             fqn: (_in_words(inputs, with_dtypes), _in_words(outputs, with_dtypes))
             for fqn, (inputs, outputs) in self._shapes.items()

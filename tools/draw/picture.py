@@ -172,7 +172,7 @@ class Target:
         linear: Rank that ``target_modules="all-linear"`` gives it, as a multiple of ``r``; 0 for no adapter.
         each_rank: Trainable elements per rank.
         fixed: Trainable elements of its kind that do not depend on the rank, such as a bias on B.
-        attention: FQN of the ``nn.MultiheadAttention`` of which it is a projection.
+        attention: FQN of the ``nn.MultiheadAttention`` that it is a projection of, or "".
         width: Number of output features if a part of them can have an adapter, else 0.
         parts: Names of such parts, each with its output features (start, stop).
         reason: The reason why it cannot be adapted, or "".
