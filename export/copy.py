@@ -304,7 +304,7 @@ class PackedWeight(StandIn):
     Attributes:
         operator: The ONNX operator that reads the weight.
         block: Number of values that share a scale in the operator.
-        order: Indices that sort the features of the input for the operator; None to leave them in order.
+        order: Indices that reorder the features of the input for the operator; None to keep their order.
     """
 
     order: nn.Parameter | None

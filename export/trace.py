@@ -49,11 +49,11 @@ _TESTS: Mapping[Any, bool] = {
 """Result of each test for a finite number."""
 
 _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
-"""Reductions of tests, with the result of the tests that each reduction keeps if all tests have it."""
+"""Reductions of tests, with the result that each keeps: all of True is True, any of False is False."""
 
 
 class _FiniteValues(Listener):
-    """Listener that answers conditions such as ``torch.isfinite(x).all()`` in a trace for finite values.
+    """Listener that answers conditions such as ``torch.isfinite(x).all()`` as if all values were finite.
 
     Args:
         model: The model that is traced.
