@@ -1,4 +1,7 @@
-"""Banks of adapters, which let each row of a batch use its own adapter: the model, and the open file."""
+"""Banks: stacks of adapters, from which each row of a batch chooses its own adapter.
+
+The module has the model that is exported with a bank, and the stacks of a file that is open.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +169,10 @@ def put(slot: Tensor, entry: AdapterInput, value: Tensor | None, neutral: Tensor
 def row_editor(
     model: nn.Module, rows: Sequence[PlannedSite]
 ) -> Callable[[Region], fx.Graph | None]:
-    """Return a function that edits a region: branches take stacks of factors and the slots of the rows.
+    """Return a function that edits the graph of a region so that its branches read stacks of factors.
+
+    An edited branch picks the factors of each row by the slot of the row. The function returns None for a
+    region without branches.
 
     Args:
         model: A copy with one adapter. A buffer of slots is added next to the factors of each site.
@@ -260,7 +266,7 @@ class _Work:
         rows.meta[META_KEY] = node.meta[META_KEY]
 
     def _has_channels(self, node: fx.Node) -> bool:
-        """Return True if a node belongs to a convolution, whose outputs have channels second."""
+        """Return True if a node belongs to a convolution, which has channels on axis 1 of its output."""
         target = target_of(self._base_of(node))
         return any(target is operation for operation in _CONVOLUTIONS)
 
@@ -345,7 +351,8 @@ class BankModel(FactorModel):
         ids, banks = tensors[own], tensors[own + 1 :]
         same = ids.shape[0] == tensors[self.batched].shape[0]
         torch_private.assert_true(same)
-        # Any negative id means no adapter. Some providers would count from the end or read garbage.
+        # Any negative id means no adapter. Without the clamp, some providers would count from the end or
+        # read garbage.
         slots = ids.clamp(min=-1) + 1
         values = dict.fromkeys((f"model.{name}" for name in self._slots), slots)
         values |= self.parameters_of(banks, slots)
@@ -357,7 +364,7 @@ class BankModel(FactorModel):
         return next(i for i, tensor in enumerate(self.arguments.tensors) if tensor.dim())
 
     def over(self, model: nn.Module) -> BankModel:
-        """Return the same call of another copy of the model."""
+        """Return a flat model with the same call around another copy of the model."""
         bank_model = BankModel(self._made, model, self.arguments, self.call, self.bank, self.single)
         bank_model.eval()
         return bank_model
@@ -390,7 +397,7 @@ _SLOTS_IN_EXAMPLE = 3
 def prove_rows(model: BankModel) -> None:
     """Raise unless a run of the example shows that the rows of the batch stay independent.
 
-    The example call runs with its rows followed, as inside :func:`lora_fx.adapter_ids`.
+    The example call runs with the same tracking of rows as a call inside :func:`lora_fx.adapter_ids`.
 
     Raises:
         ExportError: It gives the reason and what to do.
@@ -444,7 +451,10 @@ def prove_rows(model: BankModel) -> None:
 def make_bank_overridable(
     model: ir.Model, manifest: Manifest, banks: Mapping[str, Tensor], batched: str
 ) -> None:
-    """Give the banks the adapters of the model, as defaults or as constants. The ids have no default.
+    """Store the adapters of the model in the file, as the values of the bank inputs.
+
+    The values are defaults that a run may override, or constants if the manifest requires all inputs. The
+    input of ids has no default.
 
     Args:
         model: Changed in place. Its inputs have the names of the manifest.
@@ -483,9 +493,9 @@ def _part_rows_from_batch(
 ) -> None:
     """Allow the ids to have one element for the whole batch as well as one for each row.
 
-    In the trace both axes have one size. Reads of the number of ids become reads of the batch size.
-    Values computed from ids and banks alone get an axis of another name. ONNX Runtime would
-    otherwise share memory between values whose axes have the same name.
+    In the trace, the number of ids equals the size of the batch. Reads of the number of ids become reads of
+    the batch size. The first axis of values computed from ids and banks alone gets another name, because
+    ONNX Runtime shares memory between values whose axes have the same name.
     """
     import onnx_ir as ir
 
@@ -589,7 +599,7 @@ class AdapterBank(AdapterStore):
             self._ranks[name] = ranks_of(self.manifest, values)
 
     def unload(self, name: str) -> None:
-        """Remove an adapter from the bank. A run that uses it already finishes with it.
+        """Remove an adapter from the bank. Runs that have begun with it finish with it.
 
         Raises:
             ConfigError: There is no such adapter, or it is a constant of the file.

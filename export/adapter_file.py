@@ -64,7 +64,7 @@ __all__ = [
 
 
 _WITHOUT_EFFECT = frozenset({*UNREAD, "num_batches_tracked"})
-"""Parts of the keys of tensors that outputs do not depend on."""
+"""Parts of keys in a folder that mark tensors without an effect on the outputs."""
 
 _WRAPPED, _TRAINED_ROWS = "base_layer", ["token_adapter", "trainable_tokens_delta"]
 _ROLES: dict[str, Role] = {
@@ -84,13 +84,14 @@ def values_of_model(
 ) -> dict[str, Tensor]:
     """Return the values of an adapter by input name, in the dtype of the weights that they adapt.
 
-    A parameter that the adapter does not train has the base's values, with which the model runs it.
+    A parameter that the adapter does not train has the base's values, because the model runs the adapter
+    with them.
 
     Args:
         model: A rewritten model.
         adapter_name: Name of the adapter; by default the only one, or the only active one.
-        manifest: The manifest of the file for the adapter, whose parameters are among the values; None for
-            those that any adapter of the model trains.
+        manifest: The manifest of the file that the adapter is for. Its parameters are returned in addition
+            to those that any adapter of the model trains.
 
     Raises:
         ConfigError: The model has no such adapter, or the choice is ambiguous.
@@ -136,7 +137,7 @@ def values_of_model(
 
 
 def _token_values(name: str, tokens: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
-    """Return the inputs for trained rows of an embedding, [n, width]."""
+    """Return the tokens, [n], and the trained rows of an embedding, [n, width], by input name."""
     names = TokenInputs(name, "", (len(rows), rows.shape[1]), 0).names
     return dict(zip(names, (torch.tensor(tokens), rows.contiguous()), strict=True))
 
@@ -188,7 +189,7 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
     """Read the values of an adapter folder by input name, in the dtype of the folder.
 
     Args:
-        folder: An adapter folder of PEFT or lora_fx. It suffices if PEFT's names are the names of the
+        folder: An adapter folder of PEFT or lora_fx. The names of its modules must be the names of the
             sites.
         manifest: The manifest of the file, if it is known.
 
@@ -215,7 +216,7 @@ def _values_of_folder(folder: Path, manifest: Manifest | None = None) -> dict[st
         stripped = ".".join(name for name in names if name != _WRAPPED)
         taken = manifest is not None and stripped in manifest.inputs
         if names[-2:] == [_WRAPPED, "weight"] and not taken:
-            # It is the base's, or was trained by hand, which shows beside the base alone.
+            # A weight of the base, or trained by hand. Only a comparison with the base can tell which.
             problems.append(f"{key} is a weight of the base")
             continue
         if not any(part.startswith("lora_") for part in names):
@@ -354,7 +355,7 @@ def save_onnx_adapter(
         ExportError: The file cannot be written (with the required bytes, if the disk is full), or
             ``base`` takes no adapters.
         OutputPathError: ``path`` is a folder, has another suffix, or exists and ``force`` is False.
-        ProviderError: ONNX Runtime, which has the format, is not installed.
+        ProviderError: ONNX Runtime, which writes the format, is not installed.
     """
     target = output_file(path, (".onnx_adapter",))
     if base is not None and dtype is not None:

@@ -37,15 +37,15 @@ __all__ = [
 MANIFEST_KEY = "lora_fx.adapters"
 
 _FORMAT = 1
-_BANK_FORMAT = 2  # versions from before banks refuse it
-_PARAMETER_FORMAT = 3  # versions that would run the base's parameters with an adapter refuse it
+_BANK_FORMAT = 2  # older versions of lora_fx, which know no banks, refuse it
+_PARAMETER_FORMAT = 3  # older versions, which would ignore an adapter's own parameters, refuse it
 _FORMATS = (_FORMAT, _BANK_FORMAT, _PARAMETER_FORMAT)
 
 SLOTS_INPUT = "adapter_ids"
 """Input of a file with a bank: the id of the adapter of each row of the batch, negative for none. It has no
 default, so that a runtime that does not feed it fails."""
 ROWS_AXIS, SLOTS_AXIS = "adapter_rows", "adapter_slots"
-"""Axis of that input, the batch or 1 if all rows have the same adapter; and the first axis of a bank."""
+"""Names of the axis of ``adapter_ids`` (the batch, or 1 for all rows) and of the first axis of a bank."""
 
 Role = Literal["A", "B", "bias", "gain", "parameter", "tokens", "rows"]
 _INDICES, _ROWS = "lora_tokens.indices", "lora_tokens.weight"
@@ -214,7 +214,7 @@ class TokenInputs:
     Attributes:
         name: FQN of the embedding.
         dtype: torch's name of the dtype of the rows.
-        shape: Highest number of rows of an adapter, and their length.
+        shape: Highest number of rows of an adapter, and the length of a row.
         vocabulary: Number of tokens of the embedding.
     """
 
@@ -239,7 +239,7 @@ class TokenInputs:
         return f"{prefix}{_INDICES}", f"{prefix}{_ROWS}"
 
     def fill(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the values of an adapter with as many rows as the file takes. Others stay unchanged."""
+        """Return the values of an adapter with its trained rows padded to the number that the file takes."""
         tokens, rows = (values.get(name) for name in self.names)
         if tokens is None or rows is None or (tokens.dim(), rows.dim()) != (1, 2):
             return dict(values)
@@ -258,7 +258,7 @@ class TokenInputs:
             return
         count = len(tokens) - int(
             (tokens.flip(0) == -1).cumprod(0).sum()
-        )  # without those at the end
+        )  # without the padding at the end
         tokens, rows = tokens[:count], rows[:count]
         wrong = [int(token) for token in tokens if not 0 <= int(token) < self.vocabulary]
         if wrong:
@@ -288,7 +288,7 @@ class Manifest:
             one adapter at a time.
         required: True if no input of the file has a default. The factors of a bank are then constants.
         parameters: The parameters that each adapter has its own values of. Every adapter has all of them.
-        tokens: The embeddings of which adapters have trained rows.
+        tokens: The embeddings for which adapters have trained rows.
     """
 
     base: str
@@ -313,7 +313,7 @@ class Manifest:
 
     @property
     def choosing(self) -> tuple[str, ...]:
-        """Inputs that choose the adapters of a run: without one of them, it would be that of the base."""
+        """Inputs that choose the adapters of a run. If a file lacks one of them, the base would run."""
         return tuple(self.inputs) if self.bank is None else (SLOTS_INPUT,)
 
     @property
@@ -446,7 +446,7 @@ def cast_to(manifest: Manifest, values: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def fill_tokens(manifest: Manifest, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the values of an adapter with as many trained rows of embeddings as a file takes."""
+    """Return the values of an adapter with its trained rows of embeddings padded to the file's sizes."""
     filled = dict(values)
     for target in manifest.tokens:
         filled = target.fill(filled)

@@ -38,8 +38,8 @@ class HeldAdapter:
 
     Attributes:
         values: Values on the CPU, by input name.
-        bound: The same values as ONNX Runtime values on the session's device. If the defaults of the file
-            have rank 0, neutral values for its other adapter inputs too.
+        bound: The same values as ONNX Runtime values on the session's device. If the file cannot run on its
+            defaults, also neutral values for its other adapter inputs.
         ranks: Map from site to rank.
         rows: Required number of rows of the batch, or None for any number.
         fed: Inputs that choose among the bound adapters for each row.
@@ -84,7 +84,8 @@ class AdapterStore:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        # Without an adapter the defaults of the file run, unless they have rank 0.
+        # A run without an adapter uses the defaults of the file. If the file has none, or defaults of rank 0,
+        # it is fed neutral values.
         alone = self.takes is None or self.takes.runs_alone
         neutral = {} if alone else self.manifest.no_adapter()
         self._none = HeldAdapter({}, Bound(self._placed(neutral)), {})
@@ -126,7 +127,7 @@ class AdapterStore:
             self._held[name] = adapter
 
     def unload(self, name: str) -> None:
-        """Remove an adapter. A run that uses it already finishes with it.
+        """Remove an adapter. Runs that have begun with it finish with it.
 
         Raises:
             ConfigError: There is no such adapter.

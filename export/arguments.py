@@ -42,7 +42,7 @@ class Arguments:
 
     Attributes:
         args: Positional arguments with a slot in place of each tensor.
-        kwargs: Keyword arguments, likewise.
+        kwargs: Keyword arguments with a slot in place of each tensor.
         names: Name of each tensor: the name of the parameter, with ``_0``, ``_1``, … inside a list and
             ``.key`` inside a mapping.
         tensors: The tensors, in the order of the slots.
@@ -121,7 +121,7 @@ class FlatModel(nn.Module):
     """A model that takes the tensors of a call one by one and returns a tuple of tensors.
 
     Args:
-        model: The model. The FQN of a weight is ``PREFIX`` and its FQN in the model.
+        model: The model. A weight has the FQN that it has in the model, with ``PREFIX`` in front.
         arguments: The call.
         call: Function that calls the model, ``call(model, *args, **kwargs)``; by default its forward.
     """
@@ -149,11 +149,11 @@ class FlatModel(nn.Module):
         return named_outputs(self.run(self.call, *args, **kwargs))
 
     def run(self, call: Callable[..., object], *args: Any, **kwargs: Any) -> Any:
-        """Call the model in another way: ``call(model, *args, **kwargs)``."""
+        """Return ``call(model, *args, **kwargs)`` for the model inside."""
         return call(self.model, *args, **kwargs)
 
     def over(self, model: nn.Module) -> FlatModel:
-        """Return the same call of another model."""
+        """Return a flat model with the same call around another model."""
         return FlatModel(model, self.arguments, self.call).eval()
 
     def extras(self) -> tuple[Extra, ...]:
@@ -363,8 +363,8 @@ class Case:
     Attributes:
         inputs: The tensors, in the order of the inputs and in the dtypes of the file.
         expected: The outputs of PyTorch by name, in order.
-        valid: Map from an output to a mask of the elements to compare, which expands to its shape. Outputs
-            without a mask are compared everywhere.
+        valid: Map from the name of an output to a mask of the elements to compare. A mask can be expanded
+            to the shape of the output. Outputs without a mask are compared everywhere.
         note: Remark on the values, "" for new random values.
     """
 

@@ -193,7 +193,7 @@ def _quantized_product(
 
 
 def _mixture(*arguments: Any) -> Any:
-    """Translate a mark, which the fusions read and then remove."""
+    """Translate a mark of :mod:`lora_fx.export.mixtures`. The fusions read it and then remove it."""
     import onnx
     from onnxscript import values
 
@@ -676,8 +676,7 @@ def _values(model: ir.Model) -> list[ir.Value]:
     return list(values)
 
 
-# The first logger warns of empty lists that torchlib itself writes. The last one warns that it has no
-# advice on a branch on values.
+# The first logger warns of empty lists that torchlib itself writes.
 _LOGGERS = (
     "onnx_ir._convenience",
     *torch_private.CHATTY_LOGGERS,
@@ -730,7 +729,7 @@ _REPAIRED = (_ATEN.unsqueeze.default, *_SQUEEZED, _ATEN.rsub.Scalar)
 
 
 def _repair(node: fx.Node) -> None:
-    """Rewrite a call of one of these operators, unless torch.onnx translates it."""
+    """Rewrite a call of an operator in ``_REPAIRED`` if torch.onnx cannot translate this call."""
     x, value = node.all_input_nodes[0], node.meta["val"]
     before = x.meta["val"]
     if node.target is _ATEN.unsqueeze.default and value.is_complex():
@@ -785,7 +784,7 @@ def _refuse_train_mode(program: ExportedProgram, prefix: str) -> None:
         if node.target in _DROPOUTS and _argument(node, 2) is True and _argument(node, 1) != 0.0:
             location = place_of(node, prefix)
             raise ExportError(f"the model is random in eval mode: Dropout: {location}. {_REMEDY}")
-        # A batch norm without running statistics uses those of the batch in either mode.
+        # A batch norm without running statistics uses the statistics of the batch in both modes.
         if (
             node.target is _ATEN.batch_norm.default
             and _argument(node, 5) is True
@@ -827,8 +826,9 @@ def _argument(node: fx.Node, position: int) -> object:
 def _make_overridable(
     model: ir.Model, manifest: Manifest, defaults: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give every adapter input a default, so that the file alone is the base model, unless it is required.
+    """Give adapter inputs their defaults, with which the file runs as the base model.
 
+    An input without a value in ``defaults`` stays required.
     The default is zeros of rank 1 (a gain of 1), see :attr:`SiteInputs.least_rank`: a product with them is
     zero and costs next to nothing. A parameter has the base's values. No other initializer is an input,
     because an optimizer does not treat such a value as a constant, and the weights must stay constants.
@@ -881,10 +881,11 @@ def _feed_as_stored(value: ir.Value) -> None:
 
 
 def shield_padded_pools(model: ir.Model) -> None:
-    """Let a Pad with zeros before a MaxPool have the value -0.0.
+    """Replace the zeros of a Pad before a MaxPool by -0.0, so that ONNX Runtime does not fuse the two.
 
-    ONNX Runtime moves zeros into the MaxPool, which pads with the lowest number: padding then no longer wins
-    over negative values (``Pad_Fusion``; microsoft/onnxruntime#24737). It takes 0.0 for a zero, bit by bit.
+    The fusion (``Pad_Fusion``; microsoft/onnxruntime#24737) moves the padding into the MaxPool, which pads
+    with the lowest number instead of zero. The maximum of negative values would then be wrong. The fusion
+    compares the bits of the value with 0.0, and so ignores -0.0.
 
     Args:
         model: Changed in place, after all fusions.

@@ -206,7 +206,7 @@ def _hold_quantized(twin: nn.Module) -> None:
         twin: A copy of a model that shares its memory. It is changed.
 
     Raises:
-        ExportError: A weight belongs to a quantization library, but its form is unknown.
+        ExportError: A weight belongs to a quantization library, and lora_fx does not know its layout.
     """
     known: dict[int, HeldWeight] = {}
     for prefix, module in list(twin.named_modules()):
@@ -275,7 +275,7 @@ def _name(func: Any) -> str:
 
 @torch.no_grad()
 def _onnx_weight_of(weight: HeldWeight) -> OnnxWeight:
-    """Convert a weight to the form that an ONNX operator reads.
+    """Convert a weight to the arrays that an ONNX operator reads.
 
     Raises:
         ExportError: No operator can represent its values, or its scales are not finite.
@@ -304,7 +304,7 @@ class PackedWeight(StandIn):
     Attributes:
         operator: The ONNX operator that reads the weight.
         block: Number of values that share a scale in the operator.
-        order: The order in which the operator reads the features of the input; None for their own.
+        order: Indices that reorder the features of the input for the operator; None to keep their order.
     """
 
     order: nn.Parameter | None
@@ -518,7 +518,7 @@ def exportable_twin(
 
 
 def _refuse_other_implementations(twin: nn.Module) -> None:
-    """Refuse graphs of quantized experts without grouped products, which alone read a stack as a file can."""
+    """Raise if graphs of quantized experts lack grouped products. A file reads a stack in no other way."""
     for module in twin.modules():
         chosen = experts_implementation(module)
         stacks = [child for child in module.children() if isinstance(child, StandIn)]
@@ -612,7 +612,7 @@ def cast_model(
     of: Collection[torch.dtype] = (*DTYPES.values(), torch.float64),
     kept: Container[str] = (),
 ) -> None:
-    """Cast parameters and buffers in floating point. Quantized weights stay unchanged.
+    """Cast floating-point parameters and buffers. Quantized weights stay unchanged.
 
     Args:
         model: A copy. It is changed.

@@ -1,7 +1,8 @@
-"""Decoder that runs a session step by step, with one binding for each text and its cache in fixed buffers.
+"""Decoder that runs a session step by step, with a key-value cache.
 
-Constant inputs are bound once when a text begins: the factors of an adapter, and the outputs of the encoder.
-Each step binds its tokens, the mask, and the buffers of the cache.
+Each batch of texts has one I/O binding of ONNX Runtime. Constant inputs are bound once when the texts begin:
+the factors of an adapter, and the outputs of the encoder. Each step binds its tokens, the mask, and the
+buffers of the cache.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ _CROSS = ".encoder."
 _LOGITS = "logits"
 
 _ROOM = 256
-"""Initial number of positions beyond the prompt in buffers, if the text may become that long."""
+"""Number of free positions that new buffers have at least, within the largest length of a text."""
 
 
 class Decodes:
-    """Interface of a session that a decoder uses.
+    """Interface through which a decoder uses a session.
 
     Attributes:
         path: Path of the file.
@@ -55,7 +56,7 @@ class Decodes:
     _cache_place: torch.device | Place
 
     def _hold(self, adapter: AdapterChoice) -> Any:
-        """Return the adapter in each file of the model, all from the same moment."""
+        """Return the adapter for each file of the model, without a change of adapters in between."""
         raise NotImplementedError
 
     def _value(self, port: Port, value: Tensor) -> Any:
@@ -82,8 +83,8 @@ class _Entry:
     Attributes:
         past: The input.
         present: Name of the output.
-        heads: Number of heads of both.
-        width: Width of a head of both.
+        heads: Number of heads.
+        width: Width of a head.
     """
 
     past: Port
@@ -156,7 +157,7 @@ class _BufferCache:
         self._sets.reverse()
 
     def taken(self, binding: Any) -> None:
-        """Do nothing: a step has written into the buffers."""
+        """Do nothing, because the step has written its keys and values into the buffers."""
 
     def reorder(self, rows: Tensor, past: int) -> None:
         """Make row i continue from row ``rows[i]``."""
@@ -295,7 +296,7 @@ class Decoder:
         self._past = 0
         self._entries = [_Entry.of(port) for port in cached if _CROSS not in port.name]
         self._cache = self._made(batch, length)
-        # The same for the whole text, even if another adapter is loaded under its name meanwhile.
+        # The adapter stays the same for the whole text, even if another is loaded under its name meanwhile.
         self._held = session._hold(adapter)
         self._binding = session._binding(self._held, batch)
         self._fixed: dict[str, Any] = {}
@@ -304,7 +305,8 @@ class Decoder:
         for name, value in self._fixed.items():
             self._binding.bind_ortvalue_input(name, value)
         self._given: dict[str, Tensor] = {}  # a binding does not own memory
-        # A CPU session reads bound memory when it runs. On other devices it is copied when it is bound.
+        # A CPU session reads bound memory at each run, so new tokens can be written into it. For other
+        # devices, the memory is copied when it is bound.
         self._rereads = session._cache_place == ort.CPU
         # Logits of the last step, or None if their shape is unknown before it.
         self._logits: Tensor | None = None
@@ -324,8 +326,8 @@ class Decoder:
         """
         new = ids.shape[1]
         past, total = self._past, self._past + new
-        # Reading all weights empties the CPU's caches in each step. So each call of PyTorch or of a binding
-        # costs about ten microseconds here.
+        # Each step reads all weights, which empties the CPU's caches. A call of PyTorch or of a binding then
+        # costs about ten microseconds, so there are as few as possible here.
         if self._rereads and new == self._new:
             self._given["input_ids"].copy_(ids)
         else:

@@ -37,7 +37,7 @@ __all__ = [
 Past: TypeAlias = Mapping[int, Mapping[str, Tensor]]
 """Key and value tensors, under "key" and "value", by number of the layer."""
 
-_NAMES = ("cache", "past_key_values")  # in transformers from 5.24 on, and before
+_NAMES = ("cache", "past_key_values")  # the name since transformers 5.24, and the name before
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def generation_metadata(model: nn.Module, task: str) -> dict[str, str]:
     """Return the metadata of the file of a decoder.
 
     ``lora_fx.generation`` is JSON. ``defaults`` has the fields that are set in the model's
-    ``generation_config``. ``limit`` is its number of positions, prompt included, or null.
-    ``prepends_start`` is true if a decoder's prompt has to begin with its first token.
+    ``generation_config``. ``limit`` is the largest length of a text, prompt included, or null.
+    ``prepends_start`` is true if each prompt has to begin with the decoder's start token.
     ``reads_anew_after`` is the length beyond which a cache cannot be used any more, or null.
     """
     config: Any = model.config
@@ -184,10 +184,11 @@ def position_limit(model: nn.Module) -> int | None:
 
 
 def _reads_anew_after(model: nn.Module) -> int | None:
-    """Return the length at which transformers drops a cache, because of rotary frequencies for short texts.
+    """Return the length at which transformers drops a cache, or None.
 
-    Only the Phi family does so. Other models with LongRoPE (arXiv 2402.13753) keep such keys, both in
-    transformers and in the file.
+    Models with LongRoPE (arXiv 2402.13753) use other rotary frequencies beyond this length, which do not
+    match the cached keys. Only the Phi family drops the cache. Others keep it, in transformers and in the
+    file.
     """
     config: Any = model.config
     decoder = config.get_text_config(decoder=True)

@@ -1,9 +1,10 @@
 """New weights of an export that have no memory: each is computed when something reads it, and then dropped.
 
-A merged or cast weight is a function of weights that the caller has. So it is stored as a recipe, and the
-modules hold a tensor in its place whose memory is never written. Views of that memory are known by their
-addresses. That is how both readers find the recipe: a dispatch mode, which runs operators over the values,
-and the graph, whose weights are computed when they are written.
+A merged or cast weight is a function of weights that the caller has. So only the function is stored (the
+recipe), and the modules hold a stand-in: a tensor whose memory is never written. A view of a stand-in is
+recognized by its address. Two readers find the recipe in this way: a dispatch mode, which computes the values
+before an operator runs, and :meth:`Deferred.link`, which makes a graph compute its weights when they are
+written to a file.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
 
     def _values(self, entry: _Entry) -> Tensor:
         assert entry.make is not None
-        with self, torch.no_grad():  # the recipe may read others
+        with self, torch.no_grad():  # the recipe may read other deferred weights
             values = entry.make()
         stand_in = entry.stand_in
         assert (values.shape, values.dtype) == (stand_in.shape, stand_in.dtype)
@@ -120,13 +121,12 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
         """Let the weights of a graph be computed when they are written.
 
         Args:
-            model: The graph, whose weights are views of tensors that stand in the place of others. It is
-                changed in place.
-            used: The weights that its program reads.
+            model: The graph, with weights that are views of stand-ins. It is changed in place.
+            used: The weights that the exported program reads.
 
         Returns:
-            False if the conversion read the values of a weight, so that the graph has no view of it. Such
-            weights have memory from now on: convert the program again.
+            False if the conversion read the values of a stand-in, so that the graph has no view of it. The
+            stand-in has the values of its weight from now on: convert the program again.
         """
         seen: set[int] = set()
         for value in model.graph.initializers.values():
@@ -149,7 +149,10 @@ class Deferred(torch_private.TorchDispatchMode):  # type: ignore[no-untyped-call
     def _view(
         self, tensor: ir.TensorProtocol
     ) -> tuple[_Entry, tuple[int, ...], tuple[int, ...], int] | None:
-        """Return the weight of which a constant is a view, and its sizes, strides and offset in elements."""
+        """Return the deferred weight behind a constant, and the constant's sizes, strides and offset in it.
+
+        Strides and offset are in elements. Return None for a constant that is no view of a stand-in.
+        """
         raw: Any = getattr(tensor, "raw", None)
         if isinstance(raw, Tensor):
             entry = self._entry_of(raw)

@@ -87,7 +87,7 @@ def origin_metadata(model: nn.Module, adapters: str = "merged") -> dict[str, str
     """Return metadata entries about a model, without anything about the machine.
 
     Args:
-        model: A rewritten model, or any other.
+        model: Any model, rewritten or not.
         adapters: Location of the active adapters: "merged" into weights, or "inline" in the graph.
 
     Returns:
@@ -151,9 +151,9 @@ class Swappable:
     Attributes:
         model: The copy. Its graphs have the canonical form, with scale 1 and without dropout.
         rows: The sites of the adapter.
-        record: The record of the copy, which does not carry it.
-        parameters: FQNs of the base's parameters that an adapter has its own values of.
-        tokens: Embeddings of which an adapter has trained rows, and heads that share their weight.
+        record: The record of the copy. It is not attached to the copy.
+        parameters: FQNs of the base's parameters for which an adapter has its own values.
+        tokens: Embeddings for which an adapter has trained rows, and heads that share their weights.
     """
 
     model: nn.Module
@@ -204,7 +204,7 @@ def swappable(
     install(regions_to_install(capture, rows))
     _check_without_graphs(capture, rows, in_rows=editor is not None)
     if editor is None:
-        # Code without a graph reads weights to which the inputs are applied, those of one adapter.
+        # Code without a graph reads patched weights, to which the inputs of one adapter are applied.
         twin.__dict__["_lora_fx"] = dataclasses.replace(bare, active=(_ADAPTER,))
         arm(twin)
     # The copy is no longer a rewritten model, so nobody can switch its adapters.
@@ -295,17 +295,18 @@ def _more(adapter: AdapterRecord) -> Iterator[str]:
 
 
 def trained_parameters(record: Record) -> tuple[str, ...]:
-    """Return the FQNs of the base's parameters that any adapter has its own values of, in their order.
+    """Return the FQNs of the base's parameters for which any adapter has its own values, each once.
 
-    They are those of saved modules, biases, and values that came with a folder. A weight that an
-    initialization changed is not among them: its adapter is written with factors for the original weight.
+    These are parameters of saved modules, biases, and parameters whose values came with a folder. A weight
+    that an initialization changed is not included: its adapter is written with factors for the original
+    weight.
     """
     every = (name for adapter in record.adapters.values() for name in replaced_parameters(adapter))
     return tuple(dict.fromkeys(every))
 
 
 def replaced_parameters(adapter: AdapterRecord) -> Iterator[str]:
-    """Yield the FQNs of the base's parameters that an adapter has its own values of, in their order."""
+    """Yield the FQNs of the base's parameters for which an adapter has its own values, in their order."""
     inside = tuple(f"{name}." for name in adapter.saved_modules)
     started = {row.site.weight for row in adapter.sites} - {*adapter.given, *adapter.saved_modules}
     for name in adapter.own:
@@ -314,7 +315,7 @@ def replaced_parameters(adapter: AdapterRecord) -> Iterator[str]:
 
 
 def trained_tokens(record: Record) -> tuple[PlannedTokens, ...]:
-    """Return each embedding of which any adapter has trained rows once, with the highest number of rows."""
+    """Return the embeddings with trained rows of any adapter, each once, with the highest number of rows."""
     highest: dict[str, PlannedTokens] = {}
     for row in (row for adapter in record.adapters.values() for row in adapter.tokens):
         previous = highest.get(row.name, row)
@@ -371,14 +372,14 @@ class FactorModel(FlatModel):
 
     Args:
         prepared: Result of :func:`lora_fx.export.factor_model.swappable`.
-        model: Its model, or a cast copy of it.
+        model: The model of ``prepared``, or a cast copy of it.
         arguments: The call.
         call: Function that calls the model.
 
     Attributes:
         manifest: The adapter inputs.
         adapter_inputs: The same inputs in order.
-        rank: The rank of all factors in a trace; None for a rank of each site, which stays dynamic.
+        rank: The rank of all factors in a trace; None if each site has its own rank, which stays dynamic.
     """
 
     def __init__(
@@ -444,7 +445,7 @@ class FactorModel(FlatModel):
         return {f"model.{fqn}": value for fqn, value in parameters.items()}
 
     def _token_targets(self) -> Iterator[tuple[PlannedTokens, TokenInputs]]:
-        """Yield each weight with trained rows, with the inputs for them. A tied head has those of another."""
+        """Yield each weight with trained rows and its inputs. A tied head has the inputs of its embedding."""
         targets = {target.name: target for target in self.manifest.tokens}
         for row in self._made.tokens:
             yield row, targets[row.tied or row.name]
@@ -452,15 +453,15 @@ class FactorModel(FlatModel):
     def _called(
         self, values: dict[str, Tensor], call: Callable[..., object], *args: Any, **kwargs: Any
     ) -> Any:
-        # Of two names of a tied parameter, an adapter may have its own values for one alone.
+        # A tied parameter has two names, and an adapter may have its own values for only one of them.
         return torch.func.functional_call(
             _Called(self.model, call), values, args, kwargs, tie_weights=False
         )
 
     def base_values(self) -> dict[str, Tensor]:
-        """Return copies of the base's values of the parameters of the manifest on the CPU, by name.
+        """Return the base's values of the manifest's parameters by name, as copies on the CPU.
 
-        A copied weight may be one that is computed when an operator reads it, so only a copy has values.
+        A deferred weight has no values in memory, so its values are computed for the copy.
         """
         return {
             name: replaceable(self.model, name).detach().clone().cpu()
@@ -469,17 +470,17 @@ class FactorModel(FlatModel):
 
     @torch.no_grad()
     def merged(self, factors: Sequence[Tensor], keep: Keep) -> FlatModel:
-        """Return the same call of a model whose weights have the adapter inputs folded in.
+        """Return a flat model with the same call and the adapter inputs merged into the weights.
 
-        It shares no code with the file: it has no branch, no graph and no low-rank product. The values of
-        :meth:`loose_biases` are left out.
+        The file is compared with it, so it shares no code with the file: it has no branch, no graph and no
+        low-rank product. The values of :meth:`loose_biases` are left out.
 
         Args:
             factors: The values, in the order of the inputs.
-            keep: Called with each folded weight, see ``Scratch.keep``.
+            keep: Called with each merged weight, see ``Scratch.keep``.
 
         Raises:
-            MergeError: Something cannot be folded.
+            MergeError: Something cannot be merged.
         """
         twin = share_copy(self.model)
         values = dict(zip((input_.name for input_ in self.adapter_inputs), factors, strict=True))
@@ -535,7 +536,7 @@ class FactorModel(FlatModel):
         )
 
     def over(self, model: nn.Module) -> FactorModel:
-        """Return the same call of another copy of the model."""
+        """Return a flat model with the same call around another copy of the model."""
         other = FactorModel(self._made, model, self.arguments, self.call).eval()
         other.rank = self.rank
         return other
@@ -605,7 +606,7 @@ def random_factors(
         rank: The lowest rank. Sites differ by up to 2, and grouped convolutions need a multiple of their
             groups. The rank of a bank is the upper limit.
         seed: Seed of the random numbers.
-        max_rank: The highest rank that a file takes, if it is not that of a bank; None for any.
+        max_rank: The highest rank that a file without a bank takes; None for any.
 
     Returns:
         Values by the names of the inputs. A keeps the magnitude of its input, and B scales it to a tenth. A

@@ -123,7 +123,7 @@ def _op_name(target: Any) -> str:
 
 
 class Witness:
-    """Record of the symbols that were replaced while a model was traced."""
+    """Record of the size symbols that torch.export replaced while it traced a model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = {id(module): name for name, module in model.named_modules()}
@@ -140,7 +140,7 @@ class Witness:
         return self._found(str(getattr(getattr(dim, "node", None), "_expr", "")))
 
     def place_of(self, source: str) -> SourceLocation | None:
-        """Return the same for an axis by torch.export's name of it."""
+        """Return the location where an axis became a number, by torch.export's name of the axis."""
         return self._found(self._symbols.get(source, ""))
 
     def fault(self, error: BaseException) -> SourceLocation:
@@ -163,7 +163,7 @@ class Witness:
         return self._places.get(symbol)
 
     def note(self, symbol: object, value: Any, sources: Iterable[Any] = ()) -> None:
-        """Record that a symbol of the axes ``sources`` was replaced by a number or by another symbol."""
+        """Record that the size symbol of the axes ``sources`` became a number or another symbol."""
         self._symbols.update((source.name, str(symbol)) for source in sources)
         if getattr(value, "is_Integer", False):
             self._places.setdefault(str(symbol), here(self._modules))
@@ -173,7 +173,7 @@ class Witness:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Witness]:
-    """Record the symbols of traces that begin inside the block."""
+    """Record the replaced size symbols of traces that begin inside the block."""
     witness = Witness(model)
     original = getattr(ShapeEnv, torch_private.REPLACEMENT_METHOD)
 

@@ -180,7 +180,7 @@ class _Call:
         settings: The settings of generation.
         chain: Processors of scores, in order.
         criteria: Stopping criteria besides end-of-sequence tokens and the length.
-        generator: Random numbers of the draws.
+        generator: Generator of the random numbers for sampling; None for torch's.
         decoder: The decoder of the file, before its first step.
         anew_after: The length beyond which the cache cannot be used any more.
         arrays: True if the inputs are arrays, so that the result is one, too.
@@ -217,7 +217,7 @@ class _Call:
         return (tokens[:, None] == self._ends).any(dim=1)
 
     def sampled(self) -> Iterator[Tensor]:
-        """Yield the next tokens, [rows], until all texts end. ``ids`` includes those already yielded."""
+        """Yield the next tokens, [rows], until all texts end, and append them to ``ids``."""
         settings = self.settings
         count = self.ids.shape[1]
         whole = torch.empty(len(self.ids), self.length, dtype=torch.long)
@@ -341,7 +341,7 @@ def _pieces(call: _Call, tokenizer: Any, decode: Mapping[str, Any]) -> Iterator[
 
 @dataclass(frozen=True)
 class _Changes:
-    """Settings that have their own argument of ``generate``; None for the model's."""
+    """Settings with their own argument in ``generate``. None keeps the model's setting."""
 
     max_new_tokens: int | None
     do_sample: bool | None
@@ -373,7 +373,7 @@ class _Control:
 
 
 class Generates(Decodes):
-    """Generation of a session, for files that were exported for it."""
+    """The part of a session that generates text, for files that were exported with a task."""
 
     def generate(
         self,
@@ -404,21 +404,21 @@ class Generates(Decodes):
         """Continue texts. The tokens are the same as from ``model.generate`` of transformers.
 
         For files of ``export_onnx(..., task=...)``. Defaults come from the model's ``generation_config``,
-        which is stored in the file, and else from transformers.
+        which is stored in the file, or else from transformers.
 
         Args:
             input_ids: The prompts, integers of shape [batch, sequence], padded on the left. For an
                 encoder-decoder they are the texts that its encoder reads.
             attention_mask: Mask of the same shape, 0 for padding. Without it pad tokens are padding.
             max_new_tokens: The largest number of tokens to generate; 20 if no configuration sets it.
-            do_sample: Draw each token, else take the likeliest.
+            do_sample: True to draw each token, False to take the likeliest.
             temperature: Divisor of the logits before a draw.
             top_k: Number of likeliest tokens to draw from; 0 for all.
             top_p: Draw from the likeliest tokens that have this probability together.
             min_p: Draw from tokens with at least this share of the highest probability.
             repetition_penalty: Divisor of the logits of tokens that are already in the text.
             eos_token_id: The token or tokens that end a text; an empty list for none.
-            pad_token_id: Token that fills rows which end before others.
+            pad_token_id: Token that fills rows that end before others.
             num_beams: Number of beams of beam search; 1 for no beam search.
             num_return_sequences: Number of texts for each prompt, from draws or from the beams.
             stop_strings: Texts that end a row, which keeps them. They need ``tokenizer``.
@@ -495,8 +495,8 @@ class Generates(Decodes):
         Args:
             input_ids: As for :meth:`generate`, with one row.
             attention_mask: As for :meth:`generate`.
-            tokenizer: The model's tokenizer, of transformers. With it, pieces of text come instead of tokens,
-                the same as from ``TextIteratorStreamer(tokenizer, skip_prompt=True)``.
+            tokenizer: The model's tokenizer, of transformers. With it, the iterator yields pieces of text
+                instead of tokens, as ``TextIteratorStreamer(tokenizer, skip_prompt=True)`` does.
             text: False to get tokens although there is a tokenizer, for ``stop_strings``.
             decode: Arguments of ``tokenizer.decode``, such as ``{"skip_special_tokens": True}``.
             generation_config: As for :meth:`generate`.

@@ -116,7 +116,7 @@ class GenerationSettings:
         max_length: The same with the prompt; used if ``max_new_tokens`` is None.
         min_new_tokens: Number of tokens before the first possible end-of-sequence token.
         min_length: The same with the prompt.
-        do_sample: Draw the next token, else take the likeliest.
+        do_sample: True to draw the next token, False to take the likeliest.
         temperature: Divisor of the logits.
         top_k: Number of likeliest tokens to draw from; 0 for all.
         top_p: Draw from the likeliest tokens that have this probability together.
@@ -124,7 +124,7 @@ class GenerationSettings:
         repetition_penalty: Divisor of the logits of tokens that are already in the text.
         no_repeat_ngram_size: Length of sequences that may not repeat; 0 for no limit.
         eos_token_id: Tokens that end a sequence.
-        pad_token_id: Token that fills rows which end before others.
+        pad_token_id: Token that fills rows that end before others.
         bos_token_id: First token of a text.
         decoder_start_token_id: First token of the decoder of an encoder-decoder.
         forced_bos_token_id: Token after the first one.

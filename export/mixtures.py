@@ -1,4 +1,4 @@
-"""Marks at the mixtures of experts of a traced model, which name the parts of each.
+"""Marks in the graph of a traced model, which name the parts of each mixture of experts.
 
 The experts of a layer are traced as a sort of the tokens, two grouped products and a sum. A mark is a node
 that returns the output of this graph. Its other inputs are the tokens, their experts and weights, the
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["MARK", "MARK_DOMAIN", "Mixture", "mark_mixtures", "marked_mixture"]
 
 MARK_DOMAIN = "lora_fx"
-"""Domain of the marks in a graph of ONNX."""
+"""Domain of the marks in an ONNX graph."""
 
 MARK = "Mixture"
-"""Operator of the marks in a graph of ONNX."""
+"""Operator of the marks in an ONNX graph."""
 
 
 class Mixture(NamedTuple):
-    """The tensors of a mixture of T tokens [d], k of E experts for each, and n hidden channels.
+    """The tensors of a mixture of experts.
 
+    Each of T tokens with d features uses k of E experts, which have n hidden channels. Blocks of b quantized
+    values share a scale.
     The output is ``y[t] = Σ_j weights[t, j] · (down · gate(up · x[t] + up_bias) + down_bias)``, with the
     matrices of the expert ``chosen[t, j]``.
 
@@ -81,7 +83,7 @@ def _(y: Tensor, *_: Tensor | None) -> Tensor:
 
 
 def mark_mixtures(twin: nn.Module) -> None:
-    """Let each layer of experts trace a mark, if integers of 4 bits are its matrices.
+    """Make each layer of experts with matrices of 4-bit integers add a mark to its trace.
 
     Args:
         twin: The copy that is traced, after :func:`lora_fx.export.copy.pack_quantized`. It is changed.
@@ -105,7 +107,7 @@ def _can_be_marked(module: nn.Module) -> bool:
 
 
 def _marking(module: Any, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a forward that also traces a mark.
+    """Return a forward that also adds a mark to the trace.
 
     Args:
         module: The layer of experts.

@@ -284,7 +284,7 @@ class _Export:
         options: Options of every file.
         scratch: Storage of new weights.
         clock: Clock of the stages.
-        adapt: Changes a finished graph for a runtime; None for any runtime.
+        adapt: Function that changes a finished graph for its runtime; None for no changes.
         runtime: The runtime that takes a program instead of an ONNX file; None for ONNX.
         rank: The rank that factors are padded to; None for any.
     """
@@ -336,8 +336,7 @@ class _Export:
             except PrecisionError:
                 raise
             except (ConversionError, ParityError) as error:
-                # ONNX may not be able to compute with the sizes of the model, but with fewer dynamic axes it
-                # may.
+                # ONNX may be unable to compute the model's sizes from dynamic axes, so try fewer of them.
                 failures.append(f"{traced.description}: {headline(error)}")
                 stage.discard()
                 self.clock.start("capturing the model with fewer dynamic axes")
@@ -366,9 +365,9 @@ class _Export:
         )
 
     def _converted(self, traced: Trace, traceable: Prepared, opset: int) -> ir.Model:
-        """Return the graph of a trace. Its weights that have no memory are computed when they are written."""
+        """Return the ONNX graph of a trace. Deferred weights are computed when they are written."""
         deferred = self.scratch.deferred
-        defaults = traceable.defaults()  # values, which a conversion does not compute
+        defaults = traceable.defaults()  # read here, because deferred weights have no values below
         while True:
             with torch_private.disable_dispatch_modes():
                 converted = convert(traced, traceable, opset, defaults)
@@ -406,7 +405,7 @@ class _Export:
         if self.adapt is not None:
             self.adapt(model)
         for value in model.graph.initializers.values():
-            # Quantizers turn matrices over, and would leave a second note of their shapes as it is.
+            # Quantizers transpose matrices without updating the shape that is stored a second time here.
             if not value.is_graph_input():
                 value.shape = value.type = None
         self.clock.start("writing the file")
@@ -514,7 +513,7 @@ class _Written:
         files: Sizes of all files by name, in bytes.
         quantized: The formats of its quantized weights.
         parity: Result of the comparison.
-        target: Target of the fusions in the end.
+        target: Target of the fusions in the written file.
         fused: The fusions.
         fallbacks: Errors of files with more fusions, by level of fusion.
     """
@@ -745,7 +744,7 @@ def export_onnx(
 
 @dataclasses.dataclass(frozen=True)
 class _Subject:
-    """The model of an export, and how it is called; see :func:`export_onnx`."""
+    """The model of an export, and its example call; see :func:`export_onnx`."""
 
     model: nn.Module
     example_inputs: object
@@ -802,11 +801,11 @@ def _destination(
     tokenizer: Any,
     force: bool | None,
 ) -> _Destination:
-    """Return where an export goes; for the arguments see :func:`export_onnx`.
+    """Return the destination of an export; for the arguments see :func:`export_onnx`.
 
     Raises:
         ExportError: There is a tokenizer, and no folder for it.
-        OutputPathError: The path and the example inputs are swapped, or the path cannot be that of a file.
+        OutputPathError: The path and the example inputs are swapped, or the path is not valid for a file.
     """
     if runtime is not None:
         file = runtime.file(Path(path), dtype)
@@ -918,7 +917,7 @@ def _program_target(
     Args:
         runtime: The target of the export, or None.
         dynamic_shapes: True if the caller names dynamic axes.
-        onnx_only: True by the name of each argument of ONNX files that the caller sets.
+        onnx_only: Arguments that only ONNX files have, by name: True if the caller sets it.
 
     Raises:
         ExportError: An argument has no meaning for the target. The message names it.
@@ -957,7 +956,7 @@ def _rank_of(model: nn.Module, max_rank: int | None) -> int:
 
 
 def _check_required(model: nn.Module, target: str | None, adapted: _AdapterOptions) -> None:
-    """Raise if a file without defaults is asked for that could not take adapters.
+    """Raise if ``required_inputs=True`` contradicts other arguments.
 
     Raises:
         ExportError: It names the argument and the remedy.
@@ -1006,7 +1005,7 @@ def _task_of(
 
 
 def _preparation(adapters: str, bank: _AdapterOptions) -> Callable[..., tuple[Prepared, ...]]:
-    """Return the function that prepares a model whose adapters are exported in this way."""
+    """Return the function that prepares a model for a value of ``adapters``."""
     preparations: dict[str, Callable[..., tuple[Prepared, ...]]] = {
         "merge": prepare,
         "inline": partial(prepare, merged=False),
@@ -1019,7 +1018,7 @@ def _preparation(adapters: str, bank: _AdapterOptions) -> Callable[..., tuple[Pr
 def _build_all(
     export: _Export, prepared: Sequence[Prepared], stage: Staging, dynamic_shapes: object
 ) -> ExportReport:
-    """Write the file of a model, which is the last of ``prepared``, and those of its encoders."""
+    """Write the files of a model: those of its encoders, and then its own, the last of ``prepared``."""
     *companions, main = prepared
     encoder: ExportReport | None = None
     for part in companions:

@@ -519,7 +519,7 @@ def _message(file: str, names: Sequence[str], missing: list[str], unknown: list[
     return f"the call of {file} {' and '.join(parts)}: its inputs are {', '.join(names)}"
 
 
-# Calls in which an axis of an input has size 0, or one inside the model (``x[:, 2:]`` of two tokens).
+# Calls in which an axis has size 0, in an input or inside the model (``x[:, 2:]`` of two tokens).
 #
 # ONNX Runtime guarantees nothing for them: Einsum, LSTM and GRU end the process, Reshape divides by zero, a
 # product over an empty axis returns uninitialized memory, and a mean over it returns a number. So such calls
@@ -641,7 +641,7 @@ def empty_outputs(
         for axis, (label, size) in enumerate(zip(port.shape, shapes[port.name], strict=True)):
             if isinstance(label, str):
                 sizes[label] = size
-            # A fixed axis of size 0 is the same in the example, which the file was compared on.
+            # A fixed axis of size 0 also had size 0 in the example, on which the file was compared.
             fine = label == 0 or (task and label == _MAY_BE_EMPTY)
             if size == 0 and not fine:
                 empty = empty or f"axis {axis} of '{port.name}' has size 0"

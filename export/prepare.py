@@ -166,7 +166,7 @@ class Prepared:
     """Model and call to trace, and the model that the file is compared with.
 
     Attributes:
-        model: The model in eval mode, tensors in and out.
+        model: The model in eval mode, with tensors as arguments and results.
         arguments: The call that is traced.
         outputs: Names of the outputs, in order.
         dtype: Storage dtype of most weights: "fp32", "fp16", "bf16", or torch's name.
@@ -207,7 +207,7 @@ class Prepared:
         return dataclasses.replace(self, manifest=self.manifest.require())
 
     def defaults(self) -> dict[str, Tensor]:
-        """Return the values of the adapter inputs that the file holds, by name: those of the base, or a bank.
+        """Return the values that the file stores for its adapter inputs: of no adapter, or of a bank.
 
         Raises:
             CheckpointError, ExportError: As ``values_of_model``.
@@ -232,7 +232,7 @@ class Prepared:
         """Return a copy for a runtime that takes one rank, or has no dynamic axes.
 
         Args:
-            example_inputs: The call, to have its sizes if its batch of one was widened; None to keep that.
+            example_inputs: The caller's example, to undo the widening of a batch of one; None to keep it.
             rank: The rank of all factors; None for a model without adapter inputs.
         """
         if isinstance(self.model, FactorModel):
@@ -352,7 +352,7 @@ _CAPACITY, DEFAULT_RANK = 8, 16
 def _written_ranks(adapter: AdapterRecord) -> Iterator[tuple[PlannedSite, int]]:
     """Yield the sites of an adapter with their ranks in a file.
 
-    Where an initialization has changed the weight, factors for the original weight have twice the rank.
+    If an initialization has changed the weight, the factors for the original weight have twice the rank.
     """
     for row in adapter.sites:
         yield row, row.rank * (2 if row.site.weight in adapter.own else 1)
@@ -517,7 +517,7 @@ def _first_run(flat: FlatModel) -> tuple[FlatModel, Arguments, list[str]]:
 
 
 def _altered(tensor: Tensor) -> Tensor:
-    """Return other values of the same kind."""
+    """Return a tensor of the same shape and dtype with other values."""
     return -tensor if tensor.is_floating_point() else tensor.flip([*range(tensor.dim())])
 
 
@@ -535,7 +535,7 @@ def _named(flat: FlatModel, tensors: Sequence[Tensor]) -> list[str]:
     if changed is None:
         return [name for name, _ in first]
     with torch.no_grad(), torch.random.fork_rng(devices=()):
-        # A state may be a memory of the last inputs: call with others in between.
+        # The state may depend on the last inputs, so call with other inputs in between.
         with contextlib.suppress(Exception):
             flat.named([_altered(tensor) for tensor in tensors])
         torch.set_rng_state(drawn)

@@ -162,7 +162,7 @@ _REMEDIES = {
 
 
 def chosen_provider(provider: object) -> Provider:
-    """Return "cuda", "cpu" or "webgpu" for that name, for ONNX Runtime's, or for a list of one of them.
+    """Return "cuda", "cpu" or "webgpu" for the short name, ONNX Runtime's name, or a list of one name.
 
     Raises:
         ProviderError: The name is unknown, or the list has several: there is no fallback to a second one.
@@ -262,7 +262,7 @@ def _needed(library: Path) -> list[str]:
 
 def _check_cuda(runtime: Any, available: list[str]) -> None:
     words = io.StringIO()
-    # It prints the libraries that it cannot load instead of raising. They are tried below.
+    # preload_dlls prints the libraries that it cannot load instead of raising. They are tried below.
     with contextlib.redirect_stdout(words):
         runtime.preload_dlls()
     for line in filter(None, map(str.strip, words.getvalue().splitlines())):

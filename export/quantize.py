@@ -41,7 +41,7 @@ _PROTO_BYTES = 2**31 - 1
 
 
 def check_scheme(scheme: object, optimize: str) -> None:
-    """Raise for a scheme that does not exist, or that the fusions leave no products for.
+    """Raise for an unknown scheme, or for a level of fusion that hides the weights from the tools.
 
     Raises:
         ExportError: It names the argument and the remedy.
@@ -154,7 +154,7 @@ def _int8(proto: Any, exclude: list[str]) -> Any:
             out,
             op_types_to_quantize=["MatMul"],
             per_channel=True,
-            reduce_range=True,  # CPUs without VNNI add two products of 8 bits in 16
+            reduce_range=True,  # CPUs without VNNI add pairs of 8-bit products in 16 bits
             weight_type=QuantType.QInt8,
             nodes_to_exclude=exclude,
         )
@@ -183,7 +183,7 @@ def _stored(model: ir.Model, scheme: QuantizedScheme) -> StoredFormat:
         (sum(part) for part in zip(*matrices.values(), strict=True)) if matrices else (0, 0)
     )
     for name, value in model.graph.initializers.items():
-        # A scale of MatMulInteger is in a product of its own.
+        # The scale of a MatMulInteger is an input of a later Mul.
         if scheme == "int8" and name.endswith("_scale") and value.const_value is not None:
             size += value.const_value.nbytes
     block = _BLOCK if scheme == "int4" else None
@@ -192,7 +192,7 @@ def _stored(model: ir.Model, scheme: QuantizedScheme) -> StoredFormat:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the tools, which log every node, and configure the root logger when they are imported."""
+    """Silence the tools inside the block. They log every node, and change the root logger on import."""
     root = logging.getLogger()
     disabled, level, handlers = logging.root.manager.disable, root.level, list(root.handlers)
     logging.disable(logging.WARNING)

@@ -128,13 +128,13 @@ class ExportReport:
         operators: Number of nodes by operator, the most frequent first.
         initializers: Number of stored tensors.
         inputs: Axes by input name: a name for each dynamic axis, a size for each fixed axis.
-        outputs: The same for outputs.
+        outputs: Axes by output name, in the same form.
         dynamic_axes: Names of dynamic axes by input name and position.
         axis_limits: Largest sizes of dynamic axes by name, for axes with a limit.
         fixed_axes: Reasons of fixed axes by ``input[axis]``.
         baked_arguments: Arguments that are not tensors, and so are constants of the file.
         verified: True if the file was compared with PyTorch.
-        unverified_reason: Reason why it was not, else "".
+        unverified_reason: Reason why it was not compared, else "".
         parity: Result of the comparison, one row an output.
         shapes_tried: Input shapes of the comparison.
         values_tried: Remark on the input values of the comparison, "" for fresh values.
@@ -159,8 +159,8 @@ class ExportReport:
             fusions did not match the model.
         fused: Number of applications of each fusion by name.
         not_fused: Reasons why a fusion or a level of fusions was not applied, everywhere or at some nodes.
-        adapter_nodes: Names of the nodes that read adapters. Quantizers have to leave them out, as
-            ``nodes_to_exclude`` of those of ONNX Runtime. The metadata of the file has them as well.
+        adapter_nodes: Names of the nodes that read adapters. Quantizers have to leave them out, with the
+            argument ``nodes_to_exclude`` in ONNX Runtime. The metadata of the file has them as well.
         merged: The merge of the adapters, rounded to the dtypes of the file; None without a merge.
     """
 

@@ -69,7 +69,7 @@ class StaticRunner:
 
     Args:
         runtime: The onnxruntime module.
-        session: Its session.
+        session: The session of ONNX Runtime.
         outputs: The outputs of the file.
         manifest: The adapter inputs; None for a file without adapters.
         max_rank: The rank that factors are padded to.
@@ -125,7 +125,7 @@ class StaticRunner:
         self._loaded = None  # after an error, incomplete buffers are written again
         targets = self.manifest.targets if self.manifest else ()
         own = self.manifest.parameters if self.manifest else ()
-        # Without an adapter, parameters are the base's.
+        # Without an adapter, parameters have the base's values.
         lost = [parameter.name for parameter in own if parameter.name not in adapter.values]
         values = {**adapter.values, **(read_defaults(self.path, lost) if lost else {})}
         for site in targets:
@@ -248,7 +248,7 @@ class OnnxSession(Generates):
             takes adapters: every adapter then runs at this rank.
 
     Attributes:
-        inputs: Inputs of ``run``. Those of adapters are not among them, because ``adapter=`` feeds them.
+        inputs: Inputs of ``run``. Inputs for adapters are left out, because ``adapter=`` feeds them.
         outputs: Outputs of ``run``.
         metadata: Metadata entries of the file.
         encoder: The session of the encoder, for the decoder of an encoder-decoder, else None.
@@ -376,8 +376,8 @@ class OnnxSession(Generates):
         """Load an adapter onto the device. Calls of :meth:`run` choose it by its name.
 
         Args:
-            name: Its name. An adapter of the same name is replaced; runs that have begun end with the old
-                one.
+            name: Name of the adapter in the session. An adapter of the same name is replaced; runs that have
+                begun end with the old one.
             source: An ``.onnx_adapter`` file, an adapter folder of PEFT, a rewritten model, or values by
                 the names of the inputs.
             adapter_name: Name of the adapter in a model; by default the only one, or the only active one.
@@ -569,7 +569,7 @@ class OnnxSession(Generates):
         return StaticRunner(runtime, session, self.outputs, manifest, *options)
 
     def _hold(self, adapter: AdapterChoice) -> dict[OnnxSession, HeldAdapter]:
-        """Return the adapter in each file of the model, all from the same moment."""
+        """Return the adapter for each file of the model, without a change of adapters in between."""
         with self._swapping:
             return {part: part._store.chosen(adapter) for part in self._parts()}
 
@@ -579,7 +579,7 @@ class OnnxSession(Generates):
 
 
 def _check_inputs(session: Any, manifest: Manifest | None, file: str) -> bool:
-    """Raise if a tool took inputs out of a file that choose adapters.
+    """Raise if a tool removed inputs that choose adapters from a file.
 
     Returns:
         True if the file has its adapters, but no further ones can be loaded.

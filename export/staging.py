@@ -108,7 +108,7 @@ class Staging:
         data: The external data file to write, if any. Several files have ``-00001-of-00003`` before the
             suffix.
         companions: Further model files, which are moved before this one.
-        extras: Destinations of other files in the folder. A target's code sets it.
+        extras: Map from other files in the folder to their destinations. The code of a target sets it.
     """
 
     def __init__(self, target: Path, folder: Path, data: str | None = None) -> None:
@@ -382,14 +382,14 @@ class Scratch:
     deferred: Deferred = field(default_factory=Deferred, init=False)
 
     def keep(self, tensor: Tensor, again: Callable[[], Tensor] | None = None, /) -> Tensor:
-        """Return the tensor itself, or one of the same values that takes no memory.
+        """Return the tensor itself, or a tensor with the same values that takes no memory.
 
-        If it can be computed again, that is done at each read. Else a copy is in a mapped file if it exceeds
-        the rest of the allowance.
+        A large weight that can be computed again is computed at each read. Any other weight that exceeds the
+        rest of the allowance is copied into a mapped file.
 
         Args:
             tensor: A new weight.
-            again: Computes it again, the same each time; None if that is not possible.
+            again: Computes the same values again; None if that is not possible.
 
         Raises:
             ExportError: The disk is full or cannot be written to.

@@ -398,7 +398,7 @@ def _decode_encoded(
     cache = EncoderDecoderCache(filled_cache(own), filled_cache(cross))
     cache.is_updated = dict.fromkeys(own, True)
     key = next(iter(cross.values()))["key"]
-    # Its values are never read, because the cache already has the keys and values from them.
+    # The values of the states are never read, because the cache already has the keys and values from them.
     states = key.new_zeros(key.shape[0], key.shape[2], width)
     outputs = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=states),

@@ -1,7 +1,7 @@
 """Export of a model and one call to a program with as many dynamic axes as possible.
 
 Every axis of every input is offered to ``torch.export`` as dynamic. It keeps the axes that the model
-treats as dynamic. It fixes the rest, such as channels that meet a weight, or a grid of patches. Each
+treats as dynamic. It fixes the rest, such as channels whose number a weight sets, or a grid of patches. Each
 fixed axis has a reason.
 """
 
@@ -49,11 +49,11 @@ _TESTS: Mapping[Any, bool] = {
 """Result of each test for a finite number."""
 
 _REDUCTIONS = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
-"""Reductions of a test, with the result that they keep if all values are finite."""
+"""Reductions of tests, with the result that each keeps: all of True is True, any of False is False."""
 
 
 class _FiniteValues(Listener):
-    """Listener that answers conditions such as ``torch.isfinite(x).all()`` in a trace: all values are finite.
+    """Listener that answers conditions such as ``torch.isfinite(x).all()`` as if all values were finite.
 
     Args:
         model: The model that is traced.
@@ -71,7 +71,7 @@ class _FiniteValues(Listener):
         self._answers: dict[int, tuple[Tensor, bool]] = {}
 
     def answer(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Answer a condition that is a reduced test."""
+        """Answer a condition that reduces a test for finite values."""
         if func is not Tensor.__bool__ or id(args[0]) not in self._answers:
             return NotImplemented
         self.places.setdefault(str(here(self._modules)))
@@ -139,7 +139,10 @@ unknown number of windows takes half the time of an export, which is wasted if t
 
 
 class _AnswerableQuestions(Listener):
-    """Listener that ends a trace early if a question about sizes stays open."""
+    """Listener that ends a trace early if a question about sizes stays open.
+
+    A question is a condition on sizes in the model's code. It is open if other known sizes do not answer it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -417,8 +420,8 @@ def _asked_of_sizes(
 def _unanswered(program: ExportedProgram) -> list[str]:
     """Return the conditions on dynamic sizes that the file cannot check: it has only the example's branch.
 
-    Limits of a single size are left out, because the file's metadata has them. So are conditions of
-    operations, which compute the same either way.
+    Limits of a single size are left out, because the file's metadata has them. Conditions inside of
+    operations are left out, because the operations compute the same either way.
     """
     return [str(question) for question in _open(_asked_of_sizes(program, _is_of_code))]
 
@@ -534,7 +537,7 @@ def _reason(
 
 
 def _free_name(owner: str, name: str, taken: Collection[str]) -> str:
-    """Return the name of an axis, with that of its input before it until no other axis has it."""
+    """Return a unique name of an axis: the input's name is prepended until no other axis has the result."""
     while name in taken:
         name = f"{owner}_{name}"
     return name

@@ -263,9 +263,9 @@ def _admitted(
 
 _log = logging.getLogger("lora_fx")
 
-# Relative to the largest magnitude of the output. Half precision: about twenty roundings to 11 or 8 bits
-# (2⁻¹¹ and 2⁻⁸), which is the sum over a deep network whose operations each round once. Single precision
-# has room to spare (2⁻²⁴): there, the order of a long sum decides.
+# Tolerances relative to the largest magnitude of the output. In half precision they allow about twenty
+# roundings to 11 or 8 bits (2⁻¹¹ and 2⁻⁸), which is the error of a deep network whose operations each round
+# once. In single precision (2⁻²⁴) they are far above the rounding; long sums in another order differ most.
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 # An output with a smaller magnitude counts as zero, and its difference is divided by this instead.
@@ -286,7 +286,7 @@ class Compared:
         got: The result that is judged, of the same shape.
         precision: The coarsest dtype in which ``got`` was computed.
         valid: Mask of the positions that count, expandable to the shape; None for all.
-        tolerance: Largest difference; None for that of the precision.
+        tolerance: Largest difference; None for the tolerance of the precision.
     """
 
     name: str
@@ -392,7 +392,7 @@ class Reference(Protocol):
     Attributes:
         precision: The coarsest floating dtype of the model, which sets the tolerance.
         description: The reference in words, for the report.
-        tolerance: Largest difference of a file with quantized weights; None for that of the precision.
+        tolerance: Largest difference of a file with quantized weights; None for the default of the precision.
     """
 
     precision: torch.dtype
@@ -422,8 +422,8 @@ class ModelReference:
 
     Args:
         exported: The model that was exported, alone or with an adapter.
-        casts: Makes the widened weights.
-        tolerance: Largest difference; None for that of the precision.
+        casts: Cache of the weights that are widened to fp32.
+        tolerance: Largest difference; None for the tolerance of the precision.
     """
 
     def __init__(self, exported: FlatModel, casts: Casts, tolerance: float | None = None) -> None:
@@ -595,7 +595,7 @@ def _compare(
             )
 
 
-# Lowest rank over the sites. 1 is included because an axis of size 1 can be mistaken for one to broadcast.
+# Ranks of the random adapters. Rank 1 is included because an axis of size 1 may be broadcast by mistake.
 _RANDOM_RANKS = (3, 1)
 
 
@@ -645,9 +645,9 @@ def _check(
         prepared: The model.
         traced: The trace that the file was made from.
         session: The file.
-        casts: Makes the weights of the references of a half-precision file.
+        casts: Cache of the fp32 weights for the references of a half-precision file.
         max_rank: The highest rank that the file takes; None for any.
-        tolerance: Largest difference; None for that of the precision.
+        tolerance: Largest difference; None for the tolerance of the precision.
 
     Raises:
         PrecisionError: The model, or an adapter, is wrong in the precision of the file.
@@ -655,7 +655,7 @@ def _check(
     """
 
     def taken(tensors: Sequence[Tensor]) -> list[Tensor]:
-        # A runtime's file may take fp32 where the model takes half precision: no value changes.
+        # The file of a runtime may take fp32 although the model takes half precision. No value changes.
         pairs = zip(tensors, session.inputs, strict=True)
         return [tensor.to(getattr(torch, port.dtype)) for tensor, port in pairs]
 
@@ -718,7 +718,7 @@ def _labeled(label: str, rows: Mapping[str, OutputParity]) -> dict[str, OutputPa
 def _random_values(
     model: FactorModel, manifest: Manifest, rank: int, seed: int = 0, max_rank: int | None = None
 ) -> dict[str, Tensor]:
-    """Return a random adapter whose loose biases are zero, because no weight can take them."""
+    """Return a random adapter with zeros for the biases in ``model.loose_biases()``."""
     values = random_factors(manifest, rank, seed, max_rank)
     return values | {name: torch.zeros_like(values[name]) for name in model.loose_biases()}
 
@@ -801,9 +801,9 @@ def _check_bank(
         model: The traced model.
         traced: The trace that the file was made from.
         session: The file.
-        casts: Makes the weights of the references of a half-precision file.
+        casts: Cache of the fp32 weights for the references of a half-precision file.
         parity: Result for the file alone.
-        tolerance: Largest difference; None for that of the precision.
+        tolerance: Largest difference; None for the tolerance of the precision.
 
     Raises:
         PrecisionError, ParityError: As :func:`_check`.
@@ -920,7 +920,7 @@ def verify(
         traced: The trace that the file was made from.
         file: The written file.
         keep: Called with each new weight of the reference, see ``Scratch.keep``.
-        tolerance: Largest difference of an output; None for that of the precision.
+        tolerance: Largest difference of an output; None for the tolerance of the precision.
         large: Leave the weights in the file and map it into memory, which is slower.
         loaded: The file in its runtime; None to load an ONNX file in ONNX Runtime.
 

@@ -1,4 +1,4 @@
-"""Adapters in a finished graph: ids that are out of range, and the nodes that read factors."""
+"""Adapters in a finished graph: the nodes that read factors, and guards against wrong ids and no inputs."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def adapter_nodes(model: ir.Model, manifest: Manifest | None) -> tuple[str, ...]
 
 
 def guard_ids(model: ir.Model, manifest: Manifest) -> None:
-    """Make a run fail whose ids are out of range: with an error of ``Gather``, or with NaN in the outputs.
+    """Make a run with an id out of range fail: by an error of ``Gather``, or by NaN in the outputs.
 
     ONNX leaves such an index to the runtime. Some raise; others read zeros, another adapter, or memory
-    behind the bank. So the ids are first looked up in a list of the slots, which raises where a runtime
-    checks. In other runtimes the row is one of the base, and NaN is added to its outputs. Outputs of
-    integers, and the cache of a decoder, stay those of the base.
+    behind the bank. So the ids are first looked up in a list of the slots, and a runtime that checks indices
+    raises. In other runtimes the row runs without an adapter, and NaN is added to its outputs, except to
+    integers and to the cache of a decoder.
 
     Args:
         model: Changed in place, after all fusions.
@@ -80,7 +80,8 @@ def guard_ids(model: ir.Model, manifest: Manifest) -> None:
     count = build.op("Squeeze", [size], like=ids, shape=[])
     slots = build.op("Range", [zero, count, step], like=ids, shape=[None])
     positive = build.op("Max", [ids, minus], like=ids, shape=rows)
-    # One past the end at most, because OpenVINO crashes far from there, and the next sum could overflow.
+    # The index is at most one past the end, because OpenVINO crashes on larger ones, and the next sum could
+    # overflow.
     first_wrong = build.op("Sub", [count, step], like=ids, shape=[])
     near = build.op("Min", [positive, first_wrong], like=ids, shape=rows)
     slot = build.op("Add", [near, step], like=ids, shape=rows)
@@ -95,10 +96,10 @@ def guard_ids(model: ir.Model, manifest: Manifest) -> None:
 
 
 def guard_sizes(model: ir.Model, manifest: Manifest) -> None:
-    """Make the outputs NaN if an adapter input is empty, as OpenVINO takes one that is not fed.
+    """Make the outputs NaN if an adapter input is empty, because OpenVINO gives size 0 to unfed inputs.
 
-    OpenVINO takes an input of fixed sizes for memory with any values. So inputs without a rank get a name for
-    their first axis. Kernels and biases of convolutions stay fixed, because OpenVINO takes no others.
+    For an unfed input of fixed sizes, OpenVINO reads memory with arbitrary values. So inputs without a rank
+    get a dynamic first axis. Kernels and biases of convolutions stay fixed, because OpenVINO takes no others.
 
     Args:
         model: Changed in place, after all fusions.

@@ -59,7 +59,7 @@ class Mask:
 
 
 def read_mask(mask: ir.Value | None, past: Size | None, total: Size | None) -> Mask | None:
-    """Read a mask as ``where(a and b and …, 0, low)``.
+    """Read a mask as ``where(a and b and …, 0, low)``, or return None for any other mask.
 
     Args:
         mask: The value added to the scores.

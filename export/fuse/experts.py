@@ -55,11 +55,11 @@ class _Gate(NamedTuple):
 
 @at_nodes(MARK, domain=MARK_DOMAIN)
 def quantized_experts(model: ir.Model, node: ir.Node) -> bool | str:
-    """Replace a mixture of experts of 4 bits by ``QMoE``, with the same integers, scales and zero points.
+    """Replace a mixture of 4-bit experts by ``QMoE``, with the same integers, scales and zero points.
 
     The operator of the CPU provider chooses the k experts with the highest values, and sums them with these
-    values as weights. So it gets the weights of the chosen experts among zeros: [T, E]. It leaves out
-    weights up to 1e-8.
+    values as weights. So it gets the weights of all experts, [T, E], with zeros for experts that were not
+    chosen. It ignores weights up to 1e-8.
     """
     mixture = marked_mixture(node)
     gate = _read_gate(mixture.before, mixture.after)
@@ -225,7 +225,7 @@ def _clip(value: ir.Value) -> tuple[ir.Value | None, float | None, float | None]
 
 
 def _rows(before: ir.Value, half: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """Return the channels of ``before`` that a half of them has, or None for any other value."""
+    """Return the channels of ``before`` that the slice ``half`` has, or None for any other value."""
     width = axis_size(before, -1)
     node = made_by(half, "Split", "Slice")
     if node is None or node.inputs[0] is not before or not isinstance(width, int):

@@ -151,7 +151,7 @@ def group_query_attention(model: ir.Model) -> tuple[int, dict[str, int]]:
 
 
 def _cached(model: ir.Model, attention: Attention) -> _Cached | str:
-    """Return an attention as an attention over a cache, or the reason why it cannot be read so."""
+    """Return the parts of an attention over a cache, or the reason why it cannot be fused."""
     width, sequence = axis_size(attention.query, 3), axis_size(attention.query, 2)
     if axis_size(attention.key, 3) != width or axis_size(attention.value, 3) != width:
         return "keys and values have different widths"
@@ -191,7 +191,7 @@ def _appended(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
 
 
 def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
-    """Take the number of past positions from the mask, so that a cache may have room for more positions.
+    """Compute the number of past positions from the mask, so that a cache may have room for more positions.
 
     ``GroupQueryAttention`` appends in place if one buffer is both its past and its present.
 
@@ -231,7 +231,7 @@ def share_cache(model: ir.Model) -> tuple[int, dict[str, int]]:
 
 
 def _readers(caches: Sequence[ir.Value], attention: Sequence[ir.Node]) -> Iterator[ir.Node]:
-    """Yield all other nodes that read a past or present cache."""
+    """Yield the nodes other than ``attention`` that read a past or present cache."""
     for value in caches:
         for node, index in value.uses():
             if node not in attention or index not in (3, 4):

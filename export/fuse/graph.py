@@ -62,13 +62,13 @@ def nodes_of(model: ir.Model, *operators: str, domain: str = "") -> list[ir.Node
 def at_each(
     find: Callable[[ir.Model], Iterable[_T]],
 ) -> Callable[[Callable[[ir.Model, _T], bool | str]], Rewriting]:
-    """Return a decorator that turns a rule for one site into a fusion of all sites.
+    """Return a decorator that turns a rule for one match of a pattern into a fusion of all matches.
 
     Args:
-        find: Returns the sites of a model. It runs before any change.
+        find: Returns the matches in a model. It runs before any change.
 
     Returns:
-        A decorator. The rule changes a model at a site and returns True. If it changes nothing, it
+        A decorator. The rule changes a model at a match and returns True. If it changes nothing, it
         returns False, or the reason if that should be reported.
     """
 
@@ -124,7 +124,7 @@ def only_user(value: ir.Value | None, *operators: str) -> ir.Node | None:
 
 
 def is_constant(value: ir.Value) -> bool:
-    """Return True if a value has a weight or a number of the file, which is not read here."""
+    """Return True if a value is a constant of the file. The data of a weight is not read."""
     if value.const_value is not None:
         return not value.is_graph_input()
     return array_of(value) is not None
@@ -270,7 +270,7 @@ _SIZE_OPERATORS: Mapping[str, Callable[[ir.Node], _Sizes]] = {
 
 
 def factors_of(value: ir.Value | None) -> tuple[ir.Value | None, float]:
-    """Split a value into the value without constant scalar factors and divisors, and their product."""
+    """Split a value into an unscaled value and the product of its constant scalar factors."""
     factor = 1.0
     while True:
         node = made_by(value, "Mul", "Div")
@@ -308,7 +308,7 @@ class Builder:
         domain: str = "",
         outputs: int = 1,
     ) -> ir.Value:
-        """Insert a node and return its first output. ``.producer().outputs`` of it has all outputs.
+        """Insert a node and return its first output, whose ``.producer().outputs`` are all outputs.
 
         Args:
             operator: Operator of the node.

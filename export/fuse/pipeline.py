@@ -138,7 +138,7 @@ class Fused:
     Attributes:
         done: Map from the name of a fusion to how often it was applied.
         refused: Map from the name of a fusion to the reasons why it was not applied, everywhere or at some
-            sites.
+            nodes.
     """
 
     done: Mapping[str, int] = field(default_factory=dict)
@@ -295,7 +295,7 @@ def fuse(model: ir.Model, target: Target) -> Fused:
 
     Args:
         model: Changed in place.
-        target: The target. Its fusions are applied.
+        target: The target, which selects the fusions.
 
     Returns:
         The report of applied and refused fusions.

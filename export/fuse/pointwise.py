@@ -164,10 +164,10 @@ def _with_gain(quotient: _Quotient) -> RmsNorm | None:
 def skip_norms(model: ir.Model, norm: RmsNorm) -> bool:
     """Fuse an RMS norm with the residual sum in front of it, which other nodes read as well.
 
-    A norm of any other value takes ``x + x`` with four times epsilon. Twice x has the same norm, to the last
-    bit, if it is finite. In fp16 it may not be, so this is not done there. The norms of each head keep their
-    standard form, which ONNX Runtime fuses when it loads a file. Its operator for a norm without a sum is in
-    the domain of ONNX, where the checker does not know it.
+    A norm without such a sum becomes a norm of ``x + x`` with four times epsilon. The result is the same to
+    the last bit if ``x + x`` is finite. In fp16 it may overflow, so such a norm is not fused. Norms of single
+    heads are not fused either, because ONNX Runtime fuses them when it loads a file. ONNX Runtime's operator
+    for a norm without a sum is not used: it is in the domain of ONNX, whose checker does not know it.
     """
     assert norm.x.dtype is not None
     added = _residual(norm.x)

@@ -1,4 +1,4 @@
-"""Passes over shapes and indices: constant ``Reshape`` shapes, trivial gathers, and an early last token."""
+"""Passes over shapes and indices: constant ``Reshape`` shapes, trivial gathers, early cuts to one token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Targets: runtimes that load a folder instead of a single ONNX file. Each module has one target.
 
-:mod:`lora_fx.export.targets.programs` has what targets without an ONNX file share.
+:mod:`lora_fx.export.targets.programs` has the code that targets without an ONNX file share.
 """
 
 from __future__ import annotations

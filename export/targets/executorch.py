@@ -1,7 +1,7 @@
-"""``target="executorch"``: ``model.pte`` for ExecuTorch, with XNNPACK where it has the operation.
+"""``target="executorch"``: ``model.pte`` for ExecuTorch, with XNNPACK for the operations that it has.
 
-Axes are fixed, because ExecuTorch plans memory for the sizes of the example. So factors have one rank. An
-adapter is a file of named tensors, ``NAME.ptd``, which ``FlatTensorDataMap`` of ExecuTorch reads.
+Axes are fixed, because ExecuTorch plans memory for the sizes of the example. So all factors have the same
+rank. An adapter is a file of named tensors, ``NAME.ptd``, which ``FlatTensorDataMap`` of ExecuTorch reads.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class ExecutorchTarget(ProgramTarget):
     dynamic = False
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Raise for what ExecuTorch has no form for, or without the package."""
+        """Raise for options that ExecuTorch does not support, or if its package is missing."""
         super().check(task=task, adapters=adapters, dtype=dtype)
         _load("exir")
 
     def write(self, program: TracedProgram, stage: Staging) -> None:
-        """Lower a program."""
+        """Lower a program to ExecuTorch, and write it."""
         self.refuse_quantized(program)
         _refuse_gains(program)
         lower = _load("exir", "to_edge_transform_and_lower")

@@ -1,7 +1,7 @@
 """``target="openvino"``: an IR for OpenVINO, ``openvino_model.xml`` and ``openvino_model.bin``.
 
-Factors are inputs of the IR, not states. The CPU plugin of OpenVINO 2026.4 computes a product with a state as
-with a constant: it keeps the first value without a word. With inputs, products and convolutions are right.
+Factors are inputs of the IR, not states. The CPU plugin of OpenVINO 2026.4 treats a state in a product as a
+constant: it silently keeps the first value. With inputs, products and convolutions are right.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def _openvino() -> Any:
 
 
 def _converted(program: ExportedProgram) -> Any:
-    """Return the model of OpenVINO for a program.
+    """Convert a program to a model of OpenVINO.
 
-    ``openvino.convert_model`` calls the same front end, and sends telemetry about each call.
+    ``openvino.convert_model`` calls the same front end, but sends telemetry about each call.
     """
     from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
@@ -52,7 +52,7 @@ class OpenVinoTarget(ProgramTarget):
     dynamic = True
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Raise for what OpenVINO has no form for, or without the package."""
+        """Raise for options that OpenVINO does not support, or if its package is missing."""
         super().check(task=task, adapters=adapters, dtype=dtype)
         _openvino()
 
@@ -102,7 +102,7 @@ class _Session(ProgramSession):
         super().__init__(program)
         openvino = _openvino()
         self.provider = f"OpenVINO {openvino.__version__.partition('-')[0]}, CPU"
-        # Otherwise it may compute in bf16, which is what its speed on servers comes from.
+        # Otherwise OpenVINO may compute in bf16 on servers, which is faster but not exact.
         exact = {"INFERENCE_PRECISION_HINT": "f32"}
         self._request = (
             openvino.Core().compile_model(str(file), "CPU", exact).create_infer_request()

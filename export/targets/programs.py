@@ -1,8 +1,8 @@
 """Targets whose runtimes take a program of ``torch.export`` and not an ONNX file.
 
 The factors of swappable adapters are inputs of the program, after those of the call. An application feeds the
-tensors of an adapter's file, so that the base stays loaded. Zeros (and gains of 1) are no adapter. If
-adapters have heads of their own, the base has a file, too.
+tensors of an adapter's file, so that the base stays loaded. For no adapter it feeds zeros (and gains of 1).
+If adapters have their own heads, the folder has a file with the base's values of them, too.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TracedProgram:
         return Counter(str(node.target).removesuffix(".default") for node in nodes)
 
     def output_axes(self) -> dict[str, tuple[int | str, ...]]:
-        """Return the sizes of each output; a formula of axes where they are dynamic."""
+        """Return the axes of each output: a size, the name of a dynamic axis, or a formula of sizes."""
         program = self.trace.program
         values = {node.name: node.meta.get("val") for node in program.graph.nodes}
         symbols = self.trace.symbols
@@ -88,7 +88,7 @@ class TracedProgram:
         }
 
     def metadata(self) -> dict[str, str]:
-        """Return the entries that say what the program is."""
+        """Return the metadata entries of the program."""
         entries = {
             "lora_fx.version": importlib.metadata.version("lora-fx"),
             "lora_fx.dtype": self.prepared.dtype,
@@ -136,7 +136,7 @@ class ProgramSession(ABC):
         return self._program.rank
 
     def load_adapter(self, name: str, values: Mapping[str, Tensor]) -> None:
-        """Keep an adapter by name."""
+        """Check an adapter and keep it under a name."""
         manifest = self._program.prepared.manifest
         assert manifest is not None
         values = fill_tokens(manifest, values)
@@ -144,7 +144,7 @@ class ProgramSession(ABC):
         self._adapters[name] = fed_values(manifest, values, self.max_rank)
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         del self._adapters[name]
 
     def run(self, tensors: Sequence[Tensor], *, adapter: str | None = None) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ class ProgramTarget(ABC):
         return None
 
     def check(self, *, task: str | None, adapters: str | None, dtype: str | None) -> None:
-        """Raise for what the runtime has no form for."""
+        """Raise for options that the runtime does not support."""
         if task is not None:
             raise ExportError(
                 f"target={self.name!r} writes a model as it is called, and task is {task!r}: leave task out"
@@ -292,14 +292,14 @@ class ProgramTarget(ABC):
 
     @abstractmethod
     def start(self, program: TracedProgram, file: Path) -> ProgramSession:
-        """Load a written program in the runtime. Raise what the runtime raises."""
+        """Load a written program in the runtime. Errors of the runtime are not caught here."""
 
     @abstractmethod
     def write_adapter(self, stem: Path, values: Mapping[str, Tensor]) -> Path:
         """Write the tensors of an adapter to a file, and return its path."""
 
     def refuse_quantized(self, program: TracedProgram) -> None:
-        """Raise if the model has weights in the format of a library."""
+        """Raise if the model has weights in the format of a quantization library."""
         model = program.prepared.base.model
         names = [name for name, module in model.named_modules() if isinstance(module, StandIn)]
         if names:
@@ -366,7 +366,7 @@ def direct_products(program: ExportedProgram) -> None:
             continue
         with graph.inserting_before(node):
             product = graph.call_function(aten.matmul.default, (x, factor))
-        # Only the value: by the names of its sources, XNNPACK would take it for a linear operation.
+        # Copy only the value. By other entries, such as the source, XNNPACK would take it for a linear layer.
         product.meta = {"val": node.meta["val"]}
         node.replace_all_uses_with(product)
         graph.erase_node(node)

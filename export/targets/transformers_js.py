@@ -68,7 +68,7 @@ class TransformersJsTarget:
         return folder / "onnx" / f"model{_SUFFIXES.get(dtype or '', '')}.onnx"
 
     def data_name(self, file: Path) -> str | None:
-        """Return ``model.onnx_data``, or the same for a name with a suffix."""
+        """Return the name of the model file with ``_data`` appended."""
         return f"{file.name}_data"
 
     def example(self, example: object) -> object:

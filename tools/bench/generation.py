@@ -263,7 +263,7 @@ def _add_peer(
 
 
 def _build(folder: Path) -> str:
-    """Let the peer's builder write its file of the base. Return the reason if it fails, or ""."""
+    """Write a file of the base with the peer's builder. Return the reason if it fails, or ""."""
     python, own = environment_of("genai"), environment_of(HERE)
     if python is None or own is None:
         return _MISSING
@@ -364,7 +364,7 @@ def _run_once(run: Run) -> Runs:
 
 
 def _optimize(folder: Path, files: Mapping[str, Path]) -> str:
-    """Let the optimizer write its files. Return the reason if it fails, or ""."""
+    """Write the optimizer's files. Return the reason if it fails, or ""."""
     python = environment_of("optimum")
     if python is None:
         return _MISSING

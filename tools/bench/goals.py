@@ -102,7 +102,7 @@ class Goal:
         goal: Text of the goal.
         section: Section whose results the goal needs.
         bound: Section that shows what keeps the figure from getting lower.
-        judge: Name of the function of this module that returns the verdict, or None without its results.
+        judge: Name of the function of this module that returns the verdict, or None if results are missing.
         peft: PEFT's figure when the goal was set.
         key: Key of the result within the section, or None for all results.
         arguments: Further arguments of the function.
@@ -263,9 +263,9 @@ def kept_in_all(results: Mapping[str, Measured]) -> Verdict | None:
 
 
 def time_of_balanced(results: Mapping[str, Measured]) -> Verdict:
-    """Judge the time of such a step relative to one that keeps each input.
+    """Judge the time of a step that recomputes cheap inputs relative to one that keeps each input.
 
-    The same step twice shows the noise.
+    The second step, measured twice, shows the noise.
     """
     figures, excesses = [], []
     for measured in results.values():

@@ -1,8 +1,8 @@
 """Cost of the safety checks: the guards of the graphs at each call, and the watch of the first step.
 
-A graph's guard checks at each call that the values read by its trace are unchanged. The watch runs in the
-first call of each form and looks for code that reads an adapted weight without its adapter. Later calls only
-check that the watch has run.
+A graph's guard checks at each call that the values read by its trace are unchanged. The watch looks for code
+that reads an adapted weight without its adapter. It runs in the first call of each form: the model's mode and
+the classes and sizes of the arguments. Later calls only check that the watch has run.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Found:
 
 
 def _run(run: Run) -> Found:
-    """Measure the guards of two models by region and of one as a whole, then the steps of a Llama."""
+    """Measure the guards of two models with a graph for each region and of one with one graph, then steps."""
     wide, pictures = small_llama(run.size), resnet(run.size)
     built = (
         ("Llama", wide, OURS, Settings()),

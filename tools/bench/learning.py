@@ -158,7 +158,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 FUSED = (OURS, BALANCED, LEAST)
 WAYS = (CANONICAL, *FUSED, PEFT)
-"""Contenders. The first is the plain form, to which the others are compared."""
+"""Contenders. The first is the plain form (``optimize=False``), to which the others are compared."""
 
 _STEPS = {Size.FULL: 100, Size.QUICK: 40, Size.TINY: 4}
 _BATCH, _RATE = 8, 5e-3

@@ -282,7 +282,7 @@ def portion(progress: Progress | None, index: int, count: int, title: str = "") 
 
 
 def machine() -> dict[str, str]:
-    """Return what a reader must know to judge the numbers: hardware, versions, date."""
+    """Return the facts that a reader needs to judge the numbers: hardware, versions, date."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",

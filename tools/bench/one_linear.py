@@ -44,7 +44,7 @@ class Shape(NamedTuple):
     Attributes:
         where: Device and dtype.
         d: Number of inputs and of outputs.
-        tokens: T.
+        tokens: Number of rows of the input: T in the table.
     """
 
     where: str

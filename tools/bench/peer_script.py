@@ -45,7 +45,7 @@ def _olive(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, 
 
 
 def _optimum(base: str, adapter: str, out: str, task: str, how: str) -> dict[str, Any]:
-    """Export with optimum, which knows no adapters: PEFT's layers run as transformers loads them."""
+    """Export with optimum. It knows no adapters, so without a merge it exports PEFT's layers as they run."""
     import peft
     from optimum.exporters.onnx import onnx_export_from_model
 
@@ -88,7 +88,7 @@ def _torch_onnx(base: str, adapter: str, out: str, task: str, how: str) -> dict[
 
 
 def _optimizer(base: str, out: str, sums: str) -> dict[str, Any]:
-    """Export an encoder with optimum, then apply ONNX Runtime's fusions for it in Python."""
+    """Export an encoder with optimum, then apply the fusions of ONNX Runtime's Python optimizer."""
     import runpy
     from contextlib import redirect_stdout
 

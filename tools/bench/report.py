@@ -122,7 +122,7 @@ def opening(
     missing: Sequence[str],
     facts: Mapping[str, str],
 ) -> list[str]:
-    """Return the parts of the page before its sections: gains, missed goals, the others, the method.
+    """Return the parts of the page before its sections: gains, missed goals, met goals, the method.
 
     Args:
         rows: All goals.

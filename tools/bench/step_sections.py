@@ -224,7 +224,7 @@ def _largest(row: Row) -> str:
 
 
 def _of_fast(row: Row) -> str:
-    """Return the time of our step, whatever it keeps, relative to one that keeps each input."""
+    """Return the time of a step of lora-fx relative to its step that keeps each input."""
     name, _, dropout = row.name.partition(", p = ")
     if name not in (OURS_AGAIN, BALANCED):
         return ""
@@ -327,7 +327,7 @@ def _weights(row: Row) -> str:
 
 
 def _contenders(*names: str) -> Contenders:
-    """Return the frozen model, plain adapters with each dropout, and both libraries' other kind."""
+    """Return the frozen model, plain adapters with each dropout, and the other kind of both libraries."""
     return {**by_dropout(names), **of_kinds((OTHER_KIND,), (0.0,))}
 
 

@@ -97,14 +97,14 @@ def small_llama(size: Size) -> Workload:
 
 
 def nf4_llama(size: Size) -> Workload:
-    """Return that Llama with no more tokens than any width, so that no input has a weight's shape."""
+    """Return the small Llama with fewer tokens than any width, so that no input has a weight's shape."""
     if size is Size.TINY:
         return llama("Llama 1 × 64", llama_shape(64, 128, 1, 2, 32), 8)
     return llama("Llama 4 × 512", llama_shape(512, 1376, 4, 8), 384)
 
 
 def vocabulary_llama(size: Size) -> Workload:
-    """Return that Llama with the vocabulary of a published Llama."""
+    """Return the small Llama with the vocabulary of a published Llama."""
     if size is Size.TINY:
         return llama("Llama 1 × 16", llama_shape(16, 32, 1, 2, 4096), 32)
     return llama("Llama 4 × 512, 32,000 tokens", llama_shape(512, 1376, 4, 8, 32_000), 512)

@@ -213,7 +213,7 @@ def _legend(picture: Picture, width: float, top: float) -> tuple[list[str], floa
 
 
 def _sample(look: str) -> str:
-    """Return a sample of a sign, 20 wide and 14 high. The page draws the same ones."""
+    """Return a sample of a sign in the legend, 20 wide and 14 high. The page draws the same samples."""
     kind, _, style = look.partition(" ")
     box = '<rect class="frame" width="14" height="14" rx="4"/>'
     if kind == "line":
@@ -402,8 +402,8 @@ def visualize(
         model_or_plan: A module (plain, captured, rewritten or merged), a capture, a plan, a report of a
             merge, extraction or export, a session, or the path of an ``.onnx`` file or adapter folder. A plan
             shows its sites by name, and the other operations with the reasons. A session shows the provider
-            that runs each node; a file is loaded on the CPU. Several in a list, or in a dict by their
-            titles, are drawn next to each other, in ``.html`` only.
+            that runs each node; a file is loaded on the CPU. Several of these, in a list or in a dict by
+            their titles, are drawn next to each other, in ``.html`` only.
         path: The file to write.
         force: False to refuse an existing file instead of replacing it.
         example_inputs: A call of the model, as for :func:`lora_fx.capture`, that shows how data flows between
@@ -499,7 +499,7 @@ def picture_of(drawn: object, example_inputs: Any = None, original: Any = None) 
         graphs = graphs_of(drawn)
         record = record_of(drawn)
         if record is not None and record.frontend == "export":
-            graphs.pop("", None)  # it only shows which operations there are, without adapters
+            graphs.pop("", None)  # this graph of the whole model has no adapters
         if not graphs:
             return _plain(drawn, example_inputs, original)
         return picture_of_model(drawn, graphs, example_inputs=example_inputs, original=original)
@@ -534,7 +534,7 @@ def _plain(model: nn.Module, example_inputs: Any, original: Any) -> Picture:
     except CaptureError as error:
         return picture_of_model(model, {}, (f"no graphs: {error}",), example_inputs=example_inputs)
     trains = {name: p.requires_grad for name, p in model.named_parameters()}
-    # The copy is frozen. It has its own parameters, which share storage with the model's.
+    # A capture freezes its copy. The copy has its own parameter objects, so the model is not changed here.
     for name, parameter in captured.model.named_parameters():
         if trains.get(name, False):
             parameter.requires_grad_(True)
@@ -599,7 +599,7 @@ def explorer_graph(picture: Picture) -> str:
 
 
 def explorer_data(picture: Picture) -> str:
-    """Return the text of a node data file: the rank of each adapted operation, or the sum of its ranks."""
+    """Return the text of a node data file: the rank of each adapted operation, summed over its adapters."""
     ranks = {
         box.id: sum(line.rank or 0 for line in box.branches)
         for box in picture.root.walk()
@@ -619,7 +619,7 @@ def _attributes(facts: tuple[tuple[str, str], ...]) -> dict[str, str]:
 
 
 def _namespaces(box: Box, outer: str) -> Iterator[tuple[str, Box]]:
-    """Yield every box with its namespace: a box with children has its own, a node that of its box."""
+    """Yield every box with its namespace. A box with children has its own, a node has that of its parent."""
     if not box.children:
         yield outer, box
         return

@@ -37,7 +37,7 @@ __all__ = [
 
 
 DUMMY = "~"
-"""First character of a dummy's name."""
+"""First character of a dummy's name. A dummy keeps room for an edge in a row that the edge passes."""
 
 _SWEEPS = 12
 
@@ -224,7 +224,7 @@ class Local:
 def grid(sizes: Mapping[str, Size]) -> Local:
     """Arrange boxes in rows, wrapped like text, so that the result is neither long nor wide.
 
-    A box that fits below its predecessor, in a row of taller boxes, goes there.
+    A box goes below its predecessor if the row is high enough for both.
     """
     gap_x, gap_y = METRICS["gapX"], METRICS["gapY"]
     area = sum((w + gap_x) * (h + gap_y) for w, h in sizes.values())
@@ -319,10 +319,10 @@ def _settle(
     wide: Mapping[str, float],
     center: dict[str, float],
 ) -> None:
-    """Place a row as near to its wishes (least squares) as order and widths allow."""
+    """Set the centers of a row as near to the wanted centers (least squares) as order and widths allow."""
     offset = 0.0
     offsets: list[float] = []
-    # Blocks of boxes that touch: weighted sum of wishes, weight, number of boxes.
+    # Blocks of boxes that touch: weighted sum of wanted positions, weight, number of boxes.
     blocks: list[tuple[float, float, int]] = []
     for i, name in enumerate(row):
         if i:
@@ -403,7 +403,7 @@ class Scene:
 
 def words_of(box: Box) -> tuple[str, str]:
     """Return name and caption as written: without characters that XML forbids, elided in the middle."""
-    # The name of a fold ends with the number of its modules, so it may be longer.
+    # The name of a box for several modules ends with their number, so it may be longer.
     limit = _NAME_LIMIT + 14 if box.repeats else _NAME_LIMIT
     return elide(clean(box.name), limit), elide(clean(box.caption), _CAPTION_LIMIT)
 

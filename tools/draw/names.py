@@ -1,4 +1,4 @@
-"""Pictures of plans, merges and adapter folders, as the tree of their names."""
+"""Pictures of plans, merges, extractions and adapter folders: trees of the names in them."""
 
 from __future__ import annotations
 

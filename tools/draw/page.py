@@ -209,7 +209,7 @@ _UNCOUNTED = ("bias", "trainable_token_indices", "ensure_weight_tying")
 def _typed(config: LoraConfig | None) -> dict[str, Any]:
     """Return a configuration as it is typed into the page: texts by field, and fields that the page lacks.
 
-    The seed is left out: a rewrite draws one if there is none, and another selection has another start.
+    The seed is left out, because a rewrite draws one anyway, and it belongs to the old selection.
     """
     config = config or LoraConfig()
     default = LoraConfig().to_dict()
@@ -262,7 +262,7 @@ def _layout(box: Box, layers: Layers) -> str:
 
 
 def classes_of(box: Box, *, is_open: bool, depth: int, adapters: Sequence[str] = ()) -> str:
-    """Return the style classes of a box. The page makes the same ones (``classesOf`` in ``graph.js``)."""
+    """Return the style classes of a box, the same as ``classesOf`` in ``graph.js`` on the page."""
     classes = ["box", str(box.kind)]
     if is_open:
         classes += ["open", "odd"] if depth % 2 else ["open"]

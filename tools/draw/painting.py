@@ -75,10 +75,10 @@ __all__ = ["INPUT", "OUTPUT", "Calls", "calls_of", "picture_of_file", "picture_o
 
 
 INPUT = ">"
-"""First character of an edge's end that is an argument of the box, before the argument's name."""
+"""Prefix of an argument's name, for edges that begin at an argument of the box."""
 
 OUTPUT = "<"
-"""End of an edge that is the box's result."""
+"""Name of the box's result, for edges that end there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +286,7 @@ class _Recorder(Listener):
         return name.partition(".")[0] or None
 
     def calls(self, *, with_dtypes: bool) -> Calls:
-        """Return the recorded calls. Of edges in both directions, keep those from earlier to later calls."""
+        """Return the recorded calls. An edge back to a module that was called earlier is left out."""
         shapes = {
             fqn: (_in_words(inputs, with_dtypes), _in_words(outputs, with_dtypes))
             for fqn, (inputs, outputs) in self._shapes.items()
@@ -442,7 +442,7 @@ class _Painter:
         self._read_matches(self.record.base.matches if self.record is not None else matches)
 
     def _trained_otherwise(self) -> dict[str, dict[str, State]]:
-        """Return other weights that adapters train, in words, by the module's FQN."""
+        """Return marks for weights that adapters train without factors, with their states, by module FQN."""
         marks: dict[str, dict[str, State]] = defaultdict(dict)
         several = self.record is not None and len(self.record.adapters) > 1
         for name, adapter in self.record.adapters.items() if self.record is not None else ():
@@ -729,7 +729,7 @@ def picture_of_file(path: Path, session: OnnxSession | None = None, provider: st
 
 
 def _placement(path: Path, session: OnnxSession | None, provider: str) -> PlacementReport | str:
-    """Return where ONNX Runtime runs the nodes, or a text why that is unknown."""
+    """Return the provider that ONNX Runtime runs each node on, or the reason why that is unknown."""
     try:
         if session is None:
             size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}*"))

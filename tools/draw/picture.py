@@ -163,16 +163,16 @@ class SiteRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """Something that a configuration can name: a linear operation without adapters, or a refusal.
+    """A linear operation that a configuration can name, or one that cannot be adapted.
 
     Attributes:
         name: FQN of the operation.
         weight: FQN of the weight if it is not ``name.weight``.
         default: True if ``target_modules=None`` selects it.
-        linear: How many times the rank ``target_modules="all-linear"`` gives it; 0 if it is not selected.
+        linear: Rank that ``target_modules="all-linear"`` gives it, as a multiple of ``r``; 0 for no adapter.
         each_rank: Trainable elements per rank.
         fixed: Trainable elements of its kind that do not depend on the rank, such as a bias on B.
-        attention: FQN of the ``nn.MultiheadAttention`` of which it is a projection.
+        attention: FQN of the ``nn.MultiheadAttention`` that it is a projection of, or "".
         width: Number of output features if a part of them can have an adapter, else 0.
         parts: Names of such parts, each with its output features (start, stop).
         reason: The reason why it cannot be adapted, or "".
@@ -334,7 +334,7 @@ def elide(text: str, limit: int) -> str:
 
 
 def end_of(box: Box, *, last: bool) -> Box:
-    """Return the box in which an edge of an open box ends: its first input, or its last output."""
+    """Return the innermost box that an edge of ``box`` connects: its output if ``last``, else its input."""
     while box.children:
         wanted = Kind.OUTPUT if last else Kind.INPUT
         other = box.children[-1 if last else 0]
@@ -519,7 +519,7 @@ def _boxes(
 
 
 def _alone(box: Box) -> Box:
-    """Return the node of a module with a single node, under the module's name, or else the module."""
+    """Return the box of a module. If it has a single node, return the node under the module's name."""
     if len(box.children) != 1 or box.children[0].children:
         return box
     (node,) = box.children

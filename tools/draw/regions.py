@@ -77,7 +77,7 @@ def children_of(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def drawn_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the child modules that do not only hold an adapter's parameters."""
+    """Yield the child modules, except modules that only hold the parameters of adapters."""
     return (pair for pair in children_of(module) if not isinstance(pair[1], AdapterModule))
 
 
@@ -269,7 +269,7 @@ _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def short_path(path: str) -> str:
-    """Return a path below the packages folder, or any other file's name: the same on every machine."""
+    """Return a path relative to the packages folder, or only the file's name: equal on every machine."""
     path = path.replace("\\", "/")
     for folder in ("site-packages/", "dist-packages/"):
         if folder in path:
@@ -295,7 +295,7 @@ def parameter_counts(parameters: Iterable[nn.Parameter]) -> tuple[int, int]:
 
 
 class Host(Protocol):
-    """Interface of the whole model's painter that a region uses."""
+    """Interface through which the painter of a region uses the painter of the whole model."""
 
     @property
     def digest(self) -> Digests:
@@ -307,7 +307,7 @@ class Host(Protocol):
 
     @property
     def planned(self) -> Mapping[tuple[str, str], PlannedSite]:
-        """Return the planned sites by place and adapter."""
+        """Return the planned sites by place (the weight, with rows for a part of it) and adapter."""
 
     @property
     def rows(self) -> Mapping[tuple[str, str], int]:
@@ -356,7 +356,7 @@ def branch_of(row: PlannedSite, adapter: str, label: str, *, active: bool) -> Br
     Args:
         row: The site.
         adapter: Name of the adapter.
-        label: Name of the weight or part, if it has to be told.
+        label: Name of the weight or part; "" if the operation has only one.
         active: True if the adapter is in the graph that runs.
     """
     return Branch(adapter, row.rank or None, row.scale, row.dropout, row.kind, label, active)

@@ -41,8 +41,8 @@ const Find = (() => {
     return isModule(box) && normal(box.fqn).includes(value);
   }
 
-  /* Returns the boxes that match a query. A folded block is found by the block that stands for it, and the hit
-     has the name that was meant. */
+  /* Returns the boxes that match a query. For a name in a folded block it returns the block that is drawn for it,
+     and the typed name as `meant`. */
   function search(query, boxes, resolve) {
     let meant = "";
     const words = parse(query).map((word) => {
@@ -172,7 +172,7 @@ const Find = (() => {
     return { ...row, name: `${row.name}.${name}`, of: row, rows: [start, stop], each_rank, fixed, asked: [`${row.name}.${name}`] };
   }
 
-  /* Returns parts that a list names by their features: qkv.0_64. */
+  /* Returns the parts of a row that a list names by their output features: qkv.0_64. */
   function numbered(row, { target }) {
     return (target.names ?? []).flatMap((entry) => {
       const [, name, start, stop] = entry.match(/^(.+)\.(\d+)_(\d+)$/) ?? [];
@@ -181,8 +181,8 @@ const Find = (() => {
     });
   }
 
-  /* Returns the operations of a row under a configuration: the row itself, or its parts instead. `asked`: the names
-     by which ranks are looked up. As in lora_fx/passes/plan/choice.py. */
+  /* Returns the operations of a row that a configuration selects: the row itself, or some of its parts. `asked`: the
+     names by which ranks are looked up. The rules are those of lora_fx/passes/plan/choice.py. */
   function chosen(row, ask) {
     const { target, exclude, parameters, saved, scope } = ask, weight = row.weight || `${row.name}.weight`;
     // "all-linear" gives some experts twice the rank.

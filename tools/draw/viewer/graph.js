@@ -113,7 +113,7 @@ class Graph {
     return this.root;
   }
 
-  /* Does the same for a part of a name in lower case, as typed into the search. */
+  /* Returns a typed part of a name, in lower case, with each folded block replaced by the block that is drawn. */
   partDrawnAs(part) {
     for (const [name, first] of this.folds) {
       const atoms = name.toLowerCase().split(".");
@@ -265,7 +265,7 @@ class Graph {
   }
 
   /* Keeps the middle of the view in the middle after the size of the stage has changed, and a box that was visible
-     in the view. `before`: the old size. A picture that was not moved yet begins again. */
+     in the view. `before`: the old size. A picture that the user has not moved yet is placed as at the start. */
   keep(before, box = this.selected) {
     if (this.view === this.fitted) { this.fit(this.fittedBox); return; }
     if (this.view === this.begun && !box) { this.begin(); return; }

@@ -1,9 +1,10 @@
 "use strict";
-/* Stacks boxes that open and close. Rows, orders and wishes are already in the page: tools/draw/layout.py has
-   computed them. Its place() stacks in the same way, and tests/tools/test_viewer.py compares the two. */
+/* Stacks boxes that open and close. The rows, their order and the wanted centers ("wishes") are already in the page:
+   tools/draw/layout.py has computed them. Its place() stacks in the same way, and tests/tools/test_viewer.py compares
+   the two. */
 
 const Place = (() => {
-  /* Returns the centers of a row, as near to the wishes as order and widths allow (least squares). */
+  /* Returns the centers of a row, as near to the wanted centers as order and widths allow (least squares). */
   function settle(refs, wishes, widthOf, m) {
     const offsets = [], blocks = [], centers = [];
     let offset = 0;
@@ -60,7 +61,8 @@ const Place = (() => {
     return { width: right - left, height: y - m.flowY, spots, wires };
   }
 
-  /* Arranges boxes without edges in rows, wrapped like text. A box that fits below its predecessor goes there. */
+  /* Arranges boxes without edges in rows, wrapped like text. A box goes below its predecessor if the row is high
+     enough for both. */
   function wrap(kids, m) {
     const area = kids.reduce((sum, kid) => sum + (kid.width + m.gapX) * (kid.height + m.gapY), 0);
     const limit = kids.reduce((most, kid) => Math.max(most, kid.width), Math.sqrt(area * m.aspect));
@@ -105,7 +107,7 @@ const Place = (() => {
     box.height = box.inside.height;
   }
 
-  /* Deletes the insides that a change of `box` affects. */
+  /* Deletes the stored layouts that a change of `box` affects: its own, and those of the boxes around it. */
   function stale(box) {
     for (let one = box; one; one = one.parent) one.inside = null;
   }

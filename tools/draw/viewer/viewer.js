@@ -114,7 +114,7 @@
     }
     if (name === "sites") showSites();
     if (name === "try") tryOut();
-    // The panel takes room from the graph, which moves aside.
+    // The panel makes the area of the graph narrower, so the view is moved.
     each((graph) => graph.keep(before.get(graph), graph === active && box ? box : graph.selected));
   }
 
@@ -214,7 +214,7 @@
     const { trained, selected } = active, count = trained.length;
     if (!count) { found.textContent = "no adapters"; return; }
     const here = selected ? trained.findIndex((box) => box.id >= selected.id) : -1, at_one = trained[here] === selected;
-    // Between two of them, the one that follows is next, and the one before is previous.
+    // If the selected box is not trained, the next and the previous are the nearest trained boxes around it.
     const start = selected && here < 0 ? count : here;
     const place = (by > 0 && !at_one ? Math.max(start, 0) : start + by + count) % count, box = trained[place];
     select(active, box);
