@@ -7,9 +7,10 @@ closure. So each entry point of a rewritten model (:func:`entry`) runs once unde
 them. If code outside of lora-fx combines such a value with data, the call ends with an error. A call under
 this mode is "watched".
 
-An entry point is the forward of a module. A form is its training and gradient mode, and the classes and sizes
-of its arguments (:mod:`lora_fx.runtime.modules.call_sizes`). Later calls of a form cost one set lookup.
-Compiled calls and calls without real values (:func:`_blind`) cannot be watched, and their forms stay pending.
+An entry point is the forward of a module. The form of a call is the training mode, the gradient mode, and the
+classes of the arguments. Sizes are compared in :mod:`lora_fx.runtime.modules.call_sizes`. Later calls of a
+form cost one set lookup. Compiled calls and calls without real values (:func:`_blind`) cannot be watched. The
+next eager call of their form is watched instead.
 """
 
 from __future__ import annotations

@@ -303,7 +303,7 @@ class _Deployed(torch.autograd.Function):
         _, of_weight, _, of_a, of_b, *_ = ctx.needs_input_grad
         keep = of_weight or of_a
         again = source.saved if keep and source is not None else ()
-        # Without a gradient of A (LoRA-FA, arXiv:2308.03303), the product with A is enough for that of B.
+        # Without a gradient of A (LoRA-FA, arXiv:2308.03303), that of B needs only the product with A.
         down = flat(x).to(options.dtype) @ a.T.to(options.dtype) if of_b and not keep else None
         is_quantized = quantization_of(weight) is not None
         ctx.weight = KeptWeight.of(weight) if is_quantized else None

@@ -67,7 +67,7 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def _has_autocast(kind: str) -> bool:
-    """Return True if autocast exists on a kind of device; on the meta device, asking for it is an error."""
+    """Return True if a kind of device has autocast. For the meta device, PyTorch's other queries raise."""
     return torch.amp.is_autocast_available(kind)
 
 

@@ -354,7 +354,7 @@ def _is_seed(mask: Tensor) -> bool:
 
 
 def in_planes(mask: Tensor) -> bool:
-    """Return True if a mask of :func:`draw` has the form of planes, for a compiler."""
+    """Return True if a mask of :func:`draw` consists of planes, which compiled code reads."""
     return mask.dtype == torch.int8
 
 

@@ -179,7 +179,7 @@ class Chain(Subgraph):
             out = self.run(None, *leaves)
         if type(out) is Tensor and out.device.type in _RECIPES:
             entry = _Entry(recipe, _held(saved), out)
-            # A copy at another address was made at once: its address cannot tell of later writes.
+            # A copy at another address is not copy-on-write, and its address would not show later writes.
             if entry.address == torch_private.data_address(entry.copy):
                 _known[out] = entry
         return out

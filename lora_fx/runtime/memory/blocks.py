@@ -113,7 +113,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _without_cache(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the arguments with None for each empty cache. Then ``use_cache`` is False, if it is there."""
+    """Return the arguments with None for each empty cache, and then ``use_cache=False`` if it was passed."""
 
     def emptied(value: Any) -> Any:
         length = getattr(value, "get_seq_length", None)

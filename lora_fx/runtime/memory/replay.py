@@ -37,9 +37,9 @@ class _Buffer(NamedTuple):
 class Replay:
     """Context in which a module computes as it did when this object was created.
 
-    Inside the context, training modes and buffers are those of that time. Afterwards they are again those
-    from before the context, so that the statistics of a batch norm are updated once. The context can be
-    entered again, for a graph that is kept for two backwards.
+    Inside the context, training modes and buffers have their values of that time. On exit they get their
+    newer values back, so that the statistics of a batch norm are updated once. The context can be entered
+    again, for a graph that is kept for two backwards.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -190,7 +190,7 @@ class _Call:
         return results
 
     def whole(self, result: Tensor) -> Tensor:
-        """Return an empty result for all tokens, like that of a tile."""
+        """Return an uninitialized result for all tokens, like the result of a tile."""
         apart = result.dim() == len(self.shape)
         return result.new_empty(*(self.shape[:-1] if apart else (self.tokens,)), result.shape[-1])
 

@@ -126,7 +126,7 @@ def gated(up: Tensor, positions: Tensor, weight: str) -> Tensor:
     """Return the output of a branch, with zeros at the positions where the branch does not act.
 
     Args:
-        up: [samples, positions, out], or with positions of all samples one after the other, [n, out].
+        up: [samples, positions, out], or [samples * positions, out].
         positions: True where the branch acts, [samples, positions].
         weight: Name of the adapted weight in its module.
 

@@ -42,7 +42,7 @@ _GENERATION = "transformers.generation."
 
 
 def watch_calls(model: nn.Module, table: SampleRows) -> None:
-    """Register hooks that open and close each call of a model, or of one of its children, from outside.
+    """Register hooks that open and close a call, on a model and on the modules that it calls directly.
 
     Args:
         model: A model whose sites read ``table``.

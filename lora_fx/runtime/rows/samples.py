@@ -154,8 +154,8 @@ class _ThreadState:
         state: State of the running call.
         opened_by: Name of the module whose call is running, "" for the model; None if there is no call.
         depth: Nesting depth of the calls of that module.
-        follower, form, sizes, failing: Follower of the call, its form and sizes, and the exception that was
-            being handled when it began. They are set only while a call is followed.
+        follower, form, sizes, failing: Follower of the call, form and sizes of the call, and the exception
+            that was being handled when the call began. They are set only while a call is followed.
         call: Entry hook of the call. It ends a call that neither returned nor raised.
     """
 
@@ -552,7 +552,7 @@ def rows_of_tokens(
 
     Args:
         tokens: Token index of each row, [n].
-        hidden: The tokens, [T, d]. Those of a sample are consecutive.
+        hidden: The tokens, [T, d]. The tokens of a sample are consecutive.
         rows: Indices of samples.
         samples: Number of samples in the batch.
         repeats: How many times in a row the batch may repeat each sample.
